@@ -77,6 +77,7 @@ def scenes_starts() -> Rows:
         "captions, 800 of ITC and ITM; 400, more relations": read_evaluation("scenes-vqa-400"),
         "the same; 1,100": read_evaluation("scenes-vqa-1100"),
         "the same; 1,480": read_evaluation("scenes-vqa-1480"),
+        "captions, 1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
     }
     rows = [["per cent, test split", "text alone at best", *found]]
     for kind, best in TEXT_ALONE.items():
