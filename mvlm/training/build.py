@@ -1,6 +1,8 @@
 """Tokenizer, loader and model of a run, built from its configuration."""
 
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from mvlm.errors import ConfigError
 from mvlm.files import copy_into
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs.checkpoint import TOKENIZER, newest_good_checkpoint
+from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import load_model
 from mvlm.weights.load import load_image_weights, load_text_weights
@@ -24,8 +26,7 @@ from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, loa
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
     """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions."""
     if config.initial_model is not None:
-        ours = newest_good_checkpoint(RunFolder(config.out).checkpoints)
-        return load_tokenizer(ours / TOKENIZER) if ours else load_model(config.initial_model, "cpu").tokenizer
+        return _tokenizer_of_start(config, config.initial_model)
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     try:
@@ -34,6 +35,17 @@ def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
         raise
     except ValueError as error:  # the vocabulary is too small for all bytes
         raise ConfigError(f"model.vocab_size: {error}") from None
+
+
+def _tokenizer_of_start(config: PretrainConfig, initial_model: Path) -> Tokenizer:
+    """The tokenizer in the run's own checkpoints, or that of its initial model.
+
+    A run that is resumed does not need its initial model any more. Checkpoints are not verified here, on every rank.
+    """
+    for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
+        with suppress(DataError):  # damaged; an older one is resumed then
+            return load_tokenizer(checkpoint / TOKENIZER)
+    return load_model(initial_model, "cpu").tokenizer
 
 
 def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMConfig:

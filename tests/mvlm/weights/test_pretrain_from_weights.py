@@ -80,8 +80,11 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
         pretrain(pretrain_config(other, tmp_path / "third", model=deeper, **settings))
     assert not (tmp_path / "third").exists()
 
-    # A resumed run reads its own checkpoint alone.
+    # A resumed run reads its own checkpoints alone, an older one if the newest is damaged.
     shutil.rmtree(tmp_path / "first")
+    pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
+    shutil.copytree(tmp_path / "second/checkpoints/step_00000001", tmp_path / "second/checkpoints/step_00000002")
+    (tmp_path / "second/checkpoints/step_00000002/tokenizer.json").write_text("{")
     pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
 
 
