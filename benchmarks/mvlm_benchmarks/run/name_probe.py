@@ -52,11 +52,20 @@ def clozes(scene: dict[str, Any], caption: str, tokenizer: Tokenizer, length: in
     return found
 
 
+class Answer(NamedTuple):
+    """What a model predicts for a masked name."""
+
+    tokens: int
+    """Number of the name's tokens."""
+    right: bool
+    """True if all of them are predicted."""
+
+
 @torch.no_grad()
-def named(model: TrainedModel, scenes: Dataset) -> dict[str, list[bool]]:
-    """For each kind of object, whether the model names each one of the split."""
+def answers(model: TrainedModel, scenes: Dataset) -> dict[str, list[Answer]]:
+    """The model's answers for all objects of a split, by their kind."""
     network, tokenizer = model
-    found: dict[str, list[bool]] = defaultdict(list)
+    found: dict[str, list[Answer]] = defaultdict(list)
     start = 0
     for batch, _ in eval_loader(scenes, network, tokenizer):
         samples = range(start, start := start + len(batch.images))
@@ -80,7 +89,7 @@ def named(model: TrainedModel, scenes: Dataset) -> dict[str, list[bool]]:
             logits = network.fill_mask(v, *text.padded(), cu_seqlens, masked)
         right, at = (logits.argmax(1) == tokens[masked]).tolist(), 0
         for _, cloze in asked:
-            found[cloze.kind].append(all(right[at : at + len(cloze.name)]))
+            found[cloze.kind].append(Answer(len(cloze.name), all(right[at : at + len(cloze.name)])))
             at += len(cloze.name)
     return found
 
@@ -94,11 +103,10 @@ def main() -> None:
     options = parser.parse_args()
     scenes = open_dataset(options.scenes, options.split)
     for run in options.runs:
-        found = named(load_model(run, "cpu"), scenes)
-        shares = (
-            f"{100 * sum(right) / len(right):.1f} % of {len(right)} {kind}" for kind, right in sorted(found.items())
-        )
-        print(f"{run}: names {', '.join(shares)}")
+        for kind, given in sorted(answers(load_model(run, "cpu"), scenes).items()):
+            share = 100 * sum(one.right for one in given) / len(given)
+            tokens = sum(one.tokens for one in given) / len(given)
+            print(f"{run}: names {share:.1f} % of {len(given)} {kind}, of {tokens:.1f} tokens each")
 
 
 if __name__ == "__main__":

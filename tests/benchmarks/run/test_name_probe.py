@@ -7,7 +7,7 @@ import torch
 
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm_benchmarks.run.name_probe import NOUN, SHAPE, clozes, named
+from mvlm_benchmarks.run.name_probe import NOUN, SHAPE, Answer, answers, clozes
 from mvlm_dataloading import Dataset, ShardWriter, Tokenizer, open_dataset, train_tokenizer
 from support.models import micro_config
 from support.scenes import png, scene
@@ -69,4 +69,4 @@ def test_each_object_is_judged_by_all_of_its_tokens(squares, monkeypatch):
         return logits
 
     monkeypatch.setattr(network, "fill_mask", says_red)
-    assert named(model, squares) == {SHAPE: [True, False] * 20}
+    assert answers(model, squares) == {SHAPE: [Answer(len(red), True), Answer(len(blue), False)] * 20}
