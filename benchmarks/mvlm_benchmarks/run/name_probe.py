@@ -53,7 +53,7 @@ def clozes(scene: dict[str, Any], caption: str, tokenizer: Tokenizer, length: in
 
 
 class Answer(NamedTuple):
-    """What a model predicts for a masked name."""
+    """A model's prediction of a masked name."""
 
     tokens: int
     """Number of the name's tokens."""
