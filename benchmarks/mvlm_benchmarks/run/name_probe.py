@@ -7,7 +7,7 @@ Shape legend: B images, R captions with a masked name, T packed tokens, M masked
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,15 +35,19 @@ class Cloze(NamedTuple):
 
 
 def clozes(scene: dict[str, Any], caption: str, tokenizer: Tokenizer, length: int) -> list[Cloze]:
-    """A cloze for each object whose name is in the caption once. Names that truncation cuts are left out."""
+    """A cloze for each object that is in the scene once, and its name in the caption.
+
+    Names that truncation cuts are left out.
+    """
     tokens = tokenizer.encode([caption], length)[0].tolist()
     words = tokenizer.words(caption)
     spelt = [word.removesuffix(",") for word, _, _ in words]
+    kinds = Counter((one["colour"], one["name"]) for one in scene["objects"])
     found = []
     for one in scene["objects"]:
         parts = f"{one['colour'] or ''} {one['name']}".split()
         places = [i for i in range(len(words)) if spelt[i : i + len(parts)] == parts]
-        if one.get("hidden") or len(places) != 1:
+        if one.get("hidden") or kinds[one["colour"], one["name"]] > 1 or len(places) != 1:  # "two squid" are two
             continue
         last = words[places[0] + len(parts) - 1]
         name = range(1 + words[places[0]][1], 1 + last[2] - last[0].endswith(","))
@@ -76,6 +80,8 @@ def answers(model: TrainedModel, scenes: Dataset) -> dict[str, list[Answer]]:
                 scenes.metadata(i)["scene"], scenes.captions(i)[0], tokenizer, network.config.text_length
             )
         ]
+        if not asked:
+            continue
         of = torch.tensor([image for image, _ in asked])  # (R,)
         tokens = torch.tensor([token for _, cloze in asked for token in cloze.tokens])  # (T,)
         bounds = np.cumsum([0, *(len(cloze.tokens) for _, cloze in asked)])

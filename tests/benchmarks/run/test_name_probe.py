@@ -16,10 +16,12 @@ OBJECTS = [
     {"name": "light bulb", "colour": None},
     {"name": "cat", "colour": None},
     {"name": "cat", "colour": None},
+    {"name": "squid", "colour": None},
+    {"name": "squid", "colour": None},
     {"name": "circle", "colour": "red"},
     {"name": "dog", "colour": None, "hidden": True},
 ]
-CAPTION = "a light bulb, two cats, a red circle and a dog"
+CAPTION = "a light bulb, two cats, two squid, a red circle and a dog"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_a_name_is_masked_whole_and_without_its_comma(tokenizer):
-    """Two cats are not asked for, nor what is hidden."""
+    """Two cats and two squid are not asked for, nor what is hidden."""
     bulb, circle = clozes({"objects": OBJECTS}, CAPTION, tokenizer, 100)
     assert (bulb.kind, circle.kind) == (NOUN, SHAPE)
     for cloze, text in ((bulb, "light bulb"), (circle, "red circle")):
