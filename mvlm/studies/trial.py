@@ -219,7 +219,7 @@ def settings_of(config: PretrainConfig) -> dict[str, Any]:
 
 
 def settings_said(settings: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
-    """Settings of a result, with the default of each that it is older than.
+    """Settings of a result. One that did not exist yet when it was made gets its default.
 
     Older results of a task have settings of a model, which were not those of its start. They are left out.
     """

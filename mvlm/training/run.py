@@ -137,9 +137,8 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
     check_attention(config)
-    if (config.initial_model or config.image_weights or config.text_weights) and not RunFolder(
-        config.out
-    ).config.exists():
+    weights = config.initial_model or config.image_weights or config.text_weights
+    if weights and not RunFolder(config.out).config.exists():
         make_model(config, fresh=True)  # raises for weights that do not fit
     return RunInputs(config, dataset, validation, tokenizer)
 
