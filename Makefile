@@ -212,8 +212,8 @@ evidence: $(VENV)/.installed
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
-# The model that the studies of scenes start from: the demo's, after captions of scenes, and then ITC and ITM with them.
-SCENES_RUN := runs/tasks/scene-matching
+# The model that the studies of scenes start from: the demo's, pretrained further on names of objects, then on captions.
+SCENES_RUN := runs/tasks/scene-captions
 
 # Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
 study_data = $(if $(filter easy-vqa,$1),data/easy-vqa,$(if $(filter emoji-%,$1),$(DATA),data/scenes/$(1:scenes-%=%)))
@@ -233,13 +233,13 @@ tasks-table: $(VENV)/.installed
 	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
 	$(BIN)/python docs/tables.py --tasks runs/tasks
 
-$(SCENES_RUN)/.trained: data/scenes/.built
-	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out runs/tasks/scene-captions \
-	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 \
-	    --max-steps 2000 --resume
-	$(BIN)/mvlm finetune retrieval --checkpoint runs/tasks/scene-captions --data data/scenes/caption --out $(SCENES_RUN) \
-	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 3e-4 --lr-cross 6e-4 --warmup-steps 30 --max-steps 800 \
-	    --eval-every-steps 0 --resume
+scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model $1 --data data/scenes/$2 --out $3 --mim-weight 0 \
+    --model.whole-word-masking --batch-size 64 --lr-encoder 5e-4 --lr-cross 1e-3 --lr-end 0 --warmup-steps 40 \
+    --max-steps 800 --eval-every-steps 0 --resume
+
+$(SCENES_RUN)/.trained: data/scenes/names/dataset.json
+	$(call scenes_pretraining,$(RUN),names,runs/tasks/scene-names)
+	$(call scenes_pretraining,runs/tasks/scene-names,caption,$(SCENES_RUN))
 	touch $@
 
 runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
@@ -251,15 +251,15 @@ runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json
 runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by group --probe --out $@
 
-runs/tasks/grounding.json: | data/scenes/.built
+runs/tasks/grounding.json: | data/scenes/names/dataset.json
 	$(BIN)/mvlm eval grounding --checkpoint $(RUN) --data data/scenes/grounding --out $@
 
 data/twemoji/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data twemoji data/twemoji
 
-data/scenes/.built: | $(VENV)/.installed
+# The names are the last of the data sets that the command writes.
+data/scenes/names/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data scenes data/scenes
-	touch $@
 
 data/easy-vqa/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data easy-vqa data/easy-vqa

@@ -107,19 +107,21 @@ def scenes(
     test: int = 1000,
     seed: int = 0,
     stamps: Path | None = None,
-    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "grounding"),
+    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "grounding", "names"),
     workers: int | None = None,
 ) -> None:
     """Build composed scenes: emoji artwork in generated layouts, for five tasks, with texts that alone tell nothing.
 
+    OUT/names has scenes of one object each, with captions.
+
     Args:
-        out: Folder for one data set a task: OUT/vqa, OUT/pairs and so on. Finished ones are kept.
+        out: Folder for one data set a task, OUT/vqa, OUT/pairs and so on, and for OUT/names. Finished ones are kept.
         train: Samples of each task for training.
         validation: Samples of each task for validation.
         test: Samples of each task in each of the splits test, combo, concept, artist and photo.
         seed: Another seed gives other scenes.
         stamps: tuxpaint-stamps-default_*.deb, for the split `photo`.
-        tasks: Tasks to build.
+        tasks: Data sets to build.
         workers: Number of processes. Default: one per core.
     """
     from mvlm_dataloading import build_scenes

@@ -127,7 +127,7 @@ def eval_vqa(
         predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
         device: auto, cpu or cuda.
         candidates: Answers of the list that the decoder judges in full. Default: the run's.
-        generate: True: the decoder generates its answers; False: it chooses from the list. Default: as the run.
+        generate: True: answers are generated; False: they are chosen from the list. Default: as the run.
     """
     _evaluate("vqa", checkpoint, data, split, out, predictions, device, candidates=candidates, generate=generate)
 

@@ -35,14 +35,15 @@ class TaskSettings:
     each of its images once."""
     min_count: Annotated[int, AT_LEAST_1] = 1
     """An answer is listed if it is the most frequent one of this many training questions or more (vqa; VQA v2: 9)."""
-    answers: Literal["decoder", "classifier"] = "decoder"
-    """Form of vqa: the paper's autoregressive decoder, or a classifier over the list of answers."""
+    answers: Literal["decoder", "classifier", "masked"] = "decoder"
+    """Form of vqa: the paper's autoregressive decoder, a classifier over the list of answers, or the answer's words
+    masked and predicted, as in pretraining."""
     answer_list: Path | None = None
     """A JSON list of answers (vqa), all of them to training questions. Default: those of the training split."""
     candidates: Annotated[int, AT_LEAST_1] = 128
     """Answers of the list that vqa's decoder judges in full: those with the likeliest first tokens."""
     generate: bool = False
-    """vqa's decoder generates its answers in evaluations, instead of choosing them from the list."""
+    """vqa generates its answers in evaluations, instead of choosing them from the list (decoder, masked)."""
     rerank: Annotated[int, AT_LEAST_1] = 32
     """Candidates of each query that ITM re-ranks in evaluations (retrieval; 128 for Flickr30k, 256 for COCO)."""
     lengths: Annotated[int, AT_LEAST_1] = 5

@@ -39,7 +39,7 @@ def eval_loader(
         tokenizer,
         batch_size=batch_size or BATCH,
         image_size=config.image_size,
-        text_length=config.text_length,
+        text_length=further.pop("text_length", config.text_length),
         seed=seed,
         device=None if device.type == "cpu" else str(device),
         patch_size=config.patch_size,

@@ -57,6 +57,11 @@ class AnswerTable(nn.Module):
         self.register_buffer("tokens", rows, persistent=False)
         self.register_buffer("lengths", torch.from_numpy(lengths), persistent=False)
 
+    @property
+    def masks(self) -> int:
+        """Tokens of the longest answer, its [SEP] included: places for any answer of the list."""
+        return self.tokens.shape[1] - 1
+
     def select(self, answers: Tensor) -> Answers:
         """The answers int64 (R,), packed. On a GPU the host waits for their number of tokens."""
         tokens, lengths = self.tokens[answers], self.lengths[answers] - 1  # (R, A + 1), (R,)
@@ -64,6 +69,18 @@ class AnswerTable(nn.Module):
         inputs, targets = tokens[:, :-1][kept], tokens[:, 1:][kept]
         bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
         return Answers(inputs, targets, Packing(bounds, tokens.shape[1] - 1, len(inputs)))
+
+
+def weighted_cross_entropy(
+    model: MaskVLM, x: Tensor, targets: Tensor, weights: Tensor, plan: str
+) -> tuple[Tensor, Tensor]:
+    """Sum of the language head's weighted cross-entropies, and its accuracy; x (Q, C), targets and weights (Q,)."""
+    head = model.language_head
+    if plan == "fast":
+        return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets, weights)
+    logits = at_least_float32(head(x))  # (Q, V)
+    loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+    return loss, (logits.argmax(1) == targets).float().mean()
 
 
 class AnswerDecoder(nn.Module):
@@ -126,14 +143,7 @@ class AnswerDecoder(nn.Module):
         """Sum of the R answers' negative log-likelihoods, each times its weight (R,); and the accuracy of tokens."""
         x = self(model, question, answers, of, plan)
         each = weights.index_select(0, answers.packing.sequence_of_row)  # (Q,)
-        head = model.language_head
-        if plan == "fast":
-            return linear_cross_entropy(
-                head.transform(x), head.vocabulary.weight, head.vocabulary.bias, answers.targets, each
-            )
-        logits = at_least_float32(head(x))  # (Q, V)
-        loss = (each * F.cross_entropy(logits, answers.targets, reduction="none")).sum()
-        return loss, (logits.argmax(1) == answers.targets).float().mean()
+        return weighted_cross_entropy(model, x, answers.targets, each, plan)
 
     def log_likelihoods(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:
         """Log-likelihood of each of R answers, [SEP] included, float32 (R,)."""

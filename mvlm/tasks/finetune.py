@@ -134,7 +134,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     """Open the data and the pretrained model's configuration, and check both before there is a folder."""
     kind = find_task(config.task)
     dataset, validation = open_splits(config)
-    kind.make_state(dataset, TaskOptions.of(config))
+    state = kind.make_state(dataset, TaskOptions.of(config))
     if config.questions_per_image > 1 and not kind.shares:
         raise ConfigError(
             f"questions_per_image: wanted 1, got {config.questions_per_image}; the task {kind.name} reads each sample "
@@ -143,6 +143,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     if config.freeze == "all" and kind.whole_batch:
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
+    kind.check(state, TaskOptions.of(config), tokenizer, model.config)
     config = replace(config, model=model.config)
     check_attention(config)
     return RunInputs(config, dataset, validation, tokenizer)

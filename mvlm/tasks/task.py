@@ -45,14 +45,14 @@ class TaskOptions:
     """Modality that the model does not get."""
     min_count: int = 1
     """An answer is listed if it is the most frequent one of at least this many training questions."""
-    answers: Literal["decoder", "classifier"] = "decoder"
-    """Form of `vqa`: the paper's answer decoder, or a classifier over the list of answers."""
+    answers: Literal["decoder", "classifier", "masked"] = "decoder"
+    """Form of `vqa`: the paper's answer decoder, a classifier over the list of answers, or masked answers."""
     answer_list: str | None = None
     """JSON file with the list of answers; None for those of the training split."""
     candidates: int = 128
     """Answers of the list that the decoder judges by their whole likelihood: those with the likeliest first tokens."""
     generate: bool = False
-    """The decoder generates its answers, instead of choosing them from the list."""
+    """Answers are any words that the decoder or the language head finds, and not chosen from the list."""
     rerank: int = 32
     """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
     lengths: int = 5
@@ -119,6 +119,10 @@ class Task(nn.Module):
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """State of a task to be trained on `train`. DataError if its samples are not questions of this task."""
         raise NotImplementedError
+
+    @classmethod
+    def check(cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig) -> None:
+        """ConfigError if a model of this configuration cannot do the task. It is asked before anything is written."""
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], Sequence[Tensor]]:

@@ -1,8 +1,9 @@
-"""Visual question answering (VQA v2, easy-VQA, scenes), by an answer decoder or by a classifier.
+"""Visual question answering (VQA v2, easy-VQA, scenes), by an answer decoder, a classifier or masked answers.
 
 - decoder, the paper's form and the default: the log-likelihood of each answer that an annotator gave, weighted by the
   share of annotators who gave it (ALBEF). It answers from the list, by likelihood, or by open generation.
 - classifier, METER's and BEiT-3's form: binary cross-entropy with the answers' soft targets, summed over answers.
+- masked: the answer's words are masked and predicted, as in pretraining. The loss is the decoder's.
 
 A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} per annotator, as in VQA v2's
 annotations. Answers are compared as the official metric compares them: normalised, unless all annotators agree.
@@ -20,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvlm.config.model import MaskVLMConfig
+from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.decoder import AnswerDecoder, AnswerTable
+from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.metrics.vqa import compared_answers, normalize_answer, soft_targets, strip_answer, vqa_accuracy
 from mvlm.tasks.records import read_json
@@ -29,6 +33,8 @@ from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
 
 ANSWERS_OF_A_QUESTION = 10
+SHORTEST_QUESTION = 8
+"""Tokens that a question must at least have room for, [CLS] and [SEP] included."""
 
 
 def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str, Any]]:
@@ -75,7 +81,7 @@ def main_answer(record: dict[str, Any]) -> str:
 
 
 class VisualQuestionAnswering(Task):
-    """Answers to questions about images, by a decoder or by a classifier over a list of answers."""
+    """Answers to questions about images, in one of three forms: decoder, classifier, masked."""
 
     name = "vqa"
     main = "accuracy"
@@ -86,11 +92,14 @@ class VisualQuestionAnswering(Task):
         answers = [*state["answers"], *state.get("others", [])]
         if len(set(answers)) < max(2, len(answers)):
             raise DataError(f"answers: wanted at least 2 different ones, found {answers[:20]}")
-        self.decodes = options.answers == "decoder"
+        self.decodes, self.masked = options.answers == "decoder", options.answers == "masked"
         width = model.config.width
+        if self.decodes or self.masked:
+            model.language_head.requires_grad_(True)
         if self.decodes:
             self.decoder = AnswerDecoder(model)
-            model.language_head.requires_grad_(True)
+        elif self.masked:
+            model.image_cross.requires_grad_(False)  # only texts attend to the other modality
         else:
             self.head = AnswerHead(3 * width, 2 * width, len(state["answers"]))
             if "means" in state:  # older checkpoints have none, and their own bias is loaded instead
@@ -98,11 +107,32 @@ class VisualQuestionAnswering(Task):
                     self.head.answers.bias.copy_(torch.tensor(state["means"], dtype=torch.float64).logit())
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Tokenize the answers, for the decoder."""
+        """Tokenize the answers, for the decoder and for masked answers."""
         super().set_tokenizer(tokenizer)
-        if self.decodes:
+        if self.decodes or self.masked:
             answers = [*self.state["answers"], *self.state.get("others", [])]
             self.table = AnswerTable(answers, tokenizer, self.config.text_length).to(self.log_scale.device)
+
+    @classmethod
+    def check(cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig) -> None:
+        """ConfigError if the masks of the longest answer leave no room for a question."""
+        if options.answers != "masked":
+            return
+        masks = AnswerTable(state["answers"], tokenizer, config.text_length).masks
+        if config.text_length - masks < SHORTEST_QUESTION:
+            raise ConfigError(
+                f"question_length: wanted at least {masks + SHORTEST_QUESTION}, room for the {masks} masks of the "
+                f"longest answer and for a question, got {config.text_length}"
+            )
+
+    @property
+    def masks(self) -> int:
+        """Number of [MASK]s before a question: tokens of the longest answer and [SEP]; 0 unless answers are masked."""
+        return self.table.masks if self.masked else 0
+
+    def loader_options(self) -> dict[str, Any]:
+        """Questions are cut where they would not fit behind the masks."""
+        return {"text_length": self.config.text_length - self.masks}
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
@@ -139,6 +169,8 @@ class VisualQuestionAnswering(Task):
         listed = set(kept)
         if options.answers == "classifier":
             return {"answers": kept, "others": [], "means": mean_targets(records, kept)}
+        if options.answers == "masked":
+            return {"answers": kept, "others": []}
         return {"answers": kept, "others": [answer for answer in ordered if answer not in listed]}
 
     @classmethod
@@ -150,14 +182,14 @@ class VisualQuestionAnswering(Task):
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).
 
-        Targets are shares of annotators for the decoder, soft targets for the classifier.
+        Targets are soft targets for the classifier, shares of annotators otherwise.
         """
         place = {answer: i for i, answer in enumerate([*self.state["answers"], *self.state.get("others", [])])}
         records = questions(dataset)
         ids = torch.full((len(records), ANSWERS_OF_A_QUESTION), -1)
         values = torch.zeros(len(records), ANSWERS_OF_A_QUESTION)
         for row, record in enumerate(records):
-            given = annotator_shares(record) if self.decodes else soft_targets(record["answers"])
+            given = annotator_shares(record) if self.decodes or self.masked else soft_targets(record["answers"])
             known = [(place[a], t) for a, t in given.items() if a in place]
             for column, (answer, target) in enumerate(known[:ANSWERS_OF_A_QUESTION]):
                 ids[row, column], values[row, column] = answer, target
@@ -166,11 +198,14 @@ class VisualQuestionAnswering(Task):
     def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Mean loss of the questions. Accuracy: of the answers' tokens, or the mean target of the likeliest answer."""
         ids, values = targets
-        if self.decodes:
+        if self.decodes or self.masked:
             of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
+            answers, weights = ids[of, column], values[of, column] / len(ids)
+            if self.masked:
+                x = mask_features(self.model, self.hide(batch), self.masks, plan)
+                return TaskLosses(*answers_loss(self.model, x, self.table, answers, of, weights, plan))
             question = self.decoder.question(self.model, self.hide(batch), plan)
-            answers, weights = self.table.select(ids[of, column]), values[of, column] / len(ids)
-            return TaskLosses(*self.decoder.loss(self.model, question, answers, of, weights, plan))
+            return TaskLosses(*self.decoder.loss(self.model, question, self.table.select(answers), of, weights, plan))
         logits = self.head(self.fuse(batch, plan))  # (B, A)
         dense = logits.new_zeros(len(logits), logits.shape[1] + 1)  # the last column takes what has no answer
         dense.scatter_(1, ids.remainder(logits.shape[1] + 1), values.to(dense.dtype))
@@ -179,16 +214,26 @@ class VisualQuestionAnswering(Task):
         return TaskLosses(loss, dense.gather(1, logits.argmax(1, keepdim=True)).mean().detach())
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
-        """The likeliest answer of the list to each question; by a decoder with --generate, a generated one."""
-        if not self.decodes:
-            return [{"answer": self.state["answers"][i]} for i in self.head(self.fuse(batch, plan)).argmax(1).tolist()]
-        question = self.decoder.question(self.model, self.hide(batch), plan)
-        if self.options.generate:
-            found = self.decoder.generate(self.model, question, self.tokenizer, self.config.text_length, plan)
-            return [{"answer": self.tokenizer.decode(row)} for row in found.tolist()]
-        listed, k = len(self.state["answers"]), self.options.candidates
-        best = self.decoder.rank(self.model, question, self.table, listed, k, plan)
+        """The likeliest answer of the list to each question; with --generate, any words, but for a classifier."""
+        if self.options.generate and (self.masked or self.decodes):
+            return [{"answer": self.tokenizer.decode(row)} for row in self._generated(batch, plan).tolist()]
+        if self.masked:
+            best = likeliest(self.model, mask_features(self.model, self.hide(batch), self.masks, plan), self.table)
+        elif self.decodes:
+            question = self.decoder.question(self.model, self.hide(batch), plan)
+            listed, k = len(self.state["answers"]), self.options.candidates
+            best = self.decoder.rank(self.model, question, self.table, listed, k, plan)
+        else:
+            best = self.head(self.fuse(batch, plan)).argmax(1)
         return [{"answer": self.state["answers"][i]} for i in best.tolist()]
+
+    def _generated(self, batch: Batch, plan: str) -> Tensor:
+        """Tokens of an answer to each question, int64 (B, any number), [SEP]s at the end."""
+        batch = self.hide(batch)
+        if self.masked:
+            return fill_in(self.model, mask_features(self.model, batch, self.masks, plan), self.tokenizer)
+        question = self.decoder.question(self.model, batch, plan)
+        return self.decoder.generate(self.model, question, self.tokenizer, self.config.text_length, plan)
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

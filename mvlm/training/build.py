@@ -75,7 +75,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         rank=world.rank,
         world_size=world.size,
         image_size=model.image_size,
-        text_length=model.text_length,
+        text_length=further.pop("text_length", model.text_length),
         seed=config.seed,
         device=None if world.device.type == "cpu" else str(world.device),
         # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.

@@ -1,6 +1,6 @@
-"""Building the data sets of composed scenes: one for each task, with the same splits.
+"""Building the data sets of composed scenes: one for each task and one of names, with the same splits.
 
-    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/grounding     each a data set, written by a `ShardWriter`
+    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/grounding, OUT/names   data sets, written by a `ShardWriter`
 
 A data set is complete or not there: a build that was killed repeats the one it was at. Layouts are functions of seed,
 task, split and number, and images are written in their order, so the number of processes changes no byte.
@@ -22,7 +22,7 @@ from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.sources.record import file_sha256
 
 from .artwork import Artwork, openmoji, photographs, twemoji
-from .captions import make_captions
+from .captions import make_captions, make_names
 from .draw import Painter
 from .hypotheses import make_hypotheses
 from .layout import SIDE, Scene, boxes
@@ -41,6 +41,7 @@ TASKS: dict[str, Compose] = {
     "entailment": make_hypotheses,
     "caption": make_captions,
     "grounding": make_phrases,
+    "names": make_names,
 }
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
 _REVISION = 5

@@ -29,6 +29,17 @@ def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
 
 
+def make_names(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """`count` scenes of one object each, with captions that name it."""
+    return compose({"name": named}, seed, vocabulary, count)
+
+
+def named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """A scene of one object, of any kind that the split asks about."""
+    scene = place(rng, [rng.choice(vocabulary.asked)])
+    return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
+
+
 def captions_of(rng: random.Random, vocabulary: Vocabulary, scene: Scene) -> list[str]:
     """Three captions that list all objects, and up to two that tell a side."""
     counts: dict[Kind, int] = {}

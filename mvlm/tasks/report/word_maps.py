@@ -1,8 +1,8 @@
 """Maps of the patches that each word of a text attends to, by their effect on what a fine-tuned task predicts.
 
 GradCAM as in `mvlm.inference.attention_maps`, with the task's prediction in place of ITM's log-odds: the log-odds of
-the predicted label, the log-likelihood of the decoded answer, or the log-probability of a caption's word when that word
-is masked. The weights are those of the last cross-attention to the image that words have an effect in.
+the predicted label, the log-likelihood of the decoded or masked answer, or the log-probability of a caption's word when
+that word is masked. The weights are those of the last cross-attention to the image that words have an effect in.
 
 Shape legend: B rows (images of a strip, or copies of a caption), L tokens, M keys (1 + patches), C width, H heads,
 D head width, W words, S image side.
@@ -23,6 +23,7 @@ from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.decoder import AnswerTable
 from mvlm.tasks.entailment import Entailment
+from mvlm.tasks.masked_answers import answers_loss, mask_features
 from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.task import Task
 from mvlm.tasks.vqa import VisualQuestionAnswering
@@ -33,7 +34,8 @@ class TaskMaps(NamedTuple):
     """Maps of the words of a text over each image of a sample."""
 
     words: list[str]
-    """"[CLS]", which stands for the whole text, and the words; of a caption, the words alone."""
+    """"[CLS]", which stands for the whole text, and the words; "[MASK]" in its place for a masked answer; of a caption,
+    the words alone."""
     maps: Tensor
     """float32 (images, W, rows, columns), not negative."""
     probability: float | None
@@ -93,14 +95,25 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
     """
     if isinstance(task, Captioning):
         return _of_caption(task, images, predicted)
-    tokens, bounds = packed_tokens([text], task.tokenizer, task.config.text_length)
+    vqa = task if isinstance(task, VisualQuestionAnswering) else None
+    before = vqa.masks if vqa else 0  # tokens of the text before the question
+    tokens, bounds = packed_tokens([text], task.tokenizer, task.config.text_length - before)
+    first = "[CLS]", 0, 1
     batch, number = _batch(images, tokens, bounds), task.images if isinstance(task, Pairs) else 1
-    if isinstance(task, VisualQuestionAnswering) and task.decodes:
-        with _recorded(task.decoder.fusion) as layers:
-            question = task.decoder.question(task.model, batch, "plain")
-            one = torch.zeros(1, dtype=torch.int64)
-            answer = AnswerTable([predicted], task.tokenizer, task.config.text_length).select(one)
-            score = task.decoder.log_likelihoods(task.model, question, answer, one, "plain")[0]
+    one = torch.zeros(1, dtype=torch.int64)
+    if vqa and vqa.decodes:
+        with _recorded(vqa.decoder.fusion) as layers:
+            question = vqa.decoder.question(vqa.model, batch, "plain")
+            answer = AnswerTable([predicted], vqa.tokenizer, vqa.config.text_length).select(one)
+            score = vqa.decoder.log_likelihoods(vqa.model, question, answer, one, "plain")[0]
+        probability = score.exp()
+    elif vqa and vqa.masked:
+        with _recorded(vqa.model.text_cross) as layers:
+            x = mask_features(vqa.model, batch, before, "plain")
+            table = AnswerTable([predicted], vqa.tokenizer, before + 1)
+            score = -answers_loss(vqa.model, x, table, one, one, x.new_ones(1), "plain")[0]
+        layers = layers[:-1] or layers  # the question's words have no effect in the last one
+        first = "[MASK]", 1, int(table.lengths) - 1
         probability = score.exp()
     elif isinstance(task, VisualQuestionAnswering | Entailment | Pairs):
         labels = task.state["answers" if isinstance(task, VisualQuestionAnswering) else "labels"]
@@ -115,11 +128,11 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
         probability = score.sigmoid()
     else:
         raise RunError(f"{task.name}: wanted a task with maps of words, found one of your own; leave its maps out")
-    whole = [layer for layer in layers if layer.seen["heads"].shape[1] == len(tokens)]
+    whole = [layer for layer in layers if layer.seen["heads"].shape[1] == before + len(tokens)]
     layer = (whole or layers)[-1]  # the last layer of a classifier computes [CLS] alone
     cam = layer.gradcam(torch.autograd.grad(score, layer.seen["heads"])[0])  # (n, L, M)
-    spans = [("[CLS]", 0, 1)]
-    spans += [(word, 1 + a, 1 + b) for word, a, b in task.tokenizer.words(text) if 1 + b < len(tokens) and whole]
+    words = [(word, 1 + a, 1 + b) for word, a, b in task.tokenizer.words(text) if 1 + b < len(tokens) and whole]
+    spans = [first, *((word, before + a, before + b) for word, a, b in words)]
     maps = torch.stack([cam[:, a:b, 1:].mean(1) for _, a, b in spans], dim=1)
     return TaskMaps([word for word, _, _ in spans], _on_grid(task, maps), probability.item())
 

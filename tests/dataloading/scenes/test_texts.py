@@ -227,6 +227,21 @@ def test_held_combinations_are_in_split_combo_alone() -> None:
     assert held <= kinds_of("vqa", "combo")
 
 
+@each_split
+def test_names_have_one_object_that_each_caption_names(split: str) -> None:
+    kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+    samples = compose_split("names", split, 0, kinds, 2000)
+    assert len(samples) == 2000
+    for sample in samples:
+        ((one,),) = (scene.objects for scene in sample.scenes)
+        name = with_article(one.kind.text)
+        assert sample.captions == (name, f"there is {name}", f"an image of {name}")
+    often = Counter(sample.scenes[0].objects[0].kind for sample in samples)
+    assert set(often) == set(kinds.asked)
+    assert max(often.values()) < 2 * 2000 / len(often) + 10  # as many of each, but for chance
+    assert len({one.cell for s in samples for one in s.scenes[0].objects}) == 9
+
+
 def told_sides(split: str) -> set[tuple[str, str]]:
     """(noun, side) of every relation that a text of the split tells or asks for as an answer."""
     sides, found = {words: side for side, words in SIDES.items()}, set()

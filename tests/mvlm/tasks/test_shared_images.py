@@ -22,6 +22,7 @@ FORMS = {
     "decoder": ("vqa", TaskOptions()),
     "blind decoder": ("vqa", TaskOptions(blind="text")),
     "classifier": ("vqa", TaskOptions(answers="classifier")),
+    "masked": ("vqa", TaskOptions(answers="masked")),
     "entailment": ("entailment", TaskOptions()),
     "pairs": ("pairs", TaskOptions()),
 }
@@ -78,7 +79,7 @@ def test_losses_and_gradients_are_those_of_samples_with_images_of_their_own(trai
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("blind", ["image", "text"])
-@pytest.mark.parametrize("form", ["decoder", "classifier", "entailment", "pairs"])
+@pytest.mark.parametrize("form", ["decoder", "classifier", "masked", "entailment", "pairs"])
 def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, share, monkeypatch):
     """Losses, gradients and predictions are those of a grey image, or of a masked text, for each sample."""
     name, options = FORMS[form]

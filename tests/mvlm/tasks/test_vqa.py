@@ -63,6 +63,7 @@ def test_a_file_gives_the_list(questions, tmp_path):
     found = make_state(questions, answer_list=str(file))
     assert found == {"answers": ["red", "blue"], "others": ["white", "green", "yellow"]}
     assert make_state(questions, answer_list=str(file), answers="classifier")["others"] == []
+    assert make_state(questions, answer_list=str(file), answers="masked") == {"answers": ["red", "blue"], "others": []}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_the_test_split_gives_no_list(questions):
         make_state(questions, "test")
 
 
-def test_targets_are_shares_of_annotators_for_the_decoder(trained, tmp_path):
+def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path):
     """Seven of ten say two, two say 2, which is the same, and one says three. Elsewhere most say three."""
     given = ["two"] * 7 + ["2"] * 2 + ["three"]
     answers = [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)]
@@ -98,8 +99,8 @@ def test_targets_are_shares_of_annotators_for_the_decoder(trained, tmp_path):
         other = [{"answer": "three" if i else "two", "answer_id": i} for i in range(10)]
         writer.add("1", png(scene(1)[0]), ["how many?"], {"question_id": 2, "answers": other})
     dataset = open_dataset(tmp_path / "d", "train")
-    forms: list[tuple[Literal["decoder", "classifier"], list[float]]]
-    forms = [("decoder", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
+    forms: list[tuple[Literal["decoder", "classifier", "masked"], list[float]]]
+    forms = [("decoder", [0.9, 0.1]), ("masked", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
     for form, values in forms:
         options = TaskOptions(answers=form)
         state = VisualQuestionAnswering.make_state(dataset, options)

@@ -19,6 +19,7 @@ TEXT, SIDE = "red top left", 4
 FORMS = {
     "classifier": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
     "decoder": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
+    "masked": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
     "entailment": ("entailment", {"labels": ["contradiction", "neutral", "entailment"]}, "neutral"),
     "pairs": ("pairs", {"labels": ["false", "true"], "images": 2}, "true"),
     "caption": ("caption", {}, TEXT),
@@ -29,7 +30,7 @@ def made(trained, form: str) -> Any:
     """A task with random weights in its head."""
     name, state, _ = FORMS[form]
     model, tokenizer = load_model(trained, text_length=12)
-    options = TaskOptions(answers="classifier" if form == "classifier" else "decoder")
+    options = TaskOptions(answers="classifier" if form == "classifier" else "masked" if form == "masked" else "decoder")
     task = find_task(name)(model, options, state)
     task.set_tokenizer(tokenizer)
     generator = torch.Generator().manual_seed(1)
@@ -57,6 +58,15 @@ def written_out(seen: list[Tensor], attention: Attention):
 
 def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
     """The figure whose derivatives make the maps, by other paths than those of `task_maps`."""
+    if form == "masked":
+        answer, masks = encoded(task, predicted)[1:], [task.config.mask_token_id] * task.masks
+        tokens = torch.tensor([batch.tokens[0], *masks, *batch.tokens[1:]])
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        w, key_mask = task.model.encode_text_packed(tokens, bounds, len(tokens)).padded()
+        v = task.model.encode_image(batch.images)
+        places = torch.arange(len(answer))
+        logits = task.model.fill_mask(v, w, key_mask, bounds, 1 + places)
+        return logits.log_softmax(1)[places, answer].sum()
     if form == "decoder":
         question = task.decoder.question(task.model, batch, "plain")
         answer = task.table.select(torch.tensor([task.state["answers"].index(predicted)]))
@@ -66,6 +76,10 @@ def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
         return logits[task.state["answers"].index(predicted)]
     p = logits.double().softmax(0)[task.state["labels"].index(predicted)]
     return (p / (1 - p)).log()
+
+
+def encoded(task: Any, text: str) -> list[int]:
+    return task.tokenizer.encode([text], 12)[0].tolist()
 
 
 def spans(task: Any) -> list[tuple[int, int]]:
@@ -88,10 +102,11 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
     found = task_maps(task, images, TEXT if form != "caption" else "", predicted)
     assert all(parameter.grad is None for parameter in task.parameters())
 
-    tokens = torch.from_numpy(task.tokenizer.encode([TEXT], 12)[0])
+    tokens = torch.tensor(encoded(task, TEXT))
     length, one = len(tokens), torch.zeros(1, dtype=torch.int64)
     encoder = task.decoder.fusion if form == "decoder" else task.model.text_cross
-    # The last layer of a classifier computes [CLS] alone; the fusion block and a caption have all rows in the last one.
+    # In the last layer of a classifier [CLS] alone has an effect, in that of a masked answer the [MASK]s; in the fusion
+    # block and in a caption all rows do.
     layer = encoder.layers[-1 if form in ("decoder", "caption") else -2].cross_attention
     seen: list[Tensor] = []
     monkeypatch.setattr(layer, "forward", written_out(seen, layer))
@@ -116,9 +131,11 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
         (p,) = seen
         assert p.grad is not None
         cam = (p * p.grad.clamp(min=0)).mean(1)  # (n, L, M)
-        maps = [cam[:, a:b, 1:].mean(1) for a, b in [(0, 1), *spans(task)]]
-        words = ["[CLS]", *TEXT.split()]
-        wanted = score.exp() if form == "decoder" else score.sigmoid()
+        before = task.masks if form == "masked" else 0
+        first = (1, len(encoded(task, predicted)) - 1) if form == "masked" else (0, 1)
+        maps = [cam[:, a:b, 1:].mean(1) for a, b in [first, *((before + a, before + b) for a, b in spans(task))]]
+        words = ["[MASK]" if form == "masked" else "[CLS]", *TEXT.split()]
+        wanted = score.exp() if form in ("decoder", "masked") else score.sigmoid()
         assert found.probability == pytest.approx(wanted.item(), abs=1e-6)
     by_hand = torch.stack(maps, dim=1).unflatten(-1, (SIDE, SIDE)).detach()
     assert found.words == words

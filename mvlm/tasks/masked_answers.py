@@ -1,0 +1,110 @@
+"""Answers by masked language modelling: [MASK]s stand before the question, and the language head fills them in.
+
+A text is `[CLS] [MASK] ... [MASK] question [SEP]`, with as many [MASK]s as the longest answer of the list has tokens,
+its [SEP] included. All are predicted at once, from the image. An answer's likelihood is the product of the
+probabilities of its tokens and of the [SEP] behind them. Nothing is new here: every weight was pretrained.
+
+Shape legend: B samples, I images, U questions, T packed tokens, N patches, L tokens of the longest text, R answers that
+are learned, Q their packed tokens, A masks of a text, C width, V vocabulary.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mvlm.model.attention_backends import KeyIndex
+from mvlm.model.fast import make_caches
+from mvlm.model.fast_attention import encode_rows, select_rows
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.residual import Residual
+from mvlm.objectives.losses import at_least_float32
+from mvlm.tasks.decoder import LOGITS_AT_A_TIME, AnswerTable, weighted_cross_entropy
+from mvlm_dataloading import Batch, Tokenizer
+
+
+def with_masks(batch: Batch, number: int, mask_token_id: int) -> Batch:
+    """The batch with `number` [MASK]s in each text, behind its [CLS]."""
+    bounds = batch.cu_seqlens.long()  # (U+1,)
+    added = number * torch.arange(len(bounds), device=bounds.device)
+    row = torch.arange(len(batch.tokens), device=bounds.device)
+    text = torch.searchsorted(bounds[1:], row, right=True)
+    place = row + number * (text + (row != bounds[:-1][text.clamp(max=len(bounds) - 2)]))
+    tokens = batch.tokens.new_full((len(row) + number * (len(bounds) - 1),), mask_token_id)
+    return replace(
+        batch,
+        tokens=tokens.scatter(0, place, batch.tokens),
+        cu_seqlens=(bounds + added).int(),
+        max_length=batch.max_length + number,
+        sample_tokens=batch.sample_tokens and batch.sample_tokens + number * len(batch.sample_id),
+    )
+
+
+def mask_features(model: MaskVLM, batch: Batch, number: int, plan: str) -> Tensor:
+    """Features (B, A, C) of the A = `number` [MASK]s of each text, which attends to its image.
+
+    An image or a question that several samples share is encoded once.
+    """
+    batch = with_masks(batch, number, model.config.mask_token_id)
+    v, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)  # (I, 1+N, C), U questions
+    images, texts = batch.pairs()  # (B,) each
+    if plan == "plain":
+        w, key_mask = text.padded()  # (U, L, C), (U, L), True = a token
+        x = model.text_cross(w.index_select(0, texts), v.index_select(0, images), key_mask[texts], None)  # (B, L, C)
+        return x[:, 1 : 1 + number]
+    caches = make_caches(v, text)
+    packing = caches.text.packing
+    assert packing is not None
+    if batch.image_of is None:
+        selected, x = packing, encode_rows(model.text_cross, Residual(text.rows), packing, caches.image)
+    else:
+        selected, rows = packing.select(texts, batch.sample_tokens)
+        x = encode_rows(
+            model.text_cross, Residual(text.rows), packing, caches.image, KeyIndex(images, len(v)),
+            select=partial(select_rows, rows=rows), selected=selected,
+        )  # fmt: skip
+    first = selected.cu_seqlens[:-1].long() + 1  # (B,)
+    at = first[:, None] + torch.arange(number, device=first.device)
+    return x.index_select(0, at.flatten()).unflatten(0, (-1, number))
+
+
+def answers_loss(
+    model: MaskVLM, x: Tensor, table: AnswerTable, answers: Tensor, of: Tensor, weights: Tensor, plan: str
+) -> tuple[Tensor, Tensor]:
+    """Sum of the negative log-likelihoods of R answers, each times its weight; and the accuracy of their tokens.
+
+    Args:
+        x: features of the [MASK]s (B, A, C).
+        answers: rows of the table, int64 (R,).
+        of: sample of each answer, int64 (R,).
+        weights: (R,).
+    """
+    learned = table.select(answers)
+    of_row = learned.packing.sequence_of_row  # (Q,)
+    at = of.index_select(0, of_row) * x.shape[1] + learned.packing.position
+    features, each = x.flatten(0, 1).index_select(0, at), weights.index_select(0, of_row)
+    return weighted_cross_entropy(model, features, learned.targets, each, plan)
+
+
+def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
+    """The likeliest answer of a table for each sample, int64 (B,); x (B, A, C) are features of its [MASK]s."""
+    words = table.tokens[:, 1:]  # (answers, A), ends with [SEP] and padding
+    counts = torch.arange(words.shape[1], device=words.device) < table.lengths[:, None] - 1
+    found = []
+    for part in x.split(max(1, LOGITS_AT_A_TIME // (x.shape[1] * model.config.vocab_size))):
+        log_p = at_least_float32(model.language_head(part)).log_softmax(-1)  # (b, A, V)
+        scores = log_p.new_zeros(len(part), len(words))
+        for place in range(words.shape[1]):
+            scores += log_p[:, place].index_select(1, words[:, place]) * counts[:, place]
+        found.append(scores.argmax(1))
+    return torch.cat(found)
+
+
+def fill_in(model: MaskVLM, x: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """The likeliest token at each [MASK], int64 (B, A), and [SEP] from the first [SEP] on; x (B, A, C)."""
+    log_p = at_least_float32(model.language_head(x))[..., : tokenizer.vocab_size]
+    log_p[..., [tokenizer.cls_id, tokenizer.pad_id, tokenizer.mask_id]] = -torch.inf
+    tokens = log_p.argmax(-1)
+    ended = (tokens == tokenizer.sep_id).cumsum(1) > 0
+    return tokens.masked_fill(ended, tokenizer.sep_id)
