@@ -212,8 +212,8 @@ evidence: $(VENV)/.installed
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
-# The model that the studies of scenes start from: the demo's, pretrained further on names of objects, then on captions.
-SCENES_RUN := runs/tasks/scene-captions
+# The model that the studies of scenes start from: the demo's, after captions of scenes and names of their objects.
+SCENES_RUN := runs/tasks/scene-start
 
 # Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
 study_data = $(if $(filter easy-vqa,$1),data/easy-vqa,$(if $(filter emoji-%,$1),$(DATA),data/scenes/$(1:scenes-%=%)))
@@ -224,7 +224,7 @@ $(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --da
 
 endef
 
-## tasks          the demo's model on every task, with baselines and three seeds: an estimated 3.4 hours on two cores; PART=i/n
+## tasks          the demo's model on every task, with baselines and three seeds: an estimated 3.5 hours on two cores; PART=i/n
 tasks: $(TASK_EVALUATIONS) $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 
@@ -233,13 +233,17 @@ tasks-table: $(VENV)/.installed
 	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
 	$(BIN)/python docs/tables.py --tasks runs/tasks
 
-scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model $1 --data data/scenes/$2 --out $3 --mim-weight 0 \
-    --model.whole-word-masking --batch-size 64 --lr-encoder 5e-4 --lr-cross 1e-3 --lr-end 0 --warmup-steps 40 \
-    --max-steps 800 --eval-every-steps 0 --resume
+scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model runs/tasks/$1 --data data/scenes/$2 --out runs/tasks/$3 \
+    --max-steps $4 --mim-weight 0 --model.whole-word-masking --batch-size 64 --lr-encoder 3e-4 --lr-cross 6e-4 --lr-end 0 \
+    --warmup-steps 30 --eval-every-steps 0 --resume
 
 $(SCENES_RUN)/.trained: data/scenes/names/dataset.json
-	$(call scenes_pretraining,$(RUN),names,runs/tasks/scene-names)
-	$(call scenes_pretraining,runs/tasks/scene-names,caption,$(SCENES_RUN))
+	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out runs/tasks/scene-writing \
+	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 \
+	    --max-steps 2000 --resume
+	$(call scenes_pretraining,scene-writing,caption,scene-words,800)
+	$(call scenes_pretraining,scene-words,names,scene-names,400)
+	$(call scenes_pretraining,scene-names,caption,scene-start,400)
 	touch $@
 
 runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
