@@ -14,7 +14,8 @@ from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.step_cost import MemoryTracker, StepShape, give_fake_tensors
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import Packing
-from mvlm.tasks.decoder import Answers
+from mvlm.tasks.decoder import Answers, weighted_cross_entropy
+from mvlm.tasks.masked_answers import mask_features
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.task import TaskOptions
 
@@ -28,30 +29,34 @@ STATES: dict[str, dict[str, Any]] = {
 
 
 @cache
-def step_flops(name: str, plan: str, answers: int = 0, per_image: int = 1) -> int:
+def step_flops(name: str, plan: str, answers: int = 0, per_image: int = 1, filled: int = 0) -> int:
     """FLOPs of forward and backward pass of a batch. With `answers`, of vqa's decoder on so many answers a question.
 
-    With `per_image`, so many samples share an image.
+    With `per_image`, so many samples share an image. With `filled`, of vqa's masked answers with so many [MASK]s.
     """
     config = replace(MaskVLMConfig.preset("base"), image_size=384)
     shape = StepShape(pairs=PAIRS, tokens=TOKENS, longest=LONGEST, bf16=False)
     images = STATES[name].get("images", 1)
     with torch.device("meta"):
-        options = TaskOptions(answers="decoder" if answers else "classifier")
+        options = TaskOptions(answers="decoder" if answers else "masked" if filled else "classifier")
         task: Any = find_task(name)(MaskVLM(config), options, STATES[name])
     frozen = {n for n, p in task.named_parameters() if not p.requires_grad}
-    with FakeTensorMode(), MemoryTracker(images * PAIRS * TOKENS) as tracker:
+    with FakeTensorMode(), MemoryTracker(images * PAIRS * (TOKENS + filled)) as tracker:
         give_fake_tensors(task)
         for n, parameter in task.named_parameters():
             parameter.requires_grad_(n not in frozen)
-        batch, masks = fake_microbatch(config, shape.pairs, shape.tokens, shape.longest)
+        batch, masks = fake_microbatch(config, shape.pairs, shape.tokens, shape.longest - filled)
         batch = replace(batch, images=torch.empty(PAIRS // per_image, 3, 384, images * 384, dtype=torch.uint8))
         if per_image > 1:
             of = {name: torch.empty(PAIRS, dtype=torch.int64) for name in ("image_of", "caption_of")}
             batch = replace(batch, **of, sample_tokens=PAIRS * TOKENS)
         labels = torch.empty(PAIRS, dtype=torch.int64)
         targets: list[Tensor] = {"caption": [], "vqa": [labels[:, None], torch.empty(PAIRS, 1)]}.get(name, [labels])
-        if answers:
+        if filled:
+            x = mask_features(task.model, batch, filled, plan).flatten(0, 1)
+            words, weights = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
+            loss, _ = weighted_cross_entropy(task.model, x, words, weights, plan)
+        elif answers:
             number, length = answers * PAIRS, 3
             tokens, bounds = torch.empty(number * length, dtype=torch.int64), torch.empty(number + 1, dtype=torch.int32)
             packed = Answers(tokens, tokens, Packing(bounds, length, number * length))
@@ -72,6 +77,16 @@ def test_a_fast_step_computes_no_padding(name):
     products = 6 * 14 * config.width**2 * (config.cross_layers - 1)  # FLOPs of a row: queries, keys, values, MLP
     padding = images * PAIRS * (LONGEST - TOKENS) * products
     assert step_flops(name, "plain") - step_flops(name, "fast") > padding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_image", [1, 4])
+def test_masked_answers_compute_no_padding_and_no_image_that_attends_to_a_question(per_image):
+    plain, fast = (step_flops("vqa", plan, per_image=per_image, filled=4) for plan in ("plain", "fast"))
+    config = MaskVLMConfig.preset("base")
+    products = 6 * 14 * config.width**2 * (config.cross_layers - 1)
+    assert plain - fast > PAIRS * (LONGEST - TOKENS - 4) * products
+    assert fast < step_flops("vqa", "fast", per_image=per_image)
 
 
 @pytest.mark.slow
