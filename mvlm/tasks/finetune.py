@@ -35,7 +35,7 @@ from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
-from mvlm_dataloading import Dataset
+from mvlm_dataloading import Dataset, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +143,21 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     if config.freeze == "all" and kind.whole_batch:
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
-    kind.check(state, TaskOptions.of(config), tokenizer, model.config)
+    longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, model.config)
+    if (cut := share_cut(dataset, tokenizer, longest)) >= 0.01:
+        log.warning(
+            "%.0f %% of texts have more than %d tokens and are cut; raise --question-length", 100 * cut, longest
+        )
     config = replace(config, model=model.config)
     check_attention(config)
     return RunInputs(config, dataset, validation, tokenizer)
+
+
+def share_cut(dataset: Dataset, tokenizer: Tokenizer, longest: int) -> float:
+    """Share of a split's first 1,000 texts with more than `longest` tokens."""
+    texts = [dataset.captions(i)[0] for i in range(min(len(dataset), 1000))]
+    _, lengths = tokenizer.encode(texts, longest + 1)
+    return float((lengths > longest).mean())
 
 
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner:

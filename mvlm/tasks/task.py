@@ -121,8 +121,11 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def check(cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig) -> None:
-        """ConfigError if a model of this configuration cannot do the task. It is asked before anything is written."""
+    def longest_text(
+        cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig
+    ) -> int:
+        """Most tokens that a sample's text may have. ConfigError if they are too few for any."""
+        return config.text_length
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], Sequence[Tensor]]:

@@ -114,16 +114,19 @@ class VisualQuestionAnswering(Task):
             self.table = AnswerTable(answers, tokenizer, self.config.text_length).to(self.log_scale.device)
 
     @classmethod
-    def check(cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig) -> None:
-        """ConfigError if the masks of the longest answer leave no room for a question."""
+    def longest_text(
+        cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig
+    ) -> int:
+        """Most tokens of a question. ConfigError if the masks of the longest answer leave no room for one."""
         if options.answers != "masked":
-            return
+            return config.text_length
         masks = AnswerTable(state["answers"], tokenizer, config.text_length).masks
         if config.text_length - masks < SHORTEST_QUESTION:
             raise ConfigError(
                 f"question_length: wanted at least {masks + SHORTEST_QUESTION}, room for the {masks} masks of the "
                 f"longest answer and for a question, got {config.text_length}"
             )
+        return config.text_length - masks
 
     @property
     def masks(self) -> int:

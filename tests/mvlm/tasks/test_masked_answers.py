@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
+from mvlm.runs.load import load_model
 from mvlm.tasks.decoder import AnswerTable
-from mvlm.tasks.finetune import finetune
+from mvlm.tasks.finetune import finetune, open_inputs, share_cut
 from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features, with_masks
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
+from mvlm_dataloading import open_dataset
 from support.models import micro_batch, micro_model
 from support.questions import finetune_config, write_questions
 
@@ -129,6 +131,20 @@ def test_questions_are_cut_behind_the_masks(tokenizer):
     longest = max(len(tokenizer.encode([answer], 40)[0]) for answer in ANSWERS) - 1  # its [SEP] included
     assert task.masks == longest
     assert task.loader_options() == {"text_length": 24 - longest}
+
+
+def test_texts_that_are_cut_are_counted(trained, tmp_path, caplog):
+    """Questions about the ground have other lengths than those about an object."""
+    data = write_questions(tmp_path / "data")
+    dataset, (_, tokenizer) = open_dataset(data, "train"), load_model(trained)
+    lengths = [len(tokenizer.encode([dataset.captions(i)[0]], 99)[0]) for i in range(len(dataset))]
+    assert len(set(lengths)) > 1
+    for longest in set(lengths):
+        assert share_cut(dataset, tokenizer, longest) == pytest.approx(np.mean([n > longest for n in lengths]))
+    for question_length, cut in ((max(lengths), False), (max(lengths) - 1, True)):
+        caplog.clear()
+        open_inputs(finetune_config(trained, data, tmp_path / "run", "vqa", question_length=question_length))
+        assert ("of texts have more than" in caplog.text) == cut
 
 
 def test_a_text_without_room_for_a_question_is_refused_before_anything_is_written(trained, tmp_path):
