@@ -78,6 +78,7 @@ def scenes_starts() -> Rows:
         "the same; 1,100": read_evaluation("scenes-vqa-1100"),
         "the same; 1,480": read_evaluation("scenes-vqa-1480"),
         "captions, 1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
+        "the same start; masked answers, 400": read_evaluation("scenes-vqa-masked"),
     }
     rows = [["per cent, test split", "text alone at best", *found]]
     for kind, best in TEXT_ALONE.items():
