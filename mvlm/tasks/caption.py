@@ -109,7 +109,7 @@ class Captioning(Task):
             w, key_mask = text.padded()
             logits = at_least_float32(self.model.fill_mask(v, w, key_mask, batch.cu_seqlens, masks.token_ids))
             loss = (weights * F.cross_entropy(logits, targets_of_masks, reduction="none")).sum()
-            accuracy = (logits.argmax(1) == targets_of_masks).float().mean()
+            accuracy = (logits.argmax(1) == targets_of_masks).to(logits.dtype).mean()
         lengths = batch.cu_seqlens.diff().long() - 3  # of the words, less one
         return TaskLosses(loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths), accuracy)
 

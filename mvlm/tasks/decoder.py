@@ -80,7 +80,7 @@ def weighted_cross_entropy(
         return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets, weights)
     logits = at_least_float32(head(x))  # (Q, V)
     loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
-    return loss, (logits.argmax(1) == targets).float().mean()
+    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean()
 
 
 class AnswerDecoder(nn.Module):

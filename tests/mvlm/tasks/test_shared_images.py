@@ -88,9 +88,10 @@ def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, sha
     options = replace(options, blind=blind)
     task = kind(model.train(), options, kind.make_state(open_dataset(data[name], "train"), options)).double()
     task.set_tokenizer(tokenizer)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in task.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, dtype=torch.float64)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     batch, masks, targets = loaded(task, data[name], share)
     hidden = task.hide(batch)
     if blind == "image":
