@@ -146,7 +146,9 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, model.config)
     if (cut := share_cut(dataset, tokenizer, longest)) >= 0.01:
         log.warning(
-            "%.0f %% of texts have more than %d tokens and are cut; raise --question-length", 100 * cut, longest
+            "%.0f %% of the first 1,000 texts have more than %d tokens and are cut; raise --question-length",
+            100 * cut,
+            longest,
         )
     config = replace(config, model=model.config)
     check_attention(config)
