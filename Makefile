@@ -212,7 +212,7 @@ evidence: $(VENV)/.installed
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
-# The model that the studies of scenes start from: the demo's, after captions of scenes and names of their objects.
+# The model that the studies of scenes start from: the demo's, after captions of scenes, names of objects, and places.
 SCENES_RUN := runs/tasks/scene-start
 
 # Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
@@ -237,13 +237,16 @@ scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model runs/tasks/$1 --d
     --max-steps $4 --mim-weight 0 --model.whole-word-masking --batch-size 64 --lr-encoder 3e-4 --lr-cross 6e-4 --lr-end 0 \
     --warmup-steps 30 --eval-every-steps 0 --resume
 
-$(SCENES_RUN)/.trained: data/scenes/names/dataset.json
+$(SCENES_RUN)/.trained: data/scenes/places/dataset.json
 	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out runs/tasks/scene-writing \
 	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 \
 	    --max-steps 2000 --resume
 	$(call scenes_pretraining,scene-writing,caption,scene-words,800)
 	$(call scenes_pretraining,scene-words,names,scene-names,400)
-	$(call scenes_pretraining,scene-names,caption,scene-start,400)
+	$(call scenes_pretraining,scene-names,caption,scene-naming,400) --model.output-positions
+	$(BIN)/mvlm finetune vqa --checkpoint runs/tasks/scene-naming --data data/scenes/places --out $(SCENES_RUN) --answers masked \
+	    --question-length 36 --freeze encoders --batch-size 64 --questions-per-image 6 --crop-scale 0.9 1 --lr-cross 6e-4 \
+	    --warmup-steps 30 --max-steps 2500 --keep-images-mb 1024 --eval-every-steps 0 --resume
 	touch $@
 
 runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
@@ -255,14 +258,14 @@ runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json
 runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by group --probe --out $@
 
-runs/tasks/grounding.json: | data/scenes/names/dataset.json
+runs/tasks/grounding.json: | data/scenes/places/dataset.json
 	$(BIN)/mvlm eval grounding --checkpoint $(RUN) --data data/scenes/grounding --out $@
 
 data/twemoji/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data twemoji data/twemoji
 
-# The names are the last of the data sets that the command writes.
-data/scenes/names/dataset.json: | $(VENV)/.installed
+# The places are the last of the data sets that the command writes.
+data/scenes/places/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data scenes data/scenes
 
 data/easy-vqa/dataset.json: | $(VENV)/.installed

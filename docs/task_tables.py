@@ -72,19 +72,22 @@ TEXT_ALONE = {"colour": 15.7, "compare": 50.0, "count": 16.7, "exist": 50.0, "re
 def scenes_starts() -> Rows:
     """Accuracy of scenes' questions by type on the test split, from several starts and after several steps."""
     found = {
-        "captions; 250 steps": read_trials("scenes-vqa-captions")[0]["figures"]["test"],
+        "captions; 250": read_trials("scenes-vqa-captions")[0]["figures"]["test"],
         "captions, 300 of ITC and ITM; 200": read_evaluation("scenes-vqa-matched"),
         "captions, 800 of ITC and ITM; 400, more relations": read_evaluation("scenes-vqa-400"),
         "the same; 1,100": read_evaluation("scenes-vqa-1100"),
         "the same; 1,480": read_evaluation("scenes-vqa-1480"),
         "captions, 1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
         "the same start; masked answers, 400": read_evaluation("scenes-vqa-masked"),
+        "names of objects alone; masked answers, 400": read_evaluation("scenes-vqa-names"),
+        "**and places**; masked answers, 400": read_trials("scenes-vqa")[0]["figures"]["test"],
     }
-    rows = [["per cent, test split", "text alone at best", *found]]
-    for kind, best in TEXT_ALONE.items():
-        rows.append([kind, f"{best:.1f}", *(f"{one['by_question_type'][kind]:.1f}" for one in found.values())])
-    every = (with_interval(one, "accuracy") for one in found.values())
-    return [*rows, ["all", "32.4", *every]]
+    rows = [["per cent, test split", *TEXT_ALONE, "all"]]
+    rows.append(["text alone at best", *(f"{best:.1f}" for best in TEXT_ALONE.values()), "32.4"])
+    for start, one in found.items():
+        by_type = (f"{one['by_question_type'][kind]:.1f}" for kind in TEXT_ALONE)
+        rows.append([start, *by_type, with_interval(one, "accuracy")])
+    return rows
 
 
 def with_interval(found: dict[str, Any], figure: str) -> str:

@@ -107,15 +107,15 @@ def scenes(
     test: int = 1000,
     seed: int = 0,
     stamps: Path | None = None,
-    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "grounding", "names"),
+    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "grounding", "names", "places"),
     workers: int | None = None,
 ) -> None:
     """Build composed scenes: emoji artwork in generated layouts, for five tasks, with texts that alone tell nothing.
 
-    OUT/names has scenes of one object each, with captions.
+    OUT/names has scenes of one object each, with captions, OUT/places questions about what is where.
 
     Args:
-        out: Folder for one data set a task, OUT/vqa, OUT/pairs and so on, and for OUT/names. Finished ones are kept.
+        out: Folder of the data sets: OUT/vqa, OUT/pairs and so on. Finished ones are kept.
         train: Samples of each task for training.
         validation: Samples of each task for validation.
         test: Samples of each task in each of the splits test, combo, concept, artist and photo.

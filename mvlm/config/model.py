@@ -60,6 +60,9 @@ class MaskVLMConfig:
     pixel_initialization: Literal["normal", "xavier"] = "normal"
     """Initial weights of the linear layers that reconstruct pixels (image cross-modality encoder, decoder, pixel head):
     normal or xavier, as in `initialization`."""
+    output_positions: bool = False
+    """Add fixed sines of row and column to the features of patches behind the image encoder, as in DETR; not in the
+    paper. Without them a small encoder, trained for a short time, loses the places of what it sees."""
     mask_block: Annotated[int, AT_LEAST_1] = 32
     """Side of the square blocks of patches that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
@@ -114,6 +117,8 @@ class MaskVLMConfig:
         for name in ("initialization", "pixel_initialization"):
             if getattr(self, name) not in ("normal", "xavier"):
                 raise ConfigError(f'{name} must be "normal" or "xavier", got {getattr(self, name)!r}')
+        if self.output_positions and self.width % 4:
+            raise ConfigError(f"4 must divide width with output_positions, got a width of {self.width}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
         blocks = (self.image_size // self.mask_block) ** 2

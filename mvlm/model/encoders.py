@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.attention import Attend, Attention, FeedForward
 from mvlm.model.packing import Packing
-from mvlm.model.patches import patchify, resize_positions
+from mvlm.model.patches import patchify, resize_positions, sine_positions
 from mvlm.model.residual import Branch, Residual, add_norm
 
 
@@ -51,6 +51,12 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self._interpolation: dict[tuple[int, torch.device], Tensor] = {}
         """Weights (N, own N) of `positions`, by N and device. They are constants, so they are in no state dict."""
+        self.output_positions: Tensor | None
+        self.register_buffer("output_positions", None, persistent=False)
+        if config.output_positions:
+            self.output_positions = _places(config.num_patches, config.width)  # (1+N, C)
+        self._other_grids: dict[tuple[int, torch.device], Tensor] = {}
+        """The same for images of another side, by N and device."""
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), uint8 or float in 0..1 -> (x - mean) / std of x in 0..1, in the parameters' dtype."""
@@ -62,7 +68,8 @@ class ImageEncoder(nn.Module):
 
         Returns features (B, 1+N, C), [CLS] first.
         """
-        return self.run(self.embed(images, masked), lambda attention, y: attention(y, y))
+        x = self.run(self.embed(images, masked), lambda attention, y: attention(y, y))
+        return self.add_output_positions(x)
 
     def embed(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """Embed [CLS] and the patches, with positions: the input of the blocks (B, 1+N, C)."""
@@ -101,7 +108,20 @@ class ImageEncoder(nn.Module):
         x = self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
         positions = self.positions(patches)
         hidden = self.mask_token.to(x.dtype).expand(len(x), len(positions), -1)
-        return hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + positions
+        x = hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + positions
+        return self.add_output_positions(x)
+
+    def add_output_positions(self, x: Tensor) -> Tensor:
+        """Add sines of row and column to features x (B, 1+N, C), images of any side, if the configuration says so."""
+        found = self.output_positions
+        if found is None:
+            return x
+        if x.shape[1] != len(found):
+            key = x.shape[1] - 1, x.device
+            if (kept := self._other_grids.get(key)) is None:
+                kept = self._other_grids[key] = _places(x.shape[1] - 1, x.shape[2]).to(x.device)
+            found = kept
+        return x + found.to(x.dtype)
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""
@@ -109,6 +129,11 @@ class ImageEncoder(nn.Module):
         for block in self.blocks:
             rows = block(rows, attend)
         return add_norm(self.norm, rows.x, None if rows.y is None else Branch(rows.y), out_dtype=x.dtype)[1]
+
+
+def _places(patches: int, width: int) -> Tensor:
+    """Sine positions (1+N, C) of [CLS], which has none, and N = `patches` patches in a square."""
+    return F.pad(sine_positions(round(patches**0.5), width), (0, 0, 1, 0))
 
 
 class TextBlock(nn.Module):

@@ -74,7 +74,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
     hidden = None if patch_ids is None else masked_patches(patch_ids, patches.shape[1])  # (B, N), True = masked
     positions = encoder.positions(patches.shape[1])
     placed = place_tokens(patches, encoder.mask_token, positions, encoder.cls_token, masked=hidden)
-    return encoder.run(placed, attend_self(None))
+    return encoder.add_output_positions(encoder.run(placed, attend_self(None)))
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
@@ -110,7 +110,7 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     if not model.config.drop_masked:
         hidden = masked_patches(patch_ids, total)  # (B, N), True = masked
         both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
-        v, vm = encoder.run(both, attend_self(None)).chunk(2)
+        v, vm = encoder.add_output_positions(encoder.run(both, attend_self(None))).chunk(2)
         return v, vm
     unmasked = place_tokens(patches, *parameters)  # (B, 1+N, C)
     visible = visible_patches(patch_ids, total)  # (B, N-K)
@@ -119,7 +119,7 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
     placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
     vm = torch.cat([x[:, :1] + positions[0], placed[:, 1:]], dim=1)
-    return encoder.run(unmasked, attend_self(None)), vm
+    return encoder.add_output_positions(encoder.run(unmasked, attend_self(None))), encoder.add_output_positions(vm)
 
 
 def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> tuple[PackedText, PackedText | None]:

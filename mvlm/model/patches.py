@@ -3,6 +3,8 @@
 The loader draws the masks. Shape legend: B batch, N patches, K masked patches, P patch side, S image side.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,3 +62,22 @@ def resize_positions(position: Tensor, side: int) -> Tensor:
         square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
         grid = square.flatten(2)[0].T.to(position.dtype)
     return torch.cat([first, grid])
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """Fixed embeddings of the places of patches (side^2, width), float32, row by row, as in DETR (Carion et al. 2020).
+
+    The first half of the channels tells the column, the second the row: the sines and then the cosines of the
+    coordinate times width / 4 frequencies from 1 to 1/10,000. Coordinates of the image's edges are 0 and 2 pi, so a
+    place has the same embedding whatever the grid. ValueError if 4 does not divide the width.
+    """
+    if width % 4:
+        raise ValueError(f"width: wanted a multiple of 4, got {width}")
+    quarter = width // 4
+    coordinates = 2 * math.pi * (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    angles = coordinates[:, None] * 10_000 ** -(
+        torch.arange(quarter, dtype=torch.float64) / quarter
+    )  # (side, width / 4)
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    columns, rows = one_axis.repeat(side, 1), one_axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()

@@ -112,12 +112,16 @@ def check_attention(config: PretrainConfig) -> None:
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     """Make the model. A fresh one has the weights that the settings name: of a trained model, or of encoders.
 
-    RunError if they do not fit.
+    RunError if they do not fit, ConfigError if the settings lack the trained model's `output_positions`.
     """
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     if fresh and config.initial_model is not None:
         trained, _ = load_model(config.initial_model, "cpu")
+        if trained.config.output_positions and not config.model.output_positions:
+            raise ConfigError(
+                f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"
+            )
         trained = resized_model(trained, config.model.image_size, config.model.text_length)
         copy_into(model.state_dict(), trained.state_dict(), config.initial_model)
     if fresh and config.image_weights is not None:

@@ -1,9 +1,10 @@
-"""Linear probe for the objects of scenes in image features: `python -m mvlm_benchmarks.run.object_probe SCENES RUN`.
+"""Linear probe for objects and places in image features: `python -m mvlm_benchmarks.run.object_probe SCENES RUN`.
 
-A linear classifier reads an object's kind from the features of the patch at the object's centre. It is fitted on scenes
-of the train split and judged on those of the validation split. The first row is the encoder with random weights.
+A linear classifier reads an object's kind from the features of the patch at the object's centre, another the number of
+a patch from its features. They are fitted on scenes of the train split and judged on those of the validation split. The
+first row is the encoder with random weights.
 
-Shape legend: O objects, C width.
+Shape legend: O objects, N patches, C width.
 """
 
 import argparse
@@ -44,8 +45,19 @@ def object_features(model: TrainedModel, scenes: Dataset) -> tuple[Tensor, list[
     return torch.stack(rows), kinds
 
 
+@torch.no_grad()
+def patch_features(model: TrainedModel, scenes: Dataset) -> tuple[Tensor, list[str]]:
+    """Features (images x N, C), float32, of all patches, and their numbers."""
+    rows, numbers = [], []
+    for batch, _ in eval_loader(scenes, model.network, model.tokenizer):
+        v = image_features(model.network, batch.images, model.precision).v[:, 1:].float()  # (B, N, C)
+        rows.append(v.flatten(0, 1))
+        numbers += list(map(str, range(v.shape[1]))) * len(v)
+    return torch.cat(rows), numbers
+
+
 def accuracy(train: tuple[Tensor, list[str]], test: tuple[Tensor, list[str]]) -> float:
-    """Share in per cent of the test objects, of kinds that `train` has, whose kind a linear classifier names."""
+    """Share in per cent of the test rows, of kinds that `train` has, whose kind a linear classifier names."""
     names = sorted(set(train[1]))
     number = {name: i for i, name in enumerate(names)}
     known = [i for i, kind in enumerate(test[1]) if kind in number]
@@ -77,8 +89,9 @@ def main() -> None:
     untrained = TrainedModel(MaskVLM(first.network.config), first.tokenizer)
     models = {"random weights": untrained} | {str(run): load_model(run, "cpu") for run in options.runs}
     for name, model in models.items():
-        found = accuracy(object_features(model, train), object_features(model, test))
-        print(f"{name}: {found:.1f} % of the objects")
+        objects = accuracy(object_features(model, train), object_features(model, test))
+        places = accuracy(patch_features(model, train.head(300)), patch_features(model, test.head(100)))
+        print(f"{name}: {objects:.1f} % of the objects, places of {places:.1f} % of the patches")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Building the data sets of composed scenes: one for each task and one of names, with the same splits.
+"""Building the data sets of composed scenes: one for each task, one of names and one of places, with the same splits.
 
-    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/grounding, OUT/names   data sets, written by a `ShardWriter`
+    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/grounding, OUT/names, OUT/places   written by a `ShardWriter`
 
 A data set is complete or not there: a build that was killed repeats the one it was at. Layouts are functions of seed,
 task, split and number, and images are written in their order, so the number of processes changes no byte.
@@ -27,6 +27,7 @@ from .draw import Painter
 from .hypotheses import make_hypotheses
 from .layout import SIDE, Scene, boxes
 from .phrases import make_phrases
+from .places import make_places, make_training_places
 from .questions import make_questions, make_training_questions
 from .samples import Sample
 from .statements import make_statements
@@ -42,7 +43,9 @@ TASKS: dict[str, Compose] = {
     "caption": make_captions,
     "grounding": make_phrases,
     "names": make_names,
+    "places": make_places,
 }
+_OF_TRAINING: dict[str, Compose] = {"vqa": make_training_questions, "places": make_training_places}
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
 _REVISION = 5
 _CHUNK = 64
@@ -65,7 +68,7 @@ def build_scenes(
     Args:
         train, validation, test: samples of a task in these splits, rounded up to whole blocks of balanced texts. The
             splits combo, concept, artist and photo have as many as test. Training images of vqa have up to two further
-            questions each, and there are as many further scenes.
+            questions each, and there are as many further scenes. Of places, `train` counts scenes.
         stamps: the file tuxpaint-stamps-default_*.deb, for the split `photo`.
         workers: number of processes, one per core by default.
 
@@ -123,8 +126,8 @@ def build_scenes(
 
 def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, count: int) -> list[Sample]:
     """Samples of a task's split before they are drawn, those of one image one after another."""
-    make = make_training_questions if (task, split) == ("vqa", "train") else TASKS[task]
-    return make(f"{seed} {task} {split}", vocabulary, count)
+    makers = TASKS | _OF_TRAINING if split == "train" else TASKS
+    return makers[task](f"{seed} {task} {split}", vocabulary, count)
 
 
 def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int, image: int) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int
     scenes = [_truth(scene, art) for scene in sample.scenes]
     sample_id, given = f"{task}-{split}-{number}", dict(sample.metadata)
     found: dict[str, Any] = {"image_id": f"{task}-{split}-{image}"}
-    if task == "vqa":
+    if task in ("vqa", "places"):
         found["question_id"] = sample_id
     elif task == "entailment":
         found["pairID"] = sample_id

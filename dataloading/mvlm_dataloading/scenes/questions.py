@@ -59,7 +59,7 @@ def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]
             for kind in apart:
                 question = _presence(kind)
                 if question not in sample.captions:
-                    found.append(_asked("exist", question, "yes" if kind in kinds else "no", sample.scenes[0]))
+                    found.append(asked("exist", question, "yes" if kind in kinds else "no", sample.scenes[0]))
     return found
 
 
@@ -73,8 +73,8 @@ def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     scene = place(rng, [kind, *others])
     question = _presence(kind)
     return [
-        _asked("exist", question, "yes", scene),
-        _asked("exist", question, "no", scene.with_kind(0, edit)),
+        asked("exist", question, "yes", scene),
+        asked("exist", question, "no", scene.with_kind(0, edit)),
     ]
 
 
@@ -95,8 +95,8 @@ def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
         others = [*near, *fillers(rng, vocabulary, rng.randint(0, 2), {kind.name, edit.name})][:room]
         scene = place(rng, [*counted, *others])
         question = f"how many {plural(text)} are there?"
-        samples.append(_asked("count", question, str(fewer + 1), scene))
-        samples.append(_asked("count", question, str(fewer), scene.with_kind(0, edit)))
+        samples.append(asked("count", question, str(fewer + 1), scene))
+        samples.append(asked("count", question, str(fewer), scene.with_kind(0, edit)))
     return samples
 
 
@@ -111,8 +111,8 @@ def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
         others += fillers(rng, vocabulary, rng.randint(0, 3), {shape, others[0].name})
         scene = place(rng, [one, *others])
         question = f"what colour is the {shape}?"
-        samples.append(_asked("colour", question, one.colour, scene))
-        samples.append(_asked("colour", question, other.colour, scene.with_kind(0, other)))
+        samples.append(asked("colour", question, one.colour, scene))
+        samples.append(asked("colour", question, other.colour, scene.with_kind(0, other)))
     return samples
 
 
@@ -134,8 +134,8 @@ def relation(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
         cells = [subject_cell, anchor_cell, *rng.sample(free, len(others))]
         scene = place(rng, [one, anchor, *others], cells)
         question = f"what is {SIDES[side]} the {anchor.text}?"
-        samples.append(_asked("relation", question, one.text, scene))
-        samples.append(_asked("relation", question, other.text, scene.with_kind(0, other)))
+        samples.append(asked("relation", question, one.text, scene))
+        samples.append(asked("relation", question, other.text, scene.with_kind(0, other)))
     return samples
 
 
@@ -150,8 +150,8 @@ def compare(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     one, other = (first.text, second.text) if rng.random() < 0.5 or not first.colour else (first.name, second.name)
     question = f"are there more {plural(one)} than {plural(other)}?"
     return [
-        _asked("compare", question, "yes", scene),
-        _asked("compare", question, "no", scene.with_kind(0, second)),
+        asked("compare", question, "yes", scene),
+        asked("compare", question, "no", scene.with_kind(0, second)),
     ]
 
 
@@ -169,8 +169,8 @@ def is_same_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     scene = place(rng, [one, other, *others])
     question = f"is the {one.name} the same colour as the {other.name}?"
     return [
-        _asked("same colour", question, "yes", scene),
-        _asked("same colour", question, "no", scene.with_kind(0, rng.choice(edits))),
+        asked("same colour", question, "yes", scene),
+        asked("same colour", question, "no", scene.with_kind(0, rng.choice(edits))),
     ]
 
 
@@ -178,7 +178,8 @@ def _presence(kind: Kind) -> str:
     return f"is there {with_article(kind.text)}?"
 
 
-def _asked(family: str, question: str, answer: str | None, scene: Scene) -> Sample:
+def asked(family: str, question: str, answer: str | None, scene: Scene) -> Sample:
+    """A question of a `family` about a scene, with the answer of ten annotators who agree, as in VQA v2."""
     assert answer is not None
     answer_type = "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
     metadata = {

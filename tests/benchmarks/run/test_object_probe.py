@@ -8,7 +8,7 @@ import torch
 from mvlm.inference.encode import eval_loader, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm_benchmarks.run.object_probe import accuracy, object_features
+from mvlm_benchmarks.run.object_probe import accuracy, object_features, patch_features
 from mvlm_dataloading import ShardWriter, open_dataset, tokenizer_for
 from support.models import micro_config
 from support.scenes import png, scene
@@ -49,6 +49,22 @@ def test_features_are_those_of_the_patch_at_the_centre(model, squares):
         assert kinds[i] == f"{caption.split()[0]} square"
         column, row = ((16 * (word in caption) + 8) // patch for word in ("right", "bottom"))
         torch.testing.assert_close(rows[i], v[i, 1 + side * row + column])
+
+
+@pytest.mark.slow
+def test_places_can_be_read_behind_the_output_positions_alone(model, squares):
+    found = {}
+    for added in (False, True):
+        torch.manual_seed(0)
+        network = MaskVLM(micro_config(output_positions=added))
+        probed = TrainedModel(network, model.tokenizer, "fp32")
+        train, test = (patch_features(probed, open_dataset(squares, split)) for split in ("train", "validation"))
+        assert train[0].shape == (64 * 16, network.config.width)
+        assert train[1] == [str(i) for i in range(16)] * 64
+        batch, _ = next(iter(eval_loader(open_dataset(squares, "train"), network, probed.tokenizer)))
+        torch.testing.assert_close(train[0][16 + 5], image_features(network, batch.images, "fp32").v[1, 1 + 5])
+        found[added] = accuracy(train, test)
+    assert found[True] > 95 > found[False] + 5
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def rows(task: str, split: str) -> list[Row]:
 
 
 def label(task: str, metadata: dict[str, Any]) -> str:
-    return metadata["answers"][0]["answer"] if task == "vqa" else metadata["label"]
+    return metadata["answers"][0]["answer"] if task in ("vqa", "places") else metadata["label"]
 
 
 @each_split
@@ -242,6 +242,38 @@ def test_names_have_one_object_that_each_caption_names(split: str) -> None:
     assert len({one.cell for s in samples for one in s.scenes[0].objects}) == 9
 
 
+@each_split
+def test_places_ask_for_the_objects_of_a_scene_and_what_is_beside_them(split: str) -> None:
+    thirds = {"at the top": (1, 0), "on the left": (0, 1), "in the middle": (1, 1), "on the right": (2, 1)}
+    thirds |= {"at the bottom": (1, 2)}
+    thirds |= {f"at the {down} {across}": (x, y) for y, down in ((0, "top"), (2, "bottom"))
+               for x, across in ((0, "left"), (2, "right"))}  # fmt: skip
+    often: Counter[str] = Counter()
+    for objects, asked in groupby(rows("places", split), lambda row: str(row[1]["scene"]["objects"])):
+        questions, scene = [], {}
+        for question, metadata in asked:
+            scene, given = metadata["scene"], label("places", metadata)
+            words = question.removeprefix("what is ").removesuffix("?")
+            if words in thirds:
+                (found,) = [one for one in scene["objects"] if third(one["box"]) == thirds[words]]
+            else:
+                side, anchor = re.fullmatch(r"(left of|right of|above|below) the (.+)", words).groups()  # type: ignore
+                (beside,) = called(scene["objects"], anchor)
+                (found,) = [one for one in scene["objects"] if one is not beside and on_side(one, side, beside)]
+            assert called(scene["objects"], given) == [found], (question, metadata)
+            often[metadata["question_type"]] += 1
+            questions.append(question)
+        assert len(set(questions)) == len(questions), objects
+        assert len([q for q in questions if q[8:-1] in thirds]) == len(scene["objects"])
+    assert often["place"] > often["relation"] > often["place"] / 3
+
+
+def third(box: list[int]) -> tuple[int, int]:
+    """Column and row of a box's centre in a grid of three by three."""
+    x, y, width, height = box
+    return int((x + width / 2) // (128 / 3)), int((y + height / 2) // (128 / 3))
+
+
 def told_sides(split: str) -> set[tuple[str, str]]:
     """(noun, side) of every relation that a text of the split tells or asks for as an answer."""
     sides, found = {words: side for side, words in SIDES.items()}, set()
@@ -254,9 +286,10 @@ def told_sides(split: str) -> set[tuple[str, str]]:
             texts = [text for text, _ in rows(task, split)]
         for text in texts:
             found |= {(m[1], sides[m[2]]) for m in pattern.finditer(text) if m[1] in NOUNS}
-    for question, metadata in rows("vqa", split):
-        if match := re.match(rf"what is ({'|'.join(sides)}) ", question):
-            found.add((label("vqa", metadata), sides[match[1]]))
+    for question, metadata in rows("vqa", split) + rows("places", split):
+        answered = metadata["answers"][0]["answer"]
+        if (match := re.match(rf"what is ({'|'.join(sides)}) ", question)) and answered in NOUNS:
+            found.add((answered, sides[match[1]]))
     return found
 
 

@@ -81,6 +81,10 @@ def test_fields_of_a_preset_can_be_changed():
         ({"cross_norm": "both"}, 'cross_norm must be "post" or "pre", got \'both\''),
         ({"initialization": "zeros"}, 'initialization must be "normal" or "xavier", got \'zeros\''),
         ({"pixel_initialization": "zeros"}, 'pixel_initialization must be "normal" or "xavier", got \'zeros\''),
+        (
+            {"output_positions": True, "width": 30, "heads": 1},
+            "4 must divide width with output_positions, got a width of 30",
+        ),
         ({"mask_token_id": 300}, r"mask_token_id must be in \[0, 300\), got 300"),
         ({"mask_token_id": -1}, r"mask_token_id must be in \[0, 300\), got -1"),
         ({"image_mask_ratio": 0.1}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0.1"),

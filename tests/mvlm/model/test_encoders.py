@@ -3,6 +3,8 @@
 # pyright: reportOperatorIssue=false, reportOptionalOperand=false
 """The encoders against timm's ViT and transformers' RoBERTa with the weights copied over, in float64."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -64,6 +66,28 @@ def test_the_image_encoder_is_timms_vit():
     wanted = theirs.forward_features((images.double() / 255 - mean) / std)
     assert wanted.shape == (5, 17, config.width)
     torch.testing.assert_close(ours(images), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_output_positions_are_added_to_the_features_of_patches(drop_masked):
+    config = micro_config(drop_masked=drop_masked)
+    usual = randomize(ImageEncoder(config).double())
+    placed = ImageEncoder(replace(config, output_positions=True)).double()
+    placed.load_state_dict(usual.state_dict())  # no weights of their own
+    images = micro_batch()[0].images
+    if drop_masked:
+        visible = torch.tensor([[0, 3, 5]]).expand(len(images), -1)
+        added = placed.forward_visible(images, visible) - usual.forward_visible(images, visible)
+    else:
+        added = placed(images) - usual(images)
+    assert added.shape == (5, 17, config.width)
+    frequencies = [10_000 ** -(i / (config.width // 4)) for i in range(config.width // 4)]
+    for row in added.tolist():
+        assert row[0] == [0] * config.width
+        for patch, found in enumerate(row[1:]):
+            x, y = (2 * math.pi * (cell + 0.5) / 4 for cell in (patch % 4, patch // 4))
+            wanted = [wave(at * f) for at in (x, y) for wave in (math.sin, math.cos) for f in frequencies]
+            assert found == pytest.approx(wanted, abs=1e-6)
 
 
 def test_the_text_encoder_is_transformers_roberta():

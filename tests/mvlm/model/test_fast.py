@@ -30,6 +30,7 @@ def configurations(number: int):
             "decoder_layers": int(rng.integers(1, 3)),
             "cross_norm": str(rng.choice(["post", "pre"])),
             "drop_masked": bool(rng.random() < 0.2),
+            "output_positions": case % 3 == 1,
         }
         pairs = [1, 17][case] if case < 2 else int(rng.integers(1, 18))
         lengths = tuple(int(n) for n in rng.integers(3, 13, pairs))

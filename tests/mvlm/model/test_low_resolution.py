@@ -40,9 +40,14 @@ def test_positions_stay_in_float32_under_autocast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drop_masked, partner", [(False, 0.0), (True, 0.0), (False, 0.25)])
-def test_implementations_agree_on_images_of_low_resolution(drop_masked, partner):
-    model = micro_model(image_size=SIDE, drop_masked=drop_masked, partner_image_mask_ratio=partner)
+@pytest.mark.parametrize(
+    "drop_masked, partner, positions",
+    [(False, 0.0, False), (True, 0.0, False), (False, 0.25, False), (True, 0.0, True)],
+)
+def test_implementations_agree_on_images_of_low_resolution(drop_masked, partner, positions):
+    model = micro_model(
+        image_size=SIDE, drop_masked=drop_masked, partner_image_mask_ratio=partner, output_positions=positions
+    )
     batch, masks = low_batch(model)
     if partner:
         masks = replace(masks, partner_patch_ids=masks.patch_ids[:, :1])
@@ -50,11 +55,12 @@ def test_implementations_agree_on_images_of_low_resolution(drop_masked, partner)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("output_positions", [False, True])
 @pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_a_step_is_that_of_a_model_of_the_low_resolution(plan):
+def test_a_step_is_that_of_a_model_of_the_low_resolution(plan, output_positions):
     """The other model has the same weights, and positions interpolated by timm."""
-    model = micro_model(image_size=SIDE)
-    other = micro_model(image_size=LOW)
+    model = micro_model(image_size=SIDE, output_positions=output_positions)
+    other = micro_model(image_size=LOW, output_positions=output_positions)
     tensors = dict(model.state_dict())
     tensors["image_encoder.position"] = resample_abs_pos_embed(tensors["image_encoder.position"][None], [4, 4])[0]
     other.load_state_dict(tensors)

@@ -1,9 +1,12 @@
 """The grid of patches against loops."""
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
+from mvlm.model.patches import masked_patches, patchify, sine_positions, unpatchify, visible_patches
 from support.models import normal
 
 
@@ -46,3 +49,27 @@ def test_unpatchify_is_the_inverse_of_patchify():
     assert torch.equal(unpatchify(patchify(images, 4), 4), images)
     patches = normal(2, 25, 48, seed=1)
     assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)
+
+
+def test_sine_positions_against_loops():
+    side, width = 3, 16
+    found = sine_positions(side, width)
+    assert found.shape == (9, 16)
+    assert found.dtype == torch.float32
+    for patch in range(9):
+        wanted = []
+        for cell in (patch % 3, patch // 3):  # column, row
+            coordinate = 2 * math.pi * (cell + 0.5) / side
+            for wave in (math.sin, math.cos):
+                wanted += [wave(coordinate / 10_000 ** (i / 4)) for i in range(4)]
+        assert found[patch].tolist() == pytest.approx(wanted, abs=1e-7)
+
+
+def test_sine_positions_are_those_of_places_whatever_the_grid():
+    coarse, fine = sine_positions(2, 32).reshape(2, 2, 32), sine_positions(6, 32).reshape(6, 6, 32)
+    torch.testing.assert_close(fine[1::3, 1::3], coarse)  # of three cells in a row the middle one has the same centre
+
+
+def test_sine_positions_need_a_width_that_four_divides():
+    with pytest.raises(ValueError, match="width: wanted a multiple of 4, got 30"):
+        sine_positions(3, 30)

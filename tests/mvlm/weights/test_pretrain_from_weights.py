@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
     with pytest.raises(RunError, match=r"first: wanted the tensors of this model's architecture, found others"):
         pretrain(pretrain_config(other, tmp_path / "third", model=deeper, **settings))
     assert not (tmp_path / "third").exists()
+
+    # Positions behind the image encoder can be added, but not silently lost.
+    placed = replace(micro_config(), output_positions=True)
+    pretrain(pretrain_config(other, tmp_path / "placed", model=placed, **settings))
+    assert load_model(tmp_path / "placed")[0].config.output_positions
+    with pytest.raises(ConfigError, match=r"placed has positions behind .*: wanted --model.output-positions"):
+        pretrain(pretrain_config(other, tmp_path / "lost", **settings | {"initial_model": tmp_path / "placed"}))
+    assert not (tmp_path / "lost").exists()
 
     # A resumed run reads its own checkpoints alone, an older one if the newest is damaged.
     shutil.rmtree(tmp_path / "first")
