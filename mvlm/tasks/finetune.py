@@ -24,6 +24,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
+from mvlm.runs.load import load_model
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.retrieval import Retrieval
@@ -35,6 +36,7 @@ from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
+from mvlm.weights.resize import resized_config
 from mvlm_dataloading import Dataset, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -142,15 +144,16 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
         )
     if config.freeze == "all" and kind.whole_batch:
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
-    model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
-    longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, model.config)
+    pretrained, tokenizer = load_model(config.checkpoint)
+    architecture = resized_config(pretrained.config, config.image_size, config.question_length)
+    longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, architecture)
     if (cut := share_cut(dataset, tokenizer, longest)) >= 0.01:
         log.warning(
             "%.0f %% of the first 1,000 texts have more than %d tokens and are cut; raise --question-length",
             100 * cut,
             longest,
         )
-    config = replace(config, model=model.config)
+    config = replace(config, model=architecture)
     check_attention(config)
     return RunInputs(config, dataset, validation, tokenizer)
 

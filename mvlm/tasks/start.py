@@ -1,12 +1,11 @@
 """The model that fine-tuning starts from: a pretrained one, with its position embeddings resized where needed."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.load import load_model
-from mvlm.weights.resize import resized_model
+from mvlm.weights.resize import resized_config, resized_model
 from mvlm_dataloading import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -24,8 +23,6 @@ def starting_model(
     """
     pretrained, tokenizer = load_model(checkpoint)
     if random_weights:
-        before = pretrained.config
         log.info("%s: only its architecture and tokenizer are used; weights are random", checkpoint)
-        sizes = {"image_size": image_size or before.image_size, "text_length": text_length or before.text_length}
-        return MaskVLM(replace(before, **sizes)), tokenizer
+        return MaskVLM(resized_config(pretrained.config, image_size, text_length)), tokenizer
     return resized_model(pretrained, image_size, text_length), tokenizer

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import resize_positions
@@ -36,7 +37,7 @@ def resized_model(
         ConfigError: the size is not one that the model can have, or `trained` and the text is longer.
     """
     before = model.config
-    config = replace(before, image_size=image_size or before.image_size, text_length=text_length or before.text_length)
+    config = resized_config(before, image_size, text_length)
     if config == before:
         return model
     if trained and config.text_length > before.text_length:
@@ -54,6 +55,13 @@ def resized_model(
             log.info("%s: resized from %s to %s", name, tuple(old.shape), tuple(tensors[name].shape))
     resized.load_state_dict(tensors)
     return resized.to(image.device, image.dtype).train(model.training)
+
+
+def resized_config(
+    before: MaskVLMConfig, image_size: int | None = None, text_length: int | None = None
+) -> MaskVLMConfig:
+    """Configuration with another image size or text length, None for its own. ConfigError if it cannot have that."""
+    return replace(before, image_size=image_size or before.image_size, text_length=text_length or before.text_length)
 
 
 def extend_positions(old: Tensor, fresh: Tensor) -> Tensor:
