@@ -81,6 +81,7 @@ def scenes_starts() -> Rows:
         "the same start; masked answers, 400": read_evaluation("scenes-vqa-masked"),
         "names of objects alone; masked answers, 400": read_evaluation("scenes-vqa-names"),
         "**and places**; masked answers, 400": read_trials("scenes-vqa")[0]["figures"]["test"],
+        "the same; masked answers, 800": read_evaluation("scenes-vqa-places-800"),
     }
     rows = [["per cent, test split", *TEXT_ALONE, "all"]]
     rows.append(["text alone at best", *(f"{best:.1f}" for best in TEXT_ALONE.values()), "32.4"])
