@@ -80,7 +80,7 @@ def scenes_starts() -> Rows:
         "captions, 1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
         "the same start; masked answers, 400": read_evaluation("scenes-vqa-masked"),
         "names of objects alone; masked answers, 400": read_evaluation("scenes-vqa-names"),
-        "**and places**; masked answers, 400": read_trials("scenes-vqa")[0]["figures"]["test"],
+        "names and places; masked answers, 400": read_trials("scenes-vqa")[0]["figures"]["test"],
         "the same; masked answers, 800": read_evaluation("scenes-vqa-places-800"),
     }
     rows = [["per cent, test split", *TEXT_ALONE, "all"]]
