@@ -213,7 +213,7 @@ evidence: $(VENV)/.installed
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
 # The model that the studies of scenes start from: the demo's, after captions of scenes, names of objects, and places.
-SCENES_RUN := runs/tasks/scene-start
+SCENES_RUN := runs/tasks/scene-places
 
 # Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
 study_data = $(if $(filter easy-vqa,$1),data/easy-vqa,$(if $(filter emoji-%,$1),$(DATA),data/scenes/$(1:scenes-%=%)))
