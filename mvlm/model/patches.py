@@ -74,10 +74,9 @@ def sine_positions(side: int, width: int) -> Tensor:
     if width % 4:
         raise ValueError(f"width: wanted a multiple of 4, got {width}")
     quarter = width // 4
+    frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     coordinates = 2 * math.pi * (torch.arange(side, dtype=torch.float64) + 0.5) / side
-    angles = coordinates[:, None] * 10_000 ** -(
-        torch.arange(quarter, dtype=torch.float64) / quarter
-    )  # (side, width / 4)
+    angles = coordinates[:, None] * frequencies  # (side, width / 4)
     one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
     columns, rows = one_axis.repeat(side, 1), one_axis.repeat_interleave(side, dim=0)
     return torch.cat([columns, rows], dim=1).float()

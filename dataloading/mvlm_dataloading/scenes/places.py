@@ -1,6 +1,6 @@
 """Questions about what is where in a scene: on a place of the image, and on a side of another object.
 
-They teach which word belongs to which patch. Answers of a text are not equally often.
+They teach which word belongs to which patch. The answers of a text are not balanced.
 """
 
 import random

@@ -257,9 +257,10 @@ def test_places_ask_for_the_objects_of_a_scene_and_what_is_beside_them(split: st
             if words in thirds:
                 (found,) = [one for one in scene["objects"] if third(one["box"]) == thirds[words]]
             else:
-                side, anchor = re.fullmatch(r"(left of|right of|above|below) the (.+)", words).groups()  # type: ignore
-                (beside,) = called(scene["objects"], anchor)
-                (found,) = [one for one in scene["objects"] if one is not beside and on_side(one, side, beside)]
+                told = re.fullmatch(r"(left of|right of|above|below) the (.+)", words)
+                assert told, question
+                (beside,) = called(scene["objects"], told[2])
+                (found,) = [one for one in scene["objects"] if one is not beside and on_side(one, told[1], beside)]
             assert called(scene["objects"], given) == [found], (question, metadata)
             often[metadata["question_type"]] += 1
             questions.append(question)
