@@ -22,7 +22,7 @@ from mvlm.device import compute_dtype
 from mvlm.model.attention import Attention
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
-from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
+from mvlm.model.fast_attention import Selection, attend_cross, attend_self, encode_rows, select_rows, select_within
 from mvlm.model.fast_attention import conditioned_similarity as conditioned_similarity
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
@@ -162,12 +162,7 @@ def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyVal
     def select(rows: Tensor) -> Tensor:
         return rows.index_select(0, token_ids)  # (T, C) -> (M, C)
 
-    *early, last = model.text_cross.layers
-    rows = Residual(x)
-    for block in early:
-        rows = block(rows, attend_self(packing), attend_cross(block, packing, image, key_index))
-    cross = attend_cross(last, selected, image, key_index)
-    return model.text_cross.finish(last(rows, attend_self(packing, select, selected), cross, select))
+    return encode_rows(model.text_cross, Residual(x), packing, image, key_index, read=Selection(select, selected))
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
@@ -203,7 +198,7 @@ def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache
     *early, last = model.image_decoder.layers
     for block in early:
         rows = block(rows, attend_self(None), attend_cross(block, None, text))
-    rows = last(rows, attend_self(None, select), attend_cross(last, None, text), select)
+    rows = last(rows, attend_self(None, Selection(select)), attend_cross(last, None, text), select)
     return model.image_decoder.finish(rows)
 
 

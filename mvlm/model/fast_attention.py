@@ -5,6 +5,8 @@
 Shape legend: B sequences, L rows of the longest sequence, T packed rows, C width, K selected rows, R query sequences.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,24 +23,29 @@ MAX_QUERIES = 128
 """Largest number of captions in one sequence of queries."""
 
 
-def attend_self(packing: Packing | None, select: SelectRows | None = None, selected: Packing | None = None) -> Attend:
-    """Make the self-attention of rows (B, L, C), or packed (T, C) with `packing`.
+class Selection(NamedTuple):
+    """Some rows of a stream, in any order and with repetitions."""
 
-    With `select`, only the rows that it selects are queries; `selected` is their layout if they are packed.
-    """
+    select: SelectRows
+    packing: Packing | None = None
+    """Layout of the rows that it selects, if they are packed."""
+
+
+def attend_self(packing: Packing | None, read: Selection | None = None) -> Attend:
+    """Make the self-attention of rows (B, L, C), or packed (T, C) with `packing`. With `read`, only its rows query."""
 
     def attend(attention: Attention, y: Tensor) -> Branch:
         # Cast once, before the projections: autocast would cast y for each of them and save every copy.
         y = y.to(compute_dtype(y))
-        if select is None:
+        if read is None:
             q, k, v = attention.queries_keys_values(y)
         else:
-            q, (k, v) = attention.queries(select(y)), attention.keys_values(y)
-        if select is None and packing is None:
+            q, (k, v) = attention.queries(read.select(y)), attention.keys_values(y)
+        if read is None and packing is None:
             heads = backends.image_attention(q, k, v, attention.image_backend)
         else:
             # Selected queries of images come here too: text_attention takes sides of different lengths.
-            queries = packing if select is None else selected
+            queries = packing if read is None else read.packing
             heads = backends.text_attention(q, k, v, queries, packing, None, attention.text_backend)
         return attention.project_out(heads)
 
@@ -102,27 +109,33 @@ def encode_rows(
     cache: KeyValueCache,
     key_index: backends.KeyIndex | None = None,
     causal: bool = False,
-    select: SelectRows | None = None,
-    selected: Packing | None = None,
+    repeat: Selection | None = None,
+    read: Selection | None = None,
 ) -> Tensor:
     """Run a cross-modality encoder over all rows (B, L, C), or packed (T, C) with `packing`.
 
-    Returns the same shape, or that of the rows selected.
+    Returns the same shape, or that of the rows repeated, or that of the rows read.
 
     Args:
         cache: rows of the other stream, whose keys and values are computed once a layer.
         key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
-        causal: self-attention of packed rows reads no later row.
-        select: repeats sequences that have several partners, after the self-attention of the first block.
-        selected: layout of the rows that it selects, if they are packed.
+        causal: self-attention of packed rows reads no later row. Not with `read`.
+        repeat: repeats sequences that have several partners, after the self-attention of the first block.
+        read: the rows that the caller reads, of those repeated. The last block computes no other.
     """
-    first, *others = encoder.layers
-    after = packing if select is None else selected
-    attend = attend_causal(packing) if causal and packing else attend_self(packing)
-    rows = first(rows, attend, attend_cross(first, after, cache, key_index), select_between=select)
-    for block in others:
-        attend = attend_causal(after) if causal and after else attend_self(after)
-        rows = block(rows, attend, attend_cross(block, after, cache, key_index))
+    layers = encoder.layers
+    if repeat and read and len(layers) == 1:
+        rows = Residual(repeat.select(rows.x), None if rows.y is None else repeat.select(rows.y))
+        packing, repeat = repeat.packing, None
+    for block in layers:
+        if read and block is layers[-1]:
+            cross = attend_cross(block, read.packing, cache, key_index)
+            return encoder.finish(block(rows, attend_self(packing, read), cross, select=read.select))
+        after = repeat.packing if repeat else packing
+        attend = attend_causal(packing) if causal and packing else attend_self(packing)
+        cross = attend_cross(block, after, cache, key_index)
+        rows = block(rows, attend, cross, select_between=repeat.select if repeat else None)
+        packing, repeat = after, None
     return encoder.finish(rows)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast import make_caches
-from mvlm.model.fast_attention import encode_rows, select_rows
+from mvlm.model.fast_attention import Selection, encode_rows, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.residual import Residual
@@ -116,13 +116,10 @@ class AnswerDecoder(nn.Module):
             return PackedText(encode_rows(self.fusion, Residual(caption), packing, KeyValueCache(image)), packing)
         selected, rows = packing.select(texts, batch.sample_tokens)
         of_text, of_image = KeyIndex(texts, len(packing)), KeyIndex(images, len(v))
-        image = encode_rows(
-            model.image_cross, Residual(v), None, caches.text, of_text, select=partial(select_rows, rows=images)
-        )
-        caption = encode_rows(
-            model.text_cross, Residual(text.rows), packing, caches.image, of_image,
-            select=partial(select_rows, rows=rows), selected=selected,
-        )  # fmt: skip
+        repeat = Selection(partial(select_rows, rows=images))
+        image = encode_rows(model.image_cross, Residual(v), None, caches.text, of_text, repeat=repeat)
+        repeat = Selection(partial(select_rows, rows=rows), selected)
+        caption = encode_rows(model.text_cross, Residual(text.rows), packing, caches.image, of_image, repeat=repeat)
         return PackedText(encode_rows(self.fusion, Residual(caption), selected, KeyValueCache(image)), selected)
 
     def forward(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:

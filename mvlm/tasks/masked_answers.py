@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.fast import make_caches
-from mvlm.model.fast_attention import encode_rows, select_rows
+from mvlm.model.fast_attention import Selection, encode_rows, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.residual import Residual
 from mvlm.objectives.losses import at_least_float32
@@ -56,17 +56,18 @@ def mask_features(model: MaskVLM, batch: Batch, number: int, plan: str) -> Tenso
     caches = make_caches(v, text)
     packing = caches.text.packing
     assert packing is not None
-    if batch.image_of is None:
-        selected, x = packing, encode_rows(model.text_cross, Residual(text.rows), packing, caches.image)
-    else:
-        selected, rows = packing.select(texts, batch.sample_tokens)
-        x = encode_rows(
-            model.text_cross, Residual(text.rows), packing, caches.image, KeyIndex(images, len(v)),
-            select=partial(select_rows, rows=rows), selected=selected,
-        )  # fmt: skip
-    first = selected.cu_seqlens[:-1].long() + 1  # (B,)
-    at = first[:, None] + torch.arange(number, device=first.device)
-    return x.index_select(0, at.flatten()).unflatten(0, (-1, number))
+    asked, key_index, repeat = packing, None, None
+    if batch.image_of is not None:
+        asked, of_text = packing.select(texts, batch.sample_tokens)
+        key_index, repeat = KeyIndex(images, len(v)), Selection(partial(select_rows, rows=of_text), asked)
+    first = asked.cu_seqlens[:-1].long() + 1  # (B,)
+    at = (first[:, None] + torch.arange(number, device=first.device)).flatten()
+
+    def select(x: Tensor) -> Tensor:
+        return x.index_select(0, at).unflatten(0, (-1, number))  # (T, C) -> (B, A, C)
+
+    rows = Residual(text.rows)
+    return encode_rows(model.text_cross, rows, packing, caches.image, key_index, repeat=repeat, read=Selection(select))
 
 
 def answers_loss(

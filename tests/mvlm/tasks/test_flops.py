@@ -81,11 +81,13 @@ def test_a_fast_step_computes_no_padding(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_image", [1, 4])
-def test_masked_answers_compute_no_padding_and_no_image_that_attends_to_a_question(per_image):
+def test_masked_answers_compute_no_padding_and_in_the_last_block_no_word_but_the_masked_ones(per_image):
     plain, fast = (step_flops("vqa", plan, per_image=per_image, filled=4) for plan in ("plain", "fast"))
     config = MaskVLMConfig.preset("base")
-    products = 6 * 14 * config.width**2 * (config.cross_layers - 1)
-    assert plain - fast > PAIRS * (LONGEST - TOKENS - 4) * products
+    padding, products = LONGEST - TOKENS - 4, 6 * config.width**2
+    early = padding * 14 * products * (config.cross_layers - 1)
+    last = padding * 2 * products + (LONGEST - 4) * 12 * products  # keys and values of all tokens, all else of masks
+    assert plain - fast > PAIRS * (early + last)
     assert fast < step_flops("vqa", "fast", per_image=per_image)
 
 

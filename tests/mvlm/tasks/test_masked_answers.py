@@ -69,9 +69,12 @@ def test_masks_stand_behind_the_first_token_of_each_text():
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("cross_layers", [1, 2])
 @torch.no_grad()
-def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share):
+def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, cross_layers):
     model, batch, table = parts
+    if cross_layers != model.config.cross_layers:
+        model = micro_model(text_length=24, cross_layers=cross_layers)
     batch = shared(batch) if share else batch
     masks = table.tokens.shape[1] - 1
     weights = torch.rand(len(OF), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
