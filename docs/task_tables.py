@@ -18,7 +18,7 @@ def task_study(name: str) -> Callable[[], Rows]:
     """The table of a study of a task: each arm's measures, as mean and range over seeds."""
 
     def table() -> Rows:
-        study = tomllib.loads((ROOT / "studies" / "tasks" / f"{name}.toml").read_text())
+        study = read_study(name)
         found = read_trials(name)
         if not found:
             return [[study["task"], "no trial yet"]]
@@ -33,6 +33,52 @@ def task_study(name: str) -> Callable[[], Rows]:
         return rows
 
     return table
+
+
+OVERVIEW = {
+    "easy-vqa": ("easy-VQA", "67.0"),
+    "scenes-vqa": ("questions about scenes", "32.4"),
+    "scenes-entailment": ("entailment by scenes", "33.3"),
+    "scenes-pairs": ("statements about pairs of scenes", "50.0"),
+    "scenes-caption": ("captions of scenes, CIDEr-D", ""),
+    "emoji-retrieval": ("retrieval, mean R@1", ""),
+}
+"""A study's label, and what the best answer to each text alone reaches on the test split."""
+ARMS = {
+    "pretrained": ("pretrained",),
+    "random weights": ("random weights",),
+    "text alone": ("text alone", "without the image"),
+    "image alone": ("image alone",),
+    "frozen encoders": ("frozen encoders",),
+}
+
+
+def tasks_overview() -> Rows:
+    """The first measure of every study on the test split: mean over seeds of each arm, and what pretraining adds."""
+    rows = [["per cent, test split", *ARMS, "text alone, at best", "pretraining adds", "seeds"]]
+    for name, (label, constant) in OVERVIEW.items():
+        study, trials = read_study(name), read_trials(name)
+        split, figure = study["measures"][0].split(".")
+        of_arm = {
+            arm: {t["seed"]: t["figures"][split][figure] for t in trials if t["arm"] in names}
+            for arm, names in ARMS.items()
+        }
+        cells = [f"{sum(x.values()) / len(x):.1f}" if x else "" for x in of_arm.values()]
+        random = of_arm["random weights"]
+        added = [value - random[seed] for seed, value in of_arm["pretrained"].items() if seed in random]
+        gain = f"{sum(added) / len(added):+.1f}" if added else ""
+        if len(added) > 1:
+            gain += f" ({min(added):+.1f} to {max(added):+.1f})"
+        wanted = [arm for arm, names in ARMS.items() if set(names) & set(study["arms"])]
+        numbers = sorted({len(of_arm[arm]) for arm in wanted})
+        seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+        rows.append([label, *cells, constant, gain, seeds])
+    return rows
+
+
+def read_study(name: str) -> dict[str, Any]:
+    """The file of a study of a task."""
+    return tomllib.loads((ROOT / "studies" / "tasks" / f"{name}.toml").read_text())
 
 
 def task_evaluations() -> Rows:
@@ -147,6 +193,7 @@ def write_tasks(folder: Path) -> None:
 
 TASK_TABLES: dict[str, Callable[[], Rows]] = {
     **{f"tasks-{name}": task_study(name) for name in TASK_STUDIES},
+    "tasks-overview": tasks_overview,
     "tasks-types": task_types,
     "tasks-evaluations": task_evaluations,
     "tasks-scenes-starts": scenes_starts,

@@ -9,12 +9,19 @@ from mvlm.weights.names import ROBERTA_FIRST_POSITION, SourceName, bert_names, h
 
 
 def export_timm_vit(model: MaskVLMNetwork) -> dict[str, Tensor]:
-    """The image encoder, without its mask token, as the state dict of timm's VisionTransformer with num_classes=0."""
+    """The image encoder, without its mask token, as the state dict of timm's VisionTransformer with num_classes=0.
+
+    Output positions (`MaskVLMConfig.output_positions`) are no weights and are left out: add
+    `model.image_encoder.output_positions` (1+N, C) to the features.
+    """
     return _export_image_encoder(model, timm_names(model.config.image_layers))
 
 
 def export_hf_vit(model: MaskVLMNetwork) -> dict[str, Tensor]:
-    """The image encoder, without its mask token, as the state dict of transformers' ViTModel without a pooler."""
+    """The image encoder, without its mask token, as the state dict of transformers' ViTModel without a pooler.
+
+    Output positions are left out, as by `export_timm_vit`.
+    """
     return _export_image_encoder(model, hf_vit_names(model.config.image_layers))
 
 
