@@ -228,7 +228,7 @@ endef
 tasks: $(TASK_EVALUATIONS) $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 
-## tasks-table    the tables of docs/evidence/tasks.md from the trials of `make tasks` that are finished
+## tasks-table    the results of finished trials of `make tasks` into benchmarks/results/tasks and the pages' tables
 tasks-table: $(VENV)/.installed
 	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
 	$(BIN)/python docs/tables.py --tasks runs/tasks

@@ -117,16 +117,18 @@ TEXT_ALONE = {"colour": 15.7, "compare": 50.0, "count": 16.7, "exist": 50.0, "re
 
 def scenes_starts() -> Rows:
     """Accuracy of scenes' questions by type on the test split, from several starts and after several steps."""
+    named = "1,600 of MLM, ITC and ITM, 400 of them on scenes of one object; masked answers, 400"
+    placed = "the same with output positions, and 2,500 of places; masked answers, 400"
     found = {
-        "captions; 250": read_trials("scenes-vqa-captions")[0]["figures"]["test"],
-        "captions, 300 of ITC and ITM; 200": read_evaluation("scenes-vqa-matched"),
-        "captions, 800 of ITC and ITM; 400, more relations": read_evaluation("scenes-vqa-400"),
+        "no other; 250": read_trials("scenes-vqa-captions")[0]["figures"]["test"],
+        "300 of ITC and ITM; 200": read_evaluation("scenes-vqa-matched"),
+        "800 of ITC and ITM; 400, with further scenes that ask relations": read_evaluation("scenes-vqa-400"),
         "the same; 1,100": read_evaluation("scenes-vqa-1100"),
         "the same; 1,480": read_evaluation("scenes-vqa-1480"),
-        "captions, 1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
+        "1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
         "the same start; masked answers, 400": read_evaluation("scenes-vqa-masked"),
-        "names of objects alone; masked answers, 400": read_evaluation("scenes-vqa-names"),
-        "names and places; masked answers, 400": read_trials("scenes-vqa")[0]["figures"]["test"],
+        named: read_evaluation("scenes-vqa-names"),
+        placed: read_trials("scenes-vqa")[0]["figures"]["test"],
         "the same; masked answers, 800": read_evaluation("scenes-vqa-places-800"),
     }
     rows = [["per cent, test split", *TEXT_ALONE, "all"]]
