@@ -2,7 +2,7 @@
 
 A grey card hides part of every image. Where it hides what the hypothesis speaks of, the image leaves it open; elsewhere
 it hides another object. That there is a card therefore tells nothing. Where it lies tells a little, because fillers are
-in other places than what is asked about: the image alone is right on 39 % (`docs/evidence/tasks.md`).
+in other places than what is asked about: the image alone is right on up to 40 % (`docs/evidence/tasks.md`).
 """
 
 import random
