@@ -28,7 +28,8 @@ COLUMNS = (
 
 def launches_of(case: Case, arch: str) -> list[Launch]:
     """Launches of the forward and the backward pass of a case with a batch of the larger sample size."""
-    sizes = {name: case.samples[name][1] if name.startswith("B") else n for name, n in case.sizes.items()}
+    # A case that is counted whole has no sample sizes.
+    sizes = {name: case.samples.get(name, (n, n))[1] if name.startswith("B") else n for name, n in case.sizes.items()}
     with on_gpu(arch), recorded(checks=False) as launches:
         leaves, op = case.run(sizes, "cpu")
         out = op(*leaves)

@@ -18,7 +18,7 @@ RMS = 3e-2
 
 
 def check(case: Case) -> None:
-    sizes = {name: small for name, (_, small) in case.samples.items()}
+    sizes = {**case.sizes, **{name: small for name, (_, small) in case.samples.items()}}
     results = []
     for backend in ("triton", "torch"):
         torch.manual_seed(0)
