@@ -26,7 +26,15 @@ from mvlm.model.fast_attention import Selection, attend_cross, attend_self, enco
 from mvlm.model.fast_attention import conditioned_similarity as conditioned_similarity
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.packing import PackedText, Packing, mask_tokens, pack_copies, round_up_length, skip_copy
+from mvlm.model.packing import (
+    PackedText,
+    Packing,
+    mask_tokens,
+    pack_copies,
+    room_for,
+    round_up_length,
+    skip_copy,
+)
 from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.model.residual import Branch, Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
@@ -218,13 +226,7 @@ def fuse_pairs(
     """
     caches = caches or make_caches(v, text)
     packing = _with_rounded_length(text.packing)
-    # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
-    # would be a sync, so an upper bound is taken there.
-    capacity = len(texts) * packing.max_length
-    capacity = capacity if max_rows is None else min(capacity, max_rows)
-    if texts.device.type == "cpu" and not torch.compiler.is_compiling():
-        capacity = int(packing.lengths.index_select(0, texts).sum())
-    pair_packing, rows = packing.select(texts, capacity)
+    pair_packing, rows = packing.select(texts, room_for(packing, texts, max_rows))
     partners = KeyIndex(texts, len(packing.cu_seqlens) - 1), KeyIndex(images, len(v))
     image = _encode_pairs(model.image_cross, v, None, caches.text, partners[0], images, None)
     caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, partners[1], rows, pair_packing)

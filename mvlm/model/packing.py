@@ -15,6 +15,8 @@ from mvlm_dataloading import Batch, Masks
 
 LENGTH_MULTIPLE = 16
 """Longest lengths are rounded up to a multiple of this: shapes then repeat, and a CPU's matrix products run faster."""
+TOTAL_MULTIPLE = 32
+"""On a CPU, totals of drawn captions are rounded up to a multiple of this, for the same reasons."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -27,15 +29,15 @@ def round_up_length(length: int) -> int:
     return round_up(length, LENGTH_MULTIPLE)
 
 
-def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
-    """Round the totals of a batch up, so that few shapes occur. For compiled steps and CUDA graphs.
+def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 16) -> tuple[Batch, Masks]:
+    """Round the totals of a batch up, so that few shapes occur.
 
-    The number of tokens is rounded up to a multiple of a 16th of B x text_length, and the number of masked tokens of
+    The number of tokens is rounded up to a multiple of B x text_length / `buckets`, and the number of masked tokens of
     each list to a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest
     length is rounded up by `round_up_length`. The added tokens come after the last caption. The added masked tokens
     point at them. Both are ignored.
     """
-    multiple = round_up(max(1, len(batch.image_id) * text_length // 16), 16)
+    multiple = round_up(max(1, len(batch.image_id) * text_length // buckets), 16)
     total = len(batch.tokens)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
     padded = {}
@@ -55,6 +57,18 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, 
         replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=round_up_length(batch.max_length)),
         replace(masks, **padded),
     )
+
+
+def room_for(packing: "Packing", texts: Tensor, max_rows: int | None) -> int:
+    """Rows for the captions texts int64 (R,) of a packing: at least as many as they have together, a host number.
+
+    Only the device knows how many these are. Asking costs nothing on a CPU. On a GPU it would be a sync, so an upper
+    bound is taken there: R of the longest length, and no more than `max_rows`, if given.
+    """
+    if texts.device.type == "cpu" and not torch.compiler.is_compiling():
+        return round_up(int(packing.lengths.index_select(0, texts).sum()), TOTAL_MULTIPLE)
+    bound = len(texts) * packing.max_length
+    return bound if max_rows is None else min(bound, max_rows)
 
 
 def _pad(x: Tensor, added: int, value: int = 0) -> Tensor:

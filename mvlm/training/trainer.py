@@ -23,7 +23,6 @@ from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.inference.reconstruction import reconstruction_strip
-from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses, loss_weights
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
@@ -41,6 +40,7 @@ from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.history import History
 from mvlm.training.cuda_graphs import CudaGraphs
+from mvlm.training.few_shapes import with_few_shapes
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
 from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
@@ -164,8 +164,7 @@ class Trainer:
         loaded = [next(batches) for _ in range(self.config.accumulate)]
         samples = [i for batch, _ in loaded for i in batch.sample_id.tolist()]
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
-        if self.config.fixed_shapes:
-            loaded = [pad_to_bucket(batch, masks, self.config.model.text_length) for batch, masks in loaded]
+        loaded = with_few_shapes(loaded, self.config, self.world)
         microbatches = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in loaded]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")

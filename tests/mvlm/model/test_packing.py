@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.model.packing import Packing, mask_tokens, pad_to_bucket, round_up
+from mvlm.model.packing import Packing, mask_tokens, pad_to_bucket, room_for, round_up
 from support.models import micro_batch
 
 LENGTHS = [[3, 1, 4], [5], [2, 2, 2, 6, 1]]
@@ -54,6 +54,19 @@ def test_selected_sequences_against_a_loop(tail, capacity):
     assert indices.max() < len(rows)  # rows of no sequence still point at a row
     assert selected.cu_seqlens.tolist() == [0, 4, 7, 10, 11, 15]
     assert selected.total == len(wanted) + capacity
+
+
+def test_room_for_drawn_sequences_is_their_total_rounded_up_on_a_cpu():
+    packing, _ = make([30, 5, 9], 3)
+    assert room_for(packing, torch.tensor([0, 0, 1]), None) == 96  # 65
+    assert room_for(packing, torch.tensor([2, 2, 1, 2]), 1) == 32  # exactly; the bound is for a GPU
+
+
+@pytest.mark.parametrize(("max_rows", "wanted"), [(None, 3 * 32), (70, 70), (1000, 3 * 32)])
+def test_room_for_drawn_sequences_is_an_upper_bound_where_their_total_is_not_known(max_rows, wanted):
+    """A meta tensor has no numbers, so nothing can be read from it."""
+    packing, _ = make([30, 5, 9], 3)
+    assert room_for(packing, torch.empty(3, dtype=torch.long, device="meta"), max_rows) == wanted
 
 
 def test_the_gradient_of_pad_reaches_every_row_once():

@@ -1,0 +1,35 @@
+"""Batches of few shapes: totals of tokens rounded up, where every new shape costs time."""
+
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import chosen_precision
+from mvlm.distributed.world import World
+from mvlm.model.packing import pad_to_bucket
+from mvlm_dataloading import Batch, Masks
+
+# A graph or a compiled step is made for each shape, so there should be few. On a CPU a shape costs some milliseconds,
+# so little padding matters more.
+_COARSE, _FINE = 16, 64
+
+
+def with_few_shapes(
+    loaded: list[tuple[Batch, Masks]], config: PretrainConfig, world: World
+) -> list[tuple[Batch, Masks]]:
+    """The batches of a step on one rank, padded if few shapes make the step faster; else as they are.
+
+    Few shapes are needed by compiled steps and CUDA graphs. In bf16 on a CPU, oneDNN generates code for each shape of a
+    matrix product and keeps it for 1,024 of them: for the demo 40 products of a step were new, and 18 ms of it. In fp32
+    it is another library that multiplies.
+    """
+    buckets = _buckets(config, world)
+    if not buckets:
+        return loaded
+    return [pad_to_bucket(batch, masks, config.model.text_length, buckets) for batch, masks in loaded]
+
+
+def _buckets(config: PretrainConfig, world: World) -> int:
+    if config.fixed_shapes:
+        return _COARSE
+    alone = world.size == config.accumulate == 1 and not isinstance(config, FinetuneConfig)
+    on_cpu = world.device.type == "cpu" and chosen_precision(world.device, config.precision) == "bf16"
+    return _FINE if alone and on_cpu else 0

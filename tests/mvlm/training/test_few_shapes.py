@@ -1,0 +1,71 @@
+"""Batches of few shapes: when totals are rounded up, how far, and when they are not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm.distributed.world import World
+from mvlm.training.few_shapes import with_few_shapes
+from support.models import micro_batch, pretrain_config
+from support.questions import finetune_config
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
+
+
+@pytest.fixture
+def configuration(tmp_path):
+    """Function that makes the configuration of a run in bf16, with captions of at most 24 tokens."""
+
+    def make(**changes):
+        config = pretrain_config(tmp_path / "data", tmp_path / "run", **({"precision": "bf16"} | changes))
+        return replace(config, model=replace(config.model, text_length=24))
+
+    return make
+
+
+@pytest.mark.slow
+def test_bf16_steps_on_a_cpu_see_few_totals_and_little_padding(configuration):
+    """200 batches of 64 captions; oneDNN keeps 1,024 products, about 20 for each total."""
+    rng, config = np.random.default_rng(0), configuration()
+    tokens, masked, exact, padded = set(), set(), 0, 0
+    for _ in range(200):
+        lengths = np.clip(np.round(rng.gamma(4, 24 / 3 / 4, 64)), 6, 24).astype(int)
+        batch = micro_batch(tuple(map(int, lengths)))
+        [(rounded, masks)] = with_few_shapes([batch], config, ALONE)
+        tokens.add(len(rounded.tokens))
+        masked.add(len(masks.token_ids))
+        exact, padded = exact + len(batch[0].tokens), padded + len(rounded.tokens)
+    assert len(tokens) <= 8
+    assert len(masked) <= 8
+    assert padded < 1.06 * exact
+
+
+def test_a_compiled_step_sees_fewer_totals(configuration):
+    batch = micro_batch((6,) * 64)  # 384 tokens
+    [(fine, _)] = with_few_shapes([batch], configuration(), ALONE)
+    [(coarse, _)] = with_few_shapes([batch], configuration(compile=True), ALONE)
+    assert len(fine.tokens) == 416  # multiples of 32
+    assert len(coarse.tokens) == 480  # multiples of 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "world"),
+    [
+        ({"precision": "fp32"}, ALONE),
+        ({"accumulate": 2}, ALONE),
+        ({}, World(rank=0, size=2, local_rank=0, device=CPU)),
+        ({}, World(rank=0, size=1, local_rank=0, device=torch.device("cuda"))),
+    ],
+)
+def test_other_steps_get_their_batches_as_they_are(configuration, changes, world):
+    loaded = [micro_batch()]
+    assert with_few_shapes(loaded, configuration(**changes), world) is loaded
+
+
+def test_a_step_of_fine_tuning_gets_its_batches_as_they_are(tmp_path):
+    loaded = [micro_batch()]
+    config = finetune_config(tmp_path, tmp_path, tmp_path / "run", precision="bf16")
+    assert with_few_shapes(loaded, config, ALONE) is loaded
