@@ -138,7 +138,7 @@ def demo_gain() -> str:
 
 def step_speed() -> str:
     """Speed and peak memory of a whole step, relative to the fastest eager peer."""
-    head = ["a whole step, two cores of an EPYC, bf16"]
+    head = ["a whole step, two cores of an EPYC (Zen 5), bf16"]
     found = {name: read_steps(name) for name in ("tiny", "base")}
     for preset in found:
         head += [f"`{preset}`, pairs/s", "to the best eager peer (95 %)", "peak MB"]
@@ -159,14 +159,14 @@ def step_speed() -> str:
 
 def read_steps(preset: str) -> dict[str, dict[str, str]]:
     """Rows of the committed `mvlm bench step` of a preset, by contender."""
-    with (RESULTS / f"step-{preset}-amd-epyc.csv").open() as file:
+    with (RESULTS / f"step-{preset}-amd-zen5.csv").open() as file:
         return {row["contender"]: row for row in csv.DictReader(file)}
 
 
 def run_speed() -> str:
     """Speed of the training loop relative to the bare step, and processor time of a step."""
     rows = [["contender", "pairs/s", "over step (95 %)", "by cpu", "cpu ms", "loader, ms", "faults", "switches"]]
-    with (RESULTS / "run-tiny-amd-epyc-fp32.csv").open() as file:
+    with (RESULTS / "run-tiny-amd-zen5.csv").open() as file:
         for row in csv.DictReader(file):
             ratio, low, high = (float(row[f"over_step{end}"]) for end in ("", "_low", "_high"))
             interval = f"{ratio:.3f} ({low:.3f} to {high:.3f})" if row["contender"] != "step" else "1"

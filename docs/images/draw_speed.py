@@ -27,7 +27,7 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "speed"
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
     for axes, preset, batch in zip(panels, ("tiny", "base"), (64, 4), strict=True):
-        with (RESULTS / f"step-{preset}-amd-epyc.csv").open() as file:
+        with (RESULTS / f"step-{preset}-amd-zen5.csv").open() as file:
             rows = {row["contender"]: row for row in csv.DictReader(file)}
         shown = [name for name in NAMES if name in rows]
         colours = ["#1d6fb5" if name in ("plain", "fast") else "#9a9a9a" for name in shown]
