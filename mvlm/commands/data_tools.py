@@ -40,12 +40,14 @@ def check(
     if root is not None:
         _check_published(what, root, images, subset)
         return
-    shards = Path(what)
     from mvlm.progress import WorkProgress
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
     from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
+    shards = Path(what)
+    if images is not None or subset:
+        raise DataError(f"{shards}: --images and --subset are for published files: mvlm data check NAME ROOT")
     with WorkProgress("images") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)

@@ -34,6 +34,9 @@ READERS: dict[str, Callable[[Path, Path | None], Source]] = {
 }
 """Reader of each published data set that can be checked: of its folder, and the folder of its images."""
 
+_IMAGES_INSIDE = ("coco", "flickr30k", "visual-genome-qa", "nlvr", "clip-benchmark")
+"""Data sets whose images always lie in the folder itself, so that their readers take no other one."""
+
 _OPTIONS = BuildOptions()
 
 
@@ -77,10 +80,12 @@ def check_published(
         progress: called with the number of pieces read and of all pieces.
 
     Raises:
-        DataError: there is no such data set, or its files cannot be read.
+        DataError: there is no such data set, its files cannot be read, or it takes no other folder of images.
     """
     if name not in READERS:
         raise DataError(f"{name}: wanted one of {', '.join(READERS)}, or the folder of a built data set alone")
+    if images is not None and name in _IMAGES_INSIDE:
+        raise DataError(f"{name}: its images lie in {root} itself, got --images {images}; leave it out")
     source = READERS[name](root, images)
     edition = _edition(name, root, source)
     counts: dict[str, SplitCount] = {}

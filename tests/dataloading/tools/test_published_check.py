@@ -131,3 +131,10 @@ def test_missing_tars_are_said(tmp_path):
 def test_an_unknown_name_is_refused(tmp_path):
     with pytest.raises(DataError, match="vqa: wanted one of coco, flickr30k, vqa-v2, "):
         check_published("vqa", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr30k", "visual-genome-qa", "nlvr", "clip-benchmark"])
+def test_another_folder_of_images_is_refused_where_none_is_read(tmp_path, name):
+    WRITERS[name](tmp_path / "set")
+    with pytest.raises(DataError, match=rf"^{name}: its images lie in .*set itself, got --images .*other; leave it"):
+        check_published(name, tmp_path / "set", tmp_path / "other", subset=True)

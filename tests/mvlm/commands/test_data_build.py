@@ -38,6 +38,10 @@ def test_data_emoji_builds_the_emoji_data_set(run_mvlm, scenes, tmp_path, monkey
         (["folder", "{images}", "out", "--tokenizer", "no.json"], "no.json: wanted a file, found none"),
         (["folder", "{images}", "out", "--against", "no"], "no/dataset.json: wanted a file, found none"),
         (["check", "no"], "no: wanted a data folder, found none"),
+        (
+            ["check", "no", "--images", "x"],
+            "no: --images and --subset are for published files: mvlm data check NAME ROOT",
+        ),
         (["index", "{images}"], "wanted a folder of tars, found none"),
         (["view", "out", "--sources", "no"], "no: wanted a data folder, found none"),
         (["huggingface", "no", "out"], "no: wanted parquet files or a folder of save_to_disk, found none"),
