@@ -1,5 +1,7 @@
 """Batches of few shapes: totals of tokens rounded up, where every new shape costs time."""
 
+import torch
+
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import chosen_precision
@@ -27,9 +29,13 @@ def with_few_shapes(
     return [pad_to_bucket(batch, masks, config.model.text_length, buckets) for batch, masks in loaded]
 
 
+def eager_buckets(device: torch.device, precision: str) -> int:
+    """The argument `buckets` of `pad_to_bucket` for an eager step of one rank; 0 if batches stay as they are."""
+    return _FINE if device.type == "cpu" and chosen_precision(device, precision) == "bf16" else 0
+
+
 def _buckets(config: PretrainConfig, world: World) -> int:
     if config.fixed_shapes:
         return _COARSE
     alone = world.size == config.accumulate == 1 and not isinstance(config, FinetuneConfig)
-    on_cpu = world.device.type == "cpu" and chosen_precision(world.device, config.precision) == "bf16"
-    return _FINE if alone and on_cpu else 0
+    return eager_buckets(world.device, config.precision) if alone else 0

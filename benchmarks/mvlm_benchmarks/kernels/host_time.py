@@ -11,6 +11,7 @@ per call, minimum and median over rounds. Prefer the minimum: other processes ca
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,20 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_benchmarks.machine import describe
 from mvlm_benchmarks.results import write_json
 from mvlm_kernels import (
+    add_layer_norm,
     cross_attention,
     dispatch,
     gather_patches,
+    gelu_linear,
     linear_pixel_loss,
     masked_pixel_loss,
     place_tokens,
     registration,
     use_backend,
 )
+from mvlm_kernels.pixel_loss.linear import product
 
 CALLS = 400
 """Consecutive calls of one contender in a round."""
@@ -75,7 +80,8 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     floats = torch.zeros(2, 3, 224, 224, dtype=bf16, requires_grad=True)
     ids = torch.arange(116, dtype=torch.int32).expand(2, 116).contiguous()
     pred = torch.zeros(2, 116, 768, dtype=bf16, requires_grad=True)
-    weight = torch.zeros(768, 768, dtype=bf16, requires_grad=True)
+    features = torch.zeros(2, 116, 16, dtype=bf16, requires_grad=True)  # narrow, because products are computed
+    weight = torch.zeros(768, 16, dtype=bf16, requires_grad=True)
     bias = torch.zeros(768, dtype=bf16, requires_grad=True)
     tokens = torch.zeros(2, 196, 768, dtype=bf16, requires_grad=True)
     row = torch.zeros(768, dtype=bf16, requires_grad=True)
@@ -89,6 +95,14 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     masked_loss = empty_op("masked_loss", 3, losses)
     linear_loss = empty_op("linear_loss", 5, losses)
     place = empty_op("place", 5, [((2, 197, 768), bf16)])
+    stream = torch.zeros(2, 4, 16, requires_grad=True)
+    branch = torch.zeros(2, 4, 16, dtype=bf16, requires_grad=True)
+    small = torch.zeros(16, 16, dtype=bf16, requires_grad=True)
+    short = torch.zeros(16, dtype=bf16, requires_grad=True)
+    chunk, columns = features.detach().flatten(0, 1), weight.detach().T
+    multiply = functools.partial(product, chunk, columns, f32)
+    norm = empty_op("norm", 5, [((2, 4, 16), f32), ((2, 4, 16), bf16), ((8,), f32), ((8,), f32)])
+    activation = empty_op("activation", 2, [((2, 4, 16), bf16)])
     return {
         "cross_attention": (
             lambda: cross_attention(q, k, v, key_lengths=lengths),
@@ -102,13 +116,21 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
             lambda: masked_pixel_loss(pred, images, ids, 16, mean=mean, std=std),
             lambda: masked_loss(pred, images, ids),
         ),
-        "linear_pixel_loss": (
-            lambda: linear_pixel_loss(pred, weight, bias, images, ids, 16, mean=mean, std=std),
-            lambda: linear_loss(pred, weight, bias, images, ids),
+        "linear_pixel_loss": (  # the product is torch's in both
+            lambda: linear_pixel_loss(features, weight, bias, images, ids, 16, mean=mean, std=std),
+            lambda: (multiply(), linear_loss(features, weight, bias, images, ids)),
         ),
         "place_tokens": (
             lambda: place_tokens(tokens, row, positions, row, masked=masked),
             lambda: place(tokens, row, positions, row, masked),
+        ),
+        "add_layer_norm": (
+            lambda: add_layer_norm(stream, branch, short, short, y_bias=short),
+            lambda: norm(stream, branch, short, short, short),
+        ),
+        "gelu_linear": (  # the product is torch's in both
+            lambda: gelu_linear(branch, small, short, h_bias=short),
+            lambda: F.linear(activation(branch, short), small, short),
         ),
     }
 

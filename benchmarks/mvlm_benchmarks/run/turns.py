@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 from mvlm.device import autocast
 from mvlm.training.build import make_loader
+from mvlm.training.few_shapes import with_few_shapes
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.run.usage import read_usage, usage_between
 from mvlm_dataloading import Batch, Masks
@@ -102,6 +103,7 @@ def bare_step(trainer: Trainer, batch: Batch, masks: Masks) -> None:
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
     trainer.optimizer.found_inf = None
+    [(batch, masks)] = with_few_shapes([(batch, masks)], config, trainer.world)
     with autocast(trainer.device, config.precision):
         losses = trainer.model(batch, masks, seed=config.seed, step=trainer.step, plan=config.plan)
     losses.total.backward()

@@ -12,6 +12,7 @@ from torch import nn
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.step.inputs import PaddedBatch, draw_negatives, make_batch, pad_batch
 from mvlm_dataloading import Batch, Masks
@@ -41,12 +42,15 @@ class StepInputs(NamedTuple):
     padded: PaddedBatch
 
 
-def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device) -> StepInputs:
-    """Make a batch on the device, with captions of these lengths (B,)."""
+def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device, buckets: int = 0) -> StepInputs:
+    """Make a batch on the device, with captions of these lengths (B,). `buckets` round the packed form's totals up."""
     batch, masks = make_batch(model.config, lengths)
     batch, masks = batch.to(device), masks.to(device)
     negatives = draw_negatives(model, batch, SEED, STEP)
-    return StepInputs(batch, masks, pad_batch(model.config, batch, masks, *negatives))
+    padded = pad_batch(model.config, batch, masks, *negatives)
+    if buckets:
+        batch, masks = pad_to_bucket(batch, masks, model.config.text_length, buckets)
+    return StepInputs(batch, masks, padded)
 
 
 def eager_name(contender: str) -> str:

@@ -18,6 +18,7 @@ from mvlm.device import autocast, choose_device, has_fast_bf16
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
+from mvlm.training.few_shapes import eager_buckets
 from mvlm_benchmarks import gpu_state, machine
 from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.captions import caption_lengths
@@ -106,7 +107,7 @@ def run(
         print(report.heading(about, setup), flush=True)
         torch.manual_seed(0)
         model = MaskVLM(config).to(chosen)
-        inputs = make_inputs(model, lengths, chosen)
+        inputs = make_inputs(model, lengths, chosen, eager_buckets(chosen, precision))
         ready = make_contenders(names, model, optimizer, functools.partial(autocast, chosen, precision))
         notes = check_losses(ready, model, inputs, precision)
         counted = (report.BASELINE, *IMPLEMENTATIONS)
