@@ -15,7 +15,7 @@ from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, w
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
 from mvlm.weights.resize import resized_model
-from mvlm_dataloading import DataError, load_tokenizer
+from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 
 
 def load_model(
@@ -60,6 +60,18 @@ def load_model(
         read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state, prefix)
     network = resized_model(network, image_size, text_length, trained=True)
     return TrainedModel(network.to(chosen), tokenizer, precision)
+
+
+def load_tokenizer_of(path: Path | str) -> Tokenizer:
+    """Load the tokenizer of a trained model, and not its weights. `path` as in `load_model`.
+
+    RunError if there is no such model, or its tokenizer is damaged.
+    """
+    folder, _ = _find_model(path)
+    try:
+        return load_tokenizer(folder / TOKENIZER)
+    except DataError as error:
+        raise RunError(f"{folder}: {error}") from None
 
 
 def _find_model(source: Path | str) -> tuple[Path, bool]:

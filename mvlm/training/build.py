@@ -17,7 +17,7 @@ from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_model, load_tokenizer_of
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
@@ -45,7 +45,7 @@ def _tokenizer_of_start(config: PretrainConfig, initial_model: Path) -> Tokenize
     for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
         with suppress(DataError):  # damaged; an older one is resumed then
             return load_tokenizer(checkpoint / TOKENIZER)
-    return load_model(initial_model, "cpu").tokenizer
+    return load_tokenizer_of(initial_model)
 
 
 def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMConfig:

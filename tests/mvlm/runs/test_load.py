@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.load import export, load_model
+from mvlm.runs.load import export, load_model, load_tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,19 @@ def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
     assert (network, tokenizer) == (model.network, model.tokenizer)
     assert model.precision == "fp32"
     assert not network.training
+
+
+def test_a_tokenizer_is_loaded_without_the_weights(trained, portable, tmp_path):
+    wanted = load_model(trained, "cpu").tokenizer.fingerprint
+    assert load_tokenizer_of(trained).fingerprint == wanted
+    shutil.copytree(portable, tmp_path / "copy")
+    (tmp_path / "copy/model.safetensors").write_bytes(b"")  # not read
+    assert load_tokenizer_of(tmp_path / "copy").fingerprint == wanted
+    (tmp_path / "copy/tokenizer.json").write_text("{}")
+    with pytest.raises(RunError, match="copy: "):
+        load_tokenizer_of(tmp_path / "copy")
+    with pytest.raises(RunError, match="no: wanted a run, a checkpoint or an exported folder"):
+        load_tokenizer_of(tmp_path / "no")
 
 
 def test_an_id_of_the_hub_is_downloaded_with_its_tokenizer(portable, monkeypatch, tmp_path):
