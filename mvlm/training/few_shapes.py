@@ -19,9 +19,9 @@ def with_few_shapes(
 ) -> list[tuple[Batch, Masks]]:
     """The batches of a step on one rank, padded if few shapes make the step faster; else as they are.
 
-    Few shapes are needed by compiled steps and CUDA graphs. In bf16 on a CPU, oneDNN generates code for each shape of a
-    matrix product and keeps it for 1,024 of them: for the demo 40 products of a step were new, and 18 ms of it. In fp32
-    it is another library that multiplies.
+    Compiled steps and CUDA graphs need few shapes, and so does the fast implementation in bf16 on a CPU. There oneDNN
+    generates code for each shape of a matrix product and keeps it for 1,024 of them: for the demo 40 products of a step
+    were new, and 18 ms of it. In fp32 it is another library that multiplies.
     """
     buckets = _buckets(config, world)
     if not buckets:
@@ -30,7 +30,7 @@ def with_few_shapes(
 
 
 def eager_buckets(device: torch.device, precision: str) -> int:
-    """The argument `buckets` of `pad_to_bucket` for an eager step of one rank; 0 if batches stay as they are."""
+    """The argument `buckets` of `pad_to_bucket` for a fast eager step of one rank; 0 if batches stay as they are."""
     return _FINE if device.type == "cpu" and chosen_precision(device, precision) == "bf16" else 0
 
 
@@ -38,4 +38,4 @@ def _buckets(config: PretrainConfig, world: World) -> int:
     if config.fixed_shapes:
         return _COARSE
     alone = world.size == config.accumulate == 1 and not isinstance(config, FinetuneConfig)
-    return eager_buckets(world.device, config.precision) if alone else 0
+    return eager_buckets(world.device, config.precision) if alone and config.plan == "fast" else 0

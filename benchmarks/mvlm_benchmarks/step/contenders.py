@@ -40,17 +40,17 @@ class StepInputs(NamedTuple):
     batch: Batch
     masks: Masks
     padded: PaddedBatch
+    rounded: tuple[Batch, Masks] | None = None
+    """The packed form with totals rounded up, for the fast implementation; None where training does not round."""
 
 
 def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device, buckets: int = 0) -> StepInputs:
-    """Make a batch on the device, with captions of these lengths (B,). `buckets` round the packed form's totals up."""
+    """Make a batch on the device, with captions of these lengths (B,), rounded for `pad_to_bucket`'s `buckets`."""
     batch, masks = make_batch(model.config, lengths)
     batch, masks = batch.to(device), masks.to(device)
     negatives = draw_negatives(model, batch, SEED, STEP)
-    padded = pad_batch(model.config, batch, masks, *negatives)
-    if buckets:
-        batch, masks = pad_to_bucket(batch, masks, model.config.text_length, buckets)
-    return StepInputs(batch, masks, padded)
+    rounded = pad_to_bucket(batch, masks, model.config.text_length, buckets) if buckets else None
+    return StepInputs(batch, masks, pad_batch(model.config, batch, masks, *negatives), rounded)
 
 
 def eager_name(contender: str) -> str:
@@ -73,7 +73,9 @@ def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
     name = eager_name(contender)
     if name in BASELINES:
         return module(inputs.padded)
-    return module(inputs.batch, inputs.masks, seed=SEED, step=STEP, plan=IMPLEMENTATIONS[name])
+    plan, exact = IMPLEMENTATIONS[name], (inputs.batch, inputs.masks)
+    batch, masks = inputs.rounded or exact if plan == "fast" else exact
+    return module(batch, masks, seed=SEED, step=STEP, plan=plan)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,27 @@ def test_step_changes_no_weight_and_leaves_no_gradient() -> None:
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
+def test_only_the_fast_implementation_gets_rounded_totals() -> None:
+    """As in training in bf16 on a CPU."""
+    torch.manual_seed(0)
+    model = MaskVLM(MICRO)
+    seen: dict[str, int] = {}
+
+    def record(name: str) -> Losses:
+        def module(batch, masks, **settings) -> Losses:
+            seen[name] = len(batch.tokens)
+            return model(batch, masks, **settings)
+
+        return contenders.compute_losses(name, module, inputs)
+
+    inputs = contenders.make_inputs(model, caption_lengths(3, 12, 8), torch.device("cpu"), buckets=64)
+    losses = {name: record(name) for name in contenders.IMPLEMENTATIONS}
+    total = len(inputs.batch.tokens)
+    assert seen == {"plain": total, "fast": -(-(total + 1) // 16) * 16, "drop_masked": -(-(total + 1) // 16) * 16}
+    for found, wanted in zip(losses["fast"], losses["plain"], strict=True):
+        assert abs(found - wanted) <= 1e-5 * abs(wanted)
+
+
 def test_contender_with_wrong_losses_is_not_timed(micro, monkeypatch) -> None:
     compute_losses = contenders.compute_losses
 

@@ -55,6 +55,7 @@ def test_a_compiled_step_sees_fewer_totals(configuration):
     ("changes", "world"),
     [
         ({"precision": "fp32"}, ALONE),
+        ({"plan": "plain"}, ALONE),
         ({"accumulate": 2}, ALONE),
         ({}, World(rank=0, size=2, local_rank=0, device=CPU)),
         ({}, World(rank=0, size=1, local_rank=0, device=torch.device("cuda"))),
