@@ -251,7 +251,7 @@ def uniform_draws(shape: StepShape) -> list[list[int]]:
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
-    """Rows for the captions of ITM's pairs: on a CPU their tokens, on a GPU the most that they may have."""
+    """Rows for captions of ITM's pairs: on a CPU their tokens, but for rounding, on a GPU the most they may have."""
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
     # The host knows the rows of captions that arrive from other ranks, and of others only the longest.

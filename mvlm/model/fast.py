@@ -226,7 +226,7 @@ def fuse_pairs(
     """
     caches = caches or make_caches(v, text)
     packing = _with_rounded_length(text.packing)
-    pair_packing, rows = packing.select(texts, room_for(packing, texts, max_rows))
+    pair_packing, rows = packing.select(texts, room_for(packing, texts, max_rows, compute_dtype(v)))
     partners = KeyIndex(texts, len(packing.cu_seqlens) - 1), KeyIndex(images, len(v))
     image = _encode_pairs(model.image_cross, v, None, caches.text, partners[0], images, None)
     caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, partners[1], rows, pair_packing)

@@ -16,7 +16,7 @@ from mvlm_dataloading import Batch, Masks
 LENGTH_MULTIPLE = 16
 """Longest lengths are rounded up to a multiple of this: shapes then repeat, and a CPU's matrix products run faster."""
 TOTAL_MULTIPLE = 32
-"""On a CPU, totals of drawn captions are rounded up to a multiple of this, for the same reasons."""
+"""In bf16 on a CPU, totals of drawn captions are rounded up to a multiple of this, for the same reasons."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -59,14 +59,16 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 1
     )
 
 
-def room_for(packing: "Packing", texts: Tensor, max_rows: int | None) -> int:
+def room_for(packing: "Packing", texts: Tensor, max_rows: int | None, dtype: torch.dtype) -> int:
     """Rows for the captions texts int64 (R,) of a packing: at least as many as they have together, a host number.
 
-    Only the device knows how many these are. Asking costs nothing on a CPU. On a GPU it would be a sync, so an upper
-    bound is taken there: R of the longest length, and no more than `max_rows`, if given.
+    Only the device knows how many these are. Asking costs nothing on a CPU; products in bf16 get the number rounded up.
+    On a GPU asking would be a sync, so an upper bound is taken there: R of the longest length, and no more than
+    `max_rows`, if given.
     """
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
-        return round_up(int(packing.lengths.index_select(0, texts).sum()), TOTAL_MULTIPLE)
+        rows = int(packing.lengths.index_select(0, texts).sum())
+        return round_up(rows, TOTAL_MULTIPLE) if dtype == torch.bfloat16 else rows
     bound = len(texts) * packing.max_length
     return bound if max_rows is None else min(bound, max_rows)
 

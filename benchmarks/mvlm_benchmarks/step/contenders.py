@@ -40,16 +40,19 @@ class StepInputs(NamedTuple):
     batch: Batch
     masks: Masks
     padded: PaddedBatch
-    rounded: tuple[Batch, Masks] | None = None
-    """The packed form with totals rounded up, for the fast implementation; None where training does not round."""
+    rounded: dict[str, tuple[Batch, Masks]]
+    """Contender -> the packed form with totals rounded up as in training. Others get it as it is."""
 
 
 def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device, buckets: int = 0) -> StepInputs:
-    """Make a batch on the device, with captions of these lengths (B,), rounded for `pad_to_bucket`'s `buckets`."""
+    """Make a batch on the device, with captions of these lengths (B,), and round it for `pad_to_bucket`'s `buckets`."""
     batch, masks = make_batch(model.config, lengths)
     batch, masks = batch.to(device), masks.to(device)
     negatives = draw_negatives(model, batch, SEED, STEP)
-    rounded = pad_to_bucket(batch, masks, model.config.text_length, buckets) if buckets else None
+    rounded = {}
+    for name in (name for name, plan in IMPLEMENTATIONS.items() if plan == "fast" and buckets):
+        rounded[name] = pad_to_bucket(batch, masks, model.config.text_length, buckets)
+    rounded["fast-compiled"] = pad_to_bucket(batch, masks, model.config.text_length)
     return StepInputs(batch, masks, pad_batch(model.config, batch, masks, *negatives), rounded)
 
 
@@ -73,9 +76,8 @@ def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
     name = eager_name(contender)
     if name in BASELINES:
         return module(inputs.padded)
-    plan, exact = IMPLEMENTATIONS[name], (inputs.batch, inputs.masks)
-    batch, masks = inputs.rounded or exact if plan == "fast" else exact
-    return module(batch, masks, seed=SEED, step=STEP, plan=plan)
+    batch, masks = inputs.rounded.get(contender, (inputs.batch, inputs.masks))
+    return module(batch, masks, seed=SEED, step=STEP, plan=IMPLEMENTATIONS[name])
 
 
 @dataclass(frozen=True)

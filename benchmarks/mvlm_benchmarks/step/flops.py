@@ -101,7 +101,7 @@ def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -
     with FakeTensorMode() as mode:
         give_fake_tensors(module)
         fake = PaddedBatch(*(mode.from_tensor(x) for x in padded))
-        inputs = StepInputs(_to_fake(batch, mode), _to_fake(masks, mode), fake)
+        inputs = StepInputs(_to_fake(batch, mode), _to_fake(masks, mode), fake, {})
         with mark_model_parts(module), KnownTokenCount(int(lengths.sum())):
             parts, backward = count_flops(lambda: compute_losses(contender, module, inputs))
     scale = 1e9 * len(lengths)

@@ -4,6 +4,8 @@ import csv
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -12,6 +14,7 @@ from mvlm.config.recipes import pretrain_defaults
 from mvlm.errors import ConfigError
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.run import run as bench
+from mvlm_benchmarks.run import turns
 from mvlm_benchmarks.run.run import make_rows, median_interval
 from mvlm_benchmarks.run.turns import LOOP, NO_LOADER, STEP, Turns
 from mvlm_benchmarks.run.usage import GROUPS
@@ -98,3 +101,16 @@ def test_a_run_is_measured_in_turns(tmp_path, monkeypatch, without_tensorboard, 
         written = list(csv.DictReader(file))
     assert [row["contender"] for row in written] == list(rows)
     assert "run, no loader" in capsys.readouterr().out
+
+
+def test_the_bare_step_rounds_totals_as_the_run_does(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(loaded, config, world):
+        raise Stop(loaded)
+
+    trainer = SimpleNamespace(config="settings", world="ranks", optimizer=SimpleNamespace(param_groups=[]))
+    monkeypatch.setattr(turns, "with_few_shapes", stop)
+    with pytest.raises(Stop, match=r"^\[\('batch', 'masks'\)\]$"):
+        turns.bare_step(cast(Any, trainer), cast(Any, "batch"), cast(Any, "masks"))

@@ -141,11 +141,25 @@ def test_only_the_fast_implementation_gets_rounded_totals() -> None:
         return contenders.compute_losses(name, module, inputs)
 
     inputs = contenders.make_inputs(model, caption_lengths(3, 12, 8), torch.device("cpu"), buckets=64)
-    losses = {name: record(name) for name in contenders.IMPLEMENTATIONS}
+    losses = {name: record(name) for name in (*contenders.IMPLEMENTATIONS, "fast-compiled")}
     total = len(inputs.batch.tokens)
-    assert seen == {"plain": total, "fast": -(-(total + 1) // 16) * 16, "drop_masked": -(-(total + 1) // 16) * 16}
+    rounded = -(-(total + 1) // 16) * 16
+    assert seen == {"plain": total, "fast": rounded, "drop_masked": rounded, "fast-compiled": rounded}
     for found, wanted in zip(losses["fast"], losses["plain"], strict=True):
         assert abs(found - wanted) <= 1e-5 * abs(wanted)
+
+
+@pytest.mark.parametrize(("precision", "buckets"), [("fp32", 0), ("bf16", 64)])
+def test_totals_are_rounded_in_bf16_on_a_cpu(micro, monkeypatch, precision, buckets) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(model, lengths, device, buckets) -> None:
+        raise Stop(buckets)
+
+    monkeypatch.setattr(run, "make_inputs", stop)
+    with pytest.raises(Stop, match=f"^{buckets}$"):
+        run.run("tiny", 4, 1, ("fast",), precision=precision, device="cpu")
 
 
 def test_contender_with_wrong_losses_is_not_timed(micro, monkeypatch) -> None:

@@ -11,7 +11,9 @@ from mvlm.distributed.parallel import compile_step, parallelize
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, NonFiniteLossError
 from mvlm.model import fast
+from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives import losses as objectives
+from mvlm.training import trainer
 from mvlm.training.build import make_loader
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
@@ -39,6 +41,21 @@ def start(scenes, tokenizer, tmp_path):
 def last_row(run: Trainer) -> dict[str, float]:
     """Metrics of the last step."""
     return run.metrics.read()[-1]
+
+
+def test_a_step_computes_on_batches_of_few_shapes_and_counts_the_others(start, monkeypatch):
+    run, batches = start()
+    seen, real = [], run.forward_backward
+
+    def few_shapes(loaded, config, world):
+        return [pad_to_bucket(batch, masks, config.model.text_length) for batch, masks in loaded]
+
+    monkeypatch.setattr(trainer, "with_few_shapes", few_shapes)
+    monkeypatch.setattr(run, "forward_backward", lambda micro: seen.append(len(micro[0][0].tokens)) or real(micro))
+    exact = len(next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, ALONE)))[0].tokens)
+    run.one_step(batches)
+    assert seen == [-(-(exact + 1) // 16) * 16]
+    assert run.metrics.tokens == exact
 
 
 @pytest.mark.slow
