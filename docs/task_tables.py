@@ -130,6 +130,7 @@ def scenes_starts() -> Rows:
         named: read_evaluation("scenes-vqa-names"),
         placed: read_trials("scenes-vqa")[0]["figures"]["test"],
         "the same; masked answers, 800": read_evaluation("scenes-vqa-places-800"),
+        "all of this once more, in bf16; masked answers, 800": read_evaluation("scenes-vqa-places-800-bf16"),
     }
     rows = [["per cent, test split", *TEXT_ALONE, "all"]]
     rows.append(["text alone at best", *(f"{best:.1f}" for best in TEXT_ALONE.values()), "32.4"])
