@@ -1,17 +1,13 @@
 """Batches of few shapes: totals of tokens rounded up, where every new shape costs time."""
 
-import torch
-
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.device import chosen_precision
 from mvlm.distributed.world import World
-from mvlm.model.packing import pad_to_bucket
+from mvlm.model.packing import eager_buckets, pad_to_bucket
 from mvlm_dataloading import Batch, Masks
 
-# A graph or a compiled step is made for each shape, so there should be few. On a CPU a shape costs some milliseconds,
-# so little padding matters more.
-_COARSE, _FINE = 16, 64
+# A graph or a compiled step is made for each shape, so there should be few.
+_COARSE = 16
 
 
 def with_few_shapes(
@@ -27,11 +23,6 @@ def with_few_shapes(
     if not buckets:
         return loaded
     return [pad_to_bucket(batch, masks, config.model.text_length, buckets) for batch, masks in loaded]
-
-
-def eager_buckets(device: torch.device, precision: str) -> int:
-    """The argument `buckets` of `pad_to_bucket` for a fast eager step of one rank; 0 if batches stay as they are."""
-    return _FINE if device.type == "cpu" and chosen_precision(device, precision) == "bf16" else 0
 
 
 def _buckets(config: PretrainConfig, world: World) -> int:

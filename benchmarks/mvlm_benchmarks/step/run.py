@@ -17,8 +17,8 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast, choose_device, has_fast_bf16
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import eager_buckets
 from mvlm.objectives.losses import Losses
-from mvlm.training.few_shapes import eager_buckets
 from mvlm_benchmarks import gpu_state, machine
 from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.captions import caption_lengths
