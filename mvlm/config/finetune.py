@@ -68,7 +68,7 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        defaults = {setting.name: setting.default for setting in fields(self)}
+        defaults = {setting.name: setting.default for setting in fields(self)} | {"lr_pixels": 0.0}
         given = [name for name in PRETRAINING_ONLY if getattr(self, name) != defaults[name]]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
@@ -78,8 +78,9 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
 _NOT_READ = (ObjectiveSettings, WeightSettings)
 PRETRAINING_ONLY = (
     *(setting.name for group in _NOT_READ for setting in fields(group)),
-    *("tokenizer", "reconstruction_first", "low_resolution", "compile", "cuda_graphs", "local_negatives"),
+    *("tokenizer", "reconstruction_first", "low_resolution", "low_resolution_share", "lr_pixels"),
+    *("compile", "cuda_graphs", "local_negatives"),
 )
-"""Settings that fine-tuning does not read. It refuses other values than their defaults."""
+"""Settings that fine-tuning does not read. It refuses other values than their defaults, and a rate of pixels but 0."""
 GROUPS: tuple[type, ...] = (TaskSettings, *(group for group in RUN_GROUPS if group not in _NOT_READ))
 """Groups of settings, in the order of --help."""

@@ -4,6 +4,7 @@
 its screenshots to docs/images.
 """
 
+import asyncio
 import json
 import os
 import shutil
@@ -41,6 +42,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_forgotten_event_loops() -> Iterator[None]:
+    """Close the event loops that gradio makes for its locks and forgets.
+
+    Else a later test collects them, and their warning is that test's error.
+    """
+    made: list[asyncio.AbstractEventLoop] = []
+    make = asyncio.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        made.append(make())
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", new_event_loop)
+        yield
+    asyncio.set_event_loop(None)
+    for loop in made:
+        if not loop.is_running():
+            loop.close()
 
 
 @pytest.fixture(scope="module")

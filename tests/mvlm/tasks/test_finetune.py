@@ -154,6 +154,7 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"min_count": 20}, "wanted at least 2 answers with 20 training questions each, found 0; lower --min-count"),
         ({"compile": True}, "of pretraining alone, got --compile; leave"),
         ({"low_resolution": 64, "cuda_graphs": True}, "got --low-resolution, --cuda-graphs; leave"),
+        ({"lr_pixels": 1e-4, "low_resolution_share": 0.5}, "got --low-resolution-share, --lr-pixels; leave"),
         ({"mlm_weight": 0.5}, "got --mlm-weight; leave"),
         ({"tokenizer": Path("tokenizer.json")}, "got --tokenizer; leave"),
         ({"preemption_file": Path(__file__)}, "preemption_file: .* exists before the run starts"),
