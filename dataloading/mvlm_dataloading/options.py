@@ -77,6 +77,8 @@ class ViewOptions:
     duplicates: Literal["keep", "exact", "near"] = "keep"
     """Duplicates to drop within a split: `keep` (none), `exact` (identical files), `near` (perceptual near-duplicates
     too)."""
+    leaks: Literal["drop", "keep"] = "drop"
+    """Training images that are in an evaluation split, or nearly: `drop` them, or `keep` them."""
     fraction: float = 1.0
     """Fraction of the training samples to take, chosen by a hash of the key. Smaller fractions are subsets of larger
     ones."""

@@ -101,10 +101,10 @@ def open_gallery(model: TrainedModel, data: Path) -> DatasetGallery:
 
 
 def data_of_run(source: Path) -> Path | None:
-    """Data folder of a run or of one of its checkpoints; None if it is not on this machine."""
+    """Data folder of a run or of one of its checkpoints; None if it is not here, or if `source` is no run."""
     for folder in (source, *list(source.absolute().parents)[:2]):
-        config = RunFolder(folder).config
-        if config.is_file():
-            data = Path(str(read_config(config).get("data", "")))
+        run = RunFolder(folder)
+        if run.config.is_file() and run.checkpoints.is_dir():  # an exported folder has a config.json of its own
+            data = Path(str(read_config(run.config).get("data", "")))
             return data if (data / "dataset.json").is_file() else None
     return None

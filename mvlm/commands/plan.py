@@ -86,7 +86,7 @@ def plan(
 
         if setting.sharded or local_negatives:
             raise ConfigError(
-                "plan: wanted --parallel ddp and no --local-negatives with --task, whose plan counts DDP alone; leave them out"
+                "plan: wanted --parallel ddp and no --local-negatives with --task, which plans DDP; leave them out"
             )
         if setting.batch_size % (setting.ranks * accumulate):
             raise ConfigError(

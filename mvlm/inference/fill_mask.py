@@ -10,6 +10,7 @@ from torch import Tensor
 from mvlm.device import autocast
 from mvlm.errors import ConfigError
 from mvlm.inference.results import FilledText, Guess
+from mvlm.inference.texts import check_unicode
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Tokenizer
@@ -21,8 +22,9 @@ def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor
     The tokenizer never turns text into special tokens, so the pieces between masks are encoded separately.
 
     Raises:
-        ConfigError: a [MASK] is beyond `length`.
+        ConfigError: a [MASK] is beyond `length`, or the caption is no Unicode.
     """
+    check_unicode(caption, "caption")
     inner: list[int] = []
     for number, piece in enumerate(caption.split("[MASK]")):
         inner += [tokenizer.mask_id] if number else []

@@ -34,10 +34,18 @@ def text_batches(
         yield batch
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Raise ConfigError for a text with a lone surrogate, which bytes that are not UTF-8 leave. `what` names it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what}: wanted Unicode, found {error.object[error.start]!r}; write it in UTF-8") from None
+
+
 def check_texts(
     texts: Sequence[str], tokenizer: Tokenizer, length: int, truncate: bool = False, first: int = 0
 ) -> None:
-    """Raise ConfigError for a text that is no string, is blank or, unless `truncate`, has more than `length` tokens.
+    """Raise ConfigError for a text that is no string, no Unicode, blank or, unless `truncate`, of over `length` tokens.
 
     Args:
         first: number of the first text, for the error.
@@ -45,6 +53,7 @@ def check_texts(
     for number, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise ConfigError(f"text {number}: wanted a string, got {type(text).__name__}")
+        check_unicode(text, f"text {number}")
         if not text.strip():
             raise ConfigError(f"text {number}: wanted words, found none; write a caption")
         if len(text) > MAX_CHARACTERS:

@@ -42,6 +42,7 @@ def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
     """Write a tokenizer.json that adds [CLS] and [SEP], truncates to `length` tokens and pads to the longest text.
 
     With the package `tokenizers`, `Tokenizer.from_file(file).encode_batch(texts)` then has the model's ids and masks.
+    For a text with the name of a special token in it, first set `encode_special_tokens = True`: no file can hold that.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers.processors import TemplateProcessing

@@ -178,7 +178,7 @@ class FolderCollection:
                 rows, images = [], []
                 for i in range(first, min(first + BATCH, stop)):
                     with contextlib.suppress(RunError):  # `why_left_out` says why
-                        images.append(load_image(self.paths[i], model.network.config.image_size))
+                        images.append(self._load(i, model.network.config.image_size))
                         rows.append(i)
                 if rows:
                     yield rows, torch.stack(images)
@@ -187,10 +187,18 @@ class FolderCollection:
 
     def why_left_out(self, i: int) -> str:
         try:
-            load_image(self.paths[i], 1)
+            self._load(i, 1)
         except RunError as error:
             return str(error)
         return f"{self.paths[i]}: could not be read when its part was embedded, can be read now; embed again"
+
+    def _load(self, i: int, side: int) -> Tensor:
+        """The image of item i. RunError if it cannot be read, or if its name cannot be an id."""
+        try:
+            str(self.paths[i]).encode()
+        except UnicodeEncodeError:
+            raise RunError(f"{self.paths[i]}: wanted a file name in UTF-8, found other bytes; rename it") from None
+        return load_image(self.paths[i], side)
 
 
 def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:

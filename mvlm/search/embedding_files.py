@@ -87,12 +87,17 @@ def _table(kind: str, rows: Sequence[tuple[str, Item, str | None]], vectors: NDA
         "id": [id for id, _, _ in rows],
         "split": [item.split for _, item, _ in rows],
         "row": [item.row for _, item, _ in rows],
-        "metadata": [json.dumps(item.metadata, ensure_ascii=False) for _, item, _ in rows],
+        "metadata": [_unicode(json.dumps(item.metadata, ensure_ascii=False)) for _, item, _ in rows],
         "text": [text for _, _, text in rows],
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).reshape(-1)), width),
     }
     schema = schema_of(kind, width)
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _unicode(text: str) -> str:
+    """The text with "?" for each lone surrogate, which JSON may hold and a file in UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextlib.contextmanager
@@ -136,7 +141,7 @@ def read_rows(path: Path) -> list[int]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a file of JSON objects, one per line, whole."""
-    with written_whole(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with written_whole(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -118,7 +118,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     dataset = open_dataset(data, "train")
     folders = {arm: training_data(settings.get("fraction", 1.0), data, out) for arm, settings in study.arms.items()}
     samples = {arm: open_dataset(folder, "train").fingerprint for arm, folder in folders.items()}
-    lengths: dict[int, float] = {}
+    lengths: dict[tuple[int, str], float] = {}
     plans: dict[str, tuple[int, float | None]] = {}
     for arm in study.arms:
         # FLOPs of low resolution depend on the share of its steps, which is exact only with many.
@@ -153,31 +153,32 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
 def training_data(fraction: float, data: Path, out: Path) -> Path:
     """The data set that holds a fraction of the training samples: a view in the study's folder, made if missing.
 
-    Samples are chosen by a hash of their keys, so smaller fractions are subsets of larger ones.
+    Samples are chosen by a hash of their keys, so smaller fractions are subsets of larger ones. Near-duplicates of
+    evaluation images are as frequent in them as in the whole.
     """
     if fraction == 1:
         return data
     source = open_dataset(data, "train").fingerprint  # with the same --out, other data get a view of their own
-    view = out / "data" / f"fraction_{fraction:g}_{source[:8]}"
+    view = out / "data" / f"share_{fraction:g}_{source[:8]}"
     view.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{view}.lock"):
         if not view.exists():  # it appears whole
-            make_view(view, [data], ViewOptions(fraction=fraction))
+            make_view(view, [data], ViewOptions(fraction=fraction, leaks="keep"))
     return view
 
 
 def _steps_and_flops(
-    study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[int, float]
+    study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[tuple[int, str], float]
 ) -> tuple[int, float | None]:
-    """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths."""
+    """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths of each tokenizer."""
     if study.task:
         return int(study.budget["steps"]), None
-    longest = config.model.text_length
-    if longest not in lengths:
-        tokenizer = choose_tokenizer(config, dataset)
+    longest, tokenizer = config.model.text_length, choose_tokenizer(config, dataset)
+    key = longest, tokenizer.fingerprint
+    if key not in lengths:
         captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
-        lengths[longest] = float(tokenizer.encode(captions, longest)[1].mean())
-    step = flops_per_pair(config, lengths[longest]) * config.batch_size
+        lengths[key] = float(tokenizer.encode(captions, longest)[1].mean())
+    step = flops_per_pair(config, lengths[key]) * config.batch_size
     steps = int(study.budget["steps"] if "steps" in study.budget else study.budget["flops"] / step)
     if steps < 1:
         raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}")

@@ -120,7 +120,11 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
     device = choose_device(trial.config.device)
     ranks: dict[str, Any] = {}
     if isinstance(trial.config, FinetuneConfig):
-        figures = {split: evaluate_task(checkpoint, trial.data, split, device)[0] for split in trial.splits}
+        precision = trial.config.precision
+        figures = {
+            split: evaluate_task(checkpoint, trial.data, split, device, precision=precision)[0]
+            for split in trial.splits
+        }
     else:
         model, tokenizer = load_model(checkpoint, device, trial.config.precision)
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.

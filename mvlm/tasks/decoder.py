@@ -74,13 +74,18 @@ class AnswerTable(nn.Module):
 def weighted_cross_entropy(
     model: MaskVLM, x: Tensor, targets: Tensor, weights: Tensor, plan: str
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the language head's weighted cross-entropies, and its accuracy; x (Q, C), targets and weights (Q,)."""
+    """Sum of the language head's weighted cross-entropies, and its accuracy; x (Q, C), targets and weights (Q,).
+
+    Both are 0 without targets: a microbatch may have no question with a listed answer.
+    """
     head = model.language_head
     if plan == "fast":
-        return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets, weights)
+        vocabulary = head.vocabulary
+        loss, accuracy = linear_cross_entropy(head.transform(x), vocabulary.weight, vocabulary.bias, targets, weights)
+        return loss, accuracy.nan_to_num()
     logits = at_least_float32(head(x))  # (Q, V)
     loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
-    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean()
+    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean().nan_to_num()
 
 
 class AnswerDecoder(nn.Module):

@@ -57,6 +57,10 @@ class Entailment(Task):
         """The three labels, and targets of some hypotheses."""
         return {"labels": list(ENTAILMENT_LABELS)}, (torch.zeros(samples, dtype=torch.int64),)
 
+    @classmethod
+    def check_references(cls, validation: Dataset) -> None:
+        labelled(validation)
+
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
         """Label of each sample, int64 (S,)."""
         return (torch.tensor([ENTAILMENT_LABELS.index(record["label"]) for record in labelled(dataset)]),)

@@ -84,6 +84,7 @@ def evaluate_task(
     device: torch.device | str = "cpu",
     world: World | None = None,
     kind: type[Task] | None = None,
+    precision: str = "auto",
     **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`.
@@ -94,7 +95,7 @@ def evaluate_task(
     dataset = open_dataset(data, split)
     if isinstance(task, Retrieval):
         workspace = Workspace(None, world) if world else Workspace()
-        return {"task": task.name, "split": split, **task.evaluate(dataset, tokenizer, "auto", workspace)}, []
-    records = predict_split(task, dataset, tokenizer, world=world)
+        return {"task": task.name, "split": split, **task.evaluate(dataset, tokenizer, precision, workspace)}, []
+    records = predict_split(task, dataset, tokenizer, precision, world=world)
     assert records is not None
     return {"task": task.name, "split": split, **task.score(records, dataset)}, records

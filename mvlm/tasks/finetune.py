@@ -137,12 +137,14 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     kind = find_task(config.task)
     dataset, validation = open_splits(config)
     state = kind.make_state(dataset, TaskOptions.of(config))
+    if validation is not None:
+        kind.check_references(validation)
     if config.questions_per_image > 1 and not kind.shares:
         raise ConfigError(
             f"questions_per_image: wanted 1, got {config.questions_per_image}; the task {kind.name} reads each sample "
             f"alone"
         )
-    if config.freeze == "all" and kind.whole_batch:
+    if config.freeze == "all" and (kind.whole_batch or (config.task == "vqa" and config.answers == "masked")):
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     pretrained, tokenizer = load_model(config.checkpoint)
     architecture = resized_config(pretrained.config, config.image_size, config.question_length)

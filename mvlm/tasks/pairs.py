@@ -87,6 +87,10 @@ class Pairs(Task):
         """Strips of the task's number of images."""
         return {"strip": self.images}
 
+    @classmethod
+    def check_references(cls, validation: Dataset) -> None:
+        statements(validation)
+
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
         """Label of each sample, int64 (S,)."""
         return (torch.tensor([LABELS.index(record["label"]) for record in statements(dataset, self.images)]),)

@@ -6,6 +6,7 @@ scored on what happens to be there.
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +66,8 @@ def by_id(
     """
     found: dict[str, Value] = {}
     for number, record in enumerate(records, 1):
+        if not isinstance(record, Mapping):
+            raise RunError(f"{path}, record {number}: wanted an object, found {type(record).__name__}")
         try:
             key, content = str(record[name]), value(record)
         except (KeyError, TypeError) as error:
@@ -94,6 +97,22 @@ def filled(record: Mapping[str, Any], name: str) -> Any:
     if not typed(record, name, list):
         raise ValueError(f"wanted entries in {name}, found an empty list")
     return record[name]
+
+
+def numbers(record: Mapping[str, Any], name: str, count: int) -> list[float]:
+    """The field `name` of a record, a list of `count` numbers. ValueError if it is none."""
+    found = filled(record, name)
+    if len(found) != count or not all(isinstance(x, int | float) and math.isfinite(x) for x in found):
+        raise ValueError(f"wanted {name} as {count} numbers, found {found!r}")
+    return found
+
+
+def listed(path: Path, document: Any, name: str, wanted: str) -> list[Any]:
+    """The list `name` of a JSON object, empty without one. RunError, which says what was `wanted`, for no list."""
+    found = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(found, list | None):
+        raise RunError(f"{path}: wanted {wanted}, found {type(found).__name__} in {name}")
+    return found or []
 
 
 def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[str, Any]) -> None:

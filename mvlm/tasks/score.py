@@ -3,7 +3,7 @@
 Formats are the published ones, so that predictions of any model can be scored (docs/guides/tasks.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
 from mvlm.tasks.metrics.vqa import vqa_accuracy
-from mvlm.tasks.records import by_id, filled, match_ids, read_csv, read_json, read_json_lines, typed
+from mvlm.tasks.records import by_id, filled, listed, match_ids, numbers, read_csv, read_json, read_json_lines, typed
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 FLICKR_IDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
@@ -45,14 +45,23 @@ def _vqa(predictions: Path, references: Path) -> Scored:
     results = read_json(predictions, "a list of {question_id, answer}")
     rows = results if isinstance(results, list) else []
     answers = by_id(predictions, rows, "question_id", lambda r: typed(r, "answer", str))
-    document = read_json(references, "VQA annotations, an object with the list `annotations`")
-    rows = document.get("annotations") if isinstance(document, dict) else None
-    annotations = by_id(references, rows or [], "question_id", lambda r: {**r, "answers": filled(r, "answers")})
+    wanted = "VQA annotations, an object with the list `annotations`"
+    rows = listed(references, read_json(references, wanted), "annotations", wanted)
+    annotations = by_id(references, rows, "question_id", lambda r: {**r, "answers": _answers(r)})
     match_ids(predictions, answers, annotations)
     records = [{**record, "question_id": key} for key, record in annotations.items()]
     figures = vqa_accuracy(answers, records)
     groups = [str(record.get("image_id", record["question_id"])) for record in records]
     return Scored(figures, "accuracy", list(annotations), figures.pop("scores"), groups)
+
+
+def _answers(record: Mapping[str, Any]) -> list[Any]:
+    """The answers of a question, each an object with a text."""
+    answers = filled(record, "answers")
+    for answer in answers:
+        if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
+            raise ValueError(f"wanted answers as objects with the text `answer`, found {answer!r}")
+    return answers
 
 
 def _truth(path: Path, text: Any) -> bool:
@@ -108,10 +117,11 @@ def _caption(predictions: Path, references: Path) -> Scored:
     results = read_json(predictions, "a list of {image_id, caption}")
     rows = results if isinstance(results, list) else []
     found = by_id(predictions, rows, "image_id", lambda r: typed(r, "caption", str))
-    document = read_json(references, "COCO caption annotations, an object with the list `annotations`")
+    form = "COCO caption annotations, an object with the list `annotations`"
+    document = read_json(references, form)
     wanted: dict[str, list[str]] = {}
-    for record in document.get("annotations", []) if isinstance(document, dict) else []:
-        if isinstance(record.get("caption"), str) and "image_id" in record:
+    for record in listed(references, document, "annotations", form):
+        if isinstance(record, dict) and isinstance(record.get("caption"), str) and "image_id" in record:
             wanted.setdefault(str(record["image_id"]), []).append(record["caption"])
     if not wanted:
         raise RunError(f"{references}: wanted COCO caption annotations, found none; is it a file of another task?")
@@ -119,15 +129,15 @@ def _caption(predictions: Path, references: Path) -> Scored:
     scores = cider(found, wanted)
     figures = {f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)}
     figures["cider_d"] = 100 * float(scores.mean())
-    scenes = _scenes(references, document.get("images", []), wanted)
+    scenes = _scenes(references, listed(references, document, "images", form), wanted)
     return Scored(
         figures | (fact_figures(found, scenes) if scenes else {}), "cider_d", list(wanted), scores, list(wanted)
     )
 
 
-def _scenes(references: Path, images: list[dict[str, Any]], wanted: dict[str, list[str]]) -> dict[str, Any]:
+def _scenes(references: Path, images: list[Any], wanted: dict[str, list[str]]) -> dict[str, Any]:
     """The scenes of the images, if the annotations of composed scenes have them."""
-    rows = [row for row in images if "scene" in row]
+    rows = [row for row in images if isinstance(row, dict) and "scene" in row]
     scenes = by_id(references, rows, "id", lambda r: r["scene"]) if rows else {}
     if scenes and scenes.keys() != wanted.keys():
         raise RunError(
@@ -137,6 +147,14 @@ def _scenes(references: Path, images: list[dict[str, Any]], wanted: dict[str, li
     return scenes
 
 
+def _size(record: Mapping[str, Any]) -> list[float]:
+    """Width and height of an image."""
+    size = numbers(record, "size", 2)
+    if min(size) <= 0:
+        raise ValueError(f"wanted a size above 0, found {size}")
+    return size
+
+
 def _grounding(predictions: Path, references: Path) -> Scored:
     lines = read_json_lines(predictions, "JSON lines {id, x, y}")
     points = by_id(predictions, lines, "id", lambda r: (typed(r, "x", int | float), typed(r, "y", int | float)))
@@ -144,7 +162,7 @@ def _grounding(predictions: Path, references: Path) -> Scored:
         references,
         read_json_lines(references, "JSON lines {id, box, size}"),
         "id",
-        lambda r: (filled(r, "box"), filled(r, "size"), str(r.get("image_id", r["id"]))),
+        lambda r: (numbers(r, "box", 4), _size(r), str(r.get("image_id", r["id"]))),
     )
     match_ids(predictions, points, rows)
     boxes, sizes, groups = zip(*rows.values(), strict=True)

@@ -121,6 +121,10 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def check_references(cls, validation: Dataset) -> None:
+        """Raise DataError for a split that the task cannot score, before it trains. A task of the user's need not."""
+
+    @classmethod
     def longest_text(
         cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig
     ) -> int:

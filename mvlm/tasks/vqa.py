@@ -182,6 +182,10 @@ class VisualQuestionAnswering(Task):
         shape = samples, ANSWERS_OF_A_QUESTION
         return {"answers": [str(i) for i in range(3129)]}, (torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
 
+    @classmethod
+    def check_references(cls, validation: Dataset) -> None:
+        questions(validation)
+
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).
 

@@ -58,7 +58,8 @@ def make_view(
 ) -> dict[str, Any]:
     """Write a view of one or more data sets. `open_dataset` opens it like any other data set.
 
-    Training images that are in an evaluation split of any source are dropped, even if the view leaves that split out.
+    Training images that are in an evaluation split of any source are dropped, even if the view leaves that split out,
+    unless the options keep them.
 
     Args:
         weights: number of copies per epoch of each source's training samples, 1 by default. 0.5 takes half of them;
@@ -86,8 +87,9 @@ def make_view(
     rows, evaluation, reasons = _select(sources, options)
     images = tabulate((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)
     dropped: dict[int, str] = {}
-    for _ in find_leaks(images, [tabulate(evaluation)], dropped):
-        pass
+    if options.leaks == "drop":
+        for _ in find_leaks(images, [tabulate(evaluation)], dropped):
+            pass
     near = options.duplicates == "near"
     for _ in find_duplicates(images, dropped, drop=near or options.duplicates == "exact", drop_near=near):
         pass

@@ -118,7 +118,7 @@ def vqa_accuracy(answers: Mapping[Any, str], annotations: Sequence[Mapping[str, 
     for kind in ("answer_type", "question_type"):
         rows: dict[str, list[int]] = defaultdict(list)
         for row, annotation in enumerate(annotations):
-            rows[annotation.get(kind, "all")].append(row)
+            rows[str(annotation.get(kind) or "all")].append(row)
         figures[f"by_{kind}"] = {name: 100 * float(scores[chosen].mean()) for name, chosen in sorted(rows.items())}
     return figures | {"scores": scores}
 

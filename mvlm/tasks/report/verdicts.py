@@ -12,7 +12,7 @@ from typing import Any
 from mvlm.tasks.caption import references
 from mvlm.tasks.entailment import labelled
 from mvlm.tasks.metrics.captions import cider
-from mvlm.tasks.metrics.vqa import answer_accuracy, normalize_answer
+from mvlm.tasks.metrics.vqa import answer_accuracy, compared_answers
 from mvlm.tasks.pairs import LABELS, statements
 from mvlm.tasks.score import ENTAILMENT_LABELS
 from mvlm.tasks.vqa import questions
@@ -56,7 +56,7 @@ def judge_answers(records: Sequence[dict[str, Any]], dataset: Dataset) -> list[V
                 next(iter(counts)) if len(counts) == 1 else wanted,
                 100 * score,
                 right,
-                normalize_answer(counts.most_common(1)[0][0]),
+                Counter(compared_answers(asked["answers"])[0]).most_common(1)[0][0],
             )
         )
     return found

@@ -113,7 +113,7 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
             table = AnswerTable([predicted], vqa.tokenizer, before + 1)
             score = -answers_loss(vqa.model, x, table, one, one, x.new_ones(1), "plain")[0]
         layers = layers[:-1] or layers  # the question's words have no effect in the last one
-        first = "[MASK]", 1, int(table.lengths) - 1
+        first = "[MASK]", 1, max(2, int(table.lengths) - 1)  # of no answer, the [MASK] of its end
         probability = score.exp()
     elif isinstance(task, VisualQuestionAnswering | Entailment | Pairs):
         labels = task.state["answers" if isinstance(task, VisualQuestionAnswering) else "labels"]

@@ -307,3 +307,10 @@ def test_malformed_views_are_refused(one, tmp_path):
     (tmp_path / "view" / "letter").write_text("dear")
     with pytest.raises(DataError, match="wanted a new or an empty folder"):
         make_view(tmp_path / "view", [one])
+
+
+def test_a_view_keeps_evaluation_images_in_train_on_request(one, two, tmp_path):
+    """Image 20 of `two` is in `one`'s test split."""
+    kept = make_view(tmp_path / "view", [one, two], ViewOptions(leaks="keep"))
+    assert keys(tmp_path / "view") == named("one", range(20)) + named("two", [*range(100, 110), 20])
+    assert kept["rejected"] == {}

@@ -235,6 +235,8 @@ LONG = "red " * 40
         (lambda m, x: m.embed_images(x, batch_size=0), ConfigError, "batch_size: wanted at least 1, got 0"),
         (lambda m, x: m.embed_texts(["red", LONG]), ConfigError, "text 1: wanted at most 12 tokens, [CLS] and"),
         (lambda m, x: m.embed_texts(["red", " "]), ConfigError, "text 1: wanted words, found none"),
+        (lambda m, x: m.embed_texts(["red", "caf\udce9"]), ConfigError, "text 1: wanted Unicode, found '\\udce9'"),
+        (lambda m, x: m.fill("caf\udce9 [MASK]", x[0]), ConfigError, "caption: wanted Unicode, found '\\udce9'"),
         (lambda m, x: m.embed_texts([None]), ConfigError, "text 0: wanted a string, got NoneType"),
         (lambda m, x: m.embed_texts(7), ConfigError, "texts: wanted a text or a sequence of texts, got int"),
         (lambda m, x: m.embed_texts("a" * 10**7), ConfigError, "text 0: wanted at most 100000 characters, found"),

@@ -1,6 +1,7 @@
 """Embeddings of a whole collection: the same as the model's own, the same files after any interruption."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,19 @@ def test_a_folder_of_images_is_embedded_and_bad_ones_are_listed(model, pictures,
     (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert rejected["id"] == "deep/1.png"
     assert "wanted an image, could not read it" in rejected["reason"]
+
+
+def test_names_and_metadata_that_are_no_unicode(model, pictures, alone, tmp_path):
+    """A name of other bytes is left out; a lone surrogate in metadata becomes "?"."""
+    shutil.copy(pictures / "0.png", os.fsencode(pictures) + b"/caf\xe9.png")
+    (pictures / "3.json").write_text('{"author": "a\\ud83d"}')
+    found = embed(model, open_collection(pictures), tmp_path / "out", alone)
+    assert (found["images"], found["rejected"]) == (10, 1)
+    rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
+    assert [json.loads(row["metadata"]) for row in rows if row["id"] == "3.png"] == [{"author": "a?"}]
+    (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert rejected["id"] == os.fsdecode(b"caf\xe9.png")
+    assert "wanted a file name in UTF-8, found other bytes; rename it" in rejected["reason"]
 
 
 real_write = embedding.write_table

@@ -14,7 +14,9 @@ from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
 from mvlm.studies.trial import read_result, run_trial, take_result
 from mvlm.training.run import pretrain
+from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import MICRO
+from support.scenes import png, scene
 
 
 def study(**changes) -> Study:
@@ -166,6 +168,32 @@ def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path:
     file.write_text(json.dumps({"format_version": 1}))
     with pytest.raises(RunError, match="wanted the result of a trial, got KeyError"):
         run_study(study(), scenes, tmp_path / "copy")
+
+
+def test_a_fraction_is_drawn_from_all_training_images(two_splits_of_one_image, tmp_path: Path) -> None:
+    """The whole has every test image in train, so its fraction has about as many of them."""
+    view = open_dataset(studies.training_data(0.5, two_splits_of_one_image, tmp_path), "train")
+    assert view.description["rejected"] == {"not in the fraction": 40 - len(view)}
+    assert 10 <= len(view) <= 30
+
+
+@pytest.fixture
+def two_splits_of_one_image(tmp_path: Path) -> Path:
+    """40 training and 40 test samples, all with one image."""
+    image = png(scene(0)[0])
+    with ShardWriter(tmp_path / "one", name="one", source="tests", licence="CC0", attribution="", recipe={}) as writer:
+        for split in ("train", "test"):
+            for i in range(40):
+                assert writer.add(f"{split}{i:03d}", image, [f"number {i}"], {}, split=split) is None
+    return tmp_path / "one"
+
+
+@pytest.mark.slow
+def test_flops_of_an_arm_are_those_of_its_own_tokenizer(scenes, tmp_path: Path) -> None:
+    arms = {"base": {}, "few": {"model": {"vocab_size": 262}}}  # hardly a merge, so captions have more tokens
+    both = {t.arm: t.flops for t in plan_trials(study(arms=arms, seeds=[0]), scenes, tmp_path)}
+    (alone,) = plan_trials(study(arms={"few": arms["few"]}, base="few", seeds=[0]), scenes, tmp_path)
+    assert both["few"] == alone.flops
 
 
 @pytest.mark.slow

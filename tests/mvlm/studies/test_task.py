@@ -10,6 +10,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.evaluate import evaluate
 from mvlm.runs.load import load_model
+from mvlm.studies import trial as trials
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study, read_study
 from mvlm.tasks.evaluate import evaluate_task
@@ -43,6 +44,20 @@ def study(**changes) -> Study:
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
     return write_questions(tmp_path_factory.mktemp("questions") / "data")
+
+
+def test_trials_are_evaluated_in_their_precision(questions, trained, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def evaluate(*_, precision: str, **__):
+        asked.append(precision)
+        raise RunError("evaluated")
+
+    monkeypatch.setattr(trials, "evaluate_task", evaluate)
+    settings = study().settings | {"precision": "fp32"}
+    with pytest.raises(RunError, match="evaluated"):
+        run_study(study(settings=settings), questions, tmp_path / "study", checkpoint=trained)
+    assert asked == ["fp32"]
 
 
 @pytest.mark.slow

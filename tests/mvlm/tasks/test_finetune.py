@@ -156,6 +156,7 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"low_resolution": 64, "cuda_graphs": True}, "got --low-resolution, --cuda-graphs; leave"),
         ({"lr_pixels": 1e-4, "low_resolution_share": 0.5}, "got --low-resolution-share, --lr-pixels; leave"),
         ({"mlm_weight": 0.5}, "got --mlm-weight; leave"),
+        ({"answers": "masked", "freeze": "all"}, "freeze: wanted none or encoders, got all; .* no head to train"),
         ({"tokenizer": Path("tokenizer.json")}, "got --tokenizer; leave"),
         ({"preemption_file": Path(__file__)}, "preemption_file: .* exists before the run starts"),
         ({"task": "retrieval"}, "found a sample of the task vqa; name a data set of images and captions"),
@@ -226,3 +227,19 @@ def test_the_word_after_the_task_is_a_recipe(run_mvlm):
     wrong = run_mvlm("finetune", "vqa", "huge", "--out", "run")
     assert wrong.code == 2
     assert "unknown recipe: wanted one of tiny, base, got 'huge'" in wrong.err[-1]
+
+
+def test_a_validation_split_without_answers_is_refused_before_anything_is_written(trained, tmp_path):
+    data = write_questions(tmp_path / "data")
+    unanswered = tmp_path / "unanswered"
+    with ShardWriter(unanswered, name="unanswered", source="tests", licence="CC0", attribution="", recipe={}) as writer:
+        for split in ("train", "validation"):
+            dataset = open_dataset(data, split)
+            for i in range(len(dataset)):
+                known = dataset.metadata(i)
+                kept = known if split == "train" else {"question_id": known["question_id"]}
+                key, image, texts = str(dataset.keys[i]), dataset.image_bytes(i), dataset.captions(i)
+                assert writer.add(key, image, texts, kept, split=split) is None
+    with pytest.raises(DataError, match="wanted a question with `question_id` and `answers`, found"):
+        finetune(configured(trained, unanswered, tmp_path / "run", "vqa", eval_every_steps=1))
+    assert not (tmp_path / "run").exists()

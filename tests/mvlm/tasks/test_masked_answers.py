@@ -156,3 +156,13 @@ def test_a_text_without_room_for_a_question_is_refused_before_anything_is_writte
     with pytest.raises(ConfigError, match=r"question_length: wanted at least \d+, room for the \d masks .* got 9"):
         finetune(config)
     assert not (tmp_path / "run").exists()
+
+
+@both
+@torch.no_grad()
+def test_a_batch_without_a_listed_answer_has_no_loss_and_no_accuracy(parts, plan):
+    model, batch, table = parts
+    none = torch.empty(0, dtype=torch.int64)
+    x = mask_features(model, batch, table.tokens.shape[1] - 1, plan)
+    loss, accuracy = answers_loss(model, x, table, none, none, torch.empty(0, dtype=torch.float64), plan)
+    assert (loss.item(), accuracy.item()) == (0, 0)

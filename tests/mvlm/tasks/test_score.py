@@ -163,6 +163,51 @@ def test_predictions_that_do_not_fit_are_refused(vqa_files, change, message):
         score("vqa", answers, references)
 
 
+ANSWER = {"answer": "cat", "answer_id": 1}
+CAPTION = [{"image_id": 1, "caption": "a dog"}]
+
+
+@pytest.mark.parametrize(
+    "task, predictions, references, message",
+    [
+        ("vqa", [], {"annotations": 3}, "r.json: wanted VQA annotations, .* found int in annotations"),
+        ("vqa", [], {"annotations": ["cat"]}, "r.json, record 1: wanted an object, found str"),
+        ("vqa", [], {"annotations": [{"question_id": 1, "answers": ["cat"]}]}, "record 1: wanted answers as objects"),
+        ("vqa", [], {"annotations": [{"question_id": 1, "answers": [{"answer_id": 1}]}]}, "wanted answers as objects"),
+        ("caption", CAPTION, {"annotations": ["a dog"]}, "r.json: wanted COCO caption annotations, found none"),
+        ("caption", CAPTION, {"annotations": None}, "r.json: wanted COCO caption annotations, found none"),
+        ("caption", CAPTION, {"annotations": CAPTION, "images": 7}, "found int in images"),
+    ],
+)
+def test_references_that_do_not_fit_are_refused(tmp_path, task, predictions, references, message):
+    given = predictions or [{"question_id": 1, "answer": "cat"}]
+    with pytest.raises(RunError, match=message) as error:
+        score(task, write_json(tmp_path / "p.json", given), write_json(tmp_path / "r.json", references))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"box": [1, 2, 3]}, "wanted box as 4 numbers"),
+        ({"box": ["1", "2", "3", "4"]}, "wanted box as 4 numbers"),
+        ({"size": [0, 10]}, "wanted a size above 0"),
+    ],
+)
+def test_boxes_that_are_none_are_refused(tmp_path, change, message):
+    points = write_lines(tmp_path / "p.jsonl", [{"id": 1, "x": 5, "y": 5}])
+    boxes = write_lines(tmp_path / "b.jsonl", [{"id": 1, "box": [0, 0, 10, 10], "size": [100, 100]} | change])
+    with pytest.raises(RunError, match=rf"b\.jsonl, record 1: {message}"):
+        score("grounding", points, boxes)
+
+
+def test_a_question_without_a_type_counts_among_all(tmp_path):
+    given = write_json(tmp_path / "p.json", [{"question_id": i, "answer": "cat"} for i in (1, 2)])
+    rows = [{"question_id": i, "question_type": kind, "answers": [ANSWER]} for i, kind in ((1, None), (2, "what"))]
+    found = score("vqa", given, write_json(tmp_path / "r.json", {"annotations": rows}))
+    assert list(found["by_question_type"]) == ["all", "what"]
+
+
 def test_files_of_another_kind_are_refused(vqa_files, tmp_path):
     answers, references = vqa_files
     with pytest.raises(ConfigError, match="task: wanted one of vqa, pairs"):

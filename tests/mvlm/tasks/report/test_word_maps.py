@@ -153,3 +153,11 @@ def test_a_text_that_is_too_long_is_cut_and_an_unknown_answer_refused(trained):
     assert len(cut) < 1 + len(long.split())
     with pytest.raises(RunError, match="wanted a prediction of the run's labels, found 'green'"):
         task_maps(task, images, TEXT, "green")
+
+
+def test_an_empty_answer_has_maps(trained):
+    """The list of answers may hold one that VQA's normalisation leaves empty, such as "a"."""
+    images = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    found = task_maps(made(trained, "masked"), images, TEXT, "")
+    assert found.maps.isfinite().all()
+    assert 0 < found.probability < 1
