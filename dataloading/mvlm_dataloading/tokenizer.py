@@ -1,6 +1,7 @@
 """Tokenizers: a byte-level BPE trained on captions, or any `tokenizer.json`."""
 
 import bisect
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,42 @@ class Tokenizer:
         rows = [e.ids[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
         tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
+
+    def encode_masked(self, pieces: Sequence[str]) -> list[int]:
+        """Tokens of a text with one mask token between each piece and the next, without [CLS] and [SEP].
+
+        A tokenizer reads a piece otherwise if it is alone: it begins a word, even behind a mask that ended one. So a short
+        word stands for each mask, and the mask for its token.
+        """
+        text, places = pieces[0], []
+        for number, piece in enumerate(pieces[1:], 2):
+            piece = piece or (" " if number < len(pieces) else "")  # two masks are two words
+            inside = text[-1:].isalnum() or piece[:1].isalnum()  # of a word, from which "!" is told apart
+            places.append(len(text))
+            text += ("!" if inside else self._short_word) + piece
+        ids: list[int] = []
+        found = self._inner.encode(text, add_special_tokens=False)
+        for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            masks = [place for place in places if start <= place < stop]
+            if masks and len(text[start:stop].strip()) != 1:  # one token of a mask and of what is beside it
+                return self._encode_alone(pieces)
+            ids.append(self.mask_id if masks else token)
+        return ids if ids.count(self.mask_id) == len(places) else self._encode_alone(pieces)
+
+    def _encode_alone(self, pieces: Sequence[str]) -> list[int]:
+        """Tokens of each piece as if it were a text, with mask tokens between them."""
+        ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            ids += [self.mask_id] if number else []
+            ids += self._inner.encode(piece.strip(), add_special_tokens=False).ids if piece.strip() else []
+        return ids
+
+    @functools.cached_property
+    def _short_word(self) -> str:
+        """A letter that is one token behind a blank."""
+        letters = "aeioustnrlmdhcbfgpkwvyjxqz"
+        tokens = (self._inner.encode(f"{letter} {letter}", add_special_tokens=False).ids for letter in letters)
+        return next((letter for letter, ids in zip(letters, tokens, strict=True) if len(ids) == 2), "a")
 
     def words(self, text: str) -> list[tuple[str, int, int]]:
         """Words of a text, between blanks, each with the first and the last plus one of its tokens.

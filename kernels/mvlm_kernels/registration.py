@@ -127,6 +127,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def batched(*tensors: torch.Tensor | None) -> bool:
+    """True if ``torch.func.vmap`` holds a batch behind one of the tensors, whose values then cannot be read."""
+    return transformed() and any(x is not None and _functorch.is_batchedtensor(x) for x in tensors)
+
+
 def direct(function: type[torch.autograd.Function], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``function.apply(implementation, ...)`` for plain calls, see :func:`called_directly`.
 

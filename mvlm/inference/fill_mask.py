@@ -19,17 +19,13 @@ from mvlm_dataloading import Tokenizer
 def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
     """Tokens int64 (L,) of a caption in which every "[MASK]" is one token to guess; L is at most `length`.
 
-    The tokenizer never turns text into special tokens, so the pieces between masks are encoded separately.
+    The other tokens are those that the caption has with a word in the place of [MASK].
 
     Raises:
         ConfigError: a [MASK] is beyond `length`, or the caption is no Unicode.
     """
     check_unicode(caption, "caption")
-    inner: list[int] = []
-    for number, piece in enumerate(caption.split("[MASK]")):
-        inner += [tokenizer.mask_id] if number else []
-        if piece.strip():
-            inner += tokenizer.encode([piece.strip()], length)[0][1:-1].tolist()
+    inner = tokenizer.encode_masked(caption.strip().split("[MASK]"))
     if tokenizer.mask_id in inner[length - 2 :]:
         raise ConfigError(
             f"caption: wanted every [MASK] among the first {length - 2} tokens, found one after them; "

@@ -17,7 +17,7 @@ from mvlm.inference.images import hide_patches
 from mvlm.inference.results import Reconstruction
 from mvlm.inference.texts import check_texts
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import masked_patches, patchify, unpatchify
+from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
 from mvlm_dataloading import Dataset, Tokenizer, draw_patch_masks
 
 STRIP_IMAGES = 8
@@ -61,7 +61,11 @@ def reconstruct(
     for step in range(steps):
         hidden = masked_patches(patch_ids, config.num_patches)
         with autocast(device, precision):
-            vm = model.encode_image(unpatchify(patches, config.patch_size), hidden)
+            shown = unpatchify(patches, config.patch_size)
+            if config.drop_masked:  # as in training
+                vm = model.image_encoder.forward_visible(shown, visible_patches(patch_ids, config.num_patches))
+            else:
+                vm = model.encode_image(shown, hidden)
             predicted = model.reconstruct(vm, w, key_mask, patch_ids).float()  # (B, K, 3*P*P), normalised
         pixels = ((predicted * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
         order = border_errors(patches, ~hidden, pixels, patch_ids).sort(stable=True).indices

@@ -49,7 +49,7 @@ class ImageEncoder(nn.Module):
         self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.width))
         self.blocks = nn.ModuleList(ImageBlock(config.width, config.heads) for _ in range(config.image_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self._interpolation: dict[tuple[int, torch.device], Tensor] = {}
+        self._interpolation: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         """Weights (N, own N) of `positions`, by N and device. They are constants, so they are in no state dict."""
         self.output_positions: Tensor | None
         self.register_buffer("output_positions", None, persistent=False)
@@ -88,9 +88,11 @@ class ImageEncoder(nn.Module):
         if patches == own:
             return self.position
         device = self.position.device
-        if (weights := self._interpolation.get((patches, device))) is None:
-            unit = torch.eye(own, device=device, dtype=torch.promote_types(self.position.dtype, torch.float32))
-            weights = self._interpolation[patches, device] = resize_positions(unit, round(patches**0.5))[1:]
+        wide = torch.promote_types(self.position.dtype, torch.float32)
+        if (weights := self._interpolation.get((patches, device, wide))) is None:
+            with torch.inference_mode(False), torch.no_grad():  # a later step that trains uses them too
+                unit = torch.eye(own, device=device, dtype=wide)
+                weights = self._interpolation[patches, device, wide] = resize_positions(unit, round(patches**0.5))[1:]
         # A product with constant weights: the gradient of torch's interpolation differs from run to run on a GPU.
         with torch.autocast(device.type, enabled=False):
             grid = weights @ self.position[1:].to(weights.dtype)  # (N, C)

@@ -10,7 +10,7 @@ Shape legend: n rows, E width of the vectors.
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +80,9 @@ class SearchIndex:
         return self._table(kind).count_rows()
 
     def add(self, embeddings: Path) -> dict[str, int]:
-        """Add embeddings. Rows that the index has already are replaced. Returns the rows added or replaced, by kind.
+        """Add embeddings. Returns the rows added or replaced, by kind.
+
+        Rows that the index has already are replaced, and rows of these splits that the collection no longer has removed.
 
         Processes of this machine take turns; those of several, that share an object store, must not add at once.
         """
@@ -89,11 +91,14 @@ class SearchIndex:
         with self._turn():
             self.reload()  # another process may have added
             number = self._number_of(description["source"])
+            splits = description["source"].get("splits", [""])
             for kind in KINDS:
-                table = self._table(kind)
+                table, keys = self._table(kind), set()
                 for batch in _batches(EmbeddingFolder(embeddings).vectors(kind), table.schema, number):
                     merge = table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
                     merge.execute(pa.Table.from_batches([batch]))
+                    keys.update(batch["key"].to_pylist())
+                _remove_others(table, f"source = {number} and split in ({_listed(splits)})", keys)
                 table.optimize()
         return {kind: description[kind] for kind in KINDS}
 
@@ -172,8 +177,9 @@ class SearchIndex:
     def first_captions(self, hits: Sequence[Hit]) -> list[str]:
         """The first caption of each image; empty for one without captions."""
         keys = [f"{hit.source}:{hit.split}/{hit.id}#0" for hit in hits]
-        listed = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
-        rows = self._table("texts").search().where(f"key in ({listed})").select(["key", "text"]) if keys else None
+        rows = None
+        if keys:
+            rows = self._table("texts").search().where(f"key in ({_listed(keys)})").select(["key", "text"])
         known = {} if rows is None else {row["key"]: row["text"] for row in rows.limit(len(keys)).to_list()}
         return [known.get(key, "") for key in keys]
 
@@ -251,6 +257,21 @@ def _table_schema(file: Path, images: Path) -> pa.Schema:
         types.see(batch["metadata"].to_pylist())
     own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
     return pa.schema([*own, *parquet.schema_arrow, *types.fields()])
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """Texts as literals of SQL."""
+    return ", ".join("'" + text.replace("'", "''") + "'" for text in texts)
+
+
+def _remove_others(table: Any, where: str, keys: set[str]) -> None:
+    """Remove the rows that a filter chooses, but for those with these keys."""
+    if (rows := table.count_rows(where)) == len(keys):
+        return
+    found = table.search().where(where).select(["key"]).limit(rows).to_arrow()["key"].to_pylist()
+    gone = [key for key in found if key not in keys]
+    for start in range(0, len(gone), BATCH_ROWS):
+        table.delete(f"key in ({_listed(gone[start : start + BATCH_ROWS])})")
 
 
 def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBatch]:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -214,3 +215,41 @@ def test_a_vocabulary_without_marks_has_no_starts_of_words(tmp_path):
     save_word_level(tmp_path / "t.json", ["<unk>", "<s>", "<pad>", "</s>", "<mask>"])
     with pytest.raises(DataError, match="wanted one that marks the starts of words"):
         load_tokenizer(tmp_path / "t.json").word_starts()
+
+
+def save_byte_level(path, prefix: bool) -> None:
+    """A byte-level BPE that marks blanks; with `prefix`, a text's first word has one too."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    specials = ["<unk>", "<s>", "<pad>", "</s>", "<mask>"]
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=letters)
+    inner.train_from_iterator(MASKED * 50, trainer)
+    inner.save(str(path))
+
+
+MASKED = ["a red heart", "flag of france.", "the cat, a dog", "cat", "two (cat) cat", "cat cat", "it is a cat! dog"]
+
+
+@pytest.mark.parametrize("kind", ["with prefix", "without", "pieces"])
+def test_a_masked_word_leaves_the_other_tokens_as_they_are(tmp_path, kind):
+    """Each word that is one token is masked in turn; "cat cat" also twice."""
+    if kind == "pieces":
+        words = ["[UNK]", *sorted({word for text in MASKED for word in re.findall(r"\w+|[^\w ]", text)})]
+        model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(words)}, unk_token="[UNK]")
+        save_pieces(tmp_path / "t.json", model, tokenizers.pre_tokenizers.BertPreTokenizer())
+    else:
+        save_byte_level(tmp_path / "t.json", kind == "with prefix")
+    tokenizer, tried = load_tokenizer(tmp_path / "t.json"), 0
+    for text in MASKED:
+        tokens = tokenizer.encode([text], 40)[0][1:-1].tolist()
+        assert tokenizer.encode_masked([text]) == tokens
+        for word in re.finditer(r"\w+", text):
+            pieces = [text[: word.start()], text[word.end() :]]
+            before = len(tokenizer.encode([pieces[0].strip()], 40)[0]) - 2 if pieces[0].strip() else 0
+            if len(tokenizer.encode([text[: word.end()]], 40)[0]) - 2 == before + 1:
+                wanted = [*tokens[:before], tokenizer.mask_id, *tokens[before + 1 :]]
+                assert tokenizer.encode_masked(pieces) == wanted
+                tried += 1
+    assert tried >= 10
+    assert tokenizer.encode_masked(["", " ", ""]) == tokenizer.encode_masked(["", "", ""]) == 2 * [tokenizer.mask_id]

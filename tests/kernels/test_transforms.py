@@ -260,3 +260,41 @@ def test_meta_device_with_autocast(backend: str):
     with torch.autocast("cpu", torch.bfloat16):
         block(images, text).backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in block.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # of samples of a batch
+@pytest.mark.parametrize("name", ["key_lengths", "key_mask", "key_index"])
+def test_vmap_over_what_says_which_keys_exist(name: str):
+    q, k = rand(3, 2, 4, 1, 8), rand(3, 2, 5, 1, 8)
+    values = {
+        "key_lengths": torch.tensor([[5, 3], [1, 2], [4, 4]]),
+        "key_mask": torch.rand(3, 2, 5, generator=G) < 0.7,
+        "key_index": torch.tensor([[1, 0], [1, 1], [0, 0]]),
+    }[name]
+    found = torch.func.vmap(lambda q, k, x: cross_attention(q, k, k, **{name: x}))(q, k, values)
+    wanted = torch.stack([cross_attention(a, b, b, **{name: x}) for a, b, x in zip(q, k, values, strict=True)])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("outside", [False, True])
+def test_gradients_around_vmap_of_the_pixel_losses(linear: bool, outside: bool):
+    """`outside`: plain autograd around vmap; else torch.func.grad."""
+    images = torch.randint(0, 256, (3, 2, 3, 8, 8), dtype=torch.uint8, generator=G)
+    x = rand(3, 2, 2, 5) if linear else rand(3, 2, 2, 48)
+    weight = rand(48, 5)
+
+    def loss(x: Tensor, images: Tensor) -> Tensor:
+        return linear_pixel_loss(x, weight, None, images, IDS, 4) if linear else masked_pixel_loss(x, images, IDS, 4)
+
+    def total(x: Tensor) -> Tensor:
+        return torch.func.vmap(loss)(x, images).sum()
+
+    if outside:
+        leaf = x.clone().requires_grad_()
+        total(leaf).backward()
+        found = leaf.grad
+    else:
+        found = torch.func.grad(total)(x)
+    wanted = torch.stack([torch.func.grad(loss)(x[i], images[i]) for i in range(3)])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

@@ -43,6 +43,7 @@ def add_layer_norm(
     else:
         total = x.to(wide) + y.to(wide)
         total = (total if y_bias is None else total + y_bias.to(wide)).to(dtype)
+    total = total.contiguous()  # as the kernel's
     normalised, mean, rstd = torch.native_layer_norm(
         total.to(wide), total.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
@@ -82,6 +83,6 @@ def add_layer_norm_backward(
     )
     if grad_residual is not None and not post_norm:
         dx += grad_residual
-    sums = [dw, db, dx.flatten(0, -2).sum(0)] if needs_bias else [dw, db]
+    sums = [dw, db, dx.reshape(-1, dx.shape[-1]).sum(0)] if needs_bias else [dw, db]
     dy = dx.to(y_dtype) if y_dtype != x_dtype else dx.new_empty(0, dtype=y_dtype)
     return dx.to(x_dtype), dy, torch.stack(sums)

@@ -238,13 +238,19 @@ def cross_attention(
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif not return_lse and _uses_cpu_path(q, len_q, len_k):
+    elif (
+        not return_lse
+        and _uses_cpu_path(q, len_q, len_k)
+        and not registration.batched(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
+    ):
         readers = key_readers or (None, None)
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
         sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
         return cpu.attend(q, k, v, *sides, scale, cap, rate, drawn)
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, rate))):
+            if dispatch.checks_values(q.device) and not (torch.compiler.is_compiling() or registration.transformed()):
+                check_values(q, k, key_lengths, key_index, None, None, key_readers or (None, None), len_q, len_k)
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, rate)
     if key_mask is not None and key_mask.dtype == torch.bool and not torch.compiler.is_compiling():
         key_mask = pack_key_mask(key_mask)  # a compiler would make a graph for each number of words

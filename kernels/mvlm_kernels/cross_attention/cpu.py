@@ -51,6 +51,8 @@ def attend(
     if heads != k_heads:  # the query heads of a key head become rows of its product
         q_bhqd = q_bhqd.unflatten(1, (k_heads, heads // k_heads)).flatten(2, 3)
 
+    if q.dtype == torch.float16:  # unscaled scores can be too large for it
+        q_bhqd, k_bhkd = q_bhqd.float(), k_bhkd.float()
     s = q_bhqd @ k_bhkd.transpose(2, 3)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     if softcap:

@@ -168,7 +168,8 @@ def sdpa(
         *heads_first, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
     )
     out = out.transpose(1, 2)
-    return out if some is None else out.where(some, torch.zeros((), dtype=out.dtype, device=out.device))
+    out = out if some is None else out.where(some, torch.zeros((), dtype=out.dtype, device=out.device))
+    return out.contiguous()
 
 
 def pack_key_mask(mask: Tensor) -> Tensor:
@@ -206,6 +207,8 @@ def _summed_by_group(x: Tensor, heads: int) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float, softcap: float) -> Tensor:
     """Scaled scores (B, H, Lq, Lk) in float32 or float64, -inf where the key does not exist."""
+    if q.dtype == torch.float16:  # unscaled scores can be too large for it
+        q, k = q.float(), k.float()
     s = torch.einsum("bqhd,bkhd->bhqk", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
     if softcap:

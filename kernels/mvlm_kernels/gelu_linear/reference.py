@@ -18,7 +18,7 @@ def _with_bias(h: Tensor, h_bias: Tensor | None) -> Tensor:
 
 def gelu(h: Tensor, h_bias: Tensor | None) -> Tensor:
     """GELU of h + h_bias: h (.., C), h_bias (C,) -> (.., C) in h's dtype."""
-    return F.gelu(_with_bias(h, h_bias)).to(h.dtype)
+    return F.gelu(_with_bias(h, h_bias)).to(h.dtype).contiguous()
 
 
 def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,4 +28,4 @@ def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tenso
     sums = h.new_empty(0, dtype=torch.promote_types(h.dtype, torch.float32))
     if h_bias is not None:
         sums = dx.flatten(0, -2).sum(0)
-    return dx.to(h.dtype), F.gelu(x).to(h.dtype), sums
+    return dx.to(h.dtype).contiguous(), F.gelu(x).to(h.dtype).contiguous(), sums

@@ -163,7 +163,7 @@ def _block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Forward of timm's Mlp: x (.., C). The op has no dropout between the layers."""
-    if mlp.training and mlp.drop1.p > 0:
+    if mlp.drop1.training and mlp.drop1.p > 0:
         return type(mlp).forward(mlp, x)
     return mlp.drop2(gelu_linear(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias))
 

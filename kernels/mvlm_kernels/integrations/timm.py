@@ -93,7 +93,7 @@ def why_not_read(proj: nn.Module) -> Refusal | None:
         reason = f"proj must be a Conv2d, got {type(proj).__name__}"
         return refusal(reason, "the original forward runs; unwrap it, or merge its adapter")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(proj, name) for name in hooks):
+    if any(getattr(proj, name) for name in hooks) or "forward" in vars(proj):
         return refusal("proj has hooks", "the original forward calls them; remove them")
     side = proj.kernel_size[0]
     plain = proj.kernel_size == proj.stride == (side, side) and proj.groups == 1 and proj.dilation == (1, 1)

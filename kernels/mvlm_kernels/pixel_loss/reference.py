@@ -155,7 +155,7 @@ def linear_pixel_loss_backward(
     if needs[0]:
         hidden_grad = (pred_grad @ weight.to(dtype)).mul_(factor).reshape(hidden.shape).to(hidden.dtype)
     if needs[1]:
-        weight_grad = (pred_grad.T @ hidden.to(dtype).flatten(0, 1)).to(weight.dtype).mul_(factor)
+        weight_grad = (pred_grad.T @ hidden.to(dtype).flatten(0, 1)).mul_(factor).to(weight.dtype)
     if needs[2]:
         bias_grad = pred_grad.sum(dim=0, dtype=grad.dtype).mul_(factor).to(weight.dtype)
     return hidden_grad, weight_grad, bias_grad

@@ -105,3 +105,20 @@ def test_an_exported_program_takes_any_number_of_rows():
     for shape in ((1, 1, 8), (4, 7, 8)):
         x, y = torch.randn(2, *shape)
         torch.testing.assert_close(program(x, y)[1], torch.nn.functional.layer_norm(x + y, (8,)))
+
+
+@pytest.mark.plain_empty
+def test_outputs_for_other_strides_are_those_that_a_compiler_is_told():
+    x, ones = torch.randn(4, 8, 6).transpose(1, 2), torch.ones(8)
+    with use_backend("torch"):
+        torch.library.opcheck(OPS.add_layer_norm.default, (x, x, None, ones, ones, 1e-5, FP32, False))
+
+
+def test_a_single_row_without_other_dimensions():
+    made = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    flat = add_layer_norm(made[0], made[1], *made[2:4], y_bias=made[4])
+    rows = add_layer_norm(made[0][None], made[1][None], *made[2:4], y_bias=made[4])
+    for a, b in zip(flat, rows, strict=True):
+        wanted = torch.autograd.grad(b.square().sum(), made, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(a.square().sum(), made, retain_graph=True, allow_unused=True)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

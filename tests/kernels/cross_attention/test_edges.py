@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
@@ -154,3 +155,39 @@ def test_scale_is_an_argument_of_the_attention_kernels():
     assert first_meta == second_meta
     assert [a for a in first if isinstance(a, float)] == [0.125 * math.log2(math.e)]
     assert [a for a in second if isinstance(a, float)] == [0.5 * math.log2(math.e)]
+
+
+@pytest.mark.parametrize("lengths", [(13, 20), (130, 131)])
+@pytest.mark.parametrize("lse", [False, True])
+def test_large_float16_scores_are_finite(lengths: tuple[int, int], lse: bool):
+    """Before they are scaled, these scores are larger than any float16."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        (torch.randn(2, length, 1, 128, generator=generator) + shift).half()
+        for length, shift in zip((lengths[0], lengths[1], lengths[1]), (24, 24, 0), strict=True)
+    )
+    with mvlm_kernels.use_backend("torch"):
+        out = cross_attention(q, k, v, return_lse=lse)
+    out = out[0] if lse else out
+    wanted = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    # Scores are about 6,500, of which float32 has steps of 5e-4; probabilities are rounded to float16.
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"key_index": [0, -1]}, "key_index must be in 0..1, got -1..0"),
+        ({"key_lengths": [-5, 900]}, "key_lengths must be in 0..131, got -5"),
+    ],
+)
+def test_values_are_checked_where_sdpa_computes(changes: dict[str, list[int]], message: str):
+    q, k = torch.randn(2, 130, 1, 16), torch.randn(2, 131, 1, 16)
+    with pytest.raises(ValueError, match=message):
+        cross_attention(q, k, k, **{name: torch.tensor(values) for name, values in changes.items()})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_output_of_sdpa_is_contiguous(dropout: float):
+    q = torch.randn(2, 3, 130, 16).transpose(1, 2)
+    assert cross_attention(q, q, q, dropout_p=dropout).is_contiguous()

@@ -74,3 +74,11 @@ def test_launchers_read_no_tensor():
         for _, launch in aot_cases():
             launch()  # meta tensors: reading one on the host would raise
     assert {"gelu_kernel", "gelu_backward_kernel", "column_sum_kernel"} == set(launched)
+
+
+@pytest.mark.plain_empty
+def test_outputs_for_other_strides_are_those_that_a_compiler_is_told():
+    h = torch.randn(4, 8, 6).transpose(1, 2)
+    with use_backend("torch"):
+        torch.library.opcheck(OPS.gelu.default, (h, None))
+        torch.library.opcheck(OPS.gelu_backward.default, (h, h, None))

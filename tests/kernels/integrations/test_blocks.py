@@ -225,3 +225,13 @@ def test_compiled_blocks_have_no_graph_break():
         wanted = model(inputs(model))
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(inputs(model))
     torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_layers_that_train_alone_have_their_effect():
+    """Monte Carlo dropout: a model in eval mode whose dropout layers draw."""
+    mlp = timm.layers.Mlp(8, 16, drop=0.5).eval()
+    mlp.drop1.train()
+    swap_blocks(mlp)
+    x = torch.randn(4, 8)
+    with use_backend("torch"):
+        assert not torch.equal(mlp(x), mlp(x))

@@ -204,3 +204,16 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"images must have shape \(B, 3, H, W\), got \(1, 4, 32, 32\)"):
         swapped_vit()(torch.rand(1, 4, 32, 32))
     assert isinstance(swapped_vit().patch_embed, GatherPatchEmbed)
+
+
+def test_a_forward_of_the_convs_own_is_called():
+    """Offloading and patches replace `forward` on the instance."""
+    model = small_vit()
+    embed = model.patch_embed
+    own = embed.proj.forward
+    embed.proj.forward = lambda x: 2 * own(x)
+    images = torch.randn(2, 3, 32, 32)
+    wanted = embed(images)
+    with pytest.raises(ValueError, match="proj has hooks"):
+        swap_patch_embed(model)
+    assert torch.equal(embed(images), wanted)

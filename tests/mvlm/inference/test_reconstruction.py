@@ -135,3 +135,22 @@ def test_patches_are_rebuilt_in_steps(model, tokenizer, steps, numbers):
             left = [i for k, i in enumerate(left) if k not in chosen]
         assert not left
         assert (found[b].int() - image[0].int()).abs().max() <= 1
+
+
+def test_a_model_that_drops_masked_patches_rebuilds_them_as_it_was_trained(tokenizer):
+    """Its encoder never sees a mask token: the prediction is that from `forward_visible`."""
+    model = micro_model(dtype=torch.float32, drop_masked=True).eval()
+    batch, masks = micro_batch()
+    found = reconstruct(model, tokenizer, batch.images, ["red"] * 5, masks.patch_ids, "fp32")
+    visible = torch.stack([torch.tensor([p for p in range(16) if p not in row]) for row in masks.patch_ids.tolist()])
+    with torch.no_grad():
+        tokens = torch.from_numpy(np.concatenate([tokenizer.encode(["red"], 12)[0]] * 5))
+        w, key_mask = model.encode_text(tokens, torch.arange(6) * (len(tokens) // 5), len(tokens) // 5)
+        vm = model.image_encoder.forward_visible(batch.images, visible)
+        pixels = model.reconstruct(vm, w, key_mask, masks.patch_ids).double()
+    std, mean = (torch.tensor(x).double()[:, None, None] for x in ((0.5, 0.25, 0.2), (0.5, 0.4, 0.3)))
+    for row in range(5):
+        for number, patch in enumerate(masks.patch_ids[row].tolist()):
+            shown = found[row, :, patch // 4 * 8 : patch // 4 * 8 + 8, patch % 4 * 8 : patch % 4 * 8 + 8]
+            exact = 255 * (pixels[row, number].view(3, 8, 8) * std + mean).clamp(0, 1)
+            assert (shown - exact).abs().max() < 0.501

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.model import fast_attention
+from mvlm.model import fast_attention, plain
 from mvlm.model.cross_encoder import CrossBlock
+from mvlm.model.fast_inference import encode_masked
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
@@ -322,3 +323,12 @@ def test_short_runs_of_both_implementations_end_at_equal_losses():
         plain, fast = run("plain", seed), run("fast", seed)
         assert plain[-5:, 0].mean() < plain[0, 0] - 0.5
         assert np.abs(plain[-5:].mean(0) - fast[-5:].mean(0)).max() < 0.005
+
+
+@pytest.mark.parametrize("drop_masked", [False, True])
+@torch.no_grad()
+def test_masked_images_are_encoded_in_evaluations_as_in_training(drop_masked):
+    model = micro_model(drop_masked=drop_masked)
+    batch, masks = micro_batch(config=model.config)
+    wanted = plain.encode_masked_image(model, batch, masks.patch_ids)
+    assert (encode_masked(model, batch, masks)[0] - wanted).abs().max() < 1e-12

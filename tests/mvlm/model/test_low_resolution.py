@@ -72,3 +72,21 @@ def test_a_step_is_that_of_a_model_of_the_low_resolution(plan, output_positions)
     for name, gradient in other_gradients.items():
         if name != "image_encoder.position":
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_model_trains_at_a_resolution_that_it_was_asked_at_in_inference_mode():
+    encoder = micro_model(image_size=SIDE).image_encoder
+    with torch.inference_mode():
+        encoder.positions(4)
+    encoder.positions(4).sum().backward()
+    assert encoder.position.grad is not None
+
+
+def test_positions_of_another_resolution_have_the_modules_precision():
+    """Weights of the interpolation that were made in float32 are not used in float64."""
+    wide = micro_model(image_size=SIDE).image_encoder
+    wanted = wide.positions(4)
+    narrow = micro_model(dtype=torch.float32, image_size=SIDE).image_encoder
+    narrow.positions(4)
+    narrow.double().load_state_dict(wide.state_dict())
+    assert narrow.positions(4).equal(wanted)

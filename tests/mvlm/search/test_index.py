@@ -285,3 +285,22 @@ def test_an_interrupted_index_is_made_again(embedded, tmp_path, monkeypatch):
         create_index(embedded, place)
     monkeypatch.setattr(module, "columns_of", real)
     assert create_index(embedded, place).count("images") == 48
+
+
+@pytest.mark.slow
+def test_rows_that_a_collection_no_longer_has_are_removed(model, pictures, embedded, alone, tmp_path):
+    """The rows of other collections and of other splits stay."""
+    index = create_index(embedded, str(tmp_path / "index"))
+    others = {kind: index.count(kind) for kind in ("images", "texts")}
+    embed(model, open_collection(pictures), tmp_path / "before", alone)
+    index.add(tmp_path / "before")
+    (pictures / "deep" / "1.png").unlink()
+    (pictures / "3.txt").unlink()
+    embed(model, open_collection(pictures), tmp_path / "after", alone)
+    index.add(tmp_path / "after")
+    for kind in ("images", "texts"):
+        rows = rows_of(tmp_path / "after", kind)
+        assert index.count(kind) == others[kind] + len(rows) < others[kind] + len(rows_of(tmp_path / "before", kind))
+        (query,) = queries(1)
+        hits = index.search(query, kind, 1000, "source = 1")
+        assert {hit.id for hit in hits} == {row["id"] for row in rows}
