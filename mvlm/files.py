@@ -5,8 +5,10 @@ safetensors is imported when a file is read or written, so that a model can be b
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,8 +53,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
     final = Path(os.path.realpath(out))
-    aside = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    aside.mkdir(parents=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # A process that was killed may have left a folder, and a later one, in another container, may have its number.
+    aside = Path(tempfile.mkdtemp(".partial", f".{final.name}.", final.parent))
+    aside.chmod(0o777 & ~_umask())
     try:
         yield aside
         for file in aside.iterdir():
@@ -64,10 +68,26 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
+def _umask() -> int:
+    """Permissions that new files do not get. Asking for them means setting them."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, and make the folder if it does not exist. ValueError for NaN and infinity."""
+    """Write a value as indented JSON, and make the folder if it does not exist. NaN and infinity become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

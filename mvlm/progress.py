@@ -143,7 +143,11 @@ def describe_row(row: dict[str, Any]) -> str:
     if row.get("bad_steps"):
         parts.append(f"{row['bad_steps']} skipped updates")
     if "tr_r1" in row:
-        parts.append(f"validation R@1 {row['tr_r1']:.1f} / {row['ir_r1']:.1f}")
-        parts.append(f"gain {row['gain_text_nats']:.2f} nats, {row['gain_pixels_pct']:.1f} %")
-    parts += [f"validation {name.removeprefix('val_')} {row[name]:.1f}" for name in row if name.startswith("val_")]
+        parts.append(f"validation R@1 {_number(row['tr_r1'])} / {_number(row['ir_r1'])}")
+        parts.append(f"gain {_number(row['gain_text_nats'], 2)} nats, {_number(row['gain_pixels_pct'])} %")
+    parts += [f"validation {name.removeprefix('val_')} {_number(row[name])}" for name in row if name.startswith("val_")]
     return "  ".join(parts)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -62,7 +62,7 @@ class Tokenizer:
     def encode_masked(self, pieces: Sequence[str]) -> list[int]:
         """Tokens of a text with one mask token between each piece and the next, without [CLS] and [SEP].
 
-        A tokenizer reads a piece otherwise if it is alone: it begins a word, even behind a mask that ended one. So a short
+        A tokenizer reads a piece otherwise if it is alone: it then begins a word, where a mask ended one. So a short
         word stands for each mask, and the mask for its token.
         """
         text, places = pieces[0], []

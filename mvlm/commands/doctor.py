@@ -38,6 +38,10 @@ def doctor(
     from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
 
+    if not task and (checkpoint is not None or image_size is not None):
+        raise ConfigError("wanted --checkpoint and --image-size with --task alone; name the task, or leave them out")
+    if batch_size is not None and data is None:
+        raise ConfigError("wanted --batch-size with --data alone, as there is no trial without data; leave it out")
     finetuning = None
     if task:
         if task not in TASK_NAMES or checkpoint is None or data is None:

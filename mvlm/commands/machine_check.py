@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -189,7 +190,8 @@ def shards(data: Path) -> Finding:
         if "validation" in first.description["splits"]:  # training does not need it
             splits["validation"] = open_dataset(data, "validation")
         wanted = first.description["splits"]["train"]["shards"][0]["sha256"]
-        with first.tars[0].open("rb") as file:
+        reading = nullcontext() if first.remote is None else first.remote.reading(0)
+        with reading, first.tars[0].open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
                 return Finding("red", "shards", f"{first.tars[0]}: damaged: its sha256 is not that of dataset.json")
     except DataError as error:

@@ -84,6 +84,8 @@ def plan(
     if task:
         from mvlm.tasks.cost import format_task_plan
 
+        if loader_rate:
+            raise ConfigError("plan: wanted no --loader-rate with --task, whose plan has no loader; leave it out")
         if setting.sharded or local_negatives:
             raise ConfigError(
                 "plan: wanted --parallel ddp and no --local-negatives with --task, which plans DDP; leave them out"

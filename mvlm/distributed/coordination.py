@@ -39,6 +39,10 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
+TOGETHER = ("device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps")
+"""Settings that a resume may change, and by which all ranks decide alone when they meet."""
+
+
 def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     own = {"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint}
@@ -47,9 +51,9 @@ def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
     def compare() -> None:
         for rank, values in enumerate(by_rank):
             differing = differing_settings(by_rank[0]["settings"], values["settings"])
-            for name in ("out", "data"):
-                if values[name] != by_rank[0][name]:
-                    differing.append((name, by_rank[0][name], values[name]))
+            pairs = [(name, by_rank[0][name], values[name]) for name in ("out", "data")]
+            pairs += [(name, by_rank[0]["settings"][name], values["settings"][name]) for name in TOGETHER]
+            differing += [(name, a, b) for name, a, b in pairs if a != b]
             if differing and world.first:
                 listed = "; ".join(f"{name}: rank 0 has {a}, rank {rank} has {b}" for name, a, b in differing)
                 raise RunError(

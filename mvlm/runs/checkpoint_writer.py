@@ -119,8 +119,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error another rank may be gone, and the thread would wait for it.
-        if kind is None or self._group is None:
+        # After an error another rank may be gone, and the thread would wait for it. A second Ctrl-C waits for nothing.
+        if kind is None or (self._group is None and not issubclass(kind, KeyboardInterrupt)):
             self.wait()
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class SearchIndex:
     def add(self, embeddings: Path) -> dict[str, int]:
         """Add embeddings. Returns the rows added or replaced, by kind.
 
-        Rows that the index has already are replaced, and rows of these splits that the collection no longer has removed.
+        Rows that the index has already are replaced; rows of these splits that the collection no longer has, removed.
 
         Processes of this machine take turns; those of several, that share an object store, must not add at once.
         """

@@ -102,6 +102,8 @@ def read_claims(path: Path, data: Path | None) -> Claims:
             saves = {step: save for step, save in saves.items() if step <= event["step"]}
         else:
             saves[event["step"]] = event
+    if not all(_is_count(part["machine"].get("threads")) and part["precision"] in ("fp32", "bf16") for part in parts):
+        raise RunError(f"{run.history}: wanted the threads and the precision of each part, found others; restore it")
     if not parts or parts[0]["step"] != 0:
         raise RunError(f"{run.history}: wanted a history that begins with the start of the run, found none; restore it")
     return Claims(
@@ -125,4 +127,19 @@ def _read_figures(file: Path) -> dict[str, Any] | None:
         raise RunError(f"{file}: wanted the figures of `mvlm eval retrieval`, got {error}; evaluate again") from None
     if not isinstance(figures, dict):
         raise RunError(f"{file}: wanted the figures of `mvlm eval retrieval`, got {figures!r}; evaluate again")
+    machine = figures.get("machine", {})
+    wanted = {
+        "rerank": _is_count(figures.get("rerank", 1)),
+        "precision": figures.get("precision", "fp32") in ("fp32", "bf16"),
+        "machine": isinstance(machine, dict) and _is_count(machine.get("threads", 1)),
+    }
+    for name, good in wanted.items():
+        if not good:
+            raise RunError(
+                f"{file}: wanted the figures of `mvlm eval retrieval`, got {name} {figures[name]!r}; evaluate again"
+            )
     return figures
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -157,13 +157,15 @@ class Replay:
         with closing(trainer.loader), TrainingProgress(trainer.step, stop, shown=False) as progress:
             while trainer.step < stop:
                 started = time.perf_counter()
-                trainer.one_step(batches)
+                with threads(self.claims.part_of(trainer.step + 1)["machine"]["threads"]):
+                    trainer.one_step(batches)
                 found.seconds += time.perf_counter() - started
                 if trainer.step not in claimed:
                     continue
                 figures = {}
                 if "tr_r1" in claimed[trainer.step] and trainer.validation is not None:
-                    figures = trainer.evaluate(trainer.validation, None)
+                    with threads(self.claims.part_of(trainer.step)["machine"]["threads"]):
+                        figures = trainer.evaluate(trainer.validation, None)
                 closed, trainer.metrics = trainer.metrics, MetricsBuffer()
                 logger.end_row(closed, trainer.loader.skipped, figures)
                 logger.write_row(progress)
@@ -175,6 +177,11 @@ class Replay:
         precision = None if exact else made_by[0]["precision"]
         claimed = {row["step"]: row for row in self.claims.rows}
         pairs = [(claimed[row["step"]], row) for row in found.rows]
+        # Rows of several ranks count the undecodable images of rank 0, checkpoints those of all.
+        pairs = [
+            (a | {"skipped": b["skipped"]} if self.claims.part_of(b["step"])["machine"]["ranks"] > 1 else a, b)
+            for a, b in pairs
+        ]
         problems = [problem for a, b in pairs for problem in compare_rows(a, b, precision)]
         path, what = self.claims.run.checkpoints / checkpoint_name(segment.stop), "rows"
         if path in self.claims.kept:

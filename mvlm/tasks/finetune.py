@@ -105,7 +105,7 @@ class FineTuner(Trainer):
         if not figures:
             return {}
         figure = figures[self.model.main]
-        if self.best is None or figure > self.best["figure"]:
+        if figure > (self.best["figure"] if self.best else -1):  # never for NaN
             self.best = {"step": self.step, "figure": figure}
         return {f"val_{self.model.main}": figure}
 

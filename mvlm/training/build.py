@@ -112,7 +112,7 @@ def check_attention(config: PretrainConfig) -> None:
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     """Make the model. A fresh one has the weights that the settings name: of a trained model, or of encoders.
 
-    RunError if they do not fit, ConfigError if the settings lack the trained model's `output_positions`.
+    RunError if they do not fit, ConfigError if the architecture differs from the trained model's.
     """
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
@@ -122,6 +122,10 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
             raise ConfigError(
                 f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"
             )
+        for name in ("heads", "cross_norm", "image_mean", "image_std"):
+            own, wanted = getattr(config.model, name), getattr(trained.config, name)
+            if own != wanted:  # weights of another meaning would have the same names and shapes
+                raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
         trained = resized_model(trained, config.model.image_size, config.model.text_length)
         copy_into(model.state_dict(), trained.state_dict(), config.initial_model)
     if fresh and config.image_weights is not None:

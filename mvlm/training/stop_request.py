@@ -49,7 +49,7 @@ class StopRequest:
         now = time.monotonic()
         if self.reason is None and self._file is not None and now - self._polled_at >= POLL_SECONDS:
             self._polled_at = now
-            if self._file.exists():
+            if os.path.exists(self._file):
                 self.reason = str(self._file)
         return self.reason is not None
 

@@ -252,7 +252,7 @@ class Trainer:
         if sinks is not None:
             sinks.log_image(image, self.step)
         figure = (figures["tr_r1"] + figures["ir_r1"]) / 2
-        if self.best is None or figure > self.best["figure"]:
+        if figure > (self.best["figure"] if self.best else -1):  # never for NaN
             self.best = {"step": self.step, "figure": figure}
         return figures
 

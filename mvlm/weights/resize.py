@@ -61,7 +61,10 @@ def resized_config(
     before: MaskVLMConfig, image_size: int | None = None, text_length: int | None = None
 ) -> MaskVLMConfig:
     """Configuration with another image size or text length, None for its own. ConfigError if it cannot have that."""
-    return replace(before, image_size=image_size or before.image_size, text_length=text_length or before.text_length)
+    image_size = before.image_size if image_size is None else image_size
+    return replace(
+        before, image_size=image_size, text_length=before.text_length if text_length is None else text_length
+    )
 
 
 def extend_positions(old: Tensor, fresh: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -26,11 +27,9 @@ def test_sha256_is_that_of_the_contents(tmp_path):
     assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
-def test_write_json_makes_the_folder_and_refuses_nan(tmp_path):
-    write_json(tmp_path / "new" / "values.json", {"a": [1, None]})
-    assert json.loads((tmp_path / "new" / "values.json").read_text()) == {"a": [1, None]}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "values.json", {"a": math.nan})
+def test_write_json_makes_the_folder_and_writes_null_for_nan(tmp_path):
+    write_json(tmp_path / "new" / "values.json", {"a": [1, None, math.nan], "b": {"c": (-math.inf, 0.5)}})
+    assert json.loads((tmp_path / "new" / "values.json").read_text()) == {"a": [1, None, None], "b": {"c": [None, 0.5]}}
 
 
 def test_check_folder_says_what_is_there(tmp_path):
@@ -72,6 +71,15 @@ def test_load_weights_reads_a_safetensors_file(tmp_path):
     load_weights(other, tmp_path / "model.safetensors")
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(other.bias, model.bias)
+
+
+def test_a_new_folder_is_made_beside_what_a_killed_process_left(tmp_path):
+    """In a container the next process often has the same number."""
+    (tmp_path / f".out.{os.getpid()}.partial").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_new_folder_is_whole_or_absent(tmp_path):

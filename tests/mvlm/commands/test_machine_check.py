@@ -9,9 +9,11 @@ import mvlm_kernels
 from mvlm import cli
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
+from mvlm.errors import ConfigError
 from mvlm_kernels.dispatch import ON_CPU
 from support.models import pretrain_config
 from support.scenes import write_scenes
+from support.web_server import serve
 
 
 @pytest.fixture
@@ -71,6 +73,28 @@ def test_doctor_needs_no_validation_split(micro_preset, tmp_path):
     found = machine_check.shards(write_scenes(tmp_path / "other", {"test": 4}))
     assert found.state == "red"
     assert "wanted the split train, found test" in found.text
+
+
+def test_doctor_fetches_the_first_shard_of_remote_data(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
+    with serve(scenes) as url:
+        found = machine_check.shards(url)
+    assert found == Finding(
+        "green", "shards", "32 train, 8 validation pairs; the first shard's sha256 is that of dataset.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--image-size", "64"], "wanted --checkpoint and --image-size with --task alone"),
+        (["--checkpoint", "runs/x"], "wanted --checkpoint and --image-size with --task alone"),
+        (["--batch-size", "8"], "wanted --batch-size with --data alone"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        cli.run_command(["doctor", *words])
 
 
 def test_doctor_finds_damaged_shards_red(micro_preset, tmp_path):

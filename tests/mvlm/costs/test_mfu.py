@@ -34,12 +34,12 @@ def test_peak_flops_of_a_gpu_by_its_name(monkeypatch, name, peak):
 def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_path):
     """Two ranks of 1,000 FLOP/s each. Twice the rate is twice the MFU."""
     monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
-    config = pretrain_config(scenes, tmp_path)
+    config = pretrain_config(scenes, tmp_path, max_steps=6, low_resolution=16, low_resolution_share=0.5)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
-    monkeypatch.setattr(mfu, "flops_per_pair", lambda config, tokens, ranks: config.model.image_size * tokens)
-    assert found.of_rate(8.0, 5.0, 32) == pytest.approx(8 * 160 / 2000)
-    assert found.of_rate(16.0, 7.0, 32) == pytest.approx(16 * 160 / 2000)  # counted once for each side
-    assert found.of_rate(16.0, 7.0, 16) == pytest.approx(16 * 112 / 2000)
+    monkeypatch.setattr(mfu, "_step_flops", lambda model, pairs, tokens, weights: pairs * model.image_size * tokens)
+    assert found.of_rate(8.0, 5.0, 3) == pytest.approx(8 * 160 / 2000)
+    assert found.of_rate(16.0, 7.0, 4) == pytest.approx(16 * 160 / 2000)  # counted once for each side
+    assert found.of_rate(16.0, 7.0, 0) == pytest.approx(16 * 112 / 2000)
 
 
 @pytest.mark.slow
@@ -73,3 +73,15 @@ def test_run_logs_mfu_if_the_peak_is_known(monkeypatch, scenes, tmp_path):
     operations = [row["mfu"] * 1e12 / row["pairs_per_s"] for row in rows]
     assert operations[0] == pytest.approx(operations[1], rel=1e-9)
     assert 1e5 < operations[0] < 1e9
+
+
+@pytest.mark.slow
+def test_steps_of_reconstruction_alone_count_no_other_loss(scenes, tmp_path):
+    """With images of low resolution in some of them, and in some others."""
+    options = {"max_steps": 8, "low_resolution": 16, "low_resolution_share": 0.25}
+    found = mfu.flops_per_pair(pretrain_config(scenes, tmp_path, reconstruction_first=6, **options), 7.0)
+    low, high = ({"model": micro_config(image_size=size)} for size in (16, 32))
+    alone = {"itc_weight": 0.0, "itm_weight": 0.0}
+    parts = [(2, low | alone), (4, high | alone), (2, high)]
+    wanted = sum(n * mfu.flops_per_pair(pretrain_config(scenes, tmp_path, **part), 7.0) for n, part in parts) / 8
+    assert found == pytest.approx(wanted)

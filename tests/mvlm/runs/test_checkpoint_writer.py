@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,3 +320,19 @@ def test_state_file_has_the_step_and_the_callers_state(save, tmp_path):
     begin(7)
     writer.wait()
     assert json.loads((tmp_path / "step_00000007/state.json").read_text()) == {"step": 7}
+
+
+def test_a_second_ctrl_c_waits_for_no_save(save, gate):
+    begin, writer, _ = save
+
+    def interrupted() -> None:
+        with writer:
+            begin(1)
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - started < 5
+    gate.set()
+    writer.wait()

@@ -10,8 +10,9 @@ from random import Random
 import pytest
 import torch
 
+from mvlm.errors import RunError
 from mvlm.runs.folder import read_metrics
-from mvlm.speedrun import tracks, verify
+from mvlm.speedrun import replay, tracks, verify
 from mvlm.speedrun.claims import read_claims
 from mvlm.speedrun.replay import Segment, plan_segments
 from mvlm.speedrun.tracks import Track, check_track
@@ -103,6 +104,42 @@ def test_a_run_that_lost_a_checkpoint_and_went_on_with_other_rows(scenes, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_that_was_resumed_with_another_number_of_threads(scenes, tmp_path, monkeypatch, without_tensorboard):
+    """Steps of both parts lie between two checkpoints; each is made again with the threads of its part."""
+    config = short_run(scenes, tmp_path / "run", checkpoint_every_steps=6, keep_every_steps=0, keep_checkpoints=1)
+    one_step = Trainer.one_step
+
+    def stop(trainer, batches):
+        one_step(trainer, batches)
+        if trainer.step == 3:
+            trainer.stop.reason = "a test"
+
+    with monkeypatch.context() as patch, replay.threads(2):
+        patch.setattr(Trainer, "one_step", stop)
+        pretrain(config)
+    with replay.threads(1):
+        pretrain(replace(config, resume=True))
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000006"]
+    with replay.threads(2):
+        checks = verify_run(config.out, steps=6, seed=0).checks
+    assert [check.text for check in checks if check.name == "replay"] != []
+    assert [check.text for check in checks if check.passed is False and check.name != "evaluation"] == []
+    assert "equal bit for bit" in next(check.text for check in checks if check.name == "replay")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [{"rerank": 0}, {"rerank": "many"}, {"machine": 3}, {"machine": {"threads": 0}}, {"precision": "fp8"}],
+)
+def test_figures_that_no_evaluation_writes_are_an_error_of_one_line(run, change):
+    file = run / "eval/test.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(RunError, match=f"wanted the figures of `mvlm eval retrieval`, got {next(iter(change))}"):
+        read_claims(run, None)
+
+
+@pytest.mark.slow
 def test_a_run_of_another_kind_of_machine(run):
     change_events(run, lambda event: event.get("machine", {}).update(processor="another"))
     found = verify_run(run, steps=6, seed=0)
@@ -159,12 +196,15 @@ RULES = Track(machine="one core", cores=1, data={}, targets={"tr.r1": 40.0, "gai
         ({}, "abc", {"initial_model": "m"}, "wanted a start from random weights, found pretrained ones"),
         ({}, "abc", {"tokenizer": "t"}, "wanted a tokenizer made from the training captions, found a file"),
         ({}, "abc", {"log_every": 2}, "wanted a row of every step, found one every 2 steps"),
+        ({}, "abc", {"resumed with": 64}, "wanted a row of every step, found one every 64 steps"),
     ],
 )
 def test_rules_of_a_track(honest_run, machine, commit, settings, text):
     claims = read_claims(honest_run, None)
     part = claims.parts[0] | {"commit": commit, "machine": {"device": "cpu", "cores": 1, "ranks": 1} | machine}
-    claims = replace(claims, parts=[part], config=replace(claims.config, **settings))
+    part["log_every"] = settings.get("log_every", 1)
+    resumed = [part | {"log_every": settings.pop("resumed with")}] if "resumed with" in settings else []
+    claims = replace(claims, parts=[part, *resumed], config=replace(claims.config, **settings))
     rules, targets = check_track(claims, RULES, {"tr": {"r1": 40.0}, "gain_text_nats": 0.51})
     assert (rules.passed, targets.passed) == (not text, True)
     assert text in rules.text

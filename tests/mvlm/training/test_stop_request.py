@@ -1,5 +1,6 @@
 """Requests to end a run: signals in this process and in a forked one, and the preemption file."""
 
+import errno
 import os
 import signal
 import threading
@@ -49,6 +50,15 @@ def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
         clock[0] = 1.0
         assert stop.requested()
         assert stop.reason == str(tmp_path / "notice")
+
+
+def test_a_disk_that_fails_for_a_moment_is_no_request(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with StopRequest(tmp_path / "notice") as stop:
+        monkeypatch.setattr(os, "stat", fail)
+        assert not stop.requested()
 
 
 def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):

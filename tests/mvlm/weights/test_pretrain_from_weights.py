@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.runs.load import load_model
+from mvlm.training.build import make_model
 from support.encoders import hf_text, timm_vit
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
@@ -128,3 +130,11 @@ def test_the_commands_of_the_page_on_weights_parse(monkeypatch):
     assert seen[1].initial_model == Path("runs/demo")
     assert (seen[0].image_weights, seen[0].text_weights) == (Path("vit.safetensors"), Path("roberta.safetensors"))
     assert seen[0].lr_encoder == 1e-5
+
+
+@pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])
+def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, scenes, tmp_path, change):
+    model = replace(load_model(trained)[0].config, **change)
+    config = pretrain_config(scenes, tmp_path / "run", model=model, initial_model=trained)
+    with pytest.raises(ConfigError, match=f"was trained with {next(iter(change))} .*; use the same"):
+        make_model(config, fresh=True)

@@ -8,8 +8,8 @@ from mvlm.errors import ConfigError
 from mvlm.inference.encode import text_features
 from mvlm.model.patches import resize_positions
 from mvlm.runs.load import load_model
-from mvlm.weights.resize import resized_model
-from support.models import micro_model
+from mvlm.weights.resize import resized_config, resized_model
+from support.models import micro_config, micro_model
 
 
 @pytest.mark.parametrize("old, new", [(14, 24), (24, 14), (6, 7), (4, 4)])
@@ -48,3 +48,9 @@ def test_a_trained_model_takes_shorter_texts_as_it_did_and_no_longer_ones(traine
         load_model(trained, "cpu", text_length=13)
     with pytest.raises(ConfigError, match="mask_block must divide image_size: wanted a divisor of 50, got 16"):
         load_model(trained, "cpu", image_size=50)
+
+
+@pytest.mark.parametrize("size", [{"image_size": 0}, {"text_length": 0}])
+def test_a_size_of_zero_is_no_default(size):
+    with pytest.raises(ConfigError):
+        resized_config(micro_config(), **size)
