@@ -38,7 +38,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.encode_special_tokens = True  # "[MASK]" in a caption is text, not the special token
         self._inner = inner
-        self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=0)  # ids may have gaps
         ids = {}
         for kind, names in _NAMES.items():
             ids[kind] = next((i for i in map(inner.token_to_id, names) if i is not None), None)

@@ -253,3 +253,13 @@ def test_a_masked_word_leaves_the_other_tokens_as_they_are(tmp_path, kind):
                 tried += 1
     assert tried >= 10
     assert tokenizer.encode_masked(["", " ", ""]) == tokenizer.encode_masked(["", "", ""]) == 2 * [tokenizer.mask_id]
+
+
+def test_ids_with_gaps_are_below_the_vocabularys_size(tmp_path):
+    words = {token: i for i, token in enumerate(["<unk>", "<s>", "<pad>", "</s>", "<mask>", "cat"])} | {"mat": 99}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert tokenizer.vocab_size == 100
+    assert tokenizer.encode(["cat mat"], 10)[0].tolist() == [1, 5, 99, 3]

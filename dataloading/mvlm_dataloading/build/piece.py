@@ -27,6 +27,7 @@ from mvlm_dataloading.sources.strip import ImageStrip
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
+    MAX_JPEG_SIDE,
     TOO_MANY_PIXELS,
     UNDECODABLE,
     ImageDecoder,
@@ -176,6 +177,8 @@ class _PieceWriter:
     def _write(self, one: _Candidate, pixels: Any) -> str | None:
         """Write a sample. Returns None, or the reason if it has to be rejected after all."""
         options, record = self._options, one.record
+        if self._too_long_for_jpeg(pixels):
+            return "image is too long for a JPEG"
         if self._stored is None or self._stored[0] != one.image:
             self._stored = one.image, *self._prepare(one, pixels)
         _, image, extension, facts = self._stored
@@ -194,6 +197,13 @@ class _PieceWriter:
         tar = len(self._shards) - 1
         self._write_line({"key": record.key, "tar": tar, "captions": len(one.captions), **facts, "where": record.where})
         return None
+
+    def _too_long_for_jpeg(self, pixels: Any) -> bool:
+        """True for an image that is to be stored as a JPEG and has a longer side than a JPEG can have."""
+        options, sides = self._options, pixels.shape[:2]
+        short = min(sides) if options.short_side is None else min(min(sides), options.short_side)
+        encoded = options.quality is not None or short < min(sides)
+        return encoded and max(sides) * short / min(sides) > MAX_JPEG_SIDE
 
     def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]]:
         """The image as it is stored, its extension, and its facts."""

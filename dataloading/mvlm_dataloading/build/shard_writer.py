@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mvlm_dataloading.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+LOCK = "lock"
 
 
 class ShardWriter:
@@ -73,8 +75,16 @@ class ShardWriter:
         self._recipe = dict(recipe)
         self._max_shard_bytes = max_shard_bytes
         self._partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
-        self._partial.mkdir(parents=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = FileLock(self._partial / LOCK).acquire(timeout=0).lock
+        except Timeout:
+            raise DataError(
+                f"{self._partial}: wanted to be the only process that writes there, found another; stop it"
+            ) from None
+        for left in self._partial.iterdir():  # by a run that was killed
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         self._keys: set[str] = set()
         self._open: dict[str, Shard] = {}
         self._finished: dict[str, list[Shard]] = {}
@@ -91,12 +101,15 @@ class ShardWriter:
     ) -> str | None:
         """Append one sample to a split, or reject it.
 
-        Blank and repeated captions are dropped. White space inside a caption becomes single blanks.
+        Captions that are blank, repeated or no Unicode are dropped. White space in a caption becomes single blanks, a
+        lone surrogate in the metadata "?".
 
         Returns:
             None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
         """
-        captions = list(dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line))
+        captions = list(
+            dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line and _encodes(line))
+        )
         extension, reason = check_image(image)
         if not KEY_PATTERN.fullmatch(key):
             reason = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
@@ -113,7 +126,7 @@ class ShardWriter:
         parts = [
             (extension, image),
             ("txt", "".join(c + "\n" for c in captions).encode()),
-            ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode()),
+            ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")),
         ]
         shard = self._open.get(split)
         if shard is None or not shard.fits(parts, self._max_shard_bytes):
@@ -147,7 +160,9 @@ class ShardWriter:
         write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         for split in description["splits"]:
             write_index(self._partial, split)
+        (self._partial / LOCK).unlink()
         self._partial.rename(self.out)  # replaces an empty folder, and fails on any other
+        self._lock.release()
         return self.out
 
     def abandon(self) -> None:
@@ -155,7 +170,9 @@ class ShardWriter:
         for shard in self._open.values():
             with contextlib.suppress(OSError):  # after a full disk, closing fails too
                 shard.tar.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._lock.is_locked:  # after `finish` the folder may be another writer's
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._lock.release()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -173,6 +190,15 @@ class ShardWriter:
             shards.append(self._open[split].close())
         self._open[split] = Shard(self._partial / f"{split}-{len(shards):06d}.tar")
         return self._open[split]
+
+
+def _encodes(text: str) -> bool:
+    """False for a text with a lone surrogate, such as the name of a file that is not in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass

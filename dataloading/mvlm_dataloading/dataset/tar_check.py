@@ -66,6 +66,7 @@ def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hi
                 good = _is_header_of(header, key, KINDS[kind], size)
                 if not good and kind == "image":
                     owner = _linked(_header(file, places["text"][row][0] - tarfile.BLOCKSIZE), key)
+                    owner = owner or _linked_anywhere(tar, key, KINDS[kind])
                     good = owner is not None and _is_header_of(header, owner, KINDS[kind], size)
                 if not good or offset + size > length:
                     raise DataError(
@@ -87,6 +88,16 @@ def _linked(header: bytes, key: str) -> str | None:
     except tarfile.HeaderError:
         return None
     return member.linkname.rpartition(".")[0] if member.islnk() and member.name.rpartition(".")[0] == key else None
+
+
+def _linked_anywhere(tar: Path, key: str, extensions: tuple[str, ...]) -> str | None:
+    """Key of the sample to whose image the image of `key` is a link in a tar of another tool; None without a link."""
+    with tarfile.open(tar) as opened:
+        for member in opened:
+            stem, _, extension = member.name.rpartition(".")
+            if member.islnk() and stem == key and extension.lower() in extensions:
+                return member.linkname.rpartition(".")[0]
+    return None
 
 
 def _is_header_of(header: bytes, key: str, extensions: tuple[str, ...], size: int) -> bool:

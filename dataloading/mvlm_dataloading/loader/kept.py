@@ -23,7 +23,7 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
 
 from .buffers import BufferPool
-from .crop import CropWindows, strip_fault
+from .crop import CropWindows, FileEnds, strip_fault
 from .pipeline import build_augment_pipeline, build_pipeline
 from .resize import Resize
 from .sampler import write_index_views
@@ -88,7 +88,7 @@ def _decoded_batches(
             batch_size=batch_size,
             num_threads=config.num_threads,
             tokens=config.stored_tokens,
-            check_file_ends=True,
+            file_ends=FileEnds(),
         )
     try:
         for begin in range(0, len(ids), batch_size):

@@ -15,7 +15,7 @@ from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.errors import need
 
 from .augment import AugmentParameters, apply_augmentations
-from .crop import CropGeometry, CropWindows, has_valid_ends
+from .crop import CropGeometry, CropWindows, FileEnds
 from .resize import Resize
 
 # A black PNG of one pixel.
@@ -49,7 +49,7 @@ def build_pipeline(
     prefetch: int = 2,
     augment: Callable[[int], list[NDArray]] | None = None,
     tokens: bool = False,
-    check_file_ends: bool = False,
+    file_ends: FileEnds | None = None,
 ) -> Any:
     """Build an `nvidia.dali.Pipeline` that cycles through the samples of the index views, in their order.
 
@@ -58,7 +58,7 @@ def build_pipeline(
     - images, uint8 (B, 3, S, S), on the pipeline's device; everything else is on the CPU;
     - the encoded image, `.txt` and `.json`, ragged uint8, and `.tok`, ragged int32. A component that a sample lacks is
       empty;
-    - valid, bool (B,): False where `check_file_ends` replaced the image;
+    - valid, bool (B,): False where the image was replaced because of `file_ends`;
     - corners (y, x) and sizes (h, w) of the crops, int32 (B, 2) each; with `geometry.strip` = n above 1, of the boxes
       around the n crops, and then the sizes of the stored strips. Images are (B, 3, S, n S) then.
 
@@ -71,11 +71,11 @@ def build_pipeline(
         prefetch: batches that DALI prepares in advance on a GPU.
         augment: batch number k -> fields of `AugmentParameters`. None builds a graph without augmentations.
         tokens: read the component `tok`.
-        check_file_ends: replace an image file with wrong first or last bytes by a black image, and clear its `valid`.
+        file_ends: replace an image file that does not pass by a black image, and clear its `valid`. None: all pass.
     """
     need("nvidia.dali.fn")
     dali = need("nvidia.dali")
-    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=check_file_ends or augment is not None)
+    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=file_ends is not None or augment is not None)
     pipeline = define(_graph)(
         dali=dali,
         reader={"paths": list(tars), "index_paths": list(indices)},
@@ -84,7 +84,7 @@ def build_pipeline(
         device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
         augment=augment,
         tokens=tokens,
-        check_file_ends=check_file_ends,
+        file_ends=file_ends,
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=device_id,
@@ -148,7 +148,7 @@ def _graph(
     device: Any,
     augment: Any,
     tokens: bool,
-    check_file_ends: bool,
+    file_ends: FileEnds | None,
 ) -> Any:
     fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
     call = partial(fn.python_function, batch_processing=True)
@@ -162,8 +162,8 @@ def _graph(
         case_sensitive_extensions=False,
     )
     valid, file = types.Constant(True), encoded
-    if check_file_ends:
-        valid = call(encoded, function=as_is(has_valid_ends))
+    if file_ends is not None:
+        valid = call(encoded, function=as_is(file_ends))
         if valid:  # noqa: SIM108 (DALI converts the statement, not the expression)
             file = encoded
         else:

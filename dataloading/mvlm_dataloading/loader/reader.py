@@ -15,6 +15,7 @@ from mvlm_dataloading.errors import DataError
 
 from .augment import Augment
 from .buffers import BufferPool, copy_on_this_thread
+from .crop import FileEnds
 from .kept import KeptSegment, KeptSplit, keep_split
 from .sampler import SampleOrder, substitute_sample
 from .segment import RawBatch, ReaderConfig, Segment
@@ -61,7 +62,7 @@ class Reader:
         # A pass reads each image once. On a GPU decoding takes no time from the CPU's cores.
         local = config.device_id is None and dataset.remote is None
         self._may_keep = config.keep_bytes > 0 and config.train and local and not bad
-        self._check_file_ends = True
+        self._file_ends = FileEnds()
         self._samples_since_trim = self._closed_segments = 0
         self._fetching: threading.Thread | None = None
         self._stop_if_too_many_bad()
@@ -82,8 +83,8 @@ class Reader:
                     raise  # the interpreter is exiting and has shut DALI down; no image caused this error
                 self._mark_bad(self._undecodable(np.unique(self._segment.current()[0])), error)
                 self._close_segment()
-        for row in np.flatnonzero(~valid):
-            self._replace(batch, int(row))
+        if not valid.all():
+            self._replace(batch, np.flatnonzero(~valid))
         self.position += len(batch.ids) * self._config.world_size
         self.samples_seen += len(batch.ids)
         self._samples_since_trim += len(batch.ids)
@@ -113,10 +114,10 @@ class Reader:
             return KeptSegment(self._kept, ids, epochs, self._config, self._buffers)
         if self._dataset.remote is not None:
             self._fetch_shards(ids, position + count, self._segment_batches * self._config.batch_size)
-        return self._open_segment(ids, epochs, self._config.rank_batch, check_file_ends=self._check_file_ends)
+        return self._open_segment(ids, epochs, self._config.rank_batch, file_ends=self._file_ends)
 
     def _open_segment(
-        self, ids: Int64, epochs: Int64, batch_size: int, *, check_file_ends: bool, prefetch: int = 2,
+        self, ids: Int64, epochs: Int64, batch_size: int, *, file_ends: FileEnds | None, prefetch: int = 2,
         config: ReaderConfig | None = None,
     ) -> Segment:  # fmt: skip
         config = config or self._config
@@ -128,7 +129,7 @@ class Reader:
             config,
             batch_size,
             self._buffers,
-            check_file_ends=check_file_ends,
+            file_ends=file_ends,
             prefetch=prefetch,
         )
 
@@ -194,44 +195,52 @@ class Reader:
     def _substitute(self, epoch: int, i: int) -> int:
         return substitute_sample(self._config.seed, epoch, i, len(self._dataset), self.bad)
 
-    def _replace(self, batch: RawBatch, row: int) -> None:
-        """Fill a row that `check_file_ends` cleared: with the sample itself if it decodes, else with a substitute."""
-        epoch, read = int(batch.epochs[row]), int(batch.ids[row])
-        i, single = read, None
+    def _replace(self, batch: RawBatch, rows: Int64) -> None:
+        """Fill rows whose files have odd ends: with the sample itself if it decodes, else with a substitute."""
+        if found := self._undecodable(np.array(sorted({*batch.ids[rows].tolist()} - self.bad), np.int64)):
+            self._mark_bad(found)
+        good = rows[[i not in self.bad for i in batch.ids[rows].tolist()]]
+        for i in np.unique(batch.ids[good]).tolist():
+            if not self._file_ends.allowed:
+                log.warning("images with bytes after their end, such as %s: they are used", self._dataset.where(i))
+            self._file_ends.allow(self._dataset.image_bytes(i))
+        if len(good):
+            ids = batch.ids[good]
+            several = self._open_segment(ids, batch.epochs[good], len(ids), file_ends=None, prefetch=1).next()[0]
+            for k, row in enumerate(good.tolist()):
+                self._copy(several, k, batch, row)
+        for row in sorted({*rows.tolist()} - {*good.tolist()}):
+            self._substitute_row(batch, row)
+
+    def _substitute_row(self, batch: RawBatch, row: int) -> None:
+        """Fill a row whose sample is bad with a substitute that decodes."""
+        epoch = int(batch.epochs[row])
+        # For the ordered sample. The row may hold a substitute, and one for that would depend on when it was found bad.
+        ordered = int(self._ordered_samples(self.position, self._config.batch_size)[0][row])
         while True:
-            if i not in self.bad:
-                if (single := self._read_single(i, epoch)) is not None:
-                    break
-                self._mark_bad([i])
-            # Always substitute for the originally ordered sample. `read` may itself be a substitute. Substituting for
-            # it would make the result depend on when bad images were found.
-            ordered = int(self._ordered_samples(self.position, self._config.batch_size)[0][row])
             i = self._substitute(epoch, ordered)
-        if i == read and self._check_file_ends:
-            self._check_file_ends = False
-            log.warning(
-                "images with bytes after their end, such as %s: they are used, and file ends are no longer checked, so "
-                "damaged images take longer to find",
-                self._dataset.where(i),
-            )
-        batch.ids[row] = i
+            if (single := self._read_single(i, epoch)) is not None:
+                batch.ids[row] = i
+                return self._copy(single, 0, batch, row)
+            self._mark_bad([i])
+
+    def _copy(self, source: RawBatch, k: int, batch: RawBatch, row: int) -> None:
+        """Copy row k of another batch to a row of this one."""
         if batch.images.is_cuda:
-            batch.images[row] = single.images[0]
+            batch.images[row] = source.images[k]
         else:
-            copy_on_this_thread(batch.images[row], single.images[0])
-        batch.texts[row], batch.metadata[row], batch.tokens[row] = single.texts[0], single.metadata[0], single.tokens[0]
-        others, encoded = batch.encoded, single.encoded
-        batch.encoded = lambda k: encoded(0) if k == row else others(k)
+            copy_on_this_thread(batch.images[row], source.images[k])
+        batch.texts[row], batch.metadata[row], batch.tokens[row] = source.texts[k], source.metadata[k], source.tokens[k]
+        others, encoded = batch.encoded, source.encoded
+        batch.encoded = lambda j: encoded(k) if j == row else others(j)
 
     def _read_single(self, i: int, epoch: int) -> RawBatch | None:
         """A batch of one sample; None if it cannot be decoded."""
         if self._dataset.remote is not None:
             self._dataset.remote.fetch([int(self._dataset.shard_of(i))])
-        try:
+        with contextlib.suppress(RuntimeError):
             self._decode_whole(np.array([i]))
-            return self._open_segment(np.array([i]), np.array([epoch]), 1, check_file_ends=False, prefetch=1).next()[0]
-        except RuntimeError:
-            return None
+            return self._open_segment(np.array([i]), np.array([epoch]), 1, file_ends=None, prefetch=1).next()[0]
 
     def _decode_whole(self, ids: Int64) -> None:
         """Decode the whole images of the samples `ids`. Raises RuntimeError if one cannot be decoded.
@@ -240,10 +249,12 @@ class Reader:
         every epoch, on every rank and in every batch.
         """
         config = replace(self._config, geometry=replace(self._config.geometry, random=False), augment=Augment())
-        self._open_segment(ids, np.zeros_like(ids), len(ids), check_file_ends=False, prefetch=1, config=config).next()
+        self._open_segment(ids, np.zeros_like(ids), len(ids), file_ends=None, prefetch=1, config=config).next()
 
     def _undecodable(self, ids: Int64) -> list[int]:
         """Ids of the undecodable images among `ids`. Bisects, because DALI does not say which image failed."""
+        if not len(ids):
+            return []
         try:
             self._decode_whole(ids)
         except RuntimeError:
@@ -280,7 +291,7 @@ class Reader:
         ranks = self._config.world_size
         seen = min(len(dataset), max(len(dataset) / ranks, self.samples_seen))
         allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)
-        if len(self.bad) > allowed:
+        if len(self.bad) > min(allowed, len(dataset) - 1):  # one has to be good, to take the place of the others
             listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])
             raise DataError(
                 f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "

@@ -20,7 +20,7 @@ from mvlm_dataloading.randomness import Purpose, uniforms
 
 from .augment import Augment, draw_parameters
 from .buffers import BufferPool
-from .crop import CropGeometry, strip_fault
+from .crop import CropGeometry, FileEnds, strip_fault
 from .pipeline import Decoding, build_pipeline
 from .sampler import write_index_views
 
@@ -105,7 +105,7 @@ class Segment:
         batch_size: int,
         buffers: BufferPool,
         *,
-        check_file_ends: bool,
+        file_ends: FileEnds | None,
         prefetch: int,
     ):
         self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
@@ -132,7 +132,7 @@ class Segment:
                 prefetch=prefetch,
                 augment=(lambda batch: draws["augment"].rows(rows(batch))) if "augment" in draws else None,
                 tokens=config.stored_tokens,
-                check_file_ends=check_file_ends,
+                file_ends=file_ends,
             )
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class Segment:
         return self._ids[rows].copy(), self._epochs[rows]
 
     def next(self) -> tuple[RawBatch, np.ndarray]:
-        """The next batch, and valid, bool (B,): False where `check_file_ends` replaced the image by a black one.
+        """The next batch, and valid, bool (B,): False where a black image took the place of one with odd ends.
 
         Raises:
             RuntimeError: an image of the batch cannot be decoded.

@@ -97,7 +97,11 @@ def _table(
         name = str(row[image_column])
         captions.setdefault(name, []).extend(captions_in_cell(row[caption_column]))
         if row.get(split_column):
-            splits[name] = canonical_split(str(row[split_column]), str(file))
+            found = canonical_split(str(row[split_column]), str(file))
+            if splits.setdefault(name, found) != found:
+                raise DataError(
+                    f"{file}: wanted one split for {name}, found {splits[name]} and {found}; correct the table"
+                )
     return [
         (_record(images, name, known, reason_if_outside(name)), splits.get(name)) for name, known in captions.items()
     ]

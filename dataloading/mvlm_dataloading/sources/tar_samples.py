@@ -1,9 +1,14 @@
 """Sequential reader of samples in WebDataset tars that other tools wrote."""
 
+import bz2
+import gzip
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, cast
 
 from mvlm_dataloading.errors import DataError
 
@@ -34,9 +39,9 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
         DataError: the tar cannot be read just now. A tar that is damaged would give the same samples again.
     """
     sample: TarSample | None = None
-    damage = None
+    damage, ended = None, True
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with _opened(path) as file, tarfile.open(fileobj=cast(IO[bytes], tail := _Tail(file)), mode="r|") as tar:
             for member in tar:
                 if not member.isfile() or member.name.rsplit("/", 1)[-1].startswith("."):
                     continue
@@ -48,7 +53,8 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
                         yield sample
                     sample = TarSample(key)
                 _add(sample, tar, member, extension, max_bytes)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            ended = tail.ends_with_an_empty_block()
+    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
         if (
             isinstance(error, OSError) and error.errno is not None
         ):  # of the disk or the network; gzip's errors have none
@@ -60,7 +66,7 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
         if damage is not None and sample.fault is None and _is_incomplete(sample):
             sample.fault = damage
         yield sample
-    if damage is None and path.suffix == ".tar" and not has_end_block(path):
+    if damage is None and not ended:
         damage = "tar ends early"
     if damage is not None:
         yield TarSample(path.name, fault=damage)
@@ -71,6 +77,34 @@ def has_end_block(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
         return file.read() == bytes(tarfile.BLOCKSIZE)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The content of a tar, unpacked by what it begins with. Reading a cut archive to its end raises EOFError."""
+    with path.open("rb") as file:
+        first = file.read(6)
+    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
+        if first.startswith(magic):
+            return cast(IO[bytes], opener(path, "rb"))
+    return path.open("rb")
+
+
+class _Tail:
+    """A file that is read in order and remembers its last block."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._last = file, b""
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        self._last = (self._last + content[-tarfile.BLOCKSIZE :])[-tarfile.BLOCKSIZE :]
+        return content
+
+    def ends_with_an_empty_block(self) -> bool:
+        """Read to the end. False for a tar that was truncated: where a header begins, `tarfile` takes it for whole."""
+        while self.read(1 << 20):
+            pass
+        return self._last == bytes(tarfile.BLOCKSIZE)
 
 
 def _add(sample: TarSample, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:

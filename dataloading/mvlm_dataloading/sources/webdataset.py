@@ -11,7 +11,7 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, refuse_repeated_files
-from .record import Record, Source, file_fingerprint, safe_key
+from .record import Record, Source, file_fingerprint, file_sha256, safe_key
 from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -86,7 +86,9 @@ def tar_pieces(
     refuse_repeated_files(tar.path for tar in pieces)
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
-        sizes.setdefault(tar.split, []).append([*file_fingerprint(tar.path), tar.prefix])
+        sidecar = tar.path.with_suffix(".parquet")
+        captions = [file_sha256(sidecar)] if sidecar.is_file() else []
+        sizes.setdefault(tar.split, []).append([*file_fingerprint(tar.path), tar.prefix, *captions])
     return pieces, {"tars": sizes, "caption_field": caption_field}
 
 

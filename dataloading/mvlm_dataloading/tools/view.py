@@ -93,6 +93,10 @@ def make_view(
     near = options.duplicates == "near"
     for _ in find_duplicates(images, dropped, drop=near or options.duplicates == "exact", drop_near=near):
         pass
+    for i, row in enumerate(rows):  # last: a share of what is left, of which a smaller one is a part
+        train = i not in dropped and not is_evaluation(row.dataset.split)
+        if train and _hash_share(options, "", row.dataset, row.number) >= options.fraction:
+            dropped[i] = "not in the fraction"
     reasons += Counter(dropped.values())
     kept = [row for i, row in enumerate(rows) if i not in dropped]
     partial = out.with_name(f".{out.name}.view")  # not `.partial`, which may be an unfinished build
@@ -123,7 +127,7 @@ def _asks(source: Path) -> bool:
 def _select(
     sources: Sequence[Path], options: ViewOptions
 ) -> tuple[list[_Row], list[tuple[str, str, ImageFacts]], Counter[str]]:
-    """Choose samples by all options except `duplicates`.
+    """Choose samples by all options except `leaks`, `duplicates` and `fraction`.
 
     Returns:
         The chosen samples; (key, split, facts) of the other evaluation images; number of rejections by reason.
@@ -144,8 +148,6 @@ def _select(
             for i in range(len(dataset)):
                 facts = image_facts(dataset, i, decoder)
                 reason = _rejection(facts, dataset.captions(i), options) if wanted else None
-                if reason is None and not evaluates and _hash_share(options, "", dataset, i) >= options.fraction:
-                    reason = "not in the fraction"
                 if wanted and reason is None:
                     rows.append(_Row(number, dataset, i, facts))
                     continue

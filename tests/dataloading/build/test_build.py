@@ -1,6 +1,7 @@
 """Builds: equal bytes, resuming after a kill, locks, crashes of the decoder, and a full disk."""
 
 import fcntl
+import io
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mvlm_dataloading import BuildOptions, DataError, ShardWriter, build_shards, open_dataset
 from mvlm_dataloading.build.piece import CRASHED
@@ -232,3 +234,14 @@ def test_a_build_on_a_full_disk_leaves_no_data_set(tmp_path):
     assert file_contents(tmp_path / "out") == file_contents(
         build_shards(folder(tmp_path / "images"), tmp_path / "again", workers=0)
     )
+
+
+def test_an_image_that_is_too_long_for_a_jpeg_is_rejected(tmp_path):
+    long = io.BytesIO()
+    Image.new("L", (66_000, 20)).save(long, "PNG")
+    records = {"train": [make_record("long", long.getvalue()), make_record("good", published.make_image(0))]}
+    out = build_records(tmp_path / "out", records, max_aspect=6e4, quality=90)
+    assert open_dataset(out, "train").keys.tolist() == ["good"]
+    assert [line["reason"] for line in read_json_lines(out / "rejected.jsonl")] == ["image is too long for a JPEG"]
+    kept = build_records(tmp_path / "kept", records, max_aspect=6e4)  # as it is, a PNG may have any length
+    assert len(open_dataset(kept, "train")) == 2

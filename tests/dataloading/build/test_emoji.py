@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_emoji, open_dataset
+from mvlm_dataloading.build import emoji
+from mvlm_dataloading.sources.drawings.emoji import named_emoji
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,22 @@ def test_emoji_sizes_out_of_range_are_refused(tmp_path):
     for settings in ({"size": 0}, {"limit": 0}):
         with pytest.raises(DataError, match="wanted size >= 16 and limit >= 1"):
             build_emoji(tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("limit", [7, 1000, 2000, 3500])
+def test_a_limit_takes_emoji_evenly_over_all(tmp_path, monkeypatch, limit):
+    chosen = []
+
+    def render(svgs, size, workers):
+        chosen.extend(svgs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(emoji, "render_all", render)
+    with pytest.raises(KeyboardInterrupt):
+        build_emoji(tmp_path / "out", limit=limit)
+    everything = [svg for _, svg, _, _ in named_emoji()]
+    places = [everything.index(svg) for svg in chosen]
+    assert len(places) == limit
+    assert places[-1] >= len(everything) - 2 * len(everything) / limit
+    gaps = np.diff(places)
+    assert gaps.max() - gaps.min() <= 1

@@ -199,3 +199,24 @@ def test_shard_writer_refuses_a_folder_in_use(tmp_path):
         with pytest.raises(DataError, match="wanted a new or an empty folder, found one in use"):
             refused()
     assert file_contents(out) == {"letter.txt": b"dear"}
+
+
+def test_captions_and_metadata_that_are_no_unicode(tmp_path):
+    with writer_for(tmp_path / "out") as writer:
+        assert writer.add("a", make_image(0), ["ok", "\ud800x"], {"file": "caf\udce9"}) is None
+        assert writer.add("b", make_image(1), ["\ud800x"]) == "no caption"
+    found = open_dataset(tmp_path / "out", "train")
+    assert (found.captions(0), found.metadata(0)) == (["ok"], {"file": "caf?"})
+
+
+def test_a_second_writer_of_a_folder_is_refused_and_the_first_goes_on(tmp_path):
+    with writer_for(tmp_path / "out") as writer:
+        writer.add("a", make_image(0), ["one"])
+        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
+            writer_for(tmp_path / "out")
+        writer.add("b", make_image(1), ["two"])
+    assert len(open_dataset(tmp_path / "out", "train")) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dataset.json", "train-000000.idx", "train-000000.tar", "train.index",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from mvlm_dataloading import Loader, ShardWriter, open_dataset
 from mvlm_dataloading.loader.augment import OPERATIONS, Augment, AugmentParameters, draw_parameters
-from mvlm_dataloading.loader.crop import CropGeometry
+from mvlm_dataloading.loader.crop import CropGeometry, FileEnds
 from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
 from mvlm_dataloading.loader.sampler import write_index_views
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
@@ -42,7 +42,7 @@ def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.nd
         batch_size=len(ids),
         num_threads=1,
         augment=lambda _: drawn.rows(np.arange(len(ids))),
-        check_file_ends=True,
+        file_ends=FileEnds(),
         prefetch=1,
     )
     return np.array(pipeline.run()[0].as_tensor()).transpose(0, 2, 3, 1)
@@ -65,7 +65,7 @@ def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, aug
         device_id=0,
         decoding=decoding,
         augment=lambda _: drawn.rows(ids),
-        check_file_ends=True,
+        file_ends=FileEnds(),
     )
 
 

@@ -87,3 +87,11 @@ def test_captions_in_another_encoding_are_rejected_one_by_one(tmp_path):
         assert rejected == [("0", "caption is not valid Unicode")], file
     (tmp_path / "list.json").write_bytes('["é", "e"]'.encode("cp1252"))
     assert list(read_json_list(tmp_path / "list.json")) == ["\udce9", "e"]
+
+
+def test_an_image_in_two_splits_of_a_table_is_refused(tmp_path):
+    published.folder(tmp_path / "images", sidecars=False)
+    table = tmp_path / "table.csv"
+    table.write_text("image,caption,split\na/0.jpg,one,train\nb/1.jpg,two,test\na/0.jpg,three,val\n")
+    with pytest.raises(DataError, match=r"wanted one split for a/0\.jpg, found train and validation"):
+        folder(tmp_path / "images", table)

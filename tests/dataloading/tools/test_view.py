@@ -314,3 +314,16 @@ def test_a_view_keeps_evaluation_images_in_train_on_request(one, two, tmp_path):
     kept = make_view(tmp_path / "view", [one, two], ViewOptions(leaks="keep"))
     assert keys(tmp_path / "view") == named("one", range(20)) + named("two", [*range(100, 110), 20])
     assert kept["rejected"] == {}
+
+
+def test_a_fraction_is_a_share_of_what_is_left_without_duplicates(tmp_path):
+    """Every image is there twice. Smaller fractions are parts of larger ones."""
+    once, again = (write(tmp_path / name, range(40), each=200) for name in ("once", "again"))
+    found = []
+    for fraction in (0.2, 0.5, 1.0):
+        options = ViewOptions(fraction=fraction, duplicates="exact")
+        make_view(tmp_path / str(fraction), [once, again], options)
+        found.append(set(keys(tmp_path / str(fraction))))
+    assert found[2] == set(named("once", range(40)))
+    assert found[0] < found[1] < found[2]
+    assert 2 <= len(found[0]) <= 16

@@ -170,3 +170,14 @@ def test_chunks_of_linear_pixel_loss_cover_the_batch_and_are_bounded():
             images = max((part.stop - part.start for part in found), default=0)
             assert images <= 16 or images * size <= linear.CHUNK_BYTES
     assert len(list(linear.chunks(256, 116 * 768 * 4))) == 4
+
+
+def test_gradient_of_a_float16_weight_does_not_overflow():
+    """The sum of its 81,920 products is above 65,504 before the mean is taken."""
+    hidden = torch.full((2048, 40, 1), 1.0).half()
+    images = torch.zeros(2048, 1, 40, 1, dtype=torch.uint8)
+    weight = torch.full((1, 1), 2.0).half().requires_grad_()
+    with use_backend("torch"):
+        linear_pixel_loss(hidden, weight, None, images, None, 1).backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == 1

@@ -11,6 +11,7 @@ Names of styles, such as "outline" and "bold", do not change the concept of an i
 concept. Emoji have their names, concepts and splits of the emoji data set, so that a model may be trained on both.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -116,7 +117,9 @@ def iconify(
             "validation": validation,
             "test": test,
             "evaluation_only": evaluation_only,
-            "emoji": len(emoji),
+            "emoji": hashlib.sha256(json.dumps(emoji, sort_keys=True).encode()).hexdigest(),
+            "licence": licence,
+            "attribution": author,
         },
         pieces=rendered_pieces(records, size, _render),
     )

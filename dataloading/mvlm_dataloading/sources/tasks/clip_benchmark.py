@@ -74,7 +74,7 @@ def _lines(file: Path, default: list[str] | None = None, gaps: bool = True) -> l
     if not file.is_file() and default is not None:
         return default
     text = decode_text(file.read_bytes()) if file.is_file() else None
-    lines = [line.strip() for line in (text or "").strip().splitlines()]
+    lines = [line.strip() for line in (text or "").rstrip().splitlines()]
     if not gaps and "" in lines:
         raise DataError(f"{file}: wanted a name in every line, found line {lines.index('') + 1} blank; restore it")
     lines = [line for line in lines if line]

@@ -161,3 +161,11 @@ def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
     path.with_name("info.json").write_text("{")
     with pytest.raises(DataError, match=r"info\.json: wanted JSON"):
         iconify(path)
+
+
+@pytest.mark.parametrize("beside", [{"chars": {"1f408": "home"}, "info": INFO}, {"info": INFO | {"name": "Others"}}])
+def test_files_beside_a_collection_are_part_of_what_is_built(tmp_path: Path, beside: dict[str, Any]) -> None:
+    one = iconify(write(tmp_path / "one", chars={"1f415": "home"}, info=INFO))
+    assert iconify(write(tmp_path / "one", chars={"1f415": "home"}, info=INFO)).recipe == one.recipe
+    other = iconify(write(tmp_path / "two", **{"chars": {"1f415": "home"}} | beside))
+    assert other.recipe != one.recipe

@@ -63,6 +63,9 @@ def test_other_layouts_are_refused(tmp_path):
     (root / "classnames.txt").write_text("cat\n\ndog\n")  # dog is number 2 to the tool that numbered the images
     with pytest.raises(DataError, match=r"classnames\.txt: wanted a name in every line, found line 2 blank"):
         clip_benchmark(root)
+    (root / "classnames.txt").write_text("\ncat\ndog\n")
+    with pytest.raises(DataError, match=r"classnames\.txt: wanted a name in every line, found line 1 blank"):
+        clip_benchmark(root)
     (root / "classnames.txt").write_text("cat\ndog\n\n")
     for name in ("val", "validation"):
         (root / name).mkdir()
