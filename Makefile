@@ -224,7 +224,7 @@ $(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --da
 
 endef
 
-## tasks          the demo's model on every task, with baselines and three seeds: an estimated 2.3 hours on two cores; PART=i/n
+## tasks          the demo's model on every task, with baselines and three seeds: an estimated 2.7 hours on two cores; PART=i/n
 tasks: $(TASK_EVALUATIONS) $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 

@@ -128,9 +128,9 @@ def scenes_starts() -> Rows:
         "1,300 of MLM, ITC and ITM; 400": read_evaluation("scenes-vqa-words"),
         "the same start; masked answers, 400": read_evaluation("scenes-vqa-masked"),
         named: read_evaluation("scenes-vqa-names"),
-        placed: read_trials("scenes-vqa")[0]["figures"]["test"],
+        placed: read_evaluation("scenes-vqa-places-400"),
         "the same; masked answers, 800": read_evaluation("scenes-vqa-places-800"),
-        "all of this once more, in bf16; masked answers, 800": read_evaluation("scenes-vqa-places-800-bf16"),
+        "all of this once more, in bf16; masked answers, 800": read_trials("scenes-vqa")[0]["figures"]["test"],
     }
     rows = [["per cent, test split", *TEXT_ALONE, "all"]]
     rows.append(["text alone at best", *(f"{best:.1f}" for best in TEXT_ALONE.values()), "32.4"])
