@@ -182,7 +182,7 @@ def disk(out: Path) -> Finding:
     return Finding("green" if speed >= SLOW_DISK_MB_PER_S else "amber", "disk", f"{folder}: {speed:.0f} MB/s, synced")
 
 
-def shards(data: Path) -> Finding:
+def shards(data: Path | str) -> Finding:
     """Check that the data set opens and that its first shard has the hash of dataset.json."""
     try:
         first = open_dataset(data, "train")

@@ -271,8 +271,13 @@ def test_vmap_over_what_says_which_keys_exist(name: str):
         "key_mask": torch.rand(3, 2, 5, generator=G) < 0.7,
         "key_index": torch.tensor([[1, 0], [1, 1], [0, 0]]),
     }[name]
-    found = torch.func.vmap(lambda q, k, x: cross_attention(q, k, k, **{name: x}))(q, k, values)
-    wanted = torch.stack([cross_attention(a, b, b, **{name: x}) for a, b, x in zip(q, k, values, strict=True)])
+
+    def attended(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        options: dict[str, Any] = {name: x}
+        return cross_attention(q, k, k, **options)
+
+    found = torch.func.vmap(attended)(q, k, values)
+    wanted = torch.stack([attended(*one) for one in zip(q, k, values, strict=True)])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 

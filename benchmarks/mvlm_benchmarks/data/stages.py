@@ -20,7 +20,7 @@ import numpy as np
 from mvlm_dataloading import Loader, open_dataset, train_tokenizer
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.loader.augment import Augment, draw_parameters
-from mvlm_dataloading.loader.crop import CropGeometry, CropWindows
+from mvlm_dataloading.loader.crop import CropGeometry, CropWindows, FileEnds
 from mvlm_dataloading.loader.pipeline import build_pipeline, executor_arguments
 from mvlm_dataloading.loader.resize import Resize
 from mvlm_dataloading.loader.sampler import SampleOrder, write_index_views
@@ -58,7 +58,7 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
                 CropGeometry(image_size=size),
                 batch_size=batch,
                 num_threads=THREADS,
-                check_file_ends=True,
+                file_ends=FileEnds(),
                 augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
             )
         else:

@@ -164,7 +164,7 @@ def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
 def test_a_cut_tar_is_found_wherever_it_was_cut(tmp_path, name):
     """Where a header begins, tarfile takes what is there for the whole."""
     tar = io.BytesIO()
-    mode = next((f"w:{kind}" for kind in ("gz", "bz2", "xz") if name.endswith(kind)), "w")
+    mode: Any = next((f"w:{kind}" for kind in ("gz", "bz2", "xz") if name.endswith(kind)), "w")
     with tarfile.open(fileobj=tar, mode=mode) as opened:
         for i in range(12):
             image = published.encoded(published.make_image(i))

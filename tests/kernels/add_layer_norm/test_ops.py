@@ -115,9 +115,9 @@ def test_outputs_for_other_strides_are_those_that_a_compiler_is_told():
 
 
 def test_a_single_row_without_other_dimensions():
-    made = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(5)]
-    flat = add_layer_norm(made[0], made[1], *made[2:4], y_bias=made[4])
-    rows = add_layer_norm(made[0][None], made[1][None], *made[2:4], y_bias=made[4])
+    x, y, weight, bias, y_bias = made = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    flat = add_layer_norm(x, y, weight, bias, y_bias=y_bias)
+    rows = add_layer_norm(x[None], y[None], weight, bias, y_bias=y_bias)
     for a, b in zip(flat, rows, strict=True):
         wanted = torch.autograd.grad(b.square().sum(), made, retain_graph=True, allow_unused=True)
         found = torch.autograd.grad(a.square().sum(), made, retain_graph=True, allow_unused=True)

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -167,9 +168,9 @@ def test_large_float16_scores_are_finite(lengths: tuple[int, int], lse: bool):
         for length, shift in zip((lengths[0], lengths[1], lengths[1]), (24, 24, 0), strict=True)
     )
     with mvlm_kernels.use_backend("torch"):
-        out = cross_attention(q, k, v, return_lse=lse)
-    out = out[0] if lse else out
-    wanted = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        out = cross_attention(q, k, v, return_lse=True)[0] if lse else cross_attention(q, k, v)
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     # Scores are about 6,500, of which float32 has steps of 5e-4; probabilities are rounded to float16.
     torch.testing.assert_close(out.double(), wanted, rtol=2e-3, atol=1e-2)
 
@@ -183,8 +184,9 @@ def test_large_float16_scores_are_finite(lengths: tuple[int, int], lse: bool):
 )
 def test_values_are_checked_where_sdpa_computes(changes: dict[str, list[int]], message: str):
     q, k = torch.randn(2, 130, 1, 16), torch.randn(2, 131, 1, 16)
+    options: dict[str, Any] = {name: torch.tensor(values) for name, values in changes.items()}
     with pytest.raises(ValueError, match=message):
-        cross_attention(q, k, k, **{name: torch.tensor(values) for name, values in changes.items()})
+        cross_attention(q, k, k, **options)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -160,4 +160,5 @@ def test_an_empty_answer_has_maps(trained):
     images = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     found = task_maps(made(trained, "masked"), images, TEXT, "")
     assert found.maps.isfinite().all()
+    assert found.probability is not None
     assert 0 < found.probability < 1
