@@ -241,6 +241,7 @@ TABLES = {
     "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
     "study-masking": lambda: study("masking", "the partner of a masked stream"),
+    "study-ratios": lambda: study("ratios", "masked: image / caption"),
     "study-data": lambda: study("data", "losses, share of the training images"),
     "another-artist": another_artist,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
