@@ -61,14 +61,28 @@ def swap_blocks(model: nn.Module) -> SwapReport:
         reason = ALREADY_SWAPPED if "forward" in vars(module) else form.why_not(module)
         parts.append(Part(path, type(module).__name__, reason))
         if reason is None:
-            module.forward = functools.partial(_forward, module, form)
+            _bind(module, form)
             swapped.append(module)
 
     def restore() -> None:
         for module in swapped:
-            vars(module).pop("forward", None)
+            for name in ("forward", "_replicate_for_data_parallel"):
+                vars(module).pop(name, None)
 
     return SwapReport(parts, restore)
+
+
+def _bind(module: nn.Module, form: Form) -> None:
+    """Give a module the fused forward, and its replicas, which copy its attributes, one of their own."""
+    module.forward = functools.partial(_forward, module, form)
+    vars(module)["_replicate_for_data_parallel"] = functools.partial(_replicate, module, form)
+
+
+def _replicate(module: nn.Module, form: Form) -> nn.Module:
+    """The replica of a swapped module for another device, by `nn.DataParallel`."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    _bind(replica, form)
+    return replica
 
 
 def _forward(module: nn.Module, form: Form, *args: Any, **kwargs: Any) -> Tensor:

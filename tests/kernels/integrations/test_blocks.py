@@ -235,3 +235,14 @@ def test_dropout_layers_that_train_alone_have_their_effect():
     x = torch.randn(4, 8)
     with use_backend("torch"):
         assert not torch.equal(mlp(x), mlp(x))
+
+
+def test_a_replica_computes_with_its_own_weights():
+    """nn.DataParallel copies a module's attributes, and then gives the copy its device's weights."""
+    mlp = timm.layers.Mlp(8, 16).eval()
+    swap_blocks(mlp)
+    replica = mlp._replicate_for_data_parallel()
+    replica.fc2 = nn.Linear(16, 8)
+    x = torch.randn(4, 8)
+    with use_backend("torch"):
+        torch.testing.assert_close(replica(x), replica.fc2(replica.act(replica.fc1(x))))
