@@ -127,7 +127,7 @@ class Trainer:
                     figures = self.evaluate(self.validation, sinks)
                     evaluated_at = time.monotonic()
                     end = end or not figures
-                if figures or self.due(config.log_every) or self.complete:
+                if figures or self.due(config.log_every) or end or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.end_row(closed, self.loader.skipped, figures)
                 if save or end or self.due(config.checkpoint_every_steps) or self.complete:

@@ -1,6 +1,7 @@
 """Resumed runs against uninterrupted ones, and resumes that are refused."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -137,3 +138,26 @@ def test_resume_of_another_architecture_is_refused(scenes, run_copy):
     with pytest.raises(RunError, match="wanted the tensors of this model's architecture, found others"):
         pretrain(pretrain_config(scenes, run_copy, resume=True, model=micro_config(width=24)))
     assert folder_hash(run_copy) == before
+
+
+def test_the_time_of_a_run_has_the_steps_between_its_last_row_and_a_stop(
+    scenes, tmp_path, monkeypatch, without_tensorboard
+):
+    """Seven steps of at least a tenth of a second, stopped after the fifth; a row every sixth step."""
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=7, log_every=6)
+    one_step = Trainer.one_step
+
+    def step(trainer, batches):
+        one_step(trainer, batches)
+        time.sleep(0.1)
+        if trainer.step == 5 and not config.resume:
+            trainer.stop.reason = "a test"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", step)
+        pretrain(config)
+        config = replace(config, resume=True)
+        pretrain(config)
+    rows = rows_of(config.out)
+    assert [row["step"] for row in rows] == [5, 6, 7]
+    assert rows[-1]["seconds"] >= 0.7
