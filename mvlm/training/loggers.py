@@ -27,11 +27,12 @@ class LogSinks:
     again with the next row. TensorBoard is not: the thread of its writer ends at the first failure.
 
     Args:
+        config: of the run, for which `start_services` has been called.
         step: the step that the run continues from. Rows of later steps, from an earlier attempt, are dropped.
     """
 
     def __init__(self, config: PretrainConfig, step: int) -> None:
-        self._services = {n: _start_service(n, config) for n in SERVICES if getattr(config, n)}
+        self._services: dict[str, Any] = {n: import_module(n) for n in SERVICES if getattr(config, n)}
         folder = RunFolder(config.out)
         self._strips = folder.strips
         self._metrics = MetricsFile(folder.metrics, step)
@@ -94,12 +95,13 @@ def check_services(config: PretrainConfig) -> None:
             raise ConfigError(f"--{name}: wanted the package {name}, which is not installed; pip install {name}")
 
 
-def _start_service(name: str, config: PretrainConfig) -> Any:
-    """Start a run of W&B or trackio and return the module; both have the same calls. ConfigError if that fails."""
-    extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
-    try:
-        service = import_module(name)
-        service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
-    except Exception as error:
-        raise ConfigError(f"--{name}: could not start a run: {error!r}; leave --{name} out") from error
-    return service
+def start_services(config: PretrainConfig) -> None:
+    """Start a run of W&B and of trackio, where they are wanted. Both have the same calls. ConfigError if that fails."""
+    for name in SERVICES:
+        if not getattr(config, name):
+            continue
+        extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
+        try:
+            import_module(name).init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
+        except Exception as error:
+            raise ConfigError(f"--{name}: could not start a run: {error!r}; leave --{name} out") from error

@@ -20,7 +20,7 @@ from mvlm.runs.history import History
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.freed_memory import keep_freed_memory
-from mvlm.training.loggers import check_services
+from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
@@ -90,6 +90,8 @@ def build_run(
         found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
         checkpoint = world.gather_objects(found)[0]
         trainer = run_on_all_ranks(world, lambda: build_trainer(inputs, world, checkpoint))
+        if not trainer.complete:
+            run_on_all_ranks(world, lambda: start_services(inputs.config) if world.first else None)
         # Last, so that a run that cannot be built leaves no config.json, which would claim the folder.
         run_on_all_ranks(world, lambda: write_config(inputs.config) if world.first else None)
         yield trainer

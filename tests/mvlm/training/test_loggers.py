@@ -4,6 +4,8 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mvlm.errors import ConfigError
 from mvlm.training import loggers
-from mvlm.training.loggers import LogSinks
+from mvlm.training.loggers import LogSinks, start_services
 from mvlm.training.run import pretrain
 from support.folders import rows_of
 from support.models import pretrain_config
@@ -32,6 +34,7 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
     monkeypatch.setitem(sys.modules, name, service)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
+    start_services(config)
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
     assert (started[0]["project"], started[0]["name"]) == ("mvlm", "run")
@@ -49,6 +52,7 @@ def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorb
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
+    start_services(config)
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
     assert all(file.stat().st_size > 1000 for file in tmp_path.glob(written))
@@ -72,14 +76,25 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
     monkeypatch.setitem(sys.modules, name, service)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
+    start_services(config)
     with LogSinks(config, 0) as sinks:
         for step in (3, 4):
             sinks.log(ROW | {"step": step})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
     assert [row["step"] for row in rows_of(config.out)] == [3, 4]
-    service.init = fails
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_that_cannot_start_leaves_no_run(scenes, tmp_path, monkeypatch, without_tensorboard, name):
+    def fails(**_):
+        raise RuntimeError("no login")
+
+    service = SimpleNamespace(init=fails, __spec__=find_spec("json"))
+    monkeypatch.setitem(sys.modules, name, service)
+    config = pretrain_config(scenes, tmp_path / "run", **{name: True})
     with pytest.raises(ConfigError, match=f"--{name}: could not start a run: .*; leave --{name} out"):
-        LogSinks(config, 0)
+        pretrain(config)
+    pretrain(replace(config, **{name: False}))
 
 
 @pytest.mark.slow
