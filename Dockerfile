@@ -13,13 +13,15 @@ RUN apt-get update \
 RUN useradd --create-home --uid 1000 mvlm && install --directory --owner mvlm /work /opt/mvlm
 ENV PATH=/opt/mvlm/bin:$PATH PYTHONUNBUFFERED=1
 USER 1000
-# The packages come first, because they change less often than the code. pyproject.toml has their versions.
+# The packages come first, because they change less often than the code. pyproject.toml has their versions. What the build
+# leaves is removed: setuptools would take the empty module in it for newer than the real one.
 WORKDIR /home/mvlm/source
 COPY --chown=mvlm pyproject.toml README.md LICENSE ./
 # hadolint ignore=DL3013
 RUN mkdir -p kernels dataloading benchmarks mvlm && touch mvlm/__init__.py \
     && python -m venv /opt/mvlm \
-    && pip install --no-cache-dir --disable-pip-version-check '.[data,train,search,export,app]'
+    && pip install --no-cache-dir --disable-pip-version-check '.[data,train,search,export,app]' \
+    && rm -rf build ./*.egg-info mvlm
 COPY --chown=mvlm mvlm mvlm
 COPY --chown=mvlm kernels kernels
 COPY --chown=mvlm dataloading dataloading

@@ -32,7 +32,7 @@ $(DATA)/dataset.json: | $(VENV)/.installed
 ## demo            build the emoji data set, pretrain on it, evaluate, write a report
 demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
-	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
+	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/config.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
@@ -203,10 +203,15 @@ faults-network: $(VENV)/.installed
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
 
-# Trials whose results are committed are not run again.
+# The trained model is the demo's, or that of RUN=FOLDER. Where there is none, the demo's steps make it.
+$(RUN)/config.json:
+	$(MAKE) demo
+
+# Trials whose results are committed are not run again. Open Clip Art needs a Debian package, so it is built by hand.
+EVIDENCE := emoji $(if $(wildcard data/openclipart/dataset.json),openclipart)
 ## evidence       all studies on both data sets, resumable; PART=i/n runs a part of the trials (an estimated 8 hours on 2 cores)
-evidence: $(VENV)/.installed
-	for data in emoji openclipart; do for study in objectives masking ratios data; do \
+evidence: $(VENV)/.installed data/emoji/dataset.json
+	for data in $(EVIDENCE); do for study in objectives masking ratios data; do \
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
 	        --reuse runs/evidence/$$data/* benchmarks/results/studies/$$data-*.jsonl --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
 
@@ -237,7 +242,7 @@ scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model runs/tasks/$1 --d
     --max-steps $4 --mim-weight 0 --model.whole-word-masking --batch-size 64 --lr-encoder 3e-4 --lr-cross 6e-4 --lr-end 0 \
     --warmup-steps 30 --eval-every-steps 0 --resume
 
-$(SCENES_RUN)/.trained: data/scenes/places/dataset.json
+$(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(RUN)/config.json
 	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out runs/tasks/scene-writing \
 	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 \
 	    --max-steps 2000 --resume
@@ -249,16 +254,16 @@ $(SCENES_RUN)/.trained: data/scenes/places/dataset.json
 	    --warmup-steps 30 --max-steps 2500 --keep-images-mb 1024 --eval-every-steps 0 --resume
 	touch $@
 
-runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
+runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json $(RUN)/config.json
 	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by concept --out $@
 
-runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json
+runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json $(RUN)/config.json
 	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data data/twemoji --by concept --out $@
 
-runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json
+runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json $(RUN)/config.json
 	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by group --probe --out $@
 
-runs/tasks/grounding.json: | data/scenes/places/dataset.json
+runs/tasks/grounding.json: | data/scenes/places/dataset.json $(RUN)/config.json
 	$(BIN)/mvlm eval grounding --checkpoint $(RUN) --data data/scenes/grounding --out $@
 
 data/twemoji/dataset.json: | $(VENV)/.installed
@@ -272,7 +277,7 @@ data/easy-vqa/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data easy-vqa data/easy-vqa
 
 ## tasks-smoke    one task on few scenes, from its data to its table, in three minutes
-tasks-smoke: $(VENV)/.installed
+tasks-smoke: $(VENV)/.installed | $(RUN)/config.json
 	$(BIN)/mvlm data scenes data/ci-scenes --train 128 --validation 32 --test 32 --tasks vqa
 	$(BIN)/mvlm study studies/tasks/smoke.toml --checkpoint $(RUN) --data data/ci-scenes/vqa --out runs/tasks/smoke
 

@@ -41,7 +41,16 @@ if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
 import torch
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.machine_code import AMD_ARCHS, ARCHS, amd_costs, blocks, compile_launch, spill_bytes, usage
+from mvlm_kernels.machine_code import (
+    AMD_ARCHS,
+    ARCHS,
+    amd_costs,
+    blocks,
+    capability_of,
+    compile_launch,
+    spill_bytes,
+    usage,
+)
 
 MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
@@ -82,7 +91,7 @@ def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:
         def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any], case=label, to=launches) -> None:
             to.append(Launch(case, kernel, args, meta, _launching_pass()))
 
-        with dispatch.recording(record, ARCHS.get(arch, 80)):
+        with dispatch.recording(record, 80 if arch in AMD_ARCHS else capability_of(arch)):
             call()
         yield from launches
 

@@ -13,6 +13,11 @@ AMD_ARCHS = ("gfx90a", "gfx942")
 """AMD targets (MI200, MI300), with waves of 64 threads and the tiles of sm_80. No such GPU has run the kernels."""
 
 
+def capability_of(arch: str) -> int:
+    """Compute capability of an NVIDIA GPU as an int, such as 89 of "sm_89"."""
+    return ARCHS.get(arch) or int(arch.removeprefix("sm_"))
+
+
 @functools.cache
 def _binder(kernel: Any, arch: str) -> tuple[Any, ...]:
     """(target, backend, function of arguments that specialises them as a launch on that GPU would)."""
@@ -20,7 +25,7 @@ def _binder(kernel: Any, arch: str) -> tuple[Any, ...]:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("hip", arch, 64) if arch in AMD_ARCHS else GPUTarget("cuda", ARCHS[arch], 32)
+    target = GPUTarget("hip", arch, 64) if arch in AMD_ARCHS else GPUTarget("cuda", capability_of(arch), 32)
     backend = make_backend(target)
     return target, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 

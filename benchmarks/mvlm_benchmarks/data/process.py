@@ -33,13 +33,22 @@ class LoaderProcess:
             self._signal(signal.SIGSTOP)
 
     def turn(self, batches: int) -> dict[str, Any]:
-        """Make `batches` batches. Returns the process's answer: seconds, rss_mb."""
+        """Make `batches` batches. Returns the process's answer: seconds, rss_mb.
+
+        If the process ends, `status` and `note` say so, and it has no figures.
+        """
         before = group_cpu_seconds(self._process.pid)
-        self._signal(signal.SIGCONT)
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{batches}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # it has ended, and `_read` says so
+            self._signal(signal.SIGCONT)
+            assert self._process.stdin is not None
+            self._process.stdin.write(f"{batches}\n")
+            self._process.stdin.flush()
         answer = self._read()
+        if "status" in answer:
+            self.status, self.note = answer["status"], answer["note"]
+            self.rates.clear()
+            self.cpu_ms.clear()
+            return answer
         self._signal(signal.SIGSTOP)
         self.rates.append(batches * self.batch / answer["seconds"])
         self.cpu_ms.append(1e3 * (group_cpu_seconds(self._process.pid) - before) / (batches * self.batch))

@@ -14,6 +14,7 @@ a median over rounds, because one disturbed round could dominate a mean.
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from mvlm_benchmarks.data.report import Row, stage_table, table, write
 from mvlm_benchmarks.data.stages import STAGES
 from mvlm_benchmarks.data.worker import CONTENDERS, RECIPES
 from mvlm_benchmarks.results import heading
+from mvlm_dataloading import open_dataset
 
 PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
 WARM_UP = 10
@@ -85,6 +87,9 @@ def run(
 
         print(f"building {images} images in {data}", flush=True)
         photos.build(data, images)
+    images = len(open_dataset(data, "train"))
+    if batch > images:
+        raise ConfigError(f"batch: wanted at most {images}, the images of {data}, got {batch}")
     about = machine.describe("cpu", PACKAGES) | {"figures": f"loader only, no model, {os.cpu_count()} cores"}
     print(heading(about))
     rows, stages = [], {}
@@ -93,6 +98,7 @@ def run(
         print(table(rows, recipe), flush=True)
         stages[recipe] = _measure_stages(recipe, data, settings)
         print(stage_table(stages[recipe]), flush=True)
+        write(rows, stages, {}, about, out, data, json_file)  # what follows may be interrupted
     others: dict[str, dict[str, Any]] = {}
     if step_rate is not None and "ours" in names:
         loader_rate = max(row["images_per_s"] for row in rows if row["contender"] == "ours")
@@ -134,6 +140,8 @@ def run_rounds(contenders: Sequence[LoaderProcess], settings: dict[str, int]) ->
     for number in range(settings["rounds"] + 1):
         # Every second round runs in reverse order, so that no contender always follows the same one.
         for contender in running if number % 2 else running[::-1]:
+            if contender.status != "ok":
+                continue
             contender.turn(settings["batches"] if number else max(WARM_UP, settings["batches"]))
             if number == 0:
                 contender.rates.clear()
@@ -175,8 +183,12 @@ def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[s
         run_rounds(contenders, settings)
         stages, previous = {}, [0.0] * settings["rounds"]
         for name, contender in zip(STAGES, contenders, strict=True):
+            if contender.status != "ok":  # it adds nothing that is known, nor does the next
+                previous = []
+                continue
             spent_us = [1e3 * ms for ms in contender.cpu_ms]
-            added = statistics.median(now - before for now, before in zip(spent_us, previous, strict=True))
+            pairs = zip(spent_us, previous, strict=bool(previous))
+            added = statistics.median(now - before for now, before in pairs) if previous else math.nan
             stages[name] = {"images_per_s": round(statistics.median(contender.rates), 1), "adds_us": round(added, 1)}
             previous = spent_us
         return stages

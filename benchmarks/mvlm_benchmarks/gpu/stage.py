@@ -115,6 +115,8 @@ def running(name: str, out: Path, seconds: float, rehearse: bool) -> Iterator[St
               f"at most {seconds:.0f} s")  # fmt: skip
 
     def stop(number: int, _: Any) -> None:
+        for other in handlers:  # a terminal's Ctrl-C comes twice, once from gpu_run.py; what follows writes files
+            signal.signal(other, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -6,11 +6,14 @@ are exceptions to the rules by which launchers choose tiles. Those of cross-atte
 `MVLM_KERNELS_CONFIGS` reads.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 
@@ -41,7 +44,7 @@ def run(stage: Stage) -> None:
     winners: list[tuple[Target, Row]] = []
     summary: list[Row] = []
     cases = chosen_cases(stage.batch, stage.dtype, stage.rehearse)
-    with torch_settings(stage.device), use_backend("triton"):
+    with _written(stage, winners, summary), torch_settings(stage.device), use_backend("triton"):
         for case in cases:
             if not stage.allows(f"{case.op} {case.shape}"):
                 break
@@ -61,8 +64,16 @@ def run(stage: Stage) -> None:
                 _write_exceptions(stage, winners)
                 stage.say(f"{target.name}: {found[0]['said']}")
                 stage.finished.append(target.name)
-    _write_exceptions(stage, winners)
-    _plot(stage, summary)
+
+
+@contextlib.contextmanager
+def _written(stage: Stage, winners: list[tuple[Target, Row]], summary: list[Row]) -> Iterator[None]:
+    """Write the winners and the plot when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        _write_exceptions(stage, winners)
+        _plot(stage, summary)
 
 
 def sweep_target(
@@ -135,14 +146,22 @@ def compile_variants(stage: Stage) -> dict[tuple[str, str], Row]:
     found: dict[tuple[str, str], Row] = {}
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     file = stage.out / "variants.jsonl"
-    with file.open("w") as output:
+    problems = stage.out / "variants.log"
+    with file.open("w") as output, problems.open("w") as errors:
+        # A session of its own, so that the processes that it starts end with it.
+        process = subprocess.Popen(
+            command, cwd=source_root(), env=environment, stdout=output, stderr=errors, start_new_session=True
+        )
         try:
-            subprocess.run(
-                command, cwd=source_root(), env=environment, stdout=output, stderr=subprocess.DEVNULL,
-                timeout=max(1.0, 0.5 * stage.budget.left),
-            )  # fmt: skip
+            if process.wait(max(1.0, 0.5 * stage.budget.left)):
+                said = problems.read_text().strip().splitlines() or ["no message"]
+                stage.say(f"variants are compiled when they run: their process failed, {said[-1]}")
         except subprocess.TimeoutExpired:
             stage.say("not all variants were compiled in half of the time; the others are compiled when they run")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     for line in file.read_text().splitlines():
         try:
             row = json.loads(line)

@@ -158,9 +158,10 @@ def compile_case(batch: int, small: bool, arch: str, number: int, part: int = 0,
     """
     # Imported here: it takes TRITON_INTERPRET out of the environment, and a sweep on a CPU interprets kernels.
     from mvlm_kernels import aot
+    from mvlm_kernels.machine_code import capability_of
 
     case = chosen_cases(batch, torch.bfloat16, small)[number]
-    inputs, capability = case.make("meta"), aot.ARCHS[arch]
+    inputs, capability = case.make("meta"), capability_of(arch)
     work = [
         (target, change)
         for target in targets_of(case, inputs, capability)
@@ -204,7 +205,7 @@ def compile_all(batch: int, small: bool, arch: str, jobs: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90 or sm_100")
+    parser.add_argument("--arch", default="sm_90", help="such as sm_90")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()

@@ -57,6 +57,11 @@ class LocalContender:
         self._data, self._functions, self._clock = data, functions, clock
         self._sets, self._expected, self._limit = data.sets, data.expected, data.limit
 
+    @property
+    def has_kernels(self) -> bool:
+        """False for an op of torch's operations alone, of which no kernel's name is known."""
+        return self._data.case.has_kernels
+
     def step(self, name: str, number: int = 0, gradients_of: int | None = None) -> Step:
         """Make a function that runs a pass once, on the set with this number, and returns all that it computed.
 

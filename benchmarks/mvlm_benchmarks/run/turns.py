@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from mvlm.device import autocast
 from mvlm.training.build import make_loader
 from mvlm.training.few_shapes import with_few_shapes
@@ -61,12 +63,12 @@ class Turns:
     def one_step(self, trainer: Trainer, batches: Iterator[Loaded]) -> None:
         """Make one step of the loop. Before the first step of a turn, make the turns of the bare step."""
         if self._left == 0:
-            self._end_turn()
+            self._end_turn(trainer)
             while self._order and self._order[0] == STEP:
                 self._begin_turn(trainer)
                 for batch, masks in self._batches:
                     bare_step(trainer, batch, masks)
-                self._end_turn()
+                self._end_turn(trainer)
             self._source = batches
             if self._order:  # else this is the last step
                 self._begin_turn(trainer)
@@ -87,14 +89,21 @@ class Turns:
 
     def _begin_turn(self, trainer: Trainer) -> None:
         trainer.writer.wait()
+        _wait_for_device(trainer)
         time.sleep(SETTLE_S)
         self._turn = (self._order.pop(0), read_usage())
 
-    def _end_turn(self) -> None:
+    def _end_turn(self, trainer: Trainer) -> None:
         if self._turn is not None:
+            _wait_for_device(trainer)  # the loop has queued its last step; the bare step has waited for its own
             name, before = self._turn
             self.rows[name].append(usage_between(before, read_usage(), self._length))
         self._turn = None
+
+
+def _wait_for_device(trainer: Trainer) -> None:
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def bare_step(trainer: Trainer, batch: Batch, masks: Masks) -> None:

@@ -11,6 +11,8 @@ import pytest
 from mvlm.errors import ConfigError
 from mvlm_benchmarks.data import photos, run
 from mvlm_benchmarks.data.process import LoaderProcess
+from mvlm_dataloading import ShardWriter
+from support.data import make_image
 
 SETTINGS = {"rounds": 3, "batches": 8, "batch": 32, "size": 224}
 
@@ -134,3 +136,29 @@ def test_row_of_a_process_that_dies_has_no_figure(tmp_path, monkeypatch) -> None
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (row,) = run.measure_recipe(["ours"], "crop", tmp_path, SETTINGS)
     assert (row["status"], row["note"], row["images_per_s"]) == ("error", "ended with code 1", None)
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path) -> None:
+    """PyTorch's DataLoader drops the last batch, so it would wait for ever for the first."""
+    with ShardWriter(tmp_path / "few", name="few", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(3):
+            assert writer.add(str(i), make_image(i), ["words"]) is None
+    with pytest.raises(ConfigError, match=r"batch: wanted at most 3, the images of .*few, got 4"):
+        run.run(tmp_path / "few", 1, tmp_path, batch=4)
+
+
+def test_a_loader_that_dies_in_a_turn_has_no_figure_and_the_others_go_on(tmp_path, monkeypatch) -> None:
+    """It makes its first batch, and ends when it is asked for a second turn."""
+    program = """#!/bin/sh
+echo '{"status": "ok", "note": "", "seconds": 1}'
+read -r turn; echo '{"seconds": 0.5, "rss_mb": 1}'
+[ "$3" = ours ] && exit 7
+while read -r turn; do echo '{"seconds": 0.5, "rss_mb": 1}'; done
+"""
+    (tmp_path / "python").write_text(program)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    dead, alive = run.measure_recipe(["ours", "pil"], "crop", tmp_path, SETTINGS)
+    assert (dead["status"], dead["note"], dead["images_per_s"]) == ("error", "ended with code 7", None)
+    assert alive["status"] == "ok"
+    assert alive["images_per_s"] > 0

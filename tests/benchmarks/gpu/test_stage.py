@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,3 +346,42 @@ from mvlm.model.maskvlm import MaskVLM
 def test_every_stage_takes_less_than_ten_minutes() -> None:
     assert all(plan.seconds < 600 for plan in STAGES.values())
     assert list(STAGES) == ["correct", "sweep", "kernels", "profile", "step", "compiled", "sanitizer"]
+
+
+def test_a_second_signal_does_not_disturb_what_is_written_after_the_first(tmp_path) -> None:
+    """Ctrl-C in a terminal reaches a stage twice: from the terminal, and from gpu_run.py."""
+
+    def interrupted(stage: Stage) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            (stage.out / "figures").write_text("all")
+
+    code, _ = run_stage(SimpleNamespace(__name__="gpu.correct", run=interrupted), tmp_path)
+    assert code == 3
+    assert (tmp_path / "figures").read_text() == "all"
+    assert json.loads((tmp_path / "correct.json").read_text())["ended"] == "stopped by SIGINT"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_compiler_that_fails_says_why(tmp_path, monkeypatch) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\necho KeyError: sm_1 >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sweep.sys, "executable", str(tmp_path / "python"))
+    with running("sweep", tmp_path, 60, rehearse=True) as stage:
+        assert sweep.compile_variants(stage) == {}
+    assert "their process failed, KeyError: sm_1" in (tmp_path / "sweep.log").read_text()
+
+
+def test_processes_that_compile_end_with_the_budget(tmp_path, monkeypatch) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\nsleep 50 & echo $! > {tmp_path}/child; wait\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sweep.sys, "executable", str(tmp_path / "python"))
+    with running("sweep", tmp_path, 2, rehearse=True) as stage:
+        sweep.compile_variants(stage)
+    child = Path("/proc") / (tmp_path / "child").read_text().strip()
+    deadline = time.monotonic() + 10
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():  # ended, and nobody has asked how
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mvlm_benchmarks.ceilings import MemoryRates
+from mvlm_benchmarks.kernels.checks import check_kernels
 from mvlm_benchmarks.kernels.compare import Ceilings, bench_case, rows_of
+from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import Peer
 from mvlm_benchmarks.unavailable import Missing, NotApplicable
 from mvlm_kernels.hardware import Gpu
@@ -219,3 +221,13 @@ def test_rates_and_roofline_match_a_count_by_hand() -> None:
     measured = Ceilings(measured=MemoryRates(copy=1.6e9, read=2e9, triad=0.8e9), gemm_us=7.0)
     row = rows_of(half, entries, measured)[0]
     assert (row["copy_pct"], row["read_pct"], row["triad_pct"], row["gemm_us"]) == (50.0, 40.0, 100.0, 7.0)
+
+
+def test_an_op_of_torchs_operations_keeps_its_figures_where_kernels_are_looked_for(monkeypatch) -> None:
+    """On a GPU the names of launched kernels are compared with those of the op, of which this one has none."""
+    monkeypatch.setattr(LocalContender, "kernels", lambda self, name: check_kernels([], [("gemm", 7)]))
+    for has_kernels, status in ((False, "ok"), (True, "REFUSED")):
+        case = toy_case(has_kernels=has_kernels)
+        ours = next(entry for entry in bench_case(case, "cpu", [], FakeClock(), 1) if entry.contender == "ours")
+        ours.check_after("cuda")
+        assert {outcome.status for outcome in ours.outcomes.values()} == {status}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.recipes import pretrain_defaults
@@ -114,3 +115,23 @@ def test_the_bare_step_rounds_totals_as_the_run_does(monkeypatch):
     monkeypatch.setattr(turns, "with_few_shapes", stop)
     with pytest.raises(Stop, match=r"^\[\('batch', 'masks'\)\]$"):
         turns.bare_step(cast(Any, trainer), cast(Any, "batch"), cast(Any, "masks"))
+
+
+def test_turns_on_a_gpu_end_when_the_device_has_finished(monkeypatch):
+    """The loop only queues its steps."""
+    events = []
+    monkeypatch.setattr(turns.torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(turns, "read_usage", lambda: events.append("read"))
+    monkeypatch.setattr(turns, "usage_between", lambda *_: {})
+    monkeypatch.setattr(turns, "SETTLE_S", 0.0)
+    trainer: Any = SimpleNamespace(
+        device=torch.device("cuda"), writer=SimpleNamespace(wait=lambda: None), config=None, model=None
+    )
+    monkeypatch.setattr(turns, "bare_step", lambda *_: events.append("step"))
+    made = turns.Turns([("batch", "masks")], 1, 1)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(made, "_one_step", lambda *_: events.append("step"))
+    for _ in range(made.steps):
+        made.one_step(trainer, iter([("batch", "masks")] * 99))  # pyright: ignore[reportArgumentType]
+    reads = [i for i, event in enumerate(events) if event == "read"]
+    assert len(reads) > 4
+    assert all(events[i - 1] == "wait" for i in reads)
