@@ -137,17 +137,25 @@ def run_command(arguments: Sequence[str]) -> None:
     raise ConfigError(f"unknown command {typed!r}; {hint}")
 
 
+def _at_home(word: str) -> str:
+    """A word with the home folder for a leading ~, which a shell leaves in `--out=~/runs`."""
+    flag, sign, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{sign}{os.path.expanduser(path)}" if path == "~" or path.startswith("~/") else word
+
+
 def main() -> None:
     """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1.
 
     Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.watchdog`).
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # of other libraries: warnings
+    for name in ("mvlm", "mvlm_dataloading", "mvlm_kernels", "mvlm_benchmarks"):
+        logging.getLogger(name).setLevel(logging.INFO)
     from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError, advise_install
     from mvlm_dataloading.errors import DataError
 
     try:
-        run_command(sys.argv[1:])
+        run_command([_at_home(word) for word in sys.argv[1:]])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes

@@ -1,6 +1,7 @@
 """Load a trained model from a run, a checkpoint, an exported folder or the hub; export it."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state
 from mvlm.runs.folder import find_checkpoint
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -94,5 +97,8 @@ def export(path: Path, out: Path) -> None:
     """
     with new_folder(out) as folder:
         model, tokenizer = load_model(path, "cpu")
+        source, exported = _find_model(path)
+        if not exported and (task := read_state(source).get("task")):
+            log.info("%s: the network without the head of the task %s", path, task["name"])
         write_model(model, folder)
         tokenizer.save(folder / TOKENIZER)

@@ -59,6 +59,10 @@ class Collection(Protocol):
         """Hash of the items and their order."""
         ...
 
+    def id(self, i: int) -> str:
+        """Id of item i."""
+        ...
+
     def item(self, i: int) -> Item:
         """Item i without its image."""
         ...
@@ -116,6 +120,10 @@ class DataCollection:
                 yield [_item_of(part, row, raw, i) for i in range(len(raw.ids))], raw.images
             start += len(part)
 
+    def id(self, i: int) -> str:
+        split, row = self._find(i)
+        return split.keys[row]
+
     def why_left_out(self, i: int) -> str:
         raise AssertionError(i)  # its images were decoded when it was built; one that is broken now is a DataError
 
@@ -167,7 +175,7 @@ class FolderCollection:
             raise RunError(
                 f"{path.with_suffix('.json')}: wanted a JSON object, found something else; mend or remove it"
             )
-        return Item(str(path.relative_to(self.folder)), "", i, captions, metadata)
+        return Item(self.id(i), "", i, captions, metadata)
 
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
         return (self.folder / id).read_bytes()
@@ -185,6 +193,9 @@ class FolderCollection:
 
         return (([self.item(i) for i in rows], images) for rows, images in one_ahead(loaded()))
 
+    def id(self, i: int) -> str:
+        return str(self.paths[i].relative_to(self.folder))
+
     def why_left_out(self, i: int) -> str:
         try:
             self._load(i, 1)
@@ -193,11 +204,12 @@ class FolderCollection:
         return f"{self.paths[i]}: could not be read when its part was embedded, can be read now; embed again"
 
     def _load(self, i: int, side: int) -> Tensor:
-        """The image of item i. RunError if it cannot be read, or if its name cannot be an id."""
+        """The image of item i. RunError if it, or a file beside it, cannot be read, or if its name cannot be an id."""
         try:
             str(self.paths[i]).encode()
         except UnicodeEncodeError:
             raise RunError(f"{self.paths[i]}: wanted a file name in UTF-8, found other bytes; rename it") from None
+        self.item(i)
         return load_image(self.paths[i], side)
 
 

@@ -98,7 +98,8 @@ def _begin(folder: EmbeddingFolder, plan: dict[str, Any]) -> AbstractContextMana
         on_error.enter_context(held)
         remove_leftovers(folder)
         file = folder.description if folder.description.is_file() else folder.plan
-        found = read_versioned(file) if file.is_file() else plan
+        begun = folder.description.is_file() or any(folder.parts.glob("*.parquet"))
+        found = read_versioned(file) if begun and file.is_file() else plan
         differing = [name for name, value in plan.items() if found.get(name) != value]
         if differing:
             listed = "; ".join(f"{name}: found {found.get(name)}, wanted {plan[name]}" for name in differing)
@@ -106,7 +107,7 @@ def _begin(folder: EmbeddingFolder, plan: dict[str, Any]) -> AbstractContextMana
                 f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); choose "
                 f"another folder or remove this one"
             )
-        if not file.is_file():
+        if not begun:
             folder.parts.mkdir(exist_ok=True)
             write_description(folder.plan, plan)
         on_error.pop_all()
@@ -158,7 +159,7 @@ def _finish(
             start, stop = number * PART, min((number + 1) * PART, len(collection))
             missing = set(range(start, stop)) - set(read_rows(folder.part("images", number)))
             rejected += [(i, collection.why_left_out(i)) for i in sorted(missing)]
-    write_lines(folder.rejected, ({"id": collection.item(i).id, "reason": reason} for i, reason in rejected))
+    write_lines(folder.rejected, ({"id": collection.id(i), "reason": reason} for i, reason in rejected))
     if rejected:
         log.warning("%d images could not be used; %s says why", len(rejected), folder.rejected)
     if not counts["images"]:

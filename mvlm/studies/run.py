@@ -11,6 +11,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, RunError
 from mvlm.runs.load import load_model
+from mvlm.studies.compare import figure
 from mvlm.studies.page import write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
 from mvlm.studies.trial import Trial, read_result, run_trial, take_result, write_results
@@ -49,6 +50,8 @@ def run_study(
         The page; None if the study was asked to stop (SIGTERM), or if trials are missing that other parts or processes
         have to make.
     """
+    if out.is_dir() and any(out.iterdir()) and not any((out / n).exists() for n in ("trials", "trials.jsonl", "data")):
+        raise RunError(f"{out}: wanted a new folder or that of a study, found other files; choose another one")
     others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
     for trial in trials:  # before the first minute is spent
@@ -69,6 +72,9 @@ def run_study(
                     return None
         except Timeout:
             log.info("%s, seed %d: another process is at it", trial.arm, trial.seed)
+        if (result := read_result(trial)) is not None:
+            for measure in study.measures:  # a mistake is known after the first trial, and not after the last
+                figure(result, measure)
     results = [result for trial in trials if (result := read_result(trial)) is not None]
     if len(results) < len(trials):
         log.info("%d of %d trials are finished", len(results), len(trials))

@@ -11,7 +11,8 @@ import torch
 from mvlm.config.json_files import model_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
+from mvlm.model.pretrained import WEIGHTS_FILE
+from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.entailment import Entailment
@@ -66,6 +67,8 @@ def load_task(
 
     RunError for a pretraining run, a run of another task, or a damaged one.
     """
+    if not (path / MANIFEST).is_file() and (path / WEIGHTS_FILE).is_file():
+        raise RunError(f"{path}: wanted a fine-tuned run or one of its checkpoints, found an exported folder")
     folder = find_checkpoint(path)
     described = read_state(folder).get("task")
     if described is None:

@@ -145,6 +145,27 @@ def test_a_mistake_is_answered_without_importing_torch():
     assert done.stdout == "[]\n"
 
 
+def test_a_path_at_home_is_not_a_folder_named_tilde(tmp_path):
+    """A shell leaves the ~ of `--out=~/run`."""
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = ["-m", "mvlm", "eval", "retrieval", "--checkpoint=~/run", "--data", "~/data"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert str(tmp_path / "home") in done.stderr
+    assert "~" not in done.stderr
+
+
+def test_messages_of_other_libraries_are_warnings_alone():
+    program = (
+        "import logging, mvlm.cli as cli\n"
+        "cli.run_command = lambda words: [logging.getLogger(n).info(n) for n in ('onnxscript', 'mvlm.runs', 'mvlm_dataloading')]\n"
+        "cli.main()"
+    )
+    assert run_python("-c", program).stderr.split() == ["mvlm.runs", "mvlm_dataloading"]
+
+
 def test_a_reader_that_ends_early_is_no_error():
     """As in `mvlm --help | head -1`."""
     reading, writing = os.pipe()

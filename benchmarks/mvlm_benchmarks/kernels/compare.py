@@ -75,8 +75,8 @@ class Entry:
             self.repeats = runner.repeats(good[-1], REPEATS[device])
             if self.contender == "ours" and ", the first" in self.repeats:
                 self.refuse(f"repeats differ: {self.repeats}", "WRONG")
-            local = isinstance(runner, LocalContender) and runner.has_kernels
-            if self.contender == "ours" and device == "cuda" and local:
+            ours = self.contender == "ours" and device == "cuda"
+            if ours and isinstance(runner, LocalContender) and runner.has_kernels:
                 self.kernels = runner.kernels(good[-1])
         except Refused as error:
             self.refuse(str(error))

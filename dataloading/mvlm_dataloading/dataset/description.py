@@ -32,9 +32,12 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
         return False
     found = read_description(out)
     if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
+        had = found.get("recipe") or {}
+        differing = [key for key in sorted({*had, *recipe}) if had.get(key) != recipe.get(key)]
+        listed = ", ".join(f"{key} {_short(had.get(key))} in place of {_short(recipe.get(key))}" for key in differing)
         raise DataError(
-            f"{out}: wanted a new folder or the data set {name} {dict(recipe)}, found {found.get('name')} "
-            f"{found.get('recipe')}; choose another folder or remove this one"
+            f"{out}: wanted a new folder or the data set {name} as it is built now, found {found.get('name')} with "
+            f"{listed or 'the same settings'}; choose another folder or remove this one"
         )
     for split in found["splits"].values():
         for shard in split["shards"]:
@@ -45,6 +48,12 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
                     f"{tar}: wanted {shard['bytes']} bytes and an index, found {size}; remove {out} and build it again"
                 )
     return True
+
+
+def _short(value: Any) -> str:
+    """A value in a message: hashes and lists by their beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def read_description(folder: Path) -> dict[str, Any]:

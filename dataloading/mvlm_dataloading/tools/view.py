@@ -78,6 +78,8 @@ def make_view(
     weights = [float(weight) for weight in weights or [1.0] * len(sources)]
     if not sources or len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
         raise DataError(f"weights: wanted a number above 0 for each of {len(sources)} sources, got {weights}")
+    if len({Path(source).resolve() for source in sources}) < len(sources):
+        raise DataError("sources: wanted each data set once, got one twice; --weights makes copies of training samples")
     require_free_folder(out)
     if options.duplicates != "keep" and (asking := [source for source in sources if _asks(source)]):
         raise DataError(

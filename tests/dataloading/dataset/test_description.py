@@ -68,9 +68,12 @@ def test_already_written_compares_name_and_recipe(tmp_path):
     write_dataset(out, 2)
     before = contents(out)
     assert already_written(out, name="waves", recipe={"count": 2})
-    for other in ({"name": "waves", "recipe": {"count": 3}}, {"name": "emoji", "recipe": {"count": 2}}):
-        with pytest.raises(DataError, match=r"found waves \{'count': 2\}; choose another folder or remove this one"):
-            already_written(out, **other)
+    for name, count, found in (("waves", 3, "count 2 in place of 3"), ("emoji", 2, "the same settings")):
+        message = (
+            f"wanted a new folder or the data set {name} as it is built now, found waves with {found}; choose another"
+        )
+        with pytest.raises(DataError, match=message):
+            already_written(out, name=name, recipe={"count": count})
     assert contents(out) == before
     (out / "train-000000.tar").write_bytes(b"short")
     with pytest.raises(DataError, match=r"train-000000\.tar: wanted \d+ bytes and an index, found 5; remove"):

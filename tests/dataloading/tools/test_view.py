@@ -327,3 +327,10 @@ def test_a_fraction_is_a_share_of_what_is_left_without_duplicates(tmp_path):
     assert found[2] == set(named("once", range(40)))
     assert found[0] < found[1] < found[2]
     assert 2 <= len(found[0]) <= 16
+
+
+def test_a_data_set_given_twice_is_refused(one, tmp_path):
+    """Its test images would be there twice."""
+    (tmp_path / "link").symlink_to(one)
+    with pytest.raises(DataError, match="sources: wanted each data set once, got one twice; --weights makes copies"):
+        make_view(tmp_path / "view", [one, tmp_path / "link"])

@@ -173,3 +173,26 @@ def test_a_collection_without_a_readable_image_is_refused(model, alone, tmp_path
     with pytest.raises(RunError, match=r"wanted images to embed, found none that can be read; see .*rejected.jsonl"):
         embed(model, open_collection(tmp_path / "bad"), tmp_path / "out", alone)
     assert not (tmp_path / "out" / "embedding.json").exists()
+
+
+def test_an_image_with_bad_files_beside_it_is_left_out_and_may_be_mended(model, pictures, alone, tmp_path):
+    (pictures / "3.txt").write_bytes(b"caf\xe9")
+    (pictures / "6.json").write_text("[1]")
+    found = embed(model, open_collection(pictures), tmp_path / "out", alone)
+    assert (found["images"], found["rejected"]) == (8, 2)
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rejected] == ["3.png", "6.png"]
+    assert "wanted UTF-8" in rejected[0]["reason"]
+    assert "wanted a JSON object" in rejected[1]["reason"]
+
+
+def test_a_folder_without_any_part_takes_other_work(model, pictures, alone, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "write_table", stop)
+        with pytest.raises(KeyboardInterrupt):
+            embed(model, open_collection(pictures), tmp_path / "out", alone)
+    (pictures / "3.txt").write_text("another caption")
+    assert embed(model, open_collection(pictures), tmp_path / "out", alone)["images"] == 10

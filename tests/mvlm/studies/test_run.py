@@ -220,3 +220,17 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     assert 0 < cheap <= 10.5 * step < cheap + flops["no MIM"] / 2
     with pytest.raises(ConfigError, match="budget: wanted enough for one step"):
         plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
+
+
+def test_a_folder_of_other_files_is_refused(scenes, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(RunError, match="wanted a new folder or that of a study, found other files"):
+        run_study(study(), scenes, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.slow
+def test_a_wrong_measure_is_known_after_the_first_trial(scenes, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="measures: wanted a figure of .*, got 'ir.r11'"):
+        run_study(study(measures=["ir.r1", "ir.r11"]), scenes, tmp_path)
+    assert len(list(tmp_path.rglob("result.json"))) == 1

@@ -13,7 +13,7 @@ import torch
 from mvlm.errors import ConfigError, RunError
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, read_metrics
-from mvlm.runs.load import load_model
+from mvlm.runs.load import export, load_model
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
@@ -243,3 +243,12 @@ def test_a_validation_split_without_answers_is_refused_before_anything_is_writte
     with pytest.raises(DataError, match="wanted a question with `question_id` and `answers`, found"):
         finetune(configured(trained, unanswered, tmp_path / "run", "vqa", eval_every_steps=1))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_exported_folder_has_no_head_and_says_so(trained, questions, tmp_path, caplog):
+    finetune(configured(trained, questions, tmp_path / "run", "vqa"))
+    with caplog.at_level("INFO"):
+        export(tmp_path / "run", tmp_path / "model")
+    assert "the network without the head of the task vqa" in caplog.text
+    with pytest.raises(RunError, match="wanted a fine-tuned run or one of its checkpoints, found an exported folder"):
+        load_task(tmp_path / "model")
