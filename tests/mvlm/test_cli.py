@@ -160,7 +160,8 @@ def test_a_path_at_home_is_not_a_folder_named_tilde(tmp_path):
 def test_messages_of_other_libraries_are_warnings_alone():
     program = (
         "import logging, mvlm.cli as cli\n"
-        "cli.run_command = lambda words: [logging.getLogger(n).info(n) for n in ('onnxscript', 'mvlm.runs', 'mvlm_dataloading')]\n"
+        "names = 'onnxscript', 'mvlm.runs', 'mvlm_dataloading'\n"
+        "cli.run_command = lambda words: [logging.getLogger(name).info(name) for name in names]\n"
         "cli.main()"
     )
     assert run_python("-c", program).stderr.split() == ["mvlm.runs", "mvlm_dataloading"]

@@ -231,6 +231,6 @@ def test_a_folder_of_other_files_is_refused(scenes, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_wrong_measure_is_known_after_the_first_trial(scenes, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="measures: wanted a figure of .*, got 'ir.r11'"):
+    with pytest.raises(ConfigError, match=r"measures: wanted a figure of .*, got 'ir.r11'"):
         run_study(study(measures=["ir.r1", "ir.r11"]), scenes, tmp_path)
     assert len(list(tmp_path.rglob("result.json"))) == 1
