@@ -111,12 +111,12 @@ def test_commands_of_the_data_page_run(printed, downloads):
         "refcoco": {"train": 4, "validation": 4, "testA": 4, "testB": 4},
         "pets": {"train": 6, "test": 6},
         "mix": counts(data / "mix"),
-        "tenth": counts(data / "tenth"),
+        "half": counts(data / "half"),
     }
     assert file_contents(data / "coco-of-parts").items() <= file_contents(data / "coco").items()  # that has a sheet too
     assert sum(counts(data / "mine").values()) == 20
     assert counts(data / "mix").keys() == {"train", "validation", "test"}
-    assert 0 < counts(data / "tenth")["train"] < counts(data / "mix")["train"]
+    assert 0 < counts(data / "half")["train"] < counts(data / "mix")["train"]
     for line, text in printed.items():
         assert text.strip(), line
     with Image.open(data / "coco" / "contact-sheet.png") as sheet:

@@ -1,5 +1,6 @@
 """Comparison of a shard with its description and its index."""
 
+import contextlib
 import os
 import tarfile
 from pathlib import Path
@@ -92,7 +93,7 @@ def _linked(header: bytes, key: str) -> str | None:
 
 def _linked_anywhere(tar: Path, key: str, extensions: tuple[str, ...]) -> str | None:
     """Key of the sample to whose image the image of `key` is a link in a tar of another tool; None without a link."""
-    with tarfile.open(tar) as opened:
+    with contextlib.suppress(tarfile.TarError), tarfile.open(tar) as opened:
         for member in opened:
             stem, _, extension = member.name.rpartition(".")
             if member.islnk() and stem == key and extension.lower() in extensions:

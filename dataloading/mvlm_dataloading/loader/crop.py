@@ -113,7 +113,7 @@ class FileEnds:
         self.allowed.add(_digest(file))
 
     def __call__(self, files: Sequence[Any]) -> list[NDArray[np.bool_]]:
-        """Whether each file passes: bool scalars, as DALI's python function returns them."""
+        """Verdicts on files, bool scalars, as DALI's python function returns them."""
         return [np.array(self._passes(np.asarray(file))) for file in files]
 
     def _passes(self, file: NDArray[np.uint8]) -> bool:

@@ -97,7 +97,7 @@ def masked_pixel_loss(
     call = masked_directly if registration.called_directly(pred) else masked_op
     return call(
         pred, images, patch_ids, patch_size, means, stds, kind, normalize_target,
-        reduction == "mean", _needs_slope(pred),
+        reduction == "mean", torch.is_grad_enabled() and (pred.requires_grad or registration.transformed()),
     )[0]  # fmt: skip
 
 
@@ -143,17 +143,14 @@ def linear_pixel_loss(
     _check_parameters(hidden, weight, bias, features)
     _check_options(kind, normalize_target, reduction, features)
     means, stds = channel_tensors(mean, std, images, hidden.dtype)
+    # A tensor of torch.func does not know whether a level around it needs a gradient.
+    needs_grad = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    needs_grad = needs_grad or registration.transformed()
     call = linear_directly if registration.called_directly(hidden, weight) else linear_op
     return call(
         hidden, weight, bias, images, patch_ids, patch_size, means, stds, kind,
-        normalize_target, reduction == "mean", _needs_slope(hidden, weight, bias),
+        normalize_target, reduction == "mean", torch.is_grad_enabled() and needs_grad,
     )[0]  # fmt: skip
-
-
-def _needs_slope(*inputs: Tensor | None) -> bool:
-    """True if a gradient may be asked for. A tensor of torch.func does not know whether a level around it needs one."""
-    needed = registration.transformed() or any(x is not None and x.requires_grad for x in inputs)
-    return torch.is_grad_enabled() and needed
 
 
 def _as_autocast(hidden: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ def test_turns_on_a_gpu_end_when_the_device_has_finished(monkeypatch):
         device=torch.device("cuda"), writer=SimpleNamespace(wait=lambda: None), config=None, model=None
     )
     monkeypatch.setattr(turns, "bare_step", lambda *_: events.append("step"))
+    monkeypatch.setattr(Trainer, "one_step", lambda *_: events.append("step"))
     made = turns.Turns([("batch", "masks")], 1, 1)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(made, "_one_step", lambda *_: events.append("step"))
     for _ in range(made.steps):
         made.one_step(trainer, iter([("batch", "masks")] * 99))  # pyright: ignore[reportArgumentType]
     reads = [i for i, event in enumerate(events) if event == "read"]
