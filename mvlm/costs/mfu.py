@@ -69,11 +69,12 @@ def _flops_at(config: PretrainConfig, image_size: int, reconstructing: bool, tok
     weights, pairs = loss_weights(config), config.batch_size // (ranks * config.accumulate)
     weights = weights.reconstructing() if reconstructing else weights
     model = replace(config.model, image_size=image_size)
-    return _step_flops(model, pairs, max(3, round(tokens)), weights) / pairs
+    return step_flops(model, pairs, max(3, round(tokens)), weights) / pairs
 
 
 @cache  # trials of a study differ in their seeds, which change no count
-def _step_flops(model: MaskVLMConfig, pairs: int, tokens: int, weights: LossWeights) -> int:
+def step_flops(model: MaskVLMConfig, pairs: int, tokens: int, weights: LossWeights) -> int:
+    """FLOPs of a step of one rank, forward and backward, with captions of so many tokens."""
     from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
     # gpu=False leaves out the padding rows that a GPU computes for captions: useful FLOPs only.
