@@ -249,7 +249,9 @@ def cross_attention(
         return cpu.attend(q, k, v, *sides, scale, cap, rate, drawn)
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, rate))):
-            if dispatch.checks_values(q.device) and not (torch.compiler.is_compiling() or registration.transformed()):
+            if dispatch.checks_values(q.device) and registration.called_directly(
+                q, k, v
+            ):  # others have no values to read
                 check_values(q, k, key_lengths, key_index, None, None, key_readers or (None, None), len_q, len_k)
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, rate)
     if key_mask is not None and key_mask.dtype == torch.bool and not torch.compiler.is_compiling():
