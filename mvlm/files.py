@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +53,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
     final = Path(os.path.realpath(out))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    # A process that was killed may have left a folder, and a later one, in another container, may have its number.
-    aside = Path(tempfile.mkdtemp(".partial", f".{final.name}.", final.parent))
-    aside.chmod(0o777 & ~_umask())
+    # A random name: a process that was killed may have left a folder, and in a container a later one has its number.
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    aside.mkdir(parents=True)
     try:
         yield aside
         for file in aside.iterdir():
@@ -66,13 +65,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    """Permissions that new files do not get. Asking for them means setting them."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Any) -> None:
