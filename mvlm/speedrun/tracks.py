@@ -80,9 +80,9 @@ def _check_rules(claims: Claims, track: Track) -> Check:
         problems.append("wanted a start from random weights, found pretrained ones")
     if config.tokenizer is not None:
         problems.append("wanted a tokenizer made from the training captions, found a file")
-    every = max(part.get("log_every", config.log_every) for part in claims.parts)
-    if every != 1:
-        problems.append(f"wanted a row of every step, found one every {every} steps")
+    for part in claims.parts:
+        if (every := part.get("log_every", config.log_every)) != 1:
+            problems.append(f"wanted a row of every step, found one every {every} steps")
     reranked = (claims.figures or {}).get("rerank")
     if reranked != RERANK:
         problems.append(f"wanted an evaluation with --rerank {RERANK}, found {reranked}")
