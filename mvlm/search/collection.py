@@ -181,17 +181,18 @@ class FolderCollection:
         return (self.folder / id).read_bytes()
 
     def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
-        def loaded() -> Iterator[tuple[list[int], Tensor]]:
+        def loaded() -> Iterator[tuple[list[Item], Tensor]]:
             for first in range(start, stop, BATCH):
-                rows, images = [], []
+                items, images = [], []
                 for i in range(first, min(first + BATCH, stop)):
                     with contextlib.suppress(RunError):  # `why_left_out` says why
-                        images.append(self._load(i, model.network.config.image_size))
-                        rows.append(i)
-                if rows:
-                    yield rows, torch.stack(images)
+                        item, image = self._load(i, model.network.config.image_size)
+                        items.append(item)
+                        images.append(image)
+                if items:
+                    yield items, torch.stack(images)
 
-        return (([self.item(i) for i in rows], images) for rows, images in one_ahead(loaded()))
+        return one_ahead(loaded())
 
     def id(self, i: int) -> str:
         return str(self.paths[i].relative_to(self.folder))
@@ -203,14 +204,13 @@ class FolderCollection:
             return str(error)
         return f"{self.paths[i]}: could not be read when its part was embedded, can be read now; embed again"
 
-    def _load(self, i: int, side: int) -> Tensor:
-        """The image of item i. RunError if it, or a file beside it, cannot be read, or if its name cannot be an id."""
+    def _load(self, i: int, side: int) -> tuple[Item, Tensor]:
+        """Item i and its image. RunError if it, or a file beside it, cannot be read, or if its name cannot be an id."""
         try:
             str(self.paths[i]).encode()
         except UnicodeEncodeError:
             raise RunError(f"{self.paths[i]}: wanted a file name in UTF-8, found other bytes; rename it") from None
-        self.item(i)
-        return load_image(self.paths[i], side)
+        return self.item(i), load_image(self.paths[i], side)
 
 
 def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:
