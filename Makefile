@@ -32,7 +32,7 @@ $(DATA)/dataset.json: | $(VENV)/.installed
 ## demo            build the emoji data set, pretrain on it, evaluate, write a report
 demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
-	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/config.json
+	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
