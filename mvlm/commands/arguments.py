@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from mvlm.errors import ConfigError
@@ -85,3 +87,26 @@ def one_line(box: str) -> str:
     kept = [" ".join(section) for section in sections if section and not section[0].startswith("For full helptext")]
     # "Error parsing PretrainConfig: ..." names a class, which nobody typed; "Error parsing --seed: ..." names a flag.
     return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", "; ".join(kept)).replace("Argument helptext: ", "")
+
+
+def check_result_file(out: Path | None) -> None:
+    """Raise ConfigError unless `out` is None, a new file, an empty one, or an evaluation's figures, to be replaced."""
+    if out is None:
+        return
+    if not out.name or out.is_dir():
+        raise ConfigError(f"out: wanted a file, got the folder {out}; name a file in it")
+    if not out.is_file() or not out.stat().st_size:  # a device such as /dev/stdout is no file
+        return
+    try:
+        found = json.loads(out.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    # Every result names its checkpoint. So does the config.json of a fine-tuned run, which has a version too.
+    if not isinstance(found, dict) or "checkpoint" not in found or "format_version" in found:
+        raise ConfigError(f"out: wanted a new file or the figures of an earlier evaluation, got another file, {out}")
+
+
+def check_no_input(out: Path | None, *inputs: Path | None) -> None:
+    """Raise ConfigError if `out` is one of the files that the command reads."""
+    if out is not None and any(file is not None and out.resolve() == file.resolve() for file in inputs):
+        raise ConfigError(f"out: wanted another file than those that are read, got {out}")

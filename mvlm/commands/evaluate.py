@@ -28,6 +28,7 @@ def _evaluation(
 
     The first split has to exist. Work in OUT.parts is continued if the model, the splits and the settings are the same.
     """
+    from mvlm.commands.arguments import check_result_file
     from mvlm.distributed.coordination import run_on_all_ranks
     from mvlm.distributed.world import join_ranks
     from mvlm.errors import ConfigError
@@ -38,8 +39,7 @@ def _evaluation(
     world = join_ranks(device)
     if out is None and world.size > 1:
         raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
-    if out is not None and (not out.name or out.is_dir()):
-        raise ConfigError(f"out: wanted a file, got the folder {out}; name a file in it")
+    check_result_file(out)
     image_size, text_length = sizes
     model = run_on_all_ranks(
         world, lambda: load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
@@ -229,11 +229,13 @@ def eval_winoground(
         image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
         device: auto, cpu or cuda.
     """
+    from mvlm.commands.arguments import check_result_file
     from mvlm.device import choose_device
     from mvlm.runs.load import load_model
     from mvlm.tasks.winoground.evaluate import evaluate_winoground
     from mvlm.tasks.winoground.read import read_examples
 
+    check_result_file(out)
     found = read_examples(examples, images)
     model = load_model(checkpoint, choose_device(device), image_size=image_size)
     figures, records = evaluate_winoground(model, found, truncate)
@@ -268,8 +270,10 @@ def score(
     """
     import json
 
+    from mvlm.commands.arguments import check_no_input
     from mvlm.tasks.score import score
 
+    check_no_input(out, predictions, references, other)
     text = json.dumps(score(task, predictions, references, other), indent=1)
     print(text)
     if out is not None:

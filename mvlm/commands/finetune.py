@@ -58,6 +58,7 @@ def _evaluate(
 ) -> None:
     import json
 
+    from mvlm.commands.arguments import check_result_file
     from mvlm.distributed.world import join_ranks
     from mvlm.errors import ConfigError
     from mvlm.files import write_json
@@ -66,8 +67,9 @@ def _evaluate(
     from mvlm.tasks.registry import find_task
     from mvlm_dataloading import open_dataset
 
+    check_result_file(out)  # before minutes are spent
     if predictions is not None:
-        check_format(task)  # before minutes are spent
+        check_format(task)
     for name in ("candidates", "lengths", "iterations"):
         if (number := changes.get(name)) is not None and number < 1:
             raise ConfigError(f"{name}: wanted at least 1, got {number}")

@@ -1,6 +1,7 @@
 """The folder of a run: names of its files, its lock, its configuration and its metrics (docs/reference/files.md)."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from mvlm.config.json_files import config_json, differing_settings, read_config,
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.files import check_folder, sync, write_json
-from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, verify_checkpoint
+from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,16 @@ def find_checkpoint(path: Path) -> Path:
         f"{path}: wanted a run, a checkpoint or an exported folder, found no finished checkpoint (checkpoints/step_*), "
         f"no manifest.json, and no model.safetensors with a config.json; check the path"
     )
+
+
+def log_unfinished(run: Path, checkpoint: Path) -> None:
+    """Log how far a run has come whose newest checkpoint is not of its last step. A checkpoint as `run` is silent."""
+    try:
+        steps = json.loads(RunFolder(run).config.read_text())["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a checkpoint, or a damaged file, which is not needed here
+    if isinstance(steps, int) and step_of(checkpoint) < steps:
+        log.warning("%s: the run has not finished; this is its step %d of %d", run, step_of(checkpoint), steps)
 
 
 def write_config(config: PretrainConfig) -> None:

@@ -14,7 +14,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
-from mvlm.runs.folder import find_checkpoint
+from mvlm.runs.folder import find_checkpoint, log_unfinished
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 
@@ -47,6 +47,8 @@ def load_model(
     """
     chosen = device if isinstance(device, torch.device) else choose_device(device)
     folder, exported = _find_model(path)
+    if not exported:
+        log_unfinished(Path(path), folder)
     file = folder / (CONFIG_FILE if exported else MODEL_CONFIG)
     try:
         config = model_config(json.loads(file.read_text()), str(file))

@@ -1,4 +1,6 @@
-"""`mvlm eval retrieval`: broken data and wrong arguments."""
+"""`mvlm eval` and `mvlm score`: broken data, wrong arguments, and what must not be overwritten."""
+
+import json
 
 import pytest
 
@@ -12,7 +14,7 @@ from support.scenes import BROKEN, overwrite
 @pytest.mark.parametrize("damage, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_evaluation_on_broken_data_is_refused(run_mvlm, scenes_copy, tmp_path, run_copy, damage, message):
     damage(scenes_copy, "test")
-    (tmp_path / "test.json").write_text("an earlier evaluation")
+    (tmp_path / "test.json").write_text('{"checkpoint": "an earlier one"}')
     before = folder_hash(tmp_path)
     words = ("--checkpoint", run_copy, "--data", scenes_copy, "--out", tmp_path / "test.json")
     assert_refused(run_mvlm("eval", "retrieval", *words), message, str(scenes_copy))
@@ -39,3 +41,40 @@ def test_evaluation_on_a_missing_split_is_refused(run_mvlm, scenes, trained):
 def test_evaluation_without_candidates_is_refused(run_mvlm, trained, scenes):
     outcome = run_mvlm("eval", "retrieval", "--checkpoint", trained, "--data", scenes, "--rerank", 0)
     assert_refused(outcome, "rerank: wanted at least 1, got 0")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "recognition", "grounding", "vqa", "winoground"])
+def test_a_file_that_is_no_result_is_not_overwritten(run_mvlm, run_copy, scenes, tmp_path, task):
+    data = ("--examples", scenes, "--images", scenes) if task == "winoground" else ("--data", scenes)
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "notes.txt").write_text("my notes")
+    (tmp_path / "tuned.json").write_text(
+        '{"checkpoint": "a start", "format_version": 3}'
+    )  # a fine-tuned run's settings
+    before = folder_hash(tmp_path)
+    for out in (run_copy / "config.json", *(tmp_path / name for name in ("list.json", "notes.txt", "tuned.json"))):
+        outcome = run_mvlm("eval", task, "--checkpoint", run_copy, *data, "--out", out)
+        assert_refused(outcome, "out: wanted a new file or the figures of an earlier evaluation", str(out))
+    assert folder_hash(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["", '{"checkpoint": "earlier", "records": []}'])
+def test_earlier_figures_and_empty_files_are_replaced(run_mvlm, trained, scenes, tmp_path, content):
+    out = tmp_path / "out.json"
+    out.write_text(content)
+    words = ("--checkpoint", trained, "--data", scenes, "--out", out)
+    assert run_mvlm("eval", "retrieval", *words).code == 0
+    assert json.loads(out.read_text())["checkpoint"] == str(trained)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_scores_do_not_overwrite_what_they_are_of(run_mvlm, tmp_path, number):
+    files = [tmp_path / name for name in ("mine.jsonl", "truth.jsonl", "other.jsonl")]
+    for file in files:
+        file.write_text('{"id": 1, "label": "cat"}\n')
+    words = ("--other", files[2], "--out", tmp_path / "x" / ".." / files[number].name)
+    (tmp_path / "x").mkdir()
+    outcome = run_mvlm("score", "recognition", *files[:2], *words)
+    assert_refused(outcome, "out: wanted another file than those that are read")
+    assert [file.read_text() for file in files] == ['{"id": 1, "label": "cat"}\n'] * 3

@@ -133,5 +133,7 @@ def test_an_output_below_a_file_is_refused(run_mvlm, scenes, trained, tmp_path, 
     outcome = run_mvlm(*command.split(), *words)
     assert outcome.code == 2
     message = r"could not be read or written \(Not a directory\); check the path and its permissions"
-    assert re.fullmatch(rf"mvlm: {tmp_path}/file(/x|/x/y|/x/y\.parts|/x/\.y\.[0-9a-f]+\.partial): {message}", outcome.err[-1])
+    assert re.fullmatch(
+        rf"mvlm: {tmp_path}/file(/x|/x/y|/x/y\.parts|/x/\.y\.[0-9a-f]+\.partial): {message}", outcome.err[-1]
+    )
     assert (tmp_path / "file").read_text() == "a file"

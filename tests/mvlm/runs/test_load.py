@@ -1,5 +1,6 @@
 """Trained models loaded from every kind of place."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
     assert (network, tokenizer) == (model.network, model.tokenizer)
     assert model.precision == "fp32"
     assert not network.training
+
+
+def test_an_unfinished_run_says_how_far_it_is(trained, run_copy, caplog):
+    load_model(trained, "cpu")
+    shutil.rmtree(run_copy / "checkpoints/step_00000002")
+    load_model(run_copy / "checkpoints/step_00000001", "cpu")
+    load_model(run_copy, "cpu")
+    (run_copy / "config.json").write_text("{")  # not needed for a model
+    load_model(run_copy, "cpu")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"{run_copy}: the run has not finished; this is its step 1 of 2"]
 
 
 def test_a_tokenizer_is_loaded_without_the_weights(trained, portable, tmp_path):
