@@ -1,5 +1,6 @@
 """Tokenizer, loader and model of a run, built from its configuration."""
 
+import logging
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from mvlm.runs.load import load_model, load_tokenizer_of
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
+
+log = logging.getLogger(__name__)
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
@@ -67,6 +70,10 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         raise ConfigError(
             f"batch_size: wanted a multiple of {world.size} ranks x {config.accumulate} microbatches = {parts}, "
             f"got {config.batch_size}"
+        )
+    if config.batch_size > len(dataset) and world.first:
+        log.warning(
+            "batch_size: %d is above the split's %d samples; batches repeat them", config.batch_size, len(dataset)
         )
     return Loader(
         dataset,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_loader_order_follows_the_seed(scenes, tokenizer):
         batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
         orders.append(batch.sample_id.tolist())
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_batch_above_the_split_is_a_warning(scenes, tokenizer, caplog):
+    dataset = open_dataset(scenes, "train")
+    for batch_size in (len(dataset), len(dataset) + 2):
+        make_loader(dataset, tokenizer, pretrain_config(scenes, Path(), batch_size=batch_size), ALONE)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        f"batch_size: {len(dataset) + 2} is above the split's {len(dataset)} samples; batches repeat them"
+    ]
 
 
 @pytest.mark.parametrize("scale, flat", [((0.01, 0.02), True), ((0.9, 1.0), False)])
