@@ -85,6 +85,7 @@ def one_line(box: str) -> str:
         else:
             sections[-1].append(line.strip("│ "))
     kept = [" ".join(section) for section in sections if section and not section[0].startswith("For full helptext")]
+    kept.sort(key=lambda message: not message.startswith("Unrecognized"))  # a mistyped flag is also a missing one
     # "Error parsing PretrainConfig: ..." names a class, which nobody typed; "Error parsing --seed: ..." names a flag.
     return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", "; ".join(kept)).replace("Argument helptext: ", "")
 

@@ -18,6 +18,10 @@ PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
     [
         (["pretrain", "tiny", "--data", "none"], "Missing from mvlm pretrain tiny: --out PATH"),
         ([*PRETRAIN, "--bacth-size", "3"], "--bacth-size"),
+        (
+            ["pretrain", "tiny", "--dat", "x"],
+            "Unrecognized options: --dat x; Missing from mvlm pretrain tiny: --data PATH",
+        ),
         ([*PRETRAIN, "--batch-size", "0"], "batch_size must be at least 1, got 0; see `mvlm pretrain tiny --help`"),
         ([*PRETRAIN, "--batch-size", "abc"], "--batch-size: invalid literal for int() with base 10: 'abc'"),
         ([*PRETRAIN, "--model.image-size", "100"], "mask_block must divide image_size: wanted a divisor of 100"),
@@ -123,7 +127,7 @@ def test_an_error_box_of_several_parts_becomes_one_line():
 │ For full helptext, … │
 ╰──────────────────────╯
 """
-    assert one_line(box) == "Missing from x: --out PATH; Unrecognized options: --two"
+    assert one_line(box) == "Unrecognized options: --two; Missing from x: --out PATH"
     plain = box.replace("╭─ Required", "Required").translate(str.maketrans("─│╭╮╰╯", "-     "))
     assert one_line(plain) == one_line(box)
     assert one_line("title\n\x1b[31m│ red │\x1b[0m\n") == "red"
