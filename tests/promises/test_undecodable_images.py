@@ -116,6 +116,17 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog)
     assert "cannot be decoded" not in caplog.text
 
 
+@pytest.mark.slow
+def test_a_whole_batch_may_have_bytes_after_the_end(tmp_path, tokenizer):
+    """More rows than Python's stack has frames, each replaced."""
+    with ShardWriter(tmp_path / "waves", name="", source="", licence="", attribution="", recipe={}) as writer:
+        image = make_image(0, kind="JPEG", size=(32, 32)) + b"\0"
+        for i in range(1100):
+            assert writer.add(f"{i:04d}", image, [f"picture {i}"], {}) is None
+    found = stream(load(open_dataset(tmp_path / "waves", "train"), tokenizer, batch_size=1100), 1)
+    assert sorted(i for i, _, _ in found) == list(range(1100))
+
+
 @pytest.fixture
 def truncated(request, tmp_path):
     """24 JPEGs. Number 5 is truncated at 90 % and 17 at 97 %, so many crops above the cut decode.

@@ -33,8 +33,7 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
     found = read_description(out)
     if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
         had = found.get("recipe") or {}
-        differing = [key for key in sorted({*had, *recipe}) if had.get(key) != recipe.get(key)]
-        listed = ", ".join(f"{key} {_short(had.get(key))} in place of {_short(recipe.get(key))}" for key in differing)
+        listed = ", ".join(filter(None, (_difference(key, had, recipe) for key in sorted({*had, *recipe}))))
         raise DataError(
             f"{out}: wanted a new folder or the data set {name} as it is built now, found {found.get('name')} with "
             f"{listed or 'the same settings'}; choose another folder or remove this one"
@@ -48,6 +47,14 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
                     f"{tar}: wanted {shard['bytes']} bytes and an index, found {size}; remove {out} and build it again"
                 )
     return True
+
+
+def _difference(key: str, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How the setting `key` of two recipes differs, in words; empty if it does not."""
+    if key in had and key in wanted and had[key] == wanted[key]:
+        return ""
+    before, now = (_short(recipe[key]) if key in recipe else "not set" for recipe in (had, wanted))
+    return f"another {key}" if before == now else f"{key} {before} in place of {now}"
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
 
 from .augment import Augment
-from .buffers import BufferPool, copy_on_this_thread
+from .buffers import BufferPool
 from .crop import FileEnds
 from .kept import KeptSegment, KeptSplit, keep_split
 from .sampler import SampleOrder, substitute_sample
@@ -204,13 +204,25 @@ class Reader:
             if not self._file_ends.allowed:
                 log.warning("images with bytes after their end, such as %s: they are used", self._dataset.where(i))
             self._file_ends.allow(self._dataset.image_bytes(i))
-        if len(good):
-            ids = batch.ids[good]
-            several = self._open_segment(ids, batch.epochs[good], len(ids), file_ends=None, prefetch=1).next()[0]
-            for k, row in enumerate(good.tolist()):
-                self._copy(several, k, batch, row)
-        for row in sorted({*rows.tolist()} - {*good.tolist()}):
-            self._substitute_row(batch, row)
+        for row, (source, k) in zip(
+            good.tolist(), self._read_several(batch.ids[good], batch.epochs[good]), strict=True
+        ):
+            if source is not None:
+                batch.replace_row(row, source, k)
+            elif (i := int(batch.ids[row])) not in self.bad:
+                self._mark_bad([i])
+        for row in rows.tolist():
+            if int(batch.ids[row]) in self.bad:
+                self._substitute_row(batch, row)
+
+    def _read_several(self, ids: Int64, epochs: Int64) -> list[tuple[RawBatch | None, int]]:
+        """The batch and the row of each sample; None if its whole image decodes and this epoch's crop does not."""
+        if not len(ids):
+            return []
+        with contextlib.suppress(RuntimeError):
+            several = self._open_segment(ids, epochs, len(ids), file_ends=None, prefetch=1).next()[0]
+            return [(several, k) for k in range(len(ids))]
+        return [(self._read_single(i, epoch), 0) for i, epoch in zip(ids.tolist(), epochs.tolist(), strict=True)]
 
     def _substitute_row(self, batch: RawBatch, row: int) -> None:
         """Fill a row whose sample is bad with a substitute that decodes."""
@@ -221,18 +233,8 @@ class Reader:
             i = self._substitute(epoch, ordered)
             if (single := self._read_single(i, epoch)) is not None:
                 batch.ids[row] = i
-                return self._copy(single, 0, batch, row)
+                return batch.replace_row(row, single, 0)
             self._mark_bad([i])
-
-    def _copy(self, source: RawBatch, k: int, batch: RawBatch, row: int) -> None:
-        """Copy row k of another batch to a row of this one."""
-        if batch.images.is_cuda:
-            batch.images[row] = source.images[k]
-        else:
-            copy_on_this_thread(batch.images[row], source.images[k])
-        batch.texts[row], batch.metadata[row], batch.tokens[row] = source.texts[k], source.metadata[k], source.tokens[k]
-        others, encoded = batch.encoded, source.encoded
-        batch.encoded = lambda j: encoded(k) if j == row else others(j)
 
     def _read_single(self, i: int, epoch: int) -> RawBatch | None:
         """A batch of one sample; None if it cannot be decoded."""

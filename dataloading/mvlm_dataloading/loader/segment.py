@@ -5,7 +5,7 @@ Shape legend: B samples of this rank's batch, S image side.
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 from .augment import Augment, draw_parameters
-from .buffers import BufferPool
+from .buffers import BufferPool, copy_on_this_thread
 from .crop import CropGeometry, FileEnds, strip_fault
 from .pipeline import Decoding, build_pipeline
 from .sampler import write_index_views
@@ -68,7 +68,23 @@ class RawBatch:
     metadata: list[bytes]
     tokens: list[bytes]
     encoded: Callable[[int], bytes]
-    """Return the encoded image of a row. Call it before the next batch is read."""
+    """Return the encoded image of a row as it was read. Call it before the next batch is read."""
+    replaced: dict[int, tuple["RawBatch", int]] = field(default_factory=dict)
+    """Replaced row -> the batch that it was copied from, and its row there."""
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded image of a row, replaced or not. Call it before the next batch is read."""
+        source, k = self.replaced.get(row, (None, row))
+        return self.encoded(row) if source is None else source.image_bytes(k)
+
+    def replace_row(self, row: int, source: "RawBatch", k: int) -> None:
+        """Copy row k of another batch, but for its id and epoch, to a row of this one."""
+        if self.images.is_cuda:
+            self.images[row] = source.images[k]
+        else:
+            copy_on_this_thread(self.images[row], source.images[k])
+        self.texts[row], self.metadata[row], self.tokens[row] = source.texts[k], source.metadata[k], source.tokens[k]
+        self.replaced[row] = source, k
 
 
 def draw_random_numbers(config: ReaderConfig, epochs: Int64, ids: Int64) -> dict[str, Any]:

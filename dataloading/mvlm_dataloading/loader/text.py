@@ -115,7 +115,7 @@ class CaptionReader:
         if (found := self._samples.get(i)) is None:
             captions = parse_captions(raw.texts[row], lambda: self._dataset.where(i))
             metadata = parse_metadata(raw.metadata[row], lambda: self._dataset.where(i))
-            found = captions, image_identity(metadata, lambda: raw.encoded(row))
+            found = captions, image_identity(metadata, lambda: raw.image_bytes(row))
             if self._remember:
                 self._samples[i] = found
         return found

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
         DataError: the tar cannot be read just now. A tar that is damaged would give the same samples again.
     """
     sample: TarSample | None = None
-    damage, ended = None, True
+    damage, ended, whole = None, True, False
     try:
         with _opened(path) as file, tarfile.open(fileobj=cast(IO[bytes], tail := _Tail(file)), mode="r|") as tar:
             for member in tar:
@@ -53,6 +54,7 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
                         yield sample
                     sample = TarSample(key)
                 _add(sample, tar, member, extension, max_bytes)
+            whole = True  # bytes after the tar in a compressed file may yet be an error
             ended = tail.ends_with_an_empty_block()
     except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
         if (
@@ -62,8 +64,9 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
                 f"{path}: wanted a tar that can be read, found {error}; run the same command again"
             ) from None
         damage = "tar is damaged from here on" if sample else f"tar cannot be read ({type(error).__name__})"
+        damage = "tar is damaged after its samples" if whole else damage
     if sample is not None:
-        if damage is not None and sample.fault is None and _is_incomplete(sample):
+        if damage is not None and not whole and sample.fault is None and _is_incomplete(sample):
             sample.fault = damage
         yield sample
     if damage is None and not ended:
@@ -82,9 +85,10 @@ def has_end_block(path: Path) -> bool:
 def _opened(path: Path) -> IO[bytes]:
     """The content of a tar, unpacked by what it begins with. Reading a cut archive to its end raises EOFError."""
     with path.open("rb") as file:
-        first = file.read(6)
-    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
-        if first.startswith(magic):
+        first = file.read(10)
+    # A plain tar begins with a member's name, which may be "BZh1.jpg". bzip2 continues with the digits of pi.
+    for magic, opener in ((rb"\x1f\x8b\x08", gzip.open), (rb"BZh[1-9]1AY&SY", bz2.open), (rb"\xfd7zXZ\x00", lzma.open)):
+        if re.match(magic, first):
             return cast(IO[bytes], opener(path, "rb"))
     return path.open("rb")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from mvlm_dataloading.dataset.description import already_written
-from support.data import write_dataset
+from support.data import make_image, write_dataset
 
 
 @pytest.fixture
@@ -74,7 +74,19 @@ def test_already_written_compares_name_and_recipe(tmp_path):
         )
         with pytest.raises(DataError, match=message):
             already_written(out, name=name, recipe={"count": count})
+    with pytest.raises(DataError, match="found waves with limit not set in place of None; choose"):
+        already_written(out, name="waves", recipe={"count": 2, "limit": None})
     assert contents(out) == before
     (out / "train-000000.tar").write_bytes(b"short")
     with pytest.raises(DataError, match=r"train-000000\.tar: wanted \d+ bytes and an index, found 5; remove"):
         already_written(out, name="waves", recipe={"count": 2})
+
+
+def test_settings_that_differ_beyond_what_a_message_shows_are_named(tmp_path):
+    first, second = ([[f"{'a' * 40}{end}"]] for end in "bc")
+    with ShardWriter(
+        tmp_path / "out", name="x", source="", licence="", attribution="", recipe={"tars": first}
+    ) as writer:
+        writer.add("0", make_image(0), ["a wave"], {})
+    with pytest.raises(DataError, match="found x with another tars; choose"):
+        already_written(tmp_path / "out", name="x", recipe={"tars": second})

@@ -179,3 +179,25 @@ def test_a_cut_tar_is_found_wherever_it_was_cut(tmp_path, name):
         (tmp_path / name).write_bytes(content[:cut])
         found = list(read_samples(tmp_path / name, 1 << 20))
         assert [sample.key for sample in found] == whole or any(sample.fault for sample in found), cut
+
+
+@pytest.mark.parametrize("first", [b"BZh12.jpg", b"BZh1AY.jpg", b"\x1f\x8b1.jpg"])
+def test_a_plain_tar_may_begin_like_a_compressed_one(tmp_path, first):
+    name = first.decode("latin-1")
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        published.add_members(tar, [(name, b"an image"), (name.replace("jpg", "txt"), b"words")])
+    (sample,) = read_samples(tmp_path / "x.tar", 1 << 20)
+    assert (sample.parts, sample.fault) == ({"jpg": b"an image", "txt": b"words"}, None)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_bytes_after_a_compressed_tar_cost_no_sample(tmp_path, kind):
+    """Captions of img2dataset are in a table beside the tar, so its samples are images alone."""
+    mode: Any = f"w:{kind}"
+    with tarfile.open(tmp_path / f"x.tar.{kind}", mode) as tar:
+        published.add_members(tar, [("a.jpg", b"one"), ("b.jpg", b"two")])
+    with (tmp_path / f"x.tar.{kind}").open("ab") as file:
+        file.write(b"more bytes")
+    one, two, *rest = read_samples(tmp_path / f"x.tar.{kind}", 1 << 20)
+    assert [(sample.key, sample.fault) for sample in (one, two)] == [("a", None), ("b", None)]
+    assert all(sample.fault == "tar is damaged after its samples" for sample in rest)
