@@ -99,18 +99,30 @@ def usage(cubin: bytes) -> dict[str, int]:
 def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
     """Blocks that one multiprocessor holds at once, at most.
 
-    By 65,536 registers, given out to warps in units of 256; 64 warps; 32 blocks; and shared memory, of which the system
-    keeps 1 KiB a block: CUDA C++ programming guide, technical specifications per compute capability.
+    By 65,536 registers, given out to warps in units of 256; by warps and blocks; and by shared memory, of which the
+    system keeps 1 KiB a block: CUDA C++ programming guide, technical specifications per compute capability.
     """
-    kilobytes = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[arch]
+    most_warps, most_blocks, kilobytes = _OF_A_MULTIPROCESSOR.get(arch, _OF_A_MULTIPROCESSOR["sm_86"])
     of_a_warp = -(-registers * 32 // 256) * 256
-    return min(65536 // (of_a_warp * warps), 64 // warps, 32, kilobytes * 1024 // (shared + 1024))
+    return min(65536 // (of_a_warp * warps), most_warps // warps, most_blocks, kilobytes * 1024 // (shared + 1024))
+
+
+_OF_A_MULTIPROCESSOR = {
+    "sm_80": (64, 32, 164),
+    "sm_86": (48, 16, 100),
+    "sm_89": (48, 24, 100),
+    "sm_90": (64, 32, 228),
+    "sm_100": (64, 32, 228),
+    "sm_120": (48, 24, 100),
+}
+"""Most warps and blocks, and KiB of shared memory, of a multiprocessor. Others get the smallest."""
 
 
 def spill_bytes(ptx: str, arch: str) -> int:
     """Bytes of spill stores and loads. ptxas has to compile again to print them: call it only if there is a stack."""
-    suffix = "" if arch == "sm_80" else "a"
-    ptxas = _tool("ptxas-blackwell") if arch != "sm_80" and Path(_tool("ptxas-blackwell")).exists() else _tool("ptxas")
+    hopper = int(arch.removeprefix("sm_")) >= 90  # or later
+    suffix = "a" if hopper else ""
+    ptxas = _tool("ptxas-blackwell") if hopper and Path(_tool("ptxas-blackwell")).exists() else _tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)

@@ -39,7 +39,10 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
-TOGETHER = ("device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps")
+TOGETHER = (
+    "device", "log_every", "eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps",
+    "max_bad_steps",
+)  # fmt: skip
 """Settings that a resume may change, and by which all ranks decide alone when they meet."""
 
 

@@ -123,7 +123,8 @@ def check_usable(out: Path) -> None:
     folder = RunFolder(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
-    ours = (folder.partial_config, folder.lock)
+    # A service such as W&B starts before config.json is written, and leaves its files if the run then cannot start.
+    ours = (folder.partial_config, folder.lock, out / "wandb")
     if out.is_dir() and not folder.config.is_file() and any(path not in ours for path in out.iterdir()):
         raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
 

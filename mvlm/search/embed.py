@@ -107,7 +107,7 @@ def _begin(folder: EmbeddingFolder, plan: dict[str, Any]) -> AbstractContextMana
                 f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); choose "
                 f"another folder or remove this one"
             )
-        if not begun:
+        if not begun or not file.is_file():
             folder.parts.mkdir(exist_ok=True)
             write_description(folder.plan, plan)
         on_error.pop_all()

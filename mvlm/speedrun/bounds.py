@@ -93,13 +93,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from ((f"{prefix}{name}{f'[{i}]' * (len(many) > 1)}", x) for i, x in enumerate(many))
 
 
+def _figure(value: Any) -> Any:
+    """A figure as a JSON file has it: None for one that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _within(a: Any, b: Any, bound: float) -> bool:
+    a, b = _figure(a), _figure(b)
     if a is None or b is None:
         return a is b
     return isinstance(a, int | float) and isinstance(b, int | float) and abs(a - b) <= bound
 
 
 def _near(a: Any, b: Any, bound: float) -> bool:
+    a, b = _figure(a), _figure(b)
     if a is None or b is None:
         return a is b
     return isinstance(a, int | float) and isinstance(b, int | float) and math.isclose(a, b, rel_tol=bound, abs_tol=1e-9)

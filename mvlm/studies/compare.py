@@ -78,7 +78,12 @@ def figure(result: Result, measure: str) -> float:
     """A trial's figure by its dotted name. ConfigError if there is none."""
     value: Any = result["figures"]
     for name in measure.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        absent = not isinstance(value, dict) or name not in value
+        value = None if absent else value[name]
+    if value is None and not absent:
+        raise ConfigError(
+            f"{result['arm']}, seed {result['seed']}: wanted a finite {measure}, found none; leave the arm out"
+        )
     if not isinstance(value, int | float):
         raise ConfigError(
             f"measures: wanted a figure of `mvlm eval retrieval`, such as ir.r1 or gain_text_nats, or a split and a "

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 CAPTIONS = 512
 """First captions, from which the mean length is estimated that decides the FLOPs of a step."""
+
+ROUNDS = 3
+"""Times that the steps of a budget of FLOPs are estimated, each from the mean FLOPs of the steps before."""
+_OF_OTHERS = ("config.json", "dataset.json", "model.safetensors", "checkpoints")
+"""Files of a run, a data set, a model: a folder that has one is no study's."""
 
 
 def run_study(
@@ -50,8 +56,8 @@ def run_study(
         The page; None if the study was asked to stop (SIGTERM), or if trials are missing that other parts or processes
         have to make.
     """
-    if out.is_dir() and any(out.iterdir()) and not any((out / n).exists() for n in ("trials", "trials.jsonl", "data")):
-        raise RunError(f"{out}: wanted a new folder or that of a study, found other files; choose another one")
+    if found := [name for name in _OF_OTHERS if (out / name).exists()]:
+        raise RunError(f"{out}: wanted a new folder or that of a study, found {found[0]}; choose another one")
     others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
     for trial in trials:  # before the first minute is spent
@@ -124,7 +130,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     dataset = open_dataset(data, "train")
     folders = {arm: training_data(settings.get("fraction", 1.0), data, out) for arm, settings in study.arms.items()}
     samples = {arm: open_dataset(folder, "train").fingerprint for arm, folder in folders.items()}
-    lengths: dict[tuple[int, str], float] = {}
+    lengths: dict[tuple[Any, ...], float] = {}
     plans: dict[str, tuple[int, float | None]] = {}
     for arm in study.arms:
         # FLOPs of low resolution depend on the share of its steps, which is exact only with many.
@@ -174,18 +180,30 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
 
 
 def _steps_and_flops(
-    study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[tuple[int, str], float]
+    study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[tuple[Any, ...], float]
 ) -> tuple[int, float | None]:
     """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths of each tokenizer."""
     if study.task:
         return int(study.budget["steps"]), None
-    longest, tokenizer = config.model.text_length, choose_tokenizer(config, dataset)
-    key = longest, tokenizer.fingerprint
+    longest = config.model.text_length
+    key = longest, config.model.vocab_size, config.tokenizer, config.initial_model  # what the tokenizer follows from
     if key not in lengths:
+        tokenizer = choose_tokenizer(config, dataset)
         captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
         lengths[key] = float(tokenizer.encode(captions, longest)[1].mean())
-    step = flops_per_pair(config, lengths[key]) * config.batch_size
-    steps = int(study.budget["steps"] if "steps" in study.budget else study.budget["flops"] / step)
-    if steps < 1:
-        raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}")
-    return steps, step * steps
+    steps = int(study.budget.get("steps", config.max_steps))
+    step = _flops_per_step(config, steps, lengths[key])
+    for _ in range(0 if "steps" in study.budget else ROUNDS):
+        # The first steps of a run may cost less, so the mean depends on their number.
+        steps = int(study.budget["flops"] / step)
+        if steps < 1:
+            raise ConfigError(
+                f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}"
+            )
+        step = _flops_per_step(config, steps, lengths[key])
+    return steps, steps * step
+
+
+def _flops_per_step(config: PretrainConfig, steps: int, tokens: float) -> float:
+    """FLOPs of a step, the mean over a run of so many."""
+    return flops_per_pair(replace(config, max_steps=steps), tokens) * config.batch_size

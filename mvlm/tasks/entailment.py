@@ -58,7 +58,7 @@ class Entailment(Task):
         return {"labels": list(ENTAILMENT_LABELS)}, (torch.zeros(samples, dtype=torch.int64),)
 
     @classmethod
-    def check_references(cls, validation: Dataset) -> None:
+    def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
         labelled(validation)
 
     def targets(self, dataset: Dataset) -> tuple[Tensor]:

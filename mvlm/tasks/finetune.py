@@ -5,6 +5,7 @@ Run folder, checkpoints, resume, guards, ranks, averaged weights, loggers and wa
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -105,7 +106,7 @@ class FineTuner(Trainer):
         if not figures:
             return {}
         figure = figures[self.model.main]
-        if figure > (self.best["figure"] if self.best else -1):  # never for NaN
+        if figure > (self.best["figure"] if self.best else -math.inf):  # never for NaN
             self.best = {"step": self.step, "figure": figure}
         return {f"val_{self.model.main}": figure}
 
@@ -138,7 +139,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     dataset, validation = open_splits(config)
     state = kind.make_state(dataset, TaskOptions.of(config))
     if validation is not None:
-        kind.check_references(validation)
+        kind.check_references(validation, state)
     if config.questions_per_image > 1 and not kind.shares:
         raise ConfigError(
             f"questions_per_image: wanted 1, got {config.questions_per_image}; the task {kind.name} reads each sample "

@@ -88,8 +88,8 @@ class Pairs(Task):
         return {"strip": self.images}
 
     @classmethod
-    def check_references(cls, validation: Dataset) -> None:
-        statements(validation)
+    def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
+        statements(validation, state["images"])
 
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
         """Label of each sample, int64 (S,)."""

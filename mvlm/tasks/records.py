@@ -6,7 +6,7 @@ scored on what happens to be there.
 
 import csv
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,7 +102,7 @@ def filled(record: Mapping[str, Any], name: str) -> Any:
 def numbers(record: Mapping[str, Any], name: str, count: int) -> list[float]:
     """The field `name` of a record, a list of `count` numbers. ValueError if it is none."""
     found = filled(record, name)
-    if len(found) != count or not all(isinstance(x, int | float) and math.isfinite(x) for x in found):
+    if len(found) != count or not all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in found):
         raise ValueError(f"wanted {name} as {count} numbers, found {found!r}")
     return found
 

@@ -121,8 +121,11 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def check_references(cls, validation: Dataset) -> None:
-        """Raise DataError for a split that the task cannot score, before it trains. A task of the user's need not."""
+    def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
+        """Raise DataError for a split that the task of this `state` cannot score, before it trains.
+
+        A task of the user's need not.
+        """
 
     @classmethod
     def longest_text(

@@ -183,7 +183,7 @@ class VisualQuestionAnswering(Task):
         return {"answers": [str(i) for i in range(3129)]}, (torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
 
     @classmethod
-    def check_references(cls, validation: Dataset) -> None:
+    def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
         questions(validation)
 
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:

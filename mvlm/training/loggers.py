@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -97,11 +98,17 @@ def check_services(config: PretrainConfig) -> None:
 
 def start_services(config: PretrainConfig) -> None:
     """Start a run of W&B and of trackio, where they are wanted. Both have the same calls. ConfigError if that fails."""
+    started: list[Any] = []
     for name in SERVICES:
         if not getattr(config, name):
             continue
         extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
         try:
-            import_module(name).init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
+            service = import_module(name)
+            service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
+            started.append(service)
         except Exception as error:
+            for service in started:
+                with suppress(Exception):  # the first error is the one to tell
+                    service.finish()
             raise ConfigError(f"--{name}: could not start a run: {error!r}; leave --{name} out") from error

@@ -1,6 +1,7 @@
 """The training loop: shard -> loader -> batch -> model -> losses -> step."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -252,7 +253,7 @@ class Trainer:
         if sinks is not None:
             sinks.log_image(image, self.step)
         figure = (figures["tr_r1"] + figures["ir_r1"]) / 2
-        if figure > (self.best["figure"] if self.best else -1):  # never for NaN
+        if figure > (self.best["figure"] if self.best else -math.inf):  # never for NaN
             self.best = {"step": self.step, "figure": figure}
         return figures
 

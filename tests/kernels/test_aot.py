@@ -171,8 +171,13 @@ def test_blocks_of_a_multiprocessor_follow_from_its_resources(call):
         (32, 1, 0, "sm_90"),
         (32, 4, 102400, "sm_90"),
         (32, 4, 102400, "sm_80"),
+        (32, 4, 0, "sm_86"),
+        (32, 1, 0, "sm_89"),
+        (32, 1, 20480, "sm_120"),
+        (32, 1, 0, "sm_75"),
     ]
-    assert [call("mvlm_kernels.machine_code", "blocks", *case) for case in cases] == [4, 3, 8, 32, 2, 1]
+    found = [call("mvlm_kernels.machine_code", "blocks", *case) for case in cases]
+    assert found == [4, 3, 8, 32, 2, 1, 12, 24, 4, 16]
 
 
 def test_aot_rows_name_the_pass_that_launches_the_kernel(rows: list[dict[str, Any]]):

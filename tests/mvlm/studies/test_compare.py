@@ -43,6 +43,15 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
     assert gain.paired == pytest.approx(np.std([0.5, 0.6, 0.5], ddof=1))
 
 
+def test_a_figure_that_is_not_finite_is_said_to_be_so() -> None:
+    trial = result(3, [0] * 6) | {"arm": "high rates"}
+    trial["figures"]["gain_text_nats"] = None
+    with pytest.raises(ConfigError, match="high rates, seed 3: wanted a finite gain_text_nats, found none"):
+        figure(trial, "gain_text_nats")
+    with pytest.raises(ConfigError, match="measures: wanted a figure of"):
+        figure(trial, "gain_txt_nats")
+
+
 @pytest.mark.slow
 def test_equal_trials_differ_by_exactly_zero() -> None:
     trials = [result(s, [s, 0, 1, 0, 2, 0], gain=0.1 * s) for s in range(3)]

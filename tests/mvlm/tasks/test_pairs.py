@@ -86,3 +86,5 @@ def test_questions_of_another_task_and_labels_in_another_order_are_refused(train
     three = Pairs(model, TaskOptions(), STATE | {"images": 3})
     with pytest.raises(DataError, match="wanted 3 images a statement, found 2"):
         three.targets(write(tmp_path / "data", [GOOD]))
+    with pytest.raises(DataError, match="wanted 3 images a statement, found 2"):  # before training, of its evaluations
+        Pairs.check_references(open_dataset(tmp_path / "data", "train"), STATE | {"images": 3})

@@ -191,6 +191,7 @@ def test_references_that_do_not_fit_are_refused(tmp_path, task, predictions, ref
     [
         ({"box": [1, 2, 3]}, "wanted box as 4 numbers"),
         ({"box": ["1", "2", "3", "4"]}, "wanted box as 4 numbers"),
+        ({"box": [10**400, 2, 3, 4]}, "wanted box as 4 numbers"),
         ({"size": [0, 10]}, "wanted a size above 0"),
     ],
 )

@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +83,27 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
             sinks.log(ROW | {"step": step})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
     assert [row["step"] for row in rows_of(config.out)] == [3, 4]
+
+
+def test_services_that_started_are_ended_if_another_cannot(scenes, tmp_path, monkeypatch, without_tensorboard):
+    """W&B writes into the run's folder before the run has a config.json."""
+    finished = []
+
+    def starts(dir, **_):
+        (Path(dir) / "wandb").mkdir()
+
+    def fails(**_):
+        raise RuntimeError("no login")
+
+    spec = find_spec("json")
+    wandb = SimpleNamespace(init=starts, finish=lambda: finished.append(True), __spec__=spec)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=fails, __spec__=spec))
+    config = pretrain_config(scenes, tmp_path / "run", wandb=True, trackio=True)
+    with pytest.raises(ConfigError, match="--trackio: could not start a run"):
+        pretrain(config)
+    assert finished == [True]
+    pretrain(replace(config, wandb=False, trackio=False))
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
