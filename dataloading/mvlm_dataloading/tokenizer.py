@@ -72,12 +72,15 @@ class Tokenizer:
             places.append(len(text))
             text += ("!" if inside else self._short_word) + piece
         ids: list[int] = []
+        before: list[int] = []
         found = self._inner.encode(text, add_special_tokens=False)
         for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
             masks = [place for place in places if start <= place < stop]
             if masks and len(text[start:stop].strip()) != 1:  # one token of a mask and of what is beside it
                 return self._encode_alone(pieces)
-            ids.append(self.mask_id if masks else token)
+            if not masks or masks != before:  # a blank that the tokenizer puts in front of a text has its first place
+                ids.append(self.mask_id if masks else token)
+            before = masks
         return ids if ids.count(self.mask_id) == len(places) else self._encode_alone(pieces)
 
     def _encode_alone(self, pieces: Sequence[str]) -> list[int]:

@@ -29,18 +29,22 @@ def table(rows: list[Row], recipe: str) -> str:
     return "\n".join([*lines, "Above 1, ours is faster."])
 
 
-def stage_table(stages: dict[str, dict[str, float]]) -> str:
+def stage_table(stages: dict[str, dict[str, float | None]]) -> str:
     """The table of our loader's stages, with the most expensive stage as the bottleneck."""
     explanation = "rate up to and including the stage; processor time that it adds per image"
     lines = [f"{'stage':10} {'images/s':>9} {'adds us':>8}   {explanation}"]
-    lines += [f"{name:10} {stage['images_per_s']:9.0f} {stage['adds_us']:8.0f}" for name, stage in stages.items()]
-    worst = max(stages, key=lambda name: stages[name]["adds_us"])
-    return "\n".join([*lines, f"bottleneck: {worst}", ""])
+    known = {name: added for name, stage in stages.items() if (added := stage["adds_us"]) is not None}
+    for name, stage in stages.items():
+        lines.append(
+            f"{name:10} {stage['images_per_s']:9.0f} {f'{known[name]:.0f}' if name in known else 'unknown':>8}"
+        )
+    worst = f"bottleneck: {max(known, key=known.__getitem__)}" if known else "bottleneck: unknown"
+    return "\n".join([*lines, worst, ""])
 
 
 def write(
     rows: list[Row],
-    stages: dict[str, dict[str, dict[str, float]]],
+    stages: dict[str, dict[str, dict[str, float | None]]],
     others: dict[str, dict[str, Any]],
     about: dict[str, Any],
     out: Path,
@@ -60,7 +64,8 @@ def write(
     lines = list(rows)
     for recipe, by_stage in stages.items():
         for stage, figures in by_stage.items():
-            note = f"stage, adds {figures['adds_us']} us of processor time per image"
+            added = "an unknown time" if figures["adds_us"] is None else f"{figures['adds_us']} us"
+            note = f"stage, adds {added} of processor time per image"
             line = {"data": data.name, "recipe": recipe, "contender": stage, "status": "ok", "note": note}
             lines.append(line | {"images_per_s": figures["images_per_s"]})
     for name, result in others.items():

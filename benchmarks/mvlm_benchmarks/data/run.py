@@ -14,7 +14,6 @@ a median over rounds, because one disturbed round could dominate a mean.
 
 import contextlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -101,8 +100,9 @@ def run(
         write(rows, stages, {}, about, out, data, json_file)  # what follows may be interrupted
     others: dict[str, dict[str, Any]] = {}
     if step_rate is not None and "ours" in names:
-        loader_rate = max(row["images_per_s"] for row in rows if row["contender"] == "ours")
-        others["step"] = _compare_with_step(step_rate, loader_rate)
+        rates = [row["images_per_s"] for row in rows if row["contender"] == "ours" and row["images_per_s"]]
+        if rates:
+            others["step"] = _compare_with_step(step_rate, max(rates))
     if start_up_samples:
         others["start"] = _measure_start_up(start_up_samples)
     if soak_samples:
@@ -172,12 +172,12 @@ def _row(contender: LoaderProcess, ours: LoaderProcess | None, data: Path, setti
     return row
 
 
-def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[str, dict[str, float]]:
+def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[str, dict[str, float | None]]:
     """Measure our loader up to each stage.
 
     Returns:
         Stage -> `images_per_s` up to and including it, and `adds_us`, the processor time per image that it adds (median
-        over rounds of the difference from the previous stage).
+        over rounds of the difference from the previous stage), None if that stage failed.
     """
     with _started([f"stage:{name}" for name in STAGES], recipe, data, settings) as contenders:
         run_rounds(contenders, settings)
@@ -188,8 +188,8 @@ def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[s
                 continue
             spent_us = [1e3 * ms for ms in contender.cpu_ms]
             pairs = zip(spent_us, previous, strict=bool(previous))
-            added = statistics.median(now - before for now, before in pairs) if previous else math.nan
-            stages[name] = {"images_per_s": round(statistics.median(contender.rates), 1), "adds_us": round(added, 1)}
+            added = round(statistics.median(now - before for now, before in pairs), 1) if previous else None
+            stages[name] = {"images_per_s": round(statistics.median(contender.rates), 1), "adds_us": added}
             previous = spent_us
         return stages
 
@@ -201,7 +201,9 @@ def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[
     """
     turn = max(1, samples // (10 * READINGS) // settings["batch"])
     with _started(["ours"], "crop+randaug", data, settings) as (ours,):
-        readings = [[ours.turn(turn)["rss_mb"] for _ in range(READINGS)] for _ in range(10)]
+        readings = [[ours.turn(turn).get("rss_mb") for _ in range(READINGS)] for _ in range(10) if ours.status == "ok"]
+    if ours.status != "ok":
+        return {"text": f"memory: no figure, the loader ended: {ours.note}"}
     resident = [round(statistics.median(tenth), 1) for tenth in readings]
     loaded, growth = 10 * READINGS * turn * settings["batch"], max(resident[2:]) / resident[1] - 1
     text = f"resident MB in each tenth of {loaded} samples: {resident}; grew by {100 * growth:.1f} % after the second"

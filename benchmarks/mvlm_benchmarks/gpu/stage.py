@@ -122,23 +122,24 @@ def running(name: str, out: Path, seconds: float, rehearse: bool) -> Iterator[St
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     ended, code = COMPLETE, 0
     try:
-        yield stage
-    except WrongValue as error:
-        ended, code = f"wrong value: {error}", 1
-    except Stopped as error:
-        ended, code = f"stopped by {error}", 3
-    except Exception as error:
-        import traceback
+        try:
+            yield stage
+        except WrongValue as error:
+            ended, code = f"wrong value: {error}", 1
+        except Stopped as error:
+            ended, code = f"stopped by {error}", 3
+        except Exception as error:
+            import traceback
 
-        stage.say(traceback.format_exc())
-        ended, code = f"error: {one_line(error)}", 1
+            stage.say(traceback.format_exc())
+            ended, code = f"error: {one_line(error)}", 1
+        if ended == COMPLETE and stage.left_out:
+            ended = f"{OUT_OF_TIME}, before {stage.left_out}"
+        stage.summary(ended)
+        stage.say(f"{name}: {ended} after {stage.budget.used:.0f} s; files in {out}")
     finally:
-        for number, handler in handlers.items():
+        for number, handler in handlers.items():  # last: a second Ctrl-C would cut the summary short
             signal.signal(number, handler)
-    if ended == COMPLETE and stage.left_out:
-        ended = f"{OUT_OF_TIME}, before {stage.left_out}"
-    stage.summary(ended)
-    stage.say(f"{name}: {ended} after {stage.budget.used:.0f} s; files in {out}")
     if code:
         sys.exit(code)
 

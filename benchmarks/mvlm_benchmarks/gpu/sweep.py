@@ -71,9 +71,13 @@ def _written(stage: Stage, winners: list[tuple[Target, Row]], summary: list[Row]
     """Write the winners and the plot when the block ends, however it ends."""
     try:
         yield
-    finally:
+    except BaseException:
         _write_exceptions(stage, winners)
-        _plot(stage, summary)
+        with contextlib.suppress(Exception):  # why the stage ended is what its log has to say
+            _plot(stage, summary)
+        raise
+    _write_exceptions(stage, winners)
+    _plot(stage, summary)
 
 
 def sweep_target(

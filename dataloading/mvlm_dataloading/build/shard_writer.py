@@ -77,11 +77,9 @@ class ShardWriter:
         self._partial = out.with_name(f".{out.name}.partial")
         self._partial.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = FileLock(self._partial / LOCK).acquire(timeout=0).lock
+            self._lock = FileLock(self._partial / LOCK, thread_local=False).acquire(timeout=0).lock
         except Timeout:
-            raise DataError(
-                f"{self._partial}: wanted to be the only process that writes there, found another; stop it"
-            ) from None
+            raise DataError(f"{self._partial}: wanted to be the only writer there, found another; end it") from None
         for left in self._partial.iterdir():  # by a run that was killed
             if left.name != LOCK:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -160,8 +158,9 @@ class ShardWriter:
         write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         for split in description["splits"]:
             write_index(self._partial, split)
-        (self._partial / LOCK).unlink()
         self._partial.rename(self.out)  # replaces an empty folder, and fails on any other
+        # After the rename: a writer that found the folder unlocked would remove what is in it.
+        (self.out / LOCK).unlink()
         self._lock.release()
         return self.out
 

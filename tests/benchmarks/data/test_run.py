@@ -147,6 +147,30 @@ def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path) -> None:
         run.run(tmp_path / "few", 1, tmp_path, batch=4)
 
 
+@pytest.mark.parametrize("alive", [(), ("stage:decode", "stage:resize", "stage:augment", "stage:hand-over")])
+def test_all_other_measurements_are_written_if_ours_has_no_figure(tmp_path, monkeypatch, capsys, alive) -> None:
+    class Dead(FakeProcess):
+        rates_of: ClassVar[dict[str, float]] = {name: FakeProcess.rates_of[name] for name in ("pil", *alive)}
+
+    monkeypatch.setattr(run, "LoaderProcess", Dead)
+    recipe = {"name": "w", "source": "", "licence": "", "attribution": "", "recipe": {}}
+    with ShardWriter(tmp_path / "few", **recipe) as writer:
+        writer.add("0", make_image(0), ["words"])
+    (tmp_path / "step.json").write_text(json.dumps({"rows": [{"contender": "fast", "pairs_per_s": 5.0}]}))
+    settings: dict[str, Any] = {"batch": 1, "recipes": ["crop"], "contenders": ["ours", "pil"]}
+    run.run(
+        tmp_path / "few", 1, tmp_path, **settings, rounds=2, soak_samples=10, start_up_samples=0,
+        step=tmp_path / "step.json", json_file=tmp_path / "all.json",
+    )  # fmt: skip
+    text = (tmp_path / "all.json").read_text()
+    assert "NaN" not in text
+    written = json.loads(text)
+    assert [row["images_per_s"] for row in written["rows"]] == [None, 100]
+    assert written["memory"] == {"text": "memory: no figure, the loader ended: not installed here"}
+    assert "step" not in written
+    assert ("bottleneck: resize" if alive else "bottleneck: unknown") in capsys.readouterr().out
+
+
 def test_a_loader_that_dies_in_a_turn_has_no_figure_and_the_others_go_on(tmp_path, monkeypatch) -> None:
     """It makes its first batch, and ends when it is asked for a second turn."""
     program = """#!/bin/sh

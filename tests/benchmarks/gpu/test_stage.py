@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -363,6 +364,32 @@ def test_a_second_signal_does_not_disturb_what_is_written_after_the_first(tmp_pa
     assert (tmp_path / "figures").read_text() == "all"
     assert json.loads((tmp_path / "correct.json").read_text())["ended"] == "stopped by SIGINT"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_does_not_cut_the_summary(tmp_path, monkeypatch) -> None:
+    def interrupted(stage: Stage) -> None:
+        def say(text: str) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        stage.say = say
+        os.kill(os.getpid(), signal.SIGINT)
+
+    code, summary = run_stage(SimpleNamespace(__name__="gpu.correct", run=interrupted), tmp_path)
+    assert (code, summary["ended"]) == (3, "stopped by SIGINT")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_plot_that_fails_does_not_hide_why_a_sweep_stopped(tmp_path, monkeypatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("no plot")
+
+    def stops(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sweep, "_plot", fails)
+    monkeypatch.setattr(sweep, "sweep_target", stops)
+    code, summary = run_stage(sweep, tmp_path)
+    assert (code, summary["ended"]) == (3, "stopped by SIGTERM")
 
 
 def test_a_compiler_that_fails_says_why(tmp_path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -209,10 +210,22 @@ def test_captions_and_metadata_that_are_no_unicode(tmp_path):
     assert (found.captions(0), found.metadata(0)) == (["ok"], {"file": "caf?"})
 
 
+def test_another_thread_may_abandon_what_was_written(tmp_path):
+    writer = writer_for(tmp_path / "out")
+    writer.add("a", make_image(0), ["one"])
+    thread = threading.Thread(target=writer.abandon)
+    thread.start()
+    thread.join()
+    assert list(tmp_path.iterdir()) == []
+    with writer_for(tmp_path / "out") as again:
+        again.add("a", make_image(0), ["one"])
+    assert len(open_dataset(tmp_path / "out", "train")) == 1
+
+
 def test_a_second_writer_of_a_folder_is_refused_and_the_first_goes_on(tmp_path):
     with writer_for(tmp_path / "out") as writer:
         writer.add("a", make_image(0), ["one"])
-        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
+        with pytest.raises(DataError, match="wanted to be the only writer there, found another"):
             writer_for(tmp_path / "out")
         writer.add("b", make_image(1), ["two"])
     assert len(open_dataset(tmp_path / "out", "train")) == 2
