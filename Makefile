@@ -209,8 +209,8 @@ faults-evaluation: $(VENV)/.installed
 $(RUN)/config.json:
 	$(MAKE) demo
 
-# Trials whose results are committed are not run again. Open Clip Art needs a Debian package, so it is built by hand.
-EVIDENCE := emoji $(if $(wildcard data/openclipart/dataset.json),openclipart)
+# Trials whose results are committed are not run again. Fluent needs a package of npm, so it is built by hand.
+EVIDENCE := emoji $(if $(wildcard data/fluent/dataset.json),fluent)
 ## evidence       all studies, resumable; PART=i/n runs a part of the trials (an estimated 2.6 hours a data set on two cores)
 evidence: $(VENV)/.installed data/emoji/dataset.json
 	for data in $(EVIDENCE); do for study in objectives masking ratios data objective_now; do \

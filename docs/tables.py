@@ -187,14 +187,15 @@ def run_speed() -> str:
     return markdown(rows)
 
 
-def study(name: str, arms: str) -> str:
-    """The committed results of a study on the emoji: R@1 with its difference from the base arm, and the gains.
+def study(name: str, arms: str, data: str = "emoji") -> str:
+    """The committed results of a study: R@1 with its difference from the base arm, and the gains.
 
     Args:
         name: of the study's file.
         arms: head of the column of arms.
+        data: name of the data set.
     """
-    with (RESULTS / "studies" / f"emoji-{name}.csv").open() as file:
+    with (RESULTS / "studies" / f"{data}-{name}.csv").open() as file:
         rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
     table = [[arms, "seeds", "image to text R@1", "text to image R@1", "text gain, nats", "pixel gain, %"]]
     for arm in dict.fromkeys(arm for arm, _ in rows):
@@ -228,6 +229,25 @@ def another_artist() -> str:
     return markdown(rows)
 
 
+def transfer() -> str:
+    """Retrieval and gains on emoji and on Open Clip Art, of models trained on each."""
+    ways = [f"{way} {k}" for way in ("image to text", "text to image") for k in ("R@1", "R@10")]
+    table = [["trained on", "tested on", *ways, "R@10 by chance", "text gain, nats", "pixel gain, %"]]
+    names = {"emoji": "emoji", "openclipart": "Open Clip Art", "openclipart-then-emoji": "Open Clip Art, then emoji"}
+    for trained, tested in (
+        ("emoji", "emoji"),
+        ("openclipart-then-emoji", "emoji"),
+        ("openclipart", "emoji"),
+        ("openclipart", "openclipart"),
+        ("emoji", "openclipart"),
+    ):
+        found = json.loads((RESULTS / "transfer" / f"{trained}-on-{tested}.json").read_text())
+        recalls = [f"{found[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r10")]
+        gains = f"{found['gain_text_nats']:.2f}", f"{found['gain_pixels_pct']:.1f}"
+        table.append([names[trained], names[tested], *recalls, f"{1000 / found['n_images']:.1f}", *gains])
+    return markdown(table)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -244,6 +264,7 @@ TABLES = {
     "study-ratios": lambda: study("ratios", "masked: image / caption"),
     "study-data": lambda: study("data", "losses, share of the training images"),
     "another-artist": another_artist,
+    "transfer": transfer,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
 }
 

@@ -201,10 +201,10 @@ def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[
     """
     turn = max(1, samples // (10 * READINGS) // settings["batch"])
     with _started(["ours"], "crop+randaug", data, settings) as (ours,):
-        readings = [[ours.turn(turn).get("rss_mb") for _ in range(READINGS)] for _ in range(10) if ours.status == "ok"]
+        answers = [[ours.turn(turn) for _ in range(READINGS)] for _ in range(10) if ours.status == "ok"]
     if ours.status != "ok":
         return {"text": f"memory: no figure, the loader ended: {ours.note}"}
-    resident = [round(statistics.median(tenth), 1) for tenth in readings]
+    resident = [round(statistics.median(answer["rss_mb"] for answer in tenth), 1) for tenth in answers]
     loaded, growth = 10 * READINGS * turn * settings["batch"], max(resident[2:]) / resident[1] - 1
     text = f"resident MB in each tenth of {loaded} samples: {resident}; grew by {100 * growth:.1f} % after the second"
     return {"text": text, "samples": loaded, "rss_mb": resident, "growth": round(growth, 4)}

@@ -44,8 +44,8 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
 
 
 def test_a_figure_that_is_not_finite_is_said_to_be_so() -> None:
-    trial = result(3, [0] * 6) | {"arm": "high rates"}
-    trial["figures"]["gain_text_nats"] = None
+    figures: dict[str, Any] = {"ir": {"r1": 1.0}, "gain_text_nats": None}
+    trial = result(3, [0] * 6) | {"arm": "high rates", "figures": figures}
     with pytest.raises(ConfigError, match="high rates, seed 3: wanted a finite gain_text_nats, found none"):
         figure(trial, "gain_text_nats")
     with pytest.raises(ConfigError, match="measures: wanted a figure of"):
