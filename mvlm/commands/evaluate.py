@@ -50,12 +50,24 @@ def _evaluation(
         "model": model.sha256,
         "data": [found[name].fingerprint if name in found else None for name in splits],
         "device": world.device.type,
+        "precision": run_on_all_ranks(world, lambda: _precision(world)),
         **settings,
     }
     folder = None if out is None else out.with_name(f"{out.name}.parts")
     with open_workspace(folder, plan, world) as workspace:
         yield world, model, found, workspace
     world.close()
+
+
+def _precision(world: "World") -> str:
+    """The precision of the evaluation. RunError if the ranks' processors have different ones."""
+    from mvlm.device import chosen_precision
+    from mvlm.errors import RunError
+
+    found = world.gather_objects(chosen_precision(world.device))
+    if len(set(found)) > 1:
+        raise RunError(f"ranks compute in {' and '.join(sorted(set(found)))}; start them on machines of one kind")
+    return found[0]
 
 
 def eval_retrieval(

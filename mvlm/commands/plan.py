@@ -100,8 +100,10 @@ def plan(
         print(format_plan(setting, parse_count(data), epochs, loader_rate))
     if evaluation:
         from mvlm.costs.evaluation_cost import EvaluationShape, format_evaluation
+        from mvlm.costs.step_cost import TOKENS
         from mvlm_kernels.hardware import GPUS
 
         images, captions, candidates = evaluation
-        shape = EvaluationShape(images=images, captions=captions, candidates=candidates)
+        tokens = min(TOKENS, setting.model.text_length)
+        shape = EvaluationShape(images=images, captions=captions, candidates=candidates, tokens=tokens)
         print(format_evaluation(setting.model, shape, GPUS[gpu].flops, setting.ranks, mfu))

@@ -79,6 +79,9 @@ def verify(
 
     if steps < 0 or reach < 1:
         raise ConfigError(f"steps, reach: wanted at least 0 and 1, got {steps} and {reach}")
+    for name, file in (("json", json), ("record", record)):
+        if file is not None and (file.is_dir() or (file.is_file() and file.resolve().is_relative_to(run.resolve()))):
+            raise ConfigError(f"{name}: wanted a new file, got {file}; choose another name")
     if record is not None and not track:
         raise ConfigError("record: wanted --track too, the track on which the run sets it")
     found = verify_run(

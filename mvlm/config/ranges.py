@@ -1,6 +1,7 @@
 """Ranges of settings, stated in the field's type: `batch_size: Annotated[int, AT_LEAST_1] = 64`."""
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -43,7 +44,7 @@ def check_ranges(config: Any) -> None:
         value = getattr(config, field.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         for number in numbers:
-            if not math.isfinite(number):  # also checked for fields without a range
+            if not abs(number) <= sys.float_info.max:  # also checked for fields without a range
                 raise ConfigError(f"{field.name} must be a finite number, got {number}")
             for wanted in getattr(hints[field.name], "__metadata__", ()):
                 if isinstance(wanted, Range) and number not in wanted:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.recorded_step import RecordedStep, logit_work, record_step
-from mvlm.costs.step_cost import StepCost, StepShape, step_cost
+from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.costs.timeline import Links, StepTimes, rescaled, step_times
 from mvlm.errors import ConfigError
 from mvlm_kernels.hardware import GPUS
@@ -128,6 +128,8 @@ def _shape(setting: ClusterSetting, ranks: int) -> StepShape:
         pairs=setting.pairs,
         ranks=ranks,
         microbatches=setting.accumulate,
+        tokens=min(TOKENS, setting.model.text_length),
+        longest=min(LONGEST, setting.model.text_length),
         checkpointed=setting.checkpointed,
         local_negatives=setting.local_negatives,
     )

@@ -16,6 +16,7 @@ from mvlm.costs.cluster_plan import (
     scaling,
 )
 from mvlm.costs.recorded_step import RecordedStep
+from mvlm.costs.step_cost import LONGEST, TOKENS
 from mvlm.costs.timeline import MESSAGE, rescaled
 from mvlm.distributed.contrastive import MAX_LOGITS
 from mvlm_kernels.hardware import GPUS
@@ -35,7 +36,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
     total, step = sum(parts.values()), planned.step
     steps = pairs * epochs / setting.batch_size
     per_second = setting.batch_size / step
-    own = setting.batch_size // setting.ranks
+    own, length = setting.batch_size // setting.ranks, setting.model.text_length
     waiting = sorted(planned.times.waiting.items(), key=lambda item: -item[1])
     lines = [
         f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), "
@@ -82,7 +83,8 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         "  collectives run one after another, in the order in which the recorded step queues them",
         "  all pairs equally likely as negatives; every GPU as fast as the others",
         "  operations, activations and collectives recorded, not measured, for the fast implementation, with captions",
-        "  of 12 tokens (at most 30) and the dtypes of CUDA's autocast; logits at the rate of memory, and in fp32",
+        f"  of {min(TOKENS, length)} tokens (at most {min(LONGEST, length)}) and the dtypes of CUDA's autocast; "
+        "logits at the rate of memory, and in fp32",
         "  not counted in memory: allocator overhead, CUDA context, NCCL buffers, kernel workspace",
         "  not counted in time: optimizer step, loader, evaluation, checkpoints",
     ]  # fmt: skip

@@ -42,6 +42,8 @@ from mvlm.objectives.negatives import NegativeSampling
 CPU = torch.device("cpu")
 # Not torch's FlopCounterMode: its module hooks keep the graphs of checkpointed blocks alive, which adds memory.
 COUNTED: dict[Any, Any] = {**flop_registry, **FORMULAS}
+TOKENS, LONGEST = 12, 30
+"""Tokens of a caption that plans assume: the mean, and of the longest of a batch."""
 BETWEEN_BLOCKS, BACKWARD = "between blocks", "backward"
 
 
@@ -51,9 +53,9 @@ class StepShape:
 
     pairs: int
     """Pairs of a microbatch."""
-    tokens: int = 12
+    tokens: int = TOKENS
     """Mean number of tokens of a caption."""
-    longest: int = 30
+    longest: int = LONGEST
     """Number of tokens of the longest caption of a batch."""
     ranks: int = 1
     microbatches: int = 1

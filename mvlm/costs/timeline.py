@@ -64,8 +64,9 @@ class Links:
             return SIMPLE.start + hop + moved.senders * MESSAGE + carried
         passes = 2 if moved.kind == "all-reduce" else 1
         size = moved.size * (moved.ranks if moved.kind in ("all-gather", "reduce-scatter") else 1)
-        # A ring passes everything once, or twice, over every link; rings in parallel use all adapters of a node.
-        carried = passes * size * max((1 - 1 / here) / self.intra_node, (1 - 1 / nodes) / (here * self.inter_node))
+        # Rings in parallel use all adapters of a node, and each passes all but a rank's own part over every link.
+        far = 0.0 if nodes == 1 else (1 - 1 / moved.ranks) / (here * self.inter_node)
+        carried = passes * size * max((1 - 1 / here) / self.intra_node, far)
         times = []
         for protocol in PROTOCOLS:
             hops = [((moved.ranks - nodes) * protocol.ring[0] + (nodes - 1) * protocol.ring[1])]

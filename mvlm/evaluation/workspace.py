@@ -21,7 +21,7 @@ from torch import Tensor
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import write_json
+from mvlm.files import sync, write_json
 from mvlm.progress import WorkProgress
 from mvlm_dataloading import DataError
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Version of the arrays in a folder. Work of another version is removed."""
+PLAN = "plan.json"
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 Work = Callable[[int, int], Iterator[None]]
@@ -54,7 +55,8 @@ class StoredArray:
         if path is None:
             self._mapped = torch.zeros(shape, dtype=dtype)
         else:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            # For writing alone: NFS would read the rest of a page first, and write back what other nodes' rows were.
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             os.ftruncate(self._file, shape[0] * self._row_bytes)  # every rank does; it changes nothing but the size
 
     @property
@@ -220,7 +222,7 @@ def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALO
             with contextlib.closing(workspace):
                 yield workspace
         return
-    new = not folder.exists()
+    new = world.first and not folder.exists()
     with run_on_all_ranks(world, lambda: _lock(folder, plan) if world.first else contextlib.nullcontext()):
         workspace = Workspace(folder, world, resumable=True, shown=True)
         with contextlib.closing(workspace):
@@ -228,17 +230,33 @@ def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALO
                 yield workspace
             except (ConfigError, DataError) as error:
                 if new or isinstance(error, DataError):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
                 raise
         world.gather_objects(None)  # no rank reads the arrays any more
         if world.first:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder. After a kill on the way, the next evaluation finds no plan that it could continue."""
+    with contextlib.suppress(OSError):
+        _empty(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all work in the folder; its plan first, because rows that are missing would be read as zeros."""
+    file = folder / PLAN
+    write_json(file, {})
+    sync(file)
+    for path in set(folder.iterdir()) - {folder / ".lock", file}:
+        path.unlink(missing_ok=True)
 
 
 def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
     """Make or check the folder and lock it. Returns a context that holds the lock."""
     plan = {"format_version": FORMAT_VERSION, **plan}
-    file = folder / "plan.json"
+    file = folder / PLAN
     if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= {folder / ".lock"})):
         raise RunError(f"{folder}: wanted no such path or an unfinished evaluation, found something else; move it away")
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +271,6 @@ def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManag
     if found == plan:
         log.info("continuing the evaluation in %s", folder)
     else:
-        for path in set(folder.iterdir()) - {folder / ".lock", file}:
-            path.unlink()
+        _empty(folder)
         write_json(file, plan)
     return held

@@ -96,9 +96,12 @@ def _maps(model: TrainedModel, image: bytes, caption: str) -> WordMaps:
             found = model.attention(image, " ".join(words))
             break
         except ConfigError:  # more tokens than the model takes
-            if len(words) < 2:
+            if len(words) > 1:
+                words.pop()
+            elif len(words[0]) > 1:  # a URL, or a language that is written without blanks
+                words = [words[0][: len(words[0]) // 2]]
+            else:
                 raise
-            words.pop()
     sheet = draw_words(image, found, side=SIDE, columns=1 + len(found.words))
     panels = data_uri(torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
     return WordMaps(" ".join(words), found.log_odds, panels)

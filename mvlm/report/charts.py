@@ -71,11 +71,8 @@ def nice_range(low: float, high: float) -> tuple[float, float, float]:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Trailing means over up to `window` values."""
-    found, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        found.append(total / min(i + 1, window))
-    return found
+    # Not by a running sum: after one huge value it would have lost all smaller ones.
+    return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str, window: int = 1) -> tuple[list[float], list[float]]:

@@ -106,6 +106,8 @@ def evaluations(folders: dict[str, RunFolder]) -> Markup | None:
         if not folder.evaluation.is_file():
             continue
         with figures_of(folder.evaluation) as figures:
+            if "task" in figures and "tr" not in figures:  # `mvlm report RUN` has a page for the task's figures
+                continue
             recalls = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
             gains = [format_number(figures[gain]) for gain in ("gain_text_nats", "gain_pixels_pct")]
             cells.append([name, figures["split"], *recalls, *gains])

@@ -54,7 +54,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     return write_page(
         out or folder.report,
         "report.html",
-        title=run.name,
+        title=run.resolve().name,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         **source,
         **tables,

@@ -21,7 +21,8 @@ ROUNDED = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 """Fields of a row that are compared within bounds. Others are fractions of a batch or parts of these."""
 
 
-FIGURE = re.compile(r"(^|_)r\d+$|^(gain|masked)_|^(n_images|n_texts|reranked)$")
+COUNTS = ("n_images", "n_texts", "reranked")
+FIGURE = re.compile(rf"(^|_)r\d+$|^(gain|masked)_|^({'|'.join(COUNTS)})$")
 """Names of figures of an evaluation, in eval/test.json and in rows."""
 
 
@@ -79,14 +80,21 @@ def compare_figures(claimed: dict[str, Any], found: dict[str, Any], bound: float
     return [
         f"{name} is {ours.get(name)}, found {theirs.get(name)}"
         for name in sorted({*ours, *theirs})
-        if not _within(ours.get(name), theirs.get(name), bound * (0.01 if "nats" in name or "l1" in name else 1.0))
+        if not _within(ours.get(name), theirs.get(name), bound * _scale(name))
     ]
+
+
+def _scale(name: str) -> float:
+    """What the bound is multiplied by for a figure: counts have to be equal."""
+    if name.split(".")[-1] in COUNTS:
+        return 0.0
+    return 0.01 if "nats" in name or "l1" in name else 1.0
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Figures of an evaluation or of a row, by dotted name."""
     for name, value in values.items():
-        if isinstance(value, dict) and name in ("tr", "ir", "itc", "itm", "unseen"):
+        if isinstance(value, dict) and name in ("tr", "ir", "tr_95", "ir_95", "itc", "itm", "unseen"):
             yield from _flat(value, f"{prefix}{name}.")
         elif FIGURE.search(name):
             many = value if isinstance(value, list) else [value]

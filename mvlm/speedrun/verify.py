@@ -144,6 +144,8 @@ def check_evaluation(claims: Claims, replay: Replay) -> tuple[Check, dict[str, A
     machine = claimed.get("machine", {})
     with threads(machine.get("threads", claims.parts[-1]["machine"]["threads"])):
         model = load_model(claims.kept[-1], replay.world.device, precision)
+        if problem := _other_evaluation(claimed, model.sha256):
+            return Check("evaluation", False, f"{claims.run.evaluation} is {problem}; evaluate the run again"), {}
         rerank = int(claimed.get("rerank", 32))
         figures = evaluate(model.network, dataset, train, model.tokenizer, rerank, precision)
         equal_machine = machine == describe_machine(replay.world.device)
@@ -152,6 +154,15 @@ def check_evaluation(claims: Claims, replay: Replay) -> tuple[Check, dict[str, A
     problems = compare_figures(claimed, figures, bound)
     how = "are equal" if exact else f"agree within {bound:g} points and {bound / 100:g} nats"
     return verdict("evaluation", problems, f"figures on the test split {how} ({figures['seconds']:.0f} s)"), figures
+
+
+def _other_evaluation(claimed: dict[str, Any], model: str) -> str:
+    """What figures are of, if not of the run's last weights on the test split; empty if they are."""
+    if (split := claimed.get("split", "test")) != "test":
+        return f"of the split {split} and not of test"
+    if claimed.get("model", model) != model:
+        return "of other weights than the last checkpoint's, or at another image size or text length"
+    return ""
 
 
 def record_of(verdict: Verdict, track: str, targets: dict[str, float]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Settings:
     [
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"free": math.nan}, "free must be a finite number, got nan"),
+        ({"free": 10**400}, "free must be a finite number, got 10{400}"),
         ({"shares": (0.0, -math.inf)}, "shares must be a finite number, got -inf"),
         ({"rates": (0.5, 1.5)}, r"rates must be in \[0, 1\], got 1.5"),
     ],

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from mvlm.costs.cluster_plan import (
     rank_step_cost,
     scaling,
 )
+from mvlm.costs.plan_text import format_plan
 from mvlm.costs.recorded_step import RecordedStep, logit_work
 from mvlm.costs.recording import Collective, Event
 from mvlm.costs.step_cost import StepCost
@@ -61,7 +63,7 @@ def test_planned_step_by_hand():
     # computation left.
     links = setting().links
     gather, reduction = (links.seconds(x) for x in record().collectives)
-    assert gather == pytest.approx(128e6 * 15 / 16 / (0.92 * 400e9) + 14e-6 + 15 * 4e-6 + 112 * 1.9e-6)
+    assert gather == pytest.approx(128e6 * 127 / 128 / (0.92 * 400e9) + 14e-6 + 15 * 4e-6 + 112 * 1.9e-6)
     assert planned.times.waiting == pytest.approx({"embeddings": gather} if reduction < 0.1 * computing else {})
     late = planned_step(setting(mfu=0.5), FOUND, record(gradients=4e10))
     (_, reduction) = (links.seconds(x) for x in record(gradients=4e10).collectives)
@@ -153,3 +155,10 @@ def test_plan_refuses_epochs_and_rates_out_of_range(words):
         ConfigError, match="plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got"
     ):
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])
+
+
+@pytest.mark.slow
+def test_a_plan_assumes_no_longer_captions_than_the_model_takes():
+    model = replace(MaskVLMConfig.preset("tiny"), text_length=8)
+    found = format_plan(setting(model=model, nodes=2, batch_size=256), 10**6, 1)
+    assert "of 8 tokens (at most 8)" in found

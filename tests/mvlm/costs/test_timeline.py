@@ -18,9 +18,9 @@ def gather(size: int, label: str = "embeddings") -> Collective:
 
 
 def test_large_gather_takes_the_time_of_its_slowest_link():
-    """16 GB for each: 7 / 8 of it in a node, 15 / 16 through eight adapters of a node; 15 and 112 hops of a ring."""
+    """16 GB for each: 7 / 8 of it in a node, 127 / 128 through eight adapters of a node; 15 and 112 hops of a ring."""
     found = CLUSTER.seconds(gather(10**9 // 8))
-    wanted = 16e9 * max(7 / 8 / 400e9, 15 / 16 / 400e9) + 8.4e-6 + 15 * 14e-6 + 112 * 3.4e-6
+    wanted = 16e9 * max(7 / 8 / 400e9, 127 / 128 / 400e9) + 8.4e-6 + 15 * 14e-6 + 112 * 3.4e-6
     assert found == pytest.approx(wanted)
 
 
@@ -56,7 +56,7 @@ def record(events: list[Event], *collectives: Collective) -> RecordedStep:
 def test_hidden_collective_costs_nothing_and_a_late_one_what_is_left():
     """Computation of 1 s; the collective starts at 0.2 s and is waited for at 0.7 s."""
     for seconds, wanted in ((0.4, 0.0), (0.8, 0.3)):
-        moved = gather(round(seconds * 400e9 / 128 * 16 / 15))
+        moved = gather(round(seconds * 400e9 / 128 * 128 / 127))
         step = record([Event("start", 20, False, 0), Event("wait", 70, False, 0)], moved)
         found = step_times(step, CLUSTER, 1.0)
         assert found.step == pytest.approx(1 + wanted, rel=2e-3)
@@ -66,7 +66,7 @@ def test_hidden_collective_costs_nothing_and_a_late_one_what_is_left():
 
 def test_lane_waits_without_the_main_stream():
     """In the lane a gather, then an all-to-all after it; only the join makes the main stream wait, for both."""
-    first = gather(round(0.3 * 400e9 / 128 * 16 / 15), "ids and draws")
+    first = gather(round(0.3 * 400e9 / 128 * 128 / 127), "ids and draws")
     second = Collective("all-to-all", "features", round(0.5 * 50e9 * 127 / 120), 128)
     events = [
         Event("enter", 10),
@@ -82,7 +82,7 @@ def test_lane_waits_without_the_main_stream():
 
 
 def test_collectives_run_one_after_another_and_gradients_are_waited_for_at_the_end():
-    half = Collective("all-reduce", "gradients", round(0.5 * 400e9 / 2 * 16 / 15), 128)
+    half = Collective("all-reduce", "gradients", round(0.5 * 400e9 / 2 * 128 / 127), 128)
     events = [Event("start", 50, False, 0), Event("wait", 50, False, 0), Event("start", 60, False, 1)]
     found = step_times(record(events, half, half), CLUSTER, 1.0)
     assert found.step == pytest.approx(1.5, rel=2e-3)

@@ -41,6 +41,9 @@ def test_captions_are_cut_to_what_the_model_takes(tokenizer, tmp_path):
         tmp_path / "data", {"train": 4, "test": 4}, captions=lambda i: [f"{i} " + "a long caption " * 9]
     )
     model = TrainedModel(micro_model(dtype=torch.float32, text_length=14), tokenizer, "fp32")
+    unbroken = write_scenes(tmp_path / "unbroken", {"train": 4, "test": 4}, captions=lambda i: ["https:" + "/a" * 40])
+    for pair in word_maps(model, open_dataset(unbroken, "test")):
+        assert all(len(maps.caption) > 3 and "https:/a".startswith(maps.caption[:8]) for maps in pair)
     for pair in word_maps(model, open_dataset(data, "test")):
         for maps in pair:
             assert 1 <= len(maps.caption.split()) < MOST_WORDS

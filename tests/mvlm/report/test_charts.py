@@ -118,3 +118,4 @@ def test_trailing_means_against_numpy(window):
     wanted = [np.mean(values[max(0, i - window + 1) : i + 1]) for i in range(40)]
     np.testing.assert_allclose(smooth(values, window), wanted, atol=1e-12)
     assert smooth([], window) == []
+    assert smooth([1, 2, 3e20, *[1] * 60], window)[-1] == 1

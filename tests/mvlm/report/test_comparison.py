@@ -29,6 +29,9 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
     figures = {"split": "test", "tr": ranks, "ir": ranks, "gain_text_nats": 0.5, "gain_pixels_pct": 4.25}
     (runs[1] / "eval/test.json").write_text(json.dumps(figures))
+    (runs[0] / "eval").mkdir()
+    tuned = {"task": "vqa", "split": "test", "accuracy": 60.0}  # its figures have a page of their own
+    (runs[0] / "eval/test.json").write_text(json.dumps(tuned))
     text = write_comparison(runs, tmp_path / "new/page.html").read_text()
     page = Page(text)
     rows = page.rows

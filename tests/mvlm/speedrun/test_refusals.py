@@ -71,6 +71,24 @@ def test_an_edited_figure_of_an_evaluation(run, refusals):
 
 
 @pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda figures: figures["tr_95"]["r1"].__setitem__(0, 99.0), "tr_95.r1[0] is 99.0, found"),
+        (lambda figures: figures.update(split="validation"), "of the split validation and not of test"),
+        (lambda figures: figures.update(model="0" * 64), "of other weights than the last checkpoint's"),
+    ],
+)
+def test_figures_that_are_not_those_of_the_run_on_the_test_split(run, refusals, change, text):
+    file = run / "eval/test.json"
+    figures = json.loads(file.read_text())
+    change(figures)
+    file.write_text(json.dumps(figures))
+    found = refusals(run)
+    assert set(found) == {"evaluation"}
+    assert text in found["evaluation"]
+
+
+@pytest.mark.parametrize(
     "edit, text",
     [
         (lambda row: row.update(seconds=row["seconds"] * 0.5), "s since the last row, its rate gives"),

@@ -1,6 +1,7 @@
 """Honest runs, which `mvlm verify` verifies: whole, resumed, from another machine; and its command."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from mvlm.errors import RunError
 from mvlm.runs.folder import read_metrics
 from mvlm.speedrun import replay, tracks, verify
+from mvlm.speedrun.bounds import compare_figures
 from mvlm.speedrun.claims import read_claims
 from mvlm.speedrun.replay import Segment, plan_segments
 from mvlm.speedrun.tracks import Track, check_track
@@ -229,11 +231,23 @@ def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
     assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted the folder of a finished run, found no such folder")
     assert_refused(run_mvlm("verify", run, "--data", tmp_path / "gone"), "gone: wanted a data folder, found none")
     assert_refused(run_mvlm("verify", run, "--record", tmp_path / "r"), "record: wanted --track too")
+    for flag in ("--json", "--record"):
+        words = ("--track", "two-cores", flag)
+        assert_refused(run_mvlm("verify", run, *words, tmp_path), f"{flag[2:]}: wanted a new file, got {tmp_path}")
+        assert_refused(run_mvlm("verify", run, *words, run / "config.json"), "wanted a new file, got", "config.json")
     assert_refused(run_mvlm("verify", run, "--track", "x"), "track: wanted two-cores or one-h100, got 'x'")
     checkpoint(run, 6).rename(run / "moved")
     assert_refused(run_mvlm("verify", run), "wanted a finished run, a checkpoint of step 6, found step 4", "--resume")
     (run / "history.jsonl").unlink()
     assert_refused(run_mvlm("verify", run), "history.jsonl: wanted the history of the run, found no such file")
+
+
+def test_counts_are_equal_within_any_bound():
+    figures = {"n_images": 413, "n_texts": 554, "reranked": 32, "gain_text_nats": 0.5}
+    other = {"n_images": 415, "n_texts": 553, "reranked": 30, "gain_text_nats": 0.51}
+    found = compare_figures(figures, other, 2.0)
+    assert found == ["n_images is 413, found 415", "n_texts is 554, found 553", "reranked is 32, found 30"]
+    assert compare_figures({"masked_l1": None}, {"masked_l1": math.nan}, 2.0) == []
 
 
 def test_steps_are_replayed_from_the_nearest_checkpoint_and_within_reach():
