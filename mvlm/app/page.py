@@ -80,6 +80,9 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
 
     ConfigError if the port is in use or the host is not of this machine.
     """
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port: wanted a number from 1 to 65535, got {port}")
+    name = f"[{host}]" if ":" in host else host  # IPv6, as in a URL
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -89,7 +92,7 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it has started
     fonts = ["system-ui", "sans-serif"]  # from the visitor's machine: nothing is fetched
     page.launch(
-        server_name=host,
+        server_name=name,
         server_port=port,
         share=False,
         quiet=True,
@@ -102,7 +105,7 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
         prevent_thread_lock=True,
         app_kwargs={"middleware": _only_as(LOCAL)} if host in LOCAL else None,
     )
-    return f"http://{host}:{port}"
+    return f"http://{name}:{port}"
 
 
 def _only_as(names: Sequence[str]) -> list[Middleware]:

@@ -107,7 +107,11 @@ def check_result_file(out: Path | None) -> None:
         raise ConfigError(f"out: wanted a new file or the figures of an earlier evaluation, got another file, {out}")
 
 
-def check_no_input(out: Path | None, *inputs: Path | None) -> None:
-    """Raise ConfigError if `out` is one of the files that the command reads."""
-    if out is not None and any(file is not None and out.resolve() == file.resolve() for file in inputs):
-        raise ConfigError(f"out: wanted another file than those that are read, got {out}")
+def check_no_input(out: Path | None, *others: Path | None, flag: str = "out") -> None:
+    """Raise ConfigError if `out`, of a flag, is a folder, or one of the other files that a command reads or writes."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise ConfigError(f"{flag}: wanted a file, got the folder {out}; name a file in it")
+    if any(file is not None and out.resolve() == file.resolve() for file in others):
+        raise ConfigError(f"{flag}: wanted another file than the others, got {out}")

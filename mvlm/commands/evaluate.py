@@ -115,6 +115,7 @@ def eval_retrieval(
         )
         made_by = {
             "model": model.sha256,  # of the sizes that it was evaluated at, too
+            "fingerprint": splits[split].fingerprint,
             "rerank": rerank,
             "precision": chosen_precision(world.device),
             "machine": describe_machine(world.device, world.size),

@@ -102,6 +102,8 @@ def app(
         gallery = IndexGallery(model, open_index(index), index)
     else:
         gallery = open_gallery(model, data) if data is not None else None
+        if gallery is None:
+            print(f"{source}: its data are not here, so there is no search; give --data or --index")
     page = build_page(model, gallery, Path(source).name)
     print(f"{start(page, host, port)}  (Ctrl-C ends it)", flush=True)
     page.block_thread()

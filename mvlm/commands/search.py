@@ -49,14 +49,22 @@ def query(
         html: File for a page of thumbnails.
         device: auto, cpu or cuda.
     """
+    from mvlm.commands.arguments import check_no_input
+    from mvlm.errors import ConfigError
     from mvlm.files import write_json
     from mvlm.runs.load import load_model
     from mvlm.search.index import open_index
     from mvlm.search.page import Answer, thumbnail, write_page
     from mvlm.search.query import ImageReader, search
 
+    check_no_input(html, image, json, flag="html")
+    check_no_input(json, image, flag="json")
     opened = open_index(index)
-    model = load_model(checkpoint or Path(opened.about["checkpoint"]), device)
+    if checkpoint is None:
+        checkpoint = Path(opened.about["checkpoint"] or "an unknown place")
+        if not checkpoint.exists():
+            raise ConfigError(f"checkpoint: the index's model was at {checkpoint}, found none there; give --checkpoint")
+    model = load_model(checkpoint, device)
     hits = search(model, opened, text, image, kind=of, top=top, rerank=rerank, where=where)
     if html is not None:
         images = ImageReader(opened)

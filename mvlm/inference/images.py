@@ -15,13 +15,13 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from mvlm.errors import RunError
 from mvlm.model.patches import patchify, unpatchify
 from mvlm_dataloading.loader.resize import Resize
-from mvlm_dataloading.sources.strip import to_rgb
+from mvlm_dataloading.sources.strip import to_rgb, turn
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are decoded. Pillow would hand others, such as EPS, to programs of the system."""
@@ -111,7 +111,7 @@ def decode_image(
             width, height = file.size
             if width * height > max_pixels:
                 raise RunError(f"{name}: wanted at most {max_pixels} pixels, found {width} x {height}; make it smaller")
-            turned = ImageOps.exif_transpose(file)
+            turned = turn(file)
             if not turned.has_transparency_data:
                 return np.array(to_rgb(turned))
             rgba = turned.convert("RGBA")
@@ -121,7 +121,7 @@ def decode_image(
         raise RunError(f"{name}: wanted at most {max_pixels} pixels, found more ({error}); make it smaller") from None
     except RunError:
         raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
         reason = str(error).replace(str(image), "the file") if isinstance(image, str | Path) else str(error)
         raise RunError(f"{name}: wanted an image, could not read it: {reason[:200]}; use a PNG, JPEG or WebP") from None
     white = Image.new("RGBA", rgba.size, "white")

@@ -113,12 +113,15 @@ def model_card(
     if named is None:
         raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
     description = data_description(data or str(config["data"]))
-    figures = _evaluation(run.evaluation)
+    figures, why_none = _evaluation(run.evaluation), "a task, so there are no figures of retrieval"
     if figures is not None:
         named_model = figures.get("model") if model is not None else None
+        same_data = _is_on(figures, data or str(config["data"]))
         figures["split"] = line(figures["split"])
         if not (_is_of(figures, checkpoint, run) if named_model is None else named_model == model):
-            figures = None
+            figures, why_none = None, "another checkpoint, so there are no figures of this one"
+        elif not same_data:
+            figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
     name = hub_id.split("/")[1]
     return TEMPLATES.get_template("card.md").render(
@@ -131,7 +134,7 @@ def model_card(
         splits={line(key): split for key, split in description["splits"].items()},
         pairs=description["splits"].get("train", {}).get("samples"),
         figures=figures,
-        evaluated=run.evaluation.is_file(),
+        why_none=why_none if run.evaluation.is_file() else None,
         rebuilds=figures is not None and figures["masked_l1"] < min(_trivial(figures)),
         recalls=found,
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
@@ -204,12 +207,25 @@ def _is_of(figures: dict[str, Any], checkpoint: Path, run: RunFolder) -> bool:
     return checkpoint.name == find_checkpoint(run.path).name
 
 
+def _is_on(figures: dict[str, Any], data: Path | str) -> bool:
+    """True if the figures are of a split of this data set. Those of an earlier version do not say so."""
+    wanted = figures.get("fingerprint")
+    if wanted is None:
+        return True
+    try:
+        return open_dataset(data, figures["split"]).fingerprint == wanted
+    except (DataError, OSError):  # no such split
+        return False
+
+
 def _evaluation(file: Path) -> dict[str, Any] | None:
-    """The figures of a run's evaluation; None if it has not been evaluated."""
+    """The figures of a run's evaluation; None if it has not been evaluated, or was evaluated on a task."""
     if not file.is_file():
         return None
     try:
         figures = json.loads(file.read_text())
+        if "task" in figures and "itc" not in figures:
+            return None
         recalls(figures)
         describe_trivial_losses(figures)
         for name in ("gain_text_nats", "gain_pixels_pct", "masked_l1"):

@@ -166,7 +166,7 @@ class FolderCollection:
 
     def item(self, i: int) -> Item:
         path = self.paths[i]
-        captions = [line.strip() for line in _sidecar(path, ".txt").splitlines() if line.strip()]
+        captions = [line.strip() for line in _sidecar(path, ".txt").split("\n") if line.strip()]
         try:
             metadata = json.loads(_sidecar(path, ".json") or "{}")
         except (ValueError, RecursionError):
@@ -246,7 +246,7 @@ def open_collection(path: Path | str, splits: list[str] | None = None) -> Collec
     """
     if is_remote(path) or (Path(path) / "dataset.json").is_file():
         folder = open_remote_cache(str(path)).folder if is_remote(path) else Path(path)
-        names = splits or list(read_description(folder)["splits"])
+        names = dict.fromkeys(splits or read_description(folder)["splits"])  # each once
         place = path if is_remote(path) else Path(path).resolve()
         return DataCollection(place, [open_dataset(path, name) for name in names])
     check_folder(Path(path), "a data set or a folder of images")

@@ -28,6 +28,7 @@ from mvlm.search.embedding_files import (
     KINDS,
     EmbeddingFolder,
     image_table,
+    is_part,
     join_parts,
     read_rows,
     read_versioned,
@@ -86,6 +87,8 @@ def _begin(folder: EmbeddingFolder, plan: dict[str, Any]) -> AbstractContextMana
     begun = folder.plan.is_file() or folder.description.is_file()
     if folder.path.is_dir() and not begun and any(path not in known for path in folder.path.iterdir()):
         raise RunError(f"{folder.path}: wanted a new or empty folder, found other files; choose another one")
+    if not begun and folder.parts.exists() and any(not is_part(path) for path in folder.parts.iterdir()):
+        raise RunError(f"{folder.parts}: wanted parts of an embedding, found other files; choose another folder")
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.lock, timeout=0)
     try:

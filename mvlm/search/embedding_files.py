@@ -14,6 +14,7 @@ Shape legend: n rows, E width of the vectors.
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +54,11 @@ class EmbeddingFolder:
     def part(self, kind: str, number: int) -> Path:
         """Parquet file of one part."""
         return self.parts / f"{kind}-{number:07d}.parquet"
+
+
+def is_part(path: Path) -> bool:
+    """True for a file that :func:`mvlm.search.embed.embed` writes into the folder of parts, finished or not."""
+    return re.fullmatch(r"\.?((images|texts)-\d+\.parquet|plan\.json)(\..*)?", path.name) is not None
 
 
 def schema_of(kind: str, width: int) -> pa.Schema:

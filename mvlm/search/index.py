@@ -88,7 +88,7 @@ class SearchIndex:
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
-        with self._turn():
+        with _turn_at(self.location):
             self.reload()  # another process may have added
             number = self._number_of(description["source"])
             splits = description["source"].get("splits", [""])
@@ -119,12 +119,6 @@ class SearchIndex:
         write_about(self._database, self.about)
         return number
 
-    def _turn(self) -> contextlib.AbstractContextManager[Any]:
-        """Context that one process at a time enters. An object store has no locks."""
-        if "://" in self.location:
-            return contextlib.nullcontext()
-        return FileLock(Path(self.location) / LOCK)
-
     def remove(self, where: str) -> dict[str, int]:
         """Remove the rows that a filter chooses, from both tables. Returns their numbers, by kind.
 
@@ -135,7 +129,7 @@ class SearchIndex:
             with filter_errors(where, table.schema):
                 table.count_rows(where)
         removed = {}
-        with self._turn():
+        with _turn_at(self.location):
             for kind, table in tables.items():
                 with filter_errors(where, table.schema):
                     before = table.count_rows()
@@ -160,6 +154,7 @@ class SearchIndex:
         table = self._table(kind)
         columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
         query = table.search(vector, vector_column_name="vector")
+        top = min(top, max(1, table.count_rows()))  # the engine takes no number above 2^63
         query = inverted_file.limit(query, top, inverted_file.cells_read(self.about["partitions"].get(kind, 0)))
         if where is not None:
             query = query.where(where)
@@ -192,6 +187,11 @@ class SearchIndex:
             ) from None
 
 
+def _turn_at(location: str) -> contextlib.AbstractContextManager[Any]:
+    """Context that one process at a time enters. An object store has no locks."""
+    return contextlib.nullcontext() if "://" in location else FileLock(Path(location) / LOCK)
+
+
 def create_index(embeddings: Path, location: str, method: str = "auto") -> SearchIndex:
     """Make an index of embeddings. An index that is there is an error; what an interrupted call left is replaced.
 
@@ -206,6 +206,13 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
     if method not in ("auto", "flat", "ivf"):
         raise ConfigError(f"method: wanted auto, flat or ivf, got {method!r}")
     description = read_description(embeddings)
+    if "://" not in location and not Path(location).is_file():
+        Path(location).mkdir(parents=True, exist_ok=True)
+    with _turn_at(location):
+        return _create(embeddings, description, location, method)
+
+
+def _create(embeddings: Path, description: dict[str, Any], location: str, method: str) -> SearchIndex:
     database = connect(location)
     if "about" in table_names(database):
         raise RunError(

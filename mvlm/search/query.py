@@ -11,6 +11,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.inference.images import ImageLike
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import Collection, open_collection
+from mvlm.search.embedding_files import KINDS
 from mvlm.search.index import Hit, SearchIndex
 
 
@@ -40,6 +41,8 @@ def search(
     """
     if top < 1 or rerank < 0:
         raise ConfigError(f"top: wanted at least 1, and rerank of at least 0, got {top} and {rerank}")
+    if kind not in KINDS:
+        raise ConfigError(f"kind: wanted {' or '.join(KINDS)}, got {kind!r}")
     index.check_model(model.sha256, "queries")
     partner = text if kind == "images" else image
     if rerank and partner is None:

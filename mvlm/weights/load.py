@@ -8,6 +8,7 @@ The encoders compute what the models of these libraries compute, with the LayerN
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from mvlm.weights.names import (
     fold_layer_scale,
     hf_vit_names,
     timm_names,
+    wide,
 )
 from mvlm.weights.source import Source, read_source, split_prefix
 
@@ -145,6 +147,10 @@ def _load_image_encoder(
 def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_position: int) -> LoadReport:
     length = model.config.text_length
     found, rest = split_prefix(tensors, "embeddings.word_embeddings.weight")
+    # Checkpoints of 2018, such as the hub's bert-base-uncased, have TensorFlow's names of the norms.
+    renamed = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    for old, new in renamed.items():
+        found = {re.sub(rf"(^|\.){re.escape(old)}$", rf"\1{new}", name): tensor for name, tensor in found.items()}
     types = found.pop("embeddings.token_type_embeddings.weight", None)
     found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which old files contain
     report = LoadReport("text_encoder")
@@ -154,7 +160,7 @@ def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_
         if len(used) > length:
             report.resized.append(f"position {tuple(used.shape)} to {(length, *used.shape[1:])}")
         # Captions have only the first token type, so its embedding is a constant that the positions absorb.
-        return used[:length] if types is None else used[:length] + types[0]
+        return used[:length] if types is None else wide(used[:length]) + wide(types[0])
 
     encoder_prefixes = ("embeddings.", "encoder.layer.")
     names = bert_names(model.config.text_layers)

@@ -125,7 +125,12 @@ def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in [name for name in found if re.fullmatch(rf"blocks\.\d+\.{re.escape(gamma)}", name)]:
             last = name.removesuffix(gamma) + layer
             if {f"{last}.weight", f"{last}.bias"} <= found.keys():
-                scale = found.pop(name)
+                scale = wide(found.pop(name))
                 found[f"{last}.weight"] = scale[:, None] * found[f"{last}.weight"]
                 found[f"{last}.bias"] = scale * found[f"{last}.bias"]
     return found
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32, so that sums and products of weights are rounded once."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -35,11 +35,11 @@ class ImageStrip:
         Raises:
             Exception: whatever Pillow raises on damaged images.
         """
-        pil, ops = need("PIL.Image"), need("PIL.ImageOps")
+        pil = need("PIL.Image")
         strip = pil.new("RGB", (self.side * len(contents), self.side))
         for place, content in enumerate(contents):
             with pil.open(io.BytesIO(content)) as opened:
-                image = to_rgb(ops.exif_transpose(opened))
+                image = to_rgb(turn(opened))
             if self.boxes:
                 right, lower = self.boxes[place][2:]
                 if right > image.width or lower > image.height:  # Pillow would fill the rest with black
@@ -51,6 +51,24 @@ class ImageStrip:
         file = io.BytesIO()
         strip.save(file, self.kind, quality=90)
         return file.getvalue()
+
+
+def turn(image: Any) -> Any:
+    """A PIL image, turned as its EXIF data say, if they can be read.
+
+    Pillow's own function also writes the other EXIF data again, and fails on those that are malformed.
+    """
+    method = need("PIL.Image").Transpose
+    turns = {
+        2: method.FLIP_LEFT_RIGHT, 3: method.ROTATE_180, 4: method.FLIP_TOP_BOTTOM, 5: method.TRANSPOSE,
+        6: method.ROTATE_270, 7: method.TRANSVERSE, 8: method.ROTATE_90,
+    }  # fmt: skip
+    image.load()  # a damaged image is an error here; after one below, Pillow would take it for black
+    try:
+        wanted = turns.get(image.getexif().get(0x0112))  # the tag Orientation
+    except Exception:  # Pillow raises errors of many kinds
+        wanted = None
+    return image if wanted is None else image.transpose(wanted)
 
 
 def to_rgb(image: Any) -> Any:

@@ -274,3 +274,26 @@ def test_without_gradio_the_command_names_the_extra(run_mvlm, trained, monkeypat
 
 def test_a_missing_run_is_an_error_of_one_line(run_mvlm, tmp_path) -> None:
     assert_refused(run_mvlm("app", tmp_path / "none"), "none: wanted a run, a checkpoint or an exported folder")
+
+
+def test_an_address_of_ipv6_and_a_port_of_none(model) -> None:
+    from mvlm.app.page import build_page, start
+
+    page = build_page(model, None, "micro")
+    for port in (0, 70000):
+        with pytest.raises(ConfigError, match=f"port: wanted a number from 1 to 65535, got {port}"):
+            start(page, "127.0.0.1", port)
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        port = probe.getsockname()[1]
+    url = start(page, "::1", port)
+    try:
+        assert url == f"http://[::1]:{port}"
+        assert urllib.request.urlopen(url, timeout=20).status == 200
+    finally:
+        page.close()

@@ -76,5 +76,5 @@ def test_scores_do_not_overwrite_what_they_are_of(run_mvlm, tmp_path, number):
     words = ("--other", files[2], "--out", tmp_path / "x" / ".." / files[number].name)
     (tmp_path / "x").mkdir()
     outcome = run_mvlm("score", "recognition", *files[:2], *words)
-    assert_refused(outcome, "out: wanted another file than those that are read")
+    assert_refused(outcome, "out: wanted another file than the others")
     assert [file.read_text() for file in files] == ['{"id": 1, "label": "cat"}\n'] * 3

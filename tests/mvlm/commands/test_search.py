@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mvlm.runs.load import load_model
+from mvlm.search.index import open_index
 from support.commands import assert_refused
 from support.packages import needs
 from support.scenes import png, scene
@@ -58,8 +59,20 @@ def test_mistakes_are_refused(run_mvlm, embedded, trained, tmp_path, monkeypatch
     assert load_model(other).sha256 != load_model(trained).sha256
     assert_refused(run_mvlm("search", "query", place, "red", "--checkpoint", other), "wanted queries of the model")
     assert_refused(run_mvlm("search", "query", place, "red " * 30), "text 0: wanted at most 12 tokens")
+    picture = tmp_path / "q.png"
+    picture.write_bytes(b"an image")
+    for flag in ("--html", "--json"):
+        query = run_mvlm("search", "query", place, "--image", picture, flag, picture)
+        assert_refused(query, f"{flag[2:]}: wanted another file than the others")
+        assert_refused(run_mvlm("search", "query", place, "red", flag, tmp_path), f"{flag[2:]}: wanted a file, got the")
+    assert picture.read_bytes() == b"an image"
     missing = run_mvlm("search", "query", place, "--image", tmp_path / "none.png")
     assert_refused(missing, "none.png: wanted an image, found no such file")
+    moved = open_index(str(place)).about | {"checkpoint": str(tmp_path / "gone")}
+    with monkeypatch.context() as patch:
+        patch.setattr("mvlm.search.index.read_about", lambda *_: moved)
+        query = run_mvlm("search", "query", place, "red")
+    assert_refused(query, f"the index's model was at {tmp_path}/gone, found none there; give --checkpoint")
     monkeypatch.setitem(__import__("sys").modules, "lancedb", None)
     outcome = run_mvlm("search", "index", embedded, tmp_path / "new")
     assert_refused(outcome, "wanted the package lancedb, which is not installed; pip install 'mvlm[search]'")

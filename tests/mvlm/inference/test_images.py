@@ -1,15 +1,17 @@
 """Images loaded from files, and images with masked patches."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from mvlm.errors import RunError
 from mvlm.inference.images import GREY, hide_patches, load_image, one_ahead
+from mvlm_dataloading.sources.strip import turn
 from support.models import micro_batch
 from support.scenes import png, scene
 
@@ -94,6 +96,37 @@ def test_an_image_is_turned_as_its_exif_data_say(tmp_path):
     found = load_image(tmp_path / "a.jpg", 32).float()
     assert found[:, :, 26:].min() > 200
     assert found[:, :, :20].max() < 50
+
+
+@pytest.mark.parametrize("tag, value", [(0x0100, TiffImagePlugin.IFDRational(1, 3)), (0x011A, -3)])
+def test_an_image_with_a_malformed_tag_beside_its_orientation_is_turned(tmp_path, tag, value):
+    """ImageWidth as a fraction, and a negative resolution: what Pillow reads and cannot write again."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "good.jpg", exif=exif, quality=100)
+    found = TiffImagePlugin.ImageFileDirectory_v2()
+    found[0x0112] = 6
+    kind = TiffImagePlugin.TiffTags.RATIONAL if tag == 0x0100 else TiffImagePlugin.TiffTags.SIGNED_RATIONAL
+    found.tagtype[tag] = kind
+    found[tag] = value
+    data = io.BytesIO()
+    data.write(b"Exif\0\0II*\0\x08\0\0\0")
+    data.write(found.tobytes(8))
+    Image.fromarray(pixels).save(tmp_path / "odd.jpg", exif=data.getvalue(), quality=100)
+    with Image.open(tmp_path / "odd.jpg") as opened, pytest.raises((TypeError, struct.error)):
+        ImageOps.exif_transpose(opened)
+    assert torch.equal(load_image(tmp_path / "odd.jpg", 32), load_image(tmp_path / "good.jpg", 32))
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_every_orientation_is_that_of_pillow(tmp_path, number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint8).reshape(32, 24, 3)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert np.array_equal(np.array(turn(opened)), np.array(ImageOps.exif_transpose(opened)))
 
 
 def png_header(side: int) -> bytes:

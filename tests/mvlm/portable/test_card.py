@@ -10,6 +10,7 @@ from scipy import stats
 from mvlm.errors import RunError
 from mvlm.portable.card import line, model_card, recalls, wilson_interval
 from mvlm.runs.load import load_model
+from mvlm_dataloading import open_dataset
 
 RECALL = {"r1": 25.0, "r5": 62.5, "r10": 100.0}
 FIGURES = {
@@ -91,6 +92,23 @@ def test_figures_of_another_checkpoint_are_not_taken(run_copy):
         card = model_card(source, network)
         assert ("| image to text |" in card) == taken
         assert ("The run's evaluation is of another checkpoint" in card) != taken
+
+
+def test_figures_of_other_data_or_of_a_task_are_not_stated(run_copy, scenes):
+    (run_copy / "eval").mkdir()
+    network = load_model(run_copy, "cpu").network
+    own = open_dataset(scenes, "test").fingerprint
+    tuned = {"task": "vqa", "split": "test", "checkpoint": "runs/demo", "accuracy": 60.0, "records": []}
+    for figures, why in (
+        (FIGURES | {"fingerprint": own}, ""),
+        (FIGURES | {"fingerprint": "of other data"}, "other data than the model was trained on"),
+        (FIGURES | {"fingerprint": own, "split": "no_split"}, "other data than the model was trained on"),
+        (tuned, "a task, so there are no figures of retrieval"),
+    ):
+        (run_copy / "eval/test.json").write_text(json.dumps({"split": "test", "checkpoint": "runs/demo"} | figures))
+        card = model_card(run_copy, network)
+        assert ("| image to text |" in card) == (not why)
+        assert (f"The run's evaluation is of {why}" in card) == bool(why)
 
 
 def test_figures_of_other_weights_are_not_stated_whatever_their_name(run_copy):

