@@ -99,12 +99,13 @@ def demo_retrieval() -> str:
                 low, high = part[f"{way}_95"][k]
                 cells.append(f"{part[way][k]:.1f} ({low:.0f} to {high:.0f})")
         rows.append([name, *cells])
-    ranges = []
-    for way in ("tr", "ir"):
-        for k in ("r1", "r5", "r10"):
-            values = [each[way][k] for each in found.values()]
-            ranges.append(f"{min(values):.1f} to {max(values):.1f}")
-    rows.append([f"all images, range of {len(found)} seeds", *ranges])
+    for name, parts in (("all images", [*found.values()]), ("unseen concepts", [x["unseen"] for x in found.values()])):
+        ranges = []
+        for way in ("tr", "ir"):
+            for k in ("r1", "r5", "r10"):
+                values = [part[way][k] for part in parts]
+                ranges.append(f"{min(values):.1f} to {max(values):.1f}")
+        rows.append([f"{name}, range of {len(found)} seeds", *ranges])
     # An image has captions / images right answers among the captions, a caption one among the images.
     rows.append(["chance", *(f"{100 * k / figures['n_images']:.1f}" for k in (1, 5, 10) * 2)])
     return markdown(rows)
