@@ -264,6 +264,7 @@ TABLES = {
     "study-masking": lambda: study("masking", "the partner of a masked stream"),
     "study-ratios": lambda: study("ratios", "masked: image / caption"),
     "study-data": lambda: study("data", "losses, share of the training images"),
+    "study-objective-now": lambda: study("objective_now", "what is changed"),
     "another-artist": another_artist,
     "transfer": transfer,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
