@@ -32,7 +32,17 @@ from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 
 from .assemble import Assembly, assemble
 from .local_folder import LocalFolder, open_folder
-from .part import WHOLE, BuildProgress, Executor, exclusive, make_plan, read_parts, start_or_resume, write_part
+from .part import (
+    WHOLE,
+    BuildProgress,
+    Executor,
+    claim_working_folder,
+    exclusive,
+    make_plan,
+    read_parts,
+    start_or_resume,
+    write_part,
+)
 from .piece_tasks import working_folder
 
 log = logging.getLogger(__name__)
@@ -76,6 +86,7 @@ def build_shards(
     with _hint_for_a_full_disk(partial), exclusive(working_folder(partial)):
         if isinstance(out, Path):
             require_free_folder(out)
+        claim_working_folder(partial, plan)
         own = LocalFolder(partial, gives_away=True) if isinstance(partial, Path) else RemoteFolder(partial)
         if isinstance(own, LocalFolder) and not own.has("plan.json"):
             _empty(own.folder)
@@ -114,6 +125,7 @@ def build_part(
     if isinstance(out, Path) and not folder.has("plan.json") and not folder.has("lock"):
         require_free_folder(out)
     with _hint_for_a_full_disk(out), exclusive(working_folder(out)):
+        claim_working_folder(out, plan)
         _begin(folder, plan, options, part)
         write_part(source, out, options, part, workers, executor, progress)
     if not isinstance(out, Path):
@@ -192,8 +204,11 @@ def _beside(out: Path | str) -> Path | str:
     """Folder or URL of the unfinished data set."""
     if isinstance(out, Path):
         return out.with_name(f".{out.name}.partial")
+    protocol, _, path = out.partition("://")
+    # A bucket, or a repository of the hub, has no folder beside it.
+    inside = len(path.split("/")) <= (3 if path.startswith(("datasets/", "spaces/")) and protocol == "hf" else 1)
     parent, _, name = out.rpartition("/")
-    return f"{parent}/.{name}.partial"
+    return f"{out}/.partial" if inside else f"{parent}/.{name}.partial"
 
 
 def _remote(out: Path | str) -> RemoteFolder | None:

@@ -9,6 +9,7 @@ Piece k belongs to part k mod n + 1 of n. A data set that one machine builds is 
 the source and the options alone, so the parts of any number of machines merge to the same bytes.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -22,10 +23,11 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from mvlm_dataloading.dataset.remote_files import RemoteFolder
+from mvlm_dataloading.dataset.durable_files import write_durably
+from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.record import Source
+from mvlm_dataloading.sources.record import Source, file_sha256
 
 from .local_folder import LocalFolder, discard, open_folder
 from .piece_tasks import PieceJob, PieceTask, finished_pieces, working_folder, write_pieces
@@ -181,7 +183,31 @@ def read_parts(parts: Sequence[LocalFolder | RemoteFolder]) -> tuple[dict[str, A
             f"{plans[0]['name']}: wanted all {count} pieces, found {len(owner)}; name or finish the parts "
             f"{', '.join(sorted(missing))} with the commands that began them"
         )
-    return {**plans[0], "evaluation_sets": moved[0]}, [owner[i] for i in range(count)]
+    hashes = plans[0]["recipe"]["against"]
+    found = [_first_there(places, wanted) for places, wanted in zip(zip(*moved, strict=True), hashes, strict=True)]
+    return {**plans[0], "evaluation_sets": found}, [owner[i] for i in range(count)]
+
+
+def _first_there(places: Sequence[str], wanted: str) -> str:
+    """The first of the folders of a data set that is here with its hash; the first of all if none is."""
+    files = {place: Path(place) / "dataset.json" for place in places}
+    return next((p for p, file in files.items() if file.is_file() and file_sha256(file) == wanted), places[0])
+
+
+def claim_working_folder(place: Path | str, plan: dict[str, Any]) -> None:
+    """Empty the folder on this machine for a build at a URL, unless it holds work of the same plan. Hold its lock."""
+    if not is_remote(place):
+        return
+    folder = working_folder(place)
+    file, wanted = folder / "plan.sha256", hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    if file.is_file() and file.read_text() == wanted:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            discard(path)
+        elif path.name != "lock":
+            path.unlink()
+    write_durably(file, wanted)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it")
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
         version = description["format_version"]
         for split in description["splits"].values():
             for shard in split["shards"]:

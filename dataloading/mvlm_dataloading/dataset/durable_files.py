@@ -1,7 +1,7 @@
 """File writes that survive a crash of the machine."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,13 @@ def write_durably(path: Path, text: str) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def make_no_older(path: Path, sources: Iterable[Path]) -> None:
+    """Give a file at least the time of what it was made of, which another machine's clock may have put ahead."""
+    newest = max((source.stat().st_mtime_ns for source in sources), default=0)
+    if newest > path.stat().st_mtime_ns:
+        os.utime(path, ns=(newest, newest))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mvlm_dataloading.errors import DataError
 
 from .dataset import Dataset
 from .description import read_description, shard_paths
-from .durable_files import replaced_durably
+from .durable_files import make_no_older, replaced_durably
 from .pack import local_hint, older_index, pack_local, pack_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .remote_files import is_remote
@@ -75,6 +75,8 @@ def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
             _check_samples(_dataset(folder, split, description, map_index(Path(file.name))))
         else:
             pack_remote(folder, split, shards, file, fetch_again=lambda shard: None)
+    if with_tars:
+        make_no_older(path, (shard_paths(folder, shard)[0] for shard in shards))
     return path
 
 

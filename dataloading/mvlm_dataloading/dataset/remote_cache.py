@@ -121,6 +121,10 @@ class RemoteCache:
                     self.remote.filesystem.get_file(remote, str(part))
                 except (FileNotFoundError, PermissionError):  # S3 refuses a missing file to those who may not list
                     return False
+                except Exception as error:
+                    if getattr(error, "status", None) == 403:  # the same, over https
+                        return False
+                    raise
                 try:
                     map_index(part, REMOTE_HINT).check_all()
                 except DataError as error:

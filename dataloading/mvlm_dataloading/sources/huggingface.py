@@ -9,7 +9,17 @@ from typing import Any
 from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, files_under, read_json, refuse_repeated_files
-from .record import Piece, Record, Source, canonical_split, check_shares, file_fingerprint, safe_key, split_by_hash
+from .record import (
+    Piece,
+    Record,
+    Source,
+    canonical_split,
+    check_shares,
+    file_fingerprint,
+    looks_like_evaluation,
+    safe_key,
+    split_by_hash,
+)
 
 _BATCH = 64
 
@@ -99,6 +109,8 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
 def _split_in(name: str) -> str | None:
     # The hub's own conversion names a truncated split partial-train.
     match = re.match(r"(?:partial-)?(train|training|validation|valid|val|dev|test|testing)(?=[-_.]|$)", name.lower())
+    if match is None and looks_like_evaluation(word := re.split(r"[-_.]", name.lower())[0]):
+        return word  # such as testA of RefCOCO, which is refused: it must not become training data
     return match[1] if match else None
 
 

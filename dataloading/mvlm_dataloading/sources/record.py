@@ -133,6 +133,11 @@ def canonical_split(name: object, where: str) -> str:
     return found
 
 
+def looks_like_evaluation(word: str) -> bool:
+    """True for a word in lower case that names an evaluation split, known or not, such as testa or minival."""
+    return re.fullmatch(r"(mini)?(test|val|valid|dev|eval|evaluation|hidden)(dev|std|[a-c]|\d+)*", word) is not None
+
+
 def safe_key(name: str) -> str:
     """Convert a name to a valid key. A valid name is kept; else characters are replaced and a hash is appended."""
     if KEY_PATTERN.fullmatch(name):

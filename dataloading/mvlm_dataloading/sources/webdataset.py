@@ -158,7 +158,7 @@ class TarPiece:
             return self._refusal(sample.key, sample.fault)
         image = next((sample.parts[extension] for extension in IMAGE_EXTENSIONS if extension in sample.parts), None)
         captions, fault = self._captions(sample, sidecar.get(sample.key, {}))
-        metadata = _describe(sample.parts.get("json"))
+        metadata = _describe(sample.parts.get("json"), self.prefix)
         where = f"{self.path}:{sample.key}"
         return Record(safe_key(self.prefix + sample.key), image, captions, where, metadata, fault)
 
@@ -174,10 +174,13 @@ class TarPiece:
         return Record(safe_key(self.prefix + key), None, (), f"{self.path}:{key}", fault=reason)
 
 
-def _describe(text: bytes | None) -> dict[str, Any]:
-    """Origin of an image, from img2dataset's metadata."""
+def _describe(text: bytes | None, prefix: str) -> dict[str, Any]:
+    """Origin of an image, from img2dataset's metadata. Folders that number their images alike have prefixes."""
     fields = _parse_object(text)
-    return {name: fields[name] for name in ("url", "image_id", "license") if isinstance(fields.get(name), str | int)}
+    found = {name: fields[name] for name in ("url", "image_id", "license") if isinstance(fields.get(name), str | int)}
+    if prefix and "image_id" in found:
+        found["image_id"] = f"{prefix}{found['image_id']}"
+    return found
 
 
 def _parse_object(text: bytes | None) -> dict[str, Any]:

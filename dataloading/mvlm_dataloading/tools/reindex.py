@@ -13,10 +13,10 @@ from typing import Any
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
-from mvlm_dataloading.dataset.durable_files import write_durably
+from mvlm_dataloading.dataset.durable_files import make_no_older, write_durably
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.record import canonical_split
+from mvlm_dataloading.sources.record import canonical_split, looks_like_evaluation
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
@@ -56,6 +56,8 @@ def index_tar(tar: Path) -> TarIndex:
         with tarfile.open(tar, "r:") as file:
             for member in file:
                 key, extension = split_member_name(member.name)
+                if member.name.rsplit("/", 1)[-1].startswith("."):  # macOS puts ._a.jpg beside a.jpg
+                    continue
                 if member.islnk() and extension in IMAGE_EXTENSIONS and (target := images.get(member.linkname)):
                     member.offset_data, member.size = target.offset_data, target.size
                 elif not member.isfile() or member.issparse() or extension not in _KNOWN:
@@ -178,6 +180,7 @@ def _write_dali_index(tar: Path, samples: int | None) -> TarIndex:
     aside = path.with_suffix(".idx.tmp")
     write_durably(aside, format_index(found.lines))
     aside.rename(path)
+    make_no_older(path, [tar])
     return found
 
 
@@ -214,10 +217,12 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
 
 
 def _split_of(tar: Path) -> str:
-    for word in re.split(r"[^a-z]+", tar.name.lower()):
+    words = re.split(r"[^a-z]+", tar.name.lower())
+    for word in words:
         with contextlib.suppress(DataError):
             return canonical_split(word, str(tar))
-    return "train"
+    # An evaluation split of another name, such as testA of RefCOCO, is refused: it must not become training data.
+    return canonical_split(next((word for word in words if looks_like_evaluation(word)), "train"), str(tar))
 
 
 def _component(member: tarfile.TarInfo) -> str:

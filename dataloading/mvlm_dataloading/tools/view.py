@@ -93,8 +93,9 @@ def make_view(
         for _ in find_leaks(images, [tabulate(evaluation)], dropped):
             pass
     near = options.duplicates == "near"
-    for _ in find_duplicates(images, dropped, drop=near or options.duplicates == "exact", drop_near=near):
-        pass
+    if options.duplicates != "keep":
+        for _ in find_duplicates(images, dropped, drop=True, drop_near=near):
+            pass
     for i, row in enumerate(rows):  # last: a share of what is left, of which a smaller one is a part
         train = i not in dropped and not is_evaluation(row.dataset.split)
         if train and _hash_share(options, "", row.dataset, row.number) >= options.fraction:

@@ -156,7 +156,7 @@ def test_two_builds_of_a_folder_at_once_are_refused(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="wanted to be the only writer there, found another"):
+        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
             build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
     build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,13 @@ def test_parts_know_the_tokenizer_and_the_evaluation_sets(source, tmp_path, toke
     (other / "dataset.json").write_text(json.dumps(description | {"licence": "another"}))
     with pytest.raises(DataError, match="other: wanted the data sets of --against as the parts were built with"):
         merge_parts(parts, tmp_path / "late")
+    (other / "dataset.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    plan = json.loads((parts[1] / "plan.json").read_text())
+    (tmp_path / "there").mkdir()  # on the second part's machine
+    elsewhere = {"evaluation_sets": [str(shutil.move(other, tmp_path / "there"))]}
+    (parts[1] / "plan.json").write_text(json.dumps(plan | elsewhere))
+    for number, order in enumerate((parts, parts[::-1])):
+        assert file_contents(merge_parts(order, tmp_path / f"moved{number}")) == file_contents(whole)
 
 
 def test_missing_and_unfitting_parts_are_refused(source, tmp_path):
@@ -203,6 +211,41 @@ def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
     with pytest.raises(DataError, match="wanted a new URL or this data set, found another one"):
         build_shards(source, f"{s3}/deep/set", BuildOptions(quality=50), workers=0)
     assert not list((tmp_path / "cache" / "builds").glob("*/pieces/*"))
+    build_shards(source, "s3://pairs", OPTIONS, workers=0)  # the bucket itself, which has no folder beside it
+    assert {path: remote_files.RemoteFolder("s3://pairs").read(path) for path in whole} == whole
+
+
+@pytest.mark.slow
+def test_work_of_an_abandoned_build_at_a_url_is_not_taken(source, tmp_path, monkeypatch):
+    """It is killed when a piece is finished here and not yet there. Then other options are built at the URL."""
+    monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
+    other = BuildOptions(short_side=20, quality=50)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def part(options: BuildOptions, place: str) -> None:
+        build_part(source, place, (1, 1), options, workers=0)
+
+    def shards(options: BuildOptions, place: str) -> None:
+        build_shards(source, place, options, workers=0)
+
+    with serve_s3("pairs"):
+        for build in (part, shards):
+            name = build.__name__
+            with monkeypatch.context() as patch:
+                patch.setattr(remote_files.RemoteFolder, "put", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    build(OPTIONS, f"s3://pairs/{name}")
+            assert list((tmp_path / "cache" / "builds").glob("*/pieces/*/shards.json"))
+            store = remote_files.RemoteFolder("s3://pairs").filesystem
+            store.rm(f"pairs/{name}", recursive=True) if store.exists(f"pairs/{name}") else None
+            store.rm(f"pairs/.{name}.partial", recursive=True) if store.exists(f"pairs/.{name}.partial") else None
+            build(other, f"s3://pairs/{name}")
+        merge_parts(["s3://pairs/part"], tmp_path / "merged")
+        wanted = file_contents(build_shards(source, tmp_path / "wanted", other, workers=0))
+        assert file_contents(tmp_path / "merged") == wanted
+        assert {path: remote_files.RemoteFolder("s3://pairs").read(f"shards/{path}") for path in wanted} == wanted
 
 
 @pytest.mark.slow

@@ -82,6 +82,14 @@ def test_already_written_compares_name_and_recipe(tmp_path):
         already_written(out, name="waves", recipe={"count": 2})
 
 
+def test_a_recipe_may_name_a_file_that_is_no_unicode(tmp_path):
+    recipe = {"folder": "caf\udce9"}  # as Python has the byte E9 of a name
+    with ShardWriter(tmp_path / "out", name="x", source="", licence="", attribution="", recipe=recipe) as writer:
+        writer.add("0", make_image(0), ["a wave"], {})
+    assert already_written(tmp_path / "out", name="x", recipe=recipe)
+    assert len(open_dataset(tmp_path / "out", "train")) == 1
+
+
 def test_settings_that_differ_beyond_what_a_message_shows_are_named(tmp_path):
     first, second = ([[f"{'a' * 40}{end}"]] for end in "bc")
     with ShardWriter(

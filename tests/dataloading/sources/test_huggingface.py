@@ -66,6 +66,16 @@ def test_parquet_as_the_hub_converts_it(tmp_path):
     assert [piece.split for piece in huggingface([tmp_path]).pieces] == ["train", "validation", "test"]
 
 
+@pytest.mark.parametrize("name", ["testA", "testdev", "test2015", "eval", "minival"])
+def test_evaluation_splits_of_other_names_do_not_become_training_data(tmp_path, name):
+    for split in ("train", name):
+        file = tmp_path / f"{split}-00000-of-00001.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(hub_rows(1)), file)
+    with pytest.raises(DataError, match=f"wanted a split named .*, found '{name.lower()}'; rename it"):
+        huggingface([tmp_path])
+    assert [piece.split for piece in huggingface([file], split="test").pieces] == ["test"]
+
+
 @pytest.mark.slow
 def test_folders_of_save_to_disk(tmp_path):
     import datasets

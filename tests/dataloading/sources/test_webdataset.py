@@ -39,6 +39,8 @@ def test_keys_of_several_downloads_are_prefixed(tmp_path):
     wanted = [i for first in (0, 5, 50, 55) for i in range(first, first + 4)]
     assert [*found["train"].values()] == [published.captions(i)[:1] for i in wanted]
     assert [*found["train"]][:: len(wanted) - 1] == ["0-000000000", "1-000010003"]
+    dataset = open_dataset(tmp_path / "out", "train")
+    assert len({dataset.image_id(i) for i in range(len(dataset))}) == len(dataset)
     rejected = read_json_lines(tmp_path / "out/rejected.jsonl")
     assert {line["reason"] for line in rejected} == {"image was not downloaded"}
     assert rejected[-1]["where"] == f"{tmp_path / 'two' / '00001.tar'}:000010004"

@@ -1,7 +1,9 @@
 """Rebuilding indices, and indexing tars of other tools in place."""
 
 import itertools
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,34 @@ def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):
     }
     with pytest.raises(DataError, match=r"wanted no split for a folder with dataset\.json, got test; remove"):
         rebuild_indices(tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", ["testA-000", "vqa_testdev_0", "minival2014-0"])
+def test_evaluation_splits_of_other_names_do_not_become_training_data(tmp_path, name):
+    with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+        published.add_members(tar, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"words")])
+    with pytest.raises(DataError, match=f"{name}.tar: wanted a split named .*, found '.*(test|val)"):
+        rebuild_indices(tmp_path)
+    assert list(rebuild_indices(tmp_path, "test")["splits"]) == ["test"]
+
+
+def test_files_that_macos_adds_to_a_tar_are_left_out(tmp_path):
+    image = published.encoded(published.make_image(0))
+    members = [(f"{mark}{i}.{kind}", image if kind == "jpg" else b"words")
+               for i in range(2) for kind in ("jpg", "txt") for mark in ("._", "")]  # fmt: skip
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        published.add_members(tar, members)
+    assert rebuild_indices(tmp_path)["rejected"] == {}
+    assert open_dataset(tmp_path, "train").keys.tolist() == ["0", "1"]
+
+
+def test_tars_of_a_clock_that_is_ahead_open(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        published.add_members(tar, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"words")])
+    soon = time.time() + 60
+    os.utime(tmp_path / "train.tar", (soon, soon))
+    rebuild_indices(tmp_path)
+    assert len(open_dataset(tmp_path, "train")) == 1
 
 
 def test_names_that_are_not_utf8_and_a_byte_order_mark(tmp_path):
