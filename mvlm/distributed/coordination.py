@@ -46,15 +46,16 @@ TOGETHER = (
 """Settings that a resume may change, and by which all ranks decide alone when they meet."""
 
 
-def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
+def check_ranks(world: World, config: PretrainConfig, dataset: Dataset, validation: Dataset | None = None) -> None:
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     own = {"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint}
+    own["validation"] = None if validation is None else validation.fingerprint
     by_rank = world.gather_objects(own)
 
     def compare() -> None:
         for rank, values in enumerate(by_rank):
             differing = differing_settings(by_rank[0]["settings"], values["settings"])
-            pairs = [(name, by_rank[0][name], values[name]) for name in ("out", "data")]
+            pairs = [(name, by_rank[0][name], values[name]) for name in ("out", "data", "validation")]
             pairs += [(name, by_rank[0]["settings"][name], values["settings"][name]) for name in TOGETHER]
             differing += [(name, a, b) for name, a, b in pairs if a != b]
             if differing and world.first:

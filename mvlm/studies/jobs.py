@@ -16,7 +16,8 @@ def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
     """Run `mvlm study WORDS` in several processes, each with its share of a part's trials, and wait for all of them.
 
     On a CPU each process gets an equal share of the cores. On GPUs each gets one of them, in turn. Each line of output
-    begins with the number of its process. SIGTERM is passed on, so that trials save their state and stop.
+    begins with the number of its process. SIGTERM and Ctrl-C are passed on, so that trials save their state and stop; a
+    second one ends them at once.
 
     Args:
         words: file and options, without --part and --jobs.
@@ -31,10 +32,16 @@ def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
         command = [sys.executable, "-m", "mvlm", "study", *words, "--part", f"{number + parts * job}/{parts * jobs}"]
         running.append(
             subprocess.Popen(
-                command, env=_environment(job, jobs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                env=_environment(job, jobs),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
             )
         )
-    before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: [process.terminate() for process in running]) for number in stops]
     relays = [threading.Thread(target=_relay, args=(job, process)) for job, process in enumerate(running, 1)]
     try:
         for relay in relays:
@@ -45,7 +52,8 @@ def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
     finally:
         for process in running:
             process.terminate()  # does nothing to a process that has ended
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
     failed = [job for job, code in enumerate(codes, 1) if code != 0]
     if failed:
         raise RunError(

@@ -186,11 +186,13 @@ def limits(study: Study, arms: dict[str, list[Result]]) -> str:
     any_result = next(iter(arms.values()))[0]
     seeds = min(len(found) for found in arms.values())
     what = f"Preset {study.preset}" if study.preset else f"Task {study.task}"
+    numbers = sorted({found[0]["steps"] for found in arms.values()})  # of a budget of FLOPs, each arm has its own
+    steps = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
     tested = f"splits {', '.join(study.splits)}"
     if study.preset:
         tested = f"{len(any_result['ranks']['tr']['itm'])} images of the split {study.split}"
     known = (
-        f"{what}, {any_result['steps']} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
+        f"{what}, {steps} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
         f"{tested}. Intervals over seeds come from few runs, so they are too narrow "
         f"rather than too wide. A difference that its interval separates from zero holds for this model, data and "
         f"budget; larger ones may differ."

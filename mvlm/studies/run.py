@@ -10,12 +10,20 @@ from filelock import FileLock, Timeout
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies.compare import figure
 from mvlm.studies.page import write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
-from mvlm.studies.trial import Trial, read_result, run_trial, take_result, write_results
+from mvlm.studies.trial import (
+    Trial,
+    named_files,
+    read_result,
+    remove_checkpoints,
+    run_trial,
+    take_result,
+    write_results,
+)
 from mvlm.training.build import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.options import ViewOptions
@@ -63,8 +71,10 @@ def run_study(
     for trial in trials:  # before the first minute is spent
         read_result(trial)
     number, parts = part
+    failed = []
     for trial in trials[number - 1 :: parts]:
         if read_result(trial) is not None:
+            remove_checkpoints(trial)  # a kill may have come between
             continue
         trial.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,9 +88,14 @@ def run_study(
                     return None
         except Timeout:
             log.info("%s, seed %d: another process is at it", trial.arm, trial.seed)
+        except NonFiniteLossError as error:  # of this arm; the others go on
+            log.error("%s, seed %d: %s", trial.arm, trial.seed, error)
+            failed.append(f"{trial.arm}, seed {trial.seed}")
         if (result := read_result(trial)) is not None:
             for measure in study.measures:  # a mistake is known after the first trial, and not after the last
                 figure(result, measure)
+    if failed:
+        raise RunError(f"{out}: wanted finite losses, found others in {'; '.join(failed)}; leave these arms out")
     results = [result for trial in trials if (result := read_result(trial)) is not None]
     if len(results) < len(trials):
         log.info("%d of %d trials are finished", len(results), len(trials))
@@ -109,7 +124,10 @@ def report_finished(
 
 def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
     """The studies to take results from. `out` is left out: a study runs each of its arms, equal ones too."""
-    return [folder for folder in reuse if folder.resolve() != out.resolve()]
+    for folder in reuse:
+        if not folder.exists():
+            log.info("%s: no results to take, there is no such place", folder)
+    return [place for place in reuse if out.resolve() not in (place.resolve(), place.resolve().parent)]
 
 
 def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
@@ -132,10 +150,12 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     samples = {arm: open_dataset(folder, "train").fingerprint for arm, folder in folders.items()}
     lengths: dict[tuple[Any, ...], float] = {}
     plans: dict[str, tuple[int, float | None]] = {}
+    files: dict[str, dict[str, str]] = {}
     for arm in study.arms:
         # FLOPs of low resolution depend on the share of its steps, which is exact only with many.
         config = trial_config(study, arm, 0, data, out, int(study.budget.get("steps", 1_000_000)), checkpoint)
         plans[arm] = _steps_and_flops(study, config, dataset, lengths)
+        files[arm] = named_files(config)
     start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     splits = tuple(study.splits) if study.task else (study.split,)
     evaluated = {split: open_dataset(data, split).fingerprint for split in splits}
@@ -157,6 +177,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
                     evaluated=evaluated,
                     rerank=study.rerank,
                     start=start,
+                    files=files[arm],
                 )
             )
     return trials

@@ -170,6 +170,10 @@ def trial_config(
             raise ConfigError("checkpoint: wanted a pretrained model to fine-tune, found none; give --checkpoint RUN")
         recipe, kind = finetune_defaults(study.task, checkpoint, data, out).to_dict(), FinetuneConfig
     else:
+        if checkpoint is not None:
+            raise ConfigError(
+                "checkpoint: a study of pretraining begins from random weights; set initial_model in its settings"
+            )
         recipe, kind = pretrain_defaults(study.preset, data, out).to_dict(), PretrainConfig
     own = {name: value for name, value in study.arms[arm].items() if name not in ("fraction", "against")}
     values = merged(recipe, study.settings, own)

@@ -17,13 +17,14 @@ from mvlm.config.pretrain import GROUPS, PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_with_ranks
-from mvlm.files import sync, write_json
+from mvlm.files import sha256, sync, write_json
 from mvlm.machine import code_revision, processor_name
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.registry import find_task
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 
@@ -52,6 +53,8 @@ class Trial:
     folder: Path
     start: str = ""
     """Hash of the pretrained model that a task starts from."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Hash of each file and model that the settings name."""
     evaluated: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each split that it is evaluated on."""
 
@@ -68,7 +71,15 @@ class Trial:
             found |= {"splits": list(self.splits), "start": self.start}
         else:
             found["split"] = self.splits[0]
+        found |= {"files": self.files} if self.files else {}
         return found | settings_of(self.config)
+
+    def same_settings(self, result: dict[str, Any]) -> bool:
+        """True if a result was found with these settings. An older one does not tell what was in the files it names."""
+        settings, wanted = settings_said(result.get("settings", {}), self.config), self.settings
+        if "files" not in settings:
+            wanted.pop("files", None)
+        return result.get("format_version") == FORMAT_VERSION and settings == wanted
 
     def same_images(self, result: dict[str, Any]) -> bool:
         """True if a result was found on the images that this trial is evaluated on, as far as the result tells."""
@@ -83,12 +94,11 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(trial.file.read_text())
-        settings, version = result["settings"], result["format_version"]
+        settings = result["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{trial.file}: wanted the result of a trial, got {error!r}; remove the file") from None
-    wanted = trial.settings
-    settings = settings_said(settings, trial.config)
-    if version != FORMAT_VERSION or settings != wanted:
+    if not trial.same_settings(result):
+        settings, wanted = settings_said(settings, trial.config), trial.settings
         names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
         raise RunError(
             f"{trial.file}: wanted a trial with this study's settings, found one with another "
@@ -106,23 +116,23 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
     """Train and evaluate one trial, or continue it. Returns its result; None if it was asked to stop (SIGTERM).
 
     The result is written whole or not at all. Then the checkpoints are removed.
+
+    RunError if it has begun from another pretrained model or with other files.
     """
     run = RunFolder(trial.config.out)
-    if isinstance(trial.config, FinetuneConfig):
-        finetune(trial.config)
-    else:
-        pretrain(trial.config)
+    _check_begun(trial)
+    stopped = finetune(trial.config) if isinstance(trial.config, FinetuneConfig) else pretrain(trial.config)
     trained = time.perf_counter()
     checkpoint = find_checkpoint(run.path)
-    if read_state(checkpoint)["step"] < trial.config.max_steps:
+    if stopped or read_state(checkpoint)["step"] < trial.config.max_steps:
         return None
     dataset, train = open_dataset(trial.data, trial.splits[0]), open_dataset(trial.data, "train")
     device = choose_device(trial.config.device)
     ranks: dict[str, Any] = {}
     if isinstance(trial.config, FinetuneConfig):
-        precision = trial.config.precision
+        precision, kind = trial.config.precision, find_task(trial.config.task)
         figures = {
-            split: evaluate_task(checkpoint, trial.data, split, device, precision=precision)[0]
+            split: evaluate_task(checkpoint, trial.data, split, device, kind=kind, precision=precision)[0]
             for split in trial.splits
         }
     else:
@@ -151,8 +161,42 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "curves": {name: curve(rows, name) for name in _curves(rows)},
     }
     _write_result(trial, result)
-    shutil.rmtree(run.checkpoints)
+    remove_checkpoints(trial)
     return result
+
+
+def remove_checkpoints(trial: Trial) -> None:
+    """Remove the checkpoints of a finished trial, if there are any."""
+    shutil.rmtree(RunFolder(trial.config.out).checkpoints, ignore_errors=True)
+
+
+def _check_begun(trial: Trial) -> None:
+    """Record what a trial begins from. RunError if it has begun from something else."""
+    file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
+    config = trial.config
+    try:
+        begun = json.loads(file.read_text())
+    except (OSError, ValueError):  # none, or a kill while it was written
+        begun = None
+    if begun is None:
+        if isinstance(config, FinetuneConfig) and load_model(config.checkpoint, "cpu").sha256 != trial.start:
+            raise RunError(f"{config.checkpoint}: changed since the study was planned; run the same command again")
+        write_json(file, wanted)
+    elif begun != wanted:
+        raise RunError(
+            f"{trial.folder}: the trial has begun from another pretrained model, or with other files that its settings "
+            f"name; remove the folder"
+        )
+
+
+def named_files(config: PretrainConfig) -> dict[str, str]:
+    """Hash of each model and file that settings name by a path, by the name of the setting."""
+    found = {} if config.initial_model is None else {"initial_model": load_model(config.initial_model, "cpu").sha256}
+    for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
+        path = getattr(config, name, None)
+        if path is not None and Path(path).is_file():  # a task of the library has a name
+            found[name] = sha256(Path(path))
+    return found
 
 
 def curve(rows: list[dict[str, Any]], name: str) -> list[list[float]]:
@@ -175,9 +219,7 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
         study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`.
     """
     for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
-        settings = settings_said(result.get("settings", {}), trial.config)
-        equal = result.get("format_version") == FORMAT_VERSION and settings == trial.settings
-        if equal and trial.same_images(result):
+        if trial.same_settings(result) and trial.same_images(result):
             result |= {"arm": trial.arm}
             _write_result(trial, result)
             return result
@@ -186,12 +228,14 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
 
 def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
     """Results of a study's finished trials with a seed."""
-    if study.is_file():
-        with study.open() as lines:
-            yield from (result for line in lines if (result := json.loads(line))["seed"] == seed)
-    else:
-        for file in sorted(study.glob(f"trials/*/seed_{seed}/result.json")):
-            yield json.loads(file.read_text())
+    files = [study] if study.is_file() else sorted(study.glob(f"trials/*/seed_{seed}/result.json"))
+    for file in files:
+        try:
+            lines = file.read_text().splitlines() if file is study else [file.read_text()]
+            found = [json.loads(line) for line in lines]
+            yield from (result for result in found if result["seed"] == seed)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error!r}; leave it out") from None
 
 
 def write_results(results: Iterable[dict[str, Any]], file: Path) -> None:

@@ -43,12 +43,12 @@ from mvlm_dataloading import Dataset, Tokenizer
 log = logging.getLogger(__name__)
 
 
-def finetune(config: FinetuneConfig) -> None:
+def finetune(config: FinetuneConfig) -> str | None:
     """Start or resume one fine-tuning run. Every file it writes is under `config.out`.
 
-    It raises what `mvlm.training.run.pretrain` raises.
+    It returns and raises what `mvlm.training.run.pretrain` does.
     """
-    do_run(config, open_inputs, build_trainer)
+    return do_run(config, open_inputs, build_trainer)
 
 
 class FineTuner(Trainer):
@@ -185,8 +185,11 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     if config.checkpoint_activations:
         checkpoint_activations(task)
     together = config.questions_per_image
-    # No task reads further captions of an image, though its model may have been pretrained with some.
-    options = {"extra_captions": 0, "share": together > 1, "per_image": together, **task.loader_options()}
+    # What only pretraining reads, though the model may have been pretrained with it.
+    without = {"extra_captions": 0, "complementary_masks": False, "whole_words": False}
+    without |= {"variable_image_masks": False, "variable_text_masks": False}
+    without |= {"partner_image_mask_ratio": 0.0, "partner_text_mask_ratio": 0.0}
+    options = {**without, "share": together > 1, "per_image": together, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)

@@ -91,12 +91,6 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         mask_block=model.mask_block,
         image_mask_ratio=model.image_mask_ratio,
         text_mask_ratio=model.text_mask_ratio,
-        variable_image_masks=model.image_masking == "variable",
-        variable_text_masks=model.text_masking == "variable",
-        whole_words=model.whole_word_masking,
-        complementary_masks=model.complementary_masks,
-        partner_image_mask_ratio=model.partner_image_mask_ratio if model.partner_image == "lightly masked" else 0.0,
-        partner_text_mask_ratio=model.partner_text_mask_ratio if model.partner_text == "lightly masked" else 0.0,
         crop_scale=config.crop_scale,
         augment=Augment(
             flip=config.flip,
@@ -105,8 +99,22 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             magnitude=config.randaugment_magnitude,
         ),
         keep_mb=config.keep_images_mb,
-        **{"extra_captions": model.extra_captions, **further},
+        **{**_masking(model), **further},
     )
+
+
+def _masking(model: MaskVLMConfig) -> dict[str, Any]:
+    """Arguments of the loader that only pretraining reads."""
+    image, text = (partner == "lightly masked" for partner in (model.partner_image, model.partner_text))
+    return {
+        "extra_captions": model.extra_captions,
+        "variable_image_masks": model.image_masking == "variable",
+        "variable_text_masks": model.text_masking == "variable",
+        "whole_words": model.whole_word_masking,
+        "complementary_masks": model.complementary_masks,
+        "partner_image_mask_ratio": model.partner_image_mask_ratio if image else 0.0,
+        "partner_text_mask_ratio": model.partner_text_mask_ratio if text else 0.0,
+    }
 
 
 def check_attention(config: PretrainConfig) -> None:

@@ -41,23 +41,28 @@ class RunInputs(NamedTuple):
     tokenizer: Tokenizer
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig) -> str | None:
     """Start or resume one pretraining run. Every file it writes is under `config.out`.
+
+    Returns what asked it to stop, such as SIGTERM, even if that was after the last step; None if nothing did.
 
     Raises:
         ConfigError, RunError, DataError: a setting, the run folder or the data are not usable; nothing was changed.
         NonFiniteLossError: too many updates in a row were skipped.
         LostRankError: another process of the run is gone.
     """
-    do_run(config, open_inputs, build_trainer)
+    return do_run(config, open_inputs, build_trainer)
 
 
 def do_run(
     config: Config,
     open_inputs: Callable[[Config], RunInputs],
     build_trainer: Callable[[RunInputs, World, str], Trainer],
-) -> None:
-    """Build a run and train to its last step, if it is not complete. The functions are those of `build_run`."""
+) -> str | None:
+    """Build a run and train to its last step, if it is not complete. The functions are those of `build_run`.
+
+    Returns what asked it to stop, as `pretrain`.
+    """
     world = join_ranks(config.device)
     kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
@@ -65,7 +70,9 @@ def do_run(
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
         else:
             train(trainer)
+        reason = trainer.stop.reason
     world.close()
+    return reason
 
 
 @contextmanager
@@ -84,7 +91,7 @@ def build_run(
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
-    check_ranks(world, inputs.config, inputs.dataset)
+    check_ranks(world, inputs.config, inputs.dataset, inputs.validation)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
         found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
