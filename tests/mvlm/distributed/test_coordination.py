@@ -99,9 +99,9 @@ def test_fault_of_the_program_is_raised_on_its_rank():
     assert isinstance(second, SystemExit)
 
 
-@pytest.mark.parametrize("what", ["settings", "saves", "evaluations", "data", "out", "nothing"])
+@pytest.mark.parametrize("what", ["settings", "saves", "evaluations", "data", "validation", "out", "nothing"])
 def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
-    other = write_scenes(tmp_path / "other", {"train": 9})
+    other = write_scenes(tmp_path / "other", {"train": 9, "validation": 3})
 
     def work(world):
         changed = world.rank == 1
@@ -111,7 +111,8 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
         every = 3 if what == "saves" and changed else 5
         minutes = 2.5 if what == "evaluations" and changed else 0
         config = pretrain_config(scenes, out, seed=seed, checkpoint_every_steps=every, eval_every_minutes=minutes)
-        return check_ranks(world, config, dataset)
+        validation = open_dataset(other if what == "validation" and changed else scenes, "validation")
+        return check_ranks(world, config, dataset, validation)
 
     first, second = on_two_ranks(work)
     if what == "nothing":
@@ -126,6 +127,7 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
         "saves": "checkpoint_every_steps: rank 0 has 5, rank 1 has 3",
         "evaluations": "eval_every_minutes: rank 0 has 0, rank 1 has 2.5",
         "data": "data: rank 0 has ",
+        "validation": "validation: rank 0 has ",
         "out": f"out: rank 0 has {tmp_path}/run",
     }
     assert wanted[what] in message

@@ -1,6 +1,8 @@
 """Processes that share the trials of a study. `make evidence-smoke` runs a study in two of them."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +43,37 @@ def test_a_process_that_fails_is_named(python) -> None:
     python.write_text('#!/bin/sh\ncase "$*" in *2/3) exit 2;; esac\n')
     with pytest.raises(RunError, match="wanted all 3 to end well, found an error in number 2; its reason is above"):
         run_jobs(["study.toml"], (1, 1), 3)
+
+
+def test_ctrl_c_reaches_each_process_once(tmp_path) -> None:
+    """A terminal sends SIGINT to the whole group of processes. A trial that got a second signal would not save."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"""#!{sys.executable}
+import signal, sys, time
+got = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: got.append(number))
+print("ready", flush=True)
+while not got:
+    time.sleep(0.05)
+time.sleep(1)  # it saves
+print("got", len(got), flush=True)
+"""
+    )
+    program.chmod(0o755)
+    code = f"""
+import sys
+from mvlm.studies.jobs import run_jobs
+sys.executable = {str(program)!r}
+run_jobs(["study.toml"], (1, 1), 2)
+print("all ended well")
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert sorted(process.stdout.readline() for _ in range(2)) == ["[1] ready\n", "[2] ready\n"]
+        os.killpg(process.pid, signal.SIGINT)
+        lines = sorted(process.stdout.read().splitlines())
+    assert lines == ["[1] got 1", "[2] got 1", "all ended well"]
+    assert process.returncode == 0

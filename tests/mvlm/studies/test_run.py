@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
@@ -244,6 +245,53 @@ def test_a_log_may_lie_in_a_study_s_folder(scenes, tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("")
     with pytest.raises(ConfigError, match="measures: wanted a figure"):
         run_study(study(measures=["no.figure"], seeds=[0], arms={"base": {}}), scenes, tmp_path)
+
+
+def test_an_arm_that_diverges_does_not_stop_the_others(scenes, tmp_path: Path, monkeypatch) -> None:
+    ran = []
+
+    def diverges(trial):
+        ran.append(trial.arm)
+        if trial.arm == "base":
+            raise NonFiniteLossError("the losses are not finite")
+        return run_trial(trial)
+
+    monkeypatch.setattr(studies, "run_trial", diverges)
+    with pytest.raises(RunError, match="wanted finite losses, found others in base, seed 0; leave these arms out"):
+        run_study(study(seeds=[0], arms={"base": {}, "same": {}}), scenes, tmp_path)
+    assert ran == ["base", "same"]
+    assert [file.parent.parent.name for file in tmp_path.rglob("result.json")] == ["same"]
+
+
+@pytest.mark.slow
+def test_results_to_reuse_are_checked(finished: Path, scenes, tmp_path: Path, monkeypatch, caplog) -> None:
+    with pytest.raises(RunError, match=r"study.csv: wanted results of trials, trials.jsonl, got .*; leave it out"):
+        run_study(study(), scenes, tmp_path / "one", reuse=[finished / "study.csv"])
+    monkeypatch.setattr(studies, "run_trial", lambda trial: None)  # each is asked to stop
+    with caplog.at_level("INFO"):
+        run_study(study(), scenes, tmp_path / "two", reuse=[tmp_path / "gone"])
+    assert f"{tmp_path}/gone: no results to take, there is no such place" in caplog.text
+    shutil.copytree(finished, tmp_path / "own")
+    (tmp_path / "own/trials/same/seed_0/result.json").unlink()
+    run_study(study(), scenes, tmp_path / "own", reuse=[tmp_path / "own/trials.jsonl"])
+    assert not (tmp_path / "own/trials/same/seed_0/result.json").exists()  # not taken from its own equal arm
+
+
+@pytest.mark.slow
+def test_checkpoints_that_a_kill_left_behind_a_result_are_removed(finished: Path, scenes, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "own")
+    left = tmp_path / "own/trials/same/seed_0/run/checkpoints/step_00000002"
+    left.mkdir(parents=True)
+    run_study(study(), scenes, tmp_path / "own")
+    assert not left.parent.exists()
+
+
+def test_a_study_of_pretraining_takes_no_checkpoint(scenes, trained, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="begins from random weights; set initial_model in its settings"):
+        plan_trials(study(), scenes, tmp_path, trained)
+    settings = study().settings | {"initial_model": str(trained)}
+    (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
+    assert trial.files == {"initial_model": load_model(trained, "cpu").sha256}
 
 
 def test_a_folder_of_other_files_is_refused(scenes, tmp_path: Path) -> None:

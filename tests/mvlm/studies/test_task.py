@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mvlm.runs.load import load_model
 from mvlm.studies import trial as trials
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study, read_study
+from mvlm.studies.trial import run_trial
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm_dataloading import DataError, open_dataset
@@ -144,3 +146,42 @@ def test_the_configurations_of_the_arms_differ_in_their_settings(questions, trai
     assert full.config.to_dict()["task"] == ours.to_dict()["task"] == "vqa"
     changed = {k for k, v in blind.config.to_dict().items() if v != full.config.to_dict()[k]}
     assert changed == {"blind", "out"}
+
+
+def test_a_trial_that_has_begun_from_another_model_is_not_continued(questions, trained, tmp_path, monkeypatch) -> None:
+    """It has no result yet, and its run would go on from the weights of the first model."""
+    small = study(arms={"full": {}})
+    (trial,) = plan_trials(small, questions, tmp_path / "study", trained)
+    asked: list[str | None] = ["SIGTERM", None]
+
+    def stopped(config: FinetuneConfig) -> str | None:
+        finetune(config)
+        return asked.pop(0)
+
+    monkeypatch.setattr(trials, "finetune", stopped)
+    trial.folder.mkdir(parents=True)
+    assert run_trial(trial) is None  # asked to stop after its last step
+    assert not trial.file.exists()
+    with pytest.raises(RunError, match="seed_0: the trial has begun from another pretrained model"):
+        run_trial(replace(trial, start="0" * 64))
+    fresh = replace(trial, folder=tmp_path / "fresh", start="0" * 64)
+    fresh.folder.mkdir()
+    with pytest.raises(RunError, match="changed since the study was planned; run the same command again"):
+        run_trial(fresh)
+    result = run_trial(trial)
+    assert result is not None
+    assert result["settings"]["start"] == trial.start
+
+
+def test_files_that_settings_name_are_settings_by_their_content(questions, trained, tmp_path) -> None:
+    answers = tmp_path / "answers.json"
+    answers.write_text('["red", "blue"]')
+    small = study(arms={"full": {}}, settings=study().settings | {"answer_list": str(answers)})
+    (trial,) = plan_trials(small, questions, tmp_path / "study", trained)
+    made = {"format_version": 1, "settings": trial.settings}
+    assert trial.same_settings(made)
+    answers.write_text('["blue", "red"]')
+    (changed,) = plan_trials(small, questions, tmp_path / "study", trained)
+    assert not changed.same_settings(made)
+    older = {"format_version": 1, "settings": {k: v for k, v in trial.settings.items() if k != "files"}}
+    assert changed.same_settings(older)  # it does not tell

@@ -1,5 +1,6 @@
 """Fine-tuning of micro models on questions about coloured squares: loss, resume, baselines, errors."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import export, load_model
+from mvlm.tasks.caption import Captioning
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
@@ -210,6 +212,28 @@ def test_a_model_pretrained_with_further_captions_is_fine_tuned_on_shared_images
     pretrain(pretrain_config(scenes, tmp_path / "pretrained", max_steps=1, model=micro_config(extra_captions=1)))
     finetune(configured(tmp_path / "pretrained", questions, tmp_path / "run", questions_per_image=2, max_steps=1))
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tmp_path, monkeypatch):
+    """With complementary masks of pretraining no caption was ever fully masked, as generation begins."""
+    pretraining = micro_config(complementary_masks=True, whole_word_masking=True, image_masking="variable")
+    pretrain(pretrain_config(scenes, tmp_path / "pretrained", max_steps=1, model=pretraining))
+    masks, real = [], Captioning.losses_of_step
+
+    def losses_of_step(self, batch, found, *rest):
+        masks.append((batch, found))
+        return real(self, batch, found, *rest)
+
+    monkeypatch.setattr(Captioning, "losses_of_step", losses_of_step)
+    finetune(configured(tmp_path / "pretrained", scenes, tmp_path / "run", task="caption", max_steps=6))
+    whole = 0
+    for batch, found in masks:
+        assert found.complement_ids is None
+        hidden = set(found.token_ids.tolist())
+        for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+            whole += set(range(start + 1, end - 1)) <= hidden
+    assert whole
 
 
 @pytest.mark.parametrize("task, flag", [("vqa", "candidates"), ("caption", "lengths"), ("caption", "iterations")])

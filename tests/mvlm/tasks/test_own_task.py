@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from mvlm.errors import ConfigError
+from mvlm.studies.run import plan_trials, run_study
+from mvlm.studies.study import Study
 from mvlm.tasks.registry import find_task
 from mvlm_dataloading import ShardWriter
 from support.scenes import png, scene
@@ -58,3 +60,16 @@ def test_files_without_one_task_are_refused(tmp_path, run_mvlm):
         find_task(str(tmp_path / "none.py"))
     assert "wanted a Python file with a task, found no such file" in run_mvlm("eval", "x.py", "--checkpoint", "a",
                                                                             "--data", "b").err[-1]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_study_of_it_is_finished(trained, counts, tmp_path):
+    own = Study(
+        name="counts", question="", task=str(EXAMPLE), base="full", seeds=[0], measures=["test.accuracy"],
+        splits=["test"], budget={"steps": 1}, arms={"full": {}}, limits="",
+        settings={"batch_size": 8, "warmup_steps": 1, "eval_every_steps": 0, "device": "cpu"},
+    )  # fmt: skip
+    out = tmp_path / "study"
+    assert run_study(own, counts, out, checkpoint=trained) == out / "study.html"
+    (trial,) = plan_trials(own, counts, out, trained)
+    assert set(trial.files) == {"task"}  # an edited file is another task
