@@ -29,6 +29,8 @@ def text_batches(
         raise ConfigError(f"batch_size: wanted at least 1, got {batch_size}")
     remaining, first = iter(texts), 0
     while batch := list(itertools.islice(remaining, batch_size)):
+        if truncate:  # far beyond the tokens that are left of it
+            batch = [text[:MAX_CHARACTERS] if isinstance(text, str) else text for text in batch]
         check_texts(batch, tokenizer, length, truncate, first)
         first += len(batch)
         yield batch

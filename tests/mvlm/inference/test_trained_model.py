@@ -264,6 +264,7 @@ def test_mistakes_are_one_line(model, pixels, ask, error, message):
 def test_long_texts_are_cut_on_request(model):
     cut = model.embed_texts(LONG, truncate=True)
     assert torch.equal(cut, model.embed_texts(LONG + "blue", truncate=True))
+    assert torch.equal(cut, model.embed_texts(LONG + "blue " * 30_000, truncate=True))  # as a line of OCR
     assert not torch.equal(cut, model.embed_texts("red"))
 
 
