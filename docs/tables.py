@@ -261,6 +261,7 @@ TABLES = {
     "step-speed": step_speed,
     "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
+    "study-objectives-fluent": lambda: study("objectives", "objectives", data="fluent"),
     "study-masking": lambda: study("masking", "the partner of a masked stream"),
     "study-ratios": lambda: study("ratios", "masked: image / caption"),
     "study-data": lambda: study("data", "losses, share of the training images"),
