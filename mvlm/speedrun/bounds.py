@@ -85,7 +85,7 @@ def compare_figures(claimed: dict[str, Any], found: dict[str, Any], bound: float
 
 
 def _scale(name: str) -> float:
-    """What the bound is multiplied by for a figure: counts have to be equal."""
+    """Factor of the bound for a figure. Counts have to be equal."""
     if name.split(".")[-1] in COUNTS:
         return 0.0
     return 0.01 if "nats" in name or "l1" in name else 1.0

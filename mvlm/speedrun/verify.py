@@ -157,7 +157,7 @@ def check_evaluation(claims: Claims, replay: Replay) -> tuple[Check, dict[str, A
 
 
 def _other_evaluation(claimed: dict[str, Any], model: str) -> str:
-    """What figures are of, if not of the run's last weights on the test split; empty if they are."""
+    """Subject of figures that are not of the run's last weights on the test split; empty if they are."""
     if (split := claimed.get("split", "test")) != "test":
         return f"of the split {split} and not of test"
     if claimed.get("model", model) != model:

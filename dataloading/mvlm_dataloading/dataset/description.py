@@ -50,7 +50,7 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
 
 
 def _difference(key: str, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """How the setting `key` of two recipes differs, in words; empty if it does not."""
+    """Difference of the setting `key` of two recipes, in words; empty if there is none."""
     if key in had and key in wanted and had[key] == wanted[key]:
         return ""
     before, now = (_short(recipe[key]) if key in recipe else "not set" for recipe in (had, wanted))

@@ -211,9 +211,8 @@ class Reader:
                 batch.replace_row(row, source, k)
             elif (i := int(batch.ids[row])) not in self.bad:
                 self._mark_bad([i])
-        for row in rows.tolist():
-            if int(batch.ids[row]) in self.bad:
-                self._substitute_row(batch, row)
+        for row in (row for row in rows.tolist() if int(batch.ids[row]) in self.bad):
+            self._substitute_row(batch, row)
 
     def _read_several(self, ids: Int64, epochs: Int64) -> list[tuple[RawBatch | None, int]]:
         """The batch and the row of each sample; None if its whole image decodes and this epoch's crop does not."""

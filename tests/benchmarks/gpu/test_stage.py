@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mvlm.model.maskvlm import MaskVLM
+from mvlm_benchmarks import results
 from mvlm_benchmarks.clock import Timing
 from mvlm_benchmarks.gpu import compiled, correct, kernels, profile, sanitizer, step, sweep
 from mvlm_benchmarks.gpu.small_cases import small_cases
@@ -386,7 +387,7 @@ def test_a_plot_that_fails_does_not_hide_why_a_sweep_stopped(tmp_path, monkeypat
     def stops(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sweep, "_plot", fails)
+    monkeypatch.setattr(results, "save_figure", fails)
     monkeypatch.setattr(sweep, "sweep_target", stops)
     code, summary = run_stage(sweep, tmp_path)
     assert (code, summary["ended"]) == (3, "stopped by SIGTERM")
