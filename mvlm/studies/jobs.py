@@ -40,7 +40,9 @@ def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
             )
         )
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    # One that is ignored stays so: SIGHUP under nohup, SIGINT of a script's background job.
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    stops = [number for number in handled if signal.getsignal(number) is not signal.SIG_IGN]
     before = [signal.signal(number, lambda *_: [process.terminate() for process in running]) for number in stops]
     relays = [threading.Thread(target=_relay, args=(job, process)) for job, process in enumerate(running, 1)]
     try:

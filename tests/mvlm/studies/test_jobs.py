@@ -77,3 +77,14 @@ print("all ended well")
         lines = sorted(process.stdout.read().splitlines())
     assert lines == ["[1] got 1", "[2] got 1", "all ended well"]
     assert process.returncode == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored(python, capfd) -> None:
+    """Under nohup, the end of the terminal does not end the trials."""
+    python.write_text('#!/bin/sh\nkill -HUP $PPID; sleep 0.5; echo done\n')
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_jobs(["study.toml"], (1, 1), 1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capfd.readouterr().out == "[1] done\n"
