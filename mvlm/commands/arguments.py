@@ -98,8 +98,11 @@ def check_result_file(out: Path | None) -> None:
         raise ConfigError(f"out: wanted a file, got the folder {out}; name a file in it")
     if not out.is_file() or not out.stat().st_size:  # a device such as /dev/stdout is no file
         return
+    content = out.read_bytes()
+    if content.startswith((b'{\n "checkpoint": ', b'{\n "task": ')):  # one of ours, if cut by a kill or a full disk
+        return
     try:
-        found = json.loads(out.read_bytes())
+        found = json.loads(content)
     except (ValueError, RecursionError):
         found = None
     # Every result names its checkpoint. So does the config.json of a fine-tuned run, which has a version too.

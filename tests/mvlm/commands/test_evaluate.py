@@ -59,8 +59,8 @@ def test_a_file_that_is_no_result_is_not_overwritten(run_mvlm, run_copy, scenes,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("content", ["", '{"checkpoint": "earlier", "records": []}'])
-def test_earlier_figures_and_empty_files_are_replaced(run_mvlm, trained, scenes, tmp_path, content):
+@pytest.mark.parametrize("content", ["", '{"checkpoint": "earlier", "records": []}', '{\n "checkpoint": "earl'])
+def test_earlier_figures_and_empty_or_cut_files_are_replaced(run_mvlm, trained, scenes, tmp_path, content):
     out = tmp_path / "out.json"
     out.write_text(content)
     words = ("--checkpoint", trained, "--data", scenes, "--out", out)

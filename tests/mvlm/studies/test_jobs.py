@@ -81,7 +81,7 @@ print("all ended well")
 
 def test_a_signal_that_is_ignored_stays_ignored(python, capfd) -> None:
     """Under nohup, the end of the terminal does not end the trials."""
-    python.write_text('#!/bin/sh\nkill -HUP $PPID; sleep 0.5; echo done\n')
+    python.write_text("#!/bin/sh\nkill -HUP $PPID; sleep 0.5; echo done\n")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         run_jobs(["study.toml"], (1, 1), 1)
