@@ -205,10 +205,11 @@ def _beside(out: Path | str) -> Path | str:
     if isinstance(out, Path):
         return out.with_name(f".{out.name}.partial")
     protocol, _, path = out.partition("://")
-    # A bucket, or a repository of the hub, has no folder beside it.
-    inside = len(path.split("/")) <= (3 if path.startswith(("datasets/", "spaces/")) and protocol == "hf" else 1)
+    parts = path.split("/")
+    # A bucket, or a repository of the hub (owner/name, behind the kind if it is no model), has no folder beside it.
+    whole = 1 if protocol != "hf" else 3 if parts[0] in ("datasets", "spaces", "buckets") else 2
     parent, _, name = out.rpartition("/")
-    return f"{out}/.partial" if inside else f"{parent}/.{name}.partial"
+    return f"{out}/.partial" if len(parts) <= whole else f"{parent}/.{name}.partial"
 
 
 def _remote(out: Path | str) -> RemoteFolder | None:
