@@ -101,10 +101,14 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, gradient clipping, weight averaging and skipped updates. A resumed run keeps these."""
+    """The optimizer, gradient clipping, weight averaging and skipped updates. A resumed run keeps these."""
 
     resume_may_change: ClassVar[bool] = False
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the matrices of all blocks and AdamW for the rest."""
+    lr_muon: Annotated[float, AT_LEAST_0] = 0.01
+    """Peak learning rate of Muon's matrices, in whichever part of the model."""
     lr_encoder: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the two encoders."""
     lr_cross: Annotated[float, AT_LEAST_0]
@@ -112,7 +116,7 @@ class OptimizerSettings:
     lr_pixels: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
     weight_decay: Annotated[float, AT_LEAST_0] = 0.05
-    """AdamW's weight decay, for matrices only: not for norms, biases and embeddings."""
+    """Weight decay, for matrices only: not for norms, biases and embeddings. It is relative to the learning rate."""
     beta2: Annotated[float, DECAY] = 0.98
     """AdamW's decay of the second moment."""
     clip_norm: Annotated[float, ABOVE_0] = 1.0

@@ -157,7 +157,7 @@ def _original_error() -> Iterator[None]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of AdamW by parameter name: name/exp_avg, name/exp_avg_sq, name/step."""
+    """State of the optimizer by parameter name: name/exp_avg, name/exp_avg_sq and name/step; of Muon name/momentum."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -166,20 +166,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load AdamW's state from the `OPTIMIZER` folder of a verified checkpoint.
+    """Load the optimizer's state from the `OPTIMIZER` folder of a verified checkpoint.
 
     Parameters without saved state get none. Those of ITC and ITM have none during `reconstruction_first`.
     """
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    states = {
-        name: {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-        for name, parameter in model.named_parameters()
-        if f"{name}/step" in found
-    }
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if f"{name}/momentum" in found:
+            states[name] = {"momentum": torch.zeros_like(parameter)}
+        elif f"{name}/step" in found:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            states[name] = {
+                "step": step,
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
     read_tensors(folder, {f"{name}/{key}": t for name, state in states.items() for key, t in state.items()})
     for name, parameter in model.named_parameters():
         if name in states:

@@ -69,12 +69,13 @@ def check_metrics(claims: Claims) -> Check:
     config, rows = claims.config, claims.rows
     steps, last = [row["step"] for row in rows], config.max_steps
     due = {step for step in range(1, last + 1) if claims.row_due(step)}
+    rates = RATES | ({"lr_muon": "lr_muon"} if config.optimizer == "muon" else {})
     problems = [f"no row of step {step}" for step in sorted(due - set(steps))]
     if steps != sorted(set(steps)) or (steps and steps[-1] > last):
         problems.append("rows are not in the order of steps")
     for row in rows:
         factor = learning_rate_factor(row["step"] - 1, config)
-        wanted = {name: getattr(config, peak) * factor for name, peak in RATES.items()}
+        wanted = {name: getattr(config, peak) * factor for name, peak in rates.items()}
         wanted["pairs_seen"] = row["step"] * config.batch_size
         problems += [
             f"step {row['step']}: {name} {row.get(name)}, the settings give {value:g}"

@@ -154,6 +154,7 @@ class MetricsLogger:
             "lr": config.lr_cross * factor,
             "lr_encoder": config.lr_encoder * factor,
             "lr_pixels": config.lr_pixels * factor,
+            **({"lr_muon": config.lr_muon * factor} if config.optimizer == "muon" else {}),
             "pairs_per_s": rate,
             "data_wait_s": buffer.waited / steps,
             "seconds": elapsed,

@@ -1,35 +1,18 @@
-"""AdamW with learning rates by part of the model, the learning rate schedule, and an average of the weights."""
+"""The optimizer with learning rates by part of the model, the learning rate schedule, and an average of the weights."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import chosen_precision
 from mvlm.model.network import PIXEL_MODULES
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that can clip gradients and skip an update, without a host sync and without a pass of its own.
-
-    The fused kernels read two attributes that GradScaler sets for the same purposes.
-    """
-
-    found_inf: Tensor | None = None
-    """float32 (), 1 = leave weights, moments and step counts unchanged."""
-    grad_scale: Tensor | None = None
-    """float32 (), gradients are divided by it."""
-
-    def set_learning_rates(self, factor: float) -> None:
-        """Set the learning rate of each parameter group to its peak times `factor`."""
-        for group in self.param_groups:
-            group["lr"] = group["peak"] * factor
-
-    def clip(self, norm: Tensor, limit: float) -> None:
-        """Clip the gradients of the next step from their norm () to `limit`, as torch's `clip_grad_norm_` does."""
-        self.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1)
+from mvlm.training.guarded_adamw import GuardedAdamW
+from mvlm.training.muon import GuardedMuon
 
 
 def peak_rate(name: str, config: PretrainConfig) -> float:
@@ -47,30 +30,34 @@ def make_optimizer(
     device: torch.device,
     rate: Callable[[str, PretrainConfig], float] = peak_rate,
 ) -> GuardedAdamW:
-    """Make AdamW with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
+    """Make the optimizer, with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
 
     Weights of linear layers decay. Biases, norms and embeddings do not. Frozen parameters are left out. `rate` gives
-    the peak learning rate of a parameter by its name.
+    the peak learning rate of a parameter by its name. With `--optimizer muon` the matrices of all blocks are a group of
+    their own, with `lr_muon`.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        groups.setdefault((rate(name, config), matrix), []).append(parameter)
-    return GuardedAdamW(
-        [
-            {
-                "params": parameters,
-                "peak": peak,
-                "weight_decay": config.weight_decay if matrix else 0.0,
-            }
-            for (peak, matrix), parameters in groups.items()
-        ],
-        lr=config.lr_cross,
-        betas=(0.9, config.beta2),
-        fused=True,
-    )
+        muon = config.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in name
+        peak = config.lr_muon if muon else rate(name, config)
+        groups.setdefault((peak, matrix, muon), []).append(parameter)
+    settings: Any = [
+        {
+            "params": parameters,
+            "peak": peak,
+            "weight_decay": config.weight_decay if matrix else 0.0,
+            "muon": muon,
+        }
+        for (peak, matrix, muon), parameters in groups.items()
+    ]
+    kind = GuardedMuon if config.optimizer == "muon" else GuardedAdamW
+    optimizer = kind(settings, lr=config.lr_cross, betas=(0.9, config.beta2), fused=True)
+    if isinstance(optimizer, GuardedMuon) and chosen_precision(device, config.precision) == "bf16":
+        optimizer.precision = torch.bfloat16
+    return optimizer
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:

@@ -42,9 +42,10 @@ from mvlm.runs.folder import RunFolder
 from mvlm.runs.history import History
 from mvlm.training.cuda_graphs import CudaGraphs
 from mvlm.training.few_shapes import with_few_shapes
+from mvlm.training.guarded_adamw import GuardedAdamW
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
-from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
+from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_factor
 from mvlm.training.stop_request import StopRequest
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
 from mvlm.training.watchdog import Watchdog
@@ -70,8 +71,7 @@ class Trainer:
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
-        self.loader, self.tokenizer, self.device = loader, tokenizer, world.device
-        self.validation = validation
+        self.loader, self.tokenizer, self.validation, self.device = loader, tokenizer, validation, world.device
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.guard = UpdateGuard(world, config.skip_spikes)
         self.skipped = SkippedUpdates(config.max_bad_steps)

@@ -23,11 +23,13 @@ from support.models import pretrain_config
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 
 
-@pytest.fixture(scope="module")
-def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def runs(request, scenes, tmp_path_factory) -> tuple[Path, Path]:
     """Runs of four steps: one process, and two ranks with FSDP2 and two microbatches each."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
+    folder, optimizer = tmp_path_factory.mktemp("runs"), request.param
+    config = pretrain_config(
+        scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4, optimizer=optimizer
+    )
     pretrain(config)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # The command of docs/guides/many_gpus.md, with another configuration and other folders.

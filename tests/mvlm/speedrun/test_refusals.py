@@ -9,7 +9,7 @@ import torch
 from mvlm.speedrun.claims import read_claims
 from mvlm.speedrun.paper import check_data, check_history, check_metrics
 from mvlm.speedrun.verify import verify_run
-from mvlm.training.optimizer import GuardedAdamW
+from mvlm.training.guarded_adamw import GuardedAdamW
 from mvlm.training.run import pretrain
 from support.forgery import change_events, change_rows, change_tensors, checkpoint, reseal, short_run
 from support.scenes import write_scenes
