@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data/emoji
 RUN    ?= runs/demo
-STEPS  ?= 640
+STEPS  ?= 450
 
 # Each of the hundreds of processes that tests start would compile every module of this repository again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -31,7 +31,7 @@ $(DATA)/dataset.json: | $(VENV)/.installed
 
 ## demo            build the emoji data set, pretrain on it, evaluate, write a report
 demo: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
+	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --model.image-size 64 --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
@@ -219,20 +219,22 @@ evidence: $(VENV)/.installed data/emoji/dataset.json
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
-# The model that the studies of scenes start from: the demo's, after captions of scenes, names of objects, and places.
+# The model that tasks start from: images of 96 pixels, trained with AdamW.
+TASKS_RUN := runs/tasks/start
+# The model that the studies of scenes start from: that one, after captions of scenes, names of objects, and places.
 SCENES_RUN := runs/tasks/scene-places
 
 # Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
 study_data = $(if $(filter easy-vqa,$1),data/easy-vqa,$(if $(filter emoji-%,$1),$(DATA),data/scenes/$(1:scenes-%=%)))
-study_start = $(if $(filter scenes-vqa scenes-entailment scenes-pairs,$1),$(SCENES_RUN),$(RUN))
+study_start = $(if $(filter scenes-vqa scenes-entailment scenes-pairs,$1),$(SCENES_RUN),$(TASKS_RUN))
 define task_study
 $(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --data $(call study_data,$1) \
     --out runs/tasks/$1 $(addprefix --reuse ,$(wildcard benchmarks/results/tasks/$1.jsonl)) $2
 
 endef
 
-## tasks          the demo's model on every task, with baselines and three seeds: an estimated 2.7 hours on two cores; PART=i/n
-tasks: $(TASK_EVALUATIONS) $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
+## tasks          every task, with baselines and three seeds: an estimated 2.8 hours on two cores; PART=i/n
+tasks: $(TASK_EVALUATIONS) $(TASKS_RUN)/.trained $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 
 ## tasks-table    the results of finished trials of `make tasks` into benchmarks/results/tasks and the pages' tables
@@ -240,12 +242,17 @@ tasks-table: $(VENV)/.installed
 	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
 	$(BIN)/python docs/tables.py --tasks runs/tasks
 
-scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model runs/tasks/$1 --data data/scenes/$2 --out runs/tasks/$3 \
-    --max-steps $4 --mim-weight 0 --model.whole-word-masking --batch-size 64 --lr-encoder 3e-4 --lr-cross 6e-4 --lr-end 0 \
-    --warmup-steps 30 --eval-every-steps 0 --resume
+$(TASKS_RUN)/.trained: | $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(TASKS_RUN) --optimizer adamw --batch-size 64 --warmup-steps 60 \
+	    --max-steps 640 --eval-every-steps 200 --resume
+	touch $@
 
-$(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(RUN)/config.json
-	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out runs/tasks/scene-writing \
+scenes_pretraining = $(BIN)/mvlm pretrain tiny --initial-model runs/tasks/$1 --data data/scenes/$2 --out runs/tasks/$3 \
+    --max-steps $4 --mim-weight 0 --model.whole-word-masking --optimizer adamw --batch-size 64 --lr-encoder 3e-4 \
+    --lr-cross 6e-4 --lr-end 0 --warmup-steps 30 --eval-every-steps 0 --resume
+
+$(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(TASKS_RUN)/.trained
+	$(BIN)/mvlm finetune caption --checkpoint $(TASKS_RUN) --data data/scenes/caption --out runs/tasks/scene-writing \
 	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 \
 	    --max-steps 2000 --resume
 	$(call scenes_pretraining,scene-writing,caption,scene-words,800)
@@ -256,17 +263,17 @@ $(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(RUN)/config.json
 	    --warmup-steps 30 --max-steps 2500 --keep-images-mb 1024 --eval-every-steps 0 --resume
 	touch $@
 
-runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json $(RUN)/config.json
-	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by concept --out $@
+runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json $(TASKS_RUN)/.trained
+	$(BIN)/mvlm eval recognition --checkpoint $(TASKS_RUN) --data $(DATA) --by concept --out $@
 
-runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json $(RUN)/config.json
-	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data data/twemoji --by concept --out $@
+runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json $(TASKS_RUN)/.trained
+	$(BIN)/mvlm eval recognition --checkpoint $(TASKS_RUN) --data data/twemoji --by concept --out $@
 
-runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json $(RUN)/config.json
-	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by group --probe --out $@
+runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json $(TASKS_RUN)/.trained
+	$(BIN)/mvlm eval recognition --checkpoint $(TASKS_RUN) --data $(DATA) --by group --probe --out $@
 
-runs/tasks/grounding.json: | data/scenes/places/dataset.json $(RUN)/config.json
-	$(BIN)/mvlm eval grounding --checkpoint $(RUN) --data data/scenes/grounding --out $@
+runs/tasks/grounding.json: | data/scenes/places/dataset.json $(TASKS_RUN)/.trained
+	$(BIN)/mvlm eval grounding --checkpoint $(TASKS_RUN) --data data/scenes/grounding --out $@
 
 data/twemoji/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data twemoji data/twemoji

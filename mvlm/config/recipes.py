@@ -17,13 +17,14 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
         return PretrainConfig(
             data=data,
             out=out,
-            max_steps=640,
-            batch_size=64,
+            max_steps=450,
+            batch_size=128,
+            optimizer="muon",
             lr_encoder=7e-4,
             lr_cross=7e-4,
             lr_pixels=4e-4,
             lr_end=0.01,
-            warmup_steps=60,
+            warmup_steps=40,
             crop_scale=(0.9, 1.0),
             model=model,
         )

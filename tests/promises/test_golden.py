@@ -48,7 +48,8 @@ def run(folder: Path) -> list[list[float]]:
     recipe = pretrain_defaults("tiny", copy_shapes(folder / "data"), folder / "run")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pretrain(replace(recipe, max_steps=30, warmup_steps=5, batch_size=8, device="cpu", precision="fp32"))
+    settings = {"max_steps": 30, "warmup_steps": 5, "batch_size": 8, "optimizer": "adamw"}
+    pretrain(replace(recipe, device="cpu", precision="fp32", **settings))
     torch.set_num_threads(threads)
     return [[row[name] for name in LOSSES] for row in read_metrics(folder / "run/metrics.jsonl")]
 
