@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data/emoji
 RUN    ?= runs/demo
-STEPS  ?= 450
+STEPS  ?= 550
 
 # Each of the hundreds of processes that tests start would compile every module of this repository again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-table tasks-smoke \
+        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
         format clean
 
@@ -241,6 +241,9 @@ tasks: $(TASK_EVALUATIONS) $(TASKS_RUN)/.trained $(SCENES_RUN)/.trained data/eas
 tasks-table: $(VENV)/.installed
 	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
 	$(BIN)/python docs/tables.py --tasks runs/tasks
+
+## tasks-start    the model that tasks start from: runs/tasks/start
+tasks-start: $(TASKS_RUN)/.trained
 
 $(TASKS_RUN)/.trained: | $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(TASKS_RUN) --optimizer adamw --batch-size 64 --warmup-steps 60 \

@@ -216,17 +216,20 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
 
 
 def another_artist() -> str:
-    """Retrieval of the same emoji by the artist of the training images and by another one, for three training sets."""
-    found = json.loads((RESULTS / "another-artist.json").read_text())
+    """Retrieval of the same emoji by the artist of the training images and by another one, for three trainings."""
     ways = [f"{way} {k}" for way in ("image to text", "text to image") for k in ("R@1", "R@10")]
     rows = [
         ["trained on", *(f"{test}, {way}" for test in ("OpenMoji", "Twemoji") for way in ways), "masked L1 on Twemoji"]
     ]
-    for name, parts in found.items():
-        cells = [
-            f"{parts[test][way][k]:.1f}" for test in ("emoji", "twemoji") for way in ("tr", "ir") for k in ("r1", "r10")
-        ]
-        rows.append([name, *cells, f"{parts['twemoji']['masked_l1']:.3f}"])
+    for run, name in (
+        ("demo", "OpenMoji: the demo"),
+        ("fluent-550", "OpenMoji and Fluent, 550 steps"),
+        ("fluent-1100", "OpenMoji and Fluent, 1100 steps"),
+    ):
+        files = [RESULTS / "another-artist" / f"{run}-on-{test}.json" for test in ("emoji", "twemoji")]
+        found = [json.loads(file.read_text()) for file in files]
+        cells = [f"{each[way][k]:.1f}" for each in found for way in ("tr", "ir") for k in ("r1", "r10")]
+        rows.append([name, *cells, f"{found[1]['masked_l1']:.3f}"])
     return markdown(rows)
 
 

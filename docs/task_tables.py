@@ -82,8 +82,8 @@ def read_study(name: str) -> dict[str, Any]:
 
 
 def task_evaluations() -> Rows:
-    """Figures of the demo's model without fine-tuning: recognition of concepts and groups, and the pointing game."""
-    rows = [["per cent", "the demo's model (95 %)", "random weights", "other baselines"]]
+    """Figures of the start without fine-tuning: recognition of concepts and groups, and the pointing game."""
+    rows = [["per cent", "the start (95 %)", "random weights", "other baselines"]]
     for name, label in (("openmoji", "OpenMoji"), ("twemoji", "Twemoji, another artist")):
         if found := read_evaluation(f"recognition-{name}"):
             base = found["baselines"]

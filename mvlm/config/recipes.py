@@ -17,7 +17,7 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
         return PretrainConfig(
             data=data,
             out=out,
-            max_steps=450,
+            max_steps=550,
             batch_size=128,
             optimizer="muon",
             lr_encoder=7e-4,
