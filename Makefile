@@ -211,9 +211,9 @@ $(RUN)/config.json:
 
 # Trials whose results are committed are not run again. Fluent needs a package of npm, so it is built by hand.
 EVIDENCE := emoji $(if $(wildcard data/fluent/dataset.json),fluent)
-## evidence       all studies, resumable; PART=i/n runs a part of the trials (an estimated 2.6 hours a data set on two cores)
+## evidence       all studies, resumable; PART=i/n runs a part of the trials (an estimated 2.9 hours a data set on two cores)
 evidence: $(VENV)/.installed data/emoji/dataset.json
-	for data in $(EVIDENCE); do for study in objectives masking ratios data objective_now; do \
+	for data in $(EVIDENCE); do for study in objectives masking ratios data objective_now optimizer; do \
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
 	        --reuse runs/evidence/$$data/* benchmarks/results/studies/$$data-*.jsonl --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
 

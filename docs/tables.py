@@ -215,6 +215,16 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
     return markdown(table)
 
 
+def unseen_words() -> str:
+    """R@10 of unseen concepts by the words of their captions."""
+    kinds = json.loads((RESULTS / "unseen-words.json").read_text())["kinds"]
+    rows = [["unseen concepts whose captions have", "images", "image to text R@10, %", "captions", "text to image R@10, %"]]
+    for kind, row in kinds.items():
+        cells = [f"{row['tr_queries']}", f"{row['tr_r10']:.1f}", f"{row['ir_queries']}", f"{row['ir_r10']:.1f}"]
+        rows.append([kind, *cells])
+    return markdown(rows)
+
+
 def another_artist() -> str:
     """Retrieval of the same emoji by the artist of the training images and by another one, for three trainings."""
     ways = [f"{way} {k}" for way in ("image to text", "text to image") for k in ("R@1", "R@10")]
@@ -269,6 +279,8 @@ TABLES = {
     "study-ratios": lambda: study("ratios", "masked: image / caption"),
     "study-data": lambda: study("data", "losses, share of the training images"),
     "study-objective-now": lambda: study("objective_now", "what is changed"),
+    "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),
+    "unseen-words": unseen_words,
     "another-artist": another_artist,
     "transfer": transfer,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},

@@ -6,6 +6,7 @@ over another image's caption, one image of each group of emoji. The masked word 
 
 import argparse
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 
@@ -57,9 +58,8 @@ def main() -> None:
         panels = right.image, right.masked, right.rebuilt, misled.rebuilt, np.asarray(draw_overlay(image, looks))
         for axis, panel in zip(axes[line], panels, strict=False):
             axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE)))
-        axes[line, 5].text(
-            0.02, 0.5, f"{captions[row]}\n(another: {captions[partner[row]]})\n\n{text}", va="center", fontsize=9
-        )
+        named = fill(captions[row], 46) + "\n" + fill(f"(another: {captions[partner[row]]})", 46)
+        axes[line, 5].text(0.02, 0.5, f"{named}\n\n{text}", va="center", fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_color("#cccccc")
