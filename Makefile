@@ -203,7 +203,7 @@ faults-network: $(VENV)/.installed
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
 
-# The trained model is the demo's, or that of RUN=FOLDER. Where there is none, the demo's steps make it. Interrupted, they go
+# The model of `make tasks-smoke` is the demo's, or that of RUN=FOLDER. Where there is none, the demo's steps make it. Interrupted, they go
 # on with `make demo`: make would remove the file.
 .PRECIOUS: $(RUN)/config.json
 $(RUN)/config.json:

@@ -218,7 +218,7 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
 def unseen_words() -> str:
     """R@10 of unseen concepts by the words of their captions."""
     kinds = json.loads((RESULTS / "unseen-words.json").read_text())["kinds"]
-    rows = [["unseen concepts whose captions have", "images", "image to text R@10, %", "captions", "text to image R@10, %"]]
+    rows = [["unseen concepts", "images", "image to text R@10, %", "captions", "text to image R@10, %"]]
     for kind, row in kinds.items():
         cells = [f"{row['tr_queries']}", f"{row['tr_r10']:.1f}", f"{row['ir_queries']}", f"{row['ir_r10']:.1f}"]
         rows.append([kind, *cells])

@@ -232,7 +232,8 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
         yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
         return
     parameters = sum(p.numel() for p in model.parameters())
-    yield from _figures(config, device, loader_speed, model_speed, memory_mb(device), parameters)
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    yield from _figures(config, device, loader_speed, model_speed, memory_mb(device), parameters, moments)
 
 
 def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[Finding]:
@@ -250,13 +251,23 @@ def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[F
 
 
 def _figures(
-    config: PretrainConfig, device: torch.device, loader: float, model: float, memory: float, parameters: int
+    config: PretrainConfig,
+    device: torch.device,
+    loader: float,
+    model: float,
+    memory: float,
+    parameters: int,
+    moments: int | None = None,
 ) -> Iterator[Finding]:
-    """Memory in MB, and pairs per second of the loader and the model alone, as findings."""
+    """Memory in MB, and pairs per second of the loader and the model alone, as findings.
+
+    `moments` are the bytes of the optimizer's state; by default AdamW's of all parameters.
+    """
+    moments = 8 * parameters if moments is None else moments
     if device.type == "cuda":
-        where, kept, of = "at the peak on the GPU", 16 * parameters, "weights, gradients and moments"
+        where, kept, of = "at the peak on the GPU", 8 * parameters + moments, "weights, gradients and moments"
     else:  # `memory_mb` is the memory at this moment, and the step has freed its gradients
-        where, kept, of = "of the process", 12 * parameters, "weights and moments"
+        where, kept, of = "of the process", 4 * parameters + moments, "weights and moments"
     yield Finding(
         "green",
         "memory",

@@ -79,6 +79,7 @@ _NOT_READ = (ObjectiveSettings, WeightSettings)
 PRETRAINING_ONLY = (
     *(setting.name for group in _NOT_READ for setting in fields(group)),
     *("tokenizer", "reconstruction_first", "low_resolution", "low_resolution_share", "lr_pixels"),
+    *("optimizer", "lr_muon"),
     *("compile", "cuda_graphs", "local_negatives"),
 )
 """Settings that fine-tuning does not read. It refuses other values than their defaults, and a rate of pixels but 0."""

@@ -108,7 +108,7 @@ class OptimizerSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all parameters, or Muon for the matrices of all blocks and AdamW for the rest."""
     lr_muon: Annotated[float, AT_LEAST_0] = 0.01
-    """Peak learning rate of Muon's matrices, in whichever part of the model."""
+    """Peak learning rate of Muon's matrices, in whichever part of the model. Without Muon nothing reads it."""
     lr_encoder: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the two encoders."""
     lr_cross: Annotated[float, AT_LEAST_0]

@@ -13,7 +13,8 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
     """Make the recipe of a preset, for shards in `data` and a run folder `out`. ConfigError for an unknown preset."""
     model = MaskVLMConfig.preset(preset)
     if preset == "tiny":
-        # Chosen on two CPU cores for a run of 10 minutes; docs/evidence/lab_log.md has the other trials.
+        # Chosen on two CPU cores, with images of 64 pixels, for a run of five minutes. docs/evidence/lab_log.md has the
+        # other trials.
         return PretrainConfig(
             data=data,
             out=out,

@@ -143,7 +143,7 @@ def rank_step_record(setting: ClusterSetting) -> RecordedStep:
 
 
 def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
-    """Bytes of one GPU by part. Weights and AdamW are in fp32.
+    """Bytes of one GPU by part. Weights and moments of AdamW are in fp32; Muon has one moment of most weights.
 
     Gradients may be counted twice: as buffers, and in `activations: backward` if they are alive at the peak.
     """

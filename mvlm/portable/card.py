@@ -28,9 +28,9 @@ TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 RECIPE = (
-    "batch_size", "max_steps", "warmup_steps", "lr_encoder", "lr_cross", "lr_pixels", "weight_decay", "beta2",
-    "clip_norm", "ema_decay", "crop_scale", "flip", "color_jitter", "randaugment", "precision", "seed",
-    "initial_model", "image_weights", "text_weights",
+    "batch_size", "max_steps", "warmup_steps", "optimizer", "lr_muon", "lr_encoder", "lr_cross", "lr_pixels",
+    "weight_decay", "beta2", "clip_norm", "ema_decay", "crop_scale", "flip", "color_jitter", "randaugment", "precision",
+    "seed", "initial_model", "image_weights", "text_weights",
 )  # fmt: skip
 """Settings of a run that its card lists, as far as the run's config.json has them."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
@@ -123,6 +123,7 @@ def model_card(
         elif not same_data:
             figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
+    unread = () if config.get("optimizer") == "muon" else ("lr_muon",)
     name = hub_id.split("/")[1]
     return TEMPLATES.get_template("card.md").render(
         head=card_head(name, description, figures, found),
@@ -140,7 +141,7 @@ def model_card(
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
         step=int(named[1]),
         batch_size=config["batch_size"],
-        settings=[(key, setting(config[key])) for key in RECIPE if key in config],
+        settings=[(key, setting(config[key])) for key in RECIPE if key in config and key not in unread],
         versions={package: version(package) for package in ("torch", "numpy")},
     )
 

@@ -145,7 +145,8 @@ def curves(rows: list[dict[str, Any]], window: int) -> list[Markup]:
         "itm": "ITM, nats",
     }
     charts = [line_chart(title, {name: series(rows, name, window)}) for name, title in titles.items()]
-    charts.append(line_chart("learning rate", {"lr": series(rows, "lr")}))
+    rates = {name: series(rows, name) for name in ("lr", "lr_muon") if any(name in row for row in rows)}
+    charts.append(line_chart("learning rate", rates))
     charts.append(line_chart("gradient norm before clipping", {"grad_norm": series(rows, "grad_norm", window)}))
     if any("tr_r1" in row for row in rows):
         charts.append(

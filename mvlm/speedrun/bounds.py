@@ -15,7 +15,7 @@ from torch import Tensor
 from mvlm.runs.checkpoint import EMA, MODEL
 from mvlm.speedrun.claims import MEASURED
 
-FIXED = ("step", "pairs_seen", "lr", "lr_encoder", "lr_pixels", "skipped", "bad_steps")
+FIXED = ("step", "pairs_seen", "lr", "lr_encoder", "lr_pixels", "lr_muon", "skipped", "bad_steps")
 """Fields of a row that no rounding changes."""
 ROUNDED = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 """Fields of a row that are compared within bounds. Others are fractions of a batch or parts of these."""

@@ -19,8 +19,8 @@ from mvlm_dataloading import Batch, Masks
 
 STEP, NO_LOADER, LOOP = "step", "run, no loader", "run, no evaluation"
 CONTENDERS = (STEP, NO_LOADER, LOOP)
-"""step: forward, backward and AdamW on batches in memory. run, no loader: `Trainer.train` on the same batches, with the
-guard, clipping, metrics and logs. run, no evaluation: the same with the loader's batches."""
+"""step: forward, backward and optimizer on batches in memory. run, no loader: `Trainer.train` on the same batches, with
+the guard, clipping, metrics and logs. run, no evaluation: the same with the loader's batches."""
 WARM_UP = 1
 """Rounds that do not count."""
 SETTLE_S = 0.3
@@ -107,7 +107,7 @@ def _wait_for_device(trainer: Trainer) -> None:
 
 
 def bare_step(trainer: Trainer, batch: Batch, masks: Masks) -> None:
-    """One step as `mvlm bench step` times it: forward, backward and AdamW, with a learning rate of 0."""
+    """One step as `mvlm bench step` times it: forward, backward and optimizer, with a learning rate of 0."""
     config = trainer.config
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0

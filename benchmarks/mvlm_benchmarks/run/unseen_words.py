@@ -45,7 +45,7 @@ def recall_by_kind(split: Dataset, train: Dataset, ranks: dict[str, Any]) -> dic
     known = {word for i in range(len(train)) for caption in train.captions(i) for word in words_of(caption)}
     captions = [split.captions(i) for i in range(len(split))]
     flat = [caption for of_image in captions for caption in of_image]
-    flags = [any("flag" in words_of(caption) for caption in of_image) for of_image in captions]
+    flags = [any("flag of" in caption.lower() for caption in of_image) for of_image in captions]
     unseen, owner = ranks["unseen"] or [False] * len(split), ranks["owner"]
     queries = {
         "tr": [(i, kind_of(captions[i], known, flags[i])) for i in range(len(split)) if unseen[i]],

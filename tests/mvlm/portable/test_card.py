@@ -38,6 +38,14 @@ def head_of(card: str) -> dict:
     return yaml.safe_load(head)
 
 
+def test_the_card_of_a_run_with_muon_has_its_rate(run_copy):
+    config = json.loads((run_copy / "config.json").read_text()) | {"optimizer": "muon", "lr_muon": 0.03}
+    (run_copy / "config.json").write_text(json.dumps(config))
+    card = model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
+    assert '| optimizer | "muon" |' in card
+    assert "| lr_muon | 0.03 |" in card
+
+
 @pytest.mark.parametrize(("successes", "n"), [(0, 8), (3, 8), (8, 8), (211, 413)])
 def test_intervals_are_those_of_scipy(successes, n):
     wanted = stats.binomtest(successes, n).proportion_ci(method="wilson")
@@ -57,6 +65,8 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy):
     assert "- train: 32 images, 48 captions" in card
     assert "Step 2, 16 pairs seen (0.5 epochs)" in card
     assert "| batch_size | 8 |" in card
+    assert '| optimizer | "adamw" |' in card
+    assert "lr_muon" not in card  # which AdamW does not read
     assert "It knows what 32 training images" in card
     assert "The data name no concepts" in card
     assert "/home" not in card

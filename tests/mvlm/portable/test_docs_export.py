@@ -51,7 +51,7 @@ def test_examples_of_the_page_run(working_folder, programs, small, capsys):
     for format in ("pt2", "onnx"):
         (working_folder / f"demo-{format}").symlink_to(programs / format)
     names: dict = {}
-    exec(pt2.replace("96, 96", "32, 32"), names)
+    exec(pt2.replace("64, 64", "32, 32"), names)
     assert names["embedding"].shape == (2, 8)
     exec(onnx, names)
     model = load_model(small, "cpu", "fp32")
