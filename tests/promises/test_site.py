@@ -112,7 +112,7 @@ def test_commands_and_settings_are_made_from_the_code() -> None:
         assert f"| `--{name.replace('_', '-')}`, " in settings
     for field in fields(MaskVLMConfig):
         assert f"| `--model.{field.name.replace('_', '-')}`, " in settings
-    assert "| `--batch-size`, int at least 1 | 64 (tiny), 512 (small, base) |" in settings
+    assert "| `--batch-size`, int at least 1 | 128 (tiny), 512 (small, base) |" in settings
     assert "<!-- generated: commands -->" in (ROOT / "docs/reference/commands.md").read_text()
     assert "<!-- generated: configuration -->" in (ROOT / "docs/reference/configuration.md").read_text()
 

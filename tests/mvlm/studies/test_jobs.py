@@ -63,8 +63,9 @@ print("got", len(got), flush=True)
     )
     program.chmod(0o755)
     code = f"""
-import sys
+import signal, sys
 from mvlm.studies.jobs import run_jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.executable = {str(program)!r}
 run_jobs(["study.toml"], (1, 1), 2)
 print("all ended well")
