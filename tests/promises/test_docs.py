@@ -56,7 +56,7 @@ def test_commands_of_the_guide_run(guide_folder: Path) -> None:
     for name in ("data/emoji/dataset.json", "runs/guide/eval/test.json", "runs/guide/report.html", "rebuilt.png"):
         assert (guide_folder / name).stat().st_size > 0
     with Image.open(guide_folder / "rebuilt.png") as rebuilt:
-        assert rebuilt.size == (4 * 96, 96)
+        assert rebuilt.size == (4 * 64, 64)
 
 
 @pytest.mark.slow
