@@ -18,34 +18,16 @@ from support.models import pretrain_config
 
 # Listed by hand, to be independent of the ranges in the groups.
 NUMBERS = (
-    *(
-        "lr_encoder",
-        "lr_cross",
-        "lr_pixels",
-        "lr_muon",
-        "lr_end",
-        "weight_decay",
-        "beta2",
-        "clip_norm",
-        "flip",
-        "color_jitter",
-    ),
+    *("lr_encoder", "lr_cross", "lr_pixels", "lr_muon", "lr_end", "weight_decay", "beta2", "clip_norm"),
+    *("flip", "color_jitter"),
     *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes", "low_resolution_share"),
     *("mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
 )
 
 
 NOT_NEGATIVE = (
-    *(
-        "lr_encoder",
-        "lr_cross",
-        "lr_pixels",
-        "lr_muon",
-        "lr_end",
-        "weight_decay",
-        "warmup_steps",
-        "reconstruction_first",
-    ),
+    *("lr_encoder", "lr_cross", "lr_pixels", "lr_muon", "lr_end", "weight_decay"),
+    *("warmup_steps", "reconstruction_first"),
     *("eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("keep_every_steps", "max_bad_steps", "mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
 )
