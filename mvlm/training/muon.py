@@ -1,6 +1,7 @@
 """Muon: momentum whose update of a matrix is made orthogonal, so that it learns equally fast in all directions.
 
-Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. `torch.optim.Muon` does
+the same, one matrix at a time. It cannot skip an update without a host sync, and takes matrices alone.
 """
 
 from collections.abc import Iterator, Sequence
