@@ -104,6 +104,15 @@ def test_edited_times_rates_and_steps_of_rows(bare_run, edit, text):
     assert text in check.text
 
 
+def test_a_run_with_muon_is_replayed_and_its_rate_is_checked(scenes, tmp_path, refusals):
+    config = short_run(scenes, tmp_path / "run", optimizer="muon")
+    pretrain(config)
+    assert refusals(config.out) == {}
+    change_rows(config.out, lambda row: row.update(lr_muon=row["lr_muon"] * 1.01))
+    reseal(config.out)
+    assert "lr_muon 0.0" in refusals(config.out)["metrics"]
+
+
 def test_other_data(bare_run, tmp_path, refusals):
     """The same images with other captions, and the same description over a shard with one other byte."""
     other = write_scenes(tmp_path / "other", captions=lambda i: [f"number {i}"])

@@ -158,6 +158,7 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"low_resolution": 64, "cuda_graphs": True}, "got --low-resolution, --cuda-graphs; leave"),
         ({"lr_pixels": 1e-4, "low_resolution_share": 0.5}, "got --low-resolution-share, --lr-pixels; leave"),
         ({"mlm_weight": 0.5}, "got --mlm-weight; leave"),
+        ({"optimizer": "muon"}, "got --optimizer; leave"),
         ({"answers": "masked", "freeze": "all"}, "freeze: wanted none or encoders, got all; .* no head to train"),
         ({"tokenizer": Path("tokenizer.json")}, "got --tokenizer; leave"),
         ({"preemption_file": Path(__file__)}, "preemption_file: .* exists before the run starts"),
