@@ -1,6 +1,6 @@
 """Multi-head attention and the feed-forward layer. Attention's projections can also be called one by one.
 
-The backward of `attend` is that of SDPA, and on a CPU in bf16 that of `attention_backends.math_attention`. On a GPU the
+The backward of `attend` is that of SDPA, and on a CPU mostly that of `attention_backends.math_attention`. On a GPU the
 fast implementation calls `mvlm_kernels.cross_attention` for attention with text, which has a backward of ours. The
 feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
 
@@ -22,7 +22,7 @@ from mvlm_kernels import gelu_linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention: softmax(q k^T / sqrt(D)) v. SDPA computes it; on a CPU in bf16, two matrix products do.
+    """Attention: softmax(q k^T / sqrt(D)) v. SDPA computes it, or two matrix products where those are faster on a CPU.
 
     q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. With `causal`, query i reads
     the keys 0 to i only. Returns (B, H, Lq, D).
@@ -31,9 +31,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, caus
     if causal:
         past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()  # True = read
         mask = past if mask is None else mask & past
-    # SDPA's bf16 backward on CPUs runs in scalar code. Two batched matrix products are about four times as fast,
-    # forward and backward together.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if (
+        q.device.type == "cpu"
+        and backends.cpu_backend(q.dtype, k.shape[2], backends.needs_gradients(q, k, v)) == "math"
+    ):
         return backends.math_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -2,7 +2,7 @@
 
 A caller names a backend or asks for `auto`, which decides by device, dtype and shape (`mvlm doctor` prints the result):
 
-- Only images: SDPA on a GPU, and on a CPU in fp32. On a CPU in bf16, two matrix products (`math`).
+- Only images: SDPA on a GPU. On a CPU, SDPA or two matrix products (`math`), by `cpu_backend`.
 - Text on at least one side (text to text, image to text, text to image): our Triton kernels on a GPU, if they cover
   the call. Otherwise packed rows are padded and the rule for images holds.
 
@@ -34,6 +34,10 @@ from mvlm_kernels.interpreter import interpreting
 INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))
 """Optional attention libraries that are installed here, by module name."""
 
+# In fp32 on two cores forward and backward by matrix products are 1.1 to 3 times as fast as SDPA up to so many keys.
+# With 197 they are as fast or slower, and the probabilities that they keep take memory.
+_MOST_KEYS_BY_MATH = 128
+
 
 class BackendChoice(NamedTuple):
     """A chosen backend."""
@@ -64,7 +68,14 @@ class KeyIndex:
 
 
 def choose_backend(
-    wanted: str, device: torch.device, dtype: torch.dtype, head_width: int, short_rows: int, *, text: bool
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    rows: tuple[int, int],
+    *,
+    text: bool,
+    gradients: bool = True,
 ) -> BackendChoice:
     """The backend for one kind of attention call: the wanted one, or the best one for "auto".
 
@@ -73,13 +84,14 @@ def choose_backend(
         device: device of q, k and v.
         dtype: dtype of q, k and v, after autocast.
         head_width: D.
-        short_rows: rows of the longest sequence on the shorter of the two sides.
+        rows: rows of the longest sequence of queries, and of keys.
         text: True if queries or keys are text, False for only images.
+        gradients: True if a backward pass follows.
 
     Raises:
         ConfigError: the wanted backend does not exist or cannot run here. The message has the reason.
     """
-    reasons = _why_not(device, dtype, head_width, short_rows, text)
+    reasons = _why_not(device, dtype, head_width, min(rows), text)
     names = get_args(TextAttentionBackend if text else ImageAttentionBackend)
     if wanted not in names:
         raise ConfigError(f"attention backend: wanted one of {', '.join(names)}, got {wanted!r}")
@@ -93,8 +105,23 @@ def choose_backend(
         return BackendChoice(wanted, {})
     if device.type == "cuda":
         return BackendChoice("triton" if text and "triton" not in reasons else "sdpa", reasons)
-    # On CPUs SDPA's bf16 backward runs in scalar code and is slower than two matrix products.
-    return BackendChoice("math" if dtype == torch.bfloat16 else "sdpa", reasons)
+    return BackendChoice(cpu_backend(dtype, rows[1], gradients), reasons)
+
+
+def cpu_backend(dtype: torch.dtype, keys: int, gradients: bool) -> str:
+    """The faster attention on a CPU: "math" for two matrix products, "sdpa" for SDPA.
+
+    SDPA's bf16 backward on CPUs runs in scalar code. In fp32 SDPA gains little from a second core where keys are few. A
+    forward pass alone is left to SDPA, which is faster on one core.
+
+    Args:
+        dtype: dtype of q, k and v.
+        keys: rows of the longest sequence of keys.
+        gradients: True if a backward pass follows.
+    """
+    if dtype == torch.bfloat16 or (dtype == torch.float32 and gradients and keys <= _MOST_KEYS_BY_MATH):
+        return "math"
+    return "sdpa"
 
 
 def choose_for_model(
@@ -108,11 +135,16 @@ def choose_for_model(
 
     `image` and `text` are the wanted backends. ConfigError, with the reason, if one of them cannot run here.
     """
-    head_width, image_rows = config.width // config.heads, 1 + config.num_patches
+    head_width, patches = config.width // config.heads, 1 + config.num_patches
     return {
-        "image": choose_backend(image, device, dtype, head_width, image_rows, text=False),
-        "text": choose_backend(text, device, dtype, head_width, min(image_rows, config.text_length), text=True),
+        "image": choose_backend(image, device, dtype, head_width, (patches, patches), text=False),
+        "text": choose_backend(text, device, dtype, head_width, (patches, config.text_length), text=True),
     }
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """True if autograd records what is computed from one of the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_rows: int, text: bool) -> dict[str, str]:
@@ -135,7 +167,10 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_ro
 
 def image_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Tensor:
     """Attention between patches of images, without a mask: q, k and v (B, L, H, D) -> (B, L, H, D)."""
-    backend = choose_backend(wanted, q.device, q.dtype, q.shape[-1], q.shape[1], text=False).backend
+    rows = (q.shape[1], k.shape[1])
+    backend = choose_backend(
+        wanted, q.device, q.dtype, q.shape[-1], rows, text=False, gradients=needs_gradients(q, k, v)
+    ).backend
     if backend == "triton":
         return cross_attention(q, k, v)
     if backend == "flash-attn":
@@ -170,7 +205,9 @@ def text_attention(
     Returns a tensor of q's shape. ConfigError if the wanted backend cannot run here.
     """
     longest = (queries.max_length if queries else q.shape[1], keys.max_length if keys else k.shape[1])
-    backend = choose_backend(wanted, q.device, q.dtype, q.shape[-1], min(longest), text=True).backend
+    backend = choose_backend(
+        wanted, q.device, q.dtype, q.shape[-1], longest, text=True, gradients=needs_gradients(q, k, v)
+    ).backend
     if backend == "triton":
         # The kernels read packed rows and key_index in place. Nothing is padded or copied.
         return cross_attention(

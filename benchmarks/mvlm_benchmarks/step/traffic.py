@@ -82,7 +82,7 @@ class Traffic(TorchDispatchMode):
 def choices_of_a_gpu() -> Iterator[None]:
     """Make a step on CPU tensors choose as on a GPU: kernels, biases added by them, bounds in place of host reads."""
 
-    def choose(*_: Any, text: bool) -> attention_backends.BackendChoice:
+    def choose(*_: Any, text: bool, **__: Any) -> attention_backends.BackendChoice:
         return attention_backends.BackendChoice("triton" if text else "sdpa", {})
 
     chunks = dict(linear_cross_entropy.LOGITS_PER_CHUNK)

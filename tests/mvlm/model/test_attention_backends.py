@@ -16,56 +16,66 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    "device, dtype, text, shorter, width, wanted",
+    "device, dtype, text, rows, width, wanted",
     [
-        (CPU, torch.bfloat16, False, 197, 64, "math"),
-        (CPU, torch.float32, False, 197, 64, "sdpa"),
-        (CPU, torch.bfloat16, True, 32, 64, "math"),
-        (CPU, torch.float64, True, 32, 64, "sdpa"),
-        (GPU, torch.bfloat16, False, 197, 64, "sdpa"),
-        (GPU, torch.bfloat16, True, 32, 64, "triton"),
-        (GPU, torch.bfloat16, True, 32, 36, "sdpa"),
-        (GPU, torch.bfloat16, True, 144, 64, "sdpa"),
-        (GPU, torch.float64, True, 32, 64, "sdpa"),
+        (CPU, torch.bfloat16, False, (197, 197), 64, "math"),
+        (CPU, torch.float32, False, (197, 197), 64, "sdpa"),
+        (CPU, torch.float32, False, (37, 37), 64, "math"),
+        (CPU, torch.float32, True, (197, 32), 64, "math"),
+        (CPU, torch.float32, True, (32, 197), 64, "sdpa"),
+        (CPU, torch.bfloat16, True, (32, 32), 64, "math"),
+        (CPU, torch.float64, True, (32, 32), 64, "sdpa"),
+        (GPU, torch.bfloat16, False, (197, 197), 64, "sdpa"),
+        (GPU, torch.bfloat16, True, (32, 197), 64, "triton"),
+        (GPU, torch.bfloat16, True, (197, 32), 64, "triton"),
+        (GPU, torch.bfloat16, True, (32, 32), 36, "sdpa"),
+        (GPU, torch.bfloat16, True, (144, 197), 64, "sdpa"),
+        (GPU, torch.float64, True, (32, 32), 64, "sdpa"),
     ],
 )
-def test_auto_chooses_by_device_dtype_and_shape(device, dtype, text, shorter, width, wanted):
-    assert backends.choose_backend("auto", device, dtype, width, shorter, text=text).backend == wanted
+def test_auto_chooses_by_device_dtype_and_shape(device, dtype, text, rows, width, wanted):
+    assert backends.choose_backend("auto", device, dtype, width, rows, text=text).backend == wanted
+
+
+@pytest.mark.parametrize("dtype, wanted", [(torch.bfloat16, "math"), (torch.float32, "sdpa")])
+def test_a_forward_pass_alone_on_a_cpu(dtype, wanted):
+    chosen = backends.choose_backend("auto", CPU, dtype, 64, (37, 37), text=False, gradients=False)
+    assert chosen.backend == wanted
 
 
 @pytest.mark.parametrize(
-    "wanted, device, dtype, width, shorter, text, message",
+    "wanted, device, dtype, width, rows, text, message",
     [
         (
             "flash-attn",
             CPU,
             torch.bfloat16,
             64,
-            197,
+            (197, 197),
             False,
             "tensors are on cpu, not on a GPU; choose one that can run: sdpa, math",
         ),
-        ("xformers", GPU, torch.bfloat16, 64, 197, False, "xformers is not installed: pip install"),
-        ("triton", GPU, torch.bfloat16, 36, 32, True, "heads are 36 wide"),
-        ("triton", GPU, torch.bfloat16, 64, 197, False, "the shorter side has 197 rows, the kernels take 128"),
+        ("xformers", GPU, torch.bfloat16, 64, (197, 197), False, "xformers is not installed: pip install"),
+        ("triton", GPU, torch.bfloat16, 36, (32, 32), True, "heads are 36 wide"),
+        ("triton", GPU, torch.bfloat16, 64, (197, 197), False, "the shorter side has 197 rows, the kernels take 128"),
         (
             "flash-attn",
             CPU,
             torch.bfloat16,
             64,
-            32,
+            (32, 32),
             True,
             "wanted one of auto, triton, sdpa, math, got 'flash-attn'",
         ),
-        ("cudnn", CPU, torch.bfloat16, 64, 32, False, "wanted one of auto, triton, sdpa, flash-attn"),
+        ("cudnn", CPU, torch.bfloat16, 64, (32, 32), False, "wanted one of auto, triton, sdpa, flash-attn"),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(
-    wanted, device, dtype, width, shorter, text, message, monkeypatch
+    wanted, device, dtype, width, rows, text, message, monkeypatch
 ):
     monkeypatch.setattr(backends, "INSTALLED_LIBRARIES", frozenset())
     with pytest.raises(ConfigError) as error:
-        backends.choose_backend(wanted, device, dtype, width, shorter, text=text)
+        backends.choose_backend(wanted, device, dtype, width, rows, text=text)
     assert message in str(error.value)
 
 
@@ -76,10 +86,10 @@ def test_auto_on_a_gpu_asks_the_kernels_for_their_limits(monkeypatch):
     monkeypatch.setattr(dispatch, "arch", lambda _: 90)
     for precision, backend in (("highest", "sdpa"), ("high", "triton")):
         monkeypatch.setattr(dispatch, "tf32_allowed", lambda precision=precision: precision != "highest")
-        assert backends.choose_backend("auto", GPU, torch.float32, 64, 32, text=True).backend == backend
-    assert backends.choose_backend("auto", GPU, torch.bfloat16, 64, 32, text=True).backend == "triton"
+        assert backends.choose_backend("auto", GPU, torch.float32, 64, (32, 32), text=True).backend == backend
+    assert backends.choose_backend("auto", GPU, torch.bfloat16, 64, (32, 32), text=True).backend == "triton"
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ("compute capability 8.0 or later is needed",))
-    found = backends.choose_backend("auto", GPU, torch.bfloat16, 64, 32, text=True)
+    found = backends.choose_backend("auto", GPU, torch.bfloat16, 64, (32, 32), text=True)
     assert (found.backend, found.reasons["triton"]) == ("sdpa", "compute capability 8.0 or later is needed")
 
 
@@ -90,9 +100,9 @@ def test_the_choice_on_a_gpu_is_a_constant_for_torch_compile(monkeypatch, dynami
     monkeypatch.setattr(dispatch, "arch", lambda _: 90)
 
     def step(x, longest):
-        shorter = min(longest, len(x))
-        against = why_not_triton(GPU, torch.bfloat16, head_width=64, short_rows=shorter)
-        backend = backends.choose_backend("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
+        rows = (longest, len(x))
+        against = why_not_triton(GPU, torch.bfloat16, head_width=64, short_rows=min(rows))
+        backend = backends.choose_backend("auto", GPU, torch.bfloat16, 64, rows, text=True).backend
         return x + 1 if backend == "triton" and not against else x - 1
 
     torch._dynamo.reset()
