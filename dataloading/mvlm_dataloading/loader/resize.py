@@ -42,21 +42,21 @@ class Resize:
     def __call__(self, batch: Any) -> list[UInt8]:
         crops = [np.asarray(crop) for crop in batch]
         if self._threads == 1:
-            return self._resize_all(crops)
+            return [self._resize(crop) for crop in crops]
         resized: list[Any] = [None] * len(crops)
-        shares = [crops[k :: self._threads] for k in range(self._threads)]
+        waiting = iter(range(len(crops)))
+
+        def resize_waiting(_: int) -> None:
+            for i in waiting:  # each thread takes the next crop, because crops differ in size
+                resized[i] = self._resize(crops[i])
+
         try:
             # Threads run in parallel here because torch releases the GIL while it resizes.
-            results = _thread_pool(self._threads).map(self._resize_all, shares)
+            list(_thread_pool(self._threads).map(resize_waiting, range(self._threads)))
         except RuntimeError:
             # The interpreter is exiting, and the pool takes no more work. An error would count as a damaged image.
-            return self._resize_all(crops)
-        for k, share in enumerate(results):
-            resized[k :: self._threads] = share
+            return [self._resize(crop) for crop in crops]
         return resized
-
-    def _resize_all(self, crops: list[UInt8]) -> list[UInt8]:
-        return [self._resize(crop) for crop in crops]
 
     def _resize(self, crop: UInt8) -> UInt8:
         size = (self._side, self._side)
