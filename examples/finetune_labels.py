@@ -35,8 +35,10 @@ with ShardWriter(data, **header) as writer:
         pictures = open_dataset(arguments.data, split)
         for i in range(len(pictures)):
             key, label = str(pictures.keys[i]), str(pictures.metadata(i)[arguments.label])
-            answers = {"question_id": key, "answers": [{"answer": label, "answer_id": 1}] * 10}
-            writer.add(key, pictures.image_bytes(i), ["what is it?"], answers, split=split)
+            # The metric compares each answer with three others, as of ten people.
+            answers = [{"answer": label, "answer_id": person} for person in range(10)]
+            question = {"question_id": key, "answers": answers}
+            writer.add(key, pictures.image_bytes(i), ["what is it?"], question, split=split)
             frequencies[label] += split == "validation"
 
 # The classifier over the labels starts from zero, and the rest from the pretrained model.

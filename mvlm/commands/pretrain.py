@@ -45,7 +45,11 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
         arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
     first = arguments[0] if arguments else ""
     if first == "--config" and len(arguments) > 1:
-        defaults, source, rest = run_config(read_config(Path(arguments[1])), arguments[1]), arguments[1], arguments[2:]
+        source, rest = arguments[1], arguments[2:]
+        values = read_config(Path(source))
+        if "task" in values:
+            raise ConfigError(f"{source}: wanted the configuration of a pretraining run, found one of fine-tuning")
+        defaults = run_config(values, source)
     elif first.startswith("-") or not first:
         got = repr(first) if first else "nothing"
         if first == "--config":

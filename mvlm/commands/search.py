@@ -1,6 +1,7 @@
 """`mvlm search`: an index of embeddings, queries to it, and its upkeep."""
 
 from pathlib import Path
+from typing import Literal
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -25,7 +26,7 @@ def query(
     /,
     *,
     image: Path | None = None,
-    of: str = "images",
+    of: Literal["images", "texts"] = "images",
     top: int = 10,
     rerank: int = 0,
     where: str | None = None,

@@ -40,6 +40,8 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
     version = values.get("format_version")
+    if version is None:
+        raise RunError(f"{file}: wanted the configuration of a run, found one without format_version; name a run")
     if version == 2:
         return upgrade_version_2(values)
     if version != FORMAT_VERSION:

@@ -35,7 +35,7 @@ def load_model(
 
     Args:
         path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
-            the Hugging Face hub, if there is no such folder here.
+            the Hugging Face hub, if there is no folder `owner` here.
         device: auto (the GPU if there is one), cpu, cuda, or a `torch.device`.
         precision: auto, bf16 or fp32 (`mvlm.device.autocast`).
         image_size: side of images in pixels, for which position embeddings are resized. Default: as trained.
@@ -86,7 +86,8 @@ def _find_model(source: Path | str) -> tuple[Path, bool]:
         path = path.parent
     if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
         return path, True
-    if isinstance(source, str) and not path.exists() and HUB_ID.fullmatch(source):
+    # A name in a folder that is here is a mistyped run, not a model on the hub.
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not path.exists() and not path.parent.is_dir():
         return download(source, (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER), {}), True
     return find_checkpoint(path), False
 

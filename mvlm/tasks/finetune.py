@@ -31,14 +31,14 @@ from mvlm.tasks.registry import find_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.start import starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
-from mvlm.training.build import check_attention, make_loader
+from mvlm.training.build import check_attention, make_loader, warn_of_cut_texts
 from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
 from mvlm.weights.resize import resized_config
-from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -150,22 +150,10 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     pretrained, tokenizer = load_model(config.checkpoint)
     architecture = resized_config(pretrained.config, config.image_size, config.question_length)
     longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, architecture)
-    if (cut := share_cut(dataset, tokenizer, longest)) >= 0.01:
-        log.warning(
-            "%.0f %% of the first 1,000 texts have more than %d tokens and are cut; raise --question-length",
-            100 * cut,
-            longest,
-        )
+    warn_of_cut_texts(dataset, tokenizer, longest, "--question-length")
     config = replace(config, model=architecture)
     check_attention(config)
     return RunInputs(config, dataset, validation, tokenizer)
-
-
-def share_cut(dataset: Dataset, tokenizer: Tokenizer, longest: int) -> float:
-    """Share of a split's first 1,000 texts with more than `longest` tokens."""
-    texts = [dataset.captions(i)[0] for i in range(min(len(dataset), 1000))]
-    _, lengths = tokenizer.encode(texts, longest + 1)
-    return float((lengths > longest).mean())
 
 
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner:

@@ -78,6 +78,11 @@ def read_candidates(file: Path) -> dict[str, list[list[float]]]:
     return boxes
 
 
+def _are_numbers(value: Any, length: int) -> bool:
+    """True for a list of so many numbers."""
+    return isinstance(value, list) and len(value) == length and all(type(one) in (int, float) for one in value)
+
+
 def phrases_of(dataset: Dataset, detected: dict[str, list[list[float]]] | None = None) -> Phrases:
     """The phrases of a split. DataError for a sample without a box, or without candidates where others have them.
 
@@ -89,7 +94,7 @@ def phrases_of(dataset: Dataset, detected: dict[str, list[list[float]]] | None =
         record = dataset.metadata(i)
         for field, length in (("box", 4), ("size", 2)):
             value = record.get(field)
-            if not isinstance(value, list) or len(value) != length or min(value[-2:]) <= 0:
+            if not _are_numbers(value, length) or min(value[-2:]) <= 0:
                 raise DataError(
                     f"{dataset.where(i)}: wanted `{field}`, {length} numbers in pixels, found {value!r}; is it data of "
                     f"another task?"

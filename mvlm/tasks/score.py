@@ -17,7 +17,7 @@ from mvlm.tasks.metrics.facts import fact_figures
 from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
-from mvlm.tasks.metrics.vqa import vqa_accuracy
+from mvlm.tasks.metrics.vqa import answer_fault, vqa_accuracy
 from mvlm.tasks.records import by_id, filled, listed, match_ids, numbers, read_csv, read_json, read_json_lines, typed
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
@@ -58,9 +58,8 @@ def _vqa(predictions: Path, references: Path) -> Scored:
 def _answers(record: Mapping[str, Any]) -> list[Any]:
     """The answers of a question, each an object with a text."""
     answers = filled(record, "answers")
-    for answer in answers:
-        if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
-            raise ValueError(f"wanted answers as objects with the text `answer`, found {answer!r}")
+    if fault := answer_fault(answers):
+        raise ValueError(fault)
     return answers
 
 

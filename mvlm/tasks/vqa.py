@@ -12,6 +12,7 @@ Shape legend: B batch, A answers of the list, S samples of a split, H largest nu
 of a batch.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,23 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.decoder import AnswerDecoder, AnswerTable
 from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features
 from mvlm.tasks.metrics.significance import grouped_bootstrap
-from mvlm.tasks.metrics.vqa import compared_answers, normalize_answer, soft_targets, strip_answer, vqa_accuracy
+from mvlm.tasks.metrics.vqa import (
+    answer_fault,
+    compared_answers,
+    normalize_answer,
+    soft_targets,
+    strip_answer,
+    vqa_accuracy,
+)
 from mvlm.tasks.records import read_json
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
 
+log = logging.getLogger(__name__)
+
 ANSWERS_OF_A_QUESTION = 10
+FEWEST_ANSWERS = 4
+"""Answers of a question of which one can count in full: it is compared with three others."""
 SHORTEST_QUESTION = 8
 """Tokens that a question must at least have room for, [CLS] and [SEP] included."""
 
@@ -40,7 +52,8 @@ SHORTEST_QUESTION = 8
 def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str, Any]]:
     """Metadata of all samples. DataError for a sample that is not a question with answers and an id of its own.
 
-    With `may_lack_answers`, a split without any answers is fine too, as VQA v2's test split is.
+    With `may_lack_answers`, a split without any answers is fine too, as VQA v2's test split is. Questions with too few
+    answers for the metric are logged.
     """
     found = [dataset.metadata(i) for i in range(len(dataset))]
     unanswered = may_lack_answers and not any(record.get("answers") for record in found)
@@ -56,6 +69,11 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
                 f"{dataset.where(i)}: question_id {record['question_id']} occurs twice; build the data again"
             )
         seen.add(str(record["question_id"]))
+        if record.get("answers") and (fault := answer_fault(record["answers"])):
+            raise DataError(f"{dataset.where(i)}: {fault}")
+    if few := 0 if unanswered else sum(len(record["answers"]) < FEWEST_ANSWERS for record in found):
+        log.warning("%d of %d questions have too few answers for one to count in full; write a question's only answer "
+                    "ten times, each with an answer_id of its own", few, len(found))  # fmt: skip
     return found
 
 

@@ -148,3 +148,18 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     if fresh and config.text_weights is not None:
         load_text_weights(model, config.text_weights)
     return model
+
+
+def warn_of_cut_texts(dataset: Dataset, tokenizer: Tokenizer, longest: int, flag: str) -> None:
+    """Log the share of a split's texts that are cut to `longest` tokens, if it is 1 % or more; `flag` raises that."""
+    if (cut := share_cut(dataset, tokenizer, longest)) >= 0.01:
+        log.warning(
+            "%.0f %% of the first 1,000 texts have more than %d tokens and are cut; raise %s", 100 * cut, longest, flag
+        )
+
+
+def share_cut(dataset: Dataset, tokenizer: Tokenizer, longest: int) -> float:
+    """Share of a split's first 1,000 texts with more than `longest` tokens."""
+    texts = [dataset.captions(i)[0] for i in range(min(len(dataset), 1000))]
+    _, lengths = tokenizer.encode(texts, longest + 1)
+    return float((lengths > longest).mean())

@@ -17,7 +17,14 @@ from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
 from mvlm.runs.history import History
-from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
+from mvlm.training.build import (
+    check_attention,
+    choose_tokenizer,
+    fit_to_tokenizer,
+    make_loader,
+    make_model,
+    warn_of_cut_texts,
+)
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import check_services, start_services
@@ -145,6 +152,7 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     dataset, validation = open_splits(config)
     tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    warn_of_cut_texts(dataset, tokenizer, config.model.text_length, "--model.text-length")
     check_attention(config)
     weights = config.initial_model or config.image_weights or config.text_weights
     if weights and not RunFolder(config.out).config.exists():

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from mvlm.cli import run_command
+from mvlm.tasks.metrics.vqa import vqa_accuracy
 from mvlm_dataloading import open_dataset
 from support.demo_folder import write_demo_folder
 from support.scenes import scene
@@ -119,6 +120,10 @@ def test_own_labels_are_fine_tuned_on(folder, monkeypatch, capsys):
     names = run(monkeypatch, "finetune_labels.py", "--label", "base", "--steps", 2, "--batch-size", 8)
     assert names["frequencies"].total() == len(names["records"]) == 8
     assert {record["answer"] for record in names["records"]} <= {"red", "green", "blue", "yellow"}
+    questions = open_dataset(folder / "labels/data", "validation")
+    annotations = [questions.metadata(i) for i in range(len(questions))]
+    right = {facts["question_id"]: facts["answers"][0]["answer"] for facts in annotations}
+    assert vqa_accuracy(right, annotations)["accuracy"] == 100
     printed = capsys.readouterr().out
     assert re.search(r"^accuracy \d+\.\d % \(", printed, re.MULTILINE)
     assert printed.endswith("25.0 %\n")

@@ -63,6 +63,13 @@ class Assembly:
         return self.parts[self.owner[piece]]
 
 
+_REMEDIES = {
+    "image file is missing": "; tables name files relative to the folder of images",
+    "no caption": "; the captions of a.jpg are the lines of a.txt beside it, or rows of a table",
+}
+"""Remedies of the reasons that a whole data set is rejected for most often."""
+
+
 def assemble(assembly: Assembly) -> Counter[str]:
     """Write `final/`. Can be repeated after an interruption at any point. Returns counts for the log."""
     final = assembly.folder / "final"
@@ -85,7 +92,11 @@ def assemble(assembly: Assembly) -> Counter[str]:
     if len(dropped) == len(images.keys):
         reasons = dict(Counter(line["reason"] for line in rejected).most_common(5))
         shutil.rmtree(assembly.folder)
-        raise DataError(f"{assembly.plan['name']}: wanted at least one sample, found none; rejected: {reasons}")
+        first = rejected[0]
+        raise DataError(
+            f"{assembly.plan['name']}: wanted at least one sample, found none; rejected: {reasons}, the first "
+            f"{first['where']}: {first['reason']}{_REMEDIES.get(first['reason'], '')}"
+        )
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

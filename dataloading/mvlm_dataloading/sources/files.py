@@ -74,7 +74,10 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
     Raises:
         DataError: the file is missing, or a line has another format.
     """
-    with require_file(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with require_file(file).open("rb") as start:
+        if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{file}: wanted a table in UTF-8, found UTF-16; save it as UTF-8")
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if lines or file.suffix.lower() in (".jsonl", ".ndjson"):
             for number, line in enumerate(text, 1):
                 if not line.strip():

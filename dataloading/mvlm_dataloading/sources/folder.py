@@ -20,6 +20,9 @@ from .record import (
 )
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+# Listed too, so that such files are rejected with a reason and not passed over in silence.
+_OTHER_IMAGES = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _MAX_TEXT = 1 << 22
 
 
@@ -35,7 +38,7 @@ def folder(
     licence: str = "",
     name: str = "folder",
 ) -> Source:
-    """All images (jpg, jpeg, png, webp, in any case) under a folder.
+    """All images under a folder. Those of other formats than JPEG, PNG and WebP are rejected when it is built.
 
     Args:
         captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
@@ -64,7 +67,7 @@ def folder(
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
     # `files_under` sorts, so the order does not depend on the file system.
-    paths = [path for path in files_under(images) if path.suffix.lower() in IMAGE_EXTENSIONS]
+    paths = [path for path in files_under(images) if path.suffix.lower() in IMAGE_EXTENSIONS + _OTHER_IMAGES]
     return [(_with_text_file(images, path), None) for path in paths]
 
 
@@ -85,6 +88,8 @@ def _with_text_file(images: Path, path: Path) -> Record:
 def _table(
     images: Path, file: Path, image_column: str, caption_column: str, split_column: str
 ) -> list[tuple[Record, str | None]]:
+    if file.suffix.lower() not in _TABLES:
+        raise DataError(f"{file}: wanted a table with the ending {', '.join(_TABLES)}, found {file.suffix or 'none'}")
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     for row in read_rows(file):

@@ -74,6 +74,16 @@ def normalize_answer(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+def answer_fault(answers: Any) -> str:
+    """The fault in a question's `answers`, in words; empty if they are records that the metric can compare."""
+    for answer in answers if isinstance(answers, list) else [answers]:
+        if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
+            return f"wanted answers as objects with the text `answer`, found {answer!r}"
+        if answers.count(answer) > 1:  # the metric compares each record with those that differ from it
+            return f"wanted answers with an `answer_id` of their own, found {answer!r} twice"
+    return ""
+
+
 def compared_answers(references: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool]:
     """Answers of a question's annotators as the official metric compares them, and whether it normalises them.
 

@@ -95,3 +95,31 @@ def test_an_image_in_two_splits_of_a_table_is_refused(tmp_path):
     table.write_text("image,caption,split\na/0.jpg,one,train\nb/1.jpg,two,test\na/0.jpg,three,val\n")
     with pytest.raises(DataError, match=r"wanted one split for a/0\.jpg, found train and validation"):
         folder(tmp_path / "images", table)
+
+
+def test_images_of_other_formats_are_listed_as_rejected(tmp_path):
+    for name in ("a.jpg", "b.GIF", "c.bmp", "d.tiff"):
+        kind = {"a.jpg": "JPEG", "b.GIF": "GIF", "c.bmp": "BMP", "d.tiff": "TIFF"}[name]
+        published.make_image(1).save(tmp_path / name, kind)
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    assert list(build_source(folder(tmp_path), tmp_path / "out")["train"]) == ["a"]
+    reasons = {line["where"]: line["reason"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")}
+    kinds = {"b.GIF": "GIF", "c.bmp": "BMP", "d.tiff": "TIFF"}
+    assert reasons == {name: f"image format is {kind}, not JPEG, PNG or WebP" for name, kind in kinds.items()}
+
+
+def test_files_that_are_no_table_are_refused_by_their_format(tmp_path):
+    published.folder(tmp_path / "images", sidecars=False)
+    (tmp_path / "list.json").write_text('[{"image": "a", "caption": "b"}]')
+    with pytest.raises(DataError, match=r"list\.json: wanted a table with the ending \.csv, .*, found \.json"):
+        folder(tmp_path / "images", tmp_path / "list.json")
+    (tmp_path / "list.csv").write_text("image,caption", encoding="utf-16")
+    with pytest.raises(DataError, match=r"list\.csv: wanted a table in UTF-8, found UTF-16; save it as UTF-8"):
+        folder(tmp_path / "images", tmp_path / "list.csv")
+
+
+def test_a_table_whose_images_are_missing_says_where_they_were_wanted(tmp_path):
+    published.folder(tmp_path / "images", sidecars=False)
+    (tmp_path / "list.csv").write_text("image,caption\nimages/a/0.jpg,a caption\n")
+    with pytest.raises(DataError, match=r"the first images/a/0\.jpg: image file is missing; .* relative to the folder"):
+        build_source(folder(tmp_path / "images", tmp_path / "list.csv"), tmp_path / "out")

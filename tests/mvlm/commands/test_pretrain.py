@@ -176,6 +176,7 @@ def test_a_run_is_repeated_from_its_configuration_and_exported(run_mvlm, run_cop
     "change, message",
     [
         ({"bacth_size": 4}, "unknown setting 'bacth_size'; did you mean batch_size?"),
+        ({"task": "vqa"}, "wanted the configuration of a pretraining run, found one of fine-tuning"),
         ({"format_version": 1}, "wanted a configuration of version 2 or 3, got version 1"),
     ],
 )

@@ -96,6 +96,10 @@ def test_a_configuration_of_version_2_is_read_under_the_new_names(tmp_path):
         ("{", "wanted the configuration of a run, got Expecting property name"),
         ("[1]", "wanted the configuration of a run, got list"),
         (
+            '{"width": 192}',
+            "wanted the configuration of a run, found one without format_version; name a run",
+        ),
+        (
             '{"format_version": 1}',
             "wanted a configuration of version 2 or 3, got version 1; use the mvlm that wrote it",
         ),

@@ -77,6 +77,14 @@ def test_an_id_of_the_hub_is_downloaded_with_its_tokenizer(portable, monkeypatch
     assert len(asked) == 3
 
 
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    with pytest.raises(RunError, match="runs/dmeo: wanted a run, a checkpoint or an exported folder, found no such f"):
+        load_model("runs/dmeo", "cpu")
+
+
 def test_other_places_devices_and_precisions_are_refused(trained, portable, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"pickle")
     with pytest.raises(RunError, match=r"weights.bin: wanted a run, a checkpoint or an exported folder, found a file"):

@@ -23,10 +23,10 @@ from mvlm.tasks.grounding import (
     phrases_of,
     read_candidates,
 )
-from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.questions import write_phrases
-from support.scenes import scene
+from support.scenes import png, scene
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,14 @@ def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mv
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
     assert len(two["records"]) == 150
+
+
+def test_a_box_of_texts_is_refused(tmp_path):
+    with ShardWriter(tmp_path / "d", name="p", source="", licence="", attribution="", recipe={}) as writer:
+        facts = {"box": ["1", "2", "3", "4"], "size": [96, 96]}
+        writer.add("0", png(scene(0)[0]), ["a red square"], facts, split="test")
+    with pytest.raises(DataError, match=r"key 0: wanted `box`, 4 numbers in pixels, found \['1', '2', '3', '4'\]"):
+        phrases_of(open_dataset(tmp_path / "d", "test"))
 
 
 @pytest.mark.slow

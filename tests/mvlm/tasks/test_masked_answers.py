@@ -10,10 +10,11 @@ import torch
 from mvlm.errors import ConfigError
 from mvlm.runs.load import load_model
 from mvlm.tasks.decoder import AnswerTable
-from mvlm.tasks.finetune import finetune, open_inputs, share_cut
+from mvlm.tasks.finetune import finetune, open_inputs
 from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features, with_masks
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
+from mvlm.training.build import share_cut
 from mvlm_dataloading import open_dataset
 from support.models import micro_batch, micro_model
 from support.questions import finetune_config, write_questions

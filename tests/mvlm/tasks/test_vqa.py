@@ -1,6 +1,7 @@
 """Lists of answers: where they come from, and what is refused."""
 
 import json
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from mvlm.errors import RunError
 from mvlm.runs.load import load_model
+from mvlm.tasks.metrics.vqa import answer_accuracy
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering, annotator_shares
+from mvlm.tasks.vqa import questions as task_questions
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.questions import write_questions
 from support.scenes import png, scene
@@ -29,6 +32,36 @@ def test_the_list_is_the_frequent_answers_and_a_decoder_learns_the_others_too(qu
     colours = ["blue", "green", "red", "yellow"]
     assert make_state(questions) == {"answers": ["white", *colours], "others": []}
     assert make_state(questions, answers="classifier", min_count=4)["answers"] == ["white", *colours]
+
+
+def ask(folder, answers) -> Path:
+    with ShardWriter(folder, name="q", source="", licence="", attribution="", recipe={}) as writer:
+        writer.add("0", png(scene(0)[0]), ["what colour?"], {"question_id": 0, "answers": answers})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "answers, message",
+    [
+        (["red"], r"key 0: wanted answers as objects with the text `answer`, found 'red'"),
+        ("red", "wanted answers as objects with the text `answer`, found 'red'"),
+        ([{"answer": 3}], "wanted answers as objects with the text `answer`, found {'answer': 3}"),
+        ([{"answer": "red", "answer_id": 1}] * 10, "wanted answers with an `answer_id` of their own, found .* twice"),
+        ([{"answer": "red"}] * 10, "wanted answers with an `answer_id` of their own, found {'answer': 'red'} twice"),
+    ],
+)
+def test_answers_that_the_metric_cannot_compare_are_refused(tmp_path, answers, message):
+    with pytest.raises(DataError, match=message):
+        task_questions(open_dataset(ask(tmp_path / "d", answers), "train"))
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_too_few_answers_are_told(tmp_path, caplog, number):
+    """The metric compares an answer with three others, so one of fewer than four cannot count in full."""
+    answers = [{"answer": "red", "answer_id": k} for k in range(number)]
+    records = task_questions(open_dataset(ask(tmp_path / "d", answers), "train"))
+    full = answer_accuracy("red", records[0]["answers"]) == 1
+    assert full == (number > 3) == ("1 of 1 questions have too few answers" not in caplog.text)
 
 
 def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):

@@ -12,7 +12,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.runs.load import load_model
 from mvlm.training.build import make_loader
-from mvlm.training.run import pretrain
+from mvlm.training.run import open_inputs, pretrain
 from mvlm_dataloading import open_dataset, tokenizer_for
 from support.models import micro_config, pretrain_config
 
@@ -133,3 +133,13 @@ def test_attention_backend_that_cannot_run_here_leaves_no_folder(scenes, tmp_pat
     with pytest.raises(ConfigError, match=r"attention backend flash-attn: .*choose one that can run: sdpa, math"):
         pretrain(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("length, share", [(4, "100"), (16, None)])
+def test_captions_that_are_cut_are_told_before_pretraining(scenes, tmp_path, caplog, length, share):
+    config = pretrain_config(scenes, tmp_path / "run", model=micro_config(text_length=length))
+    with caplog.at_level(logging.WARNING):
+        open_inputs(config)
+    wanted = f"{share} % of the first 1,000 texts have more than {length} tokens and are cut; raise --model.text-length"
+    assert (wanted in caplog.text) == (share is not None)
+    assert ("are cut" in caplog.text) == (share is not None)
