@@ -15,7 +15,7 @@ Shape legend: n phrases, B phrases of a batch, A layers.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def read_candidates(file: Path) -> dict[str, list[list[float]]]:
     return boxes
 
 
-def _are_numbers(value: Any, length: int) -> bool:
+def _are_numbers(value: Any, length: int) -> TypeGuard[list[float]]:
     """True for a list of so many numbers."""
     return isinstance(value, list) and len(value) == length and all(type(one) in (int, float) for one in value)
 
