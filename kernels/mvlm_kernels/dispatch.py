@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +57,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Explain which backend ``op(*args, **kwargs)`` takes. Runs no kernel.
 
     op is a public op of :mod:`mvlm_kernels`. Raises ValueError for any other function, and the op's own ValueError for
-    bad arguments. Under ``use_backend("triton")`` it lists the reasons against Triton, and does not raise them.
+    bad arguments, but does not read lengths and ids. Under ``use_backend("triton")`` it lists the reasons against
+    Triton, and does not raise them.
     """
     if op not in _reason_functions:
         names = ", ".join(sorted(f.__name__ for f in _reason_functions))
@@ -168,6 +169,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which torch ops on this device keep the dtypes of their inputs."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 @functools.cache

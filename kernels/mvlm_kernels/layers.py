@@ -30,6 +30,9 @@ _OF_TORCH = {
 }
 """Arguments of ``nn.MultiheadAttention`` that :class:`CrossAttention` lacks, and what to do instead."""
 
+_OF_LAYER = {"dropout_p": "dropout", "softcap": "softcap"}
+"""Options of the op that :class:`CrossAttention` passes itself, and its own arguments for them."""
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention of a stream to a context by :func:`mvlm_kernels.cross_attention`, with its projections.
@@ -113,22 +116,28 @@ class CrossAttention(nn.Module):
         made.load_state_dict(state)
         return made.train(attention.training)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from x (B, Lq, C) to context (B, Lk, context_width), or to x itself; returns x's shape.
 
         Either may be packed (rows, C) with ``cu_seqlens_q`` and ``cu_seqlens_k``, or a jagged nested tensor. options:
         of :func:`mvlm_kernels.cross_attention`, such as key_lengths, key_mask (True = the key exists), key_index and
-        seed. Raises TypeError for an argument of ``nn.MultiheadAttention``, with what to pass instead.
+        seed; with return_lse also returns the log-sum-exp. Raises TypeError for an argument of
+        ``nn.MultiheadAttention``, with what to pass instead, and for dropout_p and softcap, which are the layer's.
         """
         for name in options:
             if name in _OF_TORCH:
                 raise TypeError(f"{name} is an argument of nn.MultiheadAttention: {_OF_TORCH[name]}")
+            if name in _OF_LAYER:
+                raise TypeError(f"{name} is an argument of the layer: CrossAttention(..., {_OF_LAYER[name]}=...)")
         context = x if context is None else context
         q = self.q(x).unflatten(-1, (self.heads, self.head_width))
         k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))
         v = self.v(context).unflatten(-1, (self.kv_heads, self.head_width))
         dropout = self.dropout if self.training else 0.0
-        return self.out(cross_attention(q, k, v, softcap=self.softcap, dropout_p=dropout, **options).flatten(-2))
+        found: Any = cross_attention(q, k, v, softcap=self.softcap, dropout_p=dropout, **options)
+        if options.get("return_lse"):
+            return self.out(found[0].flatten(-2)), found[1]
+        return self.out(found.flatten(-2))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}, softcap={self.softcap}"

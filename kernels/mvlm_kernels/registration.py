@@ -123,8 +123,8 @@ _is_wrapped = _functorch.is_functorch_wrapped_tensor
 
 
 def transformed() -> bool:
-    """True inside a transform of ``torch.func``, outside a compiler: for code that is no registered op."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """True inside a transform of ``torch.func``, also while a compiler traces it, and in a level of dual numbers."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def batched(*tensors: torch.Tensor | None) -> bool:
@@ -145,7 +145,8 @@ def _apply_of(function: type[torch.autograd.Function]) -> Any:
     """``apply`` of a Function for one level of ``torch.func`` alone, as torch's rules for transforms call theirs."""
     # From 2.15 on torch looks at the class: a subclass of Function is refused inside a transform.
     base: Any = torch.autograd.function._SingleLevelFunction
-    members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
+    members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward")}
+    members["jvp"] = staticmethod(lambda *args: function.jvp(*args))  # looked up late: define() may come after direct()
     return type(base)(function.__name__, (base,), members).apply
 
 

@@ -4,6 +4,7 @@ An error names the argument, what was wanted and what was found, on one line.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy
@@ -243,6 +244,30 @@ def test_a_wrong_input_is_refused_on_one_line(call: Callable[[], Any], message: 
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+OPS = (
+    add_layer_norm,
+    attention_probabilities,
+    cross_attention,
+    gather_patches,
+    gelu_linear,
+    linear_pixel_loss,
+    masked_pixel_loss,
+    place_tokens,
+)
+READ = [case[0] for case in REFUSED].index("probabilities of a bad index")  # explain reads no values
+EXPLAINED = REFUSED[:READ] + [
+    case for case in REFUSED[READ:] if case[0].startswith(("unknown", "std of 0", "mask and"))
+]
+
+
+@pytest.mark.parametrize("call, message", [case[1:] for case in EXPLAINED], ids=[case[0] for case in EXPLAINED])
+def test_explain_refuses_what_the_op_refuses(call: Callable[[], Any], message: str, monkeypatch: pytest.MonkeyPatch):
+    for op in OPS:
+        monkeypatch.setitem(globals(), op.__name__, partial(explain, op))
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def padded_with_nan(x: Tensor) -> Tensor:

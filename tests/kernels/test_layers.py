@@ -48,6 +48,24 @@ def test_arguments_of_torchs_attention_are_refused_with_what_to_pass_instead(nam
         CrossAttention(32, 4)(x, **{name: None})
 
 
+def test_options_of_the_op_that_the_layer_passes_are_refused():
+    layer, x = CrossAttention(32, 4), torch.randn(2, 9, 32)
+    for name, own in (("dropout_p", "dropout"), ("softcap", "softcap")):
+        with pytest.raises(
+            TypeError, match=rf"{name} is an argument of the layer: CrossAttention\(\.\.\., {own}=\.\.\.\)"
+        ):
+            layer(x, **{name: 0.5})
+
+
+def test_log_sum_exp_of_the_layer():
+    layer, x = CrossAttention(32, 4), torch.randn(2, 9, 32)
+    out, lse = layer(x, return_lse=True)
+    torch.testing.assert_close(out, layer(x))
+    q, k = (linear(x).unflatten(-1, (4, 8)) for linear in (layer.q, layer.k))
+    torch.testing.assert_close(lse, (torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5).logsumexp(-1))
+    torch.testing.assert_close(layer(x, return_lse=False), layer(x))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

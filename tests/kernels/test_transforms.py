@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from mvlm_kernels import (
@@ -116,9 +117,26 @@ def same(got: Any, wanted: Any) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
 
 
+def skip_without_kernel(op: str, backend: str) -> None:
+    if op == "gelu_linear" and backend == "triton":
+        pytest.skip("transforms have no kernel of gelu_linear, and use_backend says so")
+
+
+def test_forced_kernels_of_gelu_linear_refuse_transforms(backend: str):
+    ours, _, args = CALLS["gelu_linear"]
+    if backend == "torch":
+        torch.func.vjp(ours, *args)
+        return
+    with pytest.raises(RuntimeError, match=r"in force, but: transforms of torch\.func and dual numbers have no kernel"):
+        torch.func.vjp(ours, *args)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"have no kernel; torch runs"):
+        ours(*args)
+
+
 @pytest.mark.slow
 @OPS
-def test_gradients_of_torch_func(op: str):
+def test_gradients_of_torch_func(op: str, backend: str):
+    skip_without_kernel(op, backend)
     ours, plain, args = CALLS[op]
     every = tuple(range(len(args)))
     same(torch.func.grad(squared(ours), every)(*args), torch.func.grad(squared(plain), every)(*args))
@@ -129,7 +147,19 @@ def test_gradients_of_torch_func(op: str):
 
 @pytest.mark.slow
 @OPS
-def test_gradients_of_each_sample(op: str):
+def test_compiled_gradients_of_torch_func(op: str, backend: str):
+    skip_without_kernel(op, backend)
+    ours, _, args = CALLS[op]
+    gradient = torch.func.grad(squared(ours), tuple(range(len(args))))
+    torch._dynamo.reset()
+    same(torch.compile(gradient, backend="aot_eager", fullgraph=True)(*args), gradient(*args))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@OPS
+def test_gradients_of_each_sample(op: str, backend: str):
+    skip_without_kernel(op, backend)
     ours, plain, args = CALLS[op]
     every, samples = tuple(range(len(args))), [torch.stack([x, x / 2, -x]) for x in args]
     got = torch.func.vmap(torch.func.grad(squared(ours), every))(*samples)
@@ -158,7 +188,7 @@ def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
                 attempt()
     else:
         same(by_autograd(ours), by_autograd(plain))
-    if op in (*LINEAR, "gelu_linear") or (op == "cross_attention" and backend == "torch"):
+    if op in LINEAR or (op in ("cross_attention", "gelu_linear") and backend == "torch"):
         same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
 
 
@@ -178,6 +208,7 @@ def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
 @pytest.mark.slow
 @OPS
 def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
+    skip_without_kernel(op, backend)
     ours, plain, args = CALLS[op]
     if op == "gelu_linear" or (op == "cross_attention" and backend == "torch"):
         same(torch.func.jvp(ours, args, args), torch.func.jvp(plain, args, args))
@@ -186,6 +217,22 @@ def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
         NotImplementedError, match=f"{NAMES.get(op, op)} has no forward-mode derivative; use reverse mode"
     ):
         torch.func.jvp(ours, args, args)
+
+
+@OPS
+def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
+    skip_without_kernel(op, backend)
+    ours, plain, args = CALLS[op]
+
+    def tangent(f: Callable[..., Tensor]) -> Tensor | None:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(*(forward_ad.make_dual(x, x.cos()) for x in args))).tangent
+
+    if op == "gelu_linear" or (op == "cross_attention" and backend == "torch"):
+        same(tangent(ours), tangent(plain))
+        return
+    with pytest.raises(NotImplementedError, match=f"{NAMES.get(op, op)} has no forward-mode derivative; use reverse"):
+        tangent(ours)
 
 
 class Block(nn.Module):
@@ -303,3 +350,11 @@ def test_gradients_around_vmap_of_the_pixel_losses(linear: bool, outside: bool):
         found = torch.func.grad(total)(x)
     wanted = torch.stack([torch.func.grad(loss)(x[i], images[i]) for i in range(3)])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_constants_of_a_first_call_inside_a_transform_serve_later_calls():
+    x, mean = rand(1, 3, 4, 4), [0.123, 0.456, 0.789]  # values of no other test: constants are kept by value
+    gather = partial(gather_patches, patch_ids=None, patch_size=4, mean=mean, std=mean)
+    torch.func.grad(squared(gather))(x)
+    wide = torch.tensor(mean, dtype=x.dtype)[:, None, None]
+    same(gather(x), ((x - wide) / wide).view(1, 1, 48))

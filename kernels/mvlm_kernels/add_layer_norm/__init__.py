@@ -15,7 +15,7 @@ from mvlm_kernels.add_layer_norm import arguments, reference
 __all__ = ["add_layer_norm"]
 
 
-@dispatch.explained_by(arguments.reasons)
+@dispatch.explained_by(arguments.explain)
 def add_layer_norm(
     x: Tensor,
     y: Tensor | None,
@@ -52,9 +52,7 @@ def add_layer_norm(
     Raises:
         ValueError: for a wrong shape, dtype or device, and for a y_bias without y.
     """
-    if out_dtype is None:
-        out_dtype = x.dtype if y is None else y.dtype
-    arguments.check(x, y, y_bias, weight, bias, out_dtype)
+    out_dtype = arguments.check(x, y, y_bias, weight, bias, out_dtype)
     tensors = [t for t in (x, y, y_bias, weight, bias) if t is not None]
     call = _direct if registration.called_directly(*tensors) else _forward_op
     total, wide, normalised, _, _ = call(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)

@@ -13,8 +13,10 @@ WIDEST = 8192
 """Largest C of the kernels: a row has to fit in registers."""
 
 
-def check(x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: Any) -> None:
-    """Raise ValueError for a wrong shape, dtype or device."""
+def check(
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: Any
+) -> torch.dtype:
+    """The dtype of the norm. Raises ValueError for a wrong shape, dtype or device."""
     named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight", "bias")):
@@ -33,11 +35,23 @@ def check(x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bi
         if name not in ("x", "y") and tensor.shape != x.shape[-1:]:
             raise ValueError(f"{name} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
         check_device(name, tensor, x.device)
+    if out_dtype is None:
+        return x.dtype if y is None else y.dtype
     if out_dtype not in FLOATS:
         raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
+    return out_dtype
 
 
-def reasons(x: Tensor, *_: Any, **__: Any) -> tuple[Refusal, ...]:
+def explain(
+    x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, y_bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, post_norm: bool = False,
+) -> tuple[Refusal, ...]:  # fmt: skip
+    """The reasons against the kernels for arguments of the op, which are checked."""
+    check(x, y, y_bias, weight, bias, out_dtype)
+    return reasons(x)
+
+
+def reasons(x: Tensor) -> tuple[Refusal, ...]:
     """Every reason against the kernels."""
     found = dispatch.device_reasons(x.device)
     if x.shape[-1] > WIDEST:

@@ -23,6 +23,7 @@ from mvlm_kernels.cross_attention import cpu
 from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
+    as_autocast,
     bucket,
     cap_of,
     check_arguments,
@@ -126,7 +127,7 @@ def _explain(
             *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
             scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
         )  # fmt: skip
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
@@ -224,7 +225,7 @@ def cross_attention(
             scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
         )  # fmt: skip
         return (like(found[0], q), found[1]) if isinstance(found, tuple) else like(found, q)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
@@ -266,11 +267,3 @@ def cross_attention(
 
 def _sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:
     return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in autocast's dtype if it is on. float64 stays float64, as in torch's own ops."""
-    dtype = dispatch.autocast_dtype(q.device)
-    if dtype is None or q.dtype == torch.float64:
-        return q, k, v
-    return q.to(dtype), k.to(dtype), v.to(dtype)

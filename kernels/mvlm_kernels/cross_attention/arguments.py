@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.readers import invert_key_index
 
 HEAD_WIDTHS = tuple(range(8, 129, 8))
@@ -96,6 +97,18 @@ def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tup
             raise ValueError(f"seed must be an int in 0..2^63 - 1, got {seed}")
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     return float(p), seed if p else None
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in autocast's dtype if it is on. float64 stays float64, as in torch's own ops.
+
+    What is no tensor stays as it is, for :func:`check_arguments` to name.
+    """
+    q = tensors[0]
+    dtype = dispatch.autocast_dtype(q.device) if isinstance(q, Tensor) else None
+    if dtype is None or q.dtype == torch.float64:
+        return tensors
+    return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def longest_sequences(

@@ -14,6 +14,7 @@ choices are made for a CPU:
 import torch
 from torch import Tensor
 
+from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.dropout import kept
 from mvlm_kernels.cross_attention.reference import unpack_key_mask
 
@@ -53,7 +54,8 @@ def attend(
 
     if q.dtype == torch.float16:  # unscaled scores can be too large for it
         q_bhqd, k_bhkd = q_bhqd.float(), k_bhkd.float()
-    s = q_bhqd @ k_bhkd.transpose(2, 3)
+    with dispatch.without_autocast(q.device):  # it would cast them back
+        s = q_bhqd @ k_bhkd.transpose(2, 3)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     if softcap:
         s, scale = softcap * torch.tanh(s * (scale / softcap)), 1.0

@@ -48,6 +48,8 @@ def _implementation(
             key_mask = pack_key_mask(key_mask)
         args = (q, k, v, key_lengths, key_mask, *args[5:])
         return launch.forward(*args, *readers, scale, max_len_q, max_len_k, softcap, dropout_p, seed)
+    if q.is_meta:  # lengths of packed rows have no values to read
+        return _fake(q)
     return reference_forward(*args, scale, softcap, dropout_p, seed)
 
 
@@ -92,6 +94,8 @@ def _backward_implementation(
         sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
         needs = (need_dq, need_dkv)
         grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, softcap, dropout_p, seed)
+    elif q.is_meta:
+        return _backward_fake(grad, q, k, v, need_dq, need_dkv)
     else:
         grads = reference_backward(grad, q, k, v, lse, *sides, scale, softcap, dropout_p, seed)
     # An op returns tensors, so a gradient that is not needed is an empty one.

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention.arguments import cap_of, check_arguments, check_values, scale_of
+from mvlm_kernels.cross_attention.arguments import as_autocast, cap_of, check_arguments, check_values, scale_of
 from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_probabilities
 from mvlm_kernels.refusals import FLOAT64, Refusal
 
 
 def _explain(q: Tensor, k: Tensor, lse: Tensor | None = None, **options: Any) -> tuple[Refusal, ...]:
+    q, k = as_autocast(q, k)
     _checked(q, k, lse, **options)
     return _reasons(q)
 
@@ -37,7 +38,8 @@ def attention_probabilities(
     The result has no gradient. Either side may have any length.
 
     Args:
-        q, k: as in ``cross_attention``: (B, Lq, H, D) and (B', Lk, H, D), or packed. Floating, of one dtype.
+        q, k: as in ``cross_attention``: (B, Lq, H, D) and (B', Lk, H, D), or packed. Floating, of one dtype;
+            autocast casts them first.
         lse: natural log-sum-exp of the scores, from ``cross_attention(..., return_lse=True)``: (B, H, Lq), or packed
             (H, Tq). With it every score is computed once, without it twice.
         key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale: as in ``cross_attention``.
@@ -53,6 +55,7 @@ def attention_probabilities(
     Raises:
         ValueError: for shapes, dtypes, devices or values that do not fit, and for a packed side without its bound.
     """
+    q, k = as_autocast(q, k)
     args = _checked(
         q, k, lse, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, scale=scale, max_len_q=max_len_q, max_len_k=max_len_k,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.dropout import kept
 
 
@@ -209,7 +210,8 @@ def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float, softcap: float) 
     """Scaled scores (B, H, Lq, Lk) in float32 or float64, -inf where the key does not exist."""
     if q.dtype == torch.float16:  # unscaled scores can be too large for it
         q, k = q.float(), k.float()
-    s = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    with dispatch.without_autocast(q.device):  # it would cast them back
+        s = torch.einsum("bqhd,bkhd->bhqk", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)

@@ -21,12 +21,15 @@ from mvlm_kernels.refusals import Refusal
 __all__ = ["gather_patches"]
 
 
-def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> tuple[Refusal, ...]:
-    check_patch_ids(patch_ids, images, check_images(images, patch_size))
+def _explain(
+    images: Tensor, patch_ids: Tensor | None, patch_size: int, *, mean: ChannelValues = None, std: ChannelValues = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Refusal, ...]:  # fmt: skip
+    _checked(images, patch_ids, patch_size, mean, std, dtype)
     return _why_not_triton(images, patch_size)
 
 
-@dispatch.explained_by(_reasons)
+@dispatch.explained_by(_explain)
 def gather_patches(
     images: Tensor,
     patch_ids: Tensor | None,
@@ -60,15 +63,22 @@ def gather_patches(
     Raises:
         ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
     """
-    num_patches = check_images(images, patch_size)
-    check_patch_ids(patch_ids, images, num_patches)
+    means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
+    call = _direct if registration.called_directly(images) else _forward_op
+    return call(images, patch_ids, patch_size, means, stds, dtype)
+
+
+def _checked(
+    images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues, std: ChannelValues,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
+    """Check the arguments, and return mean and std as tensors, and the dtype of the result."""
+    check_patch_ids(patch_ids, images, check_images(images, patch_size))
     if dtype is None:
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    means, stds = channel_tensors(mean, std, images, dtype)
-    call = _direct if registration.called_directly(images) else _forward_op
-    return call(images, patch_ids, patch_size, means, stds, dtype)
+    return *channel_tensors(mean, std, images, dtype), dtype
 
 
 def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:

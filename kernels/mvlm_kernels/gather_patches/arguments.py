@@ -100,10 +100,11 @@ def _channel_tensor(
         got = len(values) if hasattr(values, "__len__") else values
         if got != channels:
             raise ValueError(f"{name} must have one value for each of {channels} channels, got {got}")
-        if not kept:
+        if not kept or torch._C._are_functorch_transforms_active():
             _check_positive(name, values)
             # A tensor made in a compiled graph must not be cached: it could be in the memory of a CUDA graph, or a fake
-            # tensor without values. These fills are part of the graph and copy nothing from the host.
+            # tensor without values. These fills are part of the graph and copy nothing from the host. A tensor made in
+            # a transform of torch.func belongs to that transform.
             return torch.stack([torch.full((), v, dtype=wide, device=device) for v in values])
         return _constant(name, tuple(values), wide, device)
     if values.shape != (channels,) or values.dtype not in FLOATS:

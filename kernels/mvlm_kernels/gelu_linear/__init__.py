@@ -12,40 +12,17 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
 from mvlm_kernels.gelu_linear import reference
-from mvlm_kernels.refusals import FLOAT64, Refusal
+from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 __all__ = ["gelu_linear"]
 
 
-def _reasons(h: Tensor, *_: Any, **__: Any) -> tuple[Refusal, ...]:
-    found = dispatch.device_reasons(h.device)
-    if h.dtype == torch.float64 and h.device.type == "cuda":
-        found = (*found, FLOAT64)
-    return found
+_TRANSFORMED = refusal(
+    "transforms of torch.func and dual numbers have no kernel", "torch runs; call it outside of them"
+)
 
 
-@dispatch.explained_by(_reasons)
-def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None) -> Tensor:
-    """Second half of a feed-forward layer: ``linear(gelu(h + h_bias), weight, bias)`` with the exact GELU.
-
-    Only h is saved for backward. There one kernel reads h and the gradient once, and writes the gradient of h, the GELU
-    again for the gradient of weight, and the column sums that are the gradient of h_bias.
-
-    Args:
-        h: floating (.., C), usually bfloat16 or float16.
-        weight: (D, C), as nn.Linear; bias: (D,) or None.
-        h_bias: (C,), the bias of the linear layer that made h, if that layer has not added it.
-
-    Returns:
-        (.., D) in h's dtype. Products are in h's dtype, under autocast too; parameters are converted to it, and their
-        gradients come in their own dtypes.
-
-    Differentiable in all tensors, once; under torch.func, where plain torch runs, any number of times. The gradient of
-    h_bias is summed in a fixed order, without atomics.
-
-    Raises:
-        ValueError: for a wrong shape, dtype or device.
-    """
+def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> None:
     for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
         if not isinstance(x, Tensor) and (x is not None or name in ("h", "weight")):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -62,7 +39,47 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
         if x.dtype not in FLOATS:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         check_device(name, x, h.device)
+
+
+def _explain(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None
+) -> tuple[Refusal, ...]:
+    _check(h, weight, bias, h_bias)
+    return (*_reasons(h), _TRANSFORMED) if registration.transformed() else _reasons(h)
+
+
+def _reasons(h: Tensor) -> tuple[Refusal, ...]:
+    found = dispatch.device_reasons(h.device)
+    if h.dtype == torch.float64 and h.device.type == "cuda":
+        found = (*found, FLOAT64)
+    return found
+
+
+@dispatch.explained_by(_explain)
+def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None) -> Tensor:
+    """Second half of a feed-forward layer: ``linear(gelu(h + h_bias), weight, bias)`` with the exact GELU.
+
+    Only h is saved for backward. There one kernel reads h and the gradient once, and writes the gradient of h, the GELU
+    again for the gradient of weight, and the column sums that are the gradient of h_bias.
+
+    Args:
+        h: floating (.., C), usually bfloat16 or float16.
+        weight: (D, C), as nn.Linear; bias: (D,) or None.
+        h_bias: (C,), the bias of the linear layer that made h, if that layer has not added it.
+
+    Returns:
+        (.., D) in h's dtype. Products are in h's dtype, under autocast too; parameters are converted to it, and their
+        gradients come in their own dtypes.
+
+    Differentiable in all tensors, once; under torch.func and with dual numbers, where plain torch runs, any number of
+    times. The gradient of h_bias is summed in a fixed order, without atomics.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    _check(h, weight, bias, h_bias)
     if registration.transformed():
+        dispatch.refuse_if_forced(_TRANSFORMED)
         return _linear(reference.gelu(h, h_bias), weight, bias)
     return _GeluLinear.apply(h, weight, bias, h_bias)  # pyright: ignore[reportReturnType]
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
 from mvlm_kernels.add_layer_norm.arguments import WIDEST
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
 from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 __all__ = ["swap_blocks"]
@@ -58,7 +58,10 @@ def swap_blocks(model: nn.Module) -> SwapReport:
         form = form_of(type(module))
         if form is None:
             continue
-        reason = ALREADY_SWAPPED if "forward" in vars(module) else form.why_not(module)
+        if "forward" in vars(module):
+            reason = ALREADY_SWAPPED if _is_ours(module, "forward") else OTHER_FORWARD
+        else:
+            reason = form.why_not(module)
         parts.append(Part(path, type(module).__name__, reason))
         if reason is None:
             _bind(module, form)
@@ -67,9 +70,16 @@ def swap_blocks(model: nn.Module) -> SwapReport:
     def restore() -> None:
         for module in swapped:
             for name in ("forward", "_replicate_for_data_parallel"):
-                vars(module).pop(name, None)
+                if _is_ours(module, name):
+                    del vars(module)[name]
 
     return SwapReport(parts, restore)
+
+
+def _is_ours(module: nn.Module, name: str) -> bool:
+    """True if the module's own attribute is one that :func:`_bind` makes. Hooks of accelerate are partials too."""
+    function = vars(module).get(name)
+    return isinstance(function, functools.partial) and function.func in (_forward, _replicate)
 
 
 def _bind(module: nn.Module, form: Form) -> None:

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from mvlm_kernels.refusals import Refusal, refusal
 
 ALREADY_SWAPPED = refusal("it is swapped already", "undo the earlier swap first")
+# accelerate puts its hooks on a module so. Such a forward would run in place of ours, or be lost.
+OTHER_FORWARD = refusal(
+    "it has a forward of its own, as hooks of accelerate put on", "remove it, swap, put it on again"
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mvlm_kernels import dispatch, gather_patches
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
 from mvlm_kernels.refusals import Refusal, refusal
 
 
@@ -111,6 +111,8 @@ def why_not_swapped(module: nn.Module) -> Refusal | None:
         kind = f"{type(module).__module__}.{type(module).__name__}"
         reason = f"it must be a timm.layers.PatchEmbed itself, got {kind}, whose forward may differ"
         return refusal(reason, "it stays; call gather_patches in its forward")
+    if "forward" in vars(module):
+        return OTHER_FORWARD
     return why_not_read(module.proj)
 
 

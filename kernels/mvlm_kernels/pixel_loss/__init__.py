@@ -1,6 +1,6 @@
 """Losses between predicted patches and pixels of images; see ``masked_pixel_loss`` and ``linear_pixel_loss``."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,24 +30,26 @@ Reduction = Literal["mean", "none"]
 
 
 def _why_not_masked(
-    pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any
-) -> tuple[Refusal, ...]:
+    pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, *, mean: ChannelValues = None,
+    std: ChannelValues = None, kind: Kind = "l1", normalize_target: bool = False, reduction: Reduction = "mean",
+) -> tuple[Refusal, ...]:  # fmt: skip
     _check(images, patch_ids, patch_size, pred, "pred")
+    _check_pred(pred, images.shape[1] * patch_size**2)
+    _check_options(kind, normalize_target, reduction, images.shape[1] * patch_size**2)
+    channel_tensors(mean, std, images, pred.dtype)
     return pixel_reasons(images, patch_size)
 
 
 def _why_not_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    images: Tensor,
-    patch_ids: Tensor | None,
-    patch_size: int,
-    **_: Any,
-) -> tuple[Refusal, ...]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, images: Tensor, patch_ids: Tensor | None, patch_size: int, *,
+    mean: ChannelValues = None, std: ChannelValues = None, kind: Kind = "l1", normalize_target: bool = False,
+    reduction: Reduction = "mean",
+) -> tuple[Refusal, ...]:  # fmt: skip
     hidden = _as_autocast(hidden)
     _check(images, patch_ids, patch_size, hidden, "hidden")
     _check_parameters(hidden, weight, bias, images.shape[1] * patch_size**2)
+    _check_options(kind, normalize_target, reduction, images.shape[1] * patch_size**2)
+    channel_tensors(mean, std, images, hidden.dtype)
     return pixel_reasons(images, patch_size)
 
 
@@ -90,8 +92,7 @@ def masked_pixel_loss(
     """
     _check(images, patch_ids, patch_size, pred, "pred")
     features = images.shape[1] * patch_size**2
-    if pred.shape[2] != features:
-        raise ValueError(f"pred must have {features} = C*P*P features, got shape {tuple(pred.shape)}")
+    _check_pred(pred, features)
     _check_options(kind, normalize_target, reduction, features)
     means, stds = channel_tensors(mean, std, images, pred.dtype)
     call = masked_directly if registration.called_directly(pred) else masked_op
@@ -171,6 +172,11 @@ def _check(images: Tensor, patch_ids: Tensor | None, patch_size: int, rows: Tens
     if rows.dtype not in FLOATS:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
     check_device(name, rows, images.device)
+
+
+def _check_pred(pred: Tensor, features: int) -> None:
+    if pred.shape[2] != features:
+        raise ValueError(f"pred must have {features} = C*P*P features, got shape {tuple(pred.shape)}")
 
 
 def _check_parameters(hidden: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:

@@ -3,8 +3,6 @@
 Both save one slope per pixel for the backward: F * d(loss of its patch) / d(prediction), with F = C*P*P pixels.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -17,11 +15,6 @@ from mvlm_kernels.refusals import Refusal
 def pixel_reasons(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
     """Reasons against Triton for both losses."""
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which torch ops on this device keep the dtypes of their inputs."""
-    return nullcontext() if dispatch.autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -119,7 +112,7 @@ def _linear(
         return reference.linear_pixel_loss(*args)
     from mvlm_kernels.pixel_loss import linear
 
-    with without_autocast(hidden.device):  # hidden's dtype decides, also in a call below autocast
+    with dispatch.without_autocast(hidden.device):  # hidden's dtype decides, also in a call below autocast
         return linear.linear_pixel_loss(*args)
 
 
@@ -144,7 +137,7 @@ def _linear_backward(
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
     from mvlm_kernels.pixel_loss import linear
 
-    with without_autocast(hidden.device):
+    with dispatch.without_autocast(hidden.device):
         return linear.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
 
 

@@ -13,11 +13,15 @@ from mvlm_kernels.refusals import Refusal
 __all__ = ["place_tokens"]
 
 
-def _reasons(tokens: Tensor, *_: Any, **__: Any) -> tuple[Refusal, ...]:
+def _explain(
+    tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor, *, masked: Tensor | None = None,
+    visible_ids: Tensor | None = None, with_unmasked: bool = False,
+) -> tuple[Refusal, ...]:  # fmt: skip
+    _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
     return dispatch.device_reasons(tokens.device)
 
 
-@dispatch.explained_by(_reasons)
+@dispatch.explained_by(_explain)
 def place_tokens(
     tokens: Tensor,
     mask_token: Tensor,
@@ -58,6 +62,16 @@ def place_tokens(
         ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
             with_unmasked without masked.
     """
+    rows = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
+    call = _direct if registration.called_directly(*rows) else _forward_op
+    return call(*rows, masked, visible_ids, with_unmasked)
+
+
+def _checked(
+    tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor, masked: Tensor | None,
+    visible_ids: Tensor | None, with_unmasked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Check the arguments, and return the four tensors as (B, N or K, C), (C,), (1+N, C) and (C,)."""
     names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
     for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
         if not isinstance(x, Tensor) and (x is not None or i < 4):
@@ -99,8 +113,7 @@ def place_tokens(
                 f"visible_ids must have one id for each of the {given} tokens and at most N = {num_patches}, "
                 f"got {tuple(visible_ids.shape)}"
             )
-    call = _direct if registration.called_directly(tokens, mask_token, pos_embed, cls_token) else _forward_op
-    return call(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
+    return tokens, mask_token, pos_embed, cls_token
 
 
 def _row(name: str, x: Tensor, width: int) -> Tensor:

@@ -161,14 +161,15 @@ def test_scale_is_an_argument_of_the_attention_kernels():
 
 @pytest.mark.parametrize("lengths", [(13, 20), (130, 131)])
 @pytest.mark.parametrize("lse", [False, True])
-def test_large_float16_scores_are_finite(lengths: tuple[int, int], lse: bool):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_large_float16_scores_are_finite(lengths: tuple[int, int], lse: bool, autocast: bool):
     """Before they are scaled, these scores are larger than any float16."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         (torch.randn(2, length, 1, 128, generator=generator) + shift).half()
         for length, shift in zip((lengths[0], lengths[1], lengths[1]), (24, 24, 0), strict=True)
     )
-    with mvlm_kernels.use_backend("torch"):
+    with mvlm_kernels.use_backend("torch"), torch.autocast("cpu", torch.float16, enabled=autocast):
         out = cross_attention(q, k, v, return_lse=True)[0] if lse else cross_attention(q, k, v)
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -201,3 +202,17 @@ def test_long_calls_on_fake_tensors_read_no_values():
     with FakeTensorMode():
         q, lengths = torch.empty(2, 130, 1, 16), torch.empty(2, dtype=torch.int64)
         assert cross_attention(q, q, q, key_lengths=lengths).shape == q.shape
+
+
+@pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-index", "lengths"])
+@pytest.mark.parametrize("bounds", [False, True])
+def test_shapes_of_packed_rows_on_the_meta_device(name: str, bounds: bool):
+    call = build(SIDES[name])
+    q, k, v = (x.detach().to("meta").requires_grad_() for x in (call.q, call.k, call.v))
+    options: dict[str, Any] = {key: x.to("meta") for key, x in call.kwargs.items()} | (call.bounds if bounds else {})
+    out, lse = cross_attention(q, k, v, return_lse=True, **options)
+    assert out.shape == q.shape
+    wanted = cross_attention(call.q, call.k, call.v, return_lse=True, **dict[str, Any](call.kwargs))[1]
+    assert (lse.shape, lse.dtype) == (wanted.shape, wanted.dtype)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))

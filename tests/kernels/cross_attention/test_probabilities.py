@@ -103,6 +103,18 @@ def test_sequences_past_their_bound_and_wrong_indices_are_nan_on_a_gpu(monkeypat
         assert got[1].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_casts_as_in_cross_attention(backend: Any):
+    """Scores of float32 would not be those of the log-sum-exp, and rows would not add up to 1."""
+    q, k = (10 * torch.randn(2, n, 2, 32) for n in (5, 7))
+    with mvlm_kernels.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        lse = cross_attention(q, k, k, return_lse=True)[1]
+        found = attention_probabilities(q, k.bfloat16(), lse)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 5))
+    with mvlm_kernels.use_backend(backend):
+        torch.testing.assert_close(found, attention_probabilities(q.bfloat16(), k.bfloat16(), lse))
+
+
 BAD = {
     "bound": ({"cu_seqlens_q": torch.tensor([0, 9])}, "max_len_q must be given where q is packed"),
     "lse-shape": ({"lse": torch.zeros(1, 9)}, r"lse must be torch.float32 of shape \(1, 2, 9\)"),

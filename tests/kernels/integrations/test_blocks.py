@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -15,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations.blocks import form_of, swap_blocks  # noqa: E402
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED  # noqa: E402
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, OTHER_FORWARD  # noqa: E402
 
 
 def vit(**options: Any) -> Any:
@@ -247,3 +248,23 @@ def test_a_replica_computes_with_its_own_weights():
     x = torch.randn(4, 8)
     with use_backend("torch"):
         torch.testing.assert_close(replica(x), replica.fc2(replica.act(replica.fc1(x))))
+
+
+def doubled(module: nn.Module, x: Tensor) -> Tensor:
+    return 2 * type(module).forward(module, x)
+
+
+def test_a_forward_of_others_is_kept_and_called():
+    """accelerate's hooks are such: partials on the instance."""
+    mlp, x = timm.layers.Mlp(8, 16).eval(), torch.randn(4, 8)
+    mlp.forward = partial(doubled, mlp)
+    wanted = mlp(x)
+    report = swap_blocks(mlp)
+    assert [part.reason for part in report.parts] == [OTHER_FORWARD]
+    report.undo()
+    assert torch.equal(mlp(x), wanted)
+    del mlp.forward
+    report = swap_blocks(mlp)
+    mlp.forward = partial(doubled, mlp)
+    report.undo()
+    assert torch.equal(mlp(x), wanted)

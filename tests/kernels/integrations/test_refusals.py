@@ -82,6 +82,12 @@ def gelu(**kind: Any) -> Sequence[str]:
     return ops.explain(ops.gelu_linear, torch.empty(2, 8, **kind), torch.empty(4, 8, **kind)).reasons
 
 
+def gelu_in_transform() -> Sequence[str]:
+    found: list[str] = []
+    torch.func.grad(lambda x: x * len(found.extend(gelu()) or found))(torch.zeros(()))
+    return found
+
+
 def attention(queries: int = 9, keys: int = 5, width: int = 64, **kind: Any) -> Sequence[str]:
     q, k = (torch.empty(2, length, 2, width, **kind) for length in (queries, keys))
     return ops.explain(ops.cross_attention, q, k, k).reasons
@@ -240,6 +246,7 @@ TABLE = {
     "versions": Row(old_triton, "triton 3.6.0 needs numpy<2.4, and numpy 2.4.6", "install triton>=3.7"),
     "forced": Row(forced, 'use_backend("torch") is in force', "leave its block"),
     # limits of ops
+    "GELU in a transform": Row(gelu_in_transform, "torch.func and dual numbers have no kernel", "call it outside"),
     "float64 norm": Row(partial(on_gpu, partial(norm, **DOUBLE)), "float64 has no kernel", "pass float32"),
     "float64 GELU": Row(partial(on_gpu, partial(gelu, **DOUBLE)), "float64 has no kernel", "pass float32"),
     "float64 attention": Row(partial(on_gpu, partial(attention, **DOUBLE)), "float64 has no kernel", "pass float32"),
@@ -280,6 +287,11 @@ TABLE = {
     "embedding twice": Row(partial(twice, for_timm.swap, vit()), "it is swapped already", "undo the earlier swap"),
     "wrapped conv": Row(partial(kept_embeddings, wrapped), "a Conv2d, got Sequential", "merge its adapter"),
     "hooked conv": Row(partial(kept_embeddings, lambda embed: hooked(embed.proj)), "proj has hooks", "calls them"),
+    "embedding's own forward": Row(
+        lambda: kept_embeddings(lambda embed: setattr(embed, "forward", embed.forward)),
+        "it has a forward of its own",
+        "remove it, swap, put it on again",
+    ),
     "oblong patches": Row(
         lambda: kept_embeddings(lambda embed: setattr(embed, "proj", nn.Conv2d(3, 24, (8, 4), (8, 4)))),
         "proj must be a square conv of disjoint patches",

@@ -217,3 +217,16 @@ def test_a_forward_of_the_convs_own_is_called():
     with pytest.raises(ValueError, match="proj has hooks"):
         swap_patch_embed(model)
     assert torch.equal(embed(images), wanted)
+
+
+def test_an_embedding_with_a_forward_of_its_own_is_kept():
+    """accelerate's hooks replace `forward` on the instance, which would hide that of the swap."""
+    model = small_vit()
+    images = torch.randn(2, 3, 32, 32)
+    wanted = model(images)
+    model.patch_embed.forward = model.patch_embed.forward
+    (part,) = swap(model, mean=MEAN, std=STD).kept
+    assert "it has a forward of its own" in (part.reason or "")
+    assert torch.equal(model(images), wanted)
+    del model.patch_embed.forward
+    assert swap(model, mean=MEAN, std=STD).swapped
