@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.distributed.parallel import MAX_GRAPHS
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
@@ -138,6 +139,19 @@ def make_contenders(
             implementations[key] = module, adamw if optimizer else None
         module, adamw = implementations[key]
         module = drop_masked if name == DROP_MASKED else module
-        call = torch.compile(module) if name in COMPILED else module
+        call = _compiled(name, module) if name in COMPILED else module
         contenders.append(Contender(name, module, call, adamw, precision))
     return contenders
+
+
+def raise_recompile_limit() -> None:
+    """Let torch compile a function as often as in training. Beyond its limit of 8 it runs the function eagerly."""
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+
+
+def _compiled(name: str, module: nn.Module) -> Any:
+    """Compiled form of a contender's module: ours as `mvlm pretrain --compile` does it, a baseline by default."""
+    if eager_name(name) in BASELINES:
+        return torch.compile(module)
+    raise_recompile_limit()
+    return torch.compile(module, fullgraph=True, dynamic=False)
