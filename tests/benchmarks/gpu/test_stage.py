@@ -170,10 +170,36 @@ def test_sweep_writes_a_row_per_turn_and_the_exceptions(tmp_path, monkeypatch, t
     rows = rows_of(tmp_path / "sweep.csv")
     assert [(row["change"], row["us"], row["status"]) for row in rows] == [
         ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"), ("num_stages=3", "", "WRONG"),
+        ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"), ("num_warps=8", "5.0", "ok"), ("default", "10.0", "ok"),
     ]  # fmt: skip
+    assert [row["turn"] for row in rows] == ["0"] * 3 + ["1"] * 2 + ["2"] * 2
     (exception,) = json.loads((tmp_path / "tile_exceptions.json").read_text())["sm_90"].values()
     assert exception == {"key": "", "options": {"num_warps": 8}, "over_default": 0.5}
     assert (tmp_path / "sweep.svg").stat().st_size > 0
+
+
+def test_variant_that_is_faster_by_chance_does_not_win(tmp_path, monkeypatch, toy_sweep) -> None:
+    """It is as fast as the default when both are timed again."""
+    toy_sweep([toy("swept")])
+    lucky = iter([10.0, 9.0, 11.0])
+
+    class Clock(FakeClock):
+        def __init__(self, *_) -> None:
+            super().__init__()
+
+        def time(self, steps, prepare):
+            us = next(lucky, 10.0)
+            return Timing(us, us, us, (us, us)), super().time(steps, prepare)[1]
+
+    monkeypatch.setattr(sweep, "CpuClock", Clock)
+    code, summary = run_stage(sweep, tmp_path)
+    assert (code, summary["ended"]) == (0, "complete")
+    assert json.loads((tmp_path / "tile_exceptions.json").read_text())["sm_90"] == {}
+    assert "the default stays, num_warps=8 was faster by chance" in (tmp_path / "sweep.log").read_text()
+
+
+def test_winner_is_judged_by_enough_turns_of_its_own() -> None:
+    assert sweep.TURNS_AGAIN >= 7
 
 
 @pytest.mark.slow
