@@ -7,8 +7,6 @@ process of their own. The first wrong value stops the stage.
 
 import contextlib
 import importlib.util
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import torch
 
 from mvlm_benchmarks.ceilings import ceiling_rows
 from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, torch_settings
+from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.small_cases import small_cases
 from mvlm_benchmarks.gpu.stage import Stage, WrongValue
 from mvlm_benchmarks.kernels.attention_peers import cudnn_backend, flash_backend, sdpa
@@ -64,7 +63,7 @@ def run(stage: Stage) -> None:
             stage.say(f"{row['shape']}: {row['check']} {row['status']} {row['note']}")
         stage.finished.append("SDPA's repeats")
     if stage.allows("the GPU tests"):
-        row = _run_tests(stage)
+        row = run_tests(stage)
         table.append([row])
         stage.say(f"pytest: {row['status']} {row['note']}")
         if row["status"] == "WRONG":
@@ -164,7 +163,7 @@ def _sdpa_repeats(stage: Stage) -> Iterator[dict[str, Any]]:
             yield {**row, "status": "error", "note": one_line(error)}
 
 
-def _run_tests(stage: Stage) -> dict[str, Any]:
+def run_tests(stage: Stage) -> dict[str, Any]:
     """Row of the test suite's GPU tests, run by pytest in processes of their own."""
     row = {"op": "all", "shape": "", "check": "pytest"}
     root = source_root()
@@ -184,14 +183,5 @@ def _run_tests(stage: Stage) -> dict[str, Any]:
 
 def _write_output(stage: Stage, name: str, command: list[str], limit: float) -> int | None:
     """Run a command, write its output to a file as it comes, and return its exit code; None if the limit ended it."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if stage.rehearse else "0"}
     with (stage.out / name).open("w") as file:
-        try:
-            return subprocess.run(
-                command, cwd=source_root(), stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=limit
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return None
-        except OSError as error:
-            file.write(f"{one_line(error)}\n")
-            return 127
+        return run_program(command, limit, file, {"TRITON_INTERPRET": "1" if stage.rehearse else "0"})

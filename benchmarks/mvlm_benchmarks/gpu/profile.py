@@ -6,14 +6,12 @@ Clocks are left as they are (`--clock-control none`): on a rented machine they m
 import csv
 import io
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
+from mvlm_benchmarks.gpu.processes import run_and_keep
 from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
-from mvlm_benchmarks.machine import source_root
-from mvlm_benchmarks.unavailable import one_line
 
 COLUMNS = ("kernel", "op", "section", "metric", "unit", "value", "status", "note", "seconds")
 KERNELS = {  # regular expression over kernel names -> op that launches it at the paper's sizes
@@ -52,24 +50,21 @@ def profile_kernel(stage: Stage, program: str | None, kernel: str, op: str) -> I
         command = [program, *options, "--page", "details", *command]
     started = time.perf_counter()
     limit = 300.0 if stage.rehearse else max(1.0, min(60.0, stage.budget.left))
-    try:
-        done = subprocess.run(command, cwd=source_root(), capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired as error:
-        yield row | {"status": "out of time", "note": one_line(error)}
-        return
+    code, printed = run_and_keep(command, limit, stage.out / "profile.txt", kernel)
     row["seconds"] = round(time.perf_counter() - started, 1)
-    with (stage.out / "profile.txt").open("a") as file:
-        file.write(f"$ {kernel}\n{done.stdout}{done.stderr}\n")
-    wrong = [line for line in done.stdout.splitlines() if line.startswith(f"{op}, ") and not line.endswith(": ok")]
+    if code is None:
+        yield row | {"status": "out of time", "note": f"after {limit:.0f} s"}
+        return
+    wrong = [line for line in printed.splitlines() if line.startswith(f"{op}, ") and not line.endswith(": ok")]
     if wrong:
         yield row | {"status": "WRONG", "note": wrong[0][:300]}
         return
     if program is None:
         yield row | {"status": "missing", "note": "ncu is not installed; the call is right"}
         return
-    counters = list(read_counters(done.stdout))
+    counters = list(read_counters(printed))
     if not counters:
-        note = f"exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-200:]}"
+        note = f"exit code {code}: {printed.strip()[-200:]}"
         yield row | {"status": "error", "note": note}
     for counter in counters:
         yield row | counter

@@ -3,16 +3,14 @@
 memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of memory that nobody wrote.
 """
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 
+from mvlm_benchmarks.gpu.processes import run_and_keep
 from mvlm_benchmarks.gpu.small_cases import small_cases
 from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
-from mvlm_benchmarks.machine import source_root
 
 COLUMNS = ("tool", "op", "status", "errors", "note", "seconds")
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -37,7 +35,7 @@ def run(stage: Stage) -> None:
             return
 
 
-def check(stage: Stage, program: str | None, tool: str, op: str) -> Row:
+def check(stage: Stage, program: str | None, tool: str, op: str, limit: float = 55.0) -> Row:
     """Row of one op under one tool. Without the tool the op is called all the same, and the row says so."""
     command = [sys.executable, "-m", "mvlm_benchmarks.gpu.small_calls", "--op", op]
     command += ["--rehearse"] if stage.rehearse else []
@@ -46,18 +44,13 @@ def check(stage: Stage, program: str | None, tool: str, op: str) -> Row:
     started = time.perf_counter()
     row: Row = {"tool": tool, "op": op, "errors": None}
     # torch's allocator would hide accesses beyond a tensor's end.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=source_root(), env=environment, capture_output=True, text=True,
-            timeout=max(1.0, min(stage.budget.left, 55.0) if not stage.rehearse else 300.0),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return row | {"status": "out of time", "note": "", "seconds": round(time.perf_counter() - started, 1)}
-    with (stage.out / "sanitizer.txt").open("a") as file:
-        file.write(f"$ {tool} {op}\n{done.stdout}{done.stderr}\n")
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    limit = max(1.0, min(stage.budget.left, limit) if not stage.rehearse else 300.0)
+    code, printed = run_and_keep(command, limit, stage.out / "sanitizer.txt", f"{tool} {op}", environment)
     row["seconds"] = round(time.perf_counter() - started, 1)
-    return row | judge(program is not None, done.returncode, done.stdout + done.stderr)
+    if code is None:
+        return row | {"status": "out of time", "note": f"after {limit:.0f} s"}
+    return row | judge(program is not None, code, printed)
 
 
 def judge(has_tool: bool, code: int, output: str) -> Row:

@@ -10,8 +10,6 @@ table, which `MVLM_KERNELS_CONFIGS` reads.
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -19,13 +17,13 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from mvlm_benchmarks.clock import CpuClock, CudaClock, torch_settings
+from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
 from mvlm_benchmarks.gpu.variants import Options, Target, chosen_cases, long_sides, targets_of, variants
 from mvlm_benchmarks.intervals import FASTER, ratio
 from mvlm_benchmarks.kernels.measure import LocalContender, Outcome
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
-from mvlm_benchmarks.machine import source_root
 from mvlm_benchmarks.results import RowFile, write_json
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels import configs, overrides, use_backend
@@ -163,24 +161,15 @@ def compile_variants(stage: Stage) -> dict[tuple[str, str], Row]:
     command += ["--arch", REHEARSED_ARCH if stage.rehearse else f"sm_{_arch(stage)}"]
     command += ["--small"] if stage.rehearse else []
     found: dict[tuple[str, str], Row] = {}
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     file = stage.out / "variants.jsonl"
     problems = stage.out / "variants.log"
     with file.open("w") as output, problems.open("w") as errors:
-        # A session of its own, so that the processes that it starts end with it.
-        process = subprocess.Popen(
-            command, cwd=source_root(), env=environment, stdout=output, stderr=errors, start_new_session=True
-        )
-        try:
-            if process.wait(max(1.0, 0.5 * stage.budget.left)):
-                said = problems.read_text().strip().splitlines() or ["no message"]
-                stage.say(f"variants are compiled when they run: their process failed, {said[-1]}")
-        except subprocess.TimeoutExpired:
-            stage.say("not all variants were compiled in half of the time; the others are compiled when they run")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        code = run_program(command, max(1.0, 0.5 * stage.budget.left), output, {"TRITON_INTERPRET": "0"}, errors)
+    if code is None:
+        stage.say("not all variants were compiled in half of the time; the others are compiled when they run")
+    elif code:
+        said = problems.read_text().strip().splitlines() or ["no message"]
+        stage.say(f"variants are compiled when they run: their process failed, {said[-1]}")
     for line in file.read_text().splitlines():
         try:
             row = json.loads(line)
