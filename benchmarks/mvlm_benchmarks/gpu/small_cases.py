@@ -14,6 +14,7 @@ import mvlm_kernels
 from mvlm_benchmarks.kernels.attention_cases import Shape, attention_case
 from mvlm_benchmarks.kernels.cases import place_reference
 from mvlm_benchmarks.kernels.inputs import Case, Inputs, RandomInputs
+from mvlm_benchmarks.kernels.layers import add_layer_norm_case, gelu_linear_case
 from mvlm_kernels.gather_patches import reference as gathering
 from mvlm_kernels.pixel_loss import reference as pixels
 
@@ -32,7 +33,10 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         Shape(3, 19, 3, 19, "packed", "packed"),
         Shape(5, 1, 2, 19, layout_k="packed", index="drawn"),
     ]
-    others = [_gather(dtype), _masked_loss(dtype), _linear_loss(dtype), _place(dtype)]
+    others = [
+        _gather(dtype), _masked_loss(dtype), _linear_loss(dtype), _place(dtype),
+        add_layer_norm_case(37, dtype, WIDTH), gelu_linear_case(37, dtype, WIDTH),
+    ]  # fmt: skip
     return [*(attention_case(shape, dtype, heads=1) for shape in shapes), *others]
 
 

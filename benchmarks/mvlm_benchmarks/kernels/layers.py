@@ -27,66 +27,66 @@ def layer_cases(batch: int, dtype: torch.dtype) -> list[Case]:
     """Cases for `batch` images. A small batch, as on a CPU, gets a small vocabulary too."""
     vocabulary = 50_265 if batch >= 32 else 2_048
     return [
-        _add_layer_norm(2 * batch * 197, dtype),
-        _gelu_linear(batch * 197, dtype),
+        add_layer_norm_case(2 * batch * 197, dtype),
+        gelu_linear_case(batch * 197, dtype),
         # Captions have 12 tokens on average, of which 30 % are masked.
         _linear_cross_entropy(round(3.6 * batch), vocabulary, dtype),
     ]
 
 
-def _add_layer_norm(rows: int, dtype: torch.dtype) -> Case:
+def add_layer_norm_case(rows: int, dtype: torch.dtype, width: int = WIDTH) -> Case:
     """x + y in float32, and its LayerNorm in the case's dtype, as between two layers of a block."""
 
     def make(device: str, seed: int = 0) -> Inputs:
         random = RandomInputs(device, dtype, seed)
         leaves = {
-            "x": random.normal(rows, WIDTH, dtype=torch.float32),
-            "y": random.normal(rows, WIDTH),
-            "weight": random.normal(WIDTH, dtype=torch.float32),
-            "bias": random.normal(WIDTH, dtype=torch.float32),
+            "x": random.normal(rows, width, dtype=torch.float32),
+            "y": random.normal(rows, width),
+            "weight": random.normal(width, dtype=torch.float32),
+            "bias": random.normal(width, dtype=torch.float32),
         }
         return Inputs(leaves, {"eps": EPS, "out_dtype": dtype})
 
     def reference(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any) -> Any:
         total = x + y
-        return total, F.layer_norm(total, (WIDTH,), weight, bias, eps)
+        return total, F.layer_norm(total, (width,), weight, bias, eps)
 
-    item, elements = dtype.itemsize, rows * WIDTH
-    moments, vectors = 8 * rows, 8 * WIDTH
+    item, elements = dtype.itemsize, rows * width
+    moments, vectors = 8 * rows, 8 * width
     minimum = (
         elements * (4 + item + 4 + item) + moments + vectors,
-        elements * (4 + item + 4 + 4 + item) + moments + vectors + 4 * WIDTH,
+        elements * (4 + item + 4 + 4 + item) + moments + vectors + 4 * width,
     )
-    shape = f"{rows} rows of {WIDTH}, residual in float32"
+    shape = f"{rows} rows of {width}, residual in float32"
     ours = getattr(mvlm_kernels, "add_layer_norm", None)
     return Case("add_layer_norm", shape, dtype, make, ours, reference, minimum)
 
 
-def _gelu_linear(rows: int, dtype: torch.dtype) -> Case:
+def gelu_linear_case(rows: int, dtype: torch.dtype, width: int = WIDTH) -> Case:
     """linear(gelu(h)): the second half of a feed-forward layer."""
-    hidden = 4 * WIDTH
+    hidden = 4 * width
 
     def make(device: str, seed: int = 0) -> Inputs:
         random = RandomInputs(device, dtype, seed)
         leaves = {
             "h": random.normal(rows, hidden),
-            "weight": random.normal(WIDTH, hidden, scale=hidden**-0.5),
-            "bias": random.normal(WIDTH),
+            "weight": random.normal(width, hidden, scale=hidden**-0.5),
+            "bias": random.normal(width),
         }
         return Inputs(leaves, {})
 
     def reference(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(F.gelu(h), weight, bias)
 
-    item, product = dtype.itemsize, 2 * rows * hidden * WIDTH
-    matrix = item * WIDTH * hidden
+    item, product = dtype.itemsize, 2 * rows * hidden * width
+    matrix = item * width * hidden
     minimum = (
-        item * (rows * (hidden + WIDTH) + WIDTH) + matrix,
-        item * (rows * (2 * hidden + WIDTH) + WIDTH) + 2 * matrix,
+        item * (rows * (hidden + width) + width) + matrix,
+        item * (rows * (2 * hidden + width) + width) + 2 * matrix,
     )
-    shape = f"{rows} rows of {hidden} -> {WIDTH}"
+    shape = f"{rows} rows of {hidden} -> {width}"
     ours = getattr(mvlm_kernels, "gelu_linear", None)
-    sizes, flops = (rows, WIDTH, hidden), (product, 2 * product)
+    sizes, flops = (rows, width, hidden), (product, 2 * product)
     return Case("gelu_linear", shape, dtype, make, ours, reference, minimum, flops, product=sizes)
 
 

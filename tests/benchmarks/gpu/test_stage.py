@@ -170,7 +170,8 @@ def test_sweep_writes_a_row_per_turn_and_the_exceptions(tmp_path, monkeypatch, t
     rows = rows_of(tmp_path / "sweep.csv")
     assert [(row["change"], row["us"], row["status"]) for row in rows] == [
         ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"), ("num_stages=3", "", "WRONG"),
-        ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"), ("num_warps=8", "5.0", "ok"), ("default", "10.0", "ok"),
+        ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"),
+        ("num_warps=8", "5.0", "ok"), ("default", "10.0", "ok"),
     ]  # fmt: skip
     assert [row["turn"] for row in rows] == ["0"] * 3 + ["1"] * 2 + ["2"] * 2
     (exception,) = json.loads((tmp_path / "tile_exceptions.json").read_text())["sm_90"].values()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mvlm_benchmarks.gpu.small_cases import small_cases
-from mvlm_benchmarks.gpu.variants import TILES, Options, targets_of, variants
+from mvlm_benchmarks.gpu.variants import TILES, Options, launches_of, targets_of, variants
+from mvlm_benchmarks.kernels.cases import cases
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,6 +26,13 @@ def test_targets_are_the_kernels_that_the_case_launches() -> None:
     assert found["short_kv_forward"].pass_name == "forward"
     assert found["short_kv_backward"].pass_name == "backward"
     assert found["short_kv_forward"].options.keys() >= {"BLOCK_M", "num_warps"}
+
+
+def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:
+    """The sanitizers and the first checks on a GPU see no other cases."""
+    wanted = {case.op for case in cases(2, torch.bfloat16) if case.has_kernels}
+    launched = {c.op for c in small_cases(torch.bfloat16) if launches_of(c, c.make("meta"), 90)}
+    assert launched == wanted
 
 
 @pytest.mark.parametrize("few", [False, True])
