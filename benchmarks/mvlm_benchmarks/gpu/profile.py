@@ -14,14 +14,16 @@ from mvlm_benchmarks.gpu.processes import run_and_keep
 from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
 
 COLUMNS = ("kernel", "op", "section", "metric", "unit", "value", "status", "note", "seconds")
-KERNELS = {  # regular expression over kernel names -> op that launches it at the paper's sizes
+KERNELS = {  # kernel -> op that launches it at the paper's sizes
     "short_kv_backward": "cross_attention",
     "short_q_backward": "cross_attention",
     "long_kv_backward": "cross_attention",
-    "^loss_kernel": "masked_pixel_loss",
+    "loss_kernel": "masked_pixel_loss",
     "gather_kernel": "gather_patches",
-    "place_backward": "place_tokens",
+    "place_backward_kernel": "place_tokens",
 }
+LIMIT = 60.0
+"""Most seconds of one kernel."""
 
 
 def run(stage: Stage) -> None:
@@ -43,13 +45,13 @@ def run(stage: Stage) -> None:
 def profile_kernel(stage: Stage, program: str | None, kernel: str, op: str) -> Iterator[Row]:
     """Rows of the first launch of a kernel. One row with a reason if there are no counters."""
     row: Row = {"kernel": kernel, "op": op, "status": "ok", "note": ""}
-    command = [sys.executable, "-m", "mvlm_benchmarks.gpu.small_calls", "--op", op]
+    command = [sys.executable, "-m", "mvlm_benchmarks.gpu.small_calls", "--op", op, "--kernel", kernel]
     command += ["--rehearse"] if stage.rehearse else ["--paper"]
     if program is not None:
-        options = ["--set", "full", "--clock-control", "none", "-c", "1", "-k", f"regex:{kernel}", "--csv"]
+        options = ["--set", "full", "--clock-control", "none", "-c", "1", "-k", f"regex:^{kernel}", "--csv"]
         command = [program, *options, "--page", "details", *command]
     started = time.perf_counter()
-    limit = 300.0 if stage.rehearse else max(1.0, min(60.0, stage.budget.left))
+    limit = max(1.0, min(LIMIT, stage.budget.left))
     code, printed = run_and_keep(command, limit, stage.out / "profile.txt", kernel)
     row["seconds"] = round(time.perf_counter() - started, 1)
     if code is None:

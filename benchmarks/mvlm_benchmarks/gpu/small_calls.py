@@ -1,19 +1,22 @@
 """One forward and backward pass of each small case, for compute-sanitizer: `python -m mvlm_benchmarks.gpu.small_calls`.
 
-    python -m mvlm_benchmarks.gpu.small_calls [--op NAME] [--paper] [--rehearse]
+    python -m mvlm_benchmarks.gpu.small_calls [--op NAME] [--kernel NAME] [--paper] [--rehearse]
 
 Prints a line per case. Exits with 1 after a wrong value, so that a tool that finds nothing in a wrong kernel is not
-believed. With --paper, the first case of each op at the paper's sizes, for Nsight Compute.
+believed. With --kernel only the first case that launches it, and with --paper the cases at the paper's sizes, for
+Nsight Compute: drawing the inputs of all takes longer than the profile of one.
 """
 
 import argparse
 import contextlib
+import itertools
 import sys
 
 import torch
 
 from mvlm_benchmarks.clock import make_clock
 from mvlm_benchmarks.gpu.small_cases import small_cases
+from mvlm_benchmarks.gpu.variants import launches_of
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender
@@ -33,21 +36,39 @@ def check(case: Case, device: str) -> str:
     return "ok"
 
 
+def chosen_cases(op: str, kernel: str, paper: bool, dtype: torch.dtype) -> list[Case]:
+    """Cases of an op, or of all if it is empty. With a kernel, the first one that launches it, or none.
+
+    paper: core cases at the paper's sizes, in place of the small ones.
+    """
+    found = [c for c in cases(256, dtype) if c.core] if paper else small_cases(dtype)
+    found = [case for case in found if op in ("", case.op)]
+    if not kernel:
+        return found
+    arch = 90  # the same kernels run on a later one
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        arch = 10 * major + minor
+    launching = (
+        case for case in found if kernel in {x.kernel.__name__ for x in launches_of(case, case.make("meta"), arch)}
+    )
+    return list(itertools.islice(launching, 1))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--op", default="", help="only this op")
+    parser.add_argument("--kernel", default="", help="only the first case that launches it")
     parser.add_argument("--paper", action="store_true", help="the paper's sizes: core cases only")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU")
     options = parser.parse_args()
     dtype = torch.float32 if options.rehearse else torch.bfloat16
-    chosen = [c for c in cases(256, dtype) if c.core] if options.paper else small_cases(dtype)
     bad = 0
-    for case in chosen:
-        if options.op in ("", case.op):
-            with contextlib.redirect_stdout(sys.stderr):
-                found = check(case, "cpu" if options.rehearse else "cuda")
-            print(f"{case.op}, {case.shape}: {found}", flush=True)
-            bad += found != "ok"
+    for case in chosen_cases(options.op, options.kernel, options.paper, dtype):
+        with contextlib.redirect_stdout(sys.stderr):
+            found = check(case, "cpu" if options.rehearse else "cuda")
+        print(f"{case.op}, {case.shape}: {found}", flush=True)
+        bad += found != "ok"
     return 1 if bad else 0
 
 
