@@ -14,6 +14,8 @@ from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
 
 COLUMNS = ("tool", "op", "status", "errors", "note", "seconds")
 TOOLS = ("memcheck", "racecheck", "initcheck")
+FOUND = 9
+"""Exit code with which a tool says that it found an error."""
 
 
 def run(stage: Stage) -> None:
@@ -40,7 +42,7 @@ def check(stage: Stage, program: str | None, tool: str, op: str, limit: float = 
     command = [sys.executable, "-m", "mvlm_benchmarks.gpu.small_calls", "--op", op]
     command += ["--rehearse"] if stage.rehearse else []
     if program is not None:
-        command = [program, "--tool", tool, "--error-exitcode", "9", *command]
+        command = [program, "--tool", tool, "--error-exitcode", str(FOUND), *command]
     started = time.perf_counter()
     row: Row = {"tool": tool, "op": op, "errors": None}
     # torch's allocator would hide accesses beyond a tensor's end.
@@ -58,10 +60,13 @@ def judge(has_tool: bool, code: int, output: str) -> Row:
     found = re.search(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:errors?|hazards?)", output)
     errors = int(found.group(1)) if found else None
     wrong = [line for line in output.splitlines() if re.search(r": (WRONG|error|REFUSED): ", line)]
-    if errors or code == 9:
+    if wrong:
+        return {"status": "WRONG", "errors": errors, "note": wrong[0][:300]}
+    if errors or code == FOUND:
         return {"status": "WRONG", "errors": errors, "note": found.group(0) if found else f"exit code {code}"}
-    if wrong or code:
-        return {"status": "WRONG", "errors": errors, "note": wrong[0][:300] if wrong else f"exit code {code}"}
+    if code:  # the tool does not know the device, or the program did not start: no kernel is wrong
+        last = [line for line in output.splitlines() if line.strip("= ")][-1:]
+        return {"status": "error", "errors": errors, "note": f"exit code {code}: {''.join(last)[:200]}"}
     if not has_tool:
         return {"status": "missing", "errors": None, "note": "compute-sanitizer is not installed; the calls are right"}
     if errors is None:

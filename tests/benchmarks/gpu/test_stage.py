@@ -338,7 +338,11 @@ def test_profile_writes_a_row_per_counter(tmp_path, monkeypatch) -> None:
         (True, 1, "gather_patches, small: WRONG: output is off", "WRONG"),
         (True, 0, "something else", "error"),
         (False, 0, "gather_patches, small: ok", "missing"),
-        (False, 1, "Traceback", "WRONG"),
+        (True, 1, "========= Error: Device not supported. Please refer to the documentation", "error"),
+        (True, 255, "========= Error: Target application terminated before first instrumented API call", "error"),
+        (True, 1, "gather_patches, small: error: AcceleratorError: CUDA error", "WRONG"),
+        (True, 9, "========= ERROR SUMMARY: 2 errors", "WRONG"),
+        (False, 1, "Traceback", "error"),
     ],
 )
 def test_what_a_sanitizer_says_is_judged(has_tool, code, output, status) -> None:
