@@ -18,5 +18,5 @@ STAGES = {
     "profile": Plan("mvlm_benchmarks.gpu.profile", 240, "hardware counters of six kernels, by Nsight Compute"),
     "step": Plan("mvlm_benchmarks.gpu.step", 360, "a training step against the baselines; GPU time by category"),
     "compiled": Plan("mvlm_benchmarks.gpu.compiled", 180, "the step with blocks compiled, then as a whole"),
-    "sanitizer": Plan("mvlm_benchmarks.gpu.sanitizer", 60, "one small call of each op under compute-sanitizer"),
+    "sanitizer": Plan("mvlm_benchmarks.gpu.sanitizer", 360, "small calls of each op under compute-sanitizer"),
 }

@@ -46,7 +46,7 @@ def test_what_a_tool_started_ends_when_its_time_is_over(tmp_path, monkeypatch, n
     if name == "ncu":
         status = next(iter(profile.profile_kernel(stage, program, "short_kv_backward", "cross_attention")))["status"]
     elif name == "compute-sanitizer":
-        status = sanitizer.check(stage, program, "memcheck", "gather_patches", 1.0)["status"]
+        status = sanitizer.check(stage, program, "memcheck", 1.0)["status"]
     else:
         monkeypatch.setattr(sys, "executable", program)
         status = correct.run_tests(stage)["status"]

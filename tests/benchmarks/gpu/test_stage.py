@@ -298,11 +298,39 @@ def test_sanitizer_stops_at_an_error(tmp_path, monkeypatch) -> None:
     fake_tool(tmp_path / "bin", monkeypatch, "compute-sanitizer", "echo '========= ERROR SUMMARY: 2 errors'; exit 9")
     code, summary = run_stage(sanitizer, tmp_path / "out")
     assert (code, summary["ended"]) == (
-        1, "wrong value: memcheck, cross_attention: ERROR SUMMARY: 2 errors; see sanitizer.txt",
+        1, "wrong value: memcheck: ERROR SUMMARY: 2 errors; see sanitizer.txt",
     )  # fmt: skip
     (row,) = rows_of(tmp_path / "out" / "sanitizer.csv")
     assert (row["tool"], row["status"], row["errors"]) == ("memcheck", "WRONG", "2")
     assert "ERROR SUMMARY: 2 errors" in (tmp_path / "out" / "sanitizer.txt").read_text()
+
+
+def test_each_sanitizer_is_one_process_over_all_cases(tmp_path, monkeypatch) -> None:
+    """memcheck and racecheck look at our kernels alone. initcheck needs to see what those of torch write."""
+    lines = "echo 'toy, a: ok'; echo 'toy, b: ok'; echo '========= ERROR SUMMARY: 0 errors'"
+    fake_tool(tmp_path / "bin", monkeypatch, "compute-sanitizer", f'echo "$@" >> {tmp_path}/calls; {lines}')
+    code, summary = run_stage(sanitizer, tmp_path / "out")
+    assert (code, summary["finished"]) == (0, ["memcheck", "racecheck", "initcheck"])
+    rows = rows_of(tmp_path / "out" / "sanitizer.csv")
+    assert [(row["tool"], row["cases"], row["status"]) for row in rows] == [
+        (tool, "2", "ok") for tool in sanitizer.TOOLS
+    ]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ["--kernel-name kernel_substring=short_kv_backward " in call for call in calls] == [True, True, False]
+    assert ["--report-api-errors no" in call for call in calls] == [True, False, False]
+    assert all(call.endswith("-m mvlm_benchmarks.gpu.small_calls --rehearse") for call in calls)
+
+
+def test_a_sanitizer_gets_its_share_of_the_time(tmp_path, monkeypatch) -> None:
+    lines = "echo 'toy, a: ok'; exec sleep 50"
+    fake_tool(tmp_path / "bin", monkeypatch, "compute-sanitizer", lines)
+    code, summary = run_stage(sanitizer, tmp_path / "out", seconds=6.0)
+    assert code == 0
+    assert summary["seconds"] < 12
+    rows = rows_of(tmp_path / "out" / "sanitizer.csv")
+    assert [row["tool"] for row in rows[:2]] == ["memcheck", "racecheck"]
+    assert {(row["status"], row["cases"]) for row in rows} == {("out of time", "1")}
+    assert rows[0]["note"] == "after 2 s and 1 cases"
 
 
 def test_profile_stops_at_a_wrong_value(tmp_path, monkeypatch) -> None:
@@ -335,6 +363,7 @@ def test_profile_writes_a_row_per_counter(tmp_path, monkeypatch) -> None:
         (True, 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "ok"),
         (True, 0, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "WRONG"),
         (True, 9, "", "WRONG"),
+        (True, 9, "========= Error: Device not supported. Please refer to the documentation", "error"),
         (True, 1, "gather_patches, small: WRONG: output is off", "WRONG"),
         (True, 0, "something else", "error"),
         (False, 0, "gather_patches, small: ok", "missing"),
