@@ -71,6 +71,7 @@ def run(stage: Stage) -> None:
             if row["status"] == "WRONG":
                 raise WrongValue(f"{name}: {row['note']}")
             if contender is None:
+                stage.end_part(name, row["status"])
                 continue
             ready[name], seconds[name] = contender, []
             # Everything that is ready takes a turn now, so that there are figures if a later way never gets ready.
@@ -80,7 +81,7 @@ def run(stage: Stage) -> None:
                     append({"contender": other, "round": number, "seconds": took, "loss": loss, "status": "ok"})
                     seconds[other].append([took])
             _report(stage, seconds, batch)
-            stage.finished.append(name)
+            stage.end_part(name)
 
 
 def _first_step(

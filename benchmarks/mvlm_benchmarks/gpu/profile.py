@@ -39,7 +39,7 @@ def run(stage: Stage) -> None:
         stage.say(f"{kernel}: {rows[0]['status']} {rows[0]['note']}, {len(rows)} rows")
         if rows[0]["status"] == "WRONG":
             raise WrongValue(f"{op}, while {kernel} was profiled: {rows[0]['note']}")
-        stage.finished.append(kernel)
+        stage.end_part(kernel, rows[0]["status"])
 
 
 def profile_kernel(stage: Stage, program: str | None, kernel: str, op: str) -> Iterator[Row]:

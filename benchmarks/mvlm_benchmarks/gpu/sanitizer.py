@@ -34,7 +34,7 @@ def run(stage: Stage) -> None:
         stage.say(f"{tool}: {row['status']} {row['note']}")
         if row["status"] == "WRONG":
             raise WrongValue(f"{tool}: {row['note']}; see sanitizer.txt")
-        stage.finished.append(tool)
+        stage.end_part(tool, row["status"])
         if program is None:  # one round without a tool has shown that the calls work
             return
 

@@ -17,7 +17,7 @@ from mvlm_benchmarks.results import RowFile, write_json
 from mvlm_benchmarks.unavailable import one_line
 
 Row = dict[str, Any]
-COMPLETE, OUT_OF_TIME, RUNNING = "complete", "out of time", "running, or killed"
+COMPLETE, INCOMPLETE, OUT_OF_TIME, RUNNING = "complete", "incomplete", "out of time", "running, or killed"
 
 
 class WrongValue(Exception):
@@ -44,7 +44,9 @@ class Stage:
     about: dict[str, Any] = field(default_factory=dict)
     state: GpuState = field(default_factory=lambda: GpuState("cpu"))
     finished: list[str] = field(default_factory=list)
-    """Parts of the stage that were completed."""
+    """Parts of the stage that gave their results."""
+    without_result: dict[str, str] = field(default_factory=dict)
+    """Parts that were begun and gave none, or not all, with the status that says why."""
     left_out: str = ""
     """The first part that did not fit into the budget."""
 
@@ -79,6 +81,14 @@ class Stage:
         self.leave_out(part)
         return False
 
+    def end_part(self, part: str, *statuses: str) -> None:
+        """Note that a part has ended, with the statuses of its rows. It is finished if all are "ok"."""
+        bad = [status for status in statuses if status != "ok"]
+        if bad:
+            self.without_result[part] = bad[0]
+        else:
+            self.finished.append(part)
+
     def leave_out(self, part: str) -> None:
         """Note that a part, and those behind it, did not fit into the budget."""
         self.left_out = part
@@ -92,7 +102,8 @@ class Stage:
             "seconds": round(self.budget.used, 1),
             "rehearsal": self.rehearse,
         }
-        content |= {"finished": self.finished, "no_gpu_state": self.state.problem, **more, "machine": self.about}
+        content |= {"finished": self.finished, "without_result": self.without_result}
+        content |= {"no_gpu_state": self.state.problem, **more, "machine": self.about}
         write_json(content, self.out / f"{self.name}.json")
 
 
@@ -135,6 +146,8 @@ def running(name: str, out: Path, seconds: float, rehearse: bool) -> Iterator[St
             ended, code = f"error: {one_line(error)}", 1
         if ended == COMPLETE and stage.left_out:
             ended = f"{OUT_OF_TIME}, before {stage.left_out}"
+        elif ended == COMPLETE and stage.without_result:
+            ended = f"{INCOMPLETE}: " + ", ".join(f"{part} {why}" for part, why in stage.without_result.items())
         stage.summary(ended)
         stage.say(f"{name}: {ended} after {stage.budget.used:.0f} s; files in {out}")
     finally:

@@ -114,7 +114,7 @@ def _categories(stage: Stage, model: MaskVLM, batch: int) -> None:
         stage.say(
             f"{row['category']:28}{row.get('ms', 0):9.2f} ms {row.get('pct', 0):5.1f} %  {row.get('longest', '')}"
         )
-    stage.finished.append("categories")
+    stage.end_part("categories", "ok" if len(rows) > 1 else "error")
 
 
 def _graphs(stage: Stage, model: MaskVLM) -> None:
@@ -123,6 +123,7 @@ def _graphs(stage: Stage, model: MaskVLM) -> None:
         table.append([{"note": "missing: a CPU has no CUDA graphs"}])
         stage.say("CUDA graphs are missing on a CPU")
         return
+    statuses = []
     for batch in (32, 64, 128):
         if not stage.allows(f"the graph of a batch of {batch}"):
             return
@@ -132,11 +133,12 @@ def _graphs(stage: Stage, model: MaskVLM) -> None:
         except Exception as error:
             row = {"note": one_line(error)}
             torch.cuda.empty_cache()
+        statuses.append("ok" if "equal" in row else "error")
         table.append([{"batch": batch, **row, **stage.state.read()}])
         stage.say(f"batch {batch}: {row}")
         if row.get("equal") == "no":
             raise WrongValue(f"the loss of a captured step of {batch} pairs is not the eager step's")
-    stage.finished.append("graphs")
+    stage.end_part("graphs", *statuses)
 
 
 def _graph(fast: Contender, inputs: StepInputs) -> Row:
