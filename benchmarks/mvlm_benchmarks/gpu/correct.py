@@ -181,9 +181,9 @@ def run_tests(stage: Stage) -> dict[str, Any]:
     started = time.perf_counter()
     code = _write_output(stage, "pytest.log", [sys.executable, "-m", "pytest", *words], limit)
     last = (stage.out / "pytest.log").read_text().strip().splitlines()[-1:]
-    # No test was collected: on a CPU that is as it should be.
+    # 5: no test was collected, on a CPU as it should be. 4: pytest could not begin.
     nothing = "ok" if stage.rehearse else "missing"
-    status = {0: "ok", 5: nothing, None: "out of time", 127: "error"}.get(code, "WRONG")
+    status = {0: "ok", 5: nothing, None: "out of time", 4: "error", 127: "error"}.get(code, "WRONG")
     seconds = round(time.perf_counter() - started, 1)
     return {**row, "status": status, "note": last[0][:300] if last else "", "seconds": seconds}
 

@@ -300,6 +300,27 @@ def test_step_times_ours_without_the_baselines_libraries(tmp_path, monkeypatch, 
     assert "matrix products" in {row["category"] for row in shares}
 
 
+@pytest.mark.slow
+def test_step_times_ours_if_the_baseline_cannot_be_built(tmp_path, monkeypatch, micro) -> None:
+    """As with another version of transformers."""
+    make = step.make_contenders
+
+    def make_contenders(names, *arguments, **options):
+        if step.BASELINE in names:
+            raise TypeError("unexpected keyword\nargument 'position_ids'")
+        return make(names, *arguments, **options)
+
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(step, "make_contenders", make_contenders)
+    code, summary = run_stage(step, tmp_path)
+    assert (code, summary["finished"]) == (0, ["rounds", "categories"])
+    rows = rows_of(tmp_path / "step.csv")
+    assert (rows[0]["contender"], rows[0]["note"]) == (
+        "timm+roberta", "missing: TypeError: unexpected keyword argument 'position_ids'",
+    )  # fmt: skip
+    assert sorted(row["contender"] for row in rows[1:]) == ["fast", "fast", "plain", "plain"]
+
+
 def test_compiled_stops_at_wrong_losses_and_keeps_the_eager_rows(tmp_path, monkeypatch, micro) -> None:
     def wrong(name, *_):
         raise AssertionError(f"{name}: itm is 2, wanted 1")
