@@ -64,7 +64,8 @@ def measure_rounds(
             "contender": contender.name, "note": "", "peak_mb": peak, "seconds": [], "cpu_seconds": [],
         }  # fmt: skip
     for number in range(-WARM_UP, rounds):
-        if number > 0 and budget is not None and not budget.allows():
+        # Asked before the first timed round too, whatever it says, so that it knows how long a round takes.
+        if number >= 0 and budget is not None and not budget.allows() and number > 0:
             break
         for contender in rotated(ready, number):
             if contender.name in failed:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mvlm_benchmarks import budget
 from mvlm_benchmarks.step import timing
 from mvlm_benchmarks.step.timing import WARM_UP, measure_rounds, rotated
 
@@ -72,9 +73,24 @@ def test_contender_without_memory_is_left_out_and_the_others_go_on(inputs, when)
 
 
 def test_spent_budget_ends_after_a_whole_round(inputs) -> None:
-    rows, timed = measure([Step("a"), Step("b")], inputs, 10, Rounds(2))
+    rows, timed = measure([Step("a"), Step("b")], inputs, 10, Rounds(3))
     assert [len(row["seconds"]) for row in rows] == [3, 3]
     assert len(timed) == 6
+
+
+def test_no_round_starts_that_would_end_after_the_budget(inputs, monkeypatch) -> None:
+    """A round takes 6 s. After the warm-up and the first timed one 2 s are left of 20."""
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+
+    class Slow(Step):
+        def update(self) -> None:
+            now[0] += 3
+
+    limit = budget.Budget(20)
+    rows, _ = measure([Slow("a"), Slow("b")], inputs, 10, limit)
+    assert [len(row["seconds"]) for row in rows] == [1, 1]
+    assert limit.used == 18
 
 
 def test_budget_that_is_spent_at_once_leaves_one_round(inputs) -> None:
