@@ -25,7 +25,7 @@ from mvlm.training.run import build_run, build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.machine import describe
 from mvlm_benchmarks.results import heading, write_csv, write_json
-from mvlm_benchmarks.run.turns import LOOP, NO_LOADER, STEP, Turns, first_batches, measure_turns
+from mvlm_benchmarks.run.turns import LEAD, LOOP, NO_LOADER, STEP, Turns, first_batches, measure_turns
 from mvlm_benchmarks.run.usage import GROUPS
 
 RUN = "run"
@@ -52,7 +52,7 @@ def run(
         preset: recipe of `mvlm pretrain`.
         data: folder of shards with the splits train and validation.
         rounds: turns of each contender.
-        steps: steps of a turn.
+        steps: steps of a turn that count.
         eval_every_steps: steps between two evaluations of the run, for their share of its time.
         threads: CPU threads; 0 for torch's default.
         json, csv: files, or None.
@@ -105,7 +105,7 @@ def measure(
         config, max_steps=length, warmup_steps=1, eval_every_steps=length + 1, checkpoint_every_minutes=0.0
     )
     with build_run(config, world, open_inputs, build_trainer) as trainer:
-        batches = first_batches(trainer, steps)
+        batches = first_batches(trainer, LEAD + steps)
         turns = measure_turns(trainer, batches, steps, rounds)
         return turns, time_rare_work(trainer)
 

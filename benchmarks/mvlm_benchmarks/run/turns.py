@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,7 +13,7 @@ from mvlm.device import autocast
 from mvlm.training.build import make_loader
 from mvlm.training.few_shapes import with_few_shapes
 from mvlm.training.trainer import Trainer
-from mvlm_benchmarks.run.usage import read_usage, usage_between
+from mvlm_benchmarks.run.usage import Usage, read_usage, usage_between
 from mvlm_dataloading import Batch, Masks
 
 STEP, NO_LOADER, LOOP = "step", "run, no loader", "run, no evaluation"
@@ -25,6 +24,8 @@ WARM_UP = 1
 """Rounds that do not count."""
 SETTLE_S = 0.3
 """Pause before a turn. The loader then has prepared its batches and is idle."""
+LEAD = 2
+"""Steps at the beginning of a turn that do not count: the loader prepared their batches in the pause."""
 
 Loaded = tuple[Batch, Masks]
 
@@ -36,20 +37,23 @@ class Turns:
     repeat the batches of the last turn with the loader, because the number of tokens differs from batch to batch.
 
     Args:
-        batches: batches to begin with, `length` of them.
-        length: steps of a turn.
+        batches: batches to begin with, `LEAD + length` of them.
+        length: steps of a turn that count.
         rounds: rounds that count.
     """
 
+    _before: Usage
+    """Counters after the steps of the current turn that do not count."""
+
     def __init__(self, batches: Sequence[Loaded], length: int, rounds: int) -> None:
-        self._batches, self._length = batches, length
+        self._batches, self._counted, self._length = batches, length, LEAD + length
         self._order = [
             CONTENDERS[(place + number) % len(CONTENDERS)]
             for number in range(rounds + WARM_UP)
             for place in range(len(CONTENDERS))
         ]
         self._one_step = Trainer.one_step
-        self._turn: tuple[str, Any] | None = None
+        self._turn = ""
         self._left = 0
         self._source: Iterator[Loaded] = iter(())
         self.rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
@@ -66,20 +70,23 @@ class Turns:
             self._end_turn(trainer)
             while self._order and self._order[0] == STEP:
                 self._begin_turn(trainer)
-                for batch, masks in self._batches:
+                for number, (batch, masks) in enumerate(self._batches):
+                    if number == LEAD:
+                        self._begin_counting(trainer)
                     bare_step(trainer, batch, masks)
                 self._end_turn(trainer)
             self._source = batches
             if self._order:  # else this is the last step
                 self._begin_turn(trainer)
-                name = self._turn[0] if self._turn is not None else ""
-                self._source = iter(self._batches) if name == NO_LOADER else self._recorded(batches)
+                self._source = iter(self._batches) if self._turn == NO_LOADER else self._recorded(batches)
             self._left = self._length
+        if self._turn and self._left == self._counted:
+            self._begin_counting(trainer)
         self._left -= 1
         self._one_step(trainer, self._source)
 
     def _recorded(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The same batches. The first `length` become those of the next turns."""
+        """The same batches. Those of one turn become those of the next turns."""
         recorded = list[Loaded]()
         for loaded in batches:
             recorded.append(loaded)
@@ -91,14 +98,17 @@ class Turns:
         trainer.writer.wait()
         _wait_for_device(trainer)
         time.sleep(SETTLE_S)
-        self._turn = (self._order.pop(0), read_usage())
+        self._turn = self._order.pop(0)
+
+    def _begin_counting(self, trainer: Trainer) -> None:
+        _wait_for_device(trainer)
+        self._before = read_usage()
 
     def _end_turn(self, trainer: Trainer) -> None:
-        if self._turn is not None:
+        if self._turn:
             _wait_for_device(trainer)  # the loop has queued its last step; the bare step has waited for its own
-            name, before = self._turn
-            self.rows[name].append(usage_between(before, read_usage(), self._length))
-        self._turn = None
+            self.rows[self._turn].append(usage_between(self._before, read_usage(), self._counted))
+        self._turn = ""
 
 
 def _wait_for_device(trainer: Trainer) -> None:

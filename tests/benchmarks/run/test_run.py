@@ -17,7 +17,7 @@ from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.run import run as bench
 from mvlm_benchmarks.run import turns
 from mvlm_benchmarks.run.run import make_rows, median_interval
-from mvlm_benchmarks.run.turns import LOOP, NO_LOADER, STEP, Turns
+from mvlm_benchmarks.run.turns import LEAD, LOOP, NO_LOADER, STEP, Turns
 from mvlm_benchmarks.run.usage import GROUPS
 from support.shapes import copy_shapes
 
@@ -93,10 +93,10 @@ def test_a_run_is_measured_in_turns(tmp_path, monkeypatch, without_tensorboard, 
         rows["run, no evaluation"]["seconds"] * (1 + result["checkpoint_s"] / 600) + result["evaluation_s"] / 50
     )
     assert result["run_over_step"] == rows["run"]["over_step"]
-    # Three rounds with the one that does not count, of two turns of the loop, of three steps; and a last one.
-    assert len(seen) == Turns((), 3, 2).steps == 19
+    # Three rounds with the one that does not count, of two turns of the loop, of two and three steps; and a last one.
+    assert len(seen) == Turns((), 3, 2).steps == 31
     # The loop without the loader repeats batches that the loop with the loader has had.
-    assert len(set(seen)) == 3 * 3 + 1
+    assert len(set(seen)) == 3 * (2 + 3) + 1
     assert json.loads(files["json"].read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     with files["csv"].open() as file:
         written = list(csv.DictReader(file))
@@ -129,9 +129,44 @@ def test_turns_on_a_gpu_end_when_the_device_has_finished(monkeypatch):
     )
     monkeypatch.setattr(turns, "bare_step", lambda *_: events.append("step"))
     monkeypatch.setattr(Trainer, "one_step", lambda *_: events.append("step"))
-    made = turns.Turns([("batch", "masks")], 1, 1)  # pyright: ignore[reportArgumentType]
+    made = turns.Turns([("batch", "masks")] * (LEAD + 1), 1, 1)  # pyright: ignore[reportArgumentType]
     for _ in range(made.steps):
         made.one_step(trainer, iter([("batch", "masks")] * 99))  # pyright: ignore[reportArgumentType]
     reads = [i for i, event in enumerate(events) if event == "read"]
     assert len(reads) > 4
     assert all(events[i - 1] == "wait" for i in reads)
+
+
+def test_batches_that_the_loader_prepared_in_the_pause_do_not_count(monkeypatch):
+    """A batch of the loader is ready at once in the first two steps of a turn, and takes 1 s after that."""
+    now, ready = [0.0], [0]
+    monkeypatch.setattr(turns, "SETTLE_S", 0.0)
+    monkeypatch.setattr(turns, "read_usage", lambda: now[0])
+    monkeypatch.setattr(turns, "usage_between", lambda before, after, steps: {"seconds": (after - before) / steps})
+    monkeypatch.setattr(turns, "bare_step", lambda *_: step())
+
+    def step(*_):
+        now[0] += 10
+
+    def one_step(trainer, batches):
+        next(batches)
+        step()
+
+    def loaded():
+        while True:
+            if not ready[0]:
+                now[0] += 1
+            ready[0] = max(0, ready[0] - 1)
+            yield "batch", "masks"
+
+    def settle():
+        ready[0] = 2
+
+    monkeypatch.setattr(Trainer, "one_step", one_step)
+    trainer: Any = SimpleNamespace(device=torch.device("cpu"), writer=SimpleNamespace(wait=settle))
+    made = turns.Turns([("batch", "masks")] * (LEAD + 4), 4, 2)  # pyright: ignore[reportArgumentType]
+    batches: Any = loaded()
+    for _ in range(made.steps):
+        made.one_step(trainer, batches)
+    seconds = {name: {row["seconds"] for row in rows} for name, rows in made.rows.items()}
+    assert seconds == {STEP: {10.0}, NO_LOADER: {10.0}, LOOP: {11.0}}
