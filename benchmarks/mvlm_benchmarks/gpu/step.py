@@ -156,14 +156,17 @@ def _graphs(stage: Stage, model: MaskVLM) -> None:
     stage.end_part("graphs", *statuses)
 
 
+def new_gradients(fast: Contender, inputs: StepInputs) -> torch.Tensor:
+    """Forward and backward as in training, where backward writes gradients and does not add to them: the loss."""
+    fast.module.zero_grad(set_to_none=True)
+    return fast.backward(inputs).total.detach()
+
+
 def _graph(fast: Contender, inputs: StepInputs) -> Row:
     """Times of forward and backward, eager and replayed from one graph, in turns."""
 
     def step() -> Any:
-        for parameter in fast.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        return fast.backward(inputs).total.detach()
+        return new_gradients(fast, inputs)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -172,6 +175,7 @@ def _graph(fast: Contender, inputs: StepInputs) -> Row:
             wanted = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    fast.module.zero_grad(set_to_none=True)
     with recording(graph):
         found = step()
     found.fill_(float("nan"))

@@ -321,6 +321,17 @@ def test_step_times_ours_if_the_baseline_cannot_be_built(tmp_path, monkeypatch, 
     assert sorted(row["contender"] for row in rows[1:]) == ["fast", "fast", "plain", "plain"]
 
 
+def test_eager_step_beside_a_graph_writes_new_gradients_as_training_does() -> None:
+    model = MaskVLM(micro_config())
+    (fast,), inputs = step.contenders_of(model, ("fast",)), step.inputs_of(model, 4)
+    step.new_gradients(fast, inputs)
+    parameter = next(p for p in model.parameters() if p.grad is not None)
+    first = parameter.grad
+    step.new_gradients(fast, inputs)
+    assert first is not parameter.grad
+    assert torch.equal(first, parameter.grad)
+
+
 def test_compiled_stops_at_wrong_losses_and_keeps_the_eager_rows(tmp_path, monkeypatch, micro) -> None:
     def wrong(name, *_):
         raise AssertionError(f"{name}: itm is 2, wanted 1")
