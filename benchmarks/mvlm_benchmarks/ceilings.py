@@ -38,11 +38,21 @@ def memory_rates(device: str, megabytes: int = 0) -> MemoryRates:
     count = (megabytes or (1024 if device == "cuda" else 64)) * 2**20 // 4
     a, b, c = (torch.ones(count, device=device) for _ in range(3))
     total = torch.empty((), device=device)
+    if device == "cuda":
+        warm_up(lambda: b.copy_(a))
     return MemoryRates(
         copy=2 * 4 * count / median_seconds(lambda: b.copy_(a), device),
         read=4 * count / median_seconds(lambda: torch.sum(a, dim=0, out=total), device),
         triad=3 * 4 * count / median_seconds(lambda: torch.add(a, b, alpha=3.0, out=c), device),
     )
+
+
+def warm_up(call: Callable[[], Any], seconds: float = 0.5) -> None:
+    """Repeat a call on a GPU for a while. At the clocks of an idle GPU the rates are lower, and kernels look better."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        call()
+        torch.cuda.synchronize()
 
 
 def gemm_seconds(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> float:

@@ -1,5 +1,7 @@
 """Rates that a machine reaches."""
 
+import time
+
 import pytest
 import torch
 
@@ -38,6 +40,20 @@ def test_rows_of_a_rehearsal_have_rates() -> None:
 
 
 def test_median_seconds_waits_for_the_call() -> None:
-    import time
-
     assert ceilings.median_seconds(lambda: time.sleep(0.002), "cpu") >= 0.002
+
+
+def test_a_gpu_is_warmed_up_before_its_rates_are_measured(monkeypatch) -> None:
+    """Else they are those of the clocks of an idle GPU, and kernels look better beside them."""
+    events = []
+    ones, empty = torch.ones, torch.empty
+    monkeypatch.setattr(torch, "ones", lambda count, device: ones(count))
+    monkeypatch.setattr(torch, "empty", lambda shape, device: empty(shape))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waited"))
+    monkeypatch.setattr(ceilings, "median_seconds", lambda *_: events.append("measured") or 1.0)
+    started = time.perf_counter()
+    ceilings.memory_rates("cuda", 1)
+    assert time.perf_counter() - started > 0.5
+    first = events.index("measured")
+    assert first > 10
+    assert events[first:] == ["measured"] * 3
