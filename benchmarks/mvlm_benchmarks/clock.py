@@ -51,7 +51,7 @@ class Busy(Refused):
 
 
 def twice_if_busy(measure: Callable[[], T]) -> T:
-    """What `measure` returns. A host that is held up is measured again; work on another stream comes again too."""
+    """Result of `measure`. A host that was held up is measured again; work on another stream comes again too."""
     try:
         return measure()
     except Busy:
