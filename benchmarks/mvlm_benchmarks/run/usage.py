@@ -10,7 +10,7 @@ MAIN, TEAM, LOADER, OTHER = "main", "team", "loader", "other"
 GROUPS = (MAIN, TEAM, LOADER, OTHER)
 """Groups of threads. main: the thread that trains. team: OpenMP threads and other native threads. loader: the loader's
 own, its resizing and DALI's. other: the watchdog, logging, checkpoints, and threads that have ended."""
-_LOADER_NAMES = ("mvlm-loader", "mvlm-reader", "mvlm-resize", "mvlm-fetching", "[DALI]", "PrefetchWorker")
+_LOADER_NAMES = ("mvlm-loader", "mvlm-resize", "mvlm-fetching", "[DALI]", "PrefetchWorker")
 
 
 def group_of_thread(name: str, python: bool, main: bool) -> str:

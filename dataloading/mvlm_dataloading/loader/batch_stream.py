@@ -21,24 +21,17 @@ from .text import CaptionBatch, CaptionReader
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a reader after a batch. The loader takes it over when it yields the batch."""
+class LoadedBatch:
+    """A batch, and the reader's progress after it. The loader takes over the progress when it yields the batch."""
 
+    batch: Batch
+    masks: Masks
     position: int
     """Position in the sample order after this batch, over all ranks."""
     bad: frozenset[int]
     """Ids of the undecodable images found so far."""
     samples_seen: int
     """Number of samples read when `bad` was counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedBatch:
-    """A complete batch."""
-
-    batch: Batch
-    masks: Masks
-    progress: Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +78,6 @@ class BatchStream:
         pin: put host tensors into pinned memory, for copies to a GPU.
         prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
             thread.
-        overlap: let a second thread read the next batch while the first one adds captions and masks to this one.
         images: first sample of each sample's image (N,), to yield each image and caption of a batch once; or None.
     """
 
@@ -98,38 +90,29 @@ class BatchStream:
         seed: int,
         pin: bool,
         prefetch_batches: int,
-        overlap: bool = False,
         images: Int64 | None = None,
     ):
         self._reader, self._captions, self._masks, self._seed, self._pin = reader, captions, masks, seed, pin
         self._images = images
-        self._ahead = Prefetcher(self._read, 1, reader.close, "mvlm-reader") if prefetch_batches and overlap else None
-        self._prefetcher = Prefetcher(self._load, prefetch_batches, self._close_reader) if prefetch_batches else None
+        self._prefetcher = Prefetcher(self._load, prefetch_batches, reader.close) if prefetch_batches else None
 
     def get(self) -> LoadedBatch | None:
         """The next batch; None at the end of a pass."""
         return self._load() if self._prefetcher is None else self._prefetcher.get()
 
     def close(self) -> None:
-        """Stop the threads and close the reader."""
+        """Stop the thread and close the reader."""
         if self._prefetcher is None:
-            self._close_reader()
+            self._reader.close()
         else:
             self._prefetcher.close()
 
-    def _close_reader(self) -> None:
-        if self._ahead is None:
-            self._reader.close()
-        else:
-            self._ahead.close()
-
-    def _read(self) -> tuple[RawBatch, Progress] | None:
-        raw, reader = self._reader.next(), self._reader
-        return None if raw is None else (raw, Progress(reader.position, reader.bad, reader.samples_seen))
-
     def _load(self) -> LoadedBatch | None:
-        read = self._read() if self._ahead is None else self._ahead.get()
-        return None if read is None else LoadedBatch(*self._assemble(read[0]), read[1])
+        raw = self._reader.next()
+        if raw is None:
+            return None
+        batch, masks = self._assemble(raw)
+        return LoadedBatch(batch, masks, self._reader.position, self._reader.bad, self._reader.samples_seen)
 
     def _assemble(self, raw: RawBatch) -> tuple[Batch, Masks]:
         captions = self._captions(raw)

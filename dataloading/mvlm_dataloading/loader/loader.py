@@ -49,8 +49,8 @@ class Loader:
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
             process would yield.
         augment: augmentations of training images, applied after the crop.
-        prefetch_batches: number of batches that are prepared in advance, by one thread, or with num_threads
-            above 1 by two: one reads, one adds captions and masks. 0 prepares each on request, without a thread.
+        prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
+            thread.
         keep_mb: megabytes (10^6) that decoded images may take in memory. A split that fits is decoded once, before the
             first training batch, and no longer in every epoch; batches are the same. For local data on a CPU. 0 keeps
             none.
@@ -195,8 +195,7 @@ class Loader:
             if loaded is None:
                 self.close()
                 return
-            progress = loaded.progress
-            self._position, self._bad, self._samples_seen = progress.position, progress.bad, progress.samples_seen
+            self._position, self._bad, self._samples_seen = loaded.position, loaded.bad, loaded.samples_seen
             self.step += 1
             yield loaded.batch, loaded.masks
 
@@ -291,7 +290,6 @@ class Loader:
             seed=config.seed,
             pin=config.device_id is not None,
             prefetch_batches=self._prefetch_batches,
-            overlap=config.num_threads > 1,
             images=config.images,
         )
         # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.

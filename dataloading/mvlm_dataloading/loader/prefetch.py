@@ -18,12 +18,12 @@ class Prefetcher(Generic[T]):
         done: called once in the thread when it ends.
     """
 
-    def __init__(self, make: Callable[[], T | None], depth: int, done: Callable[[], None], name: str = "mvlm-loader"):
+    def __init__(self, make: Callable[[], T | None], depth: int, done: Callable[[], None]):
         self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
         self._room = threading.Semaphore(depth)
         self._stop = threading.Event()
         self._ended: tuple[T | None, BaseException | None] | None = None
-        self._thread = threading.Thread(target=self._run, args=(make, done), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make, done), name="mvlm-loader", daemon=True)
         self._thread.start()
 
     def get(self) -> T | None:

@@ -68,12 +68,12 @@ class RawBatch:
     metadata: list[bytes]
     tokens: list[bytes]
     encoded: Callable[[int], bytes]
-    """Return the encoded image of a row as it was read."""
+    """Return the encoded image of a row as it was read. Call it before the next batch is read."""
     replaced: dict[int, tuple["RawBatch", int]] = field(default_factory=dict)
     """Replaced row -> the batch that it was copied from, and its row there."""
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded image of a row, replaced or not."""
+        """The encoded image of a row, replaced or not. Call it before the next batch is read."""
         source, k = self.replaced.get(row, (None, row))
         return self.encoded(row) if source is None else source.image_bytes(k)
 
@@ -182,18 +182,15 @@ class Segment:
             self._check_strips(ids, np.array(sizes.as_tensor()), np.array(valid.as_tensor()))
         self._begin += len(ids)
         pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
-        facts, rows = [metadata.at(row).tobytes() for row in range(len(ids))], ids.tolist()
-        # The encoded image is the id of an image without an `image_id`. DALI overwrites it with the next batch.
-        needed = {row: encoded.at(row).tobytes() for row in range(len(rows)) if b'"image_id"' not in facts[row]}
         batch = RawBatch(
             ids=ids,
             epochs=epochs,
             # On a CPU, DALI overwrites its own memory with the next batch.
             images=pixels if pixels.is_cuda else self._buffers.copy(pixels),
             texts=[texts.at(row).tobytes() for row in range(len(ids))],
-            metadata=facts,
+            metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
             tokens=[tokens.at(row).tobytes() if self._stored_tokens else b"" for row in range(len(ids))],
-            encoded=lambda row: needed[row] if row in needed else self._dataset.image_bytes(rows[row]),
+            encoded=lambda row: encoded.at(row).tobytes(),
         )
         return batch, np.array(valid.as_tensor())[: len(ids)].astype(bool)
 

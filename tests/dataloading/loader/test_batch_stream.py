@@ -3,7 +3,6 @@
 import gc
 import itertools
 import threading
-import time
 from collections import Counter
 from typing import Any
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 
 from mvlm_dataloading import Loader, draw_patch_masks, draw_token_masks
-from mvlm_dataloading.dataset.dataset import parse_captions
 from mvlm_dataloading.loader import reader as reader_module
-from mvlm_dataloading.loader import text as text_module
 from mvlm_dataloading.loader.masking import draw_two_token_masks, draw_variable_patch_masks
 from mvlm_dataloading.randomness import text_hash
 
@@ -157,7 +154,7 @@ def samples(batches) -> list[tuple[int, bytes]]:
 
 
 def threads() -> int:
-    return sum(thread.name in ("mvlm-loader", "mvlm-reader") for thread in threading.enumerate())
+    return sum(thread.name == "mvlm-loader" for thread in threading.enumerate())
 
 
 @pytest.mark.slow
@@ -165,38 +162,16 @@ def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split
     assert threads() == 0
     loader = load(train_split, tokenizer, batch_size=8)
     first = samples(take(loader, 1))
-    assert threads() == 2  # one reads, the other adds captions and masks
+    assert threads() == 1
     loader.close()
     assert threads() == 0
     assert samples(take(loader, 1)) != first  # the loader continues
-    assert threads() == 2
+    assert threads() == 1
     del loader
     gc.collect()
     assert threads() == 0
     assert len(list(load(train_split, tokenizer, batch_size=32, train=False))) == 2
     assert threads() == 0
-    alone = load(train_split, tokenizer, batch_size=8, num_threads=1)
-    take(alone, 1)
-    assert threads() == 1
-    alone.close()
-
-
-@pytest.mark.parametrize("keep_mb", [0, 10])
-def test_a_batch_that_waits_keeps_its_images_and_ids_while_the_next_one_is_read(
-    train_split, tokenizer, monkeypatch, keep_mb
-):
-    """The id of an image without `image_id` is a hash of its file, which DALI overwrites with the next batch."""
-    wanted = samples(take(load(train_split, tokenizer, num_threads=1), 6))
-
-    def slowly(*arguments):
-        time.sleep(0.01)
-        return parse_captions(*arguments)
-
-    monkeypatch.setattr(text_module, "parse_captions", slowly)
-    batches = take(load(train_split, tokenizer, num_threads=2, keep_mb=keep_mb), 6)
-    assert samples(batches) == wanted
-    for batch, _ in batches:
-        assert batch.image_id.tolist() == [train_split.image_id(i) for i in batch.sample_id.tolist()]
 
 
 def test_an_error_in_the_loader_thread_is_raised_by_next(train_split, tokenizer, monkeypatch):
