@@ -23,7 +23,7 @@ from mvlm_dataloading.loader.augment import Augment, draw_parameters
 from mvlm_dataloading.loader.crop import CropGeometry, CropWindows, FileEnds
 from mvlm_dataloading.loader.pipeline import build_pipeline, executor_arguments
 from mvlm_dataloading.loader.resize import Resize
-from mvlm_dataloading.loader.sampler import SampleOrder, write_index_views
+from mvlm_dataloading.loader.sampler import SampleOrder, index_folder, write_index_views
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
@@ -47,7 +47,7 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         """Positions of batch k's samples in the drawn arrays, int64 (B,)."""
         return (int(k) * batch + np.arange(batch)) % count
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=index_folder()) as folder:
         tars, indices = write_index_views(Path(folder), dataset, ids)
         if stage == "augment":
             drawn = draw_parameters(augment, 0, epochs, ids, size)

@@ -25,7 +25,7 @@ from mvlm_dataloading.randomness import Purpose, uniforms
 
 from .crop import CropGeometry
 from .pipeline import Decoding, build_pipeline
-from .sampler import write_index_views
+from .sampler import index_folder, write_index_views
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarr
     ids = np.arange(len(dataset))
     draws = uniforms(Purpose.CROP, 0, 0, ids, 4)
     batch_size = 8
-    with tempfile.TemporaryDirectory(prefix="mvlm-index-") as views:
+    with tempfile.TemporaryDirectory(prefix="mvlm-index-", dir=index_folder()) as views:
         pipeline = build_pipeline(
             *write_index_views(Path(views), dataset, ids),
             lambda batch: draws[(int(batch) * batch_size + np.arange(batch_size)) % len(ids)],

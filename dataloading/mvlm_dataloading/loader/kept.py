@@ -26,7 +26,7 @@ from .buffers import BufferPool
 from .crop import CropWindows, FileEnds, strip_fault
 from .pipeline import build_augment_pipeline, build_pipeline
 from .resize import Resize
-from .sampler import write_index_views
+from .sampler import index_folder, write_index_views
 from .segment import RawBatch, ReaderConfig, check_delivery, draw_random_numbers
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _decoded_batches(
     """
     dataset = kept.dataset
     dataset.check_shards(np.unique(dataset.shard_of(ids)).tolist())
-    with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mvlm-index-", dir=index_folder()) as folder:
         pipeline = build_pipeline(
             *write_index_views(Path(folder), dataset, ids),
             lambda batch: np.zeros((batch_size, 4)),

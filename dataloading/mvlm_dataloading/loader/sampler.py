@@ -6,6 +6,8 @@ a batch may begin in one epoch and end in the next.
 Shape legend: S shards, n samples of a slice.
 """
 
+import os
+import shutil
 from collections.abc import Set
 from functools import lru_cache
 from itertools import pairwise
@@ -25,6 +27,9 @@ RUN_LENGTH = 16
 
 GROUP = 32
 """Number of shards that are mixed with each other. It bounds the cache that a remote data set needs."""
+
+# Bytes that views of a segment take, many times over: a page for each of its thousand runs, and 150 for each sample.
+_ROOM_FOR_VIEWS = 64 << 20
 
 ORDER_VERSION = 1
 """Increment when a change of this file changes the order. A loader refuses the states of another version."""
@@ -157,6 +162,20 @@ def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set
         if candidate not in bad:
             return candidate
         attempt += 1
+
+
+def index_folder() -> str | None:
+    """A folder in memory for index views if it has room, else None, for that of temporary files.
+
+    A segment has hundreds of views, which DALI reads once. On a disk each costs up to a millisecond, while the loader
+    waits.
+    """
+    memory = Path("/dev/shm")
+    try:
+        room = shutil.disk_usage(memory).free if os.access(memory, os.W_OK | os.X_OK) else 0
+    except OSError:  # there is no such folder
+        room = 0
+    return str(memory) if room >= _ROOM_FOR_VIEWS else None
 
 
 def write_index_views(folder: Path, dataset: Dataset, ids: Int64) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ from .augment import Augment, draw_parameters
 from .buffers import BufferPool, copy_on_this_thread
 from .crop import CropGeometry, FileEnds, strip_fault
 from .pipeline import Decoding, build_pipeline
-from .sampler import write_index_views
+from .sampler import index_folder, write_index_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ class Segment:
             # DALI's reader wraps around after the last sample, to fill the last batch and to prefetch.
             return (int(batch) * batch_size + np.arange(batch_size)) % count
 
-        with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
+        with tempfile.TemporaryDirectory(prefix="mvlm-index-", dir=index_folder()) as folder:
             self._pipeline = build_pipeline(
                 *write_index_views(Path(folder), dataset, ids),
                 lambda batch: draws["crop_uniforms"][rows(batch)],

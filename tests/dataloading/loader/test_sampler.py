@@ -1,3 +1,4 @@
+import shutil
 import time
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from mvlm_dataloading.loader.sampler import (
     GROUP,
     RUN_LENGTH,
     SampleOrder,
+    index_folder,
     substitute_sample,
     write_index_views,
 )
@@ -235,3 +237,17 @@ def test_dali_delivers_an_index_view_in_its_order_with_repetitions(tmp_path, tra
         for row, i in enumerate(ids[begin : begin + 10]):
             assert text.at(row).tobytes().decode().splitlines() == make_captions(int(i))
             assert metadata.at(row).tobytes() == b'{"number":%d}' % i
+
+
+def test_index_views_are_written_to_memory_where_there_is_room(monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: True)
+    for free, wanted in ((1 << 30, "/dev/shm"), (1 << 20, None)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert index_folder() == wanted
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("shutil.disk_usage", missing)
+    assert index_folder() is None
