@@ -50,6 +50,7 @@ def build_pipeline(
     augment: Callable[[int], list[NDArray]] | None = None,
     tokens: bool = False,
     file_ends: FileEnds | None = None,
+    images_into: Callable[[int], NDArray[np.uint8]] | None = None,
 ) -> Any:
     """Build an `nvidia.dali.Pipeline` that cycles through the samples of the index views, in their order.
 
@@ -72,6 +73,8 @@ def build_pipeline(
         augment: batch number k -> fields of `AugmentParameters`. None builds a graph without augmentations.
         tokens: read the component `tok`.
         file_ends: replace an image file that does not pass by a black image, and clear its `valid`. None: all pass.
+        images_into: number of images -> array (B, 3, S, S) that they are written to, in place of the first output. On a
+            CPU, without `augment` and strips.
     """
     need("nvidia.dali.fn")
     dali = need("nvidia.dali")
@@ -85,6 +88,7 @@ def build_pipeline(
         augment=augment,
         tokens=tokens,
         file_ends=file_ends,
+        images_into=images_into,
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=device_id,
@@ -149,6 +153,7 @@ def _graph(
     augment: Any,
     tokens: bool,
     file_ends: FileEnds | None,
+    images_into: Any,
 ) -> Any:
     fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
     call = partial(fn.python_function, batch_processing=True)
@@ -183,7 +188,8 @@ def _graph(
     if on_gpu and decoding is Decoding.CPU:
         image = image.gpu()
     if geometry is not None:
-        resize = partial(_resized, dali, call, geometry.image_size, device["num_threads"], on_gpu, augment is None)
+        threads, planes = device["num_threads"], augment is None
+        resize = partial(_resized, dali, call, geometry.image_size, threads, on_gpu, planes, images_into)
         if strip > 1:
             tile, step, whole = of_strip
             tiles = [resize(fn.slice(image, start=step * k, shape=tile, axes=[0, 1])) for k in range(strip)]
@@ -195,11 +201,11 @@ def _graph(
     return image, encoded, text, metadata, ids, valid, corner, size, *of_strip
 
 
-def _resized(dali: Any, call: Any, side: int, threads: int, on_gpu: bool, planes: bool, image: Any) -> Any:
+def _resized(dali: Any, call: Any, side: int, threads: int, on_gpu: bool, planes: bool, into: Any, image: Any) -> Any:
     """Resize to a square, (3, S, S) with `planes`, else (S, S, 3)."""
     fn, types = dali.fn, dali.types
     if not on_gpu:
-        resize = Resize(side, threads, planes=planes)
+        resize = Resize(side, threads, planes=planes, into=into)
         return call(image, function=resize, output_layouts=resize.layout)
     image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
     return fn.transpose(image, perm=[2, 0, 1]) if planes else image

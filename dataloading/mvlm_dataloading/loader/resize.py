@@ -8,6 +8,7 @@ Shape legend: S image side, H and W of a crop.
 
 import functools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 UInt8 = NDArray[np.uint8]
+_NOTHING = np.zeros((0, 0, 0), np.uint8)
 
 
 @functools.cache
@@ -33,30 +35,34 @@ class Resize:
 
     Args:
         planes: return uint8 (3, S, S); else (S, S, 3).
+        into: number of crops -> array (B, 3, S, S), or (B, S, S, 3), that the images are written to. Arrays of no
+            element are returned then: DALI would copy them once more.
     """
 
-    def __init__(self, side: int, threads: int, *, planes: bool):
-        self._side, self._threads, self._planes = side, threads, planes
+    def __init__(
+        self, side: int, threads: int, *, planes: bool, into: Callable[[int], NDArray[np.uint8]] | None = None
+    ):
+        self._side, self._threads, self._planes, self._into = side, threads, planes, into
         self.layout = "CHW" if planes else "HWC"
 
     def __call__(self, batch: Any) -> list[UInt8]:
         crops = [np.asarray(crop) for crop in batch]
-        if self._threads == 1:
-            return [self._resize(crop) for crop in crops]
-        resized: list[Any] = [None] * len(crops)
+        resized: Any = [None] * len(crops) if self._into is None else self._into(len(crops))
         waiting = iter(range(len(crops)))
 
-        def resize_waiting(_: int) -> None:
+        def resize_waiting(_: int = 0) -> None:
             for i in waiting:  # each thread takes the next crop, because crops differ in size
                 resized[i] = self._resize(crops[i])
 
         try:
-            # Threads run in parallel here because torch releases the GIL while it resizes.
-            list(_thread_pool(self._threads).map(resize_waiting, range(self._threads)))
+            if self._threads > 1:
+                # Threads run in parallel here because torch releases the GIL while it resizes.
+                list(_thread_pool(self._threads).map(resize_waiting, range(self._threads)))
         except RuntimeError:
             # The interpreter is exiting, and the pool takes no more work. An error would count as a damaged image.
-            return [self._resize(crop) for crop in crops]
-        return resized
+            waiting = iter(range(len(crops)))
+        resize_waiting()
+        return resized if self._into is None else [_NOTHING] * len(crops)
 
     def _resize(self, crop: UInt8) -> UInt8:
         size = (self._side, self._side)

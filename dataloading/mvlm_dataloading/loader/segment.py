@@ -131,6 +131,14 @@ class Segment:
         # The pipeline's functions hold a reference to this dict, and `close` empties it.
         draws = draw_random_numbers(config, epochs, ids)
         self._draws, count = draws, len(ids)
+        # Without augmentation the images are resized into a buffer of ours, which DALI does not overwrite.
+        own = config.device_id is None and "augment" not in draws and self._strip == 1
+        self._images: Tensor | None = None
+
+        def new_images(number: int) -> np.ndarray:
+            side = config.geometry.image_size
+            self._images = buffers.empty((number, 3, side, side))
+            return self._images.numpy()
 
         def rows(batch: Any) -> Int64:
             # DALI's reader wraps around after the last sample, to fill the last batch and to prefetch.
@@ -149,6 +157,7 @@ class Segment:
                 augment=(lambda batch: draws["augment"].rows(rows(batch))) if "augment" in draws else None,
                 tokens=config.stored_tokens,
                 file_ends=file_ends,
+                images_into=new_images if own else None,
             )
 
     def close(self) -> None:
@@ -181,12 +190,13 @@ class Segment:
         for sizes in whole:
             self._check_strips(ids, np.array(sizes.as_tensor()), np.array(valid.as_tensor()))
         self._begin += len(ids)
-        pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
+        own, self._images = self._images, None
+        pixels = (torch.from_dlpack(images.as_tensor()) if own is None else own)[: len(ids)]
         batch = RawBatch(
             ids=ids,
             epochs=epochs,
             # On a CPU, DALI overwrites its own memory with the next batch.
-            images=pixels if pixels.is_cuda else self._buffers.copy(pixels),
+            images=pixels if pixels.is_cuda or own is not None else self._buffers.copy(pixels),
             texts=[texts.at(row).tobytes() for row in range(len(ids))],
             metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
             tokens=[tokens.at(row).tobytes() if self._stored_tokens else b"" for row in range(len(ids))],
