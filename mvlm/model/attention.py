@@ -31,10 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, caus
     if causal:
         past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()  # True = read
         mask = past if mask is None else mask & past
-    if (
-        q.device.type == "cpu"
-        and backends.cpu_backend(q.dtype, k.shape[2], backends.needs_gradients(q, k, v)) == "math"
-    ):
+    if q.device.type == "cpu" and backends.cpu_backend(q.dtype, k.shape[2], torch.is_grad_enabled()) == "math":
         return backends.math_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

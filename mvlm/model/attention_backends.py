@@ -142,11 +142,6 @@ def choose_for_model(
     }
 
 
-def needs_gradients(*tensors: Tensor) -> bool:
-    """True if autograd records what is computed from one of the tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_rows: int, text: bool) -> dict[str, str]:
     """Reasons against the backends that cannot run, by backend."""
     found = {}
@@ -169,7 +164,7 @@ def image_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Te
     """Attention between patches of images, without a mask: q, k and v (B, L, H, D) -> (B, L, H, D)."""
     rows = (q.shape[1], k.shape[1])
     backend = choose_backend(
-        wanted, q.device, q.dtype, q.shape[-1], rows, text=False, gradients=needs_gradients(q, k, v)
+        wanted, q.device, q.dtype, q.shape[-1], rows, text=False, gradients=torch.is_grad_enabled()
     ).backend
     if backend == "triton":
         return cross_attention(q, k, v)
@@ -206,7 +201,7 @@ def text_attention(
     """
     longest = (queries.max_length if queries else q.shape[1], keys.max_length if keys else k.shape[1])
     backend = choose_backend(
-        wanted, q.device, q.dtype, q.shape[-1], longest, text=True, gradients=needs_gradients(q, k, v)
+        wanted, q.device, q.dtype, q.shape[-1], longest, text=True, gradients=torch.is_grad_enabled()
     ).backend
     if backend == "triton":
         # The kernels read packed rows and key_index in place. Nothing is padded or copied.

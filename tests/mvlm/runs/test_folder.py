@@ -142,7 +142,7 @@ def test_configuration_that_cannot_be_read_is_refused(config, text):
     refuse(config, "config.json: wanted the configuration of a run, got")
 
 
-@pytest.mark.parametrize("version", [None, 1, 4, "2"])
+@pytest.mark.parametrize("version", [1, 4, "2"])
 def test_configuration_of_another_version_is_refused(config, version):
     begin(config)
     file = config.out / "config.json"

@@ -149,7 +149,7 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
         settings |= {"max_steps": 300, "lr_encoder": 2e-3, "lr_cross": 2e-3}
     if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
         settings |= {"max_steps": 1000, "warmup_steps": 100, "lr_encoder": 1.5e-3, "lr_cross": 1.5e-3}
-        settings |= {"lr_head": 1.5e-3, "question_length": 24}
+        settings |= {"lr_head": 1.5e-3, "question_length": 24, "seed": 2}
         figure, changes = "equal", {"choose_by": "likelihood"}
     finetune(configured(wide, data, tmp_path / "run", form, **settings))
     figures, records = evaluate_task(tmp_path / "run", data[name], "train", **changes)
