@@ -85,7 +85,7 @@ def test_an_edited_figure_is_found(tables):
 
 
 def test_loader_figures_are_those_of_the_committed_results():
-    with (ROOT / "benchmarks/results/data-photos-amd-epyc.csv").open() as file:
+    with (ROOT / "benchmarks/results/data-photos-amd-avx2.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["recipe"] == "crop" and row["status"] == "ok"]
     over = {
         row["contender"]: float(row["ours_over"]) for row in rows if row["ours_over"] and row["contender"] != "ours"
