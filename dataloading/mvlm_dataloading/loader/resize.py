@@ -58,10 +58,13 @@ class Resize:
             if self._threads > 1:
                 # Threads run in parallel here because torch releases the GIL while it resizes.
                 list(_thread_pool(self._threads).map(resize_waiting, range(self._threads)))
+            else:
+                resize_waiting()
         except RuntimeError:
-            # The interpreter is exiting, and the pool takes no more work. An error would count as a damaged image.
-            waiting = iter(range(len(crops)))
-        resize_waiting()
+            # The interpreter is exiting, and the pool takes no more work. An error would count as a damaged image. All
+            # crops are resized here, because a thread that began may still be at work on one.
+            for i, crop in enumerate(crops):
+                resized[i] = self._resize(crop)
         return resized if self._into is None else [_NOTHING] * len(crops)
 
     def _resize(self, crop: UInt8) -> UInt8:
