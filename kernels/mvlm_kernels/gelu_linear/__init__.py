@@ -59,8 +59,9 @@ def _reasons(h: Tensor) -> tuple[Refusal, ...]:
 def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None) -> Tensor:
     """Second half of a feed-forward layer: ``linear(gelu(h + h_bias), weight, bias)`` with the exact GELU.
 
-    Only h is saved for backward. There one kernel reads h and the gradient once, and writes the gradient of h, the GELU
-    again for the gradient of weight, and the column sums that are the gradient of h_bias.
+    On a GPU only h is saved for backward. There one kernel reads h and the gradient once, and writes the gradient of h,
+    the GELU again for the gradient of weight, and the column sums that are the gradient of h_bias. On a CPU a second
+    GELU takes longer than reading it, so the first one is saved too.
 
     Args:
         h: floating (.., C), usually bfloat16 or float16.
@@ -96,13 +97,13 @@ def _gelu(h, h_bias):
     return _backend(h).gelu(h, h_bias)
 
 
-def _gelu_backward(grad, h, h_bias):
-    return _backend(h).gelu_backward(grad, h, h_bias)
+def _gelu_backward(grad, h, h_bias, again):
+    return _backend(h).gelu_backward(grad, h, h_bias, again)
 
 
-def _gelu_backward_fake(grad, h, h_bias):
+def _gelu_backward_fake(grad, h, h_bias, again):
     sums = h.new_empty(0 if h_bias is None else h.shape[-1], dtype=torch.promote_types(h.dtype, torch.float32))
-    return h.new_empty(h.shape), h.new_empty(h.shape), sums
+    return h.new_empty(h.shape), h.new_empty(h.shape if again else 0), sums
 
 
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,20 +119,22 @@ def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h, weight, h_bias)
         ctx.bias_dtype = None if bias is None else bias.dtype
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
+        keep = h.device.type == "cpu" and dispatch.forced() != "triton" and ctx.needs_input_grad[1]
+        ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
         return _linear(activated, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, weight, h_bias = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
+        h, weight, h_bias, activated = ctx.saved_tensors
+        grad, trains_weight = grads[0].flatten(0, -2), ctx.needs_input_grad[1]
         by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
-        dh, activated, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
-            by_activation, h, h_bias
+        dh, recomputed, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
+            by_activation, h, h_bias, trains_weight and activated is None
         )
-        dw = (grad.T @ activated.flatten(0, -2)).to(weight.dtype)
+        activated = recomputed if activated is None else activated
+        dw = (grad.T @ activated.flatten(0, -2)).to(weight.dtype) if trains_weight else None
         db = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
         return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype)
 
@@ -140,7 +143,7 @@ _gelu_op = registration.define(
     "gelu(Tensor h, Tensor? h_bias) -> Tensor", _gelu, lambda h, h_bias: h.new_empty(h.shape)
 )
 _gelu_backward_op = registration.define(
-    "gelu_backward(Tensor grad, Tensor h, Tensor? h_bias) -> (Tensor, Tensor, Tensor)",
+    "gelu_backward(Tensor grad, Tensor h, Tensor? h_bias, bool again) -> (Tensor, Tensor, Tensor)",
     _gelu_backward,
     _gelu_backward_fake,
     registration.no_second_derivative("gelu_linear", "torch.nn.functional.gelu and linear"),

@@ -21,11 +21,15 @@ def gelu(h: Tensor, h_bias: Tensor | None) -> Tensor:
     return F.gelu(_with_bias(h, h_bias)).to(h.dtype).contiguous()
 
 
-def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of h, the GELU again, both (.., C) in h's dtype, and the gradient of h_bias (C,), empty without one."""
+def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h (.., C), the GELU again (.., C), and the gradient of h_bias (C,).
+
+    The first two have h's dtype. The GELU is empty without `again`, the last gradient without an h_bias.
+    """
     x = _with_bias(h, h_bias)
     dx = torch.ops.aten.gelu_backward(grad.to(x.dtype), x)
     sums = h.new_empty(0, dtype=torch.promote_types(h.dtype, torch.float32))
     if h_bias is not None:
         sums = dx.flatten(0, -2).sum(0)
-    return dx.to(h.dtype).contiguous(), F.gelu(x).to(h.dtype).contiguous(), sums
+    activated = F.gelu(x).to(h.dtype).contiguous() if again else h.new_empty(0)
+    return dx.to(h.dtype).contiguous(), activated, sums

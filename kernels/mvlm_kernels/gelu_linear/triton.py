@@ -49,7 +49,10 @@ def gelu_backward_kernel(
     grad_ptr, h_ptr, bias_ptr, dh_ptr, out_ptr, partial_ptr, R, C,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dh and the GELU again, (R, C), contiguous; partial (programs along rows, C). Program (rows, columns)."""
+    """dh and the GELU again, (R, C), contiguous; partial (programs along rows, C). Program (rows, columns).
+
+    The GELU is not written where out_ptr is None, nor the partial sums where partial_ptr is None.
+    """
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     bias = tl.zeros((BLOCK_C,), ACC)
     if bias_ptr is not None:
@@ -64,7 +67,8 @@ def gelu_backward_kernel(
         below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         density = tl.exp(-0.5 * x * x) * 0.3989422804014327
         dx = g * (below + x * density)
-        tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
+        if out_ptr is not None:
+            tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
         tl.store(dh_ptr + at, cast(dx, dh_ptr.dtype.element_ty), mask=inside)
         total += dx
     if partial_ptr is not None:
@@ -90,19 +94,19 @@ def gelu(h: Tensor, h_bias: Tensor | None) -> Tensor:
     return out
 
 
-def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as :func:`.reference.gelu_backward`."""
     width, rows = h.shape[-1], h.shape[:-1].numel()
-    dh, out = h.new_empty(h.shape), h.new_empty(h.shape)
+    dh, out = h.new_empty(h.shape), h.new_empty(h.shape if again else 0)
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     programs, slices = _grid(h.device, rows, width)
     sums = h.new_empty(0 if h_bias is None else width, dtype=wide)
     partial_sums = None if h_bias is None else h.new_empty((programs, width), dtype=wide)
     dispatch.launch(
         gelu_backward_kernel, (programs, slices),
-        grad.contiguous(), h.contiguous(), None if h_bias is None else h_bias.contiguous(), dh, out, partial_sums,
-        rows, width, ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS,
-        enable_fp_fusion=True,
+        grad.contiguous(), h.contiguous(), None if h_bias is None else h_bias.contiguous(), dh,
+        out if again else None, partial_sums, rows, width,
+        ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if partial_sums is not None:
         dispatch.launch(
@@ -115,14 +119,15 @@ def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tenso
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
     """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the presets' widths."""
 
-    def both(width: int, dtype: torch.dtype, bias: torch.dtype | None) -> None:
+    def both(width: int, dtype: torch.dtype, bias: torch.dtype | None, frozen: bool = False) -> None:
         h = torch.empty(64, 197, width, dtype=dtype, device="meta")
         h_bias = None if bias is None else torch.empty(width, dtype=bias, device="meta")
         gelu(h, h_bias)
-        gelu_backward(h, h, h_bias)
+        gelu_backward(h, h, h_bias, not frozen)
 
     for width in (768, 3072):
         yield f"bf16/{width}/fp32-bias", partial(both, width, torch.bfloat16, torch.float32)
+    yield "bf16/3072/fp32-bias/frozen", partial(both, 3072, torch.bfloat16, torch.float32, frozen=True)
     yield "bf16/3072/no-bias", partial(both, 3072, torch.bfloat16, None)
     yield "fp16/3072/fp16-bias", partial(both, 3072, torch.float16, torch.float16)
     yield "fp32/3072/fp32-bias", partial(both, 3072, torch.float32, torch.float32)

@@ -19,7 +19,8 @@ def test_both_passes_pass_opcheck(backend):
     with use_backend(backend):
         for h_bias in (bias, None):
             torch.library.opcheck(OPS.gelu.default, (h, h_bias))
-            torch.library.opcheck(OPS.gelu_backward.default, (h, h, h_bias))
+            for again in (True, False):
+                torch.library.opcheck(OPS.gelu_backward.default, (h, h, h_bias, again))
 
 
 @pytest.mark.slow
@@ -60,12 +61,29 @@ def test_explain_names_the_reasons():
     assert explain(gelu_linear, H, W).reasons == (ON_CPU,)
 
 
-def test_only_h_and_the_parameters_are_saved():
+@pytest.mark.parametrize(
+    "backend, trains_weight, rows", [("triton", True, 100), ("torch", True, 200), ("torch", False, 100)]
+)
+def test_the_gelu_is_saved_on_a_cpu_alone(backend, trains_weight, rows):
+    """Kernels recompute it, and a frozen weight does not need it."""
     saved = []
     h = torch.randn(100, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        gelu_linear(h, torch.randn(5, 8, requires_grad=True))
-    assert sum(t.numel() for t in saved) == 100 * 8 + 5 * 8
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), use_backend(backend):
+        gelu_linear(h, torch.randn(5, 8, requires_grad=trains_weight))
+    assert sum(t.numel() for t in saved) == rows * 8 + 5 * 8
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_frozen_weight_changes_no_other_gradient(backend):
+    leaves = [torch.randn(s, requires_grad=True) for s in ((7, 12), (5, 12), (5,), (12,))]
+    found = []
+    with use_backend(backend):
+        for weight in (leaves[1], leaves[1].detach()):
+            h, _, bias, h_bias = leaves
+            out = gelu_linear(h, weight, bias, h_bias=h_bias)
+            found.append(torch.autograd.grad(out.square().sum(), (h, bias, h_bias)))
+    for trained, frozen in zip(*found, strict=True):
+        assert torch.equal(trained, frozen)
 
 
 def test_launchers_read_no_tensor():
@@ -81,4 +99,4 @@ def test_outputs_for_other_strides_are_those_that_a_compiler_is_told():
     h = torch.randn(4, 8, 6).transpose(1, 2)
     with use_backend("torch"):
         torch.library.opcheck(OPS.gelu.default, (h, None))
-        torch.library.opcheck(OPS.gelu_backward.default, (h, h, None))
+        torch.library.opcheck(OPS.gelu_backward.default, (h, h, None, True))
