@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, Tokenizer, open_dataset, rebuild_indices
-from mvlm_dataloading.loader.pipeline import build_pipeline
+from mvlm_dataloading.loader import segment
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
 from mvlm_dataloading.randomness import Purpose, hash64
 from support.data import damage_images, make_image, wave_tokenizer, write_dataset, write_waves
@@ -269,26 +269,6 @@ def test_a_shard_that_is_truncated_during_a_run_is_refused_before_it_is_read(tmp
         stream(loader, 1)
 
 
-@pytest.mark.slow
-def test_other_reader_failures_are_not_taken_for_undecodable_images(train_split, tokenizer, monkeypatch):
-    pipelines = []
-
-    def build_recorded(*args, **settings):
-        pipelines.append(build_pipeline(*args, **settings))
-        return pipelines[-1]
-
-    def fail():
-        raise RuntimeError("the disk is gone")
-
-    monkeypatch.setattr("mvlm_dataloading.loader.segment.build_pipeline", build_recorded)
-    loader = load(train_split, tokenizer, prefetch_batches=0)
-    stream(loader, 1)
-    monkeypatch.setattr(pipelines[0], "run", fail)
-    with pytest.raises(RuntimeError, match="the disk is gone"):
-        stream(loader, 1)
-    assert loader.skipped == 0
-
-
 ENDS_EARLY = """
 import sys
 from mvlm_dataloading import Loader, open_dataset, train_tokenizer
@@ -316,3 +296,52 @@ def test_a_small_split_without_a_good_image_is_an_error_on_several_ranks(tmp_pat
     loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, world_size=2, max_bad_fraction=0.5)
     with pytest.raises(DataError, match="wanted at most 50% undecodable images, found 4"):
         stream(loader, 2)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "longer"])
+def test_images_that_are_read_apart_leave_no_pipeline_behind(tmp_path, tokenizer, damage):
+    """DALI never frees a pipeline that is not closed. Each has threads of its own."""
+    with ShardWriter(tmp_path / "data", name="", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(60):
+            more = b"\0" * 40 if damage == "longer" else b""
+            writer.add(f"{i}", make_image(i, kind="JPEG") + more, [f"picture {i}"], {"image_id": i})
+    dataset = open_dataset(tmp_path / "data", "train")
+    if damage == "cut":
+        damage_images(dataset, range(0, 60, 2))
+    loader = load(dataset, tokenizer, batch_size=4, prefetch_batches=0, max_bad_fraction=0.9, num_threads=1)
+    batches = iter(loader)
+    next(batches)
+    before = threads()
+    for _ in range(14):
+        next(batches)
+    assert threads() <= before + 2
+    loader.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failures, ends", [(12, False), (400, True)])
+def test_a_lack_of_memory_marks_no_image(train_split, tokenizer, monkeypatch, caplog, failures, ends):
+    """DALI then refuses good images. A short lack is survived, a long one ends with DALI's error."""
+    wanted = stream(load(train_split, tokenizer), 2)
+    loader = load(train_split, tokenizer, prefetch_batches=0)
+    left, read = [failures], segment.Segment.next
+
+    def fail(self):
+        if left[0] > 0:
+            left[0] -= 1
+            raise RuntimeError("CUDA allocation failed: out of memory")
+        return read(self)
+
+    monkeypatch.setattr(segment.Segment, "next", fail)
+    if ends:
+        with pytest.raises(RuntimeError, match="CUDA allocation failed"):
+            stream(loader, 1)
+    else:
+        assert stream(loader, 2) == wanted
+        assert "a batch is read again" in caplog.text
+    assert loader.skipped == 0

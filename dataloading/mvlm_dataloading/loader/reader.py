@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import gc
 import logging
+import sys
 import threading
 from dataclasses import replace
 
 import numpy as np
 
+from mvlm_dataloading.build.image_check import ImageDecoder
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
@@ -17,7 +19,7 @@ from .augment import Augment
 from .buffers import BufferPool
 from .crop import FileEnds
 from .kept import KeptSegment, KeptSplit, keep_split
-from .sampler import SampleOrder, substitute_sample
+from .sampler import SampleOrder, check_bad_fraction, substitute_sample
 from .segment import RawBatch, ReaderConfig, Segment
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Reader:
         """The next batch; None at the end of a pass."""
         if not self._config.train and self.position >= len(self._dataset):
             return None
+        again = False
         while True:
             if self._segment is None or self._segment.exhausted:
                 self._close_segment()  # first, because two pipelines need twice the memory
@@ -81,7 +84,12 @@ class Reader:
             except RuntimeError as error:
                 if not threading.main_thread().is_alive():
                     raise  # the interpreter is exiting and has shut DALI down; no image caused this error
-                self._mark_bad(self._undecodable(np.unique(self._segment.current()[0])), error)
+                found = self._undecodable(np.unique(self._segment.current()[0]))
+                if not found and again:
+                    raise
+                if again := not found:  # a lack of memory, perhaps
+                    log.warning("a batch is read again, because of an error that no image caused: %s", error)
+                self._mark_bad(found)
                 self._close_segment()
         if not valid.all():
             self._replace(batch, np.flatnonzero(~valid))
@@ -114,24 +122,27 @@ class Reader:
             return KeptSegment(self._kept, ids, epochs, self._config, self._buffers)
         if self._dataset.remote is not None:
             self._fetch_shards(ids, position + count, self._segment_batches * self._config.batch_size)
-        return self._open_segment(ids, epochs, self._config.rank_batch, file_ends=self._file_ends)
+        return self._open_segment(ids, epochs, self._config, self._config.rank_batch, self._file_ends, prefetch=2)
 
     def _open_segment(
-        self, ids: Int64, epochs: Int64, batch_size: int, *, file_ends: FileEnds | None, prefetch: int = 2,
-        config: ReaderConfig | None = None,
-    ) -> Segment:  # fmt: skip
-        config = config or self._config
-        self._dataset.check_shards(np.unique(self._dataset.shard_of(ids)).tolist())
-        return Segment(
-            self._dataset,
-            ids,
-            epochs,
-            config,
-            batch_size,
-            self._buffers,
-            file_ends=file_ends,
-            prefetch=prefetch,
-        )
+        self, ids: Int64, epochs: Int64, config: ReaderConfig, batch: int, ends: FileEnds | None, prefetch: int
+    ) -> Segment:
+        dataset = self._dataset
+        dataset.check_shards(np.unique(dataset.shard_of(ids)).tolist())
+        return Segment(dataset, ids, epochs, config, batch, self._buffers, file_ends=ends, prefetch=prefetch)
+
+    def _read_once(self, ids: Int64, epochs: Int64, config: ReaderConfig) -> RawBatch:
+        """One batch of the samples `ids` by a pipeline of its own, files with odd ends included.
+
+        Raises RuntimeError if an image cannot be decoded.
+        """
+        segment = self._open_segment(ids, epochs, config, len(ids), None, prefetch=1)
+        try:
+            batch, _ = segment.next()
+        finally:
+            segment.close()  # DALI never frees a pipeline that is not closed
+        batch.encoded = lambda row: self._dataset.image_bytes(int(ids[row]))  # the pipeline's own copy is gone
+        return batch
 
     def _close_segment(self) -> None:
         if self._segment is None:
@@ -219,7 +230,7 @@ class Reader:
         if not len(ids):
             return []
         with contextlib.suppress(RuntimeError):
-            several = self._open_segment(ids, epochs, len(ids), file_ends=None, prefetch=1).next()[0]
+            several = self._read_once(ids, epochs, self._config)
             return [(several, k) for k in range(len(ids))]
         return [(self._read_single(i, epoch), 0) for i, epoch in zip(ids.tolist(), epochs.tolist(), strict=True)]
 
@@ -241,7 +252,7 @@ class Reader:
             self._dataset.remote.fetch([int(self._dataset.shard_of(i))])
         with contextlib.suppress(RuntimeError):
             self._decode_whole(np.array([i]))
-            return self._open_segment(np.array([i]), np.array([epoch]), 1, file_ends=None, prefetch=1).next()[0]
+            return self._read_once(np.array([i]), np.array([epoch]), self._config)
 
     def _decode_whole(self, ids: Int64) -> None:
         """Decode the whole images of the samples `ids`. Raises RuntimeError if one cannot be decoded.
@@ -250,7 +261,7 @@ class Reader:
         every epoch, on every rank and in every batch.
         """
         config = replace(self._config, geometry=replace(self._config.geometry, random=False), augment=Augment())
-        self._open_segment(ids, np.zeros_like(ids), len(ids), file_ends=None, prefetch=1, config=config).next()
+        self._read_once(ids, np.zeros_like(ids), config)
 
     def _undecodable(self, ids: Int64) -> list[int]:
         """Ids of the undecodable images among `ids`. Bisects, because DALI does not say which image failed."""
@@ -260,23 +271,21 @@ class Reader:
             self._decode_whole(ids)
         except RuntimeError:
             if len(ids) == 1:
-                return ids.tolist()
+                return ids.tolist() if self._is_bad(int(ids[0])) else []
             half = len(ids) // 2
             return self._undecodable(ids[:half]) + self._undecodable(ids[half:])
         return []
 
-    def _mark_bad(self, found: list[int], error: RuntimeError | None = None) -> None:
-        """Record undecodable images, and stop if there are too many.
+    def _is_bad(self, i: int) -> bool:
+        """Whether the build's decoder refuses an image, too. DALI's refusal may also mean a lack of memory."""
+        return isinstance(next(ImageDecoder(sys.maxsize)([self._dataset.image_bytes(i)])), str)
 
-        If `found` is empty, re-raise `error`: no image caused it.
-        """
+    def _mark_bad(self, found: list[int]) -> None:
+        """Record undecodable images, and stop if there are too many."""
         dataset = self._dataset
-        if not found:
-            assert error is not None
-            raise error
         for i in found:
             dataset.image_bytes(i)  # tells a failing disk or a truncated shard from a bad image: reading raises
-        if not self._config.train:
+        if found and not self._config.train:
             raise DataError(
                 f"{dataset.where(found[0])}: wanted an image, found one that cannot be decoded; remove the sample"
             )
@@ -286,15 +295,5 @@ class Reader:
         self._stop_if_too_many_bad()
 
     def _stop_if_too_many_bad(self) -> None:
-        dataset, limit = self._dataset, self._config.max_bad_fraction
-        # The share is taken of the samples seen, or of a rank's share of the split if that is larger. A rank sees a
-        # random share of the bad images, so its limit has a margin of four standard deviations.
-        ranks = self._config.world_size
-        seen = min(len(dataset), max(len(dataset) / ranks, self.samples_seen))
-        allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)
-        if len(self.bad) > min(allowed, len(dataset) - 1):  # one has to be good, to take the place of the others
-            listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])
-            raise DataError(
-                f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
-                f"found {len(self.bad)} of {seen:.0f}; build the data set again without them: {listed}"
-            )
+        config = self._config
+        check_bad_fraction(self._dataset, self.bad, self.samples_seen, config.max_bad_fraction, config.world_size)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.dataset.dali_index import KINDS
 from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import Purpose, hash64
 
 Int64 = NDArray[np.int64]
@@ -162,6 +163,22 @@ def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set
         if candidate not in bad:
             return candidate
         attempt += 1
+
+
+def check_bad_fraction(dataset: Dataset, bad: Set[int], samples_seen: int, limit: float, ranks: int) -> None:
+    """Raise DataError, with the places of 20 images, if more than a share `limit` of the images is undecodable.
+
+    The share is taken of the samples that a rank has seen, or of its share of the split if that is larger. A rank sees
+    a random share of the bad images, so with several ranks the limit has a margin of four standard deviations.
+    """
+    seen = min(len(dataset), max(len(dataset) / ranks, samples_seen))
+    allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)
+    if len(bad) > min(allowed, len(dataset) - 1):  # one has to be good, to take the place of the others
+        listed = "; ".join(dataset.where(i) for i in sorted(bad)[:20])
+        raise DataError(
+            f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
+            f"found {len(bad)} of {seen:.0f}; build the data set again without them: {listed}"
+        )
 
 
 def index_folder() -> str | None:
