@@ -221,7 +221,7 @@ class CheckpointSettings:
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
     """Number of newest checkpoints to keep."""
     keep_every_steps: Annotated[int, AT_LEAST_0] = 0
-    """Also keep checkpoints at multiples of this step for good; 0 for none."""
+    """Also write checkpoints at multiples of this step, and keep them for good; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

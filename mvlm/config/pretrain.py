@@ -43,10 +43,11 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.compile and (self.accumulate > 1 or self.plan != "fast"):
+        if self.compile and (self.accumulate > 1 or self.plan != "fast" or self.checkpoint_activations):
             raise ConfigError(
-                f"compile: wanted --plan fast and --accumulate 1, got --plan {self.plan} and "
-                f"--accumulate {self.accumulate}; change them or leave --compile out"
+                f"compile: wanted --plan fast, --accumulate 1 and no --checkpoint-activations, got --plan {self.plan}, "
+                f"--accumulate {self.accumulate}{', --checkpoint-activations' * self.checkpoint_activations}; change "
+                f"them or leave --compile out"
             )
         if self.cuda_graphs and (self.accumulate > 1 or self.plan != "fast" or self.compile):
             raise ConfigError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvlm.config.json_files import differing_settings
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import chosen_precision
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading import DataError, Dataset
@@ -41,7 +42,7 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
 
 TOGETHER = (
     "device", "log_every", "eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps",
-    "max_bad_steps",
+    "keep_every_steps", "max_bad_steps",
 )  # fmt: skip
 """Settings that a resume may change, and by which all ranks decide alone when they meet."""
 
@@ -50,19 +51,23 @@ def check_ranks(world: World, config: PretrainConfig, dataset: Dataset, validati
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     own = {"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint}
     own["validation"] = None if validation is None else validation.fingerprint
+    # What "auto" stands for may differ from machine to machine.
+    own["device in use"] = world.device.type
+    own["precision in use"] = chosen_precision(world.device, config.precision)
     by_rank = world.gather_objects(own)
 
     def compare() -> None:
         for rank, values in enumerate(by_rank):
             differing = differing_settings(by_rank[0]["settings"], values["settings"])
-            pairs = [(name, by_rank[0][name], values[name]) for name in ("out", "data", "validation")]
+            pairs = [(name, by_rank[0][name], values[name]) for name in values if name != "settings"]
             pairs += [(name, by_rank[0]["settings"][name], values["settings"][name]) for name in TOGETHER]
             differing += [(name, a, b) for name, a, b in pairs if a != b]
             if differing and world.first:
                 listed = "; ".join(f"{name}: rank 0 has {a}, rank {rank} has {b}" for name, a, b in differing)
                 raise RunError(
                     f"rank {rank} was started with other settings or data than rank 0 ({listed}); "
-                    f"start all ranks with the same command on the same data"
+                    f"start all ranks with the same command on the same data, and name --device and --precision where "
+                    f"their machines differ"
                 )
 
     run_on_all_ranks(world, compare)

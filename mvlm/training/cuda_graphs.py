@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Inputs = TypeVar("Inputs", Batch, Masks)
 
 MAX_GRAPHS = 8
-"""Most graphs of a run. Each keeps a copy of the gradients and its inputs; they share all other memory."""
+"""Most graphs at a time. Each keeps a copy of the gradients and its inputs; they share all other memory."""
 
 Step = Callable[[Batch, Masks, Tensor, bool], Losses]
 """step(batch, masks, number, reconstruction_only): sets the gradients and returns the losses, detached scalars. number:
@@ -51,6 +51,7 @@ class CudaGraphs:
 
     A bucket is what a graph cannot change: the shapes of the inputs, the longest caption, and the losses that are
     computed. Batches of `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
+    Where a part of the run ends, with the first steps of reconstruction alone or of low resolution, its graphs go.
     If a capture fails, no further graph is made, and a warning says why. Those made before are still replayed.
 
     Args:
@@ -68,9 +69,12 @@ class CudaGraphs:
         limit: int = MAX_GRAPHS,
     ) -> None:
         self._step, self._parameters = step, [p for p in parameters if p.requires_grad]
+        self._own_capture = capture is None
         self._capture, self._limit = capture or CudaCapture(), limit
         self._seen: set[Bucket] = set()
         self._graphs: dict[Bucket, _Graph] = {}
+        self._part: tuple[bool, int] | None = None
+        self._full = False
 
     @property
     def captured(self) -> int:
@@ -80,9 +84,15 @@ class CudaGraphs:
     def run(self, batch: Batch, masks: Masks, number: Tensor, reconstruction_only: bool) -> Losses:
         """Run a step: set the parameters' gradients, and return the losses, detached scalars."""
         bucket = bucket_of(batch, masks, reconstruction_only)
+        if (part := (reconstruction_only, batch.images.shape[-1])) != self._part:
+            self._part = part
+            self._drop_graphs()
         graph = self._graphs.get(bucket)
         if graph is None and bucket in self._seen and len(self._graphs) < self._limit:
             graph = self._try_to_capture(bucket, batch, masks, number)
+        elif graph is None and bucket in self._seen and self._limit and not self._full:
+            self._full = True
+            log.info("CUDA graphs: all %d are made; batches of other shapes run eagerly", self._limit)
         if graph is None:
             self._seen.add(bucket)
             return self._step(batch, masks, number, reconstruction_only)
@@ -92,6 +102,14 @@ class CudaGraphs:
         for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
             parameter.grad = gradient
         return Losses(*(loss.clone() for loss in graph.losses))  # the next step overwrites those of the graph
+
+    def _drop_graphs(self) -> None:
+        """Forget all graphs, and their pool of memory, which cannot be used again once its last graph is gone."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._full = False
+        if self._own_capture:
+            self._capture = CudaCapture()
 
     def _try_to_capture(self, bucket: "Bucket", batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
         own_batch, own_masks, own_number = static_copy(batch), static_copy(masks), number.clone()

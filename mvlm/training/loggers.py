@@ -1,10 +1,12 @@
 """Sinks for metrics and images: metrics.jsonl, TensorBoard, Weights & Biases, trackio."""
 
 import logging
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,13 +99,19 @@ def check_services(config: PretrainConfig) -> None:
 
 
 def start_services(config: PretrainConfig) -> None:
-    """Start a run of W&B and of trackio, where they are wanted. Both have the same calls. ConfigError if that fails."""
+    """Start a run of W&B and of trackio, where they are wanted, or go on with it. ConfigError if that fails.
+
+    Both have the same calls. A resumed run goes on in the service's run that it began. W&B then takes no row twice.
+    """
+    resumes = RunFolder(config.out).config.is_file()
     started: list[Any] = []
     for name in SERVICES:
         if not getattr(config, name):
             continue
-        extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
+        extra: dict[str, Any] = {"resume": "allow" if resumes else "never"}  # by the name, which a new run may share
         try:
+            if name == "wandb":
+                extra = {"dir": str(config.out), "id": _wandb_id(config.out), "resume": "allow"}
             service = import_module(name)
             service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
             started.append(service)
@@ -112,3 +120,12 @@ def start_services(config: PretrainConfig) -> None:
                 with suppress(Exception):  # the first error is the one to tell
                     service.finish()
             raise ConfigError(f"--{name}: could not start a run: {error!r}; leave --{name} out") from error
+
+
+def _wandb_id(out: Path) -> str:
+    """Id of the run's run at W&B, kept among W&B's own files in the run folder."""
+    file = out / "wandb" / "mvlm-run-id"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()

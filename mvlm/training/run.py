@@ -115,6 +115,12 @@ def train(trainer: Trainer) -> None:
     """Record the start in the run's history, then train. LostRankError if a collective fails without another rank."""
     world, config = trainer.world, trainer.config
     if world.first:
+        if config.warmup_steps >= config.max_steps:
+            log.warning(
+                "warmup_steps: wanted fewer than the run's %d steps, got %d: the learning rates end at %.0f %% of "
+                "their peaks; give --warmup-steps",
+                config.max_steps, config.warmup_steps, 100 * config.max_steps / config.warmup_steps,
+            )  # fmt: skip
         splits = {"train": trainer.loader.dataset, "validation": trainer.validation}
         data = {name: split.fingerprint for name, split in splits.items() if split is not None}
         precision = chosen_precision(world.device, config.precision)

@@ -131,7 +131,7 @@ class Trainer:
                 if figures or self.due(config.log_every) or end or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.end_row(closed, self.loader.skipped, figures)
-                if save or end or self.due(config.checkpoint_every_steps) or self.complete:
+                if save or end or self.complete or self.due(config.checkpoint_every_steps, config.keep_every_steps):
                     # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
                     logger.write_row(progress)
                     self.save()
@@ -149,9 +149,9 @@ class Trainer:
             if not self.complete:
                 log.info("stopped by %s at step %d; saved", stop.reason or "another rank", self.step)
 
-    def due(self, every: int) -> bool:
-        """True if this step is a multiple of `every`; never for 0."""
-        return every > 0 and self.step % every == 0
+    def due(self, *every: int) -> bool:
+        """True if this step is a multiple of one of `every`; never for 0."""
+        return any(n > 0 and self.step % n == 0 for n in every)
 
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
         """Make one update, or skip it if the guard says so. Its metrics stay on the device, in `self.metrics`.

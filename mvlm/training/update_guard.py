@@ -88,7 +88,10 @@ class SkippedUpdates:
     def reason(row: dict[str, float]) -> str:
         """Reason for a skipped update: the metrics that are not finite, or the loss that is a spike."""
         names = [name for name in row if name == "grad_norm" or not name.startswith(("grad_norm", "good", "total"))]
+        # The total is named if it alone is not finite: a part that is not finite makes it so.
         not_finite = [f"{name} is {row[name]}" for name in names if not math.isfinite(row[name])]
+        if not not_finite and not math.isfinite(row["total"]):
+            return f"the loss is {row['total']}"
         return ", ".join(not_finite) or f"the loss {row['total']:.4g} is a spike"
 
     def error(self, step: int, row: dict[str, float], keys: list[str], checkpoint: Path | None) -> NonFiniteLossError:
@@ -104,7 +107,8 @@ class SkippedUpdates:
             f"step {step}: {self.reason(row)}; the update was not made ({self.in_a_row} in a row, "
             f"--max-bad-steps is {self._limit}). Its samples: {', '.join(keys[:8])}{more}. "
             f"Last good checkpoint: {checkpoint or 'none'}; no checkpoint holds such an update. "
-            f"Try a lower learning rate or --precision fp32"
+            f"A new run can go on from it with a lower learning rate or --precision fp32: name it by --initial-model, "
+            f"in fine-tuning by --checkpoint, and another folder by --out"
         )
 
     def state(self) -> dict[str, int]:

@@ -277,7 +277,7 @@ class Reader:
         return []
 
     def _is_bad(self, i: int) -> bool:
-        """Whether the build's decoder refuses an image, too. DALI's refusal may also mean a lack of memory."""
+        """True if the build's decoder refuses an image, too. DALI's refusal may also mean a lack of memory."""
         return isinstance(next(ImageDecoder(sys.maxsize)([self._dataset.image_bytes(i)])), str)
 
     def _mark_bad(self, found: list[int]) -> None:

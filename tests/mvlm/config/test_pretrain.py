@@ -82,9 +82,9 @@ def test_invalid_settings_of_a_run_are_refused(changes, message):
         pretrain_config(Path("data"), Path("out"), **changes)
 
 
-@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"plan": "plain"}])
-def test_compile_is_refused_with_accumulation_and_with_the_plain_implementation(changes) -> None:
-    with pytest.raises(ConfigError, match="compile: wanted --plan fast and --accumulate 1, got --plan"):
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"plan": "plain"}, {"checkpoint_activations": True}])
+def test_compile_is_refused_with_what_it_cannot_compile(changes) -> None:
+    with pytest.raises(ConfigError, match="compile: wanted --plan fast, --accumulate 1 and no --checkpoint-act"):
         pretrain_config(Path("data"), Path("out"), compile=True, **changes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mvlm.distributed import coordination
 from mvlm.distributed.coordination import StepDecisions, check_ranks, run_on_all_ranks
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading import open_dataset
@@ -99,8 +100,10 @@ def test_fault_of_the_program_is_raised_on_its_rank():
     assert isinstance(second, SystemExit)
 
 
-@pytest.mark.parametrize("what", ["settings", "saves", "evaluations", "data", "validation", "out", "nothing"])
-def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
+@pytest.mark.parametrize(
+    "what", ["settings", "saves", "kept", "evaluations", "data", "validation", "out", "precision", "nothing"]
+)
+def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeypatch, what):
     other = write_scenes(tmp_path / "other", {"train": 9, "validation": 3})
 
     def work(world):
@@ -110,10 +113,16 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
         dataset = open_dataset(other if what == "data" and changed else scenes, "train")
         every = 3 if what == "saves" and changed else 5
         minutes = 2.5 if what == "evaluations" and changed else 0
-        config = pretrain_config(scenes, out, seed=seed, checkpoint_every_steps=every, eval_every_minutes=minutes)
+        config = pretrain_config(
+            scenes, out, seed=seed, checkpoint_every_steps=every, eval_every_minutes=minutes, precision="auto",
+            keep_every_steps=2 if what == "kept" and changed else 0,
+        )  # fmt: skip
         validation = open_dataset(other if what == "validation" and changed else scenes, "validation")
         return check_ranks(world, config, dataset, validation)
 
+    if what == "precision":  # the machine of one rank computes bf16 in hardware
+        monkeypatch.setattr(coordination, "chosen_precision", lambda *_: ("bf16", "fp32")[next(machines)])
+        machines = iter((0, 1))
     first, second = on_two_ranks(work)
     if what == "nothing":
         assert (first, second) == (None, None)
@@ -126,6 +135,8 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
         "settings": "seed: rank 0 has 0, rank 1 has 5",
         "saves": "checkpoint_every_steps: rank 0 has 5, rank 1 has 3",
         "evaluations": "eval_every_minutes: rank 0 has 0, rank 1 has 2.5",
+        "kept": "keep_every_steps: rank 0 has 0, rank 1 has 2",
+        "precision": "precision in use: rank 0 has ",
         "data": "data: rank 0 has ",
         "validation": "validation: rank 0 has ",
         "out": f"out: rank 0 has {tmp_path}/run",

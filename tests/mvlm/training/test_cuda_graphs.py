@@ -95,7 +95,7 @@ def test_replayed_steps_train_as_eager_ones():
     recorder = Recorder(model)
     graphs = CudaGraphs(backward_step(model), model.parameters(), recorder)
     got = train(model, batches(model, order), graphs.run)
-    assert graphs.captured == recorder.captures > 1
+    assert recorder.captures == graphs.captured + 1 > 1  # the graph of the first two steps is gone
     assert recorder.replays > recorder.captures
     for a, b in zip(got, wanted, strict=True):
         for x, y in zip(a, b, strict=True):
@@ -125,6 +125,24 @@ def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bound
     assert (
         len(eager) == 1 + 1 + 2 + 2
     )  # first batch, capture, replays of the recorder, two of the bucket beyond the limit
+
+
+@pytest.mark.slow
+def test_graphs_of_an_earlier_part_of_the_run_make_room_for_those_of_the_next(caplog):
+    """A part ends where ITC and ITM join the reconstructions, and where the images grow."""
+    caplog.set_level("INFO")
+    model = micro_model()
+    recorder = Recorder(model)
+    graphs = CudaGraphs(backward_step(model), model.parameters(), recorder, limit=1)
+    (first, masks), (second, others) = batches(model, [LENGTHS[0], LENGTHS[2]])
+    for reconstruction_only in (True, False):
+        for _ in range(3):
+            graphs.run(first, masks, torch.tensor(9), reconstruction_only)
+        for _ in range(3):  # no room
+            graphs.run(second, others, torch.tensor(9), reconstruction_only)
+        assert graphs.captured == 1
+    assert (recorder.captures, recorder.replays) == (2, 4)
+    assert caplog.text.count("CUDA graphs: all 1 are made") == 2
 
 
 def test_buckets_differ_by_shapes_host_numbers_and_losses():

@@ -45,6 +45,25 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
     assert rows_of(config.out) == [ROW]
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_resumed_run_goes_on_in_the_services_run(tmp_path, monkeypatch, name):
+    started = []
+    service = SimpleNamespace(init=lambda **settings: started.append(settings))
+    monkeypatch.setitem(sys.modules, name, service)
+    for out in ("run", "other"):
+        config = pretrain_config(tmp_path / "data", tmp_path / out, **{name: True})
+        config.out.mkdir()
+        start_services(config)
+        (config.out / "config.json").touch()
+        start_services(config)
+    first, again, other, _ = started
+    if name == "wandb":
+        assert first["id"] == again["id"] != other["id"]
+        assert again["resume"] == "allow"
+    else:
+        assert (first["resume"], again["resume"], other["resume"]) == ("never", "allow", "never")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
 def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
@@ -90,7 +109,7 @@ def test_services_that_started_are_ended_if_another_cannot(scenes, tmp_path, mon
     finished = []
 
     def starts(dir, **_):
-        (Path(dir) / "wandb").mkdir()
+        (Path(dir) / "wandb").mkdir(exist_ok=True)
 
     def fails(**_):
         raise RuntimeError("no login")

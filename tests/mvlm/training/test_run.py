@@ -164,6 +164,7 @@ def test_rows_of_metrics_are_written_every_log_every_steps(scenes, tmp_path, wit
         ({"checkpoint_every_steps": 5}, [5]),
         ({"checkpoint_every_minutes": 0.0}, [5]),
         ({"checkpoint_every_minutes": 2.0}, [2, 4, 5]),  # a step takes 61 seconds here
+        ({"keep_every_steps": 2}, [2, 4, 5]),
         ({}, [5]),
     ],
 )
@@ -188,7 +189,16 @@ def test_checkpoints_are_written_by_steps_minutes_and_at_the_end(
     config = pretrain_config(scenes, tmp_path / "run", max_steps=5, keep_checkpoints=1, **settings)
     pretrain(config)
     assert saved == steps
-    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000005"]
+    left = sorted(path.name for path in (config.out / "checkpoints").iterdir())
+    assert left == [f"step_0000000{step}" for step in (steps if config.keep_every_steps else [5])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup, warns", [(1, False), (8, True)])
+def test_a_warm_up_longer_than_the_run_is_a_warning(scenes, tmp_path, caplog, without_tensorboard, warmup, warns):
+    pretrain(pretrain_config(scenes, tmp_path / "run", max_steps=2, warmup_steps=warmup))
+    wanted = "warmup_steps: wanted fewer than the run's 2 steps, got 8: the learning rates end at 25 % of their peaks"
+    assert (wanted in caplog.text) == warns
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ def test_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
         os.kill(os.getpid(), number)
         assert stop.requested()
         assert stop.reason == signal.Signals(number).name
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert {n: signal.getsignal(n) for n in before} == before
     assert "finishing the step and saving; SIGTERM or Ctrl-C once more ends at once" in capfd.readouterr().err
@@ -92,9 +91,23 @@ def test_second_signal_ends_the_process_at_once(number, code):
         except KeyboardInterrupt:
             os._exit(130)
         os._exit(0)
-    for _ in range(2):
+    for wait in (0, stop_request.SAME_REQUEST_SECONDS if number == signal.SIGTERM else 0):
         assert os.read(reading, 1)
+        time.sleep(wait)
         os.kill(process, number)
     started = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
     assert time.monotonic() - started < 20
+
+
+def test_a_sigterm_that_is_passed_on_is_the_same_request(monkeypatch):
+    """A supervisor signals every process of a job, and torchrun passes its own signal on to its workers."""
+    clock = [0.0]
+    monkeypatch.setattr(stop_request.time, "monotonic", lambda: clock[0])
+    with StopRequest() as stop:
+        for clock[0] in (0.0, 0.001, 2.9):
+            os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+            assert stop.requested()
+        clock[0] = 3.0
+        assert stop.requested()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -150,6 +150,7 @@ def test_reason_names_the_metrics_that_are_not_finite():
     row = {"mlm": NAN, "mim": 1.0, "total": NAN, "grad_norm": INF, "grad_norm_pixel_head": NAN, "good": 0.0}
     assert SkippedUpdates.reason(row) == "mlm is nan, grad_norm is inf"
     assert SkippedUpdates.reason({"mlm": 1.0, "total": 12.345678, "grad_norm": 1.0}) == "the loss 12.35 is a spike"
+    assert SkippedUpdates.reason({"mlm": 1.0, "total": NAN, "grad_norm": 1.0}) == "the loss is nan"
 
 
 @pytest.fixture
@@ -203,6 +204,7 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
     assert message.startswith("step 4: mim is nan, grad_norm is nan; the update was not made (2 in a row, ")
     assert "--max-bad-steps is 1). Its samples: train0" in message
     assert f"Last good checkpoint: {config.out}/checkpoints/step_00000002;" in message
+    assert "name it by --initial-model, in fine-tuning by --checkpoint" in message
     keys = message.split("Its samples: ")[1].split(". Last")[0].split(", ")
     assert len(set(keys)) == config.batch_size
     model, _ = load_model(config.out)
