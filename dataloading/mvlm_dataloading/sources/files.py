@@ -108,13 +108,24 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
 
 
 def files_under(folder: Path) -> list[Path]:
-    """All files under a folder, sorted. Links to folders are followed."""
+    """All files under a folder, sorted. Links to folders are followed.
+
+    Raises:
+        DataError: the folder, or one inside it, cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: wanted a folder that can be read, found {error.strerror}; give yourself the right to "
+            "read it, or move it away"
+        )
+
     found: list[Path] = []
     seen: set[str] = set()
     starts = [str(folder)]
     # Links are visited last, so that a file inside the folder gets its own path, not the path through a link.
     for start in starts:
-        for place, folders, names in os.walk(start):
+        for place, folders, names in os.walk(start, onerror=refuse):
             real = os.path.realpath(place)
             if real in seen:  # a link may point to a parent folder
                 folders.clear()

@@ -1,13 +1,14 @@
 """Reading annotation files."""
 
 import json
+import os
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from mvlm_dataloading import DataError
-from mvlm_dataloading.sources.files import read_json_list, read_rows
+from mvlm_dataloading.sources.files import files_under, read_json_list, read_rows
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.record import safe_key
@@ -31,6 +32,21 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "linked/part").symlink_to(tmp_path / "rows")
     parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows/train.parquet")
     assert len(build_source(huggingface([tmp_path / "linked"]), tmp_path / "rows-out")["train"]) == 2
+
+
+def test_a_folder_inside_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """Root may read everything, so the disk's answer is made up."""
+    published.folder(tmp_path / "images")
+    read = os.scandir
+
+    def refuse(place):
+        if str(place).endswith("images/b"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return read(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="images/b: wanted a folder that can be read, found Permission denied"):
+        files_under(tmp_path / "images")
 
 
 def hub_rows(count: int) -> list[dict]:
