@@ -16,9 +16,11 @@ from mvlm_dataloading.errors import DataError
 from .record import TOO_LARGE
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_KNOWN = (*IMAGE_EXTENSIONS, "txt", "caption", "json", "cls", "gif", "bmp", "tif", "tiff", "npy", "tok")
-_MAX_TEXT = 1 << 22
 CAPTION_EXTENSIONS = ("txt", "caption")
+_TEXTS = (*CAPTION_EXTENSIONS, "json", "cls")
+# Not read. A sample that has only such files is rejected with a reason and not passed over in silence.
+_OTHERS = ("gif", "bmp", "tif", "tiff", "npy", "tok")
+_MAX_TEXT = 1 << 22
 
 
 @dataclass(slots=True)
@@ -28,6 +30,8 @@ class TarSample:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     """Content by extension, in lower case."""
+    long_metadata: bool = False
+    """True if the `.json` is too long and was not read."""
     fault: str | None = None
 
 
@@ -47,7 +51,7 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
                 if not member.isfile() or member.name.rsplit("/", 1)[-1].startswith("."):
                     continue
                 key, extension = split_member_name(member.name)
-                if extension not in _KNOWN:
+                if extension not in IMAGE_EXTENSIONS + _TEXTS + _OTHERS:
                     continue
                 if sample is None or sample.key != key:
                     if sample is not None:
@@ -112,13 +116,18 @@ class _Tail:
 
 
 def _add(sample: TarSample, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:
+    if extension in _OTHERS:
+        return
     if extension in sample.parts or (
         extension in IMAGE_EXTENSIONS and any(one in sample.parts for one in IMAGE_EXTENSIONS)
     ):
         sample.fault = "sample has two files of the same kind"
         return
     if member.size > (max_bytes if extension in IMAGE_EXTENSIONS else _MAX_TEXT):
-        sample.fault = TOO_LARGE if extension in IMAGE_EXTENSIONS else "caption is too long"
+        if extension == "json":
+            sample.long_metadata = True
+        else:
+            sample.fault = TOO_LARGE if extension in IMAGE_EXTENSIONS else "caption is too long"
         return
     file = tar.extractfile(member)
     content = file.read() if file is not None else b""

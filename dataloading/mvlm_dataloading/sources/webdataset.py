@@ -168,7 +168,8 @@ class TarPiece:
             content = decode_text(text)
             return (content.split("\n"), None) if content is not None else ([], "caption is not UTF-8")
         fields = _parse_object(sample.parts.get("json"))
-        return captions_in_cell(fields.get(self.caption_field)) or captions_in_cell(row.get("caption")), None
+        captions = captions_in_cell(fields.get(self.caption_field)) or captions_in_cell(row.get("caption"))
+        return captions, "metadata are too long" if sample.long_metadata and not captions else None
 
     def _refusal(self, key: str, reason: str) -> Record:
         return Record(safe_key(self.prefix + key), None, (), f"{self.path}:{key}", fault=reason)

@@ -136,6 +136,24 @@ def test_a_tar_that_cannot_be_read_just_now_leaves_nothing_that_looks_finished(t
     assert open_dataset(out, "train").keys.tolist() == ["0", "1", "2"]
 
 
+def test_a_file_that_nobody_reads_costs_no_sample(tmp_path):
+    """Embeddings beside an image may be large, and so may metadata beside a caption."""
+    image, long = published.encoded(published.make_image(1)), bytes((4 << 20) + 1)
+    members = [
+        ("a.jpg", image), ("a.npy", long), ("a.txt", b"one"),
+        ("b.jpg", image), ("b.json", long), ("b.txt", b"two"),
+        ("c.jpg", image), ("c.json", long),
+        ("d.jpg", image), ("d.txt", long),
+        ("e.gif", b"GIF89a"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", list(members))
+    out = build_shards(webdataset([tmp_path / "a.tar"]), tmp_path / "out", workers=0)
+    dataset = open_dataset(out, "train")
+    assert {dataset.keys[i]: dataset.captions(i) for i in range(len(dataset))} == {"a": ["one"], "b": ["two"]}
+    reasons = {line["key"]: line["reason"] for line in rejections(out)}
+    assert reasons == {"c": "metadata are too long", "d": "caption is too long", "e": "no caption"}
+
+
 @pytest.mark.slow
 def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
     """The tar is sparse there, so the member takes no disk space."""
