@@ -90,13 +90,8 @@ def assemble(assembly: Assembly) -> Counter[str]:
         where = written.where[i]
         rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})
     if len(dropped) == len(images.keys):
-        reasons = dict(Counter(line["reason"] for line in rejected).most_common(5))
         shutil.rmtree(assembly.folder)
-        first = rejected[0]
-        raise DataError(
-            f"{assembly.plan['name']}: wanted at least one sample, found none; rejected: {reasons}, the first "
-            f"{first['where']}: {first['reason']}{_REMEDIES.get(first['reason'], '')}"
-        )
+        raise DataError(f"{assembly.plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}")
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -106,6 +101,16 @@ def assemble(assembly: Assembly) -> Counter[str]:
         write_index(final, split, with_tars=assembly.out is None)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
     return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
+
+
+def _why_none(assembly: Assembly, rejected: list[dict[str, Any]]) -> str:
+    if not rejected:
+        first, *others = assembly.plan["pieces"]
+        more = f" and {len(others)} more" if others else ""
+        return f"no image and no caption in {first}{more}; name the files that hold them"
+    first, reasons = rejected[0], dict(Counter(line["reason"] for line in rejected).most_common(5))
+    remedy = _REMEDIES.get(first["reason"], "")
+    return f"rejected: {reasons}, the first {first['where']}: {first['reason']}{remedy}"
 
 
 @dataclass(slots=True)

@@ -36,6 +36,12 @@ def test_parquet_of_the_hub(tmp_path):
         huggingface([tmp_path, tmp_path / "data/test.parquet"])
 
 
+def test_a_table_without_rows_is_refused_by_name(tmp_path):
+    parquet.write_table(pyarrow.Table.from_pylist(hub_rows(1)).slice(0, 0), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"wanted at least one sample, found none; no image .*train\.parquet 0; name"):
+        build_source(huggingface([tmp_path / "train.parquet"]), tmp_path / "out")
+
+
 def test_another_split_is_another_data_set(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows.parquet")
     build_source(huggingface([tmp_path / "rows.parquet"], split="train"), tmp_path / "out")

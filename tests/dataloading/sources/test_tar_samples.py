@@ -154,6 +154,13 @@ def test_a_file_that_nobody_reads_costs_no_sample(tmp_path):
     assert reasons == {"c": "metadata are too long", "d": "caption is too long", "e": "no caption"}
 
 
+def test_tars_of_other_files_alone_are_refused_by_name(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, [("1.wav", b"sound"), ("1.lab", b"words")])
+    with pytest.raises(DataError, match=r"wanted at least one sample, .* no caption in train a\.tar and 1 more; name the"):
+        build_shards(webdataset([tmp_path / "a.tar", tmp_path / "b.tar"]), tmp_path / "out", workers=0)
+
+
 @pytest.mark.slow
 def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
     """The tar is sparse there, so the member takes no disk space."""
