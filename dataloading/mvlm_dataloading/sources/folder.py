@@ -1,5 +1,7 @@
 """A folder of images, with captions in a table or in one text file per image."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,12 @@ def folder(
         found = _table(images, captions, image_column, caption_column, split_column)
         recipe["captions"] = [file_sha256(captions)]
         recipe["columns"] = [image_column, caption_column, split_column]
+    stems = Counter(record.key for record, _ in found)
     records: dict[str, list[Record]] = {}
     for record, split in found:
-        records.setdefault(split or split_by_hash(record.key, validation, test), []).append(record)
+        split = split or split_by_hash(record.key, validation, test)  # of the stem: a.jpg and a.png stay together
+        own = record if stems[record.key] == 1 else replace(record, key=safe_key(record.where))
+        records.setdefault(split, []).append(own)
     return Source(name=name, origin=str(images.name), licence=licence, recipe=recipe, pieces=cut_into_pieces(records))
 
 
@@ -113,5 +118,6 @@ def _table(
 
 
 def _record(images: Path, name: str, captions: list[str], fault: str | None) -> Record:
+    """A record whose key is the name without its extension."""
     key = safe_key(name if Path(name).suffix.lower() not in IMAGE_EXTENSIONS else name[: -len(Path(name).suffix)])
     return Record(key, images / name, captions, name, {"file": name}, fault)

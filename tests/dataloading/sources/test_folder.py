@@ -45,6 +45,32 @@ def test_splits_by_hash_depend_on_the_name_alone(tmp_path):
     assert counts[0] > 24
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_images_that_share_a_stem_are_two_samples(tmp_path, table):
+    """Both are in the split that either has alone."""
+    for i in range(10):
+        published.write_image(tmp_path / f"images/{i}.jpg", i)
+        (tmp_path / f"images/{i}.txt").write_text(f"number {i}\n")
+    published.make_image(20).save(tmp_path / "images/1.png")
+    rows = [*(f"{i}.jpg,number {i}" for i in range(10)), "1.png,number 1"]
+    (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]))
+
+    def build(name: str) -> dict[str, dict[str, list[str]]]:
+        source = folder(tmp_path / "images", tmp_path / "table.csv" if table else None, validation=0.5)
+        return build_source(source, tmp_path / name)
+
+    found = build("out")
+    assert {**found["train"], **found["validation"]} == {
+        **{str(i): [f"number {i}"] for i in range(10) if i != 1},
+        safe_key("1.jpg"): ["number 1"],
+        safe_key("1.png"): ["number 1"],
+    }
+    (tmp_path / "images/1.png").unlink()
+    (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows[:-1]]))
+    for split, samples in build("alone").items():
+        assert ({"1"} <= samples.keys()) == ({safe_key("1.jpg"), safe_key("1.png")} <= found[split].keys())
+
+
 @pytest.mark.parametrize("split, validation, test", [("validation", 1.0, 0.0), ("test", 0.0, 1.0)])
 def test_all_images_of_a_folder_can_be_evaluation_images(tmp_path, split, validation, test):
     published.folder(tmp_path / "images", 40)
