@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import need
+from mvlm_dataloading.options import BuildOptions
 
 # MPO, written by cameras, is a JPEG followed by further images. Decoders take the first one.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -50,6 +51,23 @@ def read_header(image: bytes) -> ImageHeader | str:
         return TOO_MANY_PIXELS
     except Exception:  # Pillow's parsers raise nearly anything on damaged input
         return UNDECODABLE
+
+
+def check_header(image: bytes, options: BuildOptions) -> ImageHeader | str:
+    """The header of an image, or the reason for which it cannot be used."""
+    header = read_header(image)
+    return header if isinstance(header, str) else _check_sizes(header, options) or header
+
+
+def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
+    short, long = sorted((header.width, header.height))
+    if short * long > options.max_pixels:
+        return TOO_MANY_PIXELS
+    if short < options.min_side:
+        return "image is too small"
+    if long > options.max_aspect * short:
+        return "image is too long and thin"
+    return UNDECODABLE if short < 1 else None
 
 
 class ImageDecoder:

@@ -28,10 +28,10 @@ from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
     MAX_JPEG_SIDE,
-    TOO_MANY_PIXELS,
     UNDECODABLE,
     ImageDecoder,
     ImageHeader,
+    check_header,
     encode_jpeg,
     perceptual_hash,
     read_header,
@@ -68,7 +68,7 @@ def write_piece(
     aside.mkdir(parents=True)
     writer = _PieceWriter(aside, options, crashes)
     try:
-        for group in _groups(piece.records(options.max_image_bytes)):
+        for group in _groups(piece.records(options.max_image_bytes), options.max_image_bytes):
             writer.add_group(group)
             report(len(group))
         writer.close()
@@ -142,7 +142,7 @@ class _PieceWriter:
         )
         if isinstance(image, str):
             return image
-        header = _check_header(image, options)
+        header = check_header(image, options)
         if isinstance(header, str):
             return header
         if number in self._fatal:
@@ -235,12 +235,12 @@ class _PieceWriter:
         self._lines.write(json.dumps(line) + "\n")
 
 
-def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:
+def _groups(records: Iterator[Record], max_bytes: int) -> Iterator[list[Record]]:
     """Records in groups of bounded number and size."""
     group, size = [], 0
     for record in records:
         group.append(record)
-        size += len(record.image) if isinstance(record.image, bytes) else 1 << 18
+        size += _size(record.image, max_bytes)
         if len(group) == _GROUP or size >= _GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -248,12 +248,25 @@ def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield group
 
 
+def _size(image: Path | bytes | ImageStrip | None, max_bytes: int) -> int:
+    """Bytes that an image takes in a group. A file above `max_bytes`, or that cannot be read, takes none."""
+    if isinstance(image, bytes):
+        return len(image)
+    if not isinstance(image, Path):
+        return 1 << 18  # about that of a strip, which is small
+    try:
+        size = image.stat().st_size
+    except (OSError, ValueError):  # a name with a NUL is a ValueError
+        return 0
+    return size if size <= max_bytes else 0
+
+
 def _compose(strip: ImageStrip, options: BuildOptions) -> bytes | str:
     """The encoded strip, or the reason for which one of its images cannot be used."""
     contents = []
     for file in strip.files:
         content = _read(file, options)
-        header = content if isinstance(content, str) else _check_header(content, options)
+        header = content if isinstance(content, str) else check_header(content, options)
         if isinstance(header, str):
             return header
         contents.append(content)
@@ -281,20 +294,3 @@ def _read(image: Path | bytes | None, options: BuildOptions) -> bytes | str:
     if len(content) > max_bytes:
         return TOO_LARGE
     return content or "image file is empty"
-
-
-def _check_header(image: bytes, options: BuildOptions) -> ImageHeader | str:
-    """The header of an image, or the reason for which it cannot be used."""
-    header = read_header(image)
-    return header if isinstance(header, str) else _check_sizes(header, options) or header
-
-
-def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
-    short, long = sorted((header.width, header.height))
-    if short * long > options.max_pixels:
-        return TOO_MANY_PIXELS
-    if short < options.min_side:
-        return "image is too small"
-    if long > options.max_aspect * short:
-        return "image is too long and thin"
-    return UNDECODABLE if short < 1 else None

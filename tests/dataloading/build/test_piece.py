@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,7 +11,7 @@ from mvlm_dataloading import BuildOptions, build_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
-from support.data import build_records, make_record
+from support.data import build_records, make_record, read_json_lines
 
 EXIF_ORIENTATION = 0x0112
 
@@ -79,6 +80,22 @@ def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
             assert numbers[: 1 + len(ids)] == [len(ids), *ids.tolist()]
             numbers = numbers[1 + len(ids) :]
         assert numbers == []
+
+
+def test_groups_of_large_files_are_small(tmp_path):
+    """A worker holds a group's files at once. A file that is too large is not read, and takes no room."""
+    records = []
+    for i, size in enumerate((0, 20, 20, 80, 20, 0, 0)):
+        path = tmp_path / f"{i}.jpg"
+        published.write_image(path, i)
+        if size:
+            os.truncate(path, size << 20)  # decoders ignore what is behind the image
+        records.append(Record(f"k{i}", path, ["a"], ""))
+    groups: list[int] = []
+    write_piece(ListedPiece("train", records), tmp_path / "000000", BuildOptions(quality=90), {}, groups.append)
+    assert groups == [3, 4]
+    lines = read_json_lines(tmp_path / "000000/samples.jsonl")
+    assert [line.get("reason") for line in lines] == [*3 * [None], "image file is too large", *3 * [None]]
 
 
 def test_two_processes_may_write_a_piece_at_once(tmp_path):
