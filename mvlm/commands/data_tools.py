@@ -1,13 +1,12 @@
 """The commands that check, index and select data sets, and helpers of all `mvlm data` commands."""
 
-import contextlib
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mvlm_dataloading.options import ViewOptions
 
-if TYPE_CHECKING:
-    from mvlm_dataloading.tools.check import Findings
+log = logging.getLogger(__name__)
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -53,9 +52,21 @@ def check(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )
     print(findings_table(shards, found))
-    with contextlib.suppress(DataError):  # a split that cannot be opened is among the problems
-        print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
-    _raise_problems(shards, found, DataError)
+    problems = [problem for findings in found.values() for problem in findings.problems]
+    for problem in problems[:20]:
+        print(f"problem: {problem}")
+    sheet = sheet or shards / "contact-sheet.png"
+    try:
+        print(contact_sheet(shards, sheet))
+    except DataError:  # a split that cannot be opened is among the problems
+        pass
+    except OSError as error:  # data sets are checked on media that nobody can write to
+        reason = error.strerror or error
+        log.warning("%s: wanted to write the contact sheet, found %s; --sheet names another place", sheet, reason)
+    if problems:
+        raise DataError(
+            f"{shards}: wanted a data set without problems, found {len(problems)}; the first: {problems[0]}"
+        )
 
 
 def _check_published(name: str, root: Path, images: Path | None, subset: bool) -> None:
@@ -160,11 +171,3 @@ def processes(given: int | None, pieces: int | None = None) -> int:
     if given is not None and given < 1:
         raise ConfigError(f"workers: wanted at least 1, got {given}")
     return min(given or len(os.sched_getaffinity(0)), max(1, pieces or 1 << 10))
-
-
-def _raise_problems(shards: Path, found: "dict[str, Findings]", error: type[Exception]) -> None:
-    problems = [problem for findings in found.values() for problem in findings.problems]
-    for problem in problems[:20]:
-        print(f"problem: {problem}")
-    if problems:
-        raise error(f"{shards}: wanted a data set without problems, found {len(problems)}; the first: {problems[0]}")

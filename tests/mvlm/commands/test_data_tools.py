@@ -28,6 +28,25 @@ def test_a_built_data_set_and_its_view_pass_the_check(view, data_set, run_data):
     assert (outcome.code, outcome.out[0].split(":")[1]) == (0, " 6 train; left out")
 
 
+def test_a_contact_sheet_that_cannot_be_written_hides_no_finding(data_set, monkeypatch, run_data):
+    """As on media that nobody can write to: the outcome is that of the check."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("PIL.Image.Image.save", refuse)
+    warning = "wanted to write the contact sheet, found Read-only file system; --sheet names another place"
+    outcome = run_data("check", data_set)
+    assert outcome.code == 0
+    assert [warning in line for line in outcome.err] == [True]
+    index = data_set / "train.index"
+    index.write_bytes(index.read_bytes()[:-1])
+    outcome = run_data("check", data_set)
+    assert outcome.code == 2
+    assert any(line.startswith("problem: ") and "train.index" in line for line in outcome.out)
+    assert "wanted a data set without problems" in outcome.err[-1]
+
+
 def test_check_finds_a_missing_shard_of_a_view(view, data_set, run_data):
     (data_set / "train-000000.tar").unlink()
     outcome = run_data("check", view)
