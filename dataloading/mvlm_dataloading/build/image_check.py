@@ -70,6 +70,19 @@ def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
     return UNDECODABLE if short < 1 else None
 
 
+def check_image(image: bytes) -> tuple[str, str | None]:
+    """Decode an image completely with Pillow. Returns its extension, and None or the reason why it cannot be used."""
+    header = read_header(image)
+    if not isinstance(header, ImageHeader):
+        return "", header
+    try:
+        with need("PIL.Image").open(io.BytesIO(image)) as opened:
+            opened.load()
+    except Exception:  # Pillow's decoders raise nearly anything on damaged input
+        return "", UNDECODABLE
+    return header.extension, None
+
+
 class ImageDecoder:
     """DALI's CPU decoder for images in memory. The loader uses the same decoder, so both accept the same images.
 

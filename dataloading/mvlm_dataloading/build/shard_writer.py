@@ -32,10 +32,10 @@ from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
 from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
 from mvlm_dataloading.dataset.open import write_index
-from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import KEY_PATTERN
 
-from .image_check import UNDECODABLE, ImageHeader, read_header
+from .image_check import check_image
 
 if TYPE_CHECKING:
     from mvlm_dataloading.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class ShardWriter:
     """Context manager that writes one data set. An exception inside removes everything that was written.
 
     Args:
-        out: folder to create; an empty folder may exist.
+        out: folder to create; an empty folder may exist. DataError if it is in use, or if another build has begun it.
         name, source, licence, attribution: copied to `dataset.json`.
         recipe: all values that determine the content (sizes, versions, limits). `already_written` compares them.
         max_shard_bytes: maximum size of a tar.
@@ -80,6 +80,12 @@ class ShardWriter:
             self._lock = FileLock(self._partial / LOCK, thread_local=False).acquire(timeout=0).lock
         except Timeout:
             raise DataError(f"{self._partial}: wanted to be the only writer there, found another; end it") from None
+        if (self._partial / "plan.json").exists():
+            self._lock.release()
+            raise DataError(
+                f"{self._partial}: wanted nothing, or what a killed run of this command left, found the unfinished "
+                "build of another one; finish it with its own command, or remove the folder"
+            )
         for left in self._partial.iterdir():  # by a run that was killed
             if left.name != LOCK:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -259,19 +265,6 @@ class Shard:
     def description(self) -> dict[str, Any]:
         size = self.path.stat().st_size
         return {"tar": self.path.name, "samples": self.samples, "bytes": size, "sha256": self.sha256}
-
-
-def check_image(image: bytes) -> tuple[str, str | None]:
-    """Decode an image completely. Returns its extension, and None or the reason why it cannot be used."""
-    header = read_header(image)
-    if not isinstance(header, ImageHeader):
-        return "", header
-    try:
-        with need("PIL.Image").open(io.BytesIO(image)) as opened:
-            opened.load()
-    except Exception:  # Pillow's decoders raise nearly anything on damaged input
-        return "", UNDECODABLE
-    return header.extension, None
 
 
 def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> bytes | None:

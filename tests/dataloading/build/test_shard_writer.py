@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading import DataError, ShardWriter, build_shards, open_dataset
+from mvlm_dataloading.build.part import BuildProgress
 from mvlm_dataloading.dataset.description import already_written
-from support.data import file_contents, make_image, write_dataset
+from mvlm_dataloading.sources.record import ListedPiece, Source
+from support.data import file_contents, make_image, make_record, write_dataset
 
 HEADER: dict[str, Any] = {"name": "set", "source": "s", "licence": "CC0", "attribution": "a"}
 
@@ -190,6 +192,28 @@ def test_shard_writer_replaces_an_unfinished_folder(tmp_path):
     write_dataset(tmp_path / "out", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(open_dataset(tmp_path / "out", "train")) == 2
+
+
+def test_shard_writer_leaves_the_unfinished_build_of_another_command(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done: BuildProgress) -> None:
+        if done.pieces:
+            raise Stop
+
+    records = [make_record(f"k{i}", make_image(i)) for i in range(3)]
+    source = Source("built", "", "", {}, [ListedPiece("train", records)])
+    with pytest.raises(Stop):
+        build_shards(source, tmp_path / "out", workers=0, progress=stop)
+    piece = tmp_path / ".out.partial/pieces/000000"
+    before = file_contents(piece)
+    assert "000.tar" in before
+    with pytest.raises(DataError, match=r"\.out\.partial: .* found the unfinished build of another one; finish it"):
+        writer_for(tmp_path / "out")
+    assert file_contents(piece) == before
+    build_shards(source, tmp_path / "out", workers=0)  # the lock is free
+    assert len(open_dataset(tmp_path / "out", "train")) == 3
 
 
 def test_shard_writer_refuses_a_folder_in_use(tmp_path):
