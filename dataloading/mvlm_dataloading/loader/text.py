@@ -53,7 +53,9 @@ def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -
 
 
 MAX_REMEMBERED = 65536
-"""Largest split whose captions and tokens are remembered, so that each is parsed and tokenized once: about 100 MB."""
+"""Largest split whose captions and tokens are remembered, so that each is parsed and tokenized once."""
+MAX_CAPTIONS = 5 * MAX_REMEMBERED
+"""Most captions that are remembered, all those of an image or none: about 180 MB, if they have ten words each."""
 
 
 class CaptionReader:
@@ -79,7 +81,8 @@ class CaptionReader:
     ):
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
         self._first, self._stored, self._extra = first, stored, extra
-        self._remember = not first and len(dataset) <= MAX_REMEMBERED
+        self._room = MAX_CAPTIONS if not first and len(dataset) <= MAX_REMEMBERED else 0
+        """Number of captions that may yet be remembered."""
         self._samples: dict[int, tuple[list[str], int]] = {}
         """Captions and image id, by sample id."""
         self._known_tokens: dict[tuple[int, int], Int64] = {}
@@ -116,28 +119,30 @@ class CaptionReader:
             captions = parse_captions(raw.texts[row], lambda: self._dataset.where(i))
             metadata = parse_metadata(raw.metadata[row], lambda: self._dataset.where(i))
             found = captions, image_identity(metadata, lambda: raw.image_bytes(row))
-            if self._remember:
+            if len(captions) <= self._room:
                 self._samples[i] = found
+                self._room -= len(captions)
         return found
 
     def _tokens(self, raw: RawBatch, counts: list[int], chosen: list[int], captions: list[str]) -> list[Int64]:
         """Checked tokens of each row's caption: number `chosen` of the `counts` captions of its sample."""
         keys = list(zip(raw.ids.tolist(), chosen, strict=True))
-        known = self._known_tokens if self._remember else {}
-        new = [row for row, key in enumerate(keys) if key not in known]
+        new = [row for row, key in enumerate(keys) if key not in self._known_tokens]
         if self._stored:
             found = [self._stored_tokens(raw, row, chosen[row], counts[row]) for row in new]
         else:
             tokens, lengths = self._tokenizer.encode([captions[row] for row in new], self._length)
             found = np.split(tokens, np.cumsum(lengths))[:-1]
+        made: dict[tuple[int, int], Int64] = {}
         for row, tokens in zip(new, found, strict=True):
             if len(tokens) < 3:
                 raise DataError(
                     f"{self._dataset.where(keys[row][0])}: wanted a caption with at least one token, found "
                     f"{captions[row]!r}; use another tokenizer"
                 )
-            known[keys[row]] = tokens
-        return [known[key] for key in keys]
+            made[keys[row]] = tokens
+        self._known_tokens |= {key: tokens for key, tokens in made.items() if key[0] in self._samples}
+        return [made[key] if key in made else self._known_tokens[key] for key in keys]
 
     def _stored_tokens(self, raw: RawBatch, row: int, caption: int, count: int) -> Int64:
         """Stored tokens of one caption, shortened to the text length with [SEP] kept."""

@@ -102,6 +102,30 @@ def test_captions_of_a_small_split_are_parsed_and_tokenized_once(write, tokenize
         assert torch.equal(my_masks.token_ids, other_masks.token_ids)
 
 
+@pytest.mark.slow
+def test_only_so_many_captions_are_remembered(write, tokenizer, monkeypatch):
+    """Batches are those of a loader that remembers all."""
+    dataset = write(lambda i: None, None)
+    wanted = batches(dataset, tokenizer, 13)
+    monkeypatch.setattr(text_module, "MAX_CAPTIONS", 10, raising=False)
+    parsed: Counter[int] = Counter()
+    encoded: Counter[str] = Counter()
+    parse, encode = text_module.parse_captions, tokenizer.encode
+
+    def counted(text, where):
+        parsed[text] += 1
+        return parse(text, where)
+
+    monkeypatch.setattr(text_module, "parse_captions", counted)
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, length: encoded.update(texts) or encode(texts, length))
+    for (mine, _), (other, _) in zip(batches(dataset, tokenizer, 13), wanted, strict=True):
+        assert torch.equal(mine.tokens, other.tokens)
+        assert torch.equal(mine.image_id, other.image_id)
+    remembered = [text.split(b"\n") for text, count in parsed.items() if count == 1]
+    assert 8 <= sum(map(len, remembered)) <= 10
+    assert max(encoded.values()) > 1
+
+
 @pytest.mark.parametrize("changed", [{"fingerprint": "other"}, {"max_length": LENGTH - 1}])
 def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokenizer, changed, caplog):
     caplog.set_level("INFO")
