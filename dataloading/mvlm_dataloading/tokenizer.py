@@ -14,12 +14,22 @@ from numpy.typing import NDArray
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.open import open_dataset
 
+from .captions import script_of
 from .errors import DataError, need
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
 
 # Names of the special tokens in BERT's and RoBERTa's vocabularies.
 _NAMES = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
+
+_BLANK = "\u0120"  # of byte-level BPE
+_WITHOUT_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+# How a letter of these scripts begins in UTF-8, for letters that several tokens spell. After E3, 80 is punctuation.
+_FIRST_BYTES = re.compile(rb"\xe3(?!\x80)|[\xe4-\xe9]|\xe0[\xb8-\xbb]|\xe1[\x80-\x82\x9e\x9f]|\xf0[\xa0-\xb3]")
+# Byte-level BPE spells a byte by a character that can be seen: itself, or one from 256 on.
+_SEEN = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {chr(byte): byte for byte in _SEEN}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _SEEN)}
 
 
 class Tokenizer:
@@ -118,20 +128,22 @@ class Tokenizer:
         """True for each token of the vocabulary that starts a word: bool (V,).
 
         Byte-level BPE and SentencePiece mark the blank before a word, so punctuation belongs to the word before it.
-        WordPiece marks the pieces that go on with a word.
+        WordPiece marks the pieces that go on with a word. In scripts without blanks, a token that begins with a letter
+        starts a unit, because a mark comes once a sentence.
 
         Raises:
             DataError: the vocabulary has neither mark.
         """
         tokens = [self.token(number) or "" for number in range(self.vocab_size)]
         for mark, starts in (
-            ("\u0120", True),
+            (_BLANK, True),
             ("\u2581", True),
             ("##", False),
         ):  # a blank of BPE, of SentencePiece; no blank
             found = np.array([token.startswith(mark) for token in tokens])
             if found.sum() > 1:
-                return found == starts
+                units = [_begins_unit(token.removeprefix(mark), byte_level=mark == _BLANK) for token in tokens]
+                return (found == starts) | np.array(units)
         raise DataError(
             "tokenizer: wanted one that marks the starts of words (byte-level BPE, SentencePiece, WordPiece), found no "
             "marks; do without whole word masking"
@@ -148,6 +160,18 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` for `load_tokenizer` and the `tokenizers` package."""
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+
+def _begins_unit(token: str, *, byte_level: bool) -> bool:
+    """True for a token, without the mark of a word, that begins with a letter of a script without blanks."""
+    if fallback := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's spelling of a byte
+        content = bytes([int(fallback[1], 16)])
+    elif byte_level and _BYTES.keys() >= set(token):
+        content = bytes(_BYTES[character] for character in token)
+    else:
+        content = token.encode(errors="replace")
+    first = content.decode(errors="replace")[:1]
+    return _FIRST_BYTES.match(content) is not None if first == "\ufffd" else script_of(first) in _WITHOUT_BLANKS
 
 
 def check_text_length(length: int) -> None:

@@ -211,6 +211,43 @@ def test_starts_of_words_in_sentence_pieces(tmp_path):
     assert tokens_of(tmp_path / "t.json", "cats mat") == [[1, 3], [2]]
 
 
+def test_letters_of_scripts_without_blanks_start_units_in_byte_level_bpe(tmp_path):
+    """Whole letters, and bytes that begin letters of these scripts alone. Vowels and tones beside a letter belong to it."""
+    spell = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+
+    def spelled(text: str) -> str:
+        ((found, _),) = spell(text)
+        return found
+
+    starts = [" cat", " mat", "猫", "の外", "カー", "แม", "ລ", "ឆ", "မ", "𠀀"]
+    others = ["s", "é", "。", "ー", "\u0e31", "\u1038", "न", "😀"]
+    wanted = {spelled(text): text in starts for text in [*starts, *others]}
+    wanted |= {spelled("猫")[:1]: True, spelled("猫")[:2]: True, spelled("猫")[1:]: False, spelled("。")[:2]: False}
+    wanted |= {spelled("แ")[:2]: True, spelled("แ")[:1]: False, spelled("𠀀")[:2]: True, spelled("😀")[:2]: False}
+    model = tokenizers.models.BPE({token: i for i, token in enumerate(wanted)}, [])
+    save_pieces(tmp_path / "t.json", model, tokenizers.pre_tokenizers.ByteLevel())
+    found = load_tokenizer(tmp_path / "t.json").word_starts().tolist()
+    assert dict(zip(wanted, found, strict=False)) == wanted
+
+
+def test_units_of_a_caption_without_blanks_are_its_letters():
+    tokenizer = train_tokenizer(["a cat on a mat"] * 3, 270)  # of the other letters it has the bytes
+    assert grouped(tokenizer, "猫が窓の外 a cat")[-7:] == [*"猫が窓の外", "a", "cat"]
+
+
+def test_letters_of_scripts_without_blanks_start_units_in_word_and_sentence_pieces(tmp_path):
+    pieces = ["[UNK]", "cat", "猫", "##が", "##る。", "##ー", "##น", "##s", "。"]
+    model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    save_pieces(tmp_path / "t.json", model, tokenizers.pre_tokenizers.BertPreTokenizer())
+    starts = load_tokenizer(tmp_path / "t.json").word_starts()[: len(pieces)]
+    assert starts.tolist() == [True, True, True, True, True, False, True, False, True]
+    pieces = ["<unk>", "\u2581cat", "\u2581猫", "が", "る。", "ー", "น", "s", "。", "<0xE7>", "<0x8C>"]
+    model = tokenizers.models.Unigram([(piece, -1.0 - i) for i, piece in enumerate(pieces)], 0)
+    save_pieces(tmp_path / "t.json", model, tokenizers.pre_tokenizers.Metaspace())
+    starts = load_tokenizer(tmp_path / "t.json").word_starts()[: len(pieces)]
+    assert starts.tolist() == [False, True, True, True, True, False, True, False, False, True, False]
+
+
 def test_a_vocabulary_without_marks_has_no_starts_of_words(tmp_path):
     save_word_level(tmp_path / "t.json", ["<unk>", "<s>", "<pad>", "</s>", "<mask>"])
     with pytest.raises(DataError, match="wanted one that marks the starts of words"):
