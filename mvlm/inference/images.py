@@ -39,8 +39,8 @@ T = TypeVar("T")
 def load_image(image: ImageLike, side: int, name: str = "image") -> Tensor:
     """An image as uint8 (3, S, S), squeezed to a square of `side` pixels, turned as its EXIF data say.
 
-    The resize is the loader's (bilinear, antialiased), so an opaque PNG has the pixels that it has in a data set.
-    Transparent areas become white.
+    The resize is the loader's (bilinear, antialiased), so a PNG has the pixels that it has in a data set. Transparent
+    areas become white, as where a data set is built; in tars that are used in place they are not.
 
     Args:
         name: noun for the image in an error, unless it is a path.
@@ -111,10 +111,7 @@ def decode_image(
             width, height = file.size
             if width * height > max_pixels:
                 raise RunError(f"{name}: wanted at most {max_pixels} pixels, found {width} x {height}; make it smaller")
-            turned = turn(file)
-            if not turned.has_transparency_data:
-                return np.array(to_rgb(turned))
-            rgba = turned.convert("RGBA")
+            return np.array(to_rgb(turn(file)))
     except FileNotFoundError:
         raise RunError(f"{name}: wanted an image, found no such file; check the path") from None
     except Image.DecompressionBombError as error:
@@ -124,8 +121,6 @@ def decode_image(
     except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
         reason = str(error).replace(str(image), "the file") if isinstance(image, str | Path) else str(error)
         raise RunError(f"{name}: wanted an image, could not read it: {reason[:200]}; use a PNG, JPEG or WebP") from None
-    white = Image.new("RGBA", rgba.size, "white")
-    return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
 
 
 def _source(image: object, name: str) -> str | Path | io.BytesIO:

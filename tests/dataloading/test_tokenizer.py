@@ -212,7 +212,7 @@ def test_starts_of_words_in_sentence_pieces(tmp_path):
 
 
 def test_letters_of_scripts_without_blanks_start_units_in_byte_level_bpe(tmp_path):
-    """Whole letters, and bytes that begin letters of these scripts alone. Vowels and tones beside a letter belong to it."""
+    """Whole letters, and bytes that begin letters of these scripts alone. Marks beside a letter belong to it."""
     spell = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
 
     def spelled(text: str) -> str:

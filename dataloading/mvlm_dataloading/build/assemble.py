@@ -91,7 +91,9 @@ def assemble(assembly: Assembly) -> Counter[str]:
         rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})
     if len(dropped) == len(images.keys):
         shutil.rmtree(assembly.folder)
-        raise DataError(f"{assembly.plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}")
+        raise DataError(
+            f"{assembly.plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}"
+        )
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

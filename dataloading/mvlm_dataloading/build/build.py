@@ -48,7 +48,7 @@ from .piece_tasks import working_folder
 log = logging.getLogger(__name__)
 
 # Increment when equal input gives other samples. Data sets of an older revision are then refused, not reused.
-_REVISION = 2
+_REVISION = 3
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

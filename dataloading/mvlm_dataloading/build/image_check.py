@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.strip import is_transparent, to_rgb, turn
 
 # MPO, written by cameras, is a JPEG followed by further images. Decoders take the first one.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -33,6 +34,8 @@ class ImageHeader:
     extension: str
     width: int
     height: int
+    has_alpha: bool
+    """True if pixels may be transparent."""
 
 
 def read_header(image: bytes) -> ImageHeader | str:
@@ -46,7 +49,8 @@ def read_header(image: bytes) -> ImageHeader | str:
             with pil.open(io.BytesIO(image)) as opened:
                 if opened.format not in EXTENSIONS:
                     return f"image format is {opened.format}, not JPEG, PNG or WebP"
-                return ImageHeader(EXTENSIONS[opened.format], *opened.size)
+                width, height = opened.size
+                return ImageHeader(EXTENSIONS[opened.format], width, height, opened.has_transparency_data)
     except (pil.DecompressionBombWarning, pil.DecompressionBombError):
         return TOO_MANY_PIXELS
     except Exception:  # Pillow's parsers raise nearly anything on damaged input
@@ -70,17 +74,32 @@ def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
     return UNDECODABLE if short < 1 else None
 
 
-def check_image(image: bytes) -> tuple[str, str | None]:
-    """Decode an image completely with Pillow. Returns its extension, and None or the reason why it cannot be used."""
+def prepare_image(image: bytes) -> tuple[bytes, str] | str:
+    """Decode an image completely with Pillow. Returns it as it is stored, and its extension, or the reason as text.
+
+    A transparent image is stored on white, as a PNG. Any other is stored as it is.
+    """
     header = read_header(image)
     if not isinstance(header, ImageHeader):
-        return "", header
+        return header
+    white = on_white(image)
+    if isinstance(white, str):
+        return white
+    return (image, header.extension) if white is None else (encode_png(white), "png")
+
+
+def on_white(image: bytes) -> NDArray[np.uint8] | str | None:
+    """Pixels of a transparent image on white, uint8 (H, W, 3). None for an opaque one, or the reason as text.
+
+    DALI takes the colours that a file has below its transparent areas, which are often black or noise. Inference puts
+    such images on white too.
+    """
     try:
         with need("PIL.Image").open(io.BytesIO(image)) as opened:
-            opened.load()
+            turned = turn(opened)
+            return np.array(to_rgb(turned)) if is_transparent(turned) else None
     except Exception:  # Pillow's decoders raise nearly anything on damaged input
-        return "", UNDECODABLE
-    return header.extension, None
+        return UNDECODABLE
 
 
 class ImageDecoder:
@@ -175,6 +194,14 @@ MAX_JPEG_SIDE = 65_500
 """Longest side in pixels that libjpeg encodes."""
 
 
+def is_too_long_for_jpeg(pixels: NDArray[np.uint8], options: BuildOptions) -> bool:
+    """True for an image that is to be stored as a JPEG and has a longer side than a JPEG can have."""
+    sides = pixels.shape[:2]
+    short = min(sides) if options.short_side is None else min(min(sides), options.short_side)
+    encoded = options.quality is not None or short < min(sides)
+    return encoded and max(sides) * short / min(sides) > MAX_JPEG_SIDE
+
+
 def encode_jpeg(pixels: NDArray[np.uint8], short_side: int | None, quality: int) -> bytes:
     """Encode uint8 (H, W, 3) as a JPEG, downscaled to `short_side` if its short side is longer."""
     pil = need("PIL.Image")
@@ -185,6 +212,13 @@ def encode_jpeg(pixels: NDArray[np.uint8], short_side: int | None, quality: int)
         image = image.resize(size, pil.Resampling.BICUBIC, reducing_gap=3.0)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode uint8 (H, W, 3) as a PNG."""
+    file = io.BytesIO()
+    need("PIL.Image").fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 

@@ -27,12 +27,14 @@ from mvlm_dataloading.sources.strip import ImageStrip
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
-    MAX_JPEG_SIDE,
     UNDECODABLE,
     ImageDecoder,
     ImageHeader,
     check_header,
     encode_jpeg,
+    encode_png,
+    is_too_long_for_jpeg,
+    on_white,
     perceptual_hash,
     read_header,
 )
@@ -49,7 +51,7 @@ class _Candidate:
     number: int
     record: Record
     image: bytes
-    extension: str
+    header: ImageHeader
     captions: list[str]
 
 
@@ -93,7 +95,7 @@ class _PieceWriter:
         self._lines = (folder / "samples.jsonl").open("w", encoding="utf-8")
         self._shards: list[Shard] = []
         self._seen = 0
-        self._stored: tuple[bytes, bytes, str, dict[str, Any]] | None = None
+        self._stored: tuple[bytes, tuple[bytes, str, dict[str, Any]] | str] | None = None
         """The last image as published, and what `_prepare` made of it."""
 
     def add_group(self, group: list[Record]) -> None:
@@ -147,7 +149,7 @@ class _PieceWriter:
             return header
         if number in self._fatal:
             return CRASHED
-        return _Candidate(number, record, image, header.extension, captions)
+        return _Candidate(number, record, image, header, captions)
 
     def _decode(self, candidates: list[_Candidate]) -> Iterator[Any]:
         """Pixels of the images in order, or the reasons for their rejection.
@@ -177,11 +179,14 @@ class _PieceWriter:
     def _write(self, one: _Candidate, pixels: Any) -> str | None:
         """Write a sample. Returns None, or the reason if it has to be rejected after all."""
         options, record = self._options, one.record
-        if self._too_long_for_jpeg(pixels):
+        if is_too_long_for_jpeg(pixels, options):
             return "image is too long for a JPEG"
         if self._stored is None or self._stored[0] != one.image:
-            self._stored = one.image, *self._prepare(one, pixels)
-        _, image, extension, facts = self._stored
+            self._stored = one.image, self._prepare(one, pixels)
+        prepared = self._stored[1]
+        if isinstance(prepared, str):
+            return prepared
+        image, extension, facts = prepared
         metadata = json.dumps({**record.metadata, **facts}, ensure_ascii=False, separators=(",", ":"))
         parts = [
             (extension, image),
@@ -198,16 +203,13 @@ class _PieceWriter:
         self._write_line({"key": record.key, "tar": tar, "captions": len(one.captions), **facts, "where": record.where})
         return None
 
-    def _too_long_for_jpeg(self, pixels: Any) -> bool:
-        """True for an image that is to be stored as a JPEG and has a longer side than a JPEG can have."""
-        options, sides = self._options, pixels.shape[:2]
-        short = min(sides) if options.short_side is None else min(min(sides), options.short_side)
-        encoded = options.quality is not None or short < min(sides)
-        return encoded and max(sides) * short / min(sides) > MAX_JPEG_SIDE
-
-    def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]]:
-        """The image as it is stored, its extension, and its facts."""
-        options, image, extension = self._options, one.image, one.extension
+    def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]] | str:
+        """The image as it is stored, its extension, and its facts; or the reason for its rejection."""
+        options, image, extension = self._options, one.image, one.header.extension
+        white = on_white(image) if one.header.has_alpha else None
+        if isinstance(white, str):
+            return white
+        pixels = pixels if white is None else white
         height, width = pixels.shape[:2]
         small = options.short_side is None or min(height, width) <= options.short_side
         if options.quality is not None or not small:
@@ -215,6 +217,8 @@ class _PieceWriter:
             header = read_header(image)
             assert isinstance(header, ImageHeader), header
             height, width = header.height, header.width
+        elif white is not None:
+            image, extension = encode_png(white), "png"
         known = perceptual_hash(pixels)
         facts = {
             "width": width,

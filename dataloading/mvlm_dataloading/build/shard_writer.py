@@ -35,7 +35,7 @@ from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import KEY_PATTERN
 
-from .image_check import check_image
+from .image_check import prepare_image
 
 if TYPE_CHECKING:
     from mvlm_dataloading.tokenizer import Tokenizer
@@ -105,6 +105,7 @@ class ShardWriter:
     ) -> str | None:
         """Append one sample to a split, or reject it.
 
+        The image is stored as it is, but a transparent one on white, as a PNG.
         Captions that are blank, repeated or no Unicode are dropped. White space in a caption becomes single blanks, a
         lone surrogate in the metadata "?".
 
@@ -114,21 +115,20 @@ class ShardWriter:
         captions = list(
             dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line and _encodes(line))
         )
-        extension, reason = check_image(image)
         if not KEY_PATTERN.fullmatch(key):
-            reason = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
-        elif key in self._keys:
-            reason = "key was used before"
-        elif not captions:
-            reason = "no caption"
-        if reason is not None:
-            self.rejected[reason] += 1
-            log.warning("rejected sample %r of %s: %s", key, self._header["name"], reason)
-            return reason
+            return self._reject(key, "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -")
+        if key in self._keys:
+            return self._reject(key, "key was used before")
+        if not captions:
+            return self._reject(key, "no caption")
+        prepared = prepare_image(image)
+        if isinstance(prepared, str):
+            return self._reject(key, prepared)
 
         self._keys.add(key)
+        stored, extension = prepared
         parts = [
-            (extension, image),
+            (extension, stored),
             ("txt", "".join(c + "\n" for c in captions).encode()),
             ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")),
         ]
@@ -137,6 +137,11 @@ class ShardWriter:
             shard = self._next_shard(split)
         shard.write(key, parts, num_captions=len(captions))
         return None
+
+    def _reject(self, key: str, reason: str) -> str:
+        self.rejected[reason] += 1
+        log.warning("rejected sample %r of %s: %s", key, self._header["name"], reason)
+        return reason
 
     def finish(self) -> Path:
         """Close all shards, write `dataset.json` and all indices, and rename the folder. Returns its path."""

@@ -72,7 +72,32 @@ def turn(image: Any) -> Any:
 
 
 def to_rgb(image: Any) -> Any:
-    """A PIL image in RGB. Of 16 bits a value keeps the upper eight, as DALI decodes it; Pillow would clip it at 255."""
-    if image.mode.startswith("I;16"):
-        image = need("PIL.Image").fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    """A PIL image in RGB. Transparent areas become white.
+
+    Of 16 bits a value keeps the upper eight, as DALI decodes it; Pillow would clip it at 255.
+    """
+    if not image.has_transparency_data:
+        return _eight_bits(image).convert("RGB")
+    rgba = _with_alpha(image)
+    white = need("PIL.Image").new("RGBA", rgba.size, "white")
+    return need("PIL.Image").alpha_composite(white, rgba).convert("RGB")
+
+
+def is_transparent(image: Any) -> bool:
+    """True for a PIL image with a pixel that is not opaque."""
+    return image.has_transparency_data and _with_alpha(image).getchannel("A").getextrema()[0] < 255
+
+
+def _with_alpha(image: Any) -> Any:
+    if not image.mode.startswith("I;16"):
+        return image.convert("RGBA")
+    clear = np.asarray(image) == image.info["transparency"]  # one grey value
+    rgba = _eight_bits(image).convert("RGBA")
+    rgba.putalpha(need("PIL.Image").fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return rgba
+
+
+def _eight_bits(image: Any) -> Any:
+    if not image.mode.startswith("I;16"):
+        return image
+    return need("PIL.Image").fromarray((np.asarray(image) >> 8).astype(np.uint8))

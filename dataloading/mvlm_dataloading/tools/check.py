@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mvlm_dataloading.build.duplicates import decoder_with_max_limit
-from mvlm_dataloading.build.image_check import ImageDecoder, read_header
+from mvlm_dataloading.build.image_check import ImageDecoder, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import script_of
 from mvlm_dataloading.dataset.dali_index import parse_index
@@ -53,6 +53,8 @@ class Findings:
     """Number of captions by script."""
     formats: Counter[str] = field(default_factory=Counter)
     """Number of decodable images by file extension."""
+    transparent: int = 0
+    """Number of decodable images with a pixel that is not opaque. The loader gives their colours without the white."""
     keys: list[str] = field(default_factory=list)
     """Keys of all samples."""
     problems: list[str] = field(default_factory=list)
@@ -63,6 +65,7 @@ class Findings:
             getattr(self, name).extend(getattr(other, name))
         self.scripts += other.scripts
         self.formats += other.formats
+        self.transparent += other.transparent
 
 
 def check_shards(
@@ -204,6 +207,8 @@ def _check_samples(
         else:
             header = read_header(image)
             found.formats[header if isinstance(header, str) else header.extension] += 1
+            if not isinstance(header, str) and header.has_alpha:
+                found.transparent += isinstance(on_white(image), np.ndarray)
             found.sizes.append((pixels.shape[1], pixels.shape[0]))
             found.image_bytes.append(len(image))
         try:

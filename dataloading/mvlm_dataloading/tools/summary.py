@@ -34,6 +34,8 @@ def findings_table(folder: Path, found: dict[str, Findings]) -> str:
     row("width over height", lambda f: _range([w / h for w, h in f.sizes], 2))
     row("file, kB", lambda f: _range([size / 1000 for size in f.image_bytes], 1))
     row("formats", lambda f: _shares(f.formats))
+    if any(one.transparent for one in found.values()):
+        row("transparent images", lambda f: f"{f.transparent:,}")
     row("scripts", lambda f: _shares(f.scripts))
     row("problems", lambda f: str(len(f.problems)))
     widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]

@@ -70,7 +70,7 @@ def test_a_finished_data_set_is_not_built_again(tmp_path):
 
 @pytest.mark.slow
 def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path, monkeypatch):
-    """The plan of an unfinished build, as version 0.1.0 wrote it. Only its hash of the records is not written here."""
+    """The plan of an unfinished build, with the fields of version 0.1.0. Only its hash of the records is not here."""
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -84,7 +84,7 @@ def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path, monkeypatch
     older = {
         "name": "set",
         "recipe": {
-            "revision": 2, "max_pixels": 50000000, "min_side": 16, "max_aspect": 10.0, "max_image_bytes": 67108864,
+            "revision": 3, "max_pixels": 50000000, "min_side": 16, "max_aspect": 10.0, "max_image_bytes": 67108864,
             "max_caption_bytes": 2000, "shard_bytes": 268435456, "drop_duplicates": False, "text_length": 40,
             "against": [], "records": json.loads(plan.read_text())["recipe"]["records"],
         },

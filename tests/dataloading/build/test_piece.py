@@ -1,15 +1,18 @@
 """Samples as they are written: sizes, encoding and token ids."""
 
+import hashlib
 import io
 import json
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+import pytest
+from PIL import Image, ImageDraw, ImageOps
 
 from mvlm_dataloading import BuildOptions, build_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from mvlm_dataloading.sources.strip import ImageStrip
 from support import published
 from support.data import build_records, make_record, read_json_lines
 
@@ -57,6 +60,67 @@ def test_images_are_downscaled_and_never_upscaled(tmp_path):
     dataset = open_dataset(encoded, "train")
     with Image.open(io.BytesIO(dataset.image_bytes(1))) as image:
         assert (image.format, image.size) == ("JPEG", (60, 40))
+
+
+def drawing(i: int, size: tuple[int, int] = (72, 54)) -> Image.Image:
+    """A black disc on transparent black, half transparent in its lower half."""
+    image = Image.new("RGBA", size)
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((i, 4, i + 40, 44), fill=(0, 0, 0, 255))
+    pen.rectangle((i, 24, i + 40, 44), fill=(0, 0, 200, 128))
+    return image
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    rgba = np.asarray(image.convert("RGBA"), np.float64)
+    share = rgba[:, :, 3:] / 255
+    return rgba[:, :, :3] * share + 255 * (1 - share)
+
+
+def test_transparent_images_are_stored_on_white(tmp_path):
+    opaque = published.encoded(published.make_image(1).convert("RGBA"), "PNG")
+    palette = published.make_image(2).convert("P")
+    clear, shown = palette.getpixel((30, 20)), palette.convert("RGBA")
+    shown.putalpha(Image.fromarray(np.where(np.asarray(palette) == clear, 0, 255).astype(np.uint8)))
+    images = {
+        "png": (published.encoded(drawing(0), "PNG"), drawing(0)),
+        "webp": (published.encoded(drawing(12), "WEBP", lossless=True), drawing(12)),
+        "turned": (with_exif(drawing(24), "PNG", 6), drawing(24).transpose(Image.Transpose.ROTATE_270)),
+        "palette": (published.encoded(palette, "PNG", transparency=clear), shown),
+    }
+    records = [make_record(key, content) for key, (content, _) in images.items()]
+    out = build_records(tmp_path / "out", {"train": [*records, make_record("opaque", opaque)]})
+    dataset = open_dataset(out, "train")
+    assert dataset.keys.tolist() == [*images, "opaque"]  # discs on black would be duplicates
+    assert read_json_lines(out / "duplicates.jsonl") == []
+    for i, (content, wanted) in enumerate(images.values()):
+        with Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:
+            assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", wanted.size)
+            assert np.abs(np.asarray(stored, np.float64) - on_white(wanted)).max() <= 1
+        facts = dataset.metadata(i)
+        assert (facts["width"], facts["height"]) == wanted.size
+        assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+    assert dataset.image_bytes(4) == opaque
+
+
+@pytest.mark.parametrize("settings", [{"short_side": 27}, {"quality": 95}])
+def test_transparent_images_are_encoded_on_white(tmp_path, settings):
+    out = build_records(
+        tmp_path / "out", {"train": [make_record("a", published.encoded(drawing(0), "PNG"))]}, **settings
+    )
+    with Image.open(io.BytesIO(open_dataset(out, "train").image_bytes(0))) as stored:
+        assert stored.format == "JPEG"
+        wanted = Image.fromarray(on_white(drawing(0)).astype(np.uint8)).resize(stored.size, Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(stored, np.float64) - np.asarray(wanted, np.float64)).mean() < 8  # on black: > 100
+
+
+def test_transparent_images_of_a_strip_are_on_white(tmp_path):
+    (tmp_path / "a.png").write_bytes(published.encoded(drawing(0, (54, 54)), "PNG"))
+    strip = ImageStrip((tmp_path / "a.png", tmp_path / "a.png"), side=54, kind="PNG")
+    out = build_records(tmp_path / "out", {"train": [Record("a", strip, ["two"], "")]})
+    with Image.open(io.BytesIO(open_dataset(out, "train").image_bytes(0))) as stored:
+        wanted = np.concatenate(2 * [on_white(drawing(0, (54, 54)))], axis=1)
+        assert np.abs(np.asarray(stored, np.float64) - wanted).max() <= 1
 
 
 def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):

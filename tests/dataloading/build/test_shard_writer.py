@@ -76,6 +76,25 @@ def test_shard_writer_files_and_description(tmp_path):
     }
 
 
+def test_shard_writer_puts_transparent_images_on_white(tmp_path):
+    """Others stay as they are, also with an alpha channel."""
+    disc, opaque = Image.new("RGBA", (20, 10), (9, 9, 9, 0)), io.BytesIO()
+    disc.putpixel((3, 4), (0, 0, 0, 255))
+    file = io.BytesIO()
+    disc.save(file, "WEBP", lossless=True, exact=True)
+    Image.new("RGBA", (20, 10), (1, 2, 3, 255)).save(opaque, "PNG")
+    with writer_for(tmp_path / "out") as writer:
+        assert writer.add("disc", file.getvalue(), ["a disc"]) is None
+        assert writer.add("opaque", opaque.getvalue(), ["a square"]) is None
+    dataset = open_dataset(tmp_path / "out", "train")
+    with Image.open(io.BytesIO(dataset.image_bytes(0))) as stored:
+        assert (stored.format, stored.mode) == ("PNG", "RGB")
+        wanted = np.full((10, 20, 3), 255)
+        wanted[4, 3] = 0
+        assert np.array_equal(np.asarray(stored), wanted)
+    assert dataset.image_bytes(1) == opaque.getvalue()
+
+
 @pytest.mark.slow
 def test_index_equals_that_of_wds2idx(waves, tmp_path):
     tars = sorted(waves.glob("*.tar"))

@@ -108,7 +108,7 @@ def test_only_so_many_captions_are_remembered(write, tokenizer, monkeypatch):
     dataset = write(lambda i: None, None)
     wanted = batches(dataset, tokenizer, 13)
     monkeypatch.setattr(text_module, "MAX_CAPTIONS", 10, raising=False)
-    parsed: Counter[int] = Counter()
+    parsed: Counter[bytes] = Counter()
     encoded: Counter[str] = Counter()
     parse, encode = text_module.parse_captions, tokenizer.encode
 

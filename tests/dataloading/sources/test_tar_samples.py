@@ -157,7 +157,9 @@ def test_a_file_that_nobody_reads_costs_no_sample(tmp_path):
 def test_tars_of_other_files_alone_are_refused_by_name(tmp_path):
     for name in ("a.tar", "b.tar"):
         write_tar(tmp_path / name, [("1.wav", b"sound"), ("1.lab", b"words")])
-    with pytest.raises(DataError, match=r"wanted at least one sample, .* no caption in train a\.tar and 1 more; name the"):
+    with pytest.raises(
+        DataError, match=r"wanted at least one sample, .* no caption in train a\.tar and 1 more; name the"
+    ):
         build_shards(webdataset([tmp_path / "a.tar", tmp_path / "b.tar"]), tmp_path / "out", workers=0)
 
 

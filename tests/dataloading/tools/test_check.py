@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mvlm_dataloading import (
     BuildOptions,
@@ -75,6 +76,17 @@ def test_check_reports_statistics(tmp_path):
     assert rows["long side, pixels"][-5:] == ["60", "/", "105", "/", "150"]
     assert rows["width over height"][-5:] == ["1.20", "/", "2.10", "/", "3.00"]
     assert "rejected: 1 image file is empty" in findings_table(out, found)
+
+
+def test_check_counts_transparent_images_of_tars_in_place(tmp_path):
+    clear, opaque = (published.encoded(Image.new("RGBA", (32, 32), (9, 9, 9, a)), "PNG") for a in (0, 255))
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        published.add_members(tar, [("a.png", clear), ("a.txt", b"a"), ("b.png", opaque), ("b.txt", b"b")])
+    rebuild_indices(tmp_path)
+    found = check_shards(tmp_path, workers=0)
+    assert found["train"].transparent == 1
+    assert "transparent images  1" in findings_table(tmp_path, found)
+    assert "transparent" not in findings_table(tmp_path, check_shards(write(tmp_path / "out"), workers=0))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from support.commands import assert_refused
 
 def test_a_built_data_set_names_its_options(data_set):
     recipe = json.loads((data_set / "dataset.json").read_text())["recipe"]
-    assert (recipe["shard_bytes"], recipe["max_pixels"], recipe["revision"]) == (20000, 50_000_000, 2)
+    assert (recipe["shard_bytes"], recipe["max_pixels"], recipe["revision"]) == (20000, 50_000_000, 3)
 
 
 def test_data_emoji_builds_the_emoji_data_set(run_mvlm, scenes, tmp_path, monkeypatch):

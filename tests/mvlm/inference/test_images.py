@@ -54,6 +54,15 @@ def test_images_of_other_modes_are_loaded(tmp_path, mode, value):
     assert (found == {"L": 77, "P": 0, "1": 255, "CMYK": 255, "I;16": 77}[mode]).all()
 
 
+def test_a_transparent_grey_of_16_bits_becomes_white(tmp_path):
+    grey = np.full((32, 32), 77 << 8, np.uint16)
+    grey[:, 16:] = 5
+    Image.fromarray(grey).save(tmp_path / "a.png", transparency=5)
+    found = load_image(tmp_path / "a.png", 32)
+    assert (found[:, :, :15] == 77).all()
+    assert (found[:, :, 17:] == 255).all()
+
+
 @pytest.mark.parametrize("content, message", [(None, "found no such file"), (b"", "could not"), (b"text", "could not")])
 def test_a_file_that_is_not_an_image_is_refused(tmp_path, content, message):
     if content is not None:
