@@ -111,10 +111,12 @@ def files_under(folder: Path) -> list[Path]:
     """All files under a folder, sorted. Links to folders are followed.
 
     Raises:
-        DataError: the folder, or one inside it, cannot be read.
+        DataError: the folder, or one inside it, cannot be read. `lost+found` of a disk may be unreadable.
     """
 
     def refuse(error: OSError) -> None:
+        if os.path.basename(error.filename) == "lost+found":  # of the file system: root's alone
+            return
         raise DataError(
             f"{error.filename}: wanted a folder that can be read, found {error.strerror}; give yourself the right to "
             "read it, or move it away"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pyarrow
 import pytest
@@ -39,14 +40,18 @@ def test_a_folder_inside_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     published.folder(tmp_path / "images")
     read = os.scandir
 
+    (tmp_path / "images" / "lost+found").mkdir()
+
     def refuse(place):
-        if str(place).endswith("images/b"):
+        if str(place).endswith(("images/b", "images/lost+found")):
             raise PermissionError(13, "Permission denied", str(place))
         return read(place)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="images/b: wanted a folder that can be read, found Permission denied"):
         files_under(tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / "b")
+    assert files_under(tmp_path / "images")
 
 
 def hub_rows(count: int) -> list[dict]:
