@@ -13,6 +13,9 @@ from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
 
+RERANK = 32
+"""Candidates of each query that ITM re-ranks by default."""
+
 
 def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
     """Images of unseen concepts, bool (images of `split`,), True = no training image has the same concept.
@@ -34,7 +37,7 @@ def evaluate(
     split: Dataset,
     train: Dataset | None,
     tokenizer: Tokenizer,
-    k: int = 32,
+    k: int = RERANK,
     precision: str = "auto",
     workspace: Workspace | None = None,
 ) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def evaluate_with_ranks(
     split: Dataset,
     train: Dataset | None,
     tokenizer: Tokenizer,
-    k: int = 32,
+    k: int = RERANK,
     precision: str = "auto",
     workspace: Workspace | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +62,8 @@ def evaluate_with_ranks(
     Args:
         split: Images and captions to evaluate on.
         train: Training split, for the median predictor and the known concepts; None for data without one.
-        k: Candidates of each query for ITM to re-rank.
+        k: Candidates of each query for ITM to re-rank; 0 for a model that was trained without ITM. All recalls are then
+            by ITC, and `itm` is None.
         precision: auto, bf16 or fp32.
         workspace: ranks that share the work, and the folder of its arrays (`open_workspace`). Default: one rank, and
             arrays in memory. All ranks get the same figures.
@@ -82,8 +86,8 @@ def evaluate_with_ranks(
         "n_images": len(split),
         "n_texts": len(features.captions),
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
-        "itm": {"tr": recall(tr.itm_alone), "ir": recall(ir.itm_alone)},
-        "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, features),
+        "itm": {"tr": recall(tr.itm_alone), "ir": recall(ir.itm_alone)} if k else None,
+        "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, features, k),
         "reranked": min(k, len(split)),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
@@ -98,7 +102,7 @@ def evaluate_with_ranks(
     }
 
 
-def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSplit) -> dict[str, Any]:
+def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSplit, k: int) -> dict[str, Any]:
     """Recall for the queries among the images `chosen`, bool (images,), and their captions, in the full gallery."""
     texts = chosen[features.owner]
     return {
@@ -109,7 +113,7 @@ def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: Enco
         "n_images": int(chosen.sum()),
         "n_texts": int(texts.sum()),
         "itc": {"tr": recall(tr.itc[chosen]), "ir": recall(ir.itc[texts])},
-        "itm": {"tr": recall(tr.itm_alone[chosen]), "ir": recall(ir.itm_alone[texts])},
+        "itm": {"tr": recall(tr.itm_alone[chosen]), "ir": recall(ir.itm_alone[texts])} if k else None,
     }
 
 

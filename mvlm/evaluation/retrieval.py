@@ -32,6 +32,8 @@ BATCHES_PER_PART = 4
 """Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
 DIRECTIONS = ("tr", "ir")
 RECALLS_AT = (1, 5, 10)
+MOST_ANSWERS = 5
+"""Number of a query's top answers."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def rank_all(
 
     Args:
         features: `encode_split` of the same model.
-        k: Candidates of each query for ITM to re-rank.
+        k: Candidates of each query for ITM to re-rank. 0 leaves ITM out, for a model that was trained without it: all
+            ranks are then those of ITC.
         precision: auto, bf16 or fp32.
         directions: "tr" (queries are images, the gallery is captions), "ir" (the reverse), or both.
         workspace: default: one in memory.
@@ -106,10 +109,13 @@ def rank_all(
             as ITC ranks them. The ranks are the same.
     """
     workspace = workspace or Workspace()
-    found = [find_candidates(features, direction, k, workspace, _device(model)) for direction in directions]
+    device, number = _device(model), k or MOST_ANSWERS
+    found = [find_candidates(features, direction, number, workspace, device) for direction in directions]
+    scale = model.log_scale.exp().item()
+    if k == 0:
+        return {each.direction: _ranks_of_itc(each, scale) for each in found}
     pairs = torch.cat([pairs_to_judge(candidates, features, answers) for candidates in found]).unique()  # sorted
     log_odds = score_pairs(model, features, pairs, precision, workspace)
-    scale = model.log_scale.exp().item()
     return {each.direction: _rerank(each, features, pairs, log_odds, scale, answers) for each in found}
 
 
@@ -208,10 +214,16 @@ def _rerank(
         # If no candidate is right, the best right answer keeps its rank by ITC.
         for ranks, by in ((itm, scores), (alone, of_itm)):
             ranks.append(torch.where(right.any(1), best_rank(by, right), found.ranks.tensor[block]))
-        best = scores.topk(min(5, scores.shape[1]), dim=1)
+        best = scores.topk(min(MOST_ANSWERS, scores.shape[1]), dim=1)
         top.append(found.rows.tensor[block].gather(1, best.indices))
         score.append(best.values[:, 0].float())
     return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
+
+
+def _ranks_of_itc(found: Candidates, scale: float) -> Ranks:
+    """Ranks without ITM. Candidates come in the order of their similarity."""
+    ranks, score = found.ranks.tensor, scale * found.similarity.tensor[:, 0]
+    return Ranks(ranks, ranks, found.rows.tensor, score.float(), ranks)
 
 
 def _device(model: MaskVLM) -> torch.device:

@@ -10,7 +10,8 @@ def format_table(figures: dict[str, Any]) -> str:
         parts.append((f"{figures['unseen']['n_images']} images of unseen concepts", figures["unseen"]))
     lines = [f"{'':<38}  image to text          text to image", f"{'':<38}" + "    R@1    R@5   R@10 " * 2]
     for name, part in parts:
-        for how, found in (("re-ranked by ITC + ITM", part), ("by ITM alone", part["itm"]), ("ITC alone", part["itc"])):
+        ways = [("re-ranked by ITC + ITM", part), ("by ITM alone", part["itm"]), ("ITC alone", part["itc"])]
+        for how, found in ways if part["itm"] else ways[2:]:  # without ITM all ranks are ITC's
             cells = "".join(
                 "".join(f"{found[direction][r]:7.1f}" for r in ("r1", "r5", "r10")) for direction in ("tr", "ir")
             )
@@ -30,7 +31,7 @@ def format_table(figures: dict[str, Any]) -> str:
 
 
 def _describe_intervals(name: str, part: dict[str, Any]) -> str:
-    """95 % intervals of the re-ranked R@1 of one group of images, in words."""
+    """95 % intervals of the R@1 of one group of images, in words."""
     ends = {way: "{:.1f} to {:.1f}".format(*part[f"{way}_95"]["r1"]) for way in ("tr", "ir")}
     return f"R@1 of {name}, 95 %: {ends['tr']} image to text, {ends['ir']} text to image"
 

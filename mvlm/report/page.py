@@ -81,7 +81,7 @@ def recalls(figures: dict[str, Any]) -> Markup:
         if part is None:
             continue
         ranked = (("re-ranked by ITC + ITM", part), ("by ITM alone", part.get("itm")), ("ITC alone", part["itc"]))
-        for how, found in ranked:
+        for how, found in ranked if figures.get("reranked") != 0 else ranked[2:]:  # without ITM all ranks are ITC's
             if found is None:  # of an earlier version
                 continue
             cells = [f"{found[direction][r]:.1f}" for direction in ("tr", "ir") for r in ("r1", "r5", "r10")]

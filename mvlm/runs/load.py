@@ -14,7 +14,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
-from mvlm.runs.folder import find_checkpoint, log_unfinished
+from mvlm.runs.folder import RunFolder, find_checkpoint, log_unfinished
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 
@@ -79,6 +79,19 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
         raise RunError(f"{folder}: {error}") from None
 
 
+def trained_with_itm(path: Path | str) -> bool:
+    """False if a run trained its model without ITM, so that the matching head has the weights it was initialized with.
+
+    Only a run tells. True for every other model.
+    """
+    source, exported = _find_model(path)
+    file = RunFolder(source.parent.parent).config  # of the run whose checkpoint it is
+    if exported or not file.is_file():
+        return True
+    settings = json.loads(file.read_text())
+    return settings.get("itm_weight") != 0 or settings.get("initial_model") is not None
+
+
 def _find_model(source: Path | str) -> tuple[Path, bool]:
     """Folder of the model that `source` names, and True if it is a portable one, False if it is a checkpoint."""
     path = Path(source)
@@ -103,5 +116,9 @@ def export(path: Path, out: Path) -> None:
         source, exported = _find_model(path)
         if not exported and (task := read_state(source).get("task")):
             log.info("%s: the network without the head of the task %s", path, task["name"])
+        if not trained_with_itm(path):
+            log.warning(
+                "%s: trained without ITM, so do not match or re-rank with it: that head has random weights", path
+            )
         write_model(model, folder)
         tokenizer.save(folder / TOKENIZER)

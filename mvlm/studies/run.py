@@ -175,7 +175,8 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
                     samples=samples[arm],
                     splits=splits,
                     evaluated=evaluated,
-                    rerank=study.rerank,
+                    # An ITM head that was not trained would only spoil the order of ITC.
+                    rerank=study.rerank if config.itm_weight or config.initial_model else 0,
                     start=start,
                     files=files[arm],
                 )

@@ -39,8 +39,21 @@ def test_evaluation_on_a_missing_split_is_refused(run_mvlm, scenes, trained):
 
 
 def test_evaluation_without_candidates_is_refused(run_mvlm, trained, scenes):
-    outcome = run_mvlm("eval", "retrieval", "--checkpoint", trained, "--data", scenes, "--rerank", 0)
-    assert_refused(outcome, "rerank: wanted at least 1, got 0")
+    outcome = run_mvlm("eval", "retrieval", "--checkpoint", trained, "--data", scenes, "--rerank", -1)
+    assert_refused(outcome, "rerank: wanted at least 0, got -1")
+
+
+@pytest.mark.slow
+def test_a_run_without_itm_is_ranked_by_itc(run_mvlm, scenes, run_copy, tmp_path):
+    config = run_copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"itm_weight": 0.0}))
+    out = tmp_path / "test.json"
+    outcome = run_mvlm("eval", "retrieval", "--checkpoint", run_copy, "--data", scenes, "--out", out)
+    assert not any("ITM" in line for line in outcome.out)
+    figures = json.loads(out.read_text())
+    assert (figures["rerank"], figures["reranked"], figures["itm"]) == (0, 0, None)
+    assert figures["tr"] == figures["itc"]["tr"]
+    assert figures["ir"] == figures["itc"]["ir"]
 
 
 @pytest.mark.parametrize("task", ["retrieval", "recognition", "grounding", "vqa", "winoground"])

@@ -115,6 +115,22 @@ def test_ranks_against_brute_force(direction, k):
 
 
 @pytest.mark.parametrize("direction", ["tr", "ir"])
+def test_no_candidates_for_itm_leave_the_order_of_itc(direction):
+    """ITM's head is not asked: a model that was trained without ITM has random weights there."""
+    rng = np.random.default_rng(3)
+    owner = [i for i in range(70) for _ in range(1 + i % 2)]
+    image, text = rng.normal(size=(70, 5)), rng.normal(size=(len(owner), 5))
+    model = Lookup(rng.normal(size=(70, len(owner))), scale=2.5)
+    found = rank(model, features_of(image, text, owner), direction, 0, "fp32")  # pyright: ignore[reportArgumentType]
+    wanted = by_hand(image, text, owner, np.zeros((70, len(owner))), 2.5, direction, 1000)
+    itc, _, top, score, _ = map(list, zip(*wanted, strict=True))
+    assert found.itc.tolist() == found.itm.tolist() == found.itm_alone.tolist() == itc
+    assert found.top.tolist() == top
+    np.testing.assert_allclose(found.score.numpy(), score, rtol=1e-6)
+    assert not model.batches
+
+
+@pytest.mark.parametrize("direction", ["tr", "ir"])
 def test_re_ranking_leaves_right_answers_below_the_candidates_where_they_are(direction):
     """Right answers below the first k keep their rank, even if the matching head would put them first."""
     rng = np.random.default_rng(1)

@@ -64,6 +64,12 @@ def test_table_has_every_figure_in_its_column():
     assert len({line.index("R@1") for line in lines if "R@1" in line and "R@5" in line}) == 1
 
 
+def test_table_without_itm_has_the_recalls_of_itc_alone():
+    text = format_table(FIGURES | {"itm": None, "unseen": FIGURES["unseen"] | {"itm": None}, "reranked": 0})
+    assert "ITM" not in text
+    assert ["1.5", "2.5", "3.5", "4.5", "5.5", "6.5"] in [line.split()[-6:] for line in text.splitlines()]
+
+
 def test_table_has_no_row_of_unseen_concepts_without_them():
     text = format_table(FIGURES | {"unseen": None})
     assert "unseen" not in text

@@ -1,5 +1,6 @@
 """Trained models loaded from every kind of place."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.load import export, load_model, load_tokenizer_of
+from mvlm.runs.load import export, load_model, load_tokenizer_of, trained_with_itm
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,20 @@ def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
     assert (network, tokenizer) == (model.network, model.tokenizer)
     assert model.precision == "fp32"
     assert not network.training
+
+
+def test_a_run_tells_whether_it_trained_itm(trained, portable, run_copy, tmp_path, caplog):
+    assert trained_with_itm(trained)
+    assert trained_with_itm(portable)  # which does not tell
+    file = run_copy / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"itm_weight": 0.0}))
+    assert not trained_with_itm(run_copy)
+    assert not trained_with_itm(run_copy / "checkpoints/step_00000001")
+    export(run_copy, tmp_path / "portable")
+    assert "trained without ITM, so do not match or re-rank with it" in caplog.text
+    file.write_text(json.dumps(settings | {"itm_weight": 0.0, "initial_model": "another/run"}))
+    assert trained_with_itm(run_copy)
 
 
 def test_an_unfinished_run_says_how_far_it_is(trained, run_copy, caplog):

@@ -197,6 +197,12 @@ def test_flops_of_an_arm_are_those_of_its_own_tokenizer(scenes, tmp_path: Path) 
     assert both["few"] == alone.flops
 
 
+def test_an_arm_without_itm_is_ranked_by_itc(scenes, tmp_path: Path) -> None:
+    arms = {"base": {}, "no ITM": {"itm_weight": 0.0}}
+    trials = plan_trials(study(seeds=[0], arms=arms, base="base", rerank=5), scenes, tmp_path)
+    assert {t.arm: t.rerank for t in trials} == {"base": 5, "no ITM": 0}
+
+
 @pytest.mark.slow
 def test_a_trials_time_has_that_of_a_process_that_was_stopped(scenes, tmp_path: Path) -> None:
     (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}), scenes, tmp_path)
