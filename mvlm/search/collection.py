@@ -157,8 +157,9 @@ class FolderCollection:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in self.paths:
-            size = path.stat().st_size if path.is_file() else -1  # a link that leads nowhere
-            digest.update(f"{path.relative_to(self.folder)}\0{size}\0".encode(errors="surrogateescape"))
+            found = path.stat() if path.is_file() else None  # None: a link that leads nowhere
+            state = (found.st_size, found.st_mtime_ns) if found else (-1, 0)  # an edited image may keep its size
+            digest.update(f"{path.relative_to(self.folder)}\0{state}\0".encode(errors="surrogateescape"))
             for suffix in (".txt", ".json"):
                 beside = path.with_suffix(suffix)
                 digest.update(hashlib.sha256(beside.read_bytes()).digest() if beside.is_file() else b"")

@@ -51,7 +51,11 @@ def test_a_collection_opens_again_from_its_source(scenes, pictures):
 def test_the_fingerprint_of_a_folder_changes_with_its_files(pictures):
     before = open_collection(pictures).fingerprint
     (pictures / "deep" / "2.png").rename(pictures / "deep" / "2b.png")
-    assert open_collection(pictures).fingerprint != before
+    renamed = open_collection(pictures).fingerprint
+    assert renamed != before
+    image = pictures / "0.png"
+    image.write_bytes(image.read_bytes()[::-1])  # edited, of the same size
+    assert open_collection(pictures).fingerprint != renamed
 
 
 @pytest.mark.parametrize(
