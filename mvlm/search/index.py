@@ -25,7 +25,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.search import inverted_file
 from mvlm.search.embedding_files import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
 from mvlm.search.engine import connect, filter_errors, read_about, short, table_names, write_about
-from mvlm.search.metadata import ColumnTypes, columns_of
+from mvlm.search.metadata import columns_of, types_in
 
 log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
@@ -88,6 +88,12 @@ class SearchIndex:
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
+        columns = types_in(EmbeddingFolder(embeddings).vectors("images"))
+        if narrow := columns.too_narrow(self._table("images").schema):
+            raise RunError(
+                f"{embeddings}: wanted whole numbers in the metadata's field {narrow[0]!r}, as in {self.location}, "
+                f"found others; make an index of these embeddings, and add the other collections to it"
+            )
         with _turn_at(self.location):
             self.reload()  # another process may have added
             number = self._number_of(description["source"])
@@ -259,11 +265,8 @@ def _table_schema(file: Path, images: Path) -> pa.Schema:
 
     Both tables have a column for each field of the `images`' metadata, so a filter means the same in both.
     """
-    types, parquet = ColumnTypes(), pq.ParquetFile(file)
-    for batch in pq.ParquetFile(images).iter_batches(BATCH_ROWS, columns=["metadata"]):
-        types.see(batch["metadata"].to_pylist())
     own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
-    return pa.schema([*own, *parquet.schema_arrow, *types.fields()])
+    return pa.schema([*own, *pq.read_schema(file), *types_in(images).fields()])
 
 
 def _listed(texts: Iterable[str]) -> str:

@@ -36,7 +36,10 @@ def limit(query: Any, top: int, probed: int = 0) -> Any:
     """A query of a LanceDB table that gives the `top` answers and MARGIN more.
 
     Args:
-        probed: cells of the inverted file that are read, 0 for a full product.
+        probed: cells of the inverted file that are read, 0 for a full product. If they hold too few answers, as with a
+            filter that few rows pass, the engine goes on to the others.
     """
     query = query.distance_type("dot").limit(top + MARGIN)
-    return query.nprobes(probed).refine_factor(REFINED) if probed else query
+    if not probed:
+        return query
+    return query.minimum_nprobes(probed).maximum_nprobes(0).refine_factor(REFINED)  # 0: no maximum

@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 RESERVED = ("key", "source", "id", "split", "row", "metadata", "text", "vector")
 MAX_COLUMNS = 64
@@ -17,21 +19,38 @@ class ColumnTypes:
 
     def __init__(self) -> None:
         self._seen: dict[str, set[str]] = {}
+        self._not_whole: set[str] = set()
 
     def see(self, metadata: Iterable[str]) -> None:
         """Take note of the fields of some items, JSON objects."""
         for text in metadata:
             for name, value in json.loads(text).items():
                 if isinstance(value, bool | int | float | str) and usable(name):
-                    self._seen.setdefault(name, set()).add(type(value).__name__)
+                    kind = type(value).__name__
+                    if kind in ("int", "float") and _as_int64(value) is None and _as_double(value) is not None:
+                        kind = "float"
+                        self._not_whole.add(name)
+                    self._seen.setdefault(name, set()).add(kind)
 
     def fields(self) -> list[pa.Field]:
-        """Columns by name: int64, double where some are not whole, bool, and string where types differ."""
+        """Columns by name: int64, double where some are not whole or too large, bool, and string where types differ."""
         found = []
         for name, kinds in sorted(self._seen.items())[:MAX_COLUMNS]:
             kind = "float" if kinds == {"int", "float"} else next(iter(kinds)) if len(kinds) == 1 else "str"
             found.append(pa.field(name, TYPES[kind]))
         return found
+
+    def too_narrow(self, fields: Iterable[pa.Field]) -> list[str]:
+        """Names of the int64 columns among `fields` for which numbers were seen that only a double holds."""
+        return [field.name for field in fields if field.type == TYPES["int"] and field.name in self._not_whole]
+
+
+def types_in(file: Path) -> ColumnTypes:
+    """Types of the metadata in a Parquet file of embeddings."""
+    types = ColumnTypes()
+    for batch in pq.ParquetFile(file).iter_batches(columns=["metadata"]):
+        types.see(batch["metadata"].to_pylist())
+    return types
 
 
 def usable(name: str) -> bool:
@@ -58,5 +77,15 @@ def _as_type(value: Any, wanted: pa.DataType) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if pa.types.is_floating(wanted):
-        return float(value) if abs(value) < 2**1023 else None
-    return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
+        return _as_double(value)
+    return _as_int64(value)
+
+
+def _as_double(value: float) -> float | None:
+    """A number as double, None if it is too large or not a number."""
+    return float(value) if abs(value) < 2**1023 else None
+
+
+def _as_int64(value: float) -> int | None:
+    """A number as int64, None if it is not whole or too large. 2.0 is whole."""
+    return int(value) if value == value // 1 and -(2**63) <= value < 2**63 else None

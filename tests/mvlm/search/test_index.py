@@ -13,10 +13,10 @@ import pytest
 
 import mvlm.search.index as index_module
 from mvlm.errors import ConfigError, RunError
+from mvlm.search import inverted_file
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm.search.index import create_index, open_index
-from mvlm.search.inverted_file import cells_read
 from mvlm.search.query import ImageReader
 from support.packages import needs
 
@@ -135,11 +135,11 @@ def test_embeddings_of_another_model_are_refused(index, embedded, tmp_path):
 
 
 def test_a_query_reads_a_tenth_of_the_cells_and_at_least_40_if_there_are_so_many():
-    assert [cells_read(cells) for cells in (0, 7, 63, 400, 1000)] == [0, 7, 40, 40, 100]
+    assert [inverted_file.cells_read(cells) for cells in (0, 7, 63, 400, 1000)] == [0, 7, 40, 40, 100]
 
 
 @pytest.mark.slow
-def test_an_inverted_file_finds_the_nearest(tmp_path, embedded):
+def test_an_inverted_file_finds_the_nearest_and_all_that_pass_a_filter(tmp_path, embedded, monkeypatch):
     """Synthetic rows, so that an inverted file can be trained: recall at 10 of clustered vectors."""
     rng = np.random.default_rng(0)
     folder = Path(shutil.copytree(embedded, tmp_path / "synthetic"))
@@ -159,6 +159,40 @@ def test_an_inverted_file_finds_the_nearest(tmp_path, embedded):
         found = {hit.id for hit in index.search(query, "images", 10)}
         hits += len(found & {id for id, _ in wanted_order(rows, query)[:10]})
     assert hits >= 0.9 * 10 * len(vectors[::200])
+    monkeypatch.setattr(inverted_file, "LEAST_PROBED", 1)  # as in an index of many cells, of which few are read
+    assert inverted_file.cells_read(63) == 6
+    for query in vectors[::200]:
+        assert [hit.id for hit in index.search(query, "images", 10, "id = '1234'")] == ["1234"]  # in any cell
+        assert len(index.search(query, "images", 20, "id like '12__'")) == 20  # a few in each cell
+    assert len(index.search(vectors[0], "images", count)) == count  # more than the cells hold that a query reads
+
+
+@pytest.mark.slow
+def test_a_column_of_whole_numbers_refuses_others_and_one_of_doubles_takes_both(model, pictures, alone, tmp_path):
+    """No number is null in silence."""
+    others = Path(shutil.copytree(pictures, tmp_path / "others"))
+    for number, path in enumerate(sorted(others.rglob("*.json"))):
+        path.write_text(json.dumps({"number": number / 2}))
+    for name, folder in (("whole", pictures), ("halves", others)):
+        embed(model, open_collection(folder), tmp_path / name, alone)
+    index = create_index(tmp_path / "whole", str(tmp_path / "index"))
+    with pytest.raises(
+        RunError, match=r"wanted whole numbers in the metadata's field 'number', as in .*, found others"
+    ):
+        index.add(tmp_path / "halves")
+    assert (len(index.sources), index.count("images")) == (1, 10)
+    both = create_index(tmp_path / "halves", str(tmp_path / "both"))
+    both.add(tmp_path / "whole")
+    (query,) = queries(1)
+    found = [hit.metadata["number"] for hit in both.search(query, "images", 100, "number < 3")]
+    assert sorted(found) == [0, 0.5, 1, 1, 1.5, 2]
+    assert len(both.search(query, "texts", 100, "number = 0.5")) == 2
+    assert len(both.search(query, "images", 100, "number = 7")) == 1
+    for path in sorted(others.rglob("*.json")):
+        path.write_text('{"number": 2.0}')
+    embed(model, open_collection(others), tmp_path / "twos", alone)
+    index.add(tmp_path / "twos")
+    assert len(index.search(query, "images", 100, "number = 2")) == 5
 
 
 @pytest.mark.slow
