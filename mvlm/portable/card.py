@@ -30,9 +30,16 @@ TEMPLATES = Environment(
 RECIPE = (
     "batch_size", "max_steps", "warmup_steps", "optimizer", "lr_muon", "lr_encoder", "lr_cross", "lr_pixels",
     "weight_decay", "beta2", "clip_norm", "ema_decay", "crop_scale", "flip", "color_jitter", "randaugment", "precision",
-    "seed", "initial_model", "image_weights", "text_weights",
+    "seed", "task", "checkpoint", "initial_model", "image_weights", "text_weights",
 )  # fmt: skip
 """Settings of a run that its card lists, as far as the run's config.json has them."""
+ORIGINS = {
+    "checkpoint": "the model",
+    "initial_model": "the model",
+    "image_weights": "the image weights",
+    "text_weights": "the text weights",
+}
+"""Settings that name what a run started from, and what each names."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 Z95 = 1.959964
 """97.5 % point of the normal distribution."""
@@ -124,11 +131,13 @@ def model_card(
             figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
     unread = () if config.get("optimizer") == "muon" else ("lr_muon",)
-    name = hub_id.split("/")[1]
+    name, task = hub_id.split("/")[1], config.get("task")
     return TEMPLATES.get_template("card.md").render(
-        head=card_head(name, description, figures, found),
+        head=card_head(name, description, figures, [] if task else found),  # of a fine-tuned model none is zero-shot
         name=line(name),
         hub_id=hub_id,
+        task=line(Path(task).stem) if task else None,
+        origin=origin(config),
         parameters=sum(p.numel() for p in network.parameters()),
         model=network.config,
         data={key: line(description.get(key) or "not stated") for key in ("name", "source", "licence", "attribution")},
@@ -182,6 +191,14 @@ def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | 
         model_name=name if results else None,
         eval_results=results or None,
     ).to_yaml()
+
+
+def origin(config: dict[str, Any]) -> str:
+    """What a run started from, in words; empty if its weights were drawn at random."""
+    named = [(what, Path(config[key])) for key, what in ORIGINS.items() if config.get(key)]
+    # A checkpoint of a run is named by the run.
+    names = [(what, path.parents[1].name if path.parent.name == "checkpoints" else path.name) for what, path in named]
+    return " and ".join(f"{what} {line(name)}" for what, name in names)
 
 
 def setting(value: object) -> str:

@@ -8,7 +8,7 @@ from mvlm.files import new_folder, sha256, write_json
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.portable.modules import parts
 from mvlm.portable.programs import OPSET, TOLERANCE, Format, check_onnx_packages, write_programs
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_for_export
 from mvlm_dataloading import Tokenizer
 
 PREPROCESS, TOKENIZER = "preprocess.json", "tokenizer.json"
@@ -31,7 +31,7 @@ def export_programs(source: Path, out: Path, format: Format) -> dict[str, float]
     if format == "onnx":
         check_onnx_packages()
     with new_folder(out) as folder:
-        model = load_model(source, "cpu", "fp32")
+        model = load_for_export(source, "fp32")
         found = write_programs(model.network, folder, format)
         write_tokenizer(model.tokenizer, model.network.config.text_length, folder / TOKENIZER)
         write_json(folder / PREPROCESS, preprocessing(model, folder, format, found))

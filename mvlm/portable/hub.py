@@ -9,7 +9,7 @@ from mvlm.model.pretrained import HUB_ID, write_model
 from mvlm.portable.card import model_card, run_of
 from mvlm.portable.folder import TOKENIZER
 from mvlm.runs.folder import find_checkpoint
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_for_export
 
 CARD = "README.md"
 
@@ -32,7 +32,7 @@ def write_hub_folder(source: Path, out: Path, hub_id: str | None = None, data: P
     with new_folder(out) as folder:
         run = run_of(source)
         source = find_checkpoint(source)  # once: a run that still trains may write another one meanwhile
-        trained = load_model(source, "cpu")
+        trained = load_for_export(source)
         model, tokenizer = trained
         name = re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
         card = model_card(source, model, data, hub_id or f"owner/{name}", trained.sha256)

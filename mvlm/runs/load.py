@@ -105,6 +105,20 @@ def _find_model(source: Path | str) -> tuple[Path, bool]:
     return find_checkpoint(path), False
 
 
+def load_for_export(path: Path | str, precision: str = "auto") -> TrainedModel:
+    """Load a trained model on the CPU. Says so if the head of its task is left out, or ITM's head was not trained.
+
+    Arguments as in `load_model`.
+    """
+    model = load_model(path, "cpu", precision)
+    source, exported = _find_model(path)
+    if not exported and (task := read_state(source).get("task")):
+        log.info("%s: the network without the head of the task %s", path, task["name"])
+    if not trained_with_itm(path):
+        log.warning("%s: trained without ITM, so do not match or re-rank with it: its head has random weights", path)
+    return model
+
+
 def export(path: Path, out: Path) -> None:
     """Write one portable folder: model.safetensors, config.json (the model's) and tokenizer.json.
 
@@ -112,13 +126,6 @@ def export(path: Path, out: Path) -> None:
     checkpoint.
     """
     with new_folder(out) as folder:
-        model, tokenizer = load_model(path, "cpu")
-        source, exported = _find_model(path)
-        if not exported and (task := read_state(source).get("task")):
-            log.info("%s: the network without the head of the task %s", path, task["name"])
-        if not trained_with_itm(path):
-            log.warning(
-                "%s: trained without ITM, so do not match or re-rank with it: that head has random weights", path
-            )
+        model, tokenizer = load_for_export(path)
         write_model(model, folder)
         tokenizer.save(folder / TOKENIZER)

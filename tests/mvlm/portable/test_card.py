@@ -46,6 +46,44 @@ def test_the_card_of_a_run_with_muon_has_its_rate(run_copy):
     assert "| lr_muon | 0.03 |" in card
 
 
+def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(run_copy):
+    """Its figures are not zero-shot, and the data before it are not its own."""
+    config = json.loads((run_copy / "config.json").read_text())
+    changed = {"task": "retrieval", "checkpoint": "/home/someone/runs/my_demo/checkpoints/step_00000002"}
+    (run_copy / "config.json").write_text(json.dumps(config | changed))
+    (run_copy / "eval").mkdir()
+    (run_copy / "eval/test.json").write_text(json.dumps(FIGURES))
+    card = model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
+    assert r"fine-tuned by `mvlm finetune retrieval` from the model my\_demo." in card
+    assert "without the head of the task. It compares images" in card
+    assert "mvlm pretrain" not in card
+    assert r"The data behind the model my\_demo, and their licences, are not listed here" in card
+    assert "Step 2, 16 samples seen in this run (0.5 epochs)" in card
+    assert "Retrieval on the test split" in card
+    assert "zero-shot-retrieval" not in card
+    assert "Zero-shot" not in card
+    assert "model-index" not in head_of(card)
+    assert '| task | "retrieval" |' in card
+    assert "/home" not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"initial_model": "/home/someone/runs/first"}, "the model first"),
+        ({"image_weights": "vit", "text_weights": "a/bert"}, "the image weights vit and the text weights bert"),
+    ],
+)
+def test_the_card_of_a_continued_run_says_from_what(run_copy, settings, words):
+    config = json.loads((run_copy / "config.json").read_text())
+    (run_copy / "config.json").write_text(json.dumps(config | settings))
+    card = model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
+    assert f"pretrained by `mvlm pretrain` from {words}. It compares images" in card
+    assert f"The data behind {words}, and their licences, are not listed here" in card
+    assert "Step 2, 16 pairs seen in this run" in card
+    assert "without the head" not in card
+
+
 @pytest.mark.parametrize(("successes", "n"), [(0, 8), (3, 8), (8, 8), (211, 413)])
 def test_intervals_are_those_of_scipy(successes, n):
     wanted = stats.binomtest(successes, n).proportion_ci(method="wilson")
@@ -70,6 +108,9 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy):
     assert "It knows what 32 training images" in card
     assert "The data name no concepts" in card
     assert "/home" not in card
+    assert "pretrained by `mvlm pretrain`. It compares images" in card
+    assert "not listed here" not in card
+    assert "Zero-shot retrieval on the test split" in card
     results = head_of(card)["model-index"][0]["results"]
     assert {metric["type"] for result in results for metric in result["metrics"]} == {
         "recall@1",

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.portable.folder import export_programs
+from mvlm.portable.hub import write_hub_folder
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import export, load_model
@@ -272,8 +274,14 @@ def test_a_validation_split_without_answers_is_refused_before_anything_is_writte
 
 def test_an_exported_folder_has_no_head_and_says_so(trained, questions, tmp_path, caplog):
     finetune(configured(trained, questions, tmp_path / "run", "vqa"))
-    with caplog.at_level("INFO"):
-        export(tmp_path / "run", tmp_path / "model")
-    assert "the network without the head of the task vqa" in caplog.text
+    for name, write in (
+        ("model", export),
+        ("hub", write_hub_folder),
+        ("pt2", partial(export_programs, format="pt2")),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO", "mvlm"):
+            write(tmp_path / "run", tmp_path / name)
+        assert "the network without the head of the task vqa" in caplog.text
     with pytest.raises(RunError, match="wanted a fine-tuned run or one of its checkpoints, found an exported folder"):
         load_task(tmp_path / "model")
