@@ -38,6 +38,19 @@ class NetworkAndTokenizer(NamedTuple):
     tokenizer: Tokenizer
 
 
+def hash_of(config: MaskVLMConfig, tokenizer: Tokenizer, module: torch.nn.Module) -> str:
+    """SHA-256 of a configuration, a tokenizer and the weights of a network, or of a task with its head."""
+    # Without defaults, so that the hash stays when the model gets a new setting.
+    defaults = {f.name: f.default for f in fields(MaskVLMConfig)}
+    own = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    digest = hashlib.sha256(repr(sorted(own.items())).encode())
+    digest.update(tokenizer.fingerprint.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class TrainedModel(NetworkAndTokenizer):
     """A trained model: embeddings, matches, filled-in texts and images. `mvlm.load_model` makes one.
 
@@ -70,15 +83,7 @@ class TrainedModel(NetworkAndTokenizer):
     @functools.cached_property
     def sha256(self) -> str:
         """Hash of configuration, weights and tokenizer. Embeddings of models with other hashes do not compare."""
-        # Without defaults, so that the hash stays when the model gets a new setting.
-        defaults = {f.name: f.default for f in fields(MaskVLMConfig)}
-        own = {name: value for name, value in self.network.config.to_dict().items() if value != defaults[name]}
-        digest = hashlib.sha256(repr(sorted(own.items())).encode())
-        digest.update(self.tokenizer.fingerprint.encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of(self.network.config, self.tokenizer, self.network)
 
     def embed_images(self, images: Images | Dataset, *, batch_size: int = BATCH, progress: bool = False) -> Tensor:
         """Contrastive embeddings of n images, float32 (n, E), of unit length.

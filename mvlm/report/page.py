@@ -45,6 +45,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     with figures_of(folder.evaluation) as figures:
         tables = {"recalls": recalls(figures), "objectives": objectives(figures), "unseen_note": unseen_note(figures)}
         source = {"split": figures["split"], "checkpoint": figures["checkpoint"]}
+        stale = figures.get("model", trained.sha256) != trained.sha256  # those of an earlier version name no model
     shards = data or Path(str(figures.get("data", config["data"])))
     split = open_dataset(shards, source["split"])
     train = open_dataset(shards, "train") if "train" in split.splits else None
@@ -58,6 +59,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         **source,
         **tables,
+        zero_shot="task" not in config,
+        stale=stale,
         window=window,
         curves=curves(rows, window),
         reconstructions=examples.reconstructions(model, tokenizer, split),

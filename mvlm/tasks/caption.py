@@ -73,6 +73,10 @@ class Captioning(Task):
         return {}
 
     @classmethod
+    def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
+        references(validation)
+
+    @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[()]]:
         """No state and no targets: the batch has the captions."""
         return {}, ()

@@ -11,6 +11,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader
+from mvlm.inference.trained_model import hash_of
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task
@@ -90,12 +91,16 @@ def evaluate_task(
     """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`.
 
     Retrieval ranks the whole split and has no records; `mvlm eval retrieval` says more about it.
+
+    DataError, before anything is predicted, for a split that the task cannot score.
     """
     task, tokenizer = load_task(checkpoint, device, kind, **changes)
     dataset = open_dataset(data, split)
+    task.check_split(dataset, task.state)
+    about = {"task": task.name, "split": split, "model": hash_of(task.config, tokenizer, task)}
     if isinstance(task, Retrieval):
         workspace = Workspace(None, world) if world else Workspace()
-        return {"task": task.name, "split": split, **task.evaluate(dataset, tokenizer, precision, workspace)}, []
+        return {**about, **task.evaluate(dataset, tokenizer, precision, workspace)}, []
     records = predict_split(task, dataset, tokenizer, precision, world=world)
     assert records is not None
-    return {"task": task.name, "split": split, **task.score(records, dataset)}, records
+    return {**about, **task.score(records, dataset)}, records

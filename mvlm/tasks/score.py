@@ -17,7 +17,7 @@ from mvlm.tasks.metrics.facts import fact_figures
 from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
-from mvlm.tasks.metrics.vqa import answer_fault, vqa_accuracy
+from mvlm.tasks.metrics.vqa import answer_fault, vqa_accuracy, warn_of_few_answers
 from mvlm.tasks.records import by_id, filled, listed, match_ids, numbers, read_csv, read_json, read_json_lines, typed
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
@@ -50,6 +50,7 @@ def _vqa(predictions: Path, references: Path) -> Scored:
     annotations = by_id(references, rows, "question_id", lambda r: {**r, "answers": _answers(r)})
     match_ids(predictions, answers, annotations)
     records = [{**record, "question_id": key} for key, record in annotations.items()]
+    warn_of_few_answers(records)
     figures = vqa_accuracy(answers, records)
     groups = [str(record.get("image_id", record["question_id"])) for record in records]
     return Scored(figures, "accuracy", list(annotations), figures.pop("scores"), groups)

@@ -128,6 +128,11 @@ class Task(nn.Module):
         """
 
     @classmethod
+    def check_split(cls, dataset: Dataset, state: dict[str, Any]) -> None:
+        """Raise DataError for a split that `score` refuses, before it is predicted."""
+        cls.check_references(dataset, state)
+
+    @classmethod
     def longest_text(
         cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig
     ) -> int:

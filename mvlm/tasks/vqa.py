@@ -12,7 +12,6 @@ Shape legend: B batch, A answers of the list, S samples of a split, H largest nu
 of a batch.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,16 +34,13 @@ from mvlm.tasks.metrics.vqa import (
     soft_targets,
     strip_answer,
     vqa_accuracy,
+    warn_of_few_answers,
 )
 from mvlm.tasks.records import read_json
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
 
-log = logging.getLogger(__name__)
-
 ANSWERS_OF_A_QUESTION = 10
-FEWEST_ANSWERS = 4
-"""Answers of a question of which one can count in full: it is compared with three others."""
 SHORTEST_QUESTION = 8
 """Tokens that a question must at least have room for, [CLS] and [SEP] included."""
 
@@ -52,8 +48,8 @@ SHORTEST_QUESTION = 8
 def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str, Any]]:
     """Metadata of all samples. DataError for a sample that is not a question with answers and an id of its own.
 
-    With `may_lack_answers`, a split without any answers is fine too, as VQA v2's test split is. Questions with too few
-    answers for the metric are logged.
+    With `may_lack_answers`, a split without any answers is fine too, as VQA v2's test split is. Without it, questions
+    with too few answers for the metric are logged.
     """
     found = [dataset.metadata(i) for i in range(len(dataset))]
     unanswered = may_lack_answers and not any(record.get("answers") for record in found)
@@ -71,9 +67,8 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
         seen.add(str(record["question_id"]))
         if record.get("answers") and (fault := answer_fault(record["answers"])):
             raise DataError(f"{dataset.where(i)}: {fault}")
-    if few := 0 if unanswered else sum(len(record["answers"]) < FEWEST_ANSWERS for record in found):
-        log.warning("%d of %d questions have too few answers for one to count in full; write a question's only answer "
-                    "ten times, each with an answer_id of its own", few, len(found))  # fmt: skip
+    if not may_lack_answers:
+        warn_of_few_answers(found)
     return found
 
 
@@ -203,6 +198,10 @@ class VisualQuestionAnswering(Task):
     @classmethod
     def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
         questions(validation)
+
+    @classmethod
+    def check_split(cls, dataset: Dataset, state: dict[str, Any]) -> None:
+        warn_of_few_answers(questions(dataset, may_lack_answers=True))
 
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).

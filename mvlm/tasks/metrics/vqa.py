@@ -5,6 +5,7 @@ oddities that change scores are: nothing is normalised if all annotators gave th
 answer "a" becomes the empty string; a full stop stays only in front of a digit.
 """
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+FEWEST_ANSWERS = 4
+"""Answers of a question of which one can count in full: it is compared with three others."""
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -82,6 +86,13 @@ def answer_fault(answers: Any) -> str:
         if answers.count(answer) > 1:  # the metric compares each record with those that differ from it
             return f"wanted answers with an `answer_id` of their own, found {answer!r} twice"
     return ""
+
+
+def warn_of_few_answers(annotations: Sequence[Mapping[str, Any]]) -> None:
+    """Log how many questions have too few answers for the metric, such as a single one, which counts as none."""
+    if few := sum(0 < len(annotation.get("answers") or ()) < FEWEST_ANSWERS for annotation in annotations):
+        log.warning("%d of %d questions have too few answers for one to count in full; write a question's only answer "
+                    "ten times, each with an answer_id of its own", few, len(annotations))  # fmt: skip
 
 
 def compared_answers(references: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool]:

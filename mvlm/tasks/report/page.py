@@ -11,6 +11,7 @@ from markupsafe import Markup
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.files import check_folder
+from mvlm.inference.trained_model import hash_of
 from mvlm.report.charts import line_chart, series
 from mvlm.report.html import write_page
 from mvlm.report.page import attribution, settings
@@ -28,6 +29,7 @@ from mvlm.tasks.report.figures import (
     types_tables,
 )
 from mvlm.tasks.report.verdicts import JUDGES, Verdict, confusion, majority
+from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset, open_dataset
 
 
@@ -56,6 +58,10 @@ def write_task_report(run: Path, data: Path | None = None, out: Path | None = No
     figures = read_evaluation(file, name, command)
     evaluations = {file.stem: figures, **other_evaluations(file, name)}
     split = open_dataset(data or Path(str(figures.get("data", config["data"]))), figures["split"])
+    task, now = None, ""  # code of a task of the user's own is not run here
+    if name in TASKS:
+        task, tokenizer = load_task(run, "cpu", **{key: figures[key] for key in OPTIONS if key in figures})
+        now = hash_of(task.config, tokenizer, task)
     rows = read_metrics(folder.metrics)
     window = max(1, len(rows) // 60)
     return write_page(
@@ -68,6 +74,8 @@ def write_task_report(run: Path, data: Path | None = None, out: Path | None = No
         checkpoint=figures.get("checkpoint", run),
         options=options_note(figures),
         figures=figures_table(evaluations),
+        # Figures of an earlier version name no model.
+        stale=[stem for stem, found in evaluations.items() if task and found.get("model", now) != now],
         types=types_tables(evaluations),
         window=window,
         curves=task_curves(rows, window),
@@ -75,13 +83,13 @@ def write_task_report(run: Path, data: Path | None = None, out: Path | None = No
         shown=SHOWN,
         settings=settings(config),
         attribution=attribution(split.description),
-        **(_samples(run, file, name, figures, split) if name in TASKS else {"verdicts": None}),
+        **(_samples(task, file, figures, split) if task else {"verdicts": None}),
     )
 
 
-def _samples(run: Path, file: Path, name: str, figures: dict[str, Any], split: Dataset) -> dict[str, Any]:
+def _samples(task: Task, file: Path, figures: dict[str, Any], split: Dataset) -> dict[str, Any]:
     """Parts of the page that are about samples: examples, confusion and the majority's figure."""
-    task, _ = load_task(run, "cpu", **{key: figures[key] for key in OPTIONS if key in figures})
+    name = task.name
     verdicts = judged(name, task.main, file, figures, split)
     counts = confusion(name, verdicts)
     return {

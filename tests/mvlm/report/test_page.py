@@ -155,6 +155,21 @@ def test_report_takes_its_examples_from_the_data_of_the_evaluation(reported, tmp
     assert "filled" in write_report(copy).read_text().lower()
 
 
+def test_figures_of_other_weights_are_said_to_be_so(reported, page, tmp_path):
+    run, _, figures, _ = reported
+    assert "are not of the model" not in page.text  # figures of an earlier version name no model
+    copy = shutil.copytree(run, tmp_path / "run")
+    own = load_model(run, "cpu").sha256
+    for sha256, said in ((own, False), ("0" * 64, True)):
+        (copy / "eval/test.json").write_text(json.dumps(figures | {"model": sha256}))
+        found = Page(write_report(copy).read_text())
+        assert ("The figures of the next two sections are not of the model" in found.text) == said
+        assert "Zero-shot on the test split" in found.text
+    config = json.loads((copy / "config.json").read_text()) | {"task": "retrieval"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "Zero-shot" not in Page(write_report(copy).read_text()).text
+
+
 def test_a_report_has_the_pointing_game_or_the_command_that_plays_it(reported, page, tmp_path):
     run, _, _, _ = reported
     assert "mvlm eval grounding" in page.text

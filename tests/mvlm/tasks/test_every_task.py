@@ -14,6 +14,7 @@ from mvlm.errors import RunError
 from mvlm.inference.encode import eval_loader
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import export, load_model
+from mvlm.tasks import evaluate as evaluation
 from mvlm.tasks.evaluate import evaluate_task, join_records, share
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import find_task, load_task
@@ -201,6 +202,20 @@ def test_data_of_another_task_are_refused_before_anything_is_written(trained, da
         finetune(finetune_config(trained, data[other], tmp_path / "run", task, **settings))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form, other", [("decoder", "pairs"), ("entailment", "vqa"), ("pairs", "vqa"), ("caption", "vqa")]
+)
+def test_data_of_another_task_are_refused_before_they_are_predicted(trained, data, tmp_path, form, other, monkeypatch):
+    task = FORMS[form][0]
+    finetune(configured(trained, data, tmp_path / "run", form))
+    figures, _ = evaluate_task(tmp_path / "run", data[task], "test")
+    assert len(figures["model"]) == 64
+    monkeypatch.setattr(evaluation, "predict_split", None)
+    with pytest.raises(DataError, match=r"wanted .*, found .*"):
+        evaluate_task(tmp_path / "run", data[other], "test")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import export, load_model
 from mvlm.tasks.caption import Captioning
-from mvlm.tasks.evaluate import predict_split
+from mvlm.tasks.evaluate import evaluate_task, predict_split
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.score import score
@@ -270,6 +270,10 @@ def test_a_validation_split_without_answers_is_refused_before_anything_is_writte
     with pytest.raises(DataError, match="wanted a question with `question_id` and `answers`, found"):
         finetune(configured(trained, unanswered, tmp_path / "run", "vqa", eval_every_steps=1))
     assert not (tmp_path / "run").exists()
+    finetune(configured(trained, data, tmp_path / "run", "vqa"))
+    figures, records = evaluate_task(tmp_path / "run", unanswered, "validation")  # predicted for a server to score
+    assert figures["questions"] == len(records) > 0
+    assert "accuracy" not in figures
 
 
 def test_an_exported_folder_has_no_head_and_says_so(trained, questions, tmp_path, caplog):

@@ -43,6 +43,16 @@ def test_vqa_answers(vqa_files):
     assert found["accuracy_95"] == [0, 100]  # three images: right, half right, wrong
 
 
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_questions_with_too_few_answers_are_told(tmp_path, caplog, number):
+    """A single answer counts as none, whatever is predicted."""
+    answers = [{"answer": "red", "answer_id": k} for k in range(number)]
+    references = write_json(tmp_path / "r.json", {"annotations": [{"question_id": 1, "answers": answers}]})
+    predictions = write_json(tmp_path / "p.json", [{"question_id": 1, "answer": "red"}])
+    full = score("vqa", predictions, references)["accuracy"] == 100
+    assert full == (number > 3) == ("1 of 1 questions have too few answers" not in caplog.text)
+
+
 def test_a_model_is_compared_with_another(vqa_files, tmp_path):
     answers, references = vqa_files
     better = json.loads(answers.read_text())

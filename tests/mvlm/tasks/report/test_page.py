@@ -81,6 +81,16 @@ def examples(found: Reported) -> dict[bool, list[str]]:
     return {kind: re.findall(r'<p class="note">(test\d+)</p>', text) for kind, text in sections.items()}
 
 
+def test_figures_of_other_weights_are_said_to_be_so(reported, tmp_path):
+    assert "Not of the model" not in reported.page.text
+    copy = Path(shutil.copytree(reported.run, tmp_path / "run"))
+    file = copy / "eval/test.json"
+    found = json.loads(file.read_text())
+    write_json(copy / "eval/second.json", found)
+    write_json(file, found | {"model": "0" * 64})
+    assert "Not of the model that this run has now: test." in Page(write_task_report(copy).read_text()).text
+
+
 def test_figures_are_those_of_the_evaluation(reported):
     figures, rows = reported.figures, reported.page.rows
     main = "cider_d" if figures["task"] == "caption" else "accuracy"
