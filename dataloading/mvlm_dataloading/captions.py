@@ -13,8 +13,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | None = None) -> list[str] | str:
     """Clean captions and drop unusable ones. Returns the usable captions in order, or a reason if no caption is usable.
 
-    White space and control characters become single blanks. Controls of writing direction are removed. Drops repeated
-    captions, blank captions, captions with a lone surrogate, and captions above `max_bytes` bytes of UTF-8.
+    Each is cleaned by `clean_line`. Drops repeated captions, blank captions, captions with a lone surrogate, and
+    captions above `max_bytes` bytes of UTF-8.
     """
     found: dict[str, None] = {}
     reason = "no caption"
@@ -25,12 +25,17 @@ def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | 
         if _SURROGATE.search(caption):
             reason = "caption is not valid Unicode"
             continue
-        line = " ".join(_CONTROL.sub(" ", _BIDI.sub("", caption)).split())
+        line = clean_line(caption)
         if len(line.encode()) > max_bytes:
             reason = "caption is too long"
         elif line:
             found[line] = None
     return list(found)[:max_captions] if found else reason
+
+
+def clean_line(text: str) -> str:
+    """A text on one line: white space and control characters become single blanks, those of direction are removed."""
+    return " ".join(_CONTROL.sub(" ", _BIDI.sub("", text)).split())
 
 
 def decode_text(text: bytes) -> str | None:

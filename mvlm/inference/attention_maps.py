@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.inference.encode import image_features, text_features
-from mvlm.inference.texts import check_texts
+from mvlm.inference.texts import checked_texts
 from mvlm.model.attention import Attention, attend
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.residual import Branch, Residual
@@ -82,7 +82,7 @@ def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> Attentio
         ConfigError: the text cannot be used.
     """
     network, config = model.network, model.network.config
-    check_texts([text], model.tokenizer, config.text_length)
+    (text,) = checked_texts([text], model.tokenizer, config.text_length)
     v = image_features(network, pixels[None], "fp32").v
     w = text_features(network, [text], model.tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
     found = text_gradcam(network, v, w)

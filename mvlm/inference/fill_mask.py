@@ -14,6 +14,7 @@ from mvlm.inference.texts import check_unicode
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Tokenizer
+from mvlm_dataloading.captions import clean_line
 
 
 def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -25,7 +26,7 @@ def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor
         ConfigError: a [MASK] is beyond `length`, or the caption is no Unicode.
     """
     check_unicode(caption, "caption")
-    inner = tokenizer.encode_masked(caption.strip().split("[MASK]"))
+    inner = tokenizer.encode_masked(clean_line(caption).split("[MASK]"))
     if tokenizer.mask_id in inner[length - 2 :]:
         raise ConfigError(
             f"caption: wanted every [MASK] among the first {length - 2} tokens, found one after them; "

@@ -15,7 +15,7 @@ from mvlm.errors import ConfigError
 from mvlm.inference.encode import encode_captions, eval_loader
 from mvlm.inference.images import hide_patches
 from mvlm.inference.results import Reconstruction
-from mvlm.inference.texts import check_texts
+from mvlm.inference.texts import checked_texts
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
 from mvlm_dataloading import Dataset, Tokenizer, draw_patch_masks
@@ -129,7 +129,7 @@ def reconstruct_image(
         ConfigError: nothing is hidden, `hide` is not bool (h, w), or the text cannot be used.
     """
     config = model.config
-    check_texts([text], tokenizer, config.text_length)
+    (text,) = checked_texts([text], tokenizer, config.text_length)
     ids = _drawn_patches(model, seed) if hide is None else hidden_patches(hide, config.image_size // config.patch_size)
     masked = hide_patches(image[None], ids, config.patch_size)[0]
     rebuilt = reconstruct(model, tokenizer, image[None], [text], ids, precision, steps)[0]

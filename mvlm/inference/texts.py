@@ -1,10 +1,11 @@
-"""Texts given by a user: checked, and in batches."""
+"""Texts given by a user: cleaned as captions are when a data set is built, checked, and in batches."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from mvlm.errors import ConfigError
 from mvlm_dataloading import Tokenizer
+from mvlm_dataloading.captions import clean_line
 
 Texts = str | Iterable[str]
 """One text, or an iterable of texts."""
@@ -22,18 +23,21 @@ def each_text(texts: Texts) -> Iterator[str]:
 
 
 def text_batches(
-    texts: Iterable[str], tokenizer: Tokenizer, length: int, batch_size: int, truncate: bool = False
+    texts: Iterable[str], tokenizer: Tokenizer, length: int, batch_size: int, truncate: bool = False, clean: bool = True
 ) -> Iterator[list[str]]:
-    """Batches of checked texts. ConfigError names the first text that `check_texts` refuses, by its number from 0."""
+    """Batches of `checked_texts`. ConfigError names the first text that is refused, by its number from 0.
+
+    Args:
+        clean: False for captions of a data set, which training and evaluation read as they stand.
+    """
     if batch_size < 1:
         raise ConfigError(f"batch_size: wanted at least 1, got {batch_size}")
     remaining, first = iter(texts), 0
     while batch := list(itertools.islice(remaining, batch_size)):
         if truncate:  # far beyond the tokens that are left of it
             batch = [text[:MAX_CHARACTERS] if isinstance(text, str) else text for text in batch]
-        check_texts(batch, tokenizer, length, truncate, first)
+        yield checked_texts(batch, tokenizer, length, truncate, clean, first)
         first += len(batch)
-        yield batch
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -44,30 +48,41 @@ def check_unicode(text: str, what: str) -> None:
         raise ConfigError(f"{what}: wanted Unicode, found {error.object[error.start]!r}; write it in UTF-8") from None
 
 
-def check_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, length: int, truncate: bool = False, first: int = 0
-) -> None:
-    """Raise ConfigError for a text that is no string, no Unicode, blank or, unless `truncate`, of over `length` tokens.
+def checked_texts(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    length: int,
+    truncate: bool = False,
+    clean: bool = True,
+    first: int = 0,
+) -> list[str]:
+    """The texts, each on one line with single blanks, as captions are in a data set.
 
     Args:
+        clean: False for captions of a data set, which are given back as they stand.
         first: number of the first text, for the error.
+
+    ConfigError for a text that is no string, no Unicode, blank or, unless `truncate`, of over `length` tokens.
     """
+    found = []
     for number, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise ConfigError(f"text {number}: wanted a string, got {type(text).__name__}")
         check_unicode(text, f"text {number}")
-        if not text.strip():
+        found.append(clean_line(text) if clean else text)
+        if not found[-1].strip():
             raise ConfigError(f"text {number}: wanted words, found none; write a caption")
         if len(text) > MAX_CHARACTERS:
             raise ConfigError(
                 f"text {number}: wanted at most {MAX_CHARACTERS} characters, found {len(text)}; shorten it"
             )
     if truncate:
-        return
-    lengths = tokenizer.encode(texts, 4 * MAX_CHARACTERS + 2)[1]  # a token is at least one byte, so none is cut here
+        return found
+    lengths = tokenizer.encode(found, 4 * MAX_CHARACTERS + 2)[1]  # a token is at least one byte, so none is cut here
     if lengths.max() > length:
         number = int(lengths.argmax())
         raise ConfigError(
             f"text {first + number}: wanted at most {length} tokens, [CLS] and [SEP] included, found "
             f"{lengths[number]}; shorten it"
         )
+    return found

@@ -58,8 +58,9 @@ class TrainedModel(NetworkAndTokenizer):
 
     Images are what `mvlm.inference.images.ImageLike` lists, one or an iterable of them, or a split of a data set
     (`mvlm_dataloading.Dataset`). Iterables are read as they are needed, so they may be longer than the memory. Texts
-    with more tokens than the model takes are refused, unless `truncate` is given; captions of a data set are truncated,
-    as in evaluation. Results are on the CPU.
+    are put on one line with single blanks, as captions are when a data set is built. Those with more tokens than the
+    model takes are refused, unless `truncate` is given; captions of a data set are truncated, as in evaluation. Results
+    are on the CPU.
 
     All methods raise RunError for an image that cannot be used, ConfigError for a text or a setting, DataError for a
     broken data set.
@@ -113,14 +114,18 @@ class TrainedModel(NetworkAndTokenizer):
         return torch.cat(found) if found else torch.empty(0, self.network.config.itc_width)
 
     def text_embeddings(
-        self, texts: Texts | Dataset, *, batch_size: int = BATCH, truncate: bool = False
+        self, texts: Texts | Dataset, *, batch_size: int = BATCH, truncate: bool = False, clean: bool = True
     ) -> Iterator[Tensor]:
-        """Contrastive embeddings of texts, batch by batch: float32 (up to batch_size, E)."""
+        """Contrastive embeddings of texts, batch by batch: float32 (up to batch_size, E).
+
+        Args:
+            clean: False for captions of a data set that are given as texts: they are taken as they stand.
+        """
         if isinstance(texts, Dataset):
-            dataset, truncate = texts, True
+            dataset, truncate, clean = texts, True, False
             texts = (caption for i in range(len(dataset)) for caption in dataset.captions(i))
         length = self.network.config.text_length
-        for batch in text_batches(each_text(texts), self.tokenizer, length, batch_size, truncate):
+        for batch in text_batches(each_text(texts), self.tokenizer, length, batch_size, truncate, clean):
             yield text_features(self.network, batch, self.tokenizer, self.precision).embedding.cpu()
 
     def similarity(self, images: Images | Dataset | Tensor, texts: Texts | Dataset | Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.fast import encode_tokens
 from mvlm.runs.load import load_model
 from mvlm_dataloading import Tokenizer
+from mvlm_dataloading.captions import clean_line
 
 
 class ClipModel(nn.Module):
@@ -68,7 +69,7 @@ class ClipTokenizer:
         self.tokenizer, self.context_length = tokenizer, context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """Ids int64 (B, context_length) of B texts. Longer texts are truncated, as captions in evaluation.
+        """Ids int64 (B, context_length) of B texts, put on one line as captions are. Longer texts are truncated.
 
         ConfigError for a context_length that the model cannot take.
         """
@@ -78,7 +79,7 @@ class ClipTokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = torch.full((len(texts), length), self.tokenizer.pad_id)
         for row, text in zip(ids, texts, strict=True):
-            tokens = torch.from_numpy(self.tokenizer.encode([text], length)[0])
+            tokens = torch.from_numpy(self.tokenizer.encode([clean_line(text)], length)[0])
             row[: len(tokens)] = tokens
         return ids
 

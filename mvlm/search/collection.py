@@ -20,6 +20,7 @@ from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.images import load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.captions import clean_line
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
@@ -167,7 +168,7 @@ class FolderCollection:
 
     def item(self, i: int) -> Item:
         path = self.paths[i]
-        captions = [line.strip() for line in _sidecar(path, ".txt").split("\n") if line.strip()]
+        captions = [line for line in map(clean_line, _sidecar(path, ".txt").split("\n")) if line]
         try:
             metadata = json.loads(_sidecar(path, ".json") or "{}")
         except (ValueError, RecursionError):

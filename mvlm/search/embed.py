@@ -142,7 +142,7 @@ def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: i
         items += batch
         vectors.append(image_features(model.network, pixels, model.precision).embedding.cpu())
     captions = [caption for item in items for caption in item.captions]
-    texts = model.text_embeddings(captions, truncate=True)
+    texts = model.text_embeddings(captions, truncate=True, clean=False)
     width = model.network.config.itc_width
     return image_table(items, _joined(vectors, width)), text_table(items, _joined(list(texts), width))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mvlm.inference.encode import image_features, match_log_odds, text_features
-from mvlm.inference.texts import check_texts
+from mvlm.inference.texts import checked_texts
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.tasks.metrics.pairs import winoground_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap
@@ -35,7 +35,7 @@ def pair_scores(model: TrainedModel, examples: Sequence[Example], truncate: bool
     for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
         some = examples[start : start + EXAMPLES_AT_A_TIME]
         texts = [caption for example in some for caption in example.captions]
-        check_texts(texts, model.tokenizer, length, truncate, 2 * start)
+        texts = checked_texts(texts, model.tokenizer, length, truncate, first=2 * start)
         pixels = torch.cat(list(model.pixel_batches([path for example in some for path in example.images], len(texts))))
         image = image_features(network, pixels, model.precision)
         text = text_features(network, texts, model.tokenizer, model.precision)

@@ -1,6 +1,8 @@
 """The questions to a trained model, against the network's own outputs, evaluation, and formulas in numpy."""
 
+import io
 import re
+import tarfile
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +14,9 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank
 from mvlm.inference.trained_model import TrainedModel
+from mvlm.portable.clip_model import ClipTokenizer
 from mvlm_dataloading import open_dataset, tokenizer_for
+from mvlm_dataloading.tools.reindex import rebuild_indices
 from support.data import write_dataset
 from support.models import micro_model
 from support.scenes import png, scene
@@ -49,6 +53,37 @@ def test_embeddings_of_a_split_are_those_of_evaluation_to_the_digit(model, heldo
         model.similarity(features.image_embedding, features.text_embedding),
         model.similarity(heldout_split, heldout_split),
     )
+
+
+@pytest.mark.parametrize(
+    "given", [" red heart", "red heart\n", "red  heart", "red\u2028heart\ufeff", "red\u200e heart"]
+)
+def test_a_text_is_cleaned_as_a_caption_of_a_data_set(model, pixels, given):
+    image, text = pixels[0], "red heart"
+    assert torch.equal(model.embed_texts(given), model.embed_texts(text))
+    assert torch.equal(model.match(image, given).log_odds, model.match(image, text).log_odds)
+    assert model.attention(image, given).words == ["[CLS]", "red", "heart"]
+    assert torch.equal(*(torch.from_numpy(model.reconstruct(image, x).rebuilt) for x in (given, text)))
+    assert model.fill(f"{given} [MASK]", image).text == model.fill(f"{text} [MASK]", image).text
+    tokens = ClipTokenizer(model.tokenizer, 12)
+    assert torch.equal(tokens(given), tokens(text))
+    with pytest.raises(ConfigError, match="text 0: wanted words, found none"):
+        model.embed_texts("\u200e\ufeff ")
+
+
+def test_captions_of_a_data_set_are_taken_as_they_stand(model, tmp_path):
+    """One that is used in place, and was not built, may have several blanks: training and evaluation read them."""
+    with tarfile.open(tmp_path / "test-000000.tar", "w") as tar:
+        for name, content in (("0.png", png(scene(0)[0])), ("0.txt", b"red  heart")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    rebuild_indices(tmp_path)
+    split = open_dataset(tmp_path, "test")
+    assert split.captions(0) == ["red  heart"]
+    wanted = encode_split(model.network, split, model.tokenizer, "fp32").text_embedding
+    assert torch.equal(model.embed_texts(split), wanted)
+    assert not torch.equal(model.embed_texts("red  heart"), wanted)
 
 
 def test_an_image_in_any_form_has_the_embedding_that_it_has_in_a_data_set(model, heldout_split, pixels, tmp_path):
@@ -112,7 +147,7 @@ def log_odds_of(model: TrainedModel, image: np.ndarray, text: str) -> float:
 
 @pytest.mark.slow
 def test_matches_are_those_of_each_pair_alone(model, pixels):
-    texts = [f"{word} top left on black"[: 8 + 2 * i] for i, word in enumerate(["red", "blue", "green"] * 2)]
+    texts = [f"{word} top left on black"[: 8 + 2 * i].strip() for i, word in enumerate(["red", "blue", "green"] * 2)]
     found = model.match(pixels[:6], texts, batch_size=4)
     wanted = [log_odds_of(model, image, text) for image, text in zip(pixels, texts, strict=False)]
     np.testing.assert_allclose(found.log_odds.numpy(), wanted, atol=1e-4)

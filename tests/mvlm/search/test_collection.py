@@ -30,10 +30,10 @@ def test_a_split_is_read_once(scenes):
 
 
 def test_captions_of_a_folder_are_lines_as_in_a_data_set(pictures):
-    (pictures / "3.txt").write_text("a cat\u2028on a mat\x0cx\r\nsecond\n")
+    (pictures / "3.txt").write_text("a cat\u2028on  a mat\x0cx\r\n\u200e\nsecond\n")
     found = open_collection(pictures)
     captions = [found.item(i).captions for i in range(len(found)) if found.item(i).id == "3.png"]
-    assert captions == [["a cat\u2028on a mat\x0cx", "second"]]
+    assert captions == [["a cat on a mat x", "second"]]
 
 
 def test_a_collection_opens_again_from_its_source(scenes, pictures):
