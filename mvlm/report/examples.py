@@ -19,7 +19,7 @@ from mvlm.evaluation.features import EncodedSplit
 from mvlm.evaluation.retrieval import rank_all
 from mvlm.inference.encode import eval_loader
 from mvlm.inference.fill_mask import fill_mask
-from mvlm.inference.images import hide_patches
+from mvlm.inference.images import hide_patches, load_image
 from mvlm.inference.reconstruction import reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
@@ -229,7 +229,5 @@ def retrieval(
 
 
 def thumbnail(split: Dataset, sample: int, side: int = 96) -> str:
-    """An image of the split, squeezed to a square, as a data URI."""
-    with Image.open(io.BytesIO(split.image_bytes(sample))) as file:
-        small = file.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return data_uri(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    """An image of the split as the model sees it, squeezed to a square, as a data URI."""
+    return data_uri(load_image(split.image_bytes(sample), side))

@@ -1,13 +1,18 @@
 """Examples of a report, with the micro model and with made-up ranks."""
 
+import base64
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from mvlm.evaluation.evaluate import unseen_images
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import Ranks
 from mvlm.report import examples
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_model
 from support.scenes import scene, write_scenes
 
@@ -15,6 +20,24 @@ from support.scenes import scene, write_scenes
 @pytest.fixture(scope="module")
 def model():
     return micro_model(dtype=torch.float32).eval()
+
+
+def test_a_thumbnail_is_what_the_model_sees(tmp_path):
+    """An image that is turned by its EXIF data, and one of 16 bits."""
+    grey = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8), (64, 64))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # a quarter turn
+    turned, deep = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(turned, "PNG", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(deep, "PNG")
+    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
+        for key, file in (("a", turned), ("b", deep)):
+            writer.add(key, file.getvalue(), ["words"], split="test")
+    split = open_dataset(tmp_path / "d", "test")
+    for i, along in enumerate((0, 1)):
+        _, _, content = examples.thumbnail(split, i, 64).partition(",")
+        found = np.array(Image.open(io.BytesIO(base64.b64decode(content)))).mean(-1)
+        np.testing.assert_allclose(found, grey.T if along == 0 else grey, atol=1)
 
 
 def test_chosen_samples_are_a_fixed_choice():
