@@ -30,8 +30,6 @@ from mvlm_dataloading import DataError, Dataset
 log = logging.getLogger(__name__)
 
 SHOTS = (1, 2, 4, 8, 16)
-MOST_LISTED = 50
-"""Most classes whose recall and confusion are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +220,5 @@ def _top5(ranked: list[list[str]], labels: list[str]) -> float:
 
 def _figures(predicted: list[str], labels: list[str], names: list[str], groups: list[str]) -> dict[str, Any]:
     figures = classification_figures(predicted, labels, names)
-    if len(names) > MOST_LISTED:
-        del figures["recall"], figures["confusion"]
     right = [float(a == b) for a, b in zip(predicted, labels, strict=True)]
     return {**figures, "accuracy_95": [100 * x for x in grouped_bootstrap(right, groups)]}
