@@ -58,5 +58,8 @@ def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> float:
     number = first + second
     if first == second:
         return 1.0
-    tail = sum(math.comb(number, k) for k in range(min(first, second) + 1))
+    tail, term = 0, 1  # term: `number` over k
+    for k in range(min(first, second) + 1):
+        tail += term
+        term = term * (number - k) // (k + 1)  # without a remainder
     return float(2 * tail / 2**number)

@@ -1,5 +1,8 @@
 """Intervals and McNemar's test against scipy."""
 
+import math
+import time
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -31,6 +34,20 @@ def test_mcnemar_is_a_two_sided_binomial_test(first, second):
     b = [False] * first + [True] * second + [True, False] * 5
     wanted = stats.binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(a, b) == pytest.approx(wanted)
+
+
+def test_mcnemar_of_tens_of_thousands_is_exact_and_takes_no_minutes():
+    started = time.process_time()
+    found = mcnemar([True] * 10_150 + [False] * 9_850, [False] * 10_150 + [True] * 9_850)
+    assert time.process_time() - started < 5
+    # From the middle outwards, in floats: the term at the tail's end, and each next one as a share of it.
+    term = math.exp(math.lgamma(20_001) - math.lgamma(9_851) - math.lgamma(10_151) - 20_000 * math.log(2))
+    tail = 0.0
+    for k in range(9_850, -1, -1):
+        tail += term
+        term *= k / (20_000 - k + 1)
+    assert found == pytest.approx(2 * tail, rel=1e-9)
+    assert found == pytest.approx(stats.binomtest(9_850, 20_000).pvalue, rel=1e-9)
 
 
 @pytest.mark.parametrize("number", [2, 3, 5, 20])
