@@ -17,6 +17,7 @@ from mvlm.evaluation.cross_modal_gain import wrong_partners
 from mvlm.evaluation.evaluate import unseen_images
 from mvlm.evaluation.features import EncodedSplit
 from mvlm.evaluation.retrieval import rank_all
+from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import eval_loader
 from mvlm.inference.fill_mask import fill_mask
 from mvlm.inference.images import hide_patches, load_image
@@ -187,10 +188,16 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return space + tokenizer.decode([token])
 
 
-def retrievals(model: MaskVLM, split: Dataset, train: Dataset | None, features: EncodedSplit) -> list[RetrievalGroup]:
-    """The right answers with the highest scores and the lowest-ranked right answers, in both directions."""
+def retrievals(
+    model: MaskVLM, split: Dataset, train: Dataset | None, features: EncodedSplit, workspace: Workspace | None = None
+) -> list[RetrievalGroup]:
+    """The right answers with the highest scores and the lowest-ranked right answers, in both directions.
+
+    Args:
+        workspace: that of `features`. Default: one in memory.
+    """
     groups = []
-    unseen, both = unseen_images(split, train), rank_all(model, features)
+    unseen, both = unseen_images(split, train), rank_all(model, features, workspace=workspace)
     for direction, title in (("tr", "Image to text"), ("ir", "Text to image")):
         ranks = both[direction]
         pool, among = ranks.itm == 0, ""

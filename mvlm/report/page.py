@@ -11,6 +11,7 @@ from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.table import describe_trivial_losses
+from mvlm.evaluation.workspace import open_workspace
 from mvlm.files import check_folder
 from mvlm.report import embedding_space, examples
 from mvlm.report.attention import pointing_game, word_maps
@@ -49,9 +50,16 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     shards = data or Path(str(figures.get("data", config["data"])))
     split = open_dataset(shards, source["split"])
     train = open_dataset(shards, "train") if "train" in split.splits else None
-    features = encode_split(model, split, tokenizer)
     rows = read_metrics(folder.metrics)
     window = max(1, len(rows) // 60)
+    with open_workspace(None, {}) as workspace:  # features of a large split have no room in memory
+        features = encode_split(model, split, tokenizer, workspace=workspace)
+        of_features = {
+            "retrievals": examples.retrievals(model, split, train, features, workspace),
+            "neighbours": embedding_space.neighbours(split, features),
+            "embedding_map": embedding_space.embedding_map(split, features),
+            "confusions": embedding_space.confusions(split, features),
+        }
     return write_page(
         out or folder.report,
         "report.html",
@@ -65,13 +73,10 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         curves=curves(rows, window),
         reconstructions=examples.reconstructions(model, tokenizer, split),
         filled_captions=examples.filled_captions(model, tokenizer, split),
-        retrievals=examples.retrievals(model, split, train, features),
         word_maps=word_maps(trained, split),
         pointing_game=pointing_game(folder.grounding),
         grounding=folder.grounding,
-        neighbours=embedding_space.neighbours(split, features),
-        embedding_map=embedding_space.embedding_map(split, features),
-        confusions=embedding_space.confusions(split, features),
+        **of_features,
         settings=settings(config),
         attribution=attribution(split.description),
     )

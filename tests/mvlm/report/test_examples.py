@@ -115,7 +115,7 @@ def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split,
         found = torch.arange(number) % 3 * 2  # rank 0, 2, 4, 0, 2, 4, ...
         return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float(), found)
 
-    monkeypatch.setattr(examples, "rank_all", lambda *_: {way: ranks(way) for way in ("tr", "ir")})
+    monkeypatch.setattr(examples, "rank_all", lambda *_, **__: {way: ranks(way) for way in ("tr", "ir")})
     unseen = unseen_images(heldout_split, train_split)
     assert unseen is not None
     assert not unseen.any()  # so the best may be any that are right
@@ -156,7 +156,7 @@ def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_spl
         red = ~unseen if direction == "tr" else ~unseen[features.owner]
         return Ranks(zeros, zeros, zeros[:, None], red.float(), zeros)  # the red images have the highest scores
 
-    monkeypatch.setattr(examples, "rank_all", lambda *_: {way: all_right(way) for way in ("tr", "ir")})
+    monkeypatch.setattr(examples, "rank_all", lambda *_, **__: {way: all_right(way) for way in ("tr", "ir")})
     groups = examples.retrievals(model, heldout_split, train, features)
     (best,) = [group for group in groups if group.title.startswith("Text to image, best")]
     assert best.title.endswith(", among unseen concepts")

@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate
+from mvlm.evaluation.features import EncodedSplit, encode_split
+from mvlm.evaluation.workspace import Workspace
+from mvlm.report import page as report_page
 from mvlm.report.page import write_report
 from mvlm.runs.load import load_model
 from mvlm.training.run import pretrain
@@ -153,6 +157,23 @@ def test_report_takes_its_examples_from_the_data_of_the_evaluation(reported, tmp
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "eval/test.json").write_text(json.dumps(figures | {"data": str(data)}))
     assert "filled" in write_report(copy).read_text().lower()
+
+
+def test_features_are_kept_on_a_disk_and_removed(reported, tmp_path, monkeypatch):
+    """Those of a split as large as COCO's have no room in memory."""
+    run, _, _, _ = reported
+    folders = []
+
+    def encode(*arguments: Any, workspace: Workspace | None = None) -> EncodedSplit:
+        assert workspace is not None
+        folders.append(workspace.folder)
+        return encode_split(*arguments, workspace=workspace)
+
+    monkeypatch.setattr(report_page, "encode_split", encode)
+    write_report(run, out=tmp_path / "page.html")
+    (folder,) = folders
+    assert folder is not None
+    assert not folder.exists()
 
 
 def test_figures_of_other_weights_are_said_to_be_so(reported, page, tmp_path):
