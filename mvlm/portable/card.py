@@ -194,7 +194,7 @@ def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | 
 
 
 def origin(config: dict[str, Any]) -> str:
-    """What a run started from, in words; empty if its weights were drawn at random."""
+    """Model or weights that a run started from, in words; empty if its weights were drawn at random."""
     named = [(what, Path(config[key])) for key, what in ORIGINS.items() if config.get(key)]
     # A checkpoint of a run is named by the run.
     names = [(what, path.parents[1].name if path.parent.name == "checkpoints" else path.name) for what, path in named]

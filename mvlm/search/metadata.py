@@ -27,7 +27,7 @@ class ColumnTypes:
             for name, value in json.loads(text).items():
                 if isinstance(value, bool | int | float | str) and usable(name):
                     kind = type(value).__name__
-                    if kind in ("int", "float") and _as_int64(value) is None and _as_double(value) is not None:
+                    if isinstance(value, int | float) and _as_int64(value) is None and _as_double(value) is not None:
                         kind = "float"
                         self._not_whole.add(name)
                     self._seen.setdefault(name, set()).add(kind)
