@@ -15,6 +15,7 @@ from mvlm_kernels.hardware import Gpu
 
 CPU_FIGURES = "CPU: torch references, no Triton kernel"
 GPU_FIGURES = "GPU"
+_KIND = {"family": "cpu family", "model": "model", "stepping": "stepping"}
 
 
 def describe(device: str, distributions: list[str]) -> dict[str, Any]:
@@ -49,11 +50,17 @@ def _version(distribution: str) -> str:
 
 
 def _cpu_name() -> str:
-    """Name of the processor, and number of threads that torch uses."""
-    name = platform.processor() or platform.machine()
+    """Name of the processor, its kind, the instructions and the number of threads that torch uses.
+
+    The name alone tells little: that of a virtual machine may be "AMD EPYC", with or without bf16.
+    """
     info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{model.group(1).strip() if model else name}, {torch.get_num_threads()} threads"
+    facts = dict(re.findall(r"^(.+?)\s*:\s*(.+)$", info.read_text(), re.MULTILINE)) if info.exists() else {}
+    name = facts.get("model name", platform.processor() or platform.machine()).strip()
+    kind = [f"{key} {facts[field]}" for key, field in _KIND.items() if field in facts]
+    bf16 = ["bf16"] if {"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()) else []
+    instructions = [torch.backends.cpu.get_cpu_capability(), *bf16]
+    return ", ".join([name, *kind, " with ".join(instructions), f"{torch.get_num_threads()} threads"])
 
 
 def driver_version() -> str:

@@ -95,7 +95,7 @@ def data(
     soak: int = 0,
     start: int = 0,
     step: Path | None = None,
-    out: Path = Path("benchmarks/results"),
+    out: Path = Path("build/bench"),
     json: Path | None = None,
 ) -> None:
     """Time the data loader against other loaders on the same shards, without a model.

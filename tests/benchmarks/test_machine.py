@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+import torch
 
 from mvlm_benchmarks import machine
 from mvlm_kernels.hardware import GPUS, peak_rates
@@ -63,3 +64,14 @@ def test_source_commit_is_that_of_the_checkout(tmp_path, monkeypatch) -> None:
     assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), False)
     (package / "__init__.py").write_text("x = 1\n")
     assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), True)
+
+
+def test_a_processor_is_told_from_others_of_its_name(monkeypatch, tmp_path) -> None:
+    info = tmp_path / "cpuinfo"
+    text = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nstepping\t: 1\nflags\t: fpu avx512_bf16\n"
+    info.write_text(text + text)
+    monkeypatch.setattr(machine, "Path", lambda _: info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = machine.describe("cpu", [])["device"]
+    assert found == "AMD EPYC, family 26, model 2, stepping 1, AVX512 with bf16, 2 threads"

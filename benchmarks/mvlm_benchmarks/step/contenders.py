@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.distributed.parallel import MAX_GRAPHS
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 SEED, STEP = 0, 0
 """Seed and step with which ITM's negatives are drawn."""
 
-BASELINES: "dict[str, Cross]" = {"timm+roberta": "roberta", "timm+decoder-layer": "decoder-layer"}
+BASELINES: "dict[str, Cross]" = {
+    "timm+roberta": "roberta", "timm+decoder-layer": "decoder-layer", "timm+roberta-math": "roberta"
+}  # fmt: skip
+MATH = "timm+roberta-math"
+"""The baseline under torch's `sdpa_kernel(SDPBackend.MATH)`. On a CPU in bf16 the backward pass of SDPA's own kernel
+takes several times as long."""
 IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast", "drop_masked": "fast"}
 """Our contenders -> argument `plan` of the model."""
 DROP_MASKED = "drop_masked"
@@ -76,7 +82,8 @@ def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
     """Run a forward pass of a contender. `module` is its module or the compiled form of it."""
     name = eager_name(contender)
     if name in BASELINES:
-        return module(inputs.padded)
+        with sdpa_kernel(SDPBackend.MATH) if name == MATH else contextlib.nullcontext():
+            return module(inputs.padded)
     batch, masks = inputs.rounded.get(contender, (inputs.batch, inputs.masks))
     return module(batch, masks, seed=SEED, step=STEP, plan=IMPLEMENTATIONS[name])
 
