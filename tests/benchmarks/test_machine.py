@@ -68,7 +68,8 @@ def test_source_commit_is_that_of_the_checkout(tmp_path, monkeypatch) -> None:
 
 def test_a_processor_is_told_from_others_of_its_name(monkeypatch, tmp_path) -> None:
     info = tmp_path / "cpuinfo"
-    text = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nstepping\t: 1\nflags\t: fpu avx512_bf16\n"
+    facts = ("cpu family\t: 26", "model\t\t: 2", "model name\t: AMD EPYC", "stepping\t: 1", "flags\t: fpu avx512_bf16")
+    text = "".join(f"{line}\n" for line in ("processor\t: 0", *facts))
     info.write_text(text + text)
     monkeypatch.setattr(machine, "Path", lambda _: info)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
