@@ -106,7 +106,7 @@ class ImageEncoder(nn.Module):
         """
         x = self.embed(images)
         patches = x.shape[1] - 1
-        index = torch.cat([torch.zeros_like(visible_ids[:, :1]), 1 + visible_ids], dim=1).unsqueeze(-1)  # (B, 1+K, 1)
+        index = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1)  # (B, 1+K, 1), [CLS] too, also where no patch is visible
         x = self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
         positions = self.positions(patches)
         hidden = self.mask_token.to(x.dtype).expand(len(x), len(positions), -1)

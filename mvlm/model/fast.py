@@ -16,6 +16,7 @@ H heads, D head width, P patch side, S image side.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import compute_dtype
@@ -86,7 +87,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
         x = encoder.run(place_tokens(patches, *parameters, masked=hidden), attend_self(None))
         return encoder.add_output_positions(x)
     visible = visible_patches(patch_ids, total)  # (B, N-K)
-    rows = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], dim=1)  # [CLS] too
+    rows = F.pad(1 + visible, (1, 0))  # [CLS] too, also where no patch is visible
     x = encoder.run(select_within(place_tokens(patches, *parameters), rows), attend_self(None))  # (B, 1+N-K, C)
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
     placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)

@@ -90,6 +90,17 @@ def test_output_positions_are_added_to_the_features_of_patches(drop_masked):
             assert found == pytest.approx(wanted, abs=1e-6)
 
 
+def test_cls_is_encoded_where_no_patch_is_visible():
+    encoder = randomize(ImageEncoder(micro_config(drop_masked=True)).double())
+    images = micro_batch()[0].images
+    found = encoder.forward_visible(images, torch.zeros(len(images), 0, dtype=torch.int64))
+    first, others = encoder.position[0], encoder.position[1:]
+    alone = (encoder.cls_token + first).expand(len(images), 1, -1)
+    encoded = encoder.run(alone, lambda attention, x: attention(x, x)) + first
+    torch.testing.assert_close(found[:, :1], encoded)
+    torch.testing.assert_close(found[:, 1:], (encoder.mask_token + others).expand(len(images), -1, -1))
+
+
 def test_the_text_encoder_is_transformers_roberta():
     """With padding. RoBERTa's positions begin at 2, after its pad id 1; its one token type adds a constant."""
     from transformers import RobertaConfig, RobertaModel

@@ -79,6 +79,16 @@ def test_implementations_agree(case, sizes, lengths, duplicates):
     assert_implementations_agree(model, with_duplicates(batch) if duplicates else batch, masks)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_implementations_agree_on_images_without_a_visible_patch(backend):
+    """`drop_masked` then encodes [CLS] alone."""
+    model = micro_model(drop_masked=True, image_mask_ratio=1.0)
+    batch, masks = micro_batch(config=model.config)
+    every = torch.arange(model.config.num_patches).expand(len(batch.images), -1).contiguous()
+    with use_backend(backend):
+        assert_implementations_agree(model, batch, replace(masks, patch_ids=every))
+
+
 def test_implementations_agree_on_reconstruction_only():
     model = micro_model()
     assert_implementations_agree(model, *micro_batch(config=model.config), reconstruction_only=True)
