@@ -63,7 +63,8 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMCon
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World, **further: Any) -> Loader:
     """Make the training loader, which yields this rank's pairs of each microbatch.
 
-    `further` are arguments of the loader. ConfigError if the batch does not divide evenly among ranks and microbatches.
+    `further` are arguments of the loader. ConfigError if the batch does not divide evenly among ranks and microbatches,
+    and for augmentations of strips.
     """
     model, parts = config.model, world.size * config.accumulate
     if config.batch_size % parts:
@@ -71,6 +72,10 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             f"batch_size: wanted a multiple of {world.size} ranks x {config.accumulate} microbatches = {parts}, "
             f"got {config.batch_size}"
         )
+    augmentations = [name for name in ("flip", "color_jitter", "randaugment") if getattr(config, name)]
+    if further.get("strip", 1) > 1 and augmentations:
+        given = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in augmentations)
+        raise ConfigError(f"wanted no augmentation, as a sample is several images side by side, got {given}; leave it out")
     if config.batch_size > len(dataset) and world.first:
         log.warning(
             "batch_size: %d is above the split's %d samples; batches repeat them", config.batch_size, len(dataset)

@@ -77,6 +77,14 @@ def test_other_data_are_refused(tmp_path, records, message):
         Pairs.make_state(dataset, TaskOptions())
 
 
+def test_augmentations_are_refused_by_their_flags(trained, data, tmp_path, run_mvlm):
+    words = ["--checkpoint", trained, "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--batch-size", 8]
+    done = run_mvlm("finetune", "pairs", *words, "--flip", 0.5, "--randaugment", 2)
+    assert done.code == 2
+    wanted = "mvlm: wanted no augmentation, as a sample is several images side by side, got --flip 0.5, --randaugment 2"
+    assert done.err[-1].startswith(wanted)
+
+
 def test_questions_of_another_task_and_labels_in_another_order_are_refused(trained, tmp_path):
     with pytest.raises(DataError, match="is it data of another task"):
         Pairs.make_state(open_dataset(write_questions(tmp_path / "q"), "train"), TaskOptions())
