@@ -81,7 +81,11 @@ def load_task(
     config = model_config(json.loads((folder / MODEL_CONFIG).read_text()), str(folder / MODEL_CONFIG))
     options = TaskOptions(**described["options"] | changes)
     task = (kind or TASKS[described["name"]])(MaskVLM(config), options, described["state"])
-    read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), task.state_dict())
+    averages = {name: p.detach() for name, p in task.named_parameters()} if (folder / EMA).is_dir() else {}
+    if averages.keys() != task.state_dict().keys():  # buffers have no averages, tied weights one of one name
+        read_tensors(folder / MODEL, task.state_dict())
+    if averages:
+        read_tensors(folder / EMA, averages)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     task.set_tokenizer(tokenizer)
     return task.to(device).eval(), tokenizer

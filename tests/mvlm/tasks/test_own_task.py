@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mvlm.errors import ConfigError
+from mvlm.runs.folder import find_checkpoint
 from mvlm.studies.run import plan_trials, run_study
 from mvlm.studies.study import Study
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.finetune import finetune
+from mvlm.tasks.registry import find_task, load_task
 from mvlm_dataloading import ShardWriter
+from support.questions import finetune_config as configured
 from support.scenes import png, scene
 
 EXAMPLE = Path(__file__).parents[3] / "examples/counting_task.py"
@@ -44,6 +49,25 @@ def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvl
     other = run_mvlm("eval", "entailment", *options)
     assert other.code == 2
     assert "found one of counting; name that task, or the file that defines it" in other.err[-1]
+
+
+def test_a_head_with_buffers_and_tied_weights_is_averaged_and_loaded(trained, counts, tmp_path):
+    """Only parameters are averaged, each by one name. All else is that of the model after the last step."""
+    linear = "nn.Linear(3 * model.config.width, 1)"
+    head = f"nn.Sequential(nn.BatchNorm1d(3 * model.config.width), {linear})\n        self.again = self.head[1]"
+    file = tmp_path / "own.py"
+    file.write_text(EXAMPLE.read_text().replace(linear, head))
+    finetune(configured(trained, counts, tmp_path / "run", str(file), ema_decay=0.5, max_steps=3))
+    found = load_task(tmp_path / "run", kind=find_task(str(file)))[0].state_dict()
+    tensors = {}
+    for part in ("model", "ema"):
+        for tensor_file in (find_checkpoint(tmp_path / "run") / part).glob("*.safetensors"):
+            tensors |= load_file(tensor_file)  # the averages replace the weights
+    assert found["head.0.num_batches_tracked"] == 3
+    assert torch.equal(found["again.weight"], tensors["head.1.weight"])
+    assert not torch.equal(found["again.weight"], tensors["again.weight"])  # of the model, and not averaged
+    for name in ("head.0.running_mean", "head.0.running_var", "head.1.weight", "model.text_encoder.position"):
+        assert torch.equal(found[name], tensors[name]), name
 
 
 def test_a_file_may_have_dataclasses_with_late_annotations(tmp_path):
