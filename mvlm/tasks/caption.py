@@ -115,7 +115,8 @@ class Captioning(Task):
             loss = (weights * F.cross_entropy(logits, targets_of_masks, reduction="none")).sum()
             accuracy = (logits.argmax(1) == targets_of_masks).to(logits.dtype).mean()
         lengths = batch.cu_seqlens.diff().long() - 3  # of the words, less one
-        return TaskLosses(loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths), accuracy)
+        loss = loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths)
+        return TaskLosses(loss, accuracy, counted=len(masks.token_ids))
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
         """A caption for each image. The batch's own captions are not read."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,13 @@ def finetune(config: FinetuneConfig) -> str | None:
     return do_run(config, open_inputs, build_trainer)
 
 
+class StepLosses(NamedTuple):
+    """Loss and accuracy of a step: of all microbatches and ranks. The accuracy is NaN if nothing was judged."""
+
+    total: Tensor
+    accuracy: Tensor
+
+
 class FineTuner(Trainer):
     """One rank of a fine-tuning run."""
 
@@ -77,9 +84,11 @@ class FineTuner(Trainer):
             losses = self.parallel(forward, last=place == number - 1)
             # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
             (losses.total / number).backward()
-            shares.append(torch.stack([x.detach().float() for x in losses]))
-        mean = self.world.all_reduce(torch.stack(shares).sum(0) / (number * self.world.size))
-        return TaskLosses(*mean)
+            counted = torch.full_like(losses.accuracy, losses.counted)
+            parts = losses.total, losses.accuracy * counted, counted
+            shares.append(torch.stack([x.detach().float() for x in parts]))
+        loss, right, judged = self.world.all_reduce(torch.stack(shares).sum(0))
+        return StepLosses(loss / (number * self.world.size), right / judged)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature if the task trains it, and return it as a further metric of the step."""

@@ -20,7 +20,7 @@ from mvlm.model.fast_attention import Selection, encode_rows, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.residual import Residual
 from mvlm.objectives.losses import at_least_float32
-from mvlm.tasks.decoder import LOGITS_AT_A_TIME, AnswerTable, weighted_cross_entropy
+from mvlm.tasks.decoder import LOGITS_AT_A_TIME, Answers, AnswerTable, weighted_cross_entropy
 from mvlm_dataloading import Batch, Tokenizer
 
 
@@ -71,21 +71,20 @@ def mask_features(model: MaskVLM, batch: Batch, number: int, plan: str) -> Tenso
 
 
 def answers_loss(
-    model: MaskVLM, x: Tensor, table: AnswerTable, answers: Tensor, of: Tensor, weights: Tensor, plan: str
+    model: MaskVLM, x: Tensor, answers: Answers, of: Tensor, weights: Tensor, plan: str
 ) -> tuple[Tensor, Tensor]:
     """Sum of the negative log-likelihoods of R answers, each times its weight; and the accuracy of their tokens.
 
     Args:
         x: features of the [MASK]s (B, A, C).
-        answers: rows of the table, int64 (R,).
+        answers: the R answers, of a table.
         of: sample of each answer, int64 (R,).
         weights: (R,).
     """
-    learned = table.select(answers)
-    of_row = learned.packing.sequence_of_row  # (Q,)
-    at = of.index_select(0, of_row) * x.shape[1] + learned.packing.position
+    of_row = answers.packing.sequence_of_row  # (Q,)
+    at = of.index_select(0, of_row) * x.shape[1] + answers.packing.position
     features, each = x.flatten(0, 1).index_select(0, at), weights.index_select(0, of_row)
-    return weighted_cross_entropy(model, features, learned.targets, each, plan)
+    return weighted_cross_entropy(model, features, answers.targets, each, plan)
 
 
 def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:

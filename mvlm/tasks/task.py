@@ -35,6 +35,8 @@ class TaskLosses(NamedTuple):
 
     total: Tensor
     accuracy: Tensor
+    counted: int = 1
+    """What the accuracy is the mean over, where that differs between batches of as many samples: a number of tokens."""
 
 
 @dataclass(frozen=True)

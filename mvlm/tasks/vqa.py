@@ -224,12 +224,14 @@ class VisualQuestionAnswering(Task):
         ids, values = targets
         if self.decodes or self.masked:
             of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
-            answers, weights = ids[of, column], values[of, column] / len(ids)
+            answers, weights = self.table.select(ids[of, column]), values[of, column] / len(ids)
             if self.masked:
                 x = mask_features(self.model, self.hide(batch), self.masks, plan)
-                return TaskLosses(*answers_loss(self.model, x, self.table, answers, of, weights, plan))
-            question = self.decoder.question(self.model, self.hide(batch), plan)
-            return TaskLosses(*self.decoder.loss(self.model, question, self.table.select(answers), of, weights, plan))
+                found = answers_loss(self.model, x, answers, of, weights, plan)
+            else:
+                question = self.decoder.question(self.model, self.hide(batch), plan)
+                found = self.decoder.loss(self.model, question, answers, of, weights, plan)
+            return TaskLosses(*found, counted=len(answers.targets))
         logits = self.head(self.fuse(batch, plan))  # (B, A)
         dense = logits.new_zeros(len(logits), logits.shape[1] + 1)  # the last column takes what has no answer
         dense.scatter_(1, ids.remainder(logits.shape[1] + 1), values.to(dense.dtype))

@@ -75,7 +75,9 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
     augmentations = [name for name in ("flip", "color_jitter", "randaugment") if getattr(config, name)]
     if further.get("strip", 1) > 1 and augmentations:
         given = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in augmentations)
-        raise ConfigError(f"wanted no augmentation, as a sample is several images side by side, got {given}; leave it out")
+        raise ConfigError(
+            f"wanted no augmentation, as a sample is several images side by side, got {given}; leave it out"
+        )
     if config.batch_size > len(dataset) and world.first:
         log.warning(
             "batch_size: %d is above the split's %d samples; batches repeat them", config.batch_size, len(dataset)

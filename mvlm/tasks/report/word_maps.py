@@ -111,7 +111,7 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
         with _recorded(vqa.model.text_cross) as layers:
             x = mask_features(vqa.model, batch, before, "plain")
             table = AnswerTable([predicted], vqa.tokenizer, before + 1)
-            score = -answers_loss(vqa.model, x, table, one, one, x.new_ones(1), "plain")[0]
+            score = -answers_loss(vqa.model, x, table.select(one), one, x.new_ones(1), "plain")[0]
         layers = layers[:-1] or layers  # the question's words have no effect in the last one
         first = "[MASK]", 1, max(2, int(table.lengths) - 1)  # of no answer, the [MASK] of its end
         probability = score.exp()

@@ -17,6 +17,7 @@ from mvlm.portable.hub import write_hub_folder
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import export, load_model
+from mvlm.tasks import caption, decoder, masked_answers
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.evaluate import evaluate_task, predict_split
 from mvlm.tasks.finetune import finetune
@@ -65,6 +66,39 @@ def test_accumulated_microbatches_give_the_same_gradients(trained, questions, tm
     for a, b in zip(one, four, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "task, module, name, changes",
+    [
+        ("vqa", masked_answers, "weighted_cross_entropy", {"answers": "masked", "question_length": 20}),
+        ("vqa", decoder, "weighted_cross_entropy", {"answers": "decoder"}),
+        ("caption", caption, "linear_cross_entropy", {}),
+    ],
+)
+def test_accuracy_is_that_of_all_tokens_of_a_step(
+    trained, questions, scenes, tmp_path, monkeypatch, task, module, name, changes
+):
+    """However the batch is cut. Here a token counts as right if its number is even."""
+    judged: list[list[int]] = []
+    real = getattr(module, name)
+
+    def loss_of(*arguments):
+        targets = next(x for x in arguments if isinstance(x, torch.Tensor) and x.dtype == torch.int64)
+        judged.append(targets.tolist())
+        return real(*arguments)[0], (targets % 2 == 0).float().mean().nan_to_num()
+
+    monkeypatch.setattr(module, name, loss_of)
+    (tmp_path / "answers.json").write_text('["yellow", "red"]')
+    given = {"answer_list": tmp_path / "answers.json"} if "answers" in changes else {}
+    data = questions if task == "vqa" else scenes
+    config = configured(trained, data, tmp_path / "run", task, max_steps=1, accumulate=8, **given, **changes)
+    finetune(config)
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    tokens = [token for part in judged for token in part]
+    assert len(judged) == 8
+    assert len(set(map(len, judged))) > 1  # 0 is among them, if answers are masked
+    assert row["accuracy"] == pytest.approx(np.mean([token % 2 == 0 for token in tokens]), rel=1e-6)
 
 
 @pytest.mark.slow

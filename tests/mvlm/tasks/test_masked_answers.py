@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, c
     weights = torch.rand(len(OF), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = mask_features(model, batch, masks, plan)
     assert x.shape == (len(batch.sample_id), masks, model.config.width)
-    loss, accuracy = answers_loss(model, x, table, IDS, OF, weights, plan)
+    loss, accuracy = answers_loss(model, x, table.select(IDS), OF, weights, plan)
     wanted, right, number = 0.0, 0, 0
     for answer, of, weight in zip(IDS.tolist(), OF.tolist(), weights.tolist(), strict=True):
         tokens = tokenizer.encode([ANSWERS[answer]], model.config.text_length)[0].tolist()[1:]  # [SEP] included
@@ -165,5 +165,5 @@ def test_a_batch_without_a_listed_answer_has_no_loss_and_no_accuracy(parts, plan
     model, batch, table = parts
     none = torch.empty(0, dtype=torch.int64)
     x = mask_features(model, batch, table.tokens.shape[1] - 1, plan)
-    loss, accuracy = answers_loss(model, x, table, none, none, torch.empty(0, dtype=torch.float64), plan)
+    loss, accuracy = answers_loss(model, x, table.select(none), none, torch.empty(0, dtype=torch.float64), plan)
     assert (loss.item(), accuracy.item()) == (0, 0)
