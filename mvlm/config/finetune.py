@@ -16,14 +16,15 @@ TASK_NAMES = ("vqa", "entailment", "retrieval", "pairs", "caption")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """The task, the weights it starts from, and its baselines. A resumed run keeps these."""
+    """The task, the weights it starts from, and its baselines. A resumed run keeps these, but for `checkpoint`."""
 
     resume_may_change: ClassVar[bool] = False
 
     task: str
     """Name of the task."""
     checkpoint: Path
-    """Pretrained model: a run folder, one of its checkpoints, or an exported folder."""
+    """Pretrained model: a run folder, one of its checkpoints, or an exported folder. A run with checkpoints of its own
+    resumes without it, so the model may then be gone or lie elsewhere."""
     image_size: int | None = None
     """Side of the images in pixels. Position embeddings are resized. Default: the pretrained model's."""
     question_length: int | None = None

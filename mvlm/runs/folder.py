@@ -139,6 +139,8 @@ def open_run(config: PretrainConfig) -> Path | None:
     if not folder.config.is_file():
         return None
     differing = differing_settings(with_defaults(read_config(folder.config), type(config)), config_json(config))
+    if checkpoints(folder.checkpoints):  # these are read in place of the pretrained model, wherever that is now
+        differing = [setting for setting in differing if setting[0] != "checkpoint"]
     if differing:
         settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
         raise RunError(

@@ -25,11 +25,10 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
-from mvlm.runs.load import load_model
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.retrieval import Retrieval
-from mvlm.tasks.start import starting_model
+from mvlm.tasks.start import architecture_of, starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm.training.build import check_attention, make_loader, warn_of_cut_texts
 from mvlm.training.freed_memory import keep_freed_memory
@@ -37,7 +36,6 @@ from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
-from mvlm.weights.resize import resized_config
 from mvlm_dataloading import Dataset
 
 log = logging.getLogger(__name__)
@@ -143,7 +141,7 @@ class FineTuner(Trainer):
 
 
 def open_inputs(config: FinetuneConfig) -> RunInputs:
-    """Open the data and the pretrained model's configuration, and check both before there is a folder."""
+    """Open the data and read the model's architecture, and check both before there is a folder."""
     kind = find_task(config.task)
     dataset, validation = open_splits(config)
     state = kind.make_state(dataset, TaskOptions.of(config))
@@ -156,8 +154,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
         )
     if config.freeze == "all" and (kind.whole_batch or (config.task == "vqa" and config.answers == "masked")):
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
-    pretrained, tokenizer = load_model(config.checkpoint)
-    architecture = resized_config(pretrained.config, config.image_size, config.question_length)
+    architecture, tokenizer = architecture_of(config)
     longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, architecture)
     warn_of_cut_texts(dataset, tokenizer, longest, "--question-length")
     config = replace(config, model=architecture)
@@ -174,7 +171,10 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     torch.manual_seed(config.seed)
     options = TaskOptions.of(config)
     kind = find_task(config.task)
-    model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
+    if checkpoint:
+        model = MaskVLM(config.model)
+    else:
+        model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), options, kind.make_state(inputs.dataset, options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
@@ -194,7 +194,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     trainer.set_targets(task.targets(inputs.dataset))
     if checkpoint:
         trainer.restore(Path(checkpoint))
-        log.info("resuming from %s", checkpoint)
+        log.info("resuming from %s; the pretrained model is not read", checkpoint)
     return trainer
 
 

@@ -1,12 +1,20 @@
 """The model that fine-tuning starts from: a pretrained one, with its position embeddings resized where needed."""
 
+import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.json_files import model_config
+from mvlm.config.model import MaskVLMConfig
+from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.runs.checkpoint import MODEL_CONFIG, TOKENIZER, checkpoints
+from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import load_model
 from mvlm.weights.resize import resized_config, resized_model
-from mvlm_dataloading import Tokenizer
+from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -26,3 +34,17 @@ def starting_model(
         log.info("%s: only its architecture and tokenizer are used; weights are random", checkpoint)
         return MaskVLM(resized_config(pretrained.config, image_size, text_length)), tokenizer
     return resized_model(pretrained, image_size, text_length), tokenizer
+
+
+def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
+    """The architecture and the tokenizer in the run's own checkpoints, or those of the pretrained model.
+
+    A run that is resumed does not need its pretrained model any more. Checkpoints are not verified here, on every rank.
+    """
+    for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
+        file = checkpoint / MODEL_CONFIG
+        # A damaged one is passed over: an older one is resumed then.
+        with suppress(ConfigError, DataError, OSError, ValueError, TypeError, RecursionError):
+            return model_config(json.loads(file.read_text()), str(file)), load_tokenizer(checkpoint / TOKENIZER)
+    pretrained, tokenizer = load_model(config.checkpoint)
+    return resized_config(pretrained.config, config.image_size, config.question_length), tokenizer

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from mvlm.training import run as training_run
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from support.folders import reproducible_rows
 from support.models import micro_config, pretrain_config
 from support.questions import finetune_config as configured
 from support.questions import write_hypotheses, write_questions
@@ -99,6 +101,31 @@ def test_accuracy_is_that_of_all_tokens_of_a_step(
     assert len(judged) == 8
     assert len(set(map(len, judged))) > 1  # 0 is among them, if answers are masked
     assert row["accuracy"] == pytest.approx(np.mean([token % 2 == 0 for token in tokens]), rel=1e-6)
+
+
+def test_a_run_is_resumed_without_its_pretrained_model(run_copy, questions, tmp_path):
+    """Also if the newest of its own checkpoints is damaged."""
+    settings = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "log_every": 1}
+    settings |= {"answers": "decoder", "image_size": 48, "ema_decay": 0.5}
+    run, copy = tmp_path / "tuned", tmp_path / "copy"
+    finetune(configured(run_copy, questions, run, **settings))
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints/step_00000003")
+    (copy / "checkpoints/step_00000002/model.json").write_text("{")
+    shutil.rmtree(run_copy)
+    finetune(configured(tmp_path / "elsewhere", questions, copy, resume=True, **settings))
+    for a, b in zip(reproducible_rows(run), reproducible_rows(copy), strict=True):
+        assert a == b
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(RunError, match="elsewhere"):
+        finetune(configured(tmp_path / "elsewhere", questions, copy, resume=True, **settings))
+
+
+def test_another_pretrained_model_is_refused_before_a_run_has_a_checkpoint(trained, run_copy, questions, tmp_path):
+    finetune(configured(trained, questions, tmp_path / "tuned"))
+    shutil.rmtree(tmp_path / "tuned/checkpoints")
+    with pytest.raises(RunError, match=r"got others \(checkpoint: config.json has"):
+        finetune(configured(run_copy, questions, tmp_path / "tuned", resume=True))
 
 
 @pytest.mark.slow
