@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "eval" / "grounding.json"
 
     @property
+    def evaluation_files(self) -> Path:
+        """Folder of the features of an evaluation during training, while it lasts."""
+        return self.path / ".evaluation"
+
+    @property
     def strips(self) -> Path:
         """Folder of reconstruction strips."""
         return self.path / "strips"

@@ -22,7 +22,6 @@ from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
@@ -36,6 +35,7 @@ from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
+from mvlm.training.workspace import evaluation_workspace
 from mvlm_dataloading import Dataset
 
 log = logging.getLogger(__name__)
@@ -122,11 +122,10 @@ class FineTuner(Trainer):
         precision, plan = self.config.precision, self.config.plan
         task = unsharded_copy(self.model, self.new_task)
         if isinstance(task, Retrieval):
-            workspace = Workspace(None, self.world, go_on=self.may_go_on)
-            try:
-                return task.evaluate(validation, self.tokenizer, precision, workspace)
-            except EvaluationStopped:
-                return {}
+            found = {}
+            with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
+                found = task.evaluate(validation, self.tokenizer, precision, workspace)
+            return found
         records = predict_split(task, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
         return {} if records is None else task.score(records, validation)
 

@@ -22,7 +22,6 @@ from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
-from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.inference.reconstruction import reconstruction_strip
 from mvlm.objectives.losses import Losses, loss_weights
 from mvlm.progress import TrainingProgress
@@ -49,6 +48,7 @@ from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_fact
 from mvlm.training.stop_request import StopRequest
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
 from mvlm.training.watchdog import Watchdog
+from mvlm.training.workspace import evaluation_workspace
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
 
@@ -244,10 +244,10 @@ class Trainer:
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
             model = unsharded_copy(self.model)
-            workspace = Workspace(None, self.world, go_on=self.may_go_on)
-            try:
+            figures = {}
+            with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
                 figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
-            except EvaluationStopped:
+            if not figures:
                 return {}
             image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)
         if sinks is not None:
