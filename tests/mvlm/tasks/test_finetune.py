@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_accuracy_is_that_of_all_tokens_of_a_step(
 
 def test_a_run_is_resumed_without_its_pretrained_model(run_copy, questions, tmp_path):
     """Also if the newest of its own checkpoints is damaged."""
-    settings = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "log_every": 1}
+    settings: dict[str, Any] = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "log_every": 1}
     settings |= {"answers": "decoder", "image_size": 48, "ema_decay": 0.5}
     run, copy = tmp_path / "tuned", tmp_path / "copy"
     finetune(configured(run_copy, questions, run, **settings))
