@@ -110,9 +110,11 @@ def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
 def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
     """Cosine similarity divided by temperature: image (B, E) and text (G, E) of unit length -> (B, G).
 
-    log_scale (1,) is the logarithm of 1 / temperature.
+    log_scale (1,) is the logarithm of 1 / temperature. The logits are float32 (float64) under autocast too.
     """
-    return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
+    # Autocast would round cosines to 8 bits, which at a temperature of 0.02 moves logits by 0.1 and makes equal ones.
+    with torch.autocast(image.device.type, enabled=False):
+        return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
 
 
 def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

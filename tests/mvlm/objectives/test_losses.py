@@ -81,6 +81,21 @@ def test_contrastive_logits_against_loops():
             assert logits[i, j].item() == pytest.approx(math.exp(1.7) * dot, rel=1e-12)
 
 
+def test_contrastive_logits_are_the_same_under_autocast():
+    """And their gradients: the product of embeddings is in fp32."""
+    image, text, log_scale = normal(3, 5).float(), normal(4, 5, seed=1).float(), torch.tensor([1.7])
+    found = []
+    for enabled in (False, True):
+        own, other = image.clone().requires_grad_(), text.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = contrastive_logits(own, other, log_scale)
+        logits.square().sum().backward()
+        found.append((logits, own.grad, other.grad))
+    for plain, mixed in zip(*found, strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(plain, mixed)
+
+
 def test_contrastive_loss_of_small_matrices_by_hand():
     symmetric = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     assert contrastive_loss(symmetric)[0].item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-12)
