@@ -139,7 +139,7 @@ def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor
         rows = block(rows, attend_self, attend_cross)
     text = network.text_cross.finish(rows)[:, 0]
     image = network.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]
-    logits = network.matching_head(image * text)
+    logits = network.matching_logits(image, text)
     return logits[:, 1] - logits[:, 0], layers
 
 

@@ -134,8 +134,13 @@ class MaskVLMNetwork(nn.Module):
         return image, text
 
     def matching_logits(self, image: Tensor, text: Tensor) -> Tensor:
-        """ITM logits (R, 2), column 1 = match, from both [CLS] of a pair, (R, C) each."""
-        return self.matching_head(image * text)
+        """ITM logits (R, 2), column 1 = match, from both [CLS] of a pair, (R, C) each.
+
+        The product and the head are computed in fp32 (float64) under autocast too.
+        """
+        # In bf16 captions of one image have equal log-odds now and then, and a tie counts as wrong.
+        with torch.autocast(image.device.type, enabled=False):
+            return self.matching_head(at_least_float32(image) * at_least_float32(text))
 
     def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
         """ITM logits (B, 2), column 1 = match, from features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""

@@ -222,7 +222,7 @@ class Writer:
         """ITM's log-odds that each caption belongs to its image (R,)."""
         rows = torch.arange(len(self.of), device=self.of.device)
         fused = IMPLEMENTATIONS[self.plan].fuse_pairs(self.model, self.v, self._encode(), self.of, rows)
-        logits = at_least_float32(self.model.matching_logits(*fused))
+        logits = self.model.matching_logits(*fused)
         return logits[:, 1] - logits[:, 0]
 
     def _tokens(self) -> tuple[Tensor, Tensor]:

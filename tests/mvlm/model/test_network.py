@@ -33,6 +33,17 @@ def test_fill_mask_predicts_any_packed_position(cross_norm):
                 np.testing.assert_allclose(found[number], wanted[position - start], atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matching_logits_are_single_precision_under_autocast(dtype):
+    """Equal to the bit to those of the same features in fp32."""
+    model = micro_model(dtype=torch.float32)
+    image, text = torch.randn(2, 5, model.config.width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.matching_logits(image, text)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, model.matching_head(image.float() * text.float()))
+
+
 def test_clamp_temperature_acts_on_the_parameter_and_not_in_the_forward_pass():
     model = micro_model()
     batch, masks = micro_batch()
