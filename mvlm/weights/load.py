@@ -62,9 +62,10 @@ def load_timm_vit(model: MaskVLMNetwork, source: Source) -> LoadReport:
     """Load the image encoder from a VisionTransformer of timm, or from a checkpoint with its names (MAE, SimMIM).
 
     LayerScale is folded into the weights. SimMIM's mask token is loaded, MAE's is not. RunError, with all reasons, for
-    a source of another architecture or an unreadable file; the model is then unchanged.
+    a source of another architecture or an unreadable file; the model is then unchanged. Tensors do not show the number
+    of heads: it is checked if the source's config.json lies beside the file.
     """
-    tensors = read_source(source)
+    tensors = read_source(source, model.config.heads)
     found, rest = split_prefix(tensors, "patch_embed.proj.weight")
     found = fold_layer_scale(found)
     if "decoder_pos_embed" in found:
@@ -80,7 +81,7 @@ def load_hf_vit(model: MaskVLMNetwork, source: Source) -> LoadReport:
 
     RunError as for `load_timm_vit`.
     """
-    found, rest = split_prefix(read_source(source), "embeddings.patch_embeddings.projection.weight")
+    found, rest = split_prefix(read_source(source, model.config.heads), "embeddings.patch_embeddings.projection.weight")
     found = {current_vit_name(name): t for name, t in found.items()}
     names = hf_vit_names(model.config.image_layers)
     return _load_image_encoder(model, found, rest, names, ("embeddings.", "layers.", "layernorm."))
@@ -91,7 +92,7 @@ def load_hf_roberta(model: MaskVLMNetwork, source: Source) -> LoadReport:
 
     RunError as for `load_timm_vit`.
     """
-    return _load_text_encoder(model, read_source(source), ROBERTA_FIRST_POSITION)
+    return _load_text_encoder(model, read_source(source, model.config.heads), ROBERTA_FIRST_POSITION)
 
 
 def load_hf_bert(model: MaskVLMNetwork, source: Source) -> LoadReport:
@@ -99,19 +100,19 @@ def load_hf_bert(model: MaskVLMNetwork, source: Source) -> LoadReport:
 
     RunError as for `load_timm_vit`.
     """
-    return _load_text_encoder(model, read_source(source), 0)
+    return _load_text_encoder(model, read_source(source, model.config.heads), 0)
 
 
 def load_image_weights(model: MaskVLMNetwork, source: Source) -> LoadReport:
     """Load the image encoder with `load_timm_vit` or `load_hf_vit`, chosen by the names in the source."""
-    tensors = read_source(source)
+    tensors = read_source(source, model.config.heads)
     hf = any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors)
     return (load_hf_vit if hf else load_timm_vit)(model, tensors)
 
 
 def load_text_weights(model: MaskVLMNetwork, source: Source) -> LoadReport:
     """Load the text encoder with `load_hf_bert` if the source has two token types, else with `load_hf_roberta`."""
-    tensors = read_source(source)
+    tensors = read_source(source, model.config.heads)
     types = [t for name, t in tensors.items() if name.endswith("embeddings.token_type_embeddings.weight")]
     return (load_hf_bert if types and len(types[0]) == 2 else load_hf_roberta)(model, tensors)
 

@@ -3,8 +3,11 @@
 # pyright: reportOptionalMemberAccess=false
 """Sources that do not fit: errors, reports, and models that stay as they were."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import mvlm.weights as weights
 from mvlm.errors import RunError
@@ -95,6 +98,32 @@ def test_files_that_are_missing_or_not_safetensors_are_refused(tmp_path):
     ):
         with pytest.raises(RunError, match=message):
             weights.load_image_weights(model, path)
+
+
+@pytest.mark.parametrize("load", [weights.load_text_weights, weights.load_hf_roberta])
+def test_a_config_that_says_otherwise_is_refused(tmp_path, caplog, load):
+    """Heads and activation leave no mark on the tensors' shapes."""
+    model, theirs = micro_model(3), hf_text("Roberta")
+    save_file(dict(theirs.state_dict()), tmp_path / "model.safetensors")
+    before, config = state(model), tmp_path / "config.json"
+    for settings, message in (
+        ({"num_attention_heads": 4}, "num_attention_heads 2, as in the model, got 4: .*; set --model.heads 4"),
+        ({"hidden_act": "relu"}, "hidden_act gelu, got 'relu'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act gelu, got 'quick_gelu'"),
+        ([1, 2], "the configuration of the weights beside it, got "),
+    ):
+        config.write_text(json.dumps(settings))
+        for source in (tmp_path, tmp_path / "model.safetensors"):
+            with pytest.raises(RunError, match=f"config.json: wanted {message}"):
+                load(model, source)
+    assert_unchanged(model, before)
+
+    theirs.config.save_pretrained(tmp_path)  # two heads, gelu
+    load(model, tmp_path)
+    assert "hidden_act" not in caplog.text
+    config.write_text(json.dumps({"hidden_act": "gelu_new"}))
+    load(model, tmp_path)
+    assert "config.json: wanted hidden_act gelu, got gelu_new; features will differ slightly" in caplog.text
 
 
 def test_a_load_report_counts_and_names_tensors():
