@@ -53,8 +53,9 @@ class TaskSettings:
     """Passes of mask-predict (caption)."""
     order: Literal["mask-predict", "left-to-right"] = "mask-predict"
     """Order in which caption decides words: the surest first, again and again; or one after another, the baseline."""
-    choose_by: Literal["itm", "likelihood"] = "itm"
-    """Figure that chooses among captions of different lengths: image-text matching, or mean log-likelihood."""
+    choose_by: Literal["itm", "likelihood"] = "likelihood"
+    """Figure that chooses among captions of different lengths: image-text matching, which caption does not train, or mean
+    log-likelihood."""
     random_weights: bool = False
     """Baseline: start from random weights of the pretrained model's architecture."""
     blind: Literal["no", "image", "text"] = "no"

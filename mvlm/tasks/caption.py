@@ -3,7 +3,7 @@
 Training is masked language modelling of a caption from its whole image, with any share of its words masked, and a
 linear layer that predicts a caption's length from the image's [CLS] (Mask-Predict, Ghazvininejad et al., EMNLP 2019).
 To write, captions of the likeliest lengths start as [MASK]s. Each pass predicts all masked words and masks the words
-of lowest probability again. ITM, or the likelihood, chooses among the lengths.
+of lowest probability again. The likelihood, or ITM, chooses among the lengths.
 
 Shape legend: B images, N patches, R captions that are written, W words (tokens without [CLS] and [SEP]) of the longest
 one, M masked tokens, T packed tokens, C width, V vocabulary.

@@ -63,8 +63,9 @@ class TaskOptions:
     """Passes of mask-predict."""
     order: Literal["mask-predict", "left-to-right"] = "mask-predict"
     """Order in which the words of a caption are decided."""
-    choose_by: Literal["itm", "likelihood"] = "itm"
-    """Figure that chooses among captions of different lengths: ITM's log-odds, or a token's mean log-likelihood."""
+    choose_by: Literal["itm", "likelihood"] = "likelihood"
+    """Figure that chooses among captions of different lengths: ITM's log-odds, or a token's mean log-likelihood. ITM's
+    head judges features that it was not trained on, because `caption` trains the encoders without it."""
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "TaskOptions":

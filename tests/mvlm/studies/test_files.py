@@ -1,10 +1,12 @@
 """The committed studies: every trial has a valid configuration."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mvlm.studies.study import read_study, trial_config
+from mvlm.studies.trial import settings_of, settings_said
 
 STUDIES = Path(__file__).parents[3] / "studies"
 FILES = sorted(set(STUDIES.glob("*.toml")) - {STUDIES / "smoke.toml"})  # which has an arm for a null
@@ -19,3 +21,20 @@ def test_a_committed_study_can_run(file: Path) -> None:
         for arm, settings in study.arms.items()
     ]
     assert all(arms.count(arm) == 1 for arm in arms)
+
+
+TASKS = [file for file in sorted((STUDIES / "tasks").glob("*.toml")) if file.stem != "smoke"]
+RESULTS = STUDIES.parent / "benchmarks/results/tasks"
+
+
+@pytest.mark.parametrize("file", TASKS, ids=[file.stem for file in TASKS])
+def test_committed_trials_of_a_task_have_their_studys_settings(file: Path) -> None:
+    """So `make tasks` takes them over, and a changed default changes no study."""
+    study = read_study(file)
+    trials = [json.loads(line) for line in (RESULTS / f"{file.stem}.jsonl").read_text().splitlines()]
+    assert {trial["arm"] for trial in trials} == set(study.arms)
+    for trial in trials:
+        steps = trial["settings"]["max_steps"]
+        config = trial_config(study, trial["arm"], trial["seed"], Path("data"), Path("out"), steps, Path("start"))
+        said, wanted = settings_said(trial["settings"], config), settings_of(config)
+        assert {name: said.get(name) for name in wanted} == wanted

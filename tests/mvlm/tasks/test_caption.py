@@ -92,6 +92,17 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by
     assert task.predict(other, "fast") == found
 
 
+@torch.no_grad()
+def test_by_default_itm_chooses_no_caption(model, tokenizer):
+    """Fine-tuning does not train ITM's head."""
+    task = Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2), {}).double().eval()
+    task.set_tokenizer(tokenizer)
+    batch, _ = micro_batch()
+    found = task.predict(batch, "fast")
+    task.model.matching_head.weight.neg_()
+    assert task.predict(batch, "fast") == found
+
+
 def test_the_loss_is_the_mean_over_captions(model):
     """Of each caption's own mean over its masked tokens, and of its length, given the image alone."""
     task = Captioning(copy.deepcopy(model), TaskOptions(), {}).double()
