@@ -54,8 +54,8 @@ class TaskSettings:
     order: Literal["mask-predict", "left-to-right"] = "mask-predict"
     """Order in which caption decides words: the surest first, again and again; or one after another, the baseline."""
     choose_by: Literal["itm", "likelihood"] = "likelihood"
-    """Figure that chooses among captions of different lengths: image-text matching, which caption does not train, or mean
-    log-likelihood."""
+    """Figure that chooses among captions of different lengths: mean log-likelihood, or image-text matching, which
+    caption does not train."""
     random_weights: bool = False
     """Baseline: start from random weights of the pretrained model's architecture."""
     blind: Literal["no", "image", "text"] = "no"
