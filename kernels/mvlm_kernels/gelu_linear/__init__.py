@@ -16,6 +16,9 @@ from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 __all__ = ["gelu_linear"]
 
+KEPT_ON = ("cpu",)
+"""Device types on which the GELU is saved for backward. Elsewhere it is computed again."""
+
 
 _TRANSFORMED = refusal(
     "transforms of torch.func and dual numbers have no kernel", "torch runs; call it outside of them"
@@ -121,7 +124,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
-        keep = h.device.type == "cpu" and dispatch.forced() != "triton" and ctx.needs_input_grad[1]
+        keep = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1]
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
         return _linear(activated, weight, bias)
 
