@@ -1,9 +1,9 @@
 """Figures of an arm over its seeds, and the paired difference to the base arm, with intervals.
 
 Trials of two arms with the same seed see the same samples, crops and masks in the same order. Their difference is
-therefore taken seed by seed. Two 95 % percentile bootstrap intervals are given: over seeds, which says whether other
-runs would agree; and over seeds and test images, which says whether other runs on other images would. A figure that is
-not a recall is not a mean over queries, and has only the first.
+therefore taken seed by seed. Two 95 % intervals are given: over seeds, by Student's t, which says whether other runs
+would agree; and over seeds and test images, by the bootstrap, which says whether other runs on other images would. A
+figure that is not a recall is not a mean over queries, and has only the first.
 
 Shape legend: S seeds, Q queries, I images.
 """
@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError
+from mvlm.tasks.metrics.significance import mean_interval, t_quantile
 
 RESAMPLES = 4000
+NORMAL = 1.96
+"""97.5 % quantile of the normal distribution."""
 Floats = NDArray[np.float64]
 Result = dict[str, Any]
 """What a trial found: the content of its result.json."""
@@ -40,7 +43,7 @@ class Comparison(NamedTuple):
     difference: float
     """Mean of the differences to the base arm, seed by seed."""
     over_seeds: Interval
-    """Interval of the difference, by drawing seeds."""
+    """Interval of the difference, by Student's t; without width for one seed."""
     over_images: Interval | None
     """Interval of the difference, by drawing seeds and images; None for a figure that is not a recall."""
     paired: float
@@ -61,13 +64,13 @@ def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comp
     over_images = None
     if is_recall(measure):
         per_query = np.stack([query_hits(a, measure) - query_hits(b, measure) for a, b in pairs])  # (S, Q)
-        over_images = bootstrap_seeds_and_images(per_query, image_of_query(pairs[0][0], measure))
+        over_images = interval_over_seeds_and_images(per_query, image_of_query(pairs[0][0], measure))
     return Comparison(
         seeds=len(pairs),
         mean=float(ours.mean()),
         spread=_deviation(ours),
         difference=float(differences.mean()),
-        over_seeds=bootstrap_seeds(differences),
+        over_seeds=interval_over_seeds(differences),
         over_images=over_images,
         paired=_deviation(differences),
         unpaired=float(np.hypot(_deviation(ours), _deviation(theirs))),
@@ -117,32 +120,44 @@ def image_of_query(result: Result, measure: str) -> NDArray[np.int64]:
     return images[np.array(ranks["unseen"], bool)[images]] if "unseen" in where else images
 
 
-def bootstrap_seeds(values: Floats, seed: int = 0) -> Interval:
-    """95 % interval of the mean of values (S,), by drawing seeds."""
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    return _interval(values[drawn].mean(axis=1))
+def interval_over_seeds(values: Floats) -> Interval:
+    """95 % interval of the mean of values (S,) by Student's t. One value alone has an interval without width."""
+    if len(values) == 1:
+        return Interval(float(values[0]), float(values[0]))
+    return Interval(*mean_interval(values.tolist()))
 
 
-def bootstrap_seeds_and_images(values: Floats, images: NDArray[np.int64], seed: int = 0) -> Interval:
+def interval_over_seeds_and_images(
+    values: Floats, images: NDArray[np.int64], seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
     """95 % interval of the mean of values (S, Q), by drawing seeds, and images with all of their queries.
+
+    Means of few drawn seeds spread too little. The seeds are therefore moved apart first, as far as Student's t wants.
 
     images: int64 (Q,), the image of each query. Captions of one image are not independent.
     """
     rng = np.random.default_rng(seed)
+    if len(values) > 1:
+        of_seeds = values.mean(axis=1, keepdims=True)  # (S, 1)
+        values = values + (_widening(len(values)) - 1) * (of_seeds - of_seeds.mean())
     _, image = np.unique(images, return_inverse=True)
     counts = np.bincount(image)  # (I,)
     sums = np.stack([np.bincount(image, weights=row) for row in values])  # (S, I)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
+    means = np.empty(resamples)
+    for i in range(resamples):
         seeds = rng.integers(len(values), size=len(values))
         chosen = rng.integers(len(counts), size=len(counts))
         means[i] = sums[np.ix_(seeds, chosen)].mean(axis=0).sum() / counts[chosen].sum()
-    return _interval(means)
-
-
-def _interval(means: Floats) -> Interval:
     low, high = np.percentile(means, (2.5, 97.5))
     return Interval(float(low), float(high))
+
+
+def _widening(seeds: int) -> float:
+    """Half the width of Student's t interval over that of the bootstrap's, if its means were normal.
+
+    Means of S drawn values have the variance (S - 1) / S of what the mean's is estimated to be.
+    """
+    return float(np.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / NORMAL)
 
 
 def _deviation(values: Floats) -> float:

@@ -193,8 +193,8 @@ def limits(study: Study, arms: dict[str, list[Result]]) -> str:
         tested = f"{len(any_result['ranks']['tr']['itm'])} images of the split {study.split}"
     known = (
         f"{what}, {steps} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
-        f"{tested}. Intervals over seeds come from few runs, so they are too narrow "
-        f"rather than too wide. A difference that its interval separates from zero holds for this model, data and "
+        f"{tested}. Intervals over seeds are Student's, so they allow for the few runs; no interval allows for the "
+        f"number of comparisons. A difference that its interval separates from zero holds for this model, data and "
         f"budget; larger ones may differ."
     )
     return f"{known} {study.limits}".strip()

@@ -32,19 +32,33 @@ def grouped_bootstrap(
     return float(low), float(high)
 
 
-T_QUANTILES = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930,
-)  # fmt: skip
-"""97.5 % quantiles of Student's t for 1 to 19 degrees of freedom."""
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, by halving: 12.706 for 1 degree of freedom, 1.960 for very many."""
+    low, high = 0.0, math.pi / 2  # of atan(t / sqrt(freedom))
+    for _ in range(60):
+        angle = (low + high) / 2
+        low, high = (angle, high) if _t_inside(angle, freedom) < 0.95 else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _t_inside(angle: float, freedom: int) -> float:
+    """Probability that |t| < sqrt(freedom) tan(angle): Abramowitz and Stegun, 26.7.3 (odd freedom), 26.7.4 (even)."""
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of 2 to 20 independent values by Student's t, such as figures of several seeds."""
-    if not 2 <= len(values) <= len(T_QUANTILES) + 1:
-        raise ValueError(f"values: wanted 2 to {len(T_QUANTILES) + 1}, got {len(values)}")
+    """95 % interval of the mean of independent values by Student's t, such as figures of several seeds."""
+    if len(values) < 2:
+        raise ValueError(f"values: wanted at least 2, got {len(values)}")
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = T_QUANTILES[len(values) - 2] * deviation / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     return mean - half, mean + half
 
 
