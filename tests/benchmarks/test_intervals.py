@@ -45,6 +45,15 @@ def test_value_is_the_median_of_the_ratios_within_rounds() -> None:
     assert ratio([[1]], [[2]]) == Ratio(0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("number, covered", [(7, 0.88), (11, 0.94)])
+def test_an_interval_of_few_rounds_of_one_call_is_a_little_narrow(number: int, covered: float) -> None:
+    """docs/evidence/loader.md states how narrow."""
+    random = np.random.default_rng(0)
+    ratios = np.exp(random.normal(0, 0.1, (1000, number, 1)))
+    found = [ratio(list(case), [[1.0]] * number, seed) for seed, case in enumerate(ratios)]
+    assert np.mean([each.low <= 1 <= each.high for each in found]) == pytest.approx(covered, abs=0.02)
+
+
 def test_equal_arguments_give_equal_intervals() -> None:
     times, others = [[1.0, 2.0, 1.5]] * 3, [[1.1, 1.2, 1.4]] * 3
     assert ratio(times, others) == ratio(times, others)

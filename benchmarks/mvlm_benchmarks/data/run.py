@@ -2,7 +2,7 @@
 
 Contenders take turns. All others are stopped (SIGSTOP), so that they do no work during the turn. In each round every
 contender makes the same number of batches. Rates are medians over rounds, and ratios of rates are medians of the ratios
-within a round.
+within a round, with an interval by drawing rounds.
 
 Processor time is reported too, summed over a contender's processes. On an idle machine both ratios agree, because every
 contender fills the cores. On a busy machine, trust the ratio of processor times.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks import machine
+from mvlm_benchmarks import intervals, machine
 from mvlm_benchmarks.choices import choose
 from mvlm_benchmarks.data import start_up
 from mvlm_benchmarks.data.process import LoaderProcess
@@ -167,7 +167,9 @@ def _row(contender: LoaderProcess, ours: LoaderProcess | None, data: Path, setti
         "cpu_ms": round(statistics.fmean(cpu_ms), 3),
     }
     if ours is not None:
-        row["ours_over"] = round(statistics.median(a / b for a, b in zip(ours.rates, rates, strict=True)), 3)
+        over = intervals.ratio([[rate] for rate in ours.rates], [[rate] for rate in rates])
+        row["ours_over"] = round(over.value, 3)
+        row["ours_over_low"], row["ours_over_high"] = round(over.low, 3), round(over.high, 3)
         row["ours_over_cpu"] = round(statistics.fmean(cpu_ms) / statistics.fmean(ours.cpu_ms), 3)
     return row
 

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.data import photos, run
+from mvlm_benchmarks import machine
+from mvlm_benchmarks.data import photos, report, run
 from mvlm_benchmarks.data.process import LoaderProcess
 from mvlm_dataloading import ShardWriter
 from support.data import make_image
@@ -115,6 +117,34 @@ def test_first_turn_is_a_warm_up_that_does_not_count() -> None:
     assert one.turns == other.turns == [run.WARM_UP, 2, 2, 2]
     assert len(one.rates) == len(one.cpu_ms) == 3
     assert run.WARM_UP > 2 * 2 + 2  # the DataLoader's workers keep two batches each
+
+
+class Uneven(FakeProcess):
+    """A contender whose rate is another one in every turn; to it, that of ours has the given ratios."""
+
+    ratios = (9.0, 2.0, 1.5, 1.6, 3.0, 1.4, 1.7, 1.8)  # the warm-up's first
+
+    def turn(self, batches: int) -> dict[str, Any]:
+        self.turns.append(batches)
+        machine = 1 + len(self.turns) / 10  # the machine's speed, which falls out of a ratio
+        self.rates.append(300 * machine / (1 if self.name == "ours" else self.ratios[len(self.turns) - 1]))
+        self.cpu_ms.append(1.0)
+        return {}
+
+
+def test_a_ratio_has_an_interval_over_the_rounds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "LoaderProcess", Uneven)
+    ours, pil = run.measure_recipe(["ours", "pil"], "crop", tmp_path, SETTINGS | {"rounds": 7})
+    assert [ours[name] for name in ("ours_over", "ours_over_low", "ours_over_high")] == [1, 1, 1]
+    ratios = np.sort(Uneven.ratios[1:])
+    assert pil["ours_over"] == np.median(ratios) == 1.7
+    # The median of seven drawn rounds is below the second ratio in 1 of 100 cases, and at or below it in 10.
+    assert (pil["ours_over_low"], pil["ours_over_high"]) == (ratios[1], ratios[-2]) == (1.5, 2.0)
+    file = report.write([ours, pil], {}, {}, machine.describe("cpu", []), tmp_path, tmp_path, None)[0]
+    with file.open() as lines:
+        written = list(csv.DictReader(lines))
+    assert [row["ours_over_high"] for row in written] == ["1.0", "2.0"]
+    assert "1.70x (1.50 to 2.00)" in report.table([ours, pil], "crop")
 
 
 @pytest.mark.parametrize(
