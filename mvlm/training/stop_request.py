@@ -74,7 +74,10 @@ class StopRequest:
             self._signalled_at = now
         self.reason = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        message = f"mvlm: {self.reason}: finishing the step and saving; SIGTERM or Ctrl-C once more ends at once\n"
+        message = (
+            f"mvlm: {self.reason}: finishing the step and saving; Ctrl-C once more, or SIGTERM after "
+            f"{SAME_REQUEST_SECONDS:.0f} seconds, ends at once\n"
+        )
         # Not by logging: the signal may have interrupted a log call, which holds a lock.
         with contextlib.suppress(OSError):  # Ctrl-C also ends a `| tee`; the run must be saved without it
             os.write(2, message.encode())
