@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvlm.evaluation.cross_modal_gain import wrong_partners
-from mvlm.evaluation.evaluate import unseen_images
+from mvlm.evaluation.evaluate import RERANK, unseen_images
 from mvlm.evaluation.features import EncodedSplit
 from mvlm.evaluation.retrieval import rank_all
 from mvlm.evaluation.workspace import Workspace
@@ -189,15 +189,21 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def retrievals(
-    model: MaskVLM, split: Dataset, train: Dataset | None, features: EncodedSplit, workspace: Workspace | None = None
+    model: MaskVLM,
+    split: Dataset,
+    train: Dataset | None,
+    features: EncodedSplit,
+    k: int = RERANK,
+    workspace: Workspace | None = None,
 ) -> list[RetrievalGroup]:
     """The right answers with the highest scores and the lowest-ranked right answers, in both directions.
 
     Args:
+        k: candidates that ITM re-ranks; 0 for a model that was trained without ITM.
         workspace: that of `features`. Default: one in memory.
     """
     groups = []
-    unseen, both = unseen_images(split, train), rank_all(model, features, workspace=workspace)
+    unseen, both = unseen_images(split, train), rank_all(model, features, k, workspace=workspace)
     for direction, title in (("tr", "Image to text"), ("ir", "Text to image")):
         ranks = both[direction]
         pool, among = ranks.itm == 0, ""

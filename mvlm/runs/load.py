@@ -82,14 +82,15 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
 def trained_with_itm(path: Path | str) -> bool:
     """False if a run trained its model without ITM, so that the matching head has the weights it was initialized with.
 
-    Only a run tells. True for every other model.
+    Only a run tells, and a checkpoint in it. True for every other model. No checkpoint is verified here.
     """
-    source, exported = _find_model(path)
-    file = RunFolder(source.parent.parent).config  # of the run whose checkpoint it is
-    if exported or not file.is_file():
+    path = Path(path)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    try:
+        settings = json.loads(RunFolder(run).config.read_text())
+        return settings.get("itm_weight") != 0 or settings.get("initial_model") is not None
+    except (OSError, ValueError, AttributeError):  # no run, or a damaged file, which is not needed here
         return True
-    settings = json.loads(file.read_text())
-    return settings.get("itm_weight") != 0 or settings.get("initial_model") is not None
 
 
 def _find_model(source: Path | str) -> tuple[Path, bool]:
