@@ -29,7 +29,10 @@ class Found(NamedTuple):
 
 
 class Gallery(Protocol):
-    """Images with captions, searched by a text, an image, or the mean of both. ITM re-ranks answers to a text."""
+    """Images with captions, searched by a text, an image, or the mean of both.
+
+    ITM re-ranks answers to a text, if the model was trained with it.
+    """
 
     @property
     def description(self) -> str:
@@ -58,7 +61,7 @@ class DatasetGallery:
     def search(self, text: str | None, image: Image.Image | None) -> list[Found]:
         similarity = self._embeddings @ query_vector(self._model, text, image)
         order = similarity.topk(min(RERANKED, len(similarity))).indices.tolist()
-        if text is not None:
+        if text is not None and self._model.network.matching_is_trained:
             log_odds = self._model.match([self._dataset.image_bytes(i) for i in order], text).log_odds
             scores = self._model.network.log_scale.exp().item() * similarity[order].double() + log_odds
             order = [order[i] for i in scores.sort(descending=True, stable=True).indices.tolist()]
@@ -81,7 +84,7 @@ class IndexGallery:
         self.description = f"{index.count('images'):,} images of {name}"
 
     def search(self, text: str | None, image: Image.Image | None) -> list[Found]:
-        reranked = 0 if text is None else RERANKED
+        reranked = RERANKED if text is not None and self._model.network.matching_is_trained else 0
         hits = search(self._model, self._index, text, image, top=SHOWN, rerank=reranked)
         captions = self._index.first_captions(hits)
         return [Found(self._images.read(hit), caption or hit.id) for hit, caption in zip(hits, captions, strict=True)]

@@ -93,30 +93,27 @@ def eval_retrieval(
         split: Split to evaluate on.
         out: JSON file for the figures. Until they are there, the folder OUT.parts beside it holds the work, on a disk
             that all ranks see. Default: print them only; one rank, which begins anew after a kill.
-        rerank: Candidates of each query for ITM to re-rank; 0 ranks by ITC alone. Default: 32, or 0 for a run that was
-            trained without ITM.
+        rerank: Candidates of each query for ITM to re-rank; 0 ranks by ITC alone. Default: 32, or 0 for a model
+            that was trained without ITM.
         image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
     from mvlm.device import chosen_precision
     from mvlm.errors import ConfigError
-    from mvlm.evaluation.evaluate import RERANK, evaluate
+    from mvlm.evaluation.evaluate import default_rerank, evaluate
     from mvlm.evaluation.table import format_table
     from mvlm.files import write_json
     from mvlm.machine import describe_machine, package_versions
-    from mvlm.runs.load import trained_with_itm
 
-    if rerank is None:
-        rerank = RERANK if trained_with_itm(checkpoint) else 0
-    if rerank < 0:
+    if rerank is not None and rerank < 0:
         raise ConfigError(f"rerank: wanted at least 0, got {rerank}")
     sizes = image_size, text_length
     with _evaluation(checkpoint, data, (split, "train"), out, device, sizes, {"rerank": rerank}) as opened:
         world, model, splits, workspace = opened
-        figures = evaluate(
-            model.network, splits[split], splits.get("train"), model.tokenizer, rerank, workspace=workspace
-        )
+        network = model.network
+        rerank = default_rerank(network) if rerank is None else rerank
+        figures = evaluate(network, splits[split], splits.get("train"), model.tokenizer, rerank, workspace=workspace)
         made_by = {
             "model": model.sha256,  # of the sizes that it was evaluated at, too
             "fingerprint": splits[split].fingerprint,

@@ -32,6 +32,11 @@ def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
     return torch.tensor([base not in known for base in bases])
 
 
+def default_rerank(model: MaskVLM) -> int:
+    """Candidates of each query for ITM to re-rank by default: none for a model that was trained without ITM."""
+    return RERANK if model.matching_is_trained else 0
+
+
 def evaluate(
     model: MaskVLM,
     split: Dataset,

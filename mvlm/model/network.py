@@ -133,6 +133,11 @@ class MaskVLMNetwork(nn.Module):
         text = self.text_cross(w, v, key_mask, None, first_row_only=True)[:, 0]
         return image, text
 
+    @property
+    def matching_is_trained(self) -> bool:
+        """False if no step has trained ITM's head: its bias still has the zeros that it was initialised with."""
+        return bool(self.matching_head.bias.detach().any())
+
     def matching_logits(self, image: Tensor, text: Tensor) -> Tensor:
         """ITM logits (R, 2), column 1 = match, from both [CLS] of a pair, (R, C) each.
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
-from mvlm.evaluation.evaluate import RERANK
+from mvlm.evaluation.evaluate import default_rerank
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.evaluation.workspace import open_workspace
@@ -19,7 +19,7 @@ from mvlm.report.attention import pointing_game, word_maps
 from mvlm.report.charts import line_chart, series
 from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
-from mvlm.runs.load import load_model, trained_with_itm
+from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 
 
@@ -56,9 +56,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     with open_workspace(None, {}) as workspace:  # features of a large split have no room in memory
         features = encode_split(model, split, tokenizer, workspace=workspace)
         of_features = {
-            "retrievals": examples.retrievals(
-                model, split, train, features, RERANK if trained_with_itm(run) else 0, workspace
-            ),
+            "retrievals": examples.retrievals(model, split, train, features, default_rerank(model), workspace),
             "neighbours": embedding_space.neighbours(split, features),
             "embedding_map": embedding_space.embedding_map(split, features),
             "confusions": embedding_space.confusions(split, features),

@@ -14,7 +14,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
-from mvlm.runs.folder import RunFolder, find_checkpoint, log_unfinished
+from mvlm.runs.folder import find_checkpoint, log_unfinished
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 
@@ -32,6 +32,7 @@ def load_model(
 
     The result has the questions that a model answers as methods, and unpacks into the network and the tokenizer. The
     weights are the averaged ones (EMA) if the run kept them. Of a fine-tuned run, the network without the task's head.
+    A warning is logged if the model was trained without ITM.
 
     Args:
         path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
@@ -63,6 +64,8 @@ def load_model(
         # A fine-tuned run keeps the network as the part `model` of its task.
         prefix = "model." if read_state(folder).get("task") else ""
         read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state, prefix)
+    if not network.matching_is_trained:
+        log.warning("%s: trained without ITM, so its matches and re-rankings mean nothing", path)
     network = resized_model(network, image_size, text_length, trained=True)
     return TrainedModel(network.to(chosen), tokenizer, precision)
 
@@ -79,20 +82,6 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
         raise RunError(f"{folder}: {error}") from None
 
 
-def trained_with_itm(path: Path | str) -> bool:
-    """False if a run trained its model without ITM, so that the matching head has the weights it was initialized with.
-
-    Only a run tells, and a checkpoint in it. True for every other model. No checkpoint is verified here.
-    """
-    path = Path(path)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    try:
-        settings = json.loads(RunFolder(run).config.read_text())
-        return settings.get("itm_weight") != 0 or settings.get("initial_model") is not None
-    except (OSError, ValueError, AttributeError):  # no run, or a damaged file, which is not needed here
-        return True
-
-
 def _find_model(source: Path | str) -> tuple[Path, bool]:
     """Folder of the model that `source` names, and True if it is a portable one, False if it is a checkpoint."""
     path = Path(source)
@@ -107,7 +96,7 @@ def _find_model(source: Path | str) -> tuple[Path, bool]:
 
 
 def load_for_export(path: Path | str, precision: str = "auto") -> TrainedModel:
-    """Load a trained model on the CPU. Says so if the head of its task is left out, or ITM's head was not trained.
+    """Load a trained model on the CPU. Says so if the head of its task is left out.
 
     Arguments as in `load_model`.
     """
@@ -115,8 +104,6 @@ def load_for_export(path: Path | str, precision: str = "auto") -> TrainedModel:
     source, exported = _find_model(path)
     if not exported and (task := read_state(source).get("task")):
         log.info("%s: the network without the head of the task %s", path, task["name"])
-    if not trained_with_itm(path):
-        log.warning("%s: trained without ITM, so do not match or re-rank with it: its head has random weights", path)
     return model
 
 

@@ -54,6 +54,16 @@ def trained(tmp_path_factory, scenes) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def without_itm(tmp_path_factory, scenes) -> Path:
+    """A run of one step that was trained without ITM. Read only."""
+    from mvlm.training.run import pretrain
+
+    out = tmp_path_factory.mktemp("without-itm") / "run"
+    pretrain(pretrain_config(scenes, out, itm_weight=0.0, max_steps=1))
+    return out
+
+
 @pytest.fixture
 def run_copy(trained, tmp_path) -> Path:
     """A copy of the trained run, to be changed."""

@@ -44,11 +44,9 @@ def test_evaluation_without_candidates_is_refused(run_mvlm, trained, scenes):
 
 
 @pytest.mark.slow
-def test_a_run_without_itm_is_ranked_by_itc(run_mvlm, scenes, run_copy, tmp_path):
-    config = run_copy / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"itm_weight": 0.0}))
+def test_a_model_without_itm_is_ranked_by_itc(run_mvlm, scenes, without_itm, tmp_path):
     out = tmp_path / "test.json"
-    outcome = run_mvlm("eval", "retrieval", "--checkpoint", run_copy, "--data", scenes, "--out", out)
+    outcome = run_mvlm("eval", "retrieval", "--checkpoint", without_itm, "--data", scenes, "--out", out)
     assert not any("ITM" in line for line in outcome.out)
     figures = json.loads(out.read_text())
     assert (figures["rerank"], figures["reranked"], figures["itm"]) == (0, 0, None)

@@ -1,6 +1,5 @@
 """Trained models loaded from every kind of place."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.load import export, load_model, load_tokenizer_of, trained_with_itm
+from mvlm.runs.load import export, load_model, load_tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +35,16 @@ def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
     assert not network.training
 
 
-def test_a_run_tells_whether_it_trained_itm(trained, portable, run_copy, tmp_path, caplog):
-    assert trained_with_itm(trained)
-    assert trained_with_itm(portable)  # which does not tell
-    file = run_copy / "config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"itm_weight": 0.0}))
-    assert not trained_with_itm(run_copy)
-    assert not trained_with_itm(run_copy / "checkpoints/step_00000001")
-    export(run_copy, tmp_path / "portable")
-    assert "trained without ITM, so do not match or re-rank with it" in caplog.text
-    file.write_text(json.dumps(settings | {"itm_weight": 0.0, "initial_model": "another/run"}))
-    assert trained_with_itm(run_copy)
+def test_a_model_without_itm_is_known_by_its_head(trained, portable, without_itm, tmp_path, caplog):
+    """Wherever it was saved: a run and an exported folder warn that a match means nothing."""
+    assert load_model(trained, "cpu").network.matching_is_trained
+    assert load_model(portable, "cpu").network.matching_is_trained
+    assert "trained without ITM" not in caplog.text
+    export(without_itm, tmp_path / "folder")
+    for place in (without_itm, tmp_path / "folder"):
+        caplog.clear()
+        assert not load_model(place, "cpu").network.matching_is_trained
+        assert f"{place}: trained without ITM, so its matches and re-rankings mean nothing" in caplog.text
 
 
 def test_an_unfinished_run_says_how_far_it_is(trained, run_copy, caplog):
