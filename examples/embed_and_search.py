@@ -28,7 +28,7 @@ captions = [images.captions(i)[0] for i in range(len(images))]
 # Images are embedded once, and each query after that is a product: vectors have unit length.
 gallery = model.embed_images(images)  # float32 (n, E)
 similarity = model.embed_texts(arguments.queries) @ gallery.T  # (queries, n)
-found = torch.topk(similarity, arguments.top).indices.tolist()
+found = torch.topk(similarity, min(arguments.top, len(images))).indices.tolist()
 
 # ITM looks at a text and an image together. It is slower and more exact, so it orders the best candidates only.
 for query, candidates in zip(arguments.queries, found, strict=True):

@@ -3,8 +3,8 @@
     python examples/finetune_labels.py --checkpoint runs/demo --data data/emoji --label group --out labels --steps 200
 
 A label is a field of a sample's metadata. Prints the accuracy on the validation split with its 95 % interval, and that
-of the most frequent label. OUT/data holds the questions and OUT/run the fine-tuned run. examples/counting_task.py
-predicts numbers instead, by a head of its own.
+of the most frequent label. OUT, a new folder, gets the questions as OUT/data and the fine-tuned run as OUT/run.
+examples/counting_task.py predicts numbers instead, by a head of its own.
 """
 
 import argparse
@@ -27,8 +27,15 @@ parser.add_argument("--batch-size", type=int, default=64)
 arguments = parser.parse_args()
 data, run = arguments.out / "data", arguments.out / "run"
 
-# The question is the caption. All the answers to it are the labels of the training split.
-header = {"name": "labels", "source": str(arguments.data), "licence": "", "attribution": "", "recipe": {}}
+train = open_dataset(arguments.data, "train")
+if arguments.label not in (fields := train.metadata(0)):
+    raise SystemExit(f"--label: wanted one of {', '.join(fields)}, got {arguments.label}")
+if data.exists():
+    raise SystemExit(f"--out: wanted a new folder, found {data}; choose another, or remove it")
+
+# The question is the caption. All the answers to it are the labels of the training split. Pictures keep their licence.
+terms = {name: train.description.get(name, "") for name in ("licence", "attribution")}
+header = {"name": "labels", "source": str(arguments.data), **terms, "recipe": {}}
 frequencies: Counter[str] = Counter()
 with ShardWriter(data, **header) as writer:
     for split in ("train", "validation"):

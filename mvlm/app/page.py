@@ -16,6 +16,7 @@ from mvlm.app.gallery import Gallery
 from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image
 from mvlm.errors import ConfigError
 from mvlm.inference.images import decode_image
+from mvlm.inference.texts import shortened
 from mvlm.inference.trained_model import TrainedModel
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -24,6 +25,8 @@ try:
     from gradio.themes import Default
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
 except ImportError:
     raise ConfigError("app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'") from None
 
@@ -32,6 +35,8 @@ STYLE = """
 footer {display: none !important}
 """
 TALL = 320  # pixels
+KEPT = 24 * 3600
+"""Seconds that a visitor's image is kept on disk, at most an hour longer."""
 LOCAL = ("127.0.0.1", "localhost")
 BUTTONS: list[Any] = ["download", "fullscreen"]
 
@@ -56,23 +61,52 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> gr.Bl
     """
     example = gallery.example() if gallery else None
     image = _shown(example.image) if example else None
-    caption = example.caption if example else ""
+    caption = shortened(example.caption, model.tokenizer, model.network.config.text_length) if example else ""
     first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
-    with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
         gr.Markdown(f"# {html.escape(name)}")
         with gr.Tabs():
             if gallery:
                 _search_tab(gallery, caption)
             _fill_tab(model, image, first_word)
             _rebuild_tab(model, image, caption)
-            _look_tab(model, image, caption)
+            if model.network.matching_is_trained:
+                _look_tab(model, image, caption)
             _classify_tab(model, image, caption)
+    for block in page.blocks.values():
+        _fetch_nothing(block)
     return page
 
 
+def _fetch_nothing(block: Any) -> None:
+    """Refuse a URL in the place of an upload: Gradio would load it, of any size, before it is checked."""
+    keep = block.async_move_resource_to_block_cache
+
+    async def keep_file(path: str | Path | None) -> str | None:
+        if path is not None and "://" in str(path):
+            raise gr.Error("image: wanted an uploaded image, got a URL", print_exception=False)
+        return await keep(path)
+
+    block.async_move_resource_to_block_cache = keep_file
+
+
 def _shown(image: bytes) -> Image.Image:
-    """An encoded image as the model sees it: turned as its EXIF data say, what is transparent on white."""
-    return Image.fromarray(decode_image(image))
+    """An encoded image, turned as its EXIF data say, what is transparent on white, and no larger than it is shown."""
+    shown = Image.fromarray(decode_image(image))
+    shown.thumbnail((2 * TALL, 2 * TALL))
+    return shown
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError if the port is in use or the host is not of this machine."""
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port: wanted a number from 1 to 65535, got {port}")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"port: wanted {host}:{port} free, got: {error}; choose another --port") from None
 
 
 def start(page: gr.Blocks, host: str, port: int) -> str:
@@ -80,15 +114,8 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
 
     ConfigError if the port is in use or the host is not of this machine.
     """
-    if not 1 <= port <= 65535:
-        raise ConfigError(f"port: wanted a number from 1 to 65535, got {port}")
+    check_address(host, port)
     name = f"[{host}]" if ":" in host else host  # IPv6, as in a URL
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"port: wanted {host}:{port} free, got: {error}; choose another --port") from None
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it has started
     fonts = ["system-ui", "sans-serif"]  # from the visitor's machine: nothing is fetched
     page.launch(
@@ -110,7 +137,24 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
 
 def _only_as(names: Sequence[str]) -> list[Middleware]:
     """Answer requests for these hosts alone: another site may give its own name the address of this machine."""
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(names))]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(names)), Middleware(_FromThisPage)]
+
+
+class _FromThisPage:
+    """Refuses what a page of another site sends here. A browser sends it without asking, and hides only the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin")
+        # Behind a proxy, as in an editor in the browser, the page has the proxy's name. No page can forge that header.
+        own = [headers.get(name) for name in (b"host", b"x-forwarded-host")]
+        if scope.get("method") == "POST" and origin is not None and origin.partition(b"://")[2] not in own:
+            await PlainTextResponse("a page of another site may not send here", 403)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def _search_tab(gallery: Gallery, text: str) -> None:

@@ -1,6 +1,8 @@
 """`mvlm reconstruct`, `mvlm fill` and `mvlm app`: questions to a trained model, in the terminal or on a web page."""
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -86,24 +88,31 @@ def app(
     Args:
         source: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.
         data: Data folder to search. Default: that of the run.
-        index: Index of `mvlm search` to search instead, folder or URL.
+        index: Index of `mvlm search` to search instead of a data folder, folder or URL.
         host: Address to listen on. Others can reach the page only if you give 0.0.0.0.
         port: Port to listen on.
         device: auto, cpu or cuda.
     """
-    from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
-    from mvlm.app.page import build_page, start  # fails without gradio, before anything is loaded
-    from mvlm.runs.load import load_model
-    from mvlm.search.index import open_index
+    from mvlm.errors import ConfigError
 
-    model = load_model(source, device)
-    data = data or data_of_run(Path(source))
-    if index is not None:
-        gallery = IndexGallery(model, open_index(index), index)
-    else:
-        gallery = open_gallery(model, data) if data is not None else None
-        if gallery is None:
-            print(f"{source}: its data are not here, so there is no search; give --data or --index")
-    page = build_page(model, gallery, Path(source).name)
-    print(f"{start(page, host, port)}  (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    if data is not None and index is not None:
+        raise ConfigError("index: wanted --data or --index, got both; leave one out")
+    with TemporaryDirectory(prefix="mvlm-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # of what visitors send nothing stays. Read when Gradio is imported
+        from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
+        from mvlm.app.page import build_page, check_address, start  # fails without gradio, before anything is loaded
+        from mvlm.runs.load import load_model
+        from mvlm.search.index import open_index
+
+        check_address(host, port)
+        model = load_model(source, device)
+        data = data or data_of_run(Path(source))
+        if index is not None:
+            gallery = IndexGallery(model, open_index(index), index)
+        else:
+            gallery = open_gallery(model, data) if data is not None else None
+            if gallery is None:
+                print(f"{source}: its data are not here, so there is no search; give --data or --index")
+        page = build_page(model, gallery, Path(source).name)
+        print(f"{start(page, host, port)}  (Ctrl-C ends it)", flush=True)
+        page.block_thread()

@@ -86,3 +86,11 @@ def checked_texts(
             f"{lengths[number]}; shorten it"
         )
     return found
+
+
+def shortened(text: str, tokenizer: Tokenizer, length: int) -> str:
+    """The text without the last words that a model of at most `length` tokens does not read."""
+    words = text.split()[:length]  # each is a token or more
+    while len(words) > 1 and len(tokenizer.encode([" ".join(words)], length + 1)[0]) > length:
+        words.pop()
+    return " ".join(words)

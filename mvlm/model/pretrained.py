@@ -36,7 +36,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 """Form of a model's id on the hub: owner/name."""
 
 
-class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vision-and-language"]):
+class HubMixin(Base, library_name="mvlm", tags=["masked-vision-and-language"]):
     """`from_pretrained` and `save_pretrained` (and `push_to_hub`, from huggingface_hub) for MaskVLM."""
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -17,6 +17,7 @@ from mvlm.errors import RunError
 from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.pretrained import WEIGHTS_FILE
 from mvlm.runs.folder import RunFolder, find_checkpoint
 from mvlm_dataloading import DataError, open_dataset
 
@@ -28,9 +29,10 @@ TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 RECIPE = (
-    "batch_size", "max_steps", "warmup_steps", "optimizer", "lr_muon", "lr_encoder", "lr_cross", "lr_pixels",
-    "weight_decay", "beta2", "clip_norm", "ema_decay", "crop_scale", "flip", "color_jitter", "randaugment", "precision",
-    "seed", "task", "checkpoint", "initial_model", "image_weights", "text_weights",
+    "mlm_weight", "mim_weight", "itc_weight", "itm_weight", "batch_size", "max_steps", "warmup_steps", "optimizer",
+    "lr_muon", "lr_encoder", "lr_cross", "lr_pixels", "weight_decay", "beta2", "clip_norm", "ema_decay", "crop_scale",
+    "flip", "color_jitter", "randaugment", "precision", "seed", "task", "checkpoint", "initial_model",
+    "image_weights", "text_weights",
 )  # fmt: skip
 """Settings of a run that its card lists, as far as the run's config.json has them."""
 ORIGINS = {
@@ -40,6 +42,13 @@ ORIGINS = {
     "text_weights": "the text weights",
 }
 """Settings that name what a run started from, and what each names."""
+ABILITIES = {
+    "itc_weight": "compares images with texts",
+    "itm_weight": "judges whether an image and a text belong together",
+    "mlm_weight": "fills in masked words",
+    "mim_weight": "rebuilds masked patches of images",
+}
+"""What each loss teaches, by the setting that is 0 if a run left it out."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 Z95 = 1.959964
 """97.5 % point of the normal distribution."""
@@ -72,7 +81,8 @@ def recalls(figures: dict[str, Any]) -> list[Recall]:
     for queries, part in (("all", figures), ("unseen concepts", figures["unseen"])):
         if part is None:
             continue
-        for ranked_by, of in (("ITC, re-ranked by ITM", part), ("ITC", part["itc"])):
+        ways = (("ITC, re-ranked by ITM", part), ("ITC", part["itc"]))
+        for ranked_by, of in ways if figures.get("reranked") != 0 else ways[1:]:
             for direction, name in DIRECTIONS.items():
                 n = part["n_images"] if direction == "tr" else part["n_texts"]
                 images = figures["n_images"]  # for image to text too: of n captions an image, n are right
@@ -126,7 +136,10 @@ def model_card(
         same_data = _is_on(figures, data or str(config["data"]))
         figures["split"] = line(figures["split"])
         if not (_is_of(figures, checkpoint, run) if named_model is None else named_model == model):
-            figures, why_none = None, "another checkpoint, so there are no figures of this one"
+            figures, why_none = (
+                None,
+                ("another checkpoint, or of another image size or text length, so its figures are not here"),
+            )
         elif not same_data:
             figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
@@ -138,6 +151,8 @@ def model_card(
         hub_id=hub_id,
         task=line(Path(task).stem) if task else None,
         origin=origin(config),
+        abilities=abilities(config, network),
+        matches=network.matching_is_trained,
         parameters=sum(p.numel() for p in network.parameters()),
         model=network.config,
         data={key: line(description.get(key) or "not stated") for key in ("name", "source", "licence", "attribution")},
@@ -196,9 +211,22 @@ def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | 
 def origin(config: dict[str, Any]) -> str:
     """Model or weights that a run started from, in words; empty if its weights were drawn at random."""
     named = [(what, Path(config[key])) for key, what in ORIGINS.items() if config.get(key)]
-    # A checkpoint of a run is named by the run.
-    names = [(what, path.parents[1].name if path.parent.name == "checkpoints" else path.name) for what, path in named]
-    return " and ".join(f"{what} {line(name)}" for what, name in names)
+    return " and ".join(f"{what} {line(_name_of(path))}" for what, path in named)
+
+
+def _name_of(path: Path) -> str:
+    """Name of a model: of a checkpoint that of its run, of a file of weights that of its folder."""
+    path = path.absolute()
+    if path.name == WEIGHTS_FILE:
+        path = path.parent
+    return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+
+
+def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
+    """Abilities that the model was trained for. All of a fine-tuned or continued run; ITM only if it was trained."""
+    known = "task" in config or config.get("initial_model") is not None
+    found = [name for name in ABILITIES if known or config.get(name) != 0]
+    return [ABILITIES[name] for name in found if name != "itm_weight" or network.matching_is_trained]
 
 
 def setting(value: object) -> str:

@@ -5,6 +5,7 @@ its screenshots to docs/images.
 """
 
 import asyncio
+import copy
 import json
 import os
 import shutil
@@ -17,14 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from mvlm.app.gallery import data_of_run, open_gallery
+from mvlm.app.gallery import Found, data_of_run, open_gallery
 from mvlm.app.uploads import MAX_BYTES
 from mvlm.errors import ConfigError
+from mvlm.inference.trained_model import TrainedModel
 from mvlm.runs.load import load_model
 from support.commands import assert_refused
 from support.packages import needs
+from support.scenes import png
 
 pytestmark = [
     needs("gradio"),
@@ -224,6 +229,64 @@ def test_a_path_in_the_place_of_an_upload_is_refused(url) -> None:
         urllib.request.urlopen(f"{url}/gradio_api/file=/etc/passwd", timeout=60)
 
 
+def test_a_url_in_the_place_of_an_upload_is_not_fetched(url) -> None:
+    """Gradio alone would ask for its name, and load an image of any size."""
+    elsewhere = {"path": "http://elsewhere.example/x.png", "meta": {"_type": "gradio.FileData"}}
+    for label, values in (("Classify", [elsewhere, "a\nb", ""]), ("Search", [elsewhere, None])):
+        found = ask(url, label, values)
+        assert not found["success"]
+        assert "image: wanted an uploaded image, got a URL" in found["output"]["error"]
+
+
+def test_another_sites_page_may_not_send(url) -> None:
+    """A browser sends a form of another site without asking. Behind a proxy the page has the proxy's name."""
+    for headers, code in (
+        ({"Origin": url}, 422),  # as far as Gradio, which wants files
+        ({"Origin": "https://proxy.example", "X-Forwarded-Host": "proxy.example"}, 422),
+        ({"Origin": "http://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ):
+        request = urllib.request.Request(f"{url}/gradio_api/queue/join", b"{}", headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=60)
+        assert refused.value.code == code, headers
+
+
+class TallGallery:
+    """One image that is too tall for WebP, with a caption that is too long for the model."""
+
+    description = "an image"
+    found = Found(png(np.zeros((17_000, 300, 3), np.uint8)), "a red square " * 100)
+
+    def search(self, text: str | None, image: Any) -> list[Found]:
+        return [self.found]
+
+    def example(self) -> Found:
+        return self.found
+
+
+def test_a_page_of_other_peoples_images_and_of_a_model_without_itm(model) -> None:
+    """A tall image is an answer, a long caption is shortened to begin with, and no map shows what ITM looks at."""
+    from mvlm.app.page import build_page, start
+
+    untrained = TrainedModel(copy.deepcopy(model.network), model.tokenizer, "fp32")
+    torch.nn.init.zeros_(untrained.network.matching_head.bias)
+    page = build_page(untrained, TallGallery(), "micro")
+    try:
+        url = start(page, "127.0.0.1", free_port())
+        found = ask(url, "Search", ["a circle", None])
+        assert found["success"], found
+        config = json.loads(urllib.request.urlopen(f"{url}/config", timeout=60).read())
+        assert "Where it looks" not in {c["props"].get("label") for c in config["components"]}
+        texts = [c["props"]["value"] for c in config["components"] if c["props"].get("label") == "Text"]
+        assert len(texts) == 3  # of Search, Fill and Rebuild
+        for text in texts:
+            tokens = len(model.tokenizer.encode([text.replace("[MASK]", "a")], 500)[0])
+            assert 3 < tokens <= model.network.config.text_length, text
+    finally:
+        page.close()
+
+
 def test_another_sites_page_may_not_read_answers(url) -> None:
     """A browser gives an answer to a page of another site only if the answer allows its origin."""
     for origin, allowed in ((url, True), ("http://elsewhere.example", False)):
@@ -274,6 +337,15 @@ def test_without_gradio_the_command_names_the_extra(run_mvlm, trained, monkeypat
 
 def test_a_missing_run_is_an_error_of_one_line(run_mvlm, tmp_path) -> None:
     assert_refused(run_mvlm("app", tmp_path / "none"), "none: wanted a run, a checkpoint or an exported folder")
+
+
+def test_a_wrong_port_is_said_before_the_model_is_loaded(run_mvlm, tmp_path) -> None:
+    assert_refused(run_mvlm("app", tmp_path / "none", "--port", 99999), "port: wanted a number from 1 to 65535")
+
+
+def test_data_and_an_index_are_not_both_searched(run_mvlm, trained, scenes) -> None:
+    outcome = run_mvlm("app", trained, "--data", scenes, "--index", "index")
+    assert_refused(outcome, "index: wanted --data or --index, got both; leave one out")
 
 
 def test_an_address_of_ipv6_and_a_port_of_none(model) -> None:

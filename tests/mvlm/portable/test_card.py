@@ -1,6 +1,7 @@
 """Model cards: what they state is the run's, and other people's text stays text."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from scipy import stats
 
 from mvlm.errors import RunError
-from mvlm.portable.card import line, model_card, recalls, wilson_interval
+from mvlm.portable.card import line, model_card, origin, recalls, wilson_interval
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 
@@ -44,6 +45,45 @@ def test_the_card_of_a_run_with_muon_has_its_rate(run_copy):
     card = model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
     assert '| optimizer | "muon" |' in card
     assert "| lr_muon | 0.03 |" in card
+
+
+def test_the_card_of_a_model_without_itm_does_not_claim_it(without_itm, tmp_path):
+    """Neither in words nor in what the hub reads: a re-ranked figure there is one of ITC."""
+    run = shutil.copytree(without_itm, tmp_path / "run")
+    (run / "eval").mkdir()
+    (run / "eval/test.json").write_text(json.dumps(FIGURES | {"reranked": 0}))
+    card = model_card(run, load_model(run, "cpu").network, hub_id="someone/demo")
+    first = "It compares images with texts, fills in masked words and rebuilds masked patches of images."
+    assert first in " ".join(card.split())
+    assert "model.match" not in card
+    assert "re-ranked" not in card
+    assert "`match`, `rerank` and `attention` read a head with random weights" in card
+    assert "| itm_weight | 0.0 |" in card
+    names = {result["name"] for result in metrics_of(card)}
+    assert names == {f"{d}, ITC, recall@{k}" for d in ("image to text", "text to image") for k in (1, 5, 10)}
+
+
+def metrics_of(card: str) -> list[dict]:
+    """What the hub shows of a card."""
+    (model,) = head_of(card)["model-index"]
+    return [metric for result in model["results"] for metric in result["metrics"]]
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/home/x/my_run/checkpoints/step_00000002", r"my\_run"),
+        ("/home/x/folder/model.safetensors", "folder"),
+        ("/home/x/my_run", r"my\_run"),
+    ],
+)
+def test_a_start_is_named_by_its_run_or_folder(path, name):
+    assert origin({"initial_model": path}) == f"the model {name}"
+
+
+def test_a_start_that_was_given_from_within_its_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert origin({"checkpoint": "checkpoints/step_00000002"}) == f"the model {line(tmp_path.name)}"
 
 
 def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(run_copy):

@@ -193,7 +193,7 @@ def test_figures_of_other_weights_are_said_to_be_so(reported, page, tmp_path):
     assert "Zero-shot" not in Page(write_report(copy).read_text()).text
 
 
-def test_examples_of_a_run_without_itm_are_ranked_by_itc(reported, tmp_path, monkeypatch):
+def test_the_report_of_a_run_without_itm_asks_it_nothing(reported, tmp_path, monkeypatch):
     run, *_ = reported
     monkeypatch.setattr(MaskVLM, "matching_is_trained", False)
 
@@ -201,7 +201,9 @@ def test_examples_of_a_run_without_itm_are_ranked_by_itc(reported, tmp_path, mon
         raise AssertionError("ITM was asked")
 
     monkeypatch.setattr(retrieval, "match_log_odds", refuse)
-    assert "best: right" in write_report(run, out=tmp_path / "report.html").read_text()
+    text = write_report(run, out=tmp_path / "report.html").read_text()
+    assert "best: right" in text
+    assert "There are no maps: they show what ITM looks at" in text
 
 
 def test_a_report_has_the_pointing_game_or_the_command_that_plays_it(reported, page, tmp_path):
