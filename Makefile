@@ -313,11 +313,11 @@ MACHINE ?= here
 bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench kernels --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.kernels.host_time --json $(RESULTS)/host.json
-	$(BIN)/mvlm bench step --rounds 9 --contenders timm+roberta timm+decoder-layer plain fast drop_masked \
+	$(BIN)/mvlm bench step --rounds 9 --contenders timm+roberta timm+decoder-layer timm+roberta-math plain fast drop_masked \
 	    --json $(RESULTS)/step-tiny-$(MACHINE).json --csv $(RESULTS)/step-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench step --rounds 3 --contenders timm+roberta timm+roberta-compiled fast \
 	    --json $(RESULTS)/step-tiny-compiled-$(MACHINE).json --csv $(RESULTS)/step-tiny-compiled-$(MACHINE).csv
-	$(BIN)/mvlm bench step --preset base --batch 4 --rounds 3 --no-optimizer --contenders timm+roberta timm+decoder-layer fast \
+	$(BIN)/mvlm bench step --preset base --batch 4 --rounds 9 --no-optimizer --contenders timm+roberta timm+decoder-layer timm+roberta-math fast \
 	    --json $(RESULTS)/step-base-$(MACHINE).json --csv $(RESULTS)/step-base-$(MACHINE).csv
 	$(BIN)/mvlm bench run --data $(DATA) --rounds 20 --json $(RESULTS)/run-tiny-$(MACHINE).json --csv $(RESULTS)/run-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
