@@ -129,20 +129,26 @@ class AnswerDecoder(nn.Module):
 
     def forward(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:
         """Features (Q, C) of the tokens of R answers; answer r belongs to question of[r], int64 (R,)."""
-        rows = model.text_encoder.embed(answers.tokens, answers.packing.position)
+        # Without y: the norm's output in another dtype, which a pre-norm block would take for a branch and add to x.
+        x = model.text_encoder.embed(answers.tokens, answers.packing.position).x  # (Q, C)
         if plan == "plain":
             memory, memory_mask = question.padded()
-            x, key_mask = answers.packing.pad(rows.x), answers.packing.key_mask  # (R, A, C), (R, A), True = a token
+            x, key_mask = answers.packing.pad(x), answers.packing.key_mask  # (R, A, C), (R, A), True = a token
             x = self.decoder(x, memory.index_select(0, of), key_mask, memory_mask[of], causal=True)
             return answers.packing.unpad(x)
         cache = KeyValueCache(question.rows, question.packing)
         partners = KeyIndex(of, len(question.packing))
-        return encode_rows(self.decoder, rows, answers.packing, cache, partners, causal=True)
+        return encode_rows(self.decoder, Residual(x), answers.packing, cache, partners, causal=True)
 
     def loss(
         self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, weights: Tensor, plan: str
     ) -> tuple[Tensor, Tensor]:
-        """Sum of the R answers' negative log-likelihoods, each times its weight (R,); and the accuracy of tokens."""
+        """Sum of the R answers' negative log-likelihoods, each times its weight (R,); and the accuracy of tokens.
+
+        Both are 0 without answers.
+        """
+        if not len(of):  # the fast implementation has no rows to attend with; all parameters take part, for DDP
+            plan = "plain"
         x = self(model, question, answers, of, plan)
         each = weights.index_select(0, answers.packing.sequence_of_row)  # (Q,)
         return weighted_cross_entropy(model, x, answers.targets, each, plan)

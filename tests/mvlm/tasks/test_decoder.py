@@ -14,9 +14,9 @@ OF = torch.tensor([0, 3, 1, 1, 4, 0, 2])
 IDS = torch.tensor([0, 1, 2, 5, 3, 3, 4])
 
 
-@pytest.fixture(scope="module")
-def parts(tokenizer):
-    model = micro_model()
+@pytest.fixture(scope="module", params=["post", "pre"])
+def parts(request, tokenizer):
+    model = micro_model(cross_norm=request.param)
     batch, _ = micro_batch()
     return model, AnswerDecoder(model), batch, AnswerTable(ANSWERS, tokenizer, model.config.text_length)
 
@@ -32,11 +32,17 @@ def next_logits(model, decoder, batch, prefix: list[int], question: int) -> np.n
     encoder = model.text_encoder
     x = encoder.norm(encoder.words.weight[prefix] + encoder.position[: len(prefix)])[None]
     for block in decoder.decoder.layers:
-        rows = [block.self_attention(x[:, i : i + 1], x[:, : i + 1]).rows for i in range(len(prefix))]
-        x = block.norm1(x + torch.cat(rows, 1))
-        x = block.norm2(x + block.cross_attention(x, memory).rows)
-        x = block.norm3(x + block.mlp(x))
-    return model.language_head(x[0, -1]).numpy()
+        y = block.norm1(x) if block.pre else x
+        rows = [block.self_attention(y[:, i : i + 1], y[:, : i + 1]).rows for i in range(len(prefix))]
+        if block.pre:
+            x = x + torch.cat(rows, 1)
+            x = x + block.cross_attention(block.norm2(x), memory).rows
+            x = x + block.mlp(block.norm3(x))
+        else:
+            x = block.norm1(x + torch.cat(rows, 1))
+            x = block.norm2(x + block.cross_attention(x, memory).rows)
+            x = block.norm3(x + block.mlp(x))
+    return model.language_head(decoder.decoder.norm(x)[0, -1]).numpy()
 
 
 @pytest.mark.slow
@@ -105,3 +111,14 @@ def test_generated_answers_take_the_likeliest_token_each_time(parts, tokenizer):
             prefix.append(allowed[int(logits[allowed].argmax())])
         assert tokens[: len(prefix) - 1] == prefix[1:]
         assert set(tokens[len(prefix) - 1 :]) <= {tokenizer.sep_id}
+
+
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+def test_questions_without_a_listed_answer_have_no_loss_and_zero_gradients(parts, plan):
+    model, decoder, batch, table = copy.deepcopy(parts)
+    nothing = torch.empty(0, dtype=torch.int64)
+    question = decoder.question(model, batch, plan)
+    loss, accuracy = decoder.loss(model, question, table.select(nothing), nothing, torch.empty(0), plan)
+    assert (loss.item(), accuracy.item()) == (0, 0)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in decoder.parameters())
