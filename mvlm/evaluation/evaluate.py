@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
-from mvlm.evaluation.features import EncodedSplit, encode_split
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.intervals import recall_intervals
 from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, rank_all, rank_by_itc, recall
 from mvlm.evaluation.workspace import Workspace
@@ -82,18 +82,20 @@ def evaluate_with_ranks(
     workspace = workspace or Workspace()
     features = encode_split(model, split, tokenizer, precision, workspace)
     tr, ir = rank_all(model, features, k, precision, workspace=workspace, answers=False).values()
-    unseen = unseen_images(split, train)
+    unseen, images = unseen_images(split, train), features.different
+    unseen = None if unseen is None else unseen[images]
+    owner = torch.searchsorted(images, features.owner)  # among the different images
     figures = {
         "tr": recall(tr.itm),
         "ir": recall(ir.itm),
-        "tr_95": recall_intervals(tr.itm, torch.arange(len(split))),
-        "ir_95": recall_intervals(ir.itm, features.owner),
-        "n_images": len(split),
+        "tr_95": recall_intervals(tr.itm, torch.arange(len(images))),
+        "ir_95": recall_intervals(ir.itm, owner),
+        "n_images": len(images),
         "n_texts": len(features.captions),
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
         "itm": {"tr": recall(tr.itm_alone), "ir": recall(ir.itm_alone)} if k else None,
-        "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, features, k),
-        "reranked": min(k, len(split)),
+        "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, owner, k),
+        "reranked": min(k, len(images)),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
         "seconds": round(time.perf_counter() - started, 1),
@@ -102,19 +104,19 @@ def evaluate_with_ranks(
     ranks = {name: {kind: getattr(r, kind).tolist() for kind in kinds} for name, r in (("tr", tr), ("ir", ir))}
     return figures, {
         **ranks,
-        "owner": features.owner.tolist(),
+        "owner": owner.tolist(),
         "unseen": None if unseen is None else unseen.tolist(),
     }
 
 
-def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSplit, k: int) -> dict[str, Any]:
+def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, owner: torch.Tensor, k: int) -> dict[str, Any]:
     """Recall for the queries among the images `chosen`, bool (images,), and their captions, in the full gallery."""
-    texts = chosen[features.owner]
+    texts = chosen[owner]
     return {
         "tr": recall(tr.itm[chosen]),
         "ir": recall(ir.itm[texts]),
         "tr_95": recall_intervals(tr.itm[chosen], chosen.nonzero()[:, 0]),
-        "ir_95": recall_intervals(ir.itm[texts], features.owner[texts]),
+        "ir_95": recall_intervals(ir.itm[texts], owner[texts]),
         "n_images": int(chosen.sum()),
         "n_texts": int(texts.sum()),
         "itc": {"tr": recall(tr.itc[chosen]), "ir": recall(ir.itc[texts])},

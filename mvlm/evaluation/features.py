@@ -6,6 +6,7 @@ Shape legend: I images, T captions, W tokens of all captions, N patches, C width
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,19 @@ class EncodedSplit:
     """(I, E), unit length."""
     text_embedding: Tensor
     """(T, E), unit length."""
+    image: Tensor
+    """int64 (I,), for each image the first one that is the same: itself, unless several samples share an image."""
     owner: Tensor
-    """int64 (T,), image of each caption."""
+    """int64 (T,), image of each caption, as in `image`."""
     first: Tensor
     """int64 (I,), row of each image's first caption."""
     captions: list[str]
     """Texts of the T captions."""
+
+    @property
+    def different(self) -> Tensor:
+        """Images without repetitions, int64 (up to I,), rising: the queries of image to text, the gallery of texts."""
+        return (self.image == torch.arange(len(self.image))).nonzero()[:, 0]
 
     def images(self, rows: Tensor, device: torch.device) -> Tensor:
         """Features (R, 1+N, C) of the images `rows`, int64 (R,) on the CPU."""
@@ -83,12 +91,14 @@ def encode_split(
     dtype = torch.promote_types(dtype, torch.float32)
     image_embedding = workspace.array("image_embedding", (len(dataset), config.itc_width), dtype)
     text_embedding = workspace.array("text_embedding", (len(captions), config.itc_width), dtype)
+    image_id = workspace.array("image_id", (len(dataset),), torch.int64)
 
     def encode_images(start: int, stop: int) -> Iterator[None]:
         for batch, _ in eval_loader(dataset.rows(start, stop), model, tokenizer):
             found = image_features(model, batch.images, precision)
             v.write(start, found.v)
             image_embedding.write(start, found.embedding)
+            image_id.write(start, batch.image_id.cpu())
             start += len(batch.images)
             yield
 
@@ -101,13 +111,16 @@ def encode_split(
 
     workspace.share("images", len(dataset), BATCH, encode_images, "images")
     workspace.share("texts", len(captions), BATCH, encode_texts, "captions")
+    _, earliest, number = np.unique(image_id.tensor.numpy(), return_index=True, return_inverse=True)
+    image = torch.from_numpy(earliest[number])
     return EncodedSplit(
         v.tensor,
         w.tensor,
         starts,
         image_embedding.tensor,
         text_embedding.tensor,
-        torch.tensor(owner),
+        image,
+        image[torch.tensor(owner)],
         torch.tensor(first),
         captions,
     )

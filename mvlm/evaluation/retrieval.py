@@ -4,7 +4,8 @@ ITM learns to distinguish true pairs from negatives that are drawn from ITC's ow
 log-ratio of the two distributions (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate
 is therefore the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the
 two as well; ALBEF ranks candidates by ITM alone, and `Ranks` has these ranks too. TR retrieves captions for an image;
-any of the image's captions is a right answer. IR retrieves images for a caption. Memory is bounded: similarities are
+any of the image's captions is a right answer. IR retrieves images for a caption. Samples that share an image, as those
+of data with a row for each caption, are one image here, with the captions of all. Memory is bounded: similarities are
 computed for one block of queries at a time. They are float64 products, so no rank depends on the order in which a sum
 is computed.
 
@@ -40,6 +41,7 @@ MOST_ANSWERS = 5
 class Ranks:
     """Results of ranking: for each query, the rank of its best right answer and its top answers.
 
+    Queries of image to text are the images `EncodedSplit.different`, those of text to image all captions.
     A rank is the number of wrong answers before the best right one; 0 = first.
     """
 
@@ -48,7 +50,7 @@ class Ranks:
     itm: Tensor
     """int64 (queries,), after re-ranking by ITC and ITM together."""
     top: Tensor
-    """int64 (queries, up to 5), gallery rows of the first answers after re-ranking."""
+    """int64 (queries, up to 5), captions or images of the first answers after re-ranking."""
     score: Tensor
     """(queries,), score of the first answer."""
     itm_alone: Tensor
@@ -63,14 +65,15 @@ class Candidates:
     ranks: StoredArray
     """int64 (queries,), rank of the best right answer by ITC."""
     rows: StoredArray
-    """int64 (queries, K), gallery rows, the most similar first."""
+    """int64 (queries, K), captions or images, the most similar first."""
     similarity: StoredArray
     """float64 (queries, K)."""
 
     def pairs(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
         """Pair of each candidate, int64 (queries, K): image x number of captions + caption."""
         rows = self.rows.tensor[queries]
-        asked = torch.arange(len(self.rows.tensor))[queries, None]
+        asked = features.different if self.direction == "tr" else torch.arange(len(self.rows.tensor))
+        asked = asked[queries, None]
         images, texts = (asked, rows) if self.direction == "tr" else (rows, asked)
         return images * len(features.captions) + texts
 
@@ -130,8 +133,9 @@ def find_candidates(
 ) -> Candidates:
     """The k most similar gallery rows of every query, in blocks of queries on the device, by default the CPU."""
     device = device or torch.device("cpu")
-    queries, gallery = features.image_embedding, features.text_embedding
-    query_owner, gallery_owner = torch.arange(len(queries)), features.owner
+    images = features.different
+    queries, gallery = features.image_embedding.index_select(0, images), features.text_embedding
+    query_owner, gallery_owner = images, features.owner
     if direction == "ir":
         queries, gallery, query_owner, gallery_owner = gallery, queries, gallery_owner, query_owner
     gallery, gallery_owner = gallery.double().to(device), gallery_owner.to(device)
@@ -150,7 +154,7 @@ def find_candidates(
             right = query_owner[block, None].to(device) == gallery_owner  # (Q, G)
             best = similarity.topk(k, dim=1)
             found.ranks.write(begin, best_rank(similarity, right))
-            found.rows.write(begin, best.indices)
+            found.rows.write(begin, best.indices if direction == "tr" else images[best.indices.cpu()])
             found.similarity.write(begin, best.values)
             yield
 

@@ -104,6 +104,7 @@ def confusions(split: Dataset, features: EncodedSplit) -> list[Confusion]:
     An image that has the same caption is not a wrong one.
     """
     images, texts, owner = features.image_embedding.double(), features.text_embedding.double(), features.owner
+    repeated = features.image != torch.arange(len(images))
     with_caption: dict[str, list[int]] = {}
     for caption, image in zip(features.captions, owner.tolist(), strict=True):
         with_caption.setdefault(caption, []).append(image)
@@ -111,6 +112,7 @@ def confusions(split: Dataset, features: EncodedSplit) -> list[Confusion]:
     for start in range(0, len(texts), BLOCK):
         similarity = texts[start : start + BLOCK] @ images.T  # (block, n)
         own = similarity.gather(1, owner[start : start + BLOCK, None])[:, 0]
+        similarity[:, repeated] = float("-inf")
         for row, caption in enumerate(features.captions[start : start + BLOCK]):
             similarity[row, with_caption[caption]] = float("-inf")
         best = similarity.max(1)

@@ -204,11 +204,12 @@ def retrievals(
     """
     groups = []
     unseen, both = unseen_images(split, train), rank_all(model, features, k, workspace=workspace)
+    queries = {"tr": features.different, "ir": torch.arange(len(features.captions))}
     for direction, title in (("tr", "Image to text"), ("ir", "Text to image")):
         ranks = both[direction]
         pool, among = ranks.itm == 0, ""
         if unseen is not None:
-            unseen_pool = pool & (unseen if direction == "tr" else unseen[features.owner])
+            unseen_pool = pool & unseen[features.different if direction == "tr" else features.owner]
             if unseen_pool.any():
                 pool, among = unseen_pool, ", among unseen concepts"
         best = ranks.score.masked_fill(~pool, float("-inf")).topk(min(RETRIEVALS, int(pool.sum()))).indices
@@ -218,7 +219,10 @@ def retrievals(
             ("worst: right answers ranked lowest", worst),
         ):
             found = [
-                retrieval(split, features, direction, int(q), ranks.top[q].tolist(), int(ranks.itm[q])) for q in chosen
+                retrieval(
+                    split, features, direction, int(queries[direction][q]), ranks.top[q].tolist(), int(ranks.itm[q])
+                )
+                for q in chosen
             ]
             groups.append(RetrievalGroup(f"{title}, {name}", found))
     return groups

@@ -28,7 +28,7 @@ from mvlm.model.residual import Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.metrics.captions import bleu, cider, tokenize
-from mvlm.tasks.metrics.facts import fact_figures
+from mvlm.tasks.metrics.facts import fact_figures, is_scene
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
@@ -148,7 +148,7 @@ class Captioning(Task):
         equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
         metadata = [dataset.metadata(i) for i in range(len(dataset))]
         images = [str(record.get("image_id", i)) for i, record in enumerate(metadata)]
-        scenes = {str(i): record["scene"] for i, record in enumerate(metadata) if "scene" in record}
+        scenes = {str(i): scene for i, record in enumerate(metadata) if is_scene(scene := record.get("scene"))}
         return {
             "captions": len(found),
             "cider_d": 100 * float(scores.mean()),

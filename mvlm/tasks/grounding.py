@@ -101,7 +101,7 @@ def phrases_of(dataset: Dataset, detected: dict[str, list[list[float]]] | None =
                 )
         found.texts.append(dataset.captions(i)[0])
         found.boxes.append(record["box"])
-        found.sizes.append(record["size"])
+        found.sizes.append([max(1, round(length)) for length in record["size"]])
         boxes = record.get("candidates", [])
         if detected is not None:  # COCO's images have "coco NUMBER" as their id
             boxes = detected.get(str(record.get("image_id")).removeprefix("coco "), [])

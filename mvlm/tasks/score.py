@@ -13,7 +13,7 @@ import numpy as np
 from mvlm.errors import ConfigError, RunError
 from mvlm.tasks.metrics.captions import bleu, cider
 from mvlm.tasks.metrics.classification import classification_figures
-from mvlm.tasks.metrics.facts import fact_figures
+from mvlm.tasks.metrics.facts import fact_figures, is_scene
 from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
@@ -137,7 +137,7 @@ def _caption(predictions: Path, references: Path) -> Scored:
 
 def _scenes(references: Path, images: list[Any], wanted: dict[str, list[str]]) -> dict[str, Any]:
     """The scenes of the images, if the annotations of composed scenes have them."""
-    rows = [row for row in images if isinstance(row, dict) and "scene" in row]
+    rows = [row for row in images if isinstance(row, dict) and is_scene(row.get("scene"))]
     scenes = by_id(references, rows, "id", lambda r: r["scene"]) if rows else {}
     if scenes and scenes.keys() != wanted.keys():
         raise RunError(

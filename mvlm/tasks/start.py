@@ -47,4 +47,11 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
         with suppress(ConfigError, DataError, OSError, ValueError, TypeError, RecursionError):
             return model_config(json.loads(file.read_text()), str(file)), load_tokenizer(checkpoint / TOKENIZER)
     pretrained, tokenizer = load_model(config.checkpoint)
+    longest = pretrained.config.text_length
+    if config.freeze != "none" and not config.random_weights and (config.question_length or 0) > longest:
+        raise ConfigError(
+            f"question_length: wanted at most the {longest} tokens of the pretrained model if its text encoder is "
+            f"frozen, got {config.question_length}, and nothing would train the further positions; give "
+            f"--question-length {longest}, or --freeze none"
+        )
     return resized_config(pretrained.config, config.image_size, config.question_length), tokenizer

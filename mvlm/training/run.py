@@ -162,6 +162,11 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     check_attention(config)
     weights = config.initial_model or config.image_weights or config.text_weights
     if weights and not RunFolder(config.out).config.exists():
+        if config.text_weights is not None and config.tokenizer is None and dataset.tokenizer_sha256 is None:
+            raise ConfigError(
+                f"text_weights: wanted the tokenizer that {config.text_weights} was trained with, found none, and one "
+                f"trained on the captions has other tokens; give --tokenizer"
+            )
         make_model(config, fresh=True)  # raises for weights that do not fit
     return RunInputs(config, dataset, validation, tokenizer)
 

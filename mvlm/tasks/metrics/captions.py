@@ -8,19 +8,28 @@ COCO's server runs; figures may differ from the server's in their first decimal.
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 LONGEST = 4
+JOINERS = "\u200c\u200d"
+"""Signs within a word that say whether its letters join: zero-width non-joiner and joiner."""
 SIGMA = 6.0
 Grams = Counter[tuple[str, ...]]
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words of a caption in lower case, without punctuation; an apostrophe or a hyphen within a word stays."""
-    return re.findall(r"\w+(?:['-]\w+)*", caption.lower())
+    """Words of a caption in lower case, without punctuation; an apostrophe or a hyphen within a word stays.
+
+    So do the signs of scripts that write vowels as marks on a letter, such as Devanagari's.
+    """
+    caption = caption.lower()
+    marks = {c for c in caption if c in JOINERS or unicodedata.category(c).startswith("M")}  # which \w leaves out
+    part = rf"[\w{''.join(marks)}]+"
+    return re.findall(rf"{part}(?:['-]{part})*", caption)
 
 
 def count_grams(words: Sequence[str], length: int) -> Grams:

@@ -5,11 +5,16 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
 
 KINDS = ("object", "colour", "count", "relation")
+
+
+def is_scene(value: Any) -> TypeGuard[dict[str, Any]]:
+    """True for a composed scene; another data set may have a field of this name, such as scene: "kitchen"."""
+    return isinstance(value, dict) and isinstance(value.get("objects"), list) and isinstance(value.get("size"), list)
 
 
 def fact_figures(captions: Mapping[str, str], scenes: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

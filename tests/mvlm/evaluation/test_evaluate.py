@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from mvlm.evaluation.evaluate import evaluate, evaluate_briefly, unseen_images
+from mvlm.evaluation.evaluate import evaluate, evaluate_briefly, evaluate_with_ranks, unseen_images
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank, recall
 from mvlm.evaluation.table import format_table
@@ -56,6 +57,46 @@ def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tok
     assert "unseen" not in format_table(figures)
     features = encode_split(model, split, tokenizer, "fp32")
     assert not any("unseen" in group.title for group in retrievals(model, split, known, features))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [False, True])
+def test_samples_that_share_an_image_are_one_image(model, tmp_path, tokenizer, named):
+    """Data with a row for each caption have the figures of data with all captions of an image in one row."""
+    folders = tmp_path / "merged", tmp_path / "flat"
+    for folder in folders:
+        with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
+            for i in range(12):
+                pixels, caption = scene(i)
+                captions, noise = [caption, f"one {caption}", f"{caption} again"], np.random.default_rng(i)
+                for row, texts in enumerate([captions] if folder.name == "merged" else [[c] for c in captions]):
+                    if named:  # stored anew for each caption, as a name in the metadata says
+                        pixels[0, 0] = noise.integers(0, 255, 3)
+                    metadata = {"base": str(i % 4)} | ({"image_id": i} if named else {})
+                    writer.add(f"{i}-{row}", png(pixels), texts, metadata, split="test")
+            writer.add("train", png(scene(20)[0]), ["a square"], {"base": "1"}, split="train")
+    found, ranks = zip(
+        *(
+            evaluate_with_ranks(model.eval(), *(open_dataset(f, s) for s in ("test", "train")), tokenizer, 4, "fp32")
+            for f in folders
+        ),
+        strict=True,
+    )
+    assert (found[1]["n_images"], found[1]["n_texts"]) == (12, 36)
+    assert found[0]["unseen"]["n_images"] == 9
+    if named:  # the gallery has the first picture of each image
+        assert ranks[0]["owner"] == ranks[1]["owner"]
+        return
+    assert ranks[0] == ranks[1]
+    for name in ("tr", "ir", "tr_95", "ir_95", "itc", "itm", "unseen", "n_images", "n_texts", "reranked"):
+        assert found[0][name] == found[1][name], name
+    brief = [evaluate_briefly(model, open_dataset(f, "test"), tokenizer, "fp32") for f in folders]
+    assert {k: v for k, v in brief[0].items() if "_r" in k} == {k: v for k, v in brief[1].items() if "_r" in k}
+    flat, train = (open_dataset(folders[1], name) for name in ("test", "train"))
+    groups = retrievals(model, flat, train, encode_split(model, flat, tokenizer, "fp32"), 4)
+    for group in groups:
+        for each in group.retrievals:
+            assert len({answer.image or answer.text for answer in each.answers}) == len(each.answers)  # none twice
 
 
 @pytest.mark.slow

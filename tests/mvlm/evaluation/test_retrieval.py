@@ -54,6 +54,7 @@ def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> Encode
         starts=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         image_embedding=torch.from_numpy(image),
         text_embedding=torch.from_numpy(text),
+        image=torch.arange(len(image)),
         owner=torch.tensor(owner),
         first=torch.tensor([owner.index(i) for i in range(len(image))]),
         captions=[f"caption {t}" for t in range(len(text))],

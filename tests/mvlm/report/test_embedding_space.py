@@ -21,7 +21,7 @@ def features_of(split: Dataset, images: np.ndarray, texts: np.ndarray) -> Encode
     owner = torch.tensor([i for i in range(len(split)) for _ in split.captions(i)])
     nothing = torch.zeros(0)
     v, w = (torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True)).float() for x in (images, texts))
-    return EncodedSplit(nothing, nothing, nothing, v, w, owner, nothing, captions)
+    return EncodedSplit(nothing, nothing, nothing, v, w, torch.arange(len(v)), owner, nothing, captions)
 
 
 @pytest.fixture

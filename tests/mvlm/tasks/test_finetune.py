@@ -224,6 +224,10 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"mlm_weight": 0.5}, "got --mlm-weight; leave"),
         ({"optimizer": "muon"}, "got --optimizer; leave"),
         ({"answers": "masked", "freeze": "all"}, "freeze: wanted none or encoders, got all; .* no head to train"),
+        (
+            {"freeze": "encoders", "question_length": 13},
+            "question_length: wanted at most the 12 tokens .* give --quest",
+        ),
         ({"tokenizer": Path("tokenizer.json")}, "got --tokenizer; leave"),
         ({"preemption_file": Path(__file__)}, "preemption_file: .* exists before the run starts"),
         ({"task": "retrieval"}, "found a sample of the task vqa; name a data set of images and captions"),

@@ -166,6 +166,15 @@ def test_a_box_of_texts_is_refused(tmp_path):
         phrases_of(open_dataset(tmp_path / "d", "test"))
 
 
+def test_sizes_may_be_written_with_a_point(tmp_path):
+    with ShardWriter(tmp_path / "d", name="p", source="", licence="", attribution="", recipe={}) as writer:
+        facts = {"box": [1.5, 2.0, 3.0, 4.0], "size": [96.0, 64.0]}
+        writer.add("0", png(scene(0)[0]), ["a red square"], facts, split="test")
+    (size,) = phrases_of(open_dataset(tmp_path / "d", "test")).sizes
+    assert size == [96, 64]
+    assert {type(length) for length in size} == {int}
+
+
 @pytest.mark.slow
 def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, scenes, phrases, run_mvlm):
     with pytest.raises(DataError, match="wanted `box`, 4 numbers in pixels, found None; is it data of another task"):

@@ -262,6 +262,8 @@ def test_captions_of_scenes_have_facts(tmp_path):
     document = {"images": [{"id": i, "scene": scene} for i in (1, 2)], "annotations": annotations}
     found = score("caption", results, write_json(tmp_path / "a.json", document))
     assert (found["fact_precision"], found["fact_recall"]) == (100, 100)
+    kitchens = {"images": [{"id": i, "scene": "kitchen"} for i in (1, 2)], "annotations": annotations}
+    assert "fact_f1" not in score("caption", results, write_json(tmp_path / "k.json", kitchens))
     document["images"].pop()
     with pytest.raises(RunError, match="wanted a scene for each of 2 images with captions, or for none, found 1"):
         score("caption", results, write_json(tmp_path / "b.json", document))

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "guides" / "weights.md"
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_tensorboard, monkeypatch):
+def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_tensorboard, tokenizer):
     """At a learning rate of zero the encoders are unchanged after the run. A missing file leaves no run folder."""
     import mvlm.training.run
     from mvlm.runs.load import load_model
@@ -31,6 +31,11 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
         tmp_path / "text.safetensors",
     )
     files = {"image_weights": tmp_path / "vit.safetensors", "text_weights": tmp_path / "text.safetensors"}
+    with pytest.raises(ConfigError, match=r"text_weights: wanted the tokenizer that .* was trained with, found none"):
+        mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "run", **files))
+    assert not (tmp_path / "run").exists()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    files["tokenizer"] = tmp_path / "tokenizer.json"
     config = pretrain_config(
         scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, **files
     )

@@ -53,6 +53,11 @@ def test_captions_are_tokenized_without_punctuation():
     assert tokenize("A dog's black-and-white tail, (left)!") == ["a", "dog's", "black-and-white", "tail", "left"]
 
 
+def test_vowel_signs_and_joiners_are_parts_of_a_word():
+    assert tokenize("एक लड़की दौड़ रही है।") == ["एक", "लड़की", "दौड़", "रही", "है"]
+    assert tokenize("می\u200cدود، Cafe\u0301!") == ["می\u200cدود", "cafe\u0301"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_bleu_equals_torchmetrics(seed):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mvlm.tasks.metrics.facts import fact_figures
+from mvlm.tasks.metrics.facts import fact_figures, is_scene
 
 SCENES = {
     "1": {
@@ -39,3 +39,9 @@ def test_complete_captions_have_all_facts_and_empty_ones_none():
     captions = {"1": "a red heart right of a dog", "2": "two cats"}
     assert set(fact_figures(captions, SCENES).values()) == {100}
     assert fact_figures({"1": "", "2": "nothing"}, SCENES) == {"fact_precision": 0, "fact_recall": 0, "fact_f1": 0}
+
+
+@pytest.mark.parametrize("other", ["kitchen", None, 3, {"objects": 3, "size": [1, 2]}, {"objects": []}])
+def test_another_fields_of_this_name_are_no_scenes(other):
+    assert not is_scene(other)
+    assert all(map(is_scene, SCENES.values()))
