@@ -13,7 +13,7 @@ from mvlm_dataloading import open_dataset
 from support.data import damage_images, wave_tokenizer, write_dataset
 from support.shapes import copy_shapes
 
-TEAM = 64
+TEAM = 32
 _CODE = f"""
 import os, sys
 import torch

@@ -503,16 +503,21 @@ def test_a_second_signal_does_not_cut_the_summary(tmp_path, monkeypatch) -> None
 
 
 def test_a_plot_that_fails_does_not_hide_why_a_sweep_stopped(tmp_path, monkeypatch) -> None:
+    asked = []
+
     def fails(*_: Any) -> None:
+        asked.append("a plot")
         raise ValueError("no plot")
 
     def stops(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(results, "save_figure", fails)
+    monkeypatch.setattr(sweep, "compile_variants", lambda _: {})
     monkeypatch.setattr(sweep, "sweep_target", stops)
     code, summary = run_stage(sweep, tmp_path)
     assert (code, summary["ended"]) == (3, "stopped by SIGTERM")
+    assert asked == ["a plot"]
 
 
 def test_a_compiler_that_fails_says_why(tmp_path, monkeypatch) -> None:

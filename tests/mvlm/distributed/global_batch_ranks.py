@@ -319,8 +319,9 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
     micro = pieces(world, number, case["variant"])
     oracle, found = oracles[weights, case["variant"]], dict(case)
+    usual = not case["again"] and weights == EVERY and case["variant"] == "paper"
     # Two steps in turn: the first must not affect the second.
-    for local in (True, False) if world.size == 2 and not case["again"] and case["variant"] == "paper" else (False,):
+    for local in (True, False) if world.size == 2 and usual else (False,):
         model.zero_grad(set_to_none=True)
         losses = backward_global(
             parallel,
@@ -335,10 +336,10 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         part = "local" if local else "global"
         if local:
-            found["local matching"] = losses.itm.item() - (local_matching(world.size * number) if weights[3] else 0)
+            found["local matching"] = losses.itm.item() - local_matching(world.size * number)
         found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found[f"{part} gradients"] = differences(gradients, oracle.gradients)
-    if not case["again"] and weights == EVERY and case["variant"] == "paper":  # an update knows no objective
+    if usual:  # an update knows no objective
         norm, _ = gradient_norms(model)
         update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
