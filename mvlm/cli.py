@@ -122,7 +122,8 @@ def run_command(arguments: Sequence[str]) -> None:
                 COMMANDS[name](rest)  # the first word decides the defaults of all flags, so they parse them themselves
             else:
                 # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
-                parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
+                markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+                parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=markers)()
             return
     if arguments[0] == "eval" and len(arguments) > 1 and arguments[1].endswith(".py"):
         parse(deferred(eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")()

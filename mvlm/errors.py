@@ -37,7 +37,10 @@ def advise_install(error: ImportError) -> str | None:
     """One line with the command that installs the optional package of a failed import; None if it is none of mvlm's."""
     if isinstance(error, MissingPackageError):
         return str(error)
-    package = (error.name or "").partition(".")[0]
+    package, _, module = (error.name or "").partition(".")
     if not isinstance(error, ModuleNotFoundError) or package not in EXTRAS:
         return None
-    return f"wanted the package {package}, which is not installed; pip install 'mvlm[{EXTRAS[package]}]'"
+    extra = f"'mvlm[{EXTRAS[package]}]'"
+    if module and package != "nvidia":  # a namespace of many packages, of which one is missing
+        return f"wanted {error.name}, which the installed {package} does not have; pip install --upgrade {extra}"
+    return f"wanted the package {package}, which is not installed; pip install {extra}"

@@ -92,22 +92,39 @@ def one_line(box: str) -> str:
 
 def check_result_file(out: Path | None) -> None:
     """Raise ConfigError unless `out` is None, a new file, an empty one, or an evaluation's figures, to be replaced."""
+
+    def is_result(content: bytes) -> bool:
+        if content.startswith((b'{\n "checkpoint": ', b'{\n "task": ')):  # one of ours, if cut by a kill or a full disk
+            return True
+        found = read_json(content)
+        # Every result names its checkpoint. So does the config.json of a fine-tuned run, which has a version too.
+        return isinstance(found, dict) and "checkpoint" in found and "format_version" not in found
+
+    check_replaced(out, "the figures of an earlier evaluation", is_result)
+
+
+def check_page(out: Path | None, flag: str = "out") -> None:
+    """Raise ConfigError unless `out`, of a flag, is None, a new file, an empty one, or an HTML page, to be replaced."""
+    check_replaced(out, "an earlier page", lambda content: content.lower().startswith(b"<!doctype html"), flag)
+
+
+def check_replaced(out: Path | None, wanted: str, is_ours: Callable[[bytes], bool], flag: str = "out") -> None:
+    """Raise ConfigError unless `out`, of a flag, is None, a new file, an empty one, or one whose content is ours."""
     if out is None:
         return
     if not out.name or out.is_dir():
-        raise ConfigError(f"out: wanted a file, got the folder {out}; name a file in it")
-    if not out.is_file() or not out.stat().st_size:  # a device such as /dev/stdout is no file
-        return
-    content = out.read_bytes()
-    if content.startswith((b'{\n "checkpoint": ', b'{\n "task": ')):  # one of ours, if cut by a kill or a full disk
-        return
+        raise ConfigError(f"{flag}: wanted a file, got the folder {out}; name a file in it")
+    # A device such as /dev/stdout is no file.
+    if out.is_file() and out.stat().st_size and not is_ours(out.read_bytes()):
+        raise ConfigError(f"{flag}: wanted a new file or {wanted}, got another file, {out}")
+
+
+def read_json(content: bytes) -> Any:
+    """The value of a JSON document; None if it is not one."""
     try:
-        found = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError):
-        found = None
-    # Every result names its checkpoint. So does the config.json of a fine-tuned run, which has a version too.
-    if not isinstance(found, dict) or "checkpoint" not in found or "format_version" in found:
-        raise ConfigError(f"out: wanted a new file or the figures of an earlier evaluation, got another file, {out}")
+        return None
 
 
 def check_no_input(out: Path | None, *others: Path | None, flag: str = "out") -> None:

@@ -103,7 +103,7 @@ def merge(parts: tuple[Path, ...], out: Path, /) -> None:
     """Join the parts that `mvlm data NAME ... --part i/n` has written. The parts stay as they are.
 
     Args:
-        parts: Folders or URLs of all parts.
+        parts: Folders or URLs of all parts, one or more.
         out: Folder or URL for the shards. To resume a killed merge, give the same command again.
     """
     from mvlm_dataloading.build.build import merge_parts

@@ -50,7 +50,7 @@ def doctor(
                 f"{checkpoint} and {data}"
             )
         finetuning = finetune_defaults(task, checkpoint, data, out)
-        batch = batch_size or finetuning.batch_size
+        batch = finetuning.batch_size if batch_size is None else batch_size
         finetuning = replace(finetuning, image_size=image_size, device=device, batch_size=batch)
     states = []
     for finding in examine(preset, data, out, batch_size, device, finetuning):

@@ -164,8 +164,11 @@ def eval_recognition(
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
+    from mvlm.errors import ConfigError
     from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition, needed_splits
 
+    if not probe and (shots or seeds != 5):
+        raise ConfigError("shots, seeds: wanted --probe too, with which alone they are read; add it, or leave them out")
     options = RecognitionOptions(by=by, classes=classes, templates=templates, probe=probe, shots=shots, seeds=seeds)
     needed = needed_splits(split, probe)
     with _evaluation(

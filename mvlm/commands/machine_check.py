@@ -167,7 +167,9 @@ def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
 
 def disk(out: Path) -> Finding:
     """Speed of synced writes on the disk of `out`, where checkpoints go."""
-    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not folder.is_dir():
+        return Finding("red", "disk", f"{folder}: wanted a folder for runs, found a file")
     content = os.urandom(2**20)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -204,13 +206,13 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
     """Run a few steps of the loader alone and of the model alone, for memory, speed and the slower of the two."""
     world = World(rank=0, size=1, local_rank=0, device=device)
     try:
-        config = replace(config, batch_size=batch_size or config.batch_size)
+        config = replace(config, batch_size=config.batch_size if batch_size is None else batch_size)
         dataset = open_dataset(config.data, "train")
         tokenizer = choose_tokenizer(config, dataset)
         config = replace(config, model=fit_to_tokenizer(config, tokenizer))
         batches = iter(make_loader(dataset, tokenizer, config, world))
         batch, masks = next(batches)
-    except (ConfigError, DataError, RunError, ValueError) as error:
+    except (ConfigError, DataError, RunError, ValueError, ImportError) as error:
         yield Finding("red", "trial", str(error))
         return
     loader_speed = config.batch_size / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
@@ -242,7 +244,7 @@ def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[F
 
     try:
         found = try_steps(config, device)
-    except (ConfigError, DataError, RunError, ValueError) as error:
+    except (ConfigError, DataError, RunError, ValueError, ImportError) as error:
         yield Finding("red", "trial", str(error))
     except torch.OutOfMemoryError:
         yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")

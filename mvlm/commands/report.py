@@ -19,8 +19,10 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
         data: Folder of shards for a report's examples, of one run. Default: the one that the run was evaluated on.
         out: File to write. Default: report.html in the run folder, or compare.html in the first one.
     """
+    from mvlm.commands.arguments import check_page
     from mvlm.runs.folder import RunFolder
 
+    check_page(out)
     if others:
         if data is not None:
             from mvlm.errors import ConfigError
@@ -72,6 +74,7 @@ def verify(
         json: File for the verdict.
         record: File for the record that the run sets on --track, if the answer is yes.
     """
+    from mvlm.commands.arguments import check_replaced, read_json
     from mvlm.errors import ConfigError
     from mvlm.files import write_json
     from mvlm.speedrun.tracks import find_track
@@ -82,6 +85,8 @@ def verify(
     for name, file in (("json", json), ("record", record)):
         if file is not None and (file.is_dir() or (file.is_file() and file.resolve().is_relative_to(run.resolve()))):
             raise ConfigError(f"{name}: wanted a new file, got {file}; choose another name")
+    check_replaced(json, "an earlier verdict", lambda old: "verified" in (read_json(old) or ()), "json")
+    check_replaced(record, "an earlier record", lambda old: "track" in (read_json(old) or ()), "record")
     if record is not None and not track:
         raise ConfigError("record: wanted --track too, the track on which the run sets it")
     found = verify_run(

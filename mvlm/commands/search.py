@@ -50,7 +50,7 @@ def query(
         html: File for a page of thumbnails.
         device: auto, cpu or cuda.
     """
-    from mvlm.commands.arguments import check_no_input
+    from mvlm.commands.arguments import check_no_input, check_page, check_replaced, read_json
     from mvlm.errors import ConfigError
     from mvlm.files import write_json
     from mvlm.runs.load import load_model
@@ -60,6 +60,8 @@ def query(
 
     check_no_input(html, image, json, flag="html")
     check_no_input(json, image, flag="json")
+    check_page(html, "html")
+    check_replaced(json, "earlier answers", lambda old: isinstance(read_json(old), list), "json")
     opened = open_index(index)
     if checkpoint is None:
         checkpoint = Path(opened.about["checkpoint"] or "an unknown place")

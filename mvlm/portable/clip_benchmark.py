@@ -4,6 +4,7 @@ It is CLIP_benchmark's own command line with one more value of --model_type. `--
 exported folder or an id on the hub. `--no_amp` leaves the products of embeddings in fp32.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def _float(value: Any) -> float:
 
 
 if __name__ == "__main__":
-    register()
+    try:
+        register()
+    except ConfigError as error:
+        print(f"mvlm: {error}", file=sys.stderr)
+        sys.exit(2)
     from clip_benchmark.cli import main
 
     main()

@@ -1,5 +1,6 @@
 """Tables of LEADERBOARD.md, made from the files in `records/`: `python -m mvlm.speedrun.table` writes them."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -56,5 +57,9 @@ def with_tables(page: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    about = "Write the tables of a checkout's LEADERBOARD.md, from the files in its records/."
+    argparse.ArgumentParser(description=about).parse_args()
     board = ROOT / "LEADERBOARD.md"
+    if not board.is_file():
+        raise SystemExit(f"wanted a checkout with {board.name}, found none in {ROOT}")
     board.write_text(with_tables(board.read_text(), ROOT / "records"))

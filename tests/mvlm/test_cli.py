@@ -236,3 +236,12 @@ def test_from_shards_to_a_report(run_mvlm, scenes, tmp_path):
     assert outcome.code == 0
     assert [line.split(":")[0] for line in outcome.out] == ["[MASK] 1", "[MASK] 2"]
     assert all(len(re.findall(r"\d+%", line)) == 3 for line in outcome.out)
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [(("data", "coco"), "ROOT OUT"), (("data", "merge"), "PARTS"), (("study",), "FILE"), (("report",), "RUN")],
+)
+def test_help_names_what_stands_alone(run_mvlm, words, names):
+    text = " ".join(run_mvlm(*words, "--help").out)
+    assert names in text

@@ -61,3 +61,12 @@ def test_a_module_that_is_none_of_ours_keeps_its_error(run_mvlm, monkeypatch):
     monkeypatch.setattr("mvlm.cli.run_command", fail)
     with pytest.raises(ModuleNotFoundError, match="No module named 'x'"):
         run_mvlm("pretrain")
+
+
+def test_a_package_that_is_too_old_is_not_called_missing():
+    """Else the advice installs what is there."""
+    old = ModuleNotFoundError("no", name="onnxscript._framework_apis.torch_2_11")
+    wanted = "wanted onnxscript._framework_apis.torch_2_11, which the installed onnxscript does not have; pip install"
+    assert str(advise_install(old)).startswith(f"{wanted} --upgrade 'mvlm[export]'")
+    dali = ModuleNotFoundError("no", name="nvidia.dali")  # beside other packages of that namespace
+    assert advise_install(dali) == "wanted the package nvidia, which is not installed; pip install 'mvlm[data]'"

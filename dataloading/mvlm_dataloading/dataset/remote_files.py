@@ -52,7 +52,12 @@ class RemoteFolder:
         self.url = normal_url(url)
         try:
             self.filesystem, self._root = need("fsspec.core").url_to_fs(self.url, **_limits(self.url))
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
+            raise DataError(
+                f"{self.url}: wanted the package that reads it, which is not installed ({error}); "
+                f"pip install 'mvlm[remote]'"
+            ) from None
+        except ValueError as error:
             raise DataError(f"{self.url}: wanted a URL that fsspec reads, found: {error}") from None
 
     def read(self, name: str, check: Callable[[bytes], None] = lambda content: None, *, exact: bool = False) -> bytes:

@@ -26,7 +26,7 @@ PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
         ([*PRETRAIN, "--batch-size", "abc"], "--batch-size: invalid literal for int() with base 10: 'abc'"),
         ([*PRETRAIN, "--model.image-size", "100"], "mask_block must divide image_size: wanted a divisor of 100"),
         ([*PRETRAIN, "--plan", "slow"], "invalid choice 'slow' for argument '--plan'. Expected one of"),
-        (["data", "emoji"], "Missing from mvlm data emoji: PATH"),
+        (["data", "emoji"], "Missing from mvlm data emoji: OUT"),
         (["bench"], "unknown command 'bench'; wanted one of: bench kernels, bench step, bench data, bench run"),
         (["pretrain", "--config"], "got --config with no file after it"),
     ],

@@ -10,6 +10,7 @@ from mvlm import cli
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
 from mvlm.errors import ConfigError
+from mvlm_dataloading.errors import MissingPackageError
 from mvlm_kernels.dispatch import ON_CPU
 from support.models import pretrain_config
 from support.scenes import write_scenes
@@ -138,3 +139,22 @@ def test_exit_code_of_doctor(monkeypatch, capsys, states, code):
     else:
         cli.run_command(["doctor"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(states)
+
+
+def test_doctor_finds_a_file_in_the_place_of_a_folder_red(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        found = machine_check.disk(out)
+        assert (found.state, found.text) == ("red", f"{tmp_path}/file: wanted a folder for runs, found a file")
+    assert machine_check.disk(tmp_path / "new/run").state != "red"
+
+
+@pytest.mark.slow
+def test_doctor_takes_no_empty_batch_and_goes_on_without_a_package(micro_preset, scenes, tmp_path, monkeypatch):
+    assert examine(scenes, tmp_path, batch_size=0)["trial"].text == "batch_size must be at least 1, got 0"
+
+    def without(*_):
+        raise MissingPackageError("tokenizers is needed here and is not installed: pip install 'mvlm[data]'")
+
+    monkeypatch.setattr(machine_check, "choose_tokenizer", without)
+    assert examine(scenes, tmp_path)["trial"].state == "red"

@@ -65,6 +65,7 @@ def test_mistakes_are_refused(run_mvlm, embedded, trained, tmp_path, monkeypatch
         query = run_mvlm("search", "query", place, "--image", picture, flag, picture)
         assert_refused(query, f"{flag[2:]}: wanted another file than the others")
         assert_refused(run_mvlm("search", "query", place, "red", flag, tmp_path), f"{flag[2:]}: wanted a file, got the")
+        assert_refused(run_mvlm("search", "query", place, "red", flag, picture), f"{flag[2:]}: wanted a new file or ")
     assert picture.read_bytes() == b"an image"
     missing = run_mvlm("search", "query", place, "--image", tmp_path / "none.png")
     assert_refused(missing, "none.png: wanted an image, found no such file")
