@@ -141,7 +141,7 @@ def folder(
     captions: Path | None = None,
     image_column: str = "image",
     caption_column: str = "caption",
-    split_column: str = "split",
+    split_column: str | None = None,
     validation: float = 0.0,
     test: float = 0.0,
     licence: str = "",
@@ -157,7 +157,7 @@ def folder(
         captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
         image_column: Column of file names, relative to the folder.
         caption_column: Column of captions. Several rows of an image are several captions.
-        split_column: Column of splits, if the table has one.
+        split_column: Column of splits. Default: split, or Split, if the table has it.
         validation: Share of the images for validation, chosen by a hash of the name. 1.0 takes all.
         test: Share of the images for test, chosen by a hash of the name. 1.0 takes all.
         licence: Licence to state in dataset.json.

@@ -6,7 +6,6 @@ Shape legend: I images, T captions, W tokens of all captions, N patches, C width
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class EncodedSplit:
     text_embedding: Tensor
     """(T, E), unit length."""
     image: Tensor
-    """int64 (I,), for each image the first one that is the same: itself, unless several samples share an image."""
+    """int64 (I,), for each image the first with its `image_id` in the metadata; itself for data without."""
     owner: Tensor
     """int64 (T,), image of each caption, as in `image`."""
     first: Tensor
@@ -79,11 +78,14 @@ def encode_split(
         workspace: default: one in memory.
     """
     workspace, config = workspace or Workspace(), model.config
-    captions, owner, first = [], [], []
+    captions, image, owner, first = [], [], [], []
+    named: dict[str, int] = {}
     for i in range(len(dataset)):
+        name = dataset.metadata(i).get("image_id")
+        image.append(i if name in (None, "") else named.setdefault(str(name), i))
         first.append(len(captions))
         captions += dataset.captions(i)
-        owner += [i] * (len(captions) - first[-1])
+        owner += [image[i]] * (len(captions) - first[-1])
     starts = packed_tokens(captions, tokenizer, config.text_length)[1].long()
     dtype = next(model.parameters()).dtype
     v = workspace.array("v", (len(dataset), 1 + config.num_patches, config.width), dtype)
@@ -91,14 +93,12 @@ def encode_split(
     dtype = torch.promote_types(dtype, torch.float32)
     image_embedding = workspace.array("image_embedding", (len(dataset), config.itc_width), dtype)
     text_embedding = workspace.array("text_embedding", (len(captions), config.itc_width), dtype)
-    image_id = workspace.array("image_id", (len(dataset),), torch.int64)
 
     def encode_images(start: int, stop: int) -> Iterator[None]:
         for batch, _ in eval_loader(dataset.rows(start, stop), model, tokenizer):
             found = image_features(model, batch.images, precision)
             v.write(start, found.v)
             image_embedding.write(start, found.embedding)
-            image_id.write(start, batch.image_id.cpu())
             start += len(batch.images)
             yield
 
@@ -111,16 +111,14 @@ def encode_split(
 
     workspace.share("images", len(dataset), BATCH, encode_images, "images")
     workspace.share("texts", len(captions), BATCH, encode_texts, "captions")
-    _, earliest, number = np.unique(image_id.tensor.numpy(), return_index=True, return_inverse=True)
-    image = torch.from_numpy(earliest[number])
     return EncodedSplit(
         v.tensor,
         w.tensor,
         starts,
         image_embedding.tensor,
         text_embedding.tensor,
-        image,
-        image[torch.tensor(owner)],
+        torch.tensor(image),
+        torch.tensor(owner),
         torch.tensor(first),
         captions,
     )

@@ -4,10 +4,10 @@ ITM learns to distinguish true pairs from negatives that are drawn from ITC's ow
 log-ratio of the two distributions (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate
 is therefore the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the
 two as well; ALBEF ranks candidates by ITM alone, and `Ranks` has these ranks too. TR retrieves captions for an image;
-any of the image's captions is a right answer. IR retrieves images for a caption. Samples that share an image, as those
-of data with a row for each caption, are one image here, with the captions of all. Memory is bounded: similarities are
-computed for one block of queries at a time. They are float64 products, so no rank depends on the order in which a sum
-is computed.
+any of the image's captions is a right answer. IR retrieves images for a caption. Samples with the same `image_id` in
+their metadata, as those of data with a row for each caption, are one image here, with the captions of all. Memory is
+bounded: similarities are computed for one block of queries at a time. They are float64 products, so no rank depends on
+the order in which a sum is computed.
 
 A pair that is a candidate in both directions is judged once. Pairs are sorted by image, so a batch has few images, and
 keys and values of each are computed once for all of its pairs. A query that has no right candidate keeps its rank by

@@ -27,7 +27,7 @@ from mvlm_dataloading import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 """Version of the arrays in a folder. Work of another version is removed."""
 PLAN = "plan.json"
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,20 +92,28 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
                 yield row
             return
         csv.field_size_limit(1 << 24)
+        line = 0
         delimiter = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
         try:
             # Rows may contain NUL bytes: `clean_captions` removes them. Without `strict`, a cell with a stray quote
             # would take in the rows after it.
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            names = Counter(rows.fieldnames or ())
+            if twice := [name for name, count in names.items() if count > 1]:
+                raise DataError(f"{file}: wanted columns of different names, found {twice[0]!r} twice; rename one")
             for row in rows:
                 if None in row:
                     raise DataError(
                         f"{file} line {rows.line_num}: wanted {len(row) - 1} cells as in the header, found more; quote "
                         f"cells that hold {delimiter!r}"
                     )
+                line = rows.line_num
                 yield row
         except csv.Error as error:
-            raise DataError(f"{file}: wanted a table, found {error}; repair it") from None
+            raise DataError(
+                f"{file} line {line + 1}: wanted a table, found {error}; a quote within a cell is written twice, in a "
+                f"cell that is quoted"
+            ) from None
 
 
 def files_under(folder: Path) -> list[Path]:

@@ -1,5 +1,8 @@
 """A folder of images, with captions in a table or in one text file per image."""
 
+import math
+import os
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +37,7 @@ def folder(
     *,
     image_column: str = "image",
     caption_column: str = "caption",
-    split_column: str = "split",
+    split_column: str | None = None,
     validation: float = 0.0,
     test: float = 0.0,
     licence: str = "",
@@ -46,7 +49,7 @@ def folder(
         captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
             rows of an image give several captions, and a cell of a `.jsonl` may hold a list. Default: the captions of
             `a/b.jpg` are the lines of `a/b.txt`.
-        split_column: column of the splits, which the table may lack.
+        split_column: column of the splits. Default: `split`, or `Split`, if the table has it.
         validation, test: shares for images without a given split, chosen by a hash of the name.
 
     Raises:
@@ -60,7 +63,7 @@ def folder(
     else:
         found = _table(images, captions, image_column, caption_column, split_column)
         recipe["captions"] = [file_sha256(captions)]
-        recipe["columns"] = [image_column, caption_column, split_column]
+        recipe["columns"] = [image_column, caption_column, split_column or "split"]
     stems = Counter(record.key for record, _ in found)
     records: dict[str, list[Record]] = {}
     for record, split in found:
@@ -91,30 +94,56 @@ def _with_text_file(images: Path, path: Path) -> Record:
 
 
 def _table(
-    images: Path, file: Path, image_column: str, caption_column: str, split_column: str
+    images: Path, file: Path, image_column: str, caption_column: str, split_column: str | None
 ) -> list[tuple[Record, str | None]]:
     if file.suffix.lower() not in _TABLES:
         raise DataError(f"{file}: wanted a table with the ending {', '.join(_TABLES)}, found {file.suffix or 'none'}")
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
+    columns: set[str] = set()
     for row in read_rows(file):
-        missing = [name for name in (image_column, caption_column) if name not in row]
-        if missing:
+        columns |= row.keys()  # a row of JSON may leave out what is null
+        missing = [name for name in (image_column, caption_column) if name not in columns]
+        if missing or image_column not in row:
             raise DataError(
-                f"{file}: wanted a column named {missing[0]}, found {', '.join(map(str, row))}; name the columns with "
-                f"--image-column and --caption-column"
+                f"{file}: wanted a column named {[*missing, image_column][0]}, found {', '.join(map(str, row))}; name "
+                f"the columns with --image-column and --caption-column"
             )
-        name = str(row[image_column])
-        captions.setdefault(name, []).extend(captions_in_cell(row[caption_column]))
-        if row.get(split_column):
-            found = canonical_split(str(row[split_column]), str(file))
+        name = _name_here(images, str(row[image_column]))
+        captions.setdefault(name, []).extend(_captions_of(row.get(caption_column)))
+        split = row.get(split_column) if split_column else next((row[c] for c in row if c.lower() == "split"), None)
+        if split:
+            found = canonical_split(str(split), str(file))
             if splits.setdefault(name, found) != found:
                 raise DataError(
                     f"{file}: wanted one split for {name}, found {splits[name]} and {found}; correct the table"
                 )
+    if split_column and columns and split_column not in columns:
+        raise DataError(
+            f"{file}: wanted a column named {split_column}, found {', '.join(sorted(columns))}; name it with "
+            f"--split-column"
+        )
     return [
         (_record(images, name, known, reason_if_outside(name)), splits.get(name)) for name, known in captions.items()
     ]
+
+
+def _captions_of(cell: Any) -> list[str]:
+    """Captions in a cell. A number is one, as it is in CSV, where all cells are texts."""
+    number = isinstance(cell, int | float) and not isinstance(cell, bool) and math.isfinite(cell)
+    return [str(cell)] if number else captions_in_cell(cell)
+
+
+def _name_here(images: Path, name: str) -> str:
+    """Name of a table's file relative to the folder, the same for every spelling, such as ./a.jpg for a.jpg."""
+    path = Path(os.path.normpath(name))
+    if path.is_absolute() and path.is_relative_to(images.absolute()):
+        path = path.relative_to(images.absolute())
+    found = str(path)
+    # Of another system: backslashes, and letters whose accents are signs of their own.
+    others = [found.replace("\\", "/"), *(unicodedata.normalize(form, found) for form in ("NFC", "NFD"))]
+    others = [os.path.normpath(other) for other in others if other != found]
+    return next((name for name in (found, *others) if (images / name).is_file()), found) if others else found
 
 
 def _record(images: Path, name: str, captions: list[str], fault: str | None) -> Record:

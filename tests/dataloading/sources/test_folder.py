@@ -149,3 +149,54 @@ def test_a_table_whose_images_are_missing_says_where_they_were_wanted(tmp_path):
     (tmp_path / "list.csv").write_text("image,caption\nimages/a/0.jpg,a caption\n")
     with pytest.raises(DataError, match=r"the first images/a/0\.jpg: image file is missing; .* relative to the folder"):
         build_source(folder(tmp_path / "images", tmp_path / "list.csv"), tmp_path / "out")
+
+
+def table_of(tmp_path, text: str, name: str = "t.csv"):
+    published.folder(tmp_path / "images", sidecars=False)
+    (tmp_path / name).write_text(text)
+    return tmp_path / "images", tmp_path / name
+
+
+def test_a_named_column_of_splits_has_to_be_there(tmp_path):
+    """Else the evaluation images would be training images."""
+    images, table = table_of(tmp_path, "image,caption,Split\na/0.jpg,one,train\nb/1.jpg,two,test\n")
+    with pytest.raises(DataError, match="wanted a column named splt, found Split, caption, image; name it with --spl"):
+        folder(images, table, split_column="splt")
+    assert set(build_source(folder(images, table), tmp_path / "out")) == {"train", "test"}
+
+
+def test_every_spelling_of_a_file_is_one_image(tmp_path):
+    published.folder(tmp_path / "images", sidecars=False)
+    accent = "caf\u00e9.jpg"
+    (tmp_path / "images/a/0.jpg").rename(tmp_path / "images/a" / accent)
+    names = [f"a/{accent}", f"./a/{accent}", f"a//{accent}", f"a\\{accent}", "a/cafe\u0301.jpg"]
+    names.append(str(tmp_path / "images/a" / accent))
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{name},text {i}\n" for i, name in enumerate(names)))
+    found = build_source(folder(tmp_path / "images", tmp_path / "t.csv"), tmp_path / "out")
+    assert list(found["train"].values()) == [[f"text {i}" for i in range(6)]]
+    (tmp_path / "t.csv").write_text("image,caption\na/../../t.csv,x\n..\\t.csv,x\nb/1.jpg,y\n")
+    found = build_source(folder(tmp_path / "images", tmp_path / "t.csv"), tmp_path / "other")
+    assert list(found["train"].values()) == [["y"]]
+
+
+def test_numbers_are_captions_and_json_may_leave_out_what_is_null(tmp_path):
+    lines = [
+        '{"image": "a/0.jpg", "caption": 42}',
+        '{"image": "a/0.jpg"}',
+        '{"image": "b/1.jpg", "caption": [true, "x"]}',
+    ]
+    images, table = table_of(tmp_path, "\n".join(lines), "t.jsonl")
+    assert list(build_source(folder(images, table), tmp_path / "out")["train"].values()) == [["42"], ["x"]]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("image,caption,caption\na/0.jpg,x,y\n", "wanted columns of different names, found 'caption' twice"),
+        ('image,caption\na/0.jpg,x\nb/1.jpg,"Quoted" word\n', "t.csv line 3: wanted a table, found .* written twice"),
+    ],
+)
+def test_a_damaged_table_says_where(tmp_path, text, message):
+    images, table = table_of(tmp_path, text)
+    with pytest.raises(DataError, match=message):
+        folder(images, table)
