@@ -242,6 +242,8 @@ def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tup
     # does not use: with several microbatches, the last pass computes no ITC and no ITM.
     alone = step.layout.microbatches == 1
     idle = idle_parameters(model, step.weights if alone else step.weights.reconstructing())
+    # Nor does it use the biases of keys if ITM alone reads a last block: the fast implementation needs no keys there.
+    idle += [encoder.layers[-1].self_attention.key.bias for encoder in (model.image_cross, model.text_cross)]
     # FSDP2 waits for none. In a block that is not called, it has left its parameters sharded.
     idle = [parameter for parameter in idle if not isinstance(parameter, DTensor)]
     dtype = losses[0].dtype if losses else torch.float32

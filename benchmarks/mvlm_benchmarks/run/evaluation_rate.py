@@ -82,6 +82,7 @@ def made_up(model: TrainedModel, images: int, captions: int) -> EncodedSplit:
         starts=starts,
         image_embedding=image,
         text_embedding=F.normalize(image[owner] + noise, dim=-1),
+        image=torch.arange(images),
         owner=owner,
         first=torch.arange(images) * captions,
         captions=[str(i) for i in range(len(owner))],

@@ -71,8 +71,11 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
                     metadata = {"base": str(i % 4)} | ({} if name == "unnamed" else {"image_id": i})
                     writer.add(f"{i}-{row}", png(pixels), texts, metadata, split="test")
             writer.add("train", png(scene(20)[0]), ["a square"], {"base": "1"}, split="train")
-        splits[name] = [open_dataset(tmp_path / name, split) for split in ("test", "train")]
-    found = {name: evaluate_with_ranks(model.eval(), *both, tokenizer, 4, "fp32") for name, both in splits.items()}
+        splits[name] = open_dataset(tmp_path / name, "test"), open_dataset(tmp_path / name, "train")
+    found = {
+        name: evaluate_with_ranks(model.eval(), test, train, tokenizer, 4, "fp32")
+        for name, (test, train) in splits.items()
+    }
     (merged, ranks), (flat, ranks_of_flat) = found["merged"], found["flat"]
     assert (flat["n_images"], flat["n_texts"], flat["unseen"]["n_images"]) == (12, 36, 9)
     assert found["unnamed"][0]["n_images"] == 36  # equal pictures alone say nothing: ranks of earlier versions stay
@@ -81,8 +84,8 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
         assert merged[name] == flat[name], name
     brief = [evaluate_briefly(model, splits[name][0], tokenizer, "fp32") for name in ("merged", "flat")]
     assert {k: v for k, v in brief[0].items() if "_r" in k} == {k: v for k, v in brief[1].items() if "_r" in k}
-    features = encode_split(model, splits["flat"][0], tokenizer, "fp32")
-    for group in retrievals(model, *splits["flat"], features, 4):
+    test, train = splits["flat"]
+    for group in retrievals(model, test, train, encode_split(model, test, tokenizer, "fp32"), 4):
         for each in group.retrievals:
             assert len({answer.image or answer.text for answer in each.answers}) == len(each.answers)  # none twice
 
