@@ -69,12 +69,17 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
     """Configuration of a fine-tuning run. `model` follows from the checkpoint."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # First: what else is wrong with such a setting is of no use.
         defaults = {setting.name: setting.default for setting in fields(self)} | {"lr_pixels": 0.0}
         given = [name for name in PRETRAINING_ONLY if getattr(self, name) != defaults[name]]
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"wanted no settings of pretraining alone, got {flags}; leave them out")
+        super().__post_init__()
+        if self.task == "vqa" and self.generate and self.answers == "classifier":
+            raise ConfigError(
+                "generate: wanted answers of decoder or masked, got classifier; a classifier only chooses"
+            )
 
 
 _NOT_READ = (ObjectiveSettings, WeightSettings)

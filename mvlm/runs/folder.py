@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,15 @@ class RunFolder:
 class RunLock:
     """Exclusive lock on a run folder, held until it is closed or the process ends, even by kill -9.
 
-    The folder is made if there is none. RunError if another process holds the lock, or if `out` cannot hold a run.
+    The folder is made if there is none. It and the lock are removed if no run has begun at the end.
+
+    RunError if another process holds the lock, or if `out` cannot hold a run.
     """
 
     def __init__(self, out: Path) -> None:
         # First, so that a folder of other files gets no lock file.
         check_usable(out)
+        self._folder, self._made = RunFolder(out), not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         # A separate lock file, because NFS locks only files that are open for writing, never folders.
         lock = RunFolder(out).lock
@@ -120,6 +124,11 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._folder.config.exists():  # the run was refused: leave nothing behind
+            self._folder.lock.unlink(missing_ok=True)  # while it is held, so that no process gets it in between
+            if self._made:
+                with suppress(OSError):  # another process uses the folder
+                    self._folder.path.rmdir()
         self._lock.release()
 
 

@@ -14,6 +14,8 @@ from mvlm.costs.cluster_plan import GB, NODES, ClusterSetting, gpu_memory
 from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.recording import Collective
 from mvlm.costs.step_cost import (
+    LONGEST,
+    TOKENS,
     StepCost,
     StepShape,
     autocast_of,
@@ -46,6 +48,8 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
         pairs=setting.pairs,
         ranks=setting.ranks,
         microbatches=setting.accumulate,
+        tokens=min(TOKENS, config.text_length),
+        longest=min(LONGEST, config.text_length),
         checkpointed=setting.checkpointed,
     )
     if kind.whole_batch:
@@ -90,6 +94,7 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
     computing = flops / (gpu.flops * setting.mfu)
     reduced = setting.links.seconds(Collective("all-reduce", "gradients", 4 * cost.parameters, setting.ranks))
     parts, step = gpu_memory(setting, cost), computing + reduced
+    length = setting.model.text_length
     total, steps = sum(parts.values()), samples * epochs / setting.batch_size
     return "\n".join(
         [
@@ -110,8 +115,8 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
             "",
             "Assumed",
             f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source}); no GPU has timed this",
-            "  all weights of the network train; texts of 12 tokens (at most 30); the head of the published data set,",
-            "  of vqa the classifier's",
+            "  all weights of the network train; the head of the published data set, of vqa the classifier's",
+            f"  texts of {min(TOKENS, length)} tokens (at most {min(LONGEST, length)})",
             "  gradients are reduced after the backward pass, not during it; exchanged features are not counted",
             "  not counted: optimizer step, loader, evaluation, checkpoints, allocator overhead",
         ]

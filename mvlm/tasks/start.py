@@ -54,4 +54,10 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             f"frozen, got {config.question_length}, and nothing would train the further positions; give "
             f"--question-length {longest}, or --freeze none"
         )
+    block = pretrained.config.mask_block
+    if config.image_size is not None and config.image_size % block:
+        raise ConfigError(
+            f"image_size: wanted a multiple of {block} pixels, as the pretrained model has blocks of masks, got "
+            f"{config.image_size}; give --image-size {max(1, round(config.image_size / block)) * block}"
+        )
     return resized_config(pretrained.config, config.image_size, config.question_length), tokenizer

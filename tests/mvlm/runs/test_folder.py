@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mvlm.config.json_files import differing_settings, read_config, run_config
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.runs import folder as run_folder
 from mvlm.runs.folder import (
     MetricsFile,
@@ -327,3 +327,13 @@ def test_run_with_a_configuration_of_version_2_continues(config):
     with pytest.raises(RunError, match="holds this run already"):
         open_run(config)
     refuse(replace(config, eval_images=6), "eval_images: config.json has 5, this command 6")
+
+
+def test_a_run_that_was_refused_leaves_nothing(config):
+    with pytest.raises(ConfigError), RunLock(config.out):
+        raise ConfigError("batch_size: wanted a multiple of 2, got 7")
+    assert not config.out.exists()
+    config.out.mkdir()
+    with pytest.raises(ConfigError), RunLock(config.out):
+        raise ConfigError("batch_size: wanted a multiple of 2, got 7")
+    assert list(config.out.iterdir()) == []

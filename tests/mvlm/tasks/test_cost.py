@@ -57,6 +57,9 @@ def test_the_plan_names_the_task_and_refuses_what_fine_tuning_cannot_do(run_mvlm
     assert done.code == 0
     assert done.out[0].startswith("fine-tuning on entailment: 1 x H100, images of 64 px, 8 samples per step")
     assert any("samples/s; 1,250 steps" in line for line in done.out)
+    short = run_mvlm(*words, "--task", "entailment", "--text-length", 8)
+    assert "  texts of 8 tokens (at most 8)" in short.out
+    assert short.out[1] != done.out[1]  # parameters and FLOPs
     assert_refused(run_mvlm(*words, "--task", "vqa2"), "task: wanted one of vqa, entailment")
     assert_refused(run_mvlm(*words, "--task", "vqa", "--parallel", "fsdp"), "plan: wanted --parallel ddp")
     assert_refused(run_mvlm(*words, "--task", "vqa", "--accumulate", 3), "batch_size: wanted a multiple of 1 GPUs x 3")
