@@ -151,13 +151,15 @@ def folder(
 ) -> None:
     """Build shards from a folder of images, with captions in a table or in one text file per image.
 
+    Folders in it that are named as an evaluation split, such as val or test, give their images that split.
+
     Args:
         images: Folder of images, subfolders included.
         out: Folder for the shards. To resume a killed build, give the same command again.
         captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
         image_column: Column of file names, relative to the folder.
         caption_column: Column of captions. Several rows of an image are several captions.
-        split_column: Column of splits, if the table has one.
+        split_column: Column of splits, if the table has one. It comes before the folders' names.
         validation: Share of the images for validation, chosen by a hash of the name. 1.0 takes all.
         test: Share of the images for test, chosen by a hash of the name. 1.0 takes all.
         licence: Licence to state in dataset.json.
