@@ -151,13 +151,15 @@ def folder(
 ) -> None:
     """Build shards from a folder of images, with captions in a table or in one text file per image.
 
+    Folders in it that are named as an evaluation split, such as val or test, give their images that split.
+
     Args:
         images: Folder of images, subfolders included.
         out: Folder for the shards. To resume a killed build, give the same command again.
         captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
         image_column: Column of file names, relative to the folder.
         caption_column: Column of captions. Several rows of an image are several captions.
-        split_column: Column of splits. Default: split, or Split, if the table has it.
+        split_column: Column of splits, which comes before the folders' names. Default: split, or Split, if it is there.
         validation: Share of the images for validation, chosen by a hash of the name. 1.0 takes all.
         test: Share of the images for test, chosen by a hash of the name. 1.0 takes all.
         licence: Licence to state in dataset.json.
@@ -208,6 +210,7 @@ def huggingface(
     image_column: str = "image",
     caption_column: str = "caption",
     key_column: str | None = None,
+    split_column: str | None = None,
     split: str | None = None,
     validation: float = 0.0,
     test: float = 0.0,
@@ -223,18 +226,20 @@ def huggingface(
         out: Folder for the shards. To resume a killed build, give the same command again.
         image_column: Column of images.
         caption_column: Column of captions: strings, or lists of strings.
-        key_column: Column of keys. Default: numbers of file and row.
-        split: Split of all rows. Default: the one that the folder or file name states.
-        validation: Share of train to use for validation, chosen by a hash of the key.
-        test: Share of train to use for test, chosen by a hash of the key.
+        key_column: Column of keys. Rows that follow one another and have equal keys and images are one sample. Default:
+            numbers of file and row.
+        split_column: Column of splits. Default: split, if there is one.
+        split: Split of all rows. Default: that of the column, else the one that the file's or a folder's name states.
+        validation: Share of train to use for validation, chosen by a hash of the key, or of the image without keys.
+        test: Share of train to use for test, chosen by a hash of the key, or of the image without keys.
         licence: Licence to state in dataset.json.
         name: Name to state in dataset.json.
     """
     from mvlm_dataloading.sources.huggingface import huggingface
 
     source = huggingface(
-        [data], image_column=image_column, caption_column=caption_column, key_column=key_column, split=split,
-        validation=validation, test=test, licence=licence, name=name,
+        [data], image_column=image_column, caption_column=caption_column, key_column=key_column,
+        split_column=split_column, split=split, validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
     build_source(source, out, build, common)
 

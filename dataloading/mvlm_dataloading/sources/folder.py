@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -19,9 +20,11 @@ from .record import (
     check_shares,
     cut_into_pieces,
     file_sha256,
+    is_evaluation,
     require_folder,
     safe_key,
     split_by_hash,
+    split_in_name,
 )
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -45,15 +48,18 @@ def folder(
 ) -> Source:
     """All images under a folder. Those of other formats than JPEG, PNG and WebP are rejected when it is built.
 
+    An image's split is that of the table. Without one, the images of a folder directly in `images` that is named as an
+    evaluation split, such as val2017 or test_images, are of that split.
+
     Args:
         captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
             rows of an image give several captions, and a cell of a `.jsonl` may hold a list. Default: the captions of
             `a/b.jpg` are the lines of `a/b.txt`.
         split_column: column of the splits. Default: `split`, or `Split`, if the table has it.
-        validation, test: shares for images without a given split, chosen by a hash of the name.
+        validation, test: shares for all other images, chosen by a hash of the name.
 
     Raises:
-        DataError: the folder or the table is missing, or the table lacks a column.
+        DataError: the folder or the table is missing, the table lacks a column, or a split has an unknown name.
     """
     check_shares(validation, test)
     require_folder(images)
@@ -67,10 +73,25 @@ def folder(
     stems = Counter(record.key for record, _ in found)
     records: dict[str, list[Record]] = {}
     for record, split in found:
+        split = split or _split_of_folder(images, record.where)
         split = split or split_by_hash(record.key, validation, test)  # of the stem: a.jpg and a.png stay together
         own = record if stems[record.key] == 1 else replace(record, key=safe_key(record.where))
         records.setdefault(split, []).append(own)
     return Source(name=name, origin=str(images.name), licence=licence, recipe=recipe, pieces=cut_into_pieces(records))
+
+
+def _split_of_folder(images: Path, name: str) -> str | None:
+    """The evaluation split that the first folder of an image's name is named as, such as val2017 or test_images.
+
+    A folder named train states none: its images can be divided by shares, and may be photographs of trains. Nor does a
+    name with other words, such as that of an album.
+    """
+    first, *rest = Path(name).parts or ("",)
+    named = re.fullmatch(r"([a-z]+?)[a-c]?\d*(?:[_-](?:images|imgs|photos|pictures))?", first.lower()) if rest else None
+    if named is None or split_in_name(named[1]) != named[1]:
+        return None
+    split = canonical_split(named[1], str(images / first))
+    return split if is_evaluation(split) else None
 
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:

@@ -1,8 +1,9 @@
 """Hugging Face `datasets` on disk: parquet files of the hub, and folders of `save_to_disk`."""
 
-import re
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, files_under, read_json, refuse_repeated_files
 from .record import (
-    Piece,
     Record,
     Source,
     canonical_split,
     check_shares,
     file_fingerprint,
-    looks_like_evaluation,
     safe_key,
     split_by_hash,
+    split_in_name,
 )
 
 _BATCH = 64
+_SCANNED = 1 << 16
+"""Number of cells that are read at once of the columns of keys and splits."""
+# Increment when equal rows give other samples. Data sets of an older revision are then refused, not reused.
+_REVISION = 2
 
 
 def huggingface(
@@ -30,6 +34,7 @@ def huggingface(
     image_column: str = "image",
     caption_column: str = "caption",
     key_column: str | None = None,
+    split_column: str | None = None,
     split: str | None = None,
     validation: float = 0.0,
     test: float = 0.0,
@@ -43,36 +48,57 @@ def huggingface(
             `DatasetDict.save_to_disk`.
         image_column: column of images, of type `Image` (bytes and a path) or binary.
         caption_column: column of captions: a string or a list of strings.
-        key_column: column of the samples' keys. Default: keys consist of the numbers of file and row.
-        split: split of all rows. Default: the split given by `save_to_disk` or the file's name, such as
-            train-00000-of-00002.parquet; else train.
-        validation, test: shares of train that become these splits, chosen by a hash of the key.
+        key_column: column of the samples' keys. Rows of a file that follow one another and have equal keys and images
+            are one sample with all their captions. Default: every row is a sample, and keys consist of the numbers of
+            file and row.
+        split_column: column of the rows' splits. Default: `split`, in files that have it. A row without a split has
+            that of its file.
+        split: split of all rows, whatever a column says. Default: that of the column; else the one that
+            `save_to_disk` stored; else the first that is a word of the file's name, or of a folder's from the file up
+            to the given one, such as validation/lang=en/0.parquet; else train.
+        validation, test: shares of train that become these splits, chosen by a hash of the key, or of the image's
+            bytes without `key_column`.
 
     Raises:
-        DataError: no rows are found, or a column is missing.
+        DataError: no rows are found, a column is missing, or a row has no key or an unknown split. `split` and
+            `split_column` are both given. Neither is given, and a file that states an evaluation split has rows of
+            train in its column `split`.
     """
     check_shares(validation, test)
+    if split and split_column:
+        raise DataError(f"split: wanted one of --split and --split-column, got {split} and {split_column}; give one")
     files = [found for path in data for found in _find(path)]
     refuse_repeated_files(path for path, _ in files)
-    pieces: list[Piece] = []
+    pieces: list[_RowsPiece] = []
     for number, (path, found_split) in enumerate(files):
-        rows = _RowsPiece(
+        names = _schema(path)
+        of_rows = split_column or ("split" if "split" in names and not split else None)
+        file = _RowsFile(
             canonical_split(split or found_split or "train", str(path)),
             path,
             number,
             image_column,
             caption_column,
             key_column,
+            of_rows,
         )
-        rows.check_columns()
-        pieces += rows.by_hash(validation, test)
+        file.check(names)
+        splits = file.splits()
+        if not split_column and file.split != "train" and "train" in splits:
+            # The column may tell of the rows' source, such as the splits of COCO, and not of this data set.
+            raise DataError(
+                f"{path}: wanted rows of {file.split} as the name states, found train in the column split; give "
+                f"--split-column split or --split {file.split}"
+            )
+        pieces += _pieces(file, splits, (validation, test))
     return Source(
         name=name,
         origin="rows of Hugging Face datasets",
         licence=licence,
         recipe={
+            "rows_revision": _REVISION,
             "files": [file_fingerprint(path) for path, _ in files],
-            "columns": [image_column, caption_column, key_column],
+            "columns": [image_column, caption_column, key_column, split_column],
             "validation": validation,
             "test": test,
             **({"split": split} if split else {}),
@@ -84,7 +110,7 @@ def huggingface(
 def _find(path: Path) -> list[tuple[Path, str | None]]:
     """Find files of rows, each with the split that it states, or None."""
     if path.is_file():
-        return [(path, _split_in(path.name))]
+        return [(path, split_in_name(path.name))]
     if (path / "dataset_dict.json").is_file():
         content = read_json(path / "dataset_dict.json")
         splits = content.get("splits", []) if isinstance(content, dict) else None
@@ -96,73 +122,134 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
     if (path / "state.json").is_file():
         state = read_json(path / "state.json")
         try:
-            named = state.get("_split")
+            named = state.get("_split") or split_in_name(path.absolute().name)
             return [(path / Path(entry["filename"]).name, named) for entry in state["_data_files"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: wanted a folder of save_to_disk, found {error!r}; save the rows again") from None
     found = [file for file in files_under(path) if file.suffix == ".parquet"] if path.is_dir() else []
     if not found:
         raise DataError(f"{path}: wanted parquet files or a folder of save_to_disk, found none; save the rows there")
-    return [(file, _split_in(file.name) or _split_in(file.parent.name)) for file in found]
+    return [(file, _split_in_path(path, file)) for file in found]
 
 
-def _split_in(name: str) -> str | None:
-    # The hub's own conversion names a truncated split partial-train.
-    match = re.match(r"(?:partial-)?(train|training|validation|valid|val|dev|test|testing)(?=[-_.]|$)", name.lower())
-    if match is None and looks_like_evaluation(word := re.split(r"[-_.]", name.lower())[0]):
-        return word  # such as testA of RefCOCO, which is refused: it must not become training data
-    return match[1] if match else None
+def _split_in_path(folder: Path, file: Path) -> str | None:
+    """The split that a file's name states, or the nearest of its folders up to `folder`; None if none does."""
+    names = [folder.absolute().name, *file.relative_to(folder).parts]
+    return next(filter(None, map(split_in_name, reversed(names))), None)
 
 
 @dataclass(frozen=True, slots=True)
-class _RowsPiece:
-    """A file of rows as a piece. With `shares`, only the rows that a hash of the key assigns to `split`."""
+class _RowsFile:
+    """A file of rows, and the columns that are read."""
 
     split: str
+    """Split of the rows that state none."""
     path: Path
     number: int
     image_column: str
     caption_column: str
     key_column: str | None
-    shares: tuple[float, float] | None = None
+    split_column: str | None
 
     @property
-    def label(self) -> str:
-        return f"{self.split} {self.path.name} {self.number}"
+    def columns(self) -> list[str]:
+        named = (self.image_column, self.caption_column, self.key_column, self.split_column)
+        return [*dict.fromkeys(filter(None, named))]
 
-    def by_hash(self, validation: float, test: float) -> list["_RowsPiece"]:
-        if self.split != "train" or not validation + test:
-            return [self]
-        same = (self.path, self.number, self.image_column, self.caption_column, self.key_column, (validation, test))
-        return [_RowsPiece(split, *same) for split in ("train", "validation", "test")]
-
-    def check_columns(self) -> None:
-        names = _schema(self.path)
-        for column in (self.image_column, self.caption_column, *filter(None, (self.key_column,))):
+    def check(self, names: list[str]) -> None:
+        """Check that the file, whose columns are `names`, has all columns, and a key in every row."""
+        for column in self.columns:
             if column not in names:
                 raise DataError(
                     f"{self.path}: wanted a column named {column}, found {', '.join(names)}; name the columns with "
-                    f"--image-column and --caption-column"
+                    f"--image-column, --caption-column, --key-column and --split-column"
+                )
+        if self.key_column:
+            # A null is no key: converted to text, it would be the key "None" of all such rows.
+            cells = [batch.column(0) for batch in _batches(self.path, [self.key_column], _SCANNED)]
+            if empty := sum(part.null_count for part in cells):
+                raise DataError(
+                    f"{self.path}: wanted a key in every row of the column {self.key_column}, found none in {empty} of "
+                    f"{sum(map(len, cells))}; fill them in, or leave --key-column out"
                 )
 
-    def records(self, max_bytes: int) -> Iterator[Record]:
-        columns = [*dict.fromkeys(filter(None, (self.image_column, self.caption_column, self.key_column)))]
-        for number, row in enumerate(_rows(self.path, columns)):
-            where = f"{self.path.name} row {number}"
-            named = row[self.key_column] if self.key_column else f"{self.number:05d}-{number:08d}"
-            key = safe_key(str(named))
-            if self.shares is not None and split_by_hash(key, *self.shares) != self.split:
-                continue
-            image, fault = self._image(row[self.image_column])
-            yield Record(key, image, captions_in_cell(row[self.caption_column]), where, {}, fault)
+    def splits(self) -> set[str]:
+        """Splits of the rows. Reads the column of splits alone."""
+        if self.split_column is None:
+            return {self.split}
+        batches = _batches(self.path, [self.split_column], _SCANNED)
+        return {self.split_of(cell) for batch in batches for cell in batch.column(0).to_pylist()} or {self.split}
 
-    def _image(self, cell: Any) -> tuple[bytes | None, str | None]:
-        if isinstance(cell, dict):
-            content = cell.get("bytes")
-            if content is None and cell.get("path"):
-                return None, "image is a path and not in the table"  # a path on the machine that wrote the table
-            cell = content
-        return (cell, None) if isinstance(cell, bytes) or cell is None else (None, "image is not binary")
+    def split_of(self, cell: Any) -> str:
+        """Split of a row by its cell of the column of splits, which may be empty."""
+        if cell is None or cell == "":
+            return self.split
+        try:
+            return canonical_split(cell, str(self.path))
+        except DataError:
+            raise DataError(
+                f"{self.path}: wanted train, validation or test in the column {self.split_column}, found {cell!r}; "
+                f"correct the rows, name another column with --split-column, or give one --split for all rows"
+            ) from None
+
+    def samples(self) -> Iterator[tuple[str, str, Record]]:
+        """Yield of every sample its split, the text whose hash assigns it to a share, and its record."""
+        last: tuple[str, str, Record] | None = None
+        captions: list[str] = []
+        for number, row in enumerate(_rows(self.path, self.columns)):
+            where = f"{self.path.name} row {number}"
+            key = safe_key(str(row[self.key_column]) if self.key_column else f"{self.number:05d}-{number:08d}")
+            split = self.split_of(row[self.split_column]) if self.split_column else self.split
+            image, fault = _image(row[self.image_column])
+            if last is not None and self.key_column and key == last[2].key and image in (None, last[2].image):
+                if split != last[0]:
+                    raise DataError(
+                        f"{self.path} row {number}: wanted one split for the key {row[self.key_column]}, found "
+                        f"{last[0]} and {split}; correct the rows"
+                    )
+                captions += captions_in_cell(row[self.caption_column])  # in place: the last record has this list
+                continue
+            if last is not None:
+                yield last
+            # Rows of one image have different numbers. By its bytes they stay in one split.
+            hashed = key if self.key_column or image is None else hashlib.sha256(image).hexdigest()
+            captions = captions_in_cell(row[self.caption_column])
+            last = split, hashed, Record(key, image, captions, where, {}, fault)
+        if last is not None:
+            yield last
+
+
+def _pieces(file: _RowsFile, splits: set[str], shares: tuple[float, float]) -> "list[_RowsPiece]":
+    if "train" in splits and any(shares):
+        splits = {"train", "validation", "test"}
+    return [_RowsPiece(split, file, shares) for split in ("train", "validation", "test") if split in splits]
+
+
+@dataclass(frozen=True, slots=True)
+class _RowsPiece:
+    """The samples of one split in a file of rows. `shares` of train are assigned to validation and test."""
+
+    split: str
+    file: _RowsFile
+    shares: tuple[float, float]
+
+    @property
+    def label(self) -> str:
+        return f"{self.split} {self.file.path.name} {self.file.number}"
+
+    def records(self, max_bytes: int) -> Iterator[Record]:
+        for split, hashed, record in self.file.samples():
+            if (split_by_hash(hashed, *self.shares) if split == "train" else split) == self.split:
+                yield record
+
+
+def _image(cell: Any) -> tuple[bytes | None, str | None]:
+    if isinstance(cell, dict):
+        content = cell.get("bytes")
+        if content is None and cell.get("path"):
+            return None, "image is a path and not in the table"  # a path on the machine that wrote the table
+        cell = content
+    return (cell, None) if isinstance(cell, bytes) or cell is None else (None, "image is not binary")
 
 
 def _schema(path: Path) -> list[str]:
@@ -177,17 +264,20 @@ def _schema(path: Path) -> list[str]:
 
 
 def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    return chain.from_iterable(batch.to_pylist() for batch in _batches(path, columns, _BATCH))
+
+
+def _batches(path: Path, columns: list[str], size: int) -> Iterator[Any]:
+    """Yield the rows of a file as record batches of at most `size` rows."""
     arrow = need("pyarrow")
     try:
         if path.suffix == ".parquet":
-            batches = need("pyarrow.parquet").ParquetFile(path).iter_batches(batch_size=_BATCH, columns=columns)
-            for batch in batches:
-                yield from batch.to_pylist()
+            yield from need("pyarrow.parquet").ParquetFile(path).iter_batches(batch_size=size, columns=columns)
         else:
             with _open_stream(path) as stream:
                 for batch in stream:
-                    for begin in range(0, batch.num_rows, _BATCH):
-                        yield from batch.select(columns).slice(begin, _BATCH).to_pylist()
+                    for begin in range(0, batch.num_rows, size):
+                        yield batch.select(columns).slice(begin, size)
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: wanted rows, found {error}; download or save it again") from None
 

@@ -138,6 +138,18 @@ def looks_like_evaluation(word: str) -> bool:
     return re.fullmatch(r"(mini)?(test|val|valid|dev|eval|evaluation|hidden)(dev|std|[a-c]|\d+)*", word) is not None
 
 
+def split_in_name(name: str) -> str | None:
+    """First word of a file or folder name that names a split; None if there is none.
+
+    A word consists of letters. A known name (train of cc3m-train-000.tar, val of val2017) comes before one that only
+    looks like an evaluation split (testa of testA-000.tar). `canonical_split` refuses the latter, so that it does not
+    become training data.
+    """
+    words = re.findall("[a-z]+", name.lower())
+    known = (word for word in words if word in _SPLITS)
+    return next(known, None) or next((word for word in words if looks_like_evaluation(word)), None)
+
+
 def safe_key(name: str) -> str:
     """Convert a name to a valid key. A valid name is kept; else characters are replaced and a hash is appended."""
     if KEY_PATTERN.fullmatch(name):

@@ -1,9 +1,7 @@
 """Rebuilding the indices of a data folder, and indexing tars of other tools to use them in place."""
 
 import codecs
-import contextlib
 import json
-import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard,
 from mvlm_dataloading.dataset.durable_files import make_no_older, write_durably
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.record import canonical_split, looks_like_evaluation
+from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
@@ -191,7 +189,8 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
         found = _write_dali_index(tar, None)
         left_out += found.left_out
         if found.lines:
-            name = canonical_split(split, str(folder)) if split else _split_of(tar)
+            stated = split_in_name(tar.name) or "train"
+            name = canonical_split(split, str(folder)) if split else canonical_split(stated, str(tar))
             part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
             part["samples"] += len(found.lines)
             part["captions"] += found.captions
@@ -214,15 +213,6 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     aside.rename(folder / "dataset.json")
     pack_indices(folder)
     return description
-
-
-def _split_of(tar: Path) -> str:
-    words = re.split(r"[^a-z]+", tar.name.lower())
-    for word in words:
-        with contextlib.suppress(DataError):
-            return canonical_split(word, str(tar))
-    # An evaluation split of another name, such as testA of RefCOCO, is refused: it must not become training data.
-    return canonical_split(next((word for word in words if looks_like_evaluation(word)), "train"), str(tar))
 
 
 def _component(member: tarfile.TarInfo) -> str:

@@ -200,3 +200,48 @@ def test_a_damaged_table_says_where(tmp_path, text, message):
     images, table = table_of(tmp_path, text)
     with pytest.raises(DataError, match=message):
         folder(images, table)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_folders_named_as_evaluation_splits_keep_their_images_out_of_training(tmp_path, table):
+    """Shares divide the others. A deeper folder, and train, which may be a class, state no split."""
+    places = ["train", "val", "test_images", "cars/test"]
+    names = [f"{place}/{i}" for place in places for i in range(10)]
+    for i, name in enumerate(names):
+        published.write_image(tmp_path / f"images/{name}.jpg", i)
+        (tmp_path / f"images/{name}.txt").write_text("a caption")
+    (tmp_path / "table.csv").write_text("\n".join(["image,caption", *(f"{name}.jpg,a caption" for name in names)]))
+    given = tmp_path / "table.csv" if table else None
+
+    def splits(test: float) -> dict[str, set[str]]:
+        pieces = folder(tmp_path / "images", given, test=test).pieces
+        return {piece.split: {record.where[:-6] for record in piece.records(1)} for piece in pieces}
+
+    assert splits(0.0) == {"train": {"train", "cars/test"}, "validation": {"val"}, "test": {"test_images"}}
+    assert splits(0.5) == {
+        "train": {"train", "cars/test"},
+        "validation": {"val"},
+        "test": {"train", "cars/test", "test_images"},
+    }
+
+
+def test_a_table_decides_over_the_folders_names(tmp_path):
+    published.write_image(tmp_path / "test/0.jpg", 0)
+    (tmp_path / "table.csv").write_text("image,caption,split\ntest/0.jpg,a caption,train\n")
+    assert [piece.split for piece in folder(tmp_path, tmp_path / "table.csv").pieces] == ["train"]
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [("testA", "test"), ("val2017", "validation"), ("Dev-photos", "validation"), ("test tubes", "train"),
+     ("tests", "train"), ("trains", "train"), ("valley", "train")],
+)  # fmt: skip
+def test_an_album_is_no_split(tmp_path, name, split):
+    published.write_image(tmp_path / f"images/{name}/0.jpg", 0)
+    assert [piece.split for piece in folder(tmp_path / "images").pieces] == [split]
+
+
+def test_a_folder_of_an_unknown_evaluation_split_is_refused(tmp_path):
+    published.write_image(tmp_path / "images/eval/0.jpg", 0)
+    with pytest.raises(DataError, match=r"images/eval: wanted a split named .*, found 'eval'; rename it"):
+        folder(tmp_path / "images")

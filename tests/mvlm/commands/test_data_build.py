@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import mvlm_dataloading
 from support.commands import assert_refused
@@ -26,6 +28,15 @@ def test_data_emoji_builds_the_emoji_data_set(run_mvlm, scenes, tmp_path, monkey
     assert outcome.code == 0
     assert calls == [(tmp_path / "emoji", 64)]
     assert outcome.out == [f"{tmp_path / 'emoji'}: 32 train, 8 validation, 8 test"]
+
+
+@pytest.mark.parametrize("column, words", [("split", []), ("part", ["--split-column", "part"])])
+def test_data_huggingface_reads_a_column_of_splits(image_folder, tmp_path, run_data, column, words):
+    images = [(image_folder / f"{i}.png").read_bytes() for i in range(3)]
+    rows = {"image": images, "caption": ["one", "two", "three"], column: ["train", "val", "test"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    outcome = run_data("huggingface", tmp_path / "rows.parquet", tmp_path / "out", *words)
+    assert outcome.out[-1] == f"{tmp_path / 'out'}: 1 test, 1 train, 1 validation"
 
 
 @pytest.mark.parametrize(
