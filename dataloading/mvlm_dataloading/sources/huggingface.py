@@ -211,10 +211,13 @@ class _RowsFile:
                 continue
             if last is not None:
                 yield last
-            # Rows of one image have different numbers. By its bytes they stay in one split.
-            hashed = key if self.key_column or image is None else hashlib.sha256(image).hexdigest()
+            # Rows of one image have different numbers. By its bytes they stay in one split, and are known as one image.
+            hashed, metadata = key, {}
+            if image is not None and not self.key_column:
+                hashed = hashlib.sha256(image).hexdigest()
+                metadata["image_id"] = f"sha256 {hashed[:32]}"
             captions = captions_in_cell(row[self.caption_column])
-            last = split, hashed, Record(key, image, captions, where, {}, fault)
+            last = split, hashed, Record(key, image, captions, where, metadata, fault)
         if last is not None:
             yield last
 

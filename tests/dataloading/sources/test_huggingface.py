@@ -181,6 +181,9 @@ def test_rows_of_one_image_stay_in_one_split(tmp_path):
     images = {piece.split: {record.image for record in piece.records(1 << 20)} for piece in source.pieces}
     assert min(map(len, images.values())) >= 4
     assert sum(map(len, images.values())) == 40
+    # By this name an evaluation knows them as one image.
+    named = {(record.image, record.metadata["image_id"]) for piece in source.pieces for record in piece.records(1 << 20)}
+    assert len(named) == len({name for _, name in named}) == 40
 
 
 def test_rows_of_one_key_are_one_sample_with_all_captions(tmp_path):
