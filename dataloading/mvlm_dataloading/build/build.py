@@ -26,9 +26,10 @@ from typing import Any
 from mvlm_dataloading.dataset.description import already_written, require_free_folder
 from mvlm_dataloading.dataset.durable_files import sync_folder
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote, normal_url
-from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
+from mvlm_dataloading.tokenizer import load_tokenizer
 
 from .assemble import Assembly, assemble
 from .local_folder import LocalFolder, open_folder
@@ -168,7 +169,7 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
     options = options or BuildOptions()
     options.check()
     if options.tokenizer is not None:
-        need("tokenizers")
+        load_tokenizer(options.tokenizer)  # a mistake leaves no plan that the corrected command would differ from
     if source.questions and options.drop_duplicates:
         raise DataError(
             f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "

@@ -57,7 +57,7 @@ def huggingface(
     pieces: list[Piece] = []
     for number, (path, found_split) in enumerate(files):
         rows = _RowsPiece(
-            canonical_split(split or found_split or "train", str(path)),
+            canonical_split(split or found_split or "train", str(path), "rename it, or name the split with --split"),
             path,
             number,
             image_column,

@@ -77,7 +77,9 @@ def test_evaluation_splits_of_other_names_do_not_become_training_data(tmp_path, 
     for split in ("train", name):
         file = tmp_path / f"{split}-00000-of-00001.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(hub_rows(1)), file)
-    with pytest.raises(DataError, match=f"wanted a split named .*, found '{name.lower()}'; rename it"):
+    with pytest.raises(
+        DataError, match=f"wanted a split named .*, found '{name.lower()}'; rename it, or name .* --split"
+    ):
         huggingface([tmp_path])
     assert [piece.split for piece in huggingface([file], split="test").pieces] == ["test"]
 

@@ -35,7 +35,10 @@ def test_data_emoji_builds_the_emoji_data_set(run_mvlm, scenes, tmp_path, monkey
         (["folder", "{images}", "out", "--quality", "0"], "quality: wanted 1 to 100, got 0"),
         (["folder", "{images}", "out", "--max-pixels", "1000000000"], "max-pixels: wanted 1 to 89478485"),
         (["folder", "{images}", "{images}"], "wanted a new or an empty folder, found one in use"),
-        (["folder", "{images}", "out", "--tokenizer", "no.json"], "no.json: wanted a file, found none"),
+        (
+            ["folder", "{images}", "out", "--tokenizer", "no.json"],
+            "no.json: wanted a tokenizer.json, found no such file",
+        ),
         (["folder", "{images}", "out", "--against", "no"], "no/dataset.json: wanted a file, found none"),
         (["check", "no"], "no: wanted a data folder, found none"),
         (
