@@ -31,7 +31,7 @@ from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 from mvlm_dataloading.tokenizer import load_tokenizer
 
-from .assemble import Assembly, assemble
+from .assemble import REPEATED_KEY, Assembly, assemble
 from .local_folder import LocalFolder, open_folder
 from .part import (
     WHOLE,
@@ -250,6 +250,13 @@ def _finish(assembly: Assembly, out: Path | str) -> None:
             assembly.out.put(path, path.name)
     for what, count in sorted(counts.items()):
         log.info("%s: %d %s", out, count, what)
+    if counts[REPEATED_KEY] and "tars" in assembly.plan["recipe"]:
+        log.warning(
+            "%s: wanted samples with different keys, found %d with the key of an earlier one, left out; if they are in "
+            "several tars, give `mvlm data webdataset --prefix-keys`",
+            out,
+            counts[REPEATED_KEY],
+        )
 
 
 def _empty(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
 
-from .files import captions_in_cell, files_under, read_rows, reason_if_outside
+from .files import captions_in_cell, published_files, read_rows, reason_if_outside
 from .record import (
     Record,
     Source,
@@ -42,6 +42,8 @@ def folder(
 ) -> Source:
     """All images under a folder. Those of other formats than JPEG, PNG and WebP are rejected when it is built.
 
+    Data sets that were built inside the folder are left out.
+
     Args:
         captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
             rows of an image give several captions, and a cell of a `.jsonl` may hold a list. Default: the captions of
@@ -71,8 +73,8 @@ def folder(
 
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
-    # `files_under` sorts, so the order does not depend on the file system.
-    paths = [path for path in files_under(images) if path.suffix.lower() in IMAGE_EXTENSIONS + _OTHER_IMAGES]
+    # `published_files` sorts, so the order does not depend on the file system.
+    paths = [path for path in published_files(images) if path.suffix.lower() in IMAGE_EXTENSIONS + _OTHER_IMAGES]
     return [(_with_text_file(images, path), None) for path in paths]
 
 

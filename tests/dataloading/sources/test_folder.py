@@ -149,3 +149,15 @@ def test_a_table_whose_images_are_missing_says_where_they_were_wanted(tmp_path):
     (tmp_path / "list.csv").write_text("image,caption\nimages/a/0.jpg,a caption\n")
     with pytest.raises(DataError, match=r"the first images/a/0\.jpg: image file is missing; .* relative to the folder"):
         build_source(folder(tmp_path / "images", tmp_path / "list.csv"), tmp_path / "out")
+
+
+def test_a_data_set_inside_the_folder_of_images_is_left_out(tmp_path):
+    published.folder(tmp_path / "images", 3)
+    before = folder(tmp_path / "images").pieces[0].label
+    out = tmp_path / "images" / "out"
+    found = build_source(folder(tmp_path / "images"), out)
+    (out / "contact-sheet.png").write_bytes((tmp_path / "images" / "a" / "0.jpg").read_bytes())
+    assert build_source(folder(tmp_path / "images"), out) == found
+    # A file of that name that describes no build hides nothing.
+    (tmp_path / "images" / "a" / "dataset.json").write_text('{"recipe": {}, "splits": []}')
+    assert folder(tmp_path / "images").pieces[0].label == before
