@@ -13,8 +13,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | None = None) -> list[str] | str:
     """Clean captions and drop unusable ones. Returns the usable captions in order, or a reason if no caption is usable.
 
-    Each is cleaned by `clean_line`. Drops repeated captions, blank captions, captions with a lone surrogate, and
-    captions above `max_bytes` bytes of UTF-8.
+    Each is cleaned by `clean_line`. Drops repeated captions, captions in which nothing can be seen, captions with a
+    lone surrogate, and captions above `max_bytes` bytes of UTF-8.
     """
     found: dict[str, None] = {}
     reason = "no caption"
@@ -28,7 +28,7 @@ def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | 
         line = clean_line(caption)
         if len(line.encode()) > max_bytes:
             reason = "caption is too long"
-        elif line:
+        elif is_visible(line):
             found[line] = None
     return list(found)[:max_captions] if found else reason
 
@@ -36,6 +36,11 @@ def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | 
 def clean_line(text: str) -> str:
     """A text on one line: white space and control characters become single blanks, those of direction are removed."""
     return " ".join(_CONTROL.sub(" ", _BIDI.sub("", text)).split())
+
+
+def is_visible(text: str) -> bool:
+    """False for a text of blanks, controls, formats and combining marks alone: tokenizers may make no token of it."""
+    return any(unicodedata.category(character)[0] not in "CMZ" for character in text)
 
 
 def decode_text(text: bytes) -> str | None:

@@ -181,6 +181,7 @@ def webdataset(
     validation: tuple[Path, ...] = (),
     test: tuple[Path, ...] = (),
     caption_field: str = "caption",
+    prefix_keys: bool = False,
     licence: str = "",
     name: str = "webdataset",
     build: BuildOptions = BuildOptions(),  # noqa: B008
@@ -194,12 +195,15 @@ def webdataset(
         validation: Tars, or folders of tars, of the validation split.
         test: Tars, or folders of tars, of the test split.
         caption_field: Field of a sample's .json with its captions, if it has no .txt.
+        prefix_keys: Put the tar's name before all keys. For tars whose first 16 keys differ and later ones do not.
         licence: Licence to state in dataset.json.
         name: Name to state in dataset.json.
     """
     from mvlm_dataloading.sources.webdataset import webdataset
 
-    source = webdataset(train, validation, test, caption_field=caption_field, licence=licence, name=name)
+    source = webdataset(
+        train, validation, test, caption_field=caption_field, prefix_keys=prefix_keys, licence=licence, name=name
+    )
     build_source(source, out, build, common)
 
 

@@ -1,6 +1,10 @@
 """Captions: cleaning, and the script they are written in."""
 
-from mvlm_dataloading.captions import script_of
+import pytest
+
+from mvlm_dataloading.captions import clean_captions, script_of
+
+INVISIBLE = ["\u200b", "\u0301", "\u00ad", "\ufe0f \u200d", "\ue000"]
 
 
 def test_script_of_a_caption():
@@ -13,3 +17,14 @@ def test_script_of_a_caption():
         "ひらがな": "HIRAGANA",
     }
     assert {text: script_of(text) for text in wanted} == wanted
+
+
+@pytest.mark.parametrize("caption", INVISIBLE)
+def test_captions_in_which_nothing_can_be_seen_are_dropped(caption):
+    assert clean_captions([caption, "a cat", "?", "e\u0301t\u00e9", "\u2764\ufe0f"], 100) == [
+        "a cat",
+        "?",
+        "e\u0301t\u00e9",
+        "\u2764\ufe0f",
+    ]
+    assert clean_captions([caption], 100) == "no caption"

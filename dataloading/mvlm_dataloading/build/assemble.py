@@ -63,6 +63,7 @@ class Assembly:
         return self.parts[self.owner[piece]]
 
 
+REPEATED_KEY = "key was used before"
 _REMEDIES = {
     "image file is missing": "; tables name files relative to the folder of images",
     "no caption": "; the captions of a.jpg are the lines of a.txt beside it, or rows of a table",
@@ -150,7 +151,7 @@ def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
 
 def _repeated_keys(keys: list[str]) -> dict[int, str]:
     first: dict[str, int] = {}
-    return {i: "key was used before" for i, key in enumerate(keys) if first.setdefault(key, i) != i}
+    return {i: REPEATED_KEY for i, key in enumerate(keys) if first.setdefault(key, i) != i}
 
 
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:

@@ -26,11 +26,12 @@ from typing import Any
 from mvlm_dataloading.dataset.description import already_written, require_free_folder
 from mvlm_dataloading.dataset.durable_files import sync_folder
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote, normal_url
-from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
+from mvlm_dataloading.tokenizer import load_tokenizer
 
-from .assemble import Assembly, assemble
+from .assemble import REPEATED_KEY, Assembly, assemble
 from .local_folder import LocalFolder, open_folder
 from .part import (
     WHOLE,
@@ -168,7 +169,7 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
     options = options or BuildOptions()
     options.check()
     if options.tokenizer is not None:
-        need("tokenizers")
+        load_tokenizer(options.tokenizer)  # a mistake leaves no plan that the corrected command would differ from
     if source.questions and options.drop_duplicates:
         raise DataError(
             f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "
@@ -249,6 +250,13 @@ def _finish(assembly: Assembly, out: Path | str) -> None:
             assembly.out.put(path, path.name)
     for what, count in sorted(counts.items()):
         log.info("%s: %d %s", out, count, what)
+    if counts[REPEATED_KEY] and "tars" in assembly.plan["recipe"]:
+        log.warning(
+            "%s: wanted samples with different keys, found %d with the key of an earlier one, left out; if they are in "
+            "several tars, give `mvlm data webdataset --prefix-keys`",
+            out,
+            counts[REPEATED_KEY],
+        )
 
 
 def _empty(folder: Path) -> None:

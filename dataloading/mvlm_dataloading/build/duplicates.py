@@ -23,7 +23,7 @@ from mvlm_dataloading.options import MAX_PIXELS
 from mvlm_dataloading.sources.record import EVALUATION_SPLITS, is_evaluation
 
 from .hash_search import first_equal, near_known, near_pairs
-from .image_check import ImageDecoder, perceptual_hash
+from .image_check import ImageDecoder, ImageHeader, on_white, perceptual_hash, read_header
 
 LEAKED = "image is in an evaluation split"
 LEAKED_NEARLY = "image is a near-duplicate of one in an evaluation split"
@@ -70,6 +70,8 @@ def parse_image_facts(metadata: Mapping[str, Any]) -> ImageFacts:
 def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     """Facts of a sample, from its metadata. They are computed for shards of other tools, which lack them.
 
+    The hash of a transparent image is that of the image on white, as in a build.
+
     Raises:
         DataError: the image cannot be decoded.
     """
@@ -82,6 +84,9 @@ def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     (pixels,) = decoder([image])
     if isinstance(pixels, str):
         raise DataError(f"{dataset.where(i)}: wanted an image, found that {pixels}; leave the sample out")
+    header = read_header(image)
+    white = on_white(image) if isinstance(header, ImageHeader) and header.has_alpha else None
+    pixels = white if isinstance(white, np.ndarray) else pixels
     height, width = pixels.shape[:2]
     return ImageFacts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
 

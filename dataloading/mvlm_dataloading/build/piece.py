@@ -186,21 +186,21 @@ class _PieceWriter:
         prepared = self._stored[1]
         if isinstance(prepared, str):
             return prepared
-        image, extension, facts = prepared
+        (image, extension, facts), captions, tokens = prepared, one.captions, None
+        if self._tokenizer is not None:
+            captions, tokens = pack_tokens(self._tokenizer, captions, options.text_length)
+            if not captions:
+                return "caption has no token"
         metadata = json.dumps({**record.metadata, **facts}, ensure_ascii=False, separators=(",", ":"))
         parts = [
             (extension, image),
-            ("txt", "".join(caption + "\n" for caption in one.captions).encode()),
+            ("txt", "".join(caption + "\n" for caption in captions).encode()),
             ("json", metadata.encode("utf-8", "replace")),
+            *([] if tokens is None else [("tok", tokens)]),
         ]
-        if self._tokenizer is not None:
-            tokens = pack_tokens(self._tokenizer, one.captions, options.text_length)
-            if tokens is None:
-                return "caption has no token"
-            parts.append(("tok", tokens))
-        self._shard_for(parts).write(record.key, parts, num_captions=len(one.captions))
+        self._shard_for(parts).write(record.key, parts, num_captions=len(captions))
         tar = len(self._shards) - 1
-        self._write_line({"key": record.key, "tar": tar, "captions": len(one.captions), **facts, "where": record.where})
+        self._write_line({"key": record.key, "tar": tar, "captions": len(captions), **facts, "where": record.where})
         return None
 
     def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]] | str:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
 from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
@@ -106,15 +107,14 @@ class ShardWriter:
         """Append one sample to a split, or reject it.
 
         The image is stored as it is, but a transparent one on white, as a PNG.
-        Captions that are blank, repeated or no Unicode are dropped. White space in a caption becomes single blanks, a
-        lone surrogate in the metadata "?".
+        Captions that are invisible, repeated or no Unicode are dropped. White space in a caption becomes single blanks,
+        a lone surrogate in the metadata "?".
 
         Returns:
             None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
         """
-        captions = list(
-            dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line and _encodes(line))
-        )
+        lines = (" ".join(caption.split()) for caption in captions)
+        captions = list(dict.fromkeys(line for line in lines if is_visible(line) and _encodes(line)))
         if not KEY_PATTERN.fullmatch(key):
             return self._reject(key, "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -")
         if key in self._keys:
@@ -272,17 +272,16 @@ class Shard:
         return {"tar": self.path.name, "samples": self.samples, "bytes": size, "sha256": self.sha256}
 
 
-def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> bytes | None:
-    """Tokenize captions into a `.tok` component: per caption a count n and n ids, [CLS] ... [SEP], little-endian int32.
+def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> tuple[list[str], bytes]:
+    """Captions that have an ordinary token, and their `.tok` component.
 
-    Captions have the order of the lines of `.txt`. None if a caption has no ordinary token.
+    It has for each of them a count n and n ids, [CLS] ... [SEP], as little-endian int32.
     """
     tokens, lengths = tokenizer.encode(captions, max_length)
-    if lengths.min() < 3:
-        return None
     ends = np.cumsum(lengths)
-    rows = [[n, *tokens[end - n : end]] for n, end in zip(lengths.tolist(), ends.tolist(), strict=True)]
-    return np.concatenate(rows).astype("<i4").tobytes()
+    rows = [(c, n, tokens[end - n : end]) for c, n, end in zip(captions, lengths, ends, strict=True) if n > 2]
+    numbers = [number for _, n, ids in rows for number in (n, *ids)]
+    return [caption for caption, _, _ in rows], np.array(numbers, "<i4").tobytes()
 
 
 def format_index(lines: Sequence[str]) -> str:

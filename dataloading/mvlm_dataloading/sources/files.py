@@ -148,6 +148,23 @@ def files_under(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def published_files(folder: Path) -> list[Path]:
+    """All files under a folder as in `files_under`, but for data sets and parts that were built inside it."""
+    files = files_under(folder)
+    marks = [file for file in files if file.name in ("dataset.json", "plan.json") and file.parent != folder]
+    built = [file.parent for file in marks if _has_recipe(file)]
+    return [file for file in files if not any(map(file.is_relative_to, built))]
+
+
+def _has_recipe(file: Path) -> bool:
+    """True for the description of what a build has written. That of tars used in place has an empty recipe."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("recipe"), dict) and bool(content["recipe"])
+
+
 def reason_if_outside(name: str) -> str | None:
     """Reason to reject a file name in a table that points outside the data set's folder, or None.
 

@@ -12,7 +12,7 @@ from typing import Any
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
 
-from .files import captions_in_cell, files_under, read_rows, reason_if_outside
+from .files import captions_in_cell, published_files, read_rows, reason_if_outside
 from .record import (
     Record,
     Source,
@@ -49,7 +49,8 @@ def folder(
     """All images under a folder. Those of other formats than JPEG, PNG and WebP are rejected when it is built.
 
     An image's split is that of the table. Without one, the images of a folder directly in `images` that is named as an
-    evaluation split, such as val2017 or test_images, are of that split.
+    evaluation split, such as val2017 or test_images, are of that split. Data sets that were built inside the
+    folder are left out.
 
     Args:
         captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
@@ -95,8 +96,8 @@ def _split_of_folder(images: Path, name: str) -> str | None:
 
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
-    # `files_under` sorts, so the order does not depend on the file system.
-    paths = [path for path in files_under(images) if path.suffix.lower() in IMAGE_EXTENSIONS + _OTHER_IMAGES]
+    # `published_files` sorts, so the order does not depend on the file system.
+    paths = [path for path in published_files(images) if path.suffix.lower() in IMAGE_EXTENSIONS + _OTHER_IMAGES]
     return [(_with_text_file(images, path), None) for path in paths]
 
 

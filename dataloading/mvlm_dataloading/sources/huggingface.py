@@ -74,7 +74,7 @@ def huggingface(
         names = _schema(path)
         of_rows = split_column or ("split" if "split" in names and not split else None)
         file = _RowsFile(
-            canonical_split(split or found_split or "train", str(path)),
+            canonical_split(split or found_split or "train", str(path), "rename it, or name the split with --split"),
             path,
             number,
             image_column,

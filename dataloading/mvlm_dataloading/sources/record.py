@@ -125,11 +125,11 @@ def is_evaluation(split: str) -> bool:
     return split != "train"
 
 
-def canonical_split(name: object, where: str) -> str:
+def canonical_split(name: object, where: str, remedy: str = "rename it") -> str:
     """Map a published split name to train, validation or test. Raises DataError for an unknown name, or for none."""
     found = _SPLITS.get(name.strip().lower()) if isinstance(name, str) else None
     if found is None:
-        raise DataError(f"{where}: wanted a split named {', '.join(sorted(_SPLITS))}, found {name!r}; rename it")
+        raise DataError(f"{where}: wanted a split named {', '.join(sorted(_SPLITS))}, found {name!r}; {remedy}")
     return found
 
 

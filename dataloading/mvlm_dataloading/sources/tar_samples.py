@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import re
 import tarfile
@@ -36,7 +37,9 @@ class TarSample:
 
 
 def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
-    """Yield the samples of a tar in one sequential read. Nothing is unpacked; links and devices are skipped.
+    """Yield the samples of a tar in one sequential read. Nothing is unpacked.
+
+    A hard link to a file before it in the tar stands for that file. Other links, and devices, are skipped.
 
     For a damaged tar, the last sample has the tar's name as its key and the damage as its fault.
 
@@ -46,9 +49,14 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
     sample: TarSample | None = None
     damage, ended, whole = None, True, False
     try:
-        with _opened(path) as file, tarfile.open(fileobj=cast(IO[bytes], tail := _Tail(file)), mode="r|") as tar:
+        with (
+            _opened(path) as file,
+            _opened(path) as again,
+            tarfile.open(fileobj=cast(IO[bytes], tail := _Tail(file)), mode="r|") as tar,
+        ):
+            links = _Links(again)
             for member in tar:
-                if not member.isfile() or member.name.rsplit("/", 1)[-1].startswith("."):
+                if not links.follow(member) or member.name.rsplit("/", 1)[-1].startswith("."):
                     continue
                 key, extension = split_member_name(member.name)
                 if extension not in IMAGE_EXTENSIONS + _TEXTS + _OTHERS:
@@ -57,7 +65,7 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
                     if sample is not None:
                         yield sample
                     sample = TarSample(key)
-                _add(sample, tar, member, extension, max_bytes)
+                _add(sample, links if member.islnk() else tar, member, extension, max_bytes)
             whole = True  # bytes after the tar in a compressed file may yet be an error
             ended = tail.ends_with_an_empty_block()
     except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
@@ -115,7 +123,35 @@ class _Tail:
         return self._last == bytes(tarfile.BLOCKSIZE)
 
 
-def _add(sample: TarSample, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:
+class _Links:
+    """The files of a tar by name, for the hard links to them. They are read a second time, from a file of their own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._places: dict[str, tuple[int, int]] = {}
+        self._last: tuple[tuple[int, int], bytes] | None = None
+
+    def follow(self, member: tarfile.TarInfo) -> bool:
+        """Give a hard link place and size of its file. False for a member that has no content."""
+        if member.islnk() and member.linkname in self._places:
+            member.offset_data, member.size = self._places[member.linkname]
+        elif not member.isfile():
+            return False
+        if not member.issparse():
+            self._places[member.name] = member.offset_data, member.size
+        return True
+
+    def extractfile(self, member: tarfile.TarInfo) -> IO[bytes]:
+        place = member.offset_data, member.size
+        if self._last is None or self._last[0] != place:  # questions about an image follow one another
+            self._file.seek(member.offset_data)
+            self._last = place, self._file.read(member.size)
+        return io.BytesIO(self._last[1])
+
+
+def _add(
+    sample: TarSample, tar: "tarfile.TarFile | _Links", member: tarfile.TarInfo, extension: str, max_bytes: int
+) -> None:
     if extension in _OTHERS:
         return
     if extension in sample.parts or (

@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.captions import decode_text
+from mvlm_dataloading.captions import decode_text, is_visible
 from mvlm_dataloading.errors import DataError, need
 
-from .files import captions_in_cell, refuse_repeated_files
-from .record import Record, Source, file_fingerprint, file_sha256, safe_key
+from .files import captions_in_cell, published_files, refuse_repeated_files
+from .record import Record, Source, file_fingerprint, file_sha256, looks_like_evaluation, safe_key
 from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -46,6 +46,7 @@ def webdataset(
     test: Sequence[Path] = (),
     *,
     caption_field: str = "caption",
+    prefix_keys: bool = False,
     licence: str = "",
     name: str = "webdataset",
 ) -> Source:
@@ -54,12 +55,13 @@ def webdataset(
     Args:
         train, validation, test: tars, or folders of tars.
         caption_field: field of the caption or captions in `.json`, for samples without a `.txt`.
+        prefix_keys: put the tar's name before all keys, for tars whose first 16 keys differ and later ones do not.
 
     Raises:
-        DataError: a tar or a folder is missing.
+        DataError: a tar or a folder is missing, or a folder of `train` has tars of an evaluation split.
     """
     splits = {"train": train, "validation": validation, "test": test}
-    pieces, recipe = tar_pieces(splits, caption_field=caption_field)
+    pieces, recipe = tar_pieces(splits, caption_field, prefix_keys)
     return Source(name=name, origin="WebDataset tars", licence=licence, recipe=recipe, pieces=pieces)
 
 
@@ -69,19 +71,24 @@ def _downloaded(name: str, splits: dict[str, Sequence[Path]], origin: str, licen
 
 
 def tar_pieces(
-    splits: Mapping[str, Sequence[Path]], caption_field: str = "caption"
+    splits: Mapping[str, Sequence[Path]], caption_field: str = "caption", prefix_keys: bool = False
 ) -> tuple["list[TarPiece]", dict[str, Any]]:
     """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe.
 
     Raises:
-        DataError: a tar or a folder is missing, or a tar is given twice.
+        DataError: a tar or a folder is missing, a tar is given twice, or a folder of `train` has tars of an evaluation
+            split.
     """
     pieces: list[TarPiece] = []
+    given = [path for paths in splits.values() for path in paths]
     several = sum(bool(paths) for paths in splits.values()) > 1
     for split, paths in splits.items():
         # img2dataset numbers the samples of every download from 0.
         prefix = f"{split}-" if several else ""
-        tars = _with_key_prefixes([find_tars(path) for path in paths])
+        folders = [find_tars(path, given) for path in paths]
+        if split == "train":
+            _refuse_evaluation_tars(paths, folders)
+        tars = _with_key_prefixes(paths, folders, prefix_keys)
         pieces += [TarPiece(split, tar, prefix + own, caption_field) for tar, own in tars]
     refuse_repeated_files(tar.path for tar in pieces)
     sizes: dict[str, list[Any]] = {}
@@ -92,20 +99,32 @@ def tar_pieces(
     return pieces, {"tars": sizes, "caption_field": caption_field}
 
 
-def _with_key_prefixes(folders: list[list[Path]]) -> list[tuple[Path, str]]:
+def _refuse_evaluation_tars(paths: Sequence[Path], folders: list[list[Path]]) -> None:
+    for path, tars in zip(paths, folders, strict=True):
+        for tar in tars:
+            between = tar.parent.relative_to(path).parts if tar != path else ()
+            if found := [name for name in between if looks_like_evaluation(name.lower())]:
+                raise DataError(
+                    f"{tar}: wanted tars of the train split, found the folder {found[0]}; name it with the option of "
+                    "its split, or name the tars of the train split one by one"
+                )
+
+
+def _with_key_prefixes(paths: Sequence[Path], folders: list[list[Path]], prefix_keys: bool) -> list[tuple[Path, str]]:
     """Find a prefix for the keys of each tar. It is empty unless another tar has some of the same first keys.
 
     If folders have keys in common (img2dataset numbers each folder from 0), the prefix is the number of the folder. If
-    tars of one folder have keys in common, it is the tar's name. It depends only on the content of the tars, so a
-    resumed build uses the same.
+    tars of one folder have keys in common, it is the tar's name. With `prefix_keys` it is both. It depends only on the
+    content of the tars, so a resumed build uses the same.
     """
-    keys = [[_first_keys(tar) for tar in tars] for tars in folders]
-    numbered = _overlap([set().union(*known) for known in keys])
+    keys = [[set() if prefix_keys else _first_keys(tar) for tar in tars] for tars in folders]
+    numbered = _overlap([set().union(*known) for known in keys]) or (prefix_keys and len(folders) > 1)
     found = []
-    for number, (tars, known) in enumerate(zip(folders, keys, strict=True)):
-        named = _overlap(known)
+    for number, (path, tars, known) in enumerate(zip(paths, folders, keys, strict=True)):
+        named = _overlap(known) or prefix_keys
         for tar in tars:
-            stem = next((tar.name.removesuffix(end) for end in _TARS if tar.name.endswith(end)), tar.name)
+            name = "-".join(tar.relative_to(path).parts) or tar.name
+            stem = next((name.removesuffix(end) for end in _TARS if name.endswith(end)), name)
             found.append((tar, (f"{number}-" if numbered else "") + (f"{stem}-" if named else "")))
     return found
 
@@ -119,11 +138,17 @@ def _overlap(sets: list[set[str]]) -> bool:
     return len(set().union(*sets)) < sum(map(len, sets))
 
 
-def find_tars(path: Path) -> list[Path]:
-    """The tars in a folder, or the tar itself. Raises DataError if none is found."""
+def find_tars(path: Path, given: Sequence[Path] = ()) -> list[Path]:
+    """The tars under a folder, or the tar itself. Raises DataError if none is found.
+
+    Args:
+        given: paths that are read too. The tars of a folder among them, below this one, are left to it.
+    """
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.glob("*") if p.name.endswith(_TARS)) if path.is_dir() else []
+    apart = [other for other in given if other.is_dir() and other != path and other.is_relative_to(path)]
+    files = published_files(path) if path.is_dir() else []
+    found = [file for file in files if file.name.endswith(_TARS) and not any(map(file.is_relative_to, apart))]
     if not found:
         raise DataError(f"{path}: wanted a tar or a folder of tars, found none; give the downloaded folder")
     return found
@@ -163,10 +188,10 @@ class TarPiece:
         return Record(safe_key(self.prefix + sample.key), image, captions, where, metadata, fault)
 
     def _captions(self, sample: TarSample, row: dict[str, Any]) -> tuple[list[str], str | None]:
-        text = next((sample.parts[extension] for extension in CAPTION_EXTENSIONS if sample.parts.get(extension)), None)
-        if text is not None:
-            content = decode_text(text)
-            return (content.split("\n"), None) if content is not None else ([], "caption is not UTF-8")
+        texts = [decode_text(sample.parts[one]) for one in CAPTION_EXTENSIONS if one in sample.parts]
+        text = next((text for text in texts if text is None or is_visible(text)), "")
+        if text != "":
+            return (text.split("\n"), None) if text is not None else ([], "caption is not UTF-8")
         fields = _parse_object(sample.parts.get("json"))
         captions = captions_in_cell(fields.get(self.caption_field)) or captions_in_cell(row.get("caption"))
         return captions, "metadata are too long" if sample.long_metadata and not captions else None

@@ -13,7 +13,7 @@ import numpy as np
 from mvlm_dataloading.build.duplicates import decoder_with_max_limit
 from mvlm_dataloading.build.image_check import ImageDecoder, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
-from mvlm_dataloading.captions import script_of
+from mvlm_dataloading.captions import is_visible, script_of
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description, shard_paths
@@ -217,6 +217,10 @@ def _check_samples(
         except DataError as error:
             found.problems.append(str(error))
             continue
+        if unseen := [caption for caption in captions if not is_visible(caption)]:
+            found.problems.append(
+                f"{where}: wanted captions in which something can be seen, found {unseen[0]!a}; remove the caption"
+            )
         found.captions.append(len(captions))
         found.words += [len(caption.split()) for caption in captions]
         found.scripts.update(map(script_of, captions))

@@ -119,6 +119,16 @@ def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
     assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
 
 
+def test_a_wrong_tokenizer_does_not_block_the_next_build(tmp_path, tokenizer):
+    records = {"train": [make_record("a", published.make_image(0))]}
+    (tmp_path / "wrong.csv").write_text("image,caption")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=r"wrong\.csv: wanted a tokenizer.json, found a file that is not one"):
+        build_records(tmp_path / "out", records, tokenizer=tmp_path / "wrong.csv")
+    assert not (tmp_path / ".out.partial").exists()
+    assert keys(build_records(tmp_path / "out", records, tokenizer=tmp_path / "tokenizer.json")) == ["a"]
+
+
 @pytest.mark.slow
 def test_a_build_into_a_link_fills_the_linked_empty_folder(tmp_path):
     records = {"train": [make_record("a", published.make_image(0))]}

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import make_view, open_dataset, rebuild_indices
 from support import published
 from support.data import build_records, make_record, read_json_lines
 
@@ -93,3 +94,23 @@ def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
         check=True, capture_output=True,
     )  # fmt: skip
     assert (tmp_path / "made.idx").read_bytes() == (dropped / "train-000001.idx").read_bytes()
+
+
+def test_a_view_finds_leaks_of_transparent_images_in_tars_used_in_place(tmp_path):
+    """Below its transparent areas the image is black. Its published copy is on white."""
+    image = Image.new("RGBA", (96, 72))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((6, 4, 50, 44), fill=(0, 0, 0, 255))
+    pen.polygon([(40, 66), (60, 30), (90, 60)], fill=(90, 0, 120, 255))
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    (tmp_path / "tars").mkdir()
+    other = published.encoded(published.make_image(3))
+    with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as tar:
+        known = {"clear": published.encoded(image, "PNG"), "other": other}
+        published.add_members(tar, [(f"{k}.{e}", c) for k, v in known.items() for e, c in (("png", v), ("txt", b"a"))])
+    rebuild_indices(tmp_path / "tars")
+    built = build_records(tmp_path / "built", {"test": [make_record("white", white.convert("RGB"))]})
+    description = make_view(tmp_path / "view", [tmp_path / "tars", built])
+    assert keys(tmp_path / "view") == ["other"]
+    assert description["rejected"] == {"image is a near-duplicate of one in an evaluation split": 1}

@@ -4,12 +4,14 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image, ImageDraw, ImageOps
 
-from mvlm_dataloading import BuildOptions, build_shards, open_dataset
+from mvlm_dataloading import BuildOptions, build_shards, check_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from mvlm_dataloading.sources.strip import ImageStrip
@@ -144,6 +146,29 @@ def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
             assert numbers[: 1 + len(ids)] == [len(ids), *ids.tolist()]
             numbers = numbers[1 + len(ids) :]
         assert numbers == []
+
+
+def test_captions_without_a_token_cost_a_sample_only_if_no_other_is_left(tmp_path):
+    """A tokenizer may drop characters that can be seen."""
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5}, "[UNK]")
+    )
+    inner.normalizer = tokenizers.normalizers.Replace("!", "")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    captions = {"some": ["!!", "a a", "!", "a"], "none": ["!"]}
+    records = [make_record(key, published.make_image(i), captions[key]) for i, key in enumerate(captions)]
+    out = build_records(tmp_path / "out", {"train": records}, tokenizer=tmp_path / "tokenizer.json", text_length=6)
+    dataset = open_dataset(out, "train")
+    assert (dataset.keys.tolist(), dataset.captions(0)) == (["some"], ["a a", "a"])
+    assert dataset.description["rejected"] == {"caption has no token": 1}
+    assert dataset.description["splits"]["train"]["captions"] == 2
+    assert check_shards(out, workers=0)["train"].problems == []
+    with tarfile.open(out / "train-000000.tar") as tar:
+        (name,) = [name for name in tar.getnames() if name.endswith(".tok")]
+        file = tar.extractfile(name)
+        assert file is not None
+        assert np.frombuffer(file.read(), "<i4").tolist() == [4, 2, 5, 5, 3, 3, 2, 5, 3]
 
 
 def test_groups_of_large_files_are_small(tmp_path):

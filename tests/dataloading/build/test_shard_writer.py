@@ -249,6 +249,7 @@ def test_captions_and_metadata_that_are_no_unicode(tmp_path):
     with writer_for(tmp_path / "out") as writer:
         assert writer.add("a", make_image(0), ["ok", "\ud800x"], {"file": "caf\udce9"}) is None
         assert writer.add("b", make_image(1), ["\ud800x"]) == "no caption"
+        assert writer.add("c", make_image(2), ["\u200b", "\u0301"]) == "no caption"
     found = open_dataset(tmp_path / "out", "train")
     assert (found.captions(0), found.metadata(0)) == (["ok"], {"file": "caf?"})
 

@@ -245,3 +245,15 @@ def test_a_folder_of_an_unknown_evaluation_split_is_refused(tmp_path):
     published.write_image(tmp_path / "images/eval/0.jpg", 0)
     with pytest.raises(DataError, match=r"images/eval: wanted a split named .*, found 'eval'; rename it"):
         folder(tmp_path / "images")
+
+
+def test_a_data_set_inside_the_folder_of_images_is_left_out(tmp_path):
+    published.folder(tmp_path / "images", 3)
+    before = folder(tmp_path / "images").pieces[0].label
+    out = tmp_path / "images" / "out"
+    found = build_source(folder(tmp_path / "images"), out)
+    (out / "contact-sheet.png").write_bytes((tmp_path / "images" / "a" / "0.jpg").read_bytes())
+    assert build_source(folder(tmp_path / "images"), out) == found
+    # A file of that name that describes no build hides nothing.
+    (tmp_path / "images" / "a" / "dataset.json").write_text('{"recipe": {}, "splits": []}')
+    assert folder(tmp_path / "images").pieces[0].label == before

@@ -95,7 +95,9 @@ def test_evaluation_splits_of_other_names_do_not_become_training_data(tmp_path, 
     for split in ("train", name):
         file = tmp_path / f"{split}-00000-of-00001.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(hub_rows(1)), file)
-    with pytest.raises(DataError, match=f"wanted a split named .*, found '{name.lower()}'; rename it"):
+    with pytest.raises(
+        DataError, match=f"wanted a split named .*, found '{name.lower()}'; rename it, or name .* --split"
+    ):
         huggingface([tmp_path])
     assert [piece.split for piece in huggingface([file], split="test").pieces] == ["test"]
 
@@ -182,7 +184,9 @@ def test_rows_of_one_image_stay_in_one_split(tmp_path):
     assert min(map(len, images.values())) >= 4
     assert sum(map(len, images.values())) == 40
     # By this name an evaluation knows them as one image.
-    named = {(record.image, record.metadata["image_id"]) for piece in source.pieces for record in piece.records(1 << 20)}
+    named = {
+        (record.image, record.metadata["image_id"]) for piece in source.pieces for record in piece.records(1 << 20)
+    }
     assert len(named) == len({name for _, name in named}) == 40
 
 

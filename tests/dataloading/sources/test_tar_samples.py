@@ -40,7 +40,7 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
-    """Nothing is unpacked, so `..` in a path is harmless. Links and devices are skipped."""
+    """Nothing is unpacked, so `..` in a path is harmless. Links to files outside the tar, and devices, are skipped."""
     jpegs = [published.encoded(published.make_image(i)) for i in range(12)]
     write_tar(
         tmp_path / "odd.tar",
@@ -48,7 +48,7 @@ def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
             ("../../etc/climb.jpg", jpegs[0]), ("../../etc/climb.txt", b"climbs"),
             ("/absolute.jpg", jpegs[1]), ("/absolute.txt", b"absolute"),
             (special("linked.jpg", tarfile.SYMTYPE, "/etc/passwd"), b""), ("linked.txt", b"linked"),
-            (special("hard.jpg", tarfile.LNKTYPE, "/absolute.jpg"), b""), ("hard.txt", b"hard"),
+            (special("hard.jpg", tarfile.LNKTYPE, "/etc/passwd"), b""), ("hard.txt", b"hard"),
             (special("device.jpg", tarfile.CHRTYPE), b""), ("device.txt", b"device"),
             (special("pipe.jpg", tarfile.FIFOTYPE), b""), ("pipe.txt", b"pipe"),
             (special("folder.jpg", tarfile.DIRTYPE), b""), ("folder.txt", b"folder"),
@@ -228,3 +228,28 @@ def test_bytes_after_a_compressed_tar_cost_no_sample(tmp_path, kind):
     one, two, *rest = read_samples(tmp_path / f"x.tar.{kind}", 1 << 20)
     assert [(sample.key, sample.fault) for sample in (one, two)] == [("a", None), ("b", None)]
     assert all(sample.fault == "tar is damaged after its samples" for sample in rest)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_hard_links_stand_for_the_files_before_them(tmp_path, mode):
+    """GNU tar writes one for each further name of a file, and our own tars for a further question about an image."""
+    pixels = [published.make_image(i) for i in range(2)]
+    names = {"a.jpg": "", "a.txt": "", "b.jpg": "", "b.txt": "a.txt", "c.jpg": "a.jpg", "c.txt": "b.txt",
+             "d.jpg": "a.jpg", "d.txt": "", "e.jpg": "later.jpg", "e.txt": "a.txt"}  # fmt: skip
+    contents = {"a.jpg": published.encoded(pixels[0]), "b.jpg": published.encoded(pixels[1])}
+    path = tmp_path / ("a.tar" if mode == "w" else "a.tar.gz")
+    with tarfile.open(path, mode) as tar:
+        for name, link in names.items():
+            member = special(name, tarfile.LNKTYPE, link) if link else tarfile.TarInfo(name)
+            content = b"" if link else contents.get(name, b"words of " + name.encode())
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    out = build_shards(webdataset([path]), tmp_path / "out", workers=0)
+    dataset = open_dataset(out, "train")
+    assert dataset.keys.tolist() == ["a", "b", "c", "d"]
+    assert [dataset.captions(i)[0] for i in range(4)] == [*3 * ["words of a.txt"], "words of d.txt"]
+    assert [dataset.image_bytes(i) for i in range(4)] == [contents[f"{key}.jpg"] for key in "abaa"]
+    assert [(line["key"], line["reason"]) for line in rejections(out)] == [("e", "no image")]
+    # What `mvlm data index` keeps of a tar of ours, a build keeps too.
+    again = build_shards(webdataset([out / "train-000000.tar"]), tmp_path / "again", workers=0)
+    assert open_dataset(again, "train").keys.tolist() == ["a", "b", "c", "d"]

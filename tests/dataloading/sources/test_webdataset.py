@@ -2,10 +2,13 @@
 
 import json
 import tarfile
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.build.build import build_part
 from mvlm_dataloading.sources.record import safe_key
 from mvlm_dataloading.sources.webdataset import cc3m, sbu, webdataset
 from support import published
@@ -105,3 +108,50 @@ def test_captions_beside_a_tar_are_part_of_what_was_built(tmp_path):
     published.img2dataset(tmp_path / "other", first=50, tars=1)
     (tmp_path / "other/00000.parquet").rename(tmp_path / "train/00000.parquet")
     assert len({json.dumps(recipe) for recipe in (before, without, cc3m([tmp_path / "train"], []).recipe)}) == 3
+
+
+def write_tar(path: Path, keys: Iterable[str], text: str = "words", first: int = 0, **fields: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, key in enumerate(keys, first):
+            image = published.encoded(published.make_image(number))
+            published.add_members(tar, [(f"{key}.jpg", image), (f"{key}.txt", text.encode())])
+            if fields:
+                published.add_members(tar, [(f"{key}.json", json.dumps(fields).encode())])
+
+
+def test_keys_in_common_behind_the_first_ones_are_kept_with_prefixes(tmp_path, caplog):
+    for number, name in enumerate(("a", "b")):
+        write_tar(tmp_path / "tars" / f"{name}.tar", [*(f"{number}-{k}" for k in range(16)), "last"])
+    without = build_source(webdataset([tmp_path / "tars"]), tmp_path / "without")["train"]
+    assert len(without) == 33
+    assert "found 1 with the key of an earlier one, left out; if they are in several tars, give" in caplog.text
+    found = build_source(webdataset([tmp_path / "tars"], prefix_keys=True), tmp_path / "out")["train"]
+    assert [key for key in found if key.endswith("last")] == ["a-last", "b-last"]
+    assert len(found) == 34
+    tars = [tmp_path / "tars" / f"{name}.tar" for name in "ab"]
+    assert "1-b-last" in build_source(webdataset(tars, prefix_keys=True), tmp_path / "several")["train"]
+
+
+def test_tars_in_subfolders_are_read_too(tmp_path):
+    for name in ("a.tar", "one/0.tar", "two/0.tar"):
+        write_tar(tmp_path / "tars" / name, ["k"], name)
+    found = build_source(webdataset([tmp_path / "tars"]), tmp_path / "tars" / "out")
+    assert found == {"train": {"a-k": ["a.tar"], "one-0-k": ["one/0.tar"], "two-0-k": ["two/0.tar"]}}
+    # The data set in the folder, and a part of one, are no part of what they were built from.
+    build_part(webdataset([tmp_path / "tars"]), tmp_path / "tars" / "part", (1, 2), workers=0)
+    assert build_source(webdataset([tmp_path / "tars"]), tmp_path / "tars" / "out") == found
+
+
+def test_tars_of_an_evaluation_split_in_a_subfolder_are_never_trained_on(tmp_path):
+    for number, name in enumerate(("0.tar", "val/1.tar")):
+        write_tar(tmp_path / "tars" / name, [str(number)], name, first=number)
+    with pytest.raises(DataError, match=r"val/1\.tar: wanted tars of the train split, found the folder val; name it"):
+        webdataset([tmp_path / "tars"])
+    found = build_source(webdataset([tmp_path / "tars"], [tmp_path / "tars" / "val"]), tmp_path / "out")
+    assert found == {"train": {"train-0": ["0.tar"]}, "validation": {"validation-1": ["val/1.tar"]}}
+
+
+def test_a_blank_text_does_not_hide_the_caption_in_the_metadata(tmp_path):
+    write_tar(tmp_path / "a.tar", ["k"], "\n \u200b\n", caption="a word")
+    assert build_source(webdataset([tmp_path / "a.tar"]), tmp_path / "out") == {"train": {"k": ["a word"]}}

@@ -198,3 +198,16 @@ def test_check_finds_an_index_that_differs_from_the_dali_indices(tmp_path):
     assert found.startswith("train.index: wanted the samples of train-000001.tar as in its DALI index, found others; ")
     pack_indices(out)
     assert problems(out) == []
+
+
+def test_check_names_captions_in_which_nothing_can_be_seen(tmp_path):
+    """Builds drop them. In tars of other tools they would end the training of some tokenizers."""
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as tar:
+        for i, text in enumerate(("a cat", "a dog\n\u200b\u0301")):
+            image = published.encoded(published.make_image(i))
+            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", text.encode())])
+    rebuild_indices(tmp_path / "tars")
+    assert problems(tmp_path / "tars") == [
+        r"train-0.tar key 1: wanted captions in which something can be seen, found '\u200b\u0301'; remove the caption"
+    ]

@@ -46,7 +46,10 @@ def test_data_huggingface_reads_a_column_of_splits(image_folder, tmp_path, run_d
         (["folder", "{images}", "out", "--quality", "0"], "quality: wanted 1 to 100, got 0"),
         (["folder", "{images}", "out", "--max-pixels", "1000000000"], "max-pixels: wanted 1 to 89478485"),
         (["folder", "{images}", "{images}"], "wanted a new or an empty folder, found one in use"),
-        (["folder", "{images}", "out", "--tokenizer", "no.json"], "no.json: wanted a file, found none"),
+        (
+            ["folder", "{images}", "out", "--tokenizer", "no.json"],
+            "no.json: wanted a tokenizer.json, found no such file",
+        ),
         (["folder", "{images}", "out", "--against", "no"], "no/dataset.json: wanted a file, found none"),
         (["check", "no"], "no: wanted a data folder, found none"),
         (

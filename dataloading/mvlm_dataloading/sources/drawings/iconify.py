@@ -40,7 +40,7 @@ STYLES = frozenset((
     "alt", "bold", "duotone", "fill", "filled", "light", "line", "linear", "outline", "outlined", "regular", "rounded",
     "sharp", "solid", "thin", "twotone",
 ))  # fmt: skip
-_REVISION = 1  # increment when captions, images or splits change
+_REVISION = 2  # increment when captions, images or splits change
 _SIDE = 16  # of an icon without sizes, as Iconify has it
 
 
@@ -128,9 +128,10 @@ def iconify(
 def icons_of(content: dict[str, Any]) -> Iterator[Icon]:
     """Yield the icons of a collection by name, without hidden ones."""
     synonyms: dict[str, list[str]] = {}
-    for alias, entry in sorted((content.get("aliases") or {}).items()):
-        if set(entry) <= {"parent", "hidden"}:  # anything else mirrors, turns or crops the icon
-            synonyms.setdefault(entry["parent"], []).append(alias)
+    aliases = content.get("aliases") or {}
+    for alias in sorted(aliases):
+        if (icon := _icon_of(alias, aliases)) is not None:
+            synonyms.setdefault(icon, []).append(alias)
     for name, icon in sorted(content["icons"].items()):
         if icon.get("hidden"):
             continue
@@ -143,6 +144,17 @@ def icons_of(content: dict[str, Any]) -> Iterator[Icon]:
             f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
         )
         yield Icon(name, svg, tuple(synonyms.get(name, ())))
+
+
+def _icon_of(name: str, aliases: dict[str, dict[str, Any]]) -> str | None:
+    """The icon that a name stands for. None if an alias mirrors, turns or crops it, or if aliases run in a circle."""
+    seen = set()
+    while name in aliases:
+        if name in seen or not set(aliases[name]) <= {"parent", "hidden"}:
+            return None
+        seen.add(name)
+        name = aliases[name]["parent"]
+    return name
 
 
 def words_of(name: str) -> str:
@@ -174,9 +186,9 @@ def _emoji_names(chars: dict[str, str], content: dict[str, Any]) -> dict[str, tu
         known = {plain(stem): (stem, captions, meta["base"]) for stem, _, captions, meta in named_emoji()}
     found: dict[str, tuple[str, list[str], str]] = {}
     for points, name in sorted(chars.items()):
-        entry, alias = known.get(plain(points)), aliases.get(name, {})
-        if entry is not None and set(alias) <= {"parent", "hidden"}:
-            found.setdefault(alias.get("parent", name), entry)
+        entry, icon = known.get(plain(points)), _icon_of(name, aliases)
+        if entry is not None and icon is not None:
+            found.setdefault(icon, entry)
     return found
 
 

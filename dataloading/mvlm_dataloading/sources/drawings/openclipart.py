@@ -18,7 +18,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.record import Record, Source, file_sha256, require_file, safe_key, split_by_hash
+from mvlm_dataloading.sources.record import (
+    Record,
+    Source,
+    check_shares,
+    file_sha256,
+    require_file,
+    safe_key,
+    split_by_hash,
+)
 
 from .debian import package_files
 from .rendered import rendered_pieces
@@ -58,9 +66,10 @@ def openclipart(package: Path, *, size: int = 144, validation: float = 0.2, test
         validation, test: shares of the authors, large ones aside, chosen by a hash of the name.
 
     Raises:
-        DataError: the file is missing or no such package.
+        DataError: the file is missing or no such package, or the shares exceed the whole.
     """
     require_file(package)
+    check_shares(validation, test)
     if size < 16:
         raise DataError(f"openclipart: wanted size >= 16, got {size}")
     drawings = list(read_drawings(package))

@@ -20,7 +20,7 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
             often a small part of a page.
 
     Raises:
-        ValueError: resvg cannot read it, it refers to a file, or with `crop` it is blank.
+        ValueError: resvg cannot read it, it refers to a file, or it is blank.
         ImportError: a package of the extra `demo` is missing.
     """
     resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
@@ -35,8 +35,11 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
         dpi=96,  # without it, sizes in pt and mm are errors
     )
     image = pil.open(io.BytesIO(rendered)).convert("RGB")
+    box = need("PIL.ImageChops").invert(image).getbbox()
+    if box is None:
+        raise ValueError("the drawing is blank")
     if crop:
-        image = _cropped(image, size - 2 * (size // 16))
+        image = _scaled(image.crop(box), size - 2 * (size // 16))
     if image.size != (size, size):
         canvas = pil.new("RGB", (size, size), "white")
         canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
@@ -85,12 +88,8 @@ def cut_out(image: bytes, size: int) -> bytes:
     return png.getvalue()
 
 
-def _cropped(image: Any, size: int) -> Any:
-    """The part of a PIL image that is not white, scaled to fit a square of `size` pixels."""
-    pil = need("PIL.Image")
-    box = need("PIL.ImageChops").invert(image).getbbox()
-    if box is None:
-        raise ValueError("the drawing is blank")
-    image = image.crop(box)
+def _scaled(image: Any, size: int) -> Any:
+    """A PIL image scaled to fit a square of `size` pixels."""
     scale = size / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size], pil.Resampling.LANCZOS)
+    sides = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(sides, need("PIL.Image").Resampling.LANCZOS)

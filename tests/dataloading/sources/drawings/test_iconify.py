@@ -30,10 +30,15 @@ COLLECTION: dict[str, Any] = {
         "wide": {"body": '<path fill="red" d="M-4 0h40v10h-40z"/>', "left": -4, "width": 40, "height": 10},
         "secret": square(4) | {"hidden": True},
         "3d": square(5),
+        "blank": {"body": '<path d=""/>'},
         "photo": {"body": '<image href="/etc/hostname.png" width="24" height="24"/>'},
     },
     "aliases": {
         "house": {"parent": "home"},
+        "domicile": {"parent": "house"},
+        "turned": {"parent": "home-mirrored"},
+        "circle-a": {"parent": "circle-b"},
+        "circle-b": {"parent": "circle-a"},
         "home-mirrored": {"parent": "home", "hFlip": True},
         "home-16": {"parent": "home"},
     },
@@ -58,10 +63,11 @@ def records(path: Path, **settings: Any) -> dict[str, tuple[str, Any]]:
 def test_captions_are_the_names_of_icons_and_of_plain_aliases(tmp_path: Path) -> None:
     found = records(write(tmp_path, info=INFO))
     assert {name: record.captions for name, (_, record) in found.items()} == {
-        "home": ["home", "house"],
+        "home": ["home", "domicile", "house"],
         "home-outline": ["home outline"],
         "arrow-left-24": ["arrow left"],
         "wide": ["wide"],
+        "blank": ["blank"],
         "photo": ["photo"],
     }
     assert found["home-outline"][1].metadata == {
@@ -102,7 +108,7 @@ def test_icons_are_rendered_black_on_white_and_files_are_not_read(tmp_path: Path
     dataset = open_dataset(out, "train")
     assert dataset.description["name"] == "iconify-demo"
     assert dataset.description["attribution"] == "Demo Icons, Ann Lee"
-    assert dataset.description["rejected"] == {"drawing is blank or cannot be rendered": 1}  # the photo
+    assert dataset.description["rejected"] == {"drawing is blank or cannot be rendered": 2}  # the photo too
     rows = {dataset.captions(i)[0]: i for i in range(len(dataset))}
     home, wide = (
         np.array(Image.open(io.BytesIO(dataset.image_bytes(rows[name]))).convert("RGB")) for name in ("home", "wide")
@@ -120,7 +126,9 @@ def test_emoji_have_names_and_splits_of_the_emoji_data_set(tmp_path: Path) -> No
     chosen = [stem for stem in sorted(named) if split_of(stem) == "test"][:3]
     chosen.append(next(stem for stem in sorted(named) if "FE0F" in stem))  # chars.json has no variation selectors
     content = {"prefix": "other-artist", "icons": {f"icon-{i}": square(i) for i in range(len(chosen))}}
+    content["aliases"] = {"short": {"parent": "icon-1"}, "shorter": {"parent": "short"}}
     chars = {"f101": "icon-0", **{plain(stem): f"icon-{i}" for i, stem in enumerate(chosen)}}
+    chars[plain(chosen[1])] = "shorter"
     found = records(write(tmp_path, content, chars=chars), validation=0, test=0)
     for i, stem in enumerate(chosen):
         split, record = found[f"icon-{i}"]

@@ -129,3 +129,8 @@ def test_a_package_without_drawings_and_a_missing_one_are_refused(tmp_path: Path
         openclipart(write_package(tmp_path / "x.deb", {"a/b.txt": b""}))
     with pytest.raises(DataError, match="wanted a file, found none"):
         openclipart(tmp_path / "none.deb")
+
+
+def test_shares_that_exceed_the_whole_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"wanted shares from 0 to 1 that sum to at most 1, got 0\.8 and 0\.8"):
+        openclipart(write_package(tmp_path / "openclipart.deb", FILES), validation=0.8, test=0.8)

@@ -45,10 +45,18 @@ def test_a_nested_drawing_never_shows_a_file(secret: Path) -> None:
     """resvg itself reads no file for a drawing inside a drawing."""
     inner = PAGE.format(f'<image href="{secret}" width="8" height="8"/>')
     data = "data:image/svg+xml;base64," + base64.b64encode(inner.encode()).decode()
-    png = render_svg(PAGE.format(f'<image href="{data}" width="8" height="8"/>'), 16)
+    mark = '<path d="M0 0h1v1h-1z"/>'
+    png = render_svg(PAGE.format(f'<image href="{data}" width="8" height="8"/>{mark}'), 16)
     assert Image.open(io.BytesIO(png)).convert("RGB").getpixel((8, 8)) == (255, 255, 255)
 
 
 def test_text_that_is_no_xml_is_refused() -> None:
     with pytest.raises(ValueError, match="wanted an SVG"):
         render_svg("<svg", 16)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("element", ['<path d=""/>', '<path d="M0 0h4v4h-4z" fill="#fff"/>'])
+def test_a_blank_drawing_is_refused(element: str, crop: bool) -> None:
+    with pytest.raises(ValueError, match="the drawing is blank"):
+        render_svg(PAGE.format(element), 16, crop=crop)
