@@ -1,6 +1,5 @@
 """A folder of images, with captions in a table or in one text file per image."""
 
-import math
 import os
 import re
 import unicodedata
@@ -132,7 +131,7 @@ def _table(
                 f"the columns with --image-column and --caption-column"
             )
         name = _name_here(images, str(row[image_column]))
-        captions.setdefault(name, []).extend(_captions_of(row.get(caption_column)))
+        captions.setdefault(name, []).extend(captions_in_cell(row.get(caption_column)))
         split = row.get(split_column) if split_column else next((row[c] for c in row if c.lower() == "split"), None)
         if split:
             found = canonical_split(str(split), str(file))
@@ -148,12 +147,6 @@ def _table(
     return [
         (_record(images, name, known, reason_if_outside(name)), splits.get(name)) for name, known in captions.items()
     ]
-
-
-def _captions_of(cell: Any) -> list[str]:
-    """Captions in a cell. A number is one, as it is in CSV, where all cells are texts."""
-    number = isinstance(cell, int | float) and not isinstance(cell, bool) and math.isfinite(cell)
-    return [str(cell)] if number else captions_in_cell(cell)
 
 
 def _name_here(images: Path, name: str) -> str:
