@@ -1,6 +1,7 @@
 """`mvlm report` and `mvlm verify`: HTML pages about runs, and the verification of a finished run."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Commands import what they need when they run, so that --help and errors are immediate.
@@ -85,8 +86,12 @@ def verify(
     for name, file in (("json", json), ("record", record)):
         if file is not None and (file.is_dir() or (file.is_file() and file.resolve().is_relative_to(run.resolve()))):
             raise ConfigError(f"{name}: wanted a new file, got {file}; choose another name")
-    check_replaced(json, "an earlier verdict", lambda old: "verified" in (read_json(old) or ()), "json")
-    check_replaced(record, "an earlier record", lambda old: "track" in (read_json(old) or ()), "record")
+
+    def has(name: str) -> Callable[[bytes], bool]:
+        return lambda content: isinstance(found := read_json(content), dict) and name in found
+
+    check_replaced(json, "an earlier verdict", has("verified"), "json")
+    check_replaced(record, "an earlier record", has("track"), "record")
     if record is not None and not track:
         raise ConfigError("record: wanted --track too, the track on which the run sets it")
     found = verify_run(

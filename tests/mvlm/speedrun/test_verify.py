@@ -231,10 +231,11 @@ def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
     assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted the folder of a finished run, found no such folder")
     assert_refused(run_mvlm("verify", run, "--data", tmp_path / "gone"), "gone: wanted a data folder, found none")
     assert_refused(run_mvlm("verify", run, "--record", tmp_path / "r"), "record: wanted --track too")
-    (tmp_path / "i.png").write_bytes(b"an image")
-    for flag in ("--json", "--record"):
-        outcome = run_mvlm("verify", run, "--track", "two-cores", flag, tmp_path / "i.png")
-        assert_refused(outcome, f"{flag[2:]}: wanted a new file or an earlier")
+    for content in (b"an image", b"5", b'["verified", "track"]'):
+        (tmp_path / "other").write_bytes(content)
+        for flag in ("--json", "--record"):
+            outcome = run_mvlm("verify", run, "--track", "two-cores", flag, tmp_path / "other")
+            assert_refused(outcome, f"{flag[2:]}: wanted a new file or an earlier")
     for flag in ("--json", "--record"):
         words = ("--track", "two-cores", flag)
         assert_refused(run_mvlm("verify", run, *words, tmp_path), f"{flag[2:]}: wanted a new file, got {tmp_path}")
