@@ -38,14 +38,23 @@ OTHER_TASKS = ("question_id", "pairID", "identifier", "box")
 
 
 def references(dataset: Dataset) -> list[list[str]]:
-    """All captions of each sample. DataError for a question of another task."""
+    """All captions of each sample's image, those of other samples with its `image_id` too.
+
+    DataError for a question of another task.
+    """
+    found, named = [], {}
     for i in range(len(dataset)):
-        if found := [name for name in OTHER_TASKS if name in dataset.metadata(i)]:
+        metadata = dataset.metadata(i)
+        if others := [name for name in OTHER_TASKS if name in metadata]:
             raise DataError(
-                f"{dataset.where(i)}: wanted an image with captions, found the field {found[0]}; "
+                f"{dataset.where(i)}: wanted an image with captions, found the field {others[0]}; "
                 f"is it data of another task?"
             )
-    return [dataset.captions(i) for i in range(len(dataset))]
+        name = metadata.get("image_id")
+        texts = named.setdefault(str(name), []) if name not in (None, "") else []
+        texts += [caption for caption in dataset.captions(i) if caption not in texts]
+        found.append(texts)  # the list that later samples of the image add to
+    return found
 
 
 class Captioning(Task):
@@ -139,8 +148,8 @@ class Captioning(Task):
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
         """CIDEr-D x 100 with its 95 % interval over images, BLEU-1 to 4, and the share equal to a reference.
 
-        The references of a sample are all its captions. Where all samples hold their scene, precision and recall of the
-        facts that captions state are added.
+        The references of a sample are all captions of its image. Where all samples hold their scene, precision and
+        recall of the facts that captions state are added.
         """
         wanted = {str(i): texts for i, texts in enumerate(references(dataset))}
         found = {str(i): record["caption"] for i, record in enumerate(records)}

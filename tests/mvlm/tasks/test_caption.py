@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.tasks.caption import Captioning, Writer
+from mvlm.tasks.caption import Captioning, Writer, references
 from mvlm.tasks.task import TaskOptions
-from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.models import micro_batch, micro_model
 from support.questions import write_captions, write_questions
+from support.scenes import png, scene
 
 LENGTHS = [4, 1, 6, 3, 5]
 OF = [0, 0, 2, 1, 2]
@@ -142,3 +143,13 @@ def test_other_data_and_a_model_without_its_only_input_are_refused(tmp_path):
         Captioning.make_state(dataset, TaskOptions())
     with pytest.raises(ConfigError, match="a caption is written from the image alone"):
         Captioning.make_state(dataset, TaskOptions(blind="text"))
+
+
+def test_references_are_those_of_all_samples_of_the_image(tmp_path):
+    """Data with a row for each caption; a sample without `image_id` has its own captions."""
+    with ShardWriter(tmp_path / "data", name="x", source="", licence="", attribution="", recipe={}) as writer:
+        for row, (image, text) in enumerate([(1, "a cat"), (2, "a dog"), (1, "a pet"), (1, "a cat"), (None, "a car")]):
+            metadata = {} if image is None else {"image_id": image}
+            writer.add(str(row), png(scene(image or 0)[0]), [text], metadata, split="test")
+    found = references(open_dataset(tmp_path / "data", "test"))
+    assert found == [["a cat", "a pet"], ["a dog"], ["a cat", "a pet"], ["a cat", "a pet"], ["a car"]]
