@@ -14,6 +14,7 @@ from mvlm.inference.encode import BATCH, eval_loader, image_features, packed_tok
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing
 from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading.dataset.dataset import image_name
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def encode_split(
     captions, image, owner, first = [], [], [], []
     named: dict[str, int] = {}
     for i in range(len(dataset)):
-        name = dataset.metadata(i).get("image_id")
-        image.append(i if name in (None, "") else named.setdefault(str(name), i))
+        name = image_name(dataset.metadata(i))
+        image.append(i if name is None else named.setdefault(name, i))
         first.append(len(captions))
         captions += dataset.captions(i)
         owner += [image[i]] * (len(captions) - first[-1])

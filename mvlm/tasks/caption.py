@@ -32,6 +32,7 @@ from mvlm.tasks.metrics.facts import fact_figures, is_scene
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
+from mvlm_dataloading.dataset.dataset import image_name
 
 OTHER_TASKS = ("question_id", "pairID", "identifier", "box")
 """Fields of metadata by which a sample is a question of another task."""
@@ -50,8 +51,8 @@ def references(dataset: Dataset) -> list[list[str]]:
                 f"{dataset.where(i)}: wanted an image with captions, found the field {others[0]}; "
                 f"is it data of another task?"
             )
-        name = metadata.get("image_id")
-        texts = named.setdefault(str(name), []) if name not in (None, "") else []
+        name = image_name(metadata)
+        texts = [] if name is None else named.setdefault(name, [])
         texts += [caption for caption in dataset.captions(i) if caption not in texts]
         found.append(texts)  # the list that later samples of the image add to
     return found
