@@ -39,8 +39,13 @@ def clean_line(text: str) -> str:
 
 
 def is_visible(text: str) -> bool:
-    """False for a text of blanks, controls, formats and combining marks alone: tokenizers may make no token of it."""
-    return any(unicodedata.category(character)[0] not in "CMZ" for character in text)
+    """False for a text of blanks, controls, formats and combining marks alone: tokenizers may make no token of it.
+
+    A character that this Python's Unicode does not know, such as a newer emoji, is visible: a build must not depend on
+    the version of Python.
+    """
+    kinds = (unicodedata.category(character) for character in text)
+    return any(kind[0] not in "MZ" and kind not in ("Cc", "Cf", "Co", "Cs") for kind in kinds)
 
 
 def decode_text(text: bytes) -> str | None:

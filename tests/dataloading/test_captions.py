@@ -28,3 +28,8 @@ def test_captions_in_which_nothing_can_be_seen_are_dropped(caption):
         "\u2764\ufe0f",
     ]
     assert clean_captions([caption], 100) == "no caption"
+
+
+def test_a_character_newer_than_this_python_is_visible():
+    """A build must not depend on the version of Python: U+1FAE8, a shaking face, is of Unicode 15, U+1FADF of 16."""
+    assert clean_captions(["\U0001fae8", "\U0001fadf"], 100) == ["\U0001fae8", "\U0001fadf"]
