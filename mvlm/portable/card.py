@@ -136,10 +136,8 @@ def model_card(
         same_data = _is_on(figures, data or str(config["data"]))
         figures["split"] = line(figures["split"])
         if not (_is_of(figures, checkpoint, run) if named_model is None else named_model == model):
-            figures, why_none = (
-                None,
-                ("another checkpoint, or of another image size or text length, so its figures are not here"),
-            )
+            figures = None
+            why_none = "another checkpoint, or of another image size or text length, so its figures are not here"
         elif not same_data:
             figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
