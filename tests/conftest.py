@@ -1,5 +1,6 @@
 """Fixtures and hooks of the whole suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # OpenMP reads this when torch is imported. By default threads that wait for one another spin. If other processes keep
 # the cores busy, as with `pytest -n 2`, a run on two threads then takes up to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Collection makes a million objects that live to the end. Python's collector would look through all of them 17 times
+# while they are made, and again each time that tests have made a quarter as many.
+gc.disable()
 
 
 LONGEST = (
@@ -64,6 +69,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0: run `make test-gpu`"))
+
+
+def pytest_collection_finish() -> None:
+    """Switch Python's collector on, and let it look at no object that is older than the tests."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

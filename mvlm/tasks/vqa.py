@@ -106,9 +106,10 @@ class VisualQuestionAnswering(Task):
         if len(set(answers)) < max(2, len(answers)):
             raise DataError(f"answers: wanted at least 2 different ones, found {answers[:20]}")
         self.decodes, self.masked = options.answers == "decoder", options.answers == "masked"
+        if options.generate and not self.decodes and not self.masked:  # in an evaluation: training has asked before
+            raise ConfigError("generate: wanted a run with answers of decoder or masked, got one with a classifier")
         width = model.config.width
-        if self.decodes or self.masked:
-            model.language_head.requires_grad_(True)
+        model.language_head.requires_grad_(self.decodes or self.masked)
         if self.decodes:
             self.decoder = AnswerDecoder(model)
         elif self.masked:
@@ -240,8 +241,8 @@ class VisualQuestionAnswering(Task):
         return TaskLosses(loss, dense.gather(1, logits.argmax(1, keepdim=True)).mean().detach())
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
-        """The likeliest answer of the list to each question; with --generate, any words, but for a classifier."""
-        if self.options.generate and (self.masked or self.decodes):
+        """The likeliest answer of the list to each question; with --generate, any words."""
+        if self.options.generate:
             return [{"answer": self.tokenizer.decode(row)} for row in self._generated(batch, plan).tolist()]
         if self.masked:
             best = likeliest(self.model, mask_features(self.model, self.hide(batch), self.masks, plan), self.table)

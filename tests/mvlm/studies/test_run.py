@@ -204,6 +204,18 @@ def test_an_arm_without_itm_is_ranked_by_itc(scenes, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_trial_that_continues_a_model_without_itm_is_ranked_by_itc(scenes, tmp_path: Path) -> None:
+    without = study().settings | {"itm_weight": 0.0}
+    (start,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=without), scenes, tmp_path / "start")
+    pretrain(start.config)  # pyright: ignore[reportArgumentType]
+    settings = without | {"initial_model": str(start.config.out)}
+    (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
+    result = run_trial(trial)
+    assert result is not None
+    assert result["figures"]["reranked"] == 0
+
+
+@pytest.mark.slow
 def test_a_trials_time_has_that_of_a_process_that_was_stopped(scenes, tmp_path: Path) -> None:
     (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}), scenes, tmp_path)
     pretrain(trial.config)  # pyright: ignore[reportArgumentType]

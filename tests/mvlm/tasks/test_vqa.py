@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.runs.load import load_model
 from mvlm.tasks.metrics.vqa import answer_accuracy
 from mvlm.tasks.task import TaskOptions
@@ -75,6 +75,12 @@ def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
     assert make_state(tmp_path / "d", min_count=2) == {"answers": ["red", "blue"], "others": ["green"]}
     with pytest.raises(DataError, match="wanted at least 2 answers with 3 training questions each, found 1"):
         make_state(tmp_path / "d", min_count=3)
+
+
+def test_a_classifier_generates_no_answers(questions, trained):
+    state = make_state(questions, answers="classifier")
+    with pytest.raises(ConfigError, match="generate: wanted a run with answers of decoder or masked"):
+        VisualQuestionAnswering(load_model(trained)[0], TaskOptions(answers="classifier", generate=True), state)
 
 
 def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trained):
