@@ -78,6 +78,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let Python free all objects at its end. Libraries would otherwise report what is left as leaks."""
+    gc.unfreeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let Triton's interpreter replace its language once a launch, as soon as a test has imported it."""
     patch_once_a_launch()

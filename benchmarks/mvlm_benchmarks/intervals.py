@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 1000
-NO_DIFFERENCE, FASTER, SLOWER = "no difference", "faster", "slower"
+NO_DIFFERENCE, FASTER, SLOWER, ONE_CALL = "no difference", "faster", "slower", "one call says nothing"
 
 
 class Ratio(NamedTuple):
@@ -19,13 +19,22 @@ class Ratio(NamedTuple):
     value: float
     low: float
     high: float
+    known: bool = True
+    """False for one call of each, from which nothing follows: the interval has no width."""
 
     @property
     def verdict(self) -> str:
-        """The numerator is slower, faster, or not different: the interval contains 1."""
+        """The numerator is slower, faster, or not different: the interval contains 1. Or it is not known."""
+        if not self.known:
+            return ONE_CALL
         if self.low <= 1 <= self.high:
             return NO_DIFFERENCE
         return SLOWER if self.low > 1 else FASTER
+
+    @property
+    def speed_verdict(self) -> str:
+        """The same of the denominator. The ratio is then its speed over the numerator's."""
+        return {SLOWER: FASTER, FASTER: SLOWER}.get(self.verdict, self.verdict)
 
 
 def ratio(times: Sequence[Sequence[float]], others: Sequence[Sequence[float]], seed: int = 0) -> Ratio:
@@ -43,7 +52,8 @@ def ratio(times: Sequence[Sequence[float]], others: Sequence[Sequence[float]], s
     rounds = random.integers(len(pairs), size=(len(pairs), DRAWS))
     drawn = np.median(np.take_along_axis(resampled, rounds, axis=0), axis=0)  # (DRAWS,)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return Ratio(value, float(min(low, value)), float(max(high, value)))
+    known = len(pairs) > 1 or max(map(len, pairs[0])) > 1
+    return Ratio(value, float(min(low, value)), float(max(high, value)), known)
 
 
 def _medians(calls: np.ndarray, random: np.random.Generator) -> np.ndarray:

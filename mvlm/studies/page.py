@@ -83,15 +83,17 @@ def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Pat
 
 
 def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
-    """One sentence on a measure: the arms that differ from their partners, by the wider interval.
+    """One sentence on a measure: the arms that differ from their partners, by the ends of both intervals.
 
-    One seed alone has no spread, and says nothing of other seeds.
+    With few seeds either interval may be the wider one. One seed alone has no spread, and says nothing of other seeds.
     """
     apart = []
     for arm, c in rows.items():
-        low, high = c.over_images or c.over_seeds
-        known = c.over_images is not None or c.seeds > 1
-        if study.partner(arm) != arm and known and (low > 0 or high < 0):
+        intervals = [i for i in (c.over_images, c.over_seeds if c.seeds > 1 else None) if i is not None]
+        if study.partner(arm) == arm or not intervals:
+            continue
+        low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+        if low > 0 or high < 0:
             against = "" if study.partner(arm) == study.base else f" against {study.partner(arm)}"
             apart.append(f"{arm}{against} {c.difference:+.3g} [{low:.3g}, {high:.3g}]")
     found = "; ".join(apart) or "no arm differs beyond its interval"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mvlm_benchmarks.intervals import FASTER, NO_DIFFERENCE, SLOWER, Ratio, ratio
+from mvlm_benchmarks.intervals import FASTER, NO_DIFFERENCE, ONE_CALL, SLOWER, Ratio, ratio
 
 
 def rounds(random, mean: float, drift: np.ndarray, noise: float = 0.05, calls: int = 20) -> list[list[float]]:
@@ -39,10 +39,24 @@ def test_clear_differences_are_named() -> None:
     assert ratio(rounds(random, 0.7, drift), rounds(random, 1, drift)).verdict == FASTER
 
 
+def test_one_call_of_each_says_nothing() -> None:
+    found = ratio([[1.0]], [[1.001]])
+    assert found.verdict == found.speed_verdict == ONE_CALL
+    assert ratio([[1.0], [1.0]], [[1.001], [1.001]]).verdict == FASTER
+
+
+def test_the_verdict_of_a_speed_is_that_of_the_denominator() -> None:
+    found = Ratio(2.0, 1.9, 2.1)  # the numerator takes twice the time
+    assert (found.verdict, found.speed_verdict) == (SLOWER, FASTER)
+    found = Ratio(0.5, 0.4, 0.6)
+    assert (found.verdict, found.speed_verdict) == (FASTER, SLOWER)
+    assert Ratio(1.0, 0.9, 1.1).speed_verdict == NO_DIFFERENCE
+
+
 def test_value_is_the_median_of_the_ratios_within_rounds() -> None:
     found = ratio([[2, 2], [9], [8]], [[1, 1], [3], [4]])
     assert found.value == 2
-    assert ratio([[1]], [[2]]) == Ratio(0.5, 0.5, 0.5)
+    assert ratio([[1]], [[2]]) == Ratio(0.5, 0.5, 0.5, known=False)
 
 
 @pytest.mark.parametrize("number, covered", [(7, 0.88), (11, 0.94)])

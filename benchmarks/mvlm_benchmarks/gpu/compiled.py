@@ -115,5 +115,5 @@ def _report(stage: Stage, seconds: dict[str, list[list[float]]], batch: int) -> 
         count = min(len(base), len(rounds))
         if name != "fast" and count:
             found = ratio(base[-count:], rounds[-count:])
-            text += f", {found.value:.2f} x eager ({found.low:.2f} to {found.high:.2f}): {found.verdict}"
+            text += f", {found.value:.2f} x eager ({found.low:.2f} to {found.high:.2f}): {found.speed_verdict}"
         stage.say(text)

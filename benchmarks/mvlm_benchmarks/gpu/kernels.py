@@ -16,21 +16,26 @@ def run(stage: Stage) -> None:
     peers = [peer for peer in PEERS if not stage.rehearse or peer.name in ("eager", "liger", "mslk", "quack")]
     chosen = [case for case in cases(stage.batch, stage.dtype) if case.core or not stage.rehearse]
     rows: list[Row] = []
+    done = 0
     try:
-        for found in time_cases(chosen, peers, stage.device, stage.about["device"], stage.rehearse, stage.budget):
+        timed = time_cases(chosen, peers, stage.device, stage.about["device"], stage.rehearse, stage.budget)
+        for case, found in zip(chosen, timed, strict=False):
             table.append(found)
             stage.say(report.table(found))
             rows += found
-            stage.finished.append(f"{found[0]['op']} {found[0]['shape']}")
-            bad = [row for row in found if row["contender"] == "ours" and row["status"] in ("WRONG", "REFUSED")]
+            done += 1
+            own = [row for row in found if row["contender"] == "ours"]
+            bad = [row for row in own if row["status"] in ("WRONG", "REFUSED")]
             if bad:
                 raise WrongValue(f"{bad[0]['op']} {bad[0]['shape']} {bad[0]['pass']}: {bad[0]['note']}")
+            statuses = [row["status"] for row in own if not (case.left_to_torch and row["status"] == "torch")]
+            stage.end_part(f"{case.op} {case.shape}", *statuses)
     finally:
         if rows:
             report.write_figures(rows, stage.about, stage.out / "kernels.figures.json")
             _plot(stage, rows)
-    if len(stage.finished) < len(chosen):
-        stage.leave_out(f"{chosen[len(stage.finished)].op} {chosen[len(stage.finished)].shape}")
+    if done < len(chosen):
+        stage.leave_out(f"{chosen[done].op} {chosen[done].shape}")
     stage.say(report.footer(rows, stage.about))
 
 

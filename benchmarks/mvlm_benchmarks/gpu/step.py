@@ -78,6 +78,7 @@ def _rounds(stage: Stage, model: MaskVLM, batch: int) -> None:
     if problem:
         table.append([{"contender": BASELINE, "note": f"missing: {problem}"}])
         stage.say(f"{BASELINE} is missing: {problem}")
+        stage.end_part(BASELINE, "missing" if missing else "error")
         ready = _checked(model, OURS, inputs)
 
     def timed(row: Row) -> None:
@@ -97,7 +98,7 @@ def _rounds(stage: Stage, model: MaskVLM, batch: int) -> None:
             found = ratio([[x] for x in first["seconds"]], [[x] for x in row["seconds"]])
             text += f", {found.value:.2f} x {first['contender']} ({found.low:.2f} to {found.high:.2f})"
         stage.say(text)
-    stage.finished.append("rounds")
+    stage.end_part("rounds", *("ok" if row.get("seconds") else "error" for row in rows))
 
 
 def _checked(model: MaskVLM, names: tuple[str, ...], inputs: StepInputs) -> list[Contender]:

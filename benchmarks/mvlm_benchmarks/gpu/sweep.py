@@ -54,9 +54,12 @@ def run(stage: Stage) -> None:
                 data = CaseData.make(case, stage.device)
             except torch.OutOfMemoryError:
                 stage.say(f"{case.op} {case.shape}: out of memory")
+                stage.end_part(f"{case.op} {case.shape}", "out of memory")
                 torch.cuda.empty_cache()
                 continue
             targets = targets_of(case, data.sets[0], _arch(stage))
+            if not targets and not case.left_to_torch:
+                stage.end_part(f"{case.op} {case.shape}", "no kernel")
             for target in targets:
                 if summary and not stage.allows(target.name):
                     break

@@ -12,6 +12,7 @@ from torch import Tensor
 import mvlm_kernels
 from mvlm_benchmarks.captions import caption_lengths
 from mvlm_benchmarks.kernels.inputs import Case, Inputs, RandomInputs
+from mvlm_kernels.cross_attention.arguments import LONGEST_SHORT_SIDE
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 
 HEADS, HEAD_WIDTH = 12, 64
@@ -112,7 +113,10 @@ def attention_case(shape: Shape, dtype: torch.dtype, *, core: bool = False, head
 
     minimum, flops = _costs(shape, dtype, lengths_q, lengths_k, index, heads)
     ours = mvlm_kernels.cross_attention
-    return Case("cross_attention", _name(shape, heads), dtype, make, ours, reference, minimum, flops, core)
+    return Case(
+        "cross_attention", _name(shape, heads), dtype, make, ours, reference, minimum, flops, core,
+        left_to_torch=min(shape.len_q, shape.len_k) > LONGEST_SHORT_SIDE,
+    )  # fmt: skip
 
 
 def _costs(

@@ -61,6 +61,13 @@ class Case:
     """Sizes (M, N, K) of the matrix product that forward contains, whose time by torch alone is reported."""
     has_kernels: bool = True
     """`ours` is an op of `mvlm_kernels`, so that `explain` knows it and its launches have names."""
+    left_to_torch: bool = False
+    """Our op runs torch here by its own rule, on every GPU: both sides of an attention are long."""
+
+    @property
+    def gradients_in_forward(self) -> bool:
+        """True if our forward pass computes the gradients, so that backward has no operations left."""
+        return self.flops[0] > 0 == self.flops[1]
 
 
 class RandomInputs:

@@ -20,6 +20,9 @@ def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM
     for row, contender in zip(rows, ready, strict=True):
         if "seconds" not in row:  # it failed at this batch
             continue
+        for other in ready:  # their moments take memory; a contender's own come back with its next step
+            if other.optimizer is not None and other.optimizer is not contender.optimizer:
+                other.optimizer.state.clear()
 
         def fits(number: int, row: Row = row, contender: Contender = contender) -> bool:
             try:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mvlm_benchmarks import results
-from mvlm_benchmarks.intervals import FASTER, NO_DIFFERENCE, SLOWER, ratio
+from mvlm_benchmarks.intervals import NO_DIFFERENCE, ONE_CALL, ratio
 from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
 from mvlm_benchmarks.step.parts import OTHER, PARTS, GflopPerPair
 from mvlm_kernels.hardware import Gpu
@@ -64,9 +64,8 @@ def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu
         if eager is not None:
             # Of the times: an eager baseline that is slower makes this one faster.
             found = ratio([[x] for x in eager["seconds"]], [[x] for x in row["seconds"]])
-            opposite = {SLOWER: FASTER, FASTER: SLOWER}
             row["vs_eager_low"], row["vs_eager_high"] = found.low, found.high
-            row["verdict"] = "" if row is eager else opposite.get(found.verdict, found.verdict)
+            row["verdict"] = "" if row is eager else found.speed_verdict
         row["peak_vs_eager"] = None if eager is None else row["peak_mb"] / eager["peak_mb"]
         if gpu is not None:
             own = gflop.get(eager_name(row["contender"]), gflop[BASELINE])
@@ -111,6 +110,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if "seconds" in row:
             lines.append(f"{row['contender']:28}" + "".join(_cell(row.get(key), width) for _, key, width in columns))
+    if any(row.get("verdict") == ONE_CALL for row in rows):
+        lines.append("One round says nothing about differences; give --rounds 3 or more")
     lines += [
         f"{row['contender']}: no difference from the fastest eager baseline; 95 % interval "
         f"{row['vs_eager_low']:.3f} to {row['vs_eager_high']:.3f}"

@@ -128,7 +128,7 @@ def measure(rounds: int, calls: int = 5) -> list[dict[str, Any]]:
             seconds(call)
         times = [[[seconds(call) for _ in range(calls)] for call in (original, swapped)] for _ in range(rounds)]
         theirs, ours = ([pair[side] for pair in times] for side in (0, 1))
-        value, low, high = ratio(ours, theirs)
+        value, low, high, _ = ratio(ours, theirs)
         best = 1000 * min(min(row) for row in theirs)
         rows.append({"model": name, "ratio": value, "low": low, "high": high, "original_ms": best, "gap": gap})
     return rows

@@ -10,6 +10,7 @@ by another, and adds: nothing here is measured.
 
 import argparse
 import contextlib
+import importlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -71,11 +72,20 @@ class Traffic(TorchDispatchMode):
             return out
         kind = kind_of(name)
         given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
-        self.bytes[kind] += sum(tensor_bytes(t) for t in tree_leaves((args, given, out)) if isinstance(t, torch.Tensor))
+        written = () if func._schema.returns else _written_in_place(func, args, given)  # else they are in `out`
+        leaves = tree_leaves((args, given, out, written))
+        self.bytes[kind] += sum(tensor_bytes(t) for t in leaves if isinstance(t, torch.Tensor))
         self.calls[kind] += 1
         if kind == "products":
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def _written_in_place(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments that an operation overwrites. AdamW's schema also names the gradients, which only a scaler changes."""
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    return [given[name] for name in names if name in given and name != "grads"]
 
 
 @contextlib.contextmanager
@@ -91,6 +101,7 @@ def choices_of_a_gpu() -> Iterator[None]:
         patch.object(residual, "adds_bias_later", lambda _: True),
         patch("mvlm.model.attention.adds_bias_later", lambda _: True),
         patch.object(linear_cross_entropy, "LOGITS_PER_CHUNK", {**chunks, "cpu": chunks["cuda"]}),
+        patch.object(importlib.import_module("mvlm_kernels.gelu_linear"), "KEPT_ON", ()),
         patch.object(torch.compiler, "is_compiling", lambda: True),
         patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads a value
     ):

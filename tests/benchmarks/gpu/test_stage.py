@@ -26,24 +26,13 @@ from mvlm_benchmarks.gpu.variants import Target, targets_of
 from mvlm_kernels import configs
 from mvlm_kernels.cross_attention import tiles
 from support.benchmarks import FakeClock, micro_config, toy_case
+from support.stages import run_stage
 
 ROOT = Path(__file__).parents[3]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
-
-
-def run_stage(module, out: Path, seconds: float = 600.0) -> tuple[int, dict]:
-    """Exit code and summary of a stage that is rehearsed in this process."""
-    name = module.__name__.rsplit(".", 1)[1]
-    code = 0
-    try:
-        with running(name, out, seconds, rehearse=True) as stage:
-            module.run(stage)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return code, json.loads((out / f"{name}.json").read_text())
 
 
 def toy(name: str, **changes):
@@ -292,6 +281,7 @@ def test_step_times_ours_without_the_baselines_libraries(tmp_path, monkeypatch, 
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == "timm" else find(name))
     code, summary = run_stage(step, tmp_path)
     assert (code, summary["finished"]) == (0, ["rounds", "categories"])
+    assert summary["ended"].startswith("incomplete: timm+roberta missing")
     rows = rows_of(tmp_path / "step.csv")
     assert rows[0]["note"] == "missing: timm not installed"
     assert sorted(row["contender"] for row in rows[1:]) == ["fast", "fast", "plain", "plain"]

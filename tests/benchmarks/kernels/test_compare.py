@@ -203,6 +203,19 @@ def test_contenders_take_turns_and_medians_are_reported() -> None:
     assert [r["graph_us"] for r in rows["good"]] == [5.0] * 3
 
 
+def test_a_peer_has_no_bound_of_a_pass_where_our_forward_does_the_work_of_backward() -> None:
+    """One product forward and two backward take a peer as long as our three forward, and its forward less time."""
+    fused = toy_case(dtype=torch.float16, flops=(3000, 0))
+    rows = rows_of(fused, bench_case(fused, "cpu", [GOOD], FakeClock(), 1), Ceilings(Gpu(1e9, 0.3e9, "")))
+    bounds = {(row["contender"], row["pass"]): row["roofline_pct"] is not None for row in rows}
+    assert bounds == {
+        **{("ours", name): True for name in ("forward", "backward", "both")},
+        ("good", "forward"): False,
+        ("good", "backward"): False,
+        ("good", "both"): True,
+    }
+
+
 def test_rates_and_roofline_match_a_count_by_hand() -> None:
     """8,000 bytes at 1 GB/s are 8 us and 1,000 operations at 1 GFLOPS are 1 us: memory decides, at 10 us 80 %."""
     half = toy_case(dtype=torch.float16)

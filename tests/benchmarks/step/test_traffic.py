@@ -43,19 +43,36 @@ def test_bytes_and_operations_against_a_count_by_hand() -> None:
     assert traffic.flops == 2 * 4 * 8 * 16
 
 
+def test_an_optimizer_reads_four_tensors_and_writes_three_of_them() -> None:
+    weight = torch.nn.Parameter(torch.zeros(100, 10))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with Traffic() as traffic:
+        optimizer.step()
+    # Weight, gradient and two moments are read; weight and moments are written. The rest is the count of the steps.
+    assert traffic.bytes["optimizer"] == pytest.approx(7 * 4 * 1000, abs=20)
+
+
 @pytest.mark.slow
 def test_a_step_has_operations_of_every_kind() -> None:
     counted: Counter[str] = Counter()
+    gelu_outputs: set[int] = set()
 
     class ByName(Traffic):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             counted[func.name().partition(".")[0]] += 1
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if func.name().startswith("mvlm_kernels::gelu_backward"):
+                gelu_outputs.add(sum(1 for x in out[:2] if x.numel()))
+            return out
 
     with patch("mvlm_benchmarks.step.traffic.Traffic", ByName):
         table = rows(count("tiny", 4))
     assert [row["kind"] for row in table] == [*KINDS, REST]
     assert all(row["operations"] > 0 and row["gigabytes"] >= 0 for row in table)
+    # A GPU computes the GELU again in backward. It reads h and the gradient, and writes both of their results.
+    assert gelu_outputs == {2}
     # The optimizer's state is two tensors a parameter, which only the first step of a run fills with zeros.
     parameters = len(list(MaskVLM(MaskVLMConfig.preset("tiny")).parameters()))
     assert counted["aten::_fused_adamw_"] == 1

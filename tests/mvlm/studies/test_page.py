@@ -16,3 +16,17 @@ def test_one_seed_makes_no_difference_certain(seeds, found):
     """The bootstrap of one value gives that value, with no width."""
     row = Comparison(seeds, 1.0, 0.0, 0.001, Interval(0.001, 0.001), None, 0.0, 0.0)
     assert answer(read_study(STUDY), "masked_nats", {"ITC": row}) == f"masked_nats: {found}"
+
+
+@pytest.mark.parametrize(
+    "over_seeds, over_images, found",
+    [
+        (Interval(-1, 5), Interval(1, 3), "no arm differs beyond its interval"),
+        (Interval(1, 3), Interval(-1, 5), "no arm differs beyond its interval"),
+        (Interval(0.5, 3.5), Interval(1, 3), "ITC +2 [0.5, 3.5]"),
+        (Interval(-3, -1), Interval(-5, -2), "ITC +2 [-5, -1]"),
+    ],
+)
+def test_an_arm_differs_if_neither_interval_contains_0(over_seeds, over_images, found):
+    row = Comparison(2, 1.0, 0.0, 2.0, over_seeds, over_images, 0.0, 0.0)
+    assert answer(read_study(STUDY), "ir.r1", {"ITC": row}) == f"ir.r1: {found}"
