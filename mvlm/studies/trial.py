@@ -138,8 +138,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
     else:
         model, tokenizer = load_model(checkpoint, device, trial.config.precision)
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
-        # A model that continues one without ITM has a random matching head, too.
-        rerank = trial.rerank if model.matching_is_trained else 0
+        rerank = trial.rerank if model.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, rerank, trial.config.precision)
     rows = read_metrics(run.metrics)
     result = {
