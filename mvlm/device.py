@@ -36,7 +36,12 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def chosen_precision(device: torch.device, precision: str = "auto") -> str:
-    """The precision that "auto" stands for on a device, "bf16" or "fp32"; another one is returned unchanged."""
+    """The precision that "auto" stands for on a device, "bf16" or "fp32"; these are returned unchanged.
+
+    ConfigError for another name.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"precision: wanted auto, bf16 or fp32, got {precision!r}")
     if precision != "auto":
         return precision
     return "bf16" if has_fast_bf16(device) else "fp32"

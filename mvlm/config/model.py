@@ -107,16 +107,6 @@ class MaskVLMConfig:
             )
         if self.width % self.heads:
             raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
-        if self.contrastive not in ("softmax", "sigmoid"):
-            raise ConfigError(f'contrastive must be "softmax" or "sigmoid", got {self.contrastive!r}')
-        if self.cross_norm not in ("post", "pre"):
-            raise ConfigError(f'cross_norm must be "post" or "pre", got {self.cross_norm!r}')
-        for name in ("image_masking", "text_masking"):
-            if getattr(self, name) not in ("fixed", "variable"):
-                raise ConfigError(f'{name} must be "fixed" or "variable", got {getattr(self, name)!r}')
-        for name in ("initialization", "pixel_initialization"):
-            if getattr(self, name) not in ("normal", "xavier"):
-                raise ConfigError(f'{name} must be "normal" or "xavier", got {getattr(self, name)!r}')
         if self.output_positions and self.width % 4:
             raise ConfigError(f"4 must divide width with output_positions, got a width of {self.width}")
         if not 0 <= self.mask_token_id < self.vocab_size:

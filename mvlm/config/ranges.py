@@ -1,9 +1,9 @@
-"""Ranges of settings, stated in the field's type: `batch_size: Annotated[int, AT_LEAST_1] = 64`."""
+"""Ranges and choices of settings, stated in the field's type: `batch_size: Annotated[int, AT_LEAST_1] = 64`."""
 
 import math
 import sys
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mvlm.errors import ConfigError
 
@@ -38,10 +38,15 @@ DECAY = Range(0, 1, exclude_high=True)
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ConfigError for a number of a dataclass that is NaN, infinite, or outside the range of its field."""
-    hints = get_type_hints(type(config), include_extras=True)
+    """Raise ConfigError for a value of a dataclass that the type of its field does not allow.
+
+    That is a number that is NaN, infinite, or outside the range of its field; a fraction where the field is an integer;
+    a text that is none of the field's choices; and a tuple of another length.
+    """
+    hints, types = get_type_hints(type(config), include_extras=True), get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
+        _check_type(field.name, types[field.name], value)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         for number in numbers:
             if not abs(number) <= sys.float_info.max:  # also checked for fields without a range
@@ -49,3 +54,16 @@ def check_ranges(config: Any) -> None:
             for wanted in getattr(hints[field.name], "__metadata__", ()):
                 if isinstance(wanted, Range) and number not in wanted:
                     raise ConfigError(f"{field.name} must be {wanted}, got {number}")
+
+
+def _check_type(name: str, wanted: Any, value: Any) -> None:
+    """Check what Python's callers may mistype. Command lines and JSON files are checked in full when they are read."""
+    choices = get_args(wanted)
+    if get_origin(wanted) is Literal and isinstance(value, str) and value not in choices:
+        *first, last = (f'"{choice}"' for choice in choices)
+        raise ConfigError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+    if wanted is int and isinstance(value, float):
+        raise ConfigError(f"{name} must be an integer, got {value}")
+    fixed = get_origin(wanted) is tuple and ... not in choices
+    if fixed and isinstance(value, tuple) and len(value) != len(choices):
+        raise ConfigError(f"{name} must have {len(choices)} values, got {value}")

@@ -88,3 +88,10 @@ def test_deterministic_kernels_on_a_gpu_leave_out_cudnn_attention_and_restore_th
     with deterministic_kernels(torch.device("cuda")):
         assert settings() == (True, True, False, False)
     assert settings() == before == (False, False, True, True)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bfloat16", "BF16", ""])
+def test_an_unknown_precision_is_refused(precision) -> None:
+    """It would compute in float32 and say nothing."""
+    with pytest.raises(ConfigError, match=f"precision: wanted auto, bf16 or fp32, got '{precision}'"):
+        autocast(CPU, precision)

@@ -164,3 +164,18 @@ def test_the_first_share_of_the_steps_has_images_of_low_resolution():
     assert [config.image_size_at(step) for step in range(10)] == 7 * [16] + 3 * [32]
     config = pretrain_config(Path("data"), Path("out"), max_steps=10)
     assert {config.image_size_at(step) for step in range(10)} == {32}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optimizer": "Muon"}, 'optimizer must be "adamw" or "muon", got \'Muon\''),
+        ({"precision": "fp16"}, 'precision must be "auto", "bf16" or "fp32", got \'fp16\''),
+        ({"parallel": "FSDP"}, 'parallel must be "ddp" or "fsdp", got \'FSDP\''),
+        ({"plan": "quick"}, 'plan must be "fast" or "plain", got \'quick\''),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_a_mistyped_choice_is_refused_and_not_taken_for_another(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        pretrain_config(tmp_path, tmp_path / "run", **changes)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -38,6 +38,8 @@ class Settings:
     shares: tuple[float, float] = (0.0, 1.0)
     rates: Annotated[tuple[float, ...], FRACTION] = (0.5,)
     free: float = -3.0
+    way: Literal["up", "down", "left"] = "up"
+    end: Literal["near", "far"] = "far"
     name: str = "x"
     folder: Annotated[str | None, "no range"] = None
 
@@ -53,9 +55,13 @@ class Settings:
         ({"free": 10**400}, "free must be a finite number, got 10{400}"),
         ({"shares": (0.0, -math.inf)}, "shares must be a finite number, got -inf"),
         ({"rates": (0.5, 1.5)}, r"rates must be in \[0, 1\], got 1.5"),
+        ({"count": 1.5}, "count must be an integer, got 1.5"),
+        ({"way": "Up"}, 'way must be "up", "down" or "left", got \'Up\''),
+        ({"end": "nearby"}, 'end must be "near" or "far", got \'nearby\''),
+        ({"shares": (0.5,)}, r"shares must have 2 values, got \(0.5,\)"),
     ],
 )
-def test_a_number_that_is_not_finite_or_outside_its_range_is_refused(changes, message) -> None:
+def test_a_value_that_its_field_does_not_allow_is_refused(changes: dict[str, Any], message) -> None:
     with pytest.raises(ConfigError, match=f"^{message}$"):
         Settings(**changes)
 
