@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
-
-
 LOCK = ".lock"
 """File in the folder of an index that the process holds which changes it."""
 
@@ -177,12 +175,14 @@ class SearchIndex:
 
     def first_captions(self, hits: Sequence[Hit]) -> list[str]:
         """The first caption of each image; empty for one without captions."""
-        keys = [f"{hit.source}:{hit.split}/{hit.id}#0" for hit in hits]
-        rows = None
-        if keys:
-            rows = self._table("texts").search().where(f"key in ({_listed(keys)})").select(["key", "text"])
-        known = {} if rows is None else {row["key"]: row["text"] for row in rows.limit(len(keys)).to_list()}
-        return [known.get(key, "") for key in keys]
+        if not hits:
+            return []
+        ids, rows = _listed({f"{hit.id}#0" for hit in hits}), ", ".join({str(hit.row) for hit in hits})
+        table = self._table("texts")  # not by `key`: indices of earlier versions have others
+        found = table.search().where(f"id in ({ids}) and row in ({rows})").limit(max(1, table.count_rows()))
+        found = found.select(["source", "split", "row", "id", "text"]).to_list()
+        known = {(row["source"], row["split"], row["row"], row["id"]): row["text"] for row in found}
+        return [known.get((hit.source, hit.split, hit.row, f"{hit.id}#0"), "") for hit in hits]
 
     def _table(self, kind: str) -> Any:
         try:
@@ -289,9 +289,10 @@ def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBa
     given = set(pq.read_schema(file).names)
     extra = [field for field in schema if field.name not in {*given, "key", "source"}]
     for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
-        keys = zip(batch["split"].to_pylist(), batch["id"].to_pylist(), strict=True)
         columns: dict[str, Any] = {name: batch[name] for name in given}
-        columns["key"] = pa.array([f"{source}:{split}/{id}" for split, id in keys])
+        keys = zip(*(batch[name].to_pylist() for name in ("row", "split", "id")), strict=True)
+        # With the row, because a split may have an id twice.
+        columns["key"] = pa.array([f"{source}/{row}/{split}/{id}" for row, split, id in keys])
         columns["source"] = pa.array([source] * len(batch), pa.int32())
         columns |= columns_of(batch["metadata"].to_pylist(), extra)
         yield pa.RecordBatch.from_arrays(
