@@ -7,6 +7,7 @@ Shape legend: n rows, E contrastive width.
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from mvlm.device import chosen_precision
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
@@ -54,7 +56,8 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
         checkpoint: name of the model, for embedding.json.
 
     Raises:
-        RunError: `out` holds something else, or another process writes there.
+        RunError: `out` holds something else, or vectors of another device or precision; another process writes there;
+            or ranks compute differently.
         DataError: an image of a data set cannot be decoded.
     """
     folder = EmbeddingFolder(out)
@@ -62,14 +65,15 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
         "format_version": FORMAT_VERSION,
         "model": model.sha256,
         "width": model.network.config.itc_width,
-        "precision": model.precision,
+        **run_on_all_ranks(world, lambda: _arithmetic(model, world)),
         "source": collection.source,
         "fingerprint": collection.fingerprint,
         "items": len(collection),
         "part": PART,
     }
     numbers = range(-(-len(collection) // PART))
-    with run_on_all_ranks(world, lambda: _begin(folder, plan) if world.first else contextlib.nullcontext()):
+    settled = ("device", "precision") if model.precision == "auto" else ("device",)
+    with run_on_all_ranks(world, lambda: _begin(folder, plan, settled) if world.first else contextlib.nullcontext()):
         if folder.description.is_file():
             return read_versioned(folder.description)
         run_on_all_ranks(
@@ -79,8 +83,29 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
         return read_versioned(folder.description)
 
 
-def _begin(folder: EmbeddingFolder, plan: dict[str, Any]) -> AbstractContextManager[object]:
-    """Lock the folder and check what it holds. Returns a context that holds the lock."""
+def _arithmetic(model: TrainedModel, world: World) -> dict[str, str]:
+    """Device and precision of the vectors: what "auto" stands for here. RunError if the ranks have different ones."""
+    own = {"device": model.device.type, "precision": chosen_precision(model.device, model.precision)}
+    for rank, other in enumerate(world.gather_objects(own)):
+        if other != own:
+            raise RunError(
+                f"rank {rank}: wanted {_words(own)}, as rank {world.rank} has, found {_words(other)}; give all ranks "
+                f"the same --device and --precision"
+            )
+    return own
+
+
+def _words(arithmetic: dict[str, str]) -> str:
+    """The flags of `mvlm embed` that ask for it."""
+    return f"--device {arithmetic['device']} --precision {arithmetic['precision']}"
+
+
+def _begin(folder: EmbeddingFolder, plan: dict[str, Any], settled: Sequence[str]) -> AbstractContextManager[object]:
+    """Lock the folder and check what it holds. Returns a context that holds the lock.
+
+    Args:
+        settled: names of the plan by which a finished embedding may differ.
+    """
     if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"{folder.path}: wanted a folder for the embeddings, found a file; choose another one")
     known = (folder.lock, folder.parts)
@@ -103,12 +128,15 @@ def _begin(folder: EmbeddingFolder, plan: dict[str, Any]) -> AbstractContextMana
         file = folder.description if folder.description.is_file() else folder.plan
         begun = folder.description.is_file() or any(folder.parts.glob("*.parquet"))
         found = read_versioned(file) if begun and file.is_file() else plan
-        differing = [name for name, value in plan.items() if found.get(name) != value]
+        free = settled if folder.description.is_file() else ()
+        differing = [name for name, value in plan.items() if found.get(name) != value and name not in free]
         if differing:
             listed = "; ".join(f"{name}: found {found.get(name)}, wanted {plan[name]}" for name in differing)
+            # Earlier versions wrote no device, and "auto" for what they chose.
+            same_work = {"device", "precision"}.issuperset(differing) and "device" in found
             raise RunError(
-                f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); choose "
-                f"another folder or remove this one"
+                f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); "
+                f"{f'give {_words(found)}, ' if same_work else ''}choose another folder or remove this one"
             )
         if not begun or not file.is_file():
             folder.parts.mkdir(exist_ok=True)

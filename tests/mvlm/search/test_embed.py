@@ -60,7 +60,7 @@ def test_the_description_names_model_source_and_counts(model, scenes, embedded):
     assert found["model"] == model.sha256
     assert found["source"] == {"kind": "data", "path": str(scenes), "splits": SPLITS}
     assert (found["images"], found["texts"], found["rejected"], found["width"]) == (48, 72, 0, 8)
-    assert (found["checkpoint"], found["precision"]) == ("the run", "fp32")
+    assert (found["checkpoint"], found["device"], found["precision"]) == ("the run", "cpu", "fp32")
     assert sorted(path.name for path in embedded.iterdir()) == [
         ".lock", "embedding.json", "images.parquet", "rejected.jsonl", "texts.parquet",
     ]  # fmt: skip
