@@ -287,10 +287,11 @@ def score(
     """
     import json
 
-    from mvlm.commands.arguments import check_no_input
+    from mvlm.commands.arguments import check_no_input, check_result_file
     from mvlm.tasks.score import score
 
     check_no_input(out, predictions, references, other)
+    check_result_file(out)
     text = json.dumps(score(task, predictions, references, other), indent=1)
     print(text)
     if out is not None:

@@ -58,18 +58,20 @@ def _evaluate(
 ) -> None:
     import json
 
-    from mvlm.commands.arguments import check_result_file
+    from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file
     from mvlm.distributed.world import join_ranks
     from mvlm.errors import ConfigError
     from mvlm.files import write_json
     from mvlm.tasks.evaluate import evaluate_task
-    from mvlm.tasks.records import check_format, write_predictions
+    from mvlm.tasks.records import are_predictions, check_format, write_predictions
     from mvlm.tasks.registry import find_task
     from mvlm_dataloading import open_dataset
 
     check_result_file(out)  # before minutes are spent
     if predictions is not None:
         check_format(task)
+        check_no_input(predictions, out, flag="predictions")
+        check_replaced(predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions")
     for name in ("candidates", "lengths", "iterations"):
         if (number := changes.get(name)) is not None and number < 1:
             raise ConfigError(f"{name}: wanted at least 1, got {number}")

@@ -128,12 +128,26 @@ def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[st
 
 WRITTEN = ("vqa", "entailment", "pairs", "caption")
 """Tasks whose predictions are written in the format of a benchmark."""
+FIELDS = {"vqa": {"question_id", "answer"}, "entailment": {"pairID", "label"}, "caption": {"image_id", "caption"}}
+"""Fields of a prediction that is a JSON object."""
 
 
 def check_format(task: str) -> None:
     """Raise ConfigError for a task without a format of predictions."""
     if task not in WRITTEN:
         raise ConfigError(f"predictions: wanted one of the tasks {', '.join(WRITTEN)}, got {task}; use --out instead")
+
+
+def are_predictions(task: str, content: bytes) -> bool:
+    """True for the content of a file of predictions of a task, as `write_predictions` writes it."""
+    try:
+        text = content.decode()
+        if task == "pairs":
+            return all(line.endswith((",True", ",False")) for line in text.splitlines())
+        rows = [json.loads(line) for line in text.splitlines()] if task == "entailment" else json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == FIELDS[task] for row in rows)
 
 
 def write_predictions(

@@ -1,0 +1,74 @@
+"""`mvlm eval TASK --predictions FILE` and `mvlm score --out FILE` replace their own files and no others."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvlm.tasks.records import WRITTEN, write_predictions
+from support.commands import assert_refused
+from support.folders import folder_hash
+
+NO_RUN = "wanted a run, a checkpoint or an exported folder, found no such folder"
+REFERENCES = {
+    "vqa": '{"annotations": []}',
+    "entailment": '{"pairID": "a", "gold_label": "neutral"}\n',
+    "pairs": '{"identifier": "a-0-0-0", "label": "True"}\n',
+    "caption": '[{"id": 1, "image_id": 1, "caption": "a"}]',
+}
+
+
+def evaluate(run_mvlm, tmp_path: Path, task: str, predictions: Path, *more: object):
+    """An evaluation of a run that does not exist: whatever is refused before that is refused before any work."""
+    words = ("--checkpoint", tmp_path / "none", "--data", tmp_path / "no data", "--device", "cpu")
+    return run_mvlm("eval", task, *words, "--predictions", predictions, *more)
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+def test_files_that_are_not_predictions_of_the_task_are_refused(run_mvlm, tmp_path, task):
+    others = {"notes": "a note", "numbers": "[1]", "object": '{"a": 1}', "bytes": b"\xff\xfe", "table": "a,b\n"}
+    others |= {f"{name} references": text for name, text in REFERENCES.items()}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = folder_hash(tmp_path)
+    for name in others:
+        outcome = evaluate(run_mvlm, tmp_path, task, tmp_path / name)
+        assert_refused(outcome, f"predictions: wanted a new file or earlier predictions, got another file, {tmp_path}")
+    assert folder_hash(tmp_path) == before
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+def test_new_and_empty_files_and_earlier_predictions_of_the_task_are_taken(run_mvlm, tmp_path, task):
+    earlier, empty = tmp_path / "earlier", tmp_path / "empty"
+    records = [{"sample": 0, "answer": "a\u2028b", "label": "true", "caption": "c"}]
+    write_predictions(earlier, task, records, [{"question_id": 1, "identifier": "a-0-0-0", "image_id": "coco 1"}])
+    empty.touch()
+    for path in (tmp_path / "new" / "file", empty, earlier):
+        assert_refused(evaluate(run_mvlm, tmp_path, task, path), NO_RUN)
+    for other in set(WRITTEN) - {task}:
+        assert_refused(evaluate(run_mvlm, tmp_path, other, earlier), "predictions: wanted a new file or earlier")
+
+
+def test_a_folder_and_the_file_of_the_figures_are_refused(run_mvlm, tmp_path):
+    assert_refused(
+        evaluate(run_mvlm, tmp_path, "vqa", tmp_path), f"predictions: wanted a file, got the folder {tmp_path}"
+    )
+    for same in (tmp_path / "out.json", tmp_path / "x" / ".." / "out.json"):
+        outcome = evaluate(run_mvlm, tmp_path, "vqa", same, "--out", tmp_path / "out.json")
+        assert_refused(outcome, "predictions: wanted another file than the others, got")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_replace_earlier_scores_alone(run_mvlm, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"id": 1, "label": "cat"}\n')
+    notes, out = tmp_path / "notes.txt", tmp_path / "out.json"
+    notes.write_text("my notes")
+    words = ("score", "recognition", lines, lines, "--out")
+    assert_refused(
+        run_mvlm(*words, notes), "out: wanted a new file or the figures of an earlier evaluation", str(notes)
+    )
+    assert notes.read_text() == "my notes"
+    for _ in range(2):
+        assert run_mvlm(*words, out).code == 0
+    assert json.loads(out.read_text())["accuracy"] == 100
