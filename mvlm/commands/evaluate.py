@@ -279,7 +279,7 @@ def score(
         task: vqa, pairs, entailment, recognition, caption or grounding.
         predictions: File of predictions: vqa and caption, the JSON list that the servers take; pairs, CSV rows
             `identifier,prediction`; entailment, JSON lines {pairID, label}; recognition, {id, label}; grounding,
-            {id, x, y} in pixels.
+            {id, x, y} in pixels, or what `mvlm eval grounding --out` wrote.
         references: File of the data set: VQA annotations; NLVR2's, SNLI-VE's JSON lines; recognition, JSON lines
             {id, label}; COCO caption annotations; grounding, JSON lines {id, box [x, y, width, height], size}.
         other: Another model's predictions: adds the paired difference, its interval and McNemar's p-value.

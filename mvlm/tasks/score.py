@@ -155,9 +155,22 @@ def _size(record: Mapping[str, Any]) -> list[float]:
     return size
 
 
+def _points(path: Path) -> list[Any]:
+    """Points from JSON lines, or from the records of an evaluation's figures."""
+    wanted = "JSON lines {id, x, y}, or what `mvlm eval grounding --out` wrote"
+    try:
+        document = read_json(path, wanted)
+    except RunError:  # several lines are no JSON document
+        document = None
+    if isinstance(document, dict) and "records" in document:
+        return listed(path, document, "records", wanted)
+    return read_json_lines(path, wanted)
+
+
 def _grounding(predictions: Path, references: Path) -> Scored:
-    lines = read_json_lines(predictions, "JSON lines {id, x, y}")
-    points = by_id(predictions, lines, "id", lambda r: (typed(r, "x", int | float), typed(r, "y", int | float)))
+    points = by_id(
+        predictions, _points(predictions), "id", lambda r: (typed(r, "x", int | float), typed(r, "y", int | float))
+    )
     rows = by_id(
         references,
         read_json_lines(references, "JSON lines {id, box, size}"),

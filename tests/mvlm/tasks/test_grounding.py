@@ -120,8 +120,9 @@ def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, ru
     found, test = json.loads(out.read_text()), open_dataset(phrases, "test")
     (tmp_path / "points.jsonl").write_text("\n".join(json.dumps(record) for record in found["records"]))
     (tmp_path / "truth.jsonl").write_text("\n".join(json.dumps(test.metadata(i)) for i in range(len(test))))
-    scored = run_mvlm("score", "grounding", tmp_path / "points.jsonl", tmp_path / "truth.jsonl")
-    assert json.loads("\n".join(scored.out))["accuracy"] == found["accuracy"]
+    for predictions in (tmp_path / "points.jsonl", out):
+        scored = run_mvlm("score", "grounding", predictions, tmp_path / "truth.jsonl")
+        assert json.loads("\n".join(scored.out))["accuracy"] == found["accuracy"]
     assert not list(tmp_path.glob("*.parts"))
 
 

@@ -156,13 +156,28 @@ def test_captions(tmp_path):
     assert found["cider_d"] > 0
 
 
-def test_points(tmp_path):
+@pytest.mark.parametrize("form", ["lines", "figures"])
+def test_points(tmp_path, form):
+    """As JSON lines, or among the figures of an evaluation."""
+    points = [{"id": 1, "x": 5, "y": 5}, {"id": 2, "x": 50, "y": 50}]
+    file = tmp_path / "points"
     found = score(
         "grounding",
-        write_lines(tmp_path / "p.jsonl", [{"id": 1, "x": 5, "y": 5}, {"id": 2, "x": 50, "y": 50}]),
+        write_lines(file, points) if form == "lines" else write_json(file, {"task": "grounding", "records": points}),
         write_lines(tmp_path / "b.jsonl", [{"id": i, "box": [0, 0, 10, 10], "size": [100, 100]} for i in (1, 2)]),
     )
     assert (found["accuracy"], found["center"], found["chance"]) == (50, 0, 1)
+
+
+def test_a_single_point_and_files_without_points(tmp_path):
+    truth = write_lines(tmp_path / "b.jsonl", [{"id": 1, "box": [0, 0, 10, 10], "size": [100, 100]}])
+    point = {"id": 1, "x": 5, "y": 5}
+    assert score("grounding", write_lines(tmp_path / "p.jsonl", [point]), truth)["accuracy"] == 100
+    wanted = "wanted JSON lines {id, x, y}, or what `mvlm eval grounding --out` wrote"
+    with pytest.raises(RunError, match=rf"p.json: {wanted}, found int in records"):
+        score("grounding", write_json(tmp_path / "p.json", {"records": 3}), truth)
+    with pytest.raises(RunError, match=rf"none: {wanted}, could not read it"):
+        score("grounding", tmp_path / "none", truth)
 
 
 @pytest.mark.parametrize(
