@@ -1,6 +1,8 @@
 """`mvlm reconstruct`, `mvlm fill` and `mvlm app`: questions to a trained model, in the terminal or on a web page."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -73,6 +75,23 @@ def fill(
         print(f"[MASK] {number}: {shown}")
 
 
+@contextlib.contextmanager
+def _temporary_uploads() -> Iterator[None]:
+    """Inside the block, Gradio keeps what visitors send in a temporary folder, of which nothing stays.
+
+    It is in the folder that GRADIO_TEMP_DIR names, if that is set.
+    """
+    parent = os.environ.get("GRADIO_TEMP_DIR", "")
+    if parent:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="mvlm-app-", dir=parent or None) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when Gradio is imported
+        try:
+            yield
+        finally:
+            os.environ["GRADIO_TEMP_DIR"] = parent
+
+
 def app(
     source: str,
     /,
@@ -97,8 +116,7 @@ def app(
 
     if data is not None and index is not None:
         raise ConfigError("index: wanted --data or --index, got both; leave one out")
-    with TemporaryDirectory(prefix="mvlm-app-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # of what visitors send nothing stays. Read when Gradio is imported
+    with _temporary_uploads():
         from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
         from mvlm.app.page import build_page, check_address, start  # fails without gradio, before anything is loaded
         from mvlm.runs.load import load_model

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -341,6 +342,28 @@ def test_a_missing_run_is_an_error_of_one_line(run_mvlm, tmp_path) -> None:
 
 def test_a_wrong_port_is_said_before_the_model_is_loaded(run_mvlm, tmp_path) -> None:
     assert_refused(run_mvlm("app", tmp_path / "none", "--port", 99999), "port: wanted a number from 1 to 65535")
+
+
+@pytest.mark.parametrize("given", ["", "deep/mine"])
+def test_what_visitors_send_is_kept_below_the_folder_that_the_user_names(
+    run_mvlm, tmp_path, monkeypatch, given
+) -> None:
+    used = []
+
+    def load(*_: Any) -> None:
+        used.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        (used[0] / "upload").write_text("an image")
+        raise ConfigError("enough")
+
+    parent = tmp_path / (given or "default")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "default"))
+    (tmp_path / "default").mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / given) if given else "")
+    monkeypatch.setattr("mvlm.runs.load.load_model", load)
+    assert_refused(run_mvlm("app", tmp_path, "--port", free_port()), "enough")
+    assert [path.parent for path in used] == [parent]
+    assert list(parent.iterdir()) == []
+    assert os.environ["GRADIO_TEMP_DIR"] == (str(tmp_path / given) if given else "")
 
 
 def test_data_and_an_index_are_not_both_searched(run_mvlm, trained, scenes) -> None:
