@@ -1,8 +1,9 @@
 """Transforms of torch over every op: torch.func, second derivatives, modules around them. Against plain torch."""
 
 import copy
+import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -177,9 +178,7 @@ def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
 
     def by_autograd(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         inputs = [x.clone().requires_grad_() for x in args]
-        first = torch.autograd.grad(squared(f)(*inputs), inputs, create_graph=True)
-        total = sum((x.square().sum() for x in first), torch.zeros(()))
-        return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+        return penalized(f, inputs, inputs)
 
     if op not in LINEAR and (op != "cross_attention" or backend == "triton"):
         attempts = [lambda: by_autograd(ours), lambda: torch.func.grad(penalty(ours, *args[1:]))(args[0])]
@@ -190,6 +189,47 @@ def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
         same(by_autograd(ours), by_autograd(plain))
     if op in LINEAR or (op in ("cross_attention", "gelu_linear") and backend == "torch"):
         same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
+
+
+def penalized(f: Callable[..., Tensor], inputs: Sequence[Tensor], first: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a penalty on the gradients by `first`, by every input that has one."""
+    grads = torch.autograd.grad(squared(f)(*inputs), first, create_graph=True)
+    total = sum((x.square().sum() for x in grads), torch.zeros(()))
+    trained = [x for x in inputs if x.requires_grad]
+    return torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+@OPS
+def test_second_derivatives_of_some_inputs_are_right_or_refused_by_name(op: str, frozen: bool):
+    """First derivatives by each set of inputs. `frozen`: the other inputs are constants."""
+    ours, plain, args = CALLS[op]
+    every = range(len(args))
+    for chosen in itertools.chain.from_iterable(itertools.combinations(every, n) for n in range(1, len(args))):
+        inputs = [x.clone().requires_grad_(not frozen or i in chosen) for i, x in enumerate(args)]
+        first = [inputs[i] for i in chosen]
+        wanted = penalized(plain, inputs, first)
+        try:
+            got = penalized(ours, inputs, first)
+        except RuntimeError as error:
+            assert f"{NAMES.get(op, op)} has no second derivative; use " in str(error)  # noqa: PT017
+            assert op not in LINEAR
+        else:
+            same(got, wanted)
+
+
+def test_second_derivative_by_the_weight_of_gelu_linear_where_h_is_constant(backend: str):
+    """The GELU that a CPU saves is then a constant too, unless its bias is trained."""
+    ours, plain, (h, weight, _) = CALLS["gelu_linear"]
+    leaf, h_bias = weight.clone().requires_grad_(), rand(8).requires_grad_()
+    with pytest.raises(RuntimeError, match="gelu_linear has no second derivative; use "):
+        penalized(lambda w: gelu_linear(h, w, h_bias=h_bias), [leaf], [leaf])
+    if backend == "torch":
+        same(*(penalized(lambda w, f=f: f(h, w, None), [leaf], [leaf]) for f in (ours, plain)))
+        return
+    with pytest.raises(RuntimeError, match="gelu_linear has no second derivative; use "):
+        penalized(lambda w: ours(h, w, None), [leaf], [leaf])
 
 
 @pytest.mark.slow
