@@ -37,21 +37,22 @@ def gather_patches(
     patches = grid.reshape(batch, grid.shape[1] * grid.shape[2], channels * patch_size**2)  # (B, N, C*P*P)
     if patch_ids is not None:
         rows = patch_rows(patch_ids, patches.shape[1])
-        patches = patches.flatten(0, 1).index_select(0, rows).view(*patch_ids.shape, patches.shape[2])  # (B, K, C*P*P)
+        chosen = patches.flatten(0, 1).index_select(0, rows)
+        # Not a view: autograd forbids to write to a view that a Function made.
+        patches = torch.ops.aten._unsafe_view(chosen, (*patch_ids.shape, patches.shape[2]))  # (B, K, C*P*P)
     # Patches as large as the image are a view of it. An op must not write to its inputs or return a view of them.
     shared = patches.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
     if mean is None and std is None and images.dtype != torch.uint8:
         return patches.to(dtype, copy=shared).contiguous()
-    pixels = patches.to(compute_dtype(images.dtype, dtype), copy=shared).view(
-        *patches.shape[:2], channels, patch_size**2
-    )
+    patches = patches.to(compute_dtype(images.dtype, dtype), copy=shared)
+    pixels = patches.view(*patches.shape[:2], channels, patch_size**2)  # of the same memory, which is normalised
     if images.dtype == torch.uint8:
-        pixels = pixels.div_(255)
+        pixels.div_(255)
     if mean is not None:
-        pixels = pixels.sub_(mean.to(pixels.dtype)[:, None])
+        pixels.sub_(mean.to(pixels.dtype)[:, None])
     if std is not None:
-        pixels = pixels.div_(std.to(pixels.dtype)[:, None])
-    return pixels.flatten(2).to(dtype).contiguous()
+        pixels.div_(std.to(pixels.dtype)[:, None])
+    return patches.to(dtype).contiguous()
 
 
 def patch_rows(patch_ids: Tensor, num_patches: int) -> Tensor:

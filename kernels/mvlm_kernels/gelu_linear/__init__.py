@@ -126,7 +126,9 @@ class _GeluLinear(torch.autograd.Function):
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
         keep = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1]
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
-        return _linear(activated, weight, bias)
+        out = _linear(activated, weight, bias)
+        # F.linear may give a view of its product, and autograd forbids to write to a view that a Function made.
+        return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

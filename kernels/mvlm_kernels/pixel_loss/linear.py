@@ -63,15 +63,17 @@ def linear_pixel_loss(
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)
     parts = list(chunks(batch, chosen * features * wide.itemsize))
     counts = [losses_of((part.stop - part.start) * chosen, features, reduce) for part in parts]
-    losses = hidden.new_empty(sum(counts), dtype=loss_dtype(hidden.dtype, images.dtype))
-    for part, part_losses in zip(parts, losses.split(counts), strict=True):
+    # In its final shape: autograd forbids to write to a view that a Function made.
+    shape = sum(counts) if reduce else (batch, chosen)
+    losses = hidden.new_empty(shape, dtype=loss_dtype(hidden.dtype, images.dtype))
+    for part, part_losses in zip(parts, losses.flatten().split(counts), strict=True):
         pred = product(hidden[part].flatten(0, 1), weight.T, wide).view(part.stop - part.start, chosen, features)
         ids = None if patch_ids is None else patch_ids[part]
         write_losses(
             pred, bias, images[part], ids, patch_size, mean, std, kind, normalize_target, reduce, part_losses,
             slope[part] if with_slope else None,
         )  # fmt: skip
-    return (total(losses, batch * chosen) if reduce else losses.view(batch, chosen)), slope
+    return (total(losses, batch * chosen) if reduce else losses), slope
 
 
 def linear_pixel_loss_backward(

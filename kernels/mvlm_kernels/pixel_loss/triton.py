@@ -218,13 +218,15 @@ def masked_pixel_loss(
     """pred (B, K, F), images (B, C, H, W), both of any strides -> loss (scalar or (B, K)), slope (B, K, F) or empty."""
     batch, chosen, features = pred.shape
     rows = batch * chosen
-    losses = pred.new_empty(losses_of(rows, features, reduce), dtype=loss_dtype(pred.dtype, images.dtype))
+    # In its final shape: autograd forbids to write to a view that a Function made.
+    shape = losses_of(rows, features, reduce) if reduce else (batch, chosen)
+    losses = pred.new_empty(shape, dtype=loss_dtype(pred.dtype, images.dtype))
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, pred)
     write_losses(
         pred, None, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, losses,
         slope if with_slope else None,
     )  # fmt: skip
-    return (total(losses, rows) if reduce else losses.view(batch, chosen)), slope
+    return (total(losses, rows) if reduce else losses), slope
 
 
 def scaled_slope(slope: Tensor, grad: Tensor | None, divisor: int, dtype: torch.dtype) -> Tensor:

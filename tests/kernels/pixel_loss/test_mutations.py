@@ -27,7 +27,7 @@ LINEAR_MUTANTS = [
     ("min(start + size, batch)", "min(start + size, batch - 1)"),
     ("            pred, bias, images[part]", "            pred, None, images[part]"),
     ("else patch_ids[part]", "else patch_ids[: part.stop - part.start]"),
-    ("zip(parts, losses.split(counts), strict=True)", "zip(parts, [losses] * len(parts), strict=True)"),
+    ("zip(parts, losses.flatten().split(counts), strict=True)", "zip(parts, [losses] * len(parts), strict=True)"),
     ("weight_sum += product", "weight_sum = product"),
     ("bias_sum += slopes", "bias_sum = slopes"),
     ("per_row, factor = grad / largest, largest / features", "per_row, factor = grad, largest / features"),
