@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.integrations.calls import kernel_reasons, record, recording
-from mvlm_kernels.integrations.report import Part, SwapReport
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
 from mvlm_kernels.integrations.transformers_models import configs_of, names_sdpa, why_not_swapped
 from mvlm_kernels.refusals import Refusal, refusal
 
@@ -49,10 +49,14 @@ def swap(model: torch.nn.Module, name: str = NAME) -> SwapReport:
     A part is a ``PreTrainedModel`` with a configuration of its own, such as the vision tower of CLIP. The others keep
     their implementation, with the reason in the report. The state dict does not change.
     """
+    from transformers import AttentionInterface
+
     register(name)
-    parts, before = [], []
+    known, parts, before = AttentionInterface(), [], []
     for path, config, owners in configs_of(model):
         reason = next((found for found in (why_not_swapped(owner, name) for owner in owners) if found), None)
+        if reason is None and known.get(config._attn_implementation_internal) is attention:
+            reason = ALREADY_SWAPPED
         parts.append(Part(path, type(owners[0]).__name__, reason))
         if reason is None:
             before.append((config, config._attn_implementation_internal))
@@ -60,7 +64,8 @@ def swap(model: torch.nn.Module, name: str = NAME) -> SwapReport:
 
     def restore() -> None:
         for config, implementation in before:
-            config._attn_implementation_internal = implementation
+            if config._attn_implementation_internal == name:  # else another was chosen after the swap
+                config._attn_implementation_internal = implementation
 
     return SwapReport(parts, restore)
 

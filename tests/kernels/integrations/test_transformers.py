@@ -27,6 +27,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfA
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import transformers as integration  # noqa: E402
 from mvlm_kernels.integrations.calls import AttentionCall, recorded_calls  # noqa: E402
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED  # noqa: E402
 
 NAME = integration.NAME
 SIZES: dict[str, Any] = {
@@ -214,6 +215,26 @@ def test_swap_reports_what_it_did_and_undo_puts_it_back(calls: list[AttentionCal
     assert model.config._attn_implementation == "sdpa"
     model(ids)
     assert len(calls) == 2
+
+
+def test_second_swap_is_refused_and_undoing_both_puts_the_first_implementation_back():
+    """In either order; under another name too."""
+    for again in (NAME, "sdpa_of_another_name"):
+        for turn in (1, -1):
+            model = BertModel(BertConfig(vocab_size=99, **SIZES))
+            reports = integration.swap(model), integration.swap(model, again)
+            assert [part.reason for part in reports[1].parts] == [ALREADY_SWAPPED]
+            for report in reports[::turn]:
+                report.undo()
+            assert model.config._attn_implementation == "sdpa"
+
+
+def test_undo_leaves_an_implementation_that_was_chosen_after_the_swap():
+    model = BertModel(BertConfig(vocab_size=99, **SIZES))
+    report = integration.swap(model)
+    model.set_attn_implementation("eager")
+    report.undo()
+    assert model.config._attn_implementation == "eager"
 
 
 def test_swap_keeps_parts_that_cannot_change_with_a_reason():
