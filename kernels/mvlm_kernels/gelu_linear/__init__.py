@@ -134,9 +134,8 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, h_bias, activated = ctx.saved_tensors
         if torch.is_grad_enabled() and (h.requires_grad or (h_bias is not None and h_bias.requires_grad)):
-            activated = (
-                None  # with create_graph=True: the saved one has no graph, the op's refuses to be differentiated
-            )
+            # With create_graph=True. The saved one has no graph, the op's result refuses to be differentiated.
+            activated = None
         grad, trains_weight = grads[0].flatten(0, -2), ctx.needs_input_grad[1]
         by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
         dh, recomputed, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
