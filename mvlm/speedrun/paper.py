@@ -16,17 +16,19 @@ from mvlm.speedrun.claims import Check, Claims, verdict
 from mvlm.training.optimizer import learning_rate_factor
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.dataset.description import shard_paths
+from mvlm_dataloading.dataset.index_writer import fingerprint_of
+from mvlm_dataloading.tools.reindex import lists_samples_of
 
 RATES = {"lr": "lr_cross", "lr_encoder": "lr_encoder", "lr_pixels": "lr_pixels"}
 """Fields of a row with a learning rate, and the settings with their peaks."""
 
 
 def check_data(claims: Claims) -> Check:
-    """Hash every shard of the run's splits and of the test split; compare with dataset.json and with the history."""
+    """Hash every shard of the run's splits and of the test split; compare with dataset.json, index and history."""
     folder, problems, texts = claims.config.data, [], []
     recorded = {name: value for part in claims.parts for name, value in part["data"].items()}
     available = open_dataset(folder, "train").splits
-    for split in sorted({*recorded, *({"test"} & set(available))}):
+    for split in sorted({"train", *recorded, *({"test"} & set(available))}):
         dataset = open_dataset(folder, split)
         problems += list(_damaged(dataset))
         if split == "validation" and claims.config.eval_images:
@@ -42,14 +44,21 @@ def check_data(claims: Claims) -> Check:
 
 
 def _damaged(dataset: Dataset) -> Iterator[str]:
-    """Shards of a local split, and indices of a view, whose SHA-256 is not that of dataset.json."""
+    """Files of a split that do not fit: an index with the fingerprint of other samples, shards with other bytes.
+
+    Training reads the samples where the index says. So the index of a local split may list samples of its tars alone.
+    """
+    if dataset.index.fingerprint != fingerprint_of(dataset.index, dataset.split, dataset.shards):
+        yield f"{dataset.split}.index: its fingerprint is not that of its samples"
     if dataset.remote is not None:  # the cache compares a shard when it fetches it
         return
-    for shard in dataset.shards:
+    for number, shard in enumerate(dataset.shards):
         tar, index = shard_paths(dataset.folder, shard)
-        for file, digest in ((tar, shard["sha256"]), (index, shard.get("index_sha256"))):
-            if digest and sha256(file) != digest:
-                yield f"{file.name}: its sha256 is not that of dataset.json"
+        wanted = ((tar, shard["sha256"]), (index, shard.get("index_sha256")))
+        if damaged := [file.name for file, digest in wanted if digest and sha256(file) != digest]:
+            yield from (f"{name}: its sha256 is not that of dataset.json" for name in damaged)
+        elif not lists_samples_of(tar, dataset.index, number):
+            yield f"{dataset.split}.index: its samples are not those of {tar.name}"
 
 
 def check_history(claims: Claims, revision: str) -> Check:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,3 +126,26 @@ def read_json_lines(file: Path) -> list[dict]:
 def file_contents(folder: Path) -> dict[str, bytes]:
     """The bytes of each file in a folder, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def state_fingerprint(index: Path, fingerprint: str) -> None:
+    """Write a fingerprint into the head of a `<split>.index`, and its checksum, as docs/reference/files.md has them."""
+    content = bytearray(index.read_bytes())
+    content[40:72] = fingerprint.encode()
+    content[104:108] = bytes(4)
+    head = 112 + 24 * int.from_bytes(content[24:32], "little")
+    content[104:108] = zlib.crc32(content[:head]).to_bytes(4, "little")
+    index.write_bytes(content)
+
+
+def exchange_texts(index: Path) -> None:
+    """Give the second and third sample of a `<split>.index` of one shard each other's captions; checksums fit."""
+    content = bytearray(index.read_bytes())
+    records = 112 + 24
+    one, two = (slice(records + 36 * i + 8, records + 36 * i + 16) for i in (1, 2))
+    content[one], content[two] = content[two], content[one]
+    end = records + 36 * int.from_bytes(content[16:24], "little")
+    content[128:132] = zlib.crc32(content[records:end]).to_bytes(4, "little")
+    content[104:108] = bytes(4)
+    content[104:108] = zlib.crc32(content[:records]).to_bytes(4, "little")
+    index.write_bytes(content)

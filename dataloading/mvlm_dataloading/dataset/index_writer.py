@@ -19,9 +19,51 @@ from .sample_index import (
     SHARD,
     VERSION,
     Field,
+    SampleIndex,
     head_crc,
     shards_hash,
 )
+
+
+class Fingerprint:
+    """Fingerprint of a split: a hash of its shards and of the places of their samples. Call `add` for each in order.
+
+    It includes places, because views of the same shards may choose other samples or another order. Checkpoints store
+    it, so it must not change.
+    """
+
+    def __init__(self, split: str, shards: Sequence[Mapping[str, Any]]):
+        described = [split, [[one["samples"], one["sha256"]] for one in shards]]
+        self._hash = hashlib.sha256(json.dumps(described).encode())
+
+    def add(self, records: NDArray[np.uint32]) -> None:
+        """Add the next shard's records, uint32 (n, 9)."""
+        places = [records[:, field].astype("<i8") for field in (Field.IMAGE_BLOCK, Field.TEXT_BLOCK)]
+        shared = len(np.unique(places[0])) < len(np.unique(places[1]))
+        for place in places[: 1 + shared]:  # samples that share an image are told apart by their captions
+            self._hash.update((place * BLOCK).tobytes())
+
+    def digits(self) -> str:
+        """Its 32 hexadecimal digits."""
+        return self._hash.hexdigest()[:32]
+
+
+def fingerprint_of(index: SampleIndex, split: str, shards: Sequence[Mapping[str, Any]]) -> str | None:
+    """Fingerprint of the samples that an index lists, made from them, where `index.fingerprint` is only stated.
+
+    Args:
+        shards: the split's shards, as `dataset.json` describes them. None is returned if the index has others.
+
+    Raises:
+        DataError: records or keys are damaged.
+    """
+    if np.diff(index.first).tolist() != [one["samples"] for one in shards]:
+        return None
+    found = Fingerprint(split, shards)
+    for shard in range(len(shards)):
+        found.add(index.shard_content(shard)[0])
+        index.release()
+    return found.digits()
 
 
 class IndexWriter:
@@ -40,10 +82,7 @@ class IndexWriter:
         self._shard = 0
         self._records_at = HEADER.size + self._table.nbytes
         self._keys_at = self._records_at + RECORD_BYTES * int(self._table["samples"].sum())
-        # The fingerprint includes offsets, because views of the same shards may choose other samples or another order.
-        # Checkpoints store it, so it must not change.
-        described = [split, [[one["samples"], one["sha256"]] for one in shards]]
-        self._fingerprint = hashlib.sha256(json.dumps(described).encode())
+        self._fingerprint = Fingerprint(split, shards)
 
     def add(self, records: NDArray[np.uint32], keys: bytes) -> None:
         """Append the next shard's records, uint32 (n, 9), and keys."""
@@ -57,10 +96,7 @@ class IndexWriter:
         self._file.write(keys)
         self._records_at += len(content)
         self._keys_at += len(keys)
-        places = [records[:, field].astype("<i8") for field in (Field.IMAGE_BLOCK, Field.TEXT_BLOCK)]
-        shared = len(np.unique(places[0])) < len(np.unique(places[1]))
-        for place in places[: 1 + shared]:  # samples that share an image are told apart by their captions
-            self._fingerprint.update((place * BLOCK).tobytes())
+        self._fingerprint.add(records)
         self._shard += 1
 
     def finish(self) -> None:
@@ -68,7 +104,7 @@ class IndexWriter:
         assert self._shard == len(self._table), f"wanted {len(self._table)} shards, got {self._shard}"
         fields = (
             MAGIC, VERSION, RECORD_BYTES, int(self._table["samples"].sum()), len(self._table),
-            int(self._table["key_bytes"].sum()), self._fingerprint.hexdigest()[:32].encode(), self._described,
+            int(self._table["key_bytes"].sum()), self._fingerprint.digits().encode(), self._described,
         )  # fmt: skip
         crc = head_crc(HEADER.pack(*fields, 0, 0), self._table)
         self._file.seek(0)

@@ -1,5 +1,6 @@
 """Check of a data set: reads every byte, decodes every image and parses every caption."""
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from mvlm_dataloading.captions import is_visible, script_of
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description, shard_paths
-from mvlm_dataloading.dataset.index_writer import pack_records
+from mvlm_dataloading.dataset.index_writer import fingerprint_of, pack_records
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import index_path, map_index
 from mvlm_dataloading.errors import DataError
@@ -120,11 +121,16 @@ def check_shards(
 
 
 def _opening_problems(folder: Path, split: str) -> list[str]:
-    """The problem for which `open_dataset` refuses the split: a list of one line, or empty."""
+    """The problem for which `open_dataset` refuses the split, or a wrong fingerprint: a list of one line, or empty."""
     try:
-        open_dataset(folder, split)
+        dataset = open_dataset(folder, split)
     except DataError as error:
         return [str(error)]
+    index = dataset.index
+    with contextlib.suppress(DataError):  # damaged records, of which the check of their shard tells
+        if index.fingerprint != fingerprint_of(index, split, dataset.shards):
+            hint = f"`mvlm data reindex {folder}`"
+            return [f"{split}.index: wanted the fingerprint of its samples, found another; {hint}"]
     return []
 
 

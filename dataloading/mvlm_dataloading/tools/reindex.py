@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
 from mvlm_dataloading.dataset.durable_files import make_no_older, write_durably
+from mvlm_dataloading.dataset.index_writer import pack_records
 from mvlm_dataloading.dataset.open import write_index
+from mvlm_dataloading.dataset.sample_index import Field, SampleIndex
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
@@ -103,6 +106,17 @@ def index_tar(tar: Path) -> TarIndex:
             index.lines.append(line)
             index.captions += captions[key]
     return index
+
+
+def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
+    """True if every sample that an index lists in a shard is a sample of the tar: its image, texts and tokens.
+
+    The keys are not compared. Raises DataError if the tar or the index is damaged.
+    """
+    found = index_tar(tar)
+    lines = format_index([*found.lines, *found.unreadable]).encode(errors="surrogateescape")
+    known = {row.tobytes() for row in pack_records(parse_index(lines))[:, : Field.KEY_END]}
+    return all(row.tobytes() in known for row in index.shard_content(shard)[0][:, : Field.KEY_END])
 
 
 def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:

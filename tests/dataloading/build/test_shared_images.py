@@ -22,6 +22,7 @@ from mvlm_dataloading import (
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source, with_images_together
 from mvlm_dataloading.sources.strip import ImageStrip
+from mvlm_dataloading.tools.reindex import lists_samples_of
 from support import published
 from support.data import file_contents, make_image, read_json_lines
 
@@ -80,6 +81,7 @@ def test_tars_with_shared_images_are_checked_indexed_and_unpacked(tmp_path):
     assert file_contents(out) == before
     (found,) = check_shards(out, workers=0).values()
     assert found.problems == []
+    assert lists_samples_of(out / "train-000000.tar", open_dataset(out, "train").index, 0)
     assert found.sizes == [(72, 54)] * 12
     assert found.image_bytes == [(tmp_path / f"images/{i}.jpg").stat().st_size for i in range(4) for _ in range(3)]
     with tarfile.open(out / "train-000000.tar") as tar:

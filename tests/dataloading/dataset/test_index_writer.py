@@ -1,12 +1,13 @@
 """Writing indices from DALI indices of any form."""
 
+import hashlib
 import io
 
 import numpy as np
 import pytest
 
 from mvlm_dataloading.dataset.dali_index import parse_index
-from mvlm_dataloading.dataset.index_writer import IndexWriter, pack_records
+from mvlm_dataloading.dataset.index_writer import IndexWriter, fingerprint_of, pack_records
 from mvlm_dataloading.dataset.sample_index import SampleIndex
 
 
@@ -47,3 +48,25 @@ def test_odd_samples_and_empty_shards_are_packed():
 def test_places_that_no_tar_has_are_refused(place):
     with pytest.raises(ValueError, match="the text of a sample at an offset or of a size that no tar has"):
         pack_records(parse_index(f"v1.2 1\njpg 0 1 a.jpg txt {place} a.txt\n".encode()))
+
+
+def test_the_fingerprint_hashes_shards_and_places_of_samples():
+    """The recipe, written out: checkpoints store fingerprints, so it stays. Captions count where images are shared."""
+    shards = [{"samples": 2, "sha256": "aa"}, {"samples": 2, "sha256": "bb"}]
+    lines = [
+        ["jpg 512 3 a.jpg txt 1536 2 a.txt", "jpg 2560 3 b.jpg txt 3584 2 b.txt"],
+        ["jpg 512 3 c.jpg txt 1536 2 c.txt", "jpg 512 3 d.jpg txt 3584 2 d.txt"],
+    ]
+    content = io.BytesIO()
+    writer = IndexWriter(content, "train", [one | {"tar": f"{one['sha256']}.tar"} for one in shards])
+    for part in lines:
+        parsed = parse_index("\n".join(["v1.2 2", *part, ""]).encode())
+        writer.add(pack_records(parsed), parsed.keys)
+    writer.finish()
+    places = np.array([512, 2560, 512, 512, 1536, 3584], "<i8").tobytes()
+    wanted = hashlib.sha256(b'["train", [[2, "aa"], [2, "bb"]]]' + places).hexdigest()[:32]
+    index = SampleIndex(content.getvalue())
+    assert index.fingerprint == wanted
+    assert fingerprint_of(index, "train", shards) == wanted
+    assert fingerprint_of(index, "test", shards) != wanted
+    assert fingerprint_of(index, "train", [shards[0], {"samples": 1, "sha256": "bb"}]) is None

@@ -24,6 +24,7 @@ from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from mvlm_dataloading.tools.reindex import pack_indices
 from mvlm_dataloading.tools.summary import findings_table
 from support import published
+from support.data import state_fingerprint
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
 
@@ -198,6 +199,16 @@ def test_check_finds_an_index_that_differs_from_the_dali_indices(tmp_path):
     assert found.startswith("train.index: wanted the samples of train-000001.tar as in its DALI index, found others; ")
     pack_indices(out)
     assert problems(out) == []
+
+
+def test_check_finds_a_fingerprint_that_an_index_states_without_having_it(tmp_path):
+    out = write(tmp_path / "out")
+    own = open_dataset(out, "train").fingerprint
+    state_fingerprint(out / "train.index", open_dataset(out, "test").fingerprint)
+    hint = f"`mvlm data reindex {out}`"
+    assert problems(out) == [f"train.index: wanted the fingerprint of its samples, found another; {hint}"]
+    pack_indices(out)
+    assert (problems(out), open_dataset(out, "train").fingerprint) == ([], own)
 
 
 def test_check_names_captions_in_which_nothing_can_be_seen(tmp_path):

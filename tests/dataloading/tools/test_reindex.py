@@ -22,8 +22,9 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
-from mvlm_dataloading.tools.reindex import pack_indices
+from mvlm_dataloading.tools.reindex import lists_samples_of, pack_indices
 from support import published
+from support.data import exchange_texts
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
 
@@ -128,6 +129,24 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
     assert open_dataset(tmp_path / "view", "train").keys.tolist() == ["a%20name", "é"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
+
+
+def test_an_index_lists_samples_of_its_tars_whoever_made_it(tmp_path):
+    """Built, in place, and as a view that repeats samples. One that gives a sample another's captions does not."""
+    built, tars, view = write(tmp_path / "built"), tmp_path / "tars", tmp_path / "view"
+    foreign(tars)
+    rebuild_indices(tars)
+    make_view(view, [built, tars], ViewOptions(match="number|red|blanks"), weights=[2.5, 1])
+    shards = [
+        (tar, dataset.index, number)
+        for folder in (built, tars, view)
+        for dataset in [open_dataset(folder, "train")]
+        for number, tar in enumerate(dataset.tars)
+    ]
+    assert len(shards) == 3 + 1 + 4
+    assert all(lists_samples_of(*shard) for shard in shards)
+    exchange_texts(tars / "train.index")
+    assert not lists_samples_of(tars / "train-0.tar", open_dataset(tars, "train").index, 0)
 
 
 def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):

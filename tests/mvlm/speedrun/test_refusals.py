@@ -11,6 +11,8 @@ from mvlm.speedrun.paper import check_data, check_history, check_metrics
 from mvlm.speedrun.verify import verify_run
 from mvlm.training.guarded_adamw import GuardedAdamW
 from mvlm.training.run import pretrain
+from mvlm_dataloading import open_dataset
+from support.data import exchange_texts, state_fingerprint
 from support.forgery import change_events, change_rows, change_tensors, checkpoint, reseal, short_run
 from support.scenes import write_scenes
 
@@ -128,6 +130,23 @@ def test_other_data(bare_run, tmp_path, refusals):
     tar.write_bytes(content)
     (data / "test.index").touch()
     assert refusals(bare_run, data) == {"data": "test-000000.tar: its sha256 is not that of dataset.json"}
+
+
+def test_other_data_under_the_fingerprints_of_the_run(bare_run, scenes, tmp_path, refusals):
+    """An index states a fingerprint. The forger writes the run's there, or keeps it and exchanges two captions."""
+    data = write_scenes(tmp_path / "data", captions=lambda i: [f"number {i}"])
+    for split in ("train", "validation", "test"):
+        state_fingerprint(data / f"{split}.index", open_dataset(scenes, split).fingerprint)
+    assert open_dataset(data, "train").fingerprint == open_dataset(scenes, "train").fingerprint
+    stated = [f"{split}.index: its fingerprint is not that of its samples" for split in ("test", "train", "validation")]
+    assert refusals(bare_run, data) == {"data": "; ".join(stated)}
+
+    data = write_scenes(tmp_path / "exchanged")
+    exchange_texts(data / "train.index")
+    wanted = open_dataset(scenes, "train")
+    assert open_dataset(data, "train").fingerprint == wanted.fingerprint
+    assert open_dataset(data, "train").captions(1) == wanted.captions(2)
+    assert refusals(bare_run, data) == {"data": "train.index: its samples are not those of train-000000.tar"}
 
 
 def test_a_run_that_skipped_a_step(scenes, tmp_path, monkeypatch, refusals):
