@@ -129,7 +129,7 @@ def _read_figures(file: Path) -> dict[str, Any] | None:
         raise RunError(f"{file}: wanted the figures of `mvlm eval retrieval`, got {figures!r}; evaluate again")
     machine = figures.get("machine", {})
     wanted = {
-        "rerank": _is_count(figures.get("rerank", 1)),
+        "rerank": _is_count(figures.get("rerank", 1), least=0),  # 0: a model without ITM
         "precision": figures.get("precision", "fp32") in ("fp32", "bf16"),
         "machine": isinstance(machine, dict) and _is_count(machine.get("threads", 1)),
     }
@@ -141,5 +141,5 @@ def _read_figures(file: Path) -> dict[str, Any] | None:
     return figures
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

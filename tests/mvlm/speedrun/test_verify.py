@@ -11,6 +11,7 @@ from random import Random
 import pytest
 import torch
 
+from mvlm.commands.evaluate import eval_retrieval
 from mvlm.errors import RunError
 from mvlm.runs.folder import read_metrics
 from mvlm.speedrun import replay, tracks, verify
@@ -130,9 +131,20 @@ def test_a_run_that_was_resumed_with_another_number_of_threads(scenes, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_run_without_itm_whose_evaluation_re_ranks_nothing(scenes, tmp_path, without_tensorboard):
+    config = short_run(scenes, tmp_path / "run", itm_weight=0.0)
+    pretrain(config)
+    eval_retrieval(checkpoint=config.out, data=scenes, out=config.out / "eval/test.json", device="cpu")
+    assert json.loads((config.out / "eval/test.json").read_text())["rerank"] == 0
+    found = verify_run(config.out, steps=0, seed=0)
+    assert [str(check) for check in found.checks if check.passed is False] == []
+    assert found.figures["tr"]["r1"] == found.figures["itc"]["tr"]["r1"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [{"rerank": 0}, {"rerank": "many"}, {"machine": 3}, {"machine": {"threads": 0}}, {"precision": "fp8"}],
+    [{"rerank": -1}, {"rerank": False}, {"rerank": "many"}, {"machine": 3}, {"machine": {"threads": 0}}, {"precision": "fp8"}],
 )
 def test_figures_that_no_evaluation_writes_are_an_error_of_one_line(run, change):
     file = run / "eval/test.json"
