@@ -70,7 +70,7 @@ def plan_segments(kept: Iterable[int], rows: Iterable[int], steps: int, reach: i
 
     A step is replayed from the nearest checkpoint before it, or from the initial weights, and on to the next
     checkpoint, so that its weights are compared too. If that is more than `reach` steps away, the replay ends at the
-    first row from the step on; steps without such a row within reach are left out.
+    first row from the step on; steps without such a row within reach are left out (`not_begun`, `not_replayed`).
 
     Args:
         kept: steps of the checkpoints, ascending; the last is the end of the run.
@@ -251,6 +251,19 @@ def check_replay(replay: Replay, segment: Segment) -> Check:
         return Check("replay", False, f"{steps}: cannot be made again: {error}")
     problems, how = replay.compare(segment, found)
     return verdict("replay", [f"{steps}: {p}" for p in problems], f"{steps}: {how} ({found.seconds:.0f} s)")
+
+
+def not_begun(segments: list[Segment], kept: list[int], reach: int) -> Check | None:
+    """A no for checkpoints, and the start, from which no step was replayed; None if there are none.
+
+    Nothing then ties the rows after such a checkpoint to its weights, nor the first rows to random weights.
+    """
+    begun = {segment.start for segment in segments}
+    missing = [str(start) for start in [0, *kept[:-1]] if start not in begun]
+    if not missing:
+        return None
+    steps = f"step{'s' * (len(missing) > 1)} {', '.join(missing[:3])}{' and more' * (len(missing) > 3)}"
+    return Check("replay", False, f"no row or checkpoint follows {steps} within {reach} steps; raise --reach")
 
 
 def not_replayed(segments: list[Segment], last: int) -> Check | None:

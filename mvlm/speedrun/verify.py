@@ -16,7 +16,7 @@ from mvlm.runs.load import load_model
 from mvlm.speedrun.bounds import BOUNDS, compare_figures
 from mvlm.speedrun.claims import Check, Claims, read_claims, verdict
 from mvlm.speedrun.paper import check_checkpoints, check_data, check_history, check_metrics
-from mvlm.speedrun.replay import Replay, check_replay, not_replayed, plan_segments, threads
+from mvlm.speedrun.replay import Replay, check_replay, not_begun, not_replayed, plan_segments, threads
 from mvlm.speedrun.tracks import Track, check_track
 from mvlm_dataloading import open_dataset
 
@@ -114,9 +114,9 @@ def verify_run(
     segments = plan_segments(kept, rows, steps, reach, Random(seed))
     for segment in segments:
         add(check_replay(replay, segment))
-    note = not_replayed(segments, claims.config.max_steps)
-    if note is not None:
-        add(note)
+    for check in (not_replayed(segments, claims.config.max_steps), not_begun(segments, kept, reach)):
+        if check is not None:
+            add(check)
     if not segments or segments[-1].stop != claims.config.max_steps:
         add(
             Check(

@@ -17,7 +17,7 @@ from mvlm.runs.folder import read_metrics
 from mvlm.speedrun import replay, tracks, verify
 from mvlm.speedrun.bounds import compare_figures
 from mvlm.speedrun.claims import read_claims
-from mvlm.speedrun.replay import Segment, plan_segments
+from mvlm.speedrun.replay import Segment, not_begun, plan_segments
 from mvlm.speedrun.tracks import Track, check_track
 from mvlm.speedrun.verify import verify_run
 from mvlm.training.run import pretrain
@@ -151,6 +151,34 @@ def test_figures_that_no_evaluation_writes_are_an_error_of_one_line(run, change)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(RunError, match=f"wanted the figures of `mvlm eval retrieval`, got {next(iter(change))}"):
         read_claims(run, None)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_next_row_is_out_of_reach_is_a_no(scenes, tmp_path, without_tensorboard):
+    """One row, of step 6, and checkpoints of 4 and 6. The last segment alone would not say where step 4 came from."""
+    config = short_run(scenes, tmp_path / "run", log_every=6, checkpoint_every_steps=4)
+    pretrain(config)
+
+    def refused(reach: int) -> list[str]:
+        checks = verify_run(config.out, steps=6, reach=reach, seed=0).checks
+        return [check.text for check in checks if check.passed is False and check.name == "replay"]
+
+    assert refused(2) == ["no row or checkpoint follows step 0 within 2 steps; raise --reach"]
+    assert refused(4) == []
+
+
+def test_checkpoints_that_no_replay_begins_at_are_named():
+    def text(kept: list[int], rows: Sequence[int], reach: int) -> str:
+        check = not_begun(plan_segments(kept, rows, 3, reach, Random(0)), kept, reach)
+        assert check is None or check.passed is False
+        return check.text if check else ""
+
+    assert text([200, 400, 440], range(100, 441, 100), 64) == (
+        "no row or checkpoint follows steps 0, 200 within 64 steps; raise --reach"
+    )
+    assert "steps 0, 200, 400 and more within" in text([200, 400, 600, 800], (800,), 64)
+    assert text([200, 400, 440], range(100, 441, 100), 100) == ""
+    assert text([550], range(1, 551), 64) == ""  # the demo's, whose last segment is refused for its length
 
 
 @pytest.mark.slow
