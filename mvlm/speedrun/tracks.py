@@ -80,6 +80,8 @@ def _check_rules(claims: Claims, track: Track) -> Check:
         problems.append("wanted a start from random weights, found pretrained ones")
     if config.tokenizer is not None:
         problems.append("wanted a tokenizer made from the training captions, found a file")
+    elif open_dataset(config.data, "train").tokenizer_sha256 is not None:  # training takes it
+        problems.append("wanted a tokenizer made from the training captions, found one stored with the data")
     for part in claims.parts:
         if (every := part.get("log_every", config.log_every)) != 1:
             problems.append(f"wanted a row of every step, found one every {every} steps")

@@ -253,6 +253,19 @@ def test_rules_of_a_track(honest_run, machine, commit, settings, text):
 
 
 @pytest.mark.slow
+def test_a_tokenizer_that_is_stored_with_the_data_breaks_a_rule(honest_run, scenes_copy):
+    """It may be made from other captions than those of training. Fingerprints of splits do not cover it."""
+    claims = read_claims(honest_run, scenes_copy)
+    found = "wanted a tokenizer made from the training captions, found one stored with the data"
+    assert found not in check_track(claims, RULES, {})[0].text
+    fingerprint = open_dataset(scenes_copy, "train").fingerprint
+    file = scenes_copy / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer": "0" * 64}))
+    assert open_dataset(scenes_copy, "train").fingerprint == fingerprint
+    assert found in check_track(claims, RULES, {})[0].text
+
+
+@pytest.mark.slow
 def test_targets_and_distances_of_checkpoints(honest_run):
     claims = read_claims(honest_run, None)
     claims = replace(claims, kept=[*claims.kept, Path("step_00000071")], figures={"rerank": 413})
