@@ -144,7 +144,14 @@ def test_a_run_without_itm_whose_evaluation_re_ranks_nothing(scenes, tmp_path, w
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [{"rerank": -1}, {"rerank": False}, {"rerank": "many"}, {"machine": 3}, {"machine": {"threads": 0}}, {"precision": "fp8"}],
+    [
+        {"rerank": -1},
+        {"rerank": False},
+        {"rerank": "many"},
+        {"machine": 3},
+        {"machine": {"threads": 0}},
+        {"precision": "fp8"},
+    ],
 )
 def test_figures_that_no_evaluation_writes_are_an_error_of_one_line(run, change):
     file = run / "eval/test.json"
