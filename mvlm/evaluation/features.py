@@ -14,7 +14,7 @@ from mvlm.inference.encode import BATCH, eval_loader, image_features, packed_tok
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing
 from mvlm_dataloading import Dataset, Tokenizer
-from mvlm_dataloading.dataset.dataset import image_name
+from mvlm_dataloading.dataset.dataset import first_samples
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,9 @@ def encode_split(
         workspace: default: one in memory.
     """
     workspace, config = workspace or Workspace(), model.config
-    captions, image, owner, first = [], [], [], []
-    named: dict[str, int] = {}
+    captions, owner, first = [], [], []
+    image = first_samples(dataset.metadata(i) for i in range(len(dataset)))
     for i in range(len(dataset)):
-        name = image_name(dataset.metadata(i))
-        image.append(i if name is None else named.setdefault(name, i))
         first.append(len(captions))
         captions += dataset.captions(i)
         owner += [image[i]] * (len(captions) - first[-1])

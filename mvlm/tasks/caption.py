@@ -32,7 +32,7 @@ from mvlm.tasks.metrics.facts import fact_figures, is_scene
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
-from mvlm_dataloading.dataset.dataset import image_name
+from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
 OTHER_TASKS = ("question_id", "pairID", "identifier", "box")
 """Fields of metadata by which a sample is a question of another task."""
@@ -56,6 +56,18 @@ def references(dataset: Dataset) -> list[list[str]]:
         texts += [caption for caption in dataset.captions(i) if caption not in texts]
         found.append(texts)  # the list that later samples of the image add to
     return found
+
+
+def captions_of_images(
+    records: Sequence[dict[str, Any]], dataset: Dataset
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The caption of each image in the records of a split, and the image's references, by its first sample's number.
+
+    An image whose captions have a row each is written about once a row, and counts once.
+    """
+    texts = references(dataset)
+    kept = dict.fromkeys(first_samples(dataset.metadata(i) for i in range(len(dataset))))
+    return {str(i): records[i]["caption"] for i in kept}, {str(i): texts[i] for i in kept}
 
 
 class Captioning(Task):
@@ -149,20 +161,18 @@ class Captioning(Task):
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
         """CIDEr-D x 100 with its 95 % interval over images, BLEU-1 to 4, and the share equal to a reference.
 
-        The references of a sample are all captions of its image. Where all samples hold their scene, precision and
-        recall of the facts that captions state are added.
+        Samples with one `image_id` are one image: its caption is the first one's, its references are the captions of
+        all. `captions` is the number of images. Where all images hold their scene, precision and recall of the facts
+        that captions state are added.
         """
-        wanted = {str(i): texts for i, texts in enumerate(references(dataset))}
-        found = {str(i): record["caption"] for i, record in enumerate(records)}
+        found, wanted = captions_of_images(records, dataset)
         scores = cider(found, wanted)
         equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
-        metadata = [dataset.metadata(i) for i in range(len(dataset))]
-        images = [str(record.get("image_id", i)) for i, record in enumerate(metadata)]
-        scenes = {str(i): scene for i, record in enumerate(metadata) if is_scene(scene := record.get("scene"))}
+        scenes = {key: scene for key in found if is_scene(scene := dataset.metadata(int(key)).get("scene"))}
         return {
             "captions": len(found),
             "cider_d": 100 * float(scores.mean()),
-            "cider_d_95": [100 * x for x in grouped_bootstrap(scores.tolist(), images)],
+            "cider_d_95": [100 * x for x in grouped_bootstrap(scores.tolist(), list(wanted))],
             **{f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)},
             "equal": 100 * sum(equal) / len(equal),
             **(fact_figures(found, scenes) if len(scenes) == len(found) else {}),

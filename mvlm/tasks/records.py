@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mvlm.errors import ConfigError, RunError
+from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
 Value = TypeVar("Value")
 
@@ -159,7 +160,7 @@ def write_predictions(
     - entailment: JSON lines {pairID, label}. A sample without `pairID` goes by its number.
     - pairs: CSV rows `identifier,True` or `identifier,False`.
     - caption: a JSON list of {image_id, caption}. COCO's images have a number again. A sample without `image_id` goes
-      by its own number.
+      by its own number. Of samples with the same one, the first is written.
 
     Args:
         records: {"sample", "answer" | "label" | "caption"} of each sample, in order.
@@ -176,6 +177,7 @@ def write_predictions(
     elif task == "pairs":
         text = "".join(f"{s['identifier']},{str(r['label']).capitalize()}\n" for r, s in both)
     else:
+        both = [both[i] for i in dict.fromkeys(first_samples(s for _, s in both))]
         text = json.dumps([{"image_id": _published_id(s, r["sample"]), "caption": r["caption"]} for r, s in both])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -185,6 +187,7 @@ def write_predictions(
 
 def _published_id(sample: Mapping[str, Any], number: int) -> Any:
     """The id of a sample's image in its benchmark. That of COCO's images is "coco NUMBER" in our data sets."""
-    identity = sample.get("image_id", number)
-    coco = str(identity).removeprefix("coco ")
-    return int(coco) if coco != identity and coco.isdigit() else identity
+    if (name := image_name(sample)) is None:
+        return number
+    coco = name.removeprefix("coco ")
+    return int(coco) if coco != name and coco.isdigit() else sample["image_id"]

@@ -1,7 +1,7 @@
 """One split of a data set: location of its samples, and random access to them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,7 +208,14 @@ def image_identity(metadata: dict[str, Any], image: Callable[[], bytes]) -> int:
     return text_hash(image() if given is None else f"image_id {given}")
 
 
-def image_name(metadata: dict[str, Any]) -> str | None:
+def image_name(metadata: Mapping[str, Any]) -> str | None:
     """The `image_id` of a sample's metadata, which samples of one image share; None if it has none."""
     given = metadata.get("image_id")
     return None if given in (None, "") else str(given)
+
+
+def first_samples(metadata: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Number of the first sample of each sample's image, given the metadata of all; its own without an `image_id`."""
+    named: dict[str, int] = {}
+    names = map(image_name, metadata)
+    return [i if name is None else named.setdefault(name, i) for i, name in enumerate(names)]

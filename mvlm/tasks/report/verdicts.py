@@ -1,6 +1,7 @@
 """Records of an evaluation, judged one by one: what a page needs to show a sample as right or wrong.
 
-Each function takes the records of a split and the split, and returns a verdict for each sample, in order.
+Each function takes the records of a split and the split, and returns a verdict for each sample, in order; of
+captions, for the first sample of each image.
 """
 
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from mvlm.tasks.caption import references
+from mvlm.tasks.caption import captions_of_images
 from mvlm.tasks.entailment import labelled
 from mvlm.tasks.metrics.captions import cider
 from mvlm.tasks.metrics.vqa import answer_accuracy, compared_answers
@@ -74,12 +75,12 @@ def judge_statements(records: Sequence[dict[str, Any]], dataset: Dataset) -> lis
 
 def judge_captions(records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
     """Captions: right means a CIDEr-D above the median of the split."""
-    wanted = {str(i): texts for i, texts in enumerate(references(dataset))}
-    scores = (100 * cider({str(i): record["caption"] for i, record in enumerate(records)}, wanted)).tolist()
+    found, wanted = captions_of_images(records, dataset)
+    scores = (100 * cider(found, wanted)).tolist()
     middle = median(scores)
     return [
-        Verdict(i, "", record["caption"], " · ".join(wanted[str(i)]), score, score > middle)
-        for i, (record, score) in enumerate(zip(records, scores, strict=True))
+        Verdict(int(key), "", found[key], " · ".join(texts), score, score > middle)
+        for (key, texts), score in zip(wanted.items(), scores, strict=True)
     ]
 
 

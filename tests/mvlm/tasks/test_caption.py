@@ -1,6 +1,7 @@
 """Captions by mask-predict, against the same passes over one caption at a time; the loss, against a loop."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 
 from mvlm.errors import ConfigError
 from mvlm.tasks.caption import Captioning, Writer, references
+from mvlm.tasks.records import write_predictions
+from mvlm.tasks.report.verdicts import judge_captions
+from mvlm.tasks.score import score
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.models import micro_batch, micro_model
@@ -153,3 +157,67 @@ def test_references_are_those_of_all_samples_of_the_image(tmp_path):
             writer.add(str(row), png(scene(image or 0)[0]), [text], metadata, split="test")
     found = references(open_dataset(tmp_path / "data", "test"))
     assert found == [["a cat", "a pet"], ["a dog"], ["a cat", "a pet"], ["a cat", "a pet"], ["a car"]]
+
+
+COCO = [
+    ["a red square on white", "a red box", "the box is red"],
+    ["a blue square on white", "a blue thing"],
+    ["a dog sits on the grass", "one dog", "a brown dog sits still", "the dog sits"],
+    ["a cat"],
+]
+WRITTEN = ["a red square on grass", "a blue square on white", "a brown dog on the grass", "a small cat"]
+
+
+@pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
+def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_image(tmp_path, image_id):
+    """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
+    names = [image_id.format(7 * i + 3) for i in range(len(COCO))]
+    rows = {
+        "images": [(i, texts) for i, texts in enumerate(COCO)],
+        "captions": [(i, [COCO[i][k]]) for k in range(4) for i in range(len(COCO)) if k < len(COCO[i])],
+    }
+    annotations = [
+        {"image_id": int(name) if (name := names[i].removeprefix("coco ")).isdigit() else name, "caption": text}
+        for i, texts in enumerate(COCO)
+        for text in texts
+    ]
+    (tmp_path / "references.json").write_text(json.dumps({"annotations": annotations}))
+    figures, scores, verdicts = {}, {}, {}
+    for form, samples in rows.items():
+        with ShardWriter(tmp_path / form, name="x", source="", licence="", attribution="", recipe={}) as writer:
+            for row, (i, texts) in enumerate(samples):
+                assert writer.add(f"{row:02}", png(scene(i)[0]), texts, {"image_id": names[i]}, split="test") is None
+        dataset = open_dataset(tmp_path / form, "test")
+        records = [{"sample": row, "caption": WRITTEN[i]} for row, (i, _) in enumerate(samples)]
+        figures[form] = Captioning.score(records, dataset)
+        metadata = [dataset.metadata(row) for row in range(len(dataset))]
+        write_predictions(tmp_path / f"{form}.json", "caption", records, metadata)
+        scores[form] = score("caption", tmp_path / f"{form}.json", tmp_path / "references.json")
+        verdicts[form] = [(v.sample, v.predicted, v.score, v.right) for v in judge_captions(records, dataset)]
+    assert figures["captions"]["captions"] == 4
+    assert figures["captions"] == figures["images"]
+    assert scores["captions"] == scores["images"]
+    assert {name: figures["captions"][name] for name in ("cider_d", "cider_d_95", "bleu_4")} == {
+        name: pytest.approx(scores["captions"][name]) for name in ("cider_d", "cider_d_95", "bleu_4")
+    }
+    assert verdicts["captions"] == verdicts["images"]
+    assert np.mean([value for _, _, value, _ in verdicts["captions"]]) == pytest.approx(figures["captions"]["cider_d"])
+
+
+@pytest.mark.parametrize("image_id", [None, ""])
+def test_samples_without_an_image_id_are_images_of_their_own(tmp_path, image_id):
+    """Also where the field is there and empty: their interval has a width, and each has its own prediction."""
+    data, figures = {"absent": {}, "empty": {"image_id": image_id}}, {}
+    for form, metadata in data.items():
+        with ShardWriter(tmp_path / form, name="x", source="", licence="", attribution="", recipe={}) as writer:
+            for i, texts in enumerate(COCO):
+                assert writer.add(str(i), png(scene(i)[0]), texts, metadata, split="test") is None
+        dataset = open_dataset(tmp_path / form, "test")
+        records = [{"sample": i, "caption": text} for i, text in enumerate(WRITTEN)]
+        figures[form] = Captioning.score(records, dataset)
+        write_predictions(tmp_path / f"{form}.json", "caption", records, [dataset.metadata(i) for i in range(4)])
+        rows = json.loads((tmp_path / f"{form}.json").read_text())
+        assert [row["image_id"] for row in rows] == [0, 1, 2, 3]
+    assert figures["empty"] == figures["absent"]
+    low, high = figures["empty"]["cider_d_95"]
+    assert low < figures["empty"]["cider_d"] < high
