@@ -18,6 +18,7 @@ from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.score import ENTAILMENT_LABELS
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset
+from mvlm_dataloading.dataset.dataset import image_name
 
 
 def labelled(dataset: Dataset) -> list[dict[str, Any]]:
@@ -80,6 +81,6 @@ class Entailment(Task):
         truth = labelled(dataset)
         wanted, found = [record["label"] for record in truth], [record["label"] for record in records]
         right = [float(a == b) for a, b in zip(found, wanted, strict=True)]
-        interval = grouped_bootstrap(right, [str(r.get("image_id", i)) for i, r in enumerate(truth)])
+        interval = grouped_bootstrap(right, [image_name(r) or str(i) for i, r in enumerate(truth)])
         figures = classification_figures(found, wanted, ENTAILMENT_LABELS)
         return {"questions": len(truth), **figures, "accuracy_95": [100 * x for x in interval]}

@@ -32,6 +32,7 @@ from mvlm.tasks.metrics.pointing import box_contains, overlap, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.records import read_json
 from mvlm_dataloading import DataError, Dataset, Tokenizer
+from mvlm_dataloading.dataset.dataset import image_name
 
 ENOUGH_OVERLAP = 0.5
 
@@ -107,7 +108,7 @@ def phrases_of(dataset: Dataset, detected: dict[str, list[list[float]]] | None =
             boxes = detected.get(str(record.get("image_id")).removeprefix("coco "), [])
         found.candidates.append([box for box in boxes if min(box[2:]) > 0])
         found.ids.append(str(record.get("id", dataset.keys[i])))
-        found.images.append(str(record.get("image_id", dataset.keys[i])))
+        found.images.append(image_name(record) or str(dataset.keys[i]))
     if (detected is not None or any(found.candidates)) and not all(found.candidates):
         number = found.candidates.index([])
         raise DataError(f"{dataset.where(number)}: wanted candidates for each phrase, found none for this one")

@@ -19,6 +19,7 @@ from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
 from mvlm.tasks.metrics.vqa import answer_fault, vqa_accuracy, warn_of_few_answers
 from mvlm.tasks.records import by_id, filled, listed, match_ids, numbers, read_csv, read_json, read_json_lines, typed
+from mvlm_dataloading.dataset.dataset import image_name
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 FLICKR_IDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
@@ -52,7 +53,7 @@ def _vqa(predictions: Path, references: Path) -> Scored:
     records = [{**record, "question_id": key} for key, record in annotations.items()]
     warn_of_few_answers(records)
     figures = vqa_accuracy(answers, records)
-    groups = [str(record.get("image_id", record["question_id"])) for record in records]
+    groups = [image_name(record) or str(record["question_id"]) for record in records]
     return Scored(figures, "accuracy", list(annotations), figures.pop("scores"), groups)
 
 
@@ -101,7 +102,8 @@ def _labels(
     names = labels or tuple(sorted({*wanted.values(), *given.values()}))
     figures = classification_figures(list(given.values()), list(wanted.values()), names)
     scores = np.array([float(str(found[k]) == value) for k, value in wanted.items()])
-    images = [str(next((r[name] for name in groups if name in r), k)) for k, (_, r) in rows.items()]
+    given = ([r[name] for name in groups if r.get(name) not in (None, "")] for _, r in rows.values())
+    images = [str(next(iter(found), key)) for key, found in zip(rows, given, strict=True)]
     return Scored(figures, "accuracy", list(wanted), scores, images)
 
 
@@ -175,7 +177,7 @@ def _grounding(predictions: Path, references: Path) -> Scored:
         references,
         read_json_lines(references, "JSON lines {id, box, size}"),
         "id",
-        lambda r: (numbers(r, "box", 4), _size(r), str(r.get("image_id", r["id"]))),
+        lambda r: (numbers(r, "box", 4), _size(r), image_name(r) or str(r["id"])),
     )
     match_ids(predictions, points, rows)
     boxes, sizes, groups = zip(*rows.values(), strict=True)

@@ -39,6 +39,7 @@ from mvlm.tasks.metrics.vqa import (
 from mvlm.tasks.records import read_json
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
+from mvlm_dataloading.dataset.dataset import image_name
 
 ANSWERS_OF_A_QUESTION = 10
 SHORTEST_QUESTION = 8
@@ -60,11 +61,10 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
                 f"{dataset.where(i)}: wanted a question with `question_id` and `answers`, found {sorted(record)}; "
                 f"`mvlm data easy-vqa` writes such data"
             )
-        if str(record["question_id"]) in seen:
-            raise DataError(
-                f"{dataset.where(i)}: question_id {record['question_id']} occurs twice; build the data again"
-            )
-        seen.add(str(record["question_id"]))
+        number = str(record["question_id"])
+        if number in seen:
+            raise DataError(f"{dataset.where(i)}: question_id {number} occurs twice; build the data again")
+        seen.add(number)
         if record.get("answers") and (fault := answer_fault(record["answers"])):
             raise DataError(f"{dataset.where(i)}: {fault}")
     if not may_lack_answers:
@@ -273,7 +273,7 @@ class VisualQuestionAnswering(Task):
             return {"questions": len(annotations)}
         answers = {a["question_id"]: r["answer"] for a, r in zip(annotations, records, strict=True)}
         figures = vqa_accuracy(answers, annotations)
-        images = [str(a.get("image_id", a["question_id"])) for a in annotations]
+        images = [image_name(a) or str(a["question_id"]) for a in annotations]
         interval = grouped_bootstrap(figures.pop("scores").tolist(), images)
         return {"questions": len(annotations), **figures, "accuracy_95": [100 * x for x in interval]}
 

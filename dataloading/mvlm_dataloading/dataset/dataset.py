@@ -204,12 +204,12 @@ def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
 
 def image_identity(metadata: dict[str, Any], image: Callable[[], bytes]) -> int:
     """Id of an image, int64: a hash of the metadata's `image_id`, or of the encoded image if it has none."""
-    given = metadata.get("image_id")
-    return text_hash(image() if given is None else f"image_id {given}")
+    name = image_name(metadata)
+    return text_hash(image() if name is None else f"image_id {name}")
 
 
 def image_name(metadata: Mapping[str, Any]) -> str | None:
-    """The `image_id` of a sample's metadata, which samples of one image share; None if it has none."""
+    """The `image_id` of a sample's metadata, which samples of one image share; None if it has none, or an empty one."""
     given = metadata.get("image_id")
     return None if given in (None, "") else str(given)
 

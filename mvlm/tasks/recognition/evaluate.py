@@ -26,6 +26,7 @@ from mvlm.tasks.metrics.significance import grouped_bootstrap, mean_interval
 from mvlm.tasks.recognition.classes import class_names, field_of, labels_of, read_templates
 from mvlm.tasks.recognition.probe import Labelled, few_shot, probe
 from mvlm_dataloading import DataError, Dataset
+from mvlm_dataloading.dataset.dataset import image_name
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def evaluate_recognition(
     names = class_names(labels, options.classes)
     templates = read_templates(options.templates)
     splits = _training_splits(data, options, labels) if options.probe else None
-    groups = [str(dataset.metadata(i).get("image_id", dataset.keys[i])) for i in range(len(dataset))]
+    groups = [image_name(dataset.metadata(i)) or str(dataset.keys[i]) for i in range(len(dataset))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = MaskVLM(model.network.config).to(model.device)

@@ -1,5 +1,6 @@
 """Random access to the samples of a split."""
 
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.dataset.dataset import image_identity, image_name
 from mvlm_dataloading.randomness import text_hash
 from support.data import make_captions, make_image, write_dataset
 
@@ -70,6 +72,21 @@ def test_image_id_comes_from_the_metadata_or_the_bytes(tmp_path):
     assert ids[0] == ids[1] == text_hash(make_image(0))
     assert ids[3] == ids[4]
     assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize("given, hashed", [(12, "12"), (0, "0"), (1.5, "1.5"), (True, "True"), ("coco 7", "coco 7")])
+def test_the_image_id_of_any_type_is_hashed_as_its_text(given, hashed):
+    wanted = hashlib.blake2b(f"image_id {hashed}".encode(), digest_size=8).digest()
+    found = image_identity({"image_id": given}, lambda: pytest.fail("the image was read"))
+    assert found == int.from_bytes(wanted, "little", signed=True)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"image_id": None}, {"image_id": ""}])
+def test_the_bytes_identify_an_image_whose_image_id_is_empty(metadata):
+    """ITM's negatives are drawn from images of other ids; evaluations take such samples for different images too."""
+    wanted = hashlib.blake2b(b"image", digest_size=8).digest()
+    assert image_identity(metadata, lambda: b"image") == int.from_bytes(wanted, "little", signed=True)
+    assert image_name(metadata) is None
 
 
 def test_fingerprint_follows_the_split_and_its_bytes(tmp_path, waves, train_split):
