@@ -25,11 +25,12 @@ LABELS = ("false", "true")
 """Labels in the order of the logits."""
 
 
-def statements(dataset: Dataset, images: int | None = None) -> list[dict[str, Any]]:
+def statements(dataset: Dataset, images: int | None = None, repeated: bool = False) -> list[dict[str, Any]]:
     """Metadata of all samples, with labels in lower case.
 
     Args:
         images: wanted number of images of a sample; None for that of the first sample.
+        repeated: an identifier may occur again, as in the training split of a weighted view.
 
     Raises:
         DataError: a sample is no statement about so many images, or two have the same identifier.
@@ -51,8 +52,10 @@ def statements(dataset: Dataset, images: int | None = None) -> list[dict[str, An
             )
         if problem := check_identifier(str(record["identifier"])):
             raise DataError(f"{dataset.where(i)}: {problem}")
-        if record["identifier"] in seen:
-            raise DataError(f"{dataset.where(i)}: identifier {record['identifier']} occurs twice; build the data again")
+        if record["identifier"] in seen and not repeated:
+            raise DataError(
+                f"{dataset.where(i)}: identifier {record['identifier']} occurs twice; evaluate data without copies"
+            )
         seen.add(record["identifier"])
         found.append({**record, "label": label})
     return found
@@ -76,7 +79,7 @@ class Pairs(Task):
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """The labels in the order of the logits, and the number of images of a statement."""
-        return {"labels": list(LABELS), "images": statements(train)[0]["images"]}
+        return {"labels": list(LABELS), "images": statements(train, repeated=True)[0]["images"]}
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor]]:
@@ -93,7 +96,8 @@ class Pairs(Task):
 
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
         """Label of each sample, int64 (S,)."""
-        return (torch.tensor([LABELS.index(record["label"]) for record in statements(dataset, self.images)]),)
+        records = statements(dataset, self.images, repeated=True)
+        return (torch.tensor([LABELS.index(record["label"]) for record in records]),)
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Cross-entropy and accuracy."""

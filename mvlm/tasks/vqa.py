@@ -46,11 +46,11 @@ SHORTEST_QUESTION = 8
 """Tokens that a question must at least have room for, [CLS] and [SEP] included."""
 
 
-def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str, Any]]:
+def questions(dataset: Dataset, may_lack_answers: bool = False, repeated: bool = False) -> list[dict[str, Any]]:
     """Metadata of all samples. DataError for a sample that is not a question with answers and an id of its own.
 
     With `may_lack_answers`, a split without any answers is fine too, as VQA v2's test split is. Without it, questions
-    with too few answers for the metric are logged.
+    with too few answers for the metric are logged. With `repeated`, an id may occur again, as in a weighted view.
     """
     found = [dataset.metadata(i) for i in range(len(dataset))]
     unanswered = may_lack_answers and not any(record.get("answers") for record in found)
@@ -62,8 +62,8 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
                 f"`mvlm data easy-vqa` writes such data"
             )
         number = str(record["question_id"])
-        if number in seen:
-            raise DataError(f"{dataset.where(i)}: question_id {number} occurs twice; build the data again")
+        if number in seen and not repeated:
+            raise DataError(f"{dataset.where(i)}: question_id {number} occurs twice; evaluate data without copies")
         seen.add(number)
         if record.get("answers") and (fault := answer_fault(record["answers"])):
             raise DataError(f"{dataset.where(i)}: {fault}")
@@ -171,7 +171,7 @@ class VisualQuestionAnswering(Task):
                 f"{train.folder}: wanted the split train, from which alone the list of answers may come, found the "
                 f"split {train.split}; name the data set with the training questions"
             )
-        records = questions(train)
+        records = questions(train, repeated=True)
         counts = Counter(answer for record in records for answer in soft_targets(record["answers"]))
         ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
         main = Counter(map(main_answer, records))
@@ -210,7 +210,7 @@ class VisualQuestionAnswering(Task):
         Targets are soft targets for the classifier, shares of annotators otherwise.
         """
         place = {answer: i for i, answer in enumerate([*self.state["answers"], *self.state.get("others", [])])}
-        records = questions(dataset)
+        records = questions(dataset, repeated=True)
         ids = torch.full((len(records), ANSWERS_OF_A_QUESTION), -1)
         values = torch.zeros(len(records), ANSWERS_OF_A_QUESTION)
         for row, record in enumerate(records):

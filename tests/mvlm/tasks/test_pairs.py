@@ -62,7 +62,6 @@ GOOD = {"identifier": "train-1-0-0", "label": "True", "images": 2}
     "records, message",
     [
         ([GOOD, {**GOOD, "identifier": "train-1-0-1", "images": 3}], "wanted 2 images a statement, found 3"),
-        ([GOOD, GOOD], "identifier train-1-0-0 occurs twice"),
         ([{**GOOD, "identifier": "q0"}], "identifier 'q0': wanted the form"),
         ([{**GOOD, "label": "neutral"}], "and the label 'neutral'; is it data of another task?"),
         (
