@@ -24,11 +24,12 @@ Grams = Counter[tuple[str, ...]]
 def tokenize(caption: str) -> list[str]:
     """Words of a caption in lower case, without punctuation; an apostrophe or a hyphen within a word stays.
 
-    So do the signs of scripts that write vowels as marks on a letter, such as Devanagari's.
+    So do the signs of scripts that write vowels as marks on a letter, such as Devanagari's. Marks without a letter, as
+    those behind emoji, are no word.
     """
     caption = caption.lower()
     marks = {c for c in caption if c in JOINERS or unicodedata.category(c).startswith("M")}  # which \w leaves out
-    part = rf"[\w{''.join(marks)}]+"
+    part = rf"\w[\w{''.join(marks)}]*"
     return re.findall(rf"{part}(?:['-]{part})*", caption)
 
 

@@ -58,6 +58,14 @@ def test_vowel_signs_and_joiners_are_parts_of_a_word():
     assert tokenize("می\u200cدود، Cafe\u0301!") == ["می\u200cدود", "cafe\u0301"]
 
 
+@pytest.mark.parametrize("emoji", ["\u2764\ufe0f", "\U0001f469\u200d\U0001f467", "\u2600\ufe0f\u200d"])
+def test_emoji_with_variation_selectors_and_joiners_are_no_words(emoji):
+    assert tokenize(f"a {emoji} heart{emoji}, {emoji}") == ["a", "heart"]
+    assert tokenize("a \u2764 heart") == ["a", "heart"]
+    wanted = {"1": [f"a {emoji} red heart on white"], "2": ["a dog"]}
+    assert bleu({"1": "a red heart on white", "2": "a dog"}, wanted)[0] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_bleu_equals_torchmetrics(seed):
