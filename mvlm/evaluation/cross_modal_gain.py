@@ -21,19 +21,33 @@ from mvlm.model.fast_inference import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import patchify
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer, draw_patch_masks, draw_token_masks
+from mvlm_dataloading.dataset.dataset import first_samples
 
 RESAMPLES = 1000
 
 
-def wrong_partners(number: int, seed: int = 0) -> Tensor:
-    """A wrong partner for each sample, int64 (number,): the next one in a random cycle over all samples.
+def wrong_partners(number: int, seed: int = 0, image: Tensor | None = None) -> Tensor:
+    """A wrong partner for each sample, int64 (number,): the next one of another image in a random cycle over all.
 
-    Each sample is a partner once. With one sample, the partner is the sample itself.
+    Without repeated images each sample is a partner once. With one sample, the partner is the sample itself.
+
+    Args:
+        image: int64 (number,), equal for samples of one image. Default: each sample has its own.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(number))
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(-1)
+    following = torch.empty_like(order)
+    following[order] = order.roll(-1)
+    partner = following
+    if image is not None and bool((image != image[:1]).any()):
+        while bool((same := image[partner] == image).any()):
+            partner = torch.where(same, following[partner], partner)
     return partner
+
+
+def partners_of(split: Dataset) -> Tensor:
+    """Wrong partners of the samples of a split, of other images by their metadata."""
+    images = first_samples(split.metadata(i) for i in range(len(split)))
+    return wrong_partners(len(split), image=torch.tensor(images))
 
 
 @torch.no_grad()
@@ -55,7 +69,7 @@ def cross_modal_gain(
         workspace: default: one in memory.
     """
     workspace = workspace or Workspace()
-    partner = wrong_partners(len(dataset))
+    partner = wrong_partners(len(dataset), image=features.image)
     sums = workspace.array("gain", (len(dataset), 5), torch.float64)
 
     def work(start: int, stop: int) -> Iterator[None]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.evaluation.cross_modal_gain import wrong_partners
+from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.inference.overlay import draw_words
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.report.examples import chosen_samples, data_uri
@@ -80,7 +80,7 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def word_maps(model: TrainedModel, split: Dataset) -> list[tuple[WordMaps, WordMaps]]:
     """For a few images, chosen at random: maps of the own caption, and of another image's."""
-    partner = wrong_partners(len(split))
+    partner = partners_of(split)
     found = []
     for i in chosen_samples(SAMPLES, len(split), seed=3):
         captions = split.captions(i)[0], split.captions(int(partner[i]))[0]

@@ -59,15 +59,17 @@ class Confusion:
 
 
 def neighbours(split: Dataset, features: EncodedSplit) -> list[Neighbours]:
-    """The most similar other images of a few images, chosen at random."""
-    embeddings = features.image_embedding.float()
+    """The most similar other images of a few images, chosen at random. An image of several samples is there once."""
+    samples = features.different
+    embeddings = features.image_embedding[samples].float()
     found = []
-    for query in chosen_samples(QUERIES, len(split), seed=4):
+    for query in chosen_samples(QUERIES, len(samples), seed=4):
         similarity = embeddings @ embeddings[query]
         similarity[query] = float("-inf")
-        best = similarity.topk(min(NEIGHBOURS, len(split) - 1))
-        answers = [(_image(split, int(i)), float(s)) for s, i in zip(best.values, best.indices, strict=True)]
-        found.append(Neighbours(_image(split, query), answers))
+        best = similarity.topk(min(NEIGHBOURS, len(samples) - 1))
+        others = samples[best.indices].tolist()
+        answers = [(_image(split, i), s) for s, i in zip(best.values.tolist(), others, strict=True)]
+        found.append(Neighbours(_image(split, int(samples[query])), answers))
     return found
 
 

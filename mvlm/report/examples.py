@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvlm.evaluation.cross_modal_gain import wrong_partners
+from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.evaluate import RERANK, unseen_images
 from mvlm.evaluation.features import EncodedSplit
 from mvlm.evaluation.retrieval import rank_all
@@ -121,7 +121,7 @@ def reconstructions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> lis
     """Strips of four images: the original, masked, rebuilt with its caption, rebuilt with another image's caption."""
     chosen = chosen_samples(RECONSTRUCTIONS, len(split), seed=1)
     samples = read_samples(model, tokenizer, split, chosen)
-    partner = wrong_partners(len(split))
+    partner = partners_of(split)
     captions = [split.captions(i)[0] for i in chosen]
     wrong = [split.captions(int(partner[i]))[0] for i in chosen]
     masked = hide_patches(samples.images, samples.patch_ids, model.config.patch_size)
@@ -141,10 +141,10 @@ def reconstructions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> lis
 def filled_captions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> list[FilledCaption]:
     """Masked captions, filled in given the right image and given a wrong one."""
     chosen = chosen_samples(FILLED_CAPTIONS, len(split), seed=2)
-    partner = wrong_partners(len(split))
+    partner = partners_of(split)
     others = [int(partner[i]) for i in chosen]
     samples = read_samples(model, tokenizer, split, chosen)
-    by_sample = dict(zip(sorted(others), read_samples(model, tokenizer, split, others).images, strict=True))
+    by_sample = dict(zip(sorted(set(others)), read_samples(model, tokenizer, split, others).images, strict=True))
     other_images = torch.stack([by_sample[i] for i in others])
     lengths = [len(tokens) for tokens in samples.tokens]
     starts = np.concatenate([[0], np.cumsum(lengths)])

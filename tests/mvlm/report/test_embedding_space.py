@@ -43,6 +43,22 @@ def test_neighbours_are_the_most_similar_other_images(split, features):
         np.testing.assert_allclose([s for _, s in row.found], similarity[order], atol=1e-6)
 
 
+def test_neighbours_are_different_images_in_data_with_a_row_for_each_caption(split, features):
+    """Samples 0 to 3 are one image and 4 to 6 another; their copies are neither queries nor neighbours."""
+    image = torch.tensor([0, 0, 0, 0, 4, 4, 4, 7, 8, 9])
+    embeddings = features.image_embedding[image]
+    copies = EncodedSplit(**{**vars(features), "image": image, "image_embedding": embeddings})
+    different = {split.captions(i)[0]: i for i in (0, 4, 7, 8, 9)}
+    found = space.neighbours(split, copies)
+    assert len({row.query.text for row in found}) == len(found) == 5
+    for row in found:
+        query = different[row.query.text]
+        similarity = (embeddings @ embeddings[query]).tolist()
+        others = sorted((i for i in different.values() if i != query), key=lambda i: -similarity[i])
+        assert [different[image.text] for image, _ in row.found] == others
+        np.testing.assert_allclose([s for _, s in row.found], [similarity[i] for i in others], atol=1e-6)
+
+
 def test_the_map_is_the_first_two_principal_components():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(40, 5)) * [5, 0.1, 3, 0.2, 0.1] + [9, 8, 7, 6, 5]

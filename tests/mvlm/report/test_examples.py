@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.evaluate import unseen_images
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import Ranks
 from mvlm.report import examples
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_model
-from support.scenes import scene, write_scenes
+from support.scenes import png, scene, write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,22 @@ def test_reconstructions_are_strips_of_four_images(model, tokenizer, heldout_spl
         assert original.image == scene_uri(3 * i + 1)
         assert own.text == scene(3 * i + 1)[1] != wrong.text
         assert len({panel.image for panel in (original, masked, own, wrong)}) == 4
+
+
+def test_the_wrong_one_is_of_another_image_in_data_with_a_row_for_each_caption(model, tokenizer, tmp_path):
+    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(12):
+            metadata = {"image_id": i // 3}
+            writer.add(f"{i:02}", png(scene(i // 3)[0]), [f"row {i} of {scene(i // 3)[1]}"], metadata, split="test")
+    split = open_dataset(tmp_path / "d", "test")
+    uris = [scene_uri(image) for image in range(4)]
+    filled = examples.filled_captions(model, tokenizer, split)
+    assert [uris.index(one.right_image) for one in filled] == [i // 3 for i in range(12)]
+    assert all(one.wrong_image in set(uris) - {one.right_image} for one in filled)
+    partner = partners_of(split).tolist()
+    assert [uris.index(one.wrong_image) for one in filled] == [p // 3 for p in partner]
+    for i, (_, _, own, wrong) in enumerate(examples.reconstructions(model, tokenizer, split)):
+        assert (own.text, wrong.text) == (split.captions(i)[0], split.captions(partner[i])[0])
 
 
 def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split, train_split, monkeypatch):
