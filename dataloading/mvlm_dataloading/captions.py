@@ -41,10 +41,11 @@ def clean_line(text: str) -> str:
 def is_visible(text: str) -> bool:
     """False for a text of blanks, controls, formats and combining marks alone: tokenizers may make no token of it.
 
-    A character that this Python's Unicode does not know, such as a newer emoji, is visible: a build must not depend on
-    the version of Python.
+    U+FFFD is not visible either: it stands for bytes that could not be read, and BERT's tokenizer drops it. A character
+    that this Python's Unicode does not know, such as a newer emoji, is visible: a build must not depend on the version
+    of Python.
     """
-    kinds = (unicodedata.category(character) for character in text)
+    kinds = (unicodedata.category(character) for character in text if character != "\ufffd")
     return any(kind[0] not in "MZ" and kind not in ("Cc", "Cf", "Co", "Cs") for kind in kinds)
 
 

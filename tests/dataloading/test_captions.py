@@ -4,7 +4,7 @@ import pytest
 
 from mvlm_dataloading.captions import clean_captions, script_of
 
-INVISIBLE = ["\u200b", "\u0301", "\u00ad", "\ufe0f \u200d", "\ue000"]
+INVISIBLE = ["\u200b", "\u0301", "\u00ad", "\ufe0f \u200d", "\ue000", "\ufffd\ufffd \ufffd"]
 
 
 def test_script_of_a_caption():

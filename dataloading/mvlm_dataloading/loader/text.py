@@ -56,6 +56,7 @@ MAX_REMEMBERED = 65536
 """Largest split whose captions and tokens are remembered, so that each is parsed and tokenized once."""
 MAX_CAPTIONS = 5 * MAX_REMEMBERED
 """Most captions that are remembered, all those of an image or none: about 180 MB, if they have ten words each."""
+_SHORTEST = 3  # tokens of a caption that has one beside [CLS] and [SEP]
 
 
 class CaptionReader:
@@ -66,6 +67,8 @@ class CaptionReader:
         stored: use the tokens stored with the data.
         extra: further captions of each image: those that follow the drawn one in its list, then the first again, and so
             on. They repeat if the image has too few.
+
+    A caption without a token, of which a tokenizer may see nothing, gives its turn to the next one in the list.
     """
 
     def __init__(
@@ -96,18 +99,17 @@ class CaptionReader:
         """
         draws = hash64(Purpose.CAPTION, self._seed, raw.epochs, raw.ids)
         samples = [self._sample(raw, row) for row in range(len(raw.ids))]
-        chosen = [0 if self._first else int(draw) % len(known) for draw, (known, _) in zip(draws, samples, strict=True)]
-        counts = [len(known) for known, _ in samples]
-        captions = [known[k] for k, (known, _) in zip(chosen, samples, strict=True)]
-        tokens, extra = self._tokens(raw, counts, chosen, captions), []
-        for further in range(1, self._extra + 1):
-            others = [(k + further) % count for k, count in zip(chosen, counts, strict=True)]
-            texts = [known[k] for k, (known, _) in zip(others, samples, strict=True)]
-            extra += self._tokens(raw, counts, others, texts)
+        known = [captions for captions, _ in samples]
+        drawn = [0 if self._first else int(draw) % len(row) for draw, row in zip(draws, known, strict=True)]
+        chosen, tokens = self._tokens(raw, known, drawn)
+        last, extra = chosen, []
+        for _ in range(self._extra):
+            last, more = self._tokens(raw, known, [(k + 1) % len(row) for k, row in zip(last, known, strict=True)])
+            extra += more
         return CaptionBatch(
             np.concatenate(tokens),
             np.array([len(row) for row in tokens], np.int64),
-            [text_hash(caption) for caption in captions],
+            [text_hash(row[k]) for k, row in zip(chosen, known, strict=True)],
             [image_id for _, image_id in samples],
             extra,
         )
@@ -124,23 +126,31 @@ class CaptionReader:
                 self._room -= len(captions)
         return found
 
-    def _tokens(self, raw: RawBatch, counts: list[int], chosen: list[int], captions: list[str]) -> list[Int64]:
-        """Checked tokens of each row's caption: number `chosen` of the `counts` captions of its sample."""
-        keys = list(zip(raw.ids.tolist(), chosen, strict=True))
-        new = [row for row, key in enumerate(keys) if key not in self._known_tokens]
+    def _tokens(self, raw: RawBatch, known: list[list[str]], wanted: list[int]) -> tuple[list[int], list[Int64]]:
+        """Number and tokens of each row's caption: number `wanted` of those `known`, or the next that has a token."""
+        chosen, tokens = list(wanted), self._encoded(raw, known, list(range(len(known))), wanted)
+        for row in range(len(known)):
+            while len(tokens[row]) < _SHORTEST:
+                chosen[row] = (chosen[row] + 1) % len(known[row])
+                if chosen[row] == wanted[row]:
+                    raise DataError(
+                        f"{self._dataset.where(raw.ids[row])}: wanted a caption with at least one token, found "
+                        f"{known[row][wanted[row]]!a} and none that has one; leave the sample out "
+                        f"(`mvlm data view --without`) or use another tokenizer"
+                    )
+                (tokens[row],) = self._encoded(raw, known, [row], [chosen[row]])
+        return chosen, tokens
+
+    def _encoded(self, raw: RawBatch, known: list[list[str]], rows: list[int], chosen: list[int]) -> list[Int64]:
+        """Checked tokens of some rows' captions: [CLS] and [SEP] alone for a caption without a token."""
+        keys = [(int(raw.ids[row]), k) for row, k in zip(rows, chosen, strict=True)]
+        new = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in self._known_tokens]
         if self._stored:
-            found = [self._stored_tokens(raw, row, chosen[row], counts[row]) for row in new]
+            found = [self._stored_tokens(raw, row, k, len(known[row])) for row, (_, k) in new]
         else:
-            tokens, lengths = self._tokenizer.encode([captions[row] for row in new], self._length)
+            tokens, lengths = self._tokenizer.encode([known[row][k] for row, (_, k) in new], self._length)
             found = np.split(tokens, np.cumsum(lengths))[:-1]
-        made: dict[tuple[int, int], Int64] = {}
-        for row, tokens in zip(new, found, strict=True):
-            if len(tokens) < 3:
-                raise DataError(
-                    f"{self._dataset.where(keys[row][0])}: wanted a caption with at least one token, found "
-                    f"{captions[row]!r}; use another tokenizer"
-                )
-            made[keys[row]] = tokens
+        made = {key: tokens for (_, key), tokens in zip(new, found, strict=True)}
         self._known_tokens |= {key: tokens for key, tokens in made.items() if key[0] in self._samples}
         return [made[key] if key in made else self._known_tokens[key] for key in keys]
 

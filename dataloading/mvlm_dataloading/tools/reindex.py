@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
@@ -38,11 +39,14 @@ class TarIndex:
     """Number of unusable samples by reason."""
 
 
-def index_tar(tar: Path) -> TarIndex:
+def index_tar(tar: Path, *, unseen: bool = False) -> TarIndex:
     """Index a tar from its headers and texts. Members that belong to no sample are skipped.
 
     A sample needs an image and captions in UTF-8. Metadata are optional, and must be a JSON object. An image may be a
     hard link to that of an earlier sample.
+
+    Args:
+        unseen: accept captions in which nothing can be seen, as earlier versions did.
 
     Raises:
         DataError: the file is missing, is not a tar, is compressed, or ends early.
@@ -75,7 +79,7 @@ def index_tar(tar: Path) -> TarIndex:
                 parts.setdefault(extension, member)
                 last = key
                 if extension in ("txt", "json"):
-                    found = _read_text(file, member, extension)
+                    found = _read_text(file, member, extension, unseen)
                     if isinstance(found, str):
                         unread.setdefault(key, found)
                     elif extension == "txt":
@@ -113,13 +117,13 @@ def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
 
     The keys are not compared. Raises DataError if the tar or the index is damaged.
     """
-    found = index_tar(tar)
+    found = index_tar(tar, unseen=True)  # an earlier version may have listed such samples
     lines = format_index([*found.lines, *found.unreadable]).encode(errors="surrogateescape")
     known = {row.tobytes() for row in pack_records(parse_index(lines))[:, : Field.KEY_END]}
     return all(row.tobytes() in known for row in index.shard_content(shard)[0][:, : Field.KEY_END])
 
 
-def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:
+def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str, unseen: bool) -> int | str:
     """Count the captions or metadata fields of a sample. Returns the reason as text if they cannot be used."""
     content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
     what = "caption" if extension == "txt" else "metadata"
@@ -127,11 +131,12 @@ def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -
         return f"{what} is too long"
     parse = parse_captions if what == "caption" else parse_metadata
     try:
-        return len(parse(content, lambda: member.name))
+        found = parse(content, lambda: member.name)
     except DataError:
         if what == "metadata":
             return "metadata is not a JSON object"
         return "caption is not UTF-8" if content.removeprefix(codecs.BOM_UTF8).strip() else "no caption"
+    return len(found) if what == "metadata" or unseen or any(map(is_visible, found)) else "no caption"
 
 
 def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
@@ -183,6 +188,8 @@ def pack_indices(folder: Path) -> list[Path]:
 
 def _write_dali_index(tar: Path, samples: int | None) -> TarIndex:
     found = index_tar(tar)
+    if samples is not None and len(found.lines) < samples:
+        found = index_tar(tar, unseen=True)  # written by an earlier version, perhaps
     if samples is not None and len(found.lines) != samples:
         raise DataError(
             f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "

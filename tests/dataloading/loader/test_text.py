@@ -8,12 +8,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
-from mvlm_dataloading import DataError, Loader, open_dataset
+from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, open_dataset, rebuild_indices
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.loader import text as text_module
 from mvlm_dataloading.loader.text import split_stored_tokens
+from mvlm_dataloading.randomness import Purpose, hash64, text_hash
+from support import published
 from support.data import make_captions, make_image
 
 LENGTH = 12
@@ -166,3 +169,102 @@ def test_a_truncated_token_component_is_refused():
     ]
     with pytest.raises(DataError, match="x: wanted stored tokens of 1 captions, found 7 bytes"):
         split_stored_tokens(np.array([1, 7], "<i4").tobytes()[:7], 1, "x")
+
+
+UNSEEN = "\ufffd\u200b"
+ODD_CAPTIONS = [
+    ["red", UNSEEN, "blue"],
+    [UNSEEN, "green"],
+    ["dog", "cat", "bird"],
+    ["sun", UNSEEN, UNSEEN + UNSEEN, "moon", "star"],
+    ["tree"],
+    [UNSEEN, UNSEEN + " ", "sea"],
+    ["boat", UNSEEN],
+    ["house", "home"],
+]
+
+
+def bert_without(dropped: str = UNSEEN) -> Tokenizer:
+    """A tokenizer that drops what cannot be seen, as BERT's does, and also `dropped`. It knows the words above."""
+    words = [text for captions in ODD_CAPTIONS for text in captions if UNSEEN not in text]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece({name: i for i, name in enumerate(names)}))
+    drop, bert = tokenizers.normalizers.Replace(dropped, ""), tokenizers.normalizers.BertNormalizer()
+    inner.normalizer = tokenizers.normalizers.Sequence([drop, bert])
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return Tokenizer(inner)
+
+
+def odd_dataset(folder, captions: list[list[str]]) -> Dataset:
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for i, texts in enumerate(captions):
+            published.add_members(tar, [(f"{i}.png", make_image(i)), (f"{i}.txt", "\n".join(texts).encode())])
+    rebuild_indices(folder)
+    return open_dataset(folder, "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remembered", [0, 65536])
+def test_a_caption_without_tokens_gives_its_turn_to_the_next(tmp_path, monkeypatch, remembered):
+    """By a rotation of the list, in six epochs, on one rank or two, resumed or not."""
+    monkeypatch.setattr(text_module, "MAX_REMEMBERED", remembered)
+    dataset, bert, replaced = odd_dataset(tmp_path, ODD_CAPTIONS), bert_without(), 0
+
+    def load(rank: int = 0, world_size: int = 1) -> Loader:
+        return Loader(dataset, bert, batch_size=4, image_size=32, text_length=8, seed=3, extra_captions=2, rank=rank,
+                      world_size=world_size)  # fmt: skip
+
+    loader, halves = load(), [load(rank, 2) for rank in (0, 1)]
+    state, rest = {}, []
+    for step in range(12):
+        batch, _ = next(iter(loader))
+        shares = [next(iter(half))[0] for half in halves]
+        assert torch.equal(batch.tokens, torch.cat([share.tokens for share in shares]))
+        assert batch.extra_tokens is not None
+        for row, i in enumerate(batch.sample_id.tolist()):
+            first = int(hash64(Purpose.CAPTION, 3, np.array([step // 2]), np.array([i]))[0]) % len(ODD_CAPTIONS[i])
+            turned = ODD_CAPTIONS[i][first:] + ODD_CAPTIONS[i][:first]
+            seen = list(itertools.islice(itertools.cycle([text for text in turned if UNSEEN not in text]), 3))
+            replaced += UNSEEN in turned[0]
+            own = batch.tokens.view(4, 3)[row].tolist()
+            further = batch.extra_tokens.view(2, 4, 3)[:, row].tolist()
+            assert [own, *further] == [bert.encode([text], 8)[0].tolist() for text in seen]
+            assert int(batch.text_id[row]) == text_hash(seen[0])
+        if step == 4:
+            state = loader.state_dict()
+        if step > 4:
+            rest.append(batch)
+    assert replaced > 3
+    resumed = load()
+    resumed.load_state_dict(state)
+    for batch, (same, _) in zip(rest, resumed, strict=False):
+        assert torch.equal(batch.tokens, same.tokens)
+        assert torch.equal(batch.text_id, same.text_id)
+
+
+def test_a_sample_whose_captions_all_lack_tokens_is_named(tmp_path):
+    """The heart can be seen, but this tokenizer drops it."""
+    dataset = odd_dataset(tmp_path, [["red"], ["\u2665", UNSEEN]])
+    loader = Loader(dataset, bert_without("\u2665"), batch_size=2, image_size=32, text_length=8, seed=3)
+    with pytest.raises(
+        DataError,
+        match=r"train-0.tar .* key 1: wanted a caption with at least one token, found '.*' and none that "
+        r"has one; leave the sample out \(`mvlm data view --without`\) or use another tokenizer",
+    ):
+        next(iter(loader))
+    loader.close()
+
+
+def test_a_stored_caption_without_tokens_gives_its_turn_to_the_next(write, tokenizer):
+    """In a pass in order, which takes each image's first caption."""
+    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
+    empty = np.array([2, tokenizer.cls_id, tokenizer.sep_id], "<i4").tobytes()
+    several = [i for i in range(20) if len(make_captions(i)) > 1]
+    dataset = write(
+        lambda i: empty * (i in several) + component(tokenizer, make_captions(i)[1 if i in several else 0 :]), described
+    )
+    loader = Loader(dataset, tokenizer, batch_size=20, image_size=32, text_length=LENGTH, seed=2, train=False)
+    ((batch, _),) = list(loader)
+    wanted = [make_captions(i)[1 if i in several else 0] for i in range(20)]
+    assert batch.tokens.tolist() == tokenizer.encode(wanted, LENGTH)[0].tolist()
+    assert batch.text_id.tolist() == [text_hash(caption) for caption in wanted]

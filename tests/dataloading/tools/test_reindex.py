@@ -149,6 +149,26 @@ def test_an_index_lists_samples_of_its_tars_whoever_made_it(tmp_path):
     assert not lists_samples_of(tars / "train-0.tar", open_dataset(tars, "train").index, 0)
 
 
+def test_a_sample_whose_captions_cannot_be_seen_is_left_out(tmp_path, monkeypatch):
+    """A folder that an earlier version has indexed with it keeps it."""
+    texts = ["a cat", "\u200b\n\x07", "\ufffd\na dog"]
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for i, text in enumerate(texts):
+            image = published.encoded(published.make_image(i))
+            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", text.encode())])
+    description = rebuild_indices(tmp_path)
+    assert description["rejected"] == {"no caption": 1}
+    assert open_dataset(tmp_path, "train").keys.tolist() == ["0", "2"]
+    assert rebuild_indices(tmp_path) == description  # from its dataset.json
+    (tmp_path / "dataset.json").unlink()
+    with monkeypatch.context() as earlier:
+        earlier.setattr("mvlm_dataloading.tools.reindex.is_visible", lambda text: True)
+        rebuild_indices(tmp_path)
+    (tmp_path / "train.idx").unlink()
+    rebuild_indices(tmp_path)
+    assert open_dataset(tmp_path, "train").keys.tolist() == ["0", "1", "2"]
+
+
 def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):
     names = {
         "train": ["train-000", "cc3m", "latest-0", "attest"],
