@@ -77,7 +77,7 @@ def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
 def prepare_image(image: bytes) -> tuple[bytes, str] | str:
     """Decode an image completely with Pillow. Returns it as it is stored, and its extension, or the reason as text.
 
-    A transparent image is stored on white, as a PNG. Any other is stored as it is.
+    A transparent image is stored on white, as a PNG. Any other is stored as it is, but for `exif_first`.
     """
     header = read_header(image)
     if not isinstance(header, ImageHeader):
@@ -85,7 +85,28 @@ def prepare_image(image: bytes) -> tuple[bytes, str] | str:
     white = on_white(image)
     if isinstance(white, str):
         return white
-    return (image, header.extension) if white is None else (encode_png(white), "png")
+    return (exif_first(image), header.extension) if white is None else (encode_png(white), "png")
+
+
+def exif_first(image: bytes) -> bytes:
+    """A WebP with its EXIF data before the image, where DALI can read them. Any other image as it is.
+
+    A chunk of odd length is followed by a byte that DALI's parser does not skip when it looks for the EXIF data behind
+    it. Then it refuses the file. The format allows EXIF data anywhere behind the first chunk.
+    """
+    if image[:4] != b"RIFF" or image[8:20] != b"WEBPVP8X\x0a\0\0\0":  # only such a WebP has EXIF data
+        return image
+    at = first = 30
+    odd = False
+    while at + 8 <= len(image):
+        size = int.from_bytes(image[at + 4 : at + 8], "little")
+        end = at + 8 + size + size % 2
+        if image[at : at + 4] == b"EXIF":
+            movable = odd and end <= len(image)
+            return image[:first] + image[at:end] + image[first:at] + image[end:] if movable else image
+        odd = odd or size % 2 == 1
+        at = end
+    return image
 
 
 def on_white(image: bytes) -> NDArray[np.uint8] | str | None:

@@ -33,6 +33,7 @@ from .image_check import (
     check_header,
     encode_jpeg,
     encode_png,
+    exif_first,
     is_too_long_for_jpeg,
     on_white,
     perceptual_hash,
@@ -160,7 +161,7 @@ class _PieceWriter:
         unsuspected = [one for one in candidates if one.number not in self._suspect]
         together = json.dumps([one.number for one in unsuspected])
         note.write_text(together)
-        decoded = self._decoder([image for image, _ in groupby(one.image for one in unsuspected)])
+        decoded = self._decoder([exif_first(image) for image, _ in groupby(one.image for one in unsuspected)])
         last, pixels = None, None
         for one in candidates:
             suspect = one.number in self._suspect
@@ -169,7 +170,7 @@ class _PieceWriter:
                 if suspect:
                     alike = [other.number for other in candidates if other.image == one.image]
                     note.write_text(json.dumps(alike))
-                    pixels = next(self._decoder([one.image]))
+                    pixels = next(self._decoder([exif_first(one.image)]))
                     note.write_text(together)
                 else:
                     pixels = next(decoded)
@@ -205,7 +206,7 @@ class _PieceWriter:
 
     def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]] | str:
         """The image as it is stored, its extension, and its facts; or the reason for its rejection."""
-        options, image, extension = self._options, one.image, one.header.extension
+        options, image, extension = self._options, exif_first(one.image), one.header.extension
         white = on_white(image) if one.header.has_alpha else None
         if isinstance(white, str):
             return white
@@ -281,7 +282,6 @@ def _compose(strip: ImageStrip, options: BuildOptions) -> bytes | str:
 
 
 def _read(image: Path | bytes | None, options: BuildOptions) -> bytes | str:
-    max_bytes = options.max_image_bytes
     if image is None:
         return "no image"
     if isinstance(image, bytes):
@@ -290,11 +290,11 @@ def _read(image: Path | bytes | None, options: BuildOptions) -> bytes | str:
         try:
             if not image.is_file():
                 return "image file is missing"
-            if image.stat().st_size > max_bytes:
+            if image.stat().st_size > options.max_image_bytes:
                 return TOO_LARGE
             content = image.read_bytes()
         except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
             return f"image file cannot be read ({type(error).__name__})"
-    if len(content) > max_bytes:
+    if len(content) > options.max_image_bytes:
         return TOO_LARGE
     return content or "image file is empty"

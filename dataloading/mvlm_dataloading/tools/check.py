@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mvlm_dataloading.build.duplicates import decoder_with_max_limit
-from mvlm_dataloading.build.image_check import ImageDecoder, on_white, read_header
+from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, script_of
 from mvlm_dataloading.dataset.dali_index import parse_index
@@ -26,6 +26,7 @@ from mvlm_dataloading.errors import DataError
 from .reindex import index_tar
 
 _MAX_PROBLEMS = 100  # problems listed per shard; the rest is counted
+_UNREAD_EXIF = "DALI cannot read a WebP with EXIF data behind a chunk of odd length; `mvlm data webdataset` moves them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,8 @@ def _check_samples(
         where = f"{tar} key {key}"
         found.keys.append(key)
         if isinstance(pixels, str):
-            found.problems.append(f"{where}: wanted an image, found that {pixels}")
+            fault = pixels if exif_first(image) == image else _UNREAD_EXIF
+            found.problems.append(f"{where}: wanted an image, found that {fault}")
         else:
             header = read_header(image)
             found.formats[header if isinstance(header, str) else header.extension] += 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading.build.hash_search import MAX_DISTANCE
-from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, ImageDecoder, perceptual_hash
+from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, ImageDecoder, exif_first, perceptual_hash
 from support import published
 
 
@@ -38,6 +38,26 @@ def test_decoder_splits_long_batches_and_keeps_their_order():
     assert [one if isinstance(one, str) else one.shape[1] for one in found] == [
         UNDECODABLE if i % 9 == 4 else 20 + i for i in range(75)
     ]
+
+
+def test_exif_data_of_a_webp_are_moved_only_where_it_is_whole():
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return kind + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
+
+    def webp(*chunks: bytes) -> bytes:
+        body = b"WEBP" + b"".join(chunks)
+        return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+    head, exif, more = chunk(b"VP8X", bytes(10)), chunk(b"EXIF", b"e"), chunk(b"XMP ", b"x")
+    odd, even = chunk(b"VP8L", b"abc"), chunk(b"VP8L", b"ab")
+    assert exif_first(webp(head, odd, exif, more) + b"tail") == webp(head, exif, odd, more) + b"tail"
+    assert exif_first(webp(head, even, odd, even, exif)) == webp(head, exif, even, odd, even)
+    whole = webp(head, odd, exif)
+    for same in (
+        webp(head, even, exif, more), webp(head, exif, odd), webp(head, odd), webp(odd, exif),
+        webp(head, odd, chunk(b"XMP ", exif)), *(whole[:cut] for cut in range(len(whole))), b"noise",
+    ):  # fmt: skip
+        assert exif_first(same) == same
 
 
 def brighter(image: Image.Image, levels: int) -> Image.Image:

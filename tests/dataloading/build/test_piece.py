@@ -5,13 +5,14 @@ import io
 import json
 import os
 import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from PIL import Image, ImageDraw, ImageOps
 
-from mvlm_dataloading import BuildOptions, build_shards, check_shards, open_dataset
+from mvlm_dataloading import BuildOptions, Loader, build_shards, check_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from mvlm_dataloading.sources.strip import ImageStrip
@@ -123,6 +124,36 @@ def test_transparent_images_of_a_strip_are_on_white(tmp_path):
     with Image.open(io.BytesIO(open_dataset(out, "train").image_bytes(0))) as stored:
         wanted = np.concatenate(2 * [on_white(drawing(0, (54, 54)))], axis=1)
         assert np.abs(np.asarray(stored, np.float64) - wanted).max() <= 1
+
+
+@pytest.mark.slow
+def test_webp_files_with_exif_data_behind_an_odd_chunk_are_stored_and_loaded(tmp_path, tokenizer):
+    """The builds' decoder is DALI's, which refuses them as they are. Pixels are Pillow's, of the published files."""
+    exif, images, odd = Image.Exif(), [], 0
+    for i in range(17):
+        exif[EXIF_ORIENTATION] = 1 + i % 8
+        settings: dict[str, Any] = {"lossless": True} if i < 8 else {"icc_profile": b"a" * 457}
+        image = drawing(0) if i == 16 else published.make_image(i, (72 + i, 54))
+        images.append(published.encoded(image, "WEBP", exif=exif, **settings))
+        odd += images[-1][34] % 2  # length of the second chunk
+    assert odd > 9
+    records = [make_record(f"{i:02d}", image) for i, image in enumerate(images)]
+    dataset = open_dataset(build_records(tmp_path / "out", {"train": records}), "train")
+    assert dataset.keys.tolist() == [record.key for record in records]
+    loader = Loader(dataset, tokenizer, batch_size=17, image_size=64, text_length=8, seed=0, train=False)
+    ((batch, _),) = list(loader)
+    for i, image in enumerate(images):
+        with Image.open(io.BytesIO(image)) as given, Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:
+            assert stored.format == ("PNG" if i == 16 else "WEBP")
+            assert i == 16 or dict(stored.getexif()) == dict(given.getexif())
+            shown, found = ImageOps.exif_transpose(given), ImageOps.exif_transpose(stored)
+        shown = Image.fromarray(on_white(shown).round().astype(np.uint8))
+        assert np.abs(np.asarray(found, float) - np.asarray(shown)).max() <= (i == 16)
+        facts = dataset.metadata(i)
+        assert (facts["width"], facts["height"]) == shown.size
+        assert facts["sha256"] == hashlib.sha256(image).hexdigest()
+        wanted = np.asarray(shown.resize((64, 64), Image.Resampling.BILINEAR), np.float64).transpose(2, 0, 1)
+        assert np.abs(batch.images[i].numpy() - wanted).mean() < 8  # turned wrongly: more than 50
 
 
 def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):

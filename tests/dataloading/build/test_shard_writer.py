@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mvlm_dataloading import DataError, ShardWriter, build_shards, open_dataset
+from mvlm_dataloading.build.image_check import ImageDecoder
 from mvlm_dataloading.build.part import BuildProgress
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.sources.record import ListedPiece, Source
+from support import published
 from support.data import file_contents, make_image, make_record, write_dataset
 
 HEADER: dict[str, Any] = {"name": "set", "source": "s", "licence": "CC0", "attribution": "a"}
@@ -93,6 +95,18 @@ def test_shard_writer_puts_transparent_images_on_white(tmp_path):
         wanted[4, 3] = 0
         assert np.array_equal(np.asarray(stored), wanted)
     assert dataset.image_bytes(1) == opaque.getvalue()
+
+
+def test_shard_writer_stores_webp_files_so_that_their_exif_data_are_found(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the tag Orientation
+    webp = published.encoded(published.make_image(1), "WEBP", exif=exif, icc_profile=b"abc")
+    with writer_for(tmp_path / "out") as writer:
+        assert writer.add("a", webp, ["a"]) is None
+    (pixels,) = ImageDecoder(1 << 20)([open_dataset(tmp_path / "out", "train").image_bytes(0)])
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(webp))), float)
+    assert not isinstance(pixels, str)
+    assert np.abs(pixels - wanted).max() <= 1
 
 
 @pytest.mark.slow

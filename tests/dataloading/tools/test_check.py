@@ -90,6 +90,18 @@ def test_check_counts_transparent_images_of_tars_in_place(tmp_path):
     assert "transparent" not in findings_table(tmp_path, check_shards(write(tmp_path / "out"), workers=0))
 
 
+def test_check_tells_a_webp_whose_exif_data_dali_does_not_find_from_a_damaged_one(tmp_path):
+    webp = published.encoded(published.make_image(0), "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0", icc_profile=b"abc")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        published.add_members(tar, [("a.webp", webp), ("a.txt", b"a"), ("b.webp", webp[:40]), ("b.txt", b"b")])
+    rebuild_indices(tmp_path)
+    assert problems(tmp_path) == [
+        "train-0.tar key a: wanted an image, found that DALI cannot read a WebP with EXIF data behind a chunk of odd "
+        "length; `mvlm data webdataset` moves them",
+        "train-0.tar key b: wanted an image, found that image cannot be decoded",
+    ]
+
+
 @pytest.mark.parametrize(
     "metadata, problem",
     [
