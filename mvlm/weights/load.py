@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from mvlm.weights.names import (
     timm_names,
     wide,
 )
-from mvlm.weights.source import Source, read_source, split_prefix
+from mvlm.weights.source import BERT, ROBERTA, TEXT_FAMILIES, Source, read_source, split_prefix
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +66,14 @@ def load_timm_vit(model: MaskVLMNetwork, source: Source) -> LoadReport:
     a source of another architecture or an unreadable file; the model is then unchanged. Tensors do not show the number
     of heads: it is checked if the source's config.json lies beside the file.
     """
-    tensors = read_source(source, model.config.heads)
+    tensors, _ = read_source(source, "image", model.config.heads)
     found, rest = split_prefix(tensors, "patch_embed.proj.weight")
     found = fold_layer_scale(found)
     if "decoder_pos_embed" in found:
         # MAE's mask token is an input of its decoder, so it is not the encoder's.
         rest |= {name: found.pop(name) for name in ("mask_token",) if name in found}
     names = timm_names(model.config.image_layers)
-    encoder_prefixes = ("patch_embed.", "blocks.", "norm.", "norm_pre.", "reg_token")
+    encoder_prefixes = ("patch_embed.", "blocks.", "norm.", "norm_pre.", "reg_token", "rope.", "rel_pos_bias.")
     return _load_image_encoder(model, found, rest, names, encoder_prefixes)
 
 
@@ -81,40 +82,43 @@ def load_hf_vit(model: MaskVLMNetwork, source: Source) -> LoadReport:
 
     RunError as for `load_timm_vit`.
     """
-    found, rest = split_prefix(read_source(source, model.config.heads), "embeddings.patch_embeddings.projection.weight")
+    tensors, _ = read_source(source, "image", model.config.heads)
+    found, rest = split_prefix(tensors, "embeddings.patch_embeddings.projection.weight")
     found = {current_vit_name(name): t for name, t in found.items()}
     names = hf_vit_names(model.config.image_layers)
-    return _load_image_encoder(model, found, rest, names, ("embeddings.", "layers.", "layernorm."))
+    # A name under "encoder." is an older one of a tensor that ours does not have.
+    return _load_image_encoder(model, found, rest, names, ("embeddings.", "layers.", "encoder.", "layernorm."))
 
 
 def load_hf_roberta(model: MaskVLMNetwork, source: Source) -> LoadReport:
     """Load the text encoder from transformers' RobertaModel, or from a model that contains one.
 
-    RunError as for `load_timm_vit`.
+    RunError as for `load_timm_vit`, and for a config.json beside the file that names a BERT.
     """
-    return _load_text_encoder(model, read_source(source, model.config.heads), ROBERTA_FIRST_POSITION)
+    return _load_text_encoder(model, source, ROBERTA)
 
 
 def load_hf_bert(model: MaskVLMNetwork, source: Source) -> LoadReport:
     """Load the text encoder from transformers' BertModel, or from a model that contains one.
 
-    RunError as for `load_timm_vit`.
+    RunError as for `load_timm_vit`, and for a config.json beside the file that names a RoBERTa.
     """
-    return _load_text_encoder(model, read_source(source, model.config.heads), 0)
+    return _load_text_encoder(model, source, BERT)
 
 
 def load_image_weights(model: MaskVLMNetwork, source: Source) -> LoadReport:
     """Load the image encoder with `load_timm_vit` or `load_hf_vit`, chosen by the names in the source."""
-    tensors = read_source(source, model.config.heads)
+    tensors, _ = read_source(source, "image", model.config.heads)
     hf = any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors)
     return (load_hf_vit if hf else load_timm_vit)(model, tensors)
 
 
 def load_text_weights(model: MaskVLMNetwork, source: Source) -> LoadReport:
-    """Load the text encoder with `load_hf_bert` if the source has two token types, else with `load_hf_roberta`."""
-    tensors = read_source(source, model.config.heads)
-    types = [t for name, t in tensors.items() if name.endswith("embeddings.token_type_embeddings.weight")]
-    return (load_hf_bert if types and len(types[0]) == 2 else load_hf_roberta)(model, tensors)
+    """Load the text encoder with `load_hf_bert` or `load_hf_roberta`, as the source's config.json says.
+
+    Without that file, two token types are BERT's and one is RoBERTa's. RunError for another number.
+    """
+    return _load_text_encoder(model, source, None)
 
 
 def _load_image_encoder(
@@ -145,7 +149,8 @@ def _load_image_encoder(
     return _load(model.image_encoder, report, found, rest, names, encoder_prefixes, convert)
 
 
-def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_position: int) -> LoadReport:
+def _load_text_encoder(model: MaskVLMNetwork, source: Source, family: str | None) -> LoadReport:
+    tensors, settings = read_source(source, "text", model.config.heads)
     length = model.config.text_length
     found, rest = split_prefix(tensors, "embeddings.word_embeddings.weight")
     # Checkpoints of 2018, such as the hub's bert-base-uncased, have TensorFlow's names of the norms.
@@ -155,6 +160,7 @@ def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_
     types = found.pop("embeddings.token_type_embeddings.weight", None)
     found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which old files contain
     report = LoadReport("text_encoder")
+    first_position = _first_position(settings, 0 if types is None else len(types), family)
 
     def position(tensor: Tensor) -> Tensor:
         used = tensor[first_position:]
@@ -166,6 +172,23 @@ def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_
     encoder_prefixes = ("embeddings.", "encoder.layer.")
     names = bert_names(model.config.text_layers)
     return _load(model.text_encoder, report, found, rest, names, encoder_prefixes, {"position": position})
+
+
+def _first_position(settings: Mapping[str, Any], types: int, family: str | None) -> int:
+    """Row of a text's first position, from the source's settings, its number of token types and the wanted family."""
+    kind = settings.get("model_type")
+    named = TEXT_FAMILIES.get(str(kind))
+    if named and family and named != family:
+        raise RunError(f"text_encoder: wanted a {family}, got model_type {kind}; load it with load_hf_{named}")
+    family = named or family or {1: ROBERTA, 2: BERT}.get(types)
+    if family is None:
+        raise RunError(
+            f"text_encoder: wanted 1 token type, as RoBERTa has, or 2, as BERT has, found {types}, and positions start "
+            f"at another row in each; give the file with its config.json, or use load_hf_roberta or load_hf_bert"
+        )
+    if family == BERT:
+        return 0
+    return settings.get("pad_token_id", 1) + 1 if named else ROBERTA_FIRST_POSITION
 
 
 def _load(

@@ -126,11 +126,11 @@ def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             last = name.removesuffix(gamma) + layer
             if {f"{last}.weight", f"{last}.bias"} <= found.keys():
                 scale = wide(found.pop(name))
-                found[f"{last}.weight"] = scale[:, None] * found[f"{last}.weight"]
-                found[f"{last}.bias"] = scale * found[f"{last}.bias"]
+                found[f"{last}.weight"] = scale[:, None] * wide(found[f"{last}.weight"])
+                found[f"{last}.bias"] = scale * wide(found[f"{last}.bias"])
     return found
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in at least float32, so that sums and products of weights are rounded once."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()  # torch promotes no float8

@@ -1,5 +1,6 @@
 """Small encoders of timm and transformers with random weights, in float64."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def timm_vit(seed: int = 0, **changes: Any) -> Any:
 
 
 def hf_text(kind: str, **changes: Any) -> Any:
-    """transformers' model `kind`, "Roberta" or "Bert", with the sizes of the micro model."""
+    """transformers' model `kind`, such as "Roberta" or "Bert", with the sizes of the micro model."""
     import transformers
 
     settings: dict[str, Any] = {
@@ -49,6 +50,18 @@ def hf_vit(seed: int = 5, **changes: Any) -> Any:
     return randomized(ViTModel(config, add_pooling_layer=False, **changes), seed)
 
 
+def old_vit_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of transformers' ViTModel under the names of files on the hub."""
+    modules = {
+        "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "layers.": "encoder.layer.",
+    }  # fmt: skip
+    for new, old in modules.items():
+        tensors = {name.replace(new, old): t for name, t in tensors.items()}
+    return dict(tensors)
+
+
 def randomized(module: Any, seed: int) -> Any:
     """The module in float64 and evaluation mode, its parameters random and large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,11 +77,11 @@ def normalized(config: MaskVLMConfig, images: torch.Tensor) -> torch.Tensor:
     return (images.double() / 255 - mean) / std
 
 
-def assert_same_text_features(model: MaskVLM, theirs: Any) -> None:
+def assert_same_text_features(model: MaskVLM, theirs: Any, pad: int = 1) -> None:
     """The text encoder and a model of transformers give the same features for a batch of captions."""
     batch = micro_batch()[0]
     w, key_mask = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
-    ids = torch.full(key_mask.shape, 1)
+    ids = torch.full(key_mask.shape, pad)
     ids[key_mask] = batch.tokens
     with torch.no_grad():
         wanted = theirs(input_ids=ids, attention_mask=key_mask.long()).last_hidden_state

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mvlm.weights as weights
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import resize_positions
-from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, timm_vit
+from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, old_vit_names, timm_vit
 from support.models import micro_batch, micro_model
 
 
@@ -62,6 +62,14 @@ def test_layer_scale_is_folded_into_the_weights():
     torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
 
 
+def test_layer_scale_of_8_bit_floats_is_folded_in_32_bits():
+    theirs, model = timm_vit(init_values=0.5), micro_model(3, dtype=torch.float32)
+    tensors = {name: t.to(torch.float8_e4m3fn) for name, t in theirs.state_dict().items()}
+    weights.load_timm_vit(model, tensors)
+    scale, weight = (tensors[f"blocks.1.{name}"].double() for name in ("ls2.gamma", "mlp.fc2.weight"))
+    assert torch.equal(model.image_encoder.blocks[1].mlp.down.weight, (scale[:, None] * weight).float())
+
+
 def test_positions_of_patches_alone_leave_zero_for_cls():
     """DeiT III and others add positions to patches alone."""
     theirs, model = timm_vit(no_embed_class=True), micro_model(3)
@@ -97,14 +105,9 @@ def test_a_loaded_vit_of_transformers_computes_the_same(old_names):
     theirs = hf_vit(use_mask_token=True)
     tensors = theirs.state_dict()
     if old_names:  # as in files on the hub, inside another model
-        modules = {
-            "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
-            "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
-            "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "layers.": "encoder.layer.",
-        }  # fmt: skip
-        for new, old in modules.items():
-            tensors = {name.replace(new, old): t for name, t in tensors.items()}
-        tensors = {f"vit.{name}": t for name, t in tensors.items()} | {"decoder.0.weight": torch.zeros(3)}
+        tensors = {f"vit.{name}": t for name, t in old_vit_names(tensors).items()} | {
+            "decoder.0.weight": torch.zeros(3)
+        }
     model = micro_model(3)
     report = weights.load_image_weights(model, tensors)
     images, masks = micro_batch()[0].images, torch.zeros(5, 16, dtype=torch.bool)
@@ -154,6 +157,21 @@ def test_a_loaded_text_encoder_computes_what_transformers_computes(kind):
     assert report.unexpected == ["lm_head.bias"]
     assert report.missing == []
     assert_same_text_features(model, theirs)
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("Bert", {"type_vocab_size": 1}), ("Roberta", {"type_vocab_size": 2}), ("Ernie", {"type_vocab_size": 4}),
+        ("Roberta", {"pad_token_id": 4}), ("Camembert", {"pad_token_id": 0, "type_vocab_size": 1}),
+    ],
+)  # fmt: skip
+def test_positions_of_a_text_encoder_start_where_its_config_says(tmp_path, kind, changes):
+    theirs, model = hf_text(kind, **changes), micro_model(3)
+    save_file(dict(theirs.state_dict()), tmp_path / "model.safetensors")
+    theirs.config.save_pretrained(tmp_path)
+    weights.load_text_weights(model, tmp_path)
+    assert_same_text_features(model, theirs, pad=theirs.config.pad_token_id)
 
 
 def test_a_bert_with_the_old_names_of_norms_is_loaded_and_sums_are_rounded_once():

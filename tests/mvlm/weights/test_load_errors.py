@@ -13,7 +13,7 @@ import mvlm.weights as weights
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.weights.load import LoadReport
-from support.encoders import hf_text, timm_vit
+from support.encoders import hf_text, hf_vit, old_vit_names, randomized, timm_vit
 from support.models import micro_model
 
 
@@ -74,6 +74,52 @@ def test_positions_of_no_square_grid_are_refused():
         weights.load_timm_vit(model, tensors)
 
 
+@pytest.mark.parametrize(
+    "name, further, tensor",
+    [
+        ("vit_base_patch16_rope_mixed_ape_224", {}, "rope.freqs"),
+        ("beitv2_base_patch16_224", {"use_abs_pos_emb": True, "use_rel_pos_bias": False,
+         "use_shared_rel_pos_bias": True, "global_pool": "token"}, "rel_pos_bias.relative_position_bias_table"),
+    ],
+)  # fmt: skip
+def test_rotary_and_relative_positions_of_timm_are_refused(name, further, tensor):
+    import timm
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+    theirs = randomized(timm.create_model(name, **sizes, **further), 1)
+    with pytest.raises(RunError, match=f"nothing was loaded: {tensor} unexpected"):
+        weights.load_image_weights(micro_model(3), theirs.state_dict())
+
+
+def test_rotary_positions_without_a_tensor_are_refused_by_timms_config(tmp_path, caplog):
+    save_file(dict(timm_vit().state_dict()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_rope_ape_224"}))
+    with pytest.raises(RunError, match=r"config.json: wanted a ViT with added positions .*, got vit_base_patch16_rope"):
+        weights.load_timm_vit(micro_model(3), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"}))
+    weights.load_timm_vit(micro_model(3), tmp_path)
+    assert "config.json: wanted num_attention_heads, to compare it with the model's 2, found none" in caplog.text
+
+
+@pytest.mark.parametrize("further", ["attention.attention.query.SCB", "attention.attention.query.lora_A", "lambda_1"])
+def test_further_tensors_under_the_older_names_of_a_vit_are_refused(further):
+    """Codes of 8 bits with their scales, adapters, LayerScale."""
+    tensors = old_vit_names(hf_vit().state_dict()) | {f"encoder.layer.1.{further}": torch.zeros(16)}
+    with pytest.raises(RunError, match=f"nothing was loaded: encoder.layer.1.{further} unexpected"):
+        weights.load_image_weights(micro_model(3), tensors)
+
+
+@pytest.mark.parametrize("load", [weights.load_timm_vit, weights.load_hf_vit, weights.load_text_weights])
+def test_models_side_by_side_are_refused(load):
+    makes = {weights.load_timm_vit: timm_vit, weights.load_hf_vit: hf_vit}
+    tensors = makes.get(load, lambda: hf_text("Bert"))().state_dict()
+    pair = {f"{part}.{name}": t for part in ("teacher", "student") for name, t in tensors.items()}
+    with pytest.raises(RunError, match=r"wanted one encoder, found several, teacher., student.; give .* one of them"):
+        load(micro_model(3), pair)
+    inner = {f"teacher.{name}": t for name, t in tensors.items()}
+    assert any(name.startswith("teacher.") for name in load(micro_model(3), tensors | inner).unexpected)
+
+
 @pytest.mark.parametrize("load", [weights.load_timm_vit, weights.load_hf_vit, weights.load_hf_roberta])
 def test_a_state_dict_of_another_kind_of_model_is_refused(load):
     model = micro_model(3)
@@ -98,6 +144,9 @@ def test_files_that_are_missing_or_not_safetensors_are_refused(tmp_path):
     ):
         with pytest.raises(RunError, match=message):
             weights.load_image_weights(model, path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(RunError, match=r"wanted one .*, found model.safetensors.index.json of several; join them"):
+        weights.load_image_weights(model, tmp_path)
 
 
 @pytest.mark.parametrize("load", [weights.load_text_weights, weights.load_hf_roberta])
@@ -110,9 +159,15 @@ def test_a_config_that_says_otherwise_is_refused(tmp_path, caplog, load):
         ({"num_attention_heads": 4}, "num_attention_heads 2, as in the model, got 4: .*; set --model.heads 4"),
         ({"hidden_act": "relu"}, "hidden_act gelu, got 'relu'"),
         ({"hidden_act": "quick_gelu"}, "hidden_act gelu, got 'quick_gelu'"),
+        ({"text_config": {"num_attention_heads": 4}}, "num_attention_heads 2, as in the model, got 4"),
+        ({"decoder": {"num_attention_heads": 2, "hidden_act": "relu"}}, "hidden_act gelu, got 'relu'"),
+        ({"is_decoder": True}, "an encoder, got is_decoder True"),
+        ({"model_type": "yoso"}, "a model_type of bert, .*, got 'yoso'"),
+        ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id, after which positions start, got None"),
         ([1, 2], "the configuration of the weights beside it, got "),
+        ("[" * 100_000, "the configuration of the weights beside it, got "),
     ):
-        config.write_text(json.dumps(settings))
+        config.write_text(settings if isinstance(settings, str) else json.dumps(settings))
         for source in (tmp_path, tmp_path / "model.safetensors"):
             with pytest.raises(RunError, match=f"config.json: wanted {message}"):
                 load(model, source)
@@ -121,9 +176,31 @@ def test_a_config_that_says_otherwise_is_refused(tmp_path, caplog, load):
     theirs.config.save_pretrained(tmp_path)  # two heads, gelu
     load(model, tmp_path)
     assert "hidden_act" not in caplog.text
-    config.write_text(json.dumps({"hidden_act": "gelu_new"}))
+    config.write_text(json.dumps({"vision_config": {"num_attention_heads": 4}, "hidden_act": "gelu_new"}))
     load(model, tmp_path)
+    assert "config.json: wanted num_attention_heads, to compare it with the model's 2, found none" in caplog.text
     assert "config.json: wanted hidden_act gelu, got gelu_new; features will differ slightly" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["vision_config", "image_config", "encoder"])
+def test_the_heads_of_an_image_encoder_inside_another_model_are_checked(tmp_path, part):
+    save_file({f"x.{name}": t for name, t in hf_vit().state_dict().items()}, tmp_path / "model.safetensors")
+    settings = {"text_config": {"num_attention_heads": 2}, part: {"num_attention_heads": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(RunError, match=r"config.json: wanted num_attention_heads 2, as in the model, got 4"):
+        weights.load_image_weights(micro_model(3), tmp_path)
+
+
+def test_a_text_encoder_of_unknown_positions_is_refused(tmp_path):
+    """By the number of its token types, or where its config names another model than the function."""
+    theirs = hf_text("Bert", type_vocab_size=4)
+    with pytest.raises(RunError, match=r"wanted 1 token type, as RoBERTa has, or 2, as BERT has, found 4"):
+        weights.load_text_weights(micro_model(3), theirs.state_dict())
+    weights.load_hf_bert(micro_model(3), theirs.state_dict())
+    save_file(dict(theirs.state_dict()), tmp_path / "model.safetensors")
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="wanted a roberta, got model_type bert; load it with load_hf_bert"):
+        weights.load_hf_roberta(micro_model(3), tmp_path)
 
 
 def test_a_load_report_counts_and_names_tensors():
