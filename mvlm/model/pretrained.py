@@ -81,7 +81,7 @@ class HubMixin(Base, library_name="mvlm", tags=["masked-vision-and-language"]):
                 )
         try:
             config = model_config(json.loads((folder / CONFIG_FILE).read_text()), str(folder / CONFIG_FILE))
-        except (ConfigError, ValueError, TypeError) as error:
+        except (ConfigError, ValueError, TypeError, RecursionError) as error:
             raise RunError(f"{folder / CONFIG_FILE}: wanted the settings of a MaskVLM, got: {error}") from None
         make: Any = cls
         model = make(config)

@@ -3,7 +3,6 @@
 import logging
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +19,22 @@ from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import load_model, load_tokenizer_of
 from mvlm.weights.load import load_image_weights, load_text_weights
-from mvlm.weights.resize import resized_model
+from mvlm.weights.resize import resized_tensors
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
 log = logging.getLogger(__name__)
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
-    """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions."""
+    """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions.
+
+    A run that is resumed does not need its initial model or its tokenizer's file any more.
+    """
     if config.initial_model is not None:
-        return _tokenizer_of_start(config, config.initial_model)
+        return _own_tokenizer(config) or load_tokenizer_of(config.initial_model)
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
+        own = None if config.tokenizer.exists() else _own_tokenizer(config)
+        return own or load_tokenizer(config.tokenizer)
     try:
         return tokenizer_for(dataset, config.model.vocab_size)
     except DataError:
@@ -40,15 +43,12 @@ def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
         raise ConfigError(f"model.vocab_size: {error}") from None
 
 
-def _tokenizer_of_start(config: PretrainConfig, initial_model: Path) -> Tokenizer:
-    """The tokenizer in the run's own checkpoints, or that of its initial model.
-
-    A run that is resumed does not need its initial model any more. Checkpoints are not verified here, on every rank.
-    """
+def _own_tokenizer(config: PretrainConfig) -> Tokenizer | None:
+    """The tokenizer in the run's own checkpoints. Checkpoints are not verified here, on every rank."""
     for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
         with suppress(DataError):  # damaged; an older one is resumed then
             return load_tokenizer(checkpoint / TOKENIZER)
-    return load_tokenizer_of(initial_model)
+    return None
 
 
 def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMConfig:
@@ -148,8 +148,8 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
             own, wanted = getattr(config.model, name), getattr(trained.config, name)
             if own != wanted:  # weights of another meaning would have the same names and shapes
                 raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
-        trained = resized_model(trained, config.model.image_size, config.model.text_length)
-        copy_into(model.state_dict(), trained.state_dict(), config.initial_model)
+        # The trained model's own masking need not fit the new size: this run has its own.
+        copy_into(model.state_dict(), resized_tensors(trained, model), config.initial_model)
     if fresh and config.image_weights is not None:
         load_image_weights(model, config.image_weights)
     if fresh and config.text_weights is not None:

@@ -45,16 +45,29 @@ def resized_model(
             f"text_length: wanted at most the {before.text_length} tokens that the model was trained with, got "
             f"{config.text_length}; fine-tune it with --question-length {config.text_length} first"
         )
-    resized = MaskVLM(config)
+    position = model.image_encoder.position
+    resized = MaskVLM(config).to(position.device, position.dtype)
+    resized.load_state_dict(resized_tensors(model, resized))
+    for name, parameter in model.named_parameters():
+        resized.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return resized.train(model.training)
+
+
+def resized_tensors(model: MaskVLM, wanted: MaskVLM) -> dict[str, Tensor]:
+    """All tensors of a model, its positions resized to the sizes of the model `wanted`. The log says what was resized.
+
+    Tensors of another architecture keep their shapes.
+    """
     tensors = dict(model.state_dict())
     image, text = tensors[IMAGE], tensors[TEXT]
-    tensors[IMAGE] = resize_positions(image, config.image_size // config.patch_size)
-    tensors[TEXT] = extend_positions(text, resized.text_encoder.position.detach().to(text.device))
+    fresh = wanted.text_encoder.position.detach().to(text.device)
+    tensors[IMAGE] = resize_positions(image, wanted.config.image_size // wanted.config.patch_size)
+    if text.shape[1:] == fresh.shape[1:]:
+        tensors[TEXT] = extend_positions(text, fresh)
     for name, old in ((IMAGE, image), (TEXT, text)):
         if tensors[name].shape != old.shape:
             log.info("%s: resized from %s to %s", name, tuple(old.shape), tuple(tensors[name].shape))
-    resized.load_state_dict(tensors)
-    return resized.to(image.device, image.dtype).train(model.training)
+    return tensors
 
 
 def resized_config(

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.model.patches import resize_positions
 from mvlm.runs.load import load_model
 from mvlm.training.build import make_model
+from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
@@ -48,11 +50,15 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
 
     # A resumed run reads the checkpoint alone.
     files["image_weights"].unlink()
+    files["tokenizer"].unlink()
     mvlm.training.run.pretrain(
         pretrain_config(
             scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, resume=True, **files
         )
     )
+    with pytest.raises(DataError, match=r"tokenizer.json: "):
+        mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "other", **files))
+    tokenizer.save(files["tokenizer"])
     with pytest.raises(RunError, match="wanted a safetensors file, found none"):
         mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
@@ -135,6 +141,20 @@ def test_the_commands_of_the_page_on_weights_parse(monkeypatch):
     assert seen[1].initial_model == Path("runs/demo")
     assert (seen[0].image_weights, seen[0].text_weights) == (Path("vit.safetensors"), Path("roberta.safetensors"))
     assert seen[0].lr_encoder == 1e-5
+
+
+def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, scenes, tmp_path):
+    """Its own blocks of 16 pixels do not divide images of 24."""
+    old = load_model(trained)[0]
+    new = replace(old.config, mask_block=8, image_size=24, image_mask_ratio=0.2, text_length=14)
+    model = make_model(pretrain_config(scenes, tmp_path / "run", model=new, initial_model=trained), fresh=True)
+    found, before = model.state_dict(), old.state_dict()
+    assert torch.equal(found.pop("image_encoder.position"), resize_positions(before["image_encoder.position"], 3))
+    assert torch.equal(found.pop("text_encoder.position")[:12], before["text_encoder.position"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
+    wider = replace(new, width=32)
+    with pytest.raises(RunError, match="wanted the tensors of this model's architecture, found others"):
+        make_model(pretrain_config(scenes, tmp_path / "run", model=wider, initial_model=trained), fresh=True)
 
 
 @pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])

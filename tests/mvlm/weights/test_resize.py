@@ -34,6 +34,19 @@ def test_both_towers_are_resized_and_say_so(caplog):
     assert resized_model(model, 32, 12) is model
 
 
+def test_a_resized_model_keeps_its_numbers_and_what_is_frozen():
+    model = micro_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-12)  # no longer a number of fp32
+    model.image_encoder.requires_grad_(False)
+    resized = resized_model(model, 48)
+    for name, parameter in model.named_parameters():
+        other = resized.get_parameter(name)
+        assert other.requires_grad == parameter.requires_grad
+        assert name == "image_encoder.position" or torch.equal(other, parameter), name
+
+
 @pytest.mark.slow
 def test_a_trained_model_takes_shorter_texts_as_it_did_and_no_longer_ones(trained):
     """Truncated positions change no text that is short enough; positions that nothing trained are refused."""
