@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mvlm.config.finetune import PRETRAINING_ONLY
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.evaluation.table import describe_trivial_losses
@@ -30,11 +31,11 @@ TEMPLATES = Environment(
 )
 RECIPE = (
     "mlm_weight", "mim_weight", "itc_weight", "itm_weight", "batch_size", "max_steps", "warmup_steps", "optimizer",
-    "lr_muon", "lr_encoder", "lr_cross", "lr_pixels", "weight_decay", "beta2", "clip_norm", "ema_decay", "crop_scale",
-    "flip", "color_jitter", "randaugment", "precision", "seed", "task", "checkpoint", "initial_model",
-    "image_weights", "text_weights",
+    "lr_muon", "lr_encoder", "lr_cross", "lr_pixels", "lr_head", "weight_decay", "beta2", "clip_norm", "ema_decay",
+    "crop_scale", "flip", "color_jitter", "randaugment", "precision", "seed", "task", "checkpoint", "random_weights",
+    "freeze", "blind", "initial_model", "image_weights", "text_weights",
 )  # fmt: skip
-"""Settings of a run that its card lists, as far as the run's config.json has them."""
+"""Settings of a run that its card lists, as far as the run's config.json has them and the run read them."""
 ORIGINS = {
     "checkpoint": "the model",
     "initial_model": "the model",
@@ -49,6 +50,8 @@ ABILITIES = {
     "mim_weight": "rebuilds masked patches of images",
 }
 """What each loss teaches, by the setting that is 0 if a run left it out."""
+TASK_LOSSES = {"retrieval": ("itc_weight", "itm_weight"), "caption": ("mlm_weight",)}
+"""Losses of pretraining that a task trains; vqa does only with masked answers, and the others train a head alone."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 Z95 = 1.959964
 """97.5 % point of the normal distribution."""
@@ -141,15 +144,18 @@ def model_card(
         elif not same_data:
             figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
-    unread = () if config.get("optimizer") == "muon" else ("lr_muon",)
     name, task = hub_id.split("/")[1], config.get("task")
+    unread = PRETRAINING_ONLY if task else () if config.get("optimizer") == "muon" else ("lr_muon",)
+    able = abilities(config, network)
     return TEMPLATES.get_template("card.md").render(
         head=card_head(name, description, figures, [] if task else found),  # of a fine-tuned model none is zero-shot
         name=line(name),
         hub_id=hub_id,
         task=line(Path(task).stem) if task else None,
         origin=origin(config),
-        abilities=abilities(config, network),
+        random=bool(config.get("random_weights")),
+        abilities=able,
+        compares=ABILITIES["itc_weight"] in able,
         matches=network.matching_is_trained,
         parameters=sum(p.numel() for p in network.parameters()),
         model=network.config,
@@ -208,7 +214,8 @@ def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | 
 
 def origin(config: dict[str, Any]) -> str:
     """Model or weights that a run started from, in words; empty if its weights were drawn at random."""
-    named = [(what, Path(config[key])) for key, what in ORIGINS.items() if config.get(key)]
+    random = config.get("random_weights")
+    named = [] if random else [(what, Path(config[key])) for key, what in ORIGINS.items() if config.get(key)]
     return " and ".join(f"{what} {line(_name_of(path))}" for what, path in named)
 
 
@@ -221,9 +228,17 @@ def _name_of(path: Path) -> str:
 
 
 def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
-    """Abilities that the model was trained for. All of a fine-tuned or continued run; ITM only if it was trained."""
-    known = "task" in config or config.get("initial_model") is not None
-    found = [name for name in ABILITIES if known or config.get(name) != 0]
+    """Abilities that the model was trained for. ITM only if it was trained.
+
+    All of a continued run, or of a fine-tuned one, unless that started from random weights.
+    """
+    if config.get("random_weights"):
+        masked = config["task"] == "vqa" and config.get("answers") == "masked"
+        trained = ("mlm_weight",) if masked else TASK_LOSSES.get(config["task"], ())
+        found = [] if config.get("freeze") == "all" else [name for name in ABILITIES if name in trained]
+    else:
+        known = "task" in config or config.get("initial_model") is not None
+        found = [name for name in ABILITIES if known or config.get(name) != 0]
     return [ABILITIES[name] for name in found if name != "itm_weight" or network.matching_is_trained]
 
 

@@ -107,6 +107,44 @@ def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(r
     assert "/home" not in card
 
 
+def tuned(run_copy, **settings) -> str:
+    """The card of a run whose settings say that it was fine-tuned."""
+    config = json.loads((run_copy / "config.json").read_text())
+    (run_copy / "config.json").write_text(json.dumps(config | {"checkpoint": "/home/someone/first"} | settings))
+    return model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
+
+
+@pytest.mark.parametrize(
+    ("settings", "able"),
+    [
+        ({"task": "retrieval"}, "compares images with texts and judges whether an image and a text belong together."),
+        ({"task": "caption"}, "fills in masked words."),
+        ({"task": "vqa", "answers": "masked"}, "fills in masked words."),
+        ({"task": "vqa", "answers": "decoder"}, "was trained for that task alone."),
+        ({"task": "retrieval", "freeze": "all"}, "was trained for that task alone."),
+    ],
+)
+def test_the_card_of_a_run_from_random_weights_claims_what_its_task_trains(run_copy, settings, able):
+    card = tuned(run_copy, random_weights=True, **settings)
+    assert f"trained by `mvlm finetune {settings['task']}` from random weights." in card
+    assert f"without the head of the task. It {able}\n" in card
+    assert "the model first" not in card
+    assert "What the task does not train has random weights" in card
+    assert "fine-tuned" not in card
+    assert "Fine-tuning" not in card
+    assert ("model.similarity" in card) == able.startswith("compares")
+    assert "| random_weights | true |" in card
+
+
+def test_the_recipe_of_a_fine_tuned_run_lists_what_it_read(run_copy):
+    read = {"lr_head": 0.02, "random_weights": False, "blind": "image", "freeze": "encoders"}
+    card = tuned(run_copy, task="retrieval", **read)
+    for name, value in read.items():
+        assert f"| {name} | {json.dumps(value)} |" in card
+    for name in ("mlm_weight", "mim_weight", "itc_weight", "itm_weight", "lr_pixels", "optimizer", "initial_model"):
+        assert f"| {name} |" not in card
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
