@@ -116,7 +116,9 @@ def graphics(device: torch.device) -> Iterator[Finding]:
         yield Finding("green", "attention", f"torch may choose {', '.join(name for name, on in names.items() if on)}")
     else:
         why = "torch finds none" if not torch.cuda.is_available() else "not chosen"
-        yield Finding("amber", "GPU", f"none ({why}): {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+        yield Finding(
+            "amber", "GPU", f"none ({why}): {len(os.sched_getaffinity(0))} CPU cores, {torch.get_num_threads()} threads"
+        )
     fast = has_fast_bf16(device)
     yield Finding(
         "green" if fast else "amber",

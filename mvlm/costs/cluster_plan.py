@@ -174,6 +174,13 @@ class PlannedStep(NamedTuple):
         return self.times.step + self.logits
 
     @property
+    def others(self) -> dict[str, float]:
+        """Seconds that are neither forward nor backward, by what they are, the largest first."""
+        found = {"logits of ITC and draws": self.logits}
+        found |= {f"waiting for {name}": time for name, time in self.times.waiting.items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
     def computing(self) -> float:
         """Part of the step, 0 to 1, that is forward and backward: neither waiting nor ITC's logits."""
         return (self.forward + self.backward) / self.step
@@ -230,6 +237,8 @@ class Limits(NamedTuple):
     """Pairs of a GPU, a power of two times those of the plan."""
     gpus: int | None
     """Number of GPUs, with the same pairs on each."""
+    gpus_by: str
+    """Largest part of the step of so many GPUs that is not computing, in words."""
 
 
 def limits(setting: ClusterSetting, cost: StepCost, record: RecordedStep) -> Limits:
@@ -238,10 +247,11 @@ def limits(setting: ClusterSetting, cost: StepCost, record: RecordedStep) -> Lim
     def computing(changed: ClusterSetting, batch: float = 1.0) -> float:
         return planned_step(changed, cost, record, batch).computing
 
-    gpus = next((row.ranks for row, step in scaling(setting, cost, record) if step.computing < ENOUGH), None)
+    below = next((found for found in scaling(setting, cost, record) if found[1].computing < ENOUGH), None)
+    gpus, by = (below[0].ranks, next(iter(below[1].others))) if below else (None, "")
     now = computing(setting)
     if now < ENOUGH:
-        return Limits(None, None, None, gpus)
+        return Limits(None, None, None, gpus, by)
     rate = setting.links.inter_node
     rates = [rate * 0.9**k for k in range(60)] if setting.nodes > 1 else []
     batches = [0.5**k for k in range(1, 12) if setting.pairs * 0.5**k >= 1]
@@ -250,4 +260,5 @@ def limits(setting: ClusterSetting, cost: StepCost, record: RecordedStep) -> Lim
         now / ENOUGH - 1,
         next((round(setting.pairs * part) for part in batches if computing(setting, part) < ENOUGH), None),
         gpus,
+        by,
     )

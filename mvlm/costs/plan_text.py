@@ -113,5 +113,6 @@ def _limits(setting: ClusterSetting, found: Limits) -> list[str]:
     if found.pairs is not None:
         lines.append(f"  small batches: {found.pairs} pairs in a microbatch instead of {setting.pairs}")
     if found.gpus is not None:
-        lines.append(f"  more GPUs: {found.gpus:,}, by ITC's logits, draws and embeddings")
+        more = "more GPUs" if found.gpus > setting.ranks else "already"
+        lines.append(f"  {more}: {found.gpus:,}, most of it by {found.gpus_by}")
     return lines or ["  nothing that this model knows"]

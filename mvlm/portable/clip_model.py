@@ -49,9 +49,16 @@ class ClipModel(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, text: Tensor, normalize: bool = True) -> Tensor:
-        """Ids int64 (B, L) of `ClipTokenizer` -> embeddings float32 (B, E), of unit length in any case."""
+        """Ids int64 (B, L) of `ClipTokenizer` -> embeddings float32 (B, E), of unit length in any case.
+
+        ConfigError for a row of padding alone.
+        """
         exists = text != self.pad_id  # (B, L), True = a token
         lengths = exists.sum(1)
+        if not len(text):
+            return torch.zeros(0, self.network.config.itc_width, device=text.device)
+        if not bool(lengths.all()):
+            raise ConfigError("text: wanted tokens in each row, found a row of padding alone; leave it out")
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
         with torch.autocast(text.device.type, enabled=False), autocast(text.device, self.precision):
             w = encode_tokens(self.network, text[exists], starts, int(lengths.max()))

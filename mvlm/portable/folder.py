@@ -82,6 +82,7 @@ def preprocessing(model: TrainedModel, folder: Path, format: Format, differences
             "dtype": "uint8",
             "layout": "batch, channel (red, green, blue), row, column",
             "orientation": "turned as EXIF says",
+            "depth": "of 16 bits the upper 8",
             "background": "white under transparent areas",
             "resize": "squeezed to a square, bilinear with antialiasing",
             "normalization": "inside the program",

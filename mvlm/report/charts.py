@@ -9,7 +9,7 @@ from markupsafe import Markup
 from mvlm.report.html import render
 
 WIDTH, HEIGHT = 460, 210
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 30
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 30
 
 
 def line_chart(
@@ -51,7 +51,11 @@ def line_chart(
         right=WIDTH - RIGHT,
         grid=[line_at(y, f"{y:.4g}", 4) for y in grid_values],
         ticks=[
-            {"x": f"{px(x):.1f}", "anchor": "end" if x == x_high else "middle", "text": f"{x:.0f}"}
+            {
+                "x": f"{px(x):.1f}",
+                "anchor": "end" if x == x_high else "middle",
+                "text": f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}",
+            }
             for x in (x_low, (x_low + x_high) / 2, x_high)
         ],
         guides=[line_at(y, name, -4) for name, y in guides.items()],

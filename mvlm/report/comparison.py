@@ -110,11 +110,12 @@ def evaluations(folders: dict[str, RunFolder]) -> Markup | None:
                 continue
             recalls = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
             gains = [format_number(figures[gain]) for gain in ("gain_text_nats", "gain_pixels_pct")]
-            cells.append([name, figures["split"], *recalls, *gains])
+            ranked_by = "ITC" if figures.get("reranked") == 0 else "ITC + ITM"
+            cells.append([name, figures["split"], ranked_by, *recalls, *gains])
     if not cells:
         return None
     ranks = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10)]
-    return table(["run", "split", *ranks, "gain, text, nats", "gain, pixels, %"], cells)
+    return table(["run", "split", "ranked by", *ranks, "gain, text, nats", "gain, pixels, %"], cells)
 
 
 def differences(configs: dict[str, dict[str, Any]]) -> Markup | None:

@@ -85,7 +85,7 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
 def render_all(svgs: list[Path], size: int, workers: int | None = None) -> Iterator[bytes]:
     """Render SVG files as square PNGs of `size` pixels on white, in order, by several processes."""
     workers = min(
-        workers or os.cpu_count() or 1, len(svgs) // 200 + 1
+        workers or len(os.sched_getaffinity(0)), len(svgs) // 200 + 1
     )  # one per 200 images, because a process takes time to start
     render = partial(_render, size=size)
     if workers == 1:

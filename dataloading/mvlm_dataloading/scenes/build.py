@@ -165,7 +165,7 @@ def _truth(scene: Scene, art: Artwork) -> dict[str, Any]:
 
 def _draw_all(strips: Sequence[tuple[Scene, ...]], art: Artwork, workers: int | None) -> Iterator[bytes]:
     """PNG of each strip of scenes, in order, by several processes."""
-    workers = min(workers or os.cpu_count() or 1, len(strips) // 200 + 1)  # a process takes time to start
+    workers = min(workers or len(os.sched_getaffinity(0)), len(strips) // 200 + 1)  # a process takes time to start
     if workers == 1:
         yield from map(Painter(art.images).png, strips)
         return

@@ -74,7 +74,8 @@ def turn(image: Any) -> Any:
 def to_rgb(image: Any) -> Any:
     """A PIL image in RGB. Transparent areas become white.
 
-    Of 16 bits a value keeps the upper eight, as DALI decodes it; Pillow would clip it at 255.
+    Of 16 bits a value keeps the upper eight, as DALI decodes it, and floats from 0 to 1 are scaled. ValueError for
+    other values beyond 255.
     """
     if not image.has_transparency_data:
         return _eight_bits(image).convert("RGB")
@@ -98,6 +99,18 @@ def _with_alpha(image: Any) -> Any:
 
 
 def _eight_bits(image: Any) -> Any:
-    if not image.mode.startswith("I;16"):
+    """An image of 8 bits a value. Pillow would clip wider ones at 255.
+
+    ValueError for integers beyond 16 bits and floats beyond 255.
+    """
+    if not image.mode.startswith(("I", "F")):
         return image
-    return need("PIL.Image").fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        values = np.rint(values * 255)
+    elif image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high < 2**16):
+        values = values >> 8
+    elif not (low >= 0 and high <= 255):
+        raise ValueError(f"wanted values of 8 or 16 bits, or floats from 0 to 1, found {low:g} to {high:g}")
+    return need("PIL.Image").fromarray(values.astype(np.uint8))

@@ -97,7 +97,7 @@ def _replicate(module: nn.Module, form: Form) -> nn.Module:
 
 def _forward(module: nn.Module, form: Form, *args: Any, **kwargs: Any) -> Tensor:
     """The fused forward of a swapped module, or its own where an op cannot compute it now."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = args[0] if args else kwargs["x" if "x" in kwargs else "hidden_states"]  # as timm, as transformers
     if form.why_not(module) is not None or kernel_reasons(x):
         return type(module).forward(module, *args, **kwargs)
     return form.forward(module, *args, **kwargs)

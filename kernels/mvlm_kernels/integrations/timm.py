@@ -55,12 +55,13 @@ class GatherPatchEmbed(PatchEmbed):
             raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
         dtype = dispatch.autocast_dtype(x.device)
         if self.why_not_gathered(x) is not None:
-            dtype = dtype or next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
-            return self._by_original_forward(x, patch_ids, dtype)
-        dtype = dtype or self.proj.weight.dtype
+            own = next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
+            return self._by_original_forward(x, patch_ids, _computed_in(own, dtype))
+        weight = self.proj.weight  # once: a parametrization, such as a spectral norm, changes with each read
+        dtype = _computed_in(weight.dtype, dtype)
         patch = self.proj.kernel_size[0]
         patches = gather_patches(x, patch_ids, patch, mean=self.mean, std=self.std, dtype=dtype)
-        tokens = nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, K, embed_dim)
+        tokens = nn.functional.linear(patches, weight.flatten(1), self.proj.bias)  # (B, K, embed_dim)
         if patch_ids is None and not self.flatten:
             tokens = tokens.unflatten(1, (x.shape[2] // patch, x.shape[3] // patch))
             if self.output_fmt != Format.NHWC:
@@ -82,6 +83,11 @@ class GatherPatchEmbed(PatchEmbed):
         if patch_ids is None:
             return tokens
         return tokens.gather(1, patch_ids.long()[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def _computed_in(weights: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """Dtype of a product with weights of a dtype: that of autocast, which leaves float64 alone."""
+    return autocast if autocast is not None and weights != torch.float64 else weights
 
 
 def why_not_read(proj: nn.Module) -> Refusal | None:

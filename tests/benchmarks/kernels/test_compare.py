@@ -199,6 +199,7 @@ def test_contenders_take_turns_and_medians_are_reported() -> None:
     assert [r["us"] for r in rows["good"]] == [40, 50, 60]
     assert [(r["us_p20"], r["us_p80"]) for r in rows["good"]] == [(39, 41), (49, 51), (59, 61)]
     assert [r["vs_ours"] for r in rows["good"]] == [4.0, 2.5, 2.0]
+    assert [r["verdict"] for r in rows["good"]] == ["slower"] * 3
     assert [r["peak_mb"] for r in rows["good"]] == [1.5] * 3
     assert [r["graph_us"] for r in rows["good"]] == [5.0] * 3
 

@@ -50,7 +50,7 @@ def test_csv_has_every_column_and_says_cpu(rows, about, tmp_path) -> None:
     good = [line for line in found if line["contender"] == "good"]
     assert [line["us"] for line in good] == ["40", "50", "60"]
     assert {line["repeats"] for line in good} == {"5 of 5 equal"}
-    assert {line["verdict"] for line in good} == {"slower"}
+    assert {line["verdict"] for line in good} == {"one call says nothing"}
     assert [line["vs_ours"] for line in good] == ["4.0", "2.5", "2.0"]
     assert {line["note"] for line in found if line["contender"] == "gone"} == {"No module named 'nothing'"}
 

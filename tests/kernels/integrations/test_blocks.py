@@ -126,6 +126,17 @@ def test_on_a_cpu_a_swapped_model_runs_its_own_code(calls):
     assert not calls
 
 
+def test_the_input_may_be_any_of_the_keywords(calls):
+    model = vit()
+    x = torch.rand(2, 17, 48)
+    wanted = model.blocks[0](x)
+    swap_blocks(model)
+    with use_backend("torch"):
+        found = model.blocks[0](attn_mask=None, x=x)
+    torch.testing.assert_close(found, wanted)
+    assert calls == ["add_layer_norm", "gelu_linear"]
+
+
 def test_undo_puts_the_forwards_back(calls):
     model = bert()
     before = {path: dict(vars(module)) for path, module in model.named_modules()}

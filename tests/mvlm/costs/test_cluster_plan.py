@@ -109,12 +109,15 @@ def test_limits_are_where_the_step_falls_below_nine_tenths():
     for gpus, enough in ((found.gpus, False), (found.gpus // 2, True)):
         step = planned_step(setting(nodes=gpus // 8, batch_size=128 * gpus), FOUND, wide)
         assert (step.computing >= 0.9) == enough
+        named = step.logits if found.gpus_by == "logits of ITC and draws" else step.times.waiting[found.gpus_by[12:]]
+        assert named == max(step.logits, *step.times.waiting.values())
 
 
 @pytest.mark.slow
 def test_a_step_that_is_below_already_names_only_the_number_of_gpus():
     found = limits(setting(inter_node=1e8), FOUND, record(gradients=1e11))
     assert (found.inter_node, found.straggler, found.pairs) == (None, None, None)
+    assert found.gpus_by == "waiting for gradients"
 
 
 def test_parse_gpus_and_parse_count_refuse_other_forms():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from mvlm.errors import RunError
-from mvlm.inference.images import GREY, hide_patches, load_image, one_ahead
+from mvlm.inference.images import GREY, decode_image, hide_patches, load_image, one_ahead
 from mvlm_dataloading.sources.strip import turn
 from support.models import micro_batch
 from support.scenes import png, scene
@@ -52,6 +52,25 @@ def test_images_of_other_modes_are_loaded(tmp_path, mode, value):
     found = load_image(path, 16)
     assert found.shape == (3, 16, 16)
     assert (found == {"L": 77, "P": 0, "1": 255, "CMYK": 255, "I;16": 77}[mode]).all()
+
+
+@pytest.mark.parametrize("suffix", ["", ".tiff"])
+@pytest.mark.parametrize("scale, kind", [(1, np.float32), (255, np.float32), (255, np.int32), (65535, np.int32)])
+def test_wide_values_are_scaled_and_not_clipped(tmp_path, suffix, scale, kind):
+    """Floats from 0 to 1 or 255, and integers of 8 or 16 bits in Pillow's modes F and I."""
+    ramp = np.tile(np.linspace(0, 1, 32), (32, 1))
+    image = Image.fromarray((ramp * scale).astype(kind))
+    if suffix:
+        image.save(tmp_path / "a.tiff")
+    found = decode_image(str(tmp_path / "a.tiff") if suffix else image)
+    assert np.abs(found.astype(float) - 255 * ramp[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 300.0], [0, 70000], [-3, 200]])
+def test_values_of_no_known_range_are_refused(values):
+    kind = np.int32 if isinstance(values[0], int) else np.float32
+    with pytest.raises(RunError, match="image: wanted an image, could not read it: wanted values of 8 or 16 bits"):
+        decode_image(Image.fromarray(np.array([values], kind)))
 
 
 def test_a_transparent_grey_of_16_bits_becomes_white(tmp_path):

@@ -56,3 +56,10 @@ def test_the_tokenizer_pads_and_truncates(trained_model):
     for wrong in (2, 13):
         with pytest.raises(ConfigError, match=f"context_length: wanted 3 to 12, got {wrong}"):
             tokenizer("a", context_length=wrong)
+
+
+def test_no_texts_give_no_embeddings_and_a_row_without_tokens_is_refused(trained_model):
+    model, _, tokenizer = create_clip_model(trained_model)
+    assert model.encode_text(tokenizer([])).shape == trained_model.embed_texts([]).shape
+    with pytest.raises(ConfigError, match="text: wanted tokens in each row, found a row of padding alone"):
+        model.encode_text(torch.full((2, 5), model.pad_id))

@@ -119,3 +119,25 @@ def test_trailing_means_against_numpy(window):
     np.testing.assert_allclose(smooth(values, window), wanted, atol=1e-12)
     assert smooth([], window) == []
     assert smooth([1, 2, 3e20, *[1] * 60], window)[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "ends, wanted",
+    [
+        ([0.014, 0.059], ["0.014", "0.0365", "0.059"]),
+        ([1, 4], ["1", "2.5", "4"]),
+        ([1, 123_457], ["1", "61729", "123457"]),
+    ],
+)
+def test_ticks_say_where_they_stand(ends, wanted):
+    texts = parse(line_chart("R@1", {"a": (ends, [3, 4])})).iter("text")
+    assert [text.text for text in texts if text.attrib["y"] == str(HEIGHT - 10)] == wanted
+
+
+def test_long_labels_fit_beside_the_axis():
+    """Of 12 px a digit is up to 7 px wide."""
+    chart = line_chart("learning rate", {"a": ([1, 2], [0.00012, 0.00028])})
+    labels = [(text.text or "", float(text.attrib["x"])) for text in parse(chart).iter("text")]
+    label, end = max(labels, key=lambda label: len(label[0]))
+    assert label == "0.00015"
+    assert 7 * len(label) <= end

@@ -40,13 +40,24 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     assert (found["a"]["steps"], found["a"]["loss"], found["a"]["mlm"], found["a"]["itc"]) == ("40", "1.5", "1.5", "")
     assert (found["b"]["steps"], found["b"]["loss"], found["b"]["skipped updates"]) == ("60", "2.5", "3")
     assert (found["a"]["pairs/s"], found["b"]["pairs/s"]) == ("20.5", "30.5")
-    assert ["b", "test", "10.0", "20.0", "30.0", "10.0", "20.0", "30.0", "0.5", "4.25"] in rows
+    assert ["b", "test", "ITC + ITM", "10.0", "20.0", "30.0", "10.0", "20.0", "30.0", "0.5", "4.25"] in rows
     differing = [row for row in rows if row[0] in ("seed", "model.width", "batch_size")]
     assert differing == [["model.width", "16", "24"], ["seed", "0", "7"]]
     assert [line["class"] for line in page.all("polyline")] == ["line0", "line1"] * 3
     assert [svg["aria-label"] for svg in page.all("svg")] == ["loss", "MLM, nats per masked token", "pairs/s"]
     assert "http" not in text
     assert text.startswith("<!doctype html>")
+
+
+def test_a_run_without_itm_is_said_to_be_ranked_by_itc(tmp_path):
+    runs = [made_up(tmp_path / "a", 1.5), made_up(tmp_path / "b", 2.5)]
+    ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
+    figures = {"split": "test", "tr": ranks, "ir": ranks, "gain_text_nats": 0.5, "gain_pixels_pct": 4.25}
+    for run, reranked in zip(runs, (32, 0), strict=True):
+        (run / "eval").mkdir()
+        (run / "eval/test.json").write_text(json.dumps(figures | {"reranked": reranked}))
+    rows = Page(write_comparison(runs, tmp_path / "page.html").read_text()).rows
+    assert [row[:3] for row in rows if row[1:2] == ["test"]] == [["a", "test", "ITC + ITM"], ["b", "test", "ITC"]]
 
 
 def test_hostile_names_and_settings_are_escaped(tmp_path):
