@@ -59,11 +59,15 @@ def check_ranges(config: Any) -> None:
 def _check_type(name: str, wanted: Any, value: Any) -> None:
     """Check what Python's callers may mistype. Command lines and JSON files are checked in full when they are read."""
     choices = get_args(wanted)
-    if get_origin(wanted) is Literal and isinstance(value, str) and value not in choices:
+    if type(None) in choices:  # int | None
+        if value is None:
+            return
+        wanted, choices = choices[0], get_args(choices[0])
+    if get_origin(wanted) is Literal and value not in choices:
         *first, last = (f'"{choice}"' for choice in choices)
         raise ConfigError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
     if wanted is int and isinstance(value, float):
         raise ConfigError(f"{name} must be an integer, got {value}")
     fixed = get_origin(wanted) is tuple and ... not in choices
-    if fixed and isinstance(value, tuple) and len(value) != len(choices):
+    if fixed and isinstance(value, tuple | list) and len(value) != len(choices):
         raise ConfigError(f"{name} must have {len(choices)} values, got {value}")

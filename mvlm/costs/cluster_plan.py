@@ -236,7 +236,7 @@ class Limits(NamedTuple):
     pairs: int | None
     """Pairs of a GPU, a power of two times those of the plan."""
     gpus: int | None
-    """Number of GPUs, with the same pairs on each."""
+    """Number of GPUs, with the same pairs on each; those of the plan if its step is below already."""
     gpus_by: str
     """Largest part of the step of so many GPUs that is not computing, in words."""
 
@@ -247,11 +247,12 @@ def limits(setting: ClusterSetting, cost: StepCost, record: RecordedStep) -> Lim
     def computing(changed: ClusterSetting, batch: float = 1.0) -> float:
         return planned_step(changed, cost, record, batch).computing
 
+    planned = planned_step(setting, cost, record)
+    now = planned.computing
+    if now < ENOUGH:
+        return Limits(None, None, None, setting.ranks, next(iter(planned.others)))
     below = next((found for found in scaling(setting, cost, record) if found[1].computing < ENOUGH), None)
     gpus, by = (below[0].ranks, next(iter(below[1].others))) if below else (None, "")
-    now = computing(setting)
-    if now < ENOUGH:
-        return Limits(None, None, None, gpus, by)
     rate = setting.links.inter_node
     rates = [rate * 0.9**k for k in range(60)] if setting.nodes > 1 else []
     batches = [0.5**k for k in range(1, 12) if setting.pairs * 0.5**k >= 1]

@@ -113,6 +113,6 @@ def _limits(setting: ClusterSetting, found: Limits) -> list[str]:
     if found.pairs is not None:
         lines.append(f"  small batches: {found.pairs} pairs in a microbatch instead of {setting.pairs}")
     if found.gpus is not None:
-        more = "more GPUs" if found.gpus > setting.ranks else "already"
-        lines.append(f"  {more}: {found.gpus:,}, most of it by {found.gpus_by}")
+        more = f"more GPUs: {found.gpus:,}" if found.gpus > setting.ranks else "it is already"
+        lines.append(f"  {more}, most of it by {found.gpus_by}")
     return lines or ["  nothing that this model knows"]

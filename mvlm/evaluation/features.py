@@ -5,6 +5,7 @@ Shape legend: I images, T captions, W tokens of all captions, N patches, C width
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,6 +87,9 @@ def encode_split(
         captions += dataset.captions(i)
         owner += [image[i]] * (len(captions) - first[-1])
     starts = packed_tokens(captions, tokenizer, config.text_length)[1].long()
+    # As the loader of the masks does, pass over a caption without a token beside [CLS] and [SEP].
+    seen = (starts.diff() > 2).tolist()
+    first = [next((n for n in range(a, b) if seen[n]), a) for a, b in pairwise([*first, len(captions)])]
     dtype = next(model.parameters()).dtype
     v = workspace.array("v", (len(dataset), 1 + config.num_patches, config.width), dtype)
     w = workspace.array("w", (int(starts[-1]), config.width), dtype)

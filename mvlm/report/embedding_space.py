@@ -74,13 +74,17 @@ def neighbours(split: Dataset, features: EncodedSplit) -> list[Neighbours]:
 
 
 def embedding_map(split: Dataset, features: EncodedSplit) -> EmbeddingMap:
-    """Some images, chosen at random, at the first two principal components of all images' embeddings."""
-    places, explained = principal_components(features.image_embedding)
+    """Some images, chosen at random, at the first two principal components of all images' embeddings.
+
+    An image of several samples is there once.
+    """
+    samples = features.different
+    places, explained = principal_components(features.image_embedding[samples])
     low, high = places.min(0).values, places.max(0).values
     scaled = (places - low) / (high - low).clamp(min=1e-12)
-    chosen = chosen_samples(MAPPED, len(split), seed=5)
     points = [
-        MapPoint(_image(split, i, 48), 100 * float(scaled[i, 0]), 100 * (1 - float(scaled[i, 1]))) for i in chosen
+        MapPoint(_image(split, int(samples[i]), 48), 100 * float(scaled[i, 0]), 100 * (1 - float(scaled[i, 1])))
+        for i in chosen_samples(MAPPED, len(samples), seed=5)
     ]
     return EmbeddingMap(points, explained)
 

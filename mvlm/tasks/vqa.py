@@ -174,7 +174,7 @@ class VisualQuestionAnswering(Task):
         records = questions(train, repeated=True)
         counts = Counter(answer for record in records for answer in soft_targets(record["answers"]))
         ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
-        main = Counter(map(main_answer, records))
+        main = Counter(map(main_answer, {record["question_id"]: record for record in records}.values()))  # no copies
         kept = sorted((a for a in main if main[a] >= options.min_count), key=lambda answer: (-main[answer], answer))
         if options.answer_list is not None:
             kept = read_answers(Path(options.answer_list), counts)

@@ -27,9 +27,9 @@ PARTS: dict[Tower, tuple[str, ...]] = {
 BERT, ROBERTA = "bert", "roberta"
 TEXT_FAMILIES = {
     **dict.fromkeys(
-        ("bert", "electra", "ernie", "splinter", "big_bird", "chinese_clip_text_model", "align_text_model"), BERT
+        ("bert", "electra", "ernie", "splinter", "big_bird", "dpr", "chinese_clip_text_model", "align_text_model"), BERT
     ),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text"), ROBERTA),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text", "bridgetower_text_model"), ROBERTA),
 }
 """model_type in transformers of text encoders that compute what ours does -> the one whose positions they have."""
 EXACT_GELU = ("gelu", "gelu_python")
@@ -113,7 +113,11 @@ def _check_text(path: Path, config: Mapping[str, Any]) -> None:
     """RunError for a text model that computes something else with tensors of the same names and shapes."""
     kind = config.get("model_type")
     if kind is not None and str(kind) not in TEXT_FAMILIES:
-        raise RunError(f"{path}: wanted a model_type of {', '.join(TEXT_FAMILIES)}, got {kind!r}; take another source")
+        raise RunError(
+            f"{path}: wanted a model_type of {', '.join(TEXT_FAMILIES)}, got {kind!r}; give weights of another model a "
+            f"folder of their own, and the state dict of a BERT or RoBERTa under another name to load_hf_bert or "
+            f"load_hf_roberta"
+        )
     if config.get("is_decoder"):
         raise RunError(
             f"{path}: wanted an encoder, got is_decoder {config['is_decoder']!r}, where no word sees the words after "

@@ -28,6 +28,8 @@ def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM
             try:
                 time_step(contender, make_inputs(model, caption_lengths(number, length, length / 3), device))
             except torch.OutOfMemoryError:
+                if contender.optimizer is not None:  # perhaps it had made the moments of some parameters
+                    contender.optimizer.state.clear()
                 return False
             except RuntimeError as error:  # another limit, such as the grid's size or a 32-bit index
                 row["note"] = f"a batch of {number} ends with {one_line(error)}"

@@ -3,9 +3,10 @@
     python -m mvlm_benchmarks.step.traffic [--preset base] [--batch 256] [--json FILE]
 
 The step runs on fake tensors, which have shapes and no values, and makes the choices of a GPU. A dispatch mode counts:
-each operation reads its inputs and writes its outputs once. Our ops and SDPA are one operation each. Views, allocations
-and caches are free, so the figures are lower bounds. The estimate of milliseconds divides bytes by a rate, and products
-by another, and adds: nothing here is measured.
+each operation reads its inputs and writes its outputs once; what it overwrites is not read, nor what it does not
+select of a table. Our ops and SDPA are one operation each. Views, allocations and caches are free, so the figures are
+lower bounds. The estimate of milliseconds divides bytes by a rate, and products by another, and adds: nothing here is
+measured.
 """
 
 import argparse
@@ -44,6 +45,13 @@ KINDS = {
                          "embedding", "new_zeros", "zeros", "fill", "full"),
 }  # fmt: skip
 REST = "sums and other elementwise operations"
+WRITTEN_ALONE = (
+    "zero_", "fill_", "copy_", "new_zeros", "new_full", "zeros_like", "full_like", "ones_like", "_foreach_zero_",
+    "_foreach_copy_",
+)  # fmt: skip
+"""Operations that do not read their first argument: they overwrite it, or take its shape."""
+SELECTED = ("index_select", "gather", "embedding", "index")
+"""Operations that read as much of their first argument as they return."""
 RATE, PRODUCTS = 2.75e12, 600e12
 """Bytes and floating-point operations a second of an H100 at such shapes: a guess, from its data sheet and published
 figures. Not measured."""
@@ -73,7 +81,10 @@ class Traffic(TorchDispatchMode):
         kind = kind_of(name)
         given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
         written = () if func._schema.returns else _written_in_place(func, args, given)  # else they are in `out`
-        leaves = tree_leaves((args, given, out, written))
+        read = args
+        if name in WRITTEN_ALONE or name in SELECTED:
+            read = (out, *args[1:]) if name in SELECTED else args[1:]
+        leaves = tree_leaves((read, given, out, written))
         self.bytes[kind] += sum(tensor_bytes(t) for t in leaves if isinstance(t, torch.Tensor))
         self.calls[kind] += 1
         if kind == "products":

@@ -204,7 +204,7 @@ def _describe(text: bytes | None, prefix: str) -> dict[str, Any]:
     """Origin of an image, from img2dataset's metadata. Folders that number their images alike have prefixes."""
     fields = _parse_object(text)
     found = {name: fields[name] for name in ("url", "image_id", "license") if isinstance(fields.get(name), str | int)}
-    if prefix and "image_id" in found:
+    if prefix and found.get("image_id", "") != "":  # an empty one names no image, and would name all
         found["image_id"] = f"{prefix}{found['image_id']}"
     return found
 

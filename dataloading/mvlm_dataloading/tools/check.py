@@ -227,7 +227,8 @@ def _check_samples(
             continue
         if unseen := [caption for caption in captions if not is_visible(caption)]:
             found.problems.append(
-                f"{where}: wanted captions in which something can be seen, found {unseen[0]!a}; remove the caption"
+                f"{where}: wanted captions in which something can be seen, found {unseen[0]!a}; remove the caption, or "
+                f"build the data set again"
             )
         found.captions.append(len(captions))
         found.words += [len(caption.split()) for caption in captions]

@@ -43,6 +43,19 @@ def test_bytes_and_operations_against_a_count_by_hand() -> None:
     assert traffic.flops == 2 * 4 * 8 * 16
 
 
+def test_what_is_only_written_and_what_is_not_selected_is_not_read() -> None:
+    table, ids, out = torch.zeros(1000, 4), torch.tensor([3, 5]), torch.zeros(6)
+    with Traffic() as traffic:
+        out.copy_(torch.ones(6))  # the ones are filled, written once, then read; `out` is written
+        table.new_zeros(5)
+        torch.zeros_like(out)
+        table.index_select(0, ids)
+        torch.nn.functional.embedding(ids, table)
+        torch._foreach_zero_([out])
+    assert traffic.bytes["casts and copies"] == 4 * 12 + 4 * 5 + 4 * 6 + 2 * (2 * 4 * 8 + 2 * 8)
+    assert traffic.bytes[REST] + traffic.bytes["optimizer"] == 4 * 6 + 4 * 6
+
+
 def test_an_optimizer_reads_four_tensors_and_writes_three_of_them() -> None:
     weight = torch.nn.Parameter(torch.zeros(100, 10))
     optimizer = torch.optim.AdamW([weight], fused=True)

@@ -53,6 +53,21 @@ def test_keys_of_several_downloads_are_prefixed(tmp_path):
     assert cc3m(tars).recipe != cc3m([tmp_path / "one", tmp_path / "two"]).recipe
 
 
+def test_an_empty_image_id_gets_no_prefix(tmp_path):
+    """It would become the name of all images of its folder."""
+    for number, shade in (("one", 0), ("two", 50)):
+        (tmp_path / number).mkdir()
+        with tarfile.open(tmp_path / number / "00000.tar", "w") as file:
+            for k in range(3):
+                image = published.encoded(published.make_image(k + shade))
+                text = json.dumps({"caption": f"number {k}", "image_id": ""}).encode()
+                published.add_members(file, [(f"{k}.jpg", image), (f"{k}.json", text)])
+    build_source(webdataset([tmp_path / "one", tmp_path / "two"]), tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out", "train")
+    assert {dataset.metadata(i).get("image_id") for i in range(6)} == {""}
+    assert len({dataset.image_id(i) for i in range(6)}) == 6
+
+
 def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
     for tar in range(3):
         with tarfile.open(tmp_path / f"part.{tar}.tar.gz", "w:gz") as file:

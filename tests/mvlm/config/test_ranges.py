@@ -40,6 +40,7 @@ class Settings:
     free: float = -3.0
     way: Literal["up", "down", "left"] = "up"
     end: Literal["near", "far"] = "far"
+    size: int | None = None
     name: str = "x"
     folder: Annotated[str | None, "no range"] = None
 
@@ -59,6 +60,9 @@ class Settings:
         ({"way": "Up"}, 'way must be "up", "down" or "left", got \'Up\''),
         ({"end": "nearby"}, 'end must be "near" or "far", got \'nearby\''),
         ({"shares": (0.5,)}, r"shares must have 2 values, got \(0.5,\)"),
+        ({"shares": [0.5, 0.5, 0.5]}, r"shares must have 2 values, got \[0.5, 0.5, 0.5\]"),
+        ({"end": None}, 'end must be "near" or "far", got None'),
+        ({"size": 48.5}, "size must be an integer, got 48.5"),
     ],
 )
 def test_a_value_that_its_field_does_not_allow_is_refused(changes: dict[str, Any], message) -> None:

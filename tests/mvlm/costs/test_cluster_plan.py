@@ -118,6 +118,7 @@ def test_a_step_that_is_below_already_names_only_the_number_of_gpus():
     found = limits(setting(inter_node=1e8), FOUND, record(gradients=1e11))
     assert (found.inter_node, found.straggler, found.pairs) == (None, None, None)
     assert found.gpus_by == "waiting for gradients"
+    assert found.gpus == setting().ranks
 
 
 def test_parse_gpus_and_parse_count_refuse_other_forms():

@@ -7,8 +7,9 @@ from mvlm.evaluation import features
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference import encode
+from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_model
-from support.scenes import scene
+from support.scenes import png, scene
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,18 @@ def test_chosen_captions_are_packed_in_the_given_order(model, heldout_split, tok
     assert text.packing.lengths.tolist() == [len(x) for x in rows]
     assert (text.packing.total, text.packing.max_length) == (len(text.rows), max(map(len, rows)))
     assert torch.equal(found.images(chosen, torch.device("cpu")), found.v[chosen])
+
+
+def test_the_first_caption_of_an_image_is_one_that_has_a_token(model, tokenizer, monkeypatch, tmp_path):
+    """As in the loader of the masks, which passes over the others."""
+    with ShardWriter(tmp_path, name="odd", source="tests", licence="CC0", attribution="", recipe={}) as writer:
+        for i, captions in enumerate((["unseen", "red", "blue"], ["green", "unseen"], ["red", "blue"])):
+            assert writer.add(f"{i}", png(scene(i)[0]), captions, {}, split="test") is None
+    encoding = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, n: encoding([t.replace("unseen", "") for t in texts], n))
+    split = open_dataset(tmp_path, "test")
+    found = encode_split(model, split, tokenizer, "fp32")
+    assert [found.captions[n] for n in found.first.tolist()] == ["red", "green", "red"]
+    (batch, _), *_ = encode.eval_loader(split, model, tokenizer)
+    lengths = found.starts.diff()[found.first]
+    assert torch.equal(batch.cu_seqlens.diff().long(), lengths)

@@ -59,6 +59,15 @@ def test_neighbours_are_different_images_in_data_with_a_row_for_each_caption(spl
         np.testing.assert_allclose([s for _, s in row.found], [similarity[i] for i in others], atol=1e-6)
 
 
+def test_a_map_has_an_image_of_several_samples_once(split, features):
+    image = torch.tensor([0, 0, 0, 0, 4, 4, 4, 7, 8, 9])
+    copies = EncodedSplit(**{**vars(features), "image": image, "image_embedding": features.image_embedding[image]})
+    found = space.embedding_map(split, copies)
+    alone = space.principal_components(features.image_embedding[[0, 4, 7, 8, 9]])
+    assert len({point.image.text for point in found.points}) == len(found.points) == 5
+    assert found.explained == pytest.approx(alone[1])
+
+
 def test_the_map_is_the_first_two_principal_components():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(40, 5)) * [5, 0.1, 3, 0.2, 0.1] + [9, 8, 7, 6, 5]

@@ -13,7 +13,7 @@ from mvlm.tasks.metrics.vqa import answer_accuracy
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering, annotator_shares
 from mvlm.tasks.vqa import questions as task_questions
-from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading import DataError, ShardWriter, ViewOptions, make_view, open_dataset
 from support.questions import write_questions
 from support.scenes import png, scene
 
@@ -75,6 +75,14 @@ def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
     assert make_state(tmp_path / "d", min_count=2) == {"answers": ["red", "blue"], "others": ["green"]}
     with pytest.raises(DataError, match="wanted at least 2 answers with 3 training questions each, found 1"):
         make_state(tmp_path / "d", min_count=3)
+
+
+def test_copies_in_a_weighted_view_make_no_answer_frequent(questions, tmp_path):
+    """Each colour answers four questions, and the ground more."""
+    make_view(tmp_path / "view", [questions], ViewOptions(leaks="keep"), weights=[2])
+    for data in (questions, tmp_path / "view"):
+        with pytest.raises(DataError, match="at least 2 answers with 5 training questions each, found 1"):
+            make_state(data, min_count=5)
 
 
 def test_a_classifier_generates_no_answers(questions, trained):
