@@ -51,7 +51,7 @@ def test_what_is_only_written_and_what_is_not_selected_is_not_read() -> None:
         torch.zeros_like(out)
         table.index_select(0, ids)
         torch.nn.functional.embedding(ids, table)
-        torch._foreach_zero_([out])
+        torch.ops.aten._foreach_zero_([out])
     assert traffic.bytes["casts and copies"] == 4 * 12 + 4 * 5 + 4 * 6 + 2 * (2 * 4 * 8 + 2 * 8)
     assert traffic.bytes[REST] + traffic.bytes["optimizer"] == 4 * 6 + 4 * 6
 
