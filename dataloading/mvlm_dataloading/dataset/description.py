@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     file = folder / "dataset.json"
     if not folder.is_dir():
+        if re.match(r"[A-Za-z][A-Za-z0-9]+:/", str(folder)):
+            raise DataError(
+                f"{folder}: wanted a folder on this machine, found a URL, which training and evaluations alone read; "
+                f"copy the data here, or work where they are"
+            )
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
     if not file.is_file():
         raise DataError(f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it")

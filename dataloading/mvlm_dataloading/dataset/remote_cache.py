@@ -79,8 +79,14 @@ class RemoteCache:
         digest = hashlib.sha256(self.url.encode() + b"\0" + description).hexdigest()[:24]
         # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "dataset.json", description)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(self.folder / "dataset.json", description)
+        except OSError as error:
+            raise DataError(
+                f"{cache}: wanted a cache folder that can be written, found that it cannot: {error.strerror}; set "
+                f"MVLM_CACHE to another folder"
+            ) from None
         self._shards: list[dict[str, Any]] = []
         self._held: dict[int, int] = {}  # shard -> descriptor of its lock
         self._held_lock = threading.RLock()
@@ -174,6 +180,7 @@ class RemoteCache:
         """Fetch these shards and hold them until a `release_except` call that does not list them."""
         for shard in shards:
             with self._held_lock:
+                self._forget_if_removed(shard)
                 if shard not in self._held:
                     self._held[shard] = self._lock_shard(shard)
 
@@ -186,18 +193,26 @@ class RemoteCache:
     @contextlib.contextmanager
     def reading(self, shard: int) -> Iterator[None]:
         """Hold a shard inside the `with` block, independently of `fetch` and `release_except`."""
+        with self._held_lock:
+            self._forget_if_removed(shard)
         descriptor = self._lock_shard(shard)
         try:
             yield
         finally:
             os.close(descriptor)
 
+    def _forget_if_removed(self, shard: int) -> None:
+        """Give up the lock of a held shard that somebody has removed: the lock that fetches it again waits for it."""
+        if shard in self._held and not (self.folder / self._shards[shard]["tar"]).is_file():
+            os.close(self._held.pop(shard))
+
     def _lock_shard(self, number: int) -> int:
         """Fetch a shard if it is not cached, and verify it. Returns the descriptor of its shared lock."""
         shard = self._shards[number]
         tar = self.folder / shard["tar"]
         # flock directly, because filelock has no shared locks. The kernel releases the locks of a killed process.
-        lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        # The umask alone decides who may share the cache, as with the other files.
+        lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             while True:
                 fcntl.flock(lock, fcntl.LOCK_SH)

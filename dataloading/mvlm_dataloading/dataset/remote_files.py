@@ -5,6 +5,7 @@ hash is wrong are the same to a caller: the attempt is repeated after a pause, a
 the URL of the file.
 """
 
+import errno
 import hashlib
 import logging
 import re
@@ -146,6 +147,11 @@ class RemoteFolder:
             except DataError:
                 raise
             except Exception as error:  # each file system has its own exceptions
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise DataError(
+                        f"{self.url}/{name}: wanted room for it, found: {error.strerror}; make room, or, for a cache, "
+                        f"lower MVLM_CACHE_GB or set MVLM_CACHE to a folder on another disk"
+                    ) from None
                 what = str(error) or repr(error)
                 if attempt + 1 == _ATTEMPTS:
                     raise DataError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
-from mvlm_dataloading.dataset.description import already_written
+from mvlm_dataloading.dataset.description import already_written, read_description
 from support.data import make_image, write_dataset
 
 
@@ -50,6 +50,13 @@ def one_shard(**changed) -> str:
 def test_a_malformed_description_is_refused(folder, text):
     (folder / "dataset.json").write_text(text, encoding="latin-1")
     refuse(folder, "dataset.json: wanted the description of a data set, found")
+
+
+@pytest.mark.parametrize("place", ["http:/host/data", "s3:/bucket/data", "file:/data"])
+def test_a_url_is_said_to_be_one(place):
+    """`Path` makes one slash of two."""
+    with pytest.raises(DataError, match=f"{place}: wanted a folder on this machine, found a URL"):
+        read_description(Path(place))
 
 
 def test_a_description_of_another_version_is_refused(folder):

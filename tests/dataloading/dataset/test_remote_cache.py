@@ -1,8 +1,10 @@
 """The cache of remote data: locks, room, retries and files, with a local web server."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -259,3 +261,55 @@ def test_jobs_can_share_a_remote_cache(folder, web, cache, monkeypatch):
 def test_urls_are_recognised_as_remote(place):
     assert is_remote(place)
     assert not any(is_remote(local) for local in ("data", "/data/s3", "./s3:", "c:/data"))
+
+
+def test_a_shard_that_was_removed_while_held_is_fetched_again(folder, web, cache):
+    """Somebody makes room on the disk. Its own lock must not keep the process waiting."""
+    dataset = open_dataset(web, "train")
+    assert dataset.remote is not None
+    dataset.remote.fetch([0])
+    for tar in cache.glob("*/*.tar"):
+        tar.unlink()
+    found: list[list[str]] = []
+    reader = threading.Thread(target=lambda: found.append(dataset.captions(0)), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert found == [open_dataset(folder, "train").captions(0)]
+    dataset.remote.fetch([0])
+    for tar in cache.glob("*/*.tar"):
+        tar.unlink()
+    dataset.remote.fetch([0])
+    assert len(list(cache.glob("*/*.tar"))) == 1
+
+
+def test_the_umask_decides_who_may_share_a_cache(folder, web, cache):
+    before = os.umask(0o002)
+    try:
+        dataset = open_dataset(web, "train")
+        assert dataset.remote is not None
+        dataset.remote.fetch([0])
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in cache.glob("*/*")}
+    assert "train-000000.tar.lock" in modes
+    assert set(modes.values()) == {0o664}
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder, web, cache, monkeypatch):
+    cache.write_text("a file")
+    with pytest.raises(DataError, match=f"{cache}: wanted a cache folder that can be written.*; set MVLM_CACHE"):
+        open_dataset(web, "train")
+
+
+def test_a_full_disk_is_said_at_once(folder, web, cache, monkeypatch):
+    dataset, tried = open_dataset(web, "train"), []
+    assert dataset.remote is not None
+    remote = dataset.remote.remote
+
+    def full(path: str) -> None:
+        tried.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match="wanted room for it, found: No space left on device; make room, or"):
+        remote.attempt("train-000000.tar", full)
+    assert len(tried) == 1

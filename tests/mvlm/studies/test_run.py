@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mvlm import cli
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
@@ -310,6 +311,13 @@ def test_a_study_of_pretraining_takes_no_checkpoint(scenes, trained, tmp_path: P
     settings = study().settings | {"initial_model": str(trained)}
     (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
     assert trial.files == {"initial_model": load_model(trained, "cpu").sha256}
+
+
+def test_ranks_of_torchrun_are_refused(monkeypatch, tmp_path: Path) -> None:
+    """Each rank would take another trial, and wait for the others in it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="study: wanted one process, found ranks of torchrun; give --jobs N"):
+        cli.run_command(["study", "studies/smoke.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 def test_a_folder_of_other_files_is_refused(scenes, tmp_path: Path) -> None:
