@@ -232,5 +232,6 @@ def test_check_names_captions_in_which_nothing_can_be_seen(tmp_path):
             published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", text.encode())])
     rebuild_indices(tmp_path / "tars")
     assert problems(tmp_path / "tars") == [
-        r"train-0.tar key 1: wanted captions in which something can be seen, found '\u200b\u0301'; remove the caption, or build the data set again"
+        r"train-0.tar key 1: wanted captions in which something can be seen, found '\u200b\u0301'; "
+        "remove the caption, or build the data set again"
     ]
