@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, Range, check_ranges
+from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, Range, check_values
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
@@ -94,7 +94,7 @@ class MaskVLMConfig:
     """Standard deviation of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_values(self)
         if self.text_length < 3:
             raise ConfigError(f"text_length must be at least 3 ([CLS], a token, [SEP]), got {self.text_length}")
         if self.image_size % self.mask_block:

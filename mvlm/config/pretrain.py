@@ -18,7 +18,7 @@ from mvlm.config.groups import (
     WeightSettings,
 )
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.ranges import check_ranges
+from mvlm.config.ranges import check_values
 from mvlm.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
     """Configuration of the model; the tokenizer decides `mask_token_id`."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_values(self)
         if self.compile and (self.accumulate > 1 or self.plan != "fast" or self.checkpoint_activations):
             raise ConfigError(
                 f"compile: wanted --plan fast, --accumulate 1 and no --checkpoint-activations, got --plan {self.plan}, "

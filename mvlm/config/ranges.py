@@ -37,7 +37,7 @@ DECAY = Range(0, 1, exclude_high=True)
 """Decay of a moving average. 1 would never forget its start."""
 
 
-def check_ranges(config: Any) -> None:
+def check_values(config: Any) -> None:
     """Raise ConfigError for a value of a dataclass that the type of its field does not allow.
 
     That is a number that is NaN, infinite, or outside the range of its field; a fraction where the field is an integer;

@@ -114,5 +114,5 @@ def _limits(setting: ClusterSetting, found: Limits) -> list[str]:
         lines.append(f"  small batches: {found.pairs} pairs in a microbatch instead of {setting.pairs}")
     if found.gpus is not None:
         more = f"more GPUs: {found.gpus:,}" if found.gpus > setting.ranks else "it is already"
-        lines.append(f"  {more}, most of it by {found.gpus_by}")
+        lines.append(f"  {more}, mainly by {found.gpus_by}")
     return lines or ["  nothing that this model knows"]

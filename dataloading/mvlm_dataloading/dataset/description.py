@@ -74,8 +74,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         if re.match(r"[A-Za-z][A-Za-z0-9]+:/", str(folder)):
             raise DataError(
-                f"{folder}: wanted a folder on this machine, found a URL, which training and evaluations alone read; "
-                f"copy the data here, or work where they are"
+                f"{folder}: wanted a folder on this machine, found a URL, which this command does not read; "
+                f"copy the data here"
             )
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
     if not file.is_file():

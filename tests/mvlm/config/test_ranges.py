@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, Range, check_ranges
+from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, Range, check_values
 from mvlm.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ class Settings:
     folder: Annotated[str | None, "no range"] = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_values(self)
 
 
 @pytest.mark.parametrize(
