@@ -81,10 +81,8 @@ class Traffic(TorchDispatchMode):
         kind = kind_of(name)
         given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
         written = () if func._schema.returns else _written_in_place(func, args, given)  # else they are in `out`
-        read = args
-        if name in WRITTEN_ALONE or name in SELECTED:
-            read = (out, *args[1:]) if name in SELECTED else args[1:]
-        leaves = tree_leaves((read, given, out, written))
+        first = () if name in WRITTEN_ALONE else (out,) if name in SELECTED else args[:1]
+        leaves = tree_leaves((first, args[1:], given, out, written))
         self.bytes[kind] += sum(tensor_bytes(t) for t in leaves if isinstance(t, torch.Tensor))
         self.calls[kind] += 1
         if kind == "products":
