@@ -123,6 +123,11 @@ def _check_text(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: wanted an encoder, got is_decoder {config['is_decoder']!r}, where no word sees the words after "
             f"it; take another source"
         )
+    if config.get("rescale_embeddings"):
+        raise RunError(
+            f"{path}: wanted word embeddings as they are stored, got rescale_embeddings "
+            f"{config['rescale_embeddings']!r}, which multiplies them by the root of the width; take another source"
+        )
     pad = config.get("pad_token_id", 0)
     if TEXT_FAMILIES.get(str(kind)) == ROBERTA and (not isinstance(pad, int) or pad < 0):
         raise RunError(f"{path}: wanted pad_token_id, after which positions start, got {pad!r}; correct it")

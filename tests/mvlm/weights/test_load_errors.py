@@ -162,6 +162,7 @@ def test_a_config_that_says_otherwise_is_refused(tmp_path, caplog, load):
         ({"text_config": {"num_attention_heads": 4}}, "num_attention_heads 2, as in the model, got 4"),
         ({"decoder": {"num_attention_heads": 2, "hidden_act": "relu"}}, "hidden_act gelu, got 'relu'"),
         ({"is_decoder": True}, "an encoder, got is_decoder True"),
+        ({"model_type": "big_bird", "rescale_embeddings": True}, "word embeddings as .*, got rescale_embeddings True"),
         ({"model_type": "yoso"}, "a model_type of bert, .*, got 'yoso'"),
         ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id, after which positions start, got None"),
         ([1, 2], "the configuration of the weights beside it, got "),
