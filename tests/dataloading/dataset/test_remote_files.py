@@ -14,7 +14,7 @@ from support.web_server import serve
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote_files, "SILENCE_S", 0.5)
+    monkeypatch.setattr(remote_files, "SILENCE_S", 1)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 _CODE = """
+import ctypes
 import resource
 import torch
 from mvlm.training.freed_memory import keep_freed_memory
@@ -27,7 +28,12 @@ def faults_a_step():
         step()
     return (faults() - before) / 5
 
+# Some systems give large pages to all memory. The first figure is of small ones.
+PR_SET_THP_DISABLE = 41
+prctl = ctypes.CDLL(None).prctl
+assert prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
 print(faults_a_step())
+assert prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0) == 0
 keep_freed_memory()
 torch.ones(1_000_000)  # freed at once: glibc then looks whether the heap's end is free
 before = faults()

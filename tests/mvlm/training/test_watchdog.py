@@ -20,6 +20,7 @@ def hang_in_the_loader() -> None:
 
 
 def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
+    started = time.monotonic()
     process = os.fork()
     if process == 0:
         threading.Thread(target=time.sleep, args=(30,), name="another", daemon=True).start()
@@ -27,7 +28,6 @@ def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
             watchdog.beat("the data of step 7")
             hang_in_the_loader()
         os._exit(0)
-    started = time.monotonic()
     assert code_of(process) == EXIT_CODE
     assert 0.4 < time.monotonic() - started < 20
     stacks = (tmp_path / "stalled.txt").read_text()

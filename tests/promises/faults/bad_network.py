@@ -145,7 +145,7 @@ def run_trials(folder: Path, trials: int, seed: int) -> dict[str, Any]:
 def shorten(patch: Callable[[Any, str, float], None] = setattr) -> None:
     """Shorten pauses and limits, so that a trial takes seconds."""
     patch(remote_files, "FIRST_PAUSE_S", 0.01)
-    patch(remote_files, "SILENCE_S", 0.5)
+    patch(remote_files, "SILENCE_S", 1)
 
 
 def main() -> int:
