@@ -1,8 +1,10 @@
 """Tokenizers: a byte-level BPE trained on captions, or any `tokenizer.json`."""
 
 import bisect
+import contextlib
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of
 
 # Names of the special tokens in BERT's and RoBERTa's vocabularies.
 _NAMES = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
+_UNKNOWN = ("[UNK]", "<unk>")
 
 _BLANK = "\u0120"  # of byte-level BPE
 _WITHOUT_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
@@ -40,7 +43,8 @@ class Tokenizer:
         fingerprint: sha256 of the tokenizer's definition.
 
     Raises:
-        DataError: one of the four special tokens is missing.
+        DataError: one of the four special tokens is missing, or the name of one in a caption becomes that token and
+            there is no unknown token for it.
     """
 
     def __init__(self, inner: Any, origin: str = "tokenizer"):
@@ -57,7 +61,33 @@ class Tokenizer:
                     f"{origin}: wanted a {kind} token named {' or '.join(names)}, found none; use another tokenizer"
                 )
         self.cls_id, self.sep_id, self.mask_id, self.pad_id = ids["cls"], ids["sep"], ids["mask"], ids["pad"]
+        self._in_place_of: dict[int, int] = self._unknown_for(ids, origin)
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
+
+    def _unknown_for(self, special: dict[str, int], origin: str) -> dict[int, int]:
+        """Special token -> the unknown token, where a caption that spells the former's name would be read as it.
+
+        `encode_special_tokens` prevents that for added tokens alone. Models of SentencePiece have them as ordinary
+        pieces.
+        """
+        found: set[int] = set()
+        for name in itertools.chain(*_NAMES.values()):
+            for text in (name, f"a {name} a"):
+                with contextlib.suppress(Exception):  # a vocabulary of whole words may have no token for it
+                    found.update(self._inner.encode(text, add_special_tokens=False).ids)
+        if found.isdisjoint(special.values()):
+            return {}
+        unknown = next((i for i in map(self._inner.token_to_id, _UNKNOWN) if i is not None), None)
+        if unknown is None:
+            raise DataError(
+                f"{origin}: wanted a tokenizer that reads the name of a special token in a caption as text, found one "
+                f"that reads the token and has no {' or '.join(_UNKNOWN)} for it; declare its added_tokens"
+            )
+        return dict.fromkeys(special.values(), int(unknown))
+
+    def _ids(self, found: Any) -> list[int]:
+        """Tokens of an encoded text, none of them special."""
+        return [self._in_place_of.get(i, i) for i in found.ids] if self._in_place_of else found.ids
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Concatenated tokens of B texts, int64 (T,), and their lengths, int64 (B,).
@@ -65,7 +95,7 @@ class Tokenizer:
         Each text becomes [CLS] ... [SEP]. Longer texts are truncated to `max_length` tokens, [SEP] kept.
         """
         check_text_length(max_length)
-        rows = [e.ids[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        rows = [self._ids(e)[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
         tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
 
@@ -84,7 +114,7 @@ class Tokenizer:
         ids: list[int] = []
         before: list[int] = []
         found = self._inner.encode(text, add_special_tokens=False)
-        for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
+        for token, (start, stop) in zip(self._ids(found), found.offsets, strict=True):
             masks = [place for place in places if start <= place < stop]
             if masks and len(text[start:stop].strip()) != 1:  # one token of a mask and of what is beside it
                 return self._encode_alone(pieces)
@@ -98,7 +128,7 @@ class Tokenizer:
         ids: list[int] = []
         for number, piece in enumerate(pieces):
             ids += [self.mask_id] if number else []
-            ids += self._inner.encode(piece.strip(), add_special_tokens=False).ids if piece.strip() else []
+            ids += self._ids(self._inner.encode(piece.strip(), add_special_tokens=False)) if piece.strip() else []
         return ids
 
     @functools.cached_property
@@ -151,7 +181,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+        # A file need not declare its special tokens, and the package then decodes them as words.
+        special = {self.cls_id, self.sep_id, self.mask_id, self.pad_id}
+        words = [i for i in map(int, ids) if i not in special]
+        return self._inner.decode(words, skip_special_tokens=True).strip()
 
     def token(self, token_id: int) -> str:
         """Spelling of a token in the vocabulary."""

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,54 @@ def test_a_caption_that_spells_a_special_token_is_ordinary_text():
     tokens, _ = tokenizer.encode(["a [MASK] and [SEP]"], 100)
     assert np.isin(tokens[1:-1], [0, 1, 2, 3, 4]).sum() == 0
     assert tokenizer.decode(tokens) == "a [MASK] and [SEP]"
+
+
+def undeclared(folder: Path, kind: str) -> Path:
+    """Tokenizer whose special tokens are words of its vocabulary, which no list of added tokens names."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    if kind == "unigram":
+        inner = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+        inner.train_from_iterator(
+            CAPTIONS,
+            tokenizers.trainers.UnigramTrainer(
+                vocab_size=60, special_tokens=names, unk_token="<unk>", show_progress=False
+            ),
+        )
+    else:
+        vocabulary = {word: i for i, word in enumerate([*names, *sorted({w for c in CAPTIONS for w in c.split()})])}
+        if kind == "none unknown":
+            vocabulary = {word: i for i, word in enumerate([*names[:3], names[4], "cat"])}
+        inner = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel(vocabulary, **({} if kind == "none unknown" else {"unk_token": "<unk>"}))
+        )
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    stored = json.loads(inner.to_str()) | {"added_tokens": []}
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(stored))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words"])
+def test_special_tokens_that_the_file_does_not_declare_are_none_of_the_text(tmp_path, kind):
+    tokenizer = load_tokenizer(undeclared(tmp_path, kind))
+    special = [tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.pad_id]
+    texts = ["<s> cat", "cat </s> cat", "<pad>", "cat <mask>", CAPTIONS[0]]
+    for text in texts:
+        tokens, lengths = tokenizer.encode([text], 50)
+        assert np.isin(tokens[1:-1], special).sum() == 0, text
+        assert tokens[[0, -1]].tolist() == special[:2]
+        assert sum(stop - start for _, start, stop in tokenizer.words(text)) <= lengths[0] - 2
+    masked = tokenizer.encode_masked([f"{CAPTIONS[0]} </s> ", ""])
+    assert masked.count(tokenizer.mask_id) == 1
+    assert np.isin(masked, [tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id]).sum() == 0
+    tokens, _ = tokenizer.encode([CAPTIONS[0]], 50)
+    assert tokenizer.decode([*tokens, tokenizer.pad_id, tokenizer.mask_id]) == CAPTIONS[0]
+
+
+def test_a_tokenizer_that_reads_a_name_as_its_token_needs_an_unknown_token(tmp_path):
+    with pytest.raises(DataError, match=r"tokenizer\.json: wanted .* has no \[UNK\] or <unk> for it; declare"):
+        load_tokenizer(undeclared(tmp_path, "none unknown"))
 
 
 def test_equal_captions_give_an_equal_tokenizer_in_another_process(tmp_path):

@@ -20,7 +20,7 @@ def test_each_part_is_described_where_it_begins(tmp_path):
     assert (first["precision"], second["precision"], second["machine"]["ranks"]) == ("bf16", "fp32", 2)
     assert first["data"] == {"train": "abc"}
     assert first["machine"]["threads"] == torch.get_num_threads()
-    assert first["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(first["versions"]["torch"])  # the package's version may lack the CUDA
     assert (first["log_every"], second["log_every"]) == (1, 10)
     assert set(first) == {"event", "step", "time", "commit", "precision", "data", "log_every", "machine", "versions"}
 
