@@ -6,8 +6,9 @@ is therefore the ITC logit, which is the negatives' log-probability up to a cons
 two as well; ALBEF ranks candidates by ITM alone, and `Ranks` has these ranks too. TR retrieves captions for an image;
 any of the image's captions is a right answer. IR retrieves images for a caption. Samples with the same `image_id` in
 their metadata, as those of data with a row for each caption, are one image here, with the captions of all. Memory is
-bounded: similarities are computed for one block of queries at a time. They are float64 products, so no rank depends on
-the order in which a sum is computed.
+bounded: similarities are computed for one block of queries at a time. They are float64 products. Those of equal
+embeddings may still differ in the last bits, because a matrix product adds up its columns in different orders. Scores
+that are closer than `TIE` are therefore equal.
 
 A pair that is a candidate in both directions is judged once. Pairs are sorted by image, so a batch has few images, and
 keys and values of each are computed once for all of its pairs. A query that has no right candidate keeps its rank by
@@ -33,6 +34,8 @@ BATCHES_PER_PART = 4
 """Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
 DIRECTIONS = ("tr", "ir")
 RECALLS_AT = (1, 5, 10)
+TIE = 1e-9
+"""Scores that are closer are equal: far above what float64 rounds off, far below what parts two embeddings."""
 MOST_ANSWERS = 5
 """Number of a query's top answers."""
 
@@ -165,10 +168,10 @@ def find_candidates(
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
     """Rank of the best right answer, int64 (Q,), from scores (Q, G) and right bool (Q, G), True = a right answer.
 
-    It counts the wrong answers that do not score lower, so neither a tie nor NaN is a success.
+    It counts the wrong answers that do not score lower by `TIE`, so neither a tie nor NaN is a success.
     """
     best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
-    return (~(scores < best) & ~right).sum(dim=1)
+    return (~(scores < best - TIE) & ~right).sum(dim=1)
 
 
 def pairs_to_judge(found: Candidates, features: EncodedSplit, answers: bool = True) -> Tensor:
@@ -215,9 +218,10 @@ def _rerank(
         of_itm = torch.zeros_like(scores)
         of_itm[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
         scores += of_itm
-        # If no candidate is right, the best right answer keeps its rank by ITC.
+        # If no candidate is right, or only one that its tie with a wrong answer left out, the rank by ITC stays.
+        by_itc = found.ranks.tensor[block]
         for ranks, by in ((itm, scores), (alone, of_itm)):
-            ranks.append(torch.where(right.any(1), best_rank(by, right), found.ranks.tensor[block]))
+            ranks.append(torch.where(by_itc < right.shape[1], best_rank(by, right), by_itc))
         best = scores.topk(min(MOST_ANSWERS, scores.shape[1]), dim=1)
         top.append(found.rows.tensor[block].gather(1, best.indices))
         score.append(best.values[:, 0].float())

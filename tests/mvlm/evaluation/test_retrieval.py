@@ -246,6 +246,31 @@ def test_ties_count_as_wrong_answers_before_the_right_one():
     assert best_rank(torch.zeros(3, 10), torch.eye(3, 10).bool()).tolist() == [9, 9, 9]
 
 
+def test_scores_that_differ_by_rounding_alone_are_a_tie():
+    """Sums of the same numbers in another order, as a matrix product adds up its columns."""
+    products = torch.rand(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+    scores = torch.tensor([[sum(row), sum(reversed(row))] for row in products], dtype=torch.float64)
+    assert (scores[:, 0] > scores[:, 1]).any()
+    assert (scores[:, 0] < scores[:, 1]).any()
+    for right in ([True, False], [False, True]):
+        assert best_rank(scores, torch.tensor([right]).expand(50, 2)).tolist() == [1] * 50
+    scores[:, 1] = scores[:, 0] - 1e-8  # as different as two embeddings in float32 may be
+    assert best_rank(scores, torch.tensor([[True, False]]).expand(50, 2)).tolist() == [0] * 50
+    infinite = torch.tensor([[torch.inf, torch.inf, 0.0], [-torch.inf, -torch.inf, 0.0]])
+    assert best_rank(infinite, torch.tensor([[True, False, False]]).expand(2, 3)).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("direction", ["tr", "ir"])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_no_query_finds_its_answer_among_equal_wrong_ones(direction, k):
+    """Each image and each caption is there twice, so that every right answer has a wrong one that is equal to it."""
+    image = np.tile(np.random.default_rng(0).normal(size=(25, 64)), (2, 1))
+    model = Lookup(np.tile(np.eye(25), (2, 2)))
+    found = rank(model, features_of(image, image, list(range(50))), direction, k, "fp32")  # pyright: ignore[reportArgumentType]
+    for field in ("itc", "itm", "itm_alone"):
+        assert int(getattr(found, field).min()) >= 1, field
+
+
 def test_a_model_whose_scores_are_nan_finds_nothing():
     scores = torch.full((2, 5), torch.nan)
     right = torch.eye(5, dtype=torch.bool)[:2]
