@@ -207,9 +207,13 @@ def evaluate_grounding(
         detected: candidates by image id (`read_candidates`), instead of the metadata's.
 
     Raises:
-        ConfigError: there is no such layer, or neither a layer nor a validation split.
+        ConfigError: there is no such layer, or neither a layer nor a validation split; or the model has no ITM.
     """
     workspace, (network, tokenizer) = workspace or Workspace(), model
+    if not network.matching_is_trained:
+        raise ConfigError(
+            "checkpoint: wanted a model trained with ITM, whose maps point at phrases, found one without; name another"
+        )
     if layer is None and validation is None:
         raise ConfigError("layer: wanted a validation split to choose the layer on, found none; add --layer N")
     if layer is not None and not 0 <= layer < network.config.cross_layers:

@@ -24,7 +24,8 @@ CHANCE = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
 def pair_scores(model: TrainedModel, examples: Sequence[Example], truncate: bool = False) -> dict[str, Tensor]:
     """Scores of each caption with each image, float64 (n, 2 captions, 2 images) on the CPU, by three judges.
 
-    `itc` is the contrastive logit, `itm` the log-odds of a match, `both` their sum, by which retrieval ranks.
+    `itc` is the contrastive logit, `itm` the log-odds of a match, `both` their sum, by which retrieval ranks. A model
+    that was trained without ITM has no `itm`, and `both` is `itc`.
 
     Raises:
         RunError: an image cannot be used.
@@ -42,11 +43,14 @@ def pair_scores(model: TrainedModel, examples: Sequence[Example], truncate: bool
         own = 2 * torch.arange(len(some))[:, None, None]
         images = (own + torch.arange(2)[None, None, :]).expand(-1, 2, 2).flatten()  # caption by caption, image by image
         captions = (own + torch.arange(2)[None, :, None]).expand(-1, 2, 2).flatten()
-        itm = match_log_odds(network, image.v, text.w, images, captions, model.precision).cpu().double()
         embeddings = image.embedding.double().cpu()[images] * text.embedding.double().cpu()[captions]
-        parts.append((scale * embeddings.sum(-1), itm))
-    itc, itm = (torch.cat(one).view(-1, 2, 2) for one in zip(*parts, strict=True))
-    return {"both": itc + itm, "itc": itc, "itm": itm}
+        found = {"itc": scale * embeddings.sum(-1)}
+        if network.matching_is_trained:
+            odds = match_log_odds(network, image.v, text.w, images, captions, model.precision)
+            found["itm"] = odds.cpu().double()
+        parts.append(found)
+    scores = {name: torch.cat([part[name] for part in parts]).view(-1, 2, 2) for name in parts[0]}
+    return {"both": torch.stack(list(scores.values())).sum(0), **scores}
 
 
 def evaluate_winoground(
@@ -55,7 +59,7 @@ def evaluate_winoground(
     """Figures in per cent, and a record {id, scores} for each example. Errors are those of `pair_scores`.
 
     Figures are those of ITC and ITM together, with 95 % intervals over examples; `itc` and `itm` have those of either
-    alone, `by_tag` those of each kind of exchange.
+    alone, `by_tag` those of each kind of exchange. Without ITM all are those of ITC, and `itm` is None.
     """
     scores = {name: found.tolist() for name, found in pair_scores(model, examples, truncate).items()}
     figures: dict[str, Any] = {"examples": len(examples), **winoground_figures(scores["both"])}
@@ -63,10 +67,13 @@ def evaluate_winoground(
     for name in CHANCE:
         low, high = grouped_bootstrap([one[name] for one in each], range(len(each)))
         figures[f"{name}_95"] = [low, high]
-    figures |= {"chance": CHANCE, "itc": winoground_figures(scores["itc"]), "itm": winoground_figures(scores["itm"])}
+    alone = {name: winoground_figures(scores[name]) if name in scores else None for name in ("itc", "itm")}
+    figures |= {"chance": CHANCE, **alone}
     tags = sorted({example.tag for example in examples if example.tag})
     rows = {tag: [s for s, example in zip(scores["both"], examples, strict=True) if example.tag == tag] for tag in tags}
     figures["by_tag"] = {tag: {"examples": len(found), **winoground_figures(found)} for tag, found in rows.items()}
-    both = zip(examples, *(scores[name] for name in ("both", "itc", "itm")), strict=True)
-    records = [{"id": e.id, "both": joined, "itc": itc, "itm": itm} for e, joined, itc, itm in both]
+    none = [None] * len(examples)
+    judges = [scores.get(name, none) for name in ("both", "itc", "itm")]
+    rows = zip(examples, *judges, strict=True)
+    records = [{"id": e.id, "both": joined, "itc": itc, "itm": itm} for e, joined, itc, itm in rows]
     return figures, records

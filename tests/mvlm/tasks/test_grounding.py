@@ -85,6 +85,8 @@ def test_a_model_with_random_weights_has_the_figures_of_the_untrained_one(traine
     config, tokenizer = load_model(trained, "cpu").network.config, load_model(trained, "cpu").tokenizer
     torch.manual_seed(0)
     random = TrainedModel(MaskVLM(config), tokenizer)
+    with torch.no_grad():
+        random.network.matching_head.bias.add_(1)  # a head that a step has moved; a constant changes no map
     figures, _ = evaluate_grounding(random, open_dataset(phrases, "test"), None, 0)
     assert figures["accuracy"] == figures["untrained"]
     assert figures["accuracy_95"] == figures["untrained_95"]
@@ -182,3 +184,12 @@ def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, s
         phrases_of(open_dataset(scenes, "test"))
     words = ("eval", "grounding", "--checkpoint", trained, "--data", phrases, "--device", "cpu")
     assert_refused(run_mvlm(*words, "--layer", 2), "layer: wanted 0 to 1, got 2")
+
+
+@pytest.mark.slow
+def test_a_model_without_itm_does_not_point(without_itm, phrases, tmp_path, run_mvlm):
+    words = ("--checkpoint", without_itm, "--data", phrases, "--device", "cpu", "--layer", 0, "--out", tmp_path / "a")
+    outcome = run_mvlm("eval", "grounding", *words)
+    assert outcome.code == 2
+    assert "checkpoint: wanted a model trained with ITM, whose maps point at phrases, found one" in outcome.err[-1]
+    assert not list(tmp_path.iterdir())

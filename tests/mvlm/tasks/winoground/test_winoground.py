@@ -67,6 +67,25 @@ def test_scores_are_those_of_single_pairs(trained, tmp_path, run_mvlm):
     assert json.loads(out.read_text())["examples"] == len(json.loads(out.read_text())["records"]) == 40
 
 
+@pytest.mark.slow
+def test_a_model_without_itm_is_scored_by_itc(trained, without_itm, tmp_path, run_mvlm):
+    file, images = write(tmp_path, 6)
+    examples = read_examples(file, images)
+    figures, records = evaluate_winoground(load_model(without_itm, "cpu", "fp32"), examples)
+    _, with_itm = evaluate_winoground(load_model(trained, "cpu", "fp32"), examples)
+    assert figures["itm"] is None
+    for name in CHANCE:
+        assert figures[name] == figures["itc"][name]
+    for record, other in zip(records, with_itm, strict=True):
+        assert record["itm"] is None
+        assert record["both"] == record["itc"]
+        assert other["both"] != other["itc"]
+    out = tmp_path / "out.json"
+    words = ("--checkpoint", without_itm, "--examples", file, "--images", images, "--out", out, "--device", "cpu")
+    assert run_mvlm("eval", "winoground", *words).code == 0
+    assert json.loads(out.read_text())["itm"] is None
+
+
 def test_chance_is_the_share_of_orders(tmp_path):
     right = np.zeros(3)
     for a, b, c, d in itertools.permutations(range(4)):  # caption 0 with images 0 and 1, then caption 1
