@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import ConfigError
+from mvlm.evaluation.retrieval import best_rank
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader, image_features
 from mvlm.inference.trained_model import TrainedModel
@@ -125,7 +126,7 @@ def evaluate_recognition(
     found = {"model": model, "untrained": untrained}
     features = {name: features_of(each, dataset, f"{name} {split}", workspace) for name, each in found.items()}
     zero_shot = {
-        name: _ranked(features[name].embedding, label_embeddings(each, names, templates), names)
+        name: _nearest(features[name].embedding, label_embeddings(each, names, templates), names, labels)
         for name, each in found.items()
     }
     counts = [labels.count(name) for name in set(labels)]
@@ -134,15 +135,15 @@ def evaluate_recognition(
         "classes": len(names),
         "templates": len(templates),
         "images": len(labels),
-        **_figures([row[0] for row in zero_shot["model"]], labels, names, groups),
-        "top5": _top5(zero_shot["model"], labels),
+        **_figures(zero_shot["model"][0], labels, names, groups),
+        "top5": 100 * int((zero_shot["model"][1] < 5).sum()) / len(labels),
         "baselines": {
             "chance": 100 / len(names),
             "majority": 100 * max(counts) / len(labels),
-            "untrained": _figures([row[0] for row in zero_shot["untrained"]], labels, names, groups)["accuracy"],
+            "untrained": _figures(zero_shot["untrained"][0], labels, names, groups)["accuracy"],
         },
     }
-    records = [{"id": dataset.keys[i], "label": row[0]} for i, row in enumerate(zero_shot["model"])]
+    records = [{"id": dataset.keys[i], "label": label} for i, label in enumerate(zero_shot["model"][0])]
     if splits is not None:
         train_names = sorted({*splits["train"]})
         for name, each in found.items():
@@ -209,14 +210,18 @@ def _few_shot(
     return found
 
 
-def _ranked(images: Tensor, classes: Tensor, names: list[str]) -> list[list[str]]:
-    """The five nearest classes of each image, or all if there are fewer, the nearest first."""
-    best = (images.double() @ classes.double().T).topk(min(5, len(names)), dim=1).indices
-    return [[names[i] for i in row] for row in best.tolist()]
+def _nearest(images: Tensor, classes: Tensor, names: list[str], labels: list[str]) -> tuple[list[str], Tensor]:
+    """The nearest class of each image, and the rank of the right one, int64 (n,), 0 = first.
 
-
-def _top5(ranked: list[list[str]], labels: list[str]) -> float:
-    return 100 * sum(label in row for row, label in zip(ranked, labels, strict=True)) / len(labels)
+    If the right class ties with a wrong one, or scores are NaN, the wrong one is nearer, as in retrieval.
+    """
+    scores = images.double() @ classes.double().T  # (n, K)
+    number = {name: i for i, name in enumerate(names)}
+    own = torch.tensor([number[label] for label in labels])
+    right = own[:, None] == torch.arange(len(names))
+    ranks = best_rank(scores, right)
+    nearest = torch.where(ranks == 0, own, scores.masked_fill(right, float("-inf")).argmax(1))
+    return [names[i] for i in nearest.tolist()], ranks
 
 
 def _figures(predicted: list[str], labels: list[str], names: list[str], groups: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from mvlm.errors import ConfigError
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.runs.load import load_model
+from mvlm.tasks.recognition import evaluate as evaluation
 from mvlm.tasks.recognition.classes import class_names, labels_of, read_templates
 from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition, needed_splits
 from mvlm_dataloading import DataError, open_dataset
@@ -42,6 +43,20 @@ def test_zero_shot_is_the_nearest_mean_of_templates(trained, squares, tmp_path):
     assert figures["baselines"]["chance"] == figures["baselines"]["majority"] == 25
     assert figures["top5"] == 100
     assert (figures["classes"], figures["templates"]) == (4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_model_that_tells_no_class_from_another_recognises_none(trained, squares, tmp_path, monkeypatch, value):
+    """All texts have one embedding. The records say what the figures do."""
+    model, test = load_model(trained, "cpu"), open_dataset(squares, "test")
+    file = tmp_path / "names.txt"
+    file.write_text("red\nblue\ngreen\nyellow\npink\ngrey\n")
+    width = model.network.config.itc_width
+    monkeypatch.setattr(evaluation, "label_embeddings", lambda _, names, __: torch.full((len(names), width), value))
+    figures, records = evaluate_recognition(model, {"test": test}, "test", RecognitionOptions(classes=file))
+    assert figures["accuracy"] == figures["top5"] == figures["baselines"]["untrained"] == 0
+    assert all(record["label"] != test.metadata(i)["label"] for i, record in enumerate(records))
 
 
 @pytest.mark.slow
