@@ -42,10 +42,15 @@ class PointingGame:
     """Name, accuracy in per cent and 95 % interval of the model and of each baseline."""
     verdict: str
     """Sentence on the difference to the untrained model."""
+    stale: bool
+    """True if the figures are of another model than the report."""
 
 
-def pointing_game(file: Path) -> PointingGame | None:
+def pointing_game(file: Path, model: str) -> PointingGame | None:
     """The pointing game of a file of `mvlm eval grounding`, None without the file.
+
+    Args:
+        model: hash of the model that the report is of. A file of an earlier version names no model.
 
     Raises:
         RunError: the file is something else.
@@ -61,7 +66,7 @@ def pointing_game(file: Path) -> PointingGame | None:
             ["chance, the mean share of the image that a box covers", f"{found['chance']:.1f}", ""],
         ]
         source = f"{found['phrases']} phrases of {found['data']}, {found['split']}; checkpoint {found['checkpoint']}"
-        return PointingGame(source, rows, _verdict(found))
+        return PointingGame(source, rows, _verdict(found), stale=found.get("model", model) != model)
 
 
 def _verdict(found: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         reconstructions=examples.reconstructions(model, tokenizer, split),
         filled_captions=examples.filled_captions(model, tokenizer, split),
         word_maps=word_maps(trained, split) if model.matching_is_trained else None,
-        pointing_game=pointing_game(folder.grounding),
+        pointing_game=pointing_game(folder.grounding, trained.sha256),
         grounding=folder.grounding,
         **of_features,
         settings=settings(config),

@@ -248,6 +248,9 @@ def evaluate_grounding(
         "untrained_95": _interval(of_blank, phrases),
         "above_wrong_phrase_95": _interval(_differences(right, of_wrong), phrases),
         "above_untrained_95": _interval(_differences(right, of_blank), phrases),
+        "model": model.sha256,
+        "fingerprint": split.fingerprint,
+        "precision": "fp32",
     }
     if boxed:
         enough = [

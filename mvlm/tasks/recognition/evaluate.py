@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mvlm.device import chosen_precision
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import best_rank
 from mvlm.evaluation.workspace import Workspace
@@ -142,6 +143,9 @@ def evaluate_recognition(
             "majority": 100 * max(counts) / len(labels),
             "untrained": _figures(zero_shot["untrained"][0], labels, names, groups)["accuracy"],
         },
+        "model": model.sha256,
+        "fingerprint": dataset.fingerprint,
+        "precision": chosen_precision(model.device, model.precision),
     }
     records = [{"id": dataset.keys[i], "label": label} for i, label in enumerate(zero_shot["model"][0])]
     if splits is not None:

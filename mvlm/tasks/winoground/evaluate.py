@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvlm.device import chosen_precision
 from mvlm.inference.encode import image_features, match_log_odds, text_features
 from mvlm.inference.texts import checked_texts
 from mvlm.inference.trained_model import TrainedModel
@@ -72,6 +73,7 @@ def evaluate_winoground(
     tags = sorted({example.tag for example in examples if example.tag})
     rows = {tag: [s for s, example in zip(scores["both"], examples, strict=True) if example.tag == tag] for tag in tags}
     figures["by_tag"] = {tag: {"examples": len(found), **winoground_figures(found)} for tag, found in rows.items()}
+    figures |= {"model": model.sha256, "precision": chosen_precision(model.device, model.precision)}
     none = [None] * len(examples)
     judges = [scores.get(name, none) for name in ("both", "itc", "itm")]
     rows = zip(examples, *judges, strict=True)

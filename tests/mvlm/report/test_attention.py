@@ -61,9 +61,9 @@ def test_captions_are_cut_to_what_the_model_takes(tokenizer, tmp_path):
 )
 def test_the_pointing_game_stands_beside_its_baselines_and_says_what_it_shows(tmp_path, difference, verdict):
     file = tmp_path / "grounding.json"
-    assert pointing_game(file) is None
+    assert pointing_game(file, "own") is None
     file.write_text(json.dumps(POINTING_GAME | {"above_untrained_95": difference}))
-    found = pointing_game(file)
+    found = pointing_game(file, "own")
     assert found is not None
     assert found.source == "7 phrases of phrases, test; checkpoint runs/a"
     assert [(row[1], row[2]) for row in found.rows] == [
@@ -72,8 +72,17 @@ def test_the_pointing_game_stands_beside_its_baselines_and_says_what_it_shows(tm
     assert verdict in found.verdict
 
 
+@pytest.mark.parametrize("named, stale", [({}, False), ({"model": "own"}, False), ({"model": "another's"}, True)])
+def test_a_pointing_game_of_another_model_is_known(tmp_path, named, stale):
+    file = tmp_path / "grounding.json"  # of an earlier version if it names no model
+    file.write_text(json.dumps(POINTING_GAME | {"above_untrained_95": [1, 2]} | named))
+    found = pointing_game(file, "own")
+    assert found is not None
+    assert found.stale == stale
+
+
 @pytest.mark.parametrize("text", ["{}", "", "[1]", json.dumps(POINTING_GAME)])
 def test_another_file_in_place_of_the_pointing_game_is_refused(tmp_path, text):
     (tmp_path / "grounding.json").write_text(text)
     with pytest.raises(RunError, match=r"grounding.json: wanted the figures that `mvlm eval grounding` writes, got "):
-        pointing_game(tmp_path / "grounding.json")
+        pointing_game(tmp_path / "grounding.json", "own")

@@ -220,6 +220,9 @@ def test_a_report_has_the_pointing_game_or_the_command_that_plays_it(reported, p
     assert "The model points better than the untrained one" in found.text
     assert ["this model", "31.2", "28.0 to 34.5"] in found.rows
     assert "mvlm eval grounding" not in found.text
+    (copy / "eval/grounding.json").write_text(json.dumps(figures | {"model": "0" * 64}))
+    found = Page(write_report(copy).read_text())
+    assert "These figures are not of the model that the rest of this page shows" in found.text
 
 
 def test_report_of_a_run_without_an_evaluation_names_the_command(trained):

@@ -126,6 +126,8 @@ def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, ru
         scored = run_mvlm("score", "grounding", predictions, tmp_path / "truth.jsonl")
         assert json.loads("\n".join(scored.out))["accuracy"] == found["accuracy"]
     assert not list(tmp_path.glob("*.parts"))
+    made_by = {"model": load_model(trained, "cpu").sha256, "fingerprint": test.fingerprint, "precision": "fp32"}
+    assert {name: found[name] for name in made_by} == made_by
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ def test_zero_shot_is_the_nearest_mean_of_templates(trained, squares, tmp_path):
     assert figures["baselines"]["chance"] == figures["baselines"]["majority"] == 25
     assert figures["top5"] == 100
     assert (figures["classes"], figures["templates"]) == (4, 2)
+    assert (figures["model"], figures["fingerprint"]) == (model.sha256, test.fingerprint)
+    assert figures["precision"] in ("bf16", "fp32")
 
 
 @pytest.mark.slow

@@ -64,7 +64,10 @@ def test_scores_are_those_of_single_pairs(trained, tmp_path, run_mvlm):
     out = tmp_path / "out.json"
     words = ("--checkpoint", trained, "--examples", file, "--images", images, "--out", out, "--device", "cpu")
     assert run_mvlm("eval", "winoground", *words).code == 0
-    assert json.loads(out.read_text())["examples"] == len(json.loads(out.read_text())["records"]) == 40
+    found = json.loads(out.read_text())
+    assert found["examples"] == len(found["records"]) == 40
+    assert found["model"] == model.sha256
+    assert found["precision"] in ("bf16", "fp32")
 
 
 @pytest.mark.slow
