@@ -8,13 +8,13 @@ import torch
 
 from mvlm.device import autocast
 from mvlm.distributed.world import World
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.trained_model import hash_of
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.retrieval import Retrieval
-from mvlm.tasks.task import Task
+from mvlm.tasks.task import Task, TaskOptions
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
 
@@ -78,6 +78,20 @@ def join_records(parts: list[list[dict[str, Any]]], samples: int) -> list[dict[s
     return found
 
 
+def check_changes(task: str, options: TaskOptions, changes: dict[str, Any]) -> None:
+    """ConfigError for a changed option that no prediction depends on, because of the run's other `options`."""
+    if task == "vqa" and "candidates" in changes:
+        if options.answers != "decoder":
+            raise ConfigError(f"candidates: wanted a run with answers of decoder, got {options.answers}; leave it out")
+        if options.generate:
+            raise ConfigError(
+                "candidates: wanted answers that are chosen from the list, got generated ones; leave it out, or add "
+                "--generate False"
+            )
+    if task == "caption" and "iterations" in changes and options.order != "mask-predict":
+        raise ConfigError(f"iterations: wanted the order mask-predict, got {options.order}; leave one of the two out")
+
+
 def evaluate_task(
     checkpoint: Path,
     data: Path,
@@ -92,9 +106,11 @@ def evaluate_task(
 
     Retrieval ranks the whole split and has no records; `mvlm eval retrieval` says more about it.
 
-    DataError, before anything is predicted, for a split that the task cannot score.
+    Before anything is predicted: DataError for a split that the task cannot score, ConfigError for a change without
+    effect.
     """
     task, tokenizer = load_task(checkpoint, device, kind, **changes)
+    check_changes(task.name, task.options, changes)
     dataset = open_dataset(data, split)
     task.check_split(dataset, task.state)
     about = {"task": task.name, "split": split, "model": hash_of(task.config, tokenizer, task)}
