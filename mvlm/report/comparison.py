@@ -31,6 +31,12 @@ CURVES = {
     "gain_pixels_pct": "validation gain, pixels, %",
 }
 
+ALIKE = {
+    "data": ("fingerprint", "n_images"),  # those of an earlier version have no fingerprint
+    "number of re-ranked candidates": ("reranked",),
+}
+"""What evaluations on one split should have in common, and the figures that show it."""
+
 
 def write_comparison(runs: list[Path], out: Path) -> Path:
     """Write the comparison of two to six run folders, from their metrics and evaluations. Returns the file.
@@ -43,13 +49,15 @@ def write_comparison(runs: list[Path], out: Path) -> Path:
     folders = dict(zip(run_labels(runs), map(RunFolder, runs), strict=True))
     metrics = {name: metrics_of(folder) for name, folder in folders.items()}
     configs = {name: flat_settings(read_config(folder.config)) for name, folder in folders.items()}
+    evaluated, notes = evaluations(folders)
     return write_page(
         out,
         "comparison.html",
         title=" · ".join(folders),
         last_rows=LAST_ROWS,
         final_metrics=final_metrics(metrics),
-        evaluations=evaluations(folders),
+        evaluations=evaluated,
+        evaluation_notes=notes,
         differences=differences(configs),
         charts=charts(metrics),
     )
@@ -99,9 +107,9 @@ def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
     return table(["run", "steps", "undecodable images", "skipped updates", *names, "pairs/s"], cells)
 
 
-def evaluations(folders: dict[str, RunFolder]) -> Markup | None:
-    """A table of retrieval and cross-modal gain; None if no run has been evaluated."""
-    cells = []
+def evaluations(folders: dict[str, RunFolder]) -> tuple[Markup | None, list[str]]:
+    """A table of retrieval and cross-modal gain, None if no run has been evaluated; and notes on what differs in it."""
+    cells, splits = [], {}
     for name, folder in folders.items():
         if not folder.evaluation.is_file():
             continue
@@ -111,11 +119,28 @@ def evaluations(folders: dict[str, RunFolder]) -> Markup | None:
             recalls = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
             gains = [format_number(figures[gain]) for gain in ("gain_text_nats", "gain_pixels_pct")]
             ranked_by = "ITC" if figures.get("reranked") == 0 else "ITC + ITM"
-            cells.append([name, figures["split"], ranked_by, *recalls, *gains])
+            counts = [str(figures.get(count, "")) for count in ("n_images", "reranked")]
+            checkpoint = Path(figures.get("checkpoint", "")).name
+            cells.append([name, checkpoint, figures["split"], counts[0], ranked_by, counts[1], *recalls, *gains])
+            splits.setdefault(figures["split"], []).append(figures)
     if not cells:
-        return None
+        return None, []
     ranks = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10)]
-    return table(["run", "split", "ranked by", *ranks, "gain, text, nats", "gain, pixels, %"], cells)
+    header = ["run", "checkpoint", "split", "images", "ranked by", "re-ranked", *ranks]
+    found = table([*header, "gain, text, nats", "gain, pixels, %"], cells)
+    return found, [note for split, rows in splits.items() if (note := note_of(split, rows))]
+
+
+def note_of(split: str, rows: list[dict[str, Any]]) -> str:
+    """Sentence on what the figures of one split differ in besides the model; empty if they are alike."""
+    differing = []
+    for what, keys in ALIKE.items():
+        known = [{str(row[key]) for row in rows if key in row} for key in keys]
+        if any(len(values) > 1 for values in known):
+            differing.append(what)
+    if not differing:
+        return ""
+    return f"Rows of the split {split} differ in more than the model: in their {' and '.join(differing)}."
 
 
 def differences(configs: dict[str, dict[str, Any]]) -> Markup | None:

@@ -40,7 +40,7 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     assert (found["a"]["steps"], found["a"]["loss"], found["a"]["mlm"], found["a"]["itc"]) == ("40", "1.5", "1.5", "")
     assert (found["b"]["steps"], found["b"]["loss"], found["b"]["skipped updates"]) == ("60", "2.5", "3")
     assert (found["a"]["pairs/s"], found["b"]["pairs/s"]) == ("20.5", "30.5")
-    assert ["b", "test", "ITC + ITM", "10.0", "20.0", "30.0", "10.0", "20.0", "30.0", "0.5", "4.25"] in rows
+    assert ["b", "", "test", "", "ITC + ITM", "", "10.0", "20.0", "30.0", "10.0", "20.0", "30.0", "0.5", "4.25"] in rows
     differing = [row for row in rows if row[0] in ("seed", "model.width", "batch_size")]
     assert differing == [["model.width", "16", "24"], ["seed", "0", "7"]]
     assert [line["class"] for line in page.all("polyline")] == ["line0", "line1"] * 3
@@ -57,7 +57,41 @@ def test_a_run_without_itm_is_said_to_be_ranked_by_itc(tmp_path):
         (run / "eval").mkdir()
         (run / "eval/test.json").write_text(json.dumps(figures | {"reranked": reranked}))
     rows = Page(write_comparison(runs, tmp_path / "page.html").read_text()).rows
-    assert [row[:3] for row in rows if row[1:2] == ["test"]] == [["a", "test", "ITC + ITM"], ["b", "test", "ITC"]]
+    found = [[row[0], *row[4:6]] for row in rows if row[2:3] == ["test"]]
+    assert found == [["a", "ITC + ITM", "32"], ["b", "ITC", "0"]]
+
+
+FIGURES = {"checkpoint": "runs/a", "fingerprint": "f", "n_images": 413, "reranked": 32}
+DATA, CANDIDATES = "in their data.", "in their number of re-ranked candidates."
+
+
+@pytest.mark.parametrize(
+    "other, note",
+    [
+        ({}, ""),
+        ({"fingerprint": "g"}, DATA),
+        ({"n_images": 20}, DATA),
+        ({"reranked": 8}, CANDIDATES),
+        ({"fingerprint": "g", "reranked": 0}, f"{DATA[:-1]} and {CANDIDATES[9:]}"),
+        ({"fingerprint": None, "reranked": None}, ""),  # of an earlier version
+        ({"fingerprint": "g", "split": "validation"}, ""),
+    ],
+)
+def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, note):
+    runs = [made_up(tmp_path / "a", 1.5), made_up(tmp_path / "b", 2.5)]
+    ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
+    common = {"split": "test", "tr": ranks, "ir": ranks, "gain_text_nats": 0.5, "gain_pixels_pct": 4.25}
+    for run, changes in zip(runs, ({}, {"checkpoint": "runs/b/checkpoints/000400", **other}), strict=True):
+        (run / "eval").mkdir()
+        figures = {key: value for key, value in (common | FIGURES | changes).items() if value is not None}
+        (run / "eval/test.json").write_text(json.dumps(figures))
+    page = Page(write_comparison(runs, tmp_path / "page.html").read_text())
+    head = next(row for row in page.rows if row[:2] == ["run", "checkpoint"])
+    a, b = (dict(zip(head, row, strict=True)) for row in page.rows if len(row) == len(head) and row[0] in ("a", "b"))
+    assert (a["checkpoint"], a["images"], a["re-ranked"]) == ("a", "413", "32")
+    assert b["checkpoint"] == "000400"
+    assert ("differ in more than the model" in page.text) == bool(note)
+    assert note in page.text
 
 
 def test_hostile_names_and_settings_are_escaped(tmp_path):
