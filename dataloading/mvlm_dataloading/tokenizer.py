@@ -87,7 +87,8 @@ class Tokenizer:
 
     def _ids(self, found: Any) -> list[int]:
         """Tokens of an encoded text, none of them special."""
-        return [self._in_place_of.get(i, i) for i in found.ids] if self._in_place_of else found.ids
+        ids: list[int] = found.ids
+        return [self._in_place_of.get(i, i) for i in ids] if self._in_place_of else ids
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Concatenated tokens of B texts, int64 (T,), and their lengths, int64 (B,).
