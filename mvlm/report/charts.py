@@ -10,6 +10,7 @@ from mvlm.report.html import render
 
 WIDTH, HEIGHT = 460, 210
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 30
+POINTS = 1000  # of a line with twice as many values or more; a chart is 392 px wide between its margins
 
 
 def line_chart(
@@ -73,13 +74,20 @@ def nice_range(low: float, high: float) -> tuple[float, float, float]:
     return math.floor(low / step) * step, math.ceil(high / step) * step, step
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing means over up to `window` values."""
+def trailing_mean(values: Sequence[float], last: int, window: int) -> float:
+    """The mean of up to `window` values, of which the last has the index `last`."""
     # Not by a running sum: after one huge value it would have lost all smaller ones.
-    return [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    return math.fsum(values[max(0, last + 1 - window) : last + 1]) / min(last + 1, window)
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str, window: int = 1) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, where it was computed; values are trailing means over `window` of them."""
+    """Steps and values of a metric, where it was computed; values are trailing means over `window` of them.
+
+    Of many rows, evenly spaced ones and the last become points. Their means are over all rows of their windows.
+    """
     kept = [row for row in rows if row.get(name) is not None]
-    return [row["step"] for row in kept], smooth([row[name] for row in kept], window)
+    values = [row[name] for row in kept]
+    drawn = list(range(0, len(kept), max(1, len(kept) // POINTS)))
+    if drawn and drawn[-1] < len(kept) - 1:
+        drawn.append(len(kept) - 1)
+    return [kept[i]["step"] for i in drawn], [trailing_mean(values, i, window) for i in drawn]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.files import check_folder
-from mvlm.report.charts import line_chart, smooth
+from mvlm.report.charts import line_chart, series
 from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
 
@@ -159,10 +159,7 @@ def charts(metrics: dict[str, list[dict[str, Any]]]) -> list[Markup]:
     found = []
     for name, title in CURVES.items():
         # A run without the metric keeps an empty line, so that a run has the same colour in all charts.
-        series = {}
-        for run, rows in metrics.items():
-            kept = [row for row in rows if row.get(name) is not None]
-            series[run] = ([row["step"] for row in kept], smooth([row[name] for row in kept], max(1, len(kept) // 60)))
-        if any(xs for xs, _ in series.values()):
-            found.append(line_chart(title, series))
+        lines = {run: series(rows, name, max(1, len(values_of(rows, name)) // 60)) for run, rows in metrics.items()}
+        if any(xs for xs, _ in lines.values()):
+            found.append(line_chart(title, lines))
     return found

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mvlm.report.charts import HEIGHT, WIDTH, line_chart, nice_range, smooth
+from mvlm.report.charts import HEIGHT, WIDTH, line_chart, nice_range, series
 
 
 def parse(chart: str) -> ElementTree.Element:
@@ -68,8 +68,8 @@ def test_chart_points_that_are_not_finite_are_left_out(bad):
 
 
 def test_a_chart_without_points_says_so():
-    for series in ({}, {"x": ([], [])}, {"x": ([1], [math.nan])}):
-        chart = line_chart("x", series, {"guide": 1.0})
+    for lines in ({}, {"x": ([], [])}, {"x": ([1], [math.nan])}):
+        chart = line_chart("x", lines, {"guide": 1.0})
         assert "no points" in "".join(parse(chart).itertext())
         assert not polylines(chart)
 
@@ -116,9 +116,34 @@ def test_the_axis_is_round_and_covers_the_values(low, span):
 def test_trailing_means_against_numpy(window):
     values = np.random.default_rng(0).normal(size=40).tolist()
     wanted = [np.mean(values[max(0, i - window + 1) : i + 1]) for i in range(40)]
-    np.testing.assert_allclose(smooth(values, window), wanted, atol=1e-12)
-    assert smooth([], window) == []
-    assert smooth([1, 2, 3e20, *[1] * 60], window)[-1] == 1
+    steps, found = series(rows_of(values), "loss", window)
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+    assert steps == list(range(1, 41))
+    assert series([], "loss", window) == ([], [])
+    assert series(rows_of([1, 2, 3e20, *[1] * 60]), "loss", window)[1][-1] == 1
+
+
+def rows_of(values):
+    return [{"step": step, "loss": value} for step, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize("count", [1, 1000, 1999])
+def test_a_short_history_is_drawn_whole(count):
+    assert series(rows_of(range(count)), "loss") == (list(range(1, count + 1)), list(range(count)))
+
+
+@pytest.mark.parametrize("count", [2000, 12_345, 100_000])
+def test_a_long_history_is_about_a_thousand_points_of_means_over_all_rows(count):
+    values = np.random.default_rng(0).normal(size=count)
+    window = count // 60
+    steps, found = series(rows_of(values.tolist()), "loss", window)
+    assert 1000 <= len(steps) <= 1100
+    assert (steps[0], steps[-1]) == (1, count)
+    assert np.diff(steps).max() <= count // 1000
+    sums = np.concatenate([[0], np.cumsum(values)])
+    ends = np.array(steps, dtype=int)
+    wanted = (sums[ends] - sums[np.maximum(0, ends - window)]) / np.minimum(ends, window)
+    np.testing.assert_allclose(found, wanted, atol=1e-10)
 
 
 @pytest.mark.parametrize(

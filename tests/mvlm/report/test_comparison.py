@@ -49,6 +49,12 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     assert text.startswith("<!doctype html>")
 
 
+def test_the_page_of_long_runs_is_small(tmp_path):
+    runs = [made_up(tmp_path / "a", 1.5, 5000), made_up(tmp_path / "b", 2.5, 5000)]
+    lines = Page(write_comparison(runs, tmp_path / "page.html").read_text()).all("polyline")
+    assert [1000 <= len((line["points"] or "").split()) <= 1100 for line in lines] == [True] * 6
+
+
 def test_a_run_without_itm_is_said_to_be_ranked_by_itc(tmp_path):
     runs = [made_up(tmp_path / "a", 1.5), made_up(tmp_path / "b", 2.5)]
     ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
