@@ -152,7 +152,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")  # of other libraries: warnings
     for name in ("mvlm", "mvlm_dataloading", "mvlm_kernels", "mvlm_benchmarks"):
         logging.getLogger(name).setLevel(logging.INFO)
-    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError, advise_install
+    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError, advise_install, is_out_of_memory
     from mvlm_dataloading.errors import DataError
 
     try:
@@ -170,8 +170,16 @@ def main() -> None:
             raise
         print(f"mvlm: {message}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (NonFiniteLossError, LostRankError) as error:
+        print(f"mvlm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            message = f"wanted memory, found too little ({reason}); free some, or lower --batch-size"
+        elif not isinstance(error, OSError):
+            raise
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message = f"wanted room to write, found none ({error}); free some space and try again"
         elif error.filename is not None:
             what = f"could not be read or written ({error.strerror})"
@@ -180,9 +188,6 @@ def main() -> None:
             raise
         print(f"mvlm: {message}", file=sys.stderr)
         sys.exit(2)
-    except (NonFiniteLossError, LostRankError) as error:
-        print(f"mvlm: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("mvlm: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,8 @@ ConfigError and RunError: the user can correct them; exit code 2. LostRankError 
 early; exit code 1.
 """
 
+import errno
+
 from mvlm_dataloading.errors import MissingPackageError
 
 EXTRAS = {
@@ -31,6 +33,15 @@ class LostRankError(RuntimeError):
 
 class NonFiniteLossError(RuntimeError):
     """Too many updates in a row were skipped: a loss or gradient was NaN or infinite, or the loss was a spike."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if memory was asked for that the machine or its GPU does not have, by torch, Python or the system."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch has a class for a GPU's memory alone. It is known by its name, as torch is slow to import.
+    torch_says = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torch_says)
 
 
 def advise_install(error: ImportError) -> str | None:

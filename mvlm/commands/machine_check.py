@@ -19,7 +19,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.recipes import pretrain_defaults
 from mvlm.device import autocast, choose_device, has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import ConfigError, RunError, is_out_of_memory
 from mvlm.model import attention_backends as backends
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.training.build import choose_tokenizer, fit_to_tokenizer, make_loader
@@ -63,10 +63,15 @@ def examine(
         return
     found = shards(data)
     yield found
-    if found.state != "red" and finetuning is not None:
-        yield from finetuning_trial(finetuning, chosen)
-    elif found.state != "red":
-        yield from trial(pretrain_defaults(preset, data, out), batch_size, chosen)
+    if found.state == "red":
+        return
+    config = pretrain_defaults(preset, data, out) if finetuning is None else finetuning
+    try:
+        yield from trial(config, batch_size, chosen) if finetuning is None else finetuning_trial(finetuning, chosen)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        yield Finding("red", "memory", f"a batch of {batch_size or config.batch_size} does not fit; lower --batch-size")
 
 
 def versions() -> Finding:
@@ -229,12 +234,8 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    try:
-        step()
-        model_speed = config.batch_size / mean_seconds(step, device, TIMED_STEPS)
-    except torch.OutOfMemoryError:
-        yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
-        return
+    step()
+    model_speed = config.batch_size / mean_seconds(step, device, TIMED_STEPS)
     parameters = sum(p.numel() for p in model.parameters())
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
     yield from _figures(config, device, loader_speed, model_speed, memory_mb(device), parameters, moments)
@@ -248,8 +249,6 @@ def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[F
         found = try_steps(config, device)
     except (ConfigError, DataError, RunError, ValueError, ImportError) as error:
         yield Finding("red", "trial", str(error))
-    except torch.OutOfMemoryError:
-        yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
     else:
         yield from _figures(config, device, *found)
 

@@ -138,7 +138,7 @@ class Trial(NamedTuple):
 def try_steps(config: FinetuneConfig, device: torch.device) -> Trial:
     """Time the loader alone and the steps alone. It writes nothing.
 
-    ConfigError, RunError and DataError as `mvlm.tasks.finetune.finetune`; torch.OutOfMemoryError.
+    ConfigError, RunError and DataError as `mvlm.tasks.finetune.finetune`; errors of memory (`is_out_of_memory`).
     """
     trainer = build_trainer(open_inputs(config), World(rank=0, size=1, local_rank=0, device=device), "")
     batches = iter(trainer.loader)

@@ -1,6 +1,7 @@
 """The command line: finding commands, errors as lines and exit codes, help, and one run through all commands."""
 
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mvlm import cli
@@ -73,6 +75,28 @@ def test_a_system_error_without_a_path_keeps_its_traceback(run_mvlm, monkeypatch
     monkeypatch.setattr(cli, "run_command", fail)
     with pytest.raises(OSError, match="Input/output error"):
         run_mvlm("pretrain")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.empty(2**50),  # the CPU's allocator
+        lambda: bytearray(2**60),
+        lambda: mmap.mmap(-1, 2**60, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
+        lambda: raise_(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(run_mvlm, monkeypatch, ask):
+    monkeypatch.setattr(cli, "run_command", lambda _: ask())
+    outcome = run_mvlm("pretrain")
+    assert outcome.code == 2
+    assert re.fullmatch(
+        r"mvlm: wanted memory, found too little \(.+\); free some, or lower --batch-size", "".join(outcome.err)
+    )
+
+
+def raise_(error):
+    raise error
 
 
 @pytest.mark.parametrize("kind", [ConfigError, RunError, DataError])

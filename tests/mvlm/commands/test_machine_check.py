@@ -1,6 +1,8 @@
 """Findings of `mvlm doctor`, on this machine and on shards and disks that are broken on purpose."""
 
+import errno
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from mvlm import cli
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
 from mvlm.errors import ConfigError
+from mvlm.tasks import cost
 from mvlm_dataloading.errors import MissingPackageError
 from mvlm_kernels.dispatch import ON_CPU
 from support.models import pretrain_config
@@ -158,3 +161,41 @@ def test_doctor_takes_no_empty_batch_and_goes_on_without_a_package(micro_preset,
 
     monkeypatch.setattr(machine_check, "choose_tokenizer", without)
     assert examine(scenes, tmp_path)["trial"].state == "red"
+
+
+def too_much():
+    torch.empty(2**50)
+
+
+def lack_of_room():
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def lack_on_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "place, ask", [("autocast", too_much), ("autocast", lack_on_gpu), ("make_loader", lack_of_room)]
+)
+def test_doctor_finds_a_batch_that_has_no_room_red(micro_preset, scenes, tmp_path, monkeypatch, place, ask):
+    """In the step on a CPU and on a GPU, and in the loader."""
+    monkeypatch.setattr(machine_check, place, lambda *_: ask())
+    found = examine(scenes, tmp_path)
+    assert found["memory"] == Finding("red", "memory", "a batch of 8 does not fit; lower --batch-size")
+    assert "speed" not in found
+
+
+def test_doctor_finds_a_batch_of_finetuning_that_has_no_room_red(micro_preset, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "try_steps", lambda *_: too_much())
+    found = examine(scenes, tmp_path, batch_size=None, finetuning=SimpleNamespace(batch_size=24))
+    assert found["memory"] == Finding("red", "memory", "a batch of 24 does not fit; lower --batch-size")
+
+
+def test_doctor_does_not_take_another_error_for_a_lack_of_memory(micro_preset, scenes, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(machine_check, "make_loader", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        examine(scenes, tmp_path)
