@@ -32,6 +32,7 @@ def kernels(
         json: JSON file for the figures.
     """
     _require("matplotlib")
+    _check_outputs(folder=out, json=json)
     from mvlm_benchmarks.kernels import run as bench
 
     for path in bench.run(ops, peers, out, device, dtype, quick, base, json, seconds):
@@ -74,6 +75,7 @@ def step(
         largest_batch: On a GPU, search for the largest batch of each contender. Takes long.
     """
     _require("matplotlib", "timm", "transformers")
+    _check_outputs(folder=profile, json=json, csv=csv, plot=plot)
     from mvlm_benchmarks.step import run as bench
 
     bench.run(
@@ -117,6 +119,7 @@ def data(
         json: JSON file for the figures.
     """
     _require("torchvision")
+    _check_outputs(folder=out, json=json)
     from mvlm_benchmarks.data import run as bench
 
     turns = (rounds, batches, batch, size)
@@ -147,9 +150,35 @@ def run(
         json: JSON file for the figures.
         csv: CSV file for the figures.
     """
+    _check_outputs(json=json, csv=csv)
     from mvlm_benchmarks.run import run as bench
 
     bench.run(preset, data, rounds, steps, eval_every_steps=eval_every_steps, threads=threads, json=json, csv=csv)
+
+
+def _check_outputs(
+    *, folder: Path | None = None, json: Path | None = None, csv: Path | None = None, plot: Path | None = None
+) -> None:
+    """ConfigError, before anything is timed, if a result could not be written or would replace another file."""
+    from mvlm.commands.arguments import check_no_input, check_replaced, read_json
+    from mvlm.errors import ConfigError
+
+    def is_result(content: bytes) -> bool:
+        if content.startswith(b'{\n "machine": '):  # one of ours, if cut by a kill or a full disk
+            return True
+        found = read_json(content)
+        return isinstance(found, dict) and {"machine", "rows"} <= set(found)
+
+    def is_table(content: bytes) -> bool:
+        return {b"figures", b"device"} <= set(content.split(b"\n", 1)[0].strip().split(b","))
+
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"wanted a folder for the results, got the file {folder}; name another one")
+    check_replaced(json, "earlier figures of a bench", is_result, "json")
+    check_replaced(csv, "an earlier table of a bench", is_table, "csv")
+    check_no_input(plot, json, csv, flag="plot")
+    if plot is not None and plot.suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise ConfigError(f"plot: wanted a file that ends in .svg, .png or .pdf, got {plot}")
 
 
 def _require(*packages: str) -> None:
