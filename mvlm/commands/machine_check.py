@@ -174,7 +174,10 @@ def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
 
 def disk(out: Path) -> Finding:
     """Speed of synced writes on the disk of `out`, where checkpoints go."""
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except OSError as error:  # it lies in a folder that may not be searched
+        return Finding("red", "disk", f"{out}: cannot be written to: {error}")
     if not folder.is_dir():
         return Finding("red", "disk", f"{folder}: wanted a folder for runs, found a file")
     content = os.urandom(2**20)

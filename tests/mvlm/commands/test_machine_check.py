@@ -2,6 +2,7 @@
 
 import errno
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,23 @@ def test_doctor_finds_an_unwritable_folder_red(tmp_path, monkeypatch):
     finding = machine_check.disk(tmp_path / "new")
     assert finding.state == "red"
     assert finding.text == f"{tmp_path}: cannot be written to: [Errno 28] No space left on device"
+
+
+def test_doctor_finds_a_folder_that_may_not_be_searched_red(tmp_path, monkeypatch):
+    """Root may search every folder, so the system's answer is made up."""
+    out = tmp_path / "locked/runs"
+    exists = Path.exists
+
+    def refuse(path):
+        if path == out:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    finding = machine_check.disk(out)
+    assert (finding.state, finding.text) == (
+        "red", f"{out}: cannot be written to: [Errno 13] Permission denied: '{out}'"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("states, code", [(("green", "amber"), 0), (("green", "red", "amber"), 1)])
