@@ -17,8 +17,9 @@ from mvlm.files import check_folder
 from mvlm.report import embedding_space, examples
 from mvlm.report.attention import pointing_game, word_maps
 from mvlm.report.charts import line_chart, series
+from mvlm.report.comparison import metrics_of
 from mvlm.report.html import figures_of, table, write_page
-from mvlm.runs.folder import RunFolder, read_metrics
+from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 
@@ -32,7 +33,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         out: File to write. Default: `report.html` in the run folder.
 
     Raises:
-        RunError: the folder is not a run, or has no checkpoint or evaluation.
+        RunError: the folder is not a run, or has no checkpoint, evaluation or metrics.
     """
     check_folder(run, "a run folder")
     folder = RunFolder(run)
@@ -42,6 +43,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
             f"{folder.evaluation}: wanted the run's evaluation, found none; first run "
             f"`mvlm eval retrieval --checkpoint {run} --data {data or config['data']} --out {folder.evaluation}`"
         )
+    rows = metrics_of(folder)
     trained = load_model(run)
     model, tokenizer = trained
     with figures_of(folder.evaluation) as figures:
@@ -51,7 +53,6 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     shards = data or Path(str(figures.get("data", config["data"])))
     split = open_dataset(shards, source["split"])
     train = open_dataset(shards, "train") if "train" in split.splits else None
-    rows = read_metrics(folder.metrics)
     window = max(1, len(rows) // 60)
     with open_workspace(None, {}) as workspace:  # features of a large split have no room in memory
         features = encode_split(model, split, tokenizer, workspace=workspace)

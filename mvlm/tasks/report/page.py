@@ -13,10 +13,11 @@ from mvlm.errors import RunError
 from mvlm.files import check_folder
 from mvlm.inference.trained_model import hash_of
 from mvlm.report.charts import line_chart, series
+from mvlm.report.comparison import metrics_of
 from mvlm.report.html import write_page
 from mvlm.report.page import attribution, settings
 from mvlm.runs.checkpoint import read_state
-from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
+from mvlm.runs.folder import RunFolder, find_checkpoint
 from mvlm.tasks.registry import TASKS, load_task
 from mvlm.tasks.report.examples import MOST_WORDS, SHOWN, task_examples
 from mvlm.tasks.report.figures import (
@@ -44,8 +45,8 @@ def write_task_report(run: Path, data: Path | None = None, out: Path | None = No
         out: File to write. Default: `report.html` in the run folder.
 
     Raises:
-        RunError: the folder is no run of a task, has no checkpoint, or no evaluation of its task; or the data are
-            not those of the evaluation.
+        RunError: the folder is no run of a task, has no checkpoint, no metrics, or no evaluation of its task; or
+            the data are not those of the evaluation.
     """
     check_folder(run, "a run folder")
     folder = RunFolder(run)
@@ -56,13 +57,13 @@ def write_task_report(run: Path, data: Path | None = None, out: Path | None = No
     name, file = described["name"], folder.evaluation
     command = f"mvlm eval {config['task']} --checkpoint {run} --data {data or config['data']} --out {file}"
     figures = read_evaluation(file, name, command)
+    rows = metrics_of(folder)
     evaluations = {file.stem: figures, **other_evaluations(file, name)}
     split = open_dataset(data or Path(str(figures.get("data", config["data"]))), figures["split"])
     task, now = None, ""  # code of a task of the user's own is not run here
     if name in TASKS:
         task, tokenizer = load_task(run, "cpu", **{key: figures[key] for key in OPTIONS if key in figures})
         now = hash_of(task.config, tokenizer, task)
-    rows = read_metrics(folder.metrics)
     window = max(1, len(rows) // 60)
     return write_page(
         out or folder.report,

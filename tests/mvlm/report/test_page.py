@@ -232,6 +232,15 @@ def test_report_of_a_run_without_an_evaluation_names_the_command(trained):
     assert folder_hash(trained) == before
 
 
+def test_report_of_a_run_without_metrics_says_so(reported, tmp_path):
+    run = Path(shutil.copytree(reported[0], tmp_path / "run"))
+    (run / "metrics.jsonl").unlink()
+    before = folder_hash(run)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: wanted the metrics of a run, found none; check the path"):
+        write_report(run)
+    assert folder_hash(run) == before
+
+
 def test_report_of_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"config\.json: wanted the configuration of a run"):
         write_report(tmp_path)

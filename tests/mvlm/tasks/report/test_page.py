@@ -197,6 +197,14 @@ def test_evaluations_that_do_not_fit_are_refused(reported, tmp_path):
 
 
 @pytest.mark.parametrize("reported", ["entailment"], indirect=True)
+def test_the_page_of_a_run_without_metrics_says_so(reported, tmp_path):
+    run = Path(shutil.copytree(reported.run, tmp_path / "run"))
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match=r"metrics\.jsonl: wanted the metrics of a run, found none; check the path"):
+        write_task_report(run)
+
+
+@pytest.mark.parametrize("reported", ["entailment"], indirect=True)
 def test_the_command_writes_the_page_of_a_task_with_every_evaluation_of_it(reported, tmp_path, run_mvlm):
     run = Path(shutil.copytree(reported.run, tmp_path / "run"))
     shutil.copy(run / "eval/test.json", run / "eval/again.json")
