@@ -29,19 +29,18 @@ def embed(
         device: auto, cpu or cuda.
         precision: auto, bf16 or fp32.
     """
-    from mvlm.distributed.coordination import run_on_all_ranks
-    from mvlm.distributed.world import join_ranks
+    from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
     from mvlm.runs.load import load_model
     from mvlm.search.collection import open_collection
     from mvlm.search.embed import embed as write
 
-    world = join_ranks(device)
-    model = run_on_all_ranks(world, lambda: load_model(checkpoint, world.device, precision))
-    collection = run_on_all_ranks(world, lambda: open_collection(data, list(splits)))
-    found = write(model, collection, out, world, str(checkpoint.resolve()))
-    if world.first:
-        print(f"{out}: {found['images']:,} images and {found['texts']:,} texts, {found['rejected']} images left out")
-    world.close()
+    with joined_ranks(device) as world:
+        model = run_on_all_ranks(world, lambda: load_model(checkpoint, world.device, precision))
+        collection = run_on_all_ranks(world, lambda: open_collection(data, list(splits)))
+        found = write(model, collection, out, world, str(checkpoint.resolve()))
+        if world.first:
+            counts = f"{found['images']:,} images and {found['texts']:,} texts, {found['rejected']} images left out"
+            print(f"{out}: {counts}")
 
 
 def export(

@@ -29,45 +29,39 @@ def _evaluation(
     The first split has to exist. Work in OUT.parts is continued if the model, the splits and the settings are the same.
     """
     from mvlm.commands.arguments import check_result_file
-    from mvlm.distributed.coordination import run_on_all_ranks
-    from mvlm.distributed.world import join_ranks
+    from mvlm.device import chosen_precision
+    from mvlm.distributed.coordination import check_same, joined_ranks, run_on_all_ranks
     from mvlm.errors import ConfigError
-    from mvlm.evaluation.workspace import open_workspace
+    from mvlm.evaluation.workspace import SAME_WORK, open_workspace
     from mvlm.runs.load import load_model
     from mvlm_dataloading import open_dataset
 
-    world = join_ranks(device)
-    if out is None and world.size > 1:
-        raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
-    check_result_file(out)
-    image_size, text_length = sizes
-    model = run_on_all_ranks(
-        world, lambda: load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
-    )
-    first = run_on_all_ranks(world, lambda: open_dataset(data, splits[0]))
-    found = {splits[0]: first} | {name: open_dataset(data, name) for name in splits[1:] if name in first.splits}
-    plan = {
-        "model": model.sha256,
-        "data": [found[name].fingerprint if name in found else None for name in splits],
-        "device": world.device.type,
-        "precision": run_on_all_ranks(world, lambda: _precision(world)),
-        **settings,
-    }
-    folder = None if out is None else out.with_name(f"{out.name}.parts")
-    with open_workspace(folder, plan, world) as workspace:
-        yield world, model, found, workspace
-    world.close()
+    with joined_ranks(device) as world:
 
+        def prepare() -> "tuple[TrainedModel, dict[str, Dataset]]":
+            if out is None and world.size > 1:
+                raise ConfigError(
+                    "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
+                )
+            check_result_file(out)
+            image_size, text_length = sizes
+            model = load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
+            first = open_dataset(data, splits[0])
+            others = {name: open_dataset(data, name) for name in splits[1:] if name in first.splits}
+            return model, {splits[0]: first, **others}
 
-def _precision(world: "World") -> str:
-    """The precision of the evaluation. RunError if the ranks' processors have different ones."""
-    from mvlm.device import chosen_precision
-    from mvlm.errors import RunError
-
-    found = world.gather_objects(chosen_precision(world.device))
-    if len(set(found)) > 1:
-        raise RunError(f"ranks compute in {' and '.join(sorted(set(found)))}; start them on machines of one kind")
-    return found[0]
+        model, found = run_on_all_ranks(world, prepare)
+        plan = {
+            "model": model.sha256,
+            "data": [found[name].fingerprint if name in found else None for name in splits],
+            "device": world.device.type,
+            "precision": chosen_precision(world.device),
+            **settings,
+        }
+        check_same(world, {"out": str(out), **plan}, SAME_WORK)
+        folder = None if out is None else out.with_name(f"{out.name}.parts")
+        with open_workspace(folder, plan, world) as workspace:
+            yield world, model, found, workspace
 
 
 def eval_retrieval(

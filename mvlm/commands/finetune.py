@@ -59,7 +59,7 @@ def _evaluate(
     import json
 
     from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file
-    from mvlm.distributed.world import join_ranks
+    from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
     from mvlm.errors import ConfigError
     from mvlm.files import write_json
     from mvlm.tasks.evaluate import evaluate_task
@@ -67,25 +67,29 @@ def _evaluate(
     from mvlm.tasks.registry import find_task
     from mvlm_dataloading import open_dataset
 
-    check_result_file(out)  # before minutes are spent
-    if predictions is not None:
-        check_format(task)
-        check_no_input(predictions, out, flag="predictions")
-        check_replaced(predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions")
-    for name in ("candidates", "lengths", "iterations"):
-        if (number := changes.get(name)) is not None and number < 1:
-            raise ConfigError(f"{name}: wanted at least 1, got {number}")
-    world = join_ranks(device)
-    given = {name: value for name, value in changes.items() if value is not None}
-    figures, records = evaluate_task(checkpoint, data, split, world.device, world, find_task(task), **given)
-    if world.first:
-        print(json.dumps(figures, indent=1))
-        if out is not None:
-            write_json(out, {"checkpoint": str(checkpoint), "data": str(data), **figures, **given, "records": records})
+    def check() -> None:
+        check_result_file(out)  # before minutes are spent
         if predictions is not None:
-            dataset = open_dataset(data, split)
-            write_predictions(predictions, task, records, [dataset.metadata(i) for i in range(len(dataset))])
-    world.close()
+            check_format(task)
+            check_no_input(predictions, out, flag="predictions")
+            check_replaced(predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions")
+        for name in ("candidates", "lengths", "iterations"):
+            if (number := changes.get(name)) is not None and number < 1:
+                raise ConfigError(f"{name}: wanted at least 1, got {number}")
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    with joined_ranks(device) as world:
+        run_on_all_ranks(world, check)
+        kind = run_on_all_ranks(world, lambda: find_task(task))
+        figures, records = evaluate_task(checkpoint, data, split, world.device, world, kind, **given)
+        if world.first:
+            print(json.dumps(figures, indent=1))
+            if out is not None:
+                about = {"checkpoint": str(checkpoint), "data": str(data)}
+                write_json(out, {**about, **figures, **given, "records": records})
+            if predictions is not None:
+                dataset = open_dataset(data, split)
+                write_predictions(predictions, task, records, [dataset.metadata(i) for i in range(len(dataset))])
 
 
 def eval_task(task: str) -> Callable[..., None]:

@@ -1,17 +1,17 @@
 """Decisions that all ranks of a run make together: start, save, evaluate, stop, fail."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvlm.config.json_files import differing_settings
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.pretrain import PretrainConfig, resume_may_change
 from mvlm.device import chosen_precision
-from mvlm.distributed.world import World
-from mvlm.errors import ConfigError, RunError
+from mvlm.distributed.world import World, join_ranks
+from mvlm.errors import ConfigError, LostRankError, RunError
 from mvlm_dataloading import DataError, Dataset
 
 T = TypeVar("T")
@@ -49,28 +49,55 @@ TOGETHER = (
 
 def check_ranks(world: World, config: PretrainConfig, dataset: Dataset, validation: Dataset | None = None) -> None:
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
-    own = {"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint}
+    settings = config.to_dict()
+    own = {f"model.{name}": value for name, value in settings.pop("model").items()}
+    own |= {name: value for name, value in settings.items() if name in TOGETHER or not resume_may_change(name)}
+    own |= {"out": str(config.out), "data": dataset.fingerprint}
     own["validation"] = None if validation is None else validation.fingerprint
     # What "auto" stands for may differ from machine to machine.
     own["device in use"] = world.device.type
     own["precision in use"] = chosen_precision(world.device, config.precision)
+    check_same(world, own)
+
+
+def check_same(
+    world: World, own: dict[str, Any], advice: str = "name --device and --precision where their machines differ"
+) -> None:
+    """Check that all ranks have the same values, by name. If not, rank 0 raises RunError and the others end.
+
+    Args:
+        own: this rank's values, as JSON.
+        advice: what else to do than to start the same command on the same data.
+    """
     by_rank = world.gather_objects(own)
 
     def compare() -> None:
-        for rank, values in enumerate(by_rank):
-            differing = differing_settings(by_rank[0]["settings"], values["settings"])
-            pairs = [(name, by_rank[0][name], values[name]) for name in values if name != "settings"]
-            pairs += [(name, by_rank[0]["settings"][name], values["settings"][name]) for name in TOGETHER]
-            differing += [(name, a, b) for name, a, b in pairs if a != b]
-            if differing and world.first:
-                listed = "; ".join(f"{name}: rank 0 has {a}, rank {rank} has {b}" for name, a, b in differing)
+        for rank, other in enumerate(by_rank):
+            pairs = [(name, by_rank[0].get(name), other.get(name)) for name in by_rank[0] | other]
+            differing = [f"{name}: rank 0 has {a}, rank {rank} has {b}" for name, a, b in pairs if a != b]
+            if differing:
                 raise RunError(
-                    f"rank {rank} was started with other settings or data than rank 0 ({listed}); "
-                    f"start all ranks with the same command on the same data, and name --device and --precision where "
-                    f"their machines differ"
+                    f"rank {rank} was started with other settings or data than rank 0 ({'; '.join(differing)}); start "
+                    f"all ranks with the same command on the same data, and {advice}"
                 )
 
     run_on_all_ranks(world, compare)
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[World]:
+    """Context with the ranks that torchrun started, or with a world of one. LostRankError if another rank is gone."""
+    world = join_ranks(device)
+    try:
+        yield world
+    except RuntimeError as error:
+        if world.size == 1 or not is_lost_rank(error):
+            raise
+        raise LostRankError(
+            f"rank {world.rank} lost another rank and ends too ({str(error).splitlines()[0]}); that rank's log says "
+            f"why. Start all ranks again"
+        ) from error
+    world.close()
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 """Version of the arrays in a folder. Work of another version is removed."""
 PLAN = "plan.json"
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+SAME_WORK = "on machines of one kind; name one of the checkpoints of a run that still trains"
+"""Advice to ranks that would evaluate different models, or compute differently (`check_same`)."""
 
 Work = Callable[[int, int], Iterator[None]]
 """Work on rows `start` to `stop` - 1, which yields after each part."""

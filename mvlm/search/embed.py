@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from mvlm.device import chosen_precision
-from mvlm.distributed.coordination import run_on_all_ranks
+from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.inference.encode import BATCH, image_features
@@ -57,15 +57,19 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
 
     Raises:
         RunError: `out` holds something else, or vectors of another device or precision; another process writes there;
-            or ranks compute differently.
+            or ranks have different models or data, or compute differently.
         DataError: an image of a data set cannot be decoded.
     """
     folder = EmbeddingFolder(out)
+    # What "auto" stands for may differ from machine to machine.
+    arithmetic = {"device": model.device.type, "precision": chosen_precision(model.device, model.precision)}
+    own = {"out": str(out), "model": model.sha256, "data": collection.fingerprint, **arithmetic}
+    check_same(world, own)
     plan = {
         "format_version": FORMAT_VERSION,
         "model": model.sha256,
         "width": model.network.config.itc_width,
-        **run_on_all_ranks(world, lambda: _arithmetic(model, world)),
+        **arithmetic,
         "source": collection.source,
         "fingerprint": collection.fingerprint,
         "items": len(collection),
@@ -81,18 +85,6 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
         )
         run_on_all_ranks(world, lambda: _finish(folder, collection, plan, checkpoint, numbers) if world.first else None)
         return read_versioned(folder.description)
-
-
-def _arithmetic(model: TrainedModel, world: World) -> dict[str, str]:
-    """Device and precision of the vectors: what "auto" stands for here. RunError if the ranks have different ones."""
-    own = {"device": model.device.type, "precision": chosen_precision(model.device, model.precision)}
-    for rank, other in enumerate(world.gather_objects(own)):
-        if other != own:
-            raise RunError(
-                f"rank {rank}: wanted {_words(own)}, as rank {world.rank} has, found {_words(other)}; give all ranks "
-                f"the same --device and --precision"
-            )
-    return own
 
 
 def _words(arithmetic: dict[str, str]) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from mvlm.device import autocast
+from mvlm.device import autocast, chosen_precision
+from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.workspace import Workspace
+from mvlm.evaluation.workspace import ALONE, SAME_WORK, Workspace
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.trained_model import hash_of
 from mvlm.tasks.registry import load_task
@@ -41,15 +42,21 @@ def predict_split(
     device = task.log_scale.device
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     start, stop = share(len(dataset), rank, ranks)
-    part, records, stopped = dataset.rows(start, stop), [], False
+    part, records = dataset.rows(start, stop), []
     options = {"share": task.shares, **task.loader_options()}
-    for batch, _ in eval_loader(part, task.model, tokenizer, **options) if start < stop else ():
-        with autocast(device, precision):
-            predictions = task.predict(batch.to(device), plan)
-        records += [{"sample": start + i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)]
-        if not go_on():
-            stopped = True
-            break
+
+    def predict() -> bool:
+        for batch, _ in eval_loader(part, task.model, tokenizer, **options) if start < stop else ():
+            with autocast(device, precision):
+                predictions = task.predict(batch.to(device), plan)
+            records.extend(
+                {"sample": start + i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)
+            )
+            if not go_on():
+                return True
+        return False
+
+    stopped = run_on_all_ranks(world or ALONE, predict)
     task.train(was_training)
     gathered = world.gather_objects({"records": records, "stopped": stopped}) if world else None
     if gathered is None:
@@ -107,16 +114,24 @@ def evaluate_task(
     Retrieval ranks the whole split and has no records; `mvlm eval retrieval` says more about it.
 
     Before anything is predicted: DataError for a split that the task cannot score, ConfigError for a change without
-    effect.
+    effect, and RunError, on rank 0 alone, if ranks have different models, options or data, or compute differently.
     """
-    task, tokenizer = load_task(checkpoint, device, kind, **changes)
-    check_changes(task.name, task.options, changes)
-    dataset = open_dataset(data, split)
-    task.check_split(dataset, task.state)
+    world = world or ALONE
+
+    def prepare() -> tuple[Task, Tokenizer, Dataset]:
+        task, tokenizer = load_task(checkpoint, device, kind, **changes)
+        check_changes(task.name, task.options, changes)
+        dataset = open_dataset(data, split)
+        task.check_split(dataset, task.state)
+        return task, tokenizer, dataset
+
+    task, tokenizer, dataset = run_on_all_ranks(world, prepare)
     about = {"task": task.name, "split": split, "model": hash_of(task.config, tokenizer, task)}
+    used = {"data": dataset.fingerprint, "device": task.log_scale.device.type}
+    used["precision"] = chosen_precision(task.log_scale.device, precision)
+    check_same(world, {**about, **vars(task.options), **used}, SAME_WORK)
     if isinstance(task, Retrieval):
-        workspace = Workspace(None, world) if world else Workspace()
-        return {**about, **task.evaluate(dataset, tokenizer, precision, workspace)}, []
+        return {**about, **task.evaluate(dataset, tokenizer, precision, Workspace(None, world))}, []
     records = predict_split(task, dataset, tokenizer, precision, world=world)
     assert records is not None
-    return {**about, **task.score(records, dataset)}, records
+    return {**about, **run_on_all_ranks(world, lambda: task.score(records, dataset))}, records

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.workspace import Workspace
+from mvlm.evaluation.workspace import SAME_WORK, Workspace
 from mvlm.inference.attention_maps import text_gradcam
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
 from mvlm.inference.trained_model import TrainedModel
@@ -210,19 +211,26 @@ def evaluate_grounding(
         ConfigError: there is no such layer, or neither a layer nor a validation split; or the model has no ITM.
     """
     workspace, (network, tokenizer) = workspace or Workspace(), model
-    if not network.matching_is_trained:
-        raise ConfigError(
-            "checkpoint: wanted a model trained with ITM, whose maps point at phrases, found one without; name another"
-        )
-    if layer is None and validation is None:
-        raise ConfigError("layer: wanted a validation split to choose the layer on, found none; add --layer N")
-    if layer is not None and not 0 <= layer < network.config.cross_layers:
-        raise ConfigError(f"layer: wanted 0 to {network.config.cross_layers - 1}, got {layer}")
-    phrases, swept = phrases_of(split, detected), None
+    check_same(workspace.world, {"layer": layer}, SAME_WORK)  # the validation split is a stage only without one
+
+    def read() -> tuple[Phrases, Phrases | None]:
+        if not network.matching_is_trained:
+            raise ConfigError(
+                "checkpoint: wanted a model trained with ITM, whose maps point at phrases, found one without; name "
+                "another"
+            )
+        if layer is None and validation is None:
+            raise ConfigError("layer: wanted a validation split to choose the layer on, found none; add --layer N")
+        if layer is not None and not 0 <= layer < network.config.cross_layers:
+            raise ConfigError(f"layer: wanted 0 to {network.config.cross_layers - 1}, got {layer}")
+        known = phrases_of(validation, detected) if layer is None and validation is not None else None
+        return phrases_of(split, detected), known
+
+    (phrases, known), swept = run_on_all_ranks(workspace.world, read), None
     boxed = bool(phrases.candidates[0])
     if layer is None:
         assert validation is not None
-        known = phrases_of(validation, detected)
+        assert known is not None
         by_layer = hits(known, answers(network, tokenizer, validation, known, known.texts, "validation", workspace))
         swept = (100 * by_layer[bool(known.candidates[0])].mean(0)).tolist()
         layer = int(np.argmax(swept))

@@ -21,7 +21,10 @@ Outcomes = tuple[list[int], str]
 
 @contextmanager
 def forked_ranks() -> Iterator[Callable[..., Outcomes]]:
-    """A function that runs `mvlm WORDS` on two ranks and waits for them. They are forked from one process."""
+    """A function that runs `mvlm WORDS` on two ranks and waits for them. They are forked from one process.
+
+    A rank's own number is in place of "{rank}" in a word.
+    """
     with subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
@@ -69,7 +72,7 @@ def _run(words: list[str], log: int) -> None:
     code = 1
     try:
         logging.basicConfig(stream=sys.stderr, force=True)
-        sys.argv = ["mvlm", *words]
+        sys.argv = ["mvlm", *(word.replace("{rank}", os.environ["RANK"]) for word in words)]
         cli.main()
         code = 0
     except SystemExit as stop:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mvlm.device import chosen_precision
+from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import best_rank
 from mvlm.evaluation.workspace import Workspace
@@ -110,15 +111,18 @@ def evaluate_recognition(
     """
     options, workspace = options or RecognitionOptions(), workspace or Workspace()
     needed = needed_splits(split, options.probe)
-    if missing := [name for name in needed if name not in data]:
-        raise ConfigError(
-            f"wanted the splits {', '.join(needed)}, found none named {missing[0]}; name another data set"
-        )
+
+    def read() -> tuple[list[str], list[str], list[str], dict[str, list[str]] | None]:
+        if missing := [name for name in needed if name not in data]:
+            raise ConfigError(
+                f"wanted the splits {', '.join(needed)}, found none named {missing[0]}; name another data set"
+            )
+        labels = labels_of(data[split], options.by)
+        splits = _training_splits(data, options, labels) if options.probe else None
+        return labels, class_names(labels, options.classes), read_templates(options.templates), splits
+
+    labels, names, templates, splits = run_on_all_ranks(workspace.world, read)
     dataset = data[split]
-    labels = labels_of(dataset, options.by)
-    names = class_names(labels, options.classes)
-    templates = read_templates(options.templates)
-    splits = _training_splits(data, options, labels) if options.probe else None
     groups = [image_name(dataset.metadata(i)) or str(dataset.keys[i]) for i in range(len(dataset))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

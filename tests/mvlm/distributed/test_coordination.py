@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mvlm.distributed import coordination
-from mvlm.distributed.coordination import StepDecisions, check_ranks, run_on_all_ranks
+from mvlm.distributed.coordination import StepDecisions, check_ranks, check_same, run_on_all_ranks
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading import open_dataset
 from support.models import pretrain_config
@@ -158,3 +158,19 @@ def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():
     assert first == second
     assert [row[0] for row in first] == [False, False, True, False, False, False]
     assert not any(row[1] for row in first)
+
+
+def test_ranks_with_different_values_all_end():
+    def work(world):
+        own = {"model": "abc", "rerank": world.rank or None}
+        return check_same(world, own | ({"layer": 2} if world.rank else {}), "ask")
+
+    first, second = on_two_ranks(work)
+    assert isinstance(first, RunError)
+    assert str(first) == (
+        "rank 1 was started with other settings or data than rank 0 (rerank: rank 0 has None, rank 1 has 1; layer: "
+        "rank 0 has None, rank 1 has 2); start all ranks with the same command on the same data, and ask"
+    )
+    assert isinstance(second, SystemExit)
+    assert second.code == 2
+    assert on_two_ranks(lambda world: check_same(world, {"model": "abc"})) == [None, None]

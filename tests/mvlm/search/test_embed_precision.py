@@ -103,20 +103,21 @@ def test_a_finished_embedding_is_left_as_it_is_on_any_machine(model, machine, pi
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_compute_differently_are_refused(model, machine, pictures, tmp_path, rank):
+@pytest.mark.parametrize("name", ["precision", "model", "data"])
+def test_ranks_that_differ_are_refused(model, machine, pictures, tmp_path, rank, name):
     class Two(World):
-        """A rank beside one that computes in fp32."""
+        """A rank beside one that computes in fp32, or has another model or other data."""
 
         def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
             if isinstance(value, dict):
-                return [value if i == rank else value | {"precision": "fp32"} for i in range(2)]
+                return [value if i == rank else value | {name: "other"} for i in range(2)]
             return [value, value]
 
     world = Two(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
     error, message = (
         (
             RunError,
-            "rank 1: wanted --device cpu --precision bf16, as rank 0 has, found --device cpu --precision fp32; give",
+            rf"rank 1 was started with other settings or data than rank 0 \({name}: rank 0 has \w+, rank 1 has other\)",
         )
         if rank == 0
         else (SystemExit, "2")

@@ -1,0 +1,122 @@
+"""`mvlm eval` on several ranks: all evaluate the same model and data, and a mistake is one line."""
+
+from pathlib import Path
+
+import pytest
+
+from mvlm.runs.checkpoint import checkpoints
+from mvlm.tasks.finetune import finetune
+from mvlm_dataloading import ShardWriter, open_dataset
+from support.questions import finetune_config, write_phrases, write_questions
+from support.scenes import overwrite, png, scene
+
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Three batches of questions. Read only."""
+    return write_questions(tmp_path_factory.mktemp("questions") / "data", {"train": 16, "test": 130})
+
+
+@pytest.fixture(scope="module")
+def tuned(trained, questions, tmp_path_factory) -> Path:
+    """A fine-tuned run with a checkpoint after each of its two steps. Read only."""
+    config = finetune_config(
+        trained, questions, tmp_path_factory.mktemp("tuned") / "run", checkpoint_every_steps=1, keep_checkpoints=2
+    )
+    finetune(config)
+    return config.out
+
+
+def each(folder: Path, name: str, *targets: Path) -> str:
+    """A path of each rank's own, which leads to its target: "{rank}" in words of `on_two_ranks` is its number."""
+    folder.mkdir(exist_ok=True)
+    for rank, target in enumerate(targets):
+        (folder / f"{name}{rank}").symlink_to(target)
+    return f"{folder}/{name}{{rank}}"
+
+
+def refusal(outcome: tuple[list[int], str]) -> str:
+    """The one line on which both ranks ended, with code 2."""
+    codes, errors = outcome
+    lines = [line for line in errors.splitlines() if line.startswith("mvlm: ") or "Error" in line]
+    assert codes == [2, 2], errors
+    assert len(lines) == 1, errors
+    return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "data"])
+@pytest.mark.parametrize("task", ["vqa", "retrieval", "recognition"])
+def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path, on_two_ranks, what, task):
+    """A run that still trains has another newest checkpoint for a rank that looks later."""
+    first, second = checkpoints(tuned / "checkpoints")
+    other = write_questions(tmp_path / "other", {"train": 16, "test": 129})
+    run = each(tmp_path / "own", "run", first, second) if what == "model" else str(second)
+    data = each(tmp_path / "own", "data", questions, other) if what == "data" else str(questions)
+    out = tmp_path / "out.json"
+    words = ("--by", "question_type") if task == "recognition" else ()
+    line = refusal(on_two_ranks("eval", task, "--checkpoint", run, "--data", data, "--out", out, *CPU, *words))
+    assert line.startswith(f"mvlm: rank 1 was started with other settings or data than rank 0 ({what}: rank 0 has ")
+    assert line.endswith("on machines of one kind; name one of the checkpoints of a run that still trains")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own"]
+
+
+@pytest.mark.slow
+def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_path, on_two_ranks):
+    rerank = ("--rerank", "{rank}", "--out", tmp_path / "out.json")
+    found = refusal(on_two_ranks("eval", "retrieval", "--checkpoint", trained, "--data", questions, *CPU, *rerank))
+    assert "(rerank: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
+    phrases = write_phrases(tmp_path / "phrases", {"validation": 4, "test": 4})
+    layer = ("--layer", "{rank}", "--out", tmp_path / "out.json")
+    found = refusal(on_two_ranks("eval", "grounding", "--checkpoint", trained, "--data", phrases, *CPU, *layer))
+    assert "(layer: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("task", ["vqa", "retrieval", "recognition"])
+def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ranks, rank, task):
+    """The data, and then the classes of recognition, are missing on the machine of one rank."""
+    places = [questions, tmp_path / "nothing"]
+    data = each(tmp_path / "own", "data", *(places if rank == 1 else places[::-1]))
+    words = ["eval", task, "--checkpoint", tuned, *CPU, "--out", tmp_path / "out.json"]
+    start = "mvlm: rank 1: " if rank == 1 else "mvlm: "
+    line = refusal(on_two_ranks(*words, "--data", data))
+    assert line.startswith(f"{start}{tmp_path}/own/data{rank}: wanted a data folder, found none")
+    if task == "recognition":
+        (tmp_path / f"classes{1 - rank}").write_text("what colour\nwhat is\n")
+        words += ["--by", "question_type", "--classes", str(tmp_path / "classes{rank}")]
+        line = refusal(on_two_ranks(*words, "--data", questions))
+        assert line.startswith(f"{start}{tmp_path}/classes{rank}: ")
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--split", "tset"), "wanted the split tset, found test, train"),
+        (("--out", "{other}"), "out: wanted a new file or the figures of an earlier evaluation"),
+        (("--candidates", "0"), "candidates: wanted at least 1, got 0"),
+    ],
+)
+def test_a_mistake_on_all_ranks_is_one_line(tuned, questions, tmp_path, on_two_ranks, words, message):
+    (tmp_path / "notes.txt").write_text("my notes")
+    words = [word.replace("{other}", str(tmp_path / "notes.txt")) for word in words]
+    assert message in refusal(on_two_ranks("eval", "vqa", "--checkpoint", tuned, "--data", questions, *CPU, *words))
+
+
+@pytest.mark.slow
+def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_two_ranks):
+    answers = [{"answer": "red", "answer_id": number} for number in range(1, 11)]
+    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(65):  # the second rank has the last one, whose image is like no other
+            about = {"question_id": str(i), "question_type": "what", "answer_type": "other", "answers": answers}
+            writer.add(str(i), png(scene(i, 32 if i < 64 else 48)[0]), ["what is it?"], about, split="test")
+    overwrite(open_dataset(tmp_path / "d", "test"), "image", [64])
+    line = refusal(on_two_ranks("eval", "vqa", "--checkpoint", tuned, "--data", tmp_path / "d", *CPU))
+    assert line.startswith("mvlm: rank 1: ")
+    assert "key 64: wanted an image, found one that cannot be decoded" in line
