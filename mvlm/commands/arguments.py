@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -88,6 +89,12 @@ def one_line(box: str) -> str:
     kept.sort(key=lambda message: not message.startswith("Unrecognized"))  # a mistyped flag is also a missing one
     # "Error parsing PretrainConfig: ..." names a class, which nobody typed; "Error parsing --seed: ..." names a flag.
     return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", "; ".join(kept)).replace("Argument helptext: ", "")
+
+
+def check_one_process(command: str, advice: str) -> None:
+    """Raise ConfigError if torchrun started several ranks for a command whose work they cannot share."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{command}: wanted one process, found ranks of torchrun; {advice}")
 
 
 def check_result_file(out: Path | None) -> None:

@@ -240,12 +240,13 @@ def eval_winoground(
         image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
         device: auto, cpu or cuda.
     """
-    from mvlm.commands.arguments import check_result_file
+    from mvlm.commands.arguments import check_one_process, check_result_file
     from mvlm.device import choose_device
     from mvlm.runs.load import load_model
     from mvlm.tasks.winoground.evaluate import evaluate_winoground
     from mvlm.tasks.winoground.read import read_examples
 
+    check_one_process("eval winoground", "start it without torchrun")
     check_result_file(out)
     found = read_examples(examples, images)
     model = load_model(checkpoint, choose_device(device), image_size=image_size)

@@ -1,6 +1,5 @@
 """`mvlm study`: an experiment over several settings and seeds."""
 
-import os
 from pathlib import Path
 
 # Commands import what they need when they run, so that --help and errors are immediate.
@@ -34,6 +33,7 @@ def study(
             result.
         partial: Write table and page of the trials that are finished, and run none.
     """
+    from mvlm.commands.arguments import check_one_process
     from mvlm.errors import ConfigError
     from mvlm.studies.run import report_finished, run_study
     from mvlm.studies.study import read_study
@@ -41,10 +41,8 @@ def study(
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise ConfigError(f"part: wanted i/n with 1 <= i <= n, such as 1/4, got {part!r}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would take another trial, and wait for the others in it
-        raise ConfigError(
-            "study: wanted one process, found ranks of torchrun; give --jobs N, or --part i/n to each GPU"
-        )
+    # Each rank would take another trial, and wait for the others in it.
+    check_one_process("study", "give --jobs N, or --part i/n to each GPU")
     if jobs < 1:
         raise ConfigError(f"jobs: wanted at least 1, got {jobs}")
     description = read_study(file)

@@ -7,6 +7,7 @@ import pytest
 from mvlm.runs.checkpoint import checkpoints
 from mvlm.tasks.finetune import finetune
 from mvlm_dataloading import ShardWriter, open_dataset
+from support.commands import assert_refused
 from support.questions import finetune_config, write_phrases, write_questions
 from support.scenes import overwrite, png, scene
 
@@ -120,3 +121,11 @@ def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_tw
     line = refusal(on_two_ranks("eval", "vqa", "--checkpoint", tuned, "--data", tmp_path / "d", *CPU))
     assert line.startswith("mvlm: rank 1: ")
     assert "key 64: wanted an image, found one that cannot be decoded" in line
+
+
+def test_ranks_for_winoground_are_refused(run_mvlm, trained, tmp_path, monkeypatch):
+    """Each would evaluate all of it, and write the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ("--checkpoint", trained, "--examples", tmp_path / "examples.jsonl", "--images", tmp_path, *CPU)
+    outcome = run_mvlm("eval", "winoground", *words)
+    assert_refused(outcome, "eval winoground: wanted one process, found ranks of torchrun; start it without torchrun")
