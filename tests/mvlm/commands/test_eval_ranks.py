@@ -12,6 +12,17 @@ from support.questions import finetune_config, write_phrases, write_questions
 from support.scenes import overwrite, png, scene
 
 CPU = ("--device", "cpu")
+KILLED = """
+import os
+from mvlm.tasks.vqa import VisualQuestionAnswering
+
+class Killed(VisualQuestionAnswering):
+    def predict(self, batch, plan):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), 9)
+        return super().predict(batch, plan)
+"""
+"""A task whose second rank is killed at its first batch."""
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,22 @@ def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_tw
     line = refusal(on_two_ranks("eval", "vqa", "--checkpoint", tuned, "--data", tmp_path / "d", *CPU))
     assert line.startswith("mvlm: rank 1: ")
     assert "key 64: wanted an image, found one that cannot be decoded" in line
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other_and_a_new_start_has_the_figures_of_one(
+    tuned, questions, tmp_path, on_two_ranks, run_mvlm
+):
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = ("--checkpoint", tuned, "--data", questions, *CPU, "--out")
+    codes, errors = on_two_ranks("eval", tmp_path / "killed.py", *words, tmp_path / "two.json")
+    assert codes == [1, -9], errors
+    assert "mvlm: rank 0 lost another rank and ends too (" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "two.json").exists()
+    assert on_two_ranks("eval", "vqa", *words, tmp_path / "two.json")[0] == [0, 0]
+    assert run_mvlm("eval", "vqa", *words, tmp_path / "one.json").code == 0
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
 
 def test_ranks_for_winoground_are_refused(run_mvlm, trained, tmp_path, monkeypatch):

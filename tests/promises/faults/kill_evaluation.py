@@ -3,7 +3,8 @@
     python tests/promises/faults/kill_evaluation.py [--kills 10]
 
 One process imports everything and forks those that evaluate. Every third evaluation is shared by two ranks, which are
-killed together. Prints a line for each part. The exit code is 1 if figures differ.
+killed together. Of two more, one rank is killed, and the other has to end by itself. Prints a line for
+each part. The exit code is 1 if figures differ.
 """
 
 import json
@@ -97,6 +98,19 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
             return f"killed-{evaluations}: other figures than those of an undisturbed evaluation"
         evaluations += 1
     print(f"{done} kills over {evaluations} evaluations, {continued} of which left finished parts: the same figures")
+    for rank in (0, 1):
+        bereaved = Evaluation(folder, f"without-{rank}")
+        pids = bereaved.start(2)
+        while not bereaved.parts.exists():  # the ranks have met: one would wait long for another that was killed before
+            time.sleep(0.01)
+        os.kill(pids[rank], signal.SIGKILL)
+        if any(ended_well(pid) for pid in pids):
+            return f"without-{rank}: ended well without its other rank"
+        if fault := bereaved.finish(2):
+            return fault
+        if bereaved.figures() != wanted:
+            return f"without-{rank}: other figures than those of an undisturbed evaluation"
+    print("one of two ranks killed: the other ends, and a new start finds the same figures")
     for ranks in (2, 4):
         shared = Evaluation(folder, f"ranks-{ranks}")
         if fault := shared.finish(ranks):

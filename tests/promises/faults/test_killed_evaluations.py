@@ -16,4 +16,5 @@ def test_killed_evaluations_and_four_ranks_find_the_figures_of_one_process():
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     kills = int(done.stdout.split()[0])  # the last evaluation may be killed more often than asked for
     assert kills >= 3
+    assert "one of two ranks killed: the other ends" in done.stdout
     assert "2 and 4 ranks: the same figures" in done.stdout
