@@ -78,6 +78,9 @@ def do_run(
         else:
             train(trainer)
         reason = trainer.stop.reason
+    # Before the process group. If DDP's reducer were the last to hold the group, its destructor could wait for a thread
+    # that waits for the GIL, and the rank would never end (torch 2.13, gloo).
+    del trainer
     world.close()
     return reason
 

@@ -3,7 +3,10 @@
 import json
 import math
 import re
+import shutil
+import weakref
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +19,7 @@ from mvlm.runs.checkpoint import verify_checkpoint
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import find_checkpoint
 from mvlm.training import trainer as train
-from mvlm.training.run import pretrain
+from mvlm.training.run import build_trainer, do_run, open_inputs, pretrain
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, open_dataset
 from support.folders import LOSSES, checkpoint_contents, losses_of, rows_of
@@ -268,3 +271,20 @@ def test_too_many_images_that_cannot_be_decoded_stop_the_run(tmp_path, without_t
     config = pretrain_config(data, tmp_path / "run", max_steps=6)
     with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 3 of 40"):
         pretrain(config)
+
+
+@pytest.mark.parametrize("steps", [pytest.param(2, marks=pytest.mark.slow), 0])
+def test_a_run_frees_its_trainer_before_it_leaves_the_ranks(scenes, trained, tmp_path, monkeypatch, steps):
+    """DDP's reducer may not be the last to hold the process group: a rank would wait for ever in its destructor."""
+    made: list[weakref.ref[Trainer]] = []
+
+    def build(inputs, world, checkpoint):
+        found = build_trainer(inputs, world, checkpoint)
+        made.append(weakref.ref(found))
+        return found
+
+    left = []
+    monkeypatch.setattr(World, "close", lambda world: left.append(made[0]()))
+    out = tmp_path / "run" if steps else Path(shutil.copytree(trained, tmp_path / "run"))
+    do_run(pretrain_config(scenes, out, checkpoint_every_steps=1, resume=not steps), open_inputs, build)
+    assert left == [None]
