@@ -48,7 +48,9 @@ def define(
         with torch._C._AutoDispatchBelowAutograd():  # otherwise the op would run its autograd Function again
             if not torch._C._are_functorch_transforms_active():
                 return op(*args)
-            with torch.enable_grad():  # for the levels of torch.func below: a Function's forward disables gradients
+            # For the levels of torch.func below: a Function's forward disables gradients and forward mode. torch's own
+            # rules for transforms enable both by these names too; forward mode has no public one.
+            with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
                 return op(*args)
 
     def op_with_gradient(*args: Any) -> Any:
@@ -102,13 +104,15 @@ def no_second_derivative_error(name: str, instead: str) -> RuntimeError:
 def called_directly(*tensors: torch.Tensor) -> bool:
     """True if an op on these tensors may be called without the dispatcher.
 
-    That holds if the tensors are plain and no compiler, dispatch or function mode, functorch transform or tracer is
-    active. The public functions then call the result of :func:`direct`. This saves two passes through the dispatcher,
-    half of the host time of an op with a gradient. Otherwise they call the op.
+    That holds if the tensors are plain and no compiler, dispatch or function mode, functorch transform, level of dual
+    numbers or tracer is active. The public functions then call the result of :func:`direct`. This saves two passes
+    through the dispatcher, half of the host time of an op with a gradient. Otherwise they call the op.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False  # as `transformed` says it, without one more call
+    if torch._C._get_tracing_state() is not None:
         return False
     special = False
     for x in tensors:  # a loop and no generator: this runs in every call

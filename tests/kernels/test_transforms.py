@@ -275,6 +275,43 @@ def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
         tangent(ours)
 
 
+@pytest.mark.slow
+@OPS
+def test_forward_mode_over_gradients_is_right_or_refused_by_name(op: str, backend: str):
+    """By `jvp` and `hessian`, by a level of dual numbers around `grad`, and by a gradient that is dual itself."""
+    skip_without_kernel(op, backend)
+    ours, plain, (x, *rest) = CALLS[op]
+
+    def attempts(f: Callable[..., Tensor]) -> Iterator[Callable[[], Tensor | None]]:
+        gradient, value = torch.func.grad(squared(f)), f(x, *rest).detach()
+        yield lambda: torch.func.jvp(lambda x: gradient(x, *rest), (x,), (x.cos(),))[1]
+        yield lambda: torch.func.jvp(gradient, (x, *rest), tuple(y.cos() for y in (x, *rest)))[1]
+        yield lambda: torch.func.hessian(squared(f))(x, *rest)
+
+        def dual_outside() -> Tensor | None:
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(gradient(forward_ad.make_dual(x, x.cos()), *rest)).tangent
+
+        def dual_gradient() -> Tensor | None:
+            leaf = x.clone().requires_grad_()
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(value, value.cos())
+                return forward_ad.unpack_dual(torch.autograd.grad(f(leaf, *rest), leaf, dual)[0]).tangent
+
+        yield dual_outside
+        yield dual_gradient
+
+    right = op == "gelu_linear" or (op == "cross_attention" and backend == "torch")
+    for got, wanted in zip(attempts(ours), attempts(plain), strict=True):
+        if right:
+            same(got(), wanted())
+            continue
+        with pytest.raises(
+            NotImplementedError, match=f"{NAMES.get(op, op)}(_backward)? has no forward-mode derivative; use reverse"
+        ):
+            got()
+
+
 class Block(nn.Module):
     """Every op in one module, as a masked autoencoder that reads a caption uses them."""
 
