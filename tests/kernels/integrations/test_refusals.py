@@ -22,7 +22,7 @@ timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-from diffusers.models.attention_processor import Attention, AttnProcessor  # noqa: E402
+from diffusers.models.attention_processor import Attention, AttnProcessor, JointAttnProcessor2_0  # noqa: E402
 
 import mvlm_kernels as ops  # noqa: E402
 from mvlm_kernels import dispatch, use_backend  # noqa: E402
@@ -307,6 +307,9 @@ TABLE = {
     "layer twice": Row(partial(twice, for_diffusers.swap, layer()), "it is swapped already", "undo the earlier swap"),
     "processor": Row(
         lambda: kept_layers(layer(processor=AttnProcessor())), "got AttnProcessor", "set_processor(AttnProcessor2_0())"
+    ),
+    "processor of a model": Row(
+        lambda: kept_layers(layer(processor=JointAttnProcessor2_0())), "got JointAttnProcessor2_0", "leave it: an Attn"
     ),
     "grouped heads": Row(lambda: kept_layers(layer(kv_heads=1)), "heads are grouped", "diffusers' processor runs"),
     "further argument": Row(
