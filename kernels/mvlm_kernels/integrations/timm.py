@@ -109,8 +109,8 @@ def why_not_read(proj: nn.Module) -> Refusal | None:
     return None
 
 
-def why_not_swapped(module: nn.Module) -> Refusal | None:
-    """Reason why a module cannot become a :class:`GatherPatchEmbed`; None if it can."""
+def why_not_swapped(module: nn.Module, *values: Sequence[float] | Tensor | None) -> Refusal | None:
+    """Reason why a module cannot become a :class:`GatherPatchEmbed` with these values of channels; None if it can."""
     if isinstance(module, GatherPatchEmbed):
         return ALREADY_SWAPPED
     if type(module) is not PatchEmbed:
@@ -119,7 +119,16 @@ def why_not_swapped(module: nn.Module) -> Refusal | None:
         return refusal(reason, "it stays; call gather_patches in its forward")
     if "forward" in vars(module):
         return OTHER_FORWARD
-    return why_not_read(module.proj)
+    reason = why_not_read(module.proj)
+    if reason is not None:
+        return reason
+    for given in (len(x) for x in values if x is not None):
+        if given != module.proj.in_channels:  # a PatchEmbed within a model reads features
+            reason = f"proj reads {module.proj.in_channels} channels, and mean or std has {given} values"
+            return refusal(
+                reason, "the original forward runs without them; give one value for each channel of the images"
+            )
+    return None
 
 
 def swap(
@@ -137,7 +146,7 @@ def swap(
     for path, module in model.named_modules():
         if not isinstance(module, PatchEmbed) and path.rsplit(".", 1)[-1] != "patch_embed":
             continue
-        reason = why_not_swapped(module)
+        reason = why_not_swapped(module, *values)
         parts.append(Part(path, type(module).__name__, reason))
         if reason is None:
             module.__class__ = GatherPatchEmbed
@@ -164,7 +173,7 @@ def swap_patch_embed(
     original = getattr(model, "patch_embed", None)
     if not isinstance(original, nn.Module):
         raise ValueError(f"model must have a patch_embed, got {type(model).__name__}")
-    reason = why_not_swapped(original)
+    reason = why_not_swapped(original, mean, std)
     if reason is not None:
         raise ValueError(f"model.patch_embed cannot be swapped: {reason}")
     swap(original, mean=mean, std=std)

@@ -297,6 +297,11 @@ TABLE = {
         "proj must be a square conv of disjoint patches",
         "use another patch embedding",
     ),
+    "embedding of features": Row(
+        lambda: [p.reason for p in for_timm.swap(timm.layers.PatchEmbed(32, 8, 16, 24), mean=(0.5,) * 3).kept],
+        "proj reads 16 channels, and mean or std has 3 values",
+        "one value for each channel of the images",
+    ),
     "other embedding": Row(
         lambda: [p.reason for p in for_timm.swap(nn.ModuleDict({"patch_embed": nn.Linear(1, 1)})).kept],
         "it must be a timm.layers.PatchEmbed itself, got torch.nn.modules.linear.Linear",

@@ -67,6 +67,28 @@ def test_swapped_patch_embed_gives_the_same_features():
     torch.testing.assert_close(model(normalised(images)), wanted)
 
 
+def test_embeddings_of_features_are_kept_where_values_of_channels_are_given():
+    """As in Visformer, whose stem reads the image and whose embeddings read features."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        timm.layers.PatchEmbed(32, 4, embed_dim=16, flatten=False), timm.layers.PatchEmbed(8, 2, 16, 24)
+    )
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    wanted = model(normalised(images))
+    report = swap(model, mean=MEAN, std=STD)
+    assert [part.path for part in report.swapped] == ["0"]
+    assert [part.path for part in report.kept] == ["1"]
+    assert "proj reads 16 channels, and mean or std has 3 values" in str(report)
+    torch.testing.assert_close(model(images), wanted)
+    report.undo()
+    assert len(swap(model).swapped) == 2
+
+
+def test_swap_patch_embed_refuses_values_of_another_number_of_channels():
+    with pytest.raises(ValueError, match="cannot be swapped: proj reads 3 channels, and mean or std has 1 values"):
+        swap_patch_embed(small_vit(), mean=MEAN, std=(0.5,))
+
+
 def test_gradients_of_swapped_patch_embed_reach_the_conv_weight():
     model = small_vit()
     images = torch.rand(2, 3, 32, 32)
