@@ -120,8 +120,8 @@ def why_not_replaced(module: nn.Module, *kinds: type[nn.Module]) -> Refusal | No
     """Reason why a module's parameters cannot be used without calling it: wrapped, another class, or hooks."""
     if type(module) not in kinds:
         return refusal(
-            f"wanted {' or '.join(kind.__name__ for kind in kinds)}, got {type(module).__name__}",
-            f"the original forward runs; put a plain {kinds[0].__name__} there",
+            f"wanted {' or '.join(dict.fromkeys(kind.__name__ for kind in kinds))}, got {type(module).__name__}",
+            f"the original forward runs; unwrap it if it is a wrapped {kinds[0].__name__}",
         )
     if any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module):
         return refusal(f"its {type(module).__name__} has hooks", "the original forward calls them; remove them")
@@ -155,17 +155,22 @@ def _timm_norms() -> tuple[type[nn.Module], ...]:
     return (sys.modules["timm.layers.norm"].LayerNorm,) if "timm.layers.norm" in sys.modules else ()
 
 
+def _timm_gelus() -> tuple[type[nn.Module], ...]:
+    """Class of timm that computes the exact GELU, as ``nn.GELU()`` does; it takes an ``inplace`` that it ignores."""
+    return (sys.modules["timm.layers.activations"].GELU,) if "timm.layers.activations" in sys.modules else ()
+
+
 def _why_not_mlp(mlp: Any) -> Refusal | None:
     for part, kinds in (
         (mlp.fc2, (nn.Linear,)),
         (mlp.norm, (nn.Identity,)),
         (mlp.drop1, (nn.Dropout,)),
-        (mlp.act, (nn.GELU,)),
+        (mlp.act, (nn.GELU, *_timm_gelus())),
     ):
         reason = why_not_replaced(part, *kinds)
         if reason is not None:
             return reason
-    if mlp.act.approximate != "none":
+    if getattr(mlp.act, "approximate", "none") != "none":  # timm's class has no such choice
         reason = "the op has the exact GELU, the module its tanh approximation"
         return refusal(reason, "the original forward runs; use nn.GELU()")
     return None

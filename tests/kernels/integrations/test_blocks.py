@@ -37,6 +37,11 @@ def normed_mlp(*sizes: Any, **options: Any) -> Any:
     return timm.layers.Mlp(*sizes, **(options | {"norm_layer": nn.LayerNorm}))
 
 
+def timm_gelu() -> Any:
+    """The activation of Swin V2, MaxViT and GC ViT."""
+    return timm.layers.activations.GELU(inplace=True)
+
+
 def inputs(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if isinstance(model, transformers.BertModel):
@@ -74,6 +79,7 @@ MODELS = {
     "vit, layer scale and dropped paths": (
         vit, {"init_values": 0.3, "drop_path_rate": 0.2}, ["add_layer_norm", "gelu_linear"] * 2
     ),
+    "vit, GELU of timm": (vit, {"act_layer": timm_gelu}, ["add_layer_norm", "gelu_linear"] * 2),
     "bert, dropout": (bert, {"hidden_dropout_prob": 0.3}, ["add_layer_norm"] * 4),
 }  # fmt: skip
 
@@ -200,7 +206,8 @@ def test_a_copy_uses_its_own_parameters(clone, calls):
         ({"act_layer": nn.SiLU}, "wanted GELU, got SiLU"),
         ({"act_layer": lambda: nn.GELU("tanh")}, "the op has the exact GELU"),
         ({"norm_layer": lambda dim, **_: nn.LayerNorm(dim, elementwise_affine=False)}, "must have weight and bias"),
-        ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm"),
+        ({"act_layer": timm.layers.activations.GELUTanh}, "wanted GELU, got GELUTanh"),
+        ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm, got RMSNorm"),
         ({"mlp_layer": normed_mlp}, "wanted Identity, got LayerNorm"),
     ],
 )

@@ -269,7 +269,9 @@ TABLE = {
     "float64 block": Row(
         lambda: on_gpu(lambda: blocks.kernel_reasons(torch.empty(2, **DOUBLE))), "float64 has no kernel", "pass float32"
     ),
-    "other activation": Row(partial(kept_blocks, act_layer=nn.SiLU), "wanted GELU, got SiLU", "put a plain GELU there"),
+    "other activation": Row(
+        partial(kept_blocks, act_layer=nn.SiLU), "wanted GELU, got SiLU", "unwrap it if it is a wrapped GELU"
+    ),
     "hooked norm": Row(
         partial(kept_blocks, lambda block: hooked(block.norm2)), "its LayerNorm has hooks", "forward calls them"
     ),
