@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{file}: wanted a safetensors file, could not read it: {error}; restore the file") from None
@@ -97,7 +99,10 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name to a safetensors file; contiguous copies are made if necessary."""
     from safetensors.torch import save_file
 
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)  # as the umask says, or as an earlier file had it
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    file.chmod(mode)  # safetensors 0.8 makes files that their owner alone may read
 
 
 def copy_into(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:

@@ -85,7 +85,10 @@ def newest_good_checkpoint(root: Path) -> Path | None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Raise RunError for the first file that is missing, differs from the manifest, or is not in it."""
+    """Raise RunError for the first file that is missing, differs from the manifest, or is not in it.
+
+    PermissionError for a file that may not be read.
+    """
     manifest = path / MANIFEST
     try:
         values = json.loads(manifest.read_text())
@@ -104,6 +107,8 @@ def verify_checkpoint(path: Path) -> None:
             raise RunError(f"{file}: missing from the checkpoint; use another one")
         try:
             found = sha256(file)
+        except PermissionError:
+            raise  # it is not damaged: a resumed run must not go on from an older one and rename it
         except OSError as error:  # for example, a bad sector
             raise RunError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from None
         if found != digest:

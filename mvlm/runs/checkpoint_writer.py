@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
-from mvlm.files import sha256, sync, write_json
+from mvlm.files import sha256, sync, write_json, write_safetensors
 from mvlm.runs.checkpoint import (
     FORMAT_VERSION,
     GENERATORS,
@@ -190,7 +189,7 @@ class CheckpointWriter:
     def _write_own(self, aside: Path, generators, texts: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
         """Write this rank's other files; rank 0 writes the JSON files. Returns the SHA-256 of all its files."""
         rank = self._world.rank
-        save_file(generators, aside / GENERATORS / generators_name(rank))
+        write_safetensors(aside / GENERATORS / generators_name(rank), generators)
         if self._world.first:
             for name, value in texts.items():
                 write_json(aside / name, value)

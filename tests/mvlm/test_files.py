@@ -20,6 +20,7 @@ from mvlm.files import (
     write_json,
     write_safetensors,
 )
+from support.folders import forbid
 
 
 def test_sha256_is_that_of_the_contents(tmp_path):
@@ -51,6 +52,27 @@ def test_safetensors_survive_the_disk_and_others_are_refused(tmp_path):
     for name in ("other.safetensors", "none.safetensors"):
         with pytest.raises(RunError, match=f"{name}: wanted a safetensors file, could not read it"):
             read_safetensors(tmp_path / name)
+
+
+def test_the_umask_says_who_may_read_safetensors(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_safetensors(tmp_path / "new.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new.safetensors").chmod(0o604)
+    write_safetensors(tmp_path / "new.safetensors", {"a": torch.ones(2)})
+    assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o604
+    assert read_safetensors(tmp_path / "new.safetensors")["a"].tolist() == [1, 1]
+
+
+def test_safetensors_that_may_not_be_read_are_not_called_missing(tmp_path, monkeypatch):
+    file = tmp_path / "private.safetensors"
+    write_safetensors(file, {"a": torch.zeros(2)})
+    forbid(monkeypatch, "private.safetensors")
+    with pytest.raises(RunError, match=r"private\.safetensors: wanted a safetensors file, .* Permission denied"):
+        read_safetensors(file)
 
 
 def test_copy_into_copies_nothing_if_something_does_not_fit(tmp_path):

@@ -1,5 +1,6 @@
 """Contents of folders, runs and checkpoints, for tests that compare them."""
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ def folder_hash(folder: Path) -> dict[str, tuple[str, int]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def forbid(monkeypatch: Any, name: str) -> None:
+    """Make Python's opening of files of this name fail, as for a user who may not read them: root may."""
+    opens = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opens(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
 
 
 def checkpoint_contents(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import export, load_model
 from mvlm.training.optimizer import make_optimizer
+from support.folders import forbid
 from support.models import micro_batch, micro_model, pretrain_config
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -261,6 +262,13 @@ def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy):
     with pytest.raises(RunError, match=rf"{SHARD}: cannot be read \(Input/output error\); use another checkpoint"):
         find_checkpoint(root / "step_00000002")
     assert find_checkpoint(run_copy) == root / "step_00000001"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run_copy, monkeypatch):
+    """Else a resumed run would go on from an older one, and rename this one."""
+    forbid(monkeypatch, "rank_00000.safetensors")
+    with pytest.raises(PermissionError, match=r"step_00000002.*rank_00000\.safetensors"):
+        newest_good_checkpoint(run_copy / "checkpoints")
 
 
 def test_flipped_bit_in_the_manifest_is_found(run_copy):

@@ -102,7 +102,7 @@ def test_writer_writes_one_checkpoint_at_a_time(save, gate, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["write_tensors", "save_file", "write_json", "sync", "sha256"])
+@pytest.mark.parametrize("stage", ["write_tensors", "write_safetensors", "write_json", "sync", "sha256"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("not yours")])
 def test_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
     begin, writer, _ = save
@@ -145,7 +145,7 @@ def test_save_that_the_system_refuses_is_a_warning(save, tmp_path, caplog):
     assert (writer.failed, writer.newest) == (1, tmp_path / "step_00000001")
 
 
-OPERATIONS = ("write_tensors", "save_file", "write_json", "sync", "sha256")
+OPERATIONS = ("write_tensors", "write_safetensors", "write_json", "sync", "sha256")
 
 
 def die_after(operations: int) -> None:

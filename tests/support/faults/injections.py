@@ -77,7 +77,7 @@ def at_save(operation: int, action: Callable[[], None]) -> None:
 
         return call
 
-    for name in ("write_tensors", "save_file", "write_json", "sync", "sha256"):
+    for name in ("write_tensors", "write_safetensors", "write_json", "sync", "sha256"):
         patch.object(checkpoint_writer, name, acting(getattr(checkpoint_writer, name))).start()
     patch.object(Path, "rename", acting(Path.rename)).start()
 
