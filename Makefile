@@ -67,7 +67,7 @@ build/triton-%/.installed: pyproject.toml
 ## test-triton     run the kernels' tests with the oldest and the newest supported Triton
 test-triton: $(TRITONS:%=build/triton-%/.installed)
 	for version in $(TRITONS); do \
-	    build/triton-$$version/bin/python -m pytest tests/kernels \
+	    OMP_NUM_THREADS=1 build/triton-$$version/bin/python -m pytest tests/kernels \
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
 
@@ -82,7 +82,7 @@ build/floors/.installed build/heads/.installed: build/%/.installed: pyproject.to
 ## test-floors     run the kernels' tests with the lowest versions that pyproject.toml allows
 ## test-heads      run the kernels' tests with the newest versions
 test-floors test-heads: test-%: build/%/.installed
-	build/$*/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array with ndim:DeprecationWarning"
+	OMP_NUM_THREADS=1 build/$*/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array with ndim:DeprecationWarning"
 
 # PYTHONS are versions that have to be on the PATH; the targets above take PYTHON, here 3.11 or later.
 PYTHONS ?= 3.12 3.13
@@ -94,7 +94,7 @@ build/python-%/.installed: pyproject.toml
 
 ## test-pythons    run the kernels' tests with Python 3.12 and 3.13 and the newest versions
 test-pythons: $(PYTHONS:%=build/python-%/.installed)
-	for version in $(PYTHONS); do build/python-$$version/bin/python -m pytest tests/kernels || exit 1; done
+	for version in $(PYTHONS); do OMP_NUM_THREADS=1 build/python-$$version/bin/python -m pytest tests/kernels || exit 1; done
 
 # CASES is an expression of pytest's -k.
 CASES ?=

@@ -10,7 +10,8 @@ from contextlib import redirect_stdout
 from random import Random
 
 # torch imports its compiler with the first checkpointed or compiled function: here once, in place of every fork.
-import torch._dynamo  # noqa: F401
+import torch
+import torch._dynamo
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -20,6 +21,7 @@ def in_child(work: Callable[[], object]) -> int:
         return pid
     code = 1
     try:
+        torch.set_num_threads(1)  # the threads of the parent's OpenMP are not here: to wait for them takes for ever
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             work()
         code = 0
