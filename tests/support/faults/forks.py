@@ -9,8 +9,9 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from random import Random
 
-# torch imports its compiler with the first checkpointed or compiled function: here once, in place of every fork.
 import torch
+
+# torch imports its compiler with the first checkpointed or compiled function: here once, in place of every fork.
 import torch._dynamo
 
 
