@@ -2,8 +2,9 @@
 
     python examples/embed_and_search.py --model runs/demo --data data/emoji "red heart" "cat face"
 
-Prints, for each query, the captions of the five most similar images of the test split, and the order that the matching
-head (ITM) gives them. `mvlm embed` and `mvlm search` do the same for millions of images, in files and an index.
+Prints, for each query, the captions of the five most similar images of a split (--split, by default test), and the
+order that the matching head (ITM) gives them. `mvlm embed` and `mvlm search` do the same for millions of images, in
+files and an index.
 """
 
 import argparse
@@ -18,11 +19,12 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("queries", nargs="*", default=["red heart", "cat face"])
 parser.add_argument("--model", type=Path, default="runs/demo")
 parser.add_argument("--data", type=Path, default="data/emoji")
+parser.add_argument("--split", default="test")
 parser.add_argument("--top", type=int, default=5)
 arguments = parser.parse_args()
 
 model = mvlm.load_model(arguments.model)
-images = open_dataset(arguments.data, "test")
+images = open_dataset(arguments.data, arguments.split)
 captions = [images.captions(i)[0] for i in range(len(images))]
 
 # Images are embedded once, and each query after that is a product: vectors have unit length.

@@ -7,7 +7,7 @@ The captions of PICTURES/a/b.jpg are the lines of PICTURES/a/b.txt. If you have 
     mkdir pictures && tar xf data/emoji/test-000000.tar -C pictures
 
 Prints how many pictures there are to train on, and how well two captions suit the first of them. OUT/data holds the
-shards and OUT/run the run, which the same command continues after a kill.
+shards and OUT/run the run, which the same command continues after a kill. Other pictures need another OUT.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data, run = arguments.out / "data", arguments.out / "run"
 
-    # Pictures keep their split when others are added: it is chosen by a hash of their names.
+    # The split of a picture is chosen by a hash of its name, so it is the same in another OUT with more pictures.
     build_shards(folder(arguments.pictures, validation=0.1), data, workers=arguments.workers)
     dataset = open_dataset(data, "train")
     print(f"{len(dataset)} pictures to train on; {data / 'rejected.jsonl'} lists what cannot be used")

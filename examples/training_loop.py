@@ -2,10 +2,11 @@
 
     python examples/training_loop.py --data data/emoji --steps 100
 
-Prints the four losses every ten steps. `mvlm pretrain` adds checkpoints, evaluation, guards and many GPUs.
+Prints four losses every ten steps; --out keeps the model. `mvlm pretrain` adds checkpoints, evaluation and many GPUs.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ parser.add_argument("--data", default="data/emoji")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--width", type=int, default=64)
+parser.add_argument("--out", type=Path)
 arguments = parser.parse_args()
 
 # The tokenizer is trained on the captions, unless the data set brings its own.
@@ -37,10 +39,9 @@ loader = Loader(
     dataset,
     tokenizer,
     batch_size=arguments.batch_size,
-    image_size=config.image_size,
-    text_length=config.text_length,
     crop_scale=(0.9, 1.0),
     seed=0,
+    **config.loader_options(),  # sizes and masks, as the model is configured
 )
 
 torch.manual_seed(0)
@@ -49,8 +50,10 @@ model = MaskVLM(config).to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
 history = []
 for step, (batch, masks) in zip(range(arguments.steps), loader, strict=False):
+    # `step` decides which negatives are drawn. As a tensor it is no constant of a compiled model or a CUDA graph.
+    number = torch.full((), step, device=device)
     with autocast(device):  # bf16 where the hardware has it
-        losses = model(batch.to(device), masks.to(device), seed=0, step=step, plan="fast")
+        losses = model(batch.to(device), masks.to(device), seed=0, step=number, plan="fast")
     optimizer.zero_grad()
     losses.total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,3 +65,6 @@ for step, (batch, masks) in zip(range(arguments.steps), loader, strict=False):
             f"step {step}: " + ", ".join(f"{name} {getattr(losses, name):.3f}" for name in ("mlm", "mim", "itc", "itm"))
         )
 loader.close()
+if arguments.out:
+    model.save_pretrained(arguments.out)
+    tokenizer.save(arguments.out / "tokenizer.json")  # `mvlm.load_model` needs it too

@@ -167,6 +167,12 @@ class MaskVLMConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def masked_patches(self) -> int:
+        """Masked patches of one image, if the share is fixed."""
+        blocks = round(self.image_mask_ratio * (self.image_size // self.mask_block) ** 2)
+        return blocks * (self.mask_block // self.patch_size) ** 2
+
+    @property
     def patch_values(self) -> int:
         """Values of one patch: channels x side x side."""
         return 3 * self.patch_size**2
@@ -200,6 +206,32 @@ class MaskVLMConfig:
         else:
             raise ConfigError(f"unknown preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
         return replace(config, **changes)
+
+    def loader_options(self, train: bool = True) -> dict[str, Any]:
+        """Arguments of `mvlm_dataloading.Loader` that follow from the model: its sizes and its masks.
+
+        Without `train`, those of evaluations, which mask a fixed share, and tokens in place of words.
+        """
+        options = {
+            "image_size": self.image_size,
+            "text_length": self.text_length,
+            "patch_size": self.patch_size,
+            "mask_block": self.mask_block,
+            "image_mask_ratio": self.image_mask_ratio,
+            "text_mask_ratio": self.text_mask_ratio,
+        }
+        if not train:
+            return options
+        image, text = (partner == "lightly masked" for partner in (self.partner_image, self.partner_text))
+        return options | {
+            "extra_captions": self.extra_captions,
+            "variable_image_masks": self.image_masking == "variable",
+            "variable_text_masks": self.text_masking == "variable",
+            "whole_words": self.whole_word_masking,
+            "complementary_masks": self.complementary_masks,
+            "partner_image_mask_ratio": self.partner_image_mask_ratio if image else 0.0,
+            "partner_text_mask_ratio": self.partner_text_mask_ratio if text else 0.0,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

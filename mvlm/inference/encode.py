@@ -32,22 +32,15 @@ def eval_loader(
 
     `further` are arguments of the loader.
     """
-    config = model.config
     device = next(model.parameters()).device
     return Loader(
         dataset,
         tokenizer,
         batch_size=batch_size or BATCH,
-        image_size=config.image_size,
-        text_length=further.pop("text_length", config.text_length),
         seed=seed,
         device=None if device.type == "cpu" else str(device),
-        patch_size=config.patch_size,
-        mask_block=config.mask_block,
-        image_mask_ratio=config.image_mask_ratio,
-        text_mask_ratio=config.text_mask_ratio,
         train=False,
-        **further,
+        **{**model.config.loader_options(train=False), **further},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.model import fast, plain
 from mvlm.model.implementation import ALL, Implementation, Streams, encode_extra
 from mvlm.model.network import MaskVLMNetwork
@@ -41,17 +42,19 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
 
         Args:
             seed: seed of ITM's negatives.
-            step: number of the update; with `seed` it determines the negatives. Under torch.compile and CUDA graphs, an
-                int64 scalar on the device.
+            step: number of the update; with `seed` it determines the negatives. In CUDA graphs, an int64 scalar on the
+                device; torch.compile then compiles once, and twice for a number that changes.
             weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if
                 ITM has a weight.
             reconstruction_only: weigh ITC and ITM with 0.
             plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
 
-        ValueError for an unknown plan.
+        ValueError for an unknown plan, and in training for masks or captions other than the configuration's loader has.
         """
         if plan not in IMPLEMENTATIONS:
             raise ValueError(f"plan: wanted {' or '.join(IMPLEMENTATIONS)}, got {plan!r}")
+        if self.training:
+            check_inputs(self.config, batch, masks)
         implementation = IMPLEMENTATIONS[plan]
         if reconstruction_only:
             weights = weights.reconstructing()
@@ -100,3 +103,31 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches, max_rows
         )  # (3B, C) each
         return losses.matching_loss(self.matching_logits(*fused), pairs.labels, pairs.weights)
+
+
+def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
+    """Raise ValueError for a batch and masks of a loader that does not mask as configured, as far as shapes tell.
+
+    Evaluations may mask otherwise, and so may whoever gives the weights of the masked patches.
+    """
+    given: dict[str, tuple[bool, Tensor | None]] = {
+        "masks.patch_weights": (config.image_masking == "variable", masks.patch_weights),
+        "masks.token_weights": (config.text_masking == "variable", masks.token_weights),
+        "masks.complement_ids": (config.complementary_masks, masks.complement_ids),
+        "masks.partner_patch_ids": (config.partner_image == "lightly masked", masks.partner_patch_ids),
+        "masks.partner_token_ids": (config.partner_text == "lightly masked", masks.partner_token_ids),
+        "batch.extra_tokens": (config.extra_captions > 0, batch.extra_tokens),
+    }
+    missing = [name for name, (wanted, value) in given.items() if wanted and value is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: wanted a tensor, as configured, got None; {_ADVICE}")
+    whole = batch.images.shape[-1] == config.image_size  # a run may begin with smaller images
+    number = masks.patch_ids.shape[-1]
+    if whole and masks.patch_weights is None and number != config.masked_patches:
+        raise ValueError(
+            f"masks.patch_ids: wanted {config.masked_patches} of {config.num_patches} patches of each image, as "
+            f"configured, got {number}; {_ADVICE}"
+        )
+
+
+_ADVICE = "make the loader with `Loader(..., **config.loader_options())`"

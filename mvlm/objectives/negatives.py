@@ -41,8 +41,11 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
 
     The noise is a hash of the arguments, without generator state. The noise of a pair therefore does not depend on the
     ranks that the batch is split over. `direction` is 0 or 1, as in `NegativeSampling.draw`. A `step` on the device, an
-    int64 scalar, gives the same noise as the number; a CUDA graph and a compiled step need that form.
+    int64 scalar, gives the same noise as the number; a CUDA graph needs that form.
     """
+    if torch.compiler.is_compiling() and not isinstance(step, Tensor):
+        # A number that changes is symbolic there, and torch cannot guard Python's arithmetic on it.
+        step = torch.full((), step, dtype=torch.int64, device=rows.device)
     # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
     key = torch.full((), _signed(seed * _GOLDEN + direction * _MIX2), dtype=torch.int64, device=rows.device)
     key = key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))

@@ -66,7 +66,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
     `further` are arguments of the loader. ConfigError if the batch does not divide evenly among ranks and microbatches,
     and for augmentations of strips.
     """
-    model, parts = config.model, world.size * config.accumulate
+    parts = world.size * config.accumulate
     if config.batch_size % parts:
         raise ConfigError(
             f"batch_size: wanted a multiple of {world.size} ranks x {config.accumulate} microbatches = {parts}, "
@@ -88,16 +88,10 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         batch_size=config.batch_size // config.accumulate,
         rank=world.rank,
         world_size=world.size,
-        image_size=model.image_size,
-        text_length=further.pop("text_length", model.text_length),
         seed=config.seed,
         device=None if world.device.type == "cpu" else str(world.device),
         # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.
         num_threads=1 if world.device.type == "cpu" else 2,
-        patch_size=model.patch_size,
-        mask_block=model.mask_block,
-        image_mask_ratio=model.image_mask_ratio,
-        text_mask_ratio=model.text_mask_ratio,
         crop_scale=config.crop_scale,
         augment=Augment(
             flip=config.flip,
@@ -106,22 +100,8 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             magnitude=config.randaugment_magnitude,
         ),
         keep_mb=config.keep_images_mb,
-        **{**_masking(model), **further},
+        **{**config.model.loader_options(), **further},
     )
-
-
-def _masking(model: MaskVLMConfig) -> dict[str, Any]:
-    """Arguments of the loader that only pretraining reads."""
-    image, text = (partner == "lightly masked" for partner in (model.partner_image, model.partner_text))
-    return {
-        "extra_captions": model.extra_captions,
-        "variable_image_masks": model.image_masking == "variable",
-        "variable_text_masks": model.text_masking == "variable",
-        "whole_words": model.whole_word_masking,
-        "complementary_masks": model.complementary_masks,
-        "partner_image_mask_ratio": model.partner_image_mask_ratio if image else 0.0,
-        "partner_text_mask_ratio": model.partner_text_mask_ratio if text else 0.0,
-    }
 
 
 def check_attention(config: PretrainConfig) -> None:

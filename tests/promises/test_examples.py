@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 
 from mvlm.cli import run_command
+from mvlm.config.model import MaskVLMConfig
+from mvlm.runs.load import load_model
 from mvlm.tasks.metrics.vqa import vqa_accuracy
 from mvlm_dataloading import open_dataset
 from support.demo_folder import write_demo_folder
@@ -98,6 +100,23 @@ def test_the_training_loop_lowers_the_losses(folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_the_training_loop_masks_as_its_model_is_configured_and_its_model_is_kept(folder, monkeypatch):
+    preset = MaskVLMConfig.preset
+    changes = {"patch_size": 8, "image_masking": "variable", "complementary_masks": True, "extra_captions": 1}
+    monkeypatch.setattr(MaskVLMConfig, "preset", lambda name, **others: preset(name, **others, **changes))
+    words = ["--steps", 1, "--batch-size", 8, "--width", 32, "--out", "own"]
+    names = run(monkeypatch, "training_loop.py", *words)
+    batch, masks = names["batch"], names["masks"]
+    assert masks.patch_ids.shape == masks.patch_weights.shape == (8, 144)
+    assert masks.token_weights is None
+    assert len(masks.token_ids) + len(masks.complement_ids) == len(batch.tokens) - 16
+    assert len(batch.extra_cu_seqlens) == 9
+    trained = load_model("own", "cpu")
+    assert trained.network.config == names["config"]
+    assert trained.tokenizer.fingerprint == names["tokenizer"].fingerprint
+
+
+@pytest.mark.slow
 def test_a_folder_of_pictures_is_pretrained_on(folder, monkeypatch, capsys):
     (folder / "pictures").mkdir()
     for number in range(32):
@@ -130,6 +149,10 @@ def test_own_labels_are_fine_tuned_on(folder, monkeypatch, capsys):
 
 
 def test_a_collection_is_searched(folder, monkeypatch, capsys):
+    whole = run(monkeypatch, "embed_and_search.py", "blue", "--split", "train")
+    train = open_dataset(folder / "data/emoji", "train")
+    assert whole["captions"] == [train.captions(i)[0] for i in range(len(train))]
+    capsys.readouterr()
     names = run(monkeypatch, "embed_and_search.py", "red top left", "blue", "--top", 3)
     assert names["gallery"].shape == (8, 8)
     lines = capsys.readouterr().out.splitlines()

@@ -59,7 +59,10 @@ def micro_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: An
 def micro_batch(
     lengths: tuple[int, ...] = (7, 4, 12, 3, 9), seed: int = 0, config: MaskVLMConfig | None = None
 ) -> tuple[Batch, Masks]:
-    """A random batch with captions of these lengths, and masks of half the patches and about a third of the tokens."""
+    """A random batch with captions of these lengths, and masks of about a third of the tokens and of random patches.
+
+    As many patches are masked as the configuration says.
+    """
     config = config or micro_config()
     rng = np.random.default_rng(seed)
     number, side = len(lengths), config.image_size
@@ -71,7 +74,9 @@ def micro_batch(
     for start, length in zip(starts[:-1], lengths, strict=True):
         chosen = rng.choice(length - 2, size=max(1, round(0.3 * (length - 2))), replace=False)
         token_ids += sorted((start + 1 + chosen).tolist())
-    patch_ids = [np.sort(rng.choice(config.num_patches, config.num_patches // 2, replace=False)) for _ in lengths]
+    blocks, in_a_block = (side // config.mask_block) ** 2, (config.mask_block // config.patch_size) ** 2
+    masked = round(config.image_mask_ratio * blocks) * in_a_block
+    patch_ids = [np.sort(rng.choice(blocks * in_a_block, masked, replace=False)) for _ in lengths]
     batch = Batch(
         images=torch.from_numpy(rng.integers(0, 256, size=(number, 3, side, side), dtype=np.uint8)),
         tokens=torch.from_numpy(tokens.astype(np.int64)),

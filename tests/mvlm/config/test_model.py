@@ -1,5 +1,6 @@
 """The configuration of a model and its presets."""
 
+import inspect
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
+from mvlm_dataloading import Loader
 from support.models import micro_config
 
 
@@ -120,3 +122,25 @@ def test_fields_of_a_preset_can_be_changed():
 def test_invalid_settings_of_a_model_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         micro_config(**changes)
+
+
+def test_options_of_the_loader_are_the_models_sizes_and_masks():
+    config = micro_config(
+        patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9, extra_captions=2,
+        text_masking="variable", whole_word_masking=True, complementary_masks=True, partner_image_mask_ratio=0.125,
+    )  # fmt: skip
+    sizes = {"image_size": 32, "text_length": 9, "patch_size": 4, "mask_block": 8}
+    ratios = {"image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
+    masks = {
+        "extra_captions": 2, "variable_image_masks": False, "variable_text_masks": True, "whole_words": True,
+        "complementary_masks": True, "partner_image_mask_ratio": 0.125, "partner_text_mask_ratio": 0.0,
+    }  # fmt: skip
+    assert config.loader_options() == sizes | ratios | masks
+    assert config.loader_options(train=False) == sizes | ratios
+    assert config.loader_options().keys() <= inspect.signature(Loader).parameters.keys()
+
+
+def test_options_of_the_loader_ask_for_partners_only_if_their_masks_are_others():
+    config = micro_config(partner_text_mask_ratio=0.3, image_masking="variable")  # the mask that is to be predicted
+    assert config.loader_options()["partner_text_mask_ratio"] == 0
+    assert config.loader_options()["variable_image_masks"]

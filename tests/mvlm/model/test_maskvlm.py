@@ -1,6 +1,8 @@
 """The four losses of a batch against the method in numpy float64, and their gradients."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +163,39 @@ def test_an_unknown_implementation_is_refused():
     model = micro_model()
     with pytest.raises(ValueError, match="plan: wanted plain or fast, got 'faster'"):
         model(*micro_batch(config=model.config), plan="faster")
+
+
+UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
+    "patches": ({"patch_size": 4}, "masks.patch_ids: wanted 32 of 64 patches of each image, as configured, got 8; make"),
+    "ratio": ({"image_mask_ratio": 0.25}, "masks.patch_ids: wanted 4 of 16 patches"),
+    "complement": ({"complementary_masks": True}, "masks.complement_ids: wanted a tensor, as configured, got None; make"),
+    "captions": ({"extra_captions": 1}, "batch.extra_tokens: wanted a tensor"),
+    "variable": (
+        {"image_masking": "variable", "text_masking": "variable"},
+        "masks.patch_weights, masks.token_weights: wanted a tensor",
+    ),
+    "partners": (
+        {"partner_image_mask_ratio": 0.3, "partner_text_mask_ratio": 0.1},
+        "masks.partner_patch_ids, masks.partner_token_ids: wanted a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, message", UNLIKE.values(), ids=UNLIKE)
+def test_masks_of_another_configuration_are_refused_in_training(changes, message):
+    batch, masks = micro_batch()  # 8 of 16 patches
+    model = micro_model(**changes)
+    for plan in ("plain", "fast"):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model(batch, masks, plan=plan)
+    if "patch_size" not in changes:
+        assert model.eval()(batch, masks).total.isfinite()  # an evaluation chooses its masks
+
+
+def test_own_masks_have_weights():
+    batch, masks = micro_batch()
+    masks = replace(masks, patch_ids=masks.patch_ids[:, :5], patch_weights=torch.full((len(batch.images), 5), 16 / 5))
+    assert micro_model()(batch, masks).total.isfinite()
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_a_saved_model_loads_from_its_folder(tmp_path, no_network):
     assert same_weights(found, model)
     assert found.config == model.config
     assert found.training is False
-    batch, masks = micro_batch()
+    batch, masks = micro_batch(config=model.config)
     assert torch.equal(found(batch, masks).total, model(batch, masks).total)
 
 
