@@ -76,6 +76,7 @@ def _feature_pairs(
         for image, text in itertools.zip_longest(encoded_images, encoded_texts):
             if image is None or text is None or len(image.v) != len(text.embedding):
                 raise ConfigError(
-                    "texts: wanted as many texts as images, or one of either, found different numbers; pair them"
+                    "texts: wanted as many texts as images, or a single image or text that is not in a list, found "
+                    "different numbers; pair them"
                 )
             yield image, text

@@ -96,6 +96,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
     """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
+    model.check_captions(tokens, cu_seqlens, max_length)
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
     return PackedText(model.text_encoder.run(tokens, packing.position, attend_self(packing)), packing)
 
@@ -138,6 +139,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> t
     """
     if not hidden:
         return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
+    model.check_captions(batch.tokens, batch.cu_seqlens, batch.max_length)
     copies = [batch.tokens, *(mask_tokens(batch.tokens, ids, model.config.mask_token_id) for ids in hidden)]
     tokens, packing = pack_copies(copies, batch.cu_seqlens, round_up_length(batch.max_length))
     x = model.text_encoder.run(tokens, packing.position, attend_self(packing))

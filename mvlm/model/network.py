@@ -100,13 +100,17 @@ class MaskVLMNetwork(nn.Module):
 
         No caption has more than max_length tokens. ValueError for other shapes or a max_length above `text_length`.
         """
+        self.check_captions(tokens, cu_seqlens, max_length)
+        packing = Packing(cu_seqlens, max_length, len(tokens))
+        return PackedText(self.text_encoder(tokens, packing), packing)
+
+    def check_captions(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> None:
+        """Raise ValueError for packed captions of another form, or longer than the model's texts."""
         if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
             raise ValueError(
                 f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "
                 f"got {tuple(tokens.shape)}, {tuple(cu_seqlens.shape)} and {max_length}"
             )
-        packing = Packing(cu_seqlens, max_length, len(tokens))
-        return PackedText(self.text_encoder(tokens, packing), packing)
 
     def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
         """Encode packed tokens, as `encode_text_packed` does, and pad.

@@ -35,8 +35,8 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 1
 
     The number of tokens is rounded up to a multiple of B x text_length / `buckets`, and the number of masked tokens of
     each list to a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest
-    length is rounded up by `round_up_length`. The added tokens come after the last caption. The added masked tokens
-    point at them. Both are ignored.
+    length is rounded up by `round_up_length`, but not above `text_length`. The added tokens come after the last
+    caption. The added masked tokens point at them. Both are ignored.
     """
     multiple = round_up(max(1, len(batch.image_id) * text_length // buckets), 16)
     total = len(batch.tokens)
@@ -52,12 +52,11 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 1
     if batch.extra_tokens is not None:
         extra = len(batch.extra_tokens)
         added = round_up(extra, multiple) - extra
-        longest = round_up_length(text_length)
+        longest = max(batch.extra_max_length, text_length)
         batch = replace(batch, extra_tokens=_pad(batch.extra_tokens, added), extra_max_length=longest)
-    return (
-        replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=round_up_length(batch.max_length)),
-        replace(masks, **padded),
-    )
+    # Captions above `text_length` keep their length, for the model to refuse them.
+    longest = max(batch.max_length, min(round_up_length(batch.max_length), text_length))
+    return replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=longest), replace(masks, **padded)
 
 
 def eager_buckets(device: torch.device, precision: str) -> int:

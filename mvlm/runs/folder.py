@@ -153,8 +153,9 @@ def open_run(config: PretrainConfig) -> Path | None:
     if not folder.config.is_file():
         return None
     differing = differing_settings(with_defaults(read_config(folder.config), type(config)), config_json(config))
-    if checkpoints(folder.checkpoints):  # these are read in place of the pretrained model, wherever that is now
-        differing = [setting for setting in differing if setting[0] != "checkpoint"]
+    # Checkpoints are read in place of the pretrained model, wherever that is now, and tell what the task was.
+    if checkpoints(folder.checkpoints):
+        differing = [setting for setting in differing if setting[0] != "checkpoint" and not _moved_task(*setting)]
     if differing:
         settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
         raise RunError(
@@ -170,6 +171,11 @@ def open_run(config: PretrainConfig) -> Path | None:
             f"restore one"
         )
     return checkpoint
+
+
+def _moved_task(name: str, before: Any, now: Any) -> bool:
+    """True for two paths of a user's own task: of one file, or of files that `FineTuner.restore` compares."""
+    return name == "task" and str(before).endswith(".py") and str(now).endswith(".py")
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -50,6 +50,7 @@ def load_model(
     folder, exported = _find_model(path)
     if not exported:
         log_unfinished(Path(path), folder)
+    _check_tokenizer(folder)
     file = folder / (CONFIG_FILE if exported else MODEL_CONFIG)
     try:
         config = model_config(json.loads(file.read_text()), str(file))
@@ -76,10 +77,20 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
     RunError if there is no such model, or its tokenizer is damaged.
     """
     folder, _ = _find_model(path)
+    _check_tokenizer(folder)
     try:
         return load_tokenizer(folder / TOKENIZER)
     except DataError as error:
         raise RunError(f"{folder}: {error}") from None
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise RunError if there is none, as in a folder that only `MaskVLM.save_pretrained` wrote."""
+    if not (folder / TOKENIZER).is_file():
+        raise RunError(
+            f"{folder}: wanted a {TOKENIZER} beside the weights, found none; write the one that the model was trained "
+            f'with: `tokenizer.save(folder / "{TOKENIZER}")`'
+        )
 
 
 def _find_model(source: Path | str) -> tuple[Path, bool]:

@@ -22,6 +22,7 @@ from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
+from mvlm.files import sha256
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
@@ -60,6 +61,8 @@ class FineTuner(Trainer):
     """One rank of a fine-tuning run."""
 
     model: Task
+    task_file: str | None = None
+    """Hash of the file of the user's own task, as it was when this process read it. None for a task of the library."""
 
     def set_targets(self, targets: Sequence[Tensor]) -> None:
         """Set the training split's targets, from `Task.targets`."""
@@ -93,16 +96,28 @@ class FineTuner(Trainer):
         return super().after_update() if self.model.log_scale.requires_grad else {}
 
     def extra_state(self) -> dict[str, Any]:
-        """Description of the task, for a checkpoint's state.json."""
-        return {"task": self.model.describe()}
+        """Description of the task, and the hash of its file if it has one, for a checkpoint's state.json."""
+        return {"task": self.model.describe()} | ({"task_file": self.task_file} if self.task_file else {})
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a verified checkpoint. RunError if its task, options or answers differ."""
-        if read_state(checkpoint).get("task") != self.model.describe():
+        """Continue from a verified checkpoint. RunError if its task, options or answers differ.
+
+        A warning is logged if the file of the user's own task has changed.
+        """
+        assert isinstance(self.config, FinetuneConfig)
+        state = read_state(checkpoint)
+        if state.get("task") != self.model.describe():
             raise RunError(
                 f"{checkpoint}: wanted the task, options and answers of this run, found others; "
                 f"restore the training data, or choose another --out"
             )
+        before, now = state.get("task_file"), self.task_file  # None in checkpoints of earlier versions
+        if before and now and before != now and self.world.first:
+            log.warning(
+                "%s: changed since %s was written (sha256 %s then, %s now); if more than comments differ, restore it or "
+                "choose another --out",
+                self.config.task, checkpoint, before[:12], now[:12],
+            )  # fmt: skip
         super().restore(checkpoint)
 
     def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
@@ -191,6 +206,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
     trainer.set_targets(task.targets(inputs.dataset))
+    trainer.task_file = sha256(Path(config.task)) if config.task.endswith(".py") else None
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s; the pretrained model is not read", checkpoint)

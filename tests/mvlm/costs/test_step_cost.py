@@ -112,10 +112,10 @@ def test_flops_of_newer_masks_are_those_of_a_real_step():
     batch, masks = micro_batch((12,) * 4, config=config)
     patches = torch.arange(config.num_patches).expand(4, -1)
     masks = with_complement(batch, replace(masks, patch_ids=patches, patch_weights=torch.ones(4, config.num_patches)))
-    model = MaskVLM(config)
-    model.set_attention("sdpa", "sdpa")
     found = []
-    for inputs in ((batch, masks), micro_batch((12,) * 4, config=config)):
+    for of, inputs in ((config, (batch, masks)), (CONFIG, micro_batch((12,) * 4, config=CONFIG))):
+        model = MaskVLM(of)
+        model.set_attention("sdpa", "sdpa")
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             model(*inputs, plan="fast").total.backward()
         found.append(counter.get_total_flops())

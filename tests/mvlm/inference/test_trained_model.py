@@ -158,8 +158,10 @@ def test_matches_are_those_of_each_pair_alone(model, pixels):
     np.testing.assert_allclose(one_text, [log_odds_of(model, image, texts[1]) for image in pixels], atol=1e-4)
     assert model.match([], []).probability.shape == (0,)
     for number in (5, 7, 8):
-        with pytest.raises(ConfigError, match="wanted as many texts as images, or one of either"):
+        with pytest.raises(ConfigError, match="wanted as many texts as images, or a single image or text"):
             model.match(pixels[:6], ["red"] * number, batch_size=4)
+    with pytest.raises(ConfigError, match="a single image or text that is not in a list, found different numbers"):
+        model.match(pixels[:1], ["red", "blue"])
 
 
 @pytest.mark.slow

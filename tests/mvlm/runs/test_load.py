@@ -71,6 +71,17 @@ def test_a_tokenizer_is_loaded_without_the_weights(trained, portable, tmp_path):
         load_tokenizer_of(tmp_path / "no")
 
 
+def test_a_model_that_was_saved_without_a_tokenizer_is_loaded_once_it_has_one(trained, tmp_path):
+    network, tokenizer = load_model(trained, "cpu")
+    network.save_pretrained(tmp_path / "own")
+    advice = r'own: wanted a tokenizer.json .*, found none; .*: `tokenizer.save\(folder / "tokenizer.json"\)`'
+    for load in (load_model, load_tokenizer_of):
+        with pytest.raises(RunError, match=advice):
+            load(tmp_path / "own")
+    tokenizer.save(tmp_path / "own/tokenizer.json")
+    assert load_model(tmp_path / "own", "cpu").sha256 == load_model(trained, "cpu").sha256
+
+
 def test_an_id_of_the_hub_is_downloaded_with_its_tokenizer(portable, monkeypatch, tmp_path):
     asked = []
 

@@ -1,5 +1,6 @@
 """A task of the user's own in one file of under 100 lines: trained, evaluated, resumed; and files that are none."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 from mvlm.runs.folder import find_checkpoint
 from mvlm.studies.run import plan_trials, run_study
 from mvlm.studies.study import Study
@@ -76,6 +77,32 @@ def test_a_file_may_have_dataclasses_with_late_annotations(tmp_path):
     record = "@dataclass\nclass Row:\n    a: int = 0\n"
     (tmp_path / "own.py").write_text(late + EXAMPLE.read_text() + record)
     assert find_task(str(tmp_path / "own.py")).name == "counting"
+
+
+@pytest.mark.slow
+def test_a_resume_knows_the_task_by_its_file_and_not_by_its_path(trained, counts, tmp_path, monkeypatch, caplog):
+    (tmp_path / "own.py").write_text(EXAMPLE.read_text())
+    monkeypatch.chdir(tmp_path)
+    finetune(configured(trained, counts, tmp_path / "run", "own.py"))
+    state = json.loads((find_checkpoint(tmp_path / "run") / "state.json").read_text())
+    assert state["task_file"] == hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()
+
+    def resume() -> list[str]:
+        caplog.clear()
+        finetune(configured(trained, counts, tmp_path / "run", str(tmp_path / "own.py"), resume=True))
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "changed" in r.getMessage()]
+
+    assert resume() == []
+    (tmp_path / "own.py").write_text(EXAMPLE.read_text().replace("smooth_l1_loss", "mse_loss"))
+    (warning,) = resume()
+    now = hashlib.sha256((tmp_path / "own.py").read_bytes()).hexdigest()
+    assert warning.startswith(f"{tmp_path / 'own.py'}: changed since {tmp_path / 'run/checkpoints'}")
+    assert f"(sha256 {state['task_file'][:12]} then, {now[:12]} now)" in warning
+    (tmp_path / "own.py").write_text(EXAMPLE.read_text().replace('"counting"', '"adding"'))
+    with pytest.raises(RunError, match="wanted the task, options and answers of this run, found others"):
+        resume()
+    with pytest.raises(RunError, match=r"task: config.json has own.py, this command retrieval"):
+        finetune(configured(trained, counts, tmp_path / "run", "retrieval", resume=True))
 
 
 def test_files_without_one_task_are_refused(tmp_path, run_mvlm):
