@@ -114,8 +114,8 @@ class FineTuner(Trainer):
         before, now = state.get("task_file"), self.task_file  # None in checkpoints of earlier versions
         if before and now and before != now and self.world.first:
             log.warning(
-                "%s: changed since %s was written (sha256 %s then, %s now); if more than comments differ, restore it or "
-                "choose another --out",
+                "%s: changed since %s was written (sha256 %s then, %s now); restore the file, or choose another --out, "
+                "if more than comments differ",
                 self.config.task, checkpoint, before[:12], now[:12],
             )  # fmt: skip
         super().restore(checkpoint)
