@@ -126,6 +126,8 @@ def reference_probabilities(
 
     lse: natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); None: it is computed.
     """
+    if lse is None and q.dtype == torch.bfloat16:  # a given lse is that of the forward's scores, in bf16
+        q, k = q.float(), k.float()
     k, _, exists = _keys(k, k, key_lengths, key_mask, cu_seqlens_k, len_k)
     if key_index is not None:
         k, exists = k[key_index.long()], exists[key_index.long()]

@@ -57,6 +57,18 @@ def test_probabilities_equal_softmax(name: str, backend: Any):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_probabilities_of_16_bits_equal_softmax_in_float64(dtype: torch.dtype, backend: Any):
+    """Scores are not rounded to 16 bits: in bf16 that alone would err by several thousandths."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, n, 2, 64, generator=generator).to(dtype) for n in (19, 7))
+    wanted = (torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8).softmax(-1)
+    with mvlm_kernels.use_backend(backend):
+        found = attention_probabilities(q, k)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_lse_is_natural_and_the_output_keeps_its_gradient(backend: Any):
     q, k, v = (torch.randn(2, n, 2, 32, dtype=torch.float64) for n in (5, 7, 7))
     q.requires_grad_()
