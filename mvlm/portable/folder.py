@@ -43,6 +43,7 @@ def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
 
     With the package `tokenizers`, `Tokenizer.from_file(file).encode_batch(texts)` then has the model's ids and masks.
     For a text with the name of a special token in it, first set `encode_special_tokens = True`: no file can hold that.
+    Where special tokens are ordinary pieces (SentencePiece without added_tokens), put the unknown token for such names.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers.processors import TemplateProcessing

@@ -26,6 +26,8 @@ TOLERANCE = 1e-4
 """Largest difference between a program and the network, absolute for values below 1, else relative."""
 OPSET = 20
 """Version of ONNX's operators: the first with GELU."""
+MOST_ONNX_BYTES = 1 << 31
+"""Largest size of an ONNX file, which is one message of protobuf, with its weights."""
 Program = Callable[[dict[str, Tensor]], list[Tensor]]
 """A loaded program: inputs by name -> outputs."""
 
@@ -34,11 +36,12 @@ def write_programs(network: MaskVLMNetwork, folder: Path, format: Format) -> dic
     """Write the three programs of a network in fp32 on the CPU. Returns the largest difference of each, by file name.
 
     Raises:
-        ConfigError: a package of the extra `export` is not installed.
+        ConfigError: a package of the extra `export` is not installed, or an ONNX file would be too large.
         RunError: a program differs from the network by more than `TOLERANCE`.
     """
     if format == "onnx":
         check_onnx_packages()
+        _check_onnx_sizes(network)
     length, found = network.config.text_length, {}
     traced = example_inputs(network, 3, length)  # a batch of 1 would be taken for a constant
     shapes = [(1, min(4, length)), (5, length), (2, 3)]
@@ -127,6 +130,17 @@ def check_onnx_packages() -> None:
             need(package, "export")
     except ImportError as error:
         raise ConfigError(f"onnx: wanted its packages, found one missing: {error}") from None
+
+
+def _check_onnx_sizes(network: MaskVLMNetwork) -> None:
+    """ConfigError for a part that fits in no ONNX file: protobuf itself would refuse it only after the trace."""
+    for part in parts(network):
+        size = sum(x.numel() * x.element_size() for x in (*part.module.parameters(), *part.module.buffers()))
+        if size >= MOST_ONNX_BYTES:
+            raise ConfigError(
+                f"onnx: wanted programs below {MOST_ONNX_BYTES / 2**30:g} GiB each, {part.name} has "
+                f"{size / 2**30:.2f} GiB; use --format pt2"
+            )
 
 
 def _write_onnx(program: ExportedProgram, part: Part, example: dict[str, Tensor], file: Path) -> None:

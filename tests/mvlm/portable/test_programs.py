@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.portable import programs as module
 from mvlm.portable.modules import example_inputs, parts
 from mvlm.portable.programs import difference, load_program
@@ -128,6 +128,21 @@ def test_a_program_that_differs_is_found_and_refused(programs, small, tmp_path, 
     monkeypatch.setattr(module, "parts", lambda network: [part])
     with pytest.raises(RunError, match=r"image_encoder.pt2: wanted outputs within 0.0001 of the network's, found"):
         module.write_programs(network, tmp_path, "pt2")
+
+
+def test_a_part_too_large_for_an_onnx_file_is_refused_before_it_is_traced(small, tmp_path, monkeypatch):
+    network = load_model(small, "cpu", "fp32").network
+    monkeypatch.setattr(module, "check_onnx_packages", lambda: None)
+    monkeypatch.setattr(module, "exported_program", lambda *_: pytest.fail("traced"))
+    weights = (network.text_encoder, network.text_projection)
+    monkeypatch.setattr(module, "MOST_ONNX_BYTES", 4 * sum(x.numel() for part in weights for x in part.parameters()))
+    monkeypatch.setattr(
+        module, "parts", lambda network: [part for part in parts(network) if part.name != "image_encoder"]
+    )
+    with pytest.raises(
+        ConfigError, match=r"onnx: wanted programs below .* GiB each, text_encoder has .*; use --format pt2"
+    ):
+        module.write_programs(network, tmp_path, "onnx")
 
 
 def test_preprocess_json_describes_the_programs(programs, small):
