@@ -15,6 +15,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.recorded_step import RecordedStep, logit_work, record_step
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.costs.timeline import Links, StepTimes, rescaled, step_times
+from mvlm.distributed.contrastive import MAX_LOGITS
 from mvlm.errors import ConfigError
 from mvlm_kernels.hardware import GPUS
 
@@ -156,6 +157,12 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
         rows["gathered parameters"] = outside + 2 * 4 * 16 * config.width**2
     rows |= {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
     return rows
+
+
+def most_logits(setting: ClusterSetting) -> int:
+    """Bound of ITC's logits in memory at a time. One GPU without microbatches makes no blocks of them."""
+    alone = setting.ranks == setting.accumulate == 1
+    return max(MAX_LOGITS, setting.batch_size**2 if alone else 0)
 
 
 class PlannedStep(NamedTuple):

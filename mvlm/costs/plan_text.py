@@ -10,6 +10,7 @@ from mvlm.costs.cluster_plan import (
     Limits,
     gpu_memory,
     limits,
+    most_logits,
     planned_step,
     rank_step_cost,
     rank_step_record,
@@ -18,7 +19,6 @@ from mvlm.costs.cluster_plan import (
 from mvlm.costs.recorded_step import RecordedStep
 from mvlm.costs.step_cost import LONGEST, TOKENS
 from mvlm.costs.timeline import MESSAGE, rescaled
-from mvlm.distributed.contrastive import MAX_LOGITS
 from mvlm_kernels.hardware import GPUS
 
 
@@ -48,7 +48,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
         f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
         + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
-        f"  of the activations, logits at most {4 * MAX_LOGITS / GB:.2f}, embeddings of all "
+        f"  of the activations, logits at most {4 * most_logits(setting) / GB:.2f}, embeddings of all "
         f"{2 * 4 * setting.batch_size * setting.model.itc_width / GB:.2f}",
         "",
         "A step, milliseconds",

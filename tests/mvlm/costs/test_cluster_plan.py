@@ -13,6 +13,7 @@ from mvlm.costs.cluster_plan import (
     ClusterSetting,
     gpu_memory,
     limits,
+    most_logits,
     parse_count,
     parse_gpus,
     planned_step,
@@ -41,6 +42,13 @@ def test_gpu_memory_by_part():
     assert list(rows.values()) == [4e9, 4e9, 8e9, 3e9]
     sharded = gpu_memory(setting(sharded=True), FOUND)
     assert [sharded[name] for name in rows] == [0.5e9, 0.5e9, 1e9, 3e9]
+
+
+def test_one_gpu_without_microbatches_has_the_logits_of_all_pairs_at_once():
+    one = setting(per_node=1, nodes=1, batch_size=8192)
+    assert most_logits(one) == 8192 * 8192
+    others = replace(one, accumulate=2), replace(one, per_node=2), replace(one, batch_size=64)
+    assert {most_logits(other) for other in others} == {16 * 1024**2}  # the blocks of docs/explain/global_batch.md
 
 
 def record(gradients: float = 4e9, gathered: float = 1e6) -> RecordedStep:
