@@ -176,7 +176,7 @@ def main() -> None:
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             reason = " ".join(str(error).split()) or type(error).__name__
-            message = f"wanted memory, found too little ({reason}); free some, or lower --batch-size"
+            message = f"wanted memory, found too little ({reason}); free some, or lower --batch-size where there is one"
         elif not isinstance(error, OSError):
             raise
         elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -35,12 +35,16 @@ class NonFiniteLossError(RuntimeError):
     """Too many updates in a row were skipped: a loss or gradient was NaN or infinite, or the loss was a spike."""
 
 
+_TOO_LITTLE_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True if memory was asked for that the machine or its GPU does not have, by torch, Python or the system."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     # torch has a class for a GPU's memory alone. It is known by its name, as torch is slow to import.
-    torch_says = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    says = any(words in str(error) for words in _TOO_LITTLE_MEMORY)
+    torch_says = type(error).__name__ == "OutOfMemoryError" or says
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torch_says)
 
 

@@ -92,7 +92,9 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         file.open("rb").close()  # safetensors says of a file that may not be read that there is none
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{file}: wanted a safetensors file, could not read it: {error}; restore the file") from None
+        raise RunError(
+            f"{file}: wanted a safetensors file, could not read it: {error}; restore the file or its permissions"
+        ) from None
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -102,7 +104,8 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)  # as the umask says, or as an earlier file had it
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    file.chmod(mode)  # safetensors 0.8 makes files that their owner alone may read
+    if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors 0.8 makes files that their owner alone may read
+        file.chmod(mode)
 
 
 def copy_into(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:

@@ -4,7 +4,7 @@ import bisect
 import contextlib
 import functools
 import hashlib
-import itertools
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ from mvlm_dataloading.dataset.open import open_dataset
 
 from .captions import script_of
 from .errors import DataError, need
+
+log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
 
@@ -43,8 +45,7 @@ class Tokenizer:
         fingerprint: sha256 of the tokenizer's definition.
 
     Raises:
-        DataError: one of the four special tokens is missing, or the name of one in a caption becomes that token and
-            there is no unknown token for it.
+        DataError: one of the four special tokens is missing.
     """
 
     def __init__(self, inner: Any, origin: str = "tokenizer"):
@@ -67,22 +68,18 @@ class Tokenizer:
     def _unknown_for(self, special: dict[str, int], origin: str) -> dict[int, int]:
         """Special token -> the unknown token, where a caption that spells the former's name would be read as it.
 
-        `encode_special_tokens` prevents that for added tokens alone. Models of SentencePiece have them as ordinary
-        pieces.
+        `encode_special_tokens` prevents that for added tokens. In SentencePiece's models they are ordinary pieces.
         """
         found: set[int] = set()
-        for name in itertools.chain(*_NAMES.values()):
-            for text in (name, f"a {name} a"):
-                with contextlib.suppress(Exception):  # a vocabulary of whole words may have no token for it
-                    found.update(self._inner.encode(text, add_special_tokens=False).ids)
+        for text in (text for names in _NAMES.values() for name in names for text in (name, f"a {name} a")):
+            with contextlib.suppress(Exception):  # a vocabulary of whole words may have no token for it
+                found.update(self._inner.encode(text, add_special_tokens=False).ids)
+        unknown = next((i for i in map(self._inner.token_to_id, _UNKNOWN) if i is not None), None)
         if found.isdisjoint(special.values()):
             return {}
-        unknown = next((i for i in map(self._inner.token_to_id, _UNKNOWN) if i is not None), None)
         if unknown is None:
-            raise DataError(
-                f"{origin}: wanted a tokenizer that reads the name of a special token in a caption as text, found one "
-                f"that reads the token and has no {' or '.join(_UNKNOWN)} for it; declare its added_tokens"
-            )
+            log.warning("%s: wanted an unknown token for names of special tokens in captions, found none", origin)
+            return {}
         return dict.fromkeys(special.values(), int(unknown))
 
     def _ids(self, found: Any) -> list[int]:

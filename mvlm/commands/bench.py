@@ -76,6 +76,8 @@ def step(
     """
     _require("matplotlib", "timm", "transformers")
     _check_outputs(folder=profile, json=json, csv=csv, plot=plot)
+    if csv is not None:
+        _check_outputs(csv=csv.with_name(f"{csv.stem}.rounds.csv"))
     from mvlm_benchmarks.step import run as bench
 
     bench.run(
@@ -176,7 +178,11 @@ def _check_outputs(
         raise ConfigError(f"wanted a folder for the results, got the file {folder}; name another one")
     check_replaced(json, "earlier figures of a bench", is_result, "json")
     check_replaced(csv, "an earlier table of a bench", is_table, "csv")
+    check_no_input(csv, json, flag="csv")
     check_no_input(plot, json, csv, flag="plot")
+    for file in (json, csv, plot):
+        if file is not None and not next(path for path in file.absolute().parents if path.exists()).is_dir():
+            raise ConfigError(f"wanted a file in a folder for the results, got {file}; name another one")
     if plot is not None and plot.suffix.lower() not in (".svg", ".png", ".pdf"):
         raise ConfigError(f"plot: wanted a file that ends in .svg, .png or .pdf, got {plot}")
 

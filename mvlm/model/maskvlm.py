@@ -43,7 +43,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         Args:
             seed: seed of ITM's negatives.
             step: number of the update; with `seed` it determines the negatives. In CUDA graphs, an int64 scalar on the
-                device; torch.compile then compiles once, and twice for a number that changes.
+                device. torch.compile compiles once for such a scalar, and twice for a Python number that changes.
             weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if
                 ITM has a weight.
             reconstruction_only: weigh ITC and ITM with 0.

@@ -10,8 +10,7 @@
 
 Fields of state.json: `step`; `loader`, the loader's position and undecodable images; `guard`, the losses that spikes
 are compared with; `bad`, the counts of skipped updates; `best`, step and figure of the best evaluation, or null; of a
-fine-tuned run `task`, the task's name, options and state, and `task_file`, the hash of the file of a
-user's own task.
+fine-tuned run `task`, the task's name, options and state, and `task_file`, the hash of the file of a user's own task.
 `mvlm.training.trainer.Trainer.save` collects them.
 
 No pickle is written or read. A file that the manifest does not name is never opened.
@@ -94,6 +93,8 @@ def verify_checkpoint(path: Path) -> None:
     try:
         values = json.loads(manifest.read_text())
         version, digests = values["format_version"], dict(values["sha256"])
+    except PermissionError:
+        raise  # it is not damaged: a resumed run must not go on from an older one and rename it
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{manifest}: wanted a readable manifest, got {error!r}; use another checkpoint") from None
     if version != FORMAT_VERSION:
@@ -109,7 +110,7 @@ def verify_checkpoint(path: Path) -> None:
         try:
             found = sha256(file)
         except PermissionError:
-            raise  # it is not damaged: a resumed run must not go on from an older one and rename it
+            raise
         except OSError as error:  # for example, a bad sector
             raise RunError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from None
         if found != digest:

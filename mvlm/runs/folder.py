@@ -174,8 +174,9 @@ def open_run(config: PretrainConfig) -> Path | None:
 
 
 def _moved_task(name: str, before: Any, now: Any) -> bool:
-    """True for two paths of a user's own task: of one file, or of files that `FineTuner.restore` compares."""
-    return name == "task" and str(before).endswith(".py") and str(now).endswith(".py")
+    """True for two paths of a user's own task, to files of one name, which `FineTuner.restore` compares."""
+    paths = Path(str(before)), Path(str(now))
+    return name == "task" and paths[0].name == paths[1].name and paths[1].suffix == ".py"
 
 
 def find_checkpoint(path: Path) -> Path:

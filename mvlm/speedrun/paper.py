@@ -132,7 +132,7 @@ def _problems_of(path: Path, claims: Claims) -> Iterator[str]:
     step = step_of(path)
     try:
         verify_checkpoint(path)
-    except RunError as error:
+    except (RunError, PermissionError) as error:
         yield str(error)
         return
     save = claims.saves.get(step)

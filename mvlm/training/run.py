@@ -1,5 +1,6 @@
 """Run of pretraining, from its configuration to its last checkpoint, and what every run shares with it."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -81,6 +82,7 @@ def do_run(
     # Before the process group. If DDP's reducer were the last to hold the group, its destructor could wait for a thread
     # that waits for the GIL, and the rank would never end (torch 2.13, gloo).
     del trainer
+    gc.collect()  # what a cycle of objects still holds
     world.close()
     return reason
 

@@ -45,8 +45,8 @@ class Loader:
             masked diffusion (`mvlm_dataloading.loader.masking`). The ratios are not read.
         extra_captions: further captions of each image, for training.
         complementary_masks: also yield the positions of the tokens that are not masked, for a second copy.
-        max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops when more have been
-            found than this share of a rank's part of the split, or of the samples that it has read if these are more.
+        max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops when there are more.
+            The share is of the larger of two numbers: a rank's part of the split, and the samples that it has read.
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
             process would yield.
         augment: augmentations of training images, applied after the crop.

@@ -6,6 +6,8 @@ same architecture with random weights.
 Shape legend: n images, K classes, C width, E contrastive width.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor
 
 from mvlm.device import chosen_precision
-from mvlm.distributed.coordination import run_on_all_ranks
+from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import best_rank
-from mvlm.evaluation.workspace import Workspace
+from mvlm.evaluation.workspace import SAME_WORK, Workspace
 from mvlm.inference.encode import BATCH, eval_loader, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.inference.zero_shot import label_embeddings
@@ -122,6 +124,9 @@ def evaluate_recognition(
         return labels, class_names(labels, options.classes), read_templates(options.templates), splits
 
     labels, names, templates, splits = run_on_all_ranks(workspace.world, read)
+    own = {"by": options.by, "probe": options.probe, "shots": list(options.shots), "seeds": options.seeds}
+    own |= {"classes": _fingerprint(names), "templates": _fingerprint(templates)}
+    check_same(workspace.world, own, SAME_WORK)
     dataset = data[split]
     groups = [image_name(dataset.metadata(i)) or str(dataset.keys[i]) for i in range(len(dataset))]
     with torch.random.fork_rng(devices=[]):
@@ -171,6 +176,11 @@ def evaluate_recognition(
                     record["probe"] = label
                 figures["few_shot"] = _few_shot(tables, train_names, features[name].cls, labels, options)
     return figures, records
+
+
+def _fingerprint(texts: list[str]) -> str:
+    """Hash of texts in their order, short enough for a message."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def _training_splits(data: dict[str, Dataset], options: RecognitionOptions, labels: list[str]) -> dict[str, list[str]]:

@@ -264,10 +264,11 @@ def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy):
     assert find_checkpoint(run_copy) == root / "step_00000001"
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run_copy, monkeypatch):
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "manifest.json"])
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run_copy, monkeypatch, name):
     """Else a resumed run would go on from an older one, and rename this one."""
-    forbid(monkeypatch, "rank_00000.safetensors")
-    with pytest.raises(PermissionError, match=r"step_00000002.*rank_00000\.safetensors"):
+    forbid(monkeypatch, name)
+    with pytest.raises(PermissionError, match=f"step_00000002.*{name}"):
         newest_good_checkpoint(run_copy / "checkpoints")
 
 
