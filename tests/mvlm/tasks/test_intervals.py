@@ -71,5 +71,7 @@ def test_phrases_and_classes_of_empty_image_ids_have_images_of_their_own(trained
         known = {"box": [0, 0, 16, 16], "size": [32, 32], **given}
         dataset = write(tmp_path / str(number), [known | {"label": scene(i)[1].split()[0]} for i in range(SAMPLES)])
         assert len(set(phrases_of(dataset).images)) == SAMPLES
-        figures.append(evaluate_recognition(load_model(trained, "cpu"), {"test": dataset}, "test")[0])
+        found, _ = evaluate_recognition(load_model(trained, "cpu"), {"test": dataset}, "test")
+        del found["fingerprint"]  # of the data, which differ in their fields
+        figures.append(found)
     assert figures[0] == figures[1] == figures[2]
