@@ -8,6 +8,7 @@ import pytest
 
 from mvlm import cli
 from mvlm.errors import ConfigError
+from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile
 
 BENCHES = ("kernels", "step", "data", "run")
 RESULTS = Path(__file__).parents[3] / "benchmarks/results"
@@ -68,6 +69,30 @@ def test_a_chart_in_place_of_a_folder_or_of_the_figures_is_refused(timed, tmp_pa
     for name in ("new.svg", "new.PNG", "new.pdf"):
         cli.run_command(["bench", "step", "--plot", str(tmp_path / name)])
     assert timed == ["step"] * 3
+
+
+@pytest.mark.parametrize("flag", ["--json", "--csv", "--plot"])
+def test_a_result_below_a_file_is_refused_before_the_bench(timed, tmp_path, flag):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"wanted a file in a folder for the results, got .*/file/new/a\.svg"):
+        cli.run_command(["bench", "step", flag, str(tmp_path / "file" / "new" / "a.svg")])
+    assert not timed
+
+
+def test_a_table_in_place_of_the_figures_or_of_other_rounds_is_refused(timed, tmp_path):
+    with pytest.raises(ConfigError, match="csv: wanted another file than the others"):
+        cli.run_command(["bench", "step", "--json", str(tmp_path / "a"), "--csv", str(tmp_path / "a")])
+    (tmp_path / "a.rounds.csv").write_text("boxing,rounds\n1,12\n")
+    with pytest.raises(
+        ConfigError, match=r"csv: wanted a new file or .* of a bench, got another file, .*a\.rounds\.csv"
+    ):
+        cli.run_command(["bench", "step", "--csv", str(tmp_path / "a.csv")])
+    assert not timed
+    (tmp_path / "a.rounds.csv").unlink()
+    about = dict.fromkeys(MACHINE_COLUMNS, "x") | {"versions": {}}
+    RowFile(tmp_path / "a.rounds.csv", about, ("round", "seconds")).append([{"round": 0, "seconds": 1.5}])
+    cli.run_command(["bench", "step", "--csv", str(tmp_path / "a.csv")])
+    assert timed == ["step"]
 
 
 @pytest.mark.parametrize("bench, flag", [("kernels", "--out"), ("data", "--out"), ("step", "--profile")])
