@@ -1,5 +1,6 @@
 """`mvlm eval` on several ranks: all evaluate the same model and data, and a mistake is one line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,11 @@ def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_pat
     layer = ("--layer", "{rank}", "--out", tmp_path / "out.json")
     found = refusal(on_two_ranks("eval", "grounding", "--checkpoint", trained, "--data", phrases, *CPU, *layer))
     assert "(layer: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
+    for rank, text in enumerate(("a {}", "the {}")):
+        (tmp_path / f"templates{rank}").write_text(f"{text}\n")
+    words = ("--by", "question_type", "--templates", tmp_path / "templates{rank}", "--out", tmp_path / "out.json")
+    found = refusal(on_two_ranks("eval", "recognition", "--checkpoint", trained, "--data", questions, *CPU, *words))
+    assert re.search(r"\(templates: rank 0 has \w{12}, rank 1 has \w{12}\); start all ranks with the same", found)
     assert not (tmp_path / "out.json").exists()
 
 
