@@ -180,7 +180,10 @@ def _moved_task(name: str, before: Any, now: Any) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Find the checkpoint that `path` names: itself, or the newest good one of a run folder. RunError without one."""
+    """Find the checkpoint that `path` names: itself, or the newest good one of a run folder.
+
+    RunError without one, PermissionError for one that may not be read.
+    """
     if (path / MANIFEST).is_file():
         verify_checkpoint(path)
         return path

@@ -44,6 +44,7 @@ def load_model(
 
     Raises:
         RunError: there is no such model, or it is damaged or of another kind.
+        PermissionError: a file of its checkpoint may not be read.
         ConfigError: there is no such device, precision or size.
     """
     chosen = device if isinstance(device, torch.device) else choose_device(device)

@@ -13,6 +13,7 @@ from mvlm.training.guarded_adamw import GuardedAdamW
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from support.data import exchange_texts, state_fingerprint
+from support.folders import forbid
 from support.forgery import change_events, change_rows, change_tensors, checkpoint, reseal, short_run
 from support.scenes import write_scenes
 
@@ -32,6 +33,11 @@ def test_a_changed_weight(bare_run, refusals):
     reseal(bare_run)
     text = "steps 5 to 6: step_00000006: model/pixel_head.weight is not the replayed one"
     assert refusals(bare_run) == {"replay": text}
+
+
+def test_a_checkpoint_that_may_not_be_read(bare_run, refusals, monkeypatch):
+    forbid(monkeypatch, "rank_00000.safetensors")
+    assert "Permission denied" in refusals(bare_run)["checkpoints"]
 
 
 def test_a_swapped_checkpoint(bare_run, other_run, refusals):
