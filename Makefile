@@ -218,7 +218,6 @@ evidence: $(VENV)/.installed data/emoji/dataset.json
 	        --reuse runs/evidence/$$data/* benchmarks/results/studies/$$data-*.jsonl --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
-TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
 # The model that tasks start from: images of 96 pixels, trained with AdamW.
 TASKS_RUN := runs/tasks/start
 # The model that the studies of scenes start from: that one, after captions of scenes, names of objects, and places.
@@ -234,7 +233,7 @@ $(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --da
 endef
 
 ## tasks          every task, with baselines and three seeds: an estimated 2.8 hours on two cores; PART=i/n
-tasks: $(TASK_EVALUATIONS) $(TASKS_RUN)/.trained $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
+tasks: runs/tasks/grounding.json $(TASKS_RUN)/.trained $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 
 ## tasks-table    the results of finished trials of `make tasks` into benchmarks/results/tasks and the pages' tables
@@ -266,20 +265,8 @@ $(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(TASKS_RUN)/.trained
 	    --warmup-steps 30 --max-steps 2500 --keep-images-mb 1024 --eval-every-steps 0 --resume
 	touch $@
 
-runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json $(TASKS_RUN)/.trained
-	$(BIN)/mvlm eval recognition --checkpoint $(TASKS_RUN) --data $(DATA) --by concept --out $@
-
-runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json $(TASKS_RUN)/.trained
-	$(BIN)/mvlm eval recognition --checkpoint $(TASKS_RUN) --data data/twemoji --by concept --out $@
-
-runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json $(TASKS_RUN)/.trained
-	$(BIN)/mvlm eval recognition --checkpoint $(TASKS_RUN) --data $(DATA) --by group --probe --out $@
-
 runs/tasks/grounding.json: | data/scenes/places/dataset.json $(TASKS_RUN)/.trained
 	$(BIN)/mvlm eval grounding --checkpoint $(TASKS_RUN) --data data/scenes/grounding --out $@
-
-data/twemoji/dataset.json: | $(VENV)/.installed
-	$(BIN)/mvlm data twemoji data/twemoji
 
 # The places are the last of the data sets that the command writes.
 data/scenes/places/dataset.json: | $(VENV)/.installed

@@ -81,36 +81,6 @@ def read_study(name: str) -> dict[str, Any]:
     return tomllib.loads((ROOT / "studies" / "tasks" / f"{name}.toml").read_text())
 
 
-def task_evaluations() -> Rows:
-    """Figures of the start without fine-tuning: recognition of concepts and groups, and the pointing game."""
-    rows = [["per cent", "the start (95 %)", "random weights", "other baselines"]]
-    for name, label in (("openmoji", "OpenMoji"), ("twemoji", "Twemoji, another artist")):
-        if found := read_evaluation(f"recognition-{name}"):
-            base = found["baselines"]
-            others = f"majority {base['majority']:.1f}, chance {base['chance']:.1f}"
-            row = f"{found['classes']} concepts by name, {label}"
-            rows.append([row, with_interval(found, "accuracy"), f"{base['untrained']:.1f}", others])
-    if found := read_evaluation("recognition-groups"):
-        base, untrained = found["baselines"], found["untrained_probe"]
-        others = f"majority {base['majority']:.1f}, chance {base['chance']:.1f}"
-        zero = [f"{found['classes']} groups by name, OpenMoji", with_interval(found, "accuracy")]
-        rows.append([*zero, f"{base['untrained']:.1f}", others])
-        rows.append(
-            ["groups, linear probe", with_interval(found["probe"], "accuracy"), f"{untrained['accuracy']:.1f}", others]
-        )
-        for shots, few in found["few_shot"].items():
-            rows.append(
-                [f"groups, probe on {shots} training images of each", with_interval(few, "accuracy"), "", others]
-            )
-    if found := read_evaluation("grounding"):
-        others = (
-            f"another phrase {found['wrong_phrase']:.1f}, centre {found['center']:.1f}, chance {found['chance']:.1f}"
-        )
-        row = f"pointing at {found['phrases']} phrases of scenes"
-        rows.append([row, with_interval(found, "accuracy"), f"{found['untrained']:.1f}", others])
-    return rows
-
-
 TEXT_ALONE = {"colour": 15.7, "compare": 50.0, "count": 16.7, "exist": 50.0, "relation": 12.5, "same colour": 50.0}
 """Accuracy of each question's most frequent answer, by type: what text alone can reach on scenes' test split."""
 
@@ -198,6 +168,5 @@ TASK_TABLES: dict[str, Callable[[], Rows]] = {
     **{f"tasks-{name}": task_study(name) for name in TASK_STUDIES},
     "tasks-overview": tasks_overview,
     "tasks-types": task_types,
-    "tasks-evaluations": task_evaluations,
     "tasks-scenes-starts": scenes_starts,
 }

@@ -56,9 +56,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Evaluation": {
         "eval retrieval": evaluate.eval_retrieval,
-        "eval recognition": evaluate.eval_recognition,
         "eval grounding": evaluate.eval_grounding,
-        "eval winoground": evaluate.eval_winoground,
         "eval vqa": eval_vqa,
         "eval entailment": eval_task("entailment"),
         "eval pairs": eval_task("pairs"),

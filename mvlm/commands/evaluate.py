@@ -1,4 +1,4 @@
-"""`mvlm eval retrieval`, `recognition`, `grounding`, `winoground`; `mvlm score`: a model, or predictions, evaluated."""
+"""`mvlm eval retrieval`, `mvlm eval grounding`, `mvlm score`: a model, or predictions, evaluated."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,58 +123,6 @@ def eval_retrieval(
             print(format_table(figures))
 
 
-def eval_recognition(
-    *,
-    checkpoint: Path,
-    data: Path,
-    split: str = "test",
-    out: Path | None = None,
-    by: str | None = None,
-    classes: Path | None = None,
-    templates: Path | None = None,
-    probe: bool = False,
-    shots: tuple[int, ...] = (),
-    seeds: int = 5,
-    image_size: int | None = None,
-    text_length: int | None = None,
-    device: str = "auto",
-) -> None:
-    """Measure a model's recognition of classes, zero-shot and by probes of its frozen image features.
-
-    The same command again continues after a kill, and `torchrun` shares the work, as with `mvlm eval retrieval`.
-
-    Args:
-        checkpoint: Run folder, one of its checkpoints, or exported folder.
-        data: Folder of shards with classes in their metadata. Probes need the splits train and validation.
-        split: Split to evaluate on.
-        out: JSON file for the figures and the predictions. Default: print the figures only.
-        by: Field of the metadata with the class, or `concept`. Default: `label`, or the concept of the emoji sets.
-        classes: File of class names, one a line. Default: the classes of the split.
-        templates: File of templates, one a line, {} or {c} for the class. Default: the class name alone.
-        probe: Add a linear probe, and few-shot.
-        shots: Training images a class for few-shot. Default: those of 1, 2, 4, 8, 16 that every class has.
-        seeds: Draws of the training images for few-shot, 2 to 20.
-        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
-        text_length: Longest text in tokens, at most the trained one. Default: as trained.
-        device: auto, cpu or cuda.
-    """
-    from mvlm.errors import ConfigError
-    from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition, needed_splits
-
-    if not probe and (shots or seeds != 5):
-        raise ConfigError("shots, seeds: wanted --probe too, with which alone they are read; add it, or leave them out")
-    options = RecognitionOptions(by=by, classes=classes, templates=templates, probe=probe, shots=shots, seeds=seeds)
-    needed = needed_splits(split, probe)
-    with _evaluation(
-        checkpoint, data, needed, out, device, (image_size, text_length), {"task": "recognition"}
-    ) as opened:
-        world, model, splits, workspace = opened
-        figures, records = evaluate_recognition(model, splits, split, options, workspace)
-        head = {"task": "recognition", "checkpoint": str(checkpoint), "data": str(data), "split": split}
-        if world.first:
-            _report(head | figures, records, out)
-
-
 def eval_grounding(
     *,
     checkpoint: Path,
@@ -219,41 +167,6 @@ def eval_grounding(
             _report(head | figures, records, out)
 
 
-def eval_winoground(
-    *,
-    checkpoint: Path,
-    examples: Path,
-    images: Path,
-    out: Path | None = None,
-    truncate: bool = False,
-    image_size: int | None = None,
-    device: str = "auto",
-) -> None:
-    """Measure whether a model tells two captions of the same words apart, on Winoground's files as published.
-
-    Args:
-        checkpoint: Run folder, one of its checkpoints, or exported folder.
-        examples: Winoground's examples.jsonl, or JSON lines of its form.
-        images: Folder with its images, unpacked.
-        out: JSON file for the figures and the scores. Default: print the figures only.
-        truncate: Shorten captions that have more tokens than the model takes. Default: an error.
-        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
-        device: auto, cpu or cuda.
-    """
-    from mvlm.commands.arguments import check_one_process, check_result_file
-    from mvlm.device import choose_device
-    from mvlm.runs.load import load_model
-    from mvlm.tasks.winoground.evaluate import evaluate_winoground
-    from mvlm.tasks.winoground.read import read_examples
-
-    check_one_process("eval winoground", "start it without torchrun")
-    check_result_file(out)
-    found = read_examples(examples, images)
-    model = load_model(checkpoint, choose_device(device), image_size=image_size)
-    figures, records = evaluate_winoground(model, found, truncate)
-    _report({"task": "winoground", "checkpoint": str(checkpoint), "data": str(examples), **figures}, records, out)
-
-
 def _report(figures: dict[str, Any], records: list[dict[str, Any]], out: Path | None) -> None:
     """Print the figures, and write them with the records to `out`."""
     import json
@@ -271,12 +184,12 @@ def score(
     """Score predictions of any model by a task's official metric. It needs no model and no torch.
 
     Args:
-        task: vqa, pairs, entailment, recognition, caption or grounding.
+        task: vqa, pairs, entailment, caption or grounding.
         predictions: File of predictions: vqa and caption, the JSON list that the servers take; pairs, CSV rows
-            `identifier,prediction`; entailment, JSON lines {pairID, label}; recognition, {id, label}; grounding,
-            {id, x, y} in pixels, or what `mvlm eval grounding --out` wrote.
-        references: File of the data set: VQA annotations; NLVR2's, SNLI-VE's JSON lines; recognition, JSON lines
-            {id, label}; COCO caption annotations; grounding, JSON lines {id, box [x, y, width, height], size}.
+            `identifier,prediction`; entailment, JSON lines {pairID, label}; grounding, {id, x, y} in pixels, or what
+            `mvlm eval grounding --out` wrote.
+        references: File of the data set: VQA annotations; NLVR2's, SNLI-VE's JSON lines; COCO caption
+            annotations; grounding, JSON lines {id, box [x, y, width, height], size}.
         other: Another model's predictions: adds the paired difference, its interval and McNemar's p-value.
         out: JSON file for the figures. Default: print them only.
     """

@@ -85,34 +85,23 @@ def _pairs(predictions: Path, references: Path) -> Scored:
     return Scored(nlvr_figures(found, wanted), "accuracy", list(wanted), scores, groups)
 
 
-def _labels(
-    predictions: Path, references: Path, key: str, label: str, groups: tuple[str, ...], labels: tuple[str, ...] | None
-) -> Scored:
-    """Scores of labels. `groups`: names that the field with the image may have. `labels`: all labels, if known."""
-    found = by_id(predictions, read_json_lines(predictions, f"JSON lines {{{key}, label}}"), key, lambda r: r["label"])
-    rows = by_id(
-        references, read_json_lines(references, f"JSON lines {{{key}, {label}}}"), key, lambda r: (r[label], r)
-    )
-    match_ids(predictions, found, rows)
-    wanted = {k: str(value) for k, (value, _) in rows.items()}
-    given = {k: str(found[k]) for k in wanted}
-    for path, values in ((predictions, given), (references, wanted)):
-        if labels and (unknown := set(values.values()) - set(labels)):
-            raise RunError(f"{path}: label {min(unknown)!r}: wanted one of {', '.join(labels)}; correct the file")
-    names = labels or tuple(sorted({*wanted.values(), *given.values()}))
-    figures = classification_figures(list(given.values()), list(wanted.values()), names)
-    scores = np.array([float(str(found[k]) == value) for k, value in wanted.items()])
-    given = ([r[name] for name in groups if r.get(name) not in (None, "")] for _, r in rows.values())
-    images = [str(next(iter(found), key)) for key, found in zip(rows, given, strict=True)]
-    return Scored(figures, "accuracy", list(wanted), scores, images)
-
-
 def _entailment(predictions: Path, references: Path) -> Scored:
-    return _labels(predictions, references, "pairID", "gold_label", FLICKR_IDS, ENTAILMENT_LABELS)
-
-
-def _recognition(predictions: Path, references: Path) -> Scored:
-    return _labels(predictions, references, "id", "label", ("id",), None)
+    lines = read_json_lines(predictions, "JSON lines {pairID, label}")
+    found = by_id(predictions, lines, "pairID", lambda r: str(r["label"]))
+    lines = read_json_lines(references, "JSON lines {pairID, gold_label}")
+    rows = by_id(references, lines, "pairID", lambda r: (str(r["gold_label"]), r))
+    match_ids(predictions, found, rows)
+    wanted = {key: label for key, (label, _) in rows.items()}
+    given = {key: found[key] for key in wanted}
+    for path, values in ((predictions, given), (references, wanted)):
+        if unknown := set(values.values()) - set(ENTAILMENT_LABELS):
+            raise RunError(
+                f"{path}: label {min(unknown)!r}: wanted one of {', '.join(ENTAILMENT_LABELS)}; correct the file"
+            )
+    figures = classification_figures(list(given.values()), list(wanted.values()), ENTAILMENT_LABELS)
+    scores = np.array([float(given[key] == label) for key, label in wanted.items()])
+    images = [str(next((r[n] for n in FLICKR_IDS if r.get(n) not in (None, "")), key)) for key, (_, r) in rows.items()]
+    return Scored(figures, "accuracy", list(wanted), scores, images)
 
 
 def _caption(predictions: Path, references: Path) -> Scored:
@@ -190,7 +179,6 @@ SCORERS: dict[str, Callable[[Path, Path], Scored]] = {
     "vqa": _vqa,
     "pairs": _pairs,
     "entailment": _entailment,
-    "recognition": _recognition,
     "caption": _caption,
     "grounding": _grounding,
 }

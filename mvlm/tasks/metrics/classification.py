@@ -5,9 +5,6 @@ from typing import Any
 
 import numpy as np
 
-MOST_LISTED = 50
-"""Most classes whose recall and confusion are listed."""
-
 
 def confusion_matrix(predicted: Sequence[str], wanted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Counts, int64 (labels, labels): rows are the wanted labels, columns the predicted ones.
@@ -24,7 +21,7 @@ def confusion_matrix(predicted: Sequence[str], wanted: Sequence[str], labels: Se
 
 
 def classification_figures(predicted: Sequence[str], wanted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-    """Accuracy and mean per-class recall in per cent. Of up to 50 labels, also the recall of each and the confusion.
+    """Accuracy, mean per-class recall and the recall of each label, in per cent, and the confusion.
 
     The mean is over the classes that occur in `wanted`; a class that does not occur has recall None.
     """
@@ -32,8 +29,9 @@ def classification_figures(predicted: Sequence[str], wanted: Sequence[str], labe
     right, total = counts.diagonal(), counts.sum(1)
     recall = {label: 100 * float(r / t) if t else None for label, r, t in zip(labels, right, total, strict=True)}
     present = [value for value in recall.values() if value is not None]
-    figures = {
+    return {
         "accuracy": 100 * float(right.sum() / counts.sum()),
         "mean_per_class_recall": sum(present) / len(present),
+        "recall": recall,
+        "confusion": counts.tolist(),
     }
-    return figures if len(labels) > MOST_LISTED else {**figures, "recall": recall, "confusion": counts.tolist()}

@@ -1,7 +1,7 @@
 """Accuracy and consistency of NLVR2 (Suhr et al., ACL 2019), whose sentences are judged on several image pairs each."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -42,19 +42,4 @@ def nlvr_figures(predicted: Mapping[str, bool], wanted: Mapping[str, bool]) -> d
         "consistency": 100 * sum(map(all, sentences.values())) / len(sentences),
         "examples": len(right),
         "sentences": len(sentences),
-    }
-
-
-def winoground_figures(scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-    """Text, image and group score of Winoground (Thrush et al., CVPR 2022), in per cent.
-
-    Args:
-        scores: (examples, 2 captions, 2 images); caption i belongs to image i. A tie counts as wrong.
-    """
-    text = [s[0][0] > s[1][0] and s[1][1] > s[0][1] for s in scores]
-    image = [s[0][0] > s[0][1] and s[1][1] > s[1][0] for s in scores]
-    group = [t and i for t, i in zip(text, image, strict=True)]
-    return {
-        name: 100 * sum(values) / len(values)
-        for name, values in (("text_score", text), ("image_score", image), ("group_score", group))
     }

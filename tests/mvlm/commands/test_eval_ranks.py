@@ -1,6 +1,5 @@
 """`mvlm eval` on several ranks: all evaluate the same model and data, and a mistake is one line."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from mvlm.runs.checkpoint import checkpoints
 from mvlm.tasks.finetune import finetune
 from mvlm_dataloading import ShardWriter, open_dataset
-from support.commands import assert_refused
 from support.questions import finetune_config, write_phrases, write_questions
 from support.scenes import overwrite, png, scene
 
@@ -61,7 +59,7 @@ def refusal(outcome: tuple[list[int], str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "data"])
-@pytest.mark.parametrize("task", ["vqa", "retrieval", "recognition"])
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path, on_two_ranks, what, task):
     """A run that still trains has another newest checkpoint for a rank that looks later."""
     first, second = checkpoints(tuned / "checkpoints")
@@ -69,8 +67,7 @@ def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path,
     run = each(tmp_path / "own", "run", first, second) if what == "model" else str(second)
     data = each(tmp_path / "own", "data", questions, other) if what == "data" else str(questions)
     out = tmp_path / "out.json"
-    words = ("--by", "question_type") if task == "recognition" else ()
-    line = refusal(on_two_ranks("eval", task, "--checkpoint", run, "--data", data, "--out", out, *CPU, *words))
+    line = refusal(on_two_ranks("eval", task, "--checkpoint", run, "--data", data, "--out", out, *CPU))
     assert line.startswith(f"mvlm: rank 1 was started with other settings or data than rank 0 ({what}: rank 0 has ")
     assert line.endswith("on machines of one kind; name one of the checkpoints of a run that still trains")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own"]
@@ -85,30 +82,20 @@ def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_pat
     layer = ("--layer", "{rank}", "--out", tmp_path / "out.json")
     found = refusal(on_two_ranks("eval", "grounding", "--checkpoint", trained, "--data", phrases, *CPU, *layer))
     assert "(layer: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
-    for rank, text in enumerate(("a {}", "the {}")):
-        (tmp_path / f"templates{rank}").write_text(f"{text}\n")
-    words = ("--by", "question_type", "--templates", tmp_path / "templates{rank}", "--out", tmp_path / "out.json")
-    found = refusal(on_two_ranks("eval", "recognition", "--checkpoint", trained, "--data", questions, *CPU, *words))
-    assert re.search(r"\(templates: rank 0 has \w{12}, rank 1 has \w{12}\); start all ranks with the same", found)
     assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("task", ["vqa", "retrieval", "recognition"])
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ranks, rank, task):
-    """The data, and then the classes of recognition, are missing on the machine of one rank."""
+    """The data are missing on the machine of one rank."""
     places = [questions, tmp_path / "nothing"]
     data = each(tmp_path / "own", "data", *(places if rank == 1 else places[::-1]))
     words = ["eval", task, "--checkpoint", tuned, *CPU, "--out", tmp_path / "out.json"]
     start = "mvlm: rank 1: " if rank == 1 else "mvlm: "
     line = refusal(on_two_ranks(*words, "--data", data))
     assert line.startswith(f"{start}{tmp_path}/own/data{rank}: wanted a data folder, found none")
-    if task == "recognition":
-        (tmp_path / f"classes{1 - rank}").write_text("what colour\nwhat is\n")
-        words += ["--by", "question_type", "--classes", str(tmp_path / "classes{rank}")]
-        line = refusal(on_two_ranks(*words, "--data", questions))
-        assert line.startswith(f"{start}{tmp_path}/classes{rank}: ")
     assert not (tmp_path / "out.json").exists()
 
 
@@ -154,11 +141,3 @@ def test_a_rank_that_is_killed_ends_the_other_and_a_new_start_has_the_figures_of
     assert on_two_ranks("eval", "vqa", *words, tmp_path / "two.json")[0] == [0, 0]
     assert run_mvlm("eval", "vqa", *words, tmp_path / "one.json").code == 0
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
-
-
-def test_ranks_for_winoground_are_refused(run_mvlm, trained, tmp_path, monkeypatch):
-    """Each would evaluate all of it, and write the same file."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    words = ("--checkpoint", trained, "--examples", tmp_path / "examples.jsonl", "--images", tmp_path, *CPU)
-    outcome = run_mvlm("eval", "winoground", *words)
-    assert_refused(outcome, "eval winoground: wanted one process, found ranks of torchrun; start it without torchrun")

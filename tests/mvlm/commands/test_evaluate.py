@@ -54,9 +54,8 @@ def test_a_model_without_itm_is_ranked_by_itc(run_mvlm, scenes, without_itm, tmp
     assert figures["ir"] == figures["itc"]["ir"]
 
 
-@pytest.mark.parametrize("task", ["retrieval", "recognition", "grounding", "vqa", "winoground"])
+@pytest.mark.parametrize("task", ["retrieval", "grounding", "vqa"])
 def test_a_file_that_is_no_result_is_not_overwritten(run_mvlm, run_copy, scenes, tmp_path, task):
-    data = ("--examples", scenes, "--images", scenes) if task == "winoground" else ("--data", scenes)
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "notes.txt").write_text("my notes")
     (tmp_path / "tuned.json").write_text(
@@ -64,7 +63,7 @@ def test_a_file_that_is_no_result_is_not_overwritten(run_mvlm, run_copy, scenes,
     )  # a fine-tuned run's settings
     before = folder_hash(tmp_path)
     for out in (run_copy / "config.json", *(tmp_path / name for name in ("list.json", "notes.txt", "tuned.json"))):
-        outcome = run_mvlm("eval", task, "--checkpoint", run_copy, *data, "--out", out)
+        outcome = run_mvlm("eval", task, "--checkpoint", run_copy, "--data", scenes, "--out", out)
         assert_refused(outcome, "out: wanted a new file or the figures of an earlier evaluation", str(out))
     assert folder_hash(tmp_path) == before
 
@@ -83,9 +82,9 @@ def test_earlier_figures_and_empty_or_cut_files_are_replaced(run_mvlm, trained, 
 def test_scores_do_not_overwrite_what_they_are_of(run_mvlm, tmp_path, number):
     files = [tmp_path / name for name in ("mine.jsonl", "truth.jsonl", "other.jsonl")]
     for file in files:
-        file.write_text('{"id": 1, "label": "cat"}\n')
+        file.write_text('{"pairID": 1, "label": "neutral"}\n')
     words = ("--other", files[2], "--out", tmp_path / "x" / ".." / files[number].name)
     (tmp_path / "x").mkdir()
-    outcome = run_mvlm("score", "recognition", *files[:2], *words)
+    outcome = run_mvlm("score", "entailment", *files[:2], *words)
     assert_refused(outcome, "out: wanted another file than the others")
-    assert [file.read_text() for file in files] == ['{"id": 1, "label": "cat"}\n'] * 3
+    assert [file.read_text() for file in files] == ['{"pairID": 1, "label": "neutral"}\n'] * 3

@@ -61,10 +61,10 @@ def test_a_folder_and_the_file_of_the_figures_are_refused(run_mvlm, tmp_path):
 
 def test_scores_replace_earlier_scores_alone(run_mvlm, tmp_path):
     lines = tmp_path / "lines.jsonl"
-    lines.write_text('{"id": 1, "label": "cat"}\n')
+    lines.write_text('{"pairID": 1, "label": "neutral", "gold_label": "neutral"}\n')
     notes, out = tmp_path / "notes.txt", tmp_path / "out.json"
     notes.write_text("my notes")
-    words = ("score", "recognition", lines, lines, "--out")
+    words = ("score", "entailment", lines, lines, "--out")
     assert_refused(
         run_mvlm(*words, notes), "out: wanted a new file or the figures of an earlier evaluation", str(notes)
     )

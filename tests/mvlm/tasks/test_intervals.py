@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from mvlm.runs.load import load_model
 from mvlm.tasks.entailment import Entailment
 from mvlm.tasks.grounding import phrases_of
-from mvlm.tasks.recognition.evaluate import evaluate_recognition
 from mvlm.tasks.score import score
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Dataset, ShardWriter, open_dataset
@@ -63,15 +61,7 @@ def test_files_of_empty_image_ids_have_intervals_with_a_width(tmp_path, given):
     assert [figures["accuracy_95"] for figures in found] == [pytest.approx([100 / 12, 700 / 12])] * 3
 
 
-@pytest.mark.slow
-def test_phrases_and_classes_of_empty_image_ids_have_images_of_their_own(trained, tmp_path):
-    """The intervals of a data set with empty fields are those of one without."""
-    figures = []
-    for number, given in enumerate(GIVEN):
-        known = {"box": [0, 0, 16, 16], "size": [32, 32], **given}
-        dataset = write(tmp_path / str(number), [known | {"label": scene(i)[1].split()[0]} for i in range(SAMPLES)])
-        assert len(set(phrases_of(dataset).images)) == SAMPLES
-        found, _ = evaluate_recognition(load_model(trained, "cpu"), {"test": dataset}, "test")
-        del found["fingerprint"]  # of the data, which differ in their fields
-        figures.append(found)
-    assert figures[0] == figures[1] == figures[2]
+@pytest.mark.parametrize("given", GIVEN)
+def test_phrases_of_empty_image_ids_have_images_of_their_own(tmp_path, given):
+    known = {"box": [0, 0, 16, 16], "size": [32, 32], **given}
+    assert len(set(phrases_of(write(tmp_path / "data", [known] * SAMPLES)).images)) == SAMPLES

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.tasks.grounding import phrases_of
-from mvlm.tasks.recognition.classes import class_names, labels_of, read_templates
-from mvlm_dataloading import open_dataset
 from support import published_tasks
 from support.commands import assert_refused
 
@@ -76,19 +73,6 @@ def test_a_model_is_fine_tuned_and_scored_on_files_as_published(run_data, run_mv
     assert 0 <= found["accuracy"] <= 100
     if task == "vqa":
         assert set(found["by_answer_type"]) == {"other", "yes/no", "number"}
-
-
-def test_phrases_and_classes_are_what_their_tasks_read(run_data, tmp_path):
-    published_tasks.refcoco(tmp_path / "refer")
-    published_tasks.clip_benchmark(tmp_path / "pets")
-    assert run_data("refcoco", tmp_path / "refer", tmp_path / "phrases").code == 0
-    assert run_data("clip-benchmark", tmp_path / "pets", tmp_path / "classes").code == 0
-    phrases = phrases_of(open_dataset(tmp_path / "phrases", "testB"))
-    assert (phrases.boxes[0], phrases.sizes[0], phrases.ids[0]) == ([4.5, 6, 30.25, 20], [72, 54], "2060")
-    labels = labels_of(open_dataset(tmp_path / "classes", "test"), None)
-    assert labels == ["alarm clock", "café"] * 3
-    assert class_names(labels, tmp_path / "pets/classnames.txt") == ["alarm clock", "café"]
-    assert read_templates(tmp_path / "pets/zeroshot_classification_templates.txt") == ["a bad photo of a {}.", "{}"]
 
 
 def test_a_dry_check_exits_with_1_if_something_is_off(run_data, vqa):

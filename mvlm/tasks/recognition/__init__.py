@@ -1,1 +1,0 @@
-"""Recognition with frozen features: zero-shot by class names, linear probe, few-shot."""

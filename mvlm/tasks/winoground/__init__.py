@@ -1,1 +1,0 @@
-"""Winoground and data of its form: of two images and two captions, which belong together?"""
