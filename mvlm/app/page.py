@@ -13,7 +13,7 @@ from PIL import Image
 
 from mvlm.app import answers
 from mvlm.app.gallery import Gallery
-from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image
+from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image, stored_file
 from mvlm.errors import ConfigError
 from mvlm.inference.images import decode_image
 from mvlm.inference.texts import shortened
@@ -44,9 +44,10 @@ BUTTONS: list[Any] = ["download", "fullscreen"]
 def image_upload(value: Image.Image | None = None) -> gr.Image:
     """An image that a visitor uploads. It is checked before it is decoded."""
     component = gr.Image(value, label="Image", type="pil", sources=["upload", "clipboard"], height=TALL)
+    folder = Path(component.GRADIO_CACHE)  # Gradio checks a path only if it comes with `meta`
 
     def preprocess(payload: Any) -> Image.Image | None:
-        return None if payload is None else _say(check_image)(Path(payload.path))
+        return None if payload is None else _say(lambda path: check_image(stored_file(path, folder)))(payload.path)
 
     component.preprocess = preprocess  # a subclass would not be known to Gradio's own JavaScript
     return component

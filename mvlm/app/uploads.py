@@ -1,10 +1,12 @@
 """Limits of what a visitor may send: checked before anything is decoded or computed."""
 
+import os
+import stat
 from pathlib import Path
 
 from PIL import Image
 
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 from mvlm.inference.images import decode_image
 
 MAX_BYTES = 20_000_000
@@ -16,19 +18,52 @@ MAX_CHARACTERS = 1_000
 MAX_LABELS = 100
 
 
+def stored_file(path: object, folder: Path) -> Path:
+    """The real path of a file that the page stored itself, below its own `folder`.
+
+    Raises:
+        RunError: `path` is no text, or leads out of the folder, by `..`, a link or otherwise. Whether anything is there
+            is not said.
+    """
+    if isinstance(path, str) and "\0" not in path:
+        real, inside = os.path.realpath(path), os.path.realpath(folder)
+        if os.path.commonpath([real, inside]) == inside and os.path.isabs(path):
+            return Path(real)
+    raise RunError("image: wanted an image that was uploaded here, found another; upload it")
+
+
 def check_image(file: Path) -> Image.Image:
     """The image of an uploaded file, turned as its EXIF data say, transparent areas white.
 
     Raises:
         ConfigError: the file or the image is too large.
-        RunError: it is not an image that can be decoded. An SVG is none: it is a program, not pixels.
+        RunError: it is no regular file, or not an image that can be decoded. An SVG is none: it is a program, not
+            pixels.
     """
-    size = file.stat().st_size
+    return Image.fromarray(decode_image(_read(file), "image", MAX_PIXELS))
+
+
+def _read(file: Path) -> bytes:
+    """The bytes of a regular file of at most MAX_BYTES. Nothing waits for a pipe, and no device is read."""
+    missing = RunError("image: wanted an image, found none; upload it again")
+    try:
+        number = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        raise missing from None
+    try:
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode):
+            raise missing
+        with open(number, "rb", closefd=False) as opened:
+            content = b"" if found.st_size > MAX_BYTES else opened.read(MAX_BYTES + 1)
+    finally:
+        os.close(number)
+    size = max(found.st_size, len(content))
     if size > MAX_BYTES:
         raise ConfigError(
             f"image: wanted at most {MAX_BYTES // 10**6} MB, got {size / 1e6:.0f} MB; choose a smaller file"
         )
-    return Image.fromarray(decode_image(file.read_bytes(), "image", MAX_PIXELS))
+    return content
 
 
 def check_text(text: str | None, name: str = "text") -> str:

@@ -221,11 +221,18 @@ def test_what_is_no_image_gets_a_message_and_the_server_lives(url) -> None:
     assert ask(url, "Search", ["a circle", None])["success"]
 
 
-def test_a_path_in_the_place_of_an_upload_is_refused(url) -> None:
-    secret = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-    found = ask(url, "Classify", [secret, "a\nb", ""])
-    assert not found["success"]
-    assert "root:" not in json.dumps(found)
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}, {"meta": {"_type": "x"}}])
+def test_a_path_in_the_place_of_an_upload_is_refused(url, tmp_path, meta) -> None:
+    """Gradio itself checks the first of these alone."""
+    (tmp_path / "secret.png").write_bytes(png(np.zeros((40, 40, 3), np.uint8)))
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/etc/passwd", "/dev/zero", tmp_path / "secret.png", tmp_path / "pipe", tmp_path, tmp_path / "none"):
+        found = ask(url, "Classify", [{"path": str(path), **meta}, "a\nb", ""])
+        assert not found["success"], path
+        assert meta.get("meta", {}).get("_type") == "gradio.FileData" or found["output"]["error"] == (
+            "image: wanted an image that was uploaded here, found another; upload it"
+        )
+        assert "root:" not in json.dumps(found)
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen(f"{url}/gradio_api/file=/etc/passwd", timeout=60)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image, check_lines, check_text
+from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image, check_lines, check_text, stored_file
 from mvlm.errors import ConfigError, RunError
 
 
@@ -73,6 +73,29 @@ def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
         file.truncate(MAX_BYTES + 1_000_000)
     with pytest.raises(ConfigError, match="image: wanted at most 20 MB, got 21 MB; choose a smaller file"):
         check_image(tmp_path / "x.png")
+
+
+def test_a_device_a_pipe_and_a_folder_are_not_read(tmp_path: Path) -> None:
+    """/dev/zero has a size of 0 and no end. A pipe without a writer would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for file in (Path("/dev/zero"), tmp_path / "pipe", tmp_path / "link", tmp_path, tmp_path / "none"):
+        with pytest.raises(RunError, match=r"^image: wanted an image, found none; upload it again$"):
+            check_image(file)
+
+
+def test_no_file_outside_the_folder_is_a_stored_one(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "in-not"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "x.png").write_bytes(whole_png())
+    (inside / "link.png").symlink_to(outside / "x.png")
+    (inside / "a").mkdir()
+    for path in (outside / "x.png", inside / "link.png", inside / ".." / "in-not" / "x.png", "x.png", "/dev/zero",
+                 f"{inside}/a\0", "", None, 5, [str(inside)], f"file://{inside}/a"):  # fmt: skip
+        with pytest.raises(RunError, match="wanted an image that was uploaded here, found another"):
+            stored_file(str(path) if isinstance(path, Path) else path, inside)
+    assert stored_file(str(inside / "a" / "y.png"), inside) == (inside / "a" / "y.png").resolve()
 
 
 def test_a_good_image_comes_as_it_is(tmp_path: Path) -> None:
