@@ -29,11 +29,13 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
     """Parse the words after a command as the arguments of a dataclass or function. `--help` prints and exits.
 
     Raises:
-        ConfigError: the words do not fit. The message names the new flag if an old one was given.
+        ConfigError: the words do not fit. The message names the new flag if an old one was given, and the last version
+            that has a flag that is gone.
     """
     import tyro
 
     check_renamed(words, prog)
+    check_removed(words, prog)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -58,6 +60,19 @@ def check_renamed(words: Sequence[str], prog: str) -> None:
         for old in (flag, f"{flag} {value or following}"):
             if old in renamed:
                 raise ConfigError(f"{old} is now {renamed[old]}; see `{prog} --help`")
+
+
+def check_removed(words: Sequence[str], prog: str) -> None:
+    """ConfigError for a flag of a setting that is gone."""
+    if not f"{prog} ".startswith(("mvlm pretrain ", "mvlm finetune ")):
+        return
+    from mvlm.config.json_files import REMOVED
+
+    flags = {f"--{name.replace('_', '-')}": gone.last for name, gone in REMOVED.items()}
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if (last := flags.get(flag.replace("--no-", "--").replace(".no-", "."))) is not None:
+            raise ConfigError(f"{flag} is gone: mvlm {last} is the last version that has it; see `{prog} --help`")
 
 
 def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

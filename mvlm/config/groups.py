@@ -47,8 +47,6 @@ class DataSettings:
     """Smallest and largest share of the image's area that a random crop keeps."""
     flip: Annotated[float, FRACTION] = 0.0
     """Probability of a horizontal flip. 0 by default, because captions say left and right."""
-    color_jitter: Annotated[float, FRACTION] = 0.0
-    """Strength s of colour jitter: brightness, contrast and saturation are multiplied by factors in [1 - s, 1 + s]."""
     randaugment: Annotated[int, Range(0, 14)] = 0
     """RandAugment operations per image."""
     randaugment_magnitude: Annotated[int, Range(0, 30)] = 9

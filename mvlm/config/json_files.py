@@ -4,7 +4,7 @@ import difflib
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig, resume_may_change
@@ -16,16 +16,34 @@ FORMAT_VERSION = 3
 """Format of config.json. Version 3 renamed `eval_pictures` to `eval_images` and the backend `products` to `math`."""
 
 
+class Removed(NamedTuple):
+    """A setting that earlier versions had."""
+
+    default: Any
+    """Its default there, as in JSON."""
+    last: str
+    """The last version that had it."""
+
+
+REMOVED = {
+    "color_jitter": Removed(0.0, "0.2.0"),
+}
+"""Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
+without it. At another value it is refused: the run or the model would be another one."""
+_KEPT = Removed(object(), "")
+
+
 def model_config(values: Any, where: str) -> MaskVLMConfig:
     """Make a model's configuration from the values of a JSON file; `where` names the file in errors.
 
-    ConfigError for an unknown name (with the nearest known one), a missing setting, and an invalid value.
+    ConfigError for an unknown name (with the nearest known one), a missing setting, an invalid value, and for a setting
+    that is gone, unless it has its default.
     """
-    return _from_json(MaskVLMConfig, values, where, "model setting")
+    return _from_json(MaskVLMConfig, values, where, "model setting", "model.")
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a run's config.json of version 2 or 3.
+    """Read a run's config.json of version 2 or 3, without settings that are gone and have their default.
 
     RunError for a file that is missing, not readable or of another version.
     """
@@ -43,13 +61,29 @@ def read_config(file: Path) -> dict[str, Any]:
     if version is None:
         raise RunError(f"{file}: wanted the configuration of a run, found one without format_version; name a run")
     if version == 2:
-        return upgrade_version_2(values)
-    if version != FORMAT_VERSION:
+        values = upgrade_version_2(values)
+    elif version != FORMAT_VERSION:
         raise RunError(
             f"{file}: wanted a configuration of version 2 or {FORMAT_VERSION}, got version {version}; "
             f"use the mvlm that wrote it"
         )
-    return values
+    model = values.get("model")
+    return without_removed(values) | ({"model": without_removed(model, "model.")} if isinstance(model, dict) else {})
+
+
+def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model."""
+    return {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
+
+
+def check_removed(values: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Raise ConfigError for a setting that is gone, in values of `without_removed`; `where` names their file."""
+    for name, value in values.items():
+        if (gone := REMOVED.get(f"{prefix}{name}")) is not None:
+            raise ConfigError(
+                f"{where}: {prefix}{name}: wanted its default, {json.dumps(gone.default)}, as the setting is gone, got "
+                f"{json.dumps(value, default=str)}; mvlm {gone.last} is the last version that has it"
+            )
 
 
 def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -73,11 +107,12 @@ def run_config(values: Any, where: str, kind: type[PretrainConfig] = PretrainCon
     return _from_json(kind, values, where, "setting")
 
 
-def _from_json(kind: type, values: Any, where: str, what: str) -> Any:
+def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "") -> Any:
     """Make a dataclass from the values of a JSON file, each checked against the type of its field."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: wanted the {what}s as a JSON object, got {values!r}")
-    types = get_type_hints(kind)
+    values, types = without_removed(values, prefix), get_type_hints(kind)
+    check_removed(values, where, prefix)
     for name in values:
         if name not in types:
             near = difflib.get_close_matches(name, types, 1)

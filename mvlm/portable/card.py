@@ -32,7 +32,7 @@ TEMPLATES = Environment(
 RECIPE = (
     "mlm_weight", "mim_weight", "itc_weight", "itm_weight", "batch_size", "max_steps", "warmup_steps", "optimizer",
     "lr_muon", "lr_encoder", "lr_cross", "lr_pixels", "lr_head", "weight_decay", "beta2", "clip_norm", "ema_decay",
-    "crop_scale", "flip", "color_jitter", "randaugment", "precision", "seed", "task", "checkpoint", "random_weights",
+    "crop_scale", "flip", "randaugment", "precision", "seed", "task", "checkpoint", "random_weights",
     "freeze", "blind", "initial_model", "image_weights", "text_weights",
 )  # fmt: skip
 """Settings of a run that its card lists, as far as the run's config.json has them and the run read them."""

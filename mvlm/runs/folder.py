@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mvlm.config.json_files import config_json, differing_settings, read_config, with_defaults
+from mvlm.config.json_files import check_removed, config_json, differing_settings, read_config, with_defaults
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.files import check_folder, sync, write_json
@@ -152,7 +152,10 @@ def open_run(config: PretrainConfig) -> Path | None:
     check_usable(out)
     if not folder.config.is_file():
         return None
-    differing = differing_settings(with_defaults(read_config(folder.config), type(config)), config_json(config))
+    before = read_config(folder.config)
+    check_removed(before, str(folder.config))
+    check_removed(before.get("model") or {}, str(folder.config), "model.")
+    differing = differing_settings(with_defaults(before, type(config)), config_json(config))
     # Checkpoints are read in place of the pretrained model, wherever that is now, and tell what the task was.
     if checkpoints(folder.checkpoints):
         differing = [setting for setting in differing if setting[0] != "checkpoint" and not _moved_task(*setting)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.json_files import config_json
+from mvlm.config.json_files import config_json, without_removed
 from mvlm.config.pretrain import GROUPS, PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
@@ -270,11 +270,11 @@ def settings_of(config: PretrainConfig) -> dict[str, Any]:
 def settings_said(settings: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
     """Settings of a result. One that did not exist yet when it was made gets its default.
 
-    Older results of a task have settings of a model, which were not those of its start. They are left out.
+    Left out: gone settings at their default, and those of a model in older results of a task, not those of its start.
     """
     if isinstance(config, FinetuneConfig):
         settings = {name: value for name, value in settings.items() if not name.startswith("model.")}
-    return defaults_of(config) | settings
+    return defaults_of(config) | without_removed(settings)
 
 
 def defaults_of(config: PretrainConfig) -> dict[str, Any]:

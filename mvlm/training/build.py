@@ -72,7 +72,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             f"batch_size: wanted a multiple of {world.size} ranks x {config.accumulate} microbatches = {parts}, "
             f"got {config.batch_size}"
         )
-    augmentations = [name for name in ("flip", "color_jitter", "randaugment") if getattr(config, name)]
+    augmentations = [name for name in ("flip", "randaugment") if getattr(config, name)]
     if further.get("strip", 1) > 1 and augmentations:
         given = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in augmentations)
         raise ConfigError(
@@ -93,12 +93,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.
         num_threads=1 if world.device.type == "cpu" else 2,
         crop_scale=config.crop_scale,
-        augment=Augment(
-            flip=config.flip,
-            jitter=config.color_jitter,
-            operations=config.randaugment,
-            magnitude=config.randaugment_magnitude,
-        ),
+        augment=Augment(flip=config.flip, operations=config.randaugment, magnitude=config.randaugment_magnitude),
         keep_mb=config.keep_images_mb,
         **{**config.model.loader_options(), **further},
     )

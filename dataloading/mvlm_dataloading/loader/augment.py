@@ -1,4 +1,4 @@
-"""Flip, colour jitter and RandAugment: random parameters per sample, and the DALI stages that apply them.
+"""Flip and RandAugment: random parameters per sample, and the DALI stages that apply them.
 
 On a CPU every image operation costs a pass over memory, so operations are combined: all geometric ones become one warp
 by one matrix, brightness and contrast one multiplication. An image skips the stages that would not change it.
@@ -52,8 +52,6 @@ class Augment:
 
     flip: float = 0.0
     """Probability of a horizontal flip. 0 by default, because captions say left and right."""
-    jitter: float = 0.0
-    """Brightness, contrast and colour factors are drawn uniformly from 1 - jitter to 1 + jitter."""
     operations: int = 0
     """Number of distinct RandAugment operations per image; 2 is usual."""
     magnitude: int = 9
@@ -62,7 +60,6 @@ class Augment:
     def __post_init__(self) -> None:
         for name, value, high in (
             ("flip", self.flip, 1),
-            ("jitter", self.jitter, 1),
             ("operations", self.operations, len(OPERATIONS)),
             ("magnitude", self.magnitude, MAX_MAGNITUDE),
         ):
@@ -72,7 +69,7 @@ class Augment:
     @property
     def is_identity(self) -> bool:
         """True if these settings change no image."""
-        return not (self.flip or self.jitter or self.operations)
+        return not (self.flip or self.operations)
 
 
 class AugmentParameters(NamedTuple):
@@ -112,6 +109,7 @@ def draw_parameters(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.in
     n = len(ids)
     keys = hash64(hash64(Purpose.AUGMENT, seed, epochs, ids)[:, None], np.arange(len(OPERATIONS)))
     chosen = np.argsort(keys, axis=1, kind="stable")[:, : augment.operations]  # (n, operations), in the order drawn
+    # The last draw is the flip's. The three before it were those of colour jitter, which is gone.
     u = uniforms(Purpose.SIGN, seed, epochs, ids, len(OPERATIONS) + 4)
     level = augment.magnitude / MAX_MAGNITUDE
     signed = np.where(u[:, : len(OPERATIONS)] < 0.5, -level, level)  # (n, operations)
@@ -124,9 +122,8 @@ def draw_parameters(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.in
     # The matrix maps the result to the source, so the operation drawn first is the leftmost factor.
     for turn in range(augment.operations):
         matrix = matrix @ _matrices(chosen[:, turn], signed, side)
-    jitter = 1 + augment.jitter * (2 * u[:, -4:-1] - 1)  # (n, 3)
-    contrast, brightness = jitter[:, 0] * factor("contrast"), jitter[:, 1] * factor("brightness")
-    colour, sharpness = jitter[:, 2] * factor("colour"), factor("sharpness")[:, None, None]
+    contrast, brightness, colour = factor("contrast"), factor("brightness"), factor("colour")
+    sharpness = factor("sharpness")[:, None, None]
     smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     return AugmentParameters(
         apply_warp=(matrix != np.eye(3)).any(axis=(1, 2)),

@@ -54,7 +54,7 @@ def pixel_hash(config: ReaderConfig) -> str:
     return settings_hash(
         {
             "geometry": geometry,
-            "augment": asdict(config.augment),
+            "augment": asdict(config.augment) | {"jitter": 0.0},  # as when there was colour jitter, which is gone
             "train": config.train,
             "decoding": config.decoding,
             "on_gpu": config.device_id is not None,

@@ -13,7 +13,7 @@ from mvlm_dataloading.loader.resume import merge_states
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
-    augment = settings.pop("augment", Augment(operations=2, jitter=0.1, flip=0.5))
+    augment = settings.pop("augment", Augment(operations=2, flip=0.5))
     size, length = settings.pop("image_size", 32), settings.pop("text_length", 12)
     return Loader(dataset, tokenizer, image_size=size, text_length=length, seed=5, augment=augment, **settings)
 
@@ -106,7 +106,7 @@ def test_states_of_earlier_versions_fit(train_split, tokenizer):
         "seed", "epoch", "position", "step", "fingerprint", "batch_size", "world_size", "skipped", "met", "order",
         "pictures", "text", "versions",
     ]  # fmt: skip
-    assert state["pictures"] == "a568720fe1b35222"
+    assert state["pictures"] == "f25b1191caa7d5ea"
     patches = {"image_size": 32, "patch_size": 16, "mask_block": 32, "ratio": 0.6}
     text = {"tokenizer": tokenizer.fingerprint, "length": 12, "ratio": 0.3, "patches": patches}
     assert state["text"] == hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from support.models import pretrain_config
 # Listed by hand, to be independent of the ranges in the groups.
 NUMBERS = (
     *("lr_encoder", "lr_cross", "lr_pixels", "lr_muon", "lr_end", "weight_decay", "beta2", "clip_norm"),
-    *("flip", "color_jitter"),
+    "flip",
     *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes", "low_resolution_share"),
     *("mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
 )

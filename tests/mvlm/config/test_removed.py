@@ -1,0 +1,84 @@
+"""Settings that are gone, in files and on the command line."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.json_files import REMOVED, config_json, model_config, read_config, run_config
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.errors import ConfigError
+from mvlm.runs.folder import open_run
+from support.models import micro_config, pretrain_config
+
+
+def with_setting(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Values of a config.json with one more setting, of the run or of the model."""
+    model, _, setting = name.rpartition(".")
+    return values | ({"model": values["model"] | {setting: value}} if model else {name: value})
+
+
+def another(value: Any) -> Any:
+    """A value that is not `value`."""
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "another"
+
+
+def old_run(folder: Path, name: str, value: Any) -> PretrainConfig:
+    """Write the config.json of a run that had a setting; its settings without that one, to resume it."""
+    config = pretrain_config(folder / "data", folder / "run", model=micro_config(), resume=True)
+    config.out.mkdir()
+    (config.out / "config.json").write_text(json.dumps(with_setting(config_json(config), name, value)))
+    return config
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_no_setting_has_the_name_of_one_that_is_gone(name):
+    model, _, setting = name.rpartition(".")
+    kinds = [MaskVLMConfig] if model else [PretrainConfig, FinetuneConfig]
+    assert not any(hasattr(kind, setting) or setting in kind.__dataclass_fields__ for kind in kinds)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_file_with_a_removed_setting_at_its_default_is_read(name, tmp_path):
+    config = old_run(tmp_path, name, REMOVED[name].default)
+    file = config.out / "config.json"
+    assert read_config(file) == config_json(config)
+    assert run_config(json.loads(file.read_text()), str(file)) == config
+    assert open_run(config) is None  # a run that made no checkpoint starts again
+    model = json.loads(file.read_text())["model"]
+    assert model_config(model, "model.json") == config.model
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_file_with_a_removed_setting_at_another_value_is_refused(name, tmp_path):
+    config = old_run(tmp_path, name, another(REMOVED[name].default))
+    file = config.out / "config.json"
+    values = json.loads(file.read_text())
+    calls = [lambda: run_config(values, str(file)), lambda: open_run(config)]
+    calls += [lambda: model_config(values["model"], str(file))] if "." in name else []
+    for call in calls:
+        with pytest.raises(ConfigError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.startswith(f"{file}: {name}: ")
+        assert f"mvlm {REMOVED[name].last} " in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_the_flag_of_a_removed_setting_is_refused(name, run_mvlm):
+    flag = f"--{name.replace('_', '-')}"
+    for command in (["pretrain", "tiny"], ["finetune", "vqa"]):
+        for words in ([flag, "1"], [f"{flag}=1"], [f"--{name}", "1"]):
+            outcome = run_mvlm(*command, *words)
+            assert (outcome.code, len(outcome.err)) == (2, 1)
+            assert outcome.err[0].startswith(f"mvlm: {flag} is gone: mvlm {REMOVED[name].last} is the last version")
+
+
+def test_a_removed_setting_was_in_a_version_that_was_released():
+    released = tuple(map(int, version("mvlm").split(".")))
+    assert all(tuple(map(int, gone.last.split("."))) <= released for gone in REMOVED.values())
