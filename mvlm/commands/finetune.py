@@ -42,8 +42,11 @@ def finetune(arguments: Sequence[str]) -> None:
     )
     settings = parse_settings(words, f"mvlm finetune {task}", about, defaults, GROUPS)
     from mvlm.tasks.finetune import finetune as run
+    from mvlm.training.freed_memory import keep_freed_memory
 
-    run(FinetuneConfig(**settings))
+    config = FinetuneConfig(**settings)
+    keep_freed_memory(config.device)
+    run(config)
 
 
 def _evaluate(

@@ -22,8 +22,10 @@ def pretrain(arguments: Sequence[str]) -> None:
         print(f"{pretrain.__doc__}\nAll settings of a preset: mvlm pretrain PRESET --help")
         return
     config = parse_config(arguments)
+    from mvlm.training.freed_memory import keep_freed_memory
     from mvlm.training.run import pretrain as run
 
+    keep_freed_memory(config.device)
     run(config)
 
 

@@ -37,6 +37,7 @@ def study(
     from mvlm.errors import ConfigError
     from mvlm.studies.run import report_finished, run_study
     from mvlm.studies.study import read_study
+    from mvlm.training.freed_memory import keep_freed_memory
 
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
@@ -62,6 +63,7 @@ def study(
     if partial:
         page = report_finished(description, data, out, reuse, checkpoint)
     else:
+        keep_freed_memory("auto")
         page = run_study(description, data, out, (int(number), int(parts)), reuse, checkpoint)
     if page is not None:
         print(f"{out / 'study.csv'}\n{page}")

@@ -31,7 +31,6 @@ from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.start import architecture_of, starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm.training.build import check_attention, make_loader, warn_of_cut_texts
-from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, do_run, open_splits
@@ -180,8 +179,6 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
     assert isinstance(config, FinetuneConfig)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.seed)
     options = TaskOptions.of(config)
     kind = find_task(config.task)

@@ -4,10 +4,14 @@ A step on a CPU frees gigabytes of activations and allocates them again. By defa
 system whenever enough of it is free at once. Every page of it then causes a page fault in the next step: 13,000 for
 `tiny` with 64 pairs, 3 % of the step's processor time. Memory in pages of 4 kB is also read and written more slowly:
 its addresses do not fit into the processor's table of pages.
+
+This changes the allocator of the whole process, so only commands that train call it, never `mvlm.pretrain` in Python.
 """
 
 import contextlib
 import ctypes
+
+from mvlm.device import choose_device
 
 # From glibc's malloc.h and Linux' mman.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -19,12 +23,17 @@ _NEVER = (1 << 31) - 1
 _RESERVED = 3 << 29  # more than _NEVER would be given back
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(device: str = "cpu") -> None:
     """Make glibc keep what this process frees, in blocks below 32 MB. Does nothing with another C library.
 
     The process then stays at its largest size, which every step reaches anyway. The next 1.5 GB of the heap get pages
     of 2 MB, if the system allows it; addresses that are never used take no memory.
+
+    Args:
+        device: where the process will compute: auto, cpu or cuda. Nothing is done for a GPU.
     """
+    if choose_device(device).type != "cpu":
+        return
     with contextlib.suppress(AttributeError):  # `mallopt` is glibc's
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)

@@ -27,7 +27,6 @@ from mvlm.training.build import (
     warn_of_cut_texts,
 )
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
-from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
@@ -179,8 +178,6 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
-    if world.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint).to(world.device)

@@ -21,6 +21,7 @@ from mvlm.config.recipes import pretrain_defaults
 from mvlm.device import has_fast_bf16
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
+from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.run import build_run, build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.machine import describe
@@ -69,6 +70,7 @@ def run(
     torch.set_num_threads(threads or before)
     try:
         world = join_ranks("auto")
+        keep_freed_memory(world.device.type)  # as `mvlm pretrain` does
         about = describe(world.device.type, PACKAGES) | {"figures": f"the training loop on {world.device.type}"}
         with tempfile.TemporaryDirectory(prefix="mvlm-bench-run-") as folder:
             config = pretrain_defaults(preset, data, Path(folder) / "run")
