@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-from mvlm.commands import bench, data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
+from mvlm.commands import data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
+from mvlm.commands.bench import bench
 from mvlm.commands.data import tasks as data_tasks
 from mvlm.commands.doctor import doctor
 from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
@@ -78,14 +79,13 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "export": embed.export,
     },
     "Benchmarks": {
-        "bench kernels": bench.kernels,
-        "bench step": bench.step,
-        "bench data": bench.data,
-        "bench run": bench.run,
+        "bench": bench,
     },
 }
 """Commands by what they are for, in the order of `mvlm --help`."""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+PARSE_THEMSELVES = ("pretrain", "finetune", "bench")
+"""Commands that are given the words behind them: the first of these decides which arguments there are."""
 
 
 def usage(first_word: str = "") -> str:
@@ -116,8 +116,8 @@ def run_command(arguments: Sequence[str]) -> None:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             rest = arguments[words:]
-            if name in ("pretrain", "finetune"):
-                COMMANDS[name](rest)  # the first word decides the defaults of all flags, so they parse them themselves
+            if name in PARSE_THEMSELVES:
+                COMMANDS[name](rest)
             else:
                 # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
                 markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)

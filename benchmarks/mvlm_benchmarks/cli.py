@@ -1,6 +1,12 @@
-"""The commands `mvlm bench ...`."""
+"""The commands `mvlm bench ...`. `mvlm` finds this module by its name (`mvlm/commands/bench.py`)."""
 
+import difflib
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from mvlm.commands.arguments import check_no_input, check_replaced, deferred, parse, read_json
+from mvlm.errors import ConfigError
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -162,8 +168,6 @@ def _check_outputs(
     *, folder: Path | None = None, json: Path | None = None, csv: Path | None = None, plot: Path | None = None
 ) -> None:
     """ConfigError, before anything is timed, if a result could not be written or would replace another file."""
-    from mvlm.commands.arguments import check_no_input, check_replaced, read_json
-    from mvlm.errors import ConfigError
 
     def is_result(content: bytes) -> bool:
         if content.startswith(b'{\n "machine": '):  # one of ours, if cut by a kill or a full disk
@@ -189,10 +193,27 @@ def _check_outputs(
 
 def _require(*packages: str) -> None:
     """ConfigError if a package of the extra `bench` is not installed."""
-    import importlib.util
-
-    from mvlm.errors import ConfigError
-
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"bench: wanted {package}, which is not installed; pip install 'mvlm[bench]'")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"kernels": kernels, "step": step, "data": data, "run": run}
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the benchmark that the words name, with their arguments. ConfigError if there is none of that name."""
+    name = words[0] if words else ""
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("Benchmarks")
+        for name, command in COMMANDS.items():
+            print(f"  mvlm bench {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}")
+        print("\nmvlm bench NAME --help describes one.")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        wanted = ", ".join(f"bench {name}" for name in COMMANDS)
+        hint = f"did you mean `mvlm bench {near[0]}`?" if near else f"wanted one of: {wanted}"
+        raise ConfigError(f"unknown command {f'bench {name}'.rstrip()!r}; {hint}")
+    parse(deferred(COMMANDS[name]), words[1:], prog=f"mvlm bench {name}")()

@@ -19,7 +19,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 
-from mvlm.cli import COMMANDS
+from mvlm.cli import COMMANDS, PARSE_THEMSELVES
 from mvlm.commands.arguments import deferred
 from mvlm.config.finetune import GROUPS as FINETUNE_GROUPS
 from mvlm.config.finetune import TASK_NAMES
@@ -27,7 +27,9 @@ from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.pretrain import GROUPS
 from mvlm.config.ranges import Range
 from mvlm.config.recipes import finetune_defaults, pretrain_defaults
+from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
+SETTINGS = "[Configuration](configuration.md) lists their settings."
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
 
@@ -42,15 +44,16 @@ def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
 
 
 def commands() -> str:
-    """Every command with its description and arguments, in the order of `mvlm --help`."""
-    return "\n".join(_command(name, function) for name, function in COMMANDS.items())
+    """Every command with its description and arguments, in the order of `mvlm --help`, and every benchmark."""
+    found = COMMANDS | {f"bench {name}": function for name, function in BENCHMARKS.items()}
+    return "\n".join(_command(name, function) for name, function in found.items())
 
 
 def _command(name: str, function: Callable[..., None]) -> str:
     lines = [f"## mvlm {name}", ""]
-    if name in ("pretrain", "finetune"):  # their settings depend on the first word
-        text = inspect.cleandoc(function.__doc__ or "")
-        return "\n".join([*lines, text, "", "[Configuration](configuration.md) lists their settings.", ""])
+    if name in PARSE_THEMSELVES:
+        text = [inspect.cleandoc(function.__doc__ or ""), ""]
+        return "\n".join([*lines, *text, *([] if name == "bench" else [SETTINGS, ""])])
     import tyro
 
     with warnings.catch_warnings():

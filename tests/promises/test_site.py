@@ -103,9 +103,11 @@ def test_commands_and_settings_are_made_from_the_code() -> None:
     from mvlm.cli import COMMANDS
     from mvlm.config.finetune import FinetuneConfig
     from mvlm.config.model import MaskVLMConfig
+    from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
     commands = site_pages.commands()
-    assert re.findall(r"^## mvlm (.*)$", commands, re.MULTILINE) == list(COMMANDS)
+    listed = [*COMMANDS, *(f"bench {name}" for name in BENCHMARKS)]
+    assert re.findall(r"^## mvlm (.*)$", commands, re.MULTILINE) == listed
     assert "| `--short-side INT` | Downscale images to this short side, in pixels." in commands
     settings = site_pages.configuration()
     for name in [field.name for field in fields(FinetuneConfig) if field.name != "model"]:

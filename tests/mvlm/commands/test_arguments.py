@@ -6,9 +6,10 @@ from dataclasses import is_dataclass
 
 import pytest
 
-from mvlm.cli import COMMANDS, run_command
+from mvlm.cli import COMMANDS, PARSE_THEMSELVES, run_command
 from mvlm.commands.arguments import RENAMED, check_renamed, deferred, one_line, parse
 from mvlm.errors import ConfigError
+from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
 PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
 
@@ -16,6 +17,8 @@ PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["bench", "setp"], "unknown command 'bench setp'; did you mean `mvlm bench step`?"),
+        (["bench", "step", "--batches", "3"], "--batches"),
         (["pretrain", "tiny", "--data", "none"], "Missing from mvlm pretrain tiny: --out PATH"),
         ([*PRETRAIN, "--bacth-size", "3"], "--bacth-size"),
         (
@@ -105,11 +108,14 @@ def test_help_is_printed_and_exits_with_0(capsys):
         assert text in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("pretrain", "finetune")])
+@pytest.mark.parametrize(
+    "command",
+    [*(command for name, command in COMMANDS.items() if name not in PARSE_THEMSELVES), *BENCHMARKS.values()],
+)
 def test_help_of_a_command_describes_every_flag(command):
     """tyro takes the text of a flag from the docstring; a flag without a line there has no text in --help."""
-    doc = COMMANDS[command].__doc__ or ""
-    for name, parameter in inspect.signature(COMMANDS[command]).parameters.items():
+    doc = command.__doc__ or ""
+    for name, parameter in inspect.signature(command).parameters.items():
         if not is_dataclass(parameter.default):  # the fields of options have docstrings of their own
             assert re.search(rf"^ +{name}: \S", doc, re.MULTILINE), name
     assert "picture" not in doc
