@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.tasks.metrics.significance import grouped_bootstrap
+from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset
 

@@ -31,7 +31,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"model"},
         {"objectives"},
         {"config"},
-        {"files", "device", "machine", "progress"},
+        {"files", "device", "machine", "progress", "statistics"},
         {"errors"},
     ],
     "mvlm_dataloading": [

@@ -1,15 +1,14 @@
-"""Bootstrap intervals of ratios of times, and the verdict that they allow.
+"""Ratios of times with their intervals, and the verdict that they allow.
 
 Times of one round belong together: the machine's speed changes between rounds more than within them. A ratio is
-therefore taken within each round, and the resampling draws rounds, and calls within each drawn round.
+therefore taken within each round.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
+from mvlm.statistics import ratio_of_medians
 
-DRAWS = 1000
 NO_DIFFERENCE, FASTER, SLOWER, ONE_CALL = "no difference", "faster", "slower", "one call says nothing"
 
 
@@ -44,18 +43,5 @@ def ratio(times: Sequence[Sequence[float]], others: Sequence[Sequence[float]], s
         times, others: calls of each round, the same rounds in both. Each round has at least one call of each.
         seed: of the resampling. Equal arguments give equal intervals.
     """
-    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(times, others, strict=True)]
-    value = float(np.median([np.median(a) / np.median(b) for a, b in pairs]))
-    random = np.random.default_rng(seed)
-    # For each round, DRAWS ratios of resampled calls: (rounds, DRAWS).
-    resampled = np.stack([_medians(a, random) / _medians(b, random) for a, b in pairs])
-    rounds = random.integers(len(pairs), size=(len(pairs), DRAWS))
-    drawn = np.median(np.take_along_axis(resampled, rounds, axis=0), axis=0)  # (DRAWS,)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    known = len(pairs) > 1 or max(map(len, pairs[0])) > 1
-    return Ratio(value, float(min(low, value)), float(max(high, value)), known)
-
-
-def _medians(calls: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Medians of DRAWS resamples of calls (n,)."""
-    return np.median(calls[random.integers(len(calls), size=(DRAWS, len(calls)))], axis=1)
+    value, (low, high) = ratio_of_medians(times, others, seed)
+    return Ratio(value, low, high, known=len(times) > 1 or max(len(times[0]), len(others[0])) > 1)

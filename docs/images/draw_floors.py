@@ -49,7 +49,7 @@ FLOORS = [
     ("model", [("model/", "the network, and two implementations of a step")]),
     ("objectives", [("objectives/", "MLM, MIM, ITC, ITM on tensors")]),
     ("settings", [("config/", "every setting, its recipes, its JSON")]),
-    ("ground", [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("errors", "")]),
+    ("ground", [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", ""), ("errors", "")]),
 ]
 PACKAGES = [
     ("mvlm_kernels", "fused ops in Triton; torch and triton only"),

@@ -5,7 +5,7 @@ pixels: the relative increase of the masked pixels' loss given a wrong caption, 
 several times; intervals are bootstrapped over samples.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.model.fast_inference import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import patchify
+from mvlm.statistics import grouped_bootstrap
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer, draw_patch_masks, draw_token_masks
 from mvlm_dataloading.dataset.dataset import first_samples
 
@@ -86,18 +87,13 @@ def cross_modal_gain(
     workspace.share("gain", len(dataset), BATCH, work, "images")
     text, text_wrong, pixels, pixels_wrong, tokens = sums.tensor.numpy().T
 
-    def text_gain(i: np.ndarray) -> float:
-        return (text_wrong[i] - text[i]).sum() / tokens[i].sum()
-
-    def pixel_gain(i: np.ndarray) -> float:
-        return 100 * (pixels_wrong[i].sum() / pixels[i].sum() - 1)
-
-    all_samples = np.arange(len(dataset))
+    ends = grouped_bootstrap(text_wrong - text, weights=tokens, resamples=RESAMPLES)
+    ratios = grouped_bootstrap(pixels_wrong, weights=pixels, resamples=RESAMPLES)
     return {
-        "gain_text_nats": round(float(text_gain(all_samples)), 4),
-        "gain_text_nats_95": bootstrap(text_gain, len(dataset)),
-        "gain_pixels_pct": round(float(pixel_gain(all_samples)), 3),
-        "gain_pixels_pct_95": bootstrap(pixel_gain, len(dataset)),
+        "gain_text_nats": round(float((text_wrong - text).sum() / tokens.sum()), 4),
+        "gain_text_nats_95": [round(end, 4) for end in ends],
+        "gain_pixels_pct": round(float(100 * (pixels_wrong.sum() / pixels.sum() - 1)), 3),
+        "gain_pixels_pct_95": [round(100 * (ratio - 1), 4) for ratio in ratios],
         "masked_nats": round(float(text.sum() / tokens.sum()), 4),
         "masked_l1": round(float(pixels.mean() / draws), 4),
     }
@@ -145,16 +141,6 @@ def _losses(
         pixels.append((predicted.float() - targets).abs().mean((1, 2)).double())
     tokens = caption_of_token.bincount(minlength=len(own))
     return torch.stack([*text, *pixels, tokens], dim=1).cpu()
-
-
-def bootstrap(statistic: Callable[[np.ndarray], float], number: int, seed: int = 0) -> list[float]:
-    """95 % interval of a statistic of sample indices: the percentile bootstrap over resamples of `number` samples.
-
-    `scipy.stats.bootstrap` with `method="percentile"` gives the same interval.
-    """
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(number, size=number)) for _ in range(RESAMPLES)]
-    return [round(float(v), 4) for v in np.percentile(values, (2.5, 97.5))]
 
 
 def trivial_losses(

@@ -7,8 +7,7 @@ import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
 from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.intervals import recall_intervals
-from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, rank_all, rank_by_itc, recall
+from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, rank_all, rank_by_itc, recall, recall_intervals
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer

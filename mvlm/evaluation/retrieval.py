@@ -20,6 +20,7 @@ Shape legend: Q queries of a block, G gallery size, K candidates that are re-ran
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from mvlm.evaluation.features import EncodedSplit, to_device
 from mvlm.evaluation.workspace import StoredArray, Workspace
 from mvlm.inference.encode import match_log_odds
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.statistics import grouped_bootstrap
 
 QUERIES_PER_BLOCK = 64
 PAIRS_PER_BATCH = 512
@@ -34,6 +36,7 @@ BATCHES_PER_PART = 4
 """Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
 DIRECTIONS = ("tr", "ir")
 RECALLS_AT = (1, 5, 10)
+RECALL_RESAMPLES = 10_000
 TIE = 1e-9
 """Scores that are closer are equal: far above what float64 rounds off, far below what parts two embeddings."""
 MOST_ANSWERS = 5
@@ -241,3 +244,18 @@ def _device(model: MaskVLM) -> torch.device:
 def recall(ranks: Tensor) -> dict[str, float]:
     """Per cent of queries with a right answer among the first 1, 5 and 10; ranks int64 (queries,), 0 = first."""
     return {f"r{k}": round(100 * (ranks < k).double().mean().item(), 2) for k in RECALLS_AT}
+
+
+def recall_intervals(ranks: Tensor, images: Tensor) -> dict[str, list[float]]:
+    """95 % intervals of the recalls of `recall`, in per cent, each the lower and the upper end: images are drawn.
+
+    Args:
+        ranks: int64 (queries,), rank of the best right answer; 0 = first.
+        images: int64 (queries,), image of each query.
+    """
+    rng, found = np.random.default_rng(0), {}
+    for k in RECALLS_AT:
+        hits = 100.0 * (ranks < k).numpy()
+        ends = grouped_bootstrap(hits, images.tolist(), by_kind=True, seed=rng, resamples=RECALL_RESAMPLES)
+        found[f"r{k}"] = [round(end, 2) for end in ends]
+    return found

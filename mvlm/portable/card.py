@@ -4,7 +4,6 @@ Everything that the card states is read from the run, from its evaluation and fr
 """
 
 import json
-import math
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import WEIGHTS_FILE
 from mvlm.runs.folder import RunFolder, find_checkpoint
+from mvlm.statistics import Interval
 from mvlm_dataloading import DataError, open_dataset
 
 TEMPLATES = Environment(
@@ -53,8 +53,6 @@ ABILITIES = {
 TASK_LOSSES = {"retrieval": ("itc_weight", "itm_weight"), "caption": ("mlm_weight",)}
 """Losses of pretraining that a task trains; vqa does only with masked answers, and the others train a head alone."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
-Z95 = 1.959964
-"""97.5 % point of the normal distribution."""
 
 
 class Recall(NamedTuple):
@@ -65,34 +63,29 @@ class Recall(NamedTuple):
     direction: str
     k: int
     value: float
-    low: float
-    high: float
+    interval: Interval | None
+    """95 % interval of the evaluation; None of ITC beside ITM, for which there is none."""
     n: int
     chance: float
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share, given n trials of which this share succeeded (Wilson 1927). Both in 0..1."""
-    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def recalls(figures: dict[str, Any]) -> list[Recall]:
-    """All recalls that `mvlm eval retrieval` wrote, with Wilson intervals over queries."""
+    """All recalls that `mvlm eval retrieval` wrote, with the intervals that it gave them."""
     found = []
     for queries, part in (("all", figures), ("unseen concepts", figures["unseen"])):
         if part is None:
             continue
-        ways = (("ITC, re-ranked by ITM", part), ("ITC", part["itc"]))
-        for ranked_by, of in ways if figures.get("reranked") != 0 else ways[1:]:
+        reranked = figures.get("reranked") != 0
+        ways = ([("ITC, re-ranked by ITM", part)] if reranked else []) + [("ITC", part["itc"])]
+        for ranked_by, of in ways:
             for direction, name in DIRECTIONS.items():
                 n = part["n_images"] if direction == "tr" else part["n_texts"]
-                images = figures["n_images"]  # for image to text too: of n captions an image, n are right
+                chance = 100 / figures["n_images"]  # for image to text too: of n captions an image, n are right
                 for k in (1, 5, 10):
-                    value = of[direction][f"r{k}"]
-                    low, high = (100 * x for x in wilson_interval(value / 100, n))
-                    found.append(Recall(queries, ranked_by, name, k, value, low, high, n, min(100, 100 * k / images)))
+                    value, interval = of[direction][f"r{k}"], None
+                    if of is part or not reranked:
+                        interval = Interval(*map(float, part[f"{direction}_95"][f"r{k}"]))
+                    found.append(Recall(queries, ranked_by, name, k, value, interval, n, min(100, k * chance)))
     return found
 
 

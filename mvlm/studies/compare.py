@@ -15,21 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError
-from mvlm.tasks.metrics.significance import mean_interval, t_quantile
+from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
 
 RESAMPLES = 4000
-NORMAL = 1.96
-"""97.5 % quantile of the normal distribution."""
 Floats = NDArray[np.float64]
 Result = dict[str, Any]
 """What a trial found: the content of its result.json."""
-
-
-class Interval(NamedTuple):
-    """A 95 % interval."""
-
-    low: float
-    high: float
 
 
 class Comparison(NamedTuple):
@@ -64,7 +55,7 @@ def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comp
     over_images = None
     if is_recall(measure):
         per_query = np.stack([query_hits(a, measure) - query_hits(b, measure) for a, b in pairs])  # (S, Q)
-        over_images = interval_over_seeds_and_images(per_query, image_of_query(pairs[0][0], measure))
+        over_images = grouped_bootstrap(per_query, image_of_query(pairs[0][0], measure).tolist(), resamples=RESAMPLES)
     return Comparison(
         seeds=len(pairs),
         mean=float(ours.mean()),
@@ -124,40 +115,7 @@ def interval_over_seeds(values: Floats) -> Interval:
     """95 % interval of the mean of values (S,) by Student's t. One value alone has an interval without width."""
     if len(values) == 1:
         return Interval(float(values[0]), float(values[0]))
-    return Interval(*mean_interval(values.tolist()))
-
-
-def interval_over_seeds_and_images(
-    values: Floats, images: NDArray[np.int64], seed: int = 0, resamples: int = RESAMPLES
-) -> Interval:
-    """95 % interval of the mean of values (S, Q), by drawing seeds, and images with all of their queries.
-
-    Means of few drawn seeds spread too little. The seeds are therefore moved apart first, as far as Student's t wants.
-
-    images: int64 (Q,), the image of each query. Captions of one image are not independent.
-    """
-    rng = np.random.default_rng(seed)
-    if len(values) > 1:
-        of_seeds = values.mean(axis=1, keepdims=True)  # (S, 1)
-        values = values + (_widening(len(values)) - 1) * (of_seeds - of_seeds.mean())
-    _, image = np.unique(images, return_inverse=True)
-    counts = np.bincount(image)  # (I,)
-    sums = np.stack([np.bincount(image, weights=row) for row in values])  # (S, I)
-    means = np.empty(resamples)
-    for i in range(resamples):
-        seeds = rng.integers(len(values), size=len(values))
-        chosen = rng.integers(len(counts), size=len(counts))
-        means[i] = sums[np.ix_(seeds, chosen)].mean(axis=0).sum() / counts[chosen].sum()
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Interval(float(low), float(high))
-
-
-def _widening(seeds: int) -> float:
-    """Half the width of Student's t interval over that of the bootstrap's, if its means were normal.
-
-    Means of S drawn values have the variance (S - 1) / S of what the mean's is estimated to be.
-    """
-    return float(np.sqrt(seeds / (seeds - 1)) * t_quantile(seeds - 1) / NORMAL)
+    return mean_interval(values.tolist())
 
 
 def _deviation(values: Floats) -> float:

@@ -27,9 +27,9 @@ from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.model.residual import Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
+from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.captions import bleu, cider, tokenize
 from mvlm.tasks.metrics.facts import fact_figures, is_scene
-from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.classification import classification_figures
-from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.score import ENTAILMENT_LABELS
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset

@@ -29,8 +29,8 @@ from mvlm.inference.attention_maps import text_gradcam
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.pointing import box_contains, overlap, pointing_figures
-from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.records import read_json
 from mvlm_dataloading import DataError, Dataset, Tokenizer
 from mvlm_dataloading.dataset.dataset import image_name

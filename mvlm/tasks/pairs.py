@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
-from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset
 

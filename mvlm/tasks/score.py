@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.statistics import grouped_bootstrap, mcnemar
 from mvlm.tasks.metrics.captions import bleu, cider
 from mvlm.tasks.metrics.classification import classification_figures
 from mvlm.tasks.metrics.facts import fact_figures, is_scene
 from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
-from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
 from mvlm.tasks.metrics.vqa import answer_fault, vqa_accuracy, warn_of_few_answers
 from mvlm.tasks.records import by_id, filled, listed, match_ids, numbers, read_csv, read_json, read_json_lines, typed
 from mvlm_dataloading.dataset.dataset import image_name

@@ -24,9 +24,9 @@ from torch import Tensor
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.decoder import AnswerDecoder, AnswerTable
 from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features
-from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.metrics.vqa import (
     answer_fault,
     compared_answers,

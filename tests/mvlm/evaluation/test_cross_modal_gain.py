@@ -4,12 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from mvlm.evaluation import cross_modal_gain as gains
 from mvlm.evaluation.cross_modal_gain import (
-    bootstrap,
     cross_modal_gain,
     partners_of,
     trivial_losses,
@@ -147,48 +145,6 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
         resampled.append(sum(lost[i] for i in drawn) / sum(count[i] for i in drawn))
     assert gain["gain_text_nats_95"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist(), abs=6e-5)
     assert gain["gain_pixels_pct_95"] == [pytest.approx(50, abs=1e-3)] * 2  # the ratio is the same for every sample
-
-
-def test_bootstrap_against_the_normal_interval():
-    """The mean of 400 numbers: the interval is 1.96 standard errors on either side, to a tenth."""
-    data = np.random.default_rng(0).normal(3, 2, size=400)
-    low, high = bootstrap(lambda i: data[i].mean(), 400)
-    error = data.std() / math.sqrt(400)
-    assert low == pytest.approx(data.mean() - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(data.mean() + 1.96 * error, abs=0.2 * error)
-    assert bootstrap(lambda i: data[i].mean(), 400) == [low, high]
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_bootstrap_gives_scipys_percentile_interval(seed):
-    """The ratio of two sums, as a gain is one; scipy draws the same resamples from the same generator."""
-    rng = np.random.default_rng(5 + seed)
-    gains, tokens = rng.normal(3, 2, 200), rng.integers(1, 9, 200)
-
-    def ratio(i: np.ndarray) -> float:
-        return gains[i].sum() / tokens[i].sum()
-
-    wanted = scipy.stats.bootstrap(
-        (np.arange(200),),
-        ratio,
-        n_resamples=1000,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    assert bootstrap(ratio, 200, seed) == pytest.approx([wanted.low, wanted.high], abs=6e-5)
-
-
-@pytest.mark.slow
-def test_bootstrap_intervals_cover_the_truth_in_95_of_100_cases():
-    """100 samples of 60: 95 hits are expected, with a standard deviation of 2.2."""
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(100):
-        data = rng.exponential(size=60)
-        low, high = bootstrap(lambda i, data=data: data[i].mean(), 60)
-        hits += low <= 1 <= high
-    assert 86 <= hits <= 100
 
 
 def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tokenizer):

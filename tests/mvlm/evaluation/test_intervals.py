@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap
 
-from mvlm.evaluation.intervals import recall_intervals
+from mvlm.evaluation.retrieval import recall_intervals
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Paired differences and their intervals, against scipy and loops."""
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from mvlm.studies.compare import (
     compare,
     figure,
     interval_over_seeds,
-    interval_over_seeds_and_images,
     query_hits,
 )
 
@@ -79,43 +77,6 @@ def test_intervals_over_five_seeds_cover_the_truth_in_95_of_100_cases() -> None:
     cases = np.random.default_rng(5).normal(1, 3, (8000, 5))
     covered = [low <= 1 <= high for low, high in map(interval_over_seeds, cases)]
     assert 0.94 < np.mean(covered) < 0.96  # the percentile bootstrap of five values covers 83 %
-
-
-@pytest.mark.slow
-def test_the_interval_over_seeds_and_images_is_that_of_all_draws() -> None:
-    """Two seeds and two images have 4 x 4 draws, all equally likely; image 1 has two queries."""
-    values, images = np.array([[0.0, 6.0, 3.0], [3.0, 9.0, 6.0]]), np.array([7, 9, 9])
-    of_seeds = values.mean(axis=1, keepdims=True)
-    apart = np.sqrt(2) * stats.t.ppf(0.975, 1) / 1.96
-    moved = values - of_seeds + of_seeds.mean() + apart * (of_seeds - of_seeds.mean())
-    means = []
-    for seeds in itertools.product((0, 1), repeat=2):
-        for chosen in itertools.product(([0], [1, 2]), repeat=2):
-            queries = [q for image in chosen for q in image]
-            means.append(np.mean([moved[s][q] for s in seeds for q in queries]))
-    low, high = interval_over_seeds_and_images(values, images)
-    assert low == pytest.approx(np.percentile(means, 2.5, method="inverted_cdf"), abs=1e-9)
-    assert high == pytest.approx(np.percentile(means, 97.5, method="inverted_cdf"), abs=1e-9)
-
-
-@pytest.mark.parametrize("seeds", [5, 10])
-def test_without_spread_among_images_their_interval_is_that_over_seeds(seeds: int) -> None:
-    """For five seeds the bootstrap alone would be narrower by a third."""
-    shifts = stats.norm.ppf((np.arange(seeds) + 0.5) / seeds)
-    low, high = interval_over_seeds_and_images(np.repeat(shifts[:, None], 8, axis=1), np.arange(8))
-    student = interval_over_seeds(shifts)
-    assert high - low == pytest.approx(student.high - student.low, rel=0.05)
-
-
-@pytest.mark.slow
-def test_intervals_over_seeds_and_images_cover_the_truth() -> None:
-    """Seeds, images and queries each have an effect of their own, of which the seeds' is the largest."""
-    rng, images, covered = np.random.default_rng(3), np.repeat(np.arange(20), 2), []
-    for _ in range(600):
-        values = 1 + rng.normal(0, 2, (5, 1)) + rng.normal(0, 1, 20)[images] + rng.normal(0, 1, (5, 40))
-        low, high = interval_over_seeds_and_images(values, images, resamples=400)
-        covered.append(low <= 1 <= high)
-    assert 0.92 < np.mean(covered) < 0.98  # seeds that are not moved apart give 0.86
 
 
 def test_recalls_count_the_queries_that_they_name() -> None:
