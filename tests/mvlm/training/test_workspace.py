@@ -38,7 +38,8 @@ def folders(monkeypatch) -> list[Path | None]:
 
 @pytest.mark.parametrize("task", [None, "retrieval"])
 def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, tmp_path, folders, monkeypatch, task):
-    settings = {"max_steps": 2, "eval_every_steps": 1, "log_every": 1}
+    # Two ranks add in another order than one. In bf16 that is far more than the tolerance below.
+    settings = {"max_steps": 2, "eval_every_steps": 1, "log_every": 1, "precision": "fp32"}
 
     def train(out: Path) -> None:
         if task is None:
