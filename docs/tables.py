@@ -243,25 +243,6 @@ def another_artist() -> str:
     return markdown(rows)
 
 
-def transfer() -> str:
-    """Retrieval and gains on emoji and on Open Clip Art, of models trained on each."""
-    ways = [f"{way} {k}" for way in ("image to text", "text to image") for k in ("R@1", "R@10")]
-    table = [["trained on", "tested on", *ways, "R@10 by chance", "text gain, nats", "pixel gain, %"]]
-    names = {"emoji": "emoji", "openclipart": "Open Clip Art", "openclipart-then-emoji": "Open Clip Art, then emoji"}
-    for trained, tested in (
-        ("emoji", "emoji"),
-        ("openclipart-then-emoji", "emoji"),
-        ("openclipart", "emoji"),
-        ("openclipart", "openclipart"),
-        ("emoji", "openclipart"),
-    ):
-        found = json.loads((RESULTS / "transfer" / f"{trained}-on-{tested}.json").read_text())
-        recalls = [f"{found[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r10")]
-        gains = f"{found['gain_text_nats']:.2f}", f"{found['gain_pixels_pct']:.1f}"
-        table.append([names[trained], names[tested], *recalls, f"{1000 / found['n_images']:.1f}", *gains])
-    return markdown(table)
-
-
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -282,7 +263,6 @@ TABLES = {
     "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),
     "unseen-words": unseen_words,
     "another-artist": another_artist,
-    "transfer": transfer,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
 }
 

@@ -99,39 +99,21 @@ def cc3m(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
+    name: Literal["cc3m", "sbu"] = "cc3m",
     build: BuildOptions = BuildOptions(),  # noqa: B008
     common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Build shards from Conceptual Captions 3M as img2dataset downloads it.
+    """Build shards from Conceptual Captions 3M, or SBU's captions, as img2dataset downloads them.
 
     Args:
         out: Folder for the shards. To resume a killed build, give the same command again.
         train: Folders of img2dataset's tars and tables.
         validation: Folders of the validation split.
+        name: Which of the two lists it is: dataset.json states its origin and licence.
     """
     from mvlm_dataloading.sources.webdataset import cc3m
 
-    build_source(cc3m(train, validation), out, build, common)
-
-
-def sbu(
-    out: Path,
-    /,
-    train: tuple[Path, ...],
-    validation: tuple[Path, ...] = (),
-    build: BuildOptions = BuildOptions(),  # noqa: B008
-    common: CommonOptions = CommonOptions(),
-) -> None:
-    """Build shards from SBU captions as img2dataset downloads them.
-
-    Args:
-        out: Folder for the shards. To resume a killed build, give the same command again.
-        train: Folders of img2dataset's tars and tables.
-        validation: Folders of a validation split.
-    """
-    from mvlm_dataloading.sources.webdataset import sbu
-
-    build_source(sbu(train, validation), out, build, common)
+    build_source(cc3m(train, validation, name=name), out, build, common)
 
 
 def folder(

@@ -1,4 +1,4 @@
-"""The commands `mvlm data ...` that build data sets from files of Python and Debian packages."""
+"""The commands `mvlm data ...` that build data sets from packages and icon sets."""
 
 from pathlib import Path
 
@@ -47,58 +47,6 @@ def easy_vqa(out: Path, /) -> None:
     print(data_tools.summary(out, "train", "validation", "test"))
 
 
-def openclipart(
-    package: Path,
-    out: Path,
-    /,
-    size: int = 144,
-    validation: float = 0.2,
-    test: float = 0.2,
-    build: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
-    common: CommonOptions = CommonOptions(),  # noqa: B008 (frozen)
-) -> None:
-    """Build titled drawings of the Open Clip Art Library: about 4,800, in the public domain.
-
-    `apt-get download openclipart-svg` fetches the package file. Nothing is installed.
-
-    Args:
-        package: openclipart-svg_*.deb, a package of Debian.
-        out: Folder for the shards. To resume a killed build, give the same command again.
-        size: Side of the square images in pixels.
-        validation: Share of the authors for validation, chosen by a hash of the name; large authors are for training.
-        test: Share of the authors for test.
-    """
-    from mvlm_dataloading.sources.drawings.openclipart import openclipart
-
-    build_source(openclipart(package, size=size, validation=validation, test=test), out, build, common)
-
-
-def stamps(
-    package: Path,
-    out: Path,
-    /,
-    size: int = 144,
-    validation: float = 0.2,
-    test: float = 0.2,
-    build: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
-    common: CommonOptions = CommonOptions(),  # noqa: B008 (frozen)
-) -> None:
-    """Build Tux Paint's stamps: photographs and drawings with an English sentence each (GPL-2).
-
-    `apt-get download tuxpaint-stamps-default` fetches the package file. Nothing is installed.
-
-    Args:
-        package: tuxpaint-stamps-default_*.deb, a package of Debian.
-        out: Folder for the shards. To resume a killed build, give the same command again.
-        size: Side of the square images in pixels.
-        validation: Share of the stamps for validation, chosen by a hash of the name; series stay together.
-        test: Share of the stamps for test.
-    """
-    from mvlm_dataloading.sources.drawings.stamps import stamps
-
-    build_source(stamps(package, size=size, validation=validation, test=test), out, build, common)
-
-
 def scenes(
     out: Path,
     /,
@@ -106,7 +54,6 @@ def scenes(
     validation: int = 1000,
     test: int = 1000,
     seed: int = 0,
-    stamps: Path | None = None,
     tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "grounding", "names", "places"),
     workers: int | None = None,
 ) -> None:
@@ -118,16 +65,15 @@ def scenes(
         out: Folder of the data sets: OUT/vqa, OUT/pairs and so on. Finished ones are kept.
         train: Samples of each task for training.
         validation: Samples of each task for validation.
-        test: Samples of each task in each of the splits test, combo, concept, artist and photo.
+        test: Samples of each task in each of the splits test, combo, concept and artist.
         seed: Another seed gives other scenes.
-        stamps: tuxpaint-stamps-default_*.deb, for the split `photo`.
         tasks: Data sets to build.
         workers: Number of processes. Default: one per core.
     """
     from mvlm_dataloading import build_scenes
 
     build_scenes(
-        out, train=train, validation=validation, test=test, seed=seed, stamps=stamps, tasks=tasks,
+        out, train=train, validation=validation, test=test, seed=seed, tasks=tasks,
         workers=data_tools.processes(workers),
     )  # fmt: skip
     for task in tasks:

@@ -11,42 +11,19 @@ log = logging.getLogger(__name__)
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
-def check(
-    what: str,
-    root: Path | None = None,
-    /,
-    sheet: Path | None = None,
-    workers: int | None = None,
-    images: Path | None = None,
-    subset: bool = False,
-) -> None:
-    """Check a built data set, or with a name and a folder the published files of one.
-
-    `check FOLDER` reads every byte of a data folder: hashes, indices, images and captions. It prints a table and writes
-    a contact sheet. `check NAME ROOT` writes nothing: it reads the published files as `mvlm data NAME` does, counts
-    rows, images, missing images and repeated keys, and compares them with the published size. It exits with 1 if
-    something is off.
+def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None) -> None:
+    """Check every byte of a data folder: hashes, indices, images and captions; print a table, write a contact sheet.
 
     Args:
-        what: Data folder; or coco, flickr30k, vqa-v2, visual-genome-qa, nlvr2, nlvr, snli-ve, refcoco or
-            clip-benchmark.
-        root: Folder of the published files.
-        sheet: PNG for the contact sheet of a data folder. Default: contact-sheet.png in it.
-        workers: Number of processes for a data folder. Default: one per core.
-        images: Folder of the images of published files, if it is another one.
-        subset: The published files are part of a data set: fewer rows and missing images are as they should be.
+        shards: Data folder.
+        sheet: PNG for the contact sheet. Default: contact-sheet.png in the data folder.
+        workers: Number of processes. Default: one per core.
     """
-    if root is not None:
-        _check_published(what, root, images, subset)
-        return
     from mvlm.progress import WorkProgress
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
     from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
-    shards = Path(what)
-    if images is not None or subset:
-        raise DataError(f"{shards}: --images and --subset are for published files: mvlm data check NAME ROOT")
     with WorkProgress("images") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
@@ -69,32 +46,19 @@ def check(
         )
 
 
-def _check_published(name: str, root: Path, images: Path | None, subset: bool) -> None:
-    from mvlm.progress import WorkProgress
-    from mvlm_dataloading.tools.published_check import check_published, published_table
-
-    with WorkProgress("pieces") as counting:
-        found = check_published(
-            name, root, images, subset=subset, progress=lambda done, all: counting.show(done, all, done)
-        )
-    print(published_table(found))
-    for problem in found.problems:
-        print(f"problem: {problem}")
-    if found.problems:
-        raise SystemExit(1)
-    print(f"{found.name}: {'a subset' if subset else 'as published'}")
-
-
-def index(folder: Path, /, split: str | None = None) -> None:
+def index(folder: Path, /, split: str | None = None, without_tars: bool = False) -> None:
     """Rebuild a data set's indices from its tars, or index existing WebDataset tars so that they can be used in place.
 
+    Of a view, whose samples only its DALI indices know, the index of each split is written from these.
+
     Args:
-        folder: Data folder, or folder of tars.
+        folder: Data folder, view, or folder of tars.
         split: Split of all tars. Default: the one in a tar's name (train-000.tar), else train.
+        without_tars: Write only the index with which a split opens at once, from the DALI indices of a data folder.
     """
     from mvlm_dataloading.tools.reindex import rebuild_indices
 
-    description = rebuild_indices(folder, split)
+    description = rebuild_indices(folder, split, without_tars=without_tars)
     left_out = "".join(f"; left out: {n} {reason}" for reason, n in description.get("rejected", {}).items())
     print(f"{folder}: {counts(description)}{left_out}")
 
@@ -110,18 +74,6 @@ def merge(parts: tuple[Path, ...], out: Path, /) -> None:
 
     merge_parts(parts, out)
     print(summary(out))
-
-
-def reindex(folder: Path, /) -> None:
-    """Write the indices with which a data set opens at once, from its DALI indices. Its tars are not read.
-
-    Args:
-        folder: Data folder or view.
-    """
-    from mvlm_dataloading.tools.reindex import pack_indices
-
-    for path in pack_indices(folder):
-        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def view(

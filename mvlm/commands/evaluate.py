@@ -130,7 +130,6 @@ def eval_grounding(
     split: str = "test",
     out: Path | None = None,
     layer: int | None = None,
-    candidates: Path | None = None,
     image_size: int | None = None,
     text_length: int | None = None,
     device: str = "auto",
@@ -145,23 +144,16 @@ def eval_grounding(
         split: Split to evaluate on.
         out: JSON file for the figures and the points. Default: print the figures only.
         layer: Cross-attention layer, from 0. Default: the best on the validation split.
-        candidates: JSON list of detections {image_id, box}, as RefCOCO+'s dets.json, to choose boxes from. Default:
-            `candidates` of the metadata, if they are there.
         image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
-    from mvlm.files import sha256
-    from mvlm.tasks.grounding import evaluate_grounding, read_candidates
+    from mvlm.tasks.grounding import evaluate_grounding
 
-    detected = None if candidates is None else read_candidates(candidates)
-    settings = {"task": "grounding", "candidates": None if candidates is None else sha256(candidates)}
-    sizes = image_size, text_length
+    sizes, settings = (image_size, text_length), {"task": "grounding"}
     with _evaluation(checkpoint, data, (split, "validation"), out, device, sizes, settings) as opened:
         world, model, splits, workspace = opened
-        figures, records = evaluate_grounding(
-            model, splits[split], splits.get("validation"), layer, workspace, detected
-        )
+        figures, records = evaluate_grounding(model, splits[split], splits.get("validation"), layer, workspace)
         head = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
         if world.first:
             _report(head | figures, records, out)

@@ -56,8 +56,6 @@ def downloads(tmp_path_factory) -> Path:
     published_tasks.nlvr2(downloads / "nlvr2")
     published_tasks.nlvr(downloads / "nlvr")
     published_tasks.snli_ve(downloads / "snli-ve")
-    published_tasks.refcoco(downloads / "refer")
-    published_tasks.clip_benchmark(downloads / "pets")
     wave_tokenizer().save(downloads / "tokenizer.json")
     return folder
 
@@ -67,7 +65,7 @@ def printed(downloads) -> dict[str, str]:
     """The output of each command. The first uses worker processes; the others run in this one, to save time."""
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     named = {" ".join(shlex.split(line)[1:3]) for line in commands}
-    packages = ("emoji", "twemoji", "easy-vqa", "iconify", "openclipart", "stamps", "scenes")
+    packages = ("emoji", "twemoji", "easy-vqa", "iconify", "scenes")
     packaged = {f"data {name}" for name in packages}  # they need no download
     assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - packaged
     found = {}
@@ -108,8 +106,6 @@ def test_commands_of_the_data_page_run(printed, downloads):
         "nlvr2": {"train": 6, "validation": 6, "test": 6},
         "nlvr": {"train": 24, "validation": 4, "test": 4},
         "snli-ve": {"train": 6, "validation": 6, "test": 6},
-        "refcoco": {"train": 4, "validation": 4, "testA": 4, "testB": 4},
-        "pets": {"train": 6, "test": 6},
         "mix": counts(data / "mix"),
         "half": counts(data / "half"),
     }

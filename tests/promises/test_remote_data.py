@@ -248,7 +248,9 @@ def test_folders_of_earlier_versions_open_from_dali_indices(folder, old_web, cac
     url, _ = old_web
     with caplog.at_level("INFO"):
         found = batches(open_dataset(url, "train"), tokenizer, 6)
-    assert "opened from DALI indices; `mvlm data reindex` at the source lets it open at once" in caplog.text
+    assert (
+        "opened from DALI indices; `mvlm data index --without-tars` at the source lets it open at once" in caplog.text
+    )
     assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
 
 

@@ -1,14 +1,12 @@
 """Small data sets of downstream tasks, written as published, with the odd rows that the real ones have."""
 
 import json
-import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .published import add_members, encoded, make_image, write_image, write_json
+from .published import encoded, make_image, write_image, write_json
 
 QUESTIONS = ("What colour is it?", "Is it soft?", "¿Cuántos?")
 
@@ -120,58 +118,3 @@ def snli_ve(root: Path, images: int = 2) -> None:
                              "sentence1_parse": "( x )", "sentence2": f"hypothesis «{k}» of {number}"})  # fmt: skip
             number += 1
         write_lines(root / f"snli_ve_{split}.jsonl", rows)
-
-
-def refcoco(root: Path, images: Path | None = None, images_each: int = 2, protocol: int = 0) -> None:
-    """Two expressions for an object in each image. The pickle is of Python 2's default protocol, 0."""
-    refs, annotations, listed = [], [], []
-    for s, split in enumerate(("train", "val", "testA", "testB")):
-        for i in range(images_each):
-            number = 200 + images_each * s + i
-            write_image((images or root) / "train2014" / f"COCO_train2014_{number:012d}.jpg", number)
-            listed.append({"id": number, "file_name": f"COCO_train2014_{number:012d}.jpg", "width": 72, "height": 54})
-            annotations.append({"id": 5000 + number, "image_id": number, "bbox": [4.5, 6, 30.25, 20], "area": 500.0,
-                                "segmentation": [[1, 2, 3, 4, 5, 6]], "iscrowd": 0, "category_id": 1})  # fmt: skip
-            sentences = [{"tokens": ["red", "one"], "raw": "red one!", "sent_id": 10 * number + k,
-                          "sent": ("red one", "the café on the left")[k]} for k in (0, 1)]  # fmt: skip
-            refs.append({"sent_ids": [10 * number, 10 * number + 1], "image_id": number, "ref_id": 70 + number,
-                         "file_name": f"COCO_train2014_{number:012d}_3.jpg", "ann_id": 5000 + number, "split": split,
-                         "category_id": 1, "sentences": sentences})  # fmt: skip
-    (root / "refcoco+").mkdir(parents=True, exist_ok=True)
-    (root / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
-    content = {"info": {}, "images": listed, "annotations": annotations, "licenses": []}
-    write_json(root / "refcoco+/instances.json", {**content, "categories": [{"id": 1, "name": "person"}]})
-
-
-def clip_benchmark(root: Path, retrieval: bool = False, each: int = 3) -> None:
-    """Tars of webp images with .cls, and names and templates; or with .txt for retrieval."""
-    root.mkdir(parents=True)
-    if retrieval:
-        (root / "dataset_type.txt").write_text("retrieval")
-    else:
-        (root / "classnames.txt").write_text("alarm clock\ncafé\n\n", encoding="utf-8")
-        (root / "zeroshot_classification_templates.txt").write_text("a bad photo of a {c}.\n{c}\n")
-    for number, split in enumerate(("train", "test")):
-        (root / split).mkdir()
-        (root / split / "nshards.txt").write_text("2\n")
-        for shard in range(2):
-            with tarfile.open(root / split / f"{shard}.tar", "w") as tar:
-                for k in range(each):
-                    i = 100 * number + each * shard + k
-                    text = f"caption {i}\nanother\n" if retrieval else f"{i % 2}"
-                    members = [(f"s{each * shard + k:07d}.webp", encoded(make_image(i), "WEBP")),
-                               (f"s{each * shard + k:07d}.{'txt' if retrieval else 'cls'}", text.encode())]  # fmt: skip
-                    add_members(tar, members)
-
-
-def evil_pickle(path: Path, wanted: Path) -> None:
-    """A pickle that writes the file `wanted` when it is loaded without care."""
-
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (wanted,)
-
-    path.write_bytes(pickle.dumps([{"split": "train"}, Evil()]))
-    pickle.loads(path.read_bytes())
-    assert wanted.exists()
-    wanted.unlink()

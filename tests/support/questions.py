@@ -89,7 +89,7 @@ def write_captions(folder: Path, counts: dict[str, int] | None = None) -> Path:
     return folder
 
 
-def write_phrases(folder: Path, counts: dict[str, int] | None = None, candidates: bool = False) -> Path:
+def write_phrases(folder: Path, counts: dict[str, int] | None = None) -> Path:
     """Grounding on scenes: the colour of the square is the phrase."""
     with _writer(folder) as writer:
         for split, count in (counts or COUNTS).items():
@@ -97,8 +97,6 @@ def write_phrases(folder: Path, counts: dict[str, int] | None = None, candidates
                 pixels, caption = scene(i if split == "train" else 3 * i + 1)
                 left, top = 16 * ("right" in caption), 16 * ("bottom" in caption)
                 metadata = {"id": f"{split}-{i}", "image_id": caption, "box": [left, top, 16, 16], "size": [32, 32]}
-                if candidates:
-                    metadata["candidates"] = [[x, y, 16, 16] for y in (0, 16) for x in (0, 16)]
                 assert writer.add(f"{split}{i:03d}", png(pixels), [caption], metadata, split=split) is None
     return folder
 

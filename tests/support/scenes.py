@@ -103,7 +103,7 @@ BROKEN = [  # damage to a split, and the error that names it
     (unreadable_tar, "000000.tar, found that the image of"),
     (older_index, "wanted an index at least as new as"),
     (missing_index, "000000.idx: wanted the index of"),
-    (truncated_index, "bytes as its header says, found 1000; make it again with `mvlm data reindex"),
+    (truncated_index, "bytes as its header says, found 1000; make it again with `mvlm data index"),
     (blank_caption, "wanted at least one caption, found none; remove the sample or write its captions"),
     (missing_description, "dataset.json: wanted the data set's description, found no such file"),
 ]

@@ -37,7 +37,7 @@ def write_images(folder: Path) -> tuple[bytes, list[str]]:
 
 def build(folder: Path, samples: int) -> None:
     """Write the data set: SHARDS tars, whose indices have `samples` lines in total."""
-    from mvlm_dataloading.tools.reindex import pack_indices
+    from mvlm_dataloading.tools.reindex import rebuild_indices
 
     tar, lines = write_images(folder.with_name(f"{folder.name}.one"))
     folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def build(folder: Path, samples: int) -> None:
         shards.append({"tar": f"{name}.tar", "samples": count, "bytes": len(tar), "sha256": digest})
     splits = {"train": {"samples": count * SHARDS, "captions": count * SHARDS, "shards": shards}}
     (folder / "dataset.json").write_text(json.dumps({"format_version": 1, "splits": splits}))
-    pack_indices(folder)
+    rebuild_indices(folder, without_tars=True)
 
 
 def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:

@@ -46,14 +46,18 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     shards = _shards_of_split(folder, description, split)
     path = index_path(folder, split)
     if path.is_file():
-        index = _map(path, split, shards, f"make it again with `mvlm data reindex {folder}`")
+        index = _map(path, split, shards, f"make it again with `mvlm data index {folder} --without-tars`")
         _check_tars(folder, shards, path)
         return _dataset(folder, split, description, index)
     content = io.BytesIO()
     pack_local(folder, split, shards, content)
     dataset = _dataset(folder, split, description, SampleIndex(content.getvalue()))
     _check_samples(dataset)
-    log.info("%s: opened from DALI indices; `mvlm data reindex %s` writes an index that opens at once", folder, folder)
+    log.info(
+        "%s: opened from DALI indices; `mvlm data index %s --without-tars` writes an index that opens at once",
+        folder,
+        folder,
+    )
     return dataset
 
 
@@ -97,7 +101,10 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
         remote.fetch_dali_indices()
         pack_remote(remote.folder, split, shards, content, remote.fetch_dali_index)
         index = SampleIndex(content.getvalue())
-        log.info("%s: opened from DALI indices; `mvlm data reindex` at the source lets it open at once", remote.url)
+        log.info(
+            "%s: opened from DALI indices; `mvlm data index --without-tars` at the source lets it open at once",
+            remote.url,
+        )
 
     def verify(number: int) -> None:
         tar, dali_index = shard_paths(remote.folder, shards[number])

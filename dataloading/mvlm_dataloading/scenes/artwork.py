@@ -1,8 +1,4 @@
-"""Artwork of the kinds: OpenMoji's and Twemoji's drawings, and photographs among Tux Paint's stamps, cut out.
-
-An image holds the artwork of one source alone, because their licences do not allow a mixture: OpenMoji is CC BY-SA 4.0,
-Tux Paint's stamps are GPL-2.
-"""
+"""Artwork of the kinds: OpenMoji's and Twemoji's drawings, cut out. An image holds the artwork of one source alone."""
 
 import io
 from collections.abc import Mapping
@@ -13,11 +9,9 @@ from pathlib import Path
 from mvlm_dataloading.build.twemoji import plain, twemoji_drawings
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.sources.drawings.emoji import named_emoji
-from mvlm_dataloading.sources.drawings.stamps import read_stamps
-from mvlm_dataloading.sources.drawings.svg import cut_out, render_cutout
+from mvlm_dataloading.sources.drawings.svg import render_cutout
 
 from .kinds import NOUNS, SHAPES, Kind
-from .photos import PHOTOS
 
 LARGEST = 80
 """Longer side of a cut-out in pixels: twice the size at which it is drawn."""
@@ -32,7 +26,7 @@ class Artwork:
     licence: str
     attribution: str
     codes: Mapping[str, str]
-    """Code points, or the file's name, of each kind's text."""
+    """Code points of each kind's text."""
     images: Mapping[str, bytes]
     """PNG with transparency of each kind's text, without a margin."""
     shapes: Mapping[str, tuple[int, int]]
@@ -57,14 +51,6 @@ def twemoji() -> Artwork:
     images = {text: _drawing(drawn[plain(code)]) for text, code in codes.items()}
     attribution = "Twemoji, Twitter and contributors, CC BY 4.0"
     return _artwork("twemoji", "CC BY 4.0", attribution, codes, images)
-
-
-def photographs(package: Path) -> Artwork:
-    """Photographs of nouns among the stamps of the package file tuxpaint-stamps-default_*.deb."""
-    found = {stamp.name: stamp.png for stamp in read_stamps(package)}
-    codes = {noun: name for noun, name in PHOTOS.items() if name in found}
-    images = {noun: cut_out(found[name], LARGEST) for noun, name in codes.items()}
-    return _artwork("stamps", "GPL-2", "Tux Paint stamps, Bill Kendrick and contributors", codes, images)
 
 
 def _emoji() -> dict[str, tuple[str, Path]]:

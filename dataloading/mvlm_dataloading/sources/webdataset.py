@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mvlm_dataloading.captions import decode_text, is_visible
 from mvlm_dataloading.errors import DataError, need
@@ -19,25 +19,33 @@ _COMPARED = 16
 """Number of a tar's first samples whose keys are compared with those of other tars."""
 
 
-def cc3m(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
-    """Conceptual Captions 3M, downloaded by img2dataset: folders of 00000.tar with 00000.parquet.
+_LISTS = {
+    "cc3m": (
+        "Conceptual Captions, https://ai.google.com/research/ConceptualCaptions",
+        "captions and links: free for any purpose with acknowledgement; each image under its own licence",
+        "Google LLC",
+    ),
+    "sbu": (
+        "SBU Captioned Photo Dataset, https://www.cs.rice.edu/~vo9/sbucaptions",
+        "each image under its own Flickr licence",
+        "Ordonez, Kulkarni and Berg, 2011",
+    ),
+}
+"""Origin, licence and attribution of lists of links."""
+
+
+def cc3m(train: Sequence[Path], validation: Sequence[Path] = (), *, name: Literal["cc3m", "sbu"] = "cc3m") -> Source:
+    """A list of links that img2dataset downloaded: folders of 00000.tar with 00000.parquet.
+
+    Args:
+        name: which list it is: Conceptual Captions 3M, or SBU captioned photos.
 
     Raises:
         DataError: a folder is missing or holds no tar.
     """
-    return _downloaded(
-        "cc3m", {"train": train, "validation": validation}, "Conceptual Captions, https://ai.google.com/research/ConceptualCaptions",
-        "captions and links: free for any purpose with acknowledgement; each image under its own licence",
-        "Google LLC",
-    )  # fmt: skip
-
-
-def sbu(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
-    """SBU captioned photos, downloaded by img2dataset as in `cc3m`."""
-    return _downloaded(
-        "sbu", {"train": train, "validation": validation}, "SBU Captioned Photo Dataset, https://www.cs.rice.edu/~vo9/sbucaptions",
-        "each image under its own Flickr licence", "Ordonez, Kulkarni and Berg, 2011",
-    )  # fmt: skip
+    origin, licence, attribution = _LISTS[name]
+    pieces, recipe = tar_pieces({"train": train, "validation": validation})
+    return Source(name=name, origin=origin, licence=licence, recipe=recipe, pieces=pieces, attribution=attribution)
 
 
 def webdataset(
@@ -63,11 +71,6 @@ def webdataset(
     splits = {"train": train, "validation": validation, "test": test}
     pieces, recipe = tar_pieces(splits, caption_field, prefix_keys)
     return Source(name=name, origin="WebDataset tars", licence=licence, recipe=recipe, pieces=pieces)
-
-
-def _downloaded(name: str, splits: dict[str, Sequence[Path]], origin: str, licence: str, attribution: str) -> Source:
-    pieces, recipe = tar_pieces(splits, caption_field="caption")
-    return Source(name=name, origin=origin, licence=licence, recipe=recipe, pieces=pieces, attribution=attribution)
 
 
 def tar_pieces(

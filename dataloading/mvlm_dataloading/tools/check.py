@@ -130,7 +130,7 @@ def _opening_problems(folder: Path, split: str) -> list[str]:
     index = dataset.index
     with contextlib.suppress(DataError):  # damaged records, of which the check of their shard tells
         if index.fingerprint != fingerprint_of(index, split, dataset.shards):
-            hint = f"`mvlm data reindex {folder}`"
+            hint = f"`mvlm data index {folder} --without-tars`"
             return [f"{split}.index: wanted the fingerprint of its samples, found another; {hint}"]
     return []
 
@@ -176,7 +176,7 @@ def _index_problem(task: _Task, text: bytes) -> str | None:
     path = index_path(task.folder, task.split)
     if not path.is_file():
         return None
-    hint = f"`mvlm data reindex {task.folder}`"
+    hint = f"`mvlm data index {task.folder} --without-tars`"
     wanted = parse_index(text)
     try:
         index = map_index(path, hint)

@@ -139,34 +139,35 @@ def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str, u
     return len(found) if what == "metadata" or unseen or any(map(is_visible, found)) else "no caption"
 
 
-def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
+def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: bool = False) -> dict[str, Any]:
     """Rebuild the indices of a data folder. A folder of tars without `dataset.json` gets one.
+
+    Of a view, the index of each split is written from its DALI indices.
 
     Args:
         split: split of all tars, for a folder without `dataset.json`. Default: the first split that each tar's name has
             as a word (train-000.tar, cc3m-validation-000.tar), else train.
+        without_tars: write only the index of each split, from the DALI indices of a data folder. No tar is read.
 
     Returns:
         The description.
 
     Raises:
-        DataError: a tar is damaged or has other samples than described; the folder is a view, or has `dataset.json`
-            and `split` is given; no sample is usable.
+        DataError: a tar is damaged or has other samples than described; a DALI index is missing or does not match its
+            tar; the folder has `dataset.json` and `split` is given; no sample is usable.
     """
-    if (folder / "dataset.json").is_file():
+    if without_tars or (folder / "dataset.json").is_file():
         if split:
             raise DataError(
                 f"{folder}: wanted no split for a folder with dataset.json, got {split}; remove dataset.json and "
                 f"*.index to index it anew"
             )
         description = read_description(folder)
-        for part in description["splits"].values():
-            for shard in part["shards"]:
-                if "index" in shard:
-                    raise DataError(f"{folder}: wanted a folder of tars, found a view; make the view again instead")
-                tar, _ = shard_paths(folder, shard)
-                _write_dali_index(tar, shard["samples"])
-        pack_indices(folder)
+        shards = [shard for part in description["splits"].values() for shard in part["shards"]]
+        if not without_tars and not any("index" in shard for shard in shards):  # a shard of a view has an index
+            for shard in shards:
+                _write_dali_index(shard_paths(folder, shard)[0], shard["samples"])
+        _pack_indices(folder, description)
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
@@ -174,16 +175,10 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
     return _describe(folder, tars, split)
 
 
-def pack_indices(folder: Path) -> list[Path]:
-    """Write the index of each split of a data folder or a view from its DALI indices. Tars are not read.
-
-    Returns:
-        Paths of the indices.
-
-    Raises:
-        DataError: the folder is no data folder, or a DALI index is missing or does not match its tar.
-    """
-    return [write_index(folder, split) for split in read_description(folder)["splits"]]
+def _pack_indices(folder: Path, description: dict[str, Any]) -> None:
+    """Write the index of each split of a data folder or a view from its DALI indices."""
+    for split in description["splits"]:
+        write_index(folder, split)
 
 
 def _write_dali_index(tar: Path, samples: int | None) -> TarIndex:
@@ -232,7 +227,7 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     aside = folder / "dataset.json.tmp"
     write_durably(aside, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     aside.rename(folder / "dataset.json")
-    pack_indices(folder)
+    _pack_indices(folder, description)
     return description
 
 

@@ -40,7 +40,7 @@ from mvlm_dataloading.sources.record import is_evaluation
 log = logging.getLogger(__name__)
 
 _QUESTIONS = {"question_id", "pairID", "identifier", "box"}
-"""Metadata of which a sample of a task has one: VQA v2's, SNLI-VE's, NLVR2's and RefCOCO+'s."""
+"""Metadata of which a sample of a task has one: VQA v2's, SNLI-VE's, NLVR2's and that of a phrase."""
 
 
 @dataclass(slots=True)

@@ -11,14 +11,6 @@ def box_contains(box: Sequence[float], point: Sequence[float]) -> bool:
     return left <= x < left + width and top <= y < top + height
 
 
-def overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x, y, width, height), in 0..1."""
-    width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
-    height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
-    shared = max(0.0, width) * max(0.0, height)
-    return shared / (one[2] * one[3] + other[2] * other[3] - shared)
-
-
 def pointing_figures(
     points: Sequence[Sequence[float]], boxes: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]
 ) -> dict[str, float]:

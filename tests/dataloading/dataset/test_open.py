@@ -63,13 +63,17 @@ def test_a_shard_newer_than_the_index_is_refused(folder):
 
 def test_an_index_of_other_shards_is_refused(folder):
     shutil.copy(folder / "validation.index", folder / "train.index")
-    refuse(folder, "train.index: wanted the index of the shards in dataset.json, found one of other shards", "reindex")
+    refuse(
+        folder,
+        "train.index: wanted the index of the shards in dataset.json, found one of other shards",
+        "--without-tars",
+    )
     write_index(folder, "train")
     path = folder / "dataset.json"
     description = json.loads(path.read_text())
     description["splits"]["train"]["shards"][1]["sha256"] = "0" * 64
     path.write_text(json.dumps(description))
-    refuse(folder, "found one of other shards", f"mvlm data reindex {folder}")
+    refuse(folder, "found one of other shards", f"mvlm data index {folder} --without-tars")
 
 
 def test_a_data_set_opens_the_same_from_its_index_and_from_dali_indices(folder, caplog):
@@ -79,7 +83,10 @@ def test_a_data_set_opens_the_same_from_its_index_and_from_dali_indices(folder, 
     (folder / "train.index").unlink()
     with caplog.at_level(logging.INFO):
         slow = open_dataset(folder, "train")
-    assert f"opened from DALI indices; `mvlm data reindex {folder}` writes an index that opens at once" in caplog.text
+    assert (
+        f"opened from DALI indices; `mvlm data index {folder} --without-tars` writes an index that opens at once"
+        in caplog.text
+    )
     assert fast.fingerprint == slow.fingerprint
     assert fast.keys.tolist() == slow.keys.tolist()
     for i in range(8):

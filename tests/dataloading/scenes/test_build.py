@@ -16,29 +16,21 @@ from mvlm_dataloading.scenes.build import TASKS
 from mvlm_dataloading.scenes.draw import TONES, Painter
 from mvlm_dataloading.scenes.kinds import NOUNS, SHAPES, Kind
 from mvlm_dataloading.scenes.layout import GROUNDS, SIDE, Scene, place
-from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS
-from support.debian import write_package
 
 SIZES: dict[str, Any] = {"train": 8, "validation": 4, "test": 4}
 
 
-def photo(number: int) -> bytes:
-    image = Image.new("RGBA", (30 + number, 40), (3 * number, 90, 255 - 3 * number, 255))
+def drawing() -> bytes:
+    image = Image.new("RGBA", (30, 40), (0, 90, 255, 255))
     png = io.BytesIO()
     image.save(png, "PNG")
     return png.getvalue()
 
 
 @pytest.fixture(scope="module")
-def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    files = {f"{name}.png": photo(number) for number, name in enumerate(PHOTOS.values())}
-    return write_package(tmp_path_factory.mktemp("stamps") / "x.deb", files, "usr/share/tuxpaint/stamps")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory, stamps: Path) -> Path:
-    return build_scenes(tmp_path_factory.mktemp("scenes") / "out", **SIZES, stamps=stamps, workers=1)
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_scenes(tmp_path_factory.mktemp("scenes") / "out", **SIZES, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +44,8 @@ def test_every_task_has_all_splits(scenes: Path, task: str) -> None:
     description = json.loads((scenes / task / "dataset.json").read_text())
     assert set(description["splits"]) == set(SPLITS)
     assert description["rejected"] == {}
-    assert description["licence"] == "CC BY 4.0; CC BY-SA 4.0; GPL-2: see each sample"
-    licences = dict.fromkeys(SPLITS, "CC BY-SA 4.0") | {"artist": "CC BY 4.0", "photo": "GPL-2"}
+    assert description["licence"] == "CC BY 4.0; CC BY-SA 4.0: see each sample"
+    licences = dict.fromkeys(SPLITS, "CC BY-SA 4.0") | {"artist": "CC BY 4.0"}
     for split in SPLITS:
         dataset = open_dataset(scenes / task, split)
         assert len(dataset) >= SIZES.get(split, 4)
@@ -63,10 +55,6 @@ def test_every_task_has_all_splits(scenes: Path, task: str) -> None:
             assert metadata["licence"] == licences[split]
             assert metadata["attribution"]
             assert Image.open(io.BytesIO(dataset.image_bytes(i))).size == (images * SIDE, SIDE)
-            codes = {
-                one["code"] for scene in metadata.get("scenes", [metadata.get("scene")]) for one in scene["objects"]
-            }
-            assert all(("/" in code) == (split == "photo") for code in codes)  # a stamp's path, or code points
 
 
 @pytest.mark.slow
@@ -84,12 +72,11 @@ def test_boxes_hold_what_is_drawn(scenes: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_change_no_byte_and_finished_sets_are_kept(scenes: Path, stamps: Path, tmp_path: Path) -> None:
+def test_processes_change_no_byte_and_finished_sets_are_kept(scenes: Path, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"train": 201, "validation": 12, "test": 12}
     one, two = (build_scenes(tmp_path / str(n), **sizes, tasks=("entailment",), workers=n) for n in (1, 2))
     names = sorted(path.name for path in (one / "entailment").iterdir())
     assert names == sorted(path.name for path in (two / "entailment").iterdir())
-    assert "photo-000000.tar" not in names
     for name in names:
         assert (one / "entailment" / name).read_bytes() == (two / "entailment" / name).read_bytes()
     before = (one / "entailment" / "dataset.json").stat()
@@ -123,7 +110,7 @@ def test_no_background_hides_a_kind_of_either_artist(artworks) -> None:
 
 
 def test_grounds_differ_and_a_card_hides_all_behind_it() -> None:
-    painter = Painter({"dog": photo(0)})
+    painter = Painter({"dog": drawing()})
     grounds = {painter.image(Scene(number, ())).tobytes() for number in range(GROUNDS)}
     assert len(grounds) == GROUNDS
     scene = place(random.Random(0), [Kind("dog")])

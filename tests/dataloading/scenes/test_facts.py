@@ -6,7 +6,6 @@ from mvlm_dataloading.scenes.build import metadata_of
 from mvlm_dataloading.scenes.captions import make_captions
 from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
 from mvlm_dataloading.scenes.kinds import NOUNS, plural, with_article
-from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
 from support.scene_oracle import PLAIN
 
@@ -99,7 +98,7 @@ def test_plurals_and_articles() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_of_scenes_state_true_facts_and_all_of_them(split: str) -> None:
-    kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+    kinds = vocabulary(split, PLAIN.shapes)
     samples = make_captions(f"0 caption {split}", kinds, 200)
     told = 0
     for number, sample in enumerate(samples):

@@ -11,7 +11,6 @@ import pytest
 
 from mvlm_dataloading.scenes.build import TASKS, compose_split, metadata_of
 from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen, with_article
-from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
 from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
 
@@ -24,7 +23,7 @@ Row = tuple[str, dict[str, Any]]
 @cache
 def rows(task: str, split: str) -> list[Row]:
     """First caption and metadata of samples."""
-    kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+    kinds = vocabulary(split, PLAIN.shapes)
     samples = compose_split(task, split, 0, kinds, SIZES.get(split, 240))
     return [(s.captions[0], metadata_of(s, PLAIN, task, split, n, n)) for n, s in enumerate(samples)]
 
@@ -229,7 +228,7 @@ def test_held_combinations_are_in_split_combo_alone() -> None:
 
 @each_split
 def test_names_have_one_object_that_each_caption_names(split: str) -> None:
-    kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+    kinds = vocabulary(split, PLAIN.shapes)
     samples = compose_split("names", split, 0, kinds, 2000)
     assert len(samples) == 2000
     for sample in samples:
@@ -280,7 +279,7 @@ def told_sides(split: str) -> set[tuple[str, str]]:
     sides, found = {words: side for side, words in SIDES.items()}, set()
     pattern = re.compile(rf"(?:the|an?) ([\w -]+?)(?: is)? ({'|'.join(sides)}) (?:the|an?) ")
     for task in TASKS:
-        kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+        kinds = vocabulary(split, PLAIN.shapes)
         if task == "caption":
             texts = [t for s in TASKS[task](f"0 {task} {split}", kinds, 300) for t in s.captions]
         else:

@@ -10,7 +10,7 @@ import pytest
 from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.build.build import build_part
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.webdataset import cc3m, sbu, webdataset
+from mvlm_dataloading.sources.webdataset import cc3m, webdataset
 from support import published
 from support.data import build_source, read_json_lines
 
@@ -88,7 +88,8 @@ def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
 def test_sbu(tmp_path):
     published.img2dataset(tmp_path / "sbu")
     (tmp_path / "sbu/00001.parquet").unlink()  # without its table, failed links are unknown
-    found = build_source(sbu([tmp_path / "sbu"]), tmp_path / "out")
+    found = build_source(cc3m([tmp_path / "sbu"], name="sbu"), tmp_path / "out")
+    assert open_dataset(tmp_path / "out", "train").description["name"] == "sbu"
     assert [*found["train"].values()] == [published.captions(i)[:1] for i in (0, 1, 2, 3, 5, 6, 7, 8)]
     assert [line["key"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")] == ["000000004"]
 

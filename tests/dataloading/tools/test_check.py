@@ -21,7 +21,6 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
-from mvlm_dataloading.tools.reindex import pack_indices
 from mvlm_dataloading.tools.summary import findings_table
 from support import published
 from support.data import state_fingerprint
@@ -199,17 +198,17 @@ def test_check_finds_an_index_that_differs_from_the_dali_indices(tmp_path):
     path.write_bytes(content)
     (found,) = problems(out)
     assert (
-        "train.index: wanted the stored checksum of the keys of shard 2, found other bytes; `mvlm data reindex" in found
+        "train.index: wanted the stored checksum of the keys of shard 2, found other bytes; `mvlm data index" in found
     )
     # A valid index of other samples: the first two lines of a shard are exchanged.
     dali = out / "train-000001.idx"
     lines = dali.read_text().splitlines()
     dali.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:], ""]))
-    pack_indices(out)
+    rebuild_indices(out, without_tars=True)
     dali.write_text("\n".join([*lines, ""]))
     (found,) = problems(out)
     assert found.startswith("train.index: wanted the samples of train-000001.tar as in its DALI index, found others; ")
-    pack_indices(out)
+    rebuild_indices(out, without_tars=True)
     assert problems(out) == []
 
 
@@ -217,9 +216,9 @@ def test_check_finds_a_fingerprint_that_an_index_states_without_having_it(tmp_pa
     out = write(tmp_path / "out")
     own = open_dataset(out, "train").fingerprint
     state_fingerprint(out / "train.index", open_dataset(out, "test").fingerprint)
-    hint = f"`mvlm data reindex {out}`"
+    hint = f"`mvlm data index {out} --without-tars`"
     assert problems(out) == [f"train.index: wanted the fingerprint of its samples, found another; {hint}"]
-    pack_indices(out)
+    rebuild_indices(out, without_tars=True)
     assert (problems(out), open_dataset(out, "train").fingerprint) == ([], own)
 
 

@@ -22,7 +22,7 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
-from mvlm_dataloading.tools.reindex import lists_samples_of, pack_indices
+from mvlm_dataloading.tools.reindex import lists_samples_of
 from support import published
 from support.data import exchange_texts
 
@@ -59,7 +59,7 @@ def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
     assert {path.name: path.read_bytes() for path in out.glob("*.i*x")} == before
     for path in out.glob("*.index"):
         path.unlink()
-    assert sorted(path.name for path in pack_indices(out)) == ["test.index", "train.index"]
+    rebuild_indices(out, without_tars=True)
     assert {path.name: path.read_bytes() for path in out.glob("*.i*x")} == before
     with (out / "train-000000.tar").open("r+b") as file:
         file.truncate(3000)
@@ -67,9 +67,26 @@ def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
         DataError, match=r"train-000000\.tar: wanted a complete, uncompressed tar, found a file that is not one"
     ):
         rebuild_indices(out)
-    make_view(tmp_path / "view", [write(tmp_path / "good")])
-    with pytest.raises(DataError, match="wanted a folder of tars, found a view"):
-        rebuild_indices(tmp_path / "view")
+
+
+def test_the_indices_of_splits_are_written_from_dali_indices(tmp_path, monkeypatch):
+    """Of a view always, of a data folder without reading a tar if that is asked for."""
+    out, view = write(tmp_path / "out"), tmp_path / "view"
+    make_view(view, [out], ViewOptions(match="number|a"))
+    for folder in (out, view):
+        before = {path.name: path.read_bytes() for path in folder.glob("*.index")}
+        for name in before:
+            (folder / name).unlink()
+        with monkeypatch.context() as patch:
+            patch.delattr(tarfile, "open")
+            rebuild_indices(folder, without_tars=folder == out)
+        assert "train.index" in before
+        assert {path.name: path.read_bytes() for path in folder.glob("*.index")} == before
+    (out / "train-000000.idx").unlink()
+    with pytest.raises(DataError, match=r"train-000000\.idx"):
+        rebuild_indices(out, without_tars=True)
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        rebuild_indices(tmp_path, without_tars=True)
 
 
 def foreign(folder: Path) -> None:

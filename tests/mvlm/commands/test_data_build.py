@@ -52,11 +52,11 @@ def test_data_huggingface_reads_a_column_of_splits(image_folder, tmp_path, run_d
         ),
         (["folder", "{images}", "out", "--against", "no"], "no/dataset.json: wanted a file, found none"),
         (["check", "no"], "no: wanted a data folder, found none"),
-        (
-            ["check", "no", "--images", "x"],
-            "no: --images and --subset are for published files: mvlm data check NAME ROOT",
-        ),
         (["index", "{images}"], "wanted a folder of tars, found none"),
+        (
+            ["index", "{images}", "--without-tars"],
+            "dataset.json: wanted the data set's description, found no such file",
+        ),
         (["view", "out", "--sources", "no"], "no: wanted a data folder, found none"),
         (["huggingface", "no", "out"], "no: wanted parquet files or a folder of save_to_disk, found none"),
         (["coco", "{images}", "out"], "annotations: wanted a folder, found none"),

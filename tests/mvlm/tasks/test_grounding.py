@@ -12,17 +12,7 @@ from mvlm.inference.images import load_image
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.load import load_model
-from mvlm.tasks.grounding import (
-    Answers,
-    Phrases,
-    best_candidate,
-    evaluate_grounding,
-    hits,
-    other_phrases,
-    phrase_maps,
-    phrases_of,
-    read_candidates,
-)
+from mvlm.tasks.grounding import Phrases, evaluate_grounding, hits, other_phrases, phrase_maps, phrases_of
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.questions import write_phrases
@@ -32,7 +22,7 @@ from support.scenes import png, scene
 @pytest.fixture(scope="module")
 def phrases(tmp_path_factory) -> Path:
     counts = {"train": 4, "validation": 8, "test": 8}
-    return write_phrases(tmp_path_factory.mktemp("phrases") / "data", counts, candidates=True)
+    return write_phrases(tmp_path_factory.mktemp("phrases") / "data", counts)
 
 
 @pytest.mark.slow
@@ -71,10 +61,8 @@ def test_the_point_is_the_highest_of_the_resized_map_and_the_layer_the_best_on_v
         assert (record["x"], record["y"]) == (x + 0.5, y + 0.5)
         left, top, width, height = known.boxes[i]
         right.append(left <= x < left + width and top <= y < top + height)
-        sums = [heat[b[1] : b[1] + 16, b[0] : b[0] + 16].sum() for b in known.candidates[i]]
-        assert record["box"] == known.candidates[i][int(np.argmax(sums))]
     assert figures["accuracy"] == 100 * np.mean(right)
-    assert figures["chance"] == figures["boxes"]["chance"] == 25
+    assert figures["chance"] == 25
     assert {"wrong_phrase", "untrained", "accuracy_95"} <= set(figures)
     assert evaluate_grounding(model, test, None, layer)[1] == records
 
@@ -93,18 +81,10 @@ def test_a_model_with_random_weights_has_the_figures_of_the_untrained_one(traine
     assert figures["above_untrained_95"] == [0, 0]
 
 
-def test_the_candidate_with_the_densest_map_wins_and_half_an_overlap_is_right():
-    heat = torch.zeros(8, 8)
-    heat[2:4, 2:4] = 1.0
-    # Sums 4, 4, 2; square roots of areas 8, 2, sqrt(2).
-    assert best_candidate(heat, [[0, 0, 8, 8], [2, 2, 2, 2], [2, 2, 1, 2]]) == 1
-    boxes = [[0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 1.9]]
-
-    known = Phrases(["a"], [[0, 0, 4, 4]], [[8, 8]], [boxes], ["1"], ["1"])
-    found = Answers(torch.tensor([[[0.5, 0.5], [3.9, 3.9], [4.0, 1.0]]]), torch.tensor([[0, 1, 2]]))
-    points, best = hits(known, found)
-    assert points.tolist() == [[1, 1, 0]]
-    assert best.tolist() == [[1, 1, 0]]
+def test_a_point_on_the_right_or_lower_edge_of_a_box_is_outside():
+    known = Phrases(["a"], [[0, 0, 4, 4]], [[8, 8]], ["1"], ["1"])
+    points = torch.tensor([[[0.5, 0.5], [3.9, 3.9], [4.0, 1.0], [1.0, 4.0]]])
+    assert hits(known, points).tolist() == [[1, 1, 0, 0]]
 
 
 def test_wrong_phrases_are_other_phrases():
@@ -128,26 +108,6 @@ def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, ru
     assert not list(tmp_path.glob("*.parts"))
     made_by = {"model": load_model(trained, "cpu").sha256, "fingerprint": test.fingerprint, "precision": "fp32"}
     assert {name: found[name] for name in made_by} == made_by
-
-
-@pytest.mark.slow
-def test_candidates_of_a_file_of_detections(trained, phrases, tmp_path, run_mvlm):
-    """The same boxes as those of the metadata give the same answers; an image without a box is refused."""
-    model, test = load_model(trained, "cpu"), open_dataset(phrases, "test")
-    boxes, known = tmp_path / "dets.json", phrases_of(test)
-    found = [{"image_id": known.images[i], "box": b, "score": 1} for i in range(8) for b in known.candidates[i]]
-    boxes.write_text(json.dumps(found))
-    figures, records = evaluate_grounding(model, test, None, 0, detected=read_candidates(boxes))
-    assert (figures, records) == evaluate_grounding(model, test, None, 0)
-    boxes.write_text(json.dumps([one for one in found if one["image_id"] != known.images[3]]))
-    out = tmp_path / "out.json"
-    words = ("--checkpoint", trained, "--data", phrases, "--device", "cpu", "--layer", 0, "--out", out)
-    refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
-    assert_refused(refused, "wanted candidates for each phrase, found none for this one")
-    boxes.write_text('{"annotations": []}')
-    refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
-    assert_refused(refused, "dets.json: wanted a JSON list of detections", "found another format")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dets.json"]
 
 
 @pytest.mark.slow

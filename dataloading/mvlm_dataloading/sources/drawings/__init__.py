@@ -1,1 +1,1 @@
-"""Drawings and their names: emoji, icons, clip art and stamps, from files of packages. SVGs are rendered."""
+"""Drawings and their names: emoji and icons, from files of packages. SVGs are rendered."""

@@ -1,23 +1,16 @@
 """Rendering of SVG drawings."""
 
 import io
-from typing import Any
 from xml.etree import ElementTree
 
 from mvlm_dataloading.errors import need
 
-_ENLARGED = 4
-"""A drawing that is cropped is first rendered so many times larger, since it may fill a quarter of its page."""
 _FAINT = 16
-"""Alpha (of 255) from which a pixel belongs to a cut-out; stamps have nearly invisible specks far outside."""
+"""Alpha (of 255) from which a pixel belongs to a cut-out."""
 
 
-def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
+def render_svg(svg: str, size: int) -> bytes:
     """Render an SVG as a square PNG of `size` pixels: the drawing as large as fits, centred on white.
-
-    Args:
-        crop: leave out white margins, apart from a 16th of the square on each side. Drawings of a text program are
-            often a small part of a page.
 
     Raises:
         ValueError: resvg cannot read it, it refers to a file, or it is blank.
@@ -25,21 +18,17 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
     """
     resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
     refuse_files(svg)
-    side = size * _ENLARGED if crop else size
     rendered = resvg.svg_to_bytes(
         svg_string=svg,
-        width=side,
-        height=side,
+        width=size,
+        height=size,
         background="#ffffff",
         skip_system_fonts=True,
         dpi=96,  # without it, sizes in pt and mm are errors
     )
     image = pil.open(io.BytesIO(rendered)).convert("RGB")
-    box = need("PIL.ImageChops").invert(image).getbbox()
-    if box is None:
+    if need("PIL.ImageChops").invert(image).getbbox() is None:
         raise ValueError("the drawing is blank")
-    if crop:
-        image = _scaled(image.crop(box), size - 2 * (size // 16))
     if image.size != (size, size):
         canvas = pil.new("RGB", (size, size), "white")
         canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
@@ -86,10 +75,3 @@ def cut_out(image: bytes, size: int) -> bytes:
     png = io.BytesIO()
     cropped.save(png, "PNG")
     return png.getvalue()
-
-
-def _scaled(image: Any, size: int) -> Any:
-    """A PIL image scaled to fit a square of `size` pixels."""
-    scale = size / max(image.size)
-    sides = [max(1, round(side * scale)) for side in image.size]
-    return image.resize(sides, need("PIL.Image").Resampling.LANCZOS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mvlm.tasks.metrics.pointing import box_contains, overlap, pointing_figures
+from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,3 @@ def test_figures_of_points():
     boxes, sizes = [(0, 0, 50, 50), (40, 40, 20, 20)], [(100, 100), (100, 100)]
     found = pointing_figures([(10, 10), (90, 90)], boxes, sizes)
     assert found == pytest.approx({"accuracy": 50, "center": 50, "chance": 100 * (0.25 + 0.04) / 2})
-
-
-def test_overlap_is_intersection_over_union():
-    assert overlap((0, 0, 4, 4), (2, 2, 4, 4)) == 4 / 28
-    assert overlap((0, 0, 4, 4), (0, 0, 4, 4)) == 1
-    assert overlap((0, 0, 4, 4), (4, 0, 4, 4)) == 0
