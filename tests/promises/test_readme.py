@@ -1,8 +1,6 @@
 """README: its examples run as written, and its tables are those of the committed result files."""
 
-import csv
 import importlib.util
-import json
 import re
 import shlex
 from pathlib import Path
@@ -82,34 +80,6 @@ def test_an_edited_figure_is_found(tables):
     edited = re.sub(r"(\| chance \| )[\d.]+", r"\g<1>9.9", README)
     assert edited != README
     assert tables.with_tables(edited) == README
-
-
-def test_loader_figures_are_those_of_the_committed_results():
-    with (ROOT / "benchmarks/results/data-photos-amd-avx2.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["ours_over"] and row["contender"] != "ours"]
-    text, said, interval = " ".join(README.split()), r"([\d.]+)", r"([\d.]+) to ([\d.]+)"
-    found = {
-        "crop": re.search(
-            rf"the loader makes {said} times the images a second of PIL in a DataLoader \(95 %: {interval}\), "
-            rf"and {said} times those of the next fastest \({interval}\)",
-            text,
-        ),
-        "crop+randaug": re.search(
-            rf"With RandAugment, which `base` uses, it is {said} \({interval}\) and {said} \({interval}\)", text
-        ),
-    }
-    for recipe, figures in found.items():
-        others = {row["contender"]: row for row in rows if row["recipe"] == recipe}
-        nearest = min(others.values(), key=lambda row: float(row["ours_over"]))
-        names = ("ours_over", "ours_over_low", "ours_over_high")
-        assert figures is not None
-        assert figures.groups() == tuple(f"{float(row[n]):.2f}" for row in (others["pil"], nearest) for n in names)
-
-
-def test_the_figure_of_easy_vqa_is_that_of_the_committed_result():
-    found = json.loads((ROOT / "benchmarks/results/easy-vqa.json").read_text())
-    low, high = found["accuracy_95"]
-    assert f"answers {found['accuracy']:.1f} % ({low:.1f} to {high:.1f}) of easy-VQA's test questions" in README
 
 
 def test_every_table_has_both_of_its_lines(tables):

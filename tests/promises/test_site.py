@@ -68,14 +68,6 @@ def test_every_page_is_linked_from_the_text_of_another() -> None:
     assert set(PAGES) - linked - {FIRST} == set()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "docs" in page.parts], ids=lambda page: page.stem)
-def test_a_page_opens_with_a_sentence(page: Path) -> None:
-    title, blank, opening, *_ = page.read_text().splitlines()
-    assert title.startswith("# ")
-    assert blank == ""
-    assert re.match(r"[A-Z`].*\w", opening)
-
-
 def test_pages_that_code_and_tests_name_exist() -> None:
     named = []
     for folder in ("mvlm", "kernels", "dataloading", "benchmarks", "tests", "notebooks", "studies", "docs/site"):
