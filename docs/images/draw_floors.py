@@ -15,17 +15,17 @@ FLOORS = [
     (
         "uses",
         [
-            ("tasks/", "fine-tuning, one file a task"),
             ("studies/", "arms and seeds compared"),
             ("speedrun/", "a run verified, records"),
             ("app/", "the local web page"),
         ],
     ),
+    ("pages", [("report/", "HTML pages about runs and searches")]),
+    ("downstream", [("tasks/", "fine-tuning, one file a task")]),
     (
         "the work",
         [
             ("training/", "the loop and its guards"),
-            ("report/", "HTML pages about runs"),
             ("portable/", "models for others"),
         ],
     ),

@@ -33,15 +33,6 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
 
         print(write_comparison([run, *others], out or RunFolder(run).comparison))
         return
-    from mvlm.config.json_files import read_config
-    from mvlm.files import check_folder
-
-    check_folder(run, "a run folder")
-    if read_config(RunFolder(run).config).get("task", "retrieval") != "retrieval":
-        from mvlm.tasks.report.page import write_task_report
-
-        print(write_task_report(run, data, out))
-        return
     from mvlm.report.page import write_report
 
     print(write_report(run, data, out))

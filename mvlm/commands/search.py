@@ -53,9 +53,9 @@ def query(
     from mvlm.commands.arguments import check_no_input, check_page, check_replaced, read_json
     from mvlm.errors import ConfigError
     from mvlm.files import write_json
+    from mvlm.report.answers import Answer, thumbnail, write_answers
     from mvlm.runs.load import load_model
     from mvlm.search.index import open_index
-    from mvlm.search.page import Answer, thumbnail, write_page
     from mvlm.search.query import ImageReader, search
 
     check_no_input(html, image, json, flag="html")
@@ -72,7 +72,7 @@ def query(
     if html is not None:
         images = ImageReader(opened)
         answers = [Answer(hit, thumbnail(images.read(hit))) for hit in hits]
-        write_page(html, text or str(image), None if image is None else thumbnail(image), answers)
+        write_answers(html, text or str(image), None if image is None else thumbnail(image), answers)
     if json is not None:
         write_json(json, [hit._asdict() for hit in hits])
     captions = [hit.text for hit in hits] if of == "texts" else opened.first_captions(hits)

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from mvlm.errors import ConfigError
 from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.inference.overlay import draw_words
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.report.examples import chosen_samples, data_uri
-from mvlm.report.html import figures_of
+from mvlm.report.examples import chosen_samples
+from mvlm.report.html import data_uri, figures_of
 from mvlm_dataloading import Dataset
 
 SAMPLES = 4
@@ -108,5 +105,4 @@ def _maps(model: TrainedModel, image: bytes, caption: str) -> WordMaps:
             else:
                 raise
     sheet = draw_words(image, found, side=SIDE, columns=1 + len(found.words))
-    panels = data_uri(torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
-    return WordMaps(" ".join(words), found.log_odds, panels)
+    return WordMaps(" ".join(words), found.log_odds, data_uri(sheet))

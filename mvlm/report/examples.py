@@ -1,16 +1,13 @@
 """Examples in a report: reconstructions, filled-in captions, the best and the worst retrievals.
 
-Functions return plain data; `templates/report.html` draws it.
+Functions return plain data; `templates/retrieval.html` draws it.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mvlm.evaluation.cross_modal_gain import partners_of
@@ -23,6 +20,7 @@ from mvlm.inference.fill_mask import fill_mask
 from mvlm.inference.images import hide_patches, load_image
 from mvlm.inference.reconstruction import reconstruct
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.report.html import data_uri
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 
 RECONSTRUCTIONS = 12
@@ -82,13 +80,6 @@ class Samples:
     """int64 (L,) each."""
     masked_tokens: list[Tensor]
     """int64, positions within each caption."""
-
-
-def data_uri(pixels: Tensor) -> str:
-    """An image uint8 (3, S, S) as a data URI that holds its PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def chosen_samples(number: int, size: int, seed: int) -> list[int]:

@@ -1,5 +1,7 @@
-"""The HTML of a report: the template environment, and the parts that both pages use."""
+"""The HTML of all pages: the template environment, and the parts that they share."""
 
+import base64
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
 
 from mvlm.errors import RunError
 
@@ -31,7 +35,7 @@ def write_page(out: Path, template: str, **values: Any) -> Path:
     """Render a template into a file, making its folder if there is none. Returns the file."""
     page = render(template, **values)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page)
+    out.write_text(page, encoding="utf-8")
     return out
 
 
@@ -41,6 +45,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 
 
 ENVIRONMENT.globals["table"] = table
+
+
+def data_uri(image: Image.Image | Tensor) -> str:
+    """An image, or pixels uint8 (3, H, W), as a data URI that holds its PNG."""
+    if isinstance(image, Tensor):
+        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from mvlm.evaluation.evaluate import unseen_images
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import Ranks
 from mvlm.report import examples
+from mvlm.report.html import data_uri
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_model
 from support.scenes import png, scene, write_scenes
@@ -94,7 +95,7 @@ def test_filled_captions_pair_each_caption_with_its_image_and_a_wrong_one(model,
 
 
 def scene_uri(number: int) -> str:
-    return examples.data_uri(torch.from_numpy(scene(number)[0]).permute(2, 0, 1))
+    return data_uri(torch.from_numpy(scene(number)[0]).permute(2, 0, 1))
 
 
 def test_reconstructions_are_strips_of_four_images(model, tokenizer, heldout_split):

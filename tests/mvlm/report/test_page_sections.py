@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mvlm.report.page import attribution, curves, settings, unseen_note
+from mvlm.report.figures import curves, unseen_note
+from mvlm.report.page import attribution, settings
 from support.pages import HOSTILE, Page
 
 

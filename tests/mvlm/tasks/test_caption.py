@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
+from mvlm.report.verdicts import judge_captions
 from mvlm.tasks.caption import Captioning, Writer, references
 from mvlm.tasks.records import write_predictions
-from mvlm.tasks.report.verdicts import judge_captions
 from mvlm.tasks.score import score
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import DataError, ShardWriter, open_dataset

@@ -9,9 +9,9 @@ import torch
 
 from mvlm.inference.images import decode_image, load_image
 from mvlm.inference.overlay import draw_overlay
-from mvlm.report.examples import data_uri
-from mvlm.tasks.report.verdicts import Verdict
-from mvlm.tasks.report.word_maps import TaskMaps, task_maps
+from mvlm.report.html import data_uri
+from mvlm.report.task_maps import TaskMaps, task_maps
+from mvlm.report.verdicts import Verdict
 from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset
 
@@ -78,6 +78,5 @@ def _row(image: np.ndarray, maps: TaskMaps | None, number: int) -> list[Panel]:
     for word, heat in zip(maps.words, maps.maps[number], strict=True) if maps else ():
         if len(panels) > MOST_WORDS:
             break
-        drawn = draw_overlay(image, heat, side=SIDE)
-        panels.append(Panel(word, data_uri(torch.from_numpy(np.array(drawn)).permute(2, 0, 1))))
+        panels.append(Panel(word, data_uri(draw_overlay(image, heat, side=SIDE))))
     return panels

@@ -7,8 +7,8 @@ import re
 import numpy as np
 from PIL import Image
 
+from mvlm.report.answers import Answer, thumbnail, write_answers
 from mvlm.search.index import Hit
-from mvlm.search.page import Answer, thumbnail, write_page
 from support.scenes import png
 
 
@@ -18,7 +18,7 @@ def test_the_page_shows_answers_and_escapes_what_others_wrote(tmp_path):
         Hit("c.png", "", 1, 4, "", -0.2, {}),
     ]
     image = thumbnail(png(np.full((400, 200, 3), 77, np.uint8)))
-    write_page(tmp_path / "deep" / "page.html", "red & <blue>", image, [Answer(hit, image) for hit in hits])
+    write_answers(tmp_path / "deep" / "page.html", "red & <blue>", image, [Answer(hit, image) for hit in hits])
     page = (tmp_path / "deep" / "page.html").read_text()
     assert "<script" not in page
     assert "<i>" not in page
@@ -38,5 +38,5 @@ def test_the_page_shows_answers_and_escapes_what_others_wrote(tmp_path):
 
 
 def test_a_page_without_answers_says_so(tmp_path):
-    write_page(tmp_path / "page.html", "red", None, [])
+    write_answers(tmp_path / "page.html", "red", None, [])
     assert "No answer." in (tmp_path / "page.html").read_text()

@@ -1,15 +1,18 @@
-"""Tables of a task's page: figures with their intervals, figures by type, confusion."""
+"""Tables and curves of a task's report: figures with their intervals, figures by type, confusion; verdicts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from mvlm.errors import RunError
+from mvlm.report.charts import line_chart, series
 from mvlm.report.html import render, table
-from mvlm.tasks.report.verdicts import Confusion
+from mvlm.report.verdicts import JUDGES, Confusion, Verdict
+from mvlm_dataloading import Dataset
 
 NAMES = {
     "accuracy": "accuracy, %",
@@ -121,3 +124,35 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
     interval = figures.get(f"{name}_95")
     text = _number(figures.get(name))
     return f"{text} ({_number(interval[0])} to {_number(interval[1])})" if interval else text
+
+
+def judged(name: str, main: str, file: Path, figures: dict[str, Any], split: Dataset) -> list[Verdict]:
+    """Verdict of each record. RunError unless their mean is the evaluation's main figure: the data are others then."""
+    records = figures["records"]
+    same = [record["sample"] for record in records] == list(range(len(split)))
+    try:
+        verdicts = JUDGES[name](records, split) if same else []
+        equal = same and abs(fmean(v.score for v in verdicts) - figures[main]) < 1e-6
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file}: wanted the records of {name}, got {error!r}; evaluate the run again") from None
+    if not equal:
+        raise RunError(
+            f"{file}: wanted the records of the split {split.split} of {split.folder}, found those of other data; "
+            f"evaluate the run again, or name its data with --data"
+        )
+    return verdicts
+
+
+def task_curves(rows: Sequence[dict[str, Any]], window: int) -> list[Markup]:
+    """Charts by step: loss, accuracy, each validation figure, learning rate, gradient norm.
+
+    Those of training steps are trailing means over `window` rows.
+    """
+    titles = {"loss": "loss", "accuracy": "accuracy of training batches, 0 to 1"}
+    charts = [line_chart(title, {name: series(rows, name, window)}) for name, title in titles.items()]
+    for name in dict.fromkeys(name for row in rows for name in row if name.startswith("val_")):
+        charts.append(line_chart(f"validation {name.removeprefix('val_')}", {name: series(rows, name)}))
+    rates = {"cross-modality modules": series(rows, "lr"), "encoders": series(rows, "lr_encoder")}
+    charts.append(line_chart("learning rate", rates))
+    charts.append(line_chart("gradient norm before clipping", {"grad_norm": series(rows, "grad_norm", window)}))
+    return charts

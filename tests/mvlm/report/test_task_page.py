@@ -12,9 +12,9 @@ import pytest
 
 from mvlm.errors import RunError
 from mvlm.files import write_json
+from mvlm.report.page import write_report
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
-from mvlm.tasks.report.page import write_task_report
 from mvlm_dataloading import Dataset, open_dataset
 from support.folders import folder_hash
 from support.pages import HOSTILE, Page
@@ -57,7 +57,7 @@ def reported(request, trained, tmp_path_factory) -> Reported:
         record[name] = right_answer(task, split, i)
     figures |= TASKS[task].score(records, split)
     write_json(run / "eval/test.json", {"checkpoint": HOSTILE, "data": str(data), **figures, "records": records})
-    page = Page(write_task_report(run).read_text())
+    page = Page(write_report(run).read_text())
     return Reported(run, data, split, figures | {"records": records}, page)
 
 
@@ -88,7 +88,7 @@ def test_figures_of_other_weights_are_said_to_be_so(reported, tmp_path):
     found = json.loads(file.read_text())
     write_json(copy / "eval/second.json", found)
     write_json(file, found | {"model": "0" * 64})
-    assert "Not of the model that this run has now: test." in Page(write_task_report(copy).read_text()).text
+    assert "Not of the model that this run has now: test." in Page(write_report(copy).read_text()).text
 
 
 def test_figures_are_those_of_the_evaluation(reported):
@@ -181,7 +181,7 @@ def test_evaluations_that_do_not_fit_are_refused(reported, tmp_path):
         write_json(file, known | changes)
         before = folder_hash(run)
         with pytest.raises(RunError, match=message) as error:
-            write_task_report(run, data)
+            write_report(run, data)
         assert "\n" not in str(error.value)
         assert folder_hash(run) == before
 
@@ -193,7 +193,7 @@ def test_evaluations_that_do_not_fit_are_refused(reported, tmp_path):
     refused("found those of other data", records=other)
     file.unlink()
     with pytest.raises(RunError, match=r"test\.json: wanted the run's evaluation, found none; first run `mvlm eval en"):
-        write_task_report(run)
+        write_report(run)
 
 
 @pytest.mark.parametrize("reported", ["entailment"], indirect=True)
@@ -201,7 +201,7 @@ def test_the_page_of_a_run_without_metrics_says_so(reported, tmp_path):
     run = Path(shutil.copytree(reported.run, tmp_path / "run"))
     (run / "metrics.jsonl").unlink()
     with pytest.raises(RunError, match=r"metrics\.jsonl: wanted the metrics of a run, found none; check the path"):
-        write_task_report(run)
+        write_report(run)
 
 
 @pytest.mark.parametrize("reported", ["entailment"], indirect=True)
@@ -212,8 +212,3 @@ def test_the_command_writes_the_page_of_a_task_with_every_evaluation_of_it(repor
     done = run_mvlm("report", run, "--out", tmp_path / "page.html")
     assert (done.code, done.out) == (0, [str(tmp_path / "page.html")])
     assert ["", "test", "again"] in Page((tmp_path / "page.html").read_text()).rows
-
-
-def test_a_pretraining_run_is_no_run_of_a_task(trained):
-    with pytest.raises(RunError, match="wanted a fine-tuned run, found a pretraining run"):
-        write_task_report(trained)

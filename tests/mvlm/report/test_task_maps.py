@@ -9,9 +9,9 @@ from torch import Tensor
 from mvlm.errors import RunError
 from mvlm.model.attention import Attention
 from mvlm.model.residual import Branch
+from mvlm.report.task_maps import task_maps
 from mvlm.runs.load import load_model
 from mvlm.tasks.registry import find_task
-from mvlm.tasks.report.word_maps import task_maps
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import Batch
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mvlm.tasks.report.verdicts import confusion, judge_answers, majority
+from mvlm.report.verdicts import confusion, judge_answers, majority
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.scenes import png, scene
 
