@@ -71,15 +71,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, and make the folder if it does not exist. NaN and infinity become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with None for each number that is not finite."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -22,7 +22,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"__main__"},
         {"cli"},
         {"commands"},
-        {"studies", "speedrun", "app"},
+        {"studies", "verify", "app"},
         {"report"},
         {"tasks"},
         {"training", "portable"},

@@ -16,7 +16,7 @@ FLOORS = [
         "uses",
         [
             ("studies/", "arms and seeds compared"),
-            ("speedrun/", "a run verified, records"),
+            ("verify/", "a finished run verified"),
             ("app/", "the local web page"),
         ],
     ),

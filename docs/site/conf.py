@@ -19,7 +19,6 @@ include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    "LEADERBOARD.md",
     "SECURITY.md",
     "examples/README.md",
     "docs/*.md",

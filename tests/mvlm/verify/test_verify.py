@@ -1,0 +1,182 @@
+"""Honest runs, which `mvlm verify` verifies: whole, resumed, of several parts; and its command."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvlm.commands.evaluate import eval_retrieval
+from mvlm.errors import RunError
+from mvlm.runs.folder import read_metrics
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
+from mvlm.verify.replay import choose_segments, threads
+from support.commands import assert_refused
+from support.folders import folder_hash
+from support.forgery import change_events, checkpoint, short_run
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_an_honest_run_is_verified_and_left_as_it_was(honest_run, run_mvlm):
+    before = folder_hash(honest_run)
+    torch.manual_seed(99)
+    outcome = run_mvlm("verify", honest_run, "--steps", 6)
+    assert outcome.out == [
+        "yes  data: hashes and fingerprints are those of the run",
+        "yes  rows of metrics: hashes are those of the history",
+        "yes  checkpoints: hashes are those of the history",
+        *(f"yes  steps {a} to {a + 1}: replayed, rows and weights are equal bit for bit" for a in (1, 3, 5)),
+        "yes  eval/test.json: evaluated again, figures are equal",
+        "verified",
+    ]
+    assert outcome.code == 0
+    assert folder_hash(honest_run) == before
+
+
+@pytest.mark.slow
+def test_a_forged_run_is_not_verified(run, run_mvlm):
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "\n")
+    (checkpoint(run, 2) / "state.json").write_text("{}")
+    outcome = run_mvlm("verify", run)
+    assert outcome.code == 1
+    assert outcome.out[1] == "no   rows were added after the last checkpoint"
+    assert "damaged, its sha256 is not the manifest's" in outcome.out[2]
+    assert outcome.out[-1] == "not verified"
+    assert not any("replayed" in line for line in outcome.out)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed(scenes, tmp_path, monkeypatch, problems, without_tensorboard):
+    """Killed in step 6, with averaged weights. Step 4, which is made twice, counts twice in the time."""
+    config = short_run(scenes, tmp_path / "run", ema_decay=0.9, checkpoint_every_steps=3)
+    one_step = Trainer.one_step
+
+    def die(trainer, batches):
+        one_step(trainer, batches)
+        if trainer.step == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", die)
+        with pytest.raises(Killed):
+            pretrain(config)
+    lost = read_metrics(config.out / "metrics.jsonl")[-1]
+    assert lost["step"] == 4
+    pretrain(replace(config, resume=True))
+    events = [json.loads(line) for line in (config.out / "history.jsonl").read_text().splitlines()]
+    assert [f"{event['event']} {event['step']}" for event in events] == ["start 0", "save 3", "start 3", "save 6"]
+    again = read_metrics(config.out / "metrics.jsonl")[3]
+    assert again["step"] == 4
+    assert again["seconds"] == pytest.approx(lost["seconds"] + 4 / again["pairs_per_s"])
+    assert problems(config.out, steps=6) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_checkpoint_and_went_on_with_other_rows(
+    scenes, tmp_path, monkeypatch, problems, without_tensorboard
+):
+    """Its second part began at step 4, which the third one went back behind. Then it has a row every other step."""
+    config = short_run(scenes, tmp_path / "run")
+    one_step = Trainer.one_step
+
+    def die(trainer, batches):
+        one_step(trainer, batches)
+        if trainer.step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", die)
+        for resume in (False, True):
+            with pytest.raises(Killed):
+                pretrain(replace(config, resume=resume))
+    shutil.rmtree(checkpoint(config.out, 4))
+    pretrain(replace(config, resume=True, log_every=2, checkpoint_every_steps=3))
+    events = [json.loads(line) for line in (config.out / "history.jsonl").read_text().splitlines()]
+    assert [f"{event['event']} {event['step']}" for event in events] == [
+        "start 0", "save 2", "save 4", "start 4", "start 2", "save 3", "save 6",
+    ]  # fmt: skip
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 2, 4, 6]
+    assert problems(config.out, steps=6) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_was_resumed_with_another_number_of_threads(
+    scenes, tmp_path, monkeypatch, problems, without_tensorboard
+):
+    """Steps of both parts lie between two checkpoints; each is made again with the threads of its part."""
+    config = short_run(scenes, tmp_path / "run", checkpoint_every_steps=6, keep_every_steps=0, keep_checkpoints=1)
+    one_step = Trainer.one_step
+
+    def stop(trainer, batches):
+        one_step(trainer, batches)
+        if trainer.step == 3:
+            trainer.stop.reason = "a test"
+
+    with monkeypatch.context() as patch, threads(2):
+        patch.setattr(Trainer, "one_step", stop)
+        pretrain(config)
+    with threads(1):
+        pretrain(replace(config, resume=True))
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000006"]
+    with threads(2):
+        assert problems(config.out) == []
+
+
+@pytest.mark.slow
+def test_a_run_without_itm_whose_evaluation_re_ranks_nothing(scenes, tmp_path, problems, without_tensorboard):
+    config = short_run(scenes, tmp_path / "run", itm_weight=0.0)
+    pretrain(config)
+    eval_retrieval(checkpoint=config.out, data=scenes, out=config.out / "eval/test.json", device="cpu")
+    assert json.loads((config.out / "eval/test.json").read_text())["rerank"] == 0
+    assert problems(config.out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [{"rerank": -1}, {"rerank": False}, {"rerank": "many"}, {"machine": {"threads": 0}}, {"precision": "fp8"}],
+)
+def test_figures_that_no_evaluation_writes_are_an_error_of_one_line(run, problems, change):
+    file = run / "eval/test.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    name = next(iter(change))
+    with pytest.raises(RunError, match=f"wanted the figures of `mvlm eval retrieval`, got another {name}; evaluate"):
+        problems(run)
+    file.write_text("[]")
+    with pytest.raises(RunError, match="wanted the figures of `mvlm eval retrieval`"):
+        problems(run)
+
+
+@pytest.mark.slow
+def test_a_run_of_another_kind_of_machine_is_an_error(run, run_mvlm):
+    """Its bits would be others, so nothing can be said. Hashes are compared before."""
+    change_events(run, lambda event: event.get("machine", {}).update(processor="another"))
+    outcome = run_mvlm("verify", run)
+    assert outcome.code == 2
+    assert [line[:3] for line in outcome.out] == ["yes"] * 3
+    assert outcome.err[-1].startswith("mvlm: steps 5 to 6: wanted the processor another, found ")
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
+    assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted the folder of a finished run, found no such folder")
+    assert_refused(run_mvlm("verify", run, "--data", tmp_path / "gone"), "gone: wanted a data folder")
+    assert_refused(run_mvlm("verify", run, "--steps", -1), "steps: wanted at least 0, got -1")
+    checkpoint(run, 6).rename(run / "moved")
+    assert_refused(run_mvlm("verify", run), "wanted a finished run, a checkpoint of step 6, found step 4", "--resume")
+    (run / "history.jsonl").unlink()
+    assert_refused(run_mvlm("verify", run), "history.jsonl: wanted the history of the run, found no such file")
+
+
+def test_segments_lie_between_checkpoints_and_the_last_one_is_always_replayed():
+    assert choose_segments([40, 80, 120], 0) == [(80, 120)]
+    assert choose_segments([40, 80, 120], 500) == [(0, 40), (40, 80), (80, 120)]
+    assert choose_segments([550], 0) == [(0, 550)]
+    drawn = {tuple(choose_segments([40, 80, 120], 1)) for _ in range(200)}
+    assert drawn == {((80, 120),), ((0, 40), (80, 120)), ((40, 80), (80, 120))}
