@@ -34,7 +34,7 @@ class LostRankError(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """Too many updates in a row were skipped: a loss or gradient was NaN or infinite, or the loss was a spike."""
+    """Too many updates in a row were skipped: a loss or gradient was NaN or infinite."""
 
 
 _TOO_LITTLE_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

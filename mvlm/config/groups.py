@@ -99,7 +99,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """The optimizer, gradient clipping, weight averaging and skipped updates. A resumed run keeps these."""
+    """The optimizer, gradient clipping and weight averaging. A resumed run keeps these."""
 
     resume_may_change: ClassVar[bool] = False
 
@@ -121,9 +121,6 @@ class OptimizerSettings:
     """Gradients are scaled down to at most this norm, taken over all parameters."""
     ema_decay: Annotated[float, DECAY] = 0.0
     """Decay of an exponential moving average of the weights, for evaluation and export; 0 for none, 0.999 is usual."""
-    skip_spikes: bool = False
-    """Skip an update whose loss is a spike: more than 6 standard deviations above the mean of the last 128 losses that
-    passed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +226,7 @@ class SafetySettings:
     resume_may_change: ClassVar[bool] = True
 
     max_bad_steps: Annotated[int, AT_LEAST_0] = 10
-    """Largest number of consecutive skipped updates (not finite, or spikes); the next one stops the run."""
+    """Largest number of consecutive skipped updates (not finite); the next one stops the run."""
     preemption_file: Path | None = None
     """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
     while the file exists."""

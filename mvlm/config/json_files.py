@@ -27,6 +27,7 @@ class Removed(NamedTuple):
 
 REMOVED = {
     "color_jitter": Removed(0.0, "0.2.0"),
+    "skip_spikes": Removed(False, "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
 without it. At another value it is refused: the run or the model would be another one."""

@@ -46,7 +46,7 @@ from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
 from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_factor
 from mvlm.training.stop_request import StopRequest
-from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
+from mvlm.training.update_guard import SkippedUpdates, finite_on_all_ranks
 from mvlm.training.watchdog import Watchdog
 from mvlm.training.workspace import evaluation_workspace
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
@@ -73,7 +73,6 @@ class Trainer:
         """The model; in fine-tuning, the task around it."""
         self.loader, self.tokenizer, self.validation, self.device = loader, tokenizer, validation, world.device
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
-        self.guard = UpdateGuard(world, config.skip_spikes)
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
         keep = config.keep_checkpoints, config.keep_every_steps
@@ -154,7 +153,9 @@ class Trainer:
         return any(n > 0 and self.step % n == 0 for n in every)
 
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
-        """Make one update, or skip it if the guard says so. Its metrics stay on the device, in `self.metrics`.
+        """Make one update, or skip it if its loss or its gradient is not finite.
+
+        Its metrics stay on the device, in `self.metrics`.
 
         On one rank of pretraining the host never waits for the device here: it queues the next step while this one
         runs. On several ranks it waits once, for the numbers of rows that they exchange.
@@ -173,10 +174,7 @@ class Trainer:
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
-        # The loss jumps where ITC and ITM join it, and with the first images of full resolution.
-        if self.step in (self.config.reconstruction_first, self.config.low_resolution_steps):
-            self.guard.reset()
-        good = self.guard.judge(losses.total.detach(), norm)
+        good = finite_on_all_ranks(self.world, losses.total.detach(), norm)
         # The fused optimizer reads this flag on the device. An `if` here would make the host wait for the step.
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
@@ -271,7 +269,7 @@ class Trainer:
             parts[EMA] = self.average.tensors
         # Each rank knows the undecodable images of its own batches. A resume may deal the samples out differently.
         loader = merge_states(self.world.gather_objects(self.loader.state_dict()), len(self.loader.dataset))
-        state = {"loader": loader, "guard": self.guard.state(), "bad": self.skipped.state(), "best": self.best}
+        state = {"loader": loader, "bad": self.skipped.state(), "best": self.best}
         self.writer.save(self.step, self.model, parts, state | self.extra_state(), self.tokenizer)
 
     def extra_state(self) -> dict[str, Any]:
@@ -295,6 +293,5 @@ class Trainer:
                 f"another; the run's is {own}: restore it, or choose another --out"
             )
         self.writer.resume_from(checkpoint)
-        self.guard.load(state["guard"])
         self.skipped.load(state["bad"])
         self.step, self.best = state["step"], state["best"]

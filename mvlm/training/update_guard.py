@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,55 +11,18 @@ from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
 from mvlm.training.metrics import MetricsBuffer
 
-WINDOW = 128
-"""Number of recent losses that a loss is compared with."""
-SIGMAS = 6.0
-"""Standard deviations above their mean at which a loss is a spike."""
 
+def finite_on_all_ranks(world: World, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+    """Decide on an update from scalars on the device: bool (), True = make it, as both are finite. No sync.
 
-class UpdateGuard:
-    """Allows an update if loss and gradient are finite and, with `skip_spikes`, the loss is no spike.
-
-    A spike is a loss more than 6 standard deviations above the mean of the last 128 losses that passed. (128 and 6 are
-    the defaults of OLMo-core's SkipStepOptimizer.) Losses of different objectives are not comparable: call `reset` when
-    the objectives change. The next 128 finite losses then pass.
+    All ranks decide alike.
     """
-
-    def __init__(self, world: World, skip_spikes: bool) -> None:
-        self._world, self._skip_spikes = world, skip_spikes
-        self._window = torch.zeros(WINDOW, device=world.device)
-        self._seen = torch.zeros((), dtype=torch.int64, device=world.device)
-
-    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Decide on an update from scalars on the device: bool (), True = make it. Equal on all ranks; no sync."""
-        good = torch.isfinite(loss) & torch.isfinite(gradient_norm)
-        if self._skip_spikes:
-            deviation, mean = torch.std_mean(self._window)
-            good &= (self._seen < WINDOW) | (loss - mean <= SIGMAS * deviation)
-        bad = self._world.all_reduce((~good).float(), dist.ReduceOp.MAX)
-        good = bad == 0
-        # A mask, because indexing with a scalar tensor reads its value on the host, which would wait for the device.
-        slot = torch.arange(WINDOW, device=bad.device) == self._seen % WINDOW
-        self._window = torch.where(slot & good, loss.float(), self._window)
-        self._seen = self._seen + good
-        return good
-
-    def reset(self) -> None:
-        """Forget all losses. No sync."""
-        self._seen = torch.zeros_like(self._seen)
-
-    def state(self) -> dict[str, Any]:
-        """State for a checkpoint, as plain JSON: the losses of the window, exactly, and the number seen."""
-        return {"window": self._window.tolist(), "seen": int(self._seen)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
-        self._window = torch.tensor(state["window"], device=self._window.device)
-        self._seen = torch.tensor(state["seen"], dtype=torch.int64, device=self._seen.device)
+    good = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+    return world.all_reduce((~good).float(), dist.ReduceOp.MAX) == 0
 
 
 class SkippedUpdates:
-    """Counts the updates that the guard did not allow, on the host, once their metrics have arrived.
+    """Counts the updates that were not made, on the host, once their metrics have arrived.
 
     Args:
         limit: number of updates in a row that may be skipped.
@@ -86,13 +48,13 @@ class SkippedUpdates:
 
     @staticmethod
     def reason(row: dict[str, float]) -> str:
-        """Reason for a skipped update: the metrics that are not finite, or the loss that is a spike."""
+        """Reason for a skipped update: the metrics that are not finite."""
         names = [name for name in row if name == "grad_norm" or not name.startswith(("grad_norm", "good", "total"))]
         # The total is named if it alone is not finite: a part that is not finite makes it so.
         not_finite = [f"{name} is {row[name]}" for name in names if not math.isfinite(row[name])]
         if not not_finite and not math.isfinite(row["total"]):
             return f"the loss is {row['total']}"
-        return ", ".join(not_finite) or f"the loss {row['total']:.4g} is a spike"
+        return ", ".join(not_finite) or "the gradient of another rank is not finite"
 
     def error(self, step: int, row: dict[str, float], keys: list[str], checkpoint: Path | None) -> NonFiniteLossError:
         """Error of a run in which too many updates in a row were skipped.

@@ -31,7 +31,6 @@ from mvlm.training.metrics import MetricsLogger
 from mvlm.training.run import pretrain
 from mvlm.training.stop_request import StopRequest
 from mvlm.training.trainer import Trainer
-from mvlm.training.update_guard import UpdateGuard
 from mvlm.training.watchdog import Watchdog
 from mvlm_benchmarks.machine import describe
 from mvlm_benchmarks.results import write_json
@@ -41,7 +40,7 @@ TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
     # gradient_norms also computes the total norm, which clipping needs anyway. Its time is not separated here.
     "logging": [(MetricsLogger, "end_row"), (MetricsLogger, "write_row"), (trainer, "gradient_norms")],
     "safety": [
-        (UpdateGuard, "judge"),
+        (trainer, "finite_on_all_ranks"),
         (Trainer, "check_skipped_updates"),
         (Watchdog, "beat"),
         (StepDecisions, "decide"),

@@ -33,7 +33,7 @@ class Interrupted(Exception):
         {"reconstruction_first": 4},
         {"reconstruction_first": 4, "optimizer": "muon"},
         {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9},
-        {"reconstruction_first": 3, "skip_spikes": True},  # the objectives change where the run is cut
+        {"reconstruction_first": 3},  # the objectives change where the run is cut
         {"low_resolution": 16, "low_resolution_share": 0.5},  # the images change where the run is cut
         {"low_resolution": 16, "low_resolution_share": 0.67},
     ],
