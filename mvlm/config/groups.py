@@ -90,11 +90,6 @@ class ScheduleSettings:
     """Last learning rate, as a fraction of the peak."""
     reconstruction_first: Annotated[int, AT_LEAST_0] = 0
     """Steps at the start that train only MLM and MIM; ITC and ITM join after them."""
-    low_resolution: Annotated[int, AT_LEAST_0] = 0
-    """Side of the images in the first part of the run, in pixels; 0 for the model's size throughout. Fewer patches make
-    faster steps. Position embeddings are interpolated."""
-    low_resolution_share: Annotated[float, FRACTION] = 0.85
-    """Share of the run's steps that see images of side `low_resolution`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Configuration of a pretraining run: the groups of settings together, and the model's."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,6 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
             raise ConfigError(
                 f"weights: wanted at least one objective, and ITC with ITM, got mlm, mim, itc, itm = {weights}"
             )
-        if self.low_resolution:
-            self._check_low_resolution()
         if self.reconstruction_first and not (self.mlm_weight or self.mim_weight):
             raise ConfigError(f"reconstruction_first: wanted 0 without MLM and MIM, got {self.reconstruction_first}")
         others = [name for name in ("image_weights", "text_weights", "tokenizer") if getattr(self, name) is not None]
@@ -73,26 +71,6 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
-
-    def _check_low_resolution(self) -> None:
-        if self.low_resolution >= self.model.image_size:
-            raise ConfigError(
-                f"low_resolution: wanted fewer pixels than image_size = {self.model.image_size}, "
-                f"got {self.low_resolution}"
-            )
-        try:
-            replace(self.model, image_size=self.low_resolution)
-        except ConfigError as error:
-            raise ConfigError(f"low_resolution: {self.low_resolution} cannot be an image_size: {error}") from None
-
-    @property
-    def low_resolution_steps(self) -> int:
-        """Number of the first steps, which see images of side `low_resolution`."""
-        return round(self.low_resolution_share * self.max_steps) if self.low_resolution else 0
-
-    def image_size_at(self, step: int) -> int:
-        """Side in pixels of the images of the update after `step` updates."""
-        return self.low_resolution if step < self.low_resolution_steps else self.model.image_size
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

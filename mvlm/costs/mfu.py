@@ -1,6 +1,5 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -33,43 +32,40 @@ class ModelFlopsUtilization:
         self._config, self._world = config, world
         # The count is that of a pretraining step. A task's step is another one.
         self._peak = None if isinstance(config, FinetuneConfig) else peak_flops(world.device)
-        self._flops: dict[tuple[int, bool], float] = {}
-        """FLOPs of one pair, by the side of its image and whether reconstruction alone is trained."""
+        self._flops: dict[bool, float] = {}
+        """FLOPs of one pair, by whether reconstruction alone is trained."""
 
     def of_rate(self, pairs_per_s: float, tokens: float, step: int) -> float | None:
         """MFU from pairs of the global batch a second and the mean number of tokens of a caption, after `step` steps.
 
-        None if the peak is unknown, and for fine-tuning. The first call for images of a side counts FLOPs, which takes
-        seconds.
+        None if the peak is unknown, and for fine-tuning. The first call counts FLOPs, which takes seconds.
         """
         if self._peak is None:
             return None
-        key = self._config.image_size_at(step), step < self._config.reconstruction_first
+        key = step < self._config.reconstruction_first
         if key not in self._flops:
-            self._flops[key] = _flops_at(self._config, *key, tokens, self._world.size)
+            self._flops[key] = _flops_at(self._config, key, tokens, self._world.size)
         return self._flops[key] * pairs_per_s / (self._peak * self._world.size)
 
 
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
     """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens.
 
-    With images of low resolution, or reconstruction alone, in the first steps: the mean over the run.
+    With reconstruction alone in the first steps: the mean over the run.
     """
     first = min(config.reconstruction_first, config.max_steps)
-    bounds = sorted({0, config.low_resolution_steps, first, config.max_steps})
+    bounds = sorted({0, first, config.max_steps})
     total = 0.0
     for start, stop in pairwise(bounds):
-        size = config.image_size_at(start)
-        total += (stop - start) * _flops_at(config, size, start < first, tokens, ranks)
+        total += (stop - start) * _flops_at(config, start < first, tokens, ranks)
     return total / config.max_steps
 
 
-def _flops_at(config: PretrainConfig, image_size: int, reconstructing: bool, tokens: float, ranks: int) -> float:
-    """FLOPs of a pair with an image of a side, with the losses of reconstruction alone or with all."""
+def _flops_at(config: PretrainConfig, reconstructing: bool, tokens: float, ranks: int) -> float:
+    """FLOPs of a pair, with the losses of reconstruction alone or with all."""
     weights, pairs = loss_weights(config), config.batch_size // (ranks * config.accumulate)
     weights = weights.reconstructing() if reconstructing else weights
-    model = replace(config.model, image_size=image_size)
-    return step_flops(model, pairs, max(3, round(tokens)), weights) / pairs
+    return step_flops(config.model, pairs, max(3, round(tokens)), weights) / pairs
 
 
 @cache  # trials of a study differ in their seeds, which change no count

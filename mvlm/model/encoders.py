@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.attention import Attend, Attention, FeedForward
 from mvlm.model.packing import Packing
-from mvlm.model.patches import patchify, resize_positions, sine_positions
+from mvlm.model.patches import patchify, sine_positions
 from mvlm.model.residual import Branch, Residual, add_norm
 
 
@@ -49,14 +49,12 @@ class ImageEncoder(nn.Module):
         self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.width))
         self.blocks = nn.ModuleList(ImageBlock(config.width, config.heads) for _ in range(config.image_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self._interpolation: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-        """Weights (N, own N) of `positions`, by N and device. They are constants, so they are in no state dict."""
         self.output_positions: Tensor | None
         self.register_buffer("output_positions", None, persistent=False)
         if config.output_positions:
-            self.output_positions = _places(config.num_patches, config.width)  # (1+N, C)
-        self._other_grids: dict[tuple[int, torch.device], Tensor] = {}
-        """The same for images of another side, by N and device."""
+            side = config.image_size // config.patch_size
+            # (1+N, C); [CLS] has no place
+            self.output_positions = F.pad(sine_positions(side, config.width), (0, 0, 1, 0))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), uint8 or float in 0..1 -> (x - mean) / std of x in 0..1, in the parameters' dtype."""
@@ -77,26 +75,7 @@ class ImageEncoder(nn.Module):
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         cls = self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1)  # len(x) would be a constant of an exported program
-        return torch.cat([cls, x], dim=1) + self.positions(x.shape[1])
-
-    def positions(self, patches: int) -> Tensor:
-        """Position embeddings (1+N, C) of [CLS] and N = `patches` patches in a square, for images of another side too.
-
-        Those of another grid are interpolated as `resize_positions` does.
-        """
-        own = len(self.position) - 1
-        if patches == own:
-            return self.position
-        device = self.position.device
-        wide = torch.promote_types(self.position.dtype, torch.float32)
-        if (weights := self._interpolation.get((patches, device, wide))) is None:
-            with torch.inference_mode(False), torch.no_grad():  # a later step that trains uses them too
-                unit = torch.eye(own, device=device, dtype=wide)
-                weights = self._interpolation[patches, device, wide] = resize_positions(unit, round(patches**0.5))[1:]
-        # A product with constant weights: the gradient of torch's interpolation differs from run to run on a GPU.
-        with torch.autocast(device.type, enabled=False):
-            grid = weights @ self.position[1:].to(weights.dtype)  # (N, C)
-        return torch.cat([self.position[:1], grid.to(self.position.dtype)])
+        return torch.cat([cls, x], dim=1) + self.position
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
         """Encode only the patches visible_ids int64 (B, K), as MAE does (He et al. 2022).
@@ -105,25 +84,15 @@ class ImageEncoder(nn.Module):
         added to all rows again, as for MAE's decoder. Returns (B, 1+N, C), [CLS] first.
         """
         x = self.embed(images)
-        patches = x.shape[1] - 1
         index = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1)  # (B, 1+K, 1), [CLS] too, also where no patch is visible
         x = self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
-        positions = self.positions(patches)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), len(positions), -1)
-        x = hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + positions
+        hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
+        x = hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position
         return self.add_output_positions(x)
 
     def add_output_positions(self, x: Tensor) -> Tensor:
-        """Add sines of row and column to features x (B, 1+N, C), images of any side, if the configuration says so."""
-        found = self.output_positions
-        if found is None:
-            return x
-        if x.shape[1] != len(found):
-            key = x.shape[1] - 1, x.device
-            if (kept := self._other_grids.get(key)) is None:
-                kept = self._other_grids[key] = _places(x.shape[1] - 1, x.shape[2]).to(x.device)
-            found = kept
-        return x + found.to(x.dtype)
+        """Add sines of row and column to features x (B, 1+N, C), if the configuration says so."""
+        return x if self.output_positions is None else x + self.output_positions.to(x.dtype)
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""
@@ -131,11 +100,6 @@ class ImageEncoder(nn.Module):
         for block in self.blocks:
             rows = block(rows, attend)
         return add_norm(self.norm, rows.x, None if rows.y is None else Branch(rows.y), out_dtype=x.dtype)[1]
-
-
-def _places(patches: int, width: int) -> Tensor:
-    """Sine positions (1+N, C) of [CLS], which has none, and N = `patches` patches in a square."""
-    return F.pad(sine_positions(round(patches**0.5), width), (0, 0, 1, 0))
 
 
 class TextBlock(nn.Module):

@@ -80,8 +80,7 @@ def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, Packed
 def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None = None) -> Tensor:
     """Encode projected patches (B, N, C), of which patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
     encoder, total = model.image_encoder, patches.shape[1]
-    positions = encoder.positions(total)  # (1+N, C)
-    parameters = (encoder.mask_token, positions, encoder.cls_token)
+    parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     if patch_ids is None or not model.config.drop_masked:
         hidden = None if patch_ids is None else masked_patches(patch_ids, total)  # (B, N), True = masked
         x = encoder.run(place_tokens(patches, *parameters, masked=hidden), attend_self(None))
@@ -91,7 +90,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
     x = encoder.run(select_within(place_tokens(patches, *parameters), rows), attend_self(None))  # (B, 1+N-K, C)
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
     placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
-    return encoder.add_output_positions(torch.cat([x[:, :1] + positions[0], placed[:, 1:]], dim=1))
+    return encoder.add_output_positions(torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1))
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
@@ -126,7 +125,7 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
         return encode_patches(model, patches), encode_patches(model, patches, patch_ids)
     encoder, total = model.image_encoder, patches.shape[1]
     hidden = masked_patches(patch_ids, total)  # (B, N), True = masked
-    parameters = (encoder.mask_token, encoder.positions(total), encoder.cls_token)
+    parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
     v, vm = encoder.add_output_positions(encoder.run(both, attend_self(None))).chunk(2)
     return v, vm

@@ -121,9 +121,10 @@ def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
     missing = [name for name, (wanted, value) in given.items() if wanted and value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)}: wanted a tensor, as configured, got None; {_ADVICE}")
-    whole = batch.images.shape[-1] == config.image_size  # a run may begin with smaller images
-    number = masks.patch_ids.shape[-1]
-    if whole and masks.patch_weights is None and number != config.masked_patches:
+    side, number = config.image_size, masks.patch_ids.shape[-1]
+    if batch.images.shape[1:] != (3, side, side):
+        raise ValueError(f"batch.images: wanted (B, 3, {side}, {side}), got {tuple(batch.images.shape)}; {_ADVICE}")
+    if masks.patch_weights is None and number != config.masked_patches:
         raise ValueError(
             f"masks.patch_ids: wanted {config.masked_patches} of {config.num_patches} patches of each image, as "
             f"configured, got {number}; {_ADVICE}"

@@ -26,11 +26,6 @@ def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
     return visible.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_ids.shape[1]]
 
 
-def num_patches(images: Tensor, patch_size: int) -> int:
-    """Number N of patches of each image (B, 3, S, S)."""
-    return (images.shape[-1] // patch_size) ** 2
-
-
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (B, 3, S, S) into patches (B, N, 3*P*P), in row-major order; values of a patch in (c, y, x) order."""
     rows = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, 3, S/P, P, S/P, P)

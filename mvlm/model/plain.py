@@ -13,7 +13,7 @@ from mvlm.model.attention import TextPooling
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens
-from mvlm.model.patches import masked_patches, num_patches, visible_patches
+from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.objectives import losses
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.masked_tokens import hidden_positions, masked_tokens
@@ -42,8 +42,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
 
 def encode_masked_image(model: MaskVLMNetwork, batch: Batch, patch_ids: Tensor) -> Tensor:
     """Encode images of which the patches patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
-    encoder, images = model.image_encoder, batch.images
-    patches = num_patches(images, encoder.patch_size)
+    encoder, images, patches = model.image_encoder, batch.images, model.config.num_patches
     if model.config.drop_masked:
         return encoder.forward_visible(images, visible_patches(patch_ids, patches))
     return encoder(images, masked_patches(patch_ids, patches))

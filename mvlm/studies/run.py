@@ -152,7 +152,6 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     plans: dict[str, tuple[int, float | None]] = {}
     files: dict[str, dict[str, str]] = {}
     for arm in study.arms:
-        # FLOPs of low resolution depend on the share of its steps, which is exact only with many.
         config = trial_config(study, arm, 0, data, out, int(study.budget.get("steps", 1_000_000)), checkpoint)
         plans[arm] = _steps_and_flops(study, config, dataset, lengths)
         files[arm] = named_files(config)

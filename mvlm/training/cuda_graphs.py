@@ -51,7 +51,7 @@ class CudaGraphs:
 
     A bucket is what a graph cannot change: the shapes of the inputs, the longest caption, and the losses that are
     computed. Batches of `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
-    Where a part of the run ends, with the first steps of reconstruction alone or of low resolution, its graphs go.
+    Where the first steps, of reconstruction alone, end, their graphs go.
     If a capture fails, no further graph is made, and a warning says why. Those made before are still replayed.
 
     Args:
@@ -73,7 +73,7 @@ class CudaGraphs:
         self._capture, self._limit = capture or CudaCapture(), limit
         self._seen: set[Bucket] = set()
         self._graphs: dict[Bucket, _Graph] = {}
-        self._part: tuple[bool, int] | None = None
+        self._part: bool | None = None
         self._full = False
 
     @property
@@ -84,8 +84,8 @@ class CudaGraphs:
     def run(self, batch: Batch, masks: Masks, number: Tensor, reconstruction_only: bool) -> Losses:
         """Run a step: set the parameters' gradients, and return the losses, detached scalars."""
         bucket = bucket_of(batch, masks, reconstruction_only)
-        if (part := (reconstruction_only, batch.images.shape[-1])) != self._part:
-            self._part = part
+        if reconstruction_only != self._part:
+            self._part = reconstruction_only
             self._drop_graphs()
         graph = self._graphs.get(bucket)
         if graph is None and bucket in self._seen and len(self._graphs) < self._limit:

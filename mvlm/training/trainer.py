@@ -162,7 +162,6 @@ class Trainer:
         """
         self.watchdog.beat(f"the data of step {self.step + 1}")
         started = time.perf_counter()
-        self.loader.set_image_size(self.config.image_size_at(self.step))
         loaded = [next(batches) for _ in range(self.config.accumulate)]
         samples = [i for batch, _ in loaded for i in batch.sample_id.tolist()]
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
@@ -284,7 +283,6 @@ class Trainer:
         if self.average is not None:
             read_tensors(checkpoint / EMA, self.average.tensors)
         set_generators(checkpoint, self.world.rank, self.device)
-        self.loader.set_image_size(self.config.image_size_at(state["step"] - 1))  # that of the saved state
         self.loader.load_state_dict(state["loader"])
         own = checkpoint / TOKENIZER
         if load_tokenizer(own).fingerprint != self.tokenizer.fingerprint:

@@ -214,16 +214,6 @@ class Loader:
             self._stream.close()
             self._stream = None
 
-    def set_image_size(self, image_size: int) -> None:
-        """Yield images of another side from the next batch on. ValueError if masks do not fit it."""
-        if image_size == self._config.geometry.image_size:
-            return
-        patches = {**self._masks.patches, "image_size": image_size}
-        check_mask_sizes(**patches)
-        self.close()
-        self._masks = replace(self._masks, patches=patches)
-        self._config = replace(self._config, geometry=replace(self._config.geometry, image_size=image_size))
-
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
         epoch, position = divmod(self._position, len(self.dataset))

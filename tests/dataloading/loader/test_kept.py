@@ -152,28 +152,3 @@ def test_a_pass_in_order_keeps_nothing(train_split, tokenizer, segments):
 def test_a_negative_limit_is_refused(train_split, tokenizer):
     with pytest.raises(ValueError, match="wanted keep_mb of at least 0, got -1"):
         load(train_split, tokenizer, keep_mb=-1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("keep_mb", [0, 64])
-def test_images_of_another_size_go_on_with_the_next_sample(train_split, tokenizer, keep_mb):
-    """Seven batches, the size changed after the third and back after the fifth, against loaders of one size."""
-    loader = load(train_split, tokenizer, keep_mb=keep_mb, crop_scale=(0.3, 1.0))
-    batches, found = iter(loader), []
-    for size, count in ((64, 3), (32, 2), (64, 2)):
-        loader.set_image_size(size)
-        found += itertools.islice(batches, count)
-    large = list(itertools.islice(load(train_split, tokenizer, crop_scale=(0.3, 1.0)), 7))
-    small = list(itertools.islice(load(train_split, tokenizer, image_size=32, mask_block=32, crop_scale=(0.3, 1.0)), 7))
-    assert [batch.images.shape[-1] for batch, _ in found] == [64, 64, 64, 32, 32, 64, 64]
-    for i, pair in enumerate(found):
-        wanted = small[i] if i in (3, 4) else large[i]
-        assert all(torch.equal(a, b) for a, b in zip(tensors(pair), tensors(wanted), strict=True)), i
-    loader.close()
-
-
-def test_a_size_that_masks_do_not_fit_is_refused_and_changes_nothing(train_split, tokenizer):
-    loader = load(train_split, tokenizer)
-    with pytest.raises(ValueError, match="wanted image_size divisible by mask_block"):
-        loader.set_image_size(40)
-    assert_same(loader, load(train_split, tokenizer), 1)

@@ -20,7 +20,7 @@ from support.models import pretrain_config
 NUMBERS = (
     *("lr_encoder", "lr_cross", "lr_pixels", "lr_muon", "lr_end", "weight_decay", "beta2", "clip_norm"),
     "flip",
-    *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes", "low_resolution_share"),
+    *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes"),
     *("mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
 )
 
@@ -65,10 +65,6 @@ def test_every_seed_that_torch_takes_is_valid(seed):
             {"mlm_weight": 0.0, "mim_weight": 0.0, "reconstruction_first": 1},
             "reconstruction_first: wanted 0 without MLM and MIM, got 1",
         ),
-        ({"low_resolution": 32}, "low_resolution: wanted fewer pixels than image_size = 32, got 32"),
-        ({"low_resolution": 24}, "low_resolution: 24 cannot be an image_size: mask_block must divide image_size"),
-        ({"low_resolution": -16}, "low_resolution must be at least 0, got -16"),
-        ({"low_resolution_share": 1.5}, r"low_resolution_share must be in \[0, 1\], got 1.5"),
         ({"seed": 99999999999999999999}, r"seed must be in \[-2\^63, 2\^64\), got 99999999999999999999"),
         ({"seed": -(2**63) - 1}, r"seed must be in \[-2\^63, 2\^64\), got -9223372036854775809"),
         *(({name: math.nan}, f"{name} must be a finite number, got nan") for name in NUMBERS),
@@ -157,13 +153,6 @@ def test_a_setting_is_added_by_one_line_in_its_group() -> None:
     done = subprocess.run([sys.executable, "-c", NEW_SETTING], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("data_extra must be at least 1, got 0")
-
-
-def test_the_first_share_of_the_steps_has_images_of_low_resolution():
-    config = pretrain_config(Path("data"), Path("out"), max_steps=10, low_resolution=16, low_resolution_share=0.7)
-    assert [config.image_size_at(step) for step in range(10)] == 7 * [16] + 3 * [32]
-    config = pretrain_config(Path("data"), Path("out"), max_steps=10)
-    assert {config.image_size_at(step) for step in range(10)} == {32}
 
 
 @pytest.mark.parametrize(

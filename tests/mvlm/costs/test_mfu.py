@@ -34,22 +34,11 @@ def test_peak_flops_of_a_gpu_by_its_name(monkeypatch, name, peak):
 def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_path):
     """Two ranks of 1,000 FLOP/s each. Twice the rate is twice the MFU."""
     monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
-    config = pretrain_config(scenes, tmp_path, max_steps=6, low_resolution=16, low_resolution_share=0.5)
+    config = pretrain_config(scenes, tmp_path, max_steps=6)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
     monkeypatch.setattr(mfu, "step_flops", lambda model, pairs, tokens, weights: pairs * model.image_size * tokens)
     assert found.of_rate(8.0, 5.0, 3) == pytest.approx(8 * 160 / 2000)
-    assert found.of_rate(16.0, 7.0, 4) == pytest.approx(16 * 160 / 2000)  # counted once for each side
-    assert found.of_rate(16.0, 7.0, 0) == pytest.approx(16 * 112 / 2000)
-
-
-@pytest.mark.slow
-def test_flops_of_a_run_with_low_resolution_are_the_mean_over_its_steps(scenes, tmp_path):
-    config = pretrain_config(scenes, tmp_path, max_steps=4, low_resolution=16, low_resolution_share=0.75)
-    low = pretrain_config(scenes, tmp_path, model=micro_config(image_size=16))
-    high = pretrain_config(scenes, tmp_path)
-    wanted = (3 * mfu.flops_per_pair(low, 7.0) + mfu.flops_per_pair(high, 7.0)) / 4
-    assert mfu.flops_per_pair(config, 7.0) == pytest.approx(wanted)
-    assert mfu.flops_per_pair(low, 7.0) < 0.8 * mfu.flops_per_pair(high, 7.0)
+    assert found.of_rate(16.0, 7.0, 4) == pytest.approx(16 * 160 / 2000)  # counted once
 
 
 @pytest.mark.slow
@@ -77,11 +66,7 @@ def test_run_logs_mfu_if_the_peak_is_known(monkeypatch, scenes, tmp_path):
 
 @pytest.mark.slow
 def test_steps_of_reconstruction_alone_count_no_other_loss(scenes, tmp_path):
-    """With images of low resolution in some of them, and in some others."""
-    options = {"max_steps": 8, "low_resolution": 16, "low_resolution_share": 0.25}
-    found = mfu.flops_per_pair(pretrain_config(scenes, tmp_path, reconstruction_first=6, **options), 7.0)
-    low, high = ({"model": micro_config(image_size=size)} for size in (16, 32))
-    alone = {"itc_weight": 0.0, "itm_weight": 0.0}
-    parts = [(2, low | alone), (4, high | alone), (2, high)]
+    found = mfu.flops_per_pair(pretrain_config(scenes, tmp_path, reconstruction_first=6, max_steps=8), 7.0)
+    parts = [(6, {"itc_weight": 0.0, "itm_weight": 0.0}), (2, {})]
     wanted = sum(n * mfu.flops_per_pair(pretrain_config(scenes, tmp_path, **part), 7.0) for n, part in parts) / 8
     assert found == pytest.approx(wanted)

@@ -147,12 +147,12 @@ def test_a_result_older_than_a_setting_had_its_default(finished: Path, scenes, t
     old = tmp_path / "old.jsonl"
     results = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
     for result in results:
-        del result["settings"]["low_resolution"], result["settings"]["model.complementary_masks"]
+        del result["settings"]["ema_decay"], result["settings"]["model.complementary_masks"]
     old.write_text("".join(f"{json.dumps(result)}\n" for result in results))
     report_finished(study(), scenes, tmp_path / "now", [old])
     assert (tmp_path / "now/study.csv").read_bytes() == (finished / "study.csv").read_bytes()
     report_finished(study(), scenes, tmp_path / "now", [old])  # the results that were copied are as old
-    arms = {"base": {"low_resolution": 16}}
+    arms = {"base": {"ema_decay": 0.9}}
     with pytest.raises(RunError, match="found none"):
         report_finished(study(arms=arms), scenes, tmp_path / "other", [old])
 

@@ -129,7 +129,7 @@ def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bound
 
 @pytest.mark.slow
 def test_graphs_of_an_earlier_part_of_the_run_make_room_for_those_of_the_next(caplog):
-    """A part ends where ITC and ITM join the reconstructions, and where the images grow."""
+    """A part ends where ITC and ITM join the reconstructions."""
     caplog.set_level("INFO")
     model = micro_model()
     recorder = Recorder(model)

@@ -34,8 +34,6 @@ class Interrupted(Exception):
         {"reconstruction_first": 4, "optimizer": "muon"},
         {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9},
         {"reconstruction_first": 3},  # the objectives change where the run is cut
-        {"low_resolution": 16, "low_resolution_share": 0.5},  # the images change where the run is cut
-        {"low_resolution": 16, "low_resolution_share": 0.67},
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch, without_tensorboard, settings):
