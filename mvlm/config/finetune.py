@@ -85,7 +85,7 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
 _NOT_READ = (ObjectiveSettings, WeightSettings)
 PRETRAINING_ONLY = (
     *(setting.name for group in _NOT_READ for setting in fields(group)),
-    *("tokenizer", "reconstruction_first", "lr_pixels"),
+    *("tokenizer", "lr_pixels"),
     *("optimizer", "lr_muon"),
     *("compile", "cuda_graphs", "local_negatives"),
 )

@@ -88,8 +88,6 @@ class ScheduleSettings:
     """Steps over which the learning rates rise linearly to their peaks."""
     lr_end: Annotated[float, AT_LEAST_0] = 0.1
     """Last learning rate, as a fraction of the peak."""
-    reconstruction_first: Annotated[int, AT_LEAST_0] = 0
-    """Steps at the start that train only MLM and MIM; ITC and ITM join after them."""
 
 
 @dataclass(frozen=True, kw_only=True)

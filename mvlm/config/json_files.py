@@ -29,6 +29,7 @@ REMOVED = {
     "color_jitter": Removed(0.0, "0.2.0"),
     "low_resolution": Removed(0, "0.2.0"),
     "low_resolution_share": Removed(0.85, "0.2.0"),
+    "reconstruction_first": Removed(0, "0.2.0"),
     "skip_spikes": Removed(False, "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read

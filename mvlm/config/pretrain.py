@@ -59,8 +59,6 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
             raise ConfigError(
                 f"weights: wanted at least one objective, and ITC with ITM, got mlm, mim, itc, itm = {weights}"
             )
-        if self.reconstruction_first and not (self.mlm_weight or self.mim_weight):
-            raise ConfigError(f"reconstruction_first: wanted 0 without MLM and MIM, got {self.reconstruction_first}")
         others = [name for name in ("image_weights", "text_weights", "tokenizer") if getattr(self, name) is not None]
         if self.initial_model is not None and others:
             raise ConfigError(

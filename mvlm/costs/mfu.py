@@ -1,7 +1,6 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
 from functools import cache
-from itertools import pairwise
 
 import torch
 
@@ -32,40 +31,25 @@ class ModelFlopsUtilization:
         self._config, self._world = config, world
         # The count is that of a pretraining step. A task's step is another one.
         self._peak = None if isinstance(config, FinetuneConfig) else peak_flops(world.device)
-        self._flops: dict[bool, float] = {}
-        """FLOPs of one pair, by whether reconstruction alone is trained."""
+        self._flops: float | None = None
+        """FLOPs of one pair."""
 
-    def of_rate(self, pairs_per_s: float, tokens: float, step: int) -> float | None:
-        """MFU from pairs of the global batch a second and the mean number of tokens of a caption, after `step` steps.
+    def of_rate(self, pairs_per_s: float, tokens: float) -> float | None:
+        """MFU from pairs of the global batch a second and the mean number of tokens of a caption.
 
         None if the peak is unknown, and for fine-tuning. The first call counts FLOPs, which takes seconds.
         """
         if self._peak is None:
             return None
-        key = step < self._config.reconstruction_first
-        if key not in self._flops:
-            self._flops[key] = _flops_at(self._config, key, tokens, self._world.size)
-        return self._flops[key] * pairs_per_s / (self._peak * self._world.size)
+        if self._flops is None:
+            self._flops = flops_per_pair(self._config, tokens, self._world.size)
+        return self._flops * pairs_per_s / (self._peak * self._world.size)
 
 
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
-    """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens.
-
-    With reconstruction alone in the first steps: the mean over the run.
-    """
-    first = min(config.reconstruction_first, config.max_steps)
-    bounds = sorted({0, first, config.max_steps})
-    total = 0.0
-    for start, stop in pairwise(bounds):
-        total += (stop - start) * _flops_at(config, start < first, tokens, ranks)
-    return total / config.max_steps
-
-
-def _flops_at(config: PretrainConfig, reconstructing: bool, tokens: float, ranks: int) -> float:
-    """FLOPs of a pair, with the losses of reconstruction alone or with all."""
-    weights, pairs = loss_weights(config), config.batch_size // (ranks * config.accumulate)
-    weights = weights.reconstructing() if reconstructing else weights
-    return step_flops(config.model, pairs, max(3, round(tokens)), weights) / pairs
+    """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
+    pairs = config.batch_size // (ranks * config.accumulate)
+    return step_flops(config.model, pairs, max(3, round(tokens)), loss_weights(config)) / pairs
 
 
 @cache  # trials of a study differ in their seeds, which change no count

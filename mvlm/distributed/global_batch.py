@@ -50,7 +50,6 @@ def backward_global(
     step: int | Tensor,
     plan: Literal["plain", "fast"] = "plain",
     weights: LossWeights = ALL,
-    reconstruction_only: bool = False,
     local_negatives: bool = False,
     shared_positives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -63,7 +62,6 @@ def backward_global(
     Args:
         weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if ITM
             has a weight.
-        reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.
         shared_positives: ITC takes all pairs with the same image or caption text as right answers. Without it, each
@@ -81,7 +79,6 @@ def backward_global(
     ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
     masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
-    weights = weights.reconstructing() if reconstruction_only else weights
     shared = GlobalStep(
         layout,
         world,

@@ -33,7 +33,6 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         seed: int = 0,
         step: int | Tensor = 0,
         weights: LossWeights = ALL,
-        reconstruction_only: bool = False,
         plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
         """Compute the four losses of one batch, on one rank and without microbatches.
@@ -46,7 +45,6 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
                 device. torch.compile compiles once for such a scalar, and twice for a Python number that changes.
             weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if
                 ITM has a weight.
-            reconstruction_only: weigh ITC and ITM with 0.
             plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
 
         ValueError for an unknown plan, and in training for masks or captions other than the configuration's loader has.
@@ -56,8 +54,6 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         if self.training:
             check_inputs(self.config, batch, masks)
         implementation = IMPLEMENTATIONS[plan]
-        if reconstruction_only:
-            weights = weights.reconstructing()
         streams = implementation.encode(self, batch, masks, weights)
         zero = losses.at_least_float32(self.log_scale.new_zeros(()))
         mlm = mim = itc = itm = mlm_accuracy = itc_accuracy = itm_accuracy = zero

@@ -175,7 +175,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimizer's state from the `OPTIMIZER` folder of a verified checkpoint.
 
-    Parameters without saved state get none. Those of ITC and ITM have none during `reconstruction_first`.
+    Parameters without saved state get none. Those that only losses of weight 0 use have none.
     """
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     states: dict[str, dict[str, Tensor]] = {}

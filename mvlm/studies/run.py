@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,6 @@ log = logging.getLogger(__name__)
 
 CAPTIONS = 512
 """First captions, from which the mean length is estimated that decides the FLOPs of a step."""
-
-ROUNDS = 3
-"""Times that the steps of a budget of FLOPs are estimated, each from the mean FLOPs of the steps before."""
 _OF_OTHERS = ("config.json", "dataset.json", "model.safetensors", "checkpoints")
 """Files of a run, a data set, a model: a folder that has one is no study's."""
 
@@ -212,19 +208,8 @@ def _steps_and_flops(
         tokenizer = choose_tokenizer(config, dataset)
         captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
         lengths[key] = float(tokenizer.encode(captions, longest)[1].mean())
-    steps = int(study.budget.get("steps", config.max_steps))
-    step = _flops_per_step(config, steps, lengths[key])
-    for _ in range(0 if "steps" in study.budget else ROUNDS):
-        # The first steps of a run may cost less, so the mean depends on their number.
-        steps = int(study.budget["flops"] / step)
-        if steps < 1:
-            raise ConfigError(
-                f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}"
-            )
-        step = _flops_per_step(config, steps, lengths[key])
+    step = flops_per_pair(config, lengths[key]) * config.batch_size
+    steps = int(study.budget.get("steps", study.budget.get("flops", 0) / step))
+    if steps < 1:
+        raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}")
     return steps, steps * step
-
-
-def _flops_per_step(config: PretrainConfig, steps: int, tokens: float) -> float:
-    """FLOPs of a step, the mean over a run of so many."""
-    return flops_per_pair(replace(config, max_steps=steps), tokens) * config.batch_size

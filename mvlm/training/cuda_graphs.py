@@ -25,9 +25,9 @@ Inputs = TypeVar("Inputs", Batch, Masks)
 MAX_GRAPHS = 8
 """Most graphs at a time. Each keeps a copy of the gradients and its inputs; they share all other memory."""
 
-Step = Callable[[Batch, Masks, Tensor, bool], Losses]
-"""step(batch, masks, number, reconstruction_only): sets the gradients and returns the losses, detached scalars. number:
-that of the update, int64 () on the device."""
+Step = Callable[[Batch, Masks, Tensor], Losses]
+"""step(batch, masks, number): sets the gradients and returns the losses, detached scalars. number: that of the update,
+int64 () on the device."""
 Capture = Callable[[Callable[[], Losses]], tuple[Callable[[], None], Losses]]
 """capture(function): records a function without arguments, and returns how to run what was recorded, and the outputs
 that each run fills."""
@@ -49,9 +49,8 @@ def check_graphs(config: PretrainConfig, world: World) -> None:
 class CudaGraphs:
     """Steps by bucket: eager at a bucket's first batch, captured at its second, replayed from then on.
 
-    A bucket is what a graph cannot change: the shapes of the inputs, the longest caption, and the losses that are
-    computed. Batches of `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
-    Where the first steps, of reconstruction alone, end, their graphs go.
+    A bucket is what a graph cannot change: the shapes of the inputs, and the longest caption. Batches of
+    `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
     If a capture fails, no further graph is made, and a warning says why. Those made before are still replayed.
 
     Args:
@@ -69,11 +68,9 @@ class CudaGraphs:
         limit: int = MAX_GRAPHS,
     ) -> None:
         self._step, self._parameters = step, [p for p in parameters if p.requires_grad]
-        self._own_capture = capture is None
         self._capture, self._limit = capture or CudaCapture(), limit
         self._seen: set[Bucket] = set()
         self._graphs: dict[Bucket, _Graph] = {}
-        self._part: bool | None = None
         self._full = False
 
     @property
@@ -81,12 +78,9 @@ class CudaGraphs:
         """Number of graphs."""
         return len(self._graphs)
 
-    def run(self, batch: Batch, masks: Masks, number: Tensor, reconstruction_only: bool) -> Losses:
+    def run(self, batch: Batch, masks: Masks, number: Tensor) -> Losses:
         """Run a step: set the parameters' gradients, and return the losses, detached scalars."""
-        bucket = bucket_of(batch, masks, reconstruction_only)
-        if reconstruction_only != self._part:
-            self._part = reconstruction_only
-            self._drop_graphs()
+        bucket = bucket_of(batch, masks)
         graph = self._graphs.get(bucket)
         if graph is None and bucket in self._seen and len(self._graphs) < self._limit:
             graph = self._try_to_capture(bucket, batch, masks, number)
@@ -95,7 +89,7 @@ class CudaGraphs:
             log.info("CUDA graphs: all %d are made; batches of other shapes run eagerly", self._limit)
         if graph is None:
             self._seen.add(bucket)
-            return self._step(batch, masks, number, reconstruction_only)
+            return self._step(batch, masks, number)
         copy_inputs((batch, masks), (graph.batch, graph.masks))
         graph.number.copy_(number)
         graph.replay()
@@ -103,22 +97,12 @@ class CudaGraphs:
             parameter.grad = gradient
         return Losses(*(loss.clone() for loss in graph.losses))  # the next step overwrites those of the graph
 
-    def _drop_graphs(self) -> None:
-        """Forget all graphs, and their pool of memory, which cannot be used again once its last graph is gone."""
-        self._graphs.clear()
-        self._seen.clear()
-        self._full = False
-        if self._own_capture:
-            self._capture = CudaCapture()
-
     def _try_to_capture(self, bucket: "Bucket", batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
         own_batch, own_masks, own_number = static_copy(batch), static_copy(masks), number.clone()
         for parameter in self._parameters:
             parameter.grad = None  # backward then writes a gradient instead of adding to it
         try:
-            replay, losses = self._capture(
-                lambda: self._step(own_batch, own_masks, own_number, bucket.reconstruction_only)
-            )
+            replay, losses = self._capture(lambda: self._step(own_batch, own_masks, own_number))
         except RuntimeError as error:
             log.warning("CUDA graphs: a step could not be captured, so no further graph is made: %s", error)
             for parameter in self._parameters:
@@ -137,7 +121,6 @@ class Bucket(NamedTuple):
     """Shapes of the tensors of the batch and its masks."""
     numbers: tuple[int, ...]
     """Their numbers on the host, such as the longest caption, in the order of the fields."""
-    reconstruction_only: bool
 
 
 class _Graph(NamedTuple):
@@ -188,11 +171,11 @@ def tensors_of(inputs: Batch | Masks) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def bucket_of(batch: Batch, masks: Masks, reconstruction_only: bool) -> Bucket:
+def bucket_of(batch: Batch, masks: Masks) -> Bucket:
     """The bucket of a batch."""
     values = [getattr(part, field.name) for part in (batch, masks) for field in fields(part)]
     shapes = tuple(tuple(x.shape) for x in values if isinstance(x, Tensor))
-    return Bucket(shapes, tuple(x for x in values if not isinstance(x, Tensor)), reconstruction_only)
+    return Bucket(shapes, tuple(x for x in values if not isinstance(x, Tensor)))
 
 
 def static_copy(inputs: Inputs) -> Inputs:

@@ -146,7 +146,7 @@ class MetricsLogger:
         config, factor = self._config, learning_rate_factor(buffer.steps[-1] - 1, self._config)
         rate = steps * config.batch_size / seconds
         tokens = buffer.tokens * self._world.size / (steps * config.batch_size)
-        mfu = self._mfu.of_rate(rate, tokens, buffer.steps[-1] - 1)
+        mfu = self._mfu.of_rate(rate, tokens)
         # The first count of FLOPs takes seconds, which are no training: the clock is stopped meanwhile.
         self._row_started = time.perf_counter()
         elapsed, self._clock_zero = now - self._clock_zero, self._clock_zero + self._row_started - now
@@ -174,8 +174,6 @@ class MetricsLogger:
             {n: x if math.isfinite(x) else None for n, x in y.items()} for y in (buffer.read()[-1], figures)
         )
         step = buffer.steps[-1]
-        if step <= self._config.reconstruction_first:  # ITC and ITM are not trained yet: log null, not 0
-            values |= dict.fromkeys((name for name in values if name.startswith(("itc", "itm"))), None)
         row = {"step": step, "pairs_seen": step * self._config.batch_size, "loss": values.pop("total")}
         del values["good"]
         row |= {**values, **host, "bad_steps": skipped_updates, **found}

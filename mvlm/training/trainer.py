@@ -191,10 +191,9 @@ class Trainer:
         config = self.config
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
-        reconstruction_only = self.step < config.reconstruction_first
         if self.world.size == len(microbatches) == 1:
             run = self.backward_alone if self.graphs is None else self.graphs.run
-            return run(*microbatches[0], step, reconstruction_only)
+            return run(*microbatches[0], step)
         return backward_global(
             self.parallel,
             microbatches,
@@ -203,16 +202,15 @@ class Trainer:
             step=step,
             plan=config.plan,
             weights=self.weights,
-            reconstruction_only=reconstruction_only,
             local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),
         )
 
-    def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor, reconstruction_only: bool) -> Losses:
+    def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
         """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
         options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.weights}
         with autocast(self.device, self.config.precision):
-            losses: Losses = self.model(batch, masks, reconstruction_only=reconstruction_only, **options)
+            losses: Losses = self.model(batch, masks, **options)
         losses.total.backward()
         return Losses(*(loss.detach() for loss in losses))
 

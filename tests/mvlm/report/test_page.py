@@ -136,7 +136,7 @@ def test_report_shows_the_figures_of_the_evaluation(reported, page):
 
 
 def test_report_names_the_data_and_every_setting(page):
-    for words in ("drawn by <nobody>", "CC0", "made up for tests", "model.width", "lr_encoder", "reconstruction_first"):
+    for words in ("drawn by <nobody>", "CC0", "made up for tests", "model.width", "lr_encoder", "warmup_steps"):
         assert words in page.text
 
 

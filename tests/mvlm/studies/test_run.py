@@ -242,24 +242,6 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
         plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
 
 
-def test_a_budget_of_flops_counts_cheap_first_steps_once(scenes, tmp_path: Path) -> None:
-    """The mean FLOPs of a step depend on the number of steps, of which the first eight cost less."""
-    full, mixed = (
-        plan_trials(study(arms={"base": arm}, seeds=[0], budget=budget), scenes, tmp_path)[0]
-        for arm, budget in (({}, {"steps": 8}), ({"reconstruction_first": 8}, {"steps": 16}))
-    )
-    assert full.flops is not None
-    assert mixed.flops is not None
-    cheap = mixed.flops - full.flops  # of eight steps of reconstruction alone
-    assert cheap < 0.9 * full.flops
-    budget = {"flops": cheap + 4.5 * full.flops / 8}
-    (trial,) = plan_trials(
-        study(arms={"base": {"reconstruction_first": 8}}, seeds=[0], budget=budget), scenes, tmp_path
-    )
-    assert trial.config.max_steps == 12
-    assert trial.flops == pytest.approx(cheap + full.flops / 2)
-
-
 def test_a_log_may_lie_in_a_study_s_folder(scenes, tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("")
     with pytest.raises(ConfigError, match="measures: wanted a figure"):

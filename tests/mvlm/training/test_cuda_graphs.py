@@ -57,8 +57,8 @@ class Recorder:
 
 
 def backward_step(model) -> Callable[..., Losses]:
-    def step(batch, masks, number, reconstruction_only) -> Losses:
-        losses = model(batch, masks, step=number, reconstruction_only=reconstruction_only, plan="fast")
+    def step(batch, masks, number) -> Losses:
+        losses = model(batch, masks, step=number, plan="fast")
         losses.total.backward()
         return Losses(*(loss.detach() for loss in losses))
 
@@ -76,7 +76,7 @@ def train(model, steps, run: Callable[..., Losses], clip: bool = True) -> list[L
     """Losses of SGD steps. Gradients are changed in place and dropped, as the trainer does."""
     found = []
     for number, (batch, masks) in enumerate(steps):
-        found.append(run(batch, masks, torch.tensor(number), number < 2))
+        found.append(run(batch, masks, torch.tensor(number)))
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         with torch.no_grad():
@@ -95,7 +95,7 @@ def test_replayed_steps_train_as_eager_ones():
     recorder = Recorder(model)
     graphs = CudaGraphs(backward_step(model), model.parameters(), recorder)
     got = train(model, batches(model, order), graphs.run)
-    assert recorder.captures == graphs.captured + 1 > 1  # the graph of the first two steps is gone
+    assert recorder.captures == graphs.captured > 1
     assert recorder.replays > recorder.captures
     for a, b in zip(got, wanted, strict=True):
         for x, y in zip(a, b, strict=True):
@@ -117,9 +117,9 @@ def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bound
 
     graphs = CudaGraphs(counted, model.parameters(), recorder, limit=1)
     inputs = list(batches(model, [LENGTHS[0], LENGTHS[2]]))
-    assert bucket_of(*inputs[0], False) != bucket_of(*inputs[1], False)
+    assert bucket_of(*inputs[0]) != bucket_of(*inputs[1])
     for expected_captures, (batch, masks) in zip((0, 1, 1, 1, 1), (*[inputs[0]] * 3, *[inputs[1]] * 2), strict=True):
-        graphs.run(batch, masks, torch.tensor(9), False)
+        graphs.run(batch, masks, torch.tensor(9))
         assert graphs.captured == expected_captures
     assert recorder.replays == 2
     assert (
@@ -127,31 +127,12 @@ def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bound
     )  # first batch, capture, replays of the recorder, two of the bucket beyond the limit
 
 
-@pytest.mark.slow
-def test_graphs_of_an_earlier_part_of_the_run_make_room_for_those_of_the_next(caplog):
-    """A part ends where ITC and ITM join the reconstructions."""
-    caplog.set_level("INFO")
-    model = micro_model()
-    recorder = Recorder(model)
-    graphs = CudaGraphs(backward_step(model), model.parameters(), recorder, limit=1)
-    (first, masks), (second, others) = batches(model, [LENGTHS[0], LENGTHS[2]])
-    for reconstruction_only in (True, False):
-        for _ in range(3):
-            graphs.run(first, masks, torch.tensor(9), reconstruction_only)
-        for _ in range(3):  # no room
-            graphs.run(second, others, torch.tensor(9), reconstruction_only)
-        assert graphs.captured == 1
-    assert (recorder.captures, recorder.replays) == (2, 4)
-    assert caplog.text.count("CUDA graphs: all 1 are made") == 2
-
-
-def test_buckets_differ_by_shapes_host_numbers_and_losses():
+def test_buckets_differ_by_shapes_and_host_numbers():
     batch, masks = next(iter(batches(micro_model(), [LENGTHS[0]])))
-    bucket = bucket_of(batch, masks, False)
-    assert bucket == bucket_of(static_copy(batch), static_copy(masks), False)
-    assert bucket != bucket_of(batch, masks, True)
-    assert bucket != bucket_of(replace(batch, max_length=batch.max_length + 16), masks, False)
-    assert bucket != bucket_of(batch, replace(masks, token_ids=masks.token_ids[:-1]), False)
+    bucket = bucket_of(batch, masks)
+    assert bucket == bucket_of(static_copy(batch), static_copy(masks))
+    assert bucket != bucket_of(replace(batch, max_length=batch.max_length + 16), masks)
+    assert bucket != bucket_of(batch, replace(masks, token_ids=masks.token_ids[:-1]))
     hash(bucket)
 
 
@@ -159,7 +140,7 @@ def test_few_buckets_hold_a_hundred_batches():
     model = micro_model()
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 13, (100, 16), generator=draw).tolist()
-    found = {bucket_of(*inputs, False) for inputs in batches(model, lengths)}
+    found = {bucket_of(*inputs) for inputs in batches(model, lengths)}
     assert len(found) <= 8
 
 
@@ -271,13 +252,11 @@ def test_graphs_need_the_fast_plan_without_accumulation_and_compiling(other, tmp
 
 @pytest.mark.slow
 def test_the_trainer_replays_its_steps(scenes, tokenizer, tmp_path):
-    """Eight steps with reconstruction alone at first: the metrics, learning rates and weights of eager steps."""
+    """Eight steps: the metrics, learning rates and weights of eager steps."""
     rows, weights = [], []
     alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     for replayed in (False, True):
-        config = pretrain_config(
-            scenes, tmp_path / "run", precision="fp32", max_steps=20, cuda_graphs=True, reconstruction_first=3
-        )
+        config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, cuda_graphs=True)
         model = micro_model(dtype=torch.float32)
         loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, alone)
         optimizer = make_optimizer(model, config, alone.device)

@@ -105,27 +105,6 @@ def test_equal_seeds_give_equal_runs(scenes, tmp_path, two_threads, without_tens
 
 
 @pytest.mark.slow
-def test_itc_and_itm_are_null_while_reconstruction_runs_alone(scenes, tmp_path, without_tensorboard):
-    config = pretrain_config(scenes, tmp_path / "run", max_steps=3, reconstruction_first=2)
-    pretrain(config)
-    rows = rows_of(config.out)
-    assert [(row["itc"] is None, row["itm"] is None) for row in rows] == [(True, True), (True, True), (False, False)]
-    for row in rows[:2]:
-        assert row["loss"] == pytest.approx(row["mlm"] + row["mim"], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_itc_and_itm_may_join_within_a_row_of_metrics(scenes, tmp_path, without_tensorboard):
-    config = pretrain_config(scenes, tmp_path / "run", max_steps=6, reconstruction_first=4, log_every=3)
-    pretrain(config)
-    rows = rows_of(config.out)
-    assert [(row["step"], row["itc"] is None) for row in rows] == [(3, True), (6, False)]
-    assert set(rows[0]) == set(rows[1])
-    joined = [name for name in rows[0] if name.startswith("grad_norm_") and rows[0][name] == 0 < rows[1][name]]
-    assert joined  # parameters that only ITC and ITM train
-
-
-@pytest.mark.slow
 def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
     plain = pretrain_config(scenes, tmp_path / "plain", max_steps=4)
     watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)

@@ -88,8 +88,8 @@ def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
 
 @pytest.mark.slow
 def test_model_gets_seed_step_and_weights(start, monkeypatch):
-    """Seed and step determine ITM's negatives. The first two steps train reconstruction alone."""
-    run, batches = start(seed=7, reconstruction_first=2, mlm_weight=0.5)
+    """Seed and step determine ITM's negatives."""
+    run, batches = start(seed=7, mlm_weight=0.5)
     told, forward = [], run.model.forward
 
     def listen(batch, masks, **settings):
@@ -100,7 +100,7 @@ def test_model_gets_seed_step_and_weights(start, monkeypatch):
     for _ in range(3):
         run.one_step(batches)
     same = {"seed": 7, "plan": "fast", "weights": (0.5, 1, 1, 1)}
-    assert told == [same | {"step": step, "reconstruction_only": step < 2} for step in range(3)]
+    assert told == [same | {"step": step} for step in range(3)]
 
 
 @pytest.mark.slow
