@@ -296,7 +296,7 @@ soak: $(VENV)/.installed
 # Everything runs on the GPU if there is one. MACHINE becomes part of the files' names.
 RESULTS ?= benchmarks/results
 MACHINE ?= here
-## bench           measure kernels, step, run, loader and swapped models on an idle machine
+## bench           measure kernels, step, run and loader on an idle machine
 bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench kernels --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.kernels.host_time --json $(RESULTS)/host.json
@@ -309,9 +309,6 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench run --data $(DATA) --rounds 20 --json $(RESULTS)/run-tiny-$(MACHINE).json --csv $(RESULTS)/run-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
-	$(BIN)/python -m mvlm_benchmarks.data.index_scale --out $(RESULTS)
-	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
-	$(BIN)/python -m mvlm_benchmarks.step.swapped --json $(RESULTS)/swapped-$(MACHINE).json
 
 ## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU
 aot: $(TRITONS:%=build/triton-%/.installed)

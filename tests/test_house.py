@@ -45,7 +45,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
     ],
     "mvlm_benchmarks": [
         {"cli", "gpu"},
-        {"kernels", "step", "data", "run", "search"},
+        {"kernels", "step", "data", "run"},
         {
             "clock",
             "ceilings",

@@ -19,7 +19,6 @@ def kernels(
     device: str = "auto",
     dtype: str = "auto",
     quick: bool = False,
-    base: str | None = None,
     seconds: float | None = None,
     json: Path | None = None,
 ) -> None:
@@ -33,7 +32,6 @@ def kernels(
             so.
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
         quick: Time only the core shapes, in one short round.
-        base: Git revision whose kernels to time as another contender, for example HEAD~1.
         seconds: Start no new case that would end later. Cases are timed in the order of their importance.
         json: JSON file for the figures.
     """
@@ -41,7 +39,7 @@ def kernels(
     _check_outputs(folder=out, json=json)
     from mvlm_benchmarks.kernels import run as bench
 
-    for path in bench.run(ops, peers, out, device, dtype, quick, base, json, seconds):
+    for path in bench.run(ops, peers, out, device, dtype, quick, json, seconds):
         print(path)
 
 
@@ -58,9 +56,7 @@ def step(
     json: Path | None = None,
     csv: Path | None = None,
     plot: Path | None = None,
-    profile: Path | None = None,
     seconds: float | None = None,
-    largest_batch: bool = False,
 ) -> None:
     """Time a pretraining step against the same model built from timm, transformers and torch.
 
@@ -76,19 +72,17 @@ def step(
         json: JSON file for the figures.
         csv: CSV file for the figures. Every timed step is written to NAME.rounds.csv beside it, as soon as it is timed.
         plot: SVG, PNG or PDF file for a chart of speed and memory.
-        profile: Folder for a profile of one step per contender: a chart, and traces for ui.perfetto.dev.
         seconds: Start no new round that would end later.
-        largest_batch: On a GPU, search for the largest batch of each contender. Takes long.
     """
     _require("matplotlib", "timm", "transformers")
-    _check_outputs(folder=profile, json=json, csv=csv, plot=plot)
+    _check_outputs(json=json, csv=csv, plot=plot)
     if csv is not None:
         _check_outputs(csv=csv.with_name(f"{csv.stem}.rounds.csv"))
     from mvlm_benchmarks.step import run as bench
 
     bench.run(
         preset, batch, rounds, contenders, device=device, precision=precision, threads=threads, optimizer=optimizer,
-        json=json, csv=csv, plot=plot, profile=profile, seconds=seconds, largest_batch=largest_batch,
+        json=json, csv=csv, plot=plot, seconds=seconds,
     )  # fmt: skip
 
 

@@ -36,7 +36,6 @@ def describe(device: str, distributions: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
         "dirty": dirty,
-        "base_commit": "",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in sorted(set(distributions) - {"torch"})},
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MACHINE_COLUMNS = (
-    "figures", "device", "driver", "cuda", "torch", "triton", "python", "commit", "dirty", "base_commit", "date",
+    "figures", "device", "driver", "cuda", "torch", "triton", "python", "commit", "dirty", "date",
     "versions",
 )  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_a_table_in_place_of_the_figures_or_of_other_rounds_is_refused(timed, tm
     assert timed == ["step"]
 
 
-@pytest.mark.parametrize("bench, flag", [("kernels", "--out"), ("data", "--out"), ("step", "--profile")])
+@pytest.mark.parametrize("bench, flag", [("kernels", "--out"), ("data", "--out")])
 def test_a_file_in_place_of_the_folder_of_results_is_refused(timed, tmp_path, bench, flag):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="wanted a folder for the results, got the file"):

@@ -14,8 +14,6 @@ ELSEWHERE = {
     "python tests/promises/faults/kill_loaders.py data/emoji --kills 50",  # test_killed_loaders
     "mvlm bench data --data data/photos",  # tests/benchmarks/data/test_run.py, both
     "mvlm bench data --data data/photos --soak 200000 --start 1000000 --step step.json",
-    "python -m mvlm_benchmarks.data.index_scale --out benchmarks/results",  # tests/benchmarks/data/test_index_scale.py
-    "python -m mvlm_benchmarks.data.index_scale --samples 1000000 4000000 --before ../before --out results",
 }
 
 

@@ -5,7 +5,6 @@ Inputs are seeded, so that two processes get equal ones. Their values make a wro
 Shape legend: B batch, H heads, D head width, N patches, K chosen patches, C channels, P patch side, F = C*P*P.
 """
 
-import importlib
 from typing import Any
 
 import torch
@@ -28,21 +27,8 @@ from mvlm_benchmarks.kernels.inputs import (
     RandomInputs,
 )
 from mvlm_benchmarks.kernels.layers import layer_cases
+from mvlm_kernels.gather_patches import reference as gathering
 from mvlm_kernels.pixel_loss import reference as pixels
-
-
-def _import_gather_reference() -> Any:
-    """Import the reference of gather_patches from this or an older revision of the kernels.
-
-    `--base` runs these cases on other revisions. Older ones have the op in `patch_gather/`.
-    """
-    try:
-        return importlib.import_module("mvlm_kernels.gather_patches.reference")
-    except ModuleNotFoundError:
-        return importlib.import_module("mvlm_kernels.patch_gather.reference")
-
-
-gathering = _import_gather_reference()
 
 
 def cases(batch: int, dtype: torch.dtype) -> list[Case]:

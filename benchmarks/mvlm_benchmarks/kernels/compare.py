@@ -15,7 +15,6 @@ from mvlm_benchmarks.ceilings import MemoryRates, gemm_seconds
 from mvlm_benchmarks.clock import Clock, Refused, Timing
 from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.intervals import Ratio, ratio
-from mvlm_benchmarks.kernels.base_revision import BaseWorker
 from mvlm_benchmarks.kernels.checks import REPEATS, torch_reasons
 from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender, Outcome, WrongValue
@@ -34,7 +33,7 @@ class Entry:
 
     contender: str
     outcomes: dict[str, Outcome]
-    runner: LocalContender | BaseWorker | None = None
+    runner: LocalContender | None = None
     timings: dict[str, list[Timing]] = field(default_factory=dict)
     graph_us: dict[str, float | None] = field(default_factory=dict)
     peak_mb: dict[str, float | None] = field(default_factory=dict)
@@ -75,8 +74,7 @@ class Entry:
             self.repeats = runner.repeats(good[-1], REPEATS[device])
             if self.contender == "ours" and ", the first" in self.repeats:
                 self.refuse(f"repeats differ: {self.repeats}", "WRONG")
-            ours = self.contender == "ours" and device == "cuda"
-            if ours and isinstance(runner, LocalContender) and runner.has_kernels:
+            if self.contender == "ours" and device == "cuda" and runner.has_kernels:
                 self.kernels = runner.kernels(good[-1])
         except Refused as error:
             self.refuse(str(error))
@@ -96,10 +94,9 @@ def bench_case(
     peers: Iterable[Peer],
     clock: Clock,
     rounds: int,
-    worker: BaseWorker | None = None,
     state: GpuState | None = None,
 ) -> list[Entry]:
-    """Measure all contenders: ours, `base` (the worker), and the peers that have a builder for the op."""
+    """Measure all contenders: ours, and the peers that have a builder for the op."""
     names = passes_of(case)
     contenders = [ours_as_peer(case), *(peer for peer in peers if case.op in peer.builders)]
     try:
@@ -112,8 +109,6 @@ def bench_case(
     if device == "cuda" and entries[0].runner is not None and (note := torch_reasons(case, data.sets[0])):
         # A fallback is never timed as ours. The peers have its figures.
         entries[0] = Entry("ours", dict.fromkeys(names, Outcome("torch", f"runs torch: {note}")))
-    if worker is not None:
-        entries.insert(1, _open_base(worker, case, names))
 
     for _ in range(rounds):
         for entry in entries:
@@ -147,13 +142,6 @@ def prepare(peer: Peer, data: CaseData, clock: Clock) -> Entry:
         return Entry(peer.name, dict.fromkeys(names, Outcome("error", one_line(error))))
     local = LocalContender(data, functions, clock, peer.context)
     return Entry(peer.name, local.check(), local)
-
-
-def _open_base(worker: BaseWorker, case: Case, names: tuple[str, ...]) -> Entry:
-    try:
-        return Entry("base", worker.open(case), worker)
-    except RuntimeError as error:
-        return Entry("base", dict.fromkeys(names, Outcome("error", str(error))))
 
 
 @dataclass(frozen=True)
@@ -198,12 +186,10 @@ def rows_of(case: Case, entries: list[Entry], ceilings: Ceilings = Ceilings()) -
             timing = _median(found) if found else None
             ok = outcome.status == "ok"
             us = timing.us if timing else None
-            base = timings.get("base", {}).get(name)
             over_ours = _ratio(found, timings.get("ours", {}).get(name))
-            over_base = _ratio(found, base)
             rate = bytes_minimum[name] / us * 1e6 if us else None
             # Peers divide the work between the passes in another way, so a bound of one pass is none of theirs.
-            bounded = entry.contender in ("ours", "base") or name == "both" or not case.gradients_in_forward
+            bounded = entry.contender == "ours" or name == "both" or not case.gradients_in_forward
             row = {
                 "op": case.op,
                 "pass": name,
@@ -224,8 +210,6 @@ def rows_of(case: Case, entries: list[Entry], ceilings: Ceilings = Ceilings()) -
                 "vs_ours_low": over_ours.low if over_ours else None,
                 "vs_ours_high": over_ours.high if over_ours else None,
                 "verdict": over_ours.verdict if over_ours and entry.contender != "ours" else "",
-                "base": _median(base).us if base else None,
-                "vs_base": over_base.value if over_base else None,
                 "bytes_minimum": bytes_minimum[name],
                 "repeats": entry.repeats,
                 "kernels": entry.kernels,

@@ -29,6 +29,7 @@ from mvlm_benchmarks.kernels import layers
 from mvlm_benchmarks.kernels import packed_attention_peers as packed_attention
 from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Case, Inputs
 from mvlm_benchmarks.unavailable import Missing, NotApplicable
+from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 
 Function = Callable[..., Any]
 Builder = Callable[[Inputs], Function]
@@ -181,8 +182,6 @@ def _ours_with_long_sides(inputs: Inputs) -> Function:
 
 
 def _long_sides() -> contextlib.AbstractContextManager[Any]:
-    from mvlm_kernels.cross_attention.arguments import short_sides_up_to  # revisions of --base may lack it
-
     return short_sides_up_to(256)
 
 

@@ -13,7 +13,7 @@ Row = dict[str, Any]
 COLUMNS = (
     "op", "pass", "shape", "dtype", "contender", "status", "note", "us", "us_p20", "us_p80", "graph_us", "gb_per_s",
     "roofline_pct", "copy_pct", "read_pct", "triad_pct", "gemm_us", "peak_mb", "vs_ours", "vs_ours_low",
-    "vs_ours_high", "verdict", "base", "vs_base", "bytes_minimum", "repeats", "kernels", *gpu_state.COLUMNS,
+    "vs_ours_high", "verdict", "bytes_minimum", "repeats", "kernels", *gpu_state.COLUMNS,
     *MACHINE_COLUMNS,
 )  # fmt: skip
 JSON_KEYS = tuple(

@@ -1,7 +1,6 @@
 """`mvlm bench kernels`: every op at every shape against every installed peer."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from mvlm_benchmarks.choices import choose
 from mvlm_benchmarks.clock import make_clock, torch_settings
 from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.kernels import report
-from mvlm_benchmarks.kernels.base_revision import BaseWorker, export_kernels
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.compare import Row, bench_case, case_ceilings, rows_of
 from mvlm_benchmarks.kernels.inputs import Case
@@ -34,7 +32,6 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
     quick: bool = False,
-    base: str | None = None,
     json: Path | None = None,
     seconds: float | None = None,
 ) -> list[Path]:
@@ -45,12 +42,11 @@ def run(
     Args:
         ops, peers: names; empty for all.
         out: folder of the CSV and the plot.
-        base: git revision whose kernels are another contender.
         json: JSON file, or None.
         seconds: no new case is started when a case as long as the longest would end later. None: no limit.
 
     Raises:
-        ConfigError: an unknown op, peer, device, dtype or revision, a number of seconds that is not positive, or
+        ConfigError: an unknown op, peer, device or dtype, a number of seconds that is not positive, or
             TRITON_INTERPRET is set on a GPU.
     """
     chosen_ops = choose("ops", ops, list(EAGER))
@@ -67,30 +63,20 @@ def run(
     element = DTYPES[("bf16" if device_type == "cuda" else "fp32") if dtype == "auto" else dtype]
     batch = 256 if device_type == "cuda" else 2 if quick else 4
     chosen_cases = [c for c in cases(batch, element) if c.op in chosen_ops and (c.core or not quick)]
-    budget = Budget(seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        about = machine.describe(device_type, [peer.distribution for peer in PEERS])
-        worker = None
-        if base is not None:
-            about["base_commit"] = export_kernels(machine.source_root(), base, Path(folder))
-            worker = BaseWorker(Path(folder), device_type, quick, batch)
-        try:
-            return _time_cases(chosen_cases, chosen_peers, about, out, json, device_type, quick, worker, budget)
-        finally:
-            if worker is not None:
-                worker.close()
+    about = machine.describe(device_type, [peer.distribution for peer in PEERS])
+    return _time_cases(chosen_cases, chosen_peers, about, out, json, device_type, quick, Budget(seconds))
 
 
 def _time_cases(
     chosen: list[Case], peers: list[Peer], about: dict, out: Path, json: Path | None, device_type: str, quick: bool,
-    worker: BaseWorker | None, budget: Budget,
+    budget: Budget,
 ) -> list[Path]:  # fmt: skip
     rows: list[Row] = []
     csv_file, plot_file = report.file_names(about, str(chosen[0].dtype).removeprefix("torch."), out)
     table = RowFile(csv_file, about, report.COLUMNS)
     print(heading(about))
     try:
-        for case_rows in time_cases(chosen, peers, device_type, about["device"], quick, budget, worker):
+        for case_rows in time_cases(chosen, peers, device_type, about["device"], quick, budget):
             table.append(case_rows)
             print(report.table(case_rows), flush=True)
             rows += case_rows
@@ -114,7 +100,6 @@ def time_cases(
     device_name: str,
     quick: bool,
     budget: Budget,
-    worker: BaseWorker | None = None,
 ) -> Iterator[list[Row]]:
     """Time cases one after the other, as long as the budget allows. Yields the rows of each.
 
@@ -128,7 +113,7 @@ def time_cases(
         for case in chosen:
             if not budget.allows():
                 return
-            entries = bench_case(case, device_type, peers, clock, 1 if quick else 5, worker, state)
+            entries = bench_case(case, device_type, peers, clock, 1 if quick else 5, state)
             rows = rows_of(case, entries, case_ceilings(case, device_type, gpu, rates))
             del entries
             yield rows

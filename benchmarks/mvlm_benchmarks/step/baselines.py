@@ -22,7 +22,6 @@ from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaLM
 from mvlm.config.model import MaskVLMConfig
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.step.inputs import PAD, PaddedBatch
-from mvlm_benchmarks.step.parts import mark_part
 
 Cross = Literal["roberta", "decoder-layer"]
 
@@ -142,40 +141,31 @@ class Baseline(nn.Module):
         keys = batch.attention_mask.bool()  # (B, L), True = a token
         masked = batch.masked_patches
         pixels = (batch.images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        with mark_part("image encoder"):
-            v, vm = self.encode_image(pixels), self.encode_image(pixels, masked)  # (B, 1+N, C)
-        with mark_part("text encoder"):
-            w, wm = (
-                self.text(input_ids=ids, attention_mask=batch.attention_mask).last_hidden_state
-                for ids in (batch.ids, batch.masked_ids)
-            )  # (B, L, C)
+        v, vm = self.encode_image(pixels), self.encode_image(pixels, masked)  # (B, 1+N, C)
+        w, wm = (
+            self.text(input_ids=ids, attention_mask=batch.attention_mask).last_hidden_state
+            for ids in (batch.ids, batch.masked_ids)
+        )  # (B, L, C)
 
-        with mark_part("MLM cross"):
-            x = self.text_cross(wm, v, keys, None)
-        with mark_part("LM head"):
-            mlm = F.cross_entropy(self.words(x).flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
-        with mark_part("MIM cross"):
-            x = self.image_cross(vm, w, None, keys)
-        with mark_part("decoder"):
-            x = self.decoder(x, w, None, keys)
-        with mark_part("pixel head"):
-            distance = (self.pixels(x[:, 1:]) - self.patches(pixels)).abs().mean(-1)  # (B, N)
-            mim = (distance * masked).sum() / masked.sum()
+        x = self.text_cross(wm, v, keys, None)
+        mlm = F.cross_entropy(self.words(x).flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        x = self.image_cross(vm, w, None, keys)
+        x = self.decoder(x, w, None, keys)
+        distance = (self.pixels(x[:, 1:]) - self.patches(pixels)).abs().mean(-1)  # (B, N)
+        mim = (distance * masked).sum() / masked.sum()
 
-        with mark_part("ITC"):
-            image = F.normalize(self.image_projection(v[:, 0]), dim=-1)  # (B, E)
-            text = F.normalize(self.text_projection(w[:, 0]), dim=-1)
-            logits = image @ text.T * self.log_scale.exp()
-            own = torch.arange(len(v), device=v.device)
-            itc = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        with mark_part("ITM"):
-            images = torch.cat([own, own, batch.negative_images])  # (3B,)
-            texts = torch.cat([own, batch.negative_texts, own])
-            # index_select, because the backward of indexing is slower, and not deterministic on a CPU.
-            vi, wi, ki = v.index_select(0, images), w.index_select(0, texts), keys.index_select(0, texts)
-            match = self.image_cross(vi, wi, None, ki)[:, 0] * self.text_cross(wi, vi, ki, None)[:, 0]
-            labels = (torch.arange(3 * len(v), device=v.device) < len(v)).long()
-            itm = F.cross_entropy(self.matching(match), labels)
+        image = F.normalize(self.image_projection(v[:, 0]), dim=-1)  # (B, E)
+        text = F.normalize(self.text_projection(w[:, 0]), dim=-1)
+        logits = image @ text.T * self.log_scale.exp()
+        own = torch.arange(len(v), device=v.device)
+        itc = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        images = torch.cat([own, own, batch.negative_images])  # (3B,)
+        texts = torch.cat([own, batch.negative_texts, own])
+        # index_select, because the backward of indexing is slower, and not deterministic on a CPU.
+        vi, wi, ki = v.index_select(0, images), w.index_select(0, texts), keys.index_select(0, texts)
+        match = self.image_cross(vi, wi, None, ki)[:, 0] * self.text_cross(wi, vi, ki, None)[:, 0]
+        labels = (torch.arange(3 * len(v), device=v.device) < len(v)).long()
+        itm = F.cross_entropy(self.matching(match), labels)
         # Our model also computes three accuracies, a cost that the baseline does not have.
         accuracies = torch.zeros(3, device=mlm.device)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, *accuracies)

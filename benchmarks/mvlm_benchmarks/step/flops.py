@@ -22,42 +22,9 @@ from mvlm.costs.step_cost import give_fake_tensors
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.step.contenders import StepInputs, compute_losses, make_module
 from mvlm_benchmarks.step.inputs import PaddedBatch, make_batch, pad_batch
-from mvlm_benchmarks.step.parts import MATCHING, OTHER, PREFIX, GflopPerPair, mark_model_parts
-from mvlm_benchmarks.step.report import parts_table
+from mvlm_benchmarks.step.report import flops_table
 
 aten = torch.ops.aten
-
-
-class PartCounter(TorchDispatchMode):
-    """Attributes the FLOPs of a counter to the parts marked by `mark_part`, and the rest to `OTHER`.
-
-    Enter it inside the FLOP counter, so that it sees each operation before the counter does.
-    """
-
-    def __init__(self, total: Callable[[], int]) -> None:
-        super().__init__()
-        self._total = total
-        self._open_ranges: list[str] = []
-        self._booked = 0
-        self.counts: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name.startswith("profiler._record_function_enter"):
-            self.close()
-            self._open_ranges.append(args[0])
-        elif name.startswith("profiler._record_function_exit"):
-            self.close()
-            self._open_ranges.pop()
-        return func(*args, **(kwargs or {}))
-
-    def close(self) -> None:
-        """Attribute the FLOPs since the last range began or ended to the part that is open."""
-        parts = [name.removeprefix(PREFIX) for name in self._open_ranges if name.startswith(PREFIX)]
-        name = MATCHING if MATCHING in parts else parts[-1] if parts else OTHER
-        total = self._total()
-        self.counts[name] = self.counts.get(name, 0) + total - self._booked
-        self._booked = total
 
 
 class KnownTokenCount(TorchDispatchMode):
@@ -79,20 +46,15 @@ class KnownTokenCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_flops(loss: Callable[[], Losses]) -> tuple[dict[str, int], int]:
-    """Count the FLOPs of one step: forward by part, and backward in total. `loss` runs the forward pass."""
+def count_flops(loss: Callable[[], Losses]) -> int:
+    """Count the FLOPs of one step, forward and backward. `loss` runs the forward pass."""
     with counter() as total:
-        parts = PartCounter(total.get_total_flops)
-        with parts:
-            losses = loss()
-        parts.close()
-        forward = total.get_total_flops()
-        losses.total.backward()
-        return {name: n for name, n in parts.counts.items() if n}, total.get_total_flops() - forward
+        loss().total.backward()
+        return total.get_total_flops()
 
 
-def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -> GflopPerPair:
-    """Count GFLOP per pair of a contender, for captions of these lengths (B,). Takes seconds, at any batch size."""
+def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -> float:
+    """Count GFLOP per pair of a contender, forward and backward, for captions of these lengths (B,): takes seconds."""
     batch, masks = make_batch(config, lengths)
     negatives = torch.zeros(len(lengths), dtype=torch.int64)  # the count does not depend on their values
     padded = pad_batch(config, batch, masks, negatives, negatives)
@@ -102,10 +64,8 @@ def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -
         give_fake_tensors(module)
         fake = PaddedBatch(*(mode.from_tensor(x) for x in padded))
         inputs = StepInputs(_to_fake(batch, mode), _to_fake(masks, mode), fake, {})
-        with mark_model_parts(module), KnownTokenCount(int(lengths.sum())):
-            parts, backward = count_flops(lambda: compute_losses(contender, module, inputs))
-    scale = 1e9 * len(lengths)
-    return GflopPerPair({name: n / scale for name, n in parts.items()}, backward / scale)
+        with KnownTokenCount(int(lengths.sum())):
+            return count_flops(lambda: compute_losses(contender, module, inputs)) / (1e9 * len(lengths))
 
 
 def _to_fake(item: Any, mode: FakeTensorMode) -> Any:
@@ -118,7 +78,7 @@ def main() -> None:
     """Print the table of docs/evidence/step.md: `base` with 64 captions, of 12 tokens on average and 30 at most."""
     lengths = np.array([30, *[12] * 46, *[11] * 16, 10])
     names = ("timm+roberta", "plain", "fast", "drop_masked")
-    print(parts_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))
+    print(flops_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Report of `mvlm bench step`: tables on the console, JSON, CSV and plot."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,13 @@ import numpy as np
 from mvlm_benchmarks import results
 from mvlm_benchmarks.intervals import NO_DIFFERENCE, ONE_CALL, ratio
 from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
-from mvlm_benchmarks.step.parts import OTHER, PARTS, GflopPerPair
 from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
 COLUMNS = (
     "contender", "pairs_per_s", "pairs_per_s_p20", "pairs_per_s_p80", "cpu_s", "peak_mb", "loss", "vs_eager",
     "vs_eager_low", "vs_eager_high", "verdict", "vs_compiled", "peak_vs_eager", "mfu_pct", "mfu_baseline_pct",
-    "largest_batch", "note",
+    "note",
 )  # fmt: skip
 BASELINE = next(iter(BASELINES))
 """The baseline whose FLOPs are counted. Both baselines have the same matrix products."""
@@ -34,7 +32,7 @@ def heading(about: dict[str, Any], setup: Row) -> str:
     )
 
 
-def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu: Gpu | None) -> None:
+def add_figures(rows: list[Row], gflop: dict[str, float], batch: int, gpu: Gpu | None) -> None:
     """Add rates and ratios to the rows of results, computed from their seconds per round.
 
     `vs_eager` and `vs_compiled` are speeds relative to the fastest eager and the fastest compiled baseline: medians of
@@ -70,31 +68,17 @@ def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu
         if gpu is not None:
             own = gflop.get(eager_name(row["contender"]), gflop[BASELINE])
             for name, count in (("mfu_pct", own), ("mfu_baseline_pct", gflop[BASELINE])):
-                row[name] = 100 * 1e9 * count.total * row["pairs_per_s"] / gpu.flops
+                row[name] = 100 * 1e9 * count * row["pairs_per_s"] / gpu.flops
 
 
 def _fastest(rows: list[Row]) -> Row | None:
     return min(rows, key=lambda row: float(np.median(row["seconds"])), default=None)
 
 
-def parts_table(gflop: dict[str, GflopPerPair]) -> str:
-    """Table of GFLOP per pair by contender: forward by part, totals, and the ratio to the baseline."""
-    baseline = gflop[BASELINE].total
-    parts = [part for part in (*PARTS, OTHER) if any(count.forward.get(part, 0) >= 5e-4 for count in gflop.values())]
-
-    def line(title: str, values: Iterable[float]) -> str:
-        return f"{title:16}" + "".join(f"{value:16.3f}" for value in values)
-
-    return "\n".join(
-        [
-            "",
-            f"{'GFLOP per pair':16}" + "".join(f"{name:>16}" for name in gflop),
-            *(line(part, (count.forward.get(part, 0.0) for count in gflop.values())) for part in parts),
-            line("forward", (sum(count.forward.values()) for count in gflop.values())),
-            line("and backward", (count.total for count in gflop.values())),
-            line("over baseline", (count.total / baseline for count in gflop.values())),
-        ]
-    )
+def flops_table(gflop: dict[str, float]) -> str:
+    """GFLOP per pair, forward and backward, of each contender, and its ratio to the baseline's."""
+    counts = [f"{name} {count:.1f} ({count / gflop[BASELINE]:.2f})" for name, count in gflop.items()]
+    return f"\nGFLOP per pair (over the baseline's): {', '.join(counts)}"
 
 
 def table(rows: list[Row]) -> str:
@@ -104,7 +88,7 @@ def table(rows: list[Row]) -> str:
         ("CPU s", "cpu_s", 8), ("x eager", "vs_eager", 8), ("x compiled", "vs_compiled", 11), ("peak MB", "peak_mb", 9),
         ("x eager", "peak_vs_eager", 8), ("loss", "loss", 9),
     ]  # fmt: skip
-    gpu_only = [("MFU %", "mfu_pct", 7), ("baseline's %", "mfu_baseline_pct", 13), ("batch", "largest_batch", 7)]
+    gpu_only = [("MFU %", "mfu_pct", 7), ("baseline's %", "mfu_baseline_pct", 13)]
     columns += [column for column in gpu_only if any(row.get(column[1]) is not None for row in rows)]
     lines = ["", f"{'contender':28}" + "".join(f"{title:>{width}}" for title, _, width in columns)]
     for row in rows:
@@ -128,16 +112,13 @@ def _cell(value: float | None, width: int) -> str:
     return f"{value:>{width}.{3 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
-def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str, GflopPerPair]) -> dict[str, Any]:
+def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str, float]) -> dict[str, Any]:
     """Content of the JSON file. Contenders without figures are in `not_timed`, each with the reason."""
     names = {BASELINE: "baseline"}
     return {
         "machine": about,
         "setup": setup,
-        "gflop_per_pair": {names.get(name, name): count.total for name, count in gflop.items()},
-        "gflop_by_part": {
-            names.get(name, name): {**count.forward, "backward": count.backward} for name, count in gflop.items()
-        },
+        "gflop_per_pair": {names.get(name, name): count for name, count in gflop.items()},
         "rows": [{key: row.get(key) for key in COLUMNS} for row in rows if "seconds" in row],
         "not_timed": [{key: row[key] for key in ("contender", "note")} for row in rows if "seconds" not in row],
     }  # fmt: skip

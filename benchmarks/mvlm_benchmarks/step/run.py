@@ -38,8 +38,6 @@ from mvlm_benchmarks.step.contenders import (
     make_contenders,
     make_inputs,
 )  # fmt: skip
-from mvlm_benchmarks.step.largest_batch import find_largest_batches
-from mvlm_benchmarks.step.profile import profile_steps
 from mvlm_benchmarks.step.timing import ROUND_COLUMNS, measure_rounds
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels.hardware import peak_rates
@@ -66,9 +64,7 @@ def run(
     json: Path | None = None,
     csv: Path | None = None,
     plot: Path | None = None,
-    profile: Path | None = None,
     seconds: float | None = None,
-    largest_batch: bool = False,
 ) -> dict[str, Any]:
     """Check all losses, time steps, print tables and write files. Returns the content of the JSON file.
 
@@ -79,10 +75,7 @@ def run(
         threads: CPU threads; 0 for torch's default.
         optimizer: include AdamW in the step.
         json, csv, plot: files, or None. Beside the CSV, NAME.rounds.csv gets every timed step as soon as it is timed.
-        profile: folder for a profile of one step per contender, or None.
         seconds: no round is started that would end after so many. None: no limit.
-        largest_batch: on a GPU, search for the largest batch of each contender. That takes many steps, and compiles
-            compiled contenders again for each batch.
 
     Raises:
         ConfigError: an unknown preset, contender, device or precision, or a number that is too small.
@@ -112,18 +105,13 @@ def run(
         notes = check_losses(ready, model, inputs, precision)
         counted = (report.BASELINE, *IMPLEMENTATIONS)
         gflop = {name: flops.gflop_per_pair(config, lengths, name) for name in counted}
-        print(report.parts_table(gflop), flush=True)
+        print(report.flops_table(gflop), flush=True)
         runnable = [contender for contender in ready if contender.name not in notes]
         written = _round_writer(csv, about)
         rows = measure_rounds(runnable, inputs, rounds, budget, written)
-        if largest_batch and chosen.type == "cuda":
-            find_largest_batches(rows, runnable, model, batch)
         rows += [{"contender": name, "note": note} for name, note in notes.items()]
         report.add_figures(rows, gflop, batch, peak_rates(about["device"]))
         print(report.table(rows), flush=True)
-        if profile is not None:
-            timed = {row["contender"] for row in rows if "seconds" in row}
-            profile_steps([contender for contender in runnable if contender.name in timed], inputs, profile)
     result = report.as_json(rows, about, setup, gflop)
     report.write(result, json_file=json, csv_file=csv, plot_file=plot)
     return result

@@ -39,7 +39,6 @@ def run_command(monkeypatch, capsys, *words: str) -> tuple[int, str, list[str]]:
         (["--peers", "eager", "sdpa"], "got 'sdpa'"),
         (["--dtype", "int8"], "dtype: wanted auto, bf16, fp16, fp32, got 'int8'"),
         (["--device", "tpu"], "device: wanted auto, cpu or cuda, got 'tpu'"),
-        (["--device", "cpu", "--base", "no-such-revision"], "base: wanted a git revision"),
     ],
 )
 def test_wrong_arguments_are_one_line(monkeypatch, capsys, words, said) -> None:

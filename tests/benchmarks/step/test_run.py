@@ -1,10 +1,9 @@
-"""`mvlm bench step` at a micro size: checks before timing, files, profile, largest batch, command line."""
+"""`mvlm bench step` at a micro size: checks before timing, files, command line."""
 
 import csv
 import json
 import re
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.captions import caption_lengths
-from mvlm_benchmarks.step import contenders, largest_batch, run, timing
-from mvlm_benchmarks.step.contenders import Contender
-from mvlm_benchmarks.step.parts import PARTS
+from mvlm_benchmarks.step import contenders, run, timing
 from support.benchmarks import micro_config
 
 MICRO = micro_config()
@@ -39,14 +36,13 @@ class FinishedRun:
     json: Path
     csv: Path
     plot: Path
-    profile: Path
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> FinishedRun:
     """One run of the eager contenders that writes every file."""
     folder = tmp_path_factory.mktemp("step")
-    files = {"json": folder / "new/s.json", "csv": folder / "s.csv", "plot": folder / "s.svg", "profile": folder / "p"}
+    files = {"json": folder / "new/s.json", "csv": folder / "s.csv", "plot": folder / "s.svg"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MaskVLMConfig, "preset", classmethod(lambda cls, name, **changes: MICRO))
         result = run.run("tiny", 4, 3, EAGER, precision="fp32", device="cpu", **files)
@@ -69,8 +65,6 @@ def test_json_holds_figures_of_every_contender(finished: FinishedRun) -> None:
     baselines = [row for row in found["rows"] if row["contender"] in contenders.BASELINES]
     assert max(baselines, key=lambda row: row["pairs_per_s"])["vs_eager"] == 1
     assert found["rows"][0]["vs_compiled"] is None
-    for name, parts in found["gflop_by_part"].items():
-        assert sum(parts.values()) == pytest.approx(found["gflop_per_pair"][name])
 
 
 @pytest.mark.slow
@@ -102,15 +96,6 @@ def test_ratio_to_the_baseline_has_an_interval_and_a_verdict(finished: FinishedR
     (fastest,) = [row for row in baselines if row["vs_eager_low"] == row["vs_eager_high"] == 1]
     assert fastest["verdict"] == ""
     assert all(row["verdict"] in ("faster", "slower", "no difference") for row in rows if row is not fastest)
-
-
-@pytest.mark.slow
-def test_profile_writes_a_trace_with_every_part(finished: FinishedRun) -> None:
-    assert (finished.profile / "breakdown.png").stat().st_size > 5000
-    for name in EAGER:
-        events = json.loads((finished.profile / f"{name}.trace.json").read_text())["traceEvents"]
-        ranges = {e["name"] for e in events if str(e.get("name", "")).startswith("part:")}
-        assert ranges >= {f"part:{part}" for part in (*PARTS, "backward", "optimizer")}
 
 
 @pytest.mark.slow
@@ -222,74 +207,6 @@ def test_wrong_arguments_are_config_errors(changes, message) -> None:
         run.run(**({"preset": "tiny", "batch": 4, "rounds": 1} | changes))
 
 
-@pytest.mark.parametrize("limit, found", [(3, 0), (4, 4), (7, 7), (100, range(88, 101))])
-def test_largest_batch_is_found_by_bisection(limit, found) -> None:
-    tried = []
-
-    def fits(number: int) -> bool:
-        tried.append(number)
-        return number <= limit
-
-    got = largest_batch.largest_that_fits(fits, 4)
-    assert got in found if isinstance(found, range) else got == found
-    assert len(tried) <= 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "error, beyond, found, note",
-    [
-        (torch.OutOfMemoryError("no room"), 40, 40, ""),
-        (RuntimeError("invalid configuration argument"), 40, 40, "a batch of 44 ends with"),
-        (RuntimeError("the device is lost"), 0, None, "the largest batch was not found"),
-    ],
-)
-def test_error_in_the_search_for_the_largest_batch_keeps_the_figures(monkeypatch, error, beyond, found, note) -> None:
-    model = MaskVLM(MaskVLMConfig.preset("tiny", text_length=8))
-    monkeypatch.setattr(largest_batch, "make_inputs", lambda _, lengths, device: len(lengths))
-
-    def time_step(_, batch: int) -> None:
-        if batch > beyond:
-            raise error
-
-    def empty_cache() -> None:
-        if not beyond:
-            raise error
-
-    monkeypatch.setattr(largest_batch, "time_step", time_step)
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    row: dict = {"contender": "fast", "note": "", "seconds": [1.0]}
-    largest_batch.find_largest_batches([row], [Contender("fast", model, model, None, nullcontext)], model, 8)
-    assert row["note"].startswith(note)
-    assert bool(row["note"]) == bool(note)
-    assert row.get("largest_batch") == (None if found is None else pytest.approx(found, rel=1 / 8))
-
-
-@pytest.mark.slow
-def test_the_largest_batch_is_sought_without_the_moments_of_other_contenders(monkeypatch) -> None:
-    torch.manual_seed(0)
-    inputs = contenders.make_inputs(MaskVLM(MICRO), caption_lengths(3, 12, 8), torch.device("cpu"))
-    model = MaskVLM(MICRO)
-    ready = contenders.make_contenders(("timm+roberta", "plain", "fast"), model, True)
-    for contender in ready:
-        timing.time_step(contender, inputs)
-    found = []
-
-    def time_step(contender: Contender, _: Any) -> None:
-        filled = [one.name for one in ready if one.optimizer is not None and one.optimizer.state]
-        found.append((contender.name, filled))
-        timing.time_step(contender, inputs)
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(largest_batch, "time_step", time_step)
-    rows: list[dict] = [{"contender": one.name, "note": "", "seconds": [1.0]} for one in ready]
-    largest_batch.find_largest_batches(rows, ready, model, 3)
-    assert found == [("timm+roberta", ["timm+roberta"]), ("plain", []), ("fast", [])]
-    assert not any(
-        one.optimizer.state for one in ready if one.optimizer is not None
-    )  # nor half of them after the error
-
-
 def test_command_passes_its_flags(monkeypatch, tmp_path) -> None:
     from mvlm import cli
 
@@ -323,4 +240,4 @@ def test_commands_of_the_page_are_accepted(monkeypatch) -> None:
         assert words[0] == "mvlm"
         cli.run_command(words[1:])
     assert checked[0] == contenders.CONTENDERS
-    assert len(checked) == 4
+    assert len(checked) == 3

@@ -1,4 +1,4 @@
-"""Cloze test for the objects of scenes: `python -m mvlm_benchmarks.run.name_probe SCENES RUN`.
+"""Cloze test for the objects of scenes: `python studies/name_probe.py SCENES RUN`.
 
 All tokens of an object's name are masked in the caption that lists a scene's objects. The model names the object if it
 predicts each of them, given the image and the rest of the caption. Objects that are there once are asked for.

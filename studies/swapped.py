@@ -1,6 +1,6 @@
 """Time of other libraries' models with the kernels swapped in, relative to the originals.
 
-    python -m mvlm_benchmarks.step.swapped [--rounds N] [--json FILE]
+    python studies/swapped.py [--rounds N] [--json FILE]
 
 On a CPU, in processor time of one thread: forward and backward, in turns. A ratio below 1 means that the swap gains.
 """

@@ -1,4 +1,4 @@
-"""Recall of unseen concepts by what their captions say: `python -m mvlm_benchmarks.run.unseen_words RUN DATA`.
+"""Recall of unseen concepts by what their captions say: `python studies/unseen_words.py RUN DATA`.
 
 A model that learns from captions alone can find a new concept by words that it knows from others, as "brown circle".
 It cannot know what "lobster" means if no training caption says it. So unseen concepts are counted by the words of their

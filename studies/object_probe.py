@@ -1,4 +1,4 @@
-"""Linear probe for objects and places in image features: `python -m mvlm_benchmarks.run.object_probe SCENES RUN`.
+"""Linear probe for objects and places in image features: `python studies/object_probe.py SCENES RUN`.
 
 A linear classifier reads an object's kind from the features of the patch at the object's centre, another the number of
 a patch from its features. They are fitted on scenes of the train split and judged on those of the validation split. The

@@ -1,1 +1,0 @@
-"""Vector engines compared: recall, latency, size and build time at a million vectors."""
