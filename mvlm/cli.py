@@ -13,7 +13,7 @@ from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.bench import bench
 from mvlm.commands.data import tasks as data_tasks
 from mvlm.commands.doctor import doctor
-from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
+from mvlm.commands.finetune import eval_caption, eval_task, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Evaluation": {
         "eval retrieval": evaluate.eval_retrieval,
         "eval grounding": evaluate.eval_grounding,
-        "eval vqa": eval_vqa,
+        "eval vqa": eval_task("vqa"),
         "eval entailment": eval_task("entailment"),
         "eval pairs": eval_task("pairs"),
         "eval caption": eval_caption,

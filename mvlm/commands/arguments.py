@@ -64,7 +64,7 @@ def check_renamed(words: Sequence[str], prog: str) -> None:
 
 def check_removed(words: Sequence[str], prog: str) -> None:
     """ConfigError for a flag of a setting that is gone."""
-    if not f"{prog} ".startswith(("mvlm pretrain ", "mvlm finetune ")):
+    if not f"{prog} ".startswith(("mvlm pretrain ", "mvlm finetune ", "mvlm eval ")):
         return
     from mvlm.config.json_files import REMOVED
 

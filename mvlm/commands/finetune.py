@@ -76,7 +76,7 @@ def _evaluate(
             check_format(task)
             check_no_input(predictions, out, flag="predictions")
             check_replaced(predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions")
-        for name in ("candidates", "lengths", "iterations"):
+        for name in ("lengths", "iterations"):
             if (number := changes.get(name)) is not None and number < 1:
                 raise ConfigError(f"{name}: wanted at least 1, got {number}")
 
@@ -123,32 +123,6 @@ def eval_task(task: str) -> Callable[..., None]:
     return evaluate
 
 
-def eval_vqa(
-    *,
-    checkpoint: Path,
-    data: Path,
-    split: str = "test",
-    out: Path | None = None,
-    predictions: Path | None = None,
-    device: str = "auto",
-    candidates: int | None = None,
-    generate: bool | None = None,
-) -> None:
-    """Evaluate a run of `mvlm finetune vqa` on a data set.
-
-    Args:
-        checkpoint: Run folder of `mvlm finetune vqa`, or one of its checkpoints.
-        data: Folder of shards.
-        split: Split to evaluate on.
-        out: JSON file for the figures and the predictions. Default: print the figures only.
-        predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
-        device: auto, cpu or cuda.
-        candidates: Answers of the list that the decoder judges in full. Default: the run's.
-        generate: True: answers are generated; False: they are chosen from the list. Default: as the run.
-    """
-    _evaluate("vqa", checkpoint, data, split, out, predictions, device, candidates=candidates, generate=generate)
-
-
 def eval_caption(
     *,
     checkpoint: Path,
@@ -159,7 +133,6 @@ def eval_caption(
     device: str = "auto",
     lengths: int | None = None,
     iterations: int | None = None,
-    order: Literal["mask-predict", "left-to-right"] | None = None,
     choose_by: Literal["itm", "likelihood"] | None = None,
 ) -> None:
     """Evaluate a run of `mvlm finetune caption` on a data set.
@@ -173,8 +146,7 @@ def eval_caption(
         device: auto, cpu or cuda.
         lengths: Number of lengths to try: a caption is written for each of the likeliest. Default: the run's.
         iterations: Passes of mask-predict. Default: the run's.
-        order: Order in which words are decided. Default: the run's.
         choose_by: Figure that chooses among the lengths. Default: the run's.
     """
-    options = {"lengths": lengths, "iterations": iterations, "order": order, "choose_by": choose_by}
+    options = {"lengths": lengths, "iterations": iterations, "choose_by": choose_by}
     _evaluate("caption", checkpoint, data, split, out, predictions, device, **options)

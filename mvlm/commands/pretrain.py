@@ -98,5 +98,5 @@ def _grouped_type(groups: tuple[type, ...], with_model: bool) -> type:
 
 
 def _title(group: type) -> str:
-    """The title of a group's box: RunSettings -> run."""
-    return group.__name__.removesuffix("Settings").lower()
+    """The title of a group's box: RunSettings -> run, TaskOptions -> task."""
+    return group.__name__.removesuffix("Settings").removesuffix("Options").lower()

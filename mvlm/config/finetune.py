@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mvlm.config.groups import ObjectiveSettings, WeightSettings
 from mvlm.config.pretrain import GROUPS as RUN_GROUPS
@@ -15,8 +15,8 @@ TASK_NAMES = ("vqa", "entailment", "retrieval", "pairs", "caption")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """The task, the weights it starts from, and its baselines. A resumed run keeps these, but for `checkpoint`."""
+class StartSettings:
+    """The task and the weights that it starts from. A resumed run keeps these, but for `checkpoint`."""
 
     resume_may_change: ClassVar[bool] = False
 
@@ -34,38 +34,45 @@ class TaskSettings:
     questions_per_image: Annotated[int, AT_LEAST_1] = 1
     """Questions about one image that a batch has together (vqa, entailment, pairs). With more than 1, a batch encodes
     each of its images once."""
+    random_weights: bool = False
+    """Baseline: start from random weights of the pretrained model's architecture."""
+    freeze: Literal["none", "encoders", "all"] = "none"
+    """Weights that stay as they are: none, those of both encoders, or all but the head's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Options of the tasks, saved with a task's weights. A task reads those that name it."""
+
+    resume_may_change: ClassVar[bool] = False
+
+    blind: Literal["no", "image", "text"] = "no"
+    """Baseline: train and evaluate without the image (uniform grey) or without the text (every word is [MASK])."""
     min_count: Annotated[int, AT_LEAST_1] = 1
     """An answer is listed if it is the most frequent one of this many training questions or more (vqa; VQA v2: 9)."""
-    answers: Literal["decoder", "classifier", "masked"] = "decoder"
-    """Form of vqa: the paper's autoregressive decoder, a classifier over the list of answers, or the answer's words
-    masked and predicted, as in pretraining."""
+    answers: Literal["classifier", "masked"] = "classifier"
+    """Form of vqa: a classifier over the list of answers, or the answer's words masked and predicted, as in
+    pretraining."""
     answer_list: Path | None = None
     """A JSON list of answers (vqa), all of them to training questions. Default: those of the training split."""
-    candidates: Annotated[int, AT_LEAST_1] = 128
-    """Answers of the list that vqa's decoder judges in full: those with the likeliest first tokens."""
-    generate: bool = False
-    """vqa generates its answers in evaluations, instead of choosing them from the list (decoder, masked)."""
     rerank: Annotated[int, AT_LEAST_1] = 32
     """Candidates of each query that ITM re-ranks in evaluations (retrieval; 128 for Flickr30k, 256 for COCO)."""
     lengths: Annotated[int, AT_LEAST_1] = 5
     """Number of lengths that caption tries in evaluations: it writes a caption for each of the image's likeliest."""
     iterations: Annotated[int, AT_LEAST_1] = 10
     """Passes of mask-predict (caption)."""
-    order: Literal["mask-predict", "left-to-right"] = "mask-predict"
-    """Order in which caption decides words: the surest first, again and again; or one after another, the baseline."""
     choose_by: Literal["itm", "likelihood"] = "likelihood"
-    """Figure that chooses among captions of different lengths: mean log-likelihood, or image-text matching, which
-    caption does not train."""
-    random_weights: bool = False
-    """Baseline: start from random weights of the pretrained model's architecture."""
-    blind: Literal["no", "image", "text"] = "no"
-    """Baseline: train and evaluate without the image (uniform grey) or without the text (every word is [MASK])."""
-    freeze: Literal["none", "encoders", "all"] = "none"
-    """Weights that stay as they are: none, those of both encoders, or all but the head's."""
+    """Figure that chooses among captions of different lengths: a token's mean log-likelihood, or ITM's log-odds, whose
+    head judges features that it was not trained on, because caption trains the encoders without it."""
+
+    def plain(self) -> dict[str, Any]:
+        """The options alone, as plain values for JSON."""
+        values = {option.name: getattr(self, option.name) for option in fields(TaskOptions)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TaskSettings, PretrainConfig):
+class FinetuneConfig(TaskOptions, StartSettings, PretrainConfig):
     """Configuration of a fine-tuning run. `model` follows from the checkpoint."""
 
     def __post_init__(self) -> None:
@@ -76,10 +83,11 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"wanted no settings of pretraining alone, got {flags}; leave them out")
         super().__post_init__()
-        if self.task == "vqa" and self.generate and self.answers == "classifier":
-            raise ConfigError(
-                "generate: wanted answers of decoder or masked, got classifier; a classifier only chooses"
-            )
+
+    @property
+    def options(self) -> TaskOptions:
+        """The options of the task among the settings."""
+        return TaskOptions(**{option.name: getattr(self, option.name) for option in fields(TaskOptions)})
 
 
 _NOT_READ = (ObjectiveSettings, WeightSettings)
@@ -90,5 +98,5 @@ PRETRAINING_ONLY = (
     *("compile", "cuda_graphs", "local_negatives"),
 )
 """Settings that fine-tuning does not read. It refuses other values than their defaults, and a rate of pixels but 0."""
-GROUPS: tuple[type, ...] = (TaskSettings, *(group for group in RUN_GROUPS if group not in _NOT_READ))
+GROUPS: tuple[type, ...] = (StartSettings, TaskOptions, *(group for group in RUN_GROUPS if group not in _NOT_READ))
 """Groups of settings, in the order of --help."""

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from mvlm.config.finetune import TaskOptions
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig, resume_may_change
 from mvlm.errors import ConfigError, RunError
@@ -26,15 +27,20 @@ class Removed(NamedTuple):
 
 
 REMOVED = {
+    "candidates": Removed(128, "0.2.0"),
     "color_jitter": Removed(0.0, "0.2.0"),
+    "generate": Removed(False, "0.2.0"),
     "low_resolution": Removed(0, "0.2.0"),
     "low_resolution_share": Removed(0.85, "0.2.0"),
+    "order": Removed("mask-predict", "0.2.0"),
     "reconstruction_first": Removed(0, "0.2.0"),
     "skip_spikes": Removed(False, "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
 without it. At another value it is refused: the run or the model would be another one."""
 _KEPT = Removed(object(), "")
+_DECODER = Removed("decoder", "0.2.0")
+"""The form of vqa that was the default of `answers`. Other tasks do not read that setting."""
 
 
 def model_config(values: Any, where: str) -> MaskVLMConfig:
@@ -77,7 +83,10 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model."""
-    return {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
+    kept = {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
+    if not prefix and kept.get("answers") == _DECODER.default and kept.get("task", "vqa") != "vqa":
+        del kept["answers"]
+    return kept
 
 
 def check_removed(values: dict[str, Any], where: str, prefix: str = "") -> None:
@@ -88,6 +97,11 @@ def check_removed(values: dict[str, Any], where: str, prefix: str = "") -> None:
                 f"{where}: {prefix}{name}: wanted its default, {json.dumps(gone.default)}, as the setting is gone, got "
                 f"{json.dumps(value, default=str)}; mvlm {gone.last} is the last version that has it"
             )
+    if not prefix and values.get("answers") == _DECODER.default:
+        raise ConfigError(
+            f"{where}: answers: wanted classifier or masked, got decoder, which is gone; mvlm {_DECODER.last} is the "
+            f"last version that has it"
+        )
 
 
 def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +123,12 @@ def run_config(values: Any, where: str, kind: type[PretrainConfig] = PretrainCon
         values = {name: value for name, value in values.items() if name != "format_version"}
         values |= {"model": model_config(values.get("model"), where)}
     return _from_json(kind, values, where, "setting")
+
+
+def task_options(values: dict[str, Any], task: str, where: str) -> TaskOptions:
+    """Make the options of a task from those in a checkpoint; `where` and errors are as for `model_config`."""
+    values = without_removed(values | {"task": task})
+    return _from_json(TaskOptions, {name: x for name, x in values.items() if name != "task"}, where, "option")
 
 
 def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "") -> Any:

@@ -21,16 +21,12 @@ from mvlm.model.residual import Branch, adds_bias_later, project
 from mvlm_kernels import gelu_linear
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Attention: softmax(q k^T / sqrt(D)) v. SDPA computes it, or two matrix products where those are faster on a CPU.
 
-    q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. With `causal`, query i reads
-    the keys 0 to i only. Returns (B, H, Lq, D).
+    q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. Returns (B, H, Lq, D).
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
-    if causal:
-        past = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()  # True = read
-        mask = past if mask is None else mask & past
     if q.device.type == "cpu" and backends.cpu_backend(q.dtype, k.shape[2], torch.is_grad_enabled()) == "math":
         return backends.math_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -51,22 +47,19 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None, causal: bool = False) -> Branch:
-        """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = a key. Returns (B, Lq, C).
-
-        With `causal`, row i of x reads the rows 0 to i of memory only.
-        """
+    def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Branch:
+        """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = a key. Returns (B, Lq, C)."""
         q, k, v = self.query(x), self.key(memory), self.value(memory)
-        return project(self.out, self._attend(q, k, v, key_mask, causal))
+        return project(self.out, self._attend(q, k, v, key_mask))
 
     def packed(self, x: Tensor, packing: Packing) -> Branch:
         """Self-attention of packed sequences x (T, C) -> (T, C). Rows are padded only for the softmax."""
         q, k, v = (packing.pad(projection(x)) for projection in (self.query, self.key, self.value))
         return project(self.out, packing.unpad(self._attend(q, k, v, packing.key_mask)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool = False) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C)."""
-        heads = attend(self._split(q), self._split(k), self._split(v), key_mask, causal)  # (B, H, Lq, D)
+        heads = attend(self._split(q), self._split(k), self._split(v), key_mask)  # (B, H, Lq, D)
         return heads.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:

@@ -86,16 +86,15 @@ class CrossEncoder(nn.Module):
         key_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         first_row_only: bool = False,
-        causal: bool = False,
     ) -> Tensor:
         """x (B, L, C) attends to itself and to memory (B, M, C); masks bool (B, L) and (B, M), True = the row exists.
 
         Returns (B, L, C). With `first_row_only` it returns the first row (B, 1, C), and the last block computes no
-        other. With `causal`, row i of x reads the rows 0 to i of x only, in self-attention.
+        other.
         """
 
         def attend_self(attention: Attention, y: Tensor) -> Branch:
-            return attention(y, y, key_mask, causal)
+            return attention(y, y, key_mask)
 
         def attend_self_first(attention: Attention, y: Tensor) -> Branch:
             return attention(first_row(y), y, key_mask)

@@ -1,6 +1,6 @@
 """Attention for the fast implementation: padded or packed sequences, a subset of query rows, cached keys and values.
 
-`attend_self`, `attend_causal` and `attend_cross` make the functions that a block calls for its attention.
+`attend_self` and `attend_cross` make the functions that a block calls for its attention.
 
 Shape legend: B sequences, L rows of the longest sequence, T packed rows, C width, K selected rows, R query sequences.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
 from mvlm.model.attention import Attend, Attention, TextPooling
-from mvlm.model.attention import attend as attend_heads
 from mvlm.model.cross_encoder import CrossBlock, CrossEncoder, KeyValueCache, SelectRows
 from mvlm.model.packing import Packing
 from mvlm.model.residual import Branch, Residual
@@ -48,18 +47,6 @@ def attend_self(packing: Packing | None, read: Selection | None = None) -> Atten
             queries = packing if read is None else read.packing
             heads = backends.text_attention(q, k, v, queries, packing, None, attention.text_backend)
         return attention.project_out(heads)
-
-    return attend
-
-
-def attend_causal(packing: Packing) -> Attend:
-    """Make the causal self-attention of packed rows (T, C): a row reads itself and earlier rows of its sequence."""
-
-    def attend(attention: Attention, y: Tensor) -> Branch:
-        # Padding comes after a sequence, so no row reads it, and no mask of keys is needed.
-        q, k, v = (packing.pad(x).transpose(1, 2) for x in attention.queries_keys_values(y.to(compute_dtype(y))))
-        heads = attend_heads(q, k, v, causal=True).transpose(1, 2)  # (B, L, H, D)
-        return attention.project_out(packing.unpad(heads))
 
     return attend
 
@@ -108,7 +95,6 @@ def encode_rows(
     packing: Packing | None,
     cache: KeyValueCache,
     key_index: backends.KeyIndex | None = None,
-    causal: bool = False,
     repeat: Selection | None = None,
     read: Selection | None = None,
 ) -> Tensor:
@@ -119,7 +105,6 @@ def encode_rows(
     Args:
         cache: rows of the other stream, whose keys and values are computed once a layer.
         key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
-        causal: self-attention of packed rows reads no later row. Not with `read`.
         repeat: repeats sequences that have several partners, after the self-attention of the first block.
         read: the rows that the caller reads, of those repeated. The last block computes no other.
     """
@@ -132,9 +117,8 @@ def encode_rows(
             cross = attend_cross(block, read.packing, cache, key_index)
             return encoder.finish(block(rows, attend_self(packing, read), cross, select=read.select))
         after = repeat.packing if repeat else packing
-        attend = attend_causal(packing) if causal and packing else attend_self(packing)
         cross = attend_cross(block, after, cache, key_index)
-        rows = block(rows, attend, cross, select_between=repeat.select if repeat else None)
+        rows = block(rows, attend_self(packing), cross, select_between=repeat.select if repeat else None)
         packing, repeat = after, None
     return encoder.finish(rows)
 

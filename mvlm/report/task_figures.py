@@ -33,7 +33,7 @@ TYPES = {
     "recall": "Recall of each label, %",
 }
 """Titles of figures that have a value for each type."""
-OPTIONS = ("candidates", "generate", "lengths", "iterations", "order", "choose_by")
+OPTIONS = ("lengths", "iterations", "choose_by")
 """Options of an evaluation that `mvlm eval TASK` writes beside its figures, if they were given."""
 
 

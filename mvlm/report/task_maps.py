@@ -21,9 +21,8 @@ from mvlm.inference.encode import packed_tokens
 from mvlm.model.cross_encoder import CrossEncoder
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.caption import Captioning
-from mvlm.tasks.decoder import AnswerTable
 from mvlm.tasks.entailment import Entailment
-from mvlm.tasks.masked_answers import answers_loss, mask_features
+from mvlm.tasks.masked_answers import AnswerTable, answers_loss, mask_features
 from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.task import Task
 from mvlm.tasks.vqa import VisualQuestionAnswering
@@ -101,19 +100,13 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
     first = "[CLS]", 0, 1
     batch, number = _batch(images, tokens, bounds), task.images if isinstance(task, Pairs) else 1
     one = torch.zeros(1, dtype=torch.int64)
-    if vqa and vqa.decodes:
-        with _recorded(vqa.decoder.fusion) as layers:
-            question = vqa.decoder.question(vqa.model, batch, "plain")
-            answer = AnswerTable([predicted], vqa.tokenizer, vqa.config.text_length).select(one)
-            score = vqa.decoder.log_likelihoods(vqa.model, question, answer, one, "plain")[0]
-        probability = score.exp()
-    elif vqa and vqa.masked:
+    if vqa and vqa.masked:
         with _recorded(vqa.model.text_cross) as layers:
             x = mask_features(vqa.model, batch, before, "plain")
             table = AnswerTable([predicted], vqa.tokenizer, before + 1)
             score = -answers_loss(vqa.model, x, table.select(one), one, x.new_ones(1), "plain")[0]
         layers = layers[:-1] or layers  # the question's words have no effect in the last one
-        first = "[MASK]", 1, max(2, int(table.lengths) - 1)  # of no answer, the [MASK] of its end
+        first = "[MASK]", 1, max(2, int(table.lengths))  # of no answer, the [MASK] of its end
         probability = score.exp()
     elif isinstance(task, VisualQuestionAnswering | Entailment | Pairs):
         labels = task.state["answers" if isinstance(task, VisualQuestionAnswering) else "labels"]

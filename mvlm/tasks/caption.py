@@ -150,7 +150,7 @@ class Captioning(Task):
         lengths = 1 + self.head(v[:, 0]).topk(candidates).indices.flatten()  # (R,), the R = B x candidates captions
         of = torch.arange(len(v), device=v.device).repeat_interleave(candidates)
         writer = Writer(self.model, v, of, lengths, self.tokenizer, plan)
-        writer.write(self.options.order, self.options.iterations)
+        writer.write(self.options.iterations)
         scores = writer.match() if self.options.choose_by == "itm" else writer.mean_log_probability()
         best = scores.view(-1, candidates).argmax(1)
         rows = (torch.arange(len(v), device=v.device) * candidates + best).tolist()
@@ -199,13 +199,8 @@ class Writer:
         self.words = torch.full(self.exists.shape, model.config.mask_token_id, device=v.device)
         self.log_p = at_least_float32(v.new_zeros(self.exists.shape))
 
-    def write(self, order: str, iterations: int) -> None:
-        """Decide all words: by mask-predict in `iterations` passes, or from left to right, one in a pass."""
-        places = torch.arange(self.words.shape[1], device=self.v.device)
-        if order == "left-to-right":
-            for place in range(self.words.shape[1]):
-                self.predict(self.exists & (places == place))
-            return
+    def write(self, iterations: int) -> None:
+        """Decide all words by mask-predict, in `iterations` passes."""
         self.predict(self.exists)
         for done in range(1, iterations):
             again = self.lengths * (iterations - done) // iterations  # (R,), words to choose again

@@ -62,11 +62,8 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
     with FakeTensorMode():
         give_fake_tensors(model)
         state, targets = kind.example(shape.pairs)
-        # The answer decoder's shapes depend on the questions, so vqa is counted as a classifier.
-        head, (batch, masks) = (
-            kind(model, TaskOptions(answers="classifier"), state),
-            fake_microbatch(config, shape.pairs, shape.tokens, shape.longest),
-        )
+        head = kind(model, TaskOptions(), state)
+        batch, masks = fake_microbatch(config, shape.pairs, shape.tokens, shape.longest)
         images = state.get("images", 1)
         if images > 1:  # a strip of images, side by side
             batch = replace(batch, images=batch.images.repeat(1, 1, 1, images))

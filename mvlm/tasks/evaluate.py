@@ -9,13 +9,13 @@ import torch
 from mvlm.device import autocast, chosen_precision
 from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.distributed.world import World
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import RunError
 from mvlm.evaluation.workspace import ALONE, SAME_WORK, Workspace
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.trained_model import hash_of
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.retrieval import Retrieval
-from mvlm.tasks.task import Task, TaskOptions
+from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
 
@@ -85,20 +85,6 @@ def join_records(parts: list[list[dict[str, Any]]], samples: int) -> list[dict[s
     return found
 
 
-def check_changes(task: str, options: TaskOptions, changes: dict[str, Any]) -> None:
-    """ConfigError for a changed option that no prediction depends on, because of the run's other `options`."""
-    if task == "vqa" and "candidates" in changes:
-        if options.answers != "decoder":
-            raise ConfigError(f"candidates: wanted a run with answers of decoder, got {options.answers}; leave it out")
-        if options.generate:
-            raise ConfigError(
-                "candidates: wanted answers that are chosen from the list, got generated ones; leave it out, or add "
-                "--generate False"
-            )
-    if task == "caption" and "iterations" in changes and options.order != "mask-predict":
-        raise ConfigError(f"iterations: wanted the order mask-predict, got {options.order}; leave one of the two out")
-
-
 def evaluate_task(
     checkpoint: Path,
     data: Path,
@@ -113,14 +99,13 @@ def evaluate_task(
 
     Retrieval ranks the whole split and has no records; `mvlm eval retrieval` says more about it.
 
-    Before anything is predicted: DataError for a split that the task cannot score, ConfigError for a change without
-    effect, and RunError, on rank 0 alone, if ranks have different models, options or data, or compute differently.
+    Before anything is predicted: DataError for a split that the task cannot score, and RunError, on rank 0 alone, if
+    ranks have different models, options or data, or compute differently.
     """
     world = world or ALONE
 
     def prepare() -> tuple[Task, Tokenizer, Dataset]:
         task, tokenizer = load_task(checkpoint, device, kind, **changes)
-        check_changes(task.name, task.options, changes)
         dataset = open_dataset(data, split)
         task.check_split(dataset, task.state)
         return task, tokenizer, dataset
@@ -129,7 +114,7 @@ def evaluate_task(
     about = {"task": task.name, "split": split, "model": hash_of(task.config, tokenizer, task)}
     used = {"data": dataset.fingerprint, "device": task.log_scale.device.type}
     used["precision"] = chosen_precision(task.log_scale.device, precision)
-    check_same(world, {**about, **vars(task.options), **used}, SAME_WORK)
+    check_same(world, {**about, **task.options.plain(), **used}, SAME_WORK)
     if isinstance(task, Retrieval):
         return {**about, **task.evaluate(dataset, tokenizer, precision, Workspace(None, world))}, []
     records = predict_split(task, dataset, tokenizer, precision, world=world)

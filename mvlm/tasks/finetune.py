@@ -26,10 +26,10 @@ from mvlm.files import sha256
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.registry import described_task, find_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.start import architecture_of, starting_model
-from mvlm.tasks.task import Task, TaskLosses, TaskOptions
+from mvlm.tasks.task import Task, TaskLosses
 from mvlm.training.build import check_attention, make_loader, warn_of_cut_texts
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
@@ -104,13 +104,12 @@ class FineTuner(Trainer):
         A warning is logged if the file of the user's own task has changed.
         """
         assert isinstance(self.config, FinetuneConfig)
-        state = read_state(checkpoint)
-        if state.get("task") != self.model.describe():
+        if described_task(checkpoint) != self.model.describe():
             raise RunError(
                 f"{checkpoint}: wanted the task, options and answers of this run, found others; "
                 f"restore the training data, or choose another --out"
             )
-        before, now = state.get("task_file"), self.task_file  # None in checkpoints of earlier versions
+        before, now = read_state(checkpoint).get("task_file"), self.task_file  # None in checkpoints of earlier versions
         if before and now and before != now and self.world.first:
             log.warning(
                 "%s: changed since %s was written (sha256 %s then, %s now); restore the file, or choose another --out, "
@@ -157,7 +156,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     """Open the data and read the model's architecture, and check both before there is a folder."""
     kind = find_task(config.task)
     dataset, validation = open_splits(config)
-    state = kind.make_state(dataset, TaskOptions.of(config))
+    state = kind.make_state(dataset, config.options)
     if validation is not None:
         kind.check_references(validation, state)
     if config.questions_per_image > 1 and not kind.shares:
@@ -168,7 +167,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     if config.freeze == "all" and (kind.whole_batch or (config.task == "vqa" and config.answers == "masked")):
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     architecture, tokenizer = architecture_of(config)
-    longest = kind.longest_text(state, TaskOptions.of(config), tokenizer, architecture)
+    longest = kind.longest_text(state, config.options, tokenizer, architecture)
     warn_of_cut_texts(dataset, tokenizer, longest, "--question-length")
     config = replace(config, model=architecture)
     check_attention(config)
@@ -180,7 +179,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     config = inputs.config
     assert isinstance(config, FinetuneConfig)
     torch.manual_seed(config.seed)
-    options = TaskOptions.of(config)
+    options = config.options
     kind = find_task(config.task)
     if checkpoint:
         model = MaskVLM(config.model)
@@ -222,8 +221,8 @@ def freeze(task: Task, what: str) -> None:
 
 
 def peak_rate(name: str, config: PretrainConfig) -> float:
-    """Peak learning rate of the task's parameter with this name. A decoder starts from copies of the cross encoders."""
+    """Peak learning rate of the task's parameter with this name."""
     assert isinstance(config, FinetuneConfig)
     if name.startswith(("model.image_encoder.", "model.text_encoder.")):
         return config.lr_encoder
-    return config.lr_cross if name.startswith(("model.", "decoder.")) else config.lr_head
+    return config.lr_cross if name.startswith("model.") else config.lr_head

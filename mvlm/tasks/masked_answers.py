@@ -8,20 +8,78 @@ Shape legend: B samples, I images, U questions, T packed tokens, N patches, L to
 are learned, Q their packed tokens, A masks of a text, C width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.fast import make_caches
 from mvlm.model.fast_attention import Selection, encode_rows, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.packing import Packing
 from mvlm.model.residual import Residual
+from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
-from mvlm.tasks.decoder import LOGITS_AT_A_TIME, Answers, AnswerTable, weighted_cross_entropy
 from mvlm_dataloading import Batch, Tokenizer
+
+LOGITS_AT_A_TIME = 1 << 24
+"""Largest number of logits that exist at a time while answers are ranked: 64 MiB in fp32."""
+
+
+class Answers(NamedTuple):
+    """Packed answers, each with the [SEP] behind it."""
+
+    tokens: Tensor
+    """int64 (Q,)."""
+    packing: Packing
+    """Their layout."""
+
+
+class AnswerTable(nn.Module):
+    """Tokens of a list of answers, (answers, A) each words [SEP] and padding. Nothing of it is saved."""
+
+    def __init__(self, answers: Sequence[str], tokenizer: Tokenizer, text_length: int) -> None:
+        super().__init__()
+        tokens, lengths = tokenizer.encode(answers, text_length)
+        rows = torch.zeros(len(answers), int(lengths.max()), dtype=torch.int64)
+        rows[torch.arange(rows.shape[1]) < torch.from_numpy(lengths)[:, None]] = torch.from_numpy(tokens)
+        self.tokens: Tensor
+        self.lengths: Tensor
+        self.register_buffer("tokens", rows[:, 1:], persistent=False)  # without [CLS]
+        self.register_buffer("lengths", torch.from_numpy(lengths) - 1, persistent=False)
+
+    @property
+    def masks(self) -> int:
+        """Tokens of the longest answer, its [SEP] included: places for any answer of the list."""
+        return self.tokens.shape[1]
+
+    def select(self, answers: Tensor) -> Answers:
+        """The answers int64 (R,), packed. On a GPU the host waits for their number of tokens."""
+        tokens, lengths = self.tokens[answers], self.lengths[answers]  # (R, A), (R,)
+        kept = tokens[torch.arange(self.masks, device=tokens.device) < lengths[:, None]]
+        return Answers(kept, Packing(F.pad(lengths.cumsum(0), (1, 0)).int(), self.masks, len(kept)))
+
+
+def weighted_cross_entropy(
+    model: MaskVLM, x: Tensor, targets: Tensor, weights: Tensor, plan: str
+) -> tuple[Tensor, Tensor]:
+    """Sum of the language head's weighted cross-entropies, and its accuracy; x (Q, C), targets and weights (Q,).
+
+    Both are 0 without targets: a microbatch may have no question with a listed answer.
+    """
+    head = model.language_head
+    if plan == "fast":
+        vocabulary = head.vocabulary
+        loss, accuracy = linear_cross_entropy(head.transform(x), vocabulary.weight, vocabulary.bias, targets, weights)
+        return loss, accuracy.nan_to_num()
+    logits = at_least_float32(head(x))  # (Q, V)
+    loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean().nan_to_num()
 
 
 def with_masks(batch: Batch, number: int, mask_token_id: int) -> Batch:
@@ -84,13 +142,13 @@ def answers_loss(
     of_row = answers.packing.sequence_of_row  # (Q,)
     at = of.index_select(0, of_row) * x.shape[1] + answers.packing.position
     features, each = x.flatten(0, 1).index_select(0, at), weights.index_select(0, of_row)
-    return weighted_cross_entropy(model, features, answers.targets, each, plan)
+    return weighted_cross_entropy(model, features, answers.tokens, each, plan)
 
 
 def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
     """The likeliest answer of a table for each sample, int64 (B,); x (B, A, C) are features of its [MASK]s."""
-    words = table.tokens[:, 1:]  # (answers, A), ends with [SEP] and padding
-    counts = torch.arange(words.shape[1], device=words.device) < table.lengths[:, None] - 1
+    words = table.tokens  # (answers, A)
+    counts = torch.arange(words.shape[1], device=words.device) < table.lengths[:, None]
     found = []
     for part in x.split(max(1, LOGITS_AT_A_TIME // (x.shape[1] * model.config.vocab_size))):
         log_p = at_least_float32(model.language_head(part)).log_softmax(-1)  # (b, A, V)
@@ -99,12 +157,3 @@ def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
             scores += log_p[:, place].index_select(1, words[:, place]) * counts[:, place]
         found.append(scores.argmax(1))
     return torch.cat(found)
-
-
-def fill_in(model: MaskVLM, x: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """The likeliest token at each [MASK], int64 (B, A), and [SEP] from the first [SEP] on; x (B, A, C)."""
-    log_p = at_least_float32(model.language_head(x))[..., : tokenizer.vocab_size]
-    log_p[..., [tokenizer.cls_id, tokenizer.pad_id, tokenizer.mask_id]] = -torch.inf
-    tokens = log_p.argmax(-1)
-    ended = (tokens == tokenizer.sep_id).cumsum(1) > 0
-    return tokens.masked_fill(ended, tokenizer.sep_id)

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvlm.config.json_files import model_config
+from mvlm.config.json_files import model_config, task_options
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import WEIGHTS_FILE
@@ -18,7 +19,7 @@ from mvlm.tasks.caption import Captioning
 from mvlm.tasks.entailment import Entailment
 from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.retrieval import Retrieval
-from mvlm.tasks.task import Task, TaskOptions
+from mvlm.tasks.task import Task
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Tokenizer, load_tokenizer
 
@@ -54,6 +55,20 @@ def read_task(file: Path) -> type[Task]:
     return own[0]
 
 
+def described_task(checkpoint: Path) -> dict[str, Any] | None:
+    """The `Task.describe` of a verified checkpoint, or None in one of pretraining.
+
+    Options that are gone are left out if they had their default, and newer ones have it. ConfigError for an option that
+    is gone at another value.
+    """
+    described = read_state(checkpoint).get("task")
+    if described is None:
+        return None
+    name, options = described["name"], described["options"]
+    state = {key: x for key, x in described["state"].items() if (key, x) != ("others", [])}  # of earlier versions
+    return {"name": name, "options": task_options(options, name, str(checkpoint)).plain(), "state": state}
+
+
 def load_task(
     path: Path, device: torch.device | str = "cpu", kind: type[Task] | None = None, **changes: Any
 ) -> tuple[Task, Tokenizer]:
@@ -70,7 +85,7 @@ def load_task(
     if not (path / MANIFEST).is_file() and (path / WEIGHTS_FILE).is_file():
         raise RunError(f"{path}: wanted a fine-tuned run or one of its checkpoints, found an exported folder")
     folder = find_checkpoint(path)
-    described = read_state(folder).get("task")
+    described = described_task(folder)
     if described is None:
         raise RunError(f"{path}: wanted a fine-tuned run, found a pretraining run; `mvlm finetune` makes one from it")
     if described["name"] not in ({kind.name} if kind else TASKS):
@@ -79,7 +94,7 @@ def load_task(
             f"{described['name']}; name that task, or the file that defines it"
         )
     config = model_config(json.loads((folder / MODEL_CONFIG).read_text()), str(folder / MODEL_CONFIG))
-    options = TaskOptions(**described["options"] | changes)
+    options = replace(task_options(described["options"], described["name"], str(folder)), **changes)
     task = (kind or TASKS[described["name"]])(MaskVLM(config), options, described["state"])
     averages = {name: p.detach() for name, p in task.named_parameters()} if (folder / EMA).is_dir() else {}
     if averages.keys() != task.state_dict().keys():  # buffers have no averages, tied weights one of one name

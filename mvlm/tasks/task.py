@@ -11,15 +11,15 @@ Shape legend: B batch, C width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.finetune import TaskOptions as TaskOptions
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
@@ -37,43 +37,6 @@ class TaskLosses(NamedTuple):
     accuracy: Tensor
     counted: int = 1
     """What the accuracy is the mean over, where that differs between batches of as many samples: a number of tokens."""
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Settings of a task that are not learned. They are saved with its weights."""
-
-    blind: Literal["no", "image", "text"] = "no"
-    """Modality that the model does not get."""
-    min_count: int = 1
-    """An answer is listed if it is the most frequent one of at least this many training questions."""
-    answers: Literal["decoder", "classifier", "masked"] = "decoder"
-    """Form of `vqa`: the paper's answer decoder, a classifier over the list of answers, or masked answers."""
-    answer_list: str | None = None
-    """JSON file with the list of answers; None for those of the training split."""
-    candidates: int = 128
-    """Answers of the list that the decoder judges by their whole likelihood: those with the likeliest first tokens."""
-    generate: bool = False
-    """Answers are any words that the decoder or the language head finds, and not chosen from the list."""
-    rerank: int = 32
-    """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
-    lengths: int = 5
-    """Lengths of which `caption` writes a caption each, before it chooses one: the likeliest."""
-    iterations: int = 10
-    """Passes of mask-predict."""
-    order: Literal["mask-predict", "left-to-right"] = "mask-predict"
-    """Order in which the words of a caption are decided."""
-    choose_by: Literal["itm", "likelihood"] = "likelihood"
-    """Figure that chooses among captions of different lengths: ITM's log-odds, or a token's mean log-likelihood. ITM's
-    head judges features that it was not trained on, because `caption` trains the encoders without it."""
-
-    @classmethod
-    def of(cls, config: FinetuneConfig) -> "TaskOptions":
-        """The options among the settings of a run."""
-        values: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(cls)}
-        if config.answer_list is not None:
-            values["answer_list"] = str(config.answer_list)
-        return cls(**values)
 
 
 class Task(nn.Module):
@@ -191,7 +154,7 @@ class Task(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Name, options and state, plain JSON: what a checkpoint needs beside the tensors."""
-        return {"name": self.name, "options": vars(self.options), "state": self.state}
+        return {"name": self.name, "options": self.options.plain(), "state": self.state}
 
     def hide(self, batch: Batch) -> Batch:
         """The batch without the modality that the options hide: grey images, or [MASK] for every word.

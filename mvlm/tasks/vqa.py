@@ -1,9 +1,9 @@
-"""Visual question answering (VQA v2, easy-VQA, scenes), by an answer decoder, a classifier or masked answers.
+"""Visual question answering (VQA v2, easy-VQA, scenes), by a classifier or masked answers.
 
-- decoder, the paper's form and the default: the log-likelihood of each answer that an annotator gave, weighted by the
-  share of annotators who gave it (ALBEF). It answers from the list, by likelihood, or by open generation.
-- classifier, METER's and BEiT-3's form: binary cross-entropy with the answers' soft targets, summed over answers.
-- masked: the answer's words are masked and predicted, as in pretraining. The loss is the decoder's.
+- classifier, METER's and BEiT-3's form and the default: binary cross-entropy with the answers' soft targets, summed
+  over answers.
+- masked: the answer's words are masked and predicted, as in pretraining. The loss is the log-likelihood of each answer
+  that an annotator gave, weighted by the share of annotators who gave it (ALBEF).
 
 A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} per annotator, as in VQA v2's
 annotations. Answers are compared as the official metric compares them: normalised, unless all annotators agree.
@@ -25,8 +25,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.statistics import grouped_bootstrap
-from mvlm.tasks.decoder import AnswerDecoder, AnswerTable
-from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features
+from mvlm.tasks.masked_answers import AnswerTable, answers_loss, likeliest, mask_features
 from mvlm.tasks.metrics.vqa import (
     answer_fault,
     compared_answers,
@@ -94,7 +93,7 @@ def main_answer(record: dict[str, Any]) -> str:
 
 
 class VisualQuestionAnswering(Task):
-    """Answers to questions about images, in one of three forms: decoder, classifier, masked."""
+    """Answers to questions about images, in one of two forms: classifier, masked."""
 
     name = "vqa"
     main = "accuracy"
@@ -102,30 +101,26 @@ class VisualQuestionAnswering(Task):
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)
-        answers = [*state["answers"], *state.get("others", [])]
+        answers = state["answers"]
         if len(set(answers)) < max(2, len(answers)):
             raise DataError(f"answers: wanted at least 2 different ones, found {answers[:20]}")
-        self.decodes, self.masked = options.answers == "decoder", options.answers == "masked"
-        if options.generate and not self.decodes and not self.masked:  # in an evaluation: training has asked before
-            raise ConfigError("generate: wanted a run with answers of decoder or masked, got one with a classifier")
+        self.masked = options.answers == "masked"
         width = model.config.width
-        model.language_head.requires_grad_(self.decodes or self.masked)
-        if self.decodes:
-            self.decoder = AnswerDecoder(model)
-        elif self.masked:
+        model.language_head.requires_grad_(self.masked)
+        if self.masked:
             model.image_cross.requires_grad_(False)  # only texts attend to the other modality
         else:
-            self.head = AnswerHead(3 * width, 2 * width, len(state["answers"]))
+            self.head = AnswerHead(3 * width, 2 * width, len(answers))
             if "means" in state:  # older checkpoints have none, and their own bias is loaded instead
                 with torch.no_grad():
                     self.head.answers.bias.copy_(torch.tensor(state["means"], dtype=torch.float64).logit())
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Tokenize the answers, for the decoder and for masked answers."""
+        """Tokenize masked answers."""
         super().set_tokenizer(tokenizer)
-        if self.decodes or self.masked:
-            answers = [*self.state["answers"], *self.state.get("others", [])]
-            self.table = AnswerTable(answers, tokenizer, self.config.text_length).to(self.log_scale.device)
+        if self.masked:
+            table = AnswerTable(self.state["answers"], tokenizer, self.config.text_length)
+            self.table = table.to(self.log_scale.device)
 
     @classmethod
     def longest_text(
@@ -153,7 +148,7 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
-        """The list of answers, `answers`, and further answers that a decoder learns from, `others`.
+        """The list of answers, `answers`.
 
         A classifier starts from `means`, the mean target of each answer. From equal probabilities it would spend its
         first steps on learning that all answers but one are wrong.
@@ -173,22 +168,16 @@ class VisualQuestionAnswering(Task):
             )
         records = questions(train, repeated=True)
         counts = Counter(answer for record in records for answer in soft_targets(record["answers"]))
-        ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
         main = Counter(map(main_answer, {record["question_id"]: record for record in records}.values()))  # no copies
         kept = sorted((a for a in main if main[a] >= options.min_count), key=lambda answer: (-main[answer], answer))
         if options.answer_list is not None:
-            kept = read_answers(Path(options.answer_list), counts)
+            kept = read_answers(options.answer_list, counts)
         if len(kept) < 2:
             wanted, remedy = f"with {options.min_count} training questions each", "lower --min-count"
             if options.answer_list is not None:
                 wanted, remedy = f"in {options.answer_list}", "add answers to the file"
             raise DataError(f"{train.folder}: wanted at least 2 answers {wanted}, found {len(kept)}; {remedy}")
-        listed = set(kept)
-        if options.answers == "classifier":
-            return {"answers": kept, "others": [], "means": mean_targets(records, kept)}
-        if options.answers == "masked":
-            return {"answers": kept, "others": []}
-        return {"answers": kept, "others": [answer for answer in ordered if answer not in listed]}
+        return {"answers": kept} | ({"means": mean_targets(records, kept)} if options.answers == "classifier" else {})
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
@@ -207,14 +196,14 @@ class VisualQuestionAnswering(Task):
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).
 
-        Targets are soft targets for the classifier, shares of annotators otherwise.
+        Targets are soft targets for the classifier, shares of annotators for masked answers.
         """
-        place = {answer: i for i, answer in enumerate([*self.state["answers"], *self.state.get("others", [])])}
+        place = {answer: i for i, answer in enumerate(self.state["answers"])}
         records = questions(dataset, repeated=True)
         ids = torch.full((len(records), ANSWERS_OF_A_QUESTION), -1)
         values = torch.zeros(len(records), ANSWERS_OF_A_QUESTION)
         for row, record in enumerate(records):
-            given = annotator_shares(record) if self.decodes or self.masked else soft_targets(record["answers"])
+            given = annotator_shares(record) if self.masked else soft_targets(record["answers"])
             known = [(place[a], t) for a, t in given.items() if a in place]
             for column, (answer, target) in enumerate(known[:ANSWERS_OF_A_QUESTION]):
                 ids[row, column], values[row, column] = answer, target
@@ -223,16 +212,12 @@ class VisualQuestionAnswering(Task):
     def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Mean loss of the questions. Accuracy: of the answers' tokens, or the mean target of the likeliest answer."""
         ids, values = targets
-        if self.decodes or self.masked:
+        if self.masked:
             of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
             answers, weights = self.table.select(ids[of, column]), values[of, column] / len(ids)
-            if self.masked:
-                x = mask_features(self.model, self.hide(batch), self.masks, plan)
-                found = answers_loss(self.model, x, answers, of, weights, plan)
-            else:
-                question = self.decoder.question(self.model, self.hide(batch), plan)
-                found = self.decoder.loss(self.model, question, answers, of, weights, plan)
-            return TaskLosses(*found, counted=len(answers.targets))
+            x = mask_features(self.model, self.hide(batch), self.masks, plan)
+            found = answers_loss(self.model, x, answers, of, weights, plan)
+            return TaskLosses(*found, counted=len(answers.tokens))
         logits = self.head(self.fuse(batch, plan))  # (B, A)
         dense = logits.new_zeros(len(logits), logits.shape[1] + 1)  # the last column takes what has no answer
         dense.scatter_(1, ids.remainder(logits.shape[1] + 1), values.to(dense.dtype))
@@ -241,26 +226,12 @@ class VisualQuestionAnswering(Task):
         return TaskLosses(loss, dense.gather(1, logits.argmax(1, keepdim=True)).mean().detach())
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
-        """The likeliest answer of the list to each question; with --generate, any words."""
-        if self.options.generate:
-            return [{"answer": self.tokenizer.decode(row)} for row in self._generated(batch, plan).tolist()]
+        """The likeliest answer of the list to each question."""
         if self.masked:
             best = likeliest(self.model, mask_features(self.model, self.hide(batch), self.masks, plan), self.table)
-        elif self.decodes:
-            question = self.decoder.question(self.model, self.hide(batch), plan)
-            listed, k = len(self.state["answers"]), self.options.candidates
-            best = self.decoder.rank(self.model, question, self.table, listed, k, plan)
         else:
             best = self.head(self.fuse(batch, plan)).argmax(1)
         return [{"answer": self.state["answers"][i]} for i in best.tolist()]
-
-    def _generated(self, batch: Batch, plan: str) -> Tensor:
-        """Tokens of an answer to each question, int64 (B, any number), [SEP]s at the end."""
-        batch = self.hide(batch)
-        if self.masked:
-            return fill_in(self.model, mask_features(self.model, batch, self.masks, plan), self.tokenizer)
-        question = self.decoder.question(self.model, batch, plan)
-        return self.decoder.generate(self.model, question, self.tokenizer, self.config.text_length, plan)
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

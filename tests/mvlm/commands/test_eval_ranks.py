@@ -105,7 +105,6 @@ def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ra
     [
         (("--split", "tset"), "wanted the split tset, found test, train"),
         (("--out", "{other}"), "out: wanted a new file or the figures of an earlier evaluation"),
-        (("--candidates", "0"), "candidates: wanted at least 1, got 0"),
     ],
 )
 def test_a_mistake_on_all_ranks_is_one_line(tuned, questions, tmp_path, on_two_ranks, words, message):

@@ -18,7 +18,6 @@ from mvlm_dataloading import Batch
 TEXT, SIDE = "red top left", 4
 FORMS = {
     "classifier": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
-    "decoder": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
     "masked": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
     "entailment": ("entailment", {"labels": ["contradiction", "neutral", "entailment"]}, "neutral"),
     "pairs": ("pairs", {"labels": ["false", "true"], "images": 2}, "true"),
@@ -30,7 +29,7 @@ def made(trained, form: str) -> Any:
     """A task with random weights in its head."""
     name, state, _ = FORMS[form]
     model, tokenizer = load_model(trained, text_length=12)
-    options = TaskOptions(answers="classifier" if form == "classifier" else "masked" if form == "masked" else "decoder")
+    options = TaskOptions(answers="masked" if form == "masked" else "classifier")
     task = find_task(name)(model, options, state)
     task.set_tokenizer(tokenizer)
     generator = torch.Generator().manual_seed(1)
@@ -43,7 +42,7 @@ def made(trained, form: str) -> Any:
 def written_out(seen: list[Tensor], attention: Attention):
     """Attention of one layer as explicit softmaxes, which are kept with their gradients."""
 
-    def forward(x: Tensor, memory: Tensor, key_mask=None, causal=False) -> Branch:
+    def forward(x: Tensor, memory: Tensor, key_mask=None) -> Branch:
         q, k, v = (
             projection(rows).unflatten(-1, (2, -1)).transpose(1, 2)
             for projection, rows in ((attention.query, x), (attention.key, memory), (attention.value, memory))
@@ -67,10 +66,6 @@ def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
         places = torch.arange(len(answer))
         logits = task.model.fill_mask(v, w, key_mask, bounds, 1 + places)
         return logits.log_softmax(1)[places, answer].sum()
-    if form == "decoder":
-        question = task.decoder.question(task.model, batch, "plain")
-        answer = task.table.select(torch.tensor([task.state["answers"].index(predicted)]))
-        return -task.decoder.loss(task.model, question, answer, torch.tensor([0]), torch.ones(1), "plain")[0]
     logits = task.head(task.fuse(batch, "plain", 2 if form == "pairs" else 1))[0]
     if form == "classifier":
         return logits[task.state["answers"].index(predicted)]
@@ -104,10 +99,9 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
 
     tokens = torch.tensor(encoded(task, TEXT))
     length, one = len(tokens), torch.zeros(1, dtype=torch.int64)
-    encoder = task.decoder.fusion if form == "decoder" else task.model.text_cross
-    # In the last layer of a classifier [CLS] alone has an effect, in that of a masked answer the [MASK]s; in the fusion
-    # block and in a caption all rows do.
-    layer = encoder.layers[-1 if form in ("decoder", "caption") else -2].cross_attention
+    # In the last layer of a classifier [CLS] alone has an effect, in that of a masked answer the [MASK]s; in a caption
+    # all rows do.
+    layer = task.model.text_cross.layers[-1 if form == "caption" else -2].cross_attention
     seen: list[Tensor] = []
     monkeypatch.setattr(layer, "forward", written_out(seen, layer))
     if form == "caption":
@@ -135,7 +129,7 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
         first = (1, len(encoded(task, predicted)) - 1) if form == "masked" else (0, 1)
         maps = [cam[:, a:b, 1:].mean(1) for a, b in [first, *((before + a, before + b) for a, b in spans(task))]]
         words = ["[MASK]" if form == "masked" else "[CLS]", *TEXT.split()]
-        wanted = score.exp() if form in ("decoder", "masked") else score.sigmoid()
+        wanted = score.exp() if form == "masked" else score.sigmoid()
         assert found.probability == pytest.approx(wanted.item(), abs=1e-6)
     by_hand = torch.stack(maps, dim=1).unflatten(-1, (SIDE, SIDE)).detach()
     assert found.words == words

@@ -23,7 +23,6 @@ from support.questions import WRITERS, finetune_config
 pytestmark = pytest.mark.slow
 
 FORMS = {
-    "decoder": ("vqa", {"answers": "decoder"}),
     "classifier": ("vqa", {"answers": "classifier"}),
     "entailment": ("entailment", {"eval_every_steps": 2}),
     "pairs": ("pairs", {}),

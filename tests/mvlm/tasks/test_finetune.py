@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from mvlm.errors import ConfigError, RunError
 from mvlm.portable.folder import export_programs
 from mvlm.portable.hub import write_hub_folder
-from mvlm.runs.checkpoint import read_state
+from mvlm.runs.checkpoint import read_state, sha256
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import export, load_model
-from mvlm.tasks import caption, decoder, masked_answers
+from mvlm.tasks import caption, masked_answers
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.evaluate import evaluate_task, predict_split
 from mvlm.tasks.finetune import finetune
@@ -75,7 +76,6 @@ def test_accumulated_microbatches_give_the_same_gradients(trained, questions, tm
     "task, module, name, changes",
     [
         ("vqa", masked_answers, "weighted_cross_entropy", {"answers": "masked", "question_length": 20}),
-        ("vqa", decoder, "weighted_cross_entropy", {"answers": "decoder"}),
         ("caption", caption, "linear_cross_entropy", {}),
     ],
 )
@@ -107,7 +107,7 @@ def test_accuracy_is_that_of_all_tokens_of_a_step(
 def test_a_run_is_resumed_without_its_pretrained_model(run_copy, questions, tmp_path):
     """Also if the newest of its own checkpoints is damaged."""
     settings: dict[str, Any] = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "log_every": 1}
-    settings |= {"answers": "decoder", "image_size": 48, "ema_decay": 0.5}
+    settings |= {"answers": "masked", "question_length": 24, "image_size": 48, "ema_decay": 0.5}
     run, copy = tmp_path / "tuned", tmp_path / "copy"
     finetune(configured(run_copy, questions, run, **settings))
     shutil.copytree(run, copy)
@@ -229,7 +229,6 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
             "question_length: wanted at most the 12 tokens .* give --quest",
         ),
         ({"image_size": 40}, "image_size: wanted a multiple of 16 pixels, .* got 40; give --image-size (32|48)"),
-        ({"answers": "classifier", "generate": True}, "generate: wanted answers of decoder or masked, got classifier"),
         ({"batch_size": 7, "accumulate": 2}, "wanted a multiple of 1 ranks x 2 microbatches = 2, got 7"),
         ({"tokenizer": Path("tokenizer.json")}, "got --tokenizer; leave"),
         ({"preemption_file": Path(__file__)}, "preemption_file: .* exists before the run starts"),
@@ -279,6 +278,56 @@ def test_data_of_another_kind_and_runs_of_another_kind_are_refused(trained, scen
         finetune(configured(trained, questions, tmp_path / "run", blind="image", resume=True))
 
 
+def as_version_0_2_0(run: Path, **others: Any) -> None:
+    """Write into the state of a run's checkpoints the options of version 0.2.0, as its runs of entailment have them."""
+    for checkpoint in (run / "checkpoints").iterdir():
+        state = json.loads((checkpoint / "state.json").read_text())
+        old = {"answers": "decoder", "candidates": 128, "generate": False, "order": "mask-predict"}
+        state["task"]["options"] |= old | others
+        state["task"]["state"]["others"] = []
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["sha256"]["state.json"] = sha256(checkpoint / "state.json")
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | old | others))
+
+
+@pytest.mark.slow
+def test_a_run_of_version_0_2_0_is_evaluated_and_resumed(trained, hypotheses, tmp_path):
+    settings = {"task": "entailment", "max_steps": 3, "checkpoint_every_steps": 2, "keep_checkpoints": 2}
+    run, old = tmp_path / "run", tmp_path / "old"
+    finetune(configured(trained, hypotheses, run, **settings))
+    shutil.copytree(run, old)
+    shutil.rmtree(old / "checkpoints/step_00000003")
+    as_version_0_2_0(old)
+    finetune(configured(trained, hypotheses, old, resume=True, **settings))
+    assert reproducible_rows(run) == reproducible_rows(old)
+    as_version_0_2_0(old)
+    assert evaluate_task(old, hypotheses, "test") == evaluate_task(run, hypotheses, "test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "others, message",
+    [
+        ({}, "answers: wanted classifier or masked, got decoder, which is gone; mvlm 0.2.0 is the last"),
+        (
+            {"answers": "masked", "generate": True},
+            "generate: wanted its default, false, as the setting is gone, got true",
+        ),
+    ],
+)
+def test_a_run_with_an_option_that_is_gone_is_refused(trained, questions, tmp_path, others, message):
+    config = configured(trained, questions, tmp_path / "run", max_steps=1)
+    finetune(config)
+    as_version_0_2_0(config.out, **others)
+    for call in (lambda: load_task(config.out), lambda: finetune(replace(config, max_steps=2, resume=True))):
+        with pytest.raises(ConfigError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_a_model_pretrained_with_further_captions_is_fine_tuned_on_shared_images(scenes, questions, tmp_path):
     pretrain(pretrain_config(scenes, tmp_path / "pretrained", max_steps=1, model=micro_config(extra_captions=1)))
@@ -308,7 +357,7 @@ def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tm
     assert whole
 
 
-@pytest.mark.parametrize("task, flag", [("vqa", "candidates"), ("caption", "lengths"), ("caption", "iterations")])
+@pytest.mark.parametrize("task, flag", [("caption", "lengths"), ("caption", "iterations")])
 def test_numbers_of_an_evaluation_are_checked_before_it_begins(run_mvlm, tmp_path, task, flag):
     done = run_mvlm("eval", task, "--checkpoint", tmp_path, "--data", tmp_path, f"--{flag}", 0)
     assert (done.code, done.err[-1]) == (2, f"mvlm: {flag}: wanted at least 1, got 0")

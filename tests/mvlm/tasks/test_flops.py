@@ -13,9 +13,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.step_cost import MemoryTracker, StepShape, give_fake_tensors
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.packing import Packing
-from mvlm.tasks.decoder import Answers, weighted_cross_entropy
-from mvlm.tasks.masked_answers import mask_features
+from mvlm.tasks.masked_answers import mask_features, weighted_cross_entropy
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.task import TaskOptions
 
@@ -29,8 +27,8 @@ STATES: dict[str, dict[str, Any]] = {
 
 
 @cache
-def step_flops(name: str, plan: str, answers: int = 0, per_image: int = 1, filled: int = 0) -> int:
-    """FLOPs of forward and backward pass of a batch. With `answers`, of vqa's decoder on so many answers a question.
+def step_flops(name: str, plan: str, per_image: int = 1, filled: int = 0) -> int:
+    """FLOPs of forward and backward pass of a batch.
 
     With `per_image`, so many samples share an image. With `filled`, of vqa's masked answers with so many [MASK]s.
     """
@@ -38,7 +36,7 @@ def step_flops(name: str, plan: str, answers: int = 0, per_image: int = 1, fille
     shape = StepShape(pairs=PAIRS, tokens=TOKENS, longest=LONGEST, bf16=False)
     images = STATES[name].get("images", 1)
     with torch.device("meta"):
-        options = TaskOptions(answers="decoder" if answers else "masked" if filled else "classifier")
+        options = TaskOptions(answers="masked" if filled else "classifier")
         task: Any = find_task(name)(MaskVLM(config), options, STATES[name])
     frozen = {n for n, p in task.named_parameters() if not p.requires_grad}
     with FakeTensorMode(), MemoryTracker(images * PAIRS * (TOKENS + filled)) as tracker:
@@ -56,13 +54,6 @@ def step_flops(name: str, plan: str, answers: int = 0, per_image: int = 1, fille
             x = mask_features(task.model, batch, filled, plan).flatten(0, 1)
             words, weights = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
             loss, _ = weighted_cross_entropy(task.model, x, words, weights, plan)
-        elif answers:
-            number, length = answers * PAIRS, 3
-            tokens, bounds = torch.empty(number * length, dtype=torch.int64), torch.empty(number + 1, dtype=torch.int32)
-            packed = Answers(tokens, tokens, Packing(bounds, length, number * length))
-            of = torch.empty(number, dtype=torch.int64)
-            question = task.decoder.question(task.model, batch, plan)
-            loss, _ = task.decoder.loss(task.model, question, packed, of, torch.empty(number), plan)
         else:
             loss = task.losses_of_step(batch, masks, targets, plan).total
         loss.backward()
@@ -92,23 +83,11 @@ def test_masked_answers_compute_no_padding_and_in_the_last_block_no_word_but_the
 
 
 @pytest.mark.slow
-def test_answers_of_a_question_share_its_keys():
-    """A further answer costs its own rows. The plain decoder projects the question's keys and values once more."""
-    one, three = ({plan: step_flops("vqa", plan, n) for plan in ("plain", "fast")} for n in (1, 3))
-    config = MaskVLMConfig.preset("base")
-    keys = 6 * 2 * config.width**2 * config.cross_layers * LONGEST  # FLOPs of keys and values of a padded question
-    plain, fast = (three[plan] - one[plan] for plan in ("plain", "fast"))
-    # On a CPU keys are padded for the softmax, to a multiple of 16 in the fast implementation.
-    assert plain - fast > 0.95 * 2 * PAIRS * keys
-    assert fast < 0.6 * plain
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("answers", [0, 1])
-def test_questions_about_an_image_share_its_encoding(answers):
+@pytest.mark.parametrize("filled", [0, 4])
+def test_questions_about_an_image_share_its_encoding(filled):
     """With four questions an image, a question costs less than half in both implementations."""
     for plan in ("plain", "fast"):
-        alone, shared = (step_flops("vqa", plan, answers, n) for n in (1, 4))
+        alone, shared = (step_flops("vqa", plan, n, filled) for n in (1, 4))
         config = MaskVLMConfig.preset("base")
         patches = (384 // config.patch_size) ** 2
         encoder = 3 * 2 * 12 * config.width**2 * config.image_layers * patches  # FLOPs of an image's matrix products

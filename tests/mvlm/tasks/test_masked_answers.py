@@ -9,9 +9,8 @@ import torch
 
 from mvlm.errors import ConfigError
 from mvlm.runs.load import load_model
-from mvlm.tasks.decoder import AnswerTable
 from mvlm.tasks.finetune import finetune, open_inputs
-from mvlm.tasks.masked_answers import answers_loss, fill_in, likeliest, mask_features, with_masks
+from mvlm.tasks.masked_answers import AnswerTable, answers_loss, likeliest, mask_features, with_masks
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm.training.build import share_cut
@@ -77,7 +76,7 @@ def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, c
     if cross_layers != model.config.cross_layers:
         model = micro_model(text_length=24, cross_layers=cross_layers)
     batch = shared(batch) if share else batch
-    masks = table.tokens.shape[1] - 1
+    masks = table.masks
     weights = torch.rand(len(OF), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = mask_features(model, batch, masks, plan)
     assert x.shape == (len(batch.sample_id), masks, model.config.width)
@@ -97,7 +96,7 @@ def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, c
 @torch.no_grad()
 def test_the_likeliest_answer_of_the_list_is_chosen(parts, tokenizer, monkeypatch):
     model, batch, table = parts
-    masks = table.tokens.shape[1] - 1
+    masks = table.masks
     x = mask_features(model, batch, masks, "fast")
     encoded = [tokenizer.encode([answer], model.config.text_length)[0].tolist()[1:] for answer in ANSWERS]
     wanted = []
@@ -110,27 +109,9 @@ def test_the_likeliest_answer_of_the_list_is_chosen(parts, tokenizer, monkeypatc
     assert likeliest(model, x, table).tolist() == wanted
 
 
-@torch.no_grad()
-def test_masks_are_filled_in_up_to_the_first_end(parts, tokenizer):
-    model, batch, _ = parts
-    special = {tokenizer.cls_id, tokenizer.pad_id, tokenizer.mask_id}
-    allowed = [i for i in range(tokenizer.vocab_size) if i not in special]
-    found = fill_in(model, mask_features(model, batch, 4, "plain"), tokenizer).tolist()
-    for sample, tokens in enumerate(found):
-        log_p = log_probabilities(model, batch, 4, sample)
-        words = [allowed[int(row[allowed].argmax())] for row in log_p]
-        end = words.index(tokenizer.sep_id) if tokenizer.sep_id in words else 4
-        assert tokens == words[:end] + [tokenizer.sep_id] * (4 - end)
-    table = torch.full((1, 3, model.config.width), 0.0, dtype=torch.float64)
-    bias = model.language_head.vocabulary.bias.clone()
-    model.language_head.vocabulary.bias[tokenizer.sep_id] = 1e3
-    assert set(fill_in(model, table, tokenizer).flatten().tolist()) == {tokenizer.sep_id}
-    model.language_head.vocabulary.bias.copy_(bias)
-
-
 def test_questions_are_cut_behind_the_masks(tokenizer):
     model = micro_model(text_length=24)
-    task = VisualQuestionAnswering(model, TaskOptions(answers="masked"), {"answers": ANSWERS, "others": []})
+    task = VisualQuestionAnswering(model, TaskOptions(answers="masked"), {"answers": ANSWERS})
     task.set_tokenizer(tokenizer)
     longest = max(len(tokenizer.encode([answer], 40)[0]) for answer in ANSWERS) - 1  # its [SEP] included
     assert task.masks == longest
@@ -164,6 +145,6 @@ def test_a_text_without_room_for_a_question_is_refused_before_anything_is_writte
 def test_a_batch_without_a_listed_answer_has_no_loss_and_no_accuracy(parts, plan):
     model, batch, table = parts
     none = torch.empty(0, dtype=torch.int64)
-    x = mask_features(model, batch, table.tokens.shape[1] - 1, plan)
+    x = mask_features(model, batch, table.masks, plan)
     loss, accuracy = answers_loss(model, x, table.select(none), none, torch.empty(0, dtype=torch.float64), plan)
     assert (loss.item(), accuracy.item()) == (0, 0)

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import RunError
 from mvlm.runs.load import load_model
 from mvlm.tasks.metrics.vqa import answer_accuracy
 from mvlm.tasks.task import TaskOptions
@@ -27,11 +27,11 @@ def make_state(questions, split="train", **options):
     return VisualQuestionAnswering.make_state(open_dataset(questions, split), TaskOptions(**options))
 
 
-def test_the_list_is_the_frequent_answers_and_a_decoder_learns_the_others_too(questions):
+def test_the_list_is_the_frequent_answers(questions):
     # Of 32 questions, 16 are about the ground of scenes 0 to 15, which is white, and 4 about each colour.
     colours = ["blue", "green", "red", "yellow"]
-    assert make_state(questions) == {"answers": ["white", *colours], "others": []}
-    assert make_state(questions, answers="classifier", min_count=4)["answers"] == ["white", *colours]
+    assert make_state(questions, answers="masked") == {"answers": ["white", *colours]}
+    assert make_state(questions, min_count=4)["answers"] == ["white", *colours]
 
 
 def ask(folder, answers) -> Path:
@@ -71,8 +71,8 @@ def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
         for i, given in enumerate(votes):
             answers = [{"answer": answer, "answer_id": n} for n, answer in enumerate(given)]
             writer.add(str(i), png(scene(i)[0]), ["what colour?"], {"question_id": i, "answers": answers})
-    assert make_state(tmp_path / "d") == {"answers": ["red", "blue"], "others": ["green"]}
-    assert make_state(tmp_path / "d", min_count=2) == {"answers": ["red", "blue"], "others": ["green"]}
+    assert make_state(tmp_path / "d")["answers"] == ["red", "blue"]
+    assert make_state(tmp_path / "d", min_count=2)["answers"] == ["red", "blue"]
     with pytest.raises(DataError, match="wanted at least 2 answers with 3 training questions each, found 1"):
         make_state(tmp_path / "d", min_count=3)
 
@@ -83,12 +83,6 @@ def test_copies_in_a_weighted_view_make_no_answer_frequent(questions, tmp_path):
     for data in (questions, tmp_path / "view"):
         with pytest.raises(DataError, match="at least 2 answers with 5 training questions each, found 1"):
             make_state(data, min_count=5)
-
-
-def test_a_classifier_generates_no_answers(questions, trained):
-    state = make_state(questions, answers="classifier")
-    with pytest.raises(ConfigError, match="generate: wanted a run with answers of decoder or masked"):
-        VisualQuestionAnswering(load_model(trained)[0], TaskOptions(answers="classifier", generate=True), state)
 
 
 def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trained):
@@ -107,10 +101,8 @@ def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trai
 def test_a_file_gives_the_list(questions, tmp_path):
     file = tmp_path / "answers.json"
     file.write_text(json.dumps(["Red!", "blue", "red", "the"]))
-    found = make_state(questions, answer_list=str(file))
-    assert found == {"answers": ["red", "blue"], "others": ["white", "green", "yellow"]}
-    assert make_state(questions, answer_list=str(file), answers="classifier")["others"] == []
-    assert make_state(questions, answer_list=str(file), answers="masked") == {"answers": ["red", "blue"], "others": []}
+    assert make_state(questions, answer_list=file, answers="masked") == {"answers": ["red", "blue"]}
+    assert make_state(questions, answer_list=file)["answers"] == ["red", "blue"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +120,7 @@ def test_lists_from_elsewhere_are_refused(questions, tmp_path, content, error, m
     if content is not None:
         file.write_text(json.dumps(content))
     with pytest.raises(error, match=message):
-        make_state(questions, answer_list=str(file))
+        make_state(questions, answer_list=file)
 
 
 def test_the_test_split_gives_no_list(questions):
@@ -146,8 +138,8 @@ def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path
         other = [{"answer": "three" if i else "two", "answer_id": i} for i in range(10)]
         writer.add("1", png(scene(1)[0]), ["how many?"], {"question_id": 2, "answers": other})
     dataset = open_dataset(tmp_path / "d", "train")
-    forms: list[tuple[Literal["decoder", "classifier", "masked"], list[float]]]
-    forms = [("decoder", [0.9, 0.1]), ("masked", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
+    forms: list[tuple[Literal["classifier", "masked"], list[float]]]
+    forms = [("masked", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
     for form, values in forms:
         options = TaskOptions(answers=form)
         state = VisualQuestionAnswering.make_state(dataset, options)
@@ -159,4 +151,4 @@ def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path
 
 def test_an_answer_twice_on_the_list_is_refused(trained):
     with pytest.raises(DataError, match="wanted at least 2 different ones"):
-        VisualQuestionAnswering(load_model(trained)[0], TaskOptions(), {"answers": ["red", "red"], "others": []})
+        VisualQuestionAnswering(load_model(trained)[0], TaskOptions(), {"answers": ["red", "red"]})
