@@ -14,6 +14,7 @@ Shape legend: n written samples, in the order of the source.
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections import Counter
@@ -23,14 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard
+from mvlm_dataloading.dataset.description import describe_shard
+from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
 from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.tar_samples import CUT
 from mvlm_dataloading.tokenizer import load_tokenizer
 
 from .duplicates import (
+    LEAKED,
+    LEAKED_NEARLY,
     ImageTable,
     evaluation_splits,
     find_duplicates,
@@ -41,6 +46,8 @@ from .duplicates import (
 )
 from .local_folder import LocalFolder
 from .shard_writer import Shard
+
+log = logging.getLogger(__name__)
 
 _REQUESTS = 16
 """Requests to object stores at once."""
@@ -95,10 +102,20 @@ def assemble(assembly: Assembly) -> Counter[str]:
         raise DataError(
             f"{assembly.plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}"
         )
+    train = [i for i, split in enumerate(images.splits) if split == "train"]
+    if all(i in dropped for i in train) and any(dropped[i] in (LEAKED, LEAKED_NEARLY) for i in train):
+        shutil.rmtree(assembly.folder)
+        raise DataError(
+            f"{assembly.plan['name']}: wanted training samples that are in no evaluation split, found that all "
+            f"{len(train)} are in one, the first {written.where[train[0]]}; name other files for train, or none"
+        )
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in rejected)
+    for line in rejected:
+        if line["reason"] == CUT:
+            log.warning("%s: wanted a whole tar, found a cut one; what it held behind the cut is lost", line["where"])
     _write_description(assembly, splits, reasons)
     for split in splits:
         write_index(final, split, with_tars=assembly.out is None)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.dataset.description import already_written, require_free_folder
+from mvlm_dataloading.dataset.description_fields import parse_description, require_split_name
 from mvlm_dataloading.dataset.durable_files import sync_folder
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote, normal_url
 from mvlm_dataloading.errors import DataError
@@ -175,6 +176,8 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
             f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "
             "questions; leave the flag out"
         )
+    for split in sorted({piece.split for piece in source.pieces}):
+        require_split_name(split)
     if not source.pieces:
         raise DataError(f"{source.name}: wanted at least one sample, found none; give the folder that holds the data")
     return options
@@ -222,7 +225,7 @@ def _is_finished(out: Path | str, plan: dict[str, Any]) -> bool:
     if isinstance(out, Path):
         finished = already_written(out, name=plan["name"], recipe=plan["recipe"])
     elif finished := RemoteFolder(out).has("dataset.json"):
-        found = json.loads(RemoteFolder(out).read("dataset.json", json.loads))
+        found = parse_description(RemoteFolder(out).read("dataset.json", json.loads), f"{out}/dataset.json")
         if (found.get("name"), found.get("recipe")) != (plan["name"], plan["recipe"]):
             raise DataError(f"{out}: wanted a new URL or this data set, found another one; choose another URL")
     if finished:

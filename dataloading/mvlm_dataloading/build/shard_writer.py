@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 
 from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
+from mvlm_dataloading.dataset.description import require_free_folder
+from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION, require_split_name
 from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
@@ -112,7 +113,11 @@ class ShardWriter:
 
         Returns:
             None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
+
+        Raises:
+            DataError: the split cannot be part of the name of a file.
         """
+        require_split_name(split)
         lines = (" ".join(caption.split()) for caption in captions)
         captions = list(dict.fromkeys(line for line in lines if is_visible(line) and _encodes(line)))
         if not KEY_PATTERN.fullmatch(key):

@@ -11,6 +11,7 @@ import numpy as np
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import text_hash
+from mvlm_dataloading.regular_files import open_regular
 
 from .dali_index import Int64
 from .description import shard_paths
@@ -168,7 +169,7 @@ class Dataset:
         shard = int(self.shard_of(i))
         if shard not in self.compared:
             self.check_shards([shard])
-        with self.remote.reading(shard) if self.remote else nullcontext(), self.tars[shard].open("rb") as tar:
+        with self.remote.reading(shard) if self.remote else nullcontext(), open_regular(self.tars[shard]) as tar:
             tar.seek(offset)
             content = tar.read(size)
         if len(content) != size:

@@ -1,24 +1,33 @@
 """`dataset.json`, the description of a data folder."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import open_regular, read_regular
 
-FORMAT_VERSION = 1
-_SHARD_FIELDS = {"tar": str, "samples": int, "bytes": int, "sha256": str}
+from .description_fields import parse_description
+
+_MAX_BYTES = 1 << 30
 
 
-def describe_shard(tar: Path, samples: int) -> dict[str, Any]:
-    """Describe a tar as an entry of `dataset.json`."""
-    with tar.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
+def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) -> dict[str, Any]:
+    """Describe a tar as an entry of `dataset.json`.
+
+    Args:
+        file: the open tar, which is left at its end. Default: it is opened.
+    """
+    if file is None:
+        with open_regular(tar) as file:
+            return describe_shard(tar, samples, file)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"tar": tar.name, "samples": samples, "bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
@@ -65,7 +74,7 @@ def _short(value: Any) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Content of a data folder's `dataset.json`.
+    """Content of a data folder's `dataset.json`, with every field checked.
 
     Raises:
         DataError: the folder or the file is missing, or the file has another format or version.
@@ -78,27 +87,13 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"copy the data here"
             )
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
-    if not file.is_file():
-        raise DataError(f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it")
     try:
-        description = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
-        version = description["format_version"]
-        for split in description["splits"].values():
-            for shard in split["shards"]:
-                for name, kind in _SHARD_FIELDS.items():
-                    if not isinstance(shard[name], kind):
-                        raise TypeError(f"{name} {shard[name]!r}")
-                if not isinstance(shard.get("index", ""), str):
-                    raise TypeError(f"index {shard['index']!r}")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        text = read_regular(file, _MAX_BYTES)
+    except FileNotFoundError:
         raise DataError(
-            f"{file}: wanted the description of a data set, found {error!r}; build the data set again"
+            f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it"
         ) from None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{file}: wanted format_version {FORMAT_VERSION}, found {version}; build it again with this version"
-        )
-    return description
+    return parse_description(text, str(file))
 
 
 def shard_paths(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:

@@ -45,7 +45,7 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     description = read_description(folder)
     shards = _shards_of_split(folder, description, split)
     path = index_path(folder, split)
-    if path.is_file():
+    if path.exists():
         index = _map(path, split, shards, f"make it again with `mvlm data index {folder} --without-tars`")
         _check_tars(folder, shards, path)
         return _dataset(folder, split, description, index)

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import read_regular
 
 from .dali_index import IMAGE_EXTENSIONS, DaliIndex, parse_index, read_head
 from .description import shard_paths
@@ -75,9 +76,10 @@ def older_index(path: Path, tar: Path, *, view: bool) -> DataError:
 
 def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint: str) -> None:
     """Append a shard's samples to an index. Nothing is appended if its DALI index cannot be used."""
-    if not path.is_file():
-        raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}")
-    text = path.read_bytes()
+    try:
+        text = read_regular(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}") from None
     if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:
         raise DataError(f"{path}: wanted the index that dataset.json names, found another; {hint}")
     index = _parse(path, text, shard["samples"], hint)

@@ -31,6 +31,7 @@ from filelock import FileLock
 from mvlm_dataloading.errors import DataError
 
 from .dali_index import read_head
+from .description_fields import parse_description
 from .durable_files import sync_file
 from .remote_files import RemoteFolder
 from .sample_index import map_index
@@ -76,6 +77,7 @@ class RemoteCache:
         self.remote, self.cache, self.limit = RemoteFolder(url), cache, limit
         self.url = self.remote.url
         description = self.remote.read("dataset.json", json.loads)
+        parse_description(description, f"{self.url}/dataset.json")
         digest = hashlib.sha256(self.url.encode() + b"\0" + description).hexdigest()[:24]
         # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest

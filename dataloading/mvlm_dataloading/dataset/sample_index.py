@@ -18,6 +18,7 @@ Shape legend: N samples, S shards, n samples of a request.
 import hashlib
 import json
 import mmap
+import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import open_regular
 
 from .dali_index import KINDS, Int64
 
@@ -192,7 +194,7 @@ def head_crc(header: bytes | memoryview, table: NDArray) -> int:
 
 def map_index(path: Path, hint: str = "") -> SampleIndex:
     """Map an index file. Raises DataError, see `SampleIndex`."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
             return SampleIndex(b"", path, hint)  # raises; an empty file cannot be mapped
         return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path, hint)

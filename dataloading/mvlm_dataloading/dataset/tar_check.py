@@ -9,19 +9,22 @@ from typing import BinaryIO
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import open_regular, require_regular
+from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 
 from .dali_index import KINDS
 from .sample_index import SampleIndex
 
 
 def check_size(tar: Path, size: int) -> os.stat_result:
-    """The file's status. Raises DataError if a shard is missing or its size is not the described one."""
+    """The file's status. Raises DataError if a shard is missing, no file, or has another size than described."""
     try:
         status = tar.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{tar}: wanted a shard that dataset.json names, found no such file; restore it or build again"
         ) from None
+    require_regular(tar, status)
     if status.st_size != size:
         what = "an empty file" if status.st_size == 0 else f"{status.st_size} bytes"
         raise DataError(
@@ -32,7 +35,7 @@ def check_size(tar: Path, size: int) -> os.stat_result:
 
 def check_is_tar(tar: Path) -> None:
     """Raise DataError if a file does not begin with a tar header."""
-    with tar.open("rb") as file:
+    with open_regular(tar) as file:
         header = file.read(tarfile.BLOCKSIZE)
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -56,7 +59,7 @@ def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hi
         return
     length, rows = tar.stat().st_size, [first, (first + end) // 2, end - 1]
     places = {kind: np.stack(index.locate(kind, rows), 1).tolist() for kind in KINDS}
-    with tar.open("rb") as file:
+    with open_regular(tar) as file:
         for row, i in enumerate(rows):
             key = index.key(i)
             for kind in KINDS:
@@ -93,8 +96,8 @@ def _linked(header: bytes, key: str) -> str | None:
 
 def _linked_anywhere(tar: Path, key: str, extensions: tuple[str, ...]) -> str | None:
     """Key of the sample to whose image the image of `key` is a link in a tar of another tool; None without a link."""
-    with contextlib.suppress(tarfile.TarError), tarfile.open(tar) as opened:
-        for member in opened:
+    with contextlib.suppress(DamagedTar), open_regular(tar) as file:
+        for member in TarWalk(file, 0):
             stem, _, extension = member.name.rpartition(".")
             if member.islnk() and stem == key and extension.lower() in extensions:
                 return member.linkname.rpartition(".")[0]

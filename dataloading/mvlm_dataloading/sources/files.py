@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import read_regular
 
 from .record import require_file
 
@@ -159,7 +160,7 @@ def published_files(folder: Path) -> list[Path]:
 def _has_recipe(file: Path) -> bool:
     """True for the description of what a build has written. That of tars used in place has an empty recipe."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and isinstance(content.get("recipe"), dict) and bool(content["recipe"])

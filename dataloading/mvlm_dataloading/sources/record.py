@@ -10,10 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import open_regular
 
 from .strip import ImageStrip
 
@@ -181,12 +183,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_fingerprint(path: Path) -> list[Any]:
-    """Name, size, and hash of the first and last 64 KiB of a file, for a recipe. For files too large to hash whole."""
-    with path.open("rb") as file:
-        head, size = file.read(_FINGERPRINTED), os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - _FINGERPRINTED))
-        return [path.name, size, hashlib.sha256(head + file.read()).hexdigest()]
+def file_fingerprint(path: Path, file: BufferedReader | None = None) -> list[Any]:
+    """Name, size, and hash of the first and last 64 KiB of a file, for a recipe. For files too large to hash whole.
+
+    Args:
+        file: the open file, which is left at another place. Default: it is opened.
+    """
+    if file is None:
+        with open_regular(path) as file:
+            return file_fingerprint(path, file)
+    file.seek(0)
+    head, size = file.read(_FINGERPRINTED), os.fstat(file.fileno()).st_size
+    file.seek(max(0, size - _FINGERPRINTED))
+    return [path.name, size, hashlib.sha256(head + file.read(_FINGERPRINTED)).hexdigest()]
 
 
 def records_sha256(pieces: Sequence[Piece]) -> str:

@@ -2,19 +2,21 @@
 
 import bz2
 import gzip
-import io
 import lzma
+import os
 import re
 import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import open_regular, opened_unchanged
+from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 
-from .record import TOO_LARGE
+from .record import TOO_LARGE, file_fingerprint
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "caption")
@@ -22,6 +24,8 @@ _TEXTS = (*CAPTION_EXTENSIONS, "json", "cls")
 # Not read. A sample that has only such files is rejected with a reason and not passed over in silence.
 _OTHERS = ("gif", "bmp", "tif", "tiff", "npy", "tok")
 _MAX_TEXT = 1 << 22
+CUT = "tar ends early"
+"""Fault of a tar that was cut. What it held behind the cut is not known."""
 
 
 @dataclass(slots=True)
@@ -36,98 +40,85 @@ class TarSample:
     fault: str | None = None
 
 
-def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
+def read_samples(path: Path, max_bytes: int, fingerprint: Sequence[Any] | None = None) -> Iterator[TarSample]:
     """Yield the samples of a tar in one sequential read. Nothing is unpacked.
 
     A hard link to a file before it in the tar stands for that file. Other links, and devices, are skipped.
 
-    For a damaged tar, the last sample has the tar's name as its key and the damage as its fault.
+    For a tar that was cut, the last sample has the tar's name as its key, and a fault that says so.
+
+    Args:
+        fingerprint: that of the file (`file_fingerprint`) when the build was planned.
 
     Raises:
-        DataError: the tar cannot be read just now. A tar that is damaged would give the same samples again.
+        DataError: the tar has blocks that belong to no member, with others after them that would be lost; it is not the
+            file of the plan, or changes while it is read; or it cannot be read just now.
     """
-    sample: TarSample | None = None
-    damage, ended, whole = None, True, False
     try:
-        with (
-            _opened(path) as file,
-            _opened(path) as again,
-            tarfile.open(fileobj=cast(IO[bytes], tail := _Tail(file)), mode="r|") as tar,
-        ):
-            links = _Links(again)
-            for member in tar:
-                if not links.follow(member) or member.name.rsplit("/", 1)[-1].startswith("."):
-                    continue
-                key, extension = split_member_name(member.name)
-                if extension not in IMAGE_EXTENSIONS + _TEXTS + _OTHERS:
-                    continue
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield sample
-                    sample = TarSample(key)
-                _add(sample, links if member.islnk() else tar, member, extension, max_bytes)
-            whole = True  # bytes after the tar in a compressed file may yet be an error
-            ended = tail.ends_with_an_empty_block()
-    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # of the disk or the network; gzip's errors have none
+        with opened_unchanged(path) as raw:
+            if fingerprint is not None and list(fingerprint) != file_fingerprint(path, raw):
+                raise DataError(f"{path}: wanted the tar that the build began with, found another; build again")
+            yield from _samples(path, raw, max_bytes)
+    except OSError as error:
+        raise DataError(f"{path}: wanted a tar that can be read, found {error}; run the same command again") from None
+
+
+def _samples(path: Path, raw: BufferedReader, max_bytes: int) -> Iterator[TarSample]:
+    sample, fault = None, None
+    links = _Links(path, raw)
+    walk = TarWalk(_unpacked(raw), max(max_bytes, _MAX_TEXT))
+    try:
+        for member in walk:
+            if not links.follow(member) or member.name.rsplit("/", 1)[-1].startswith("."):
+                continue
+            key, extension = split_member_name(member.name)
+            if extension not in IMAGE_EXTENSIONS + _TEXTS + _OTHERS:
+                continue
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield sample
+                sample = TarSample(key)
+            _add(sample, links if member.islnk() else walk, member, extension, max_bytes)
+    except DamagedTar as damage:
+        if not damage.cut and not damage.whole:
             raise DataError(
-                f"{path}: wanted a tar that can be read, found {error}; run the same command again"
+                f"{path}: wanted a tar whose every block belongs to a file of it, found {damage}; download it "
+                "again, or leave it out"
             ) from None
-        damage = "tar is damaged from here on" if sample else f"tar cannot be read ({type(error).__name__})"
-        damage = "tar is damaged after its samples" if whole else damage
+        fault = "tar is damaged after its samples" if damage.whole else CUT
+        if sample is not None and not damage.whole and sample.fault is None and _is_incomplete(sample):
+            sample.fault = "tar ends inside this sample"
+    finally:
+        links.close()
     if sample is not None:
-        if damage is not None and not whole and sample.fault is None and _is_incomplete(sample):
-            sample.fault = damage
         yield sample
-    if damage is None and not ended:
-        damage = "tar ends early"
-    if damage is not None:
-        yield TarSample(path.name, fault=damage)
+    if fault is not None:
+        yield TarSample(path.name, fault=fault)
 
 
-def has_end_block(path: Path) -> bool:
-    """True if a tar ends with an empty block. A tar that was truncated between two members does not."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
-        return file.read() == bytes(tarfile.BLOCKSIZE)
-
-
-def _opened(path: Path) -> IO[bytes]:
+def _unpacked(raw: BufferedReader) -> IO[bytes]:
     """The content of a tar, unpacked by what it begins with. Reading a cut archive to its end raises EOFError."""
-    with path.open("rb") as file:
-        first = file.read(10)
+    raw.seek(0)
+    first = raw.read(10)
+    raw.seek(0)
     # A plain tar begins with a member's name, which may be "BZh1.jpg". bzip2 continues with the digits of pi.
-    for magic, opener in ((rb"\x1f\x8b\x08", gzip.open), (rb"BZh[1-9]1AY&SY", bz2.open), (rb"\xfd7zXZ\x00", lzma.open)):
-        if re.match(magic, first):
-            return cast(IO[bytes], opener(path, "rb"))
-    return path.open("rb")
-
-
-class _Tail:
-    """A file that is read in order and remembers its last block."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._last = file, b""
-
-    def read(self, size: int = -1) -> bytes:
-        content = self._file.read(size)
-        self._last = (self._last + content[-tarfile.BLOCKSIZE :])[-tarfile.BLOCKSIZE :]
-        return content
-
-    def ends_with_an_empty_block(self) -> bool:
-        """Read to the end. False for a tar that was truncated: where a header begins, `tarfile` takes it for whole."""
-        while self.read(1 << 20):
-            pass
-        return self._last == bytes(tarfile.BLOCKSIZE)
+    if first.startswith(b"\x1f\x8b\x08"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if re.match(rb"BZh[1-9]1AY&SY", first):
+        return bz2.BZ2File(raw)
+    return lzma.LZMAFile(raw) if first.startswith(b"\xfd7zXZ\x00") else raw
 
 
 class _Links:
-    """The files of a tar by name, for the hard links to them. They are read a second time, from a file of their own."""
+    """The files of a tar by name, for the hard links to them. They are read a second time, from a file of their own.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    Args:
+        raw: the open tar. The second one is opened at the first link.
+    """
+
+    def __init__(self, path: Path, raw: BufferedReader) -> None:
+        self._path, self._raw = path, raw
+        self._again: tuple[BufferedReader, IO[bytes]] | None = None
         self._places: dict[str, tuple[int, int]] = {}
         self._last: tuple[tuple[int, int], bytes] | None = None
 
@@ -141,17 +132,26 @@ class _Links:
             self._places[member.name] = member.offset_data, member.size
         return True
 
-    def extractfile(self, member: tarfile.TarInfo) -> IO[bytes]:
+    def read(self, member: tarfile.TarInfo) -> bytes:
         place = member.offset_data, member.size
         if self._last is None or self._last[0] != place:  # questions about an image follow one another
-            self._file.seek(member.offset_data)
-            self._last = place, self._file.read(member.size)
-        return io.BytesIO(self._last[1])
+            if self._again is None:
+                raw = open_regular(self._path)
+                if not os.path.samestat(os.fstat(raw.fileno()), os.fstat(self._raw.fileno())):
+                    raw.close()
+                    raise DataError(f"{self._path}: wanted the tar that was opened, found another; build again")
+                self._again = raw, _unpacked(raw)
+            file = self._again[1]
+            file.seek(member.offset_data)
+            self._last = place, file.read(member.size)
+        return self._last[1]
+
+    def close(self) -> None:
+        if self._again is not None:
+            self._again[0].close()
 
 
-def _add(
-    sample: TarSample, tar: "tarfile.TarFile | _Links", member: tarfile.TarInfo, extension: str, max_bytes: int
-) -> None:
+def _add(sample: TarSample, tar: TarWalk | _Links, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:
     if extension in _OTHERS:
         return
     if extension in sample.parts or (
@@ -165,8 +165,7 @@ def _add(
         else:
             sample.fault = TOO_LARGE if extension in IMAGE_EXTENSIONS else "caption is too long"
         return
-    file = tar.extractfile(member)
-    content = file.read() if file is not None else b""
+    content = tar.read(member)
     sample.parts[extension] = content
     if len(content) != member.size:
         sample.fault = "tar ends inside this sample"

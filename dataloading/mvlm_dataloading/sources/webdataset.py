@@ -1,5 +1,6 @@
 """WebDataset tars that other tools wrote: CC3M and SBU by img2dataset, and any tars with images and captions."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any, Literal
 
 from mvlm_dataloading.captions import decode_text, is_visible
 from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.regular_files import read_regular
 
 from .files import captions_in_cell, published_files, refuse_repeated_files
-from .record import Record, Source, file_fingerprint, file_sha256, looks_like_evaluation, safe_key
+from .record import Record, Source, file_fingerprint, file_sha256, is_evaluation, looks_like_evaluation, safe_key
 from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -91,15 +93,32 @@ def tar_pieces(
         folders = [find_tars(path, given) for path in paths]
         if split == "train":
             _refuse_evaluation_tars(paths, folders)
-        tars = _with_key_prefixes(paths, folders, prefix_keys)
-        pieces += [TarPiece(split, tar, prefix + own, caption_field) for tar, own in tars]
+        for tar, own in _with_key_prefixes(paths, folders, prefix_keys):
+            sidecar = tar.with_suffix(".parquet")
+            table = file_sha256(sidecar) if sidecar.is_file() else None
+            pieces.append(TarPiece(split, tar, prefix + own, caption_field, tuple(file_fingerprint(tar)), table))
     refuse_repeated_files(tar.path for tar in pieces)
+    _refuse_copies(pieces)
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
-        sidecar = tar.path.with_suffix(".parquet")
-        captions = [file_sha256(sidecar)] if sidecar.is_file() else []
-        sizes.setdefault(tar.split, []).append([*file_fingerprint(tar.path), tar.prefix, *captions])
+        table = [] if tar.table_sha256 is None else [tar.table_sha256]
+        sizes.setdefault(tar.split, []).append([*tar.fingerprint, tar.prefix, *table])
     return pieces, {"tars": sizes, "caption_field": caption_field}
+
+
+def _refuse_copies(pieces: "Sequence[TarPiece]") -> None:
+    """Raise DataError if a training tar has the same bytes as one of an evaluation split.
+
+    All its images would be left out of training.
+    """
+    held_out = {tar.fingerprint[1:]: tar for tar in pieces if is_evaluation(tar.split)}
+    for tar in pieces:
+        other = held_out.get(tar.fingerprint[1:])
+        if tar.split == "train" and other is not None and file_sha256(tar.path) == file_sha256(other.path):
+            raise DataError(
+                f"{tar.path}: wanted training tars that are in no evaluation split, found the same bytes in "
+                f"{other.path} of {other.split}; name one of them, with the option of its split"
+            )
 
 
 def _refuse_evaluation_tars(paths: Sequence[Path], folders: list[list[Path]]) -> None:
@@ -165,15 +184,23 @@ class TarPiece:
     path: Path
     prefix: str
     caption_field: str
+    fingerprint: tuple[Any, ...]
+    """As `file_fingerprint` gives it. A build refuses a tar that has another one by then."""
+    table_sha256: str | None = None
+    """Hash of img2dataset's table beside the tar, which a build refuses too if it differs; None without a table."""
 
     @property
     def label(self) -> str:
         return f"{self.split} {self.path.name}"
 
+    def samples(self, max_bytes: int) -> Iterator[TarSample]:
+        """The samples of the tar, as `read_samples` gives them."""
+        return read_samples(self.path, max_bytes, self.fingerprint)
+
     def records(self, max_bytes: int) -> Iterator[Record]:
-        sidecar = _read_sidecar(self.path.with_suffix(".parquet"))
+        sidecar = _read_sidecar(self.path.with_suffix(".parquet"), self.table_sha256)
         found: set[str] = set()
-        for sample in read_samples(self.path, max_bytes):
+        for sample in self.samples(max_bytes):
             found.add(sample.key)
             yield self.record(sample, sidecar)
         for key, row in sidecar.items():
@@ -220,15 +247,24 @@ def _parse_object(text: bytes | None) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _read_sidecar(file: Path) -> dict[str, dict[str, Any]]:
-    """Read img2dataset's table of a tar: key -> status and caption of every link, failed downloads included."""
-    if not file.is_file():
+def _read_sidecar(file: Path, sha256: str | None) -> dict[str, dict[str, Any]]:
+    """Read img2dataset's table of a tar: key -> status and caption of every link, failed downloads included.
+
+    Args:
+        sha256: that of the table when the build was planned; None if there was no table.
+    """
+    if sha256 is None:
         return {}
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
     try:
-        table = parquet.ParquetFile(file)
+        content = read_regular(file)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"{file}: wanted the table that the build began with, found another; build again")
+        table = parquet.ParquetFile(arrow.BufferReader(content))
         columns = [name for name in ("key", "status", "caption") if name in table.schema_arrow.names]
         rows = table.read(columns=columns).to_pylist()
+    except DataError:
+        raise
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: wanted img2dataset's table, found {error}; remove it or download again") from None
     return {str(row["key"]): row for row in rows if row.get("key") is not None}

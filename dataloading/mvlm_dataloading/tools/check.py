@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from mvlm_dataloading.dataset.index_writer import fingerprint_of, pack_records
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import index_path, map_index
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import opened_unchanged, read_regular
 
 from .reindex import index_tar
 
@@ -137,23 +140,38 @@ def _opening_problems(folder: Path, split: str) -> list[str]:
 
 def _check_shard(task: _Task, report: Callable[[int], None]) -> Findings:
     found = Findings()
+    tar, index = shard_paths(task.folder, task.shard)
     try:
-        _read_through(task, found, report)
-    except (OSError, ValueError) as error:  # a missing file, a malformed index
-        found.problems.append(f"{task.shard['tar']}: wanted a shard and its index, found {error}; restore it")
+        with opened_unchanged(tar) as file:
+            _read_through(task, tar, index, file, found, report)
+    except DataError as error:
+        found.problems.append(str(error))
+    except OSError as error:
+        name, reason = Path(error.filename or tar).name, error.strerror or error
+        found.problems.append(f"{tar.name}: wanted a shard and its index, found {reason} ({name}); restore it")
+    if len(found.problems) > _MAX_PROBLEMS:
+        more = len(found.problems) - _MAX_PROBLEMS
+        found.problems[_MAX_PROBLEMS:] = [f"{tar.name}: and {more} more"]
     return found
 
 
-def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -> None:
-    tar, index = shard_paths(task.folder, task.shard)
-    with tar.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _read_through(
+    task: _Task, tar: Path, index: Path, file: BufferedReader, found: Findings, report: Callable[[int], None]
+) -> None:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
     if task.shard["sha256"] and digest != task.shard["sha256"]:
         found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
-    text = index.read_bytes()
+    text = read_regular(index)
+    try:
+        parse_index(text)
+    except ValueError as error:
+        found.problems.append(
+            f"{index.name}: wanted `extension offset size name` of each component, found {error}; `mvlm data index`"
+        )
+        return
     lines = text.decode(errors="surrogateescape").splitlines()[1:]
     try:
-        own = index_tar(tar)
+        own = index_tar(tar, file=file)
         strange = set(lines) - set(own.lines) - set(own.unreadable)  # unreadable texts are reported below
         if strange or ("index" not in task.shard and set(own.lines) - set(lines)):
             found.problems.append(f"{index.name}: wanted the samples of {tar.name}, found others; `mvlm data index`")
@@ -161,14 +179,11 @@ def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -
             found.problems.append(problem)
     except DataError as error:
         found.problems.append(str(error))
-    decoder = decoder_with_max_limit()
-    with tar.open("rb") as file:
-        for begin in range(0, len(lines), 32):
-            _check_samples(task, tar.name, [_read(file, line) for line in lines[begin : begin + 32]], decoder, found)
-            report(len(lines[begin : begin + 32]))
-    if len(found.problems) > _MAX_PROBLEMS:
-        more = len(found.problems) - _MAX_PROBLEMS
-        found.problems[_MAX_PROBLEMS:] = [f"{tar.name}: and {more} more"]
+    decoder, length = decoder_with_max_limit(), os.fstat(file.fileno()).st_size
+    for begin in range(0, len(lines), 32):
+        samples = [_read(file, length, line) for line in lines[begin : begin + 32]]
+        _check_samples(task, tar.name, samples, decoder, found)
+        report(len(lines[begin : begin + 32]))
 
 
 def _index_problem(task: _Task, text: bytes) -> str | None:
@@ -189,11 +204,12 @@ def _index_problem(task: _Task, text: bytes) -> str | None:
     return f"{path.name}: wanted the samples of {task.shard['tar']} as in its DALI index, found others; {hint}"
 
 
-def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:
+def _read(file: BufferedReader, length: int, line: str) -> tuple[str, dict[str, bytes]]:
+    """Key and components of a line of an index. A component that lies beyond the `length` of the tar is empty."""
     key, parts = "", {}
     for extension, offset, size, name in zip(*[iter(line.split(" "))] * 4, strict=True):
-        file.seek(int(offset))
-        parts[extension.lower()] = file.read(int(size))
+        file.seek(min(int(offset), length))
+        parts[extension.lower()] = file.read(int(size)) if int(offset) + int(size) <= length else b""
         key = name[: -len(extension) - 1]
     return key, parts
 

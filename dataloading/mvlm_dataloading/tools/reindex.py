@@ -4,7 +4,9 @@ import codecs
 import json
 import tarfile
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
+from mvlm_dataloading.dataset.description import describe_shard, read_description, shard_paths
+from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
 from mvlm_dataloading.dataset.durable_files import make_no_older, write_durably
 from mvlm_dataloading.dataset.index_writer import pack_records
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.dataset.sample_index import Field, SampleIndex
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import opened_unchanged
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
-from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
+from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
+from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22
@@ -39,7 +44,7 @@ class TarIndex:
     """Number of unusable samples by reason."""
 
 
-def index_tar(tar: Path, *, unseen: bool = False) -> TarIndex:
+def index_tar(tar: Path, *, unseen: bool = False, file: BufferedReader | None = None) -> TarIndex:
     """Index a tar from its headers and texts. Members that belong to no sample are skipped.
 
     A sample needs an image and captions in UTF-8. Metadata are optional, and must be a JSON object. An image may be a
@@ -47,51 +52,54 @@ def index_tar(tar: Path, *, unseen: bool = False) -> TarIndex:
 
     Args:
         unseen: accept captions in which nothing can be seen, as earlier versions did.
+        file: the open tar, which is left at another place. Default: it is opened.
 
     Raises:
-        DataError: the file is missing, is not a tar, is compressed, or ends early.
+        DataError: the file is missing, is not a tar, is compressed, ends early, has blocks that belong to no member, or
+            changes while it is read.
     """
+    if file is None:
+        with _opened(tar) as file:
+            return index_tar(tar, unseen=unseen, file=file)
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     images: dict[str, tarfile.TarInfo] = {}
     faults: dict[str, str] = {}
     captions: dict[str, int] = {}
     unread: dict[str, str] = {}
     last = None
+    file.seek(0)
+    walk = TarWalk(file, _MAX_TEXT)
     try:
-        with tarfile.open(tar, "r:") as file:
-            for member in file:
-                key, extension = split_member_name(member.name)
-                if member.name.rsplit("/", 1)[-1].startswith("."):  # macOS puts ._a.jpg beside a.jpg
-                    continue
-                if member.islnk() and extension in IMAGE_EXTENSIONS and (target := images.get(member.linkname)):
-                    member.offset_data, member.size = target.offset_data, target.size
-                elif not member.isfile() or member.issparse() or extension not in _KNOWN:
-                    continue
-                if extension in IMAGE_EXTENSIONS:
-                    images[member.name] = member
-                parts = samples.setdefault(key, {})
-                if extension in parts or (
-                    extension in IMAGE_EXTENSIONS and any(one in parts for one in IMAGE_EXTENSIONS)
-                ):
-                    faults[key] = "sample has two files of the same kind"
-                elif parts and key != last:
-                    faults[key] = "files of a sample do not follow one another"
-                parts.setdefault(extension, member)
-                last = key
-                if extension in ("txt", "json"):
-                    found = _read_text(file, member, extension, unseen)
-                    if isinstance(found, str):
-                        unread.setdefault(key, found)
-                    elif extension == "txt":
-                        captions[key] = found
-        if not has_end_block(tar):  # tarfile treats a truncated header as the end
-            raise tarfile.ReadError("it ends early")
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{tar}: wanted a tar, found no such file; restore it") from None
+        for member in walk:
+            key, extension = split_member_name(member.name)
+            if member.name.rsplit("/", 1)[-1].startswith("."):  # macOS puts ._a.jpg beside a.jpg
+                continue
+            if member.islnk() and extension in IMAGE_EXTENSIONS and (target := images.get(member.linkname)):
+                member.offset_data, member.size = target.offset_data, target.size
+            elif not member.isfile() or member.issparse() or extension not in _KNOWN:
+                continue
+            if extension in IMAGE_EXTENSIONS:
+                images[member.name] = member
+            parts = samples.setdefault(key, {})
+            if extension in parts or (extension in IMAGE_EXTENSIONS and any(one in parts for one in IMAGE_EXTENSIONS)):
+                faults[key] = "sample has two files of the same kind"
+            elif parts and key != last:
+                faults[key] = "files of a sample do not follow one another"
+            parts.setdefault(extension, member)
+            last = key
+            if extension in ("txt", "json"):
+                found = _read_text(walk, member, extension, unseen)
+                if isinstance(found, str):
+                    unread.setdefault(key, found)
+                elif extension == "txt":
+                    captions[key] = found
+    except (DamagedTar, OSError) as error:
+        found = f"{error} (it ends early)" if isinstance(error, DamagedTar) and error.cut else error
+        remedy = "download it again"
+        if isinstance(error, DamagedTar) and (error.cut or not error.offset):
+            remedy += " or convert it with `mvlm data webdataset`"
         raise DataError(
-            f"{tar}: wanted a complete, uncompressed tar, found a file that is not one ({error}); download it again "
-            f"or convert it with `mvlm data webdataset`"
+            f"{tar}: wanted a complete, uncompressed tar, found a file that is not one ({found}); {remedy}"
         ) from None
     index = TarIndex([], [], 0, Counter(faults.values()))
     for key, parts in samples.items():
@@ -112,6 +120,13 @@ def index_tar(tar: Path, *, unseen: bool = False) -> TarIndex:
     return index
 
 
+def _opened(tar: Path) -> AbstractContextManager[BufferedReader]:
+    """As `opened_unchanged`. Raises DataError if the tar is missing."""
+    if not tar.exists():
+        raise DataError(f"{tar}: wanted a tar, found no such file; restore it")
+    return opened_unchanged(tar)
+
+
 def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
     """True if every sample that an index lists in a shard is a sample of the tar: its image, texts and tokens.
 
@@ -123,12 +138,12 @@ def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
     return all(row.tobytes() in known for row in index.shard_content(shard)[0][:, : Field.KEY_END])
 
 
-def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str, unseen: bool) -> int | str:
+def _read_text(walk: TarWalk, member: tarfile.TarInfo, extension: str, unseen: bool) -> int | str:
     """Count the captions or metadata fields of a sample. Returns the reason as text if they cannot be used."""
-    content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
     what = "caption" if extension == "txt" else "metadata"
-    if len(content) > _MAX_TEXT:
+    if member.size > _MAX_TEXT:
         return f"{what} is too long"
+    content = walk.read(member)
     parse = parse_captions if what == "caption" else parse_metadata
     try:
         found = parse(content, lambda: member.name)
@@ -166,7 +181,9 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
         shards = [shard for part in description["splits"].values() for shard in part["shards"]]
         if not without_tars and not any("index" in shard for shard in shards):  # a shard of a view has an index
             for shard in shards:
-                _write_dali_index(shard_paths(folder, shard)[0], shard["samples"])
+                tar, _ = shard_paths(folder, shard)
+                with _opened(tar) as file:
+                    _write_dali_index(tar, shard["samples"], file)
         _pack_indices(folder, description)
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
@@ -181,10 +198,10 @@ def _pack_indices(folder: Path, description: dict[str, Any]) -> None:
         write_index(folder, split)
 
 
-def _write_dali_index(tar: Path, samples: int | None) -> TarIndex:
-    found = index_tar(tar)
+def _write_dali_index(tar: Path, samples: int | None, file: BufferedReader) -> TarIndex:
+    found = index_tar(tar, file=file)
     if samples is not None and len(found.lines) < samples:
-        found = index_tar(tar, unseen=True)  # written by an earlier version, perhaps
+        found = index_tar(tar, unseen=True, file=file)  # written by an earlier version, perhaps
     if samples is not None and len(found.lines) != samples:
         raise DataError(
             f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "
@@ -202,7 +219,9 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     splits: dict[str, dict[str, Any]] = {}
     left_out: Counter[str] = Counter()
     for tar in tars:
-        found = _write_dali_index(tar, None)
+        with _opened(tar) as file:
+            found = _write_dali_index(tar, None, file)
+            shard = describe_shard(tar, len(found.lines), file)
         left_out += found.left_out
         if found.lines:
             stated = split_in_name(tar.name) or "train"
@@ -210,7 +229,7 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
             part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
             part["samples"] += len(found.lines)
             part["captions"] += found.captions
-            part["shards"].append(describe_shard(tar, len(found.lines)))
+            part["shards"].append(shard)
     if not splits:
         raise DataError(f"{folder}: wanted at least one sample, found none; left out: {dict(left_out)}")
     description = {

@@ -30,11 +30,13 @@ from mvlm_dataloading.build.duplicates import (
 )
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, read_description, require_free_folder, shard_paths
+from mvlm_dataloading.dataset.description import read_description, require_free_folder, shard_paths
+from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
 from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import ViewOptions
+from mvlm_dataloading.regular_files import read_regular
 from mvlm_dataloading.sources.record import is_evaluation
 
 log = logging.getLogger(__name__)
@@ -192,7 +194,8 @@ def _hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) ->
 
 def _depth(description: dict[str, Any]) -> int:
     """Number of nested views; 0 for a data set with its own tars."""
-    return description.get("recipe", {}).get("view", {}).get("depth", 0)
+    view = description.get("recipe", {}).get("view")
+    return view.get("depth", 0) if isinstance(view, dict) else 0
 
 
 def _write_indices(
@@ -208,7 +211,7 @@ def _write_indices(
             end += 1
         known = dataset.description["splits"][dataset.split]["shards"][shard]
         tar, index = shard_paths(dataset.folder, known)
-        lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
+        lines = read_regular(index).decode(errors="surrogateescape").splitlines()[1:]
         first = int(dataset.index.first[shard])
         chosen, captions = [], 0
         for row in rows[begin:end]:

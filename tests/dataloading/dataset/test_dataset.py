@@ -109,7 +109,7 @@ def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
     for number, order in enumerate([[1, 0], [0, 1], [0], [1, 1]]):
         (folder / f"view{number}.idx").write_text(format_index([lines[i] for i in order]))
         shard = shards[0] | {"index": f"view{number}.idx", "samples": len(order)}
-        description["splits"]["train"]["shards"] = [shard]
+        description["splits"]["train"] |= {"samples": len(order), "shards": [shard]}
         (folder / "dataset.json").write_text(json.dumps(description))
         view = open_dataset(folder, "train")
         assert [view.keys[i] for i in range(len(view))] == [whole.keys[i] for i in order]

@@ -116,11 +116,20 @@ def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
     path = folder / "dataset.json"
     kept = path.read_text()
     description = json.loads(kept)
-    description["splits"]["train"]["shards"][0]["tar"] = "../../stolen.tar"
-    path.write_text(json.dumps(description))
+    shard = description["splits"]["train"]["shards"][0]
+    shard["tar"] = "../../stolen.tar"
     try:
-        with pytest.raises(DataError, match=r"wanted shards inside the folder, found '\.\./\.\./stolen\.tar'"):
-            open_dataset(web, "train")
+        for own_index, message in (
+            ({}, rf'{web}/dataset\.json: .* found train shard 0 tar: "\.\./\.\./stolen\.tar", not a file inside'),
+            (
+                {"index": "train-000000.idx"},
+                r"wanted shards inside the folder, found '\.\./\.\./stolen\.tar'",
+            ),  # a view
+        ):
+            shard |= own_index
+            path.write_text(json.dumps(description))
+            with pytest.raises(DataError, match=message):
+                open_dataset(web, "train")
     finally:
         path.write_text(kept)
 

@@ -1,5 +1,6 @@
 """WebDataset tars: CC3M and SBU from img2dataset, and tars of other tools."""
 
+import gzip
 import json
 import tarfile
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ import pytest
 from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.build.build import build_part
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.webdataset import cc3m, webdataset
+from mvlm_dataloading.sources.webdataset import cc3m, tar_pieces, webdataset
 from support import published
 from support.data import build_source, read_json_lines
 
@@ -171,3 +172,49 @@ def test_tars_of_an_evaluation_split_in_a_subfolder_are_never_trained_on(tmp_pat
 def test_a_blank_text_does_not_hide_the_caption_in_the_metadata(tmp_path):
     write_tar(tmp_path / "a.tar", ["k"], "\n \u200b\n", caption="a word")
     assert build_source(webdataset([tmp_path / "a.tar"]), tmp_path / "out") == {"train": {"k": ["a word"]}}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_tar_of_an_evaluation_split_is_not_taken_for_training_too(tmp_path, suffix):
+    """All of its images would be left out of training. Its name, its place and its packing may differ."""
+    for number, name in enumerate(("a", "b")):
+        write_images(tmp_path / f"{name}.tar", name, range(3 * number, 3 * number + 3))
+    one, two, copy = tmp_path / "a.tar", tmp_path / "b.tar", tmp_path / f"copy.tar{suffix}"
+    copy.write_bytes(gzip.compress(one.read_bytes()) if suffix else one.read_bytes())
+    with pytest.raises(DataError, match=r"a\.tar: wanted each file once, found it twice"):
+        webdataset([one], test=[one])
+    message = r"a\.tar: wanted training tars .* found the same bytes in .*copy\.tar of (validation|test)"
+    if suffix:  # other bytes, and the same images
+        message = r"wanted training samples that are in no evaluation split, found that all 3 are in one"
+    for validation, test in (([copy], []), ([], [copy])):
+        with pytest.raises(DataError, match=message):
+            build_source(webdataset([one], validation, test), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    if suffix:
+        found = build_source(webdataset([one, two], test=[copy]), tmp_path / "out")
+        assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
+
+
+def test_tars_of_equal_size_beginning_and_end_are_no_copies(tmp_path):
+    for split, mark in (("train", b"1"), ("test", b"2")):
+        embedding = bytes(100_000) + mark + bytes(100_000)
+        write_images(tmp_path / f"{split}.tar", "a", range(2), ("a0.npy", embedding))
+    pieces, _ = tar_pieces({split: [tmp_path / f"{split}.tar"] for split in ("train", "test")})
+    assert pieces[0].fingerprint[1:] == pieces[1].fingerprint[1:]
+
+
+def write_images(path: Path, name: str, numbers: Iterable[int], *first: tuple[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        published.add_members(tar, list(first))
+        for i in numbers:
+            image = published.encoded(published.make_image(i))
+            published.add_members(tar, [(f"{name}{i}.jpg", image), (f"{name}{i}.txt", b"words")])
+
+
+def test_a_table_that_changes_after_the_plan_is_refused(tmp_path):
+    published.img2dataset(tmp_path / "train", tars=1)
+    source = cc3m([tmp_path / "train"])
+    table = tmp_path / "train" / "00000.parquet"
+    table.write_bytes(table.read_bytes() + b"x")
+    with pytest.raises(DataError, match=r"00000\.parquet: wanted the table that the build began with, found another"):
+        build_source(source, tmp_path / "out")

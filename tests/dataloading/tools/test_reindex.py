@@ -1,7 +1,10 @@
 """Rebuilding indices, and indexing tars of other tools in place."""
 
+import hashlib
 import itertools
+import json
 import os
+import re
 import tarfile
 import time
 from pathlib import Path
@@ -255,3 +258,35 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path):
         ):
             rebuild_indices(folder)
         assert not list(folder.glob("*.idx")) + list(folder.glob("*.json"))
+
+
+def test_a_tar_with_a_damaged_header_is_not_indexed_and_check_names_it(tmp_path):
+    """One that an earlier version has indexed, with the samples before the damage alone."""
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(12):
+            image = published.encoded(published.make_image(i))
+            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", b"words")])
+    with tarfile.open(path) as tar:
+        at = tar.getmember("3.jpg").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:at] + bytes(1024))
+    rebuild_indices(tmp_path)
+    damaged = whole[: at + 150] + b"\xff" * 4 + whole[at + 154 :]
+    description = json.loads((tmp_path / "dataset.json").read_text())
+    (shard,) = description["splits"]["train"]["shards"]
+    shard |= {"bytes": len(damaged), "sha256": hashlib.sha256(damaged).hexdigest()}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    path.write_bytes(damaged)
+    os.utime(tmp_path / "train.idx")
+    rebuild_indices(tmp_path, without_tars=True)
+    assert len(open_dataset(tmp_path, "train")) == 3
+    message = (
+        f"train.tar: wanted a complete, uncompressed tar, found a file that is not one (a damaged header at byte {at})"
+    )
+    (problem,) = problems(tmp_path)
+    assert problem.endswith(f"{message}; download it again")
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(DataError, match=re.escape(message)):
+        rebuild_indices(tmp_path)
+    assert not (tmp_path / "dataset.json").exists()
