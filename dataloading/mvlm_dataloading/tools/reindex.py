@@ -171,7 +171,7 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
         DataError: a tar is damaged or has other samples than described; a DALI index is missing or does not match its
             tar; the folder has `dataset.json` and `split` is given; no sample is usable.
     """
-    if without_tars or (folder / "dataset.json").is_file():
+    if without_tars or (folder / "dataset.json").exists():
         if split:
             raise DataError(
                 f"{folder}: wanted no split for a folder with dataset.json, got {split}; remove dataset.json and "
@@ -183,7 +183,8 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
             for shard in shards:
                 tar, _ = shard_paths(folder, shard)
                 with _opened(tar) as file:
-                    _write_dali_index(tar, shard["samples"], file)
+                    found = _index_described(tar, shard["samples"], file)
+                _write_dali_index(tar, found)
         _pack_indices(folder, description)
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
@@ -198,21 +199,25 @@ def _pack_indices(folder: Path, description: dict[str, Any]) -> None:
         write_index(folder, split)
 
 
-def _write_dali_index(tar: Path, samples: int | None, file: BufferedReader) -> TarIndex:
+def _index_described(tar: Path, samples: int, file: BufferedReader) -> TarIndex:
+    """Index an open tar, which must have as many samples as described."""
     found = index_tar(tar, file=file)
-    if samples is not None and len(found.lines) < samples:
+    if len(found.lines) < samples:
         found = index_tar(tar, unseen=True, file=file)  # written by an earlier version, perhaps
-    if samples is not None and len(found.lines) != samples:
+    if len(found.lines) != samples:
         raise DataError(
             f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "
             f"data set again"
         )
+    return found
+
+
+def _write_dali_index(tar: Path, found: TarIndex) -> None:
     path = tar.with_suffix(".idx")
     aside = path.with_suffix(".idx.tmp")
     write_durably(aside, format_index(found.lines))
     aside.rename(path)
     make_no_older(path, [tar])
-    return found
 
 
 def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, Any]:
@@ -220,8 +225,9 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     left_out: Counter[str] = Counter()
     for tar in tars:
         with _opened(tar) as file:
-            found = _write_dali_index(tar, None, file)
+            found = index_tar(tar, file=file)
             shard = describe_shard(tar, len(found.lines), file)
+        _write_dali_index(tar, found)
         left_out += found.left_out
         if found.lines:
             stated = split_in_name(tar.name) or "train"
