@@ -38,13 +38,6 @@ class Batch(_ToDevice):
     """int64 (B,), equal for rows with equal captions."""
     sample_id: Tensor
     """int64 (B,), the sample's position in the split. With seed and epoch, it determines all random draws."""
-    extra_tokens: Tensor | None = None
-    """int64 (T',), further captions of the images, packed: one of each image, then a second of each, and so on. None
-    unless the loader was asked for them."""
-    extra_cu_seqlens: Tensor | None = None
-    """int32 (J B + 1,), bounds of the J further captions of each image in `extra_tokens`."""
-    extra_max_length: int = 0
-    """Tokens of the longest further caption."""
     image_of: Tensor | None = None
     """int64 (B,), the row in `images` of each sample's image, in a batch that has each image and each caption once
     (`Loader`, `share`). `images` then has I rows and `cu_seqlens` U captions, I and U at most B. None: row b is of

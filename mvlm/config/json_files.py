@@ -35,6 +35,9 @@ REMOVED = {
     "order": Removed("mask-predict", "0.2.0"),
     "reconstruction_first": Removed(0, "0.2.0"),
     "skip_spikes": Removed(False, "0.2.0"),
+    "model.extra_captions": Removed(0, "0.2.0"),
+    "model.extra_caption_weight": Removed(1.0, "0.2.0"),
+    "model.pixel_initialization": Removed("normal", "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
 without it. At another value it is refused: the run or the model would be another one."""

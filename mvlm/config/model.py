@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, Range, check_values
+from mvlm.config.ranges import AT_LEAST_1, FRACTION, Range, check_values
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
@@ -46,20 +46,14 @@ class MaskVLMConfig:
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Form of ITC. softmax: InfoNCE, the paper's. sigmoid: SigLIP's loss, which judges every pair on its own and also
     learns a bias."""
-    extra_captions: Annotated[int, AT_LEAST_0] = 0
-    """Further captions of each image in ITC. They repeat if an image has too few."""
-    extra_caption_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight in ITC of each set of further captions; the first caption's is 1. ITC is the weighted mean."""
     text_pooling: bool = False
     """Also contrast each caption with what it picks out of each image: attention pooling with the caption as the query,
     as in FLAIR. ITC is then the mean of both losses."""
     cross_norm: Literal["post", "pre"] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
-    """Initial weights of linear layers: trunc_normal(0.02), meant for widths near 768, or Xavier, for any width."""
-    pixel_initialization: Literal["normal", "xavier"] = "normal"
-    """Initial weights of the linear layers that reconstruct pixels (image cross-modality encoder, decoder, pixel head):
-    normal or xavier, as in `initialization`."""
+    """Initial weights of linear layers: trunc_normal(0.02), meant for widths near 768, or Xavier, for any width. The
+    layers that reconstruct pixels always have trunc_normal(0.02)."""
     output_positions: bool = False
     """Add fixed sines of row and column to the features of patches behind the image encoder, as in DETR; not in the
     paper. Without them a small encoder, trained for a short time, loses the places of what it sees."""
@@ -224,7 +218,6 @@ class MaskVLMConfig:
             return options
         image, text = (partner == "lightly masked" for partner in (self.partner_image, self.partner_text))
         return options | {
-            "extra_captions": self.extra_captions,
             "variable_image_masks": self.image_masking == "variable",
             "variable_text_masks": self.text_masking == "variable",
             "whole_words": self.whole_word_masking,

@@ -35,9 +35,6 @@ def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int
         text_id=ids(pairs),
         sample_id=ids(pairs),
     )
-    if (sets := config.extra_captions) > 0:
-        extra = {"extra_tokens": ids(sets * pairs * tokens), "extra_max_length": batch.max_length}
-        batch = replace(batch, **extra, extra_cu_seqlens=torch.empty(sets * pairs + 1, dtype=torch.int32))
     masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
     if config.image_masking == "variable":
         everything = ids(pairs, config.num_patches)

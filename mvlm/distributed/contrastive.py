@@ -3,7 +3,7 @@
 Shape legend: n pairs of this rank, G pairs of the global batch, E contrastive width, Q rows of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,29 +27,20 @@ reads the embeddings of all pairs again."""
 class Embeddings:
     """This rank's embeddings of unit length, image and text (n, E) each, and those of all ranks on their way here.
 
-    `extra` has further captions, each set (n, E).
-
     They are gathered in one collective, in the dtype in which the step computes.
     """
 
-    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout, extra: Sequence[Tensor] = ()) -> None:
-        self.image, self.text, self.extra = image, text, extra
-        both = torch.cat([image, text, *extra], dim=1)  # (n, 2 E), or more with further captions
+    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
+        self.image, self.text = image, text
+        both = torch.cat([image, text], dim=1)  # (n, 2 E)
         self._all = InFlight(both, Gather(both, layout, compute_dtype(both)))
-        self._arrived: list[Tensor] | None = None
+        self._arrived: tuple[Tensor, Tensor] | None = None
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         """Images and captions of all ranks, (G, E) each, with gradients."""
-        image, text, *_ = self._parts()
-        return image, text
-
-    def arrive_extra(self) -> list[Tensor]:
-        """Further captions of all ranks, each set (G, E), with gradients."""
-        return self._parts()[2:]
-
-    def _parts(self) -> list[Tensor]:
         if self._arrived is None:
-            self._arrived = list(self._all.arrive().chunk(2 + len(self.extra), dim=1))
+            image, text = self._all.arrive().chunk(2, dim=1)
+            self._arrived = image, text
         return self._arrived
 
 
@@ -80,23 +71,6 @@ def sharded_contrastive_loss(
     text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements, shared)
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
-
-
-def sharded_extra_losses(
-    embeddings: Embeddings,
-    log_scale: Tensor,
-    layout: GlobalBatchLayout,
-    elements: int = MAX_LOGITS,
-    bias: Tensor | None = None,
-) -> list[Tensor]:
-    """This rank's share of ITC with each set of further captions, as `sharded_contrastive_loss` has it."""
-    images, _ = embeddings.arrive()
-    shares = []
-    for own, texts in zip(embeddings.extra, embeddings.arrive_extra(), strict=True):
-        rows, *_ = _rows(embeddings.image, texts, log_scale, bias, None, layout, 0, elements, False)
-        columns, *_ = _rows(own, images, log_scale, bias, None, layout, 1, elements, False)
-        shares.append((rows + columns) / (2 * layout.total))
-    return shares
 
 
 def sharded_conditioned_loss(

@@ -34,7 +34,7 @@ from mvlm.distributed.loss_shares import (
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
-from mvlm.model.implementation import ALL, encode_extra
+from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.objectives.losses import Losses, LossWeights
 from mvlm.objectives.masked_tokens import weight_of_masked_tokens
@@ -122,8 +122,7 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
                 return scaled_total(model, shares | image_share(model, streams, batch, masks, step), step)
             # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs.
             image, text = streams.image, streams.text
-            extra = model.embed_extra(encode_extra(step.implementation, model, batch), len(image))
-            embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout, extra)
+            embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
             shares = language_shares(model, streams, batch, masks, step)
             contrastive, draws = contrastive_shares(model, image, embeddings, step)
             shares |= contrastive

@@ -34,7 +34,6 @@ from mvlm.distributed.loss_shares import (
     scaled_total,
 )
 from mvlm.distributed.parallel import Parallel
-from mvlm.model.implementation import encode_extra
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
 from mvlm.objectives.negatives import Negatives
@@ -48,8 +47,6 @@ class Cached(NamedTuple):
     """v (b, 1+N, C)."""
     text: PackedText
     """w."""
-    extra: PackedText | None = None
-    """Features of the further captions, if there are any."""
 
 
 def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
@@ -79,11 +76,6 @@ def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step
                 # `total` and the cached gradients both contain the factor W already (see `scaled_total`).
                 total = total + _product_with_gradient(streams.image, cached[number].image)
                 total = total + _product_with_gradient(streams.text.rows, cached[number].text.rows)
-                if (extra := cached[number].extra) is not None:
-                    with step.autocast():
-                        again = encode_extra(step.implementation, model, batch)
-                    assert again is not None
-                    total = total + _product_with_gradient(again.rows, extra.rows)
             return total, parts
 
         # DDP reduces gradients in the last backward pass; until then they accumulate on each rank.
@@ -101,8 +93,7 @@ def _nothing() -> None:
 def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> Cached:
     """Features of the unmasked images and captions of one microbatch."""
     with step.autocast():
-        unmasked = step.implementation.encode_unmasked(model, batch)
-        return Cached(*unmasked, encode_extra(step.implementation, model, batch))
+        return Cached(*step.implementation.encode_unmasked(model, batch))
 
 
 def _backward_to_features(
@@ -116,17 +107,13 @@ def _backward_to_features(
     for own in cached:
         own.image.requires_grad_()
         own.text.rows.requires_grad_()
-        if own.extra is not None:
-            own.extra.rows.requires_grad_()
     drawn: list[Negatives | FeatureExchange] = []
 
     def itc(model: MaskVLM) -> tuple[Tensor, Tensor]:
         with step.autocast():
             image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
             text = torch.cat([model.embed_text(own.text.first()) for own in cached])
-            sets = [model.embed_extra(own.extra, step.layout.pairs) for own in cached]
-            extra = [torch.cat(parts) for parts in zip(*sets, strict=True)]  # (n, E) each
-            embeddings = Embeddings(image, text, step.layout, extra)
+            embeddings = Embeddings(image, text, step.layout)
             # A copy of all features, so only for the loss that reads them.
             features = torch.cat([own.image for own in cached]) if model.text_pooling is not None else None
             shares, draws = contrastive_shares(model, features, embeddings, step)

@@ -22,14 +22,13 @@ from mvlm.distributed.contrastive import (
     Embeddings,
     sharded_conditioned_loss,
     sharded_contrastive_loss,
-    sharded_extra_losses,
 )
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
 from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing
-from mvlm.objectives.losses import LossWeights, matching_loss, mean_of_sets
+from mvlm.objectives.losses import LossWeights, matching_loss
 from mvlm.objectives.masked_tokens import weight_of_masked_tokens
 from mvlm.objectives.negatives import (
     MatchingPairs,
@@ -141,8 +140,6 @@ def contrastive_shares(
         bias=model.logit_bias,
         shared_positives=step.shared_positives,
     )
-    extra = sharded_extra_losses(embeddings, model.log_scale, step.layout, bias=model.logit_bias)
-    share = mean_of_sets(share, extra, model.config)
     if model.text_pooling is not None:
         assert image is not None
         similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)

@@ -105,10 +105,3 @@ class Implementation(Protocol):
         are those of v and text; `max_rows` is a bound of the rows of the R captions together.
         """
         ...
-
-
-def encode_extra(implementation: Implementation, model: MaskVLMNetwork, batch: Batch) -> PackedText | None:
-    """Encode the further captions of a batch; None if it has none."""
-    if batch.extra_tokens is None or batch.extra_cu_seqlens is None:
-        return None
-    return implementation.encode_tokens(model, batch.extra_tokens, batch.extra_cu_seqlens, batch.extra_max_length)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model import fast, plain
-from mvlm.model.implementation import ALL, Implementation, Streams, encode_extra
+from mvlm.model.implementation import ALL, Implementation, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import HubMixin
 from mvlm.objectives import losses
@@ -65,8 +65,6 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
             itc, itc_accuracy = losses.contrastive_loss(logits, self.logit_bias)
-            extra = self.embed_extra(encode_extra(implementation, self, batch), len(image))
-            itc = losses.mean_of_sets(itc, [self._extra_loss(image, texts) for texts in extra], self.config)
             if self.text_pooling is not None:
                 similarity = implementation.conditioned_similarity(self.text_pooling, streams.image, text)  # (B, B)
                 rows = torch.arange(len(text), device=text.device)
@@ -76,10 +74,6 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
                 itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
         total = weights.total((mlm, mim, itc, itm))
         return Losses(mlm, mim, itc, itm, total, mlm_accuracy, itc_accuracy, itm_accuracy)
-
-    def _extra_loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """ITC with a set of further captions; image and text (B, E)."""
-        return losses.contrastive_loss(losses.contrastive_logits(image, text, self.log_scale), self.logit_bias)[0]
 
     def _matching(
         self,
@@ -112,7 +106,6 @@ def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
         "masks.complement_ids": (config.complementary_masks, masks.complement_ids),
         "masks.partner_patch_ids": (config.partner_image == "lightly masked", masks.partner_patch_ids),
         "masks.partner_token_ids": (config.partner_text == "lightly masked", masks.partner_token_ids),
-        "batch.extra_tokens": (config.extra_captions > 0, batch.extra_tokens),
     }
     missing = [name for name, (wanted, value) in given.items() if wanted and value is None]
     if missing:

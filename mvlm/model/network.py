@@ -76,8 +76,8 @@ class MaskVLMNetwork(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-                pixels = name.startswith(PIXEL_MODULES)
-                if (self.config.pixel_initialization if pixels else self.config.initialization) == "xavier":
+                # With Xavier the pixels stay at the constant image for hundreds of steps (docs/evidence/lab_log.md).
+                if self.config.initialization == "xavier" and not name.startswith(PIXEL_MODULES):
                     nn.init.xavier_uniform_(module.weight)
                 else:
                     nn.init.trunc_normal_(module.weight, std=0.02)
@@ -126,10 +126,6 @@ class MaskVLMNetwork(nn.Module):
     def embed_text(self, w: Tensor) -> Tensor:
         """Contrastive embedding of text features: w (B, L, C) -> (B, E) of unit length."""
         return F.normalize(at_least_float32(self.text_projection(w[:, 0])), dim=-1)
-
-    def embed_extra(self, text: PackedText | None, pairs: int) -> list[Tensor]:
-        """Contrastive embeddings (B, E) of each set of B = `pairs` further captions, packed one after another."""
-        return [] if text is None else list(self.embed_text(text.first()).split(pairs))
 
     def fuse(self, v: Tensor, w: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
         """[CLS] of both cross-modality encoders, image and text (B, C) each, from v (B, 1+N, C) and w (B, L, C)."""

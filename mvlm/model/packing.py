@@ -49,11 +49,6 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 1
             weights = name.replace("ids", "weights")
             if getattr(masks, weights, None) is not None:
                 padded[weights] = _pad(getattr(masks, weights), added)
-    if batch.extra_tokens is not None:
-        extra = len(batch.extra_tokens)
-        added = round_up(extra, multiple) - extra
-        longest = max(batch.extra_max_length, text_length)
-        batch = replace(batch, extra_tokens=_pad(batch.extra_tokens, added), extra_max_length=longest)
     # Captions above `text_length` keep their length, for the model to refuse them.
     longest = max(batch.max_length, min(round_up_length(batch.max_length), text_length))
     return replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=longest), replace(masks, **padded)

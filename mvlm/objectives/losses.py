@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 
 
@@ -165,14 +164,6 @@ def contrastive_loss(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor
     sums = zip(contrastive_sums(logits, target, bias), contrastive_sums(logits.T, target, bias), strict=True)
     loss, accuracy = ((rows + columns) / (2 * len(logits)) for rows, columns in sums)
     return loss, accuracy
-
-
-def mean_of_sets(loss: Tensor, extra: Sequence[Tensor], config: MaskVLMConfig) -> Tensor:
-    """Weighted mean of ITC with the first captions and with each set of further ones."""
-    if not extra:
-        return loss
-    weight = config.extra_caption_weight
-    return (loss + weight * torch.stack(list(extra)).sum()) / (1 + weight * len(extra))
 
 
 def conditioned_loss(similarity: Tensor, log_scale: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

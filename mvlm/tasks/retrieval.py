@@ -68,10 +68,10 @@ class Retrieval(Task):
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         config = model.config
-        if config.contrastive != "softmax" or config.text_pooling or config.extra_captions:
+        if config.contrastive != "softmax" or config.text_pooling:
             raise ConfigError(
                 f"checkpoint: wanted a model with the paper's ITC, whose target right answers share, got contrastive "
-                f"{config.contrastive}, text_pooling {config.text_pooling}, extra_captions {config.extra_captions}; "
+                f"{config.contrastive}, text_pooling {config.text_pooling}; "
                 f"fine-tune another model"
             )
         super().__init__(model, options, state)

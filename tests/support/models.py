@@ -114,19 +114,6 @@ def with_complement(batch: Batch, masks: Masks) -> Masks:
     return replace(masks, complement_ids=others, complement_weights=weights)
 
 
-def with_extra_captions(batch: Batch, sets: int = 2) -> Batch:
-    """The batch with further captions of each image, `sets` of them, of random lengths."""
-    rng = np.random.default_rng(7)
-    lengths = rng.integers(3, 13, sets * len(batch.images))
-    starts = np.cumsum([0, *lengths])
-    return replace(
-        batch,
-        extra_tokens=torch.from_numpy(rng.integers(5, 300, starts[-1])),
-        extra_cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        extra_max_length=int(lengths.max()),
-    )
-
-
 def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
     """Configuration of a run of a few steps of the micro model."""
     settings: dict[str, Any] = {

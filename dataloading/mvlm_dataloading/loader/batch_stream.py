@@ -127,14 +127,6 @@ class BatchStream:
             text_id=self._host_tensor(np.array(captions.text_id, np.int64)),
             sample_id=self._host_tensor(raw.ids),
         )
-        if captions.extra:
-            lengths = [len(tokens) for tokens in captions.extra]
-            batch = replace(
-                batch,
-                extra_tokens=self._host_tensor(np.concatenate(captions.extra)),
-                extra_cu_seqlens=self._host_tensor(np.cumsum([0, *lengths]).astype(np.int32)),
-                extra_max_length=max(lengths),
-            )
         of = (self._seed, raw.epochs, raw.ids)
         config = self._masks
         masks = Masks(**self._patches(of), **self._tokens(of, captions.tokens, captions.lengths))

@@ -43,7 +43,6 @@ class Loader:
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
         variable_image_masks, variable_text_masks: draw the masked share for each sample, and yield the weights of
             masked diffusion (`mvlm_dataloading.loader.masking`). The ratios are not read.
-        extra_captions: further captions of each image, for training.
         complementary_masks: also yield the positions of the tokens that are not masked, for a second copy.
         max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops when there are more.
             The share is of the larger of two numbers: a rank's part of the split, and the samples that it has read.
@@ -58,7 +57,7 @@ class Loader:
         strip: number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and
             resized; batches hold them as (B, 3, S, n S). Patch masks are those of one image.
         share: yield each image and each caption of a batch once (`Batch.image_of`). The samples of an image have the
-            same crop in an epoch. Without further captions and lighter masks of partners.
+            same crop in an epoch. Without lighter masks of partners.
         per_image: samples of one image that come one after another in the sample order, for `share`.
         whole_words: mask whole words of a caption (`draw_token_masks`).
         uniform_text_masks: mask 1 to all of a caption's ordinary tokens, each number as likely as the others, in place
@@ -93,7 +92,6 @@ class Loader:
         variable_image_masks: bool = False,
         variable_text_masks: bool = False,
         complementary_masks: bool = False,
-        extra_captions: int = 0,
         partner_image_mask_ratio: float = 0.0,
         partner_text_mask_ratio: float = 0.0,
         crop_scale: tuple[float, float] = (0.2, 1.0),
@@ -122,10 +120,10 @@ class Loader:
         check_text_length(text_length)
         if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
             raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
-        if per_image < 1 or (per_image > 1 and not share) or (share and extra_captions):
+        if per_image < 1 or (per_image > 1 and not share):
             raise ValueError(
-                "wanted per_image of at least 1, share with per_image above 1, and no extra_captions with share, got "
-                f"per_image {per_image}, share {share}, extra_captions {extra_captions}"
+                f"wanted per_image of at least 1, and share with per_image above 1, got per_image {per_image}, share "
+                f"{share}"
             )
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
@@ -133,7 +131,7 @@ class Loader:
         self.step = 0
         self.resumed: ResumeReport | None = None
         self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
-        self._prefetch_batches, self._extra_captions = prefetch_batches, extra_captions
+        self._prefetch_batches = prefetch_batches
         sizes = {"image_size": image_size, "patch_size": patch_size, "mask_block": mask_block}
         self._masks = MaskConfig(
             patches={**sizes, "ratio": image_mask_ratio},
@@ -218,7 +216,7 @@ class Loader:
         """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
         epoch, position = divmod(self._position, len(self.dataset))
         shared = self._config.images is not None
-        text = text_hash(self.tokenizer.fingerprint, self.text_length, self._masks, self._extra_captions, shared)
+        text = text_hash(self.tokenizer.fingerprint, self.text_length, self._masks, shared)
         return {
             "seed": self.seed,
             "epoch": epoch,
@@ -272,7 +270,6 @@ class Loader:
             config.seed,
             first=not config.train,
             stored=config.stored_tokens,
-            extra=self._extra_captions,
         )
         stream = BatchStream(
             Reader(self.dataset, config, self._position, self._bad, self._samples_seen),

@@ -63,7 +63,7 @@ def pixel_hash(config: ReaderConfig) -> str:
     )
 
 
-def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: int, shared: bool) -> str:
+def text_hash(tokenizer: str, length: int, masks: MaskConfig, shared: bool) -> str:
     """Hash of all settings that captions, tokens and masks depend on. Sample, seed and epoch are not part of it.
 
     Args:
@@ -74,11 +74,10 @@ def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: in
         "variable": [masks.variable_patches, masks.variable_tokens],
         "complement": masks.complement,
         "partner": [masks.partner_patch_ratio, masks.partner_token_ratio],
-        "extra": extra_captions,
         "shared": shared,
         "whole words": masks.word_starts is not None,
     }
-    off = {"variable": [False, False], "partner": [0.0, 0.0], "extra": 0}  # and False
+    off = {"variable": [False, False], "partner": [0.0, 0.0]}  # and False
     return settings_hash(
         {
             "tokenizer": tokenizer,

@@ -31,8 +31,6 @@ class CaptionBatch:
     """Equal for equal captions."""
     image_id: list[int]
     """Equal for equal images."""
-    extra: list[Int64]
-    """Tokens of further captions: one of each image, then a second of each, and so on."""
 
 
 def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -> bool:
@@ -65,8 +63,6 @@ class CaptionReader:
     Args:
         first: take the first caption of each image instead of a random one.
         stored: use the tokens stored with the data.
-        extra: further captions of each image: those that follow the drawn one in its list, then the first again, and so
-            on. They repeat if the image has too few.
 
     A caption without a token, of which a tokenizer may see nothing, gives its turn to the next one in the list.
     """
@@ -80,10 +76,9 @@ class CaptionReader:
         *,
         first: bool,
         stored: bool,
-        extra: int = 0,
     ):
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
-        self._first, self._stored, self._extra = first, stored, extra
+        self._first, self._stored = first, stored
         self._room = MAX_CAPTIONS if not first and len(dataset) <= MAX_REMEMBERED else 0
         """Number of captions that may yet be remembered."""
         self._samples: dict[int, tuple[list[str], int]] = {}
@@ -102,16 +97,11 @@ class CaptionReader:
         known = [captions for captions, _ in samples]
         drawn = [0 if self._first else int(draw) % len(row) for draw, row in zip(draws, known, strict=True)]
         chosen, tokens = self._tokens(raw, known, drawn)
-        last, extra = chosen, []
-        for _ in range(self._extra):
-            last, more = self._tokens(raw, known, [(k + 1) % len(row) for k, row in zip(last, known, strict=True)])
-            extra += more
         return CaptionBatch(
             np.concatenate(tokens),
             np.array([len(row) for row in tokens], np.int64),
             [text_hash(row[k]) for k, row in zip(chosen, known, strict=True)],
             [image_id for _, image_id in samples],
-            extra,
         )
 
     def _sample(self, raw: RawBatch, row: int) -> tuple[list[str], int]:

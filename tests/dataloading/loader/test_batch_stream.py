@@ -88,27 +88,6 @@ def test_masks_of_partners_are_lighter_and_nested(train_split, tokenizer):
     assert without.partner_patch_ids is without.partner_token_ids is None
 
 
-def test_extra_captions_follow_the_drawn_one(train_split, tokenizer):
-    """The next two of an image's captions, from the start again after the last."""
-    several = 0
-    plain, loader = load(train_split, tokenizer), load(train_split, tokenizer, extra_captions=2)
-    for (batch, _), (same, _) in zip(take(loader, 7), take(plain, 7), strict=True):
-        assert torch.equal(batch.tokens, same.tokens)
-        assert batch.extra_tokens is not None
-        assert batch.extra_cu_seqlens is not None
-        found = batch.extra_tokens.tensor_split(batch.extra_cu_seqlens[1:-1].long())
-        assert len(found) == 16
-        assert batch.extra_max_length == max(map(len, found))
-        for b, i in enumerate(batch.sample_id.tolist()):
-            captions = [tokenizer.encode([c], 12)[0].tolist() for c in train_split.captions(i)]
-            first = captions.index(batch.tokens[batch.cu_seqlens[b] : batch.cu_seqlens[b + 1]].tolist())
-            several += len(captions) > 1
-            for k in (1, 2):
-                assert found[8 * (k - 1) + b].tolist() == captions[(first + k) % len(captions)]
-    assert several
-    assert same.extra_tokens is None
-
-
 def test_variable_and_complementary_masks_equal_the_mask_functions(train_split, tokenizer):
     loader = load(train_split, tokenizer, variable_image_masks=True, variable_text_masks=True, complementary_masks=True)
     for batch, masks in take(loader, 3):

@@ -211,7 +211,7 @@ def test_a_caption_without_tokens_gives_its_turn_to_the_next(tmp_path, monkeypat
     dataset, bert, replaced = odd_dataset(tmp_path, ODD_CAPTIONS), bert_without(), 0
 
     def load(rank: int = 0, world_size: int = 1) -> Loader:
-        return Loader(dataset, bert, batch_size=4, image_size=32, text_length=8, seed=3, extra_captions=2, rank=rank,
+        return Loader(dataset, bert, batch_size=4, image_size=32, text_length=8, seed=3, rank=rank,
                       world_size=world_size)  # fmt: skip
 
     loader, halves = load(), [load(rank, 2) for rank in (0, 1)]
@@ -220,16 +220,14 @@ def test_a_caption_without_tokens_gives_its_turn_to_the_next(tmp_path, monkeypat
         batch, _ = next(iter(loader))
         shares = [next(iter(half))[0] for half in halves]
         assert torch.equal(batch.tokens, torch.cat([share.tokens for share in shares]))
-        assert batch.extra_tokens is not None
         for row, i in enumerate(batch.sample_id.tolist()):
             first = int(hash64(Purpose.CAPTION, 3, np.array([step // 2]), np.array([i]))[0]) % len(ODD_CAPTIONS[i])
             turned = ODD_CAPTIONS[i][first:] + ODD_CAPTIONS[i][:first]
-            seen = list(itertools.islice(itertools.cycle([text for text in turned if UNSEEN not in text]), 3))
+            seen = next(text for text in turned if UNSEEN not in text)
             replaced += UNSEEN in turned[0]
             own = batch.tokens.view(4, 3)[row].tolist()
-            further = batch.extra_tokens.view(2, 4, 3)[:, row].tolist()
-            assert [own, *further] == [bert.encode([text], 8)[0].tolist() for text in seen]
-            assert int(batch.text_id[row]) == text_hash(seen[0])
+            assert own == bert.encode([seen], 8)[0].tolist()
+            assert int(batch.text_id[row]) == text_hash(seen)
         if step == 4:
             state = loader.state_dict()
         if step > 4:

@@ -82,7 +82,6 @@ def test_fields_of_a_preset_can_be_changed():
         ({"text_length": 2}, "text_length must be at least 3"),
         ({"cross_norm": "both"}, 'cross_norm must be "post" or "pre", got \'both\''),
         ({"initialization": "zeros"}, 'initialization must be "normal" or "xavier", got \'zeros\''),
-        ({"pixel_initialization": "zeros"}, 'pixel_initialization must be "normal" or "xavier", got \'zeros\''),
         (
             {"output_positions": True, "width": 30, "heads": 1},
             "4 must divide width with output_positions, got a width of 30",
@@ -126,13 +125,13 @@ def test_invalid_settings_of_a_model_are_refused(changes, message):
 
 def test_options_of_the_loader_are_the_models_sizes_and_masks():
     config = micro_config(
-        patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9, extra_captions=2,
+        patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9,
         text_masking="variable", whole_word_masking=True, complementary_masks=True, partner_image_mask_ratio=0.125,
     )  # fmt: skip
     sizes = {"image_size": 32, "text_length": 9, "patch_size": 4, "mask_block": 8}
     ratios = {"image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
     masks = {
-        "extra_captions": 2, "variable_image_masks": False, "variable_text_masks": True, "whole_words": True,
+        "variable_image_masks": False, "variable_text_masks": True, "whole_words": True,
         "complementary_masks": True, "partner_image_mask_ratio": 0.125, "partner_text_mask_ratio": 0.0,
     }  # fmt: skip
     assert config.loader_options() == sizes | ratios | masks

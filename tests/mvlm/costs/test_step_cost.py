@@ -134,12 +134,3 @@ def test_flops_of_text_pooling_by_hand():
     forward += 32 * 32 * (2 * 2 * 37 * width + 2 * width * embedding)
     assert with_pooling.forward - without.forward == forward
     assert with_pooling.backward - without.backward == 2 * forward
-
-
-def test_flops_of_extra_captions_are_those_of_their_encodings_and_logits():
-    shape = StepShape(pairs=32, tokens=16, longest=16, bf16=False, gpu=False)
-    none, one, two = (step_cost(replace(CONFIG, extra_captions=n), shape).forward for n in (0, 1, 2))
-    width, embedding, layers = CONFIG.width, CONFIG.itc_width, CONFIG.text_layers
-    block = 2 * 12 * width * width + 2 * 2 * 16 * width  # of a token: projections, feed-forward, attention
-    wanted = 32 * 16 * layers * block + 2 * 32 * width * embedding + 2 * 32 * 32 * embedding
-    assert one - none == two - one == wanted

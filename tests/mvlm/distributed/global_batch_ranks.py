@@ -36,7 +36,6 @@ from support.models import (
     micro_model,
     uniform_of_pair,
     with_complement,
-    with_extra_captions,
     with_weights,
 )
 
@@ -50,7 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {"contrastive": "sigmoid"},
     "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
     "text pooling with softmax": {"text_pooling": True},
-    "extra captions": {"extra_caption_weight": 0.5},
     "weighted masks": {},
     "weighted complementary masks": {},
     "partner masks": {},
@@ -75,7 +73,6 @@ def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
     masks = with_complement(batch, masks) if "complementary" in variant else masks
     if variant == "partner masks":
         masks = replace(masks, partner_patch_ids=masks.patch_ids[:, ::2], partner_token_ids=masks.token_ids[::2])
-    batch = with_extra_captions(batch) if variant == "extra captions" else batch
     return replace(batch, image_id=image_id, text_id=text_id), masks
 
 
@@ -106,17 +103,6 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         text_id=batch.text_id[rows],
         sample_id=batch.sample_id[rows],
     )
-    if batch.extra_tokens is not None and batch.extra_cu_seqlens is not None:
-        bounds, number_of_images = batch.extra_cu_seqlens.tolist(), len(batch.images)
-        chosen = [s * number_of_images + i for s in range(2) for i in range(first, first + number)]
-        captions = [batch.extra_tokens[bounds[i] : bounds[i + 1]] for i in chosen]
-        lengths = torch.tensor([0, *map(len, captions)])
-        part = replace(
-            part,
-            extra_tokens=torch.cat(captions),
-            extra_cu_seqlens=lengths.cumsum(0).int(),
-            extra_max_length=int(lengths.max()),
-        )
     return part, Masks(**patches, **own("token"), **own("complement"), **own("partner_token"))
 
 

@@ -14,7 +14,7 @@ from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import dispatch, use_backend
-from support.models import micro_batch, micro_config, micro_model, with_complement, with_extra_captions, with_weights
+from support.models import micro_batch, micro_config, micro_model, with_complement, with_weights
 
 
 def configurations(number: int):
@@ -147,28 +147,6 @@ def test_implementations_agree_on_text_pooling(monkeypatch, contrastive, longest
     assert all(
         g.abs().max() > 1e-6 for name, g in gradients.items() if "text_pooling" in name and "key.bias" not in name
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
-def test_implementations_agree_on_extra_captions(padded: bool):
-    """ITC is the weighted mean over the sets of captions, each a batch of its own."""
-    model = micro_model(extra_caption_weight=0.5)
-    batch, masks = micro_batch()
-    more = with_extra_captions(batch)
-    fast_inputs = pad_to_bucket(more, masks, model.config.text_length) if padded else None
-    assert_implementations_agree(model, more, masks, fast_inputs)
-    assert more.extra_tokens is not None
-    assert more.extra_cu_seqlens is not None
-    found, sets = model(more, masks).itc, [model(batch, masks).itc]
-    for number in range(2):
-        bounds = more.extra_cu_seqlens[5 * number : 5 * number + 6]
-        tokens = more.extra_tokens[bounds[0] : bounds[-1]]
-        text = model.embed_text(model.encode_text(tokens, bounds - bounds[0], 12)[0])
-        logits = (model.embed_image(model.encode_image(batch.images)) @ text.T * model.log_scale.exp()).detach().numpy()
-        rows = [np.log(np.exp(x).sum(1)) - np.diag(x) for x in (logits, logits.T)]
-        sets.append(torch.tensor(np.mean(rows)))
-    assert abs(found - (sets[0] + 0.5 * sets[1] + 0.5 * sets[2]) / 2) < 1e-12
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch
-from support.models import micro_batch, micro_model, with_extra_captions
+from support.models import micro_batch, micro_model
 from support.reference import Reference
 
 
@@ -170,7 +170,6 @@ UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
     "patches": ({"patch_size": 4}, "masks.patch_ids: wanted 32 of 64 patches of each image, as configured, got 8"),
     "ratio": ({"image_mask_ratio": 0.25}, "masks.patch_ids: wanted 4 of 16 patches"),
     "complement": ({"complementary_masks": True}, "masks.complement_ids: wanted a tensor, as configured, got None"),
-    "captions": ({"extra_captions": 1}, "batch.extra_tokens: wanted a tensor"),
     "variable": (
         {"image_masking": "variable", "text_masking": "variable"},
         "masks.patch_weights, masks.token_weights: wanted a tensor",
@@ -196,12 +195,9 @@ def test_masks_of_another_configuration_are_refused_in_training(changes, message
 @pytest.mark.parametrize("plan, padded", [("plain", False), ("fast", False), ("fast", True)])
 def test_captions_above_the_text_length_are_refused(plan, padded):
     message = re.escape("wanted (T,), (B+1,) and at most 8, got ")
-    model, (batch, masks) = micro_model(text_length=8), micro_batch((7, 12, 4))
-    extra = with_extra_captions(micro_batch((7, 8, 4))[0], sets=4)
-    assert extra.extra_max_length > 8
-    for inputs in ((batch, masks), (extra, micro_batch((7, 8, 4))[1])):
-        with pytest.raises(ValueError, match=message):
-            model(*(pad_to_bucket(*inputs, 8) if padded else inputs), plan=plan)
+    model, inputs = micro_model(text_length=8), micro_batch((7, 12, 4))
+    with pytest.raises(ValueError, match=message):
+        model(*(pad_to_bucket(*inputs, 8) if padded else inputs), plan=plan)
     short = micro_batch((7, 8, 4))
     found = model(*pad_to_bucket(*short, 8), plan="fast").total
     torch.testing.assert_close(found, model(*short).total, rtol=1e-12, atol=0)

@@ -63,10 +63,9 @@ def test_clamp_temperature_acts_on_the_parameter_and_not_in_the_forward_pass():
 
 
 @pytest.mark.parametrize("initialization", ["normal", "xavier"])
-@pytest.mark.parametrize("pixel_initialization", ["normal", "xavier"])
-def test_initial_weights_have_the_configured_distribution(initialization, pixel_initialization):
+def test_initial_weights_have_the_configured_distribution(initialization):
     torch.manual_seed(0)
-    config = micro_config(width=64, heads=1, initialization=initialization, pixel_initialization=pixel_initialization)
+    config = micro_config(width=64, heads=1, initialization=initialization)
     model = MaskVLM(config)
     assert model.log_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
     for name, module in model.named_modules():
@@ -76,7 +75,7 @@ def test_initial_weights_have_the_configured_distribution(initialization, pixel_
         if isinstance(module, torch.nn.Linear):
             assert (module.bias == 0).all(), name
             pixels = name.startswith(("image_cross.", "image_decoder.", "pixel_head"))
-            xavier = (pixel_initialization if pixels else initialization) == "xavier"
+            xavier = initialization == "xavier" and not pixels
             # Xavier's uniform distribution has the variance 2 / (inputs + outputs).
             wanted = math.sqrt(2 / (module.in_features + module.out_features)) if xavier else 0.02
             deviations = 4 / math.sqrt(2 * module.weight.numel())  # four standard errors of a standard deviation

@@ -329,13 +329,6 @@ def test_a_run_with_an_option_that_is_gone_is_refused(trained, questions, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_model_pretrained_with_further_captions_is_fine_tuned_on_shared_images(scenes, questions, tmp_path):
-    pretrain(pretrain_config(scenes, tmp_path / "pretrained", max_steps=1, model=micro_config(extra_captions=1)))
-    finetune(configured(tmp_path / "pretrained", questions, tmp_path / "run", questions_per_image=2, max_steps=1))
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
-
-
-@pytest.mark.slow
 def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tmp_path, monkeypatch):
     """With complementary masks of pretraining no caption was ever fully masked, as generation begins."""
     pretraining = micro_config(complementary_masks=True, whole_word_masking=True, image_masking="variable")
