@@ -70,11 +70,6 @@ class Masks(_ToDevice):
     number of patches of an image."""
     token_weights: Tensor | None = None
     """float32 (M,), weight of each masked token in MLM; None: all count the same."""
-    complement_ids: Tensor | None = None
-    """int64 (M',), positions that are masked in a second copy of the captions: the ordinary tokens that are not in
-    `token_ids`. None: there is no second copy."""
-    complement_weights: Tensor | None = None
-    """float32 (M',), as `token_weights`."""
     partner_patch_ids: Tensor | None = None
     """int64 (B, K'), patches that are masked in the image from which masked captions are rebuilt; some of `patch_ids`.
     None unless the loader was asked for them."""

@@ -35,6 +35,7 @@ REMOVED = {
     "order": Removed("mask-predict", "0.2.0"),
     "reconstruction_first": Removed(0, "0.2.0"),
     "skip_spikes": Removed(False, "0.2.0"),
+    "model.complementary_masks": Removed(False, "0.2.0"),
     "model.extra_captions": Removed(0, "0.2.0"),
     "model.extra_caption_weight": Removed(1.0, "0.2.0"),
     "model.pixel_initialization": Removed("normal", "0.2.0"),

@@ -80,8 +80,6 @@ class MaskVLMConfig:
     whole_word_masking: bool = False
     """Mask all tokens of a word of a caption or none; shares are then those of its words (BERT, ViLT). Evaluations mask
     tokens."""
-    complementary_masks: bool = False
-    """Predict both halves of a caption in a step: the masked tokens, and, in a second copy, all others."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -139,11 +137,6 @@ class MaskVLMConfig:
             )
         if self.text_masking == "variable" and self.partner_text == "lightly masked":
             raise ConfigError("text_masking: wanted fixed with a small partner_text_mask_ratio, got variable")
-        if self.complementary_masks and self.partner_text == "masked":
-            raise ConfigError(
-                "complementary_masks: wanted partner_text_mask_ratio below text_mask_ratio, got two masks of a caption "
-                "to rebuild its image from"
-            )
 
     @property
     def partner_image(self) -> Literal["unmasked", "masked", "lightly masked"]:
@@ -221,7 +214,6 @@ class MaskVLMConfig:
             "variable_image_masks": self.image_masking == "variable",
             "variable_text_masks": self.text_masking == "variable",
             "whole_words": self.whole_word_masking,
-            "complementary_masks": self.complementary_masks,
             "partner_image_mask_ratio": self.partner_image_mask_ratio if image else 0.0,
             "partner_text_mask_ratio": self.partner_text_mask_ratio if text else 0.0,
         }

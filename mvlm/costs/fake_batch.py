@@ -21,7 +21,7 @@ def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int
     ordinary = tokens - 2
     masked = max(1, round(config.text_mask_ratio * ordinary))
     if config.text_masking == "variable":
-        masked = (ordinary + 1 - config.complementary_masks) // 2 or 1
+        masked = (ordinary + 1) // 2
 
     def ids(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.int64)
@@ -39,11 +39,8 @@ def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int
     if config.image_masking == "variable":
         everything = ids(pairs, config.num_patches)
         masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))
-    if config.complementary_masks:
-        masks = replace(masks, complement_ids=ids(pairs * (ordinary - masked)))
     if config.text_masking == "variable":
-        weights = None if masks.complement_ids is None else torch.empty(masks.complement_ids.shape)
-        masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape), complement_weights=weights)
+        masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape))
     if config.partner_image == "lightly masked":
         fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
         masks = replace(masks, partner_patch_ids=ids(pairs, fewer))

@@ -31,16 +31,16 @@ from mvlm.model.packing import (
     PackedText,
     Packing,
     mask_tokens,
-    pack_copies,
+    pack_two,
     room_for,
     round_up_length,
-    skip_copy,
+    second_of_two,
 )
 from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.model.residual import Branch, Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import LossWeights, weighted_mean
-from mvlm.objectives.masked_tokens import hidden_positions, masked_tokens
+from mvlm.objectives.masked_tokens import masked_tokens
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 
@@ -50,7 +50,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     images, texts = needs_masked(model.config, weights)
     patches = project_patches(model, batch.images)
     v, vm = encode_images(model, patches, masks.patch_ids if images else None)
-    w, wm = encode_texts(model, batch, hidden_positions(masks) if texts else [])
+    w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
     partner_image, partner_text = v, w
     if weights.mlm > 0 and model.config.partner_image == "masked":
         partner_image = vm
@@ -131,19 +131,19 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     return v, vm
 
 
-def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> tuple[PackedText, PackedText | None]:
-    """Encode captions unmasked and masked: w, and wm of all masked copies, one after another.
+def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: Tensor | None) -> tuple[PackedText, PackedText | None]:
+    """Encode captions unmasked and masked: w and wm.
 
-    In masked copy i the tokens at hidden[i], int64 (M,), are masked. Without a copy wm is None and costs nothing.
+    The tokens at hidden, int64 (M,), are masked; without them wm is None and costs nothing.
     """
-    if not hidden:
+    if hidden is None:
         return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
     model.check_captions(batch.tokens, batch.cu_seqlens, batch.max_length)
-    copies = [batch.tokens, *(mask_tokens(batch.tokens, ids, model.config.mask_token_id) for ids in hidden)]
-    tokens, packing = pack_copies(copies, batch.cu_seqlens, round_up_length(batch.max_length))
+    masked = mask_tokens(batch.tokens, hidden, model.config.mask_token_id)
+    tokens, packing = pack_two(batch.tokens, masked, batch.cu_seqlens, round_up_length(batch.max_length))
     x = model.text_encoder.run(tokens, packing.position, attend_self(packing))
     first = Packing(batch.cu_seqlens, packing.max_length, len(batch.tokens))
-    return PackedText(x[: first.total], first), skip_copy(x, packing, len(first))
+    return PackedText(x[: first.total], first), second_of_two(x, packing)
 
 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
@@ -159,20 +159,17 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
 def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, token_ids: Tensor) -> Tensor:
     """Features (M, C) of the masked tokens token_ids int64 (M,), ascending, for the LM head.
 
-    The masked captions attend to the images of the cache; a second copy of the captions attends to the same images.
+    The masked captions attend to the images of the cache.
     """
     x, packing = text
     # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
     bounds = torch.searchsorted(token_ids, packing.cu_seqlens.long()).int()  # (B+1,)
     selected = Packing(bounds, packing.max_length, len(token_ids))
-    images, key_index = len(image.rows), None
-    if len(packing) != images:
-        key_index = KeyIndex(torch.arange(len(packing), device=x.device) % images, images)
 
     def select(rows: Tensor) -> Tensor:
         return rows.index_select(0, token_ids)  # (T, C) -> (M, C)
 
-    return encode_rows(model.text_cross, Residual(x), packing, image, key_index, read=Selection(select, selected))
+    return encode_rows(model.text_cross, Residual(x), packing, image, read=Selection(select, selected))
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:

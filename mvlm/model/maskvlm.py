@@ -103,7 +103,6 @@ def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
     given: dict[str, tuple[bool, Tensor | None]] = {
         "masks.patch_weights": (config.image_masking == "variable", masks.patch_weights),
         "masks.token_weights": (config.text_masking == "variable", masks.token_weights),
-        "masks.complement_ids": (config.complementary_masks, masks.complement_ids),
         "masks.partner_patch_ids": (config.partner_image == "lightly masked", masks.partner_patch_ids),
         "masks.partner_token_ids": (config.partner_text == "lightly masked", masks.partner_token_ids),
     }

@@ -42,7 +42,7 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 1
     total = len(batch.tokens)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
     padded = {}
-    for name in ("token_ids", "complement_ids", "partner_token_ids"):
+    for name in ("token_ids", "partner_token_ids"):
         if (ids := getattr(masks, name)) is not None:
             added = round_up(len(ids), round_up(multiple // 3, 16)) - len(ids)
             padded[name] = _pad(ids, added, tokens - 1)
@@ -88,26 +88,26 @@ def mask_tokens(tokens: Tensor, token_ids: Tensor, mask_token_id: int) -> Tensor
     return tokens.index_fill(0, token_ids, mask_token_id)
 
 
-def pack_copies(tokens: list[Tensor], cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, "Packing"]:
-    """Pack n copies of the captions one after another: each int64 (T,), with the bounds cu_seqlens int32 (B+1,).
+def pack_two(tokens: Tensor, others: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, "Packing"]:
+    """Pack two copies of the captions one after the other: each int64 (T,), with the bounds cu_seqlens int32 (B+1,).
 
-    Returns tokens int64 (n T,) and the layout of n B captions.
+    Returns tokens int64 (2T,) and the layout of 2B captions.
     """
-    # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first caption of a copy
-    # therefore follows the last one of the copy before, and all padding comes at the end. `end` stays on the device.
-    copies, total, end = len(tokens), len(tokens[0]), cu_seqlens[-1:].long()
-    rows = torch.arange(copies * total, device=end.device)
-    copy = (rows // end).clamp(max=copies - 1)
+    # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first caption of the
+    # second copy therefore follows the last one of the first, and all padding comes at the end. `end` stays on the
+    # device.
+    total, end = len(tokens), cu_seqlens[-1:].long()
+    rows = torch.arange(2 * total, device=end.device)
+    copy = (rows >= end).long()
     index = copy * total + (rows - copy * end).clamp(max=total - 1)
-    starts = [cu_seqlens[:-1] + number * cu_seqlens[-1] for number in range(copies)]
-    bounds = torch.cat([*starts, copies * cu_seqlens[-1:]])
-    return torch.cat(tokens).index_select(0, index), Packing(bounds, max_length, copies * total)
+    bounds = torch.cat([cu_seqlens[:-1], cu_seqlens + cu_seqlens[-1:]])
+    return torch.cat([tokens, others]).index_select(0, index), Packing(bounds, max_length, 2 * total)
 
 
-def skip_copy(x: Tensor, packing: "Packing", captions: int) -> "PackedText":
-    """Features of the packed copies after the first, which has `captions` captions; x (n T, C), n at least 2."""
+def second_of_two(x: Tensor, packing: "Packing") -> "PackedText":
+    """Features of the second of two packed copies, x (2T, C)."""
+    captions, total = len(packing) // 2, packing.total // 2
     cu_seqlens = packing.cu_seqlens[captions:] - packing.cu_seqlens[captions]
-    total = packing.total - packing.total * captions // len(packing)  # (n - 1) T
     rows = packing.cu_seqlens[captions].long() + torch.arange(total, device=x.device)
     rows = x.index_select(0, rows.clamp(max=packing.total - 1))
     return PackedText(rows, Packing(cu_seqlens, packing.max_length, total))

@@ -6,17 +6,16 @@ Shape legend: B batch, N patches, T packed tokens, L tokens of the longest capti
 C width, R pairs of an image and a text.
 """
 
-import torch
 from torch import Tensor
 
 from mvlm.model.attention import TextPooling
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.packing import PackedText, Packing, mask_tokens
+from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.objectives import losses
 from mvlm.objectives.losses import LossWeights
-from mvlm.objectives.masked_tokens import hidden_positions, masked_tokens
+from mvlm.objectives.masked_tokens import masked_tokens
 from mvlm_dataloading import Batch, Masks
 
 
@@ -25,7 +24,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     images, texts = needs_masked(model.config, weights)
     image, text = encode_unmasked(model, batch)
     masked_image = encode_masked_image(model, batch, masks.patch_ids) if images else None
-    masked_text = _encode_masked_copies(model, batch, masks) if texts else None
+    masked_text = encode_masked_text(model, batch, masks.token_ids) if texts else None
     partner_image, partner_text = image, text
     if weights.mlm > 0 and model.config.partner_image == "masked":
         assert masked_image is not None
@@ -54,16 +53,6 @@ def encode_masked_text(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor) -
     return model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length)
 
 
-def _encode_masked_copies(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> PackedText:
-    """Encode the masked copies of the captions, one after another: one of each, or two with complementary masks."""
-    copies = [encode_masked_text(model, batch, token_ids) for token_ids in hidden_positions(masks)]
-    if len(copies) == 1:
-        return copies[0]
-    (first, packing), (second, _) = copies
-    bounds = torch.cat([packing.cu_seqlens[:-1], packing.cu_seqlens + packing.cu_seqlens[-1]])
-    return PackedText(torch.cat([first, second]), Packing(bounds, packing.max_length, 2 * packing.total))
-
-
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
     image = model.image_encoder(batch.images)
@@ -78,10 +67,9 @@ def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
     """MLM and its accuracy, scalars: means over the batch's M masked tokens, weighted if the masks have weights."""
     assert streams.masked_text is not None
-    wm, key_mask = streams.masked_text.padded()  # (B, L, C), (B, L); with complementary masks 2B
-    v = streams.partner_image.repeat(len(wm) // len(batch.images), 1, 1)
+    wm, key_mask = streams.masked_text.padded()  # (B, L, C), (B, L)
     ids, targets, weights = masked_tokens(batch, masks)
-    logits = model.fill_mask(v, wm, key_mask, streams.masked_text.packing.cu_seqlens, ids)  # (M, V)
+    logits = model.fill_mask(streams.partner_image, wm, key_mask, batch.cu_seqlens, ids)  # (M, V)
     return losses.masked_language_loss(logits, targets, weights), losses.correct_top1(logits, targets).mean()
 
 

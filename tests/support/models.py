@@ -103,17 +103,6 @@ def with_weights(batch: Batch, masks: Masks, seed: int = 0) -> Masks:
     return replace(masks, patch_ids=patch_ids, patch_weights=patches, token_weights=tokens)
 
 
-def with_complement(batch: Batch, masks: Masks) -> Masks:
-    """Masks with the complement of `token_ids`, of random weights if the tokens have any."""
-    special = torch.cat([batch.cu_seqlens[:-1], batch.cu_seqlens[1:] - 1]).tolist()
-    hidden = {*special, *masks.token_ids.tolist()}
-    others = torch.tensor([i for i in range(int(batch.cu_seqlens[-1])) if i not in hidden])
-    weights = None
-    if masks.token_weights is not None:
-        weights = torch.from_numpy(np.random.default_rng(5).uniform(0.5, 2, len(others))).float()
-    return replace(masks, complement_ids=others, complement_weights=weights)
-
-
 def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
     """Configuration of a run of a few steps of the micro model."""
     settings: dict[str, Any] = {

@@ -13,7 +13,7 @@ from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dali_index import Int64
 
 from .buffers import copy_on_this_thread
-from .masking import draw_patch_masks, draw_token_masks, draw_two_token_masks, draw_variable_patch_masks
+from .masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks, draw_weighted_token_masks
 from .prefetch import Prefetcher
 from .reader import Reader
 from .segment import RawBatch
@@ -45,8 +45,6 @@ class MaskConfig:
     """Draw the share of masked patches for each sample; the ratio is not read."""
     variable_tokens: bool = False
     """Draw the share of masked tokens for each sample; the ratio is not read."""
-    complement: bool = False
-    """Also mask the other tokens, in a second copy of each caption."""
     partner_patch_ratio: float = 0.0
     """Ratio of `partner_patch_ids`; 0 for none. The blocks with the smallest keys are masked, so they are some of
     those that a larger ratio masks."""
@@ -187,12 +185,9 @@ class BatchStream:
         config = self._masks
         ratio = None if config.variable_tokens or config.uniform_tokens else config.token_ratio
         starts = self._starts(tokens)
-        masked, others = draw_two_token_masks(*of, lengths, ratio=ratio, complement=config.complement, starts=starts)
-        found = {"token_ids": masked.ids} | ({} if others is None else {"complement_ids": others.ids})
-        if config.variable_tokens:
-            found |= {"token_weights": masked.weights}
-            found |= {} if others is None else {"complement_weights": others.weights}
-        return {name: self._host_tensor(values) for name, values in found.items()}
+        masked = draw_weighted_token_masks(*of, lengths, ratio=ratio, starts=starts)
+        found = {"token_ids": self._host_tensor(masked.ids)}
+        return found | ({"token_weights": self._host_tensor(masked.weights)} if config.variable_tokens else {})
 
     def _starts(self, tokens: np.ndarray) -> NDArray[np.bool_] | None:
         """True for each packed token that starts a word; None if tokens are masked one by one."""

@@ -43,7 +43,6 @@ class Loader:
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
         variable_image_masks, variable_text_masks: draw the masked share for each sample, and yield the weights of
             masked diffusion (`mvlm_dataloading.loader.masking`). The ratios are not read.
-        complementary_masks: also yield the positions of the tokens that are not masked, for a second copy.
         max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops when there are more.
             The share is of the larger of two numbers: a rank's part of the split, and the samples that it has read.
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
@@ -91,7 +90,6 @@ class Loader:
         text_mask_ratio: float = 0.3,
         variable_image_masks: bool = False,
         variable_text_masks: bool = False,
-        complementary_masks: bool = False,
         partner_image_mask_ratio: float = 0.0,
         partner_text_mask_ratio: float = 0.0,
         crop_scale: tuple[float, float] = (0.2, 1.0),
@@ -138,7 +136,6 @@ class Loader:
             token_ratio=text_mask_ratio,
             variable_patches=variable_image_masks,
             variable_tokens=variable_text_masks,
-            complement=complementary_masks,
             partner_patch_ratio=partner_image_mask_ratio,
             partner_token_ratio=partner_text_mask_ratio,
             uniform_tokens=uniform_text_masks,

@@ -161,25 +161,21 @@ def draw_token_masks(
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
-    return draw_two_token_masks(seed, epoch, sample_ids, lengths, ratio=ratio, starts=starts)[0].ids
+    return draw_weighted_token_masks(seed, epoch, sample_ids, lengths, ratio=ratio, starts=starts).ids
 
 
-def draw_two_token_masks(
+def draw_weighted_token_masks(
     seed: int,
     epoch: Any,
     sample_ids: Any,
     lengths: Any,
     *,
     ratio: float | None = 0.3,
-    complement: bool = False,
     starts: NDArray[np.bool_] | None = None,
-) -> tuple[TokenMask, TokenMask | None]:
-    """A token mask with weights, and on request its complement: all other ordinary tokens.
+) -> TokenMask:
+    """The token mask of `draw_token_masks`, with weights.
 
-    With a ratio, the mask is that of `draw_token_masks`, and all weights are 1. Without, the number of masked units is
-    drawn for each caption, from 1 to n, or to n - 1 if a complement is wanted and n > 1; each token of k masked units
-    then has weight n/k. With a complement, a mask of all n units is thus drawn only for n = 1: its counterpart masks
-    none.
+    With a ratio, all weights are 1. Without, each token of k masked units of n has weight n/k.
 
     Raises:
         ValueError: as `draw_token_masks`.
@@ -187,20 +183,14 @@ def draw_two_token_masks(
     rows, positions, unit = _units(lengths, starts)
     numbers = np.bincount(rows, minlength=len(lengths))  # (B,), units of each caption
     if ratio is None:
-        most = np.maximum(1, numbers - 1) if complement else numbers
-        counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, most)
+        counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, numbers)
     else:
         check_token_ratio(ratio)
         counts = np.maximum(1, np.rint(ratio * numbers)).astype(np.int64)  # rint rounds halves to even, like `round`
-    chosen = _choose_units(seed, epoch, sample_ids, rows, counts)  # (U,)
-
-    def mask(chosen: NDArray[np.bool_], count: Int64) -> TokenMask:
-        tokens = chosen[unit]
-        of = rows[unit[tokens]]
-        weights = np.ones(len(of)) if ratio is not None else numbers[of] / count[of]
-        return TokenMask(positions[tokens], weights.astype(np.float32))
-
-    return mask(chosen, counts), mask(~chosen, numbers - counts) if complement else None
+    tokens = _choose_units(seed, epoch, sample_ids, rows, counts)[unit]
+    of = rows[unit[tokens]]
+    weights = np.ones(len(of)) if ratio is not None else numbers[of] / counts[of]
+    return TokenMask(positions[tokens], weights.astype(np.float32))
 
 
 def _units(lengths: Any, starts: NDArray[np.bool_] | None) -> tuple[Int64, Int64, Int64]:

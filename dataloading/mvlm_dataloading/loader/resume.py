@@ -72,7 +72,6 @@ def text_hash(tokenizer: str, length: int, masks: MaskConfig, shared: bool) -> s
     """
     newer = {
         "variable": [masks.variable_patches, masks.variable_tokens],
-        "complement": masks.complement,
         "partner": [masks.partner_patch_ratio, masks.partner_token_ratio],
         "shared": shared,
         "whole words": masks.word_starts is not None,

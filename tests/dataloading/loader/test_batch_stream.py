@@ -12,7 +12,7 @@ import torch
 
 from mvlm_dataloading import Loader, draw_patch_masks, draw_token_masks
 from mvlm_dataloading.loader import reader as reader_module
-from mvlm_dataloading.loader.masking import draw_two_token_masks, draw_variable_patch_masks
+from mvlm_dataloading.loader.masking import draw_variable_patch_masks, draw_weighted_token_masks
 from mvlm_dataloading.randomness import text_hash
 
 
@@ -88,20 +88,17 @@ def test_masks_of_partners_are_lighter_and_nested(train_split, tokenizer):
     assert without.partner_patch_ids is without.partner_token_ids is None
 
 
-def test_variable_and_complementary_masks_equal_the_mask_functions(train_split, tokenizer):
-    loader = load(train_split, tokenizer, variable_image_masks=True, variable_text_masks=True, complementary_masks=True)
+def test_variable_masks_equal_the_mask_functions(train_split, tokenizer):
+    loader = load(train_split, tokenizer, variable_image_masks=True, variable_text_masks=True)
     for batch, masks in take(loader, 3):
         of = (5, 0, batch.sample_id.numpy())
         patches, patch_weights = draw_variable_patch_masks(*of, image_size=64)
-        tokens, others = draw_two_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=None, complement=True)
-        assert others is not None
-        found = (masks.patch_ids, masks.patch_weights, masks.token_ids, masks.token_weights, masks.complement_ids)
-        for tensor, wanted in zip(found, (patches, patch_weights, *tokens, others.ids), strict=True):
+        tokens = draw_weighted_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=None)
+        found = (masks.patch_ids, masks.patch_weights, masks.token_ids, masks.token_weights)
+        for tensor, wanted in zip(found, (patches, patch_weights, *tokens), strict=True):
             assert np.array_equal(tensor, wanted)
-        assert np.array_equal(masks.complement_weights, others.weights)
-    _, masks = next(iter(load(train_split, tokenizer, complementary_masks=True)))
-    assert masks.complement_ids is not None
-    assert masks.token_weights is masks.complement_weights is masks.patch_weights is None
+    _, masks = next(iter(load(train_split, tokenizer)))
+    assert masks.token_weights is masks.patch_weights is None
 
 
 @pytest.mark.slow

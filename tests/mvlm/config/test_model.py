@@ -108,10 +108,6 @@ def test_fields_of_a_preset_can_be_changed():
             {"text_masking": "variable", "partner_text_mask_ratio": 0.2},
             "text_masking: wanted fixed with a small partner_text_mask_ratio, got variable",
         ),
-        (
-            {"complementary_masks": True, "partner_text_mask_ratio": 0.3},
-            "complementary_masks: wanted partner_text_mask_ratio below text_mask_ratio",
-        ),
         ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
         ({"image_mask_ratio": math.nan}, "image_mask_ratio must be a finite number, got nan"),
         ({"image_mean": (0.5, math.inf, 0.5)}, "image_mean must be a finite number, got inf"),
@@ -126,13 +122,13 @@ def test_invalid_settings_of_a_model_are_refused(changes, message):
 def test_options_of_the_loader_are_the_models_sizes_and_masks():
     config = micro_config(
         patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9,
-        text_masking="variable", whole_word_masking=True, complementary_masks=True, partner_image_mask_ratio=0.125,
+        text_masking="variable", whole_word_masking=True, partner_image_mask_ratio=0.125,
     )  # fmt: skip
     sizes = {"image_size": 32, "text_length": 9, "patch_size": 4, "mask_block": 8}
     ratios = {"image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
     masks = {
         "variable_image_masks": False, "variable_text_masks": True, "whole_words": True,
-        "complementary_masks": True, "partner_image_mask_ratio": 0.125, "partner_text_mask_ratio": 0.0,
+        "partner_image_mask_ratio": 0.125, "partner_text_mask_ratio": 0.0,
     }  # fmt: skip
     assert config.loader_options() == sizes | ratios | masks
     assert config.loader_options(train=False) == sizes | ratios

@@ -35,7 +35,6 @@ from support.models import (
     micro_config,
     micro_model,
     uniform_of_pair,
-    with_complement,
     with_weights,
 )
 
@@ -50,7 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
     "text pooling with softmax": {"text_pooling": True},
     "weighted masks": {},
-    "weighted complementary masks": {},
     "partner masks": {},
     "masked partners": {
         "partner_image_mask_ratio": micro_config().image_mask_ratio,
@@ -70,7 +68,6 @@ def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
     image_id[[5, 13]] = 102
     text_id[[7, 8, 15]] = 200
     masks = with_weights(batch, masks) if "weighted" in variant else masks
-    masks = with_complement(batch, masks) if "complementary" in variant else masks
     if variant == "partner masks":
         masks = replace(masks, partner_patch_ids=masks.patch_ids[:, ::2], partner_token_ids=masks.token_ids[::2])
     return replace(batch, image_id=image_id, text_id=text_id), masks
@@ -103,7 +100,7 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         text_id=batch.text_id[rows],
         sample_id=batch.sample_id[rows],
     )
-    return part, Masks(**patches, **own("token"), **own("complement"), **own("partner_token"))
+    return part, Masks(**patches, **own("token"), **own("partner_token"))
 
 
 class Oracle:

@@ -169,10 +169,9 @@ def test_an_unknown_implementation_is_refused():
 UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
     "patches": ({"patch_size": 4}, "masks.patch_ids: wanted 32 of 64 patches of each image, as configured, got 8"),
     "ratio": ({"image_mask_ratio": 0.25}, "masks.patch_ids: wanted 4 of 16 patches"),
-    "complement": ({"complementary_masks": True}, "masks.complement_ids: wanted a tensor, as configured, got None"),
     "variable": (
         {"image_masking": "variable", "text_masking": "variable"},
-        "masks.patch_weights, masks.token_weights: wanted a tensor",
+        "masks.patch_weights, masks.token_weights: wanted a tensor, as configured, got None",
     ),
     "partners": (
         {"partner_image_mask_ratio": 0.3, "partner_text_mask_ratio": 0.1},

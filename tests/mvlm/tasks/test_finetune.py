@@ -330,8 +330,8 @@ def test_a_run_with_an_option_that_is_gone_is_refused(trained, questions, tmp_pa
 
 @pytest.mark.slow
 def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tmp_path, monkeypatch):
-    """With complementary masks of pretraining no caption was ever fully masked, as generation begins."""
-    pretraining = micro_config(complementary_masks=True, whole_word_masking=True, image_masking="variable")
+    """With a fixed share of masked words no caption was ever fully masked, as generation begins."""
+    pretraining = micro_config(whole_word_masking=True, image_masking="variable")
     pretrain(pretrain_config(scenes, tmp_path / "pretrained", max_steps=1, model=pretraining))
     masks, real = [], Captioning.losses_of_step
 
@@ -343,7 +343,7 @@ def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tm
     finetune(configured(tmp_path / "pretrained", scenes, tmp_path / "run", task="caption", max_steps=6))
     whole = 0
     for batch, found in masks:
-        assert found.complement_ids is None
+        assert found.patch_weights is None
         hidden = set(found.token_ids.tolist())
         for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
             whole += set(range(start + 1, end - 1)) <= hidden
