@@ -3,25 +3,20 @@
 Nothing here has been timed on a GPU. Reading and decoding images is not counted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.flops import FORMULAS
-from mvlm.costs.step_cost import give_fake_tensors
+from mvlm.costs.fake_batch import fake_microbatch
+from mvlm.costs.step_cost import MemoryTracker, give_fake_tensors
 from mvlm.model.fast import encode_patches, encode_tokens, project_patches
 from mvlm.model.fast_inference import encode_masked, match_pairs, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing, round_up_length
-from mvlm_dataloading import Batch, Masks
 
-COUNTED: dict[Any, Any] = {**flop_registry, **FORMULAS}
 SAMPLES, PAIRS = 64, 256
 """Images or captions of a batch, and pairs of a batch, on which FLOPs are counted."""
 DRAWS = 4
@@ -65,22 +60,6 @@ class EvaluationCost:
         return of_images + shape.captions * self.caption + shape.pairs * self.pair
 
 
-class FlopCount(TorchDispatchMode):
-    """Counts FLOPs. `rows` is what a fake tensor answers if it is asked for a number: rows of captions."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self._rows, self.flops = rows, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return self._rows
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in COUNTED:
-            self.flops += COUNTED[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 @torch.no_grad()
 def evaluation_cost(config: MaskVLMConfig, shape: EvaluationShape) -> EvaluationCost:
     """Count the parts of an evaluation, for bf16 and captions of one length."""
@@ -89,12 +68,12 @@ def evaluation_cost(config: MaskVLMConfig, shape: EvaluationShape) -> Evaluation
     model.set_attention("sdpa", "sdpa")
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         give_fake_tensors(model)
-        batch, masks = _batch(config, shape.tokens)
+        batch, masks = fake_microbatch(config, SAMPLES, shape.tokens, shape.tokens)
 
-        def count(rows: int, work: Any) -> int:
-            with FlopCount(rows) as counter:
+        def count(rows: int, work: Callable[[], object]) -> int:
+            with MemoryTracker(rows) as tracker:
                 work()
-            return counter.flops
+            return tracker.flops
 
         rows, tokens = SAMPLES * shape.tokens, (batch.tokens, batch.cu_seqlens, batch.max_length)
         image = count(rows, lambda: model.embed_image(encode_patches(model, project_patches(model, batch.images))))
@@ -118,27 +97,6 @@ def _captions(config: MaskVLMConfig, number: int, tokens: int) -> PackedText:
     bounds = torch.empty(number + 1, dtype=torch.int32)
     rows = torch.empty(number * tokens, config.width)
     return PackedText(rows, Packing(bounds, round_up_length(tokens), len(rows)))
-
-
-def _batch(config: MaskVLMConfig, tokens: int) -> tuple[Batch, Masks]:
-    """Fake tensors of a batch, with as many masked patches and tokens as the configuration says."""
-    side, blocks = config.image_size, (config.image_size // config.mask_block) ** 2
-    patches = round(config.image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
-    masked = max(1, round(config.text_mask_ratio * (tokens - 2)))
-
-    def ids(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.int64)
-
-    batch = Batch(
-        images=torch.empty(SAMPLES, 3, side, side, dtype=torch.uint8),
-        tokens=ids(SAMPLES * tokens),
-        cu_seqlens=torch.empty(SAMPLES + 1, dtype=torch.int32),
-        max_length=tokens,
-        image_id=ids(SAMPLES),
-        text_id=ids(SAMPLES),
-        sample_id=ids(SAMPLES),
-    )
-    return batch, Masks(patch_ids=ids(SAMPLES, patches), token_ids=ids(SAMPLES * masked))
 
 
 def format_evaluation(config: MaskVLMConfig, shape: EvaluationShape, peak: float, ranks: int, mfu: float) -> str:

@@ -17,7 +17,7 @@ from mvlm.costs.cluster_plan import (
     scaling,
 )
 from mvlm.costs.recorded_step import RecordedStep
-from mvlm.costs.step_cost import LONGEST, TOKENS
+from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost
 from mvlm.costs.timeline import MESSAGE, rescaled
 from mvlm_kernels.hardware import GPUS
 
@@ -32,8 +32,8 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
     """
     cost, record = rank_step_cost(setting), rank_step_record(setting)
     node, gpu, links = NODES[setting.gpu], GPUS[setting.gpu], setting.links
-    parts, planned = gpu_memory(setting, cost), planned_step(setting, cost, record)
-    total, step = sum(parts.values()), planned.step
+    planned = planned_step(setting, cost, record)
+    step = planned.step
     steps = pairs * epochs / setting.batch_size
     per_second = setting.batch_size / step
     own, length = setting.batch_size // setting.ranks, setting.model.text_length
@@ -44,10 +44,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         + ("FSDP2" if setting.sharded else "DDP"),
         f"{cost.parameters / 1e6:.1f} M parameters; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP per pair",
         "",
-        "Memory per GPU, GB",
-        *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
-        f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
-        + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
+        *memory_table(setting, cost),
         f"  of the activations, logits at most {4 * most_logits(setting) / GB:.2f}, embeddings of all "
         f"{2 * 4 * setting.batch_size * setting.model.itc_width / GB:.2f}",
         "",
@@ -89,6 +86,18 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         "  not counted in time: optimizer step, loader, evaluation, checkpoints",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def memory_table(setting: ClusterSetting, cost: StepCost) -> list[str]:
+    """Memory of one GPU by part, and whether it fits."""
+    parts, room = gpu_memory(setting, cost), NODES[setting.gpu].memory
+    total = sum(parts.values())
+    fits = "" if total < 0.9 * room else "   DOES NOT FIT: more microbatches or checkpointed activations"
+    return [
+        "Memory per GPU, GB",
+        *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
+        f"  {'all':<34}{total / GB:10.2f}   of {room / GB:.0f}{fits}",
+    ]
 
 
 def _traffic(setting: ClusterSetting, record: RecordedStep, network: dict[str, float]) -> list[str]:

@@ -14,14 +14,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-
-# A fake process group, whose collectives return at once. torch has no public name for it.
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -29,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.flops import FORMULAS
+from mvlm.costs.recording import recorded_world
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
 from mvlm.distributed.exchange_plan import plan_exchange
 from mvlm.distributed.global_batch import backward_global
@@ -172,7 +169,9 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
     if shape.checkpointed:
         checkpoint_activations(model)
     numbers = uniform_draws(shape)
-    with _world(shape.ranks) as world, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
+    world = World(0, shape.ranks, 0, CPU)
+    group = recorded_world(shape.ranks) if shape.ranks > 1 else contextlib.nullcontext()
+    with group, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
         give_fake_tensors(model)
         micro = [fake_microbatch(config, shape.pairs, shape.tokens, shape.longest) for _ in range(shape.microbatches)]
 
@@ -232,17 +231,6 @@ def _count_backward(tracker: MemoryTracker) -> Iterator[list[int]]:
 
     with patch("torch.autograd.backward", backward):
         yield counts
-
-
-@contextlib.contextmanager
-def _world(ranks: int) -> Iterator[World]:
-    if ranks > 1:
-        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    try:
-        yield World(0, ranks, 0, CPU)
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
 
 
 def uniform_draws(shape: StepShape) -> list[list[int]]:

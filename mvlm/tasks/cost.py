@@ -10,8 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.costs.cluster_plan import GB, NODES, ClusterSetting, gpu_memory
+from mvlm.costs.cluster_plan import GB, ClusterSetting
 from mvlm.costs.fake_batch import fake_microbatch
+from mvlm.costs.plan_text import memory_table
 from mvlm.costs.recording import Collective
 from mvlm.costs.step_cost import (
     LONGEST,
@@ -85,14 +86,13 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
         epochs: passes over it.
     """
     cost = task_step_cost(task, setting)
-    node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
+    gpu = GPUS[setting.gpu]
     repeats = 1 if find_task(task).whole_batch else setting.accumulate
     flops = repeats * (cost.forward + cost.backward)
     computing = flops / (gpu.flops * setting.mfu)
     reduced = setting.links.seconds(Collective("all-reduce", "gradients", 4 * cost.parameters, setting.ranks))
-    parts, step = gpu_memory(setting, cost), computing + reduced
+    step, steps = computing + reduced, samples * epochs / setting.batch_size
     length = setting.model.text_length
-    total, steps = sum(parts.values()), samples * epochs / setting.batch_size
     return "\n".join(
         [
             f"fine-tuning on {task}: {setting.ranks} x {setting.gpu}, images of {setting.model.image_size} px, "
@@ -100,10 +100,7 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
             f"{cost.parameters / 1e6:.1f} M parameters; "
             f"{flops * setting.ranks / setting.batch_size / GB:.1f} GFLOP per sample",
             "",
-            "Memory per GPU, GB",
-            *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
-            f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
-            + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
+            *memory_table(setting, cost),
             "",
             "A step, milliseconds",
             f"  {'forward and backward':<34}{1e3 * computing:10.1f}",
