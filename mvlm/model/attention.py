@@ -50,15 +50,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Branch:
         """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = a key. Returns (B, Lq, C)."""
         q, k, v = self.query(x), self.key(memory), self.value(memory)
-        return project(self.out, self._attend(q, k, v, key_mask))
+        return project(self.out, self.attend_heads(q, k, v, key_mask))
 
     def packed(self, x: Tensor, packing: Packing) -> Branch:
         """Self-attention of packed sequences x (T, C) -> (T, C). Rows are padded only for the softmax."""
         q, k, v = (packing.pad(projection(x)) for projection in (self.query, self.key, self.value))
-        return project(self.out, packing.unpad(self._attend(q, k, v, packing.key_mask)))
+        return project(self.out, packing.unpad(self.attend_heads(q, k, v, packing.key_mask)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C)."""
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Projected q (B, Lq, C), k and v (B, Lk, C) -> what the heads read (B, Lq, C), before the last projection."""
         heads = attend(self._split(q), self._split(k), self._split(v), key_mask)  # (B, H, Lq, D)
         return heads.transpose(1, 2).flatten(2)
 
@@ -159,7 +159,7 @@ class TextPooling(Attention):
     def similarity(self, v: Tensor, texts: Tensor) -> Tensor:
         """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
         q = self.query(texts).expand(len(v), -1, -1)  # (B, G, C)
-        return self.cosine(self._attend(q, self.key(v), self.value(v), None), texts)
+        return self.cosine(self.attend_heads(q, self.key(v), self.value(v), None), texts)
 
     def cosine(self, pooled: Tensor, texts: Tensor) -> Tensor:
         """Cosine of texts (G, E) and the projection of pooled (B, G, C): (B, G), in fp32 or float64."""

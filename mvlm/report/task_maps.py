@@ -1,24 +1,21 @@
 """Maps of the patches that each word of a text attends to, by their effect on what a fine-tuned task predicts.
 
 GradCAM as in `mvlm.inference.attention_maps`, with the task's prediction in place of ITM's log-odds: the log-odds of
-the predicted label, the log-likelihood of the decoded or masked answer, or the log-probability of a caption's word when
+the predicted label, the log-likelihood of the masked answer, or the log-probability of a caption's word when
 that word is masked. The weights are those of the last cross-attention to the image that words have an effect in.
 
 Shape legend: B rows (images of a strip, or copies of a caption), L tokens, M keys (1 + patches), C width, H heads,
 D head width, W words, S image side.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mvlm.errors import RunError
+from mvlm.inference.attention_maps import gradcam, recorded_attention, word_maps, word_spans
 from mvlm.inference.encode import packed_tokens
-from mvlm.model.cross_encoder import CrossEncoder
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.entailment import Entailment
@@ -41,49 +38,6 @@ class TaskMaps(NamedTuple):
     """Of the prediction, by the task's head; None for a caption."""
 
 
-@dataclass
-class _Layer:
-    """Cross-attention of one block in the last pass: projections (B, L or M, C), and the heads' outputs (B, L, C)."""
-
-    heads: int
-    seen: dict[str, Tensor] = field(default_factory=dict)
-
-    def gradcam(self, gradient: Tensor) -> Tensor:
-        """(B, L, M): mean over heads of weight x max(0, derivative by it). `gradient` is that by the outputs."""
-        q, k, values, g = (
-            x.detach().unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L or M, D)
-            for x in (self.seen["query"], self.seen["key"], self.seen["value"], gradient)
-        )
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        return (weights * (g @ values.mT).clamp(min=0)).mean(1)
-
-
-@contextmanager
-def _recorded(encoder: CrossEncoder) -> Iterator[list[_Layer]]:
-    """Context that records the cross-attention of each block in a plain pass of the encoder on the CPU."""
-    layers, handles = [], []
-    for block in encoder.layers:
-        attention = block.cross_attention
-        layer = _Layer(attention.heads)
-        layers.append(layer)
-        for name in ("query", "key", "value"):
-
-            def keep(_module, _inputs, output: Tensor, seen=layer.seen, name=name) -> None:
-                seen[name] = output
-
-            handles.append(getattr(attention, name).register_forward_hook(keep))
-
-        def keep_heads(_module, inputs: tuple[Tensor, ...], seen=layer.seen) -> None:
-            seen["heads"] = inputs[0]
-
-        handles.append(attention.out.register_forward_pre_hook(keep_heads))
-    try:
-        yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.enable_grad()
 def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps:
     """Maps of a sample: uint8 images (3, S, n S), n of them side by side, its text and the task's prediction.
@@ -101,7 +55,7 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
     batch, number = _batch(images, tokens, bounds), task.images if isinstance(task, Pairs) else 1
     one = torch.zeros(1, dtype=torch.int64)
     if vqa and vqa.masked:
-        with _recorded(vqa.model.text_cross) as layers:
+        with recorded_attention(vqa.model.text_cross) as layers:
             x = mask_features(vqa.model, batch, before, "plain")
             table = AnswerTable([predicted], vqa.tokenizer, before + 1)
             score = -answers_loss(vqa.model, x, table.select(one), one, x.new_ones(1), "plain")[0]
@@ -112,7 +66,7 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
         labels = task.state["answers" if isinstance(task, VisualQuestionAnswering) else "labels"]
         if predicted not in labels:
             raise RunError(f"records: wanted a prediction of the run's labels, found {predicted!r}; evaluate it again")
-        with _recorded(task.model.text_cross) as layers:
+        with recorded_attention(task.model.text_cross) as layers:
             logits = task.head(task.fuse(batch, "plain", number))[0]
         place = labels.index(predicted)
         score = logits[place]
@@ -121,20 +75,19 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
         probability = score.sigmoid()
     else:
         raise RunError(f"{task.name}: wanted a task with maps of words, found one of your own; leave its maps out")
-    whole = [layer for layer in layers if layer.seen["heads"].shape[1] == before + len(tokens)]
+    whole = [layer for layer in layers if layer.output.shape[1] == before + len(tokens)]
     layer = (whole or layers)[-1]  # the last layer of a classifier computes [CLS] alone
-    cam = layer.gradcam(torch.autograd.grad(score, layer.seen["heads"])[0])  # (n, L, M)
-    words = [(word, 1 + a, 1 + b) for word, a, b in task.tokenizer.words(text) if 1 + b < len(tokens) and whole]
+    (cam,) = gradcam([layer], score)  # (n, L, M)
+    words = [(word, a, b) for word, a, b in word_spans(task.tokenizer, text) if b < len(tokens) and whole]
     spans = [first, *((word, before + a, before + b) for word, a, b in words)]
-    maps = torch.stack([cam[:, a:b, 1:].mean(1) for _, a, b in spans], dim=1)
-    return TaskMaps([word for word, _, _ in spans], _on_grid(task, maps), probability.item())
+    return TaskMaps([word for word, _, _ in spans], word_maps(cam, [(a, b) for _, a, b in spans]), probability.item())
 
 
 def _of_caption(task: Captioning, image: Tensor, caption: str) -> TaskMaps:
     """Maps of a caption's words, each masked in a copy of the caption."""
     model, length = task.model, task.config.text_length
     tokens, _ = packed_tokens([caption], task.tokenizer, length)
-    spans = [(word, 1 + a, 1 + b) for word, a, b in task.tokenizer.words(caption) if 1 + b < len(tokens)]
+    spans = [(word, a, b) for word, a, b in word_spans(task.tokenizer, caption) if b < len(tokens)]
     side = task.config.image_size // task.config.patch_size
     if not spans:
         return TaskMaps([], torch.zeros(1, 0, side, side), None)
@@ -143,24 +96,18 @@ def _of_caption(task: Captioning, image: Tensor, caption: str) -> TaskMaps:
         chosen[row, start:stop] = True
     copies = tokens.expand(len(spans), -1).masked_fill(chosen, task.config.mask_token_id)
     bounds = (len(tokens) * torch.arange(len(spans) + 1)).int()
-    with _recorded(model.text_cross) as layers:
+    with recorded_attention(model.text_cross) as layers:
         v = model.encode_image(image[None]).expand(len(spans), -1, -1)  # (W, M, C)
         w, mask = model.encode_text_packed(copies.flatten(), bounds, len(tokens)).padded()
         x = model.text_cross(w, v, mask, None)[chosen]
         log_p = at_least_float32(model.language_head(x)).log_softmax(-1)
         score = log_p.gather(1, tokens.expand_as(chosen)[chosen][:, None]).sum()
-    cam = layers[-1].gradcam(torch.autograd.grad(score, layers[-1].seen["heads"])[0])  # (W, L, M)
-    maps = torch.stack([cam[row, a:b, 1:].mean(0) for row, (_, a, b) in enumerate(spans)])
-    return TaskMaps([word for word, _, _ in spans], _on_grid(task, maps[None]), None)
+    (cam,) = gradcam(layers[-1:], score)  # (W, L, M)
+    maps = torch.cat([word_maps(cam[row], [(a, b)]) for row, (_, a, b) in enumerate(spans)])
+    return TaskMaps([word for word, _, _ in spans], maps[None], None)
 
 
 def _batch(images: Tensor, tokens: Tensor, bounds: Tensor) -> Batch:
     """A batch of one sample."""
     one = torch.zeros(1, dtype=torch.int64)
     return Batch(images[None], tokens, bounds, len(tokens), one, one, one)
-
-
-def _on_grid(task: Task, maps: Tensor) -> Tensor:
-    """Maps (..., patches) -> (..., rows, columns), float32."""
-    side = task.config.image_size // task.config.patch_size
-    return maps.detach().float().unflatten(-1, (side, side))

@@ -21,7 +21,7 @@ from torch import Tensor
 from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.errors import ConfigError
 from mvlm.evaluation.workspace import SAME_WORK, Workspace
-from mvlm.inference.attention_maps import text_gradcam
+from mvlm.inference.attention_maps import matching_gradcam
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
@@ -81,7 +81,7 @@ def phrase_maps(network: MaskVLM, tokenizer: Tokenizer, images: Tensor, texts: l
     """Maps float32 (A, B, rows, columns) of images uint8 (B, 3, S, S) and their phrases, in fp32."""
     v = image_features(network, images, "fp32").v
     w, key_mask = text_features(network, texts, tokenizer, "fp32").w.padded()
-    found = torch.stack(text_gradcam(network, v, w, key_mask).gradcam)  # (A, B, L, 1+N)
+    found = torch.stack(matching_gradcam(network, v, w, key_mask)[2])  # (A, B, L, 1+N)
     tokens = key_mask[:, :, None].to(found.dtype)
     side = network.config.image_size // network.config.patch_size
     return ((found * tokens).sum(2) / tokens.sum(1))[..., 1:].unflatten(-1, (side, side))
