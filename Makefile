@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
-        faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
+        faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
         format clean
@@ -175,7 +175,7 @@ format: $(VENV)/.installed
 # A trial takes about 3 s.
 FAULTS ?= 1000
 ## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation faults-studies
+faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -283,6 +283,10 @@ tasks-smoke: $(VENV)/.installed | $(RUN)/config.json
 ## evidence-smoke a short study on DATA, from trials to table and page, in two minutes
 evidence-smoke: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm study studies/smoke.toml --data $(DATA) --out runs/evidence/smoke --jobs $(JOBS)
+
+## faults-page     10 minutes of random requests to the page of `mvlm app`
+faults-page: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/fuzz_page.py --minutes 10
 
 ## faults-studies  kill 10 studies at random moments
 faults-studies: $(VENV)/.installed

@@ -46,6 +46,7 @@ LONGEST = (
     "kernels/test_proof_kit.py",
     "mvlm/portable/test_programs.py",
     "kernels/cross_attention/test_mutations.py",
+    "mvlm/app/test_attacks.py",
     "mvlm/costs/test_step_cost.py",
     "promises/faults/test_killed_loaders.py",
     "promises/faults/test_bad_network.py",

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvlm.app.gallery import Found, Gallery
-from mvlm.app.uploads import check_lines, check_text
+from mvlm.app.uploads import MAX_TEXTS, check_lines, check_text
 from mvlm.errors import ConfigError
 from mvlm.inference.overlay import draw_overlay
 from mvlm.inference.trained_model import TrainedModel
@@ -42,7 +42,13 @@ def classify(
     names = list(dict.fromkeys(check_lines(labels, "labels")))
     if len(names) < 2:
         raise ConfigError(f"labels: wanted two or more, one a line, got {len(names)}; add some")
-    found = model.classify(_given(image), names, check_lines(templates, "templates") or None)
+    sentences = check_lines(templates, "templates")
+    if len(names) * len(sentences) > MAX_TEXTS:
+        raise ConfigError(
+            f"templates: wanted at most {MAX_TEXTS:,} texts, got {len(names)} labels times {len(sentences)} templates; "
+            "leave some out"
+        )
+    found = model.classify(_given(image), names, sentences or None)
     return dict(zip(found.labels, found.probability[0].tolist(), strict=True))
 
 
@@ -93,6 +99,20 @@ def toggle_patch(hidden: NDArray[np.bool_], point: Sequence[float]) -> NDArray[n
     changed = hidden.copy()
     changed[row, column] = not changed[row, column]
     return changed
+
+
+def write_patches(hidden: NDArray[np.bool_]) -> str:
+    """Patches (rows, columns) as a text, 1 for a hidden one, row by row. The browser keeps it."""
+    return "".join("01"[int(patch)] for patch in hidden.ravel())
+
+
+def read_patches(model: TrainedModel, text: str | None) -> NDArray[np.bool_]:
+    """Patches (rows, columns) of such a text. ConfigError for any other."""
+    config = model.network.config
+    side = config.image_size // config.patch_size
+    if text is None or len(text) != side * side or not set(text) <= {"0", "1"}:
+        raise ConfigError("image: wanted its patches, found others; load the page again")
+    return np.array([patch == "1" for patch in text]).reshape(side, side)
 
 
 def draw_hidden(image: Image.Image | None, hidden: NDArray[np.bool_]) -> Image.Image | None:

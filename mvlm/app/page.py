@@ -1,11 +1,11 @@
-"""The page, in Gradio: a tab for each question, and the server behind it."""
+"""The page, in Gradio: a tab for each question."""
 
 import html
 import logging
 import os
-import socket
-from collections.abc import Callable, Sequence
-from functools import wraps
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,82 +13,85 @@ from PIL import Image
 
 from mvlm.app import answers
 from mvlm.app.gallery import Gallery
-from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image, stored_file
+from mvlm.app.uploads import MAX_CHARACTERS, MAX_LABELS, Uploads, check_image
+from mvlm.app.visitors import Visitors
 from mvlm.errors import ConfigError
 from mvlm.inference.images import decode_image
 from mvlm.inference.texts import shortened
 from mvlm.inference.trained_model import TrainedModel
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+# Read when gradio is imported, or when a page is made.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # else it keeps 10,000, and sums them up after each
 try:
     import gradio as gr
-    from gradio.themes import Default
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import PlainTextResponse
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from gradio import processing_utils
+
+    from mvlm.app.gate import ASKED
 except ImportError:
     raise ConfigError("app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'") from None
 
-STYLE = """
-.gradio-container {max-width: 960px !important; width: 100%; margin: auto}
-footer {display: none !important}
-"""
 TALL = 320  # pixels
-KEPT = 24 * 3600
-"""Seconds that a visitor's image is kept on disk, at most an hour longer."""
-LOCAL = ("127.0.0.1", "localhost")
 BUTTONS: list[Any] = ["download", "fullscreen"]
+MAX_QUEUE = 32
+"""Questions that wait for an answer, of all visitors together. One is answered at a time."""
+INNARDS = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ object|(?<![\w/])/[\w.+-]+/|[A-Za-z]*(Error|Exception)\b")
+"""What no visitor gets to see: addresses in memory, paths, names of exceptions."""
+log = logging.getLogger(__name__)
 
 
-def image_upload(value: Image.Image | None = None) -> gr.Image:
-    """An image that a visitor uploads. It is checked before it is decoded."""
+@dataclass(frozen=True)
+class Page:
+    """A page that can be served."""
+
+    blocks: gr.Blocks
+    uploads: Uploads
+    visitors: Visitors
+
+
+def image_upload(uploads: Uploads, value: Image.Image | None = None) -> gr.Image:
+    """An image that a visitor uploads. Questions get its file, and check it before it is decoded."""
     component = gr.Image(value, label="Image", type="pil", sources=["upload", "clipboard"], height=TALL)
-    folder = Path(component.GRADIO_CACHE)  # Gradio checks a path only if it comes with `meta`
 
-    def preprocess(payload: Any) -> Image.Image | None:
-        return None if payload is None else _say(lambda path: check_image(stored_file(path, folder)))(payload.path)
+    def preprocess(payload: Any) -> Any:
+        if payload is None:
+            return None
+        if not uploads.holds(payload.path):  # the gate has looked before
+            raise gr.Error("image: wanted an image that you uploaded here, found another", print_exception=False)
+        return Path(payload.path)
 
     component.preprocess = preprocess  # a subclass would not be known to Gradio's own JavaScript
     return component
 
 
-def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> gr.Blocks:
+def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
     """The page of a model.
 
     Args:
         gallery: images to search; None leaves that tab out.
         name: name of the model, for the heading.
     """
+    # Names of answers' files are hashes with this. Gradio's own is the same in every process, and in every container.
+    processing_utils.hash_seed = os.urandom(32)
     example = gallery.example() if gallery else None
     image = _shown(example.image) if example else None
     caption = shortened(example.caption, model.tokenizer, model.network.config.text_length) if example else ""
     first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
-    with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
+    with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as blocks:
+        page = Page(blocks, Uploads(Path(blocks.GRADIO_CACHE)), Visitors())
         gr.Markdown(f"# {html.escape(name)}")
         with gr.Tabs():
             if gallery:
-                _search_tab(gallery, caption)
-            _fill_tab(model, image, first_word)
-            _rebuild_tab(model, image, caption)
+                _search_tab(page, gallery, caption)
+            _fill_tab(page, model, image, first_word)
+            _rebuild_tab(page, model, image, caption)
             if model.network.matching_is_trained:
-                _look_tab(model, image, caption)
-            _classify_tab(model, image, caption)
-    for block in page.blocks.values():
-        _fetch_nothing(block)
+                _look_tab(page, model, image, caption)
+            _classify_tab(page, model, image, caption)
+    blocks.queue(max_size=MAX_QUEUE, api_open=False)
+    shown = (component["props"].get("value") for component in blocks.get_config_file()["components"])
+    page.uploads.add_examples(value["path"] for value in shown if isinstance(value, dict) and value.get("path"))
     return page
-
-
-def _fetch_nothing(block: Any) -> None:
-    """Refuse a URL in the place of an upload: Gradio would load it, of any size, before it is checked."""
-    keep = block.async_move_resource_to_block_cache
-
-    async def keep_file(path: str | Path | None) -> str | None:
-        if path is not None and "://" in str(path):
-            raise gr.Error("image: wanted an uploaded image, got a URL", print_exception=False)
-        return await keep(path)
-
-    block.async_move_resource_to_block_cache = keep_file
 
 
 def _shown(image: bytes) -> Image.Image:
@@ -98,72 +101,12 @@ def _shown(image: bytes) -> Image.Image:
     return shown
 
 
-def check_address(host: str, port: int) -> None:
-    """Raise ConfigError if the port is in use or the host is not of this machine."""
-    if not 1 <= port <= 65535:
-        raise ConfigError(f"port: wanted a number from 1 to 65535, got {port}")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"port: wanted {host}:{port} free, got: {error}; choose another --port") from None
-
-
-def start(page: gr.Blocks, host: str, port: int) -> str:
-    """Start to serve the page from a thread. Returns its URL; `page.close()` ends it.
-
-    ConfigError if the port is in use or the host is not of this machine.
-    """
-    check_address(host, port)
-    name = f"[{host}]" if ":" in host else host  # IPv6, as in a URL
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it has started
-    fonts = ["system-ui", "sans-serif"]  # from the visitor's machine: nothing is fetched
-    page.launch(
-        server_name=name,
-        server_port=port,
-        share=False,
-        quiet=True,
-        show_error=True,
-        max_file_size=MAX_BYTES,
-        ssr_mode=False,
-        footer_links=[],
-        css=STYLE,
-        theme=Default(font=fonts, font_mono=["monospace"]),
-        prevent_thread_lock=True,
-        app_kwargs={"middleware": _only_as(LOCAL)} if host in LOCAL else None,
-    )
-    return f"http://{name}:{port}"
-
-
-def _only_as(names: Sequence[str]) -> list[Middleware]:
-    """Answer requests for these hosts alone: another site may give its own name the address of this machine."""
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(names)), Middleware(_FromThisPage)]
-
-
-class _FromThisPage:
-    """Refuses what a page of another site sends here. A browser sends it without asking, and hides only the answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
-        origin = headers.get(b"origin")
-        # Behind a proxy, as in an editor in the browser, the page has the proxy's name. No page can forge that header.
-        own = [headers.get(name) for name in (b"host", b"x-forwarded-host")]
-        if scope.get("method") == "POST" and origin is not None and origin.partition(b"://")[2] not in own:
-            await PlainTextResponse("a page of another site may not send here", 403)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-
-def _search_tab(gallery: Gallery, text: str) -> None:
+def _search_tab(page: Page, gallery: Gallery, text: str) -> None:
     with gr.Tab("Search"):
         gr.Markdown(f"Search {html.escape(gallery.description)} by a text, an image, or both.")
         with gr.Row():
             query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
-            image = image_upload()
+            image = image_upload(page.uploads)
         button = gr.Button("Search", variant="primary")
         found = gr.Gallery(label="Answers, best first", columns=4, object_fit="contain", height="auto")
 
@@ -171,31 +114,32 @@ def _search_tab(gallery: Gallery, text: str) -> None:
             hits = answers.search(gallery, text, image)
             return [(_shown(hit.image), hit.caption) for hit in hits]
 
-        _on([button.click, query.submit], search, [query, image], found)
+        _on(page, [button.click, query.submit], search, [query, image], found)
 
 
-def _fill_tab(model: TrainedModel, image: Image.Image | None, text: str) -> None:
+def _fill_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:
     with gr.Tab("Fill"):
         gr.Markdown("Guess missing words: write [MASK] for every word piece to guess.")
         with gr.Row():
-            picture = image_upload(image)
+            picture = image_upload(page.uploads, image)
             with gr.Column():
                 query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
                 button = gr.Button("Fill", variant="primary")
                 filled = gr.Textbox(label="Filled in", interactive=False)
                 table = gr.Dataframe(headers=["[MASK]", "guess", "probability"], label="Guesses", interactive=False)
-        _on([button.click, query.submit], lambda i, t: answers.fill(model, i, t), [picture, query], [filled, table])
+        events = [button.click, query.submit]
+        _on(page, events, lambda i, t: answers.fill(model, i, t), [picture, query], [filled, table])
 
 
-def _rebuild_tab(model: TrainedModel, image: Image.Image | None, text: str) -> None:
+def _rebuild_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:
     with gr.Tab("Rebuild"):
         gr.Markdown(
             "Rub out parts of an image: choose one, or click on patches. The model draws them anew, under a text."
         )
         start = answers.hide_part(model, answers.PARTS[-1])
-        hidden = gr.State(start)
+        hidden = gr.Textbox(answers.write_patches(start), visible=False)  # kept in the browser: no state is kept here
         with gr.Row():
-            picture = image_upload(image)
+            picture = image_upload(page.uploads, image)
             seen = gr.Image(
                 answers.draw_hidden(image, start), label="What the model sees (click on patches)", interactive=False,
                 height=TALL, buttons=[],
@@ -213,49 +157,57 @@ def _rebuild_tab(model: TrainedModel, image: Image.Image | None, text: str) -> N
 
         def choose(part: str, image: Image.Image | None) -> Any:
             mask = answers.hide_part(model, part)
-            return mask, answers.draw_hidden(image, mask)
+            return answers.write_patches(mask), answers.draw_hidden(image, mask)
 
-        def click(mask: Any, image: Image.Image | None, event: gr.SelectData) -> Any:
-            changed = answers.toggle_patch(mask, event.index)
-            return changed, answers.draw_hidden(image, changed)
+        def click(mask: str, image: Image.Image | None, point: Any) -> Any:
+            changed = answers.toggle_patch(answers.read_patches(model, mask), point)
+            return answers.write_patches(changed), answers.draw_hidden(image, changed)
 
-        _on([part.change], choose, [part, picture], [hidden, seen])
-        _on([picture.change], lambda m, i: answers.draw_hidden(i, m), [hidden, picture], seen)
-        _on([seen.select], click, [hidden, picture], [hidden, seen])
+        def draw(mask: str, image: Image.Image | None) -> Any:
+            return answers.draw_hidden(image, answers.read_patches(model, mask))
+
+        def rebuild(image: Image.Image | None, mask: str, text: str, wrong: str) -> Any:
+            return answers.rebuild(model, image, answers.read_patches(model, mask), text, wrong)
+
+        _on(page, [part.change], choose, [part, picture], [hidden, seen])
+        _on(page, [picture.change], draw, [hidden, picture], seen)
+        _on(page, [seen.select], click, [hidden, picture], [hidden, seen])
         _on(
+            page,
             [button.click, query.submit, wrong.submit],
-            lambda i, m, t, w: answers.rebuild(model, i, m, t, w),
+            rebuild,
             [picture, hidden, query, wrong],
             [right_image, wrong_image],
         )
 
 
-def _look_tab(model: TrainedModel, image: Image.Image | None, text: str) -> None:
+def _look_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:
     with gr.Tab("Where it looks"):
         gr.Markdown(
             "Where each word looks when the model judges whether text and image match (GradCAM). "
             "A map of high contrast is drawn for any model: compare words."
         )
         with gr.Row():
-            picture = image_upload(image)
+            picture = image_upload(page.uploads, image)
             with gr.Column():
                 query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
                 button = gr.Button("Look", variant="primary")
         maps = gr.Gallery(label="Words", columns=4, object_fit="contain", height="auto")
-        _on([button.click, query.submit], lambda i, t: answers.look(model, i, t), [picture, query], maps)
+        _on(page, [button.click, query.submit], lambda i, t: answers.look(model, i, t), [picture, query], maps)
 
 
-def _classify_tab(model: TrainedModel, image: Image.Image | None, caption: str) -> None:
+def _classify_tab(page: Page, model: TrainedModel, image: Image.Image | None, caption: str) -> None:
     labels = "\n".join(dict.fromkeys([caption, "red heart", "dog", "flag", "face"])).strip()
     with gr.Tab("Classify"):
         with gr.Row():
-            picture = image_upload(image)
+            picture = image_upload(page.uploads, image)
             with gr.Column():
                 names = gr.Textbox(labels, label=f"Labels, one a line, at most {MAX_LABELS}", lines=5)
                 templates = gr.Textbox("", label="Templates, one a line, with {} for the label (optional)", lines=2)
                 button = gr.Button("Classify", variant="primary")
                 chances = gr.Label(label="Probabilities")
         _on(
+            page,
             [button.click],
             lambda i, n, t: answers.classify(model, i, n, t),
             [picture, names, templates],
@@ -263,19 +215,47 @@ def _classify_tab(model: TrainedModel, image: Image.Image | None, caption: str) 
         )
 
 
-def _on(events: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
-    """Call `answer` at each event. It is not offered as an API."""
-    gr.on(events, _say(answer), inputs, outputs, api_visibility="private")
+def _on(page: Page, events: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
+    """Call `answer` at each event, one at a time on the whole page. It is not offered as an API."""
+    asked = _clicked(page, answer) if any(event.event_name == "select" for event in events) else _asked(page, answer)
+    gr.on(events, asked, inputs, outputs, api_visibility="private", concurrency_id="questions", concurrency_limit=1)
 
 
-def _say(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function. A visitor's mistake becomes a message on the page."""
+def _asked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, as Gradio calls it."""
 
-    @wraps(answer)
-    def call(*values: Any) -> Any:
-        try:
-            return answer(*values)
-        except ValueError as error:  # ours are ValueErrors of one line
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+    def call(request: gr.Request, *values: Any) -> Any:
+        return _answer(page, answer, request, values)
 
     return call
+
+
+def _clicked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, as Gradio calls it when an image is clicked on: the place (x, y) is its last argument."""
+
+    def call(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
+        return _answer(page, answer, request, (*values, event.index))
+
+    return call
+
+
+def _answer(page: Page, answer: Callable[..., Any], request: gr.Request, values: tuple[Any, ...]) -> Any:
+    """The answer, if the visitor still waits for it. Any error becomes one sentence on the page."""
+    try:
+        page.visitors.check_waiting(request.session_hash or "", float(request.headers[ASKED]))
+        return answer(*(check_image(value) if isinstance(value, Path) else value for value in values))
+    except ValueError as error:  # ours are ValueErrors of one line
+        sentence = str(error)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        log.warning("%s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+        sentence = ""
+    raise gr.Error(html.escape(_plain(sentence)), print_exception=False)
+
+
+def _plain(sentence: str) -> str:
+    """A sentence for a visitor, or another one if it shows the inside of the program or of the machine."""
+    if not sentence or INNARDS.search(sentence):
+        return "the page could not answer that; try another image or text"
+    return sentence

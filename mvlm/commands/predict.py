@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,6 +94,19 @@ def _temporary_uploads() -> Iterator[None]:
             os.environ["GRADIO_TEMP_DIR"] = parent
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside the block, SIGTERM does what Ctrl-C does, so that whatever is to be deleted is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def app(
     source: str,
     /,
@@ -100,6 +115,7 @@ def app(
     index: str | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
+    allow_host: tuple[str, ...] = (),
     device: str = "auto",
 ) -> None:
     """Open a local web page of a trained model: search, fill, rebuild, where it looks, classify.
@@ -110,15 +126,17 @@ def app(
         index: Index of `mvlm search` to search instead of a data folder, folder or URL.
         host: Address to listen on. Others can reach the page only if you give 0.0.0.0.
         port: Port to listen on.
+        allow_host: Further names under which browsers reach this machine, such as that of a proxy. Others are refused.
         device: auto, cpu or cuda.
     """
     from mvlm.errors import ConfigError
 
     if data is not None and index is not None:
         raise ConfigError("index: wanted --data or --index, got both; leave one out")
-    with _temporary_uploads():
+    with _ended_by_sigterm(), _temporary_uploads():
         from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
-        from mvlm.app.page import build_page, check_address, start  # fails without gradio, before anything is loaded
+        from mvlm.app.page import build_page  # fails without gradio, before anything is loaded
+        from mvlm.app.server import check_address, start
         from mvlm.runs.load import load_model
         from mvlm.search.index import open_index
 
@@ -132,5 +150,11 @@ def app(
             if gallery is None:
                 print(f"{source}: its data are not here, so there is no search; give --data or --index")
         page = build_page(model, gallery, Path(source).name)
-        print(f"{start(page, host, port)}  (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+        server = start(page, host, port, allow_host)
+        try:
+            print(f"{server.url}  (Ctrl-C ends it)", flush=True)
+            server.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.close()

@@ -74,6 +74,24 @@ def test_labels_are_classified_once(model, image) -> None:
         answers.classify(model, image, "a circle\na circle", "")
 
 
+def test_labels_times_templates_are_bounded(model, image) -> None:
+    labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
+    assert len(answers.classify(model, image, labels, templates)) == 100
+    with pytest.raises(ConfigError, match="templates: wanted at most 1,000 texts, got 100 labels times 11 templates"):
+        answers.classify(model, image, labels, templates + "\nb {}")
+
+
+def test_patches_are_read_as_they_were_written(model) -> None:
+    side = model.network.config.image_size // model.network.config.patch_size
+    hidden = np.random.default_rng(0).random((side, side)) < 0.5
+    text = answers.write_patches(hidden)
+    assert text == "".join("1" if hidden[row, column] else "0" for row in range(side) for column in range(side))
+    np.testing.assert_array_equal(answers.read_patches(model, text), hidden)
+    for other in (None, "", text[1:], text + "0", text[1:] + "2", "\u0661" * len(text)):
+        with pytest.raises(ConfigError, match="image: wanted its patches, found others"):
+            answers.read_patches(model, other)
+
+
 def test_words_have_an_overlay_each(model, image) -> None:
     shown = answers.look(model, image, "a circle")
     assert [word for _, word in shown] == ["the whole text", *model.attention(image, "a circle").words[1:]]

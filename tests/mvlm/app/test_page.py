@@ -4,7 +4,6 @@
 its screenshots to docs/images.
 """
 
-import asyncio
 import copy
 import json
 import os
@@ -12,8 +11,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +28,7 @@ from mvlm.runs.load import load_model
 from support.commands import assert_refused
 from support.packages import needs
 from support.scenes import png
+from support.visitor import Visitor
 
 pytestmark = [
     needs("gradio"),
@@ -50,28 +48,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_forgotten_event_loops() -> Iterator[None]:
-    """Close the event loops that gradio makes for its locks and forgets.
-
-    Else a later test collects them, and their warning is that test's error.
-    """
-    made: list[asyncio.AbstractEventLoop] = []
-    make = asyncio.new_event_loop
-
-    def new_event_loop() -> asyncio.AbstractEventLoop:
-        made.append(make())
-        return made[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyncio, "new_event_loop", new_event_loop)
-        yield
-    asyncio.set_event_loop(None)
-    for loop in made:
-        if not loop.is_running():
-            loop.close()
-
-
 @pytest.fixture(scope="module")
 def url(model, gallery) -> Iterator[str]:
     if RUN:
@@ -79,11 +55,12 @@ def url(model, gallery) -> Iterator[str]:
         data = data_of_run(Path(RUN))
         assert data is not None
         gallery = open_gallery(model, data)
-    from mvlm.app.page import build_page, start
+    from mvlm.app.page import build_page
+    from mvlm.app.server import start
 
-    page = build_page(model, gallery, Path(RUN or "micro").name)
-    yield start(page, "127.0.0.1", free_port())
-    page.close()
+    server = start(build_page(model, gallery, Path(RUN or "micro").name), "127.0.0.1", free_port())
+    yield server.url
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -178,86 +155,66 @@ def test_the_page_fits_a_phone_in_light_and_dark(browser, url, scheme: str) -> N
         tab.screenshot(path=IMAGES / f"app-phone-{scheme}.png", full_page=True)
 
 
-def ask(url: str, label: str, values: list[Any]) -> dict[str, Any]:
-    """What the server answers to values that are sent past the page to the button of this label."""
-    config = json.loads(urllib.request.urlopen(f"{url}/config", timeout=60).read())
-    ids = {c["id"] for c in config["components"] if c["type"] == "button" and c["props"].get("value") == label}
-    number = next(d["id"] for d in config["dependencies"] if any(target[0] in ids for target in d["targets"]))
-    session = f"{label}{time.monotonic()}"
-    body = json.dumps({"data": values, "fn_index": number, "session_hash": session}).encode()
-    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=60).read()
-    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}", timeout=60) as events:
-        for line in events:
-            if line.startswith(b"data:"):
-                event = json.loads(line[5:])
-                if event["msg"] == "process_completed":
-                    return event
-    raise AssertionError("the server gave no answer")
+@pytest.fixture
+def visitor(url) -> Visitor:
+    return Visitor(url)
 
 
-def upload(url: str, name: str, content: bytes) -> dict[str, Any]:
-    """A file as the page uploads it."""
-    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-    request = urllib.request.Request(
-        f"{url}/gradio_api/upload",
-        head.encode() + content + b"\r\n--x--\r\n",
-        {"Content-Type": "multipart/form-data; boundary=x"},
-    )
-    return {
-        "path": json.loads(urllib.request.urlopen(request, timeout=60).read())[0],
-        "meta": {"_type": "gradio.FileData"},
-    }
-
-
-def test_what_is_no_image_gets_a_message_and_the_server_lives(url) -> None:
+def test_what_is_no_image_gets_a_message_and_the_server_lives(visitor) -> None:
     svg = b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg xmlns="http://www.w3.org/2000/svg"><text>&a;</text></svg>'
     for name, content in {"x.svg": svg, "x.png": b"\x89PNG\r\n\x1a\n\0\0", "y.png": b"GIF89a"}.items():
-        found = ask(url, "Classify", [upload(url, name, content), "a\nb", ""])
-        assert not found["success"]
-        assert "image: wanted an image, could not read it" in found["output"]["error"]
-    found = ask(url, "Search", ["a" * 10_000_000, None])
-    assert "wanted at most 1000 characters, got 10,000,000" in found["output"]["error"]
-    assert ask(url, "Search", ["a circle", None])["success"]
+        answered, said = visitor.ask("Classify", [visitor.uploaded(name, content), "a\nb", ""])
+        assert not answered
+        assert said == "image: wanted an image, could not read it; use a PNG, JPEG or WebP"
+    answered, said = visitor.ask("Search", ["a" * 100_000, None])
+    assert not answered
+    assert "wanted at most 1000 characters, got 100,000" in said
+    assert visitor.ask("Search", ["a circle", None])[0]
 
 
 @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}, {"meta": {"_type": "x"}}])
-def test_a_path_in_the_place_of_an_upload_is_refused(url, tmp_path, meta) -> None:
+def test_a_path_in_the_place_of_an_upload_is_refused(visitor, tmp_path, meta) -> None:
     """Gradio itself checks the first of these alone."""
     (tmp_path / "secret.png").write_bytes(png(np.zeros((40, 40, 3), np.uint8)))
     os.mkfifo(tmp_path / "pipe")
-    for path in ("/etc/passwd", "/dev/zero", tmp_path / "secret.png", tmp_path / "pipe", tmp_path, tmp_path / "none"):
-        found = ask(url, "Classify", [{"path": str(path), **meta}, "a\nb", ""])
-        assert not found["success"], path
-        assert meta.get("meta", {}).get("_type") == "gradio.FileData" or found["output"]["error"] == (
-            "image: wanted an image that was uploaded here, found another; upload it"
-        )
-        assert "root:" not in json.dumps(found)
-    with pytest.raises(urllib.error.HTTPError):
-        urllib.request.urlopen(f"{url}/gradio_api/file=/etc/passwd", timeout=60)
+    for path in ("/etc/passwd", "/dev/zero", tmp_path / "secret.png", tmp_path / "pipe", tmp_path, tmp_path / "none",
+                 "http://elsewhere.example/x.png"):  # fmt: skip
+        answered, said = visitor.ask("Classify", [{"path": str(path), **meta}, "a\nb", ""])
+        assert not answered, path
+        assert said == "image: wanted an image that you uploaded here, found another; upload it"
+        assert visitor.show(str(path)).status == 404
 
 
-def test_a_url_in_the_place_of_an_upload_is_not_fetched(url) -> None:
-    """Gradio alone would ask for its name, and load an image of any size."""
-    elsewhere = {"path": "http://elsewhere.example/x.png", "meta": {"_type": "gradio.FileData"}}
-    for label, values in (("Classify", [elsewhere, "a\nb", ""]), ("Search", [elsewhere, None])):
-        found = ask(url, label, values)
-        assert not found["success"]
-        assert "image: wanted an uploaded image, got a URL" in found["output"]["error"]
+def test_an_upload_is_its_visitors_alone(url, visitor) -> None:
+    other = Visitor(url)
+    content = png(np.zeros((40, 40, 3), np.uint8))
+    mine = visitor.uploaded("x.png", content)
+    assert other.uploaded("x.png", content)["path"] != mine["path"]
+    assert visitor.ask("Classify", [mine, "a\nb", ""])[0]
+    assert visitor.show(mine["path"]).body == content
+    assert not other.ask("Classify", [mine, "a\nb", ""])[0]
+    assert other.show(mine["path"]).status == 404
 
 
-def test_another_sites_page_may_not_send(url) -> None:
+def test_answers_of_a_session_are_its_visitors_alone(url, visitor) -> None:
+    number = visitor.event("Search")["id"]
+    joined = visitor.join({"data": ["a circle", None], "fn_index": number, "session_hash": "mine"})
+    assert joined.status == 200
+    other = Visitor(url)
+    assert other.stream("mine", 5) == []
+    assert other.join({"data": ["a", None], "fn_index": number, "session_hash": "mine"}).status == 400
+    assert any(event["msg"] == "process_completed" for event in visitor.stream("mine"))
+
+
+def test_another_sites_page_may_not_send(url, visitor) -> None:
     """A browser sends a form of another site without asking. Behind a proxy the page has the proxy's name."""
     for headers, code in (
-        ({"Origin": url}, 422),  # as far as Gradio, which wants files
-        ({"Origin": "https://proxy.example", "X-Forwarded-Host": "proxy.example"}, 422),
+        ({"Origin": url}, 400),  # as far as the check of what was asked
+        ({"Origin": "https://proxy.example", "X-Forwarded-Host": "proxy.example"}, 400),
         ({"Origin": "http://elsewhere.example"}, 403),
         ({"Origin": "null"}, 403),
     ):
-        request = urllib.request.Request(f"{url}/gradio_api/queue/join", b"{}", headers)
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=60)
-        assert refused.value.code == code, headers
+        assert visitor.request("POST", "/gradio_api/queue/join", b"{}", headers).status == code, headers
 
 
 class TallGallery:
@@ -275,16 +232,17 @@ class TallGallery:
 
 def test_a_page_of_other_peoples_images_and_of_a_model_without_itm(model) -> None:
     """A tall image is an answer, a long caption is shortened to begin with, and no map shows what ITM looks at."""
-    from mvlm.app.page import build_page, start
+    from mvlm.app.page import build_page
+    from mvlm.app.server import start
 
     untrained = TrainedModel(copy.deepcopy(model.network), model.tokenizer, "fp32")
     torch.nn.init.zeros_(untrained.network.matching_head.bias)
-    page = build_page(untrained, TallGallery(), "micro")
+    server = start(build_page(untrained, TallGallery(), "micro"), "127.0.0.1", free_port())
     try:
-        url = start(page, "127.0.0.1", free_port())
-        found = ask(url, "Search", ["a circle", None])
-        assert found["success"], found
-        config = json.loads(urllib.request.urlopen(f"{url}/config", timeout=60).read())
+        visitor = Visitor(server.url)
+        answered, found = visitor.ask("Search", ["a circle", None])
+        assert answered, found
+        config = json.loads(visitor.request("GET", "/config").body)
         assert "Where it looks" not in {c["props"].get("label") for c in config["components"]}
         texts = [c["props"]["value"] for c in config["components"] if c["props"].get("label") == "Text"]
         assert len(texts) == 3  # of Search, Fill and Rebuild
@@ -292,39 +250,53 @@ def test_a_page_of_other_peoples_images_and_of_a_model_without_itm(model) -> Non
             tokens = len(model.tokenizer.encode([text.replace("[MASK]", "a")], 500)[0])
             assert 3 < tokens <= model.network.config.text_length, text
     finally:
-        page.close()
+        server.close()
 
 
-def test_another_sites_page_may_not_read_answers(url) -> None:
+def test_another_sites_page_may_not_read_answers(url, visitor) -> None:
     """A browser gives an answer to a page of another site only if the answer allows its origin."""
-    for origin, allowed in ((url, True), ("http://elsewhere.example", False)):
-        request = urllib.request.Request(f"{url}/gradio_api/info", headers={"Origin": origin})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert (answer.headers["Access-Control-Allow-Origin"] == origin) is allowed
-            assert answer.headers["Access-Control-Allow-Origin"] != "*"
+    for origin, status in ((url, 200), ("http://elsewhere.example", 403), ("null", 403)):
+        answer = visitor.request("GET", "/config", headers={"Origin": origin})
+        assert answer.status == status
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-def test_a_name_that_another_site_gave_this_machine_is_refused(url) -> None:
+def test_a_name_that_another_site_gave_this_machine_is_refused(visitor) -> None:
     """DNS rebinding: the browser takes the page for a part of the other site, and lets that site read it."""
-    port = url.rpartition(":")[2]
-    for host, code in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), (f"elsewhere.example:{port}", 400)):
-        request = urllib.request.Request(f"{url}/gradio_api/info", headers={"Host": host})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found = answer.status
-        except urllib.error.HTTPError as error:
-            found = error.code
-        assert found == code, host
+    port = visitor.port
+    for host, code in (
+        (f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), (f"LOCALHOST:{port}", 200), (f"[::1]:{port}", 200),
+        (f"elsewhere.example:{port}", 400), ("", 400), (f"127.0.0.1.elsewhere.example:{port}", 400), ("a b", 400),
+        (f"{socket.gethostname()}-:{port}", 400), ("127.0.0.1:x", 400), ("10.0.0.1", 400),
+    ):  # fmt: skip
+        assert visitor.request("GET", "/config", headers={"Host": host}).status == code, host
 
 
-def test_a_file_over_the_limit_is_refused(url) -> None:
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        upload(url, "x.png", bytes(MAX_BYTES + 1_000_000))
-    assert refused.value.code == 413
+def test_a_page_on_all_addresses_answers_to_its_own_names_alone(model) -> None:
+    from mvlm.app.page import build_page
+    from mvlm.app.server import start
+
+    port = free_port()
+    server = start(build_page(model, None, "micro"), "0.0.0.0", port, ["proxy.example"])
+    try:
+        visitor = Visitor(f"http://127.0.0.1:{port}")
+        for host, code in (("127.0.0.1", 200), (socket.gethostname(), 200), ("proxy.example", 200),
+                           ("elsewhere.example", 400), ("10.11.12.13", 400)):  # fmt: skip
+            assert visitor.request("GET", "/config", headers={"Host": f"{host}:{port}"}).status == code, host
+        for origin, code in ((f"http://127.0.0.1:{port}", 400), ("http://elsewhere.example", 403)):
+            assert visitor.request("POST", "/gradio_api/queue/join", b"{}", {"Origin": origin}).status == code
+    finally:
+        server.close()
+
+
+def test_a_file_over_the_limit_is_refused(visitor) -> None:
+    refused = visitor.upload("x.png", bytes(MAX_BYTES + 1_000_000))
+    assert (refused.status, refused.text) == (413, "image: wanted at most 20 MB, got more; choose a smaller file")
 
 
 def test_a_port_in_use_is_an_error_of_one_line(model) -> None:
-    from mvlm.app.page import build_page, start
+    from mvlm.app.page import build_page
+    from mvlm.app.server import start
 
     page = build_page(model, None, "micro")
     with socket.socket() as taken:
@@ -379,7 +351,8 @@ def test_data_and_an_index_are_not_both_searched(run_mvlm, trained, scenes) -> N
 
 
 def test_an_address_of_ipv6_and_a_port_of_none(model) -> None:
-    from mvlm.app.page import build_page, start
+    from mvlm.app.page import build_page
+    from mvlm.app.server import start
 
     page = build_page(model, None, "micro")
     for port in (0, 70000):
@@ -393,9 +366,9 @@ def test_an_address_of_ipv6_and_a_port_of_none(model) -> None:
         except OSError:
             pytest.skip("no IPv6 here")
         port = probe.getsockname()[1]
-    url = start(page, "::1", port)
+    server = start(page, "::1", port)
     try:
-        assert url == f"http://[::1]:{port}"
-        assert urllib.request.urlopen(url, timeout=20).status == 200
+        assert server.url == f"http://[::1]:{port}"
+        assert urllib.request.urlopen(server.url, timeout=20).status == 200
     finally:
-        page.close()
+        server.close()

@@ -1,0 +1,92 @@
+"""Attacks on a running `mvlm app`, through sockets: every one gets one sentence, and the page lives on."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from support.packages import needs
+from support.page_attacks import ATTACKS, KINDS, Attack, png
+from support.page_process import Page
+from support.visitor import Visitor
+
+pytestmark = needs("gradio")
+FAST = [attack for attack in ATTACKS if attack.kind not in ("slow connections", "crowds", "abandoned questions")][::10]
+"""A tenth of them, of every kind but those that need time."""
+GROWTH = 100
+"""MB by which a kind of attacks may let the page's memory grow."""
+
+
+@pytest.fixture(scope="module")
+def page(trained, tmp_path_factory) -> Iterator[Page]:
+    page = Page(trained, tmp_path_factory.mktemp("attacked"))
+    yield page
+    page.kill()
+
+
+def problems(page: Page, attacks: list[Attack]) -> list[str]:
+    """What happened that must not, an attack a line. Slow attacks run at once, others one after another."""
+
+    def attempt(attack: Attack) -> str | None:
+        try:
+            problem = attack.act(page.target, page.target.visitor())
+        except (OSError, ValueError, KeyError, IndexError, StopIteration) as error:
+            problem = f"the attack had no answer: {error!r}"
+        return problem and f"{attack.kind}: {attack.name}: {problem}"
+
+    slow = [attack for attack in attacks if attack.kind == "slow connections"]
+    with ThreadPoolExecutor(len(slow) + 1) as pool:
+        found = list(pool.map(attempt, slow))
+    for attack in attacks:
+        if attack not in slow:
+            before = len(page.log.read_text("utf-8", "replace").splitlines())
+            problem = attempt(attack)
+            lines = page.log.read_text("utf-8", "replace").splitlines()[before:]
+            if problem is None and len(lines) > 1:
+                problem = f"{attack.kind}: {attack.name}: {len(lines)} lines on the terminal: {lines[-1][:200]}"
+            found.append(problem)
+    return [problem for problem in found if problem is not None]
+
+
+def test_a_tenth_of_the_attacks_fails(page) -> None:
+    assert problems(page, FAST) == []
+    assert Visitor(page.target.url).ask("Search", ["a circle", None])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_attacks_of_a_kind_fail(page, kind: str) -> None:
+    visitor = page.target.visitor()
+    assert visitor.ask("Search", ["a circle", None])[0]
+    before = page.target.memory()
+    assert problems(page, [attack for attack in ATTACKS if attack.kind == kind]) == []
+    assert page.target.memory() - before < GROWTH
+    began = time.monotonic()
+    assert visitor.ask("Search", ["a circle", None])[0]
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_page_that_is_ended_leaves_no_upload(trained, tmp_path, number) -> None:
+    page = Page(trained, tmp_path)
+    assert page.target.visitor().upload("x.png", png()).status == 200
+    assert list(page.uploads.rglob("*.png"))
+    assert page.end(number) == 0
+    assert list(page.uploads.iterdir()) == []
+    assert page.log.read_text() == ""
+
+
+@pytest.mark.slow
+def test_a_page_for_the_network_checks_host_and_origin(trained, tmp_path) -> None:
+    page = Page(trained, tmp_path, "--host", "0.0.0.0")
+    try:
+        visitor = page.target.visitor()
+        for host, status in (("127.0.0.1", 200), ("elsewhere.example", 400), ("169.254.169.254", 400)):
+            assert visitor.request("GET", "/config", headers={"Host": f"{host}:{visitor.port}"}).status == status, host
+        foreign = {"Origin": "http://elsewhere.example"}
+        assert visitor.request("POST", "/gradio_api/queue/join", b"{}", foreign).status == 403
+    finally:
+        page.end(signal.SIGTERM)
