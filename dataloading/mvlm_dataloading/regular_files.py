@@ -84,6 +84,6 @@ def _compare(path: Path, file: BufferedReader, before: tuple[int, int, int, int]
         found = set()
     if found != {before}:
         raise DataError(
-            f"{path}: wanted a file that stays as it is while it is read, found that it changed; run the same command "
-            "again when nothing writes it any more"
+            f"{path}: wanted a file that stays as it is while it is read, found that it changed; start over when "
+            "nothing writes it any more"
         ) from None

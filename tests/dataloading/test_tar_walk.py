@@ -194,11 +194,36 @@ def test_zeros_in_place_of_most_of_a_download_are_no_padding():
     ids=["negative", "pax negative", "nested", "long name", "long pax", "length", "bytes", "holes", "map"],
 )  # fmt: skip
 def test_headers_that_make_tarfile_fail_or_never_end_are_damage(content):
-    if content[148:156] != b"%06o\0 " % (sum(content[:148]) + 256 + sum(content[156:BLOCK])):
-        own = content[:148] + b" " * 8 + content[156:BLOCK]
-        content = content[:148] + b"%06o\0 " % sum(own) + content[156:]
+    content = with_checksum(content)
     with pytest.raises(DamagedTar):
         walk(content)
+
+
+def test_a_sparse_file_of_a_negative_size_ends_the_walk():
+    """Its size is that of what it stands for, and the next header would be its own."""
+    first = sparse()[:BLOCK]
+    first = first[:124] + b"\xff" + (256**11 - 2 * BLOCK).to_bytes(11, "big") + first[136:482] + b"\0" + first[483:]
+    with pytest.raises(DamagedTar, match="negative size at byte 0"):
+        walk(with_checksum(first) + sample(b"a", 0) + END)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"])
+def test_a_header_cannot_ask_for_more_memory_than_a_member_may_take(kind):
+    asked = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size)
+            return super().read(size)
+
+    with pytest.raises(DamagedTar, match="no header of a tar at byte 0"):
+        list(TarWalk(Counted(header(b"x", (1 << 33) - 1, kind) + sample(b"a", 0) + END), 1 << 21))
+    assert max(asked) <= (1 << 21) + BLOCK
+
+
+def with_checksum(content: bytes) -> bytes:
+    """A tar whose first header gets its right checksum."""
+    return content[:148] + b"%06o\0 " % (sum(content[:148]) + 8 * 32 + sum(content[156:BLOCK])) + content[156:]
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
