@@ -48,8 +48,8 @@ print(mvlm_kernels.explain(mvlm_kernels.cross_attention, q, k, v))  # the backen
 
 Layers, in `mvlm_kernels.layers`: {layers}. Their state dicts are those of torch's layers.
 
-Kernels run on NVIDIA GPUs of compute capability 8.0 and later. They compile for AMD gfx90a and gfx942, and no such GPU
-has run them: `MVLM_KERNELS_AMD=1` opens them. Python 3.11, torch 2.11 and Triton 3.6 are the oldest that are tested.
+Kernels run on NVIDIA GPUs of compute capability 8.0 and later.
+Python 3.11, torch 2.11 and Triton 3.6 are the oldest that are tested.
 """
 
 

@@ -2,8 +2,6 @@
 
     python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
-``--arch gfx942`` and ``--arch gfx90a`` compile for AMD GPUs, which have never run the kernels.
-
 Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` records their launches. Triton
 derives a signature from the recorded arguments and compiles the kernel for it. A row is one compiled kernel:
 
@@ -42,9 +40,7 @@ import torch
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.machine_code import (
-    AMD_ARCHS,
     ARCHS,
-    amd_costs,
     blocks,
     capability_of,
     compile_launch,
@@ -54,7 +50,6 @@ from mvlm_kernels.machine_code import (
 
 MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
-    "attention_probabilities": "mvlm_kernels.cross_attention.probabilities_kernel",
     "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
     "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
@@ -63,8 +58,8 @@ MODULES = {
     "gelu_linear": "mvlm_kernels.gelu_linear.triton",
 }
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx90a": 65_536, "gfx942": 65_536}
-MULTIPLYING = ("cross_attention", "attention_probabilities")
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+MULTIPLYING = ("cross_attention",)
 # Kernels of attention without a matrix product: they sum partial results.
 WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine")
 # Names of mma.sync, wgmma and tcgen05.mma in machine code.
@@ -91,7 +86,7 @@ def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:
         def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any], case=label, to=launches) -> None:
             to.append(Launch(case, kernel, args, meta, _launching_pass()))
 
-        with dispatch.recording(record, 80 if arch in AMD_ARCHS else capability_of(arch)):
+        with dispatch.recording(record, capability_of(arch)):
             call()
         yield from launches
 
@@ -110,18 +105,7 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
     """Row of the table for one launch: compile its kernel and read the costs from the machine code."""
     case, kernel, args, meta, pass_name = launch
     compiled = compile_launch(kernel, args, meta, arch)
-    if arch in AMD_ARCHS:
-        costs = amd_costs(compiled.asm["amdgcn"], meta["num_warps"], compiled.metadata.shared)
-    else:
-        used = usage(compiled.asm["cubin"])
-        costs = {
-            "registers": used["REG"],
-            "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
-            "stack": used["STACK"],
-            "shared": compiled.metadata.shared,
-            "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
-            "matrix_instruction": "+".join(sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))),
-        }
+    used = usage(compiled.asm["cubin"])
     floats = [a.dtype for a in _flat(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point]
     tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages", "maxnreg")}
     return {
@@ -132,7 +116,12 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
         "dtype": str(floats[0]).removeprefix("torch.") if floats else "int",
         "config": " ".join(f"{k}={v}" for k, v in tiles.items()),
         "arch": arch,
-        **costs,
+        "registers": used["REG"],
+        "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
+        "stack": used["STACK"],
+        "shared": compiled.metadata.shared,
+        "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
+        "matrix_instruction": "+".join(sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))),
     }
 
 
@@ -214,9 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mvlm_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help='write {"rows": [..]} here')
     parser.add_argument("--update", action="store_true", help="keep the rows of --json that this run does not compile")
-    parser.add_argument(
-        "--arch", action="append", choices=[*ARCHS, *AMD_ARCHS], help="only this target; may be repeated"
-    )
+    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="only this target; may be repeated")
     parser.add_argument("--select", default="", help='regex over "op/case"')
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument(

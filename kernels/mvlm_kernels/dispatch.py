@@ -126,10 +126,7 @@ def device_reasons(device: torch.device) -> tuple[Refusal, ...]:
         return (ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
-            if os.environ.get("MVLM_KERNELS_AMD", "0") not in ("", "0"):
-                return ()
-            reason = "the kernels compile for AMD GPUs (gfx90a, gfx942), and none has run them"
-            return (refusal(reason, "torch runs; set MVLM_KERNELS_AMD=1 to try them, and compare results"),)
+            return (refusal("the kernels are for NVIDIA GPUs, and this torch is for AMD's", "torch runs"),)
         major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
             reason = f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
@@ -190,8 +187,6 @@ def interpreter_reasons() -> tuple[Refusal, ...]:
 
 @functools.cache
 def _device_arch(index: int | None) -> int:
-    if torch.version.hip is not None:
-        return 80  # ROCm counts otherwise: gfx942 has "capability" 9.4. Its tiles are those of sm_80
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
 
@@ -235,8 +230,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
-    if torch.version.hip is not None:
-        meta.pop("maxnreg", None)  # an option of NVIDIA's assembler
     if in_force:  # spares the call, which every launch would pay for
         meta = overridden(kernel.__name__, meta)
     if _recorder is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, cross_attention
-from mvlm_kernels.cross_attention.arguments import cap_of, dropout_of
+from mvlm_kernels.cross_attention.arguments import dropout_of
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
 from mvlm_kernels.pixel_loss import linear_pixel_loss
@@ -30,7 +30,7 @@ _OF_TORCH = {
 }
 """Arguments of ``nn.MultiheadAttention`` that :class:`CrossAttention` lacks, and what to do instead."""
 
-_OF_LAYER = {"dropout_p": "dropout", "softcap": "softcap"}
+_OF_LAYER = {"dropout_p": "dropout"}
 """Options of the op that :class:`CrossAttention` passes itself, and its own arguments for them."""
 
 
@@ -45,7 +45,6 @@ class CrossAttention(nn.Module):
         head_width: of each head, ``width // heads`` by default; a multiple of 8 up to 128.
         bias: of the four projections.
         dropout: of the probabilities, in training.
-        softcap: of the scores.
 
     Parameters are those of four ``nn.Linear``: ``q``, ``k``, ``v`` and ``out``.
     """
@@ -60,7 +59,6 @@ class CrossAttention(nn.Module):
         head_width: int | None = None,
         bias: bool = True,
         dropout: float = 0.0,
-        softcap: float | None = None,
     ) -> None:
         super().__init__()
         if head_width is None and width % heads:
@@ -75,7 +73,6 @@ class CrossAttention(nn.Module):
             )
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.dropout, _ = dropout_of(dropout, None, torch.device("cpu"))
-        self.softcap = cap_of(softcap) or None
         context_width = width if context_width is None else context_width
         self.q = nn.Linear(width, heads * self.head_width, bias)
         self.k = nn.Linear(context_width, self.kv_heads * self.head_width, bias)
@@ -119,10 +116,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from x (B, Lq, C) to context (B, Lk, context_width), or to x itself; returns x's shape.
 
-        Either may be packed (rows, C) with ``cu_seqlens_q`` and ``cu_seqlens_k``, or a jagged nested tensor. options:
-        of :func:`mvlm_kernels.cross_attention`, such as key_lengths, key_mask (True = the key exists), key_index and
+        Either may be packed (rows, C) with ``cu_seqlens_q`` and ``cu_seqlens_k``. options: of
+        :func:`mvlm_kernels.cross_attention`, such as key_lengths, key_mask (True = the key exists), key_index and
         seed; with return_lse also returns the log-sum-exp. Raises TypeError for an argument of
-        ``nn.MultiheadAttention``, with what to pass instead, and for dropout_p and softcap, which are the layer's.
+        ``nn.MultiheadAttention``, with what to pass instead, and for dropout_p, which is the layer's.
         """
         for name in options:
             if name in _OF_TORCH:
@@ -134,13 +131,13 @@ class CrossAttention(nn.Module):
         k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))
         v = self.v(context).unflatten(-1, (self.kv_heads, self.head_width))
         dropout = self.dropout if self.training else 0.0
-        found: Any = cross_attention(q, k, v, softcap=self.softcap, dropout_p=dropout, **options)
+        found: Any = cross_attention(q, k, v, dropout_p=dropout, **options)
         if options.get("return_lse"):
             return self.out(found[0].flatten(-2)), found[1]
         return self.out(found.flatten(-2))
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}, softcap={self.softcap}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}"
 
 
 class AddLayerNorm(nn.LayerNorm):

@@ -9,8 +9,6 @@ from typing import Any
 
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """NVIDIA targets, and their compute capability as an int."""
-AMD_ARCHS = ("gfx90a", "gfx942")
-"""AMD targets (MI200, MI300), with waves of 64 threads and the tiles of sm_80. No such GPU has run the kernels."""
 
 
 def capability_of(arch: str) -> int:
@@ -25,7 +23,7 @@ def _binder(kernel: Any, arch: str) -> tuple[Any, ...]:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("hip", arch, 64) if arch in AMD_ARCHS else GPUTarget("cuda", capability_of(arch), 32)
+    target = GPUTarget("cuda", capability_of(arch), 32)
     backend = make_backend(target)
     return target, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
@@ -45,8 +43,6 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
     from triton.compiler import ASTSource
 
     target, backend, bind = _binder(kernel, arch)
-    if arch in AMD_ARCHS:
-        meta = {name: value for name, value in meta.items() if name != "maxnreg"}  # ptxas' option
     bound, specialization, options = bind(*args, debug=False, **meta)
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, {"debug": False, **meta}, bound, specialization, options
@@ -64,26 +60,6 @@ def _tool(name: str) -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def amd_costs(assembly: str, warps: int, shared: int) -> dict[str, Any]:
-    """Columns of a row of :mod:`mvlm_kernels.aot` for an AMD target, from the metadata at the end of its assembly.
-
-    registers: vector registers per thread. blocks: those that one compute unit holds at once, by 512 registers and 8
-    waves of each of its 4 SIMDs, and 64 KiB of shared memory: AMD CDNA 3 instruction set architecture, section 3.
-    """
-    found = {
-        name: int(value) for name, value in re.findall(r"\.(\w+_spill_count|vgpr_count|private\w+):\s+(\d+)", assembly)
-    }
-    waves = min(8, 512 // max(8, -(-found["vgpr_count"] // 8) * 8))
-    return {
-        "registers": found["vgpr_count"],
-        "spill_bytes": 4 * found["vgpr_spill_count"],
-        "stack": found["private_segment_fixed_size"],
-        "shared": shared,
-        "blocks": min(4 * waves // warps, 65536 // shared if shared else 32),
-        "matrix_instruction": "MFMA" if "v_mfma" in assembly else "",
-    }
 
 
 def usage(cubin: bytes) -> dict[str, int]:

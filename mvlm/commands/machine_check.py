@@ -146,7 +146,6 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     q, k = (torch.zeros(2, length, 12, 64, dtype=dtype, device=device) for length in (197, 40))
     calls = {
         ops.add_layer_norm: (patches, patches, row, row),
-        ops.attention_probabilities: (q, k),
         ops.cross_attention: (q, k, k),
         ops.gather_patches: (images, ids, 16),
         ops.gelu_linear: (patches, weight, weight[0]),

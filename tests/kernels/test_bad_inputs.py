@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mvlm_kernels import (
     add_layer_norm,
-    attention_probabilities,
     cross_attention,
     explain,
     gather_patches,
@@ -40,7 +39,6 @@ PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=G)
 IDS = torch.tensor([[0, 3, 15], [7, 1, 2]])
 PRED, HIDDEN, WEIGHT = rand(2, 3, 192), rand(2, 3, 16), rand(192, 16)
 TOKENS, ROW, POSITIONS, MIX = rand(2, 16, 8), rand(8), rand(17, 8), rand(8, 8)
-NESTED = torch.nested.nested_tensor([K[0], K[1, :3]], layout=torch.jagged)
 
 
 def ints(*values: int) -> Tensor:
@@ -75,10 +73,6 @@ def gelu(h: Any = TOKENS, weight: Any = MIX, bias: Any = ROW, **options: Any) ->
     return gelu_linear(h, weight, bias, **options)
 
 
-def probabilities(q: Any = Q, k: Any = K, lse: Any = None, **options: Any) -> Tensor:
-    return attention_probabilities(q, k, lse, **options)
-
-
 LIST: Any = [0, 1]
 
 
@@ -104,8 +98,6 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("complex norm", lambda: norm(TOKENS.to(torch.complex64)), "x must be float16, .*got torch.complex64"),
     ("norm as int", lambda: norm(out_dtype=torch.int8), "out_dtype must be float16, .*got torch.int8"),
     ("int hidden states", lambda: gelu(TOKENS.int()), "h must be float16, .*got torch.int32"),
-    ("int probabilities", lambda: probabilities(Q.int(), K.int()), "one dtype of float16.*got torch.int32"),
-    ("lse of halves", lambda: probabilities(lse=rand(2, 2, 9).half()), "lse must be torch.float32"),
     ("float index", lambda: invert_key_index(torch.tensor([0.0, 1.0]), 2), "key_index must be int32 or int64"),
     ("mask words of numbers", lambda: pack_key_mask(torch.tensor([[1, 2, 0]])), r"mask must be bool .*pass mask.bool"),
     ("seed as a float", lambda: attend(dropout_p=0.1, seed=1.5), "seed must be an int in .*got 1.5"),
@@ -130,11 +122,6 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("list of lengths", lambda: attend(key_lengths=[5, 3]), "key_lengths must be a tensor, got list"),
     ("numpy mask", lambda: attend(key_mask=numpy.ones((2, 5), dtype=bool)), "key_mask must be a tensor, got ndarray"),
     ("no keys", lambda: attend(k=None), "k must be a tensor, got NoneType"),
-    (
-        "nested keys",
-        lambda: attend(Q, NESTED, NESTED.values()),
-        "k and v must be nested with the same offsets",
-    ),
     ("numpy images", lambda: gather(PIXELS.numpy()), "images must be a tensor, got ndarray"),
     ("list of ids", lambda: gather(ids=[[0], [1]]), "patch_ids must be a tensor, got list"),
     ("patch side as a pair", lambda: gather(patch=(8, 8)), r"patch_size must be an int, .*got \(8, 8\)"),
@@ -152,7 +139,6 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("norm elsewhere", lambda: norm(weight=ROW.to("meta")), "weight must be on the device"),
     ("summand elsewhere", lambda: norm(y=TOKENS.to("meta")), "y must be on the device"),
     ("weight after a GELU elsewhere", lambda: gelu(weight=MIX.to("meta")), "weight must be on the device"),
-    ("probabilities elsewhere", lambda: probabilities(k=K.to("meta")), "k must be on the device of q"),
     ("index elsewhere", lambda: attend(key_index=ints(0, 1).to("meta")), "key_index must be on the device"),
     ("seed elsewhere", lambda: attend(dropout_p=0.1, seed=ints(1).long().to("meta")), "seed must be .*on meta"),
     ("offsets elsewhere", lambda: packed(ints(0, 6, 8).to("meta")), "cu_seqlens_k must be on the device"),
@@ -178,7 +164,6 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("norm of another width", lambda: norm(weight=rand(9)), r"weight must have shape \(8,\), got \(9,\)"),
     ("row of no value", lambda: norm(TOKENS[..., :0], None), "x must have shape .* C at least 1"),
     ("weight of another width", lambda: gelu(weight=rand(8, 9)), r"h and weight must have shapes .*\(8, 9\)"),
-    ("lse of other rows", lambda: probabilities(lse=rand(2, 2, 8)), r"lse must be .*shape \(2, 2, 9\)"),
     ("mask of one dimension", lambda: pack_key_mask(torch.ones(5).bool()), r"mask must be bool \(sequences, keys\)"),
     ("index of two dimensions", lambda: invert_key_index(IDS, 2), r"key_index must be .*\(query sequences,\)"),
     ("image without a batch", lambda: gather(PIXELS[0], IDS[0]), r"images must have shape \(B, C, H, W\), got \(3,"),
@@ -196,11 +181,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ),
     ("positions of each sample", lambda: place(positions=POSITIONS.expand(2, -1, -1)), "pos_embed must have shape"),
     # values and names
-    ("probabilities of a bad index", lambda: probabilities(key_index=ints(0, 2)), "key_index must be in 0..1"),
-    ("probabilities of a bad length", lambda: probabilities(key_lengths=ints(6, 3)), "key_lengths must be in 0..5"),
     ("negative length", lambda: attend(key_lengths=ints(-1, 3)), "key_lengths must be in 0..5, got -1..3"),
     ("key sequences of nobody", lambda: invert_key_index(IDS[0], 0), "sequences must be at least 1, got 0"),
-    ("offsets of a nested tensor and more", lambda: attend(NESTED, K, V, cu_seqlens_q=ints(0, 5, 8)), "must be None"),
     ("visible id out of range", lambda: place(TOKENS[:, :2], visible_ids=IDS[:, :2] + 15), "visible_ids must be in"),
     ("index out of range", lambda: attend(key_index=ints(0, 2)), "key_index must be in 0..1, got 0..2"),
     ("negative index", lambda: attend(key_index=ints(0, -1)), "key_index must be in 0..1, got -1..0"),
@@ -248,7 +230,6 @@ def test_a_wrong_input_is_refused_on_one_line(call: Callable[[], Any], message: 
 
 OPS = (
     add_layer_norm,
-    attention_probabilities,
     cross_attention,
     gather_patches,
     gelu_linear,
@@ -256,7 +237,7 @@ OPS = (
     masked_pixel_loss,
     place_tokens,
 )
-READ = [case[0] for case in REFUSED].index("probabilities of a bad index")  # explain reads no values
+READ = [case[0] for case in REFUSED].index("negative length")  # explain reads no values
 EXPLAINED = REFUSED[:READ] + [
     case for case in REFUSED[READ:] if case[0].startswith(("unknown", "std of 0", "mask and"))
 ]
@@ -308,12 +289,6 @@ RIGHT: list[tuple[str, Callable[[], Tensor], Tensor]] = [
     ("no row of a norm", lambda: norm(TOKENS[:0], TOKENS[:0]), TOKENS[:0]),
     ("strided hidden states", lambda: gelu(torch.cat([TOKENS, TOKENS], -1)[..., :8]), gelu()),
     ("no hidden state", lambda: gelu(TOKENS[:0]), TOKENS[:0]),
-    ("probabilities of no key", lambda: probabilities(k=K[:, :0]), torch.zeros(2, 2, 9, 0)),
-    (
-        "probabilities, NaN behind the lengths",
-        lambda: probabilities(k=padded_with_nan(K), key_lengths=LENGTHS),
-        probabilities(key_lengths=LENGTHS),
-    ),
     ("channels last", lambda: gather(PIXELS.contiguous(memory_format=torch.channels_last)), gather()),
     ("no patch", lambda: gather(ids=IDS[:, :0]), torch.zeros(2, 0, 192)),
     ("no image", lambda: gather(PIXELS[:0], IDS[:0]), torch.zeros(0, 3, 192)),
@@ -343,6 +318,5 @@ def test_more_than_2_31_elements_keep_their_shape_on_the_meta_device():
         half = torch.empty(70000, 1024, 32)
         assert norm(half, half, torch.empty(32), torch.empty(32)).shape == half.shape
         assert gelu(half, torch.empty(4, 32), torch.empty(4)).shape == (70000, 1024, 4)
-        assert probabilities(torch.empty(2, 40000, 1, 32), torch.empty(2, 40000, 1, 32)).shape == (2, 1, 40000, 40000)
         tokens, row = torch.empty(4096, 4096, 160), torch.empty(160)
         assert place(tokens, row, torch.empty(4097, 160), row).shape == (4096, 4097, 160)

@@ -29,7 +29,7 @@ class Reader(nn.Module):
         self.embed = PatchEmbed(3, 32, 8, mean=(0.5,) * 3, std=(0.2,) * 3)
         self.place = PlaceTokens(16, 32)
         self.norm = AddLayerNorm(32)
-        self.attend = CrossAttention(32, 4, context_width=16, kv_heads=2, dropout=dropout, softcap=20.0)
+        self.attend = CrossAttention(32, 4, context_width=16, kv_heads=2, dropout=dropout)
         self.feed = GeluLinear(32, 32)
         self.loss = PixelLoss(32, 8)
 

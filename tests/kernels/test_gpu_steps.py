@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mvlm_kernels import (
     add_layer_norm,
-    attention_probabilities,
     cross_attention,
     gather_patches,
     gelu_linear,
@@ -79,8 +78,6 @@ def steps() -> Iterator[tuple[str, Step]]:
     yield "long keys, index", attention(Case(len_q=40, len_k=197, batch=4, readers=32, **big))
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     yield "dropout", attention(Case(len_q=197, len_k=40, batch=16, lengths=True, **big), dropout_p=0.1, seed=seed)
-    probabilities = attention(Case(len_q=197, len_k=40, batch=4, **big))
-    yield "probabilities", Step(lambda q, k, _: attention_probabilities(q, k), probabilities.leaves)
     yield "packed queries", attention(Case(len_q=40, len_k=197, batch=16, packed_q=True, **big))
 
     def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -121,7 +118,7 @@ def steps() -> Iterator[tuple[str, Step]]:
 
 
 NAMES = (
-    "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "dropout", "probabilities",
+    "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "dropout",
     "packed queries", "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens", "add_layer_norm",
     "gelu_linear",
 )  # fmt: skip

@@ -50,7 +50,7 @@ def test_arguments_of_torchs_attention_are_refused_with_what_to_pass_instead(nam
 
 def test_options_of_the_op_that_the_layer_passes_are_refused():
     layer, x = CrossAttention(32, 4), torch.randn(2, 9, 32)
-    for name, own in (("dropout_p", "dropout"), ("softcap", "softcap")):
+    for name, own in (("dropout_p", "dropout"),):
         with pytest.raises(
             TypeError, match=rf"{name} is an argument of the layer: CrossAttention\(\.\.\., {own}=\.\.\.\)"
         ):
@@ -73,7 +73,6 @@ def test_log_sum_exp_of_the_layer():
         ({"kv_heads": 0}, "kv_heads must divide the 4 heads, got 0"),
         ({"head_width": 12}, "head_width must be a multiple of 8 up to 128, got 12"),
         ({"dropout": 1.0}, r"dropout_p must be a float in \[0, 1\), got 1.0"),
-        ({"softcap": -1.0}, "softcap must be a positive float or None, got -1.0"),
     ],
 )
 def test_options_that_no_call_could_take_are_refused_when_a_layer_is_made(options: dict[str, Any], message: str):
@@ -84,21 +83,13 @@ def test_options_that_no_call_could_take_are_refused_when_a_layer_is_made(option
 
 
 def test_dropout_of_the_layer_is_for_training_alone():
-    layer = CrossAttention(32, 4, kv_heads=2, dropout=0.5, softcap=5.0)
-    assert "kv_heads=2, dropout=0.5, softcap=5.0" in repr(layer)
+    layer = CrossAttention(32, 4, kv_heads=2, dropout=0.5)
+    assert "kv_heads=2, dropout=0.5" in repr(layer)
     x = torch.randn(2, 9, 32)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer(x, seed=1), layer(x, seed=1))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-
-
-def test_cross_attention_takes_nested_rows():
-    layer = CrossAttention(32, 2)
-    rows = [torch.randn(n, 32) for n in (5, 2)]
-    out = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
-    for got, row in zip(out.unbind(), rows, strict=True):
-        torch.testing.assert_close(got, layer(row[None])[0])
 
 
 def test_norm_and_feed_forward_take_the_state_of_torchs():

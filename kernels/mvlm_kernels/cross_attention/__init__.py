@@ -6,14 +6,14 @@ Where the backward is:
   (``short_q.py``) for short queries. With ``key_index``, with grouped heads, or without tiles for a single pass,
   ``short_q_backward_dq`` and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
 - Eager calls on the CPU with a side of at most 128 and without ``return_lse``: autograd differentiates ``cpu.py``.
-- Dense calls without a softcap, a given seed and ``return_lse``, if both sides are longer than 128, or on a GPU without
+- Dense calls without a given seed and ``return_lse``, if both sides are longer than 128, or on a GPU without
   a kernel: SDPA, and its backward in torch.
 - All others, such as compiled graphs on the CPU and packed sequences without a kernel: ``reference_backward``
   (``reference.py``).
 """
 
 import math
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from mvlm_kernels.cross_attention.arguments import (
     LONGEST_SHORT_SIDE,
     as_autocast,
     bucket,
-    cap_of,
     check_arguments,
     check_readers,
     check_values,
@@ -35,7 +34,6 @@ from mvlm_kernels.cross_attention.arguments import (
     short_side,
 )
 from mvlm_kernels.cross_attention.dropout import draw_seed
-from mvlm_kernels.cross_attention.nested import any_nested, as_packed, like
 from mvlm_kernels.cross_attention.ops import (
     attend_directly,
     attention_op,
@@ -73,7 +71,6 @@ class _Options(TypedDict, total=False):
     scale: float | None
     max_len_q: int | None
     max_len_k: int | None
-    softcap: float | None
     dropout_p: float
     seed: int | Tensor | None
 
@@ -116,24 +113,17 @@ def _explain(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
-    softcap: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Refusal, ...]:
-    if any_nested(q, k, v):
-        rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-        return _explain(
-            *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
-            scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
-        )  # fmt: skip
     q, k, v = as_autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale_of(scale, q.shape[-1])
     dropout_of(dropout_p, seed, q.device)
-    extras = extras_of(q, k, cap_of(softcap), dropout_p)
+    extras = extras_of(q, k, dropout_p)
     return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k), extras)
 
 
@@ -160,7 +150,6 @@ def cross_attention(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
-    softcap: float | None = None,
     dropout_p: float = 0,  # an int: a compiler with dynamic shapes would compile twice for a float
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -177,8 +166,7 @@ def cross_attention(
     Args:
         q: (B, Lq, H, D), or packed (Tq, H, D) with cu_seqlens_q. Floating.
         k, v: (B', Lk, Hk, D), or packed (Tk, Hk, D) with cu_seqlens_k. Same dtype as q. Either side alone may be
-            packed. Heads that several query heads share are read in place. Each side may also be a nested tensor
-            (B, ragged, H, D) of layout torch.jagged; k and v with the same offsets. It is packed without a copy.
+            packed. Heads that several query heads share are read in place.
         key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
             are zeros.
         key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a
@@ -194,7 +182,6 @@ def cross_attention(
             side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
             longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
             wait for the device.
-        softcap: a float c > 0: scores s become ``c * tanh(s / c)``.
         dropout_p: probability in [0, 1) with which a probability counts as 0 in the output; the others count
             ``1 / (1 - dropout_p)`` times. Pass 0 outside of training.
         seed: of the dropout, an int or an int64 tensor of one element; drawn from torch's generator of the device if
@@ -206,35 +193,26 @@ def cross_attention(
             the reference computes it.
 
     Returns:
-        The output in q's shape and dtype, contiguous, and nested with q's offsets if q is; with return_lse, output and
-        log-sum-exp. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled
-        kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch ops. If both sides are longer
-        than 128, SDPA runs for dense calls and the reference with cu_seqlens. :func:`mvlm_kernels.explain` names the
-        backend and the reasons.
+        The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
+        float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled kernel. Autocast casts q, k and v first.
+        Eager CPU calls are composed of torch ops. If both sides are longer than 128, SDPA runs for dense calls and the
+        reference with cu_seqlens. :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
             indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
     # Host time counts: what is not given is not looked at in a function of its own.
-    if getattr(q, "is_nested", False) or getattr(k, "is_nested", False) or getattr(v, "is_nested", False):
-        rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-        again: Any = cross_attention
-        found = again(
-            *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
-            scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
-        )  # fmt: skip
-        return (like(found[0], q), found[1]) if isinstance(found, tuple) else like(found, q)
     q, k, v = as_autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
-    scale, cap = scale_of(scale, q.shape[-1]), 0.0 if softcap is None else cap_of(softcap)
+    scale = scale_of(scale, q.shape[-1])
     rate, given_seed, drawn = 0.0, None, None  # a constant for a compiler, to which dropout_p is symbolic
     if dropout_p or seed is not None:
         rate, given_seed = dropout_of(dropout_p, seed, q.device)
         drawn = draw_seed(q.device) if rate and given_seed is None else given_seed
-    sdpa_computes_it = not cap and given_seed is None
+    sdpa_computes_it = given_seed is None
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
@@ -247,9 +225,9 @@ def cross_attention(
         readers = key_readers or (None, None)
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
         sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-        return cpu.attend(q, k, v, *sides, scale, cap, rate, drawn)
+        return cpu.attend(q, k, v, *sides, scale, rate, drawn)
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
-        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, rate))):
+        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, rate))):
             if dispatch.checks_values(q.device) and registration.called_directly(
                 q, k, v
             ):  # others have no values to read
@@ -261,7 +239,7 @@ def cross_attention(
         key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
-    out, lse = call(q, k, v, *sides, scale, len_q, len_k, cap, rate, drawn)
+    out, lse = call(q, k, v, *sides, scale, len_q, len_k, rate, drawn)
     return (out, lse * math.log(2)) if return_lse else out
 
 

@@ -3,7 +3,6 @@
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -68,15 +67,6 @@ def scale_of(scale: float | None, width: int) -> float:
             "multiply q by it and pass scale=1.0"
         )
     return float(width**-0.5 if scale is None else scale)
-
-
-def cap_of(softcap: float | None) -> float:
-    """A softcap as a float, 0 for none. Raises ValueError if it is not positive."""
-    if softcap is None:
-        return 0.0
-    if isinstance(softcap, Tensor) or not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive float or None, got {softcap}")
-    return float(softcap)
 
 
 def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:

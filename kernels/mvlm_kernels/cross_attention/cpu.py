@@ -29,7 +29,6 @@ def attend(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     scale: float,
-    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -57,10 +56,8 @@ def attend(
     with dispatch.without_autocast(q.device):  # it would cast them back
         s = q_bhqd @ k_bhkd.transpose(2, 3)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
-    if softcap:
-        s, scale = softcap * torch.tanh(s * (scale / softcap)), 1.0
     if exists is None:
-        s = s if softcap else s * scale
+        s = s * scale
     else:
         # The lowest finite number instead of -inf: the softmax of a row without keys is then uniform over zero values,
         # and its output and gradient are 0, not NaN.

@@ -68,11 +68,6 @@ def _new(x: Tensor, packed: bool) -> Tensor:
     return out.zero_() if packed else out
 
 
-def softcap_of(softcap: float, scale: float) -> tuple[float, float] | None:
-    """Softcap in the form that the kernels take; None for 0, which is none."""
-    return (scale / softcap, LOG2E * softcap) if softcap else None
-
-
 class _Call:
     """Sizes and tensors that all kernels of one call share.
 
@@ -82,7 +77,7 @@ class _Call:
 
     def __init__(
         self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k,
-        softcap, dropout_p, seed,
+        dropout_p, seed,
     ) -> None:  # fmt: skip
         self.packed_q, self.packed_k = cu_q is not None, cu_k is not None
         self.q, self.k, self.v = heads_of(q, self.packed_q), heads_of(k, self.packed_k), heads_of(v, self.packed_k)
@@ -101,9 +96,7 @@ class _Call:
         assert side is not None, "the public function sends two long sides to SDPA or the reference"
         self.short_keys = side == "kv"
         self.scales = scale, scale * LOG2E
-        dropout = (seed, float(threshold(dropout_p)), 1 / (1 - dropout_p)) if dropout_p else None
-        self.extras = dropout, softcap_of(softcap, scale) if softcap else None
-        self.plain = self.extras == (None, None)
+        self.dropout = (seed, float(threshold(dropout_p)), 1 / (1 - dropout_p)) if dropout_p else None
         self.dtype, self.device = q.dtype, q.device
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -131,15 +124,15 @@ class _Call:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, mask_words: Tensor | None, key_index: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, order: Tensor | None, spans: Tensor | None, scale: float,
-    max_len_q: int, max_len_k: int, softcap: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
+    max_len_q: int, max_len_k: int, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, contiguous in q's shape, and base-2 log-sum-exp in float32, (B, H, Lq) or packed (H, Tq).
 
     order, spans: key_index inverted by :func:`~mvlm_kernels.cross_attention.readers.invert_key_index`, or None.
     max_len_q, max_len_k: longest sequence of each side, known to the host. That of the long side may be negative:
-    unknown. softcap: 0 for none. seed: int64 (), read where dropout_p is not 0.
+    unknown. seed: int64 (), read where dropout_p is not 0.
     """
-    extras = softcap, dropout_p, seed
+    extras = dropout_p, seed
     c = _Call(
         q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k, *extras
     )
@@ -150,7 +143,7 @@ def forward(
         lse.fill_(-torch.inf)
     if programs == 0:
         return out, lse
-    inputs = (c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows, c.k_rows, c.scales[1], *c.extras)
+    inputs = (c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows, c.k_rows, c.scales[1], c.dropout)
     if c.short_keys:
         chosen = c.meta(short_kv_forward)
         parts = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
@@ -188,10 +181,10 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None,
     mask_words: Tensor | None, key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     order: Tensor | None, spans: Tensor | None, scale: float, max_len_q: int, max_len_k: int, need_dq: bool,
-    need_dkv: bool, softcap: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
+    need_dkv: bool, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k and v, contiguous in their shapes; None where not needed. Only the short-Q family reads out."""
-    extras = softcap, dropout_p, seed
+    extras = dropout_p, seed
     c = _Call(
         q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k, *extras
     )
@@ -221,17 +214,17 @@ def _short_kv_backward(
     c: _Call, do: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
     chosen = c.meta(short_kv_backward)
-    simple = c.plain and c.spans is None and c.group == 1 and c.D == chosen["BLOCK_D"]
+    simple = c.dropout is None and c.spans is None and c.group == 1 and c.D == chosen["BLOCK_D"]
     if c.D % 16:
         chosen = {
             **chosen,
             "maxnreg": 255,
         }  # the assembler's own choice spills a little to make room for one more block
     elif "maxnreg" in chosen and not (simple and _aligned(c.q, c.k, c.v, do)):
-        # A loop over readers or heads, masked columns, loads of single elements, a dropout or a softcap would spill.
+        # A loop over readers or heads, masked columns, loads of single elements, or a dropout would spill.
         chosen = {**chosen, "maxnreg": None}
-    if not c.plain and chosen["BLOCK_N"] > 64:
-        chosen = {**chosen, "BLOCK_M": 16}  # registers for the factors and slopes of a tile
+    if c.dropout is not None and chosen["BLOCK_N"] > 64:
+        chosen = {**chosen, "BLOCK_M": 16}  # registers for the factors of a tile
     programs = c.k_seqs * c.k_heads
     tile_splits = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
     reader_splits = 1 if c.spans is None else splits(programs * tile_splits, c.q_seqs, c.device)
@@ -240,7 +233,7 @@ def _short_kv_backward(
     dispatch.launch(
         short_kv_backward, (programs, parts), c.q, c.k, c.v, lse, do, _part(dq, dq, c.packed_q),
         _part(partials[0], dk, c.packed_k), _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H,
-        c.q_rows, c.k_rows, *c.scales, *c.extras, reader_splits, tile_splits, 0 if dk is None else dk.numel(),
+        c.q_rows, c.k_rows, *c.scales, c.dropout, reader_splits, tile_splits, 0 if dk is None else dk.numel(),
         GROUP=c.group, **chosen,
     )  # fmt: skip
     _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
@@ -255,7 +248,7 @@ def _long_kv_backward(c: _Call, do: Heads, out: Heads, lse: Tensor, dk: Tensor, 
     dispatch.launch(
         long_kv_backward, (programs, parts), c.q, c.k, c.v, out, lse, do, _part(partials[0], dk, c.packed_k),
         _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales,
-        *c.extras, parts, dk.numel(), tiles, GROUP=c.group, **chosen,
+        c.dropout, parts, dk.numel(), tiles, GROUP=c.group, **chosen,
     )  # fmt: skip
     _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
 
@@ -274,12 +267,12 @@ def _short_q_backward(
     if dk is None:
         dispatch.launch(
             kernel, (c.q_seqs * c.H * tiles, parts), *inputs, c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows,
-            c.k_rows, *c.scales, *c.extras, parts, size, tiles, GROUP=c.group, **chosen,
+            c.k_rows, *c.scales, c.dropout, parts, size, tiles, GROUP=c.group, **chosen,
         )  # fmt: skip
     else:
         dispatch.launch(
             kernel, (c.q_seqs * c.H, parts), *inputs, _part(dk, dk, c.packed_k), _part(dv, dv, c.packed_k), c.keys,
-            c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales, *c.extras, parts, size, **chosen,
+            c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales, c.dropout, parts, size, **chosen,
         )  # fmt: skip
     _sum_parts(chosen, parts, [(partial, dq)])
 

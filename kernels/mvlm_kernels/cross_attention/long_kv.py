@@ -31,7 +31,6 @@ from mvlm_kernels.language import cast, dot, widen
 @triton.jit
 def reader_backward_of_keys(
     dk_tile, dv_tile, k_tile, v_tile, exists, n0, b, h, q, out, lse_ptr, do, cu_q_ptr, H, q_rows, scale_log2, dropout,
-    softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of query sequence b to dK and dV of a key tile. delta comes from the output."""
@@ -46,7 +45,7 @@ def reader_backward_of_keys(
         q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
         do_tile = load_rows(do_base, rm, do[2], inside, D, BLOCK_D)
         lse = tl.load(lse_base + rm, mask=inside, other=0.0)
-        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
+        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
         used = pt
         if dropout is not None:
             factors = kept(dropout, b, h, rm, n0, True, k_tile.shape[0], ACC)
@@ -58,8 +57,6 @@ def reader_backward_of_keys(
         out_tile = load_rows(out_base, rm, out[2], inside, D, BLOCK_D)
         delta = tl.sum(widen(out_tile, ACC) * widen(do_tile, ACC), 1)
         ds = pt * (dpt - delta[None, :])
-        if softcap is not None:
-            ds = ds * slope
         dst = cast(ds, q_tile.dtype)
         dk_tile = dot(dst, q_tile, dk_tile, PRECISION)
     return dk_tile, dv_tile
@@ -68,7 +65,7 @@ def reader_backward_of_keys(
 @triton.jit(do_not_specialize=SIZES)
 def long_kv_backward(
     q, k, v, out, lse_ptr, do, dk, dv, keys, order_ptr, spans_ptr, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
-    dropout, softcap, reader_splits, partial_size, num_tiles,
+    dropout, reader_splits, partial_size, num_tiles,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +100,7 @@ def long_kv_backward(
             if spans_ptr is None and GROUP == 1:
                 dk_tile, dv_tile = reader_backward_of_keys(
                     dk_tile, dv_tile, k_tile, v_tile, exists, n0, kb, h, q, out, lse_ptr, do, cu_q_ptr, H, q_rows,
-                    scale_log2, dropout, softcap, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                    scale_log2, dropout, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
                 )  # fmt: skip
             else:
                 for at in range(first * GROUP, last * GROUP):  # readers, and query heads of each
@@ -112,7 +109,7 @@ def long_kv_backward(
                         b = tl.load(order_ptr + at // GROUP)
                     dk_tile, dv_tile = reader_backward_of_keys(
                         dk_tile, dv_tile, k_tile, v_tile, exists, n0, b, h * GROUP + at % GROUP, q, out, lse_ptr, do,
-                        cu_q_ptr, H, q_rows, scale_log2, dropout, softcap, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                        cu_q_ptr, H, q_rows, scale_log2, dropout, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
                     )  # fmt: skip
         store_rows(dk_base, rn, dk[2], rn < stored, dk_tile * scale, D, BLOCK_D)
         store_rows(dv_base, rn, dv[2], rn < stored, dv_tile, D, BLOCK_D)

@@ -33,7 +33,6 @@ def _implementation(
     scale: float,
     max_len_q: int,
     max_len_k: int,
-    softcap: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,16 +40,16 @@ def _implementation(
     if dispatch.checks_values(q.device):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, max_len_q, max_len_k)
     args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
+    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
         if key_mask is not None and key_mask.dtype == torch.bool:  # of a compiled graph
             key_mask = pack_key_mask(key_mask)
         args = (q, k, v, key_lengths, key_mask, *args[5:])
-        return launch.forward(*args, *readers, scale, max_len_q, max_len_k, softcap, dropout_p, seed)
+        return launch.forward(*args, *readers, scale, max_len_q, max_len_k, dropout_p, seed)
     if q.is_meta:  # lengths of packed rows have no values to read
         return _fake(q)
-    return reference_forward(*args, scale, softcap, dropout_p, seed)
+    return reference_forward(*args, scale, dropout_p, seed)
 
 
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -78,14 +77,13 @@ def _backward_implementation(
     scale: float,
     max_len_q: int,
     max_len_k: int,
-    softcap: float,
     dropout_p: float,
     seed: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
+    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
         if key_mask is not None and key_mask.dtype == torch.bool:  # of a compiled graph
@@ -93,11 +91,11 @@ def _backward_implementation(
         sides = (key_lengths, key_mask, *sides[2:])
         sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
         needs = (need_dq, need_dkv)
-        grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, softcap, dropout_p, seed)
+        grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, dropout_p, seed)
     elif q.is_meta:
         return _backward_fake(grad, q, k, v, need_dq, need_dkv)
     else:
-        grads = reference_backward(grad, q, k, v, lse, *sides, scale, softcap, dropout_p, seed)
+        grads = reference_backward(grad, q, k, v, lse, *sides, scale, dropout_p, seed)
     # An op returns tensors, so a gradient that is not needed is an empty one.
     dq, dk, dv = grads
     return (
@@ -121,7 +119,7 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = forward(q, k, v, *args)
-        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.softcap, ctx.dropout_p, seed = args
+        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.dropout_p, seed = args
         # Only the short-Q backward reads the output, for delta. With short keys it is not kept in memory.
         kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
         ctx.save_for_backward(q, k, v, kept, lse, *sides, seed)
@@ -132,21 +130,21 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
-            return (None,) * 17
+            return (None,) * 16
         need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
         *saved, seed = ctx.saved_tensors
-        options = ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.softcap, ctx.dropout_p, seed
+        options = ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.dropout_p, seed
         backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
         dq, dk, dv = backward(grads[0], *saved, *options, need_dq, need_dkv)
-        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 13
+        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 12
 
 
 attend_directly = registration.direct(_CrossAttention, _implementation)
 _SIDES = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k, "
-    "float softcap, float dropout_p, Tensor? seed"
+    "float dropout_p, Tensor? seed"
 )
 attention_op = registration.define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_SIDES}) -> (Tensor, Tensor)",
@@ -191,12 +189,12 @@ def why_not_triton(
     return gpu_reasons(device, dtype, head_width, short_rows)
 
 
-def extras_of(q: Tensor, k: Tensor, softcap: float, dropout_p: float) -> int:
-    """Number of the features of a call that take registers: softcap, dropout, grouped heads.
+def extras_of(q: Tensor, k: Tensor, dropout_p: float) -> int:
+    """Number of the features of a call that take registers: dropout, grouped heads.
 
     The result is a plain int, even for a compiler's symbolic sizes.
     """
-    return (1 if softcap else 0) + (1 if dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
+    return (1 if dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
 
 
 def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[Refusal, ...]:
@@ -227,7 +225,7 @@ def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int
 def too_long(max_len_q: int, max_len_k: int) -> Refusal:
     return refusal(
         f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys)",
-        "SDPA runs, or the reference on packed rows and with a softcap or a seed; shorten one side",
+        "SDPA runs, or the reference on packed rows and with a seed; shorten one side",
     )
 
 
@@ -252,7 +250,7 @@ def type_reasons(
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch, extras):
-        having = " with a dropout, a softcap or grouped heads" if extras else ""
+        having = " with a dropout or grouped heads" if extras else ""
         reason = f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU"
         way_out = "SDPA runs, or the reference on packed rows; 16 bits, narrower heads or a shorter side take less"
         return (refusal(reason, way_out),)

@@ -1,7 +1,6 @@
 """Cross-attention in plain torch: the specification of the kernels, and the op's implementation without them.
 
     s[b,h,i,j] = scale * q[b,i,h,:] . k[r(b),j,h,:]        r(b) = key_index[b], or b
-    s = softcap * tanh(s / softcap) with a softcap
     p[b,h,i,:] = softmax of s[b,h,i,:] over the keys that exist; a row without keys is zeros
     out[b,i,h,:] = sum_j p[b,h,i,j] z[b,h,i,j] v[r(b),j,h,:]    z = 1, or the factors of a dropout (dropout.py)
 
@@ -32,7 +31,6 @@ def cross_attention_reference(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
-    softcap: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -43,12 +41,12 @@ def cross_attention_reference(
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-    return reference_forward(q, k, v, *sides, scale, softcap or 0.0, dropout_p, seed)[0]
+    return reference_forward(q, k, v, *sides, scale, dropout_p, seed)[0]
 
 
 def reference_forward(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float,
     dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, in q's shape and dtype, and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq).
@@ -61,7 +59,7 @@ def reference_forward(
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_bkhd, v_bkhd, exists))
     k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
-    s = _scores(q_bqhd, k_bkhd, exists, scale, softcap)
+    s = _scores(q_bqhd, k_bkhd, exists, scale)
     lse = s.logsumexp(-1)  # (B, H, Lq)
     p = _probabilities(s, lse)
     if dropout_p:
@@ -77,11 +75,11 @@ def reference_forward(
 def reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None,
     key_index: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float,
-    softcap: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, in their shapes and dtypes, from the gradient of the output and the saved log-sum-exp.
 
-    With delta_i = sum_j p_ij dp_ij:  dv = (p z)^T do,  dp = z do v^T,  ds = p (dp - delta) (1 - (s / softcap)^2),
+    With delta_i = sum_j p_ij dp_ij:  dv = (p z)^T do,  dp = z do v^T,  ds = p (dp - delta),
     dq = scale ds k,  dk = scale ds^T q.
     """
     q_bqhd, do = _padded(q, cu_seqlens_q), _padded(grad, cu_seqlens_q)
@@ -92,7 +90,7 @@ def reference_backward(
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_rows, v_rows, exists))
     k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
-    s = _scores(q_bqhd, k_bkhd, exists, scale, softcap)
+    s = _scores(q_bqhd, k_bkhd, exists, scale)
     p = _probabilities(s, lse)  # (B, H, Lq, Lk), float32 or float64
     dp = torch.einsum("bqhd,bkhd->bhqk", do, v_bkhd).to(p.dtype)
     used = p
@@ -102,8 +100,6 @@ def reference_backward(
         used, dp = p * z, dp * z
     dv = torch.einsum("bhqk,bqhd->bkhd", used.to(q.dtype), do)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    if softcap:
-        ds = ds * (1 - (s.masked_fill(s == -torch.inf, 0) / softcap).square())
     ds = ds.to(q.dtype)
     dq = torch.einsum("bhqk,bkhd->bqhd", ds, k_bkhd)
     dk = torch.einsum("bhqk,bqhd->bkhd", ds, q_bqhd)
@@ -120,18 +116,18 @@ def reference_backward(
 def reference_probabilities(
     q: Tensor, k: Tensor, lse: Tensor | None, key_lengths: Tensor | None, key_mask: Tensor | None,
     key_index: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, len_q: int,
-    len_k: int, softcap: float = 0.0,
+    len_k: int,
 ) -> Tensor:  # fmt: skip
     """Specification of :func:`mvlm_kernels.attention_probabilities`: (B, H, len_q, len_k), float32 or float64.
 
     lse: natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); None: it is computed.
     """
-    if lse is None and q.dtype == torch.bfloat16:  # a given lse is that of the forward's scores, in bf16
+    if q.dtype == torch.bfloat16:  # a product in bf16 would round the scores, as no kernel does
         q, k = q.float(), k.float()
     k, _, exists = _keys(k, k, key_lengths, key_mask, cu_seqlens_k, len_k)
     if key_index is not None:
         k, exists = k[key_index.long()], exists[key_index.long()]
-    s = _scores(_padded(q, cu_seqlens_q, len_q), _for_each_head(k, q.shape[-2]), exists, scale, softcap)
+    s = _scores(_padded(q, cu_seqlens_q, len_q), _for_each_head(k, q.shape[-2]), exists, scale)
     if lse is None:
         lse = s.logsumexp(-1)
     elif cu_seqlens_q is not None:
@@ -208,15 +204,13 @@ def _summed_by_group(x: Tensor, heads: int) -> Tensor:
     return wide.unflatten(2, (heads, -1)).sum(3).to(x.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float, softcap: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
     """Scaled scores (B, H, Lq, Lk) in float32 or float64, -inf where the key does not exist."""
     if q.dtype == torch.float16:  # unscaled scores can be too large for it
         q, k = q.float(), k.float()
     with dispatch.without_autocast(q.device):  # it would cast them back
         s = torch.einsum("bqhd,bkhd->bhqk", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
     return s.masked_fill(~exists[:, None, None, :], -torch.inf)
 
 

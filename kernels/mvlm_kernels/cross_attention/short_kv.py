@@ -29,7 +29,6 @@ from mvlm_kernels.cross_attention.tile_io import (
     lse_of,
     readers_of,
     rows_of,
-    scores_of,
     store_rows,
     transposed_probabilities,
 )
@@ -39,7 +38,7 @@ from mvlm_kernels.language import cast, dot
 @triton.jit(do_not_specialize=SIZES)
 def short_kv_forward(
     q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, dropout,
-    softcap, num_splits,
+    num_splits,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +76,7 @@ def short_kv_forward(
         inside = rm < q_len
         q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
         s = dot(q_tile, kt, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION)
-        s, _slope = scores_of(s, scale_log2, softcap, ACC)
+        s = s * scale_log2
         s = tl.where(exists[None, :], s, -INF)
         m = tl.max(s, 1)
         m = tl.where(m == -INF, 0.0, m)  # without keys: p = exp2(-inf) = 0 instead of exp2(-inf + inf) = NaN
@@ -99,7 +98,7 @@ def short_kv_forward(
 @triton.jit
 def reader_backward(
     dk_tile, dv_tile, k_tile, v_tile, exists, b, h, first, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows, scale,
-    scale_log2, dropout, softcap, tile_splits,
+    scale_log2, dropout, tile_splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of query sequence b, every tile_splits-th tile from the first, to dK and dV; write its dQ.
@@ -116,7 +115,7 @@ def reader_backward(
         q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
         do_tile = load_rows(do_base, rm, do[2], inside, D, BLOCK_D)
         lse = tl.load(lse_base + rm, mask=inside, other=0.0)
-        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
+        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
         used = pt  # what multiplies V: without those that a dropout drops
         if dropout is not None:
             factors = kept(dropout, b, h, rm, 0, True, k_tile.shape[0], ACC)
@@ -128,8 +127,6 @@ def reader_backward(
             dpt = dpt * factors
         delta = tl.sum(pt * dpt, 0)
         ds = pt * (dpt - delta[None, :])
-        if softcap is not None:
-            ds = ds * slope
         dst = cast(ds, q_tile.dtype)
         # The scale multiplies the sums dQ and dK in the accumulator's dtype. Scaling dS would round it once more.
         if dk is not None:
@@ -143,7 +140,7 @@ def reader_backward(
 @triton.jit(do_not_specialize=SIZES)
 def short_kv_backward(
     q, k, v, lse_ptr, do, dq, dk, dv, keys, order_ptr, spans_ptr, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
-    dropout, softcap, reader_splits, tile_splits, partial_size,
+    dropout, reader_splits, tile_splits, partial_size,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +168,7 @@ def short_kv_backward(
     if spans_ptr is None and GROUP == 1:
         dk_tile, dv_tile = reader_backward(
             dk_tile, dv_tile, k_tile, v_tile, exists, kb, h, split, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows,
-            scale, scale_log2, dropout, softcap, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            scale, scale_log2, dropout, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
         )  # fmt: skip
     else:
         for at in range(first * GROUP, last * GROUP):  # readers, and query heads of each
@@ -180,7 +177,7 @@ def short_kv_backward(
                 b = tl.load(order_ptr + at // GROUP)
             dk_tile, dv_tile = reader_backward(
                 dk_tile, dv_tile, k_tile, v_tile, exists, b, h * GROUP + at % GROUP, split % tile_splits, q, lse_ptr,
-                do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, dropout, softcap, tile_splits, D, BLOCK_D, BLOCK_M,
+                do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, dropout, tile_splits, D, BLOCK_D, BLOCK_M,
                 ACC, PRECISION,
             )  # fmt: skip
     if dk is not None:

@@ -26,7 +26,6 @@ from mvlm_kernels.cross_attention.tile_io import (
     log_sum_exp,
     lse_of,
     rows_of,
-    scores_of,
     store_rows,
     transposed_probabilities,
 )
@@ -36,7 +35,7 @@ from mvlm_kernels.language import cast, dot, widen
 @triton.jit(do_not_specialize=SIZES)
 def short_q_forward(
     q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, dropout,
-    softcap, num_splits, partial_size, partial_lse_size,
+    num_splits, partial_size, partial_lse_size,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +71,7 @@ def short_q_forward(
         k_tile = load_rows(k_base, rn, k[2], exists, D, BLOCK_D)
         v_tile = load_rows(v_base, rn, v[2], exists, D, BLOCK_D)
         s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION)
-        s, _slope = scores_of(s, scale_log2, softcap, ACC)
+        s = s * scale_log2
         s = tl.where(exists[None, :], s, -INF)
         m_new = tl.maximum(m, tl.max(s, 1))
         m_safe = tl.where(m_new == -INF, 0.0, m_new)  # no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = NaN
@@ -153,7 +152,7 @@ def queries_backward(
 @triton.jit(do_not_specialize=SIZES)
 def short_q_backward(
     q, k, v, out, lse_ptr, do, dq, dk, dv, keys, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2, dropout,
-    softcap, num_splits, partial_size,
+    num_splits, partial_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +181,7 @@ def short_q_backward(
         exists = existing_keys(rn, klen, keys, b)
         k_tile = load_rows(k_base, rn, k[2], exists, D, BLOCK_D)
         v_tile = load_rows(v_base, rn, v[2], exists, D, BLOCK_D)
-        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
+        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
         dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION)
         used = pt
         if dropout is not None:
@@ -190,8 +189,6 @@ def short_q_backward(
             used = pt * factors
             dpt = dpt * factors
         ds = pt * (dpt - delta[None, :])
-        if softcap is not None:
-            ds = ds * slope
         dst = cast(ds, q_tile.dtype)
         zeros = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         dv_tile = dot(cast(used, do_tile.dtype), do_tile, zeros, PRECISION)
@@ -210,7 +207,7 @@ def short_q_backward(
 @triton.jit(do_not_specialize=SIZES)
 def short_q_backward_dq(
     q, k, v, out, lse_ptr, do, dq, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale, scale_log2,
-    dropout, softcap, num_splits, partial_size, num_tiles,
+    dropout, num_splits, partial_size, num_tiles,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -239,13 +236,11 @@ def short_q_backward_dq(
         exists = existing_keys(rn, klen, keys, kb)
         k_tile = load_rows(k_base, rn, k[2], exists, D, BLOCK_D)
         v_tile = load_rows(v_base, rn, v[2], exists, D, BLOCK_D)
-        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
+        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
         dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION)
         if dropout is not None:
             dpt = dpt * kept(dropout, b, h, rm, n0, True, BLOCK_N, ACC)
         ds = pt * (dpt - delta[None, :])
-        if softcap is not None:
-            ds = ds * slope
         dst = cast(ds, q_tile.dtype)
         dq_tile = dot(tl.trans(dst), k_tile, dq_tile, PRECISION)
     dq_base = head_of(dq, b, q_start, h, D) + split.to(tl.int64) * partial_size

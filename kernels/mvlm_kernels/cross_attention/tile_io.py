@@ -2,7 +2,7 @@
 
 A kernel takes a tensor of heads as a tuple ``(pointer, stride of a sequence, of a row, of a head)``, and the vectors of
 the key side as ``keys = (lengths, mask words, words per sequence, cu_seqlens, key_index)``, each of them or None.
-``dropout = (seed, threshold, 1 / (1 - p))`` and ``softcap = (scale / cap, log2(e) cap)`` may be None.
+``dropout = (seed, threshold, 1 / (1 - p))`` may be None.
 
 Sizes that change from batch to batch are arguments of their own, named in :data:`SIZES`: Triton would otherwise compile
 a kernel again for a size that is 1 or divisible by 16, in the middle of training, and it cannot be told so of numbers
@@ -24,7 +24,7 @@ INF = tl.constexpr(float("inf"))
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 SIZES = (
     "k_seqs", "q_rows", "k_rows", "num_splits", "reader_splits", "tile_splits", "num_tiles", "partial_size",
-    "partial_lse_size", "size", "rows", "lse_rows", "out_rows", "out_cols",
+    "partial_lse_size", "size", "rows", "lse_rows",
 )  # fmt: skip
 
 
@@ -158,38 +158,12 @@ def log_sum_exp(m, total):
 
 
 @triton.jit
-def tanh_of(y):
-    """tanh(y), to a relative 1e-6 in float32 for every y."""
-    # Near 0 the first formula cancels. A large cap would multiply its absolute error of 1e-7 into the scores.
-    large = 1.0 - 2.0 / (tl.exp2(y * 2.8853900817779268) + 1.0)  # right for infinite exponentials too
-    y2 = y * y
-    series = 1.0 + y2 * (-1 / 3 + y2 * (2 / 15 + y2 * (-17 / 315 + y2 * (62 / 2835))))
-    return tl.where(y2 < 1 / 64, y * series, large)
-
-
-@triton.jit
-def scores_of(s, scale_log2, softcap, ACC: tl.constexpr):
-    """Scores times log2(e) from the products s = q . k, and their slope 1 - tanh^2 by the scaled products.
-
-    The slope means nothing without a softcap.
-    """
-    if softcap is None:
-        x = s * scale_log2
-        slope = x
-    else:
-        t = tanh_of(s * tl.full((), softcap[0], ACC))
-        x = t * tl.full((), softcap[1], ACC)
-        slope = 1.0 - t * t
-    return x, slope
-
-
-@triton.jit
-def transposed_probabilities(k, q, lse, exists, scale_log2, softcap, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """P^T (keys, queries) from the saved log-sum-exp, and the slopes of the scores."""
+def transposed_probabilities(k, q, lse, exists, scale_log2, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """P^T (keys, queries) from the saved log-sum-exp."""
     st = dot(k, tl.trans(q), tl.zeros((k.shape[0], q.shape[0]), ACC), PRECISION)
-    st, slope = scores_of(st, scale_log2, softcap, ACC)
+    st = st * scale_log2
     # where and not a product with 0: a query without keys has lse = -inf, so st - lse is inf.
-    return tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF)), slope
+    return tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF))
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def tile_width(width: int) -> int:
 def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int, extras: int = 0) -> bool:
     """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side.
 
-    extras: how many of a dropout, a softcap and grouped heads the call has; they take registers too.
+    extras: how many of a dropout and grouped heads the call has; they take registers too.
     """
     size = tile_width(width) * bucket(short)
     if size > 64 * 128 and arch in _SMALL_SHARED_MEMORY:

@@ -94,11 +94,9 @@ def check_on_kernels(drawn: Drawn) -> None:
         check(drawn, cross_attention, lse=True)
 
 
-SHORT, LONG = 194, 5  # grouped heads, an index, dropout and a softcap, of both kernel families
+SHORT, LONG = 194, 5  # grouped heads, an index, dropout, of both kernel families
 MUTANTS = {
     "columns past the head's width read": combined("def _elements", "if D == BLOCK_D", "if D > 0", SHORT),
-    "series of tanh": combined("def tanh_of", "y2 * (-1 / 3", "y2 * (1 / 3", SHORT),
-    "softcap without its slope": combined("def scores_of", "1.0 - t * t", "t * 0.0 + 1.0", SHORT),
     "keys of a quad in another order": combined("def kept", "tl.join(even, odd)", "tl.join(odd, even)", SHORT),
     "dropout of another head": combined("def kept", "h.to(tl.int32)", "(h * 0).to(tl.int32)", SHORT),
     "dropout of another sequence": combined("def kept", "b.to(tl.int32)", "(b * 0).to(tl.int32)", LONG),
@@ -118,8 +116,6 @@ MUTANTS = {
     "dV without the dropout": combined("def reader_backward", "used = pt * factors", "used = pt", SHORT),
     "dP without the dropout": combined("def reader_backward", "dpt = dpt * factors", "dpt = dpt", SHORT),
     "long dV without the dropout": combined("def reader_backward_of_keys", "used = pt * factors", "used = pt", LONG),
-    "long dK without the slope": combined("def reader_backward_of_keys", "ds = ds * slope", "ds = ds", LONG),
-    "dQ without the slope": combined("def short_q_backward_dq", "ds = ds * slope", "ds = ds", LONG),
     "dQ without the dropout": combined("def short_q_backward_dq", "dpt = dpt * kept(", "kept(", LONG),
     "long keys of the query's head": combined(
         "def short_q_forward", "k, kb, k_start, h // GROUP", "k, kb, k_start, h", LONG

@@ -93,10 +93,6 @@ def attention(queries: int = 9, keys: int = 5, width: int = 64, **kind: Any) -> 
     return ops.explain(ops.cross_attention, q, k, k).reasons
 
 
-def probabilities(**kind: Any) -> Sequence[str]:
-    return ops.explain(ops.attention_probabilities, *(torch.empty(2, n, 2, 64, **kind) for n in (9, 5))).reasons
-
-
 def large_patches() -> Sequence[str]:
     return ops.explain(ops.gather_patches, torch.empty(1, 3, 128, 128), None, 128).reasons
 
@@ -238,7 +234,7 @@ TABLE = {
     "CPU": Row(norm, "the tensors are on the CPU", "kernels need a CUDA device"),
     "other device": Row(partial(norm, device="meta"), "the tensors are on meta", "move them to cuda"),
     "no Triton": Row(without_triton, "triton is not installed", "pip install triton"),
-    "AMD": Row(partial(on_gpu, partial(norm, **CUDA), hip="7.0"), "none has run them", "set MVLM_KERNELS_AMD=1"),
+    "AMD": Row(partial(on_gpu, partial(norm, **CUDA), hip="7.0"), "for AMD", "torch runs"),
     "old GPU": Row(partial(on_gpu, partial(norm, **CUDA), capability=(7, 5)), "has 7.5", "use an A100 or a later GPU"),
     "interpreter": Row(
         partial(on_gpu, partial(norm, **CUDA), interpreting=True), "TRITON_INTERPRET=1 is set", "unset it for cuda"
@@ -250,9 +246,6 @@ TABLE = {
     "float64 norm": Row(partial(on_gpu, partial(norm, **DOUBLE)), "float64 has no kernel", "pass float32"),
     "float64 GELU": Row(partial(on_gpu, partial(gelu, **DOUBLE)), "float64 has no kernel", "pass float32"),
     "float64 attention": Row(partial(on_gpu, partial(attention, **DOUBLE)), "float64 has no kernel", "pass float32"),
-    "float64 probabilities": Row(
-        partial(on_gpu, partial(probabilities, **DOUBLE)), "float64 has no kernel", "pass float32"
-    ),
     "wide row": Row(partial(norm, 9000), "a row has 9000 values", "use rows of at most that width"),
     "large patch": Row(large_patches, "a patch of 3 x 128^2 pixels needs a tile of 65536", "use smaller patches"),
     "both sides long": Row(partial(attention, 200, 300), "(200 queries, 300 keys)", "SDPA runs, or the reference"),

@@ -59,7 +59,7 @@ def test_cross_attention_counts_its_pairs_of_rows(q: Any, k: Any, sides: dict[st
     named = [sides.get(name) for name in ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")]
 
     def attend() -> torch.Tensor:
-        features = (0.0, 0.0, None)  # no softcap, no dropout
+        features = (0.0, None)  # no dropout
         return torch.ops.mvlm_kernels.cross_attention(*tensors, *named, None, None, 32**-0.5, *longest, *features)[0]
 
     product = 2 * pairs * 3 * 32

@@ -150,7 +150,7 @@ def run(
 def attention_by_loops(
     q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor | None = None, key_mask: Tensor | None = None,
     key_index: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    kept: Tensor | None = None, softcap: float | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross-attention one sequence and head at a time, by torch.softmax; autograd differentiates it.
 
@@ -171,7 +171,7 @@ def attention_by_loops(
         keys = exists.nonzero()[:, 0]
         for h in range(heads if len(keys) else 0):
             s = q[rows][:, h] @ k[keys_of][keys, h // group].T * width**-0.5
-            p = (s if softcap is None else softcap * torch.tanh(s / softcap)).softmax(-1)
+            p = s.softmax(-1)
             if kept is not None:
                 p = p * kept[b, h, : len(p), keys]
             out[rows][:, h] = p @ v[keys_of][keys, h // group]
@@ -185,7 +185,7 @@ def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> 
         sides[1] = mvlm_kernels.pack_key_mask(sides[1])
     longest = longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k")))
     seed = kwargs.get("seed")
-    return (*sides, None, None, scale, *longest, kwargs.get("softcap") or 0.0, kwargs.get("dropout_p", 0.0), seed)
+    return (*sides, None, None, scale, *longest, kwargs.get("dropout_p", 0.0), seed)
 
 
 def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

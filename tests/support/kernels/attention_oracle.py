@@ -38,7 +38,7 @@ class Sequences:
 
 
 def attend(
-    x: Sequences, scale: float, softcap: float | None, dropout_p: float, seed: int
+    x: Sequences, scale: float, dropout_p: float, seed: int
 ) -> tuple[list[Array], list[Array], list[Array], list[Array], list[Array]]:
     """Output, log-sum-exp (Lq, H) and gradients of q of each query sequence; gradients of k and v of each key sequence.
 
@@ -54,10 +54,7 @@ def attend(
                 g = h // (x.q[b].shape[1] // x.k[r].shape[1])
                 query, grad = x.q[b][i, h], x.grad[b][i, h]
                 key, value = x.k[r][keys, g], x.v[r][keys, g]
-                s, slope = scale * key @ query, np.ones(len(keys))
-                if softcap is not None:
-                    s = softcap * np.tanh(s / softcap)
-                    slope = 1 - (s / softcap) ** 2
+                s = scale * key @ query
                 top = s.max()
                 lse[b][i, h] = top + np.log(np.exp(s - top).sum())
                 p = np.exp(s - lse[b][i, h])
@@ -67,7 +64,7 @@ def attend(
                     z = np.array([w / 2**32 >= dropout_p for w in words]) / (1 - dropout_p)
                 out[b][i, h] = (p * z) @ value
                 dp = z * (value @ grad)
-                ds = scale * slope * p * (dp - p @ dp)
+                ds = scale * p * (dp - p @ dp)
                 dq[b][i, h] = ds @ key
                 dk[r][keys, g] += ds[:, None] * query
                 dv[r][keys, g] += (p * z)[:, None] * grad

@@ -40,11 +40,8 @@ def draw_call(number: int) -> Drawn:
     seqs_k = draw.choice([1, 2, 3])
     readers = draw.choice([0, 0, 1, 4])
     seqs_q = readers or seqs_k
-    form_q, form_k = (draw.choice(["dense", "dense", "packed", "nested"]) for _ in range(2))
-    options: dict[str, Any] = {
-        "softcap": draw.choice([None, 0.5, 3.0]),
-        "scale": draw.choice([None, 0.7, -0.4]),
-    }
+    form_q, form_k = (draw.choice(["dense", "packed"]) for _ in range(2))
+    options: dict[str, Any] = {"scale": draw.choice([None, 0.7, -0.4])}
     if draw.random() < 0.6:
         options |= {"dropout_p": draw.choice([0.1, 0.5, 0.9]), "seed": draw.choice([SEED, 0, torch.tensor([7])])}
 
@@ -63,13 +60,10 @@ def draw_call(number: int) -> Drawn:
         if form == "dense":
             return each, rows.unflatten(0, (seqs, longest)), None
         cu = torch.tensor(bounds, dtype=draw.choice([torch.int32, torch.int64]))
-        if form == "packed":
-            options[f"cu_seqlens_{name}"] = cu
-            if draw.random() < 0.7 or longest > 128:
-                options[f"max_len_{name}"] = longest
-            return each, rows, bounds
-        rows = rows.contiguous()
-        return each, torch.nested.nested_tensor_from_jagged(rows, cu, max_seqlen=longest), bounds
+        options[f"cu_seqlens_{name}"] = cu
+        if draw.random() < 0.7 or longest > 128:
+            options[f"max_len_{name}"] = longest
+        return each, rows, bounds
 
     q_rows, q, cu_q = side(form_q, seqs_q, len_q, heads, "q")
     k_rows, k, cu_k = side(form_k, seqs_k, len_k, k_heads, "k")
@@ -77,10 +71,8 @@ def draw_call(number: int) -> Drawn:
     packed_v = torch.cat(v_rows)
     if form_k == "dense":
         v: Any = packed_v.view_as(k)
-    elif form_k == "packed":
-        v = torch.cat([packed_v, torch.full((3, k_heads, width), torch.nan, dtype=torch.float64)])
     else:
-        v = torch.nested.nested_tensor_from_jagged(packed_v, k.offsets(), max_seqlen=len_k)
+        v = torch.cat([packed_v, torch.full((3, k_heads, width), torch.nan, dtype=torch.float64)])
     exists = [list(range(len(x))) for x in k_rows]
     k_copy, v_copy = [x.numpy().copy() for x in k_rows], [x.numpy().copy() for x in v_rows]
     if form_k == "dense":
@@ -116,8 +108,6 @@ def draw_call(number: int) -> Drawn:
 
 
 def by_sequence(x: Tensor, cu: list[int] | None) -> list[Any]:
-    if x.is_nested:
-        x = x.values()  # type: ignore[operator]
     x = x.detach()
     if cu is None:
         return [rows.numpy() for rows in x]
@@ -132,13 +122,12 @@ def check(drawn: Drawn, function: Any, lse: bool) -> None:
     found_lse = None
     if lse:
         out, found_lse = out
-    rows = out.values() if out.is_nested else out
-    (rows * 1).backward(drawn.grad)
+    (out * 1).backward(drawn.grad)
     width = leaves[0].shape[-1]
     scale = width**-0.5 if options["scale"] is None else options["scale"]
     seed = options.get("seed", 0)
-    wanted = attend(drawn.sequences, scale, options["softcap"], options.get("dropout_p", 0.0), int(seed))
-    got = {"out": by_sequence(rows, drawn.cu_q)}
+    wanted = attend(drawn.sequences, scale, options.get("dropout_p", 0.0), int(seed))
+    got = {"out": by_sequence(out, drawn.cu_q)}
     for name, leaf, cu in zip(("dq", "dk", "dv"), leaves, (drawn.cu_q, drawn.cu_k, drawn.cu_k), strict=True):
         assert leaf.grad is not None
         got[name] = by_sequence(leaf.grad, cu)
