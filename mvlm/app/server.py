@@ -1,6 +1,7 @@
 """The server of the page: a uvicorn whose connections are few, and end when they are slow or idle."""
 
 import ctypes
+import errno
 import socket
 import threading
 import time
@@ -85,8 +86,10 @@ def check_address(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"port: wanted {host}:{port} free, got: {error}; choose another --port") from None
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise ConfigError(f"port: wanted {host}:{port} free, got: {error}; choose another --port") from None
+            raise ConfigError(f"host: wanted an address of this machine, got {host}; choose another --host") from None
 
 
 def start(page: Page, host: str, port: int, names: Sequence[str] = ()) -> Server:

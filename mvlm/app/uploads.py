@@ -16,6 +16,8 @@ from PIL import Image
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.images import decode_image
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.regular_files import open_regular
 
 MAX_BYTES = 20_000_000
 """Largest file."""
@@ -179,20 +181,13 @@ def check_image(file: Path) -> Image.Image:
 
 def _read(file: Path) -> bytes:
     """The bytes of a regular file of at most MAX_BYTES. Nothing waits for a pipe, and no device is read."""
-    missing = RunError("image: wanted an image, found none; upload it again")
     try:
-        number = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        raise missing from None
-    try:
-        found = os.fstat(number)
-        if not stat.S_ISREG(found.st_mode):
-            raise missing
-        with open(number, "rb", closefd=False) as opened:
-            content = b"" if found.st_size > MAX_BYTES else opened.read(MAX_BYTES + 1)
-    finally:
-        os.close(number)
-    size = max(found.st_size, len(content))
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            content = b"" if size > MAX_BYTES else opened.read(MAX_BYTES + 1)
+    except (OSError, DataError):
+        raise RunError("image: wanted an image, found none; upload it again") from None
+    size = max(size, len(content))
     if size > MAX_BYTES:
         raise ConfigError(
             f"image: wanted at most {MAX_BYTES // 10**6} MB, got {size / 1e6:.0f} MB; choose a smaller file"

@@ -114,7 +114,7 @@ class Visitor:
     def upload(self, name: str, content: bytes) -> Answer:
         """Send a file as the page does."""
         head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-        body = head.encode("utf-8", "surrogateescape") + content + b"\r\n--x--\r\n"
+        body = head.encode("utf-8", "surrogatepass") + content + b"\r\n--x--\r\n"
         return self.request("POST", f"{API}/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
 
     def uploaded(self, name: str, content: bytes) -> dict[str, Any]:

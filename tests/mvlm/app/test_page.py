@@ -307,6 +307,16 @@ def test_a_port_in_use_is_an_error_of_one_line(model) -> None:
             start(page, "127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no-such-name.invalid"])
+def test_a_host_of_another_machine_is_an_error_of_one_line(host) -> None:
+    from mvlm.app.server import check_address
+
+    with pytest.raises(
+        ConfigError, match=f"^host: wanted an address of this machine, got {host}; choose another --host"
+    ):
+        check_address(host, free_port())
+
+
 def test_without_gradio_the_command_names_the_extra(run_mvlm, trained, monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "mvlm.app.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
