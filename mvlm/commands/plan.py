@@ -15,7 +15,6 @@ def plan(
     epochs: float = 1.0,
     accumulate: int = 1,
     checkpoint_activations: bool = False,
-    local_negatives: bool = False,
     parallel: str = "ddp",
     mfu: float = 0.4,
     inter_node: float = 0.0,
@@ -36,7 +35,6 @@ def plan(
         epochs: Passes over the data.
         accumulate: Microbatches per step on each GPU.
         checkpoint_activations: Recompute each block in backward instead of keeping its activations.
-        local_negatives: Draw ITM's negatives within a rank's microbatch instead of the global batch.
         parallel: ddp or fsdp.
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
         inter_node: Measured rate from a GPU to other nodes, in GB/s each way. 0: that of the data sheet.
@@ -69,7 +67,6 @@ def plan(
         batch_size=batch_size or 128 * per_node * nodes,
         accumulate=accumulate,
         checkpointed=checkpoint_activations,
-        local_negatives=local_negatives,
         sharded=parallel == "fsdp",
         mfu=mfu,
         inter_node=inter_node * 1e9,
@@ -86,10 +83,8 @@ def plan(
 
         if loader_rate:
             raise ConfigError("plan: wanted no --loader-rate with --task, whose plan has no loader; leave it out")
-        if setting.sharded or local_negatives:
-            raise ConfigError(
-                "plan: wanted --parallel ddp and no --local-negatives with --task, which plans DDP; leave them out"
-            )
+        if setting.sharded:
+            raise ConfigError("plan: wanted --parallel ddp with --task, which plans DDP; leave --parallel out")
         if setting.batch_size % (setting.ranks * accumulate):
             raise ConfigError(
                 f"batch_size: wanted a multiple of {setting.ranks} GPUs x {accumulate} microbatches, got "

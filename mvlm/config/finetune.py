@@ -95,7 +95,7 @@ PRETRAINING_ONLY = (
     *(setting.name for group in _NOT_READ for setting in fields(group)),
     *("tokenizer", "lr_pixels"),
     *("optimizer", "lr_muon"),
-    *("compile", "cuda_graphs", "local_negatives"),
+    *("compile", "cuda_graphs"),
 )
 """Settings that fine-tuning does not read. It refuses other values than their defaults, and a rate of pixels but 0."""
 GROUPS: tuple[type, ...] = (StartSettings, TaskOptions, *(group for group in RUN_GROUPS if group not in _NOT_READ))

@@ -173,9 +173,6 @@ class ParallelSettings:
     """Microbatches per step on each rank. ITC and ITM still use the global batch."""
     checkpoint_activations: bool = False
     """Recompute the activations of each block in backward instead of keeping them: less memory, a third more work."""
-    local_negatives: bool = False
-    """Draw ITM's negatives within a rank's microbatch instead of the global batch. No features are communicated, but
-    the loss then depends on the number of ranks and microbatches."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ REMOVED = {
     "candidates": Removed(128, "0.2.0"),
     "color_jitter": Removed(0.0, "0.2.0"),
     "generate": Removed(False, "0.2.0"),
+    "local_negatives": Removed(False, "0.2.0"),
     "low_resolution": Removed(0, "0.2.0"),
     "low_resolution_share": Removed(0.85, "0.2.0"),
     "order": Removed("mask-predict", "0.2.0"),

@@ -65,7 +65,6 @@ class ClusterSetting:
     """Pairs of the global batch."""
     accumulate: int = 1
     checkpointed: bool = False
-    local_negatives: bool = False
     sharded: bool = False
     """FSDP2 instead of DDP."""
     mfu: float = 0.4
@@ -132,7 +131,6 @@ def _shape(setting: ClusterSetting, ranks: int) -> StepShape:
         tokens=min(TOKENS, setting.model.text_length),
         longest=min(LONGEST, setting.model.text_length),
         checkpointed=setting.checkpointed,
-        local_negatives=setting.local_negatives,
     )
 
 

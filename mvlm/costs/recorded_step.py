@@ -81,7 +81,6 @@ def record_step(
                 seed=0,
                 step=0,
                 plan="fast",
-                local_negatives=shape.local_negatives,
                 autocast=lambda: autocast_of(shape),
             )
     return RecordedStep(recorder.collectives, recorder.events, tracker.flops)

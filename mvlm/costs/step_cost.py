@@ -58,7 +58,6 @@ class StepShape:
     ranks: int = 1
     microbatches: int = 1
     checkpointed: bool = False
-    local_negatives: bool = False
     bf16: bool = True
     gpu: bool = True
     """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
@@ -189,7 +188,6 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
                 step=0,
                 plan="fast",
                 weights=weights,
-                local_negatives=shape.local_negatives,
                 autocast=lambda: autocast_of(shape),
             )
 
@@ -253,7 +251,7 @@ def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
     # The host knows the rows of captions that arrive from other ranks, and of others only the longest.
-    alone = shape.microbatches == shape.ranks == 1 or shape.local_negatives
+    alone = shape.microbatches == shape.ranks == 1
     return shape.pairs * (2 * shape.tokens + (round_up_length(shape.longest) if alone else shape.tokens))
 
 

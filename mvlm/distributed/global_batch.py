@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
-from mvlm.distributed.contrastive import Embeddings, negatives_of_all
+from mvlm.distributed.contrastive import Embeddings
 from mvlm.distributed.gradient_cache import backward_cached
 from mvlm.distributed.loss_shares import (
     OBJECTIVES,
@@ -25,11 +25,10 @@ from mvlm.distributed.loss_shares import (
     Microbatch,
     contrastive_shares,
     feature_exchange,
-    global_matching_shares,
     idle_parameters,
     image_share,
     language_shares,
-    local_matching_shares,
+    matching_shares,
     scaled_total,
 )
 from mvlm.distributed.parallel import Parallel
@@ -50,7 +49,6 @@ def backward_global(
     step: int | Tensor,
     plan: Literal["plain", "fast"] = "plain",
     weights: LossWeights = ALL,
-    local_negatives: bool = False,
     shared_positives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
@@ -62,8 +60,6 @@ def backward_global(
     Args:
         weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if ITM
             has a weight.
-        local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
-            the number of ranks and microbatches.
         shared_positives: ITC takes all pairs with the same image or caption text as right answers. Without it, each
             pair has one.
 
@@ -86,7 +82,6 @@ def backward_global(
         autocast,
         seed,
         step,
-        local_negatives,
         ids,
         counted,
         weights,
@@ -128,16 +123,12 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
             shares |= contrastive
             if not step.weights.itm:
                 shares |= image_share(model, streams, batch, masks, step)
-            elif step.local_negatives:
-                negatives = negatives_of_all(draws, step.sampling, step.layout)
-                shares |= image_share(model, streams, batch, masks, step)
-                shares |= local_matching_shares(model, image, text, negatives, 0, step, streams.caches)
             else:
                 exchange = feature_exchange(draws, image, [text], step)
                 exchange.join_graph()
                 shares |= image_share(model, streams, batch, masks, step)
                 exchange.start(0)
-                shares |= global_matching_shares(model, image, text, exchange.arrive(0), 0, step)
+                shares |= matching_shares(model, image, text, exchange.arrive(0), 0, step)
         return scaled_total(model, shares, step)
 
     total, shares = parallel(forward)

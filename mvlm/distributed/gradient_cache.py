@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvlm.distributed.contrastive import Embeddings, negatives_of_all
+from mvlm.distributed.contrastive import Embeddings
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.loss_shares import (
     SHARE_NAMES,
@@ -27,16 +27,14 @@ from mvlm.distributed.loss_shares import (
     Microbatch,
     contrastive_shares,
     feature_exchange,
-    global_matching_shares,
     image_share,
     language_shares,
-    local_matching_shares,
+    matching_shares,
     scaled_total,
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
-from mvlm.objectives.negatives import Negatives
 from mvlm_dataloading import Batch, Masks
 
 
@@ -107,7 +105,7 @@ def _backward_to_features(
     for own in cached:
         own.image.requires_grad_()
         own.text.rows.requires_grad_()
-    drawn: list[Negatives | FeatureExchange] = []
+    drawn: list[FeatureExchange] = []
 
     def itc(model: MaskVLM) -> tuple[Tensor, Tensor]:
         with step.autocast():
@@ -119,53 +117,41 @@ def _backward_to_features(
             shares, draws = contrastive_shares(model, features, embeddings, step)
             if not step.weights.itm:
                 return scaled_total(model, shares, step)
-            if step.local_negatives:
-                drawn.append(negatives_of_all(draws, step.sampling, step.layout))
-            else:
-                image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
-                texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
-                drawn.append(feature_exchange(draws, image, texts, step))
+            image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
+            texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
+            drawn.append(feature_exchange(draws, image, texts, step))
         return scaled_total(model, shares, step)
 
     total, shares = parallel(itc, last=False)
     total.backward()
     if not step.weights.itm:
         return shares, _nothing
-    (found,), returned = drawn, 0
-    exchange = found if isinstance(found, FeatureExchange) else None
+    (exchange,), returned = drawn, 0
 
     def add_returned() -> None:
         """Add the gradients that the other ranks return for the negatives of the next microbatch."""
         nonlocal returned
-        if exchange is not None:
-            image, text = exchange.finish_return(returned)
-            texts = text.split([own.text.packing.total for own in cached])
-            for own, image_part, text_part in zip(cached, image.split(step.layout.pairs), texts, strict=True):
-                _gradient(own.image).add_(image_part)
-                _gradient(own.text.rows).add_(text_part)
-            returned += 1
+        image, text = exchange.finish_return(returned)
+        texts = text.split([own.text.packing.total for own in cached])
+        for own, image_part, text_part in zip(cached, image.split(step.layout.pairs), texts, strict=True):
+            _gradient(own.image).add_(image_part)
+            _gradient(own.text.rows).add_(text_part)
+        returned += 1
 
     # The rows of each microbatch travel while ITM of the one before runs, those of the first during ITC's backward
     # pass. Gradients return while ITM of the next one runs, those of the last during MLM and MIM.
-    if exchange is not None:
-        exchange.start(0)
+    exchange.start(0)
     for number, own in enumerate(cached):
-        arrived = None
-        if exchange is not None:
-            arrived = exchange.arrive(number)
-            # Leaves: backward stops here, and frees the graph of this microbatch.
-            arrived.image.requires_grad_()
-            arrived.text.rows.requires_grad_()
-            if number + 1 < len(cached):
-                exchange.start(number + 1)
+        arrived = exchange.arrive(number)
+        # Leaves: backward stops here, and frees the graph of this microbatch.
+        arrived.image.requires_grad_()
+        arrived.text.rows.requires_grad_()
+        if number + 1 < len(cached):
+            exchange.start(number + 1)
 
-        def itm(model: MaskVLM, own: Cached = own, arrived: Arrived | None = arrived, number: int = number):
+        def itm(model: MaskVLM, own: Cached = own, arrived: Arrived = arrived, number: int = number):
             with step.autocast():
-                if isinstance(found, Negatives):
-                    shares = local_matching_shares(model, own.image, own.text, found, number, step)
-                else:
-                    assert arrived is not None
-                    shares = global_matching_shares(model, own.image, own.text, arrived, number, step)
+                shares = matching_shares(model, own.image, own.text, arrived, number, step)
             return scaled_total(model, shares, step)
 
         total, part = parallel(itm, last=False)
@@ -173,8 +159,7 @@ def _backward_to_features(
         shares = shares + part
         if number > 0:
             add_returned()
-        if exchange is not None and arrived is not None:
-            exchange.start_return(number, _gradient(arrived.image), _gradient(arrived.text.rows))
+        exchange.start_return(number, _gradient(arrived.image), _gradient(arrived.text.rows))
     return shares, add_returned
 
 

@@ -25,13 +25,12 @@ from mvlm.distributed.contrastive import (
 )
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
-from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
+from mvlm.model.implementation import Implementation, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing
 from mvlm.objectives.losses import LossWeights, matching_loss
 from mvlm.objectives.masked_tokens import weight_of_masked_tokens
 from mvlm.objectives.negatives import (
-    MatchingPairs,
     Negatives,
     NegativeSampling,
     matching_pairs,
@@ -59,8 +58,6 @@ class GlobalStep(NamedTuple):
     """Seed of ITM's negatives."""
     step: int | Tensor
     """Number of the update; with the seed it determines the negatives."""
-    local_negatives: bool
-    """Draw negatives within a microbatch, not from the global batch."""
     ids: Pending
     """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
     masked_tokens: Pending
@@ -74,8 +71,7 @@ class GlobalStep(NamedTuple):
     def sampling(self) -> NegativeSampling:
         """Sampling of ITM's negatives."""
         image_id, text_id, _ = self.ids.wait().unbind(1)
-        block = self.layout.pairs if self.local_negatives else None
-        return NegativeSampling(image_id, text_id, self.seed, self.step, block)
+        return NegativeSampling(image_id, text_id, self.seed, self.step)
 
     @property
     def lengths(self) -> Tensor:
@@ -150,75 +146,35 @@ def contrastive_shares(
     return {"itc": share, "itc_accuracy": accuracy}, draws
 
 
-def local_matching_shares(
-    model: MaskVLMNetwork,
-    image: Tensor,
-    text: PackedText,
-    negatives: Negatives,
-    microbatch: int,
-    step: GlobalStep,
-    caches: PairCaches | None = None,
-) -> Shares:
-    """Shares of ITM and its accuracy, from one microbatch whose negatives come from itself.
-
-    image (b, 1+N, C) and text are its features, and `caches` their key/value caches, if the implementation has made
-    them. negatives: those of all G pairs.
-    """
-    own, pairs = _own_negatives(negatives, microbatch, step.layout), step.layout.pairs
-    rows = matching_pairs(own._replace(texts=own.texts % pairs, images=own.images % pairs))
-    bound = matching_rows(text.packing.total, pairs * text.packing.max_length)
-    return _matching_shares(model, image, text, rows, negatives, step, bound, caches)
-
-
-def global_matching_shares(
+def matching_shares(
     model: MaskVLMNetwork, image: Tensor, text: PackedText, arrived: Arrived, microbatch: int, step: GlobalStep
 ) -> Shares:
     """Shares of ITM and its accuracy, from one microbatch and the features of its negatives, which have arrived.
 
-    image (b, 1+N, C) and text are its own features.
+    image (b, 1+N, C) and text are its own features. The loss is a weighted mean; the weights of the pairs of the whole
+    batch add up to its denominator.
     """
     theirs, ours = arrived.text.packing, text.packing
     # What has arrived comes first, because the own captions may end in padding rows.
     bounds = torch.cat([theirs.cu_seqlens, ours.cu_seqlens[1:] + theirs.total])
     packing = Packing(bounds, max(theirs.max_length, ours.max_length), theirs.total + ours.total)
-    own = _own_negatives(arrived.negatives, microbatch, step.layout)
+    rows = step.layout.indices(microbatch, image.device)
+    own = Negatives(*(x.index_select(0, rows) for x in arrived.negatives))
     drawn = own._replace(texts=arrived.text_place, images=arrived.image_place)
-    return _matching_shares(
+    pairs = matching_pairs(drawn, len(arrived.image), len(theirs))
+    fused = step.implementation.fuse_pairs(
         model,
         torch.cat([arrived.image.to(image.dtype), image]),
         PackedText(torch.cat([arrived.text.rows.to(text.rows.dtype), text.rows]), packing),
-        matching_pairs(drawn, len(arrived.image), len(theirs)),
-        arrived.negatives,
-        step,
+        pairs.images,
+        pairs.texts,
+        None,
         matching_rows(ours.total, arrived.drawn_rows),
     )
-
-
-def _own_negatives(negatives: Negatives, microbatch: int, layout: GlobalBatchLayout) -> Negatives:
-    """Those of one of this rank's microbatches (b,), of the negatives of all G pairs."""
-    rows = layout.indices(microbatch, negatives.texts.device)
-    return Negatives(*(x.index_select(0, rows) for x in negatives))
-
-
-def _matching_shares(
-    model: MaskVLMNetwork,
-    image: Tensor,
-    text: PackedText,
-    pairs: MatchingPairs,
-    negatives: Negatives,
-    step: GlobalStep,
-    max_rows: int,
-    caches: PairCaches | None = None,
-) -> Shares:
-    """Shares from 3b pairs of the rows of image (.., 1+N, C) and the captions of text.
-
-    The loss is a weighted mean; the weights of the pairs of the whole batch add up to its denominator.
-    """
-    fused = step.implementation.fuse_pairs(model, image, text, pairs.images, pairs.texts, caches, max_rows)
     loss, accuracy = matching_loss(model.matching_logits(*fused), pairs.labels, pairs.weights)
     # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
     # Its float64 is for tests in float64: weights are counted exactly in any dtype.
-    share = (pairs.weights.double().sum() / matching_weights(negatives).double().sum()).to(loss.dtype)
+    share = (pairs.weights.double().sum() / matching_weights(arrived.negatives).double().sum()).to(loss.dtype)
     return {"itm": loss * share, "itm_accuracy": accuracy * share}
 
 

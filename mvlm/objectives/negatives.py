@@ -110,9 +110,6 @@ class NegativeSampling(NamedTuple):
     """int64 (G,), equal for pairs with the same caption text."""
     seed: int
     step: int | Tensor
-    block: int | None = None
-    """Draw only within blocks of this many consecutive pairs (`local_negatives`: the pairs of a microbatch); None for
-    the whole batch."""
 
     def matches(self, rows: Tensor) -> Tensor:
         """True matches of the pairs rows int64 (Q,): bool (Q, G), True = pair j shares the image or the caption text
@@ -121,11 +118,7 @@ class NegativeSampling(NamedTuple):
 
     def admissible(self, rows: Tensor) -> Tensor:
         """Admissible negatives of the pairs rows int64 (Q,): bool (Q, G), True = column j is a mismatch for row i."""
-        same = self.matches(rows)
-        if self.block is not None:
-            columns = torch.arange(len(self.image_id), device=rows.device)
-            same |= rows[:, None] // self.block != columns // self.block
-        return ~same
+        return ~self.matches(rows)
 
     def draw(self, logits: Tensor, rows: Tensor, direction: int) -> Tensor:
         """Draw one column per row, with probability softmax(logits) over the admissible ones (Gumbel-argmax).
@@ -141,12 +134,8 @@ class NegativeSampling(NamedTuple):
         return torch.where(admissible.any(dim=1), drawn, rows)
 
     def limited(self, texts: Tensor, images: Tensor) -> Negatives:
-        """Negatives of all G pairs from the drawn captions and images int64 (G,).
-
-        Within blocks no features travel between ranks, and readers are not limited.
-        """
-        if self.block is None:
-            texts, images = limit_readers(texts), limit_readers(images)
+        """Negatives of all G pairs from the drawn captions and images int64 (G,)."""
+        texts, images = limit_readers(texts), limit_readers(images)
         rows = torch.arange(len(texts), device=texts.device)
         return Negatives(texts, drawn_weights(texts, rows), images, drawn_weights(images, rows))
 

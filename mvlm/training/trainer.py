@@ -202,7 +202,6 @@ class Trainer:
             step=step,
             plan=config.plan,
             weights=self.weights,
-            local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),
         )
 

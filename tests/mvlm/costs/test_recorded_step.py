@@ -92,12 +92,6 @@ def test_record_with_gradient_caching(kind):
         assert {(x.ranks, x.stride) for x in reduced} == {(2, 8)}
 
 
-def test_local_negatives_exchange_no_features():
-    record = record_step(MODEL, StepShape(pairs=8, ranks=16, local_negatives=True), nodes=2)
-    assert record.received("features") == 0
-    assert record.received("embeddings") > 0
-
-
 def test_no_process_group_is_left(records):
     assert not torch.distributed.is_initialized()
 

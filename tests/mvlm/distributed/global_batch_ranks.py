@@ -8,7 +8,6 @@ on the whole batch, and writes the largest differences to FOLDER/RANK.json.
 import functools
 import itertools
 import json
-import math
 import os
 import sys
 import traceback
@@ -34,7 +33,6 @@ from support.models import (
     micro_batch,
     micro_config,
     micro_model,
-    uniform_of_pair,
     with_weights,
 )
 
@@ -123,39 +121,6 @@ class Oracle:
             parameter.grad = None if gradient is None else gradient.clone()
         update(model, torch.nn.utils.get_total_norm([g for g in self.gradients.values() if g is not None]))
         return {name: p.detach() for name, p in model.named_parameters()}
-
-
-@functools.cache
-@torch.no_grad()
-def local_matching(number: int) -> float:
-    """ITM, pair by pair, if each of `number` equal parts of the batch draws its negatives from itself."""
-    model, (batch, masks) = micro_model(**SHALLOW), whole_batch()
-    size, terms = len(LENGTHS) // number, []
-    for first in range(0, len(LENGTHS), size):
-        part, _ = piece(batch, masks, first, size)
-        v, (w, exists) = (
-            model.encode_image(part.images),
-            model.encode_text(part.tokens, part.cu_seqlens, part.max_length),
-        )
-        table = model.embed_image(v) @ model.embed_text(w).T * model.log_scale.exp()
-
-        def term(i: int, j: int, label: int, v: Tensor = v, w: Tensor = w, exists: Tensor = exists) -> float:
-            logits = model.match(v[i : i + 1], w[j : j + 1], exists[j : j + 1])
-            return -float(logits.log_softmax(1)[0, label])
-
-        for i in range(size):
-            terms.append(term(i, i, 1))
-            for stream, scores in ((0, table), (1, table.T)):
-                noisy = {
-                    j: float(scores[i, j])
-                    - math.log(-math.log(uniform_of_pair(SEED, STEP, stream, first + i, first + j)))
-                    for j in range(size)
-                    if part.image_id[i] != part.image_id[j] and part.text_id[i] != part.text_id[j]
-                }
-                if noisy:
-                    j = max(noisy, key=noisy.__getitem__)
-                    terms.append(term(i, j, 0) if stream == 0 else term(j, i, 0))
-    return sum(terms) / len(terms)
 
 
 def update(model: Any, norm: Tensor) -> None:
@@ -305,8 +270,7 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
     oracle, found = oracles[weights, case["variant"]], dict(case)
     usual = not case["again"] and weights == EVERY and case["variant"] == "paper"
     # Two steps in turn: the first must not affect the second, at which DDP refuses parameters that the first left out.
-    turns = (True, False) if usual else (False, False) if kind == "ddp" else (False,)
-    for local in turns if world.size == 2 else (False,):
+    for _ in range(2 if world.size == 2 and (usual or kind == "ddp") else 1):
         model.zero_grad(set_to_none=True)
         losses = backward_global(
             parallel,
@@ -316,14 +280,10 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
             step=STEP,
             plan=case["plan"],
             weights=LossWeights(*weights),
-            local_negatives=local,
         )
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
-        part = "local" if local else "global"
-        if local:
-            found["local matching"] = losses.itm.item() - local_matching(world.size * number)
-        found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
-        found[f"{part} gradients"] = differences(gradients, oracle.gradients)
+        found["global losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
+        found["global gradients"] = differences(gradients, oracle.gradients)
     if usual:  # an update knows no objective
         norm, _ = gradient_norms(model)
         update(model, norm)
@@ -368,8 +328,6 @@ def main() -> None:
     oracles |= {(EVERY, variant): Oracle(EVERY, variant) for variant in VARIANTS}
     for oracle in oracles.values():
         _ = oracle.after_a_step
-    for number in (2, 4):  # two ranks with one and with two microbatches each
-        local_matching(number)
     tested = (
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",

@@ -30,8 +30,8 @@ def draw(
     return columns, drawn_weights(columns, rows)
 
 
-def admissible(image_id: Tensor, text_id: Tensor, block: int | None = None) -> Tensor:
-    return NegativeSampling(image_id, text_id, 0, 0, block).admissible(torch.arange(len(image_id)))
+def admissible(image_id: Tensor, text_id: Tensor) -> Tensor:
+    return NegativeSampling(image_id, text_id, 0, 0).admissible(torch.arange(len(image_id)))
 
 
 def distinct(number: int) -> tuple[Tensor, Tensor]:
@@ -47,13 +47,6 @@ def test_admissible_negatives_against_loops():
             match = image_id[i] == image_id[j] or text_id[i] == text_id[j]
             assert bool(found[i, j]) == (not match)
     assert found.any(1).all()
-
-
-def test_negatives_of_a_block_come_from_the_block():
-    found = admissible(*distinct(6), block=2)
-    for i in range(6):
-        for j in range(6):
-            assert bool(found[i, j]) == (i != j and i // 2 == j // 2)
 
 
 def test_matching_pairs_against_a_loop():
@@ -268,7 +261,7 @@ def test_limited_readers_against_a_loop(most, seed):
     assert limit_readers(torch.tensor(columns), most).tolist() == wanted
 
 
-def test_draws_of_a_whole_batch_are_limited_and_those_within_blocks_are_not():
+def test_draws_of_a_batch_are_limited():
     """One image and one caption are far likelier than all others, so that all 80 pairs draw them."""
     logits = torch.zeros(80, 80).index_fill(1, torch.tensor([9]), 100.0)
     negatives = NegativeSampling(*distinct(80), 0, 0).draw_both(logits)
@@ -277,9 +270,6 @@ def test_draws_of_a_whole_batch_are_limited_and_those_within_blocks_are_not():
     assert (
         negatives.texts[negatives.text_weights == 0].tolist() == torch.arange(80)[negatives.text_weights == 0].tolist()
     )
-    local = NegativeSampling(*distinct(80), 0, 0, block=40).draw_both(logits)
-    assert int((local.texts == 9).sum()) == 39
-    assert int(local.text_weights.sum()) == 80
 
 
 def test_pairs_of_features_that_come_before_the_own_ones():

@@ -219,7 +219,7 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"task": "entailment"}, "wanted a label of contradiction, neutral, entailment, found None"),
         ({"min_count": 20}, "wanted at least 2 answers with 20 training questions each, found 0; lower --min-count"),
         ({"compile": True}, "of pretraining alone, got --compile; leave"),
-        ({"local_negatives": True, "cuda_graphs": True}, "got --cuda-graphs, --local-negatives; leave"),
+        ({"lr_muon": 0.02, "cuda_graphs": True}, "got --lr-muon, --cuda-graphs; leave"),
         ({"lr_pixels": 1e-4}, "got --lr-pixels; leave"),
         ({"mlm_weight": 0.5}, "got --mlm-weight; leave"),
         ({"optimizer": "muon"}, "got --optimizer; leave"),
