@@ -70,9 +70,3 @@ class Masks(_ToDevice):
     number of patches of an image."""
     token_weights: Tensor | None = None
     """float32 (M,), weight of each masked token in MLM; None: all count the same."""
-    partner_patch_ids: Tensor | None = None
-    """int64 (B, K'), patches that are masked in the image from which masked captions are rebuilt; some of `patch_ids`.
-    None unless the loader was asked for them."""
-    partner_token_ids: Tensor | None = None
-    """int64 (M'',), positions that are masked in the caption from which masked images are rebuilt; some of `token_ids`.
-    None unless the loader was asked for them."""

@@ -39,6 +39,8 @@ REMOVED = {
     "model.complementary_masks": Removed(False, "0.2.0"),
     "model.extra_captions": Removed(0, "0.2.0"),
     "model.extra_caption_weight": Removed(1.0, "0.2.0"),
+    "model.partner_image_mask_ratio": Removed(0.0, "0.2.0"),
+    "model.partner_text_mask_ratio": Removed(0.0, "0.2.0"),
     "model.pixel_initialization": Removed("normal", "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
@@ -87,11 +89,16 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model."""
-    kept = {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
-    if not prefix and kept.get("answers") == _DECODER.default and kept.get("task", "vqa") != "vqa":
-        del kept["answers"]
-    return kept
+    """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model.
+
+    Partners that are masked by the ratios of the masks themselves are `mask_partner`.
+    """
+    names = ("partner_image_mask_ratio", "partner_text_mask_ratio", "image_mask_ratio", "text_mask_ratio")
+    *partners, image, text = (f"model.{name}".removeprefix(prefix) for name in names)
+    if values.get(image) and [values.get(name) for name in partners] == [values.get(image), values.get(text)]:
+        values = {name: value for name, value in values.items() if name not in partners}
+        values |= {"model.mask_partner".removeprefix(prefix): True}
+    return {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
 
 
 def check_removed(values: dict[str, Any], where: str, prefix: str = "") -> None:

@@ -66,12 +66,10 @@ class MaskVLMConfig:
     but not the paper's method."""
     text_mask_ratio: Annotated[float, FRACTION] = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
-    partner_image_mask_ratio: Annotated[float, FRACTION] = 0.0
-    """Share of blocks that is also masked in the image from which masked captions are rebuilt; 0, the paper's method,
-    for none. The blocks are among those that `image_mask_ratio` masks; with that ratio they are the same."""
-    partner_text_mask_ratio: Annotated[float, FRACTION] = 0.0
-    """Share of tokens that is also masked in the caption from which masked images are rebuilt; 0, the paper's method,
-    for none. The tokens are among those that `text_mask_ratio` masks; with that ratio they are the same."""
+    mask_partner: bool = False
+    """Also mask the image from which masked captions are rebuilt, and the caption from which masked images are rebuilt:
+    each reconstruction then reads the other's masked input (the paper's Table 6). Without it, the paper's method, they
+    read unmasked ones."""
     image_masking: Literal["fixed", "variable"] = "fixed"
     """Share of masked blocks. fixed: `image_mask_ratio`. variable: drawn uniformly for each sample, and the loss
     weighted by 1 / share, as in masked diffusion; `image_mask_ratio` then serves evaluation only."""
@@ -108,45 +106,10 @@ class MaskVLMConfig:
             raise ConfigError(
                 f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}"
             )
-        self._check_partners(blocks)
+        if self.image_masking == "variable" and self.drop_masked:
+            raise ConfigError("image_masking: wanted fixed with drop_masked, got variable")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be above 0, got {self.image_std}")
-
-    def _check_partners(self, blocks: int) -> None:
-        if not 0 <= self.partner_image_mask_ratio <= self.image_mask_ratio:
-            raise ConfigError(
-                f"partner_image_mask_ratio must be at most image_mask_ratio = {self.image_mask_ratio}, "
-                f"got {self.partner_image_mask_ratio}"
-            )
-        if not 0 <= self.partner_text_mask_ratio <= self.text_mask_ratio:
-            raise ConfigError(
-                f"partner_text_mask_ratio must be at most text_mask_ratio = {self.text_mask_ratio}, "
-                f"got {self.partner_text_mask_ratio}"
-            )
-        if self.partner_image_mask_ratio and not round(self.partner_image_mask_ratio * blocks):
-            raise ConfigError(
-                f"partner_image_mask_ratio must mask at least one of {blocks} blocks, or be 0, "
-                f"got {self.partner_image_mask_ratio}"
-            )
-        if self.drop_masked and self.partner_image == "lightly masked":
-            raise ConfigError("partner_image_mask_ratio must be 0 or image_mask_ratio with drop_masked")
-
-        if self.image_masking == "variable" and (self.drop_masked or self.partner_image == "lightly masked"):
-            raise ConfigError(
-                "image_masking: wanted fixed with drop_masked or a small partner_image_mask_ratio, got variable"
-            )
-        if self.text_masking == "variable" and self.partner_text == "lightly masked":
-            raise ConfigError("text_masking: wanted fixed with a small partner_text_mask_ratio, got variable")
-
-    @property
-    def partner_image(self) -> Literal["unmasked", "masked", "lightly masked"]:
-        """The image from which masked captions are rebuilt."""
-        return _partner(self.partner_image_mask_ratio, self.image_mask_ratio)
-
-    @property
-    def partner_text(self) -> Literal["unmasked", "masked", "lightly masked"]:
-        """The caption from which masked images are rebuilt."""
-        return _partner(self.partner_text_mask_ratio, self.text_mask_ratio)
 
     @property
     def num_patches(self) -> int:
@@ -209,21 +172,12 @@ class MaskVLMConfig:
         }
         if not train:
             return options
-        image, text = (partner == "lightly masked" for partner in (self.partner_image, self.partner_text))
         return options | {
             "variable_image_masks": self.image_masking == "variable",
             "variable_text_masks": self.text_masking == "variable",
             "whole_words": self.whole_word_masking,
-            "partner_image_mask_ratio": self.partner_image_mask_ratio if image else 0.0,
-            "partner_text_mask_ratio": self.partner_text_mask_ratio if text else 0.0,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
         return asdict(self)
-
-
-def _partner(ratio: float, full: float) -> Literal["unmasked", "masked", "lightly masked"]:
-    if not ratio:
-        return "unmasked"
-    return "masked" if ratio == full else "lightly masked"

@@ -41,10 +41,4 @@ def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int
         masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))
     if config.text_masking == "variable":
         masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape))
-    if config.partner_image == "lightly masked":
-        fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
-        masks = replace(masks, partner_patch_ids=ids(pairs, fewer))
-    if config.partner_text == "lightly masked":
-        fewer = max(1, round(config.partner_text_mask_ratio * ordinary))
-        masks = replace(masks, partner_token_ids=ids(pairs * fewer))
     return batch, masks

@@ -97,8 +97,7 @@ def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Para
     scale = [model.log_scale] if model.logit_bias is None else [model.log_scale, model.logit_bias]
     idle += [] if weights.contrasts else scale
     masked_images, _ = needs_masked(model.config, weights)
-    lightly = weights.mlm > 0 and model.config.partner_image == "lightly masked"
-    return idle if masked_images or lightly else [*idle, model.image_encoder.mask_token]
+    return idle if masked_images else [*idle, model.image_encoder.mask_token]
 
 
 def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:

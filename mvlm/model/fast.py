@@ -52,15 +52,10 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     v, vm = encode_images(model, patches, masks.patch_ids if images else None)
     w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
     partner_image, partner_text = v, w
-    if weights.mlm > 0 and model.config.partner_image == "masked":
+    if weights.mlm > 0 and model.config.mask_partner:
         partner_image = vm
-    elif weights.mlm > 0 and masks.partner_patch_ids is not None:
-        partner_image = encode_patches(model, patches, masks.partner_patch_ids)
-    if weights.mim > 0 and model.config.partner_text == "masked":
+    if weights.mim > 0 and model.config.mask_partner:
         partner_text = wm
-    elif weights.mim > 0 and masks.partner_token_ids is not None:
-        hidden = mask_tokens(batch.tokens, masks.partner_token_ids, model.config.mask_token_id)
-        partner_text = encode_tokens(model, hidden, batch.cu_seqlens, batch.max_length)
     assert partner_image is not None
     assert partner_text is not None
     caches = make_caches(v, w)

@@ -40,10 +40,10 @@ class Streams(NamedTuple):
     masked_text: PackedText | None
     """wm, features of the masked captions; None if no objective needs them."""
     partner_image: Tensor
-    """(B, 1+N, C), features of the images from which masked captions are rebuilt: `image`, unless these are masked too
-    (`MaskVLMConfig.partner_image_mask_ratio`)."""
+    """(B, 1+N, C), features of the images from which masked captions are rebuilt: `image`, or `masked_image` with
+    `MaskVLMConfig.mask_partner`."""
     partner_text: PackedText
-    """Features of the captions from which masked images are rebuilt: `text`, unless these are masked too."""
+    """Features of the captions from which masked images are rebuilt: `text`, or `masked_text` with `mask_partner`."""
     caches: PairCaches | None = None
     """Caches of `image` and `text`; None from an implementation without caches."""
     partner_caches: PairCaches | None = None
@@ -52,8 +52,8 @@ class Streams(NamedTuple):
 
 def needs_masked(config: MaskVLMConfig, weights: LossWeights) -> tuple[bool, bool]:
     """True for masked images, and for masked captions, if a loss of some weight reads their features."""
-    images = weights.mim > 0 or (weights.mlm > 0 and config.partner_image == "masked")
-    texts = weights.mlm > 0 or (weights.mim > 0 and config.partner_text == "masked")
+    images = weights.mim > 0 or (weights.mlm > 0 and config.mask_partner)
+    texts = weights.mlm > 0 or (weights.mim > 0 and config.mask_partner)
     return images, texts
 
 

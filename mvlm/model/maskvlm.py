@@ -103,8 +103,6 @@ def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
     given: dict[str, tuple[bool, Tensor | None]] = {
         "masks.patch_weights": (config.image_masking == "variable", masks.patch_weights),
         "masks.token_weights": (config.text_masking == "variable", masks.token_weights),
-        "masks.partner_patch_ids": (config.partner_image == "lightly masked", masks.partner_patch_ids),
-        "masks.partner_token_ids": (config.partner_text == "lightly masked", masks.partner_token_ids),
     }
     missing = [name for name, (wanted, value) in given.items() if wanted and value is None]
     if missing:

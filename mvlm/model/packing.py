@@ -33,25 +33,24 @@ def round_up_length(length: int) -> int:
 def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 16) -> tuple[Batch, Masks]:
     """Round the totals of a batch up, so that few shapes occur.
 
-    The number of tokens is rounded up to a multiple of B x text_length / `buckets`, and the number of masked tokens of
-    each list to a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest
+    The number of tokens is rounded up to a multiple of B x text_length / `buckets`, and the number of masked
+    tokens to a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest
     length is rounded up by `round_up_length`, but not above `text_length`. The added tokens come after the last
     caption. The added masked tokens point at them. Both are ignored.
     """
     multiple = round_up(max(1, len(batch.image_id) * text_length // buckets), 16)
     total = len(batch.tokens)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
-    padded = {}
-    for name in ("token_ids", "partner_token_ids"):
-        if (ids := getattr(masks, name)) is not None:
-            added = round_up(len(ids), round_up(multiple // 3, 16)) - len(ids)
-            padded[name] = _pad(ids, added, tokens - 1)
-            weights = name.replace("ids", "weights")
-            if getattr(masks, weights, None) is not None:
-                padded[weights] = _pad(getattr(masks, weights), added)
+    masked, weights = len(masks.token_ids), masks.token_weights
+    added = round_up(masked, round_up(multiple // 3, 16)) - masked
+    masks = replace(
+        masks,
+        token_ids=_pad(masks.token_ids, added, tokens - 1),
+        token_weights=None if weights is None else _pad(weights, added),
+    )
     # Captions above `text_length` keep their length, for the model to refuse them.
     longest = max(batch.max_length, min(round_up_length(batch.max_length), text_length))
-    return replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=longest), replace(masks, **padded)
+    return replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=longest), masks
 
 
 def eager_buckets(device: torch.device, precision: str) -> int:

@@ -26,16 +26,12 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     masked_image = encode_masked_image(model, batch, masks.patch_ids) if images else None
     masked_text = encode_masked_text(model, batch, masks.token_ids) if texts else None
     partner_image, partner_text = image, text
-    if weights.mlm > 0 and model.config.partner_image == "masked":
+    if weights.mlm > 0 and model.config.mask_partner:
         assert masked_image is not None
         partner_image = masked_image
-    elif weights.mlm > 0 and masks.partner_patch_ids is not None:
-        partner_image = encode_masked_image(model, batch, masks.partner_patch_ids)
-    if weights.mim > 0 and model.config.partner_text == "masked":
+    if weights.mim > 0 and model.config.mask_partner:
         assert masked_text is not None
         partner_text = masked_text
-    elif weights.mim > 0 and masks.partner_token_ids is not None:
-        partner_text = encode_masked_text(model, batch, masks.partner_token_ids)
     return Streams(image, masked_image, text, masked_text, partner_image, partner_text)
 
 

@@ -195,7 +195,6 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     # What only pretraining reads, though the model may have been pretrained with it.
     without = {"whole_words": False}
     without |= {"variable_image_masks": False, "variable_text_masks": False}
-    without |= {"partner_image_mask_ratio": 0.0, "partner_text_mask_ratio": 0.0}
     options = {**without, "share": together > 1, "per_image": together, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)

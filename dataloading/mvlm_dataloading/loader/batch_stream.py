@@ -2,7 +2,7 @@
 
 import atexit
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dali_index import Int64
 
 from .buffers import copy_on_this_thread
-from .masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks, draw_weighted_token_masks
+from .masking import draw_patch_masks, draw_variable_patch_masks, draw_weighted_token_masks
 from .prefetch import Prefetcher
 from .reader import Reader
 from .segment import RawBatch
@@ -45,10 +45,6 @@ class MaskConfig:
     """Draw the share of masked patches for each sample; the ratio is not read."""
     variable_tokens: bool = False
     """Draw the share of masked tokens for each sample; the ratio is not read."""
-    partner_patch_ratio: float = 0.0
-    """Ratio of `partner_patch_ids`; 0 for none. The blocks with the smallest keys are masked, so they are some of
-    those that a larger ratio masks."""
-    partner_token_ratio: float = 0.0
     uniform_tokens: bool = False
     """Draw the number of masked tokens of each caption uniformly, in place of `token_ratio`."""
     word_starts: NDArray[np.bool_] | None = None
@@ -126,16 +122,7 @@ class BatchStream:
             sample_id=self._host_tensor(raw.ids),
         )
         of = (self._seed, raw.epochs, raw.ids)
-        config = self._masks
-        masks = Masks(**self._patches(of), **self._tokens(of, captions.tokens, captions.lengths))
-        if config.partner_patch_ratio:
-            lighter: dict[str, Any] = {**config.patches, "ratio": config.partner_patch_ratio}
-            masks = replace(masks, partner_patch_ids=self._host_tensor(draw_patch_masks(*of, **lighter)))
-        if config.partner_token_ratio:
-            starts = self._starts(captions.tokens)
-            drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio, starts=starts)
-            masks = replace(masks, partner_token_ids=self._host_tensor(drawn))
-        return batch, masks
+        return batch, Masks(**self._patches(of), **self._tokens(of, captions.tokens, captions.lengths))
 
     def _assemble_shared(self, raw: RawBatch, captions: CaptionBatch, images: Int64) -> tuple[Batch, Masks]:
         """A batch that has each image and each caption once, and masks of these.

@@ -56,7 +56,7 @@ class Loader:
         strip: number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and
             resized; batches hold them as (B, 3, S, n S). Patch masks are those of one image.
         share: yield each image and each caption of a batch once (`Batch.image_of`). The samples of an image have the
-            same crop in an epoch. Without lighter masks of partners.
+            same crop in an epoch.
         per_image: samples of one image that come one after another in the sample order, for `share`.
         whole_words: mask whole words of a caption (`draw_token_masks`).
         uniform_text_masks: mask 1 to all of a caption's ordinary tokens, each number as likely as the others, in place
@@ -90,8 +90,6 @@ class Loader:
         text_mask_ratio: float = 0.3,
         variable_image_masks: bool = False,
         variable_text_masks: bool = False,
-        partner_image_mask_ratio: float = 0.0,
-        partner_text_mask_ratio: float = 0.0,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         train: bool = True,
@@ -112,9 +110,6 @@ class Loader:
         check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
-        check_token_ratio(partner_text_mask_ratio)
-        if partner_image_mask_ratio:
-            check_mask_sizes(image_size, patch_size, mask_block, partner_image_mask_ratio)
         check_text_length(text_length)
         if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
             raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
@@ -136,8 +131,6 @@ class Loader:
             token_ratio=text_mask_ratio,
             variable_patches=variable_image_masks,
             variable_tokens=variable_text_masks,
-            partner_patch_ratio=partner_image_mask_ratio,
-            partner_token_ratio=partner_text_mask_ratio,
             uniform_tokens=uniform_text_masks,
             word_starts=tokenizer.word_starts() if whole_words else None,
         )

@@ -72,11 +72,10 @@ def text_hash(tokenizer: str, length: int, masks: MaskConfig, shared: bool) -> s
     """
     newer = {
         "variable": [masks.variable_patches, masks.variable_tokens],
-        "partner": [masks.partner_patch_ratio, masks.partner_token_ratio],
         "shared": shared,
         "whole words": masks.word_starts is not None,
     }
-    off = {"variable": [False, False], "partner": [0.0, 0.0]}  # and False
+    off = {"variable": [False, False]}  # and False
     return settings_hash(
         {
             "tokenizer": tokenizer,

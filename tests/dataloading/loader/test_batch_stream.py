@@ -57,35 +57,19 @@ def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
 
 @pytest.mark.parametrize("share", [False, True])
 def test_whole_words_of_captions_are_masked(train_split, tokenizer, share):
-    """Words are told from the captions, not from tokens. A lighter mask of partners has whole words too."""
-    partner = {} if share else {"partner_text_mask_ratio": 0.2}
+    """Words are told from the captions, not from tokens."""
     several = 0
-    for batch, masks in take(load(train_split, tokenizer, whole_words=True, share=share, **partner), 5):
+    for batch, masks in take(load(train_split, tokenizer, whole_words=True, share=share), 5):
         captions = batch.tokens.tensor_split(batch.cu_seqlens[1:-1].long())
         for tokens, start in zip(captions, batch.cu_seqlens.tolist(), strict=False):
             text = tokenizer.decode(tokens)
             spans = [range(start + 1 + a, start + 1 + b) for _, a, b in tokenizer.words(text)]
-            drawn = [(masks.token_ids, 0.3)] + ([] if share else [(masks.partner_token_ids, 0.2)])
-            for ids, ratio in drawn:
-                inside = {i for i in ids.tolist() if start <= i < start + len(tokens)}
-                chosen = [span for span in spans if inside & set(span)]
-                assert inside == {i for span in chosen for i in span}
-                assert len(chosen) == max(1, round(ratio * len(spans)))
-                several += any(len(span) > 1 for span in chosen)
+            inside = {i for i in masks.token_ids.tolist() if start <= i < start + len(tokens)}
+            chosen = [span for span in spans if inside & set(span)]
+            assert inside == {i for span in chosen for i in span}
+            assert len(chosen) == max(1, round(0.3 * len(spans)))
+            several += any(len(span) > 1 for span in chosen)
     assert several
-
-
-def test_masks_of_partners_are_lighter_and_nested(train_split, tokenizer):
-    loader = load(train_split, tokenizer, partner_image_mask_ratio=0.25, partner_text_mask_ratio=0.1)
-    for batch, masks in take(loader, 7):
-        ids, lengths = batch.sample_id.numpy(), batch.cu_seqlens.diff().numpy()
-        assert np.array_equal(masks.partner_patch_ids, draw_patch_masks(5, 0, ids, image_size=64, ratio=0.25))
-        assert np.array_equal(masks.partner_token_ids, draw_token_masks(5, 0, ids, lengths, ratio=0.1))
-        for light, strong in zip(masks.partner_patch_ids.tolist(), masks.patch_ids.tolist(), strict=True):
-            assert set(light) < set(strong)
-        assert set(masks.partner_token_ids.tolist()) <= set(masks.token_ids.tolist())
-    _, without = next(iter(load(train_split, tokenizer)))
-    assert without.partner_patch_ids is without.partner_token_ids is None
 
 
 def test_variable_masks_equal_the_mask_functions(train_split, tokenizer):

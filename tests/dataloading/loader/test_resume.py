@@ -81,8 +81,6 @@ def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(tra
         ({"variable_image_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
         ({"variable_text_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
         ({"whole_words": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"partner_image_mask_ratio": 0.6}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"partner_text_mask_ratio": 0.1}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
     ],
 )
 def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(train_split, tokenizer, settings, words, caplog):

@@ -91,23 +91,9 @@ def test_fields_of_a_preset_can_be_changed():
         ({"image_mask_ratio": 0.1}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0.1"),
         ({"image_mask_ratio": 1.2}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 1.2"),
         ({"text_mask_ratio": 1.5}, r"text_mask_ratio must be in \[0, 1\], got 1.5"),
-        ({"partner_image_mask_ratio": 0.7}, "partner_image_mask_ratio must be at most image_mask_ratio = 0.6, got 0.7"),
-        (
-            {"partner_image_mask_ratio": 0.1},
-            "partner_image_mask_ratio must mask at least one of 4 blocks, or be 0, got",
-        ),
-        ({"partner_text_mask_ratio": 0.4}, "partner_text_mask_ratio must be at most text_mask_ratio = 0.3, got 0.4"),
-        (
-            {"partner_image_mask_ratio": 0.3, "drop_masked": True},
-            "partner_image_mask_ratio must be 0 or image_mask_ratio with drop_masked",
-        ),
         ({"contrastive": "hinge"}, 'contrastive must be "softmax" or "sigmoid", got \'hinge\''),
         ({"text_masking": "none"}, 'text_masking must be "fixed" or "variable", got \'none\''),
         ({"image_masking": "variable", "drop_masked": True}, "image_masking: wanted fixed with drop_masked"),
-        (
-            {"text_masking": "variable", "partner_text_mask_ratio": 0.2},
-            "text_masking: wanted fixed with a small partner_text_mask_ratio, got variable",
-        ),
         ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
         ({"image_mask_ratio": math.nan}, "image_mask_ratio must be a finite number, got nan"),
         ({"image_mean": (0.5, math.inf, 0.5)}, "image_mean must be a finite number, got inf"),
@@ -122,20 +108,13 @@ def test_invalid_settings_of_a_model_are_refused(changes, message):
 def test_options_of_the_loader_are_the_models_sizes_and_masks():
     config = micro_config(
         patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9,
-        text_masking="variable", whole_word_masking=True, partner_image_mask_ratio=0.125,
+        text_masking="variable", whole_word_masking=True, mask_partner=True,
     )  # fmt: skip
     sizes = {"image_size": 32, "text_length": 9, "patch_size": 4, "mask_block": 8}
     ratios = {"image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
     masks = {
         "variable_image_masks": False, "variable_text_masks": True, "whole_words": True,
-        "partner_image_mask_ratio": 0.125, "partner_text_mask_ratio": 0.0,
     }  # fmt: skip
     assert config.loader_options() == sizes | ratios | masks
     assert config.loader_options(train=False) == sizes | ratios
     assert config.loader_options().keys() <= inspect.signature(Loader).parameters.keys()
-
-
-def test_options_of_the_loader_ask_for_partners_only_if_their_masks_are_others():
-    config = micro_config(partner_text_mask_ratio=0.3, image_masking="variable")  # the mask that is to be predicted
-    assert config.loader_options()["partner_text_mask_ratio"] == 0
-    assert config.loader_options()["variable_image_masks"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.json_files import REMOVED, config_json, model_config, read_config, run_config
+from mvlm.config.json_files import REMOVED, config_json, model_config, read_config, run_config, without_removed
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
@@ -82,3 +82,17 @@ def test_the_flag_of_a_removed_setting_is_refused(name, run_mvlm):
 def test_a_removed_setting_was_in_a_version_that_was_released():
     released = tuple(map(int, version("mvlm").split(".")))
     assert all(tuple(map(int, gone.last.split("."))) <= released for gone in REMOVED.values())
+
+
+@pytest.mark.parametrize("image, text", [(0.5, 0.3), (0.5, 0.0), (0.2, 0.1)])
+def test_partners_masked_as_the_inputs_are_mask_partner(image, text):
+    values = micro_config(image_mask_ratio=0.5, text_mask_ratio=0.3).to_dict()
+    del values["mask_partner"]
+    values |= {"partner_image_mask_ratio": image, "partner_text_mask_ratio": text}
+    if (image, text) == (0.5, 0.3):
+        assert model_config(values, "model.json") == micro_config(image_mask_ratio=0.5, mask_partner=True)
+        flat = {f"model.{name}": value for name, value in values.items()}
+        assert without_removed(flat) == {f"model.{k}": v for k, v in without_removed(values, "model.").items()}
+        return
+    with pytest.raises(ConfigError, match=r"model\.partner_image_mask_ratio: .* mvlm 0\.2\.0 is the last"):
+        model_config(values, "model.json")

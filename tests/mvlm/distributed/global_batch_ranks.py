@@ -31,7 +31,6 @@ from mvlm_dataloading import Batch, Masks
 sys.path.append(str(Path(__file__).parents[2]))
 from support.models import (
     micro_batch,
-    micro_config,
     micro_model,
     with_weights,
 )
@@ -47,11 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
     "text pooling with softmax": {"text_pooling": True},
     "weighted masks": {},
-    "partner masks": {},
-    "masked partners": {
-        "partner_image_mask_ratio": micro_config().image_mask_ratio,
-        "partner_text_mask_ratio": micro_config().text_mask_ratio,
-    },
+    "masked partners": {"mask_partner": True},
 }
 """Changes of the model, by name. Masks are changed where the name says so."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
@@ -66,8 +61,6 @@ def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
     image_id[[5, 13]] = 102
     text_id[[7, 8, 15]] = 200
     masks = with_weights(batch, masks) if "weighted" in variant else masks
-    if variant == "partner masks":
-        masks = replace(masks, partner_patch_ids=masks.patch_ids[:, ::2], partner_token_ids=masks.token_ids[::2])
     return replace(batch, image_id=image_id, text_id=text_id), masks
 
 
@@ -84,11 +77,7 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         inside, weights = (ids >= begin) & (ids < end), getattr(masks, f"{name}_weights", None)
         return {f"{name}_ids": ids[inside] - begin} | ({} if weights is None else {f"{name}_weights": weights[inside]})
 
-    patches = {
-        name: ids[rows]
-        for name in ("patch_ids", "patch_weights", "partner_patch_ids")
-        if (ids := getattr(masks, name)) is not None
-    }
+    patches = {name: ids[rows] for name in ("patch_ids", "patch_weights") if (ids := getattr(masks, name)) is not None}
     part = Batch(
         images=batch.images[rows],
         tokens=batch.tokens[begin:end],
@@ -98,7 +87,7 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         text_id=batch.text_id[rows],
         sample_id=batch.sample_id[rows],
     )
-    return part, Masks(**patches, **own("token"), **own("partner_token"))
+    return part, Masks(**patches, **own("token"))
 
 
 class Oracle:

@@ -108,28 +108,15 @@ def test_implementations_agree_on_weights(weights: LossWeights):
     assert_implementations_agree(model, *micro_batch(config=model.config), weights=weights)
 
 
-def lightly_masked(batch: Batch, masks: Masks) -> Masks:
-    """The masks, with a quarter of the patches and the first masked token of each caption masked in the partners."""
-    first = [masks.token_ids[masks.token_ids >= start][0] for start in batch.cu_seqlens[:-1]]
-    count = masks.patch_ids.shape[1] // 2
-    return replace(masks, partner_patch_ids=masks.patch_ids[:, :count], partner_token_ids=torch.stack(first))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("text", [0.0, 0.1, 0.3])
-@pytest.mark.parametrize("image", [0.0, 0.25, 0.5])
-def test_implementations_agree_on_masked_partners(image: float, text: float, padded: bool):
-    model = micro_model(image_mask_ratio=0.5, partner_image_mask_ratio=image, partner_text_mask_ratio=text)
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0, 1, 1, 1), LossWeights(1, 0, 1, 1)], ids=str)
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_implementations_agree_on_masked_partners(drop_masked: bool, weights: LossWeights, padded: bool):
+    model = micro_model(image_mask_ratio=0.5, mask_partner=True, drop_masked=drop_masked)
     batch, masks = micro_batch(config=model.config)
-    light = lightly_masked(batch, masks)
-    masks = replace(
-        masks,
-        partner_patch_ids=light.partner_patch_ids if model.config.partner_image == "lightly masked" else None,
-        partner_token_ids=light.partner_token_ids if model.config.partner_text == "lightly masked" else None,
-    )
     inputs = pad_to_bucket(batch, masks, model.config.text_length) if padded else None
-    assert_implementations_agree(model, batch, masks, fast_inputs=inputs)
+    assert_implementations_agree(model, batch, masks, fast_inputs=inputs, weights=weights)
 
 
 @pytest.mark.slow

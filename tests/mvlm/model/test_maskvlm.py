@@ -173,10 +173,6 @@ UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
         {"image_masking": "variable", "text_masking": "variable"},
         "masks.patch_weights, masks.token_weights: wanted a tensor, as configured, got None",
     ),
-    "partners": (
-        {"partner_image_mask_ratio": 0.3, "partner_text_mask_ratio": 0.1},
-        "masks.partner_patch_ids, masks.partner_token_ids: wanted a tensor",
-    ),
 }
 
 

@@ -237,7 +237,7 @@ def test_a_run_resumes_if_its_config_lacks_settings_that_are_newer(run_copy):
     values = json.loads((run_copy / "config.json").read_text())
     for name in ("clip_norm", "ema_decay"):
         del values[name]
-    for name in ("contrastive", "partner_image_mask_ratio", "text_masking"):
+    for name in ("contrastive", "mask_partner", "text_masking"):
         del values["model"][name]
     (run_copy / "config.json").write_text(json.dumps(values))
     assert open_run(pretrain_config(values["data"], run_copy, resume=True)) is not None
