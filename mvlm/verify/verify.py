@@ -1,6 +1,7 @@
 """`verify_run`: all checks of a finished run."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from mvlm.runs.load import load_model
 from mvlm.verify.claims import Claims, read_claims, wrong_checkpoints, wrong_data, wrong_rows
 from mvlm.verify.replay import Replay, check_machine, choose_segments, threads
 from mvlm_dataloading import open_dataset
+
+log = logging.getLogger(__name__)
 
 
 class Check(NamedTuple):
@@ -46,6 +49,7 @@ def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: 
         return
     replay = Replay(claims, device)
     for segment in choose_segments([step_of(path) for path in claims.kept], steps):
+        log.info("replaying %s", segment)
         problems = [f"{segment}: {problem}" for problem in replay.differences(segment)]
         yield Check(f"{segment}: replayed, rows and weights are equal bit for bit", problems)
     yield Check("eval/test.json: evaluated again, figures are equal", list(wrong_figures(claims, replay)))
