@@ -1,41 +1,19 @@
-"""Files: checksums, JSON, safetensors, and writes forced to the disk.
+"""Folders and safetensors; `mvlm_dataloading.files` has checksums, JSON, and writes forced to the disk.
 
 safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
 """
 
-import hashlib
-import json
-import math
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-
-
-def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force the contents of a file or a folder to the disk (fsync).
-
-    Sync a file before it is renamed: after a power cut the disk may hold the rename without the contents.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from mvlm_dataloading import files
 
 
 def check_folder(path: Path, wanted: str) -> None:
@@ -55,32 +33,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
     final = Path(os.path.realpath(out))
     # A random name: a process that was killed may have left a folder, and in a container a later one has its number.
-    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
-    aside.mkdir(parents=True)
-    try:
+    with files.new_folder(final, final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")) as aside:
         yield aside
-        for file in aside.iterdir():
-            sync(file)
-        sync(aside)
-        aside.rename(final)  # replaces an empty folder
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, and make the folder if it does not exist. NaN and infinity become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with None for each number that is not finite."""
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

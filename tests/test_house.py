@@ -39,7 +39,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"build"},
         {"tokenizer"},
         {"dataset", "sources", "options"},
-        {"captions", "randomness", "regular_files", "tar_walk"},
+        {"captions", "randomness", "files", "regular_files", "tar_walk"},
         {"batch"},
         {"errors"},
     ],

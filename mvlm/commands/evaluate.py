@@ -97,8 +97,8 @@ def eval_retrieval(
     from mvlm.errors import ConfigError
     from mvlm.evaluation.evaluate import default_rerank, evaluate
     from mvlm.evaluation.table import format_table
-    from mvlm.files import write_json
     from mvlm.machine import describe_machine, package_versions
+    from mvlm_dataloading.files import write_json
 
     if rerank is not None and rerank < 0:
         raise ConfigError(f"rerank: wanted at least 0, got {rerank}")
@@ -163,7 +163,7 @@ def _report(figures: dict[str, Any], records: list[dict[str, Any]], out: Path | 
     """Print the figures, and write them with the records to `out`."""
     import json
 
-    from mvlm.files import write_json
+    from mvlm_dataloading.files import write_json
 
     print(json.dumps(figures, indent=1))
     if out is not None:

@@ -64,11 +64,11 @@ def _evaluate(
     from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file
     from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
     from mvlm.errors import ConfigError
-    from mvlm.files import write_json
     from mvlm.tasks.evaluate import evaluate_task
     from mvlm.tasks.records import are_predictions, check_format, write_predictions
     from mvlm.tasks.registry import find_task
     from mvlm_dataloading import open_dataset
+    from mvlm_dataloading.files import write_json
 
     def check() -> None:
         check_result_file(out)  # before minutes are spent

@@ -52,11 +52,11 @@ def query(
     """
     from mvlm.commands.arguments import check_no_input, check_page, check_replaced, read_json
     from mvlm.errors import ConfigError
-    from mvlm.files import write_json
     from mvlm.report.answers import Answer, thumbnail, write_answers
     from mvlm.runs.load import load_model
     from mvlm.search.index import open_index
     from mvlm.search.query import ImageReader, search
+    from mvlm_dataloading.files import write_json
 
     check_no_input(html, image, json, flag="html")
     check_no_input(json, image, flag="json")

@@ -21,9 +21,9 @@ from torch import Tensor
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import sync, write_json
 from mvlm.progress import WorkProgress
 from mvlm_dataloading import DataError
+from mvlm_dataloading.files import aside_of, write_json
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +250,6 @@ def _empty(folder: Path) -> None:
     """Remove all work in the folder; its plan first, because rows that are missing would be read as zeros."""
     file = folder / PLAN
     write_json(file, {})
-    sync(file)
     for path in set(folder.iterdir()) - {folder / ".lock", file}:
         path.unlink(missing_ok=True)
 
@@ -259,7 +258,8 @@ def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManag
     """Make or check the folder and lock it. Returns a context that holds the lock."""
     plan = {"format_version": FORMAT_VERSION, **plan}
     file = folder / PLAN
-    if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= {folder / ".lock"})):
+    ours = {folder / ".lock", aside_of(file)}
+    if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= ours)):
         raise RunError(f"{folder}: wanted no such path or an unfinished evaluation, found something else; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     try:

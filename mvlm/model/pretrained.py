@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mvlm.config.json_files import model_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import load_weights, write_json, write_safetensors
+from mvlm.files import load_weights, write_safetensors
+from mvlm_dataloading.files import write_json
 
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin as Base

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mvlm.files import new_folder, sha256, write_json
+from mvlm.files import new_folder
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.portable.modules import parts
 from mvlm.portable.programs import OPSET, TOLERANCE, Format, check_onnx_packages, write_programs
 from mvlm.runs.load import load_for_export
 from mvlm_dataloading import Tokenizer
+from mvlm_dataloading.files import sha256, write_json
 
 PREPROCESS, TOKENIZER = "preprocess.json", "tokenizer.json"
 

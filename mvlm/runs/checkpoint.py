@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, read_safetensors, sha256
+from mvlm.files import check_fit, read_safetensors
+from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
-from mvlm.files import sha256, sync, write_json, write_safetensors
+from mvlm.files import write_safetensors
 from mvlm.runs.checkpoint import (
     FORMAT_VERSION,
     GENERATORS,
@@ -33,6 +33,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.history import History
 from mvlm_dataloading import Tokenizer
+from mvlm_dataloading.files import place_folder, sha256, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class CheckpointWriter:
         manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "sha256": named}
         write_json(aside / MANIFEST, manifest)
         # Everything is on the disk before the rename: after a power cut, a folder without .tmp is complete.
-        for path in [aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside]:
+        for path in (p for p in aside.iterdir() if p.is_dir()):
             sync(path)
         if self._history is not None:
             self._history.save(step_of(final), aside / MANIFEST, metrics_bytes)
@@ -219,8 +220,7 @@ class CheckpointWriter:
                 set_aside(path)
         self._refused = []
         shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        sync(self._root)
+        place_folder(aside, final)
         for rest in self._root.glob("step_*.tmp"):  # left by a save that was killed
             if re.fullmatch(r"step_\d{8,}\.tmp", rest.name):
                 shutil.rmtree(rest, ignore_errors=True)

@@ -12,8 +12,9 @@ from filelock import FileLock, Timeout
 from mvlm.config.json_files import check_removed, config_json, differing_settings, read_config, with_defaults
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
-from mvlm.files import check_folder, sync, write_json
+from mvlm.files import check_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
+from mvlm_dataloading.files import aside_of, write_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,6 @@ class RunFolder:
     def config(self) -> Path:
         """Resolved configuration. A folder that has it belongs to a run."""
         return self.path / "config.json"
-
-    @property
-    def partial_config(self) -> Path:
-        """Configuration that is being written. A kill may leave it behind."""
-        return self.path / ".config.json.partial"
 
     @property
     def lock(self) -> Path:
@@ -138,7 +134,7 @@ def check_usable(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
     # A service such as W&B starts before config.json is written, and leaves its files if the run then cannot start.
-    ours = (folder.partial_config, folder.lock, out / "wandb")
+    ours = (aside_of(folder.config), folder.lock, out / "wandb")
     if out.is_dir() and not folder.config.is_file() and any(path not in ours for path in out.iterdir()):
         raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
 
@@ -223,10 +219,7 @@ def write_config(config: PretrainConfig) -> None:
     if folder.config.is_file():
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(folder.partial_config, config_json(config))
-    sync(folder.partial_config)
-    folder.partial_config.replace(folder.config)
-    sync(config.out)
+    write_json(folder.config, config_json(config))
 
 
 class MetricsFile:
@@ -238,9 +231,7 @@ class MetricsFile:
         times = [row["seconds"] for row in found if isinstance(row.get("seconds"), float)]
         self.seconds = max(times, default=0.0)
         """Seconds that the run has trained so far, those of dropped rows included."""
-        aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file unchanged
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(path)
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("ab", buffering=0)  # a buffer would write the rest of a failed line later
         self._complete_bytes = path.stat().st_size
         """Length of the file up to its last complete line."""

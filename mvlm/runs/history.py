@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from mvlm.files import sha256
 from mvlm.machine import code_revision, describe_machine, package_versions
 from mvlm.runs.folder import RunFolder
+from mvlm_dataloading.files import sha256
 
 START, SAVE = "start", "save"
 FIELDS: dict[str, dict[str, type]] = {

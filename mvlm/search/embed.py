@@ -36,10 +36,10 @@ from mvlm.search.embedding_files import (
     read_versioned,
     remove_leftovers,
     text_table,
-    write_description,
     write_lines,
     write_table,
 )
+from mvlm_dataloading.files import write_json
 
 log = logging.getLogger(__name__)
 PART = 16 * BATCH
@@ -132,7 +132,7 @@ def _begin(folder: EmbeddingFolder, plan: dict[str, Any], settled: Sequence[str]
             )
         if not begun or not file.is_file():
             folder.parts.mkdir(exist_ok=True)
-            write_description(folder.plan, plan)
+            write_json(folder.plan, plan)
         on_error.pop_all()
     return held
 
@@ -187,5 +187,5 @@ def _finish(
         log.warning("%d images could not be used; %s says why", len(rejected), folder.rejected)
     if not counts["images"]:
         raise RunError(f"{folder.path}: wanted images to embed, found none that can be read; see {folder.rejected}")
-    write_description(folder.description, {**plan, "checkpoint": checkpoint, "rejected": len(rejected), **counts})
+    write_json(folder.description, {**plan, "checkpoint": checkpoint, "rejected": len(rejected), **counts})
     remove_leftovers(folder)

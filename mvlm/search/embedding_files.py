@@ -11,12 +11,10 @@ A file is written aside, forced to the disk and renamed, so a file with its fina
 Shape legend: n rows, E width of the vectors.
 """
 
-import contextlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mvlm.errors import RunError
-from mvlm.files import sync, write_json
 from mvlm.search.collection import Item
+from mvlm_dataloading.files import replaced
 
 FORMAT_VERSION = 1
 KINDS = ("images", "texts")
@@ -106,22 +104,9 @@ def _unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends without an error."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        sync(aside)
-        aside.replace(path)
-        sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file whole, as one row group."""
-    with written_whole(path) as aside:
+    with replaced(path) as aside:
         pq.write_table(table, aside, row_group_size=max(1, len(table)), **PARQUET)
 
 
@@ -129,7 +114,7 @@ def join_parts(folder: EmbeddingFolder, kind: str, numbers: Iterable[int], width
     """Write all parts as one Parquet file, one part in memory at a time. Returns the number of rows."""
     rows = 0
     with (
-        written_whole(folder.vectors(kind)) as aside,
+        replaced(folder.vectors(kind)) as aside,
         pq.ParquetWriter(aside, schema_of(kind, width), **PARQUET) as writer,
     ):
         for number in numbers:
@@ -147,14 +132,8 @@ def read_rows(path: Path) -> list[int]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a file of JSON objects, one per line, whole."""
-    with written_whole(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with replaced(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_description(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file whole."""
-    with written_whole(path) as aside:
-        write_json(aside, value)
 
 
 def read_description(path: Path) -> dict[str, Any]:

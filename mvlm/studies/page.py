@@ -13,6 +13,7 @@ from mvlm.report.charts import line_chart
 from mvlm.report.html import table, write_page
 from mvlm.studies.compare import Comparison, Interval, Result, compare
 from mvlm.studies.study import Study
+from mvlm_dataloading.files import write_file
 
 COLUMNS = (
     "study", "data", "arm", "against", "measure", "seeds", "mean", "sd", "difference", "low_over_seeds",
@@ -58,9 +59,7 @@ def write_csv(study: Study, results: Sequence[Result], file: Path) -> None:
                 + [" ".join(sorted({r["made_by"][key] for r in arms[arm]})) for key in ("commit", "machine")]
             )
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text.getvalue())
-    partial.replace(file)
+    write_file(file, text.getvalue())
 
 
 def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Path:

@@ -17,7 +17,6 @@ from mvlm.config.pretrain import GROUPS, PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_with_ranks
-from mvlm.files import sha256, sync, write_json
 from mvlm.machine import code_revision, processor_name
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
@@ -27,6 +26,7 @@ from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import find_task
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
+from mvlm_dataloading.files import sha256, write_file, write_json
 
 FORMAT_VERSION = 1
 _CURVES = ("tr_r1", "ir_r1", "gain_text_nats", "gain_pixels_pct")
@@ -161,7 +161,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "ranks": ranks,
         "curves": {name: curve(rows, name) for name in _curves(rows)},
     }
-    _write_result(trial, result)
+    write_json(trial.file, result)
     remove_checkpoints(trial)
     return result
 
@@ -222,7 +222,7 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
         if trial.same_settings(result) and trial.same_images(result):
             result |= {"arm": trial.arm}
-            _write_result(trial, result)
+            write_json(trial.file, result)
             return result
     return None
 
@@ -241,17 +241,7 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 def write_results(results: Iterable[dict[str, Any]], file: Path) -> None:
     """Write the results of trials as JSON lines, which `take_result` reads: a study's results in one small file."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w") as lines:
-        lines.writelines(json.dumps(result, separators=(",", ":")) + "\n" for result in results)
-    partial.replace(file)
-
-
-def _write_result(trial: Trial, result: dict[str, Any]) -> None:
-    partial = trial.file.with_suffix(".partial")
-    write_json(partial, result)
-    sync(partial)
-    partial.replace(trial.file)
+    write_file(file, "".join(json.dumps(result, separators=(",", ":")) + "\n" for result in results))
 
 
 def settings_of(config: PretrainConfig) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import sha256
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
@@ -37,6 +36,7 @@ from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
 from mvlm.training.workspace import evaluation_workspace
 from mvlm_dataloading import Dataset
+from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
 

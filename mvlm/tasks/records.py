@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
+from mvlm_dataloading.files import write_file
 
 Value = TypeVar("Value")
 
@@ -180,9 +181,7 @@ def write_predictions(
         both = [both[i] for i in dict.fromkeys(first_samples(s for _, s in both))]
         text = json.dumps([{"image_id": _published_id(s, r["sample"]), "caption": r["caption"]} for r, s in both])
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_file(path, text)
 
 
 def _published_id(sample: Mapping[str, Any], number: int) -> Any:

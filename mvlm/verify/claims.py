@@ -9,13 +9,14 @@ from typing import Any
 from mvlm.config.json_files import read_config, run_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
-from mvlm.files import check_folder, sha256
+from mvlm.files import check_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, read_state, step_of, verify_checkpoint
 from mvlm.runs.folder import RunFolder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.dataset.description import shard_paths
 from mvlm_dataloading.dataset.index_writer import fingerprint_of
+from mvlm_dataloading.files import sha256
 from mvlm_dataloading.tools.reindex import lists_samples_of
 
 

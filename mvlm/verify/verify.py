@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvlm.evaluation.evaluate import evaluate
-from mvlm.files import finite
 from mvlm.runs.checkpoint import step_of
 from mvlm.runs.load import load_model
 from mvlm.verify.claims import Claims, read_claims, wrong_checkpoints, wrong_data, wrong_rows
 from mvlm.verify.replay import Replay, check_machine, choose_segments, threads
 from mvlm_dataloading import open_dataset
+from mvlm_dataloading.files import finite
 
 log = logging.getLogger(__name__)
 

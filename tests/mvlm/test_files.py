@@ -1,8 +1,5 @@
 """JSON and safetensors files, and the errors for those that do not fit."""
 
-import hashlib
-import json
-import math
 import os
 
 import pytest
@@ -10,27 +7,8 @@ import torch
 from torch import nn
 
 from mvlm.errors import RunError
-from mvlm.files import (
-    check_folder,
-    copy_into,
-    load_weights,
-    new_folder,
-    read_safetensors,
-    sha256,
-    write_json,
-    write_safetensors,
-)
+from mvlm.files import check_folder, copy_into, load_weights, new_folder, read_safetensors, write_safetensors
 from support.folders import forbid
-
-
-def test_sha256_is_that_of_the_contents(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc" * 100_000)
-    assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
-
-
-def test_write_json_makes_the_folder_and_writes_null_for_nan(tmp_path):
-    write_json(tmp_path / "new" / "values.json", {"a": [1, None, math.nan], "b": {"c": (-math.inf, 0.5)}})
-    assert json.loads((tmp_path / "new" / "values.json").read_text()) == {"a": [1, None, None], "b": {"c": [None, 0.5]}}
 
 
 def test_check_folder_says_what_is_there(tmp_path):

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import describe_shard
+from mvlm_dataloading.dataset.description import describe_shard, write_description
 from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
-from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import replaced, write_file
 from mvlm_dataloading.sources.tar_samples import CUT
 from mvlm_dataloading.tokenizer import load_tokenizer
 
@@ -111,7 +111,7 @@ def assemble(assembly: Assembly) -> Counter[str]:
         )
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
-        write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_file(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in rejected)
     for line in rejected:
         if line["reason"] == CUT:
@@ -231,9 +231,8 @@ def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, sha256: s
         elif suffix == ".tar" and assembly.out is not None and assembly.out.filesystem is part.filesystem:
             part.copy_to(old + suffix, assembly.out, target.name)
         else:
-            aside = target.with_name(f"{target.name}.aside")
-            part.get(old + suffix, aside, sha256 if suffix == ".tar" else None, exact=True)
-            aside.rename(target)
+            with replaced(target) as aside:
+                part.get(old + suffix, aside, sha256 if suffix == ".tar" else None, exact=True)
     if assembly.out is not None and new.exists():
         assembly.out.put(new, new.name)
         new.unlink()
@@ -285,11 +284,11 @@ def _write_description(assembly: Assembly, splits: dict[str, dict[str, Any]], re
     }
     if "tokenizer" in plan["recipe"]:
         tokenizer = assembly.parts[0].read("tokenizer.json")
-        (final / "tokenizer.json").write_bytes(tokenizer)
+        write_file(final / "tokenizer.json", tokenizer)
         description["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
         fingerprint = load_tokenizer(final / "tokenizer.json").fingerprint
         description["tokens"] = {"fingerprint": fingerprint, "max_length": plan["recipe"]["text_length"]}
-    write_durably(final / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    write_description(final, description)
 
 
 def _piece(number: int) -> str:

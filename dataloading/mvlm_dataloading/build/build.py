@@ -25,9 +25,9 @@ from typing import Any
 
 from mvlm_dataloading.dataset.description import already_written, require_free_folder
 from mvlm_dataloading.dataset.description_fields import parse_description, require_split_name
-from mvlm_dataloading.dataset.durable_files import sync_folder
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote, normal_url
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import place_folder
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 from mvlm_dataloading.tokenizer import load_tokenizer
@@ -245,9 +245,7 @@ def _finish(assembly: Assembly, out: Path | str) -> None:
     counts = assemble(assembly)
     final = assembly.folder / "final"
     if assembly.out is None:
-        sync_folder(final)
-        final.rename(out)  # replaces an empty folder, and fails on any other
-        sync_folder(Path(out).parent)
+        place_folder(final, Path(out))
     else:
         for path in sorted(final.iterdir(), key=lambda path: (path.name == "dataset.json", path.name)):
             assembly.out.put(path, path.name)

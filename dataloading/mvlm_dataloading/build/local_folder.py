@@ -4,9 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-from mvlm_dataloading.dataset.durable_files import sync_file, sync_folder
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import replaced, write_file
 
 
 class LocalFolder:
@@ -49,18 +49,12 @@ class LocalFolder:
         try:
             os.link(path, to)
         except OSError:  # another disk, or a file system without links
-            aside = to.with_name(f"{to.name}.aside")  # of an interrupted call too, so that it leaves nothing
-            shutil.copyfile(path, aside)
-            aside.rename(to)
+            with replaced(to) as aside:
+                shutil.copyfile(path, aside)
 
     def write(self, name: str, content: bytes) -> None:
         """Store a file. It appears complete, or not at all, and is on the disk afterwards."""
-        path = self.folder / name
-        aside = path.with_name(f"{path.name}.tmp")
-        aside.write_bytes(content)
-        sync_file(aside)
-        aside.rename(path)
-        sync_folder(path.parent)
+        write_file(self.folder / name, content)
 
 
 def open_folder(place: Path | str) -> LocalFolder | RemoteFolder:

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256
 
@@ -207,7 +207,7 @@ def claim_working_folder(place: Path | str, plan: dict[str, Any]) -> None:
             discard(path)
         elif path.name != "lock":
             path.unlink()
-    write_durably(file, wanted)
+    write_file(file, wanted)
 
 
 @contextmanager

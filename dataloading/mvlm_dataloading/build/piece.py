@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.captions import clean_captions
-from mvlm_dataloading.dataset.durable_files import sync_folder, write_durably
+from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import KEY_PATTERN, TOO_LARGE, Piece, Record
 from mvlm_dataloading.sources.strip import ImageStrip
@@ -75,13 +75,11 @@ def write_piece(
             writer.add_group(group)
             report(len(group))
         writer.close()
-        sync_folder(aside)
         try:
-            aside.rename(target)
+            place_folder(aside, target)
         except OSError:
             if not (target / "shards.json").is_file():  # else another process finished it first, with equal bytes
                 raise
-        sync_folder(target.parent)
     finally:
         writer.abandon()
         shutil.rmtree(aside, ignore_errors=True)
@@ -122,7 +120,7 @@ class _PieceWriter:
         os.fsync(self._lines.fileno())
         self._lines.close()
         described = [{"captions": shard.captions, **shard.description()} for shard in self._shards]
-        write_durably(self._folder / "shards.json", json.dumps(described))
+        write_file(self._folder / "shards.json", json.dumps(described))
 
     def abandon(self) -> None:
         """Close open files after an error. Has no effect after `close`."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.remote_cache import cache_folder
 from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote, normal_url
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Piece
 
@@ -136,6 +136,4 @@ def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
         except (OSError, ValueError):
             numbers = []
         crashes["fatal" if numbers and set(numbers) <= set(crashes["suspect"]) else "suspect"] += numbers
-    aside = noted.with_suffix(".new")
-    write_durably(aside, json.dumps(crashes))
-    aside.rename(noted)
+    write_file(noted, json.dumps(crashes))

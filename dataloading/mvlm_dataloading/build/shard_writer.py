@@ -30,11 +30,11 @@ from filelock import FileLock, Timeout
 
 from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
-from mvlm_dataloading.dataset.description import require_free_folder
+from mvlm_dataloading.dataset.description import require_free_folder, write_description
 from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION, require_split_name
-from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import place_folder, sha256, sync, write_file
 from mvlm_dataloading.sources.record import KEY_PATTERN
 
 from .image_check import prepare_image
@@ -171,10 +171,10 @@ class ShardWriter:
             "tokenizer": None,
             "rejected": dict(sorted(self.rejected.items())),
         }
-        write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        write_description(self._partial, description)
         for split in description["splits"]:
             write_index(self._partial, split)
-        self._partial.rename(self.out)  # replaces an empty folder, and fails on any other
+        place_folder(self._partial, self.out)
         # After the rename: a writer that found the folder unlocked would remove what is in it.
         (self.out / LOCK).unlink()
         self._lock.release()
@@ -265,11 +265,10 @@ class Shard:
 
     def close(self) -> "Shard":
         self.tar.close()
-        sync_file(self.path)
-        with self.path.open("rb") as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sync(self.path)
+        self.sha256 = sha256(self.path)
         # Write the index last, because an index older than its tar is refused.
-        write_durably(self.path.with_suffix(".idx"), format_index(self.index))
+        write_file(self.path.with_suffix(".idx"), format_index(self.index))
         return self
 
     def description(self) -> dict[str, Any]:

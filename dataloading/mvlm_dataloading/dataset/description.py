@@ -1,6 +1,7 @@
 """`dataset.json`, the description of a data folder."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import write_file
 from mvlm_dataloading.regular_files import open_regular, read_regular
 
 from .description_fields import parse_description
@@ -28,6 +30,11 @@ def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) 
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"tar": tar.name, "samples": samples, "bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write the `dataset.json` of a folder."""
+    write_file(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:

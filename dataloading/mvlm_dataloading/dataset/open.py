@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import make_no_older, replaced
 
 from .dataset import Dataset
 from .description import read_description, shard_paths
-from .durable_files import make_no_older, replaced_durably
 from .pack import local_hint, older_index, pack_local, pack_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .remote_files import is_remote
@@ -73,7 +73,7 @@ def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
     description = read_description(folder)
     shards = _shards_of_split(folder, description, split)
     path = index_path(folder, split)
-    with replaced_durably(path) as file:
+    with replaced(path) as aside, aside.open("w+b") as file:
         if with_tars:
             pack_local(folder, split, shards, file)
             _check_samples(_dataset(folder, split, description, map_index(Path(file.name))))

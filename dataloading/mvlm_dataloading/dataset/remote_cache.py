@@ -29,10 +29,10 @@ from typing import Any
 from filelock import FileLock
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import sync, write_file
 
 from .dali_index import read_head
 from .description_fields import parse_description
-from .durable_files import sync_file
 from .remote_files import RemoteFolder
 from .sample_index import map_index
 
@@ -83,7 +83,7 @@ class RemoteCache:
         self.folder = cache / digest
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "dataset.json", description)
+            write_file(self.folder / "dataset.json", description, shared=True)
         except OSError as error:
             raise DataError(
                 f"{cache}: wanted a cache folder that can be written, found that it cannot: {error.strerror}; set "
@@ -142,7 +142,7 @@ class RemoteCache:
             try:
                 if not self.remote.attempt(name, copy):
                     return None
-                sync_file(part)
+                sync(part)
                 part.rename(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -165,7 +165,9 @@ class RemoteCache:
                     f"{head!r}, {lines} lines and {len(text)} bytes of an index of {shard['samples']} samples"
                 )
 
-        _replace(self.folder / name, self.remote.read(name, check))
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, self.remote.read(name, check), shared=True)
 
     def fetch_tokenizer(self, sha256: str) -> None:
         """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
@@ -176,7 +178,7 @@ class RemoteCache:
                 raise OSError(f"sha256 {found} where {sha256} was wanted")
 
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            _replace(path, self.remote.read("tokenizer.json", check))
+            write_file(path, self.remote.read("tokenizer.json", check), shared=True)
 
     def fetch(self, shards: Sequence[int]) -> None:
         """Fetch these shards and hold them until a `release_except` call that does not list them."""
@@ -245,7 +247,7 @@ class RemoteCache:
                 self._make_room(shard["bytes"])
                 part.touch()
             self.remote.get(shard["tar"], part, shard["sha256"])
-            sync_file(part)
+            sync(part)
             with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
                 part.rename(tar)
         finally:
@@ -282,11 +284,3 @@ class RemoteCache:
 
 def _dali_index_name(shard: dict[str, Any]) -> str:
     return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    aside.write_bytes(content)
-    aside.rename(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import sha256
 from mvlm_dataloading.regular_files import open_regular
 
 from .strip import ImageStrip
@@ -179,8 +180,7 @@ def check_shares(validation: float, test: float) -> None:
 
 def file_sha256(path: Path) -> str:
     """Hash of a file, for a recipe: another annotation file gives another data set."""
-    with require_file(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(require_file(path))
 
 
 def file_fingerprint(path: Path, file: BufferedReader | None = None) -> list[Any]:

@@ -1,7 +1,6 @@
 """Rebuilding the indices of a data folder, and indexing tars of other tools to use them in place."""
 
 import codecs
-import json
 import tarfile
 from collections import Counter
 from contextlib import AbstractContextManager
@@ -14,13 +13,13 @@ from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
-from mvlm_dataloading.dataset.description import describe_shard, read_description, shard_paths
+from mvlm_dataloading.dataset.description import describe_shard, read_description, shard_paths, write_description
 from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
-from mvlm_dataloading.dataset.durable_files import make_no_older, write_durably
 from mvlm_dataloading.dataset.index_writer import pack_records
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.dataset.sample_index import Field, SampleIndex
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import make_no_older, write_file
 from mvlm_dataloading.regular_files import opened_unchanged
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
@@ -214,9 +213,7 @@ def _index_described(tar: Path, samples: int, file: BufferedReader) -> TarIndex:
 
 def _write_dali_index(tar: Path, found: TarIndex) -> None:
     path = tar.with_suffix(".idx")
-    aside = path.with_suffix(".idx.tmp")
-    write_durably(aside, format_index(found.lines))
-    aside.rename(path)
+    write_file(path, format_index(found.lines))
     make_no_older(path, [tar])
 
 
@@ -249,9 +246,7 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
         "tokenizer": None,
         "rejected": dict(sorted(left_out.items())),
     }
-    aside = folder / "dataset.json.tmp"
-    write_durably(aside, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-    aside.rename(folder / "dataset.json")
+    write_description(folder, description)
     _pack_indices(folder, description)
     return description
 

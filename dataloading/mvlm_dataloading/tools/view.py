@@ -9,7 +9,6 @@ therefore takes some hundred bytes per sample, and no tar is rewritten.
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -30,11 +29,11 @@ from mvlm_dataloading.build.duplicates import (
 )
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.dataset.description import read_description, require_free_folder, shard_paths
+from mvlm_dataloading.dataset.description import read_description, require_free_folder, shard_paths, write_description
 from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
-from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import new_folder
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.regular_files import read_regular
 from mvlm_dataloading.sources.record import is_evaluation
@@ -104,19 +103,14 @@ def make_view(
             dropped[i] = "not in the fraction"
     reasons += Counter(dropped.values())
     kept = [row for i, row in enumerate(rows) if i not in dropped]
-    partial = out.with_name(f".{out.name}.view")  # not `.partial`, which may be an unfinished build
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    # Not aside as `.partial`, which may be an unfinished build.
+    with new_folder(out, out.with_name(f".{out.name}.view")) as partial:
         splits = _write_indices(partial, out, kept, options, weights)
         if not splits:
             raise DataError(f"{out}: wanted at least one sample in the view, found none; left out: {dict(reasons)}")
         description = _write_description(partial, sources, weights, options, splits, reasons)
         for split in splits:
             write_index(partial, split)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return description
 
 
@@ -279,5 +273,5 @@ def _write_description(
         shutil.copyfile(Path(sources[0]) / "tokenizer.json", folder / "tokenizer.json")
     if common("tokens") is not None:
         description["tokens"] = common("tokens")
-    write_durably(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    write_description(folder, description)
     return description

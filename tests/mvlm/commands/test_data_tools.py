@@ -118,7 +118,7 @@ def test_index_repairs_the_index_of_another_tar(data_set, run_data):
 def test_a_view_on_a_full_disk_leaves_nothing(view, data_set, tmp_path, monkeypatch, run_data):
     (tmp_path / ".other.partial").mkdir()  # of a killed build, which may be resumed
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("mvlm_dataloading.tools.view.write_durably", fail_with_a_full_disk)
+    monkeypatch.setattr("mvlm_dataloading.tools.view.write_description", fail_with_a_full_disk)
     outcome = run_data("view", tmp_path / "other", "--sources", data_set)
     assert outcome.code == 2
     assert outcome.err == [
@@ -129,7 +129,7 @@ def test_a_view_on_a_full_disk_leaves_nothing(view, data_set, tmp_path, monkeypa
 
 def test_an_index_on_a_full_disk_changes_nothing(data_set, monkeypatch, run_data):
     before = file_contents(data_set)
-    monkeypatch.setattr("mvlm_dataloading.dataset.durable_files.sync_file", fail_with_a_full_disk)
+    monkeypatch.setattr("mvlm_dataloading.files.sync", fail_with_a_full_disk)
     outcome = run_data("index", data_set)
     assert outcome.code == 2
     assert outcome.err[0].startswith("mvlm: wanted room to write, found none")

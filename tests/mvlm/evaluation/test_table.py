@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from mvlm.evaluation.table import format_table
-from mvlm.files import write_json
+from mvlm_dataloading.files import write_json
 
 RECALLS = {"r1": 11.1, "r5": 22.2, "r10": 33.3}
 FIGURES: dict[str, Any] = {

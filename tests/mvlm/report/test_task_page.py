@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from mvlm.errors import RunError
-from mvlm.files import write_json
 from mvlm.report.page import write_report
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.files import write_json
 from support.folders import folder_hash
 from support.pages import HOSTILE, Page
 from support.questions import WRITERS, finetune_config

@@ -123,10 +123,10 @@ def test_configuration_is_written_atomically(config, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "sync", fail)
+        patch.setattr("mvlm_dataloading.files.sync", fail)
         with pytest.raises(OSError, match="No space left"):
             begin(config)
-    assert [path.name for path in config.out.iterdir()] == [".config.json.partial"]
+    assert list(config.out.iterdir()) == []
     (config.out / ".config.json.partial").write_text('{"format_ver')
     begin(config)
     written = (config.out / "config.json").read_text()

@@ -110,7 +110,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_interrupted_work_continues_with_the_same_files(model, pictures, alone, tmp_path, monkeypatch, failing):
     monkeypatch.setattr(embedding, "PART", 4)
     embed(model, open_collection(pictures), tmp_path / "undisturbed", alone)
-    name = {"join": "join_parts", "description": "write_description"}.get(failing, "write_table")
+    name = {"join": "join_parts", "description": "write_json"}.get(failing, "write_table")
     spared = {"first part": 0, "second part": 3, "join": 1, "description": 1}[failing]
     real, calls = getattr(embedding, name), 0
 
