@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mvlm
-from mvlm_dataloading import build_shards, open_dataset
-from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading import build_shards, from_folder, open_dataset
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     data, run = arguments.out / "data", arguments.out / "run"
 
     # The split of a picture is chosen by a hash of its name, so it is the same in another OUT with more pictures.
-    build_shards(folder(arguments.pictures, validation=0.1), data, workers=arguments.workers)
+    build_shards(from_folder(arguments.pictures, validation=0.1), data, workers=arguments.workers)
     dataset = open_dataset(data, "train")
     print(f"{len(dataset)} pictures to train on; {data / 'rejected.jsonl'} lists what cannot be used")
 

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-from mvlm.commands import data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
+from mvlm.commands import data, data_tools, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.bench import bench
-from mvlm.commands.data import tasks as data_tasks
 from mvlm.commands.doctor import doctor
 from mvlm.commands.finetune import eval_caption, eval_task, finetune
 from mvlm.commands.pretrain import pretrain
@@ -19,23 +18,11 @@ from mvlm.commands.study import study
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Data sets": {
-        "data emoji": data_packages.emoji,
-        "data coco": data_build.coco,
-        "data flickr30k": data_build.flickr30k,
-        "data visual-genome": data_build.visual_genome,
-        "data cc3m": data_build.cc3m,
-        "data folder": data_build.folder,
-        "data webdataset": data_build.webdataset,
-        "data huggingface": data_build.huggingface,
-        "data vqa-v2": data_tasks.vqa_v2,
-        "data visual-genome-qa": data_tasks.visual_genome_qa,
-        "data nlvr2": data_tasks.nlvr2,
-        "data nlvr": data_tasks.nlvr,
-        "data snli-ve": data_tasks.snli_ve,
-        "data twemoji": data_packages.twemoji,
-        "data easy-vqa": data_packages.easy_vqa,
-        "data iconify": data_packages.iconify,
-        "data scenes": data_packages.scenes,
+        "data emoji": data.emoji,
+        **{f"data {name}": command for name, command in data.source_commands().items()},
+        "data twemoji": data.twemoji,
+        "data easy-vqa": data.easy_vqa,
+        "data scenes": data.scenes,
         "data merge": data_tools.merge,
         "data check": data_tools.check,
         "data index": data_tools.index,

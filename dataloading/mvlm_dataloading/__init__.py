@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from .options import BuildOptions as BuildOptions
     from .options import ViewOptions as ViewOptions
     from .scenes.build import build_scenes as build_scenes
+    from .sources.coco import coco as from_coco  # noqa: F401
+    from .sources.flickr30k import flickr30k as from_flickr30k  # noqa: F401
+    from .sources.folder import folder as from_folder  # noqa: F401
+    from .sources.huggingface import huggingface as from_huggingface  # noqa: F401
+    from .sources.visual_genome import visual_genome as from_visual_genome  # noqa: F401
+    from .sources.webdataset import cc3m as from_cc3m  # noqa: F401
+    from .sources.webdataset import webdataset as from_webdataset  # noqa: F401
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer import load_tokenizer as load_tokenizer
     from .tokenizer import tokenizer_for as tokenizer_for
@@ -56,10 +63,19 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name.startswith("from_") and name in (sources := _sources()):
+        return sources[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _sources() -> dict[str, Any]:
+    """Every registered source, `mvlm data NAME`, as from_NAME."""
+    from .sources import all_sources
+
+    return {f"from_{name.replace('-', '_')}": function for name, function in all_sources().items()}
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOME)
+    return sorted([*_HOME, *_sources()])

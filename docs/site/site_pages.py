@@ -22,7 +22,6 @@ from sphinx.pycode import ModuleAnalyzer
 from mvlm.cli import COMMANDS, PARSE_THEMSELVES
 from mvlm.commands.arguments import deferred
 from mvlm.config.finetune import GROUPS as FINETUNE_GROUPS
-from mvlm.config.finetune import TASK_NAMES
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.pretrain import GROUPS
 from mvlm.config.ranges import Range
@@ -89,20 +88,15 @@ def configuration() -> str:
     lines += [_settings(MaskVLMConfig, {preset: recipe.model for preset, recipe in recipes.items()}, "--model.")]
     for group in GROUPS:
         lines += [f"## {_title(group)}", "", inspect.cleandoc(group.__doc__ or ""), "", _settings(group, recipes, "--")]
-    tasks = {task: finetune_defaults(task, checkpoint=Path(), data=Path(), out=Path()) for task in TASK_NAMES}
-    (group,) = (group for group in FINETUNE_GROUPS if group not in GROUPS)
-    lines += [
-        "## Task",
-        "",
-        inspect.cleandoc(group.__doc__ or ""),
-        "",
-        _settings(group, {"default": tasks["vqa"]}, "--"),
-    ]
+    task = finetune_defaults("vqa", checkpoint=Path(), data=Path(), out=Path())
+    for group in (group for group in FINETUNE_GROUPS if group not in GROUPS):
+        table_of = _settings(group, {"default": task}, "--")
+        lines += [f"## {_title(group)}", "", inspect.cleandoc(group.__doc__ or ""), "", table_of]
     return "\n".join(lines)
 
 
 def _title(group: type) -> str:
-    return group.__name__.removesuffix("Settings")
+    return group.__name__.removesuffix("Settings").removesuffix("Options")
 
 
 def _settings(group: type, values: dict[str, Any], prefix: str) -> str:

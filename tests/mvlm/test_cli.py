@@ -38,7 +38,7 @@ from support.scenes import missing_shard, png, scene
         (["eval", "retreival"], "unknown command 'eval retreival'; did you mean `mvlm eval retrieval`?"),
         (["eval"], "unknown command 'eval'; "),
         (["data", "emjoi", "out"], "unknown command 'data emjoi'; did you mean `mvlm data emoji`?"),
-        (["zzz"], "unknown command 'zzz'; wanted one of: data emoji, data coco"),
+        (["zzz"], "unknown command 'zzz'; wanted one of: data emoji, data cc3m"),
     ],
 )
 def test_mistyped_commands_and_presets_are_refused(run_mvlm, words, message, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["../genome"]}')
     with pytest.raises(DataError, match=r"saved: wanted splits that are folders in it, found '\.\./genome'"):
-        huggingface([tmp_path / "saved"])
+        huggingface(tmp_path / "saved")
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_only_strings_are_captions_in_every_source(tmp_path):
     parquet.write_table(
         pyarrow.table({"image": images, "caption": [["x", None], [None], ["y"]]}), tmp_path / "0.parquet"
     )
-    assert [*build_source(huggingface([tmp_path / "0.parquet"]), tmp_path / "c")["train"].values()] == [["x"], ["y"]]
+    assert [*build_source(huggingface(tmp_path / "0.parquet"), tmp_path / "c")["train"].values()] == [["x"], ["y"]]
     published.coco(tmp_path / "coco")
     published.flickr30k(tmp_path / "flickr")
     published.visual_genome(tmp_path / "genome")
@@ -153,7 +153,7 @@ def test_only_strings_are_captions_in_every_source(tmp_path):
         (lambda at: coco(at, at / "k.json"), "k.json: wanted a file, found none"),
         (lambda at: visual_genome(at), "VG_100K_2 .*wanted a folder, found none"),
         (lambda at: cc3m([at]), "wanted a tar or a folder of tars, found none"),
-        (lambda at: huggingface([at]), "wanted parquet files or a folder of save_to_disk, found none"),
+        (lambda at: huggingface(at), "wanted parquet files or a folder of save_to_disk, found none"),
         (lambda at: folder(at / "no"), "no: wanted a folder, found none"),
         (lambda at: folder(at, test=1.5), "wanted shares from 0 to 1 that sum to at most 1, got 0.0 and 1.5"),
     ],

@@ -1,1 +1,24 @@
-"""Sources: readers of published data sets. A source lists the records of one data set or format (see `record`)."""
+"""Published data sets, and files of your own, as sources of a build.
+
+A file here with a function that returns a `Source` and is decorated by `source` (`mvlm_dataloading.sources.record`) is
+all that a new data source needs: `mvlm data NAME` and `mvlm_dataloading.from_NAME` follow from it.
+"""
+
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .record import Source
+
+
+@cache
+def all_sources() -> "dict[str, Callable[..., Source]]":
+    """The registered sources by their names on the command line. The first call imports all files of this folder."""
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        import_module(module.name)
+    from .record import SOURCES
+
+    return dict(sorted(SOURCES.items()))

@@ -7,21 +7,23 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 
 from .files import captions_in_cell, read_json, reason_if_outside
-from .record import Record, Source, canonical_split, cut_into_pieces, file_sha256, require_folder
+from .record import Record, Source, canonical_split, cut_into_pieces, file_sha256, require_folder, source
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
 
-def coco(root: Path, karpathy: Path | None = None, year: int | None = None) -> Source:
-    """COCO captions from an unpacked download.
+@source
+def coco(root: Path, /, karpathy: Path | None = None, year: int | None = None) -> Source:
+    """COCO captions, with Karpathy's splits or the published ones.
 
         ROOT/annotations/captions_train2017.json, captions_val2017.json (or of 2014)
         ROOT/train2017/*.jpg, ROOT/val2017/*.jpg (or of 2014)
 
     Args:
-        karpathy: `dataset_coco.json`, which gives the splits train (with restval), validation and test for the images
-            of either year. By default, train and val of the year become train and validation.
-        year: 2014 or 2017. Required if the folder has the annotations of both.
+        root: Unpacked download with annotations, train2014 and val2014, or those of 2017.
+        karpathy: Karpathy's dataset_coco.json, which gives the splits train (with restval), validation and test for
+            the images of either year. Default: train and val of the year become train and validation.
+        year: 2014 or 2017, needed if the annotations of both are there.
 
     Raises:
         DataError: a file or folder is missing, or has another format.

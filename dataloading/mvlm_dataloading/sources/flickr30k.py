@@ -17,19 +17,22 @@ from .record import (
     require_file,
     require_folder,
     safe_key,
+    source,
 )
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
 
 
-def flickr30k(root: Path, captions: Path | None = None) -> Source:
-    """Flickr30k from an unpacked download, with its images in ROOT/flickr30k-images or ROOT/images.
+@source
+def flickr30k(root: Path, /, captions: Path | None = None) -> Source:
+    """Flickr30k, with its images in ROOT/flickr30k-images or ROOT/images.
 
     Args:
-        captions: `dataset_flickr30k.json` (Karpathy's splits), `flickr_annotations_30k.csv` (the same as a table),
-            `results_20130124.token` or `results.csv` (both without splits: everything becomes train). Default: the
-            first of them in ROOT.
+        root: Unpacked download with flickr30k-images.
+        captions: dataset_flickr30k.json (Karpathy's splits), flickr_annotations_30k.csv (the same as a table),
+            results_20130124.token or results.csv (both without splits: everything becomes train). Default: the first
+            of them in ROOT.
 
     Raises:
         DataError: a file or folder is missing, or has another format.

@@ -22,6 +22,7 @@ from .record import (
     is_evaluation,
     require_folder,
     safe_key,
+    source,
     split_by_hash,
     split_in_name,
 )
@@ -33,8 +34,10 @@ _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _MAX_TEXT = 1 << 22
 
 
+@source
 def folder(
     images: Path,
+    /,
     captions: Path | None = None,
     *,
     image_column: str = "image",
@@ -45,18 +48,23 @@ def folder(
     licence: str = "",
     name: str = "folder",
 ) -> Source:
-    """All images under a folder. Those of other formats than JPEG, PNG and WebP are rejected when it is built.
+    """A folder of images, with captions in a table or in one text file per image.
 
-    An image's split is that of the table. Without one, the images of a folder directly in `images` that is named as an
-    evaluation split, such as val2017 or test_images, are of that split. Data sets that were built inside the
-    folder are left out.
+    Images of other formats than JPEG, PNG and WebP are rejected when it is built. An image's split is that of the
+    table. Without one, the images of a folder directly in it that is named as an evaluation split, such as val2017 or
+    test_images, are of that split. Data sets that were built inside the folder are left out.
 
     Args:
-        captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
-            rows of an image give several captions, and a cell of a `.jsonl` may hold a list. Default: the captions of
-            `a/b.jpg` are the lines of `a/b.txt`.
-        split_column: column of the splits. Default: `split`, or `Split`, if the table has it.
-        validation, test: shares for all other images, chosen by a hash of the name.
+        images: Folder of images, subfolders included.
+        captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
+        image_column: Column of file names, relative to the folder.
+        caption_column: Column of captions. Several rows of an image are several captions, and a cell of a .jsonl may
+            hold a list.
+        split_column: Column of splits, which comes before the folders' names. Default: split, or Split, if it is there.
+        validation: Share of the other images for validation, chosen by a hash of the name. 1.0 takes all.
+        test: Share of the other images for test, chosen by a hash of the name. 1.0 takes all.
+        licence: Licence to state in dataset.json.
+        name: Name to state in dataset.json.
 
     Raises:
         DataError: the folder or the table is missing, the table lacks a column, or a split has an unknown name.

@@ -17,6 +17,7 @@ from .record import (
     check_shares,
     file_fingerprint,
     safe_key,
+    source,
     split_by_hash,
     split_in_name,
 )
@@ -28,8 +29,11 @@ _SCANNED = 1 << 16
 _REVISION = 2
 
 
+@source
 def huggingface(
-    data: Sequence[Path],
+    data: Path,
+    /,
+    more: Sequence[Path] = (),
     *,
     image_column: str = "image",
     caption_column: str = "caption",
@@ -41,23 +45,25 @@ def huggingface(
     licence: str = "",
     name: str = "huggingface",
 ) -> Source:
-    """Rows of Hugging Face `datasets` on disk. The package is not needed, and no code of a data set is run.
+    """Rows of Hugging Face `datasets` on disk: parquet files, or folders of save_to_disk.
+
+    The package is not needed, and no code of a data set is run.
 
     Args:
-        data: parquet files, folders of parquet files, or folders of `Dataset.save_to_disk` or
-            `DatasetDict.save_to_disk`.
-        image_column: column of images, of type `Image` (bytes and a path) or binary.
-        caption_column: column of captions: a string or a list of strings.
-        key_column: column of the samples' keys. Rows of a file that follow one another and have equal keys and images
-            are one sample with all their captions. Default: every row is a sample, and keys consist of the numbers of
-            file and row.
-        split_column: column of the rows' splits. Default: `split`, in files that have it. A row without a split has
-            that of its file.
-        split: split of all rows, whatever a column says. Default: that of the column; else the one that
-            `save_to_disk` stored; else the first that is a word of the file's name, or of a folder's from the file up
-            to the given one, such as validation/lang=en/0.parquet; else train.
-        validation, test: shares of train that become these splits, chosen by a hash of the key, or of the image's
-            bytes without `key_column`.
+        data: Parquet file, folder of parquet files, or folder of save_to_disk.
+        more: Further ones.
+        image_column: Column of images, of type `Image` (bytes and a path) or binary.
+        caption_column: Column of captions: strings, or lists of strings.
+        key_column: Column of keys. Rows of a file that follow one another and have equal keys and images are one
+            sample with all their captions. Default: every row is a sample, and keys are numbers of file and row.
+        split_column: Column of splits. Default: split, if there is one. A row without a split has that of its file.
+        split: Split of all rows, whatever a column says. Default: that of the column; else the one that save_to_disk
+            stored; else the first that is a word of the file's name, or of a folder's from the file up to the given
+            one, such as validation/lang=en/0.parquet; else train.
+        validation: Share of train to use for validation, chosen by a hash of the key, or of the image without keys.
+        test: Share of train to use for test, chosen by a hash of the key, or of the image without keys.
+        licence: Licence to state in dataset.json.
+        name: Name to state in dataset.json.
 
     Raises:
         DataError: no rows are found, a column is missing, or a row has no key or an unknown split. `split` and
@@ -67,7 +73,7 @@ def huggingface(
     check_shares(validation, test)
     if split and split_column:
         raise DataError(f"split: wanted one of --split and --split-column, got {split} and {split_column}; give one")
-    files = [found for path in data for found in _find(path)]
+    files = [found for path in (data, *more) for found in _find(path)]
     refuse_repeated_files(path for path, _ in files)
     pieces: list[_RowsPiece] = []
     for number, (path, found_split) in enumerate(files):

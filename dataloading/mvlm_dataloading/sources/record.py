@@ -1,18 +1,19 @@
 """Interface between sources and the build: a `Source` has `Piece`s, and a piece yields `Record`s.
 
-To add a source, write a function that returns a `Source`. `cut_into_pieces` makes pieces of listed records. A format
-with large files gets its own class of `Piece`, which reads one file. The other functions are helpers of all sources.
+To add a source, write a function that returns a `Source` and decorate it with `source`. `cut_into_pieces` makes pieces
+of listed records. A format with large files gets its own class of `Piece`, which reads one file. The other functions
+are helpers of all sources.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import sha256
@@ -98,6 +99,21 @@ class Source:
     questions: bool = False
     """True for a task's data set, where several samples may have one image. Equal images are then no duplicates, and
     the published splits stay as they are."""
+
+
+Build = TypeVar("Build", bound=Callable[..., Source])
+SOURCES: dict[str, Callable[..., Source]] = {}
+"""Registered sources by their names on the command line; `mvlm_dataloading.sources.all_sources` fills it."""
+
+
+def source(function: Build) -> Build:
+    """Register a function as a source, with its name in hyphens as the name of `mvlm data NAME`.
+
+    Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
+    with a line for each parameter under `Args:`, but for `Raises:`.
+    """
+    SOURCES[function.__name__.replace("_", "-")] = function
+    return function
 
 
 PIECE_RECORDS = 2048

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mvlm_dataloading.errors import need
 
 Box = tuple[int, int, int, int]
@@ -92,6 +90,7 @@ def is_transparent(image: Any) -> bool:
 def _with_alpha(image: Any) -> Any:
     if not image.mode.startswith("I;16"):
         return image.convert("RGBA")
+    np = need("numpy")
     clear = np.asarray(image) == image.info["transparency"]  # one grey value
     rgba = _eight_bits(image).convert("RGBA")
     rgba.putalpha(need("PIL.Image").fromarray(np.where(clear, 0, 255).astype(np.uint8)))
@@ -105,6 +104,7 @@ def _eight_bits(image: Any) -> Any:
     """
     if not image.mode.startswith(("I", "F")):
         return image
+    np = need("numpy")
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" and low >= 0 and high <= 1:

@@ -7,19 +7,24 @@ from pathlib import Path
 from mvlm_dataloading.errors import DataError
 
 from .files import captions_in_cell, read_json_list
-from .record import Record, Source, check_shares, cut_into_pieces, file_sha256, require_folder, split_by_hash
+from .record import Record, Source, check_shares, cut_into_pieces, file_sha256, require_folder, source, split_by_hash
 
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
 
 
-def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Source:
-    """Visual Genome from an unpacked download.
+@source
+def visual_genome(root: Path, /, validation: float = 0.0, test: float = 0.0) -> Source:
+    """Visual Genome, with the region descriptions of an image as its captions.
+
+    Half of the images are in COCO too: see --against.
 
         ROOT/region_descriptions.json, and optionally ROOT/image_data.json with ids in COCO and Flickr
         ROOT/VG_100K/*.jpg, ROOT/VG_100K_2/*.jpg
 
     Args:
-        validation, test: shares of the images, chosen by a hash of their ids. The published data set has no splits.
+        root: Unpacked download with region_descriptions.json, VG_100K and VG_100K_2.
+        validation: Share of the images for validation, chosen by a hash of the id. None are published as such.
+        test: Share of the images for test, chosen by a hash of the id.
 
     Raises:
         DataError: a file or folder is missing, or has another format.

@@ -13,7 +13,16 @@ from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.regular_files import read_regular
 
 from .files import captions_in_cell, published_files, refuse_repeated_files
-from .record import Record, Source, file_fingerprint, file_sha256, is_evaluation, looks_like_evaluation, safe_key
+from .record import (
+    Record,
+    Source,
+    file_fingerprint,
+    file_sha256,
+    is_evaluation,
+    looks_like_evaluation,
+    safe_key,
+    source,
+)
 from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -36,11 +45,14 @@ _LISTS = {
 """Origin, licence and attribution of lists of links."""
 
 
+@source
 def cc3m(train: Sequence[Path], validation: Sequence[Path] = (), *, name: Literal["cc3m", "sbu"] = "cc3m") -> Source:
-    """A list of links that img2dataset downloaded: folders of 00000.tar with 00000.parquet.
+    """Conceptual Captions 3M, or SBU's table of captions, as img2dataset downloads them.
 
     Args:
-        name: which list it is: Conceptual Captions 3M, or SBU captioned photos.
+        train: Folders of img2dataset's tars and tables: 00000.tar with 00000.parquet, and so on.
+        validation: Folders of the validation split.
+        name: Which of the two lists it is: dataset.json states its origin and licence.
 
     Raises:
         DataError: a folder is missing or holds no tar.
@@ -50,6 +62,7 @@ def cc3m(train: Sequence[Path], validation: Sequence[Path] = (), *, name: Litera
     return Source(name=name, origin=origin, licence=licence, recipe=recipe, pieces=pieces, attribution=attribution)
 
 
+@source
 def webdataset(
     train: Sequence[Path] = (),
     validation: Sequence[Path] = (),
@@ -60,12 +73,16 @@ def webdataset(
     licence: str = "",
     name: str = "webdataset",
 ) -> Source:
-    """Any WebDataset tars, compressed or not.
+    """Any WebDataset tars. (`mvlm data index` uses tars in place, with images unchecked.)
 
     Args:
-        train, validation, test: tars, or folders of tars.
-        caption_field: field of the caption or captions in `.json`, for samples without a `.txt`.
-        prefix_keys: put the tar's name before all keys, for tars whose first 16 keys differ and later ones do not.
+        train: Tars, or folders of tars, of the train split. They may be compressed.
+        validation: Tars, or folders of tars, of the validation split.
+        test: Tars, or folders of tars, of the test split.
+        caption_field: Field of a sample's .json with its captions, if it has no .txt.
+        prefix_keys: Put the tar's name before all keys. For tars whose first 16 keys differ and later ones do not.
+        licence: Licence to state in dataset.json.
+        name: Name to state in dataset.json.
 
     Raises:
         DataError: a tar or a folder is missing, or a folder of `train` has tars of an evaluation split.

@@ -32,7 +32,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/part").symlink_to(tmp_path / "rows")
     parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows/train.parquet")
-    assert len(build_source(huggingface([tmp_path / "linked"]), tmp_path / "rows-out")["train"]) == 2
+    assert len(build_source(huggingface(tmp_path / "linked"), tmp_path / "rows-out")["train"]) == 2
 
 
 def test_a_folder_inside_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

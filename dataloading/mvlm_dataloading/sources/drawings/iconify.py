@@ -27,6 +27,7 @@ from mvlm_dataloading.sources.record import (
     file_sha256,
     require_file,
     safe_key,
+    source,
     split_by_hash,
 )
 
@@ -53,16 +54,21 @@ class Icon:
     aliases: tuple[str, ...]
 
 
+@source
 def iconify(
-    collection: Path, *, size: int = 144, validation: float = 0.1, test: float = 0.1, evaluation_only: bool = False
+    collection: Path, /, *, size: int = 144, validation: float = 0.1, test: float = 0.1, evaluation_only: bool = False
 ) -> Source:
-    """Icons of a collection, with their names in words.
+    """The icons of a collection in Iconify's JSON format: 200 open icon sets have it.
+
+    Emoji collections get the names and splits of the emoji data set. Twemoji and Noto are for evaluation only.
 
     Args:
-        collection: JSON file of a collection; `info.json` and `chars.json` beside it are read if they are there.
-        size: side of the square images in pixels.
-        validation, test: shares of the concepts, chosen by a hash. Emoji have the splits of the emoji data set.
-        evaluation_only: name the training split `seen`, so that no run can be trained on it.
+        collection: JSON file, such as icons.json of npm's package @iconify-json/mdi; info.json and chars.json beside
+            it are read too.
+        size: Side of the square images in pixels.
+        validation: Share of the concepts for validation, chosen by a hash; "outline" and "bold" are no concepts.
+        test: Share of the concepts for test.
+        evaluation_only: Name the training split `seen`, so that no run can be trained on it.
 
     Raises:
         DataError: the file is missing or no such collection, or it is held out and evaluation_only is False.

@@ -10,7 +10,7 @@ from typing import Any
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.files import captions_in_cell, files_under, read_rows, reason_if_outside
-from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, with_images_together
+from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, source, with_images_together
 from mvlm_dataloading.sources.strip import ImageStrip
 
 from .places import find_file, wrong_format
@@ -22,16 +22,19 @@ _LABELS = {"true": "true", "false": "false"}
 NO_LABEL = "label is neither true nor false"
 
 
-def nlvr2(root: Path, images: Path | None = None, side: int = 384) -> Source:
-    """NLVR2 from its JSON lines and the images. test1 is test; test2, if it is there, a split of that name.
+@source
+def nlvr2(root: Path, /, images: Path | None = None, side: int = 384) -> Source:
+    """NLVR2, for the task pairs: two photographs side by side, and a sentence about them.
+
+    test1 is test; test2, if it is there, a split of that name.
 
         ROOT/{train,dev,test1}.json, or in ROOT/data
         IMAGES/train/DIRECTORY/train-*-img0.png, IMAGES/{dev,test1}/*-img0.png and *-img1.png
 
-    The two images are side by side in one of height `side`, each resized to a square.
-
     Args:
-        images: folder of the images. Default: ROOT/images, or ROOT.
+        root: Folder with train.json, dev.json and test1.json.
+        images: Folder with train, dev and test1. Default: ROOT/images, or ROOT.
+        side: Side in pixels to which each image is resized.
 
     Raises:
         DataError: a file or folder is missing, or has another format.
@@ -48,14 +51,19 @@ def nlvr2(root: Path, images: Path | None = None, side: int = 384) -> Source:
     return _source("nlvr2", root / "train.json", files, records, "CC BY 4.0; each image under its own licence", side)
 
 
-def nlvr(root: Path, side: int = 100, permutations: int = _PERMUTATIONS) -> Source:
-    """NLVR (2017) from its download: an image of 400 x 100 pixels has three boxes, which become three images.
+@source
+def nlvr(root: Path, /, side: int = 100, permutations: int = _PERMUTATIONS) -> Source:
+    """NLVR (2017), for the task pairs: three boxes with shapes, and a sentence about them.
+
+    An image of 400 x 100 pixels has three boxes, which become three images.
 
         ROOT/{train,dev,test}/{train,dev,test}.json, and optionally ROOT/hidden/hidden.json
         ROOT/{train,dev,test}/images/DIRECTORY/SPLIT-N-M-K.png, K from 0 to 5: the boxes in another order
 
     Args:
-        permutations: number of the six orders of a training row that become samples. Evaluation takes the first.
+        root: Unpacked download with train, dev and test.
+        side: Side in pixels to which each box is resized. As published: 100.
+        permutations: Orders of the boxes, of six, that a training sentence is shown with. Evaluation takes the first.
 
     Raises:
         DataError: a file or folder is missing, or has another format.

@@ -15,6 +15,7 @@ from mvlm_dataloading.sources.record import (
     cut_into_pieces,
     file_sha256,
     safe_key,
+    source,
     with_images_together,
 )
 
@@ -26,8 +27,9 @@ _IMAGE_FIELDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
 """Names of the image's field in the releases."""
 
 
-def snli_ve(root: Path, images: Path | None = None) -> Source:
-    """SNLI-VE from its files and the images of Flickr30k.
+@source
+def snli_ve(root: Path, /, images: Path | None = None) -> Source:
+    """SNLI-VE, for the task entailment: an image of Flickr30k and a hypothesis about it.
 
         ROOT/snli_ve_{train,dev,test}.jsonl, or in ROOT/data
         IMAGES/*.jpg, or in IMAGES/flickr30k-images
@@ -35,7 +37,8 @@ def snli_ve(root: Path, images: Path | None = None) -> Source:
     The text of a sample is the hypothesis, `sentence2`. The premise `sentence1` describes the image, so it is left out.
 
     Args:
-        images: folder of the images. Default: the one in ROOT.
+        root: Folder with snli_ve_train.jsonl, snli_ve_dev.jsonl and snli_ve_test.jsonl.
+        images: Folder of Flickr30k's images. Default: ROOT/flickr30k-images.
 
     Raises:
         DataError: a file or folder is missing, or has another format.

@@ -11,6 +11,7 @@ from mvlm_dataloading.sources.record import (
     check_shares,
     cut_into_pieces,
     file_sha256,
+    source,
     split_by_hash,
     with_images_together,
 )
@@ -22,8 +23,9 @@ from .vqa_v2 import NO_ANSWERS
 ANNOTATORS = 10
 
 
-def visual_genome_qa(root: Path, validation: float = 0.0, test: float = 0.0) -> Source:
-    """Questions of Visual Genome from an unpacked download.
+@source
+def visual_genome_qa(root: Path, /, validation: float = 0.0, test: float = 0.0) -> Source:
+    """Visual Genome's questions, for the task vqa.
 
         ROOT/question_answers.json, and optionally ROOT/image_data.json with ids in COCO and Flickr
         ROOT/VG_100K/*.jpg, ROOT/VG_100K_2/*.jpg
@@ -32,7 +34,9 @@ def visual_genome_qa(root: Path, validation: float = 0.0, test: float = 0.0) -> 
     The published answer is in the field `answer`.
 
     Args:
-        validation, test: shares of the images, chosen by a hash of their ids.
+        root: Unpacked download with question_answers.json, VG_100K and VG_100K_2.
+        validation: Share of the images for validation, chosen by a hash of the id.
+        test: Share of the images for test, chosen by a hash of the id.
 
     Raises:
         DataError: a file or folder is missing, or has another format.

@@ -10,7 +10,7 @@ from typing import Any
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.files import captions_in_cell, read_json
-from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, with_images_together
+from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, source, with_images_together
 
 from .places import coco_folder, find_file, wrong_format
 
@@ -19,8 +19,9 @@ _FOLDERS = ("", "questions", "Questions", "annotations", "Annotations")
 NO_ANSWERS = "question has no answers"
 
 
-def vqa_v2(root: Path, images: Path | None = None, held_out: int = 0, minival: Path | None = None) -> Source:
-    """VQA v2 from an unpacked download.
+@source
+def vqa_v2(root: Path, /, images: Path | None = None, held_out: int = 0, minival: Path | None = None) -> Source:
+    """VQA v2, for the task vqa: train2014, val2014 and, without answers, test2015.
 
         ROOT/v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json
         ROOT/v2_mscoco_{train2014,val2014}_annotations.json
@@ -30,10 +31,12 @@ def vqa_v2(root: Path, images: Path | None = None, held_out: int = 0, minival: P
     `held_out` or `minival`, part of val2014 is validation and the rest joins train, as papers do before they test.
 
     Args:
-        images: parent of the folders of images. Default: ROOT.
-        held_out: number of images of val2014 whose questions are validation, chosen by a hash of the id.
-        minival: JSON file that chooses the validation questions: a list of questions with `question_id` (LXMERT's
-            minival.json), a list of question ids, or Karpathy's dataset_coco.json (the images of its val).
+        root: Unpacked download with v2_OpenEnded_mscoco_*_questions.json and v2_mscoco_*_annotations.json.
+        images: Parent of COCO's train2014, val2014 and test2015. Default: ROOT.
+        held_out: Validate on the questions of this many images of val2014, chosen by a hash of the id, and train on
+            the others too.
+        minival: Validate on the questions that this file chooses from val2014, and train on the others too: a list of
+            questions (LXMERT's minival.json) or of their ids, or Karpathy's dataset_coco.json (the images of its val).
 
     Raises:
         DataError: a file or folder is missing, or has another format.

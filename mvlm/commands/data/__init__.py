@@ -1,1 +1,0 @@
-"""The commands `mvlm data ...` of downstream tasks."""
