@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from mvlm.errors import ConfigError
+from mvlm.inference.encode import rerank_scores
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.runs.folder import RunFolder, read_config
 from mvlm.search.index import SearchIndex
@@ -63,7 +64,7 @@ class DatasetGallery:
         order = similarity.topk(min(RERANKED, len(similarity))).indices.tolist()
         if text is not None and self._model.network.matching_is_trained:
             log_odds = self._model.match([self._dataset.image_bytes(i) for i in order], text).log_odds
-            scores = self._model.network.log_scale.exp().item() * similarity[order].double() + log_odds
+            scores = rerank_scores(self._model.network, similarity[order], log_odds)
             order = [order[i] for i in scores.sort(descending=True, stable=True).indices.tolist()]
         return [self._found(i) for i in order[:SHOWN]]
 

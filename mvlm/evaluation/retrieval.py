@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mvlm.evaluation.features import EncodedSplit, to_device
 from mvlm.evaluation.workspace import StoredArray, Workspace
-from mvlm.inference.encode import match_log_odds
+from mvlm.inference.encode import match_log_odds, rerank_scores
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.statistics import grouped_bootstrap
 
@@ -120,12 +120,11 @@ def rank_all(
     workspace = workspace or Workspace()
     device, number = _device(model), k or MOST_ANSWERS
     found = [find_candidates(features, direction, number, workspace, device) for direction in directions]
-    scale = model.log_scale.exp().item()
     if k == 0:
-        return {each.direction: _ranks_of_itc(each, scale) for each in found}
+        return {each.direction: _ranks_of_itc(model, each) for each in found}
     pairs = torch.cat([pairs_to_judge(candidates, features, answers) for candidates in found]).unique()  # sorted
     log_odds = score_pairs(model, features, pairs, precision, workspace)
-    return {each.direction: _rerank(each, features, pairs, log_odds, scale, answers) for each in found}
+    return {each.direction: _rerank(model, each, features, pairs, log_odds, answers) for each in found}
 
 
 @torch.no_grad()
@@ -209,7 +208,7 @@ def score_pairs(
 
 
 def _rerank(
-    found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, scale: float, answers: bool
+    model: MaskVLM, found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, answers: bool
 ) -> Ranks:
     """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
     itm, alone, top, score = [], [], [], []
@@ -217,10 +216,10 @@ def _rerank(
         block = slice(begin, begin + QUERIES_PER_BLOCK)
         right = found.right(features, block)
         judged = right.any(1) | answers  # (Q,)
-        scores = scale * found.similarity.tensor[block]  # (Q, K)
-        of_itm = torch.zeros_like(scores)
+        similarity = found.similarity.tensor[block]  # (Q, K)
+        of_itm = torch.zeros_like(similarity)
         of_itm[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
-        scores += of_itm
+        scores = rerank_scores(model, similarity, of_itm)
         # If no candidate is right, or only one that its tie with a wrong answer left out, the rank by ITC stays.
         by_itc = found.ranks.tensor[block]
         for ranks, by in ((itm, scores), (alone, of_itm)):
@@ -231,9 +230,9 @@ def _rerank(
     return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
 
 
-def _ranks_of_itc(found: Candidates, scale: float) -> Ranks:
+def _ranks_of_itc(model: MaskVLM, found: Candidates) -> Ranks:
     """Ranks without ITM. Candidates come in the order of their similarity."""
-    ranks, score = found.ranks.tensor, scale * found.similarity.tensor[:, 0]
+    ranks, score = found.ranks.tensor, rerank_scores(model, found.similarity.tensor[:, 0], 0.0)
     return Ranks(ranks, ranks, found.rows.tensor, score.float(), ranks)
 
 

@@ -120,3 +120,16 @@ def match_log_odds(
     with autocast(device, precision):
         logits = match_pairs(model, v, w, images.to(device), texts.to(device), rows).float()
     return logits[:, 1] - logits[:, 0]
+
+
+def rerank_scores(model: MaskVLM, similarity: Tensor, log_odds: Tensor | float) -> Tensor:
+    """Scores that order candidates by ITC and ITM together, float64: the ITC logit plus ITM's log-odds.
+
+    ITM's negatives are drawn from ITC's softmax, so its log-odds estimate the log-ratio of the true pairs to ITC's
+    distribution, and the sum is the log-probability of a pair up to a constant of the query.
+
+    Args:
+        similarity: cosine similarity of each pair, any shape.
+        log_odds: ITM's, of the same shape; 0 without ITM.
+    """
+    return model.log_scale.exp().item() * similarity.double() + log_odds

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import ConfigError
-from mvlm.inference.encode import BATCH, ImageFeatures, TextFeatures, image_features, match_log_odds, text_features
+from mvlm.inference.encode import (
+    BATCH,
+    ImageFeatures,
+    TextFeatures,
+    image_features,
+    match_log_odds,
+    rerank_scores,
+    text_features,
+)
 from mvlm.inference.images import ImageLike, Images, is_single_image
 from mvlm.inference.results import Matches, Ranking
 from mvlm.inference.texts import Texts, each_text, text_batches
@@ -48,7 +56,7 @@ def rerank(
 def score(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Tensor:
     """ITC logit plus ITM's log-odds of B pairs, float32 (B,) on the CPU. One image or one text goes with all."""
     similarity = (image.embedding.double() * text.embedding.double()).sum(-1).cpu()
-    return (_log_odds(model, image, text) + model.network.log_scale.exp().item() * similarity).float()
+    return rerank_scores(model.network, similarity, _log_odds(model, image, text)).float()
 
 
 def _log_odds(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.inference.encode import rerank_scores
 from mvlm.inference.images import ImageLike
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import Collection, open_collection
@@ -73,9 +74,8 @@ def _rerank(model: TrainedModel, index: SearchIndex, partner: Any, kind: str, hi
         log_odds = model.match((images.read(hit) for hit in hits), partner).log_odds
     else:
         log_odds = model.match(partner, [hit.text for hit in hits], truncate=True).log_odds
-    scale = model.network.log_scale.exp().item()
     similarity = torch.tensor([hit.similarity for hit in hits], dtype=torch.float64)
-    scores = scale * similarity + log_odds
+    scores = rerank_scores(model.network, similarity, log_odds)
     order = scores.sort(descending=True, stable=True).indices.tolist()
     return [hits[i]._replace(score=scores[i].item()) for i in order]
 
