@@ -39,8 +39,8 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"build"},
         {"tokenizer"},
         {"dataset", "sources", "options"},
-        {"captions", "randomness", "files", "regular_files", "tar_walk"},
-        {"batch"},
+        {"captions", "randomness", "files", "images", "tar_walk"},
+        {"batch", "regular_files"},
         {"errors"},
     ],
     "mvlm_benchmarks": [

@@ -18,11 +18,15 @@ _KINDS = {
 }
 
 
+def irregular(status: os.stat_result) -> str | None:
+    """What a status is of, in words, if it is of no regular file; else None."""
+    return None if stat.S_ISREG(status.st_mode) else _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+
+
 def require_regular(path: Path, status: os.stat_result) -> None:
     """Raise DataError if a path, whose status is given, is a folder, pipe, socket or device."""
-    if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise DataError(f"{path}: wanted a file, found {kind}; put the file there, or remove what is there")
+    if found := irregular(status):
+        raise DataError(f"{path}: wanted a file, found {found}; put the file there, or remove what is there")
 
 
 def open_regular(path: Path) -> BufferedReader:

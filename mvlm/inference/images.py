@@ -3,12 +3,10 @@
 Shape legend: B batch, n images, S image side, H and W of an image as given, K masked patches.
 """
 
-import io
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,14 +18,14 @@ from torch import Tensor
 
 from mvlm.errors import RunError
 from mvlm.model.patches import patchify, unpatchify
+from mvlm_dataloading.images.colours import BAND, RgbRows
+from mvlm_dataloading.images.decode import check_memory, check_size, decode
+from mvlm_dataloading.images.limits import ImageLimits, ImageRefusedError
 from mvlm_dataloading.loader.resize import Resize
-from mvlm_dataloading.sources.strip import to_rgb, turn
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that are decoded. Pillow would hand others, such as EPS, to programs of the system."""
 GREY = 190  # of masked patches
-MAX_PIXELS = 100_000_000
-"""Largest image that is decoded, width times height: a small file may hold an image that fills the memory."""
+LIMITS = ImageLimits()
+"""Limits of one image. SECURITY.md lists them."""
 ImageLike = str | Path | bytes | Image.Image | NDArray[Any] | Tensor
 """An image: a path; an encoded file; a PIL image; an array (H, W), (H, W, 3) or (H, W, 4); a tensor (1, H, W) or
 (3, H, W). Numbers are uint8, or floats from 0 to 1, which are rounded to 8 bits."""
@@ -36,21 +34,44 @@ Images = ImageLike | Iterable[ImageLike]
 T = TypeVar("T")
 
 
-def load_image(image: ImageLike, side: int, name: str = "image") -> Tensor:
+def load_image(image: ImageLike, side: int, name: str | None = None) -> Tensor:
     """An image as uint8 (3, S, S), squeezed to a square of `side` pixels, turned as its EXIF data say.
 
     The resize is the loader's (bilinear, antialiased), so a PNG has the pixels that it has in a data set. Transparent
-    areas become white, as where a data set is built; in tars that are used in place they are not.
+    areas become white, as where a data set is built; in tars that are used in place they are not. A JPEG that would
+    take more memory than `LIMITS` allow is decoded at 1/2, 1/4 or 1/8 of its sides.
 
     Args:
-        name: noun for the image in an error, unless it is a path.
+        name: noun for the image in an error. Default: its path, or "image".
 
     Raises:
-        RunError: the image is missing, is not an image, or has too many pixels.
+        RunError: the image is missing, is not a whole image, or is beyond `LIMITS`.
     """
-    pixels = image if isinstance(image, np.ndarray | Tensor) else decode_image(image, name)
-    rgb = _as_rgb(pixels, name)
-    return torch.from_numpy(Resize(side, 1, planes=True)([rgb])[0])
+    if isinstance(image, np.ndarray | Tensor):
+        height, width = _size_of(image)
+        try:
+            check_size(width, height, LIMITS)
+            check_memory(width, height, 3 * side * height, LIMITS)
+        except ImageRefusedError as refused:
+            raise RunError(f"{name or 'image'}: {refused}") from None
+        return torch.from_numpy(Resize(side, 1, planes=True)([_as_rgb(image, name or "image")])[0])
+    try:
+        return torch.from_numpy(_squeezed(_decoded(image, name, LIMITS, 3 * side), side))
+    except ImageRefusedError as refused:
+        raise RunError(f"{_name_of(image, name)}: {refused}") from None
+
+
+def _squeezed(rows: RgbRows, side: int) -> NDArray[np.uint8]:
+    """Rows as uint8 (3, S, S). Bands of a large image are resized along their rows first, as torch does it itself."""
+    resize = Resize(side, 1, planes=True)
+    if rows.width * rows.height <= 2 * BAND:
+        return resize([rows.pixels()])[0]
+    narrow = np.empty((rows.height, side, 3), np.uint8)
+    for first, end in rows.bands():
+        band = torch.from_numpy(rows.rows(first, end).copy()).permute(2, 0, 1)[None]
+        band = torch.nn.functional.interpolate(band, (end - first, side), mode="bilinear", antialias=True)
+        narrow[first:end] = band[0].permute(1, 2, 0).numpy()
+    return resize([narrow])[0]
 
 
 def is_single_image(images: Images) -> bool:
@@ -95,42 +116,53 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def decode_image(
-    image: str | Path | bytes | Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS
+    image: str | Path | bytes | Image.Image,
+    name: str | None = None,
+    max_pixels: int = LIMITS.max_pixels,
+    max_bytes: int = LIMITS.max_bytes,
 ) -> NDArray[np.uint8]:
     """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image. RunError as for `load_image`."""
-    name = str(image) if isinstance(image, str | Path) else name
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
-            opened = (
-                nullcontext(image)
-                if isinstance(image, Image.Image)
-                else Image.open(_source(image, name), formats=FORMATS)
-            )
-        with opened as file:
-            width, height = file.size
-            if width * height > max_pixels:
-                raise RunError(f"{name}: wanted at most {max_pixels} pixels, found {width} x {height}; make it smaller")
-            return np.array(to_rgb(turn(file)))
-    except FileNotFoundError:
-        raise RunError(f"{name}: wanted an image, found no such file; check the path") from None
-    except Image.DecompressionBombError as error:
-        raise RunError(f"{name}: wanted at most {max_pixels} pixels, found more ({error}); make it smaller") from None
-    except RunError:
-        raise
-    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
-        reason = str(error).replace(str(image), "the file") if isinstance(image, str | Path) else str(error)
-        raise RunError(f"{name}: wanted an image, could not read it: {reason[:200]}; use a PNG, JPEG or WebP") from None
+        return _decoded(image, name, replace(LIMITS, max_pixels=max_pixels, max_bytes=max_bytes)).pixels()
+    except ImageRefusedError as refused:
+        raise RunError(f"{_name_of(image, name)}: {refused}") from None
 
 
-def _source(image: object, name: str) -> str | Path | io.BytesIO:
-    if isinstance(image, bytes | bytearray | memoryview):
-        return io.BytesIO(image)
-    if isinstance(image, str | Path):
-        return image
-    raise RunError(
-        f"{name}: wanted a path, bytes, a PIL image, an array or a tensor, got {type(image).__name__}; convert it"
-    )
+def rgb_image(
+    image: str | Path | bytes | Image.Image,
+    name: str | None = None,
+    max_pixels: int = LIMITS.max_pixels,
+    max_bytes: int = LIMITS.max_bytes,
+) -> Image.Image:
+    """A path, an encoded file or a PIL image as a PIL image in RGB, turned and on white. RunError as for `load_image`.
+
+    It takes less memory than `decode_image`, and `load_image` takes it without a copy.
+    """
+    try:
+        return _decoded(image, name, replace(LIMITS, max_pixels=max_pixels, max_bytes=max_bytes)).image()
+    except ImageRefusedError as refused:
+        raise RunError(f"{_name_of(image, name)}: {refused}") from None
+
+
+def _decoded(image: object, name: str | None, limits: ImageLimits, further: int = 0) -> RgbRows:
+    if isinstance(image, bytearray | memoryview):
+        image = bytes(image)
+    if not isinstance(image, str | Path | bytes | Image.Image):
+        raise RunError(
+            f"{name or 'image'}: wanted a path, bytes, a PIL image, an array or a tensor, got {type(image).__name__}; "
+            f"convert it"
+        )
+    return decode(image, limits, further=further, may_shrink=True)
+
+
+def _name_of(image: object, name: str | None) -> str:
+    return name or (str(image) if isinstance(image, str | Path) else "image")
+
+
+def _size_of(pixels: NDArray[Any] | Tensor) -> tuple[int, int]:
+    """Height and width of an array or a tensor; zeros where it has none."""
+    sides = tuple(pixels.shape[-2:] if isinstance(pixels, Tensor) else pixels.shape[:2])
+    return sides if len(sides) == 2 else (0, 0)
 
 
 def _as_rgb(pixels: NDArray[Any] | Tensor, name: str) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mvlm.errors import RunError
 from mvlm.files import check_folder
 from mvlm.inference.encode import BATCH, eval_loader
-from mvlm.inference.images import load_image, one_ahead
+from mvlm.inference.images import LIMITS, load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.captions import clean_line
@@ -25,6 +25,7 @@ from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.dataset.remote_files import is_remote
+from mvlm_dataloading.images.files import read_image_file
 from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
 
@@ -180,7 +181,7 @@ class FolderCollection:
         return Item(self.id(i), "", i, captions, metadata)
 
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
-        return (self.folder / id).read_bytes()
+        return read_image_file(self.folder / id, LIMITS.max_bytes)
 
     def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
         def loaded() -> Iterator[tuple[list[Item], Tensor]]:

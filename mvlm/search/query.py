@@ -14,6 +14,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import Collection, open_collection
 from mvlm.search.embedding_files import KINDS
 from mvlm.search.index import Hit, SearchIndex
+from mvlm_dataloading.images.limits import ImageRefusedError
 
 
 def search(
@@ -102,8 +103,9 @@ class ImageReader:
         id = hit.id.rpartition("#")[0] if hit.text else hit.id
         try:
             return self._opened[hit.source].image_bytes(id, hit.split, hit.row)
-        except OSError as error:
+        except (OSError, ImageRefusedError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.kind
             raise RunError(
-                f"{Path(source['path']) / id}: wanted the image that was embedded, found none ({error.strerror}); "
+                f"{Path(source['path']) / id}: wanted the image that was embedded, found none ({reason}); "
                 f"restore it, or remove it from the index"
             ) from None

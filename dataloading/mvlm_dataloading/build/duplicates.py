@@ -23,7 +23,7 @@ from mvlm_dataloading.options import MAX_PIXELS
 from mvlm_dataloading.sources.record import EVALUATION_SPLITS, is_evaluation
 
 from .hash_search import first_equal, near_known, near_pairs
-from .image_check import ImageDecoder, ImageHeader, on_white, perceptual_hash, read_header
+from .image_check import ImageDecoder, StoredHeader, on_white, perceptual_hash, read_header
 
 LEAKED = "image is in an evaluation split"
 LEAKED_NEARLY = "image is a near-duplicate of one in an evaluation split"
@@ -85,7 +85,7 @@ def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     if isinstance(pixels, str):
         raise DataError(f"{dataset.where(i)}: wanted an image, found that {pixels}; leave the sample out")
     header = read_header(image)
-    white = on_white(image) if isinstance(header, ImageHeader) and header.has_alpha else None
+    white = on_white(image) if isinstance(header, StoredHeader) and header.has_alpha else None
     pixels = white if isinstance(white, np.ndarray) else pixels
     height, width = pixels.shape[:2]
     return ImageFacts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))

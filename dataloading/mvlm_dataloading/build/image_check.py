@@ -5,22 +5,30 @@ Shape legend: H and W of the image after its EXIF orientation is applied, as the
 
 import functools
 import io
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvlm_dataloading.errors import need
-from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.strip import is_transparent, to_rgb, turn
+from mvlm_dataloading.errors import MissingPackageError, need
+from mvlm_dataloading.images.decode import check_image, decode
+from mvlm_dataloading.images.files import read_image_file
+from mvlm_dataloading.images.limits import ImageLimits, ImageRefusedError
+from mvlm_dataloading.options import MAX_PIXELS, BuildOptions
+from mvlm_dataloading.sources.record import TOO_LARGE
 
 # MPO, written by cameras, is a JPEG followed by further images. Decoders take the first one.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 UNDECODABLE = "image cannot be decoded"
 TOO_MANY_PIXELS = "image has too many pixels"
+TOO_MANY_BLOCKS = "image has too many blocks, scans or tags"
+MISSING = "image file is missing"
+EMPTY = "image file is empty"
 
 _BATCH = 32
 _BATCH_PIXELS = 1 << 24  # per decoded batch: some 50 MB
@@ -28,8 +36,8 @@ _FLAT = 2.0  # standard deviation in levels of 255 below which an image is too f
 
 
 @dataclass(frozen=True, slots=True)
-class ImageHeader:
-    """Format and size from an image's header. Width and height are as stored, before EXIF rotation."""
+class StoredHeader:
+    """Format and size of an image that a build can store. Width and height are as stored, before EXIF rotation."""
 
     extension: str
     width: int
@@ -38,35 +46,56 @@ class ImageHeader:
     """True if pixels may be transparent."""
 
 
-def read_header(image: bytes) -> ImageHeader | str:
+def limits_of_build(max_pixels: int = MAX_PIXELS, max_bytes: int = sys.maxsize) -> ImageLimits:
+    """Limits of an image of a data set. Its memory follows from its pixels, its sides from the largest aspect."""
+    return ImageLimits(max_bytes, max_pixels, max_side=max_pixels, max_memory=None)
+
+
+def _reason(refused: ImageRefusedError) -> str:
+    """The reason as in `rejected.jsonl`, where equal reasons are counted."""
+    return {
+        "pixels": TOO_MANY_PIXELS, "bytes": TOO_LARGE, "blocks": TOO_MANY_BLOCKS, "missing": MISSING, "file": MISSING,
+        "empty": EMPTY, "unreadable": "image file cannot be read",
+    }.get(refused.kind, UNDECODABLE)  # fmt: skip
+
+
+def read_image(image: Path | bytes, max_bytes: int) -> bytes | str:
+    """The encoded image in bytes or in a regular file, or the reason for which it cannot be used."""
+    try:
+        content = image if isinstance(image, bytes) else read_image_file(image, max_bytes)
+    except ImageRefusedError as refused:
+        return _reason(refused)
+    return TOO_LARGE if len(content) > max_bytes else content or EMPTY
+
+
+def read_header(image: bytes, limits: ImageLimits | None = None) -> StoredHeader | str:
     """Read the header of an image, without decoding. Returns the reason as text if the image cannot be used."""
-    pil = need("PIL.Image")
+    try:
+        header = check_image(image, limits or limits_of_build())
+    except ImageRefusedError as refused:
+        return UNDECODABLE if refused.kind == "empty" else _reason(refused)
+    if header.kind not in EXTENSIONS:
+        return f"image format is {header.kind}, not JPEG, PNG or WebP"
     try:
         with warnings.catch_warnings():
-            # Pillow warns of a decompression bomb before it allocates memory. Here such an image is rejected.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", pil.DecompressionBombWarning)
-            with pil.open(io.BytesIO(image)) as opened:
-                if opened.format not in EXTENSIONS:
-                    return f"image format is {opened.format}, not JPEG, PNG or WebP"
+            warnings.simplefilter("ignore")  # of bombs, which the limits judge, and of damaged metadata
+            with need("PIL.Image").open(io.BytesIO(image), formats=(header.kind,)) as opened:
                 width, height = opened.size
-                return ImageHeader(EXTENSIONS[opened.format], width, height, opened.has_transparency_data)
-    except (pil.DecompressionBombWarning, pil.DecompressionBombError):
-        return TOO_MANY_PIXELS
+                return StoredHeader(EXTENSIONS[header.kind], width, height, opened.has_transparency_data)
+    except MissingPackageError:
+        raise
     except Exception:  # Pillow's parsers raise nearly anything on damaged input
         return UNDECODABLE
 
 
-def check_header(image: bytes, options: BuildOptions) -> ImageHeader | str:
+def check_header(image: bytes, options: BuildOptions) -> StoredHeader | str:
     """The header of an image, or the reason for which it cannot be used."""
-    header = read_header(image)
+    header = read_header(image, limits_of_build(options.max_pixels, options.max_image_bytes))
     return header if isinstance(header, str) else _check_sizes(header, options) or header
 
 
-def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
+def _check_sizes(header: StoredHeader, options: BuildOptions) -> str | None:
     short, long = sorted((header.width, header.height))
-    if short * long > options.max_pixels:
-        return TOO_MANY_PIXELS
     if short < options.min_side:
         return "image is too small"
     if long > options.max_aspect * short:
@@ -80,7 +109,7 @@ def prepare_image(image: bytes) -> tuple[bytes, str] | str:
     A transparent image is stored on white, as a PNG. Any other is stored as it is, but for `exif_first`.
     """
     header = read_header(image)
-    if not isinstance(header, ImageHeader):
+    if not isinstance(header, StoredHeader):
         return header
     white = on_white(image)
     if isinstance(white, str):
@@ -116,26 +145,45 @@ def on_white(image: bytes) -> NDArray[np.uint8] | str | None:
     such images on white too.
     """
     try:
-        with need("PIL.Image").open(io.BytesIO(image)) as opened:
-            turned = turn(opened)
-            return np.array(to_rgb(turned)) if is_transparent(turned) else None
-    except Exception:  # Pillow's decoders raise nearly anything on damaged input
+        rows = decode(image, limits_of_build())
+        return rows.pixels() if rows.is_transparent() else None
+    except ImageRefusedError:
         return UNDECODABLE
 
 
 class ImageDecoder:
     """DALI's CPU decoder for images in memory. The loader uses the same decoder, so both accept the same images.
 
-    DALI may read a header differently from Pillow. Therefore DALI reads the size first, and an image of more than
+    DALI may read a header differently from ours. Therefore DALI reads the size too, and an image of more than
     `max_pixels` is not decoded.
+
+    Args:
+        max_pixels: largest image that is decoded; None to decode what the loader decodes, which is everything.
     """
 
-    def __init__(self, max_pixels: int) -> None:
-        self._max_pixels = max_pixels
+    def __init__(self, max_pixels: int | None) -> None:
+        self._limits = None if max_pixels is None else limits_of_build(max_pixels)
+        self._max_pixels = sys.maxsize if max_pixels is None else max_pixels
         self._built: dict[bool, Any] = {}
 
     def __call__(self, images: Sequence[bytes]) -> Iterator[NDArray[np.uint8] | str]:
         """Pixels of each image in order, RGB uint8 (H, W, 3), or the reason as text if the image cannot be used."""
+        refused = [self._refused(image) for image in images]
+        usable = [image for image, reason in zip(images, refused, strict=True) if reason is None]
+        decoded = self._decoded(usable)
+        yield from (next(decoded) if reason is None else reason for reason in refused)
+
+    def _refused(self, image: bytes) -> str | None:
+        """The reason for which an image is not given to DALI. One of a format that only DALI knows is."""
+        if self._limits is None:
+            return None
+        try:
+            check_image(image, self._limits)
+        except ImageRefusedError as refused:
+            return None if refused.kind in ("empty", "format") else _reason(refused)
+        return None
+
+    def _decoded(self, images: Sequence[bytes]) -> Iterator[NDArray[np.uint8] | str]:
         shapes = self._attempt(images, decode=False)
         begin = 0
         while begin < len(images):

@@ -20,24 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.captions import clean_captions
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.record import KEY_PATTERN, TOO_LARGE, Piece, Record
+from mvlm_dataloading.sources.record import KEY_PATTERN, Piece, Record
 from mvlm_dataloading.sources.strip import ImageStrip
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
     UNDECODABLE,
     ImageDecoder,
-    ImageHeader,
+    StoredHeader,
     check_header,
     encode_jpeg,
     encode_png,
     exif_first,
     is_too_long_for_jpeg,
+    limits_of_build,
     on_white,
     perceptual_hash,
     read_header,
+    read_image,
 )
 from .shard_writer import Shard, pack_tokens
 
@@ -52,7 +55,7 @@ class _Candidate:
     number: int
     record: Record
     image: bytes
-    header: ImageHeader
+    header: StoredHeader
     captions: list[str]
 
 
@@ -214,7 +217,7 @@ class _PieceWriter:
         if options.quality is not None or not small:
             image, extension = encode_jpeg(pixels, options.short_side, options.quality or 90), "jpg"
             header = read_header(image)
-            assert isinstance(header, ImageHeader), header
+            assert isinstance(header, StoredHeader), header
             height, width = header.height, header.width
         elif white is not None:
             image, extension = encode_png(white), "png"
@@ -274,25 +277,10 @@ def _compose(strip: ImageStrip, options: BuildOptions) -> bytes | str:
             return header
         contents.append(content)
     try:
-        return strip.compose(contents)
-    except Exception:  # Pillow's decoders raise nearly anything on damaged input
+        return strip.compose(contents, limits_of_build(options.max_pixels))
+    except DataError:
         return UNDECODABLE
 
 
 def _read(image: Path | bytes | None, options: BuildOptions) -> bytes | str:
-    if image is None:
-        return "no image"
-    if isinstance(image, bytes):
-        content = image
-    else:
-        try:
-            if not image.is_file():
-                return "image file is missing"
-            if image.stat().st_size > options.max_image_bytes:
-                return TOO_LARGE
-            content = image.read_bytes()
-        except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
-            return f"image file cannot be read ({type(error).__name__})"
-    if len(content) > options.max_image_bytes:
-        return TOO_LARGE
-    return content or "image file is empty"
+    return "no image" if image is None else read_image(image, options.max_image_bytes)

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import logging
-import sys
 import threading
 from dataclasses import replace
 
@@ -278,7 +277,7 @@ class Reader:
 
     def _is_bad(self, i: int) -> bool:
         """True if the build's decoder refuses an image, too. DALI's refusal may also mean a lack of memory."""
-        return isinstance(next(ImageDecoder(sys.maxsize)([self._dataset.image_bytes(i)])), str)
+        return isinstance(next(ImageDecoder(None)([self._dataset.image_bytes(i)])), str)
 
     def _mark_bad(self, found: list[int]) -> None:
         """Record undecodable images, and stop if there are too many."""

@@ -4,6 +4,8 @@ import io
 from xml.etree import ElementTree
 
 from mvlm_dataloading.errors import need
+from mvlm_dataloading.images.decode import check_image
+from mvlm_dataloading.images.limits import ImageLimits
 
 _FAINT = 16
 """Alpha (of 255) from which a pixel belongs to a cut-out."""
@@ -62,10 +64,11 @@ def cut_out(image: bytes, size: int) -> bytes:
     """The part of an image that is not transparent, its longer side at most `size` pixels, as a PNG.
 
     Raises:
-        ValueError: all of it is transparent.
+        ValueError: all of it is transparent, or it is no image within the limits.
     """
     pil = need("PIL.Image")
-    opened = pil.open(io.BytesIO(image)).convert("RGBA")
+    header = check_image(image, ImageLimits())
+    opened = pil.open(io.BytesIO(image), formats=(header.kind,)).convert("RGBA")
     box = opened.getchannel("A").point(lambda alpha: 255 * (alpha >= _FAINT)).getbbox()
     if box is None:
         raise ValueError("the image is blank")

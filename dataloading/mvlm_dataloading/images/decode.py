@@ -1,0 +1,120 @@
+"""The one door for images of others: files, bytes and PIL images, refused by their headers or decoded within limits."""
+
+import io
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import MissingPackageError, need
+
+from .colours import RgbRows
+from .files import read_image_file, too_many_bytes
+from .headers import ImageHeader, png_data, read_image_header
+from .limits import ImageLimits, ImageRefusedError, unreadable
+
+_DEFLATE = 1032  # most bytes that one byte of deflate stands for
+_BLOCK = 1 << 18
+
+
+def check_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Refuse an image by its sides. Raises ImageRefusedError."""
+    size = f"{width} x {height}"
+    if width * height > limits.max_pixels:
+        raise ImageRefusedError("pixels", f"wanted at most {limits.max_pixels} pixels, found {size}; make it smaller")
+    if max(width, height) > limits.max_side:
+        raise ImageRefusedError(
+            "side", f"wanted sides of at most {limits.max_side} pixels, found {size}; make it smaller"
+        )
+
+
+def check_memory(width: int, height: int, needed: float, limits: ImageLimits) -> None:
+    """Refuse an image by the bytes that decoding and resizing it take. Raises ImageRefusedError."""
+    most = limits.max_memory
+    if most is not None and needed > most:
+        found = f"{width} x {height} pixels that take {needed / 1e6:.0f} MB"
+        raise ImageRefusedError(
+            "memory",
+            f"wanted an image that takes at most {most / 1e6:g} MB of memory, found {found}; make it smaller",
+        )
+
+
+def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_shrink: bool = False) -> ImageHeader:
+    """The header of an encoded image that may be decoded, with its `part`. Nothing is decoded.
+
+    Args:
+        further: bytes per row that the caller takes beside the image, to resize it.
+        may_shrink: a JPEG that would take too much memory may be decoded at 1/2, 1/4 or 1/8 of its sides.
+
+    Raises:
+        ImageRefusedError: the file is no image within the limits.
+    """
+    if not content:
+        raise unreadable("it is empty", "empty")
+    if len(content) > limits.max_bytes:
+        raise too_many_bytes(limits.max_bytes, len(content))
+    header = read_image_header(content)
+    check_size(header.width, header.height, limits)
+    if header.raw_bytes > _DEFLATE * (header.data_bytes + 1):
+        raise unreadable(f"{len(content)} bytes cannot hold {header.width} x {header.height} pixels")
+    parts = (1, 2, 4, 8) if may_shrink and header.kind == "JPEG" else (1,)
+    needed = [header.memory(part) + further * -(-max(header.width, header.height) // part) for part in parts]
+    most = limits.max_memory
+    part = next((part for part, bytes_ in zip(parts, needed, strict=True) if most is None or bytes_ <= most), None)
+    if part is None:
+        check_memory(header.width, header.height, needed[0], limits)
+    return header.at(part or 1)
+
+
+def decode(
+    image: str | Path | bytes | Any, limits: ImageLimits, *, further: int = 0, may_shrink: bool = False
+) -> RgbRows:
+    """Decode an image within the limits. Its rows are converted when they are asked for.
+
+    Args:
+        image: a path, the bytes of a file, or a PIL image, which may be opened and not yet decoded.
+        further: as for `check_image`, and so is `may_shrink`.
+
+    Raises:
+        ImageRefusedError: the file is no regular one, or is no whole image within the limits.
+        MissingPackageError: Pillow is not installed.
+    """
+    pil, file = need("PIL.Image"), need("PIL.ImageFile")
+    try:
+        if isinstance(image, pil.Image):
+            width, height = image.size  # pyright: ignore[reportAttributeAccessIssue]
+            own = 4 * width * height if isinstance(image, file.ImageFile) else 0  # else it is decoded
+            check_size(width, height, limits)
+            check_memory(width, height, own + further * max(width, height), limits)
+            return RgbRows(image)
+        content = image if isinstance(image, bytes) else read_image_file(image, limits.max_bytes)
+        header = check_image(content, limits, further=further, may_shrink=may_shrink)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bombs, which the limits judge, and of damaged metadata
+            with pil.open(io.BytesIO(content), formats=(header.kind,)) as opened:
+                # Pillow turns a TIFF itself, and says so from the start.
+                if sorted(opened.size) != sorted((header.width, header.height)):
+                    raise unreadable("its headers state two sizes")
+                if header.part > 1:
+                    opened.draft(None, (header.width // header.part, header.height // header.part))
+                opened.load()
+                if header.kind == "PNG" and not _is_whole(opened, content, header):
+                    raise unreadable("it ends before its last row")
+                return RgbRows(opened)
+    except (ImageRefusedError, MissingPackageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers raise errors of many kinds for damaged files
+        raise unreadable("it is truncated" if "truncated" in str(error) else "it is damaged") from None
+
+
+def _is_whole(image: Any, content: bytes, header: ImageHeader) -> bool:
+    """False for a PNG whose data end before its last row: Pillow gives black rows in the place of the others."""
+    width, height = image.size
+    if not header.interlaced and image.crop((0, height - 1, width, height)).tobytes().strip(b"\0"):
+        return True  # a row that was not decoded is all zeros
+    stream, left = zlib.decompressobj(), header.raw_bytes
+    for part in png_data(content):
+        while part and left > 0:
+            left -= len(stream.decompress(part, _BLOCK))
+            part = stream.unconsumed_tail
+    return left <= 0

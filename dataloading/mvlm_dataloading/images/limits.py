@@ -1,0 +1,49 @@
+"""How large an image of others may be, and the error for one that is not used."""
+
+from dataclasses import dataclass
+
+from mvlm_dataloading.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """Limits that hold for one image. All but the bytes are compared with its header, before it is decoded."""
+
+    max_bytes: int = 100_000_000
+    """Size of its file."""
+    max_pixels: int = 100_000_000
+    """Width times height."""
+    max_side: int = 65_500
+    """Longer side: as long as a JPEG can have."""
+    max_memory: int | None = 150_000_000
+    """Bytes that decoding and resizing it take, its file not counted; None for as many as `max_pixels` allow."""
+
+
+MAX_BLOCKS = 1_000
+"""Chunks, segments, extensions or tags of one file beside its pixels. A photograph has about ten."""
+MAX_PARTS = 100_000
+"""Chunks of a PNG, or strips or tiles of a TIFF, that hold its pixels."""
+MAX_SCANS = 100
+LEAST_SCANS, MAX_SCANNED = 20, 1_000_000_000
+"""Scans of a JPEG: MAX_SCANS, but of a large one as many as decode MAX_SCANNED pixels, and LEAST_SCANS at least.
+A progressive one has about ten, and each takes nearly as long as a whole image."""
+MAX_RUN_BYTES = 4_000_000
+"""File size of a BMP with run lengths, which Pillow decodes in Python."""
+
+
+class ImageRefusedError(DataError):
+    """An image that is not used. The message has no name of the image: a caller puts it in front.
+
+    Attributes:
+        kind: "missing", "file" (not a regular one), "unreadable", "bytes", "empty", "format", "pixels", "side",
+            "memory", "blocks" or "damaged".
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def unreadable(reason: str, kind: str = "damaged") -> ImageRefusedError:
+    """The error for content that is not the image that it should be."""
+    return ImageRefusedError(kind, f"wanted an image, could not read it: {reason}; use a PNG, JPEG or WebP")
