@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,15 @@ class Tokenizer:
         fingerprint: sha256 of the tokenizer's definition.
 
     Raises:
-        DataError: one of the four special tokens is missing.
+        DataError: one of the four special tokens is missing, or two of them are one token. From all methods that read
+            a text: the tokenizer fails on it.
     """
 
     def __init__(self, inner: Any, origin: str = "tokenizer"):
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True  # "[MASK]" in a caption is text, not the special token
-        self._inner = inner
+        self._inner, self._origin = inner, origin
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=0)  # ids may have gaps
         ids = {}
         for kind, names in _NAMES.items():
@@ -61,6 +62,11 @@ class Tokenizer:
                 raise DataError(
                     f"{origin}: wanted a {kind} token named {' or '.join(names)}, found none; use another tokenizer"
                 )
+        if len({*ids.values()}) < len(ids):
+            shared = ", ".join(f"{kind} {i}" for kind, i in ids.items())
+            raise DataError(
+                f"{origin}: wanted four special tokens, found two that are one token ({shared}); use another tokenizer"
+            )
         self.cls_id, self.sep_id, self.mask_id, self.pad_id = ids["cls"], ids["sep"], ids["mask"], ids["pad"]
         self._in_place_of: dict[int, int] = self._unknown_for(ids, origin)
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
@@ -72,8 +78,8 @@ class Tokenizer:
         """
         found: set[int] = set()
         for text in (text for names in _NAMES.values() for name in names for text in (name, f"a {name} a")):
-            with contextlib.suppress(Exception):  # a vocabulary of whole words may have no token for it
-                found.update(self._inner.encode(text, add_special_tokens=False).ids)
+            with contextlib.suppress(DataError):  # a vocabulary of whole words may have no token for it
+                found.update(self._encoded(text).ids)
         unknown = next((i for i in map(self._inner.token_to_id, _UNKNOWN) if i is not None), None)
         if found.isdisjoint(special.values()):
             return {}
@@ -81,6 +87,11 @@ class Tokenizer:
             log.warning("%s: wanted an unknown token for names of special tokens in captions, found none", origin)
             return {}
         return dict.fromkeys(special.values(), int(unknown))
+
+    def _encoded(self, text: str) -> Any:
+        """The package's encoding of a text, without special tokens."""
+        with _errors_of_the_package(self._origin):
+            return self._inner.encode(text, add_special_tokens=False)
 
     def _ids(self, found: Any) -> list[int]:
         """Tokens of an encoded text, none of them special."""
@@ -93,7 +104,9 @@ class Tokenizer:
         Each text becomes [CLS] ... [SEP]. Longer texts are truncated to `max_length` tokens, [SEP] kept.
         """
         check_text_length(max_length)
-        rows = [self._ids(e)[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        with _errors_of_the_package(self._origin):
+            encoded = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        rows = [self._ids(found)[: max_length - 2] for found in encoded]
         tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
 
@@ -111,7 +124,7 @@ class Tokenizer:
             text += ("!" if inside else self._short_word) + piece
         ids: list[int] = []
         before: list[int] = []
-        found = self._inner.encode(text, add_special_tokens=False)
+        found = self._encoded(text)
         for token, (start, stop) in zip(self._ids(found), found.offsets, strict=True):
             masks = [place for place in places if start <= place < stop]
             if masks and len(text[start:stop].strip()) != 1:  # one token of a mask and of what is beside it
@@ -126,14 +139,14 @@ class Tokenizer:
         ids: list[int] = []
         for number, piece in enumerate(pieces):
             ids += [self.mask_id] if number else []
-            ids += self._ids(self._inner.encode(piece.strip(), add_special_tokens=False)) if piece.strip() else []
+            ids += self._ids(self._encoded(piece.strip())) if piece.strip() else []
         return ids
 
     @functools.cached_property
     def _short_word(self) -> str:
         """A letter that is one token behind a blank."""
         letters = "aeioustnrlmdhcbfgpkwvyjxqz"
-        tokens = (self._inner.encode(f"{letter} {letter}", add_special_tokens=False).ids for letter in letters)
+        tokens = (self._encoded(f"{letter} {letter}").ids for letter in letters)
         return next((letter for letter, ids in zip(letters, tokens, strict=True) if len(ids) == 2), "a")
 
     def words(self, text: str) -> list[tuple[str, int, int]]:
@@ -142,7 +155,7 @@ class Tokenizer:
         Tokens are counted from 0 without [CLS], as if the text were not truncated.
         """
         spans = [(word.group(), word.start(), word.end()) for word in re.finditer(r"\S+", text)]
-        offsets = self._inner.encode(text, add_special_tokens=False).offsets
+        offsets = self._encoded(text).offsets
         # The last character decides: a token may begin with the blank before its word, or be that blank alone.
         of_token = [bisect.bisect_left([end for _, _, end in spans], max(stop, 1)) for _, stop in offsets]
         found = []
@@ -182,7 +195,8 @@ class Tokenizer:
         # A file need not declare its special tokens, and the package then decodes them as words.
         special = {self.cls_id, self.sep_id, self.mask_id, self.pad_id}
         words = [i for i in map(int, ids) if i not in special]
-        return self._inner.decode(words, skip_special_tokens=True).strip()
+        with _errors_of_the_package(self._origin):
+            return self._inner.decode(words, skip_special_tokens=True).strip()
 
     def token(self, token_id: int) -> str:
         """Spelling of a token in the vocabulary."""
@@ -191,6 +205,30 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` for `load_tokenizer` and the `tokenizers` package."""
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _errors_of_the_package(origin: str) -> Iterator[None]:
+    """Context in which `tokenizers` works on a text. DataError if it fails: the file's rules may not fit every text.
+
+    A panic of its Rust code is no Exception, so it would end threads and processes past every handler. Rust has
+    already written it to stderr then.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and not _is_panic(error):
+            raise  # KeyboardInterrupt, and what the caller has done wrong
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{origin}: wanted a tokenizer that reads every text, found one that fails on a text here ({reason}); use "
+            f"another tokenizer"
+        ) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """True for pyo3's PanicException. Each package has a class of its own, which none of them exports."""
+    return type(error).__name__ == "PanicException"
 
 
 def _begins_unit(token: str, *, byte_level: bool) -> bool:
@@ -243,7 +281,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`, of ours, BERT, RoBERTa or others.
 
     Raises:
-        DataError: the file is missing, is no tokenizer, or lacks a special token.
+        DataError: the file is missing, is no tokenizer, or has not four special tokens.
     """
     path = Path(path)
     if not path.is_file():
@@ -254,7 +292,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         inner = need("tokenizers").Tokenizer.from_file(str(path))
     except ImportError:
         raise
-    except Exception as error:  # the package raises bare Exceptions
+    except BaseException as error:  # the package raises bare Exceptions, and panics
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
         raise DataError(
             f"{path}: wanted a tokenizer.json, found a file that is not one ({error}); give another"
         ) from None
@@ -265,7 +305,7 @@ def load_stored_tokenizer(folder: Path) -> Tokenizer:
     """Read the `tokenizer.json` of a data folder whose `dataset.json` names one.
 
     Raises:
-        DataError: the file is missing, is no tokenizer, or lacks a special token.
+        DataError: the file is missing, is no tokenizer, or has not four special tokens.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():

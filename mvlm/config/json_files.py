@@ -59,6 +59,16 @@ def model_config(values: Any, where: str) -> MaskVLMConfig:
     return _from_json(MaskVLMConfig, values, where, "model setting", "model.")
 
 
+def read_model_config(file: Path) -> MaskVLMConfig:
+    """Read the configuration of a model from its JSON file. RunError, which names the file once, if it is not one."""
+    try:
+        return model_config(json.loads(file.read_text()), str(file))
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file}: wanted the settings of a MaskVLM, got {error}; restore the file") from None
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """Read a run's config.json of version 2 or 3, without settings that are gone and have their default.
 
@@ -157,7 +167,11 @@ def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "")
     missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
     if missing:
         raise ConfigError(f"{where}: wanted the {what}s {', '.join(missing)}, found none")
-    return kind(**{name: _checked(types[name], value, f"{where}: {name}") for name, value in values.items()})
+    checked = {name: _checked(types[name], value, f"{where}: {name}") for name, value in values.items()}
+    try:
+        return kind(**checked)
+    except ConfigError as error:  # of a range, or of settings that do not fit each other
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _checked(wanted: Any, value: Any, where: str) -> Any:

@@ -1,7 +1,6 @@
 """Ranges and choices of settings, stated in the field's type: `batch_size: Annotated[int, AT_LEAST_1] = 64`."""
 
 import math
-import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -37,6 +36,10 @@ DECAY = Range(0, 1, exclude_high=True)
 """Decay of a moving average. 1 would never forget its start."""
 
 
+_LARGEST = 1e150
+"""Largest number of a setting. Its square is a number too, such as that of an image's side."""
+
+
 def check_values(config: Any) -> None:
     """Raise ConfigError for a value of a dataclass that the type of its field does not allow.
 
@@ -49,7 +52,7 @@ def check_values(config: Any) -> None:
         _check_type(field.name, types[field.name], value)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         for number in numbers:
-            if not abs(number) <= sys.float_info.max:  # also checked for fields without a range
+            if not abs(number) <= _LARGEST:  # also checked for fields without a range
                 raise ConfigError(f"{field.name} must be a finite number, got {number}")
             for wanted in getattr(hints[field.name], "__metadata__", ()):
                 if isinstance(wanted, Range) and number not in wanted:

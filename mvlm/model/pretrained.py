@@ -3,15 +3,15 @@
 Only the hub needs huggingface_hub; folders work without it. Nothing is pickled or unpickled.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mvlm.config.json_files import model_config
+from mvlm.config.json_files import read_model_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import load_weights, write_safetensors
+from mvlm.files import load_weights, read_shapes, write_safetensors
+from mvlm.model.shapes import check_sizes
 from mvlm_dataloading.files import write_json
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class HubMixin(Base, library_name="mvlm", tags=["masked-vision-and-language"]):
             revision, token, cache_dir, local_files_only, force_download: for `huggingface_hub.hf_hub_download`.
 
         Raises:
-            RunError: there is no such model, or its files do not fit each other.
+            RunError: there is no such model, or its files do not fit each other, or its weights are not finite.
             ConfigError: the hub is needed and huggingface_hub is not installed.
         """
         folder = Path(source)
@@ -80,10 +80,8 @@ class HubMixin(Base, library_name="mvlm", tags=["masked-vision-and-language"]):
                     f"{folder / name}: wanted the file, found none; "
                     f"save_pretrained writes {CONFIG_FILE} and {WEIGHTS_FILE}"
                 )
-        try:
-            config = model_config(json.loads((folder / CONFIG_FILE).read_text()), str(folder / CONFIG_FILE))
-        except (ConfigError, ValueError, TypeError, RecursionError) as error:
-            raise RunError(f"{folder / CONFIG_FILE}: wanted the settings of a MaskVLM, got: {error}") from None
+        config = read_model_config(folder / CONFIG_FILE)
+        check_sizes(config, read_shapes(folder / WEIGHTS_FILE), folder / CONFIG_FILE, folder / WEIGHTS_FILE)
         make: Any = cls
         model = make(config)
         load_weights(model, folder / WEIGHTS_FILE)

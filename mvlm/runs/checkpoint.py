@@ -31,12 +31,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, read_safetensors
+from mvlm.files import check_fit, check_types, read_safetensors
 from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
@@ -91,15 +90,7 @@ def verify_checkpoint(path: Path) -> None:
     PermissionError for a file that may not be read.
     """
     manifest = path / MANIFEST
-    try:
-        values = json.loads(manifest.read_text())
-        version, digests = values["format_version"], dict(values["sha256"])
-    except PermissionError:
-        raise  # it is not damaged: a resumed run must not go on from an older one and rename it
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{manifest}: wanted a readable manifest, got {error!r}; use another checkpoint") from None
-    if version != FORMAT_VERSION:
-        raise RunError(f"{manifest}: wanted format version {FORMAT_VERSION}, got {version}; use the mvlm that wrote it")
+    digests = _read_manifest(manifest)
     entries = {name.split("/")[0] for name in digests}
     for name in REQUIRED:
         if name not in entries:
@@ -124,6 +115,36 @@ def verify_checkpoint(path: Path) -> None:
             )
 
 
+def _read_manifest(manifest: Path) -> dict[str, str]:
+    """Hash of each file that a manifest names. RunError if it is damaged or of another version."""
+    try:
+        values = json.loads(manifest.read_text())
+    except PermissionError:
+        raise  # it is not damaged: a resumed run must not go on from an older one and rename it
+    except OSError as error:
+        raise _unreadable(manifest, error.strerror or "an error of the disk") from None
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(manifest, str(error)) from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    digests = values.get("sha256") if isinstance(values, dict) else None
+    if version is None or not isinstance(digests, dict):
+        raise _unreadable(manifest, "no format_version, or no object sha256")
+    if version != FORMAT_VERSION:
+        raise RunError(f"{manifest}: wanted format version {FORMAT_VERSION}, got {version}; use the mvlm that wrote it")
+    ranks = values.get("world_size", 1)
+    if type(ranks) is not int or ranks < 1:
+        raise _unreadable(manifest, f"world_size {ranks!r}")
+    for name in digests:
+        # A link may lead to where a store of files keeps the contents, whose hash is known. A name may not.
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise _unreadable(manifest, f"{name!r}, which is no file of this folder")
+    return digests
+
+
+def _unreadable(manifest: Path, found: str) -> RunError:
+    return RunError(f"{manifest}: wanted a readable manifest, found {found}; use another checkpoint")
+
+
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:
     """Write a folder of safetensors. Each rank writes its own file; collective over `group`, None for one process."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -134,25 +155,63 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.Process
 def read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str = "") -> None:
     """Fill `wanted` in place from a folder of safetensors that any number of ranks wrote. Not collective.
 
-    Only tensors whose name begins with `prefix` are read; `wanted` has their names without it. RunError lists names and
-    shapes that do not fit; then nothing is filled.
+    Only tensors whose name begins with `prefix` are read; `wanted` has their names without it. RunError lists names,
+    shapes and types that do not fit; then nothing is filled.
     """
     reader = HuggingFaceStorageReader(str(folder))
+    metadata = _read_metadata(reader, folder)
+    wanted = {f"{prefix}{name}": tensor for name, tensor in wanted.items()}
+    shapes = {name: shape for name, shape in _shapes(metadata, folder).items() if name.startswith(prefix)}
+    check_fit({name: tuple(t.shape) for name, t in wanted.items()}, shapes, folder)
+    types: dict[str, set[torch.dtype]] = {}
+    for index, part in metadata.storage_data.items():
+        types.setdefault(index.fqn, set()).add(part.dtype)
+    check_types(wanted, types, folder)
+    with _original_error():
+        load_distributed(wanted, storage_reader=reader, no_dist=True)
+
+
+def read_folder_shapes(folder: Path, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a folder of safetensors by name, from the headers alone.
+
+    Only of names that begin with `prefix`, and without it. RunError if the files cannot be read, or lack a part.
+    """
+    shapes = _shapes(_read_metadata(HuggingFaceStorageReader(str(folder)), folder), folder)
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _read_metadata(reader: HuggingFaceStorageReader, folder: Path) -> Any:
     try:
-        found = reader.read_metadata().state_dict_metadata
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        return reader.read_metadata()
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise RunError(
             f"{folder}: wanted a folder of safetensors, could not read it: {error}; use another checkpoint"
         ) from None
-    wanted = {f"{prefix}{name}": tensor for name, tensor in wanted.items()}
-    shapes = {
-        name: tuple(m.size)
-        for name, m in found.items()
-        if isinstance(m, TensorStorageMetadata) and name.startswith(prefix)
-    }
-    check_fit({name: tuple(t.shape) for name, t in wanted.items()}, shapes, folder)
-    with _original_error():
-        load_distributed(wanted, storage_reader=reader, no_dist=True)
+
+
+def _shapes(metadata: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of whole tensors by name. RunError if a part of one is missing.
+
+    A file says itself where its parts belong. Else it could ask for the memory of rows that no file has.
+    """
+    shapes = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        shapes[name] = tuple(tensor.size)
+        if not _is_whole(shapes[name], {(tuple(part.offsets), tuple(part.sizes)) for part in tensor.chunks}):
+            raise RunError(f"{folder}: wanted all parts of {name}, found others; use another checkpoint")
+    return shapes
+
+
+def _is_whole(shape: tuple[int, ...], parts: set[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """True if the parts of a tensor, offsets and sizes, are its rows one after another, as FSDP shares them out."""
+    if not shape:
+        return parts == {((), ())}
+    row = 0
+    for offsets, sizes in sorted(part for part in parts if 0 not in part[1]):  # a rank may have no row
+        if offsets != (row, *(0 for _ in shape[1:])) or sizes[1:] != shape[1:]:
+            return False
+        row += sizes[0]
+    return row == shape[0]
 
 
 @contextmanager
@@ -178,7 +237,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
     Parameters without saved state get none. Those that only losses of weight 0 use have none.
     """
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found = read_folder_shapes(folder)
     states: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         if f"{name}/momentum" in found:

@@ -1,19 +1,20 @@
 """Load a trained model from a run, a checkpoint, an exported folder or the hub; export it."""
 
-import json
 import logging
 from pathlib import Path
 
 import torch
 
-from mvlm.config.json_files import model_config
+from mvlm.config.json_files import read_model_config
+from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
-from mvlm.errors import ConfigError, RunError
-from mvlm.files import copy_into, new_folder, read_safetensors
+from mvlm.errors import RunError
+from mvlm.files import check_finite, load_weights, new_folder, read_shapes
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
-from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
+from mvlm.model.shapes import check_sizes
+from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, log_unfinished
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
@@ -43,7 +44,8 @@ def load_model(
         text_length: longest text in tokens, at most the trained one. Default: as trained.
 
     Raises:
-        RunError: there is no such model, or it is damaged or of another kind.
+        RunError: there is no such model, or it is damaged or of another kind; its settings, weights and tokenizer do
+            not fit each other; or its weights are not finite. Sizes are compared before a network is made.
         PermissionError: a file of its checkpoint may not be read.
         ConfigError: there is no such device, precision or size.
     """
@@ -51,25 +53,46 @@ def load_model(
     folder, exported = _find_model(path)
     if not exported:
         log_unfinished(Path(path), folder)
-    _check_tokenizer(folder)
-    file = folder / (CONFIG_FILE if exported else MODEL_CONFIG)
-    try:
-        config = model_config(json.loads(file.read_text()), str(file))
-        tokenizer = load_tokenizer(folder / TOKENIZER)
-    except (ConfigError, DataError, ValueError, TypeError, RecursionError) as error:
-        raise RunError(f"{folder}: {error}") from None
-    network = MaskVLM(config)
-    state = network.state_dict()
+    config, tokenizer = read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)
     if exported:
-        copy_into(state, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+        weights, prefix = folder / WEIGHTS_FILE, ""
     else:
         # A fine-tuned run keeps the network as the part `model` of its task.
+        weights = folder / (EMA if (folder / EMA).is_dir() else MODEL)
         prefix = "model." if read_state(folder).get("task") else ""
-        read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state, prefix)
+    shapes = read_shapes(weights) if exported else read_folder_shapes(weights, prefix)
+    check_sizes(config, shapes, folder / (CONFIG_FILE if exported else MODEL_CONFIG), weights)
+    network = MaskVLM(config)
+    if exported:
+        load_weights(network, weights)
+    else:
+        read_tensors(weights, network.state_dict(), prefix)
+        check_finite(network.state_dict(), weights)
     if not network.matching_is_trained:
         log.warning("%s: trained without ITM, so its matches and re-rankings mean nothing", path)
     network = resized_model(network, image_size, text_length, trained=True)
     return TrainedModel(network.to(chosen), tokenizer, precision)
+
+
+def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMConfig, Tokenizer]:
+    """Read the configuration of a model and its tokenizer, which fit each other, and not its weights.
+
+    Args:
+        folder: a verified checkpoint, or an exported folder.
+        file: name of the configuration in it.
+
+    Raises:
+        RunError: one of the files is missing or damaged, or the tokenizer has other tokens than the model.
+    """
+    config, tokenizer = read_model_config(folder / file), _read_tokenizer(folder)
+    wrong = ""
+    if tokenizer.vocab_size > config.vocab_size:
+        wrong = f"of vocab_size {config.vocab_size} in {file}, found the token {tokenizer.vocab_size - 1}"
+    elif tokenizer.mask_id != config.mask_token_id:
+        wrong = f"of mask_token_id {config.mask_token_id} in {file}, found [MASK] as token {tokenizer.mask_id}"
+    if wrong:
+        raise RunError(f"{folder / TOKENIZER}: wanted the tokenizer of the model, {wrong}; restore the model's")
+    return config, tokenizer
 
 
 def load_tokenizer_of(path: Path | str) -> Tokenizer:
@@ -78,20 +101,20 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
     RunError if there is no such model, or its tokenizer is damaged.
     """
     folder, _ = _find_model(path)
-    _check_tokenizer(folder)
-    try:
-        return load_tokenizer(folder / TOKENIZER)
-    except DataError as error:
-        raise RunError(f"{folder}: {error}") from None
+    return _read_tokenizer(folder)
 
 
-def _check_tokenizer(folder: Path) -> None:
-    """Raise RunError if there is none, as in a folder that only `MaskVLM.save_pretrained` wrote."""
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer beside a model. RunError if there is none, as where `MaskVLM.save_pretrained` wrote alone."""
     if not (folder / TOKENIZER).is_file():
         raise RunError(
             f"{folder}: wanted a {TOKENIZER} beside the weights, found none; write the one that the model was trained "
             f'with: `tokenizer.save(folder / "{TOKENIZER}")`'
         )
+    try:
+        return load_tokenizer(folder / TOKENIZER)
+    except DataError as error:
+        raise RunError(str(error)) from None
 
 
 def _find_model(source: Path | str) -> tuple[Path, bool]:

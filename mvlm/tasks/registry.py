@@ -1,7 +1,6 @@
 """The tasks by name, and tasks loaded from finished runs."""
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +8,22 @@ from typing import Any
 
 import torch
 
-from mvlm.config.json_files import model_config, task_options
+from mvlm.config.json_files import task_options
 from mvlm.errors import ConfigError, RunError
+from mvlm.files import check_finite
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import WEIGHTS_FILE
-from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
+from mvlm.model.shapes import check_sizes
+from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
+from mvlm.runs.load import read_architecture
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.entailment import Entailment
 from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task
 from mvlm.tasks.vqa import VisualQuestionAnswering
-from mvlm_dataloading import Tokenizer, load_tokenizer
+from mvlm_dataloading import Tokenizer
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (VisualQuestionAnswering, Entailment, Retrieval, Pairs, Captioning)
@@ -93,7 +95,8 @@ def load_task(
             f"{path}: wanted a run of the task {kind.name if kind else ', '.join(TASKS)}, found one of "
             f"{described['name']}; name that task, or the file that defines it"
         )
-    config = model_config(json.loads((folder / MODEL_CONFIG).read_text()), str(folder / MODEL_CONFIG))
+    config, tokenizer = read_architecture(folder)
+    check_sizes(config, read_folder_shapes(folder / MODEL, "model."), folder / MODEL_CONFIG, folder / MODEL)
     options = replace(task_options(described["options"], described["name"], str(folder)), **changes)
     task = (kind or TASKS[described["name"]])(MaskVLM(config), options, described["state"])
     averages = {name: p.detach() for name, p in task.named_parameters()} if (folder / EMA).is_dir() else {}
@@ -101,6 +104,6 @@ def load_task(
         read_tensors(folder / MODEL, task.state_dict())
     if averages:
         read_tensors(folder / EMA, averages)
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    check_finite(task.state_dict(), folder)
     task.set_tokenizer(tokenizer)
     return task.to(device).eval(), tokenizer

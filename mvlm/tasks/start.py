@@ -1,20 +1,19 @@
 """The model that fine-tuning starts from: a pretrained one, with its position embeddings resized where needed."""
 
-import json
 import logging
 from contextlib import suppress
 from pathlib import Path
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.json_files import model_config
 from mvlm.config.model import MaskVLMConfig
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs.checkpoint import MODEL_CONFIG, TOKENIZER, checkpoints
+from mvlm.model.shapes import check_sizes
+from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_model, read_architecture
 from mvlm.weights.resize import resized_config, resized_model
-from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+from mvlm_dataloading import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +41,11 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
     A run that is resumed does not need its pretrained model any more. Checkpoints are not verified here, on every rank.
     """
     for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
-        file = checkpoint / MODEL_CONFIG
-        # A damaged one is passed over: an older one is resumed then.
-        with suppress(ConfigError, DataError, OSError, ValueError, TypeError, RecursionError):
-            return model_config(json.loads(file.read_text()), str(file)), load_tokenizer(checkpoint / TOKENIZER)
+        with suppress(RunError, OSError):  # damaged: an older one is resumed then
+            found, tokenizer = read_architecture(checkpoint)
+            shapes = read_folder_shapes(checkpoint / MODEL, "model.")
+            check_sizes(found, shapes, checkpoint / MODEL_CONFIG, checkpoint / MODEL)
+            return found, tokenizer
     pretrained, tokenizer = load_model(config.checkpoint)
     longest = pretrained.config.text_length
     if config.freeze != "none" and not config.random_weights and (config.question_length or 0) > longest:

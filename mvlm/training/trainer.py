@@ -22,6 +22,7 @@ from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
+from mvlm.files import check_finite
 from mvlm.inference.reconstruction import reconstruction_strip
 from mvlm.objectives.losses import Losses, loss_weights
 from mvlm.progress import TrainingProgress
@@ -273,12 +274,17 @@ class Trainer:
         return {}
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ."""
+        """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.
+
+        RunError too for weights that are not finite.
+        """
         state = read_state(checkpoint)
         read_tensors(checkpoint / MODEL, self.model.state_dict())
+        check_finite(self.model.state_dict(), checkpoint / MODEL)
         load_optimizer(checkpoint / OPTIMIZER, self.model, self.optimizer)
         if self.average is not None:
             read_tensors(checkpoint / EMA, self.average.tensors)
+            check_finite(self.average.tensors, checkpoint / EMA)
         set_generators(checkpoint, self.world.rank, self.device)
         self.loader.load_state_dict(state["loader"])
         own = checkpoint / TOKENIZER

@@ -14,8 +14,18 @@ from mvlm.device import choose_device, deterministic_kernels
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError, RunError
 from mvlm.machine import describe_machine, package_versions
+from mvlm.model.shapes import check_sizes
 from mvlm.progress import TrainingProgress
-from mvlm.runs.checkpoint import EMA, MODEL, OPTIMIZER, checkpoint_name, optimizer_tensors, read_state, read_tensors
+from mvlm.runs.checkpoint import (
+    EMA,
+    MODEL,
+    OPTIMIZER,
+    checkpoint_name,
+    optimizer_tensors,
+    read_folder_shapes,
+    read_state,
+    read_tensors,
+)
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
 from mvlm.training.run import build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
@@ -65,6 +75,9 @@ class Replay:
 
     def __init__(self, claims: Claims, device: str = "auto") -> None:
         self.claims = claims
+        # A run of others must not ask for a network that its weights do not have.
+        last = claims.kept[-1] / MODEL
+        check_sizes(claims.config.model, read_folder_shapes(last), claims.run.config, last)
         had_gpu = claims.parts[-1]["machine"]["device"] != "cpu"
         chosen = choose_device("cpu" if device == "auto" and not had_gpu else device)
         self.world = World(rank=0, size=1, local_rank=0, device=chosen)

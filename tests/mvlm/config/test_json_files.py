@@ -63,7 +63,7 @@ def test_a_run_configuration_survives_json(preset):
         ({"crop_scale": [0.5]}, "config.json: crop_scale: wanted tuple[float, float], got [0.5]"),
         ({"precision": "fp8"}, "config.json: precision: wanted Literal['auto', 'bf16', 'fp32'], got 'fp8'"),
         ({"model": [1]}, "config.json: wanted the model settings as a JSON object, got [1]"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "config.json: batch_size must be at least 1, got 0"),
     ],
 )
 def test_an_invalid_run_configuration_is_refused(change, message):

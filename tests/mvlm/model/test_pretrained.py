@@ -85,7 +85,7 @@ def test_a_folder_without_a_fitting_model_is_refused(tmp_path, no_network):
     for change, message in (
         ({"widht": 3}, "unknown model setting 'widht'; did you mean width"),
         ({"heads": 3}, "heads must divide width"),
-        ({"width": 32}, "wanted the tensors of this model's architecture, found others"),
+        ({"width": 32}, r"config\.json: wanted the sizes of the weights in .*: width 16, got 32;"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(RunError, match=message):

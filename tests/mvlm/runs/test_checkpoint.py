@@ -382,7 +382,7 @@ def test_load_model_refuses_files_that_match_the_manifest_but_are_invalid(run_co
         load_model(folder)
     for text in ("{", "[]", "3", "[1]", '"text"'):
         restore("model.json", text)
-        with pytest.raises(RunError, match="step_00000002: "):
+        with pytest.raises(RunError, match=r"step_00000002/model\.json: wanted the"):
             load_model(folder)
     restore("tokenizer.json", "{}")
     with pytest.raises(RunError, match=r"tokenizer\.json: wanted a tokenizer\.json"):
