@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
+from mvlm.files import is_finite
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.patches import resize_positions
 from mvlm.weights.names import (
@@ -212,7 +213,8 @@ def _load(
         convert: functions for tensors that have another form in the source.
 
     Raises:
-        RunError: something does not fit. It lists everything; the encoder is unchanged.
+        RunError: something does not fit, and it lists everything; or a value is not finite. The encoder is then
+            unchanged.
     """
     parameters = dict(module.named_parameters())
     assert parameters.keys() == names.keys()
@@ -224,6 +226,9 @@ def _load(
             report.missing.append(ours)
             if ours != "mask_token":
                 wrong.append(f"{name} missing")
+            continue
+        if not found[name].is_floating_point():
+            wrong.append(f"{name} wanted floats, found {found[name].dtype}")
             continue
         try:
             tensor = found[name] if third is None else found[name].chunk(3)[third]
@@ -245,6 +250,13 @@ def _load(
             f"{'; '.join(distinct)}; "
             f"set the model's sizes to the source's, or take another source"
         )
+    for ours, tensor in ready.items():
+        theirs = names[ours]
+        name = theirs if isinstance(theirs, str) else theirs[0]
+        if not is_finite(wide(tensor) if tensor.element_size() == 1 else tensor):
+            raise RunError(
+                f"{report.module}: wanted finite values, found NaN or infinity in {name}; take another source"
+            )
     with torch.no_grad():
         for ours, tensor in ready.items():
             parameters[ours].copy_(tensor)

@@ -9,6 +9,8 @@ import re
 import torch
 from torch import Tensor
 
+from mvlm.errors import RunError
+
 SourceName = str | tuple[str, int]
 """Name of a tensor in the source; or the name, and 0, 1 or 2 for one third of the tensor."""
 ROBERTA_FIRST_POSITION = 2
@@ -132,5 +134,7 @@ def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in at least float32, so that sums and products of weights are rounded once."""
+    """The tensor in at least float32, so that sums and products of weights are rounded once. RunError for integers."""
+    if not tensor.is_floating_point():
+        raise RunError(f"wanted weights as floats, found {tensor.dtype}; take another source")
     return tensor if tensor.dtype == torch.float64 else tensor.float()  # torch promotes no float8

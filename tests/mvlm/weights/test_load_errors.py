@@ -67,6 +67,22 @@ def test_the_error_lists_everything_that_does_not_fit():
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc2.weight", "blocks.0.attn.qkv.bias", "pos_embed", "norm.weight"])
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("kind, message", [("bits", "floats, found torch.int32"), ("nan", "wanted finite values")])
+def test_integers_and_values_that_are_not_finite_are_refused(name, layer_scale, kind, message):
+    """Also in weights that LayerScale is folded into, and in positions, which are summed before they are copied."""
+    model, tensors = micro_model(3), dict(timm_vit(init_values=layer_scale).state_dict())
+    before = state(model)
+    if kind == "bits":
+        tensors[name] = tensors[name].float().view(torch.int32)
+    else:
+        tensors[name].flatten()[3] = torch.nan
+    with pytest.raises(RunError, match=message):
+        weights.load_timm_vit(model, tensors)
+    assert_unchanged(model, before)
+
+
 def test_positions_of_no_square_grid_are_refused():
     model, tensors = micro_model(3), dict(timm_vit().state_dict())
     tensors["pos_embed"] = torch.zeros(1, 13, 16)
