@@ -3,6 +3,7 @@
 safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
 """
 
+import math
 import os
 import secrets
 import stat

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
+from mvlm.errors import RunError
 from mvlm.files import write_safetensors
 from mvlm.runs.checkpoint import (
     FORMAT_VERSION,
@@ -29,6 +30,7 @@ from mvlm.runs.checkpoint import (
     generator_states,
     generators_name,
     step_of,
+    verify_checkpoint,
     write_tensors,
 )
 from mvlm.runs.history import History
@@ -77,7 +79,7 @@ class CheckpointWriter:
     def resume_from(self, checkpoint: Path) -> None:
         """Register the checkpoint that the run continues from.
 
-        Newer checkpoints are damaged. The next save renames them.
+        Newer checkpoints are damaged, or their rows of metrics are missing. The next save renames them.
         """
         self.newest = checkpoint
         self._refused = [path for path in checkpoints(self._root) if step_of(path) > step_of(checkpoint)]
@@ -228,10 +230,16 @@ class CheckpointWriter:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that it no longer counts as one and no file of it is lost."""
-    names = (path.with_suffix(f".damaged{number}") for number in itertools.count(1))
+    """Rename a checkpoint that was not resumed, so that it no longer counts as one and no file of it is lost."""
+    try:
+        verify_checkpoint(path)
+    except (RunError, OSError):
+        suffix, what = "damaged", "damaged checkpoint"
+    else:  # its rows of metrics were missing
+        suffix, what = "ahead", "checkpoint ahead of the rows of metrics"
+    names = (path.with_suffix(f".{suffix}{number}") for number in itertools.count(1))
     aside = path.rename(next(name for name in names if not name.exists()))
-    log.warning("the damaged checkpoint is now %s; remove it when you no longer need it", aside)
+    log.warning("the %s is now %s; remove it when you no longer need it", what, aside)
 
 
 def remove_old_checkpoints(root: Path, keep: int, keep_every_steps: int = 0) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mvlm.config.json_files import check_removed, config_json, differing_settings, read_config, with_defaults
+from mvlm.config.json_files import config_json
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.files import check_folder
@@ -137,45 +137,6 @@ def check_usable(out: Path) -> None:
     ours = (aside_of(folder.config), folder.lock, out / "wandb")
     if out.is_dir() and not folder.config.is_file() and any(path not in ours for path in out.iterdir()):
         raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
-
-
-def open_run(config: PretrainConfig) -> Path | None:
-    """Check that the run may start in its folder or resume there. Returns the checkpoint to resume from, None to start.
-
-    RunError if the folder holds anything that this run would overwrite. Nothing is changed.
-    """
-    out, folder = config.out, RunFolder(config.out)
-    check_usable(out)
-    if not folder.config.is_file():
-        return None
-    before = read_config(folder.config)
-    check_removed(before, str(folder.config))
-    check_removed(before.get("model") or {}, str(folder.config), "model.")
-    differing = differing_settings(with_defaults(before, type(config)), config_json(config))
-    # Checkpoints are read in place of the pretrained model, wherever that is now, and tell what the task was.
-    if checkpoints(folder.checkpoints):
-        differing = [setting for setting in differing if setting[0] != "checkpoint" and not _moved_task(*setting)]
-    if differing:
-        settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
-        raise RunError(
-            f"{out}: wanted the settings of the run in this folder, got others ({settings}); "
-            f"use the same settings or choose another --out"
-        )
-    if not config.resume:
-        raise RunError(f"{out}: holds this run already; continue it with --resume, or choose another --out")
-    checkpoint = newest_good_checkpoint(folder.checkpoints)
-    if checkpoint is None and checkpoints(folder.checkpoints):
-        raise RunError(
-            f"{out}: wanted a good checkpoint, found all of them damaged; remove the folder to start again, or "
-            f"restore one"
-        )
-    return checkpoint
-
-
-def _moved_task(name: str, before: Any, now: Any) -> bool:
-    """True for two paths of a user's own task, to files of one name, which `FineTuner.restore` compares."""
-    paths = Path(str(before)), Path(str(now))
-    return name == "task" and paths[0].name == paths[1].name and paths[1].suffix == ".py"
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -21,7 +21,7 @@ import torch
 
 from mvlm.machine import code_revision, describe_machine, package_versions
 from mvlm.runs.folder import RunFolder
-from mvlm_dataloading.files import sha256
+from mvlm_dataloading.files import sha256, sync
 
 START, SAVE = "start", "save"
 FIELDS: dict[str, dict[str, type]] = {
@@ -62,6 +62,8 @@ class History:
 
         Call it before the checkpoint is renamed into place: then a checkpoint without a line is none of this run.
         """
+        if metrics_bytes:
+            sync(self._metrics)  # a checkpoint on the disk has its rows there, after a power cut too
         line = {"event": SAVE, "step": step, "manifest": sha256(manifest), "metrics_bytes": metrics_bytes}
         self._append({**line, "metrics": prefix_hash(self._metrics, metrics_bytes)})
 

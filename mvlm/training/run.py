@@ -16,8 +16,9 @@ from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
-from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
+from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
+from mvlm.runs.resume import open_run
 from mvlm.training.build import (
     check_attention,
     choose_tokenizer,

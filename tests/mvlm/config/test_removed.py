@@ -12,7 +12,7 @@ from mvlm.config.json_files import REMOVED, config_json, model_config, read_conf
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
-from mvlm.runs.folder import open_run
+from mvlm.runs.resume import open_run
 from support.models import micro_config, pretrain_config
 
 

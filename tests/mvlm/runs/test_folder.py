@@ -14,10 +14,10 @@ from mvlm.runs import folder as run_folder
 from mvlm.runs.folder import (
     MetricsFile,
     RunLock,
-    open_run,
     read_metrics,
     write_config,
 )
+from mvlm.runs.resume import open_run
 from support.folders import folder_hash
 from support.models import micro_config, pretrain_config
 

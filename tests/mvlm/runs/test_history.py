@@ -5,6 +5,7 @@ import json
 
 import torch
 
+from mvlm.runs import folder, history
 from mvlm.runs.folder import MetricsFile, RunFolder
 from mvlm.runs.history import History, prefix_hash, read_history
 
@@ -28,12 +29,12 @@ def test_each_part_is_described_where_it_begins(tmp_path):
 def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_of_that_moment(tmp_path):
     run = RunFolder(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
-    history = History(run)
-    assert history.metrics_bytes() == 0
+    writer = History(run)
+    assert writer.metrics_bytes() == 0
     run.metrics.write_bytes(b"one\n")
-    length = history.metrics_bytes()
+    length = writer.metrics_bytes()
     run.metrics.write_bytes(b"one\ntwo\n")  # training goes on while the checkpoint is written
-    history.save(3, tmp_path / "manifest.json", length)
+    writer.save(3, tmp_path / "manifest.json", length)
     assert read_history(run.history) == [
         {
             "event": "save",
@@ -45,6 +46,19 @@ def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_of_that_moment(tm
     ]
     assert prefix_hash(run.metrics, 100) == hashlib.sha256(b"one\ntwo\n").hexdigest()
     assert prefix_hash(tmp_path / "none", 4) == hashlib.sha256(b"").hexdigest()
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_they_belong_to(tmp_path, monkeypatch):
+    """After a power cut a checkpoint without its rows could not be resumed."""
+    run, forced = RunFolder(tmp_path), []
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setattr(history, "sync", lambda path: forced.append((path, run.history.exists())))
+    monkeypatch.setattr(folder, "sync", lambda path: forced.append((path, run.metrics.exists())))
+    metrics = MetricsFile(run.metrics, 0)
+    metrics.write({"step": 1})
+    History(run).save(1, tmp_path / "manifest.json", History(run).metrics_bytes())
+    metrics.close()
+    assert forced == [(tmp_path / ".metrics.jsonl.partial", False), (run.metrics, False)]
 
 
 def test_the_beginning_of_a_line_that_a_kill_left_spoils_no_other_line(tmp_path):
