@@ -108,7 +108,7 @@ def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
         raise other_tensors(where, wrong[:3], f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def other_tensors(where: object, wrong: list[str], more: str) -> RunError:
+def other_tensors(where: Path, wrong: list[str], more: str) -> RunError:
     """The error for tensors that are not those of a model: the differences `wrong`, and words for `more` of them."""
     return RunError(
         f"{where}: wanted the tensors of this model's architecture, found others: {'; '.join(wrong)}{more}; "

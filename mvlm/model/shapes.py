@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 from mvlm.config.model import MaskVLMConfig
@@ -87,7 +88,7 @@ def _norm(name: str, width: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.bias", (width,)
 
 
-def check_sizes(config: MaskVLMConfig, found: Mapping[str, Shape], file: object, where: object) -> None:
+def check_sizes(config: MaskVLMConfig, found: Mapping[str, Shape], file: Path, where: Path) -> None:
     """Raise RunError unless the tensors `found` in a file's header are those of a network of this configuration.
 
     Further tensors are allowed. The time is that of reading the header, whatever the settings are.
@@ -101,8 +102,8 @@ def check_sizes(config: MaskVLMConfig, found: Mapping[str, Shape], file: object,
     given = {name: getattr(config, name) for name in stored}
     if wrong := [f"{name} {stored[name]}, got {given[name]}" for name in stored if given[name] != stored[name]]:
         raise RunError(
-            f"{file}: wanted the sizes of the weights in {where}: {'; '.join(wrong)}; restore the file, or use another "
-            f"model"
+            f"{file}: wanted the sizes of the weights in {where.name}: {'; '.join(wrong)}; restore the file, or use "
+            f"another model"
         )
     # Few are looked at where blocks are missing, however many the settings ask for.
     differing = (

@@ -3,15 +3,28 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
 
-from mvlm_dataloading import DataError, load_tokenizer, open_dataset, tokenizer_for, train_tokenizer
-from support.data import make_captions, write_dataset
+from mvlm_dataloading import (
+    DataError,
+    Loader,
+    build_shards,
+    load_tokenizer,
+    open_dataset,
+    tokenizer_for,
+    train_tokenizer,
+)
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.folder import folder
+from support.data import make_captions, make_image, write_dataset
 
 CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3
 
@@ -160,6 +173,91 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path):
     save_word_level(tmp_path / "t.json", ["<unk>", "<s>", "<pad>", "</s>"])
     with pytest.raises(DataError, match=r"t\.json: wanted a mask token named \[MASK\] or <mask>, found none"):
         load_tokenizer(tmp_path / "t.json")
+
+
+def test_special_tokens_that_are_one_token_are_refused(tmp_path):
+    save_word_level(tmp_path / "t.json", ["<unk>", "<s>", "<pad>", "</s>", "<mask>"])
+    stored = json.loads((tmp_path / "t.json").read_text()) | {"added_tokens": []}
+    stored["model"]["vocab"]["</s>"] = stored["model"]["vocab"]["<mask>"]
+    (tmp_path / "t.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError, match=r"t\.json: wanted four special tokens, found two that are one token .*sep 4"):
+        load_tokenizer(tmp_path / "t.json")
+
+
+PANICS = "a" * 28 + "!"
+"""A text on which the rule (a+)+$ needs more steps than the package allows."""
+
+
+def panicking(folder: Path) -> Path:
+    """A tokenizer whose rule for texts makes the package panic on some of them."""
+    path = folder / "panicking.json"
+    train_tokenizer(CAPTIONS, 300).save(path)
+    rule = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": rule}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda tokenizer: tokenizer.encode([CAPTIONS[0], PANICS], 9),
+        lambda tokenizer: tokenizer.encode_masked(["", PANICS]),
+        lambda tokenizer: tokenizer.words(PANICS),
+    ],
+)
+def test_a_panic_is_an_error_in_threads_too(tmp_path, ask):
+    """A panic is no Exception in Python, so it would end a thread past its handlers."""
+    tokenizer = load_tokenizer(panicking(tmp_path))
+    with ThreadPoolExecutor(1) as pool:
+        error = pool.submit(ask, tokenizer).exception()
+    assert isinstance(error, DataError)
+    assert "\n" not in str(error)
+    assert str(error).startswith(f"{tmp_path}/panicking.json: wanted a tokenizer that reads every text")
+    assert tokenizer.encode([CAPTIONS[0]], 9)[1].tolist()[0] > 2
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, TypeError, MemoryError])
+def test_other_errors_of_the_package_stay_what_they_are(monkeypatch, kind):
+    def fail(*_, **__):
+        raise kind
+
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    inner = SimpleNamespace(encode=fail, encode_batch=fail, decode=fail)
+    monkeypatch.setattr(tokenizer, "_inner", inner)
+    for ask in (lambda: tokenizer.encode(["a"], 9), lambda: tokenizer.words("a"), lambda: tokenizer.decode([7])):
+        with pytest.raises(kind):
+            ask()
+
+
+def test_a_vocabulary_without_a_token_for_a_word_is_an_error_of_one_line(tmp_path):
+    path = undeclared(tmp_path, "none unknown")
+    with pytest.raises(DataError, match=r"tokenizer\.json: wanted a tokenizer that reads every text"):
+        load_tokenizer(path).encode(["mat"], 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_build_with_a_tokenizer_that_panics_is_refused_by_name(tmp_path, workers):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(make_image(0))
+    (tmp_path / "images/a.txt").write_text(PANICS)
+    options = BuildOptions(tokenizer=panicking(tmp_path))
+    with pytest.raises(DataError, match=r"panicking\.json: wanted a tokenizer that reads every text"):
+        build_shards(folder(tmp_path / "images"), tmp_path / "out", options, workers=workers)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_loader_with_a_tokenizer_that_panics_is_refused_by_name(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(make_image(0))
+    (tmp_path / "images/a.txt").write_text(PANICS)
+    build_shards(folder(tmp_path / "images"), tmp_path / "out", workers=0)
+    tokenizer = load_tokenizer(panicking(tmp_path))
+    sizes = {"batch_size": 1, "image_size": 32, "text_length": 8, "seed": 0}
+    loader = Loader(open_dataset(tmp_path / "out", "train"), tokenizer, **sizes)
+    with closing(loader), pytest.raises(DataError, match=r"panicking\.json: wanted a tokenizer that reads every text"):
+        next(iter(loader))
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):

@@ -56,12 +56,18 @@ def change_events(run: Path, change: Callable[[dict[str, Any]], object]) -> None
     file.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
+def sign(folder: Path) -> None:
+    """Write the hashes in the manifest of a checkpoint anew."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    hashes = {name: _sha256((folder / name).read_bytes()) for name in manifest["sha256"]}
+    file.write_text(json.dumps(manifest | {"sha256": hashes}))
+
+
 def reseal(run: Path, history: bool = True) -> None:
     """Write manifests and, if asked for, history anew, so that every hash fits the files as they are now."""
     for folder in (run / "checkpoints").iterdir():
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["sha256"] = {name: _sha256((folder / name).read_bytes()) for name in manifest["sha256"]}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        sign(folder)
     if not history:
         return
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)

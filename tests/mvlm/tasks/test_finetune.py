@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.model.network import MaskVLMNetwork
 from mvlm.portable.folder import export_programs
 from mvlm.portable.hub import write_hub_folder
 from mvlm.runs.checkpoint import read_state, sha256
@@ -26,11 +27,13 @@ from mvlm.tasks.evaluate import evaluate_task, predict_split
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.score import score
+from mvlm.tasks.start import architecture_of
 from mvlm.training import run as training_run
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.folders import reproducible_rows
+from support.forgery import change_tensors, sign
 from support.models import micro_config, pretrain_config
 from support.questions import finetune_config as configured
 from support.questions import write_hypotheses, write_questions
@@ -127,6 +130,38 @@ def test_another_pretrained_model_is_refused_before_a_run_has_a_checkpoint(train
     shutil.rmtree(tmp_path / "tuned/checkpoints")
     with pytest.raises(RunError, match=r"got others \(checkpoint: config.json has"):
         finetune(configured(run_copy, questions, tmp_path / "tuned", resume=True))
+
+
+@pytest.mark.slow
+def test_a_run_with_settings_of_another_size_or_weights_that_are_not_finite_is_refused(
+    trained, questions, tmp_path, monkeypatch
+):
+    """Before a network is made; by `--resume` too, which passes such a checkpoint over as a damaged one."""
+    out = tmp_path / "run"
+    finetune(configured(trained, questions, out))
+    newest = find_checkpoint(out)
+    settings = json.loads((newest / "model.json").read_text())
+
+    def write(**changes: Any) -> None:
+        (newest / "model.json").write_text(json.dumps(settings | changes))
+        sign(newest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskVLMNetwork, "__init__", lambda *_: pytest.fail("made a network"))
+        for changes in ({"image_layers": 10**6}, {"vocab_size": 10**9}):
+            write(**changes)
+            for load in (load_task, load_model):
+                with pytest.raises(RunError, match=rf"model\.json: .*{next(iter(changes))} "):
+                    load(out)
+            config = configured(tmp_path / "gone", questions, out, max_steps=3, resume=True)
+            with pytest.raises(RunError, match="gone: wanted a run"):  # it is asked for, as without checkpoints
+                architecture_of(config)
+    write()
+    assert load_task(out)
+    change_tensors(newest / "model", lambda name, t: t.fill_(torch.inf) if name == "head.answers.bias" else t)
+    write()
+    with pytest.raises(RunError, match=r"finite values, .* head\.answers\.bias"):
+        load_task(out)
 
 
 @pytest.mark.slow

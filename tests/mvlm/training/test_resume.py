@@ -1,6 +1,7 @@
 """Resumed runs against uninterrupted ones, and resumes that are refused."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, tokenizer_for
 from support.folders import checkpoint_contents, folder_hash, reproducible_rows, rows_of
+from support.forgery import change_tensors, checkpoint, reseal
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
 
@@ -124,6 +126,19 @@ def test_resume_with_another_tokenizer_is_refused(scenes, tmp_path, train_split,
     assert folder_hash(config.out) == before
     words.write_bytes(original)
     pretrain(replace(config, resume=True))
+    assert folder_hash(config.out) == before
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_resume_from_weights_that_are_not_finite_is_refused(scenes, tmp_path, part, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", ema_decay=0.9, checkpoint_every_steps=1)
+    pretrain(config)
+    shutil.rmtree(checkpoint(config.out, 2))
+    change_tensors(checkpoint(config.out, 1) / part, lambda name, t: t.fill_(torch.nan) if name == "log_scale" else t)
+    reseal(config.out)
+    before = folder_hash(config.out)
+    with pytest.raises(RunError, match=rf"step_00000001/{part}: wanted finite values, .* log_scale"):
+        pretrain(replace(config, resume=True))
     assert folder_hash(config.out) == before
 
 

@@ -1,0 +1,408 @@
+"""Folders of models that somebody else has written: settings, weights, tokenizers and manifests that do not fit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvlm.errors import RunError
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.network import MaskVLMNetwork
+from mvlm.model.shapes import stored_sizes, tensor_shapes
+from mvlm.runs.checkpoint import read_folder_shapes, read_tensors, verify_checkpoint
+from mvlm.runs.load import export, load_model
+from mvlm_dataloading import DataError
+from support.commands import assert_refused
+from support.folders import checkpoint_contents
+from support.forgery import change_tensors, sign
+from support.models import micro_config
+
+SHARD = "model/shard-00001-model-00001-of-00001.safetensors"
+FORMS = ("checkpoint", "exported")
+
+
+@pytest.fixture(scope="module")
+def portable(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("portable") / "model"
+    export(trained, out)
+    return out
+
+
+@pytest.fixture
+def copy(trained, portable, tmp_path) -> Callable[[str], Path]:
+    """Makes a copy of the model in one of the forms, to be changed."""
+    sources = {"checkpoint": trained / "checkpoints/step_00000002", "exported": portable}
+    return lambda form: Path(shutil.copytree(sources[form], tmp_path / sources[form].name))
+
+
+def settings_file(folder: Path) -> Path:
+    return folder / ("model.json" if (folder / "model.json").is_file() else "config.json")
+
+
+def set_settings(folder: Path, **changes: Any) -> None:
+    file = settings_file(folder)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def weights_file(folder: Path) -> Path:
+    return folder / (SHARD if (folder / SHARD).is_file() else "model.safetensors")
+
+
+def refuse(folder: Path, *words: str, load: Callable[[Path], object] = load_model) -> str:
+    """Sign the folder and check that its model is refused in one line, which has the words and the path once."""
+    if (folder / "manifest.json").is_file():
+        sign(folder)
+    with pytest.raises(RunError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.count(str(folder)) == 1
+    assert "Error(" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+SETTINGS = [
+    *({name: 10**6} for name in ("image_layers", "text_layers", "cross_layers", "decoder_layers")),
+    *({name: 10**9} for name in ("text_length", "vocab_size", "itc_width")),
+    {"width": 2 * 10**9},
+    {"image_size": 16 * 10**8},
+    {"image_size": 10**9, "mask_block": 10**9, "patch_size": 10**9},
+    {"image_layers": 1},
+    {"text_layers": 3},
+    {"patch_size": 16},
+    {"width": 18},
+    {"text_pooling": True},
+    {"contrastive": "sigmoid"},
+    {"cross_norm": "pre"},
+]
+"""Settings that are valid and are not those of the weights. The first named one is in the error."""
+VALUES = [
+    *(({name: 10**200}, name) for name in ("image_size", "image_layers", "vocab_size")),
+    ({"width": "16"}, "width: wanted int"),
+    ({"image_mask_ratio": 10**150}, "image_mask_ratio"),
+    ({"heads": 3}, "heads must divide width"),
+    ({"widht": 3}, "widht"),
+]
+
+
+@pytest.mark.parametrize("change", SETTINGS, ids=str)
+def test_settings_that_are_not_those_of_the_weights_are_refused_before_a_network_is_made(copy, monkeypatch, change):
+    folders = {form: copy(form) for form in FORMS}
+    made = []
+    monkeypatch.setattr(MaskVLMNetwork, "__init__", lambda *_: made.append(1))
+    for form, folder in folders.items():
+        set_settings(folder, **change)
+        refuse(folder, str(settings_file(folder)), f"{next(iter(change))} ", f"got {next(iter(change.values()))}")
+        if form == "exported":
+            refuse(folder, next(iter(change)), load=MaskVLM.from_pretrained)
+    assert not made
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change, word", VALUES)
+def test_settings_that_no_model_has_are_refused(copy, form, change, word):
+    folder = copy(form)
+    set_settings(folder, **change)
+    refuse(folder, f"{settings_file(folder)}: ", word)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"text"', "[" * 100_000])
+@pytest.mark.parametrize("form", FORMS)
+def test_settings_that_are_no_object_are_refused(copy, form, text):
+    folder = copy(form)
+    settings_file(folder).write_text(text)
+    refuse(folder, f"{settings_file(folder)}: wanted the")
+
+
+MEASURE = """
+import json, resource, sys, time
+from pathlib import Path
+from mvlm.runs.load import load_model
+
+def memory(name):  # MB
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1e3
+
+good, *others = sys.argv[1:]
+load_model(good, "cpu")  # imports what it needs
+limit = int(memory("VmSize") * 1e6) + (1 << 31)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # a mistake takes no more of the machine
+for folder in others:
+    started, before, found = time.process_time(), memory("VmRSS"), "none"
+    try:
+        load_model(folder, "cpu")
+    except Exception as error:
+        found = type(error).__name__
+    print(json.dumps([found, time.process_time() - started, memory("VmHWM") - before]))
+"""
+
+
+def test_settings_of_huge_models_take_no_memory_and_no_time(trained, portable, tmp_path):
+    """In a process of its own."""
+    big = [change for change in SETTINGS if next(iter(change.values())) in (10**6, 10**9, 2 * 10**9, 16 * 10**8)]
+    folders = []
+    for source, change in product((trained / "checkpoints/step_00000002", portable), big):
+        folders.append(Path(shutil.copytree(source, tmp_path / str(len(folders)))))
+        set_settings(folders[-1], **change)
+        if source != portable:
+            sign(folders[-1])
+    words = [sys.executable, "-c", MEASURE, *map(str, (portable, *folders))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(folders) == 20
+    for folder, (error, seconds, megabytes) in zip(folders, rows, strict=True):
+        settings = settings_file(folder).read_text()
+        assert error == "RunError", settings
+        assert seconds < 1, settings
+        assert megabytes < 100, settings
+
+
+def test_the_command_line_names_the_file_of_the_model(copy, run_mvlm):
+    folder = copy("exported")
+    set_settings(folder, vocab_size=10**9)
+    outcome = run_mvlm("fill", "--checkpoint", folder, "--image", "none.png", "--caption", "a [MASK]")
+    assert_refused(outcome, f"{folder}/config.json: ", "vocab_size")
+    assert "batch-size" not in outcome.err[0]
+
+
+ARCHITECTURES = [*product((False, True), ("pre", "post"), ("softmax", "sigmoid"), (0, 1))]
+
+
+@pytest.mark.parametrize("pooling, norm, form, added", ARCHITECTURES)
+def test_the_shapes_of_a_configuration_are_those_of_its_network(pooling, norm, form, added):
+    config = micro_config(
+        text_pooling=pooling, cross_norm=norm, contrastive=form, image_layers=1 + added, decoder_layers=1, text_layers=3
+    )  # fmt: skip
+    shapes = {name: tuple(tensor.shape) for name, tensor in MaskVLM(config).state_dict().items()}
+    assert dict(tensor_shapes(config)) == shapes
+    assert stored_sizes(shapes).items() <= config.to_dict().items()
+
+
+def relabel(file: Path, kind: bytes, number: int = 1) -> None:
+    """Change the type that the header of a file gives to its first tensors. The bytes of the numbers stay."""
+    content = file.read_bytes()
+    assert content.count(b'"dtype":"F32"') >= number
+    file.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"' + kind + b'"', number))
+
+
+@pytest.mark.parametrize("kind", [b"I32", b"U32"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("number", [1, 99])
+def test_weights_that_are_no_floats_are_refused(copy, form, kind, number):
+    folder = copy(form)
+    relabel(weights_file(folder), kind, number)
+    refuse(folder, "floats", {b"I32": "torch.int32", b"U32": "torch.uint32"}[kind])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["log_scale", "text_encoder.words.weight", "image_decoder.blocks.1.norm3.bias"])
+def test_weights_that_are_not_finite_are_refused(copy, form, name, value):
+    folder = copy(form)
+
+    def spoil(own: str, tensor: torch.Tensor) -> torch.Tensor:
+        if own == name:
+            tensor.view(-1)[-1] = value
+        return tensor
+
+    change_tensors(weights_file(folder).parent, spoil)
+    refuse(folder, "finite", name)
+    if form == "exported":
+        refuse(folder, "finite", name, load=MaskVLM.from_pretrained)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_other_floats_are_loaded_as_they_are(copy, form, kind):
+    """Large ones too, whose sum is above the largest number of the type."""
+    folder = copy(form)
+    largest = torch.finfo(torch.float16).max
+    change_tensors(weights_file(folder).parent, lambda name, t: torch.full_like(t, largest) if "norm" in name else t)
+    change_tensors(weights_file(folder).parent, lambda _, tensor: tensor.to(kind))
+    wanted = load_file(weights_file(folder))
+    if form == "checkpoint":
+        sign(folder)
+    found = load_model(folder, "cpu").network.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in found.items())
+
+
+def split_rows(folder: Path, second: Callable[[int], int]) -> None:
+    """Write the tensors of a checkpoint as two ranks with FSDP do: the first rows of each, and the others.
+
+    Args:
+        second: the place that the second file gives to the rows that begin at one.
+    """
+    tensors = load_file(folder / SHARD)
+    (folder / SHARD).unlink()
+    for rank in (1, 2):
+        parts, places = {}, {}
+        for name, tensor in tensors.items():
+            half = (len(tensor) + 1) // 2
+            parts[name] = tensor[half:].clone() if rank == 2 else tensor[:half].clone()
+            rows = second(half) if rank == 2 else 0
+            places[name] = {"saved_offsets": [rows, *(0 for _ in tensor.shape[1:])]}
+        file = folder / f"model/shard-{rank:05d}-model-00001-of-00001.safetensors"
+        save_file(parts, file, {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0"})
+
+
+def test_weights_in_shards_are_loaded_bit_for_bit(copy):
+    folder = copy("checkpoint")
+    wanted = load_file(folder / SHARD)
+    split_rows(folder, lambda half: half)
+    found = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
+    read_tensors(folder / "model", found)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert read_folder_shapes(folder / "model") == {name: tuple(t.shape) for name, t in wanted.items()}
+
+
+PLACES = [lambda half: half + 1, lambda half: 10**9, lambda half: half - 1, lambda half: -half]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_shards_that_leave_rows_out_are_refused(copy, place):
+    """They would stay as the network began, or ask for memory that no file has."""
+    folder = copy("checkpoint")
+    wanted = {name: torch.empty_like(tensor) for name, tensor in load_file(folder / SHARD).items()}
+    split_rows(folder, place)
+    for read in (lambda: read_folder_shapes(folder / "model"), lambda: read_tensors(folder / "model", wanted)):
+        with pytest.raises(RunError, match=r"model: wanted all parts of .*, found others; use another checkpoint"):
+            read()
+
+
+def test_a_part_of_another_type_is_refused(copy):
+    folder = copy("checkpoint")
+    wanted = {name: torch.empty_like(tensor) for name, tensor in load_file(folder / SHARD).items()}
+    split_rows(folder, lambda half: half)
+    relabel(folder / "model/shard-00002-model-00001-of-00001.safetensors", b"I32")
+    with pytest.raises(RunError, match=r"floats of 16 to 64 bits, found torch\.int32"):
+        read_tensors(folder / "model", wanted)
+
+
+def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def far_ids(values: dict[str, Any]) -> None:
+    values["model"]["vocab"] = {name: i + 10**6 for name, i in values["model"]["vocab"].items()}
+    for token in values["added_tokens"]:
+        token["id"] += 10**6
+
+
+def more_tokens(values: dict[str, Any]) -> None:
+    """Added tokens behind the vocabulary, one more than the model has room for."""
+    inner = tokenizers.Tokenizer.from_str(json.dumps(values))
+    inner.add_tokens([f"<{i}>" for i in range(301 - inner.get_vocab_size())])
+    values.update(json.loads(inner.to_str()))
+
+
+def swap_names(one: str, other: str) -> Callable[[dict[str, Any]], None]:
+    def swap(values: dict[str, Any]) -> None:
+        vocabulary = values["model"]["vocab"]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+        for token in values["added_tokens"]:
+            token["id"] = vocabulary[token["content"]]
+
+    return swap
+
+
+def one_token(values: dict[str, Any]) -> None:
+    """Two special tokens with one id, as words of a vocabulary that no list of added tokens names."""
+    values["added_tokens"] = []
+    values["model"]["vocab"]["[SEP]"] = values["model"]["vocab"]["[PAD]"]
+
+
+TOKENIZERS = {
+    "ids a million further": (far_ids, "vocab_size 300 "),
+    "added tokens without room": (more_tokens, "vocab_size 300 "),
+    "[SEP] in the place of [MASK]": (swap_names("[SEP]", "[MASK]"), "mask_token_id 4 "),
+    "[PAD] in the place of [MASK]": (swap_names("[PAD]", "[MASK]"), "mask_token_id 4 "),
+    "two special tokens in one": (one_token, "four special tokens"),
+    "no [CLS]": (lambda values: (values["model"]["vocab"].pop("[CLS]"), values["added_tokens"].pop(2)), "cls token"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_with_other_tokens_than_the_models_is_refused(copy, form, name):
+    folder, (change, word) = copy(form), TOKENIZERS[name]
+    change_tokenizer(folder, change)
+    refuse(folder, f"{folder}/tokenizer.json: wanted", word)
+
+
+def test_a_tokenizer_that_panics_on_a_text_is_an_error_of_one_line(copy, capfd):
+    folder = copy("exported")
+    rule = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    change_tokenizer(folder, lambda values: values.update(normalizer=rule))
+    model = load_model(folder, "cpu")
+    assert model.embed_texts(["a red square"]).shape == (1, 8)
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    for ask in (model.embed_texts, lambda text: model.fill(f"[MASK] {text}", image)):
+        with pytest.raises(DataError, match=r"tokenizer\.json: wanted a tokenizer that reads every text") as caught:
+            ask("a" * 28 + "!")
+        assert "\n" not in str(caught.value)
+    capfd.readouterr()  # Rust's own notice
+
+
+MANIFESTS = {
+    **{f"world_size {value!r}": ({"world_size": value}, "world_size") for value in (-1, 0, "x", 1.5, True, None)},
+    **{name: ({"sha256": {name: "0" * 64}}, name) for name in ("../state.json", "/etc/passwd", "model/../../x", "")},
+    "hashes in a list": ({"sha256": []}, "sha256"),
+    "no version": ({"format_version": None}, "format_version"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_with_odd_values_is_refused(copy, name):
+    folder, (change, word) = copy("checkpoint"), MANIFESTS[name]
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    if isinstance(change.get("sha256"), dict):
+        change = {"sha256": manifest["sha256"] | change["sha256"]}
+    file.write_text(json.dumps(manifest | change))
+    for read in (verify_checkpoint, load_model):
+        with pytest.raises(RunError) as caught:
+            read(folder)
+        message = str(caught.value)
+        assert message.startswith(f"{file}: wanted a readable manifest, found ")
+        assert word in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
+def test_a_manifest_that_is_no_object_is_refused_in_words(copy, text):
+    folder = copy("checkpoint")
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(RunError, match="wanted a readable manifest, found ") as caught:
+        verify_checkpoint(folder)
+    assert "Error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.json", SHARD])
+def test_a_link_is_followed_where_the_contents_are_those_of_the_manifest(copy, tmp_path, name):
+    """As caches of files make them. Another file, or none that ends, is refused by its hash or its kind."""
+    folder = copy("checkpoint")
+    before = checkpoint_contents(folder)
+    (folder / name).rename(tmp_path / "store")
+    (folder / name).symlink_to(tmp_path / "store")
+    assert load_model(folder, "cpu").sha256
+    assert checkpoint_contents(folder) == before
+    (tmp_path / "other").write_text("secret")
+    for target, word in (("other", "damaged"), ("/dev/zero", "missing"), ("none", "missing")):
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / target)
+        with pytest.raises(RunError, match=f"{name}: {word}") as caught:
+            load_model(folder)
+        assert "secret" not in str(caught.value)
