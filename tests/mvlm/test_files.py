@@ -1,13 +1,25 @@
 """JSON and safetensors files, and the errors for those that do not fit."""
 
+import itertools
+import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mvlm.errors import RunError
-from mvlm.files import check_folder, copy_into, load_weights, new_folder, read_safetensors, write_safetensors
+from mvlm.files import (
+    FLOATS,
+    check_folder,
+    copy_into,
+    is_finite,
+    load_weights,
+    new_folder,
+    read_safetensors,
+    write_safetensors,
+)
 from support.folders import forbid
 
 
@@ -63,6 +75,22 @@ def test_copy_into_copies_nothing_if_something_does_not_fit(tmp_path):
         copy_into({"b": wanted["b"]}, {"b": found["b"]}, tmp_path)
     copy_into({"a": wanted["a"]}, {"a": found["a"]}, tmp_path)
     assert (wanted["a"] == 1).all()
+
+
+@pytest.mark.parametrize("kind", FLOATS, ids=str)
+def test_values_that_are_not_finite_are_found_wherever_they_are(kind):
+    """Large values, whose sum is infinite in their type, are finite. Against numpy on float64."""
+    largest = torch.finfo(kind).max
+    for count in (1, 7, 1000):
+        assert is_finite(torch.full((count,), largest, dtype=kind))
+        assert is_finite(torch.tensor([largest, -largest, largest, largest], dtype=kind))
+        for value, place in itertools.product((math.nan, math.inf, -math.inf), {0, count // 2, count - 1}):
+            tensor = torch.linspace(-3, 3, count).to(kind)
+            tensor[place] = value
+            assert not np.isfinite(tensor.double().numpy()).all()
+            assert not is_finite(tensor)
+    assert not is_finite(torch.tensor([math.inf, -math.inf], dtype=kind))
+    assert is_finite(torch.empty(0, dtype=kind))
 
 
 def test_load_weights_reads_a_safetensors_file(tmp_path):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mvlm.speedrun.claims import read_claims
-from mvlm.speedrun.paper import check_checkpoints, check_history, check_metrics
 
 from mvlm.errors import RunError
 from mvlm.runs.folder import RunFolder
@@ -17,6 +15,8 @@ from mvlm.runs.history import read_history
 from mvlm.runs.resume import checkpoint_to_resume, missing_rows, open_run, rows_due
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
+from mvlm.verify.claims import read_claims, wrong_rows
+from mvlm.verify.verify import verify_run
 from support.folders import checkpoint_contents, folder_hash, reproducible_rows
 from support.forgery import change_rows, checkpoint, copy_run
 from support.models import pretrain_config
@@ -137,10 +137,10 @@ def test_a_resume_makes_missing_rows_again_and_the_run_is_sound(whole, cut, with
     pretrain(cut)
     assert reproducible_rows(cut.out) == reproducible_rows(whole.out)
     assert checkpoint_contents(checkpoint(cut.out, 4)) == checkpoint_contents(checkpoint(whole.out, 4))
-    claims = read_claims(cut.out, None)
-    assert [part["step"] for part in claims.parts] == [0, 1]
-    for check in (check_history(claims, ""), check_metrics(claims), check_checkpoints(claims)):
-        assert check.passed, check
+    assert [part["step"] for part in read_claims(cut.out, None).parts] == [0, 1]
+    *checks, evaluation = verify_run(cut.out, steps=9)
+    assert [problem for check in checks for problem in check.problems] == []
+    assert evaluation.problems  # it has none
     for step in (2, 3):
         aside = cut.out / "checkpoints" / f"step_{step:08d}.ahead1"
         assert f"the checkpoint ahead of the rows of metrics is now {aside}" in caplog.text
@@ -155,8 +155,7 @@ def test_a_complete_run_says_which_rows_are_missing_and_changes_nothing(whole, t
     pretrain(replace(whole, out=out, resume=True))
     assert folder_hash(out) == before
     assert "wanted all rows of the complete run, found none of steps 3 to 4; restore the file, or move" in caplog.text
-    claims = read_claims(out, None)
-    assert check_metrics(claims).passed is False
+    assert [*wrong_rows(read_claims(out, None))][:2] == ["no row of step 3", "no row of step 4"]
 
 
 def test_rows_are_due_where_each_part_of_a_run_says():
