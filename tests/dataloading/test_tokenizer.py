@@ -254,8 +254,8 @@ def test_a_loader_with_a_tokenizer_that_panics_is_refused_by_name(tmp_path):
     (tmp_path / "images/a.txt").write_text(PANICS)
     build_shards(folder(tmp_path / "images"), tmp_path / "out", workers=0)
     tokenizer = load_tokenizer(panicking(tmp_path))
-    sizes = {"batch_size": 1, "image_size": 32, "text_length": 8, "seed": 0}
-    loader = Loader(open_dataset(tmp_path / "out", "train"), tokenizer, **sizes)
+    dataset = open_dataset(tmp_path / "out", "train")
+    loader = Loader(dataset, tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
     with closing(loader), pytest.raises(DataError, match=r"panicking\.json: wanted a tokenizer that reads every text"):
         next(iter(loader))
 

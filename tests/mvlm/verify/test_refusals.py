@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from mvlm.errors import RunError
+from mvlm.model.network import MaskVLMNetwork
 from mvlm.training.guarded_adamw import GuardedAdamW
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
@@ -171,3 +173,12 @@ def test_a_history_that_does_not_join_up(bare_run, problems):
     first = json.loads(text.splitlines()[0])
     (bare_run / "history.jsonl").write_text(text + json.dumps(first | {"step": 5}) + "\n")
     assert "a part continues after step 5, which was not saved" in problems(bare_run)
+
+
+def test_settings_of_a_larger_model_than_the_weights_are_refused_before_it_is_made(bare_run, problems, monkeypatch):
+    file = bare_run / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"model": values["model"] | {"image_layers": 10**6}}))
+    monkeypatch.setattr(MaskVLMNetwork, "__init__", lambda *_: pytest.fail("made a network"))
+    with pytest.raises(RunError, match=rf"{file}: .*image_layers 1, got 1000000"):
+        problems(bare_run)
