@@ -5,10 +5,11 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
+from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError
 from mvlm.inference.encode import rerank_scores
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.folder import RunFolder, read_config
+from mvlm.runs.folder import RunFolder
 from mvlm.search.index import SearchIndex
 from mvlm.search.query import ImageReader, query_vector, search
 from mvlm_dataloading import Dataset, open_dataset
