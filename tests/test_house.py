@@ -38,7 +38,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"loader", "tools", "scenes"},
         {"build"},
         {"tokenizer"},
-        {"dataset", "sources", "options"},
+        {"dataset", "sources", "options", "masking"},
         {"captions", "randomness", "files", "images", "tar_walk"},
         {"batch", "regular_files"},
         {"errors"},

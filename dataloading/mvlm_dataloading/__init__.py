@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .loader.loader import Loader as Loader
     from .loader.masking import draw_patch_masks as draw_patch_masks
     from .loader.masking import draw_token_masks as draw_token_masks
+    from .masking import Masking as Masking
     from .options import BuildOptions as BuildOptions
     from .options import ViewOptions as ViewOptions
     from .scenes.build import build_scenes as build_scenes
@@ -52,6 +53,7 @@ _MODULES = {
     "loader.augment": ("Augment",),
     "loader.loader": ("Loader",),
     "loader.masking": ("draw_patch_masks", "draw_token_masks"),
+    "masking": ("Masking",),
     "options": ("ViewOptions", "BuildOptions"),
     "scenes.build": ("build_scenes",),
     "tokenizer": ("Tokenizer", "load_tokenizer", "tokenizer_for", "train_tokenizer"),

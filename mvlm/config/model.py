@@ -1,10 +1,11 @@
 """Configuration of a model, and its presets."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-from mvlm.config.ranges import AT_LEAST_1, FRACTION, Range, check_values
+from mvlm.config.ranges import AT_LEAST_1, Range, check_values
 from mvlm.errors import ConfigError
+from mvlm_dataloading.masking import Masking
 
 PRESETS = ("tiny", "small", "base")
 ImageAttentionBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "math"]
@@ -14,13 +15,11 @@ TextAttentionBackend = Literal["auto", "triton", "sdpa", "math"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MaskVLMConfig:
-    """Configuration of a MaskVLM. Lengths are in tokens, image sides in pixels."""
+class MaskVLMConfig(Masking):
+    """Configuration of a MaskVLM, with its masking. Lengths are in tokens, image sides in pixels."""
 
     image_size: Annotated[int, AT_LEAST_1] = 224
     """Side of the square input image."""
-    patch_size: Annotated[int, AT_LEAST_1] = 16
-    """Side of a patch; divides `mask_block`."""
     width: Annotated[int, AT_LEAST_1] = 768
     """Feature width of both encoders and of all cross-modality blocks."""
     heads: Annotated[int, AT_LEAST_1] = 12
@@ -57,27 +56,15 @@ class MaskVLMConfig:
     output_positions: bool = False
     """Add fixed sines of row and column to the features of patches behind the image encoder, as in DETR; not in the
     paper. Without them a small encoder, trained for a short time, loses the places of what it sees."""
-    mask_block: Annotated[int, AT_LEAST_1] = 32
-    """Side of the square blocks of patches that are masked together; divides `image_size`."""
-    image_mask_ratio: float = 0.6
-    """Share of an image's blocks to mask, rounded to a whole number of blocks."""
     drop_masked: bool = False
     """Encode only the visible patches of masked images, as in MAE. Mask tokens are added after the encoder. Cheaper,
     but not the paper's method."""
-    text_mask_ratio: Annotated[float, FRACTION] = 0.3
-    """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
+    text_masking: Literal["fixed", "variable"] = "fixed"
+    """Share of masked tokens, likewise."""
     mask_partner: bool = False
     """Also mask the image from which masked captions are rebuilt, and the caption from which masked images are rebuilt:
     each reconstruction then reads the other's masked input (the paper's Table 6). Without it, the paper's method, they
     read unmasked ones."""
-    image_masking: Literal["fixed", "variable"] = "fixed"
-    """Share of masked blocks. fixed: `image_mask_ratio`. variable: drawn uniformly for each sample, and the loss
-    weighted by 1 / share, as in masked diffusion; `image_mask_ratio` then serves evaluation only."""
-    text_masking: Literal["fixed", "variable"] = "fixed"
-    """Share of masked tokens, likewise."""
-    whole_word_masking: bool = False
-    """Mask all tokens of a word of a caption or none; shares are then those of its words (BERT, ViLT). Evaluations mask
-    tokens."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -87,25 +74,17 @@ class MaskVLMConfig:
         check_values(self)
         if self.text_length < 3:
             raise ConfigError(f"text_length must be at least 3 ([CLS], a token, [SEP]), got {self.text_length}")
-        if self.image_size % self.mask_block:
-            raise ConfigError(
-                f"mask_block must divide image_size: wanted a divisor of {self.image_size}, got {self.mask_block}"
-            )
-        if self.mask_block % self.patch_size:
-            raise ConfigError(
-                f"patch_size must divide mask_block: wanted a divisor of {self.mask_block}, got {self.patch_size}"
-            )
+        try:
+            Masking.__post_init__(self)
+            self.check_image_size(self.image_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if self.width % self.heads:
             raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
         if self.output_positions and self.width % 4:
             raise ConfigError(f"4 must divide width with output_positions, got a width of {self.width}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
-        blocks = (self.image_size // self.mask_block) ** 2
-        if not 1 <= round(self.image_mask_ratio * blocks) <= blocks:
-            raise ConfigError(
-                f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}"
-            )
         if self.image_masking == "variable" and self.drop_masked:
             raise ConfigError("image_masking: wanted fixed with drop_masked, got variable")
         if min(self.image_std) <= 0:
@@ -119,8 +98,12 @@ class MaskVLMConfig:
     @property
     def masked_patches(self) -> int:
         """Masked patches of one image, if the share is fixed."""
-        blocks = round(self.image_mask_ratio * (self.image_size // self.mask_block) ** 2)
-        return blocks * (self.mask_block // self.patch_size) ** 2
+        return self.masked_blocks(self.image_size) * self.patches_of_a_block
+
+    @property
+    def masking(self) -> Masking:
+        """The masking alone, for a loader."""
+        return Masking(**{setting.name: getattr(self, setting.name) for setting in fields(Masking)})
 
     @property
     def patch_values(self) -> int:
@@ -158,25 +141,12 @@ class MaskVLMConfig:
         return replace(config, **changes)
 
     def loader_options(self, train: bool = True) -> dict[str, Any]:
-        """Arguments of `mvlm_dataloading.Loader` that follow from the model: its sizes and its masks.
+        """Arguments of `mvlm_dataloading.Loader` that follow from the model: its sizes and its masking.
 
-        Without `train`, those of evaluations, which mask a fixed share, and tokens in place of words.
+        Without `train`, that of evaluations, which mask a fixed share, and tokens in place of words.
         """
-        options = {
-            "image_size": self.image_size,
-            "text_length": self.text_length,
-            "patch_size": self.patch_size,
-            "mask_block": self.mask_block,
-            "image_mask_ratio": self.image_mask_ratio,
-            "text_mask_ratio": self.text_mask_ratio,
-        }
-        if not train:
-            return options
-        return options | {
-            "variable_image_masks": self.image_masking == "variable",
-            "variable_text_masks": self.text_masking == "variable",
-            "whole_words": self.whole_word_masking,
-        }
+        masking = self.masking if train else self.masking.of_evaluations()
+        return {"image_size": self.image_size, "text_length": self.text_length, "masking": masking}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""

@@ -16,8 +16,6 @@ def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int
     many tokens as they mask on average, and as many patches as they are stored with.
     """
     side = config.image_size
-    blocks = (side // config.mask_block) ** 2
-    patches = round(config.image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
     ordinary = tokens - 2
     masked = max(1, round(config.text_mask_ratio * ordinary))
     if config.text_masking == "variable":
@@ -35,7 +33,7 @@ def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int
         text_id=ids(pairs),
         sample_id=ids(pairs),
     )
-    masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    masks = Masks(patch_ids=ids(pairs, config.masked_patches), token_ids=ids(pairs * masked))
     if config.image_masking == "variable":
         everything = ids(pairs, config.num_patches)
         masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))

@@ -142,11 +142,7 @@ def reconstruct_image(
 def _drawn_patches(model: MaskVLM, seed: int) -> Tensor:
     """Masked patches int64 (1, K) of one image, as in training."""
     config = model.config
-    ids = draw_patch_masks(
-        seed, 0, [0], image_size=config.image_size, patch_size=config.patch_size, mask_block=config.mask_block,
-        ratio=config.image_mask_ratio,
-    )  # fmt: skip
-    return torch.from_numpy(ids)
+    return torch.from_numpy(draw_patch_masks(seed, 0, [0], image_size=config.image_size, masking=config))
 
 
 def hidden_patches(hide: NDArray[Any] | Tensor, side: int) -> Tensor:

@@ -105,7 +105,7 @@ class Captioning(Task):
 
     def loader_options(self) -> dict[str, Any]:
         """Masks of any share of a caption's words."""
-        return {"uniform_text_masks": True}
+        return {"masking": replace(self.config.masking.of_evaluations(), text_masking="uniform")}
 
     def targets(self, dataset: Dataset) -> tuple[()]:
         """None: the batch has the captions."""

@@ -192,10 +192,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     if config.checkpoint_activations:
         checkpoint_activations(task)
     together = config.questions_per_image
-    # What only pretraining reads, though the model may have been pretrained with it.
-    without = {"whole_words": False}
-    without |= {"variable_image_masks": False, "variable_text_masks": False}
-    options = {**without, "share": together > 1, "per_image": together, **task.loader_options()}
+    # Masks are a task's own, whatever those of pretraining were.
+    masking = config.model.masking.of_evaluations()
+    options = {"masking": masking, "share": together > 1, "per_image": together, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)

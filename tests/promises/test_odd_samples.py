@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mvlm_dataloading import BuildOptions, Loader, build_shards, open_dataset
+from mvlm_dataloading import BuildOptions, Loader, Masking, build_shards, open_dataset
 from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
@@ -265,7 +265,7 @@ def test_accepted_odd_images_are_loaded_correctly(zoo):
     """The loader's images, EXIF orientation applied, against Pillow's decoders and its transposition."""
     dataset, side = zoo["dataset"], 60
     loader = Loader(dataset, wave_tokenizer(), batch_size=16, image_size=side, text_length=8, seed=0, train=False,
-                    patch_size=20, mask_block=20)  # fmt: skip
+                    masking=Masking(patch_size=20, mask_block=20))  # fmt: skip
     images = np.concatenate([batch.images.numpy() for batch, _ in loader])  # (n, 3, 60, 60)
     assert len(images) == len(dataset) > 50
     names = list(zoo["cases"])

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.masking import Masking
+from mvlm_dataloading.tokenizer import Tokenizer
 
 from .buffers import copy_on_this_thread
 from .masking import draw_patch_masks, draw_variable_patch_masks, draw_weighted_token_masks
@@ -34,21 +35,35 @@ class LoadedBatch:
     """Number of samples read when `bad` was counted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MaskConfig:
-    """Arguments of the mask functions."""
+class MaskDrawer:
+    """Draws the masks of batches.
 
-    patches: dict[str, Any]
-    """Keyword arguments of `draw_patch_masks`."""
-    token_ratio: float
-    variable_patches: bool = False
-    """Draw the share of masked patches for each sample; the ratio is not read."""
-    variable_tokens: bool = False
-    """Draw the share of masked tokens for each sample; the ratio is not read."""
-    uniform_tokens: bool = False
-    """Draw the number of masked tokens of each caption uniformly, in place of `token_ratio`."""
-    word_starts: NDArray[np.bool_] | None = None
-    """True for each token of the vocabulary that starts a word, (V,), to mask whole words. None: mask tokens."""
+    Args:
+        masking: what is masked of images of the side `image_size`.
+        tokenizer: tells the words of captions.
+        seed: of the draws.
+    """
+
+    def __init__(self, masking: Masking, image_size: int, tokenizer: Tokenizer, seed: int) -> None:
+        self._masking, self._image_size, self._seed = masking, image_size, seed
+        self._word_starts = tokenizer.word_starts() if masking.whole_word_masking else None
+        """True for each token of the vocabulary that starts a word, (V,); None to mask tokens one by one."""
+
+    def patches(self, epochs: Any, ids: Any) -> dict[str, np.ndarray]:
+        """Masked patches of images, fields of `Masks`."""
+        sizes = {"image_size": self._image_size, "masking": self._masking}
+        if self._masking.image_masking == "fixed":
+            return {"patch_ids": draw_patch_masks(self._seed, epochs, ids, **sizes)}
+        patch_ids, weights = draw_variable_patch_masks(self._seed, epochs, ids, **sizes)
+        return {"patch_ids": patch_ids, "patch_weights": weights}
+
+    def tokens(self, epochs: Any, ids: Any, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """Masked ones of the packed `tokens` of captions of these lengths, fields of `Masks`."""
+        kind = self._masking.text_masking
+        ratio = self._masking.text_mask_ratio if kind == "fixed" else None
+        starts = None if self._word_starts is None else self._word_starts[tokens]
+        masked = draw_weighted_token_masks(self._seed, epochs, ids, lengths, ratio=ratio, starts=starts)
+        return {"token_ids": masked.ids} | ({"token_weights": masked.weights} if kind == "variable" else {})
 
 
 def raw_batches(reader: Reader, prefetch_batches: int) -> Iterator[RawBatch]:
@@ -79,14 +94,13 @@ class BatchStream:
         self,
         reader: Reader,
         captions: CaptionReader,
-        masks: MaskConfig,
+        masks: MaskDrawer,
         *,
-        seed: int,
         pin: bool,
         prefetch_batches: int,
         images: Int64 | None = None,
     ):
-        self._reader, self._captions, self._masks, self._seed, self._pin = reader, captions, masks, seed, pin
+        self._reader, self._captions, self._masks, self._pin = reader, captions, masks, pin
         self._images = images
         self._prefetcher = Prefetcher(self._load, prefetch_batches, reader.close) if prefetch_batches else None
 
@@ -121,8 +135,9 @@ class BatchStream:
             text_id=self._host_tensor(np.array(captions.text_id, np.int64)),
             sample_id=self._host_tensor(raw.ids),
         )
-        of = (self._seed, raw.epochs, raw.ids)
-        return batch, Masks(**self._patches(of), **self._tokens(of, captions.tokens, captions.lengths))
+        patches = self._masks.patches(raw.epochs, raw.ids)
+        tokens = self._masks.tokens(raw.epochs, raw.ids, captions.tokens, captions.lengths)
+        return batch, self._host_masks(patches | tokens)
 
     def _assemble_shared(self, raw: RawBatch, captions: CaptionBatch, images: Int64) -> tuple[Batch, Masks]:
         """A batch that has each image and each caption once, and masks of these.
@@ -154,31 +169,12 @@ class BatchStream:
             caption_of=self._host_tensor(caption_of.reshape(-1)),
             sample_tokens=len(captions.tokens),
         )
-        patches = self._patches((self._seed, raw.epochs[of_image], images[raw.ids[of_image]]))
-        tokens = self._tokens((self._seed, raw.epochs[of_caption], texts[of_caption]), packed, lengths)
-        return batch, Masks(**patches, **tokens)
+        patches = self._masks.patches(raw.epochs[of_image], images[raw.ids[of_image]])
+        tokens = self._masks.tokens(raw.epochs[of_caption], texts[of_caption], packed, lengths)
+        return batch, self._host_masks(patches | tokens)
 
-    def _patches(self, of: tuple[int, Any, Any]) -> dict[str, torch.Tensor]:
-        """Masked patches of the samples `of` (seed, epochs, ids), fields of `Masks`."""
-        config = self._masks
-        if not config.variable_patches:
-            return {"patch_ids": self._host_tensor(draw_patch_masks(*of, **config.patches))}
-        sizes = {name: value for name, value in config.patches.items() if name != "ratio"}
-        ids, weights = draw_variable_patch_masks(*of, **sizes)
-        return {"patch_ids": self._host_tensor(ids), "patch_weights": self._host_tensor(weights)}
-
-    def _tokens(self, of: tuple[int, Any, Any], tokens: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
-        """Masked ones of the packed `tokens` of captions of these lengths, fields of `Masks`."""
-        config = self._masks
-        ratio = None if config.variable_tokens or config.uniform_tokens else config.token_ratio
-        starts = self._starts(tokens)
-        masked = draw_weighted_token_masks(*of, lengths, ratio=ratio, starts=starts)
-        found = {"token_ids": self._host_tensor(masked.ids)}
-        return found | ({"token_weights": self._host_tensor(masked.weights)} if config.variable_tokens else {})
-
-    def _starts(self, tokens: np.ndarray) -> NDArray[np.bool_] | None:
-        """True for each packed token that starts a word; None if tokens are masked one by one."""
-        return None if self._masks.word_starts is None else self._masks.word_starts[tokens]
+    def _host_masks(self, found: dict[str, np.ndarray]) -> Masks:
+        return Masks(**{name: self._host_tensor(values) for name, values in found.items()})
 
     def _host_tensor(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)

@@ -11,13 +11,13 @@ from typing import Any
 
 from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.masking import Masking
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
 from .augment import Augment
-from .batch_stream import BatchStream, MaskConfig, raw_batches
+from .batch_stream import BatchStream, MaskDrawer, raw_batches
 from .crop import CropGeometry
 from .decoder_check import choose_device
-from .masking import check_mask_sizes, check_token_ratio
 from .reader import Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, text_hash
 from .sampler import ORDER_VERSION, check_ranks
@@ -41,8 +41,7 @@ class Loader:
         device: "cuda" decodes and resizes on the GPU, and yields images there. None works on the CPU. All other
             tensors are on the CPU.
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
-        variable_image_masks, variable_text_masks: draw the masked share for each sample, and yield the weights of
-            masked diffusion (`mvlm_dataloading.loader.masking`). The ratios are not read.
+        masking: what is masked of images and captions (`mvlm_dataloading.loader.masking` draws the masks).
         max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops when there are more.
             The share is of the larger of two numbers: a rank's part of the split, and the samples that it has read.
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
@@ -58,9 +57,6 @@ class Loader:
         share: yield each image and each caption of a batch once (`Batch.image_of`). The samples of an image have the
             same crop in an epoch.
         per_image: samples of one image that come one after another in the sample order, for `share`.
-        whole_words: mask whole words of a caption (`draw_token_masks`).
-        uniform_text_masks: mask 1 to all of a caption's ordinary tokens, each number as likely as the others, in place
-            of the share `text_mask_ratio`.
 
     Attributes:
         step: batches yielded.
@@ -84,12 +80,7 @@ class Loader:
         text_length: int,
         seed: int,
         device: str | None = None,
-        patch_size: int = 16,
-        mask_block: int = 32,
-        image_mask_ratio: float = 0.6,
-        text_mask_ratio: float = 0.3,
-        variable_image_masks: bool = False,
-        variable_text_masks: bool = False,
+        masking: Masking | None = None,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         train: bool = True,
@@ -101,15 +92,13 @@ class Loader:
         prefetch_batches: int = 2,
         keep_mb: int = 0,
         strip: int = 1,
-        uniform_text_masks: bool = False,
-        whole_words: bool = False,
         share: bool = False,
         per_image: int = 1,
     ):
         check_ranks(batch_size, rank, world_size, train)
         check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
-        check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
-        check_token_ratio(text_mask_ratio)
+        self.masking = masking or Masking()
+        self.masking.check_image_size(image_size)
         check_text_length(text_length)
         if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
             raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
@@ -125,15 +114,6 @@ class Loader:
         self.resumed: ResumeReport | None = None
         self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
         self._prefetch_batches = prefetch_batches
-        sizes = {"image_size": image_size, "patch_size": patch_size, "mask_block": mask_block}
-        self._masks = MaskConfig(
-            patches={**sizes, "ratio": image_mask_ratio},
-            token_ratio=text_mask_ratio,
-            variable_patches=variable_image_masks,
-            variable_tokens=variable_text_masks,
-            uniform_tokens=uniform_text_masks,
-            word_starts=tokenizer.word_starts() if whole_words else None,
-        )
         geometry = CropGeometry(
             image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train, strip=strip
         )
@@ -206,7 +186,9 @@ class Loader:
         """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
         epoch, position = divmod(self._position, len(self.dataset))
         shared = self._config.images is not None
-        text = text_hash(self.tokenizer.fingerprint, self.text_length, self._masks, shared)
+        text = text_hash(
+            self.tokenizer.fingerprint, self.text_length, self.masking, self._config.geometry.image_size, shared
+        )
         return {
             "seed": self.seed,
             "epoch": epoch,
@@ -264,8 +246,7 @@ class Loader:
         stream = BatchStream(
             Reader(self.dataset, config, self._position, self._bad, self._samples_seen),
             captions,
-            self._masks,
-            seed=config.seed,
+            MaskDrawer(self.masking, config.geometry.image_size, self.tokenizer, config.seed),
             pin=config.device_id is not None,
             prefetch_batches=self._prefetch_batches,
             images=config.images,

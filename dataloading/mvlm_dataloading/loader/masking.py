@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mvlm_dataloading.masking import Masking
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
 
+DEFAULT = Masking()
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 
@@ -33,65 +35,32 @@ class TokenMask(NamedTuple):
     """float32 (M,)."""
 
 
-def num_masked_blocks(image_size: int, mask_block: int, ratio: float) -> int:
-    """Number of masked blocks: round(ratio * (image_size / mask_block)^2), halves to even.
-
-    With a ratio of 0.6 and blocks of 32 px, 29 of 49 blocks at 224 px and 5 of 9 at 96 px.
-    """
-    return round(ratio * (image_size // mask_block) ** 2)
-
-
-def check_mask_sizes(image_size: int, patch_size: int, mask_block: int, ratio: float) -> None:
-    """Check that patches tile blocks, blocks tile the image, and at least one block is masked. Raises ValueError."""
-    if min(image_size, patch_size, mask_block) < 1 or image_size % mask_block or mask_block % patch_size:
-        raise ValueError(
-            "wanted image_size divisible by mask_block, and mask_block divisible by patch_size; "
-            f"got image_size {image_size}, mask_block {mask_block}, patch_size {patch_size}"
-        )
-    blocks = (image_size // mask_block) ** 2
-    masked = num_masked_blocks(image_size, mask_block, ratio)
-    if not 1 <= masked <= blocks:
-        raise ValueError(
-            f"wanted a mask ratio that masks between 1 and {blocks} blocks, got {ratio}, which masks {masked}"
-        )
-
-
 def check_token_ratio(ratio: float) -> None:
     """Check that a ratio is in [0, 1]. Raises ValueError."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
 
 
-def draw_patch_masks(
-    seed: int,
-    epoch: Any,
-    sample_ids: Any,
-    *,
-    image_size: int,
-    patch_size: int = 16,
-    mask_block: int = 32,
-    ratio: float = 0.6,
-) -> Int64:
+def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int, masking: Masking = DEFAULT) -> Int64:
     """Masked patches of each image: int64 (B, K), row-major patch numbers, ascending within a row.
 
-    `num_masked_blocks` square blocks with sides of `mask_block` pixels are masked. All sets of blocks are equally
-    likely.
+    `Masking.masked_blocks` square blocks with sides of `mask_block` pixels are masked, whatever `image_masking` is. All
+    sets of blocks are equally likely.
 
     Args:
         epoch: one number, or int (B,).
 
     Raises:
-        ValueError: `mask_block` does not divide `image_size`, `patch_size` does not divide `mask_block`, or the ratio
-            masks no block or more than all.
+        ValueError: the masking does not fit the images (`Masking.check_image_size`).
     """
-    check_mask_sizes(image_size, patch_size, mask_block, ratio)
-    chosen = num_masked_blocks(image_size, mask_block, ratio)
-    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // mask_block)[:, :chosen]
-    return np.sort(_patches_of(blocks, image_size, patch_size, mask_block), axis=1)  # (B, K)
+    masking.check_image_size(image_size)
+    chosen = masking.masked_blocks(image_size)
+    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // masking.mask_block)[:, :chosen]
+    return np.sort(_patches_of(blocks, image_size, masking), axis=1)  # (B, K)
 
 
 def draw_variable_patch_masks(
-    seed: int, epoch: Any, sample_ids: Any, *, image_size: int, patch_size: int = 16, mask_block: int = 32
+    seed: int, epoch: Any, sample_ids: Any, *, image_size: int, masking: Masking = DEFAULT
 ) -> tuple[Int64, Float32]:
     """Masked patches of each image, of as many blocks as are drawn for it: ids and weights, (B, N) each.
 
@@ -101,12 +70,12 @@ def draw_variable_patch_masks(
     Raises:
         ValueError: as `draw_patch_masks`.
     """
-    check_mask_sizes(image_size, patch_size, mask_block, 1.0)
-    a_block = (mask_block // patch_size) ** 2
-    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // mask_block)  # (B, n)
+    masking.check_image_size(image_size)
+    a_block = masking.patches_of_a_block
+    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // masking.mask_block)  # (B, n)
     number = blocks.shape[1]
     counts = 1 + _draws_below(Purpose.PATCH_COUNT, seed, epoch, sample_ids, number)  # (B,)
-    ids = _patches_of(blocks, image_size, patch_size, mask_block)  # (B, N)
+    ids = _patches_of(blocks, image_size, masking)  # (B, N)
     masked = np.arange(ids.shape[1]) < a_block * counts[:, None]
     ids = np.sort(np.where(masked, ids, ids.shape[1]), axis=1)
     last = np.take_along_axis(ids, a_block * counts[:, None] - 1, axis=1)
@@ -121,10 +90,10 @@ def _ordered_blocks(seed: int, epoch: Any, sample_ids: Any, blocks_a_side: int) 
     return np.argsort(keys, axis=1, kind="stable").astype(np.int64)
 
 
-def _patches_of(blocks: Int64, image_size: int, patch_size: int, mask_block: int) -> Int64:
+def _patches_of(blocks: Int64, image_size: int, masking: Masking) -> Int64:
     """Patches of blocks int64 (B, k), block by block: int64 (B, k times the patches of a block)."""
-    blocks_a_side, patches_a_block = image_size // mask_block, mask_block // patch_size
-    patches_a_side = image_size // patch_size
+    blocks_a_side, patches_a_block = image_size // masking.mask_block, masking.mask_block // masking.patch_size
+    patches_a_side = image_size // masking.patch_size
     inside = np.arange(patches_a_block)
     within = (inside[:, None] * patches_a_side + inside).ravel()  # patches of a block, relative to its top left patch
     top_left = (blocks // blocks_a_side * patches_a_side + blocks % blocks_a_side) * patches_a_block

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.masking import Masking
 
-from .batch_stream import MaskConfig
 from .sampler import ORDER_VERSION
 from .segment import ReaderConfig
 
@@ -63,27 +63,29 @@ def pixel_hash(config: ReaderConfig) -> str:
     )
 
 
-def text_hash(tokenizer: str, length: int, masks: MaskConfig, shared: bool) -> str:
+def text_hash(tokenizer: str, length: int, masking: Masking, image_size: int, shared: bool) -> str:
     """Hash of all settings that captions, tokens and masks depend on. Sample, seed and epoch are not part of it.
 
     Args:
         tokenizer: its fingerprint.
         shared: each image and caption of a batch comes once, and masks are drawn for these, not for samples.
     """
-    newer = {
-        "variable": [masks.variable_patches, masks.variable_tokens],
-        "shared": shared,
-        "whole words": masks.word_starts is not None,
-    }
-    off = {"variable": [False, False]}  # and False
+    variable = [masking.image_masking == "variable", masking.text_masking == "variable"]
+    newer = {"shared": shared, "whole words": masking.whole_word_masking}
     return settings_hash(
         {
             "tokenizer": tokenizer,
             "length": length,
-            "ratio": "uniform" if masks.uniform_tokens else masks.token_ratio,
-            "patches": masks.patches,
+            "ratio": "uniform" if masking.text_masking == "uniform" else masking.text_mask_ratio,
+            "patches": {
+                "image_size": image_size,
+                "patch_size": masking.patch_size,
+                "mask_block": masking.mask_block,
+                "ratio": masking.image_mask_ratio,
+            },
             # Without these, the hash is that of states from before they existed.
-            **{name: value for name, value in newer.items() if value != off.get(name, False)},
+            **({"variable": variable} if any(variable) else {}),
+            **{name: True for name, value in newer.items() if value},
         }
     )
 

@@ -12,6 +12,7 @@ from mvlm_dataloading import (
     BuildOptions,
     DataError,
     Loader,
+    Masking,
     ShardWriter,
     ViewOptions,
     build_shards,
@@ -65,7 +66,7 @@ def test_questions_about_an_image_store_it_once(tmp_path, tokenizer):
     assert [line["key"] for line in read_json_lines(out / "rejected.jsonl")] == ["bad"]
     assert (out / "duplicates.jsonl").read_text() == ""  # a question more is no duplicate
     loader = Loader(dataset, tokenizer, batch_size=4, image_size=54, text_length=8, seed=0, train=False,
-                    patch_size=9, mask_block=18)  # fmt: skip
+                    masking=Masking(patch_size=9, mask_block=18))  # fmt: skip
     for batch, _ in loader:
         for row, i in enumerate(batch.sample_id.tolist()):
             image = Image.open(io.BytesIO(dataset.image_bytes(i))).resize((54, 54), Image.Resampling.BILINEAR)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm_dataloading import Loader, draw_patch_masks, draw_token_masks
+from mvlm_dataloading import Loader, Masking, draw_patch_masks, draw_token_masks
 from mvlm_dataloading.loader import reader as reader_module
 from mvlm_dataloading.loader.masking import draw_variable_patch_masks, draw_weighted_token_masks
 from mvlm_dataloading.randomness import text_hash
@@ -59,7 +59,7 @@ def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
 def test_whole_words_of_captions_are_masked(train_split, tokenizer, share):
     """Words are told from the captions, not from tokens."""
     several = 0
-    for batch, masks in take(load(train_split, tokenizer, whole_words=True, share=share), 5):
+    for batch, masks in take(load(train_split, tokenizer, masking=Masking(whole_word_masking=True), share=share), 5):
         captions = batch.tokens.tensor_split(batch.cu_seqlens[1:-1].long())
         for tokens, start in zip(captions, batch.cu_seqlens.tolist(), strict=False):
             text = tokenizer.decode(tokens)
@@ -73,7 +73,8 @@ def test_whole_words_of_captions_are_masked(train_split, tokenizer, share):
 
 
 def test_variable_masks_equal_the_mask_functions(train_split, tokenizer):
-    loader = load(train_split, tokenizer, variable_image_masks=True, variable_text_masks=True)
+    masking = Masking(image_masking="variable", text_masking="variable")
+    loader = load(train_split, tokenizer, masking=masking)
     for batch, masks in take(loader, 3):
         of = (5, 0, batch.sample_id.numpy())
         patches, patch_weights = draw_variable_patch_masks(*of, image_size=64)

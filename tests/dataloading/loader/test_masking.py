@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mvlm_dataloading import draw_patch_masks, draw_token_masks
+from mvlm_dataloading import Masking, draw_patch_masks, draw_token_masks
 from mvlm_dataloading.loader.masking import draw_variable_patch_masks, draw_weighted_token_masks
 
 
@@ -21,7 +21,8 @@ def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list
     [(224, 16, 32, 0.6, 29), (96, 16, 32, 0.6, 5), (96, 8, 32, 0.6, 5), (64, 32, 32, 0.6, 2), (64, 16, 16, 0.5, 8)],
 )
 def test_patch_masks_are_an_exact_number_of_whole_blocks(image_size, patch, block, ratio, blocks):
-    ids = draw_patch_masks(3, 1, np.arange(200), image_size=image_size, patch_size=patch, mask_block=block, ratio=ratio)
+    masking = Masking(patch_size=patch, mask_block=block, image_mask_ratio=ratio)
+    ids = draw_patch_masks(3, 1, np.arange(200), image_size=image_size, masking=masking)
     assert ids.dtype == np.int64
     assert ids.shape == (200, blocks * (block // patch) ** 2)
     table = patches_of_blocks(image_size, patch, block)
@@ -34,7 +35,7 @@ def test_patch_masks_are_an_exact_number_of_whole_blocks(image_size, patch, bloc
 
 def test_every_set_of_blocks_is_equally_likely():
     draws = 12_600
-    ids = draw_patch_masks(0, 0, np.arange(draws), image_size=96, patch_size=32, mask_block=32)
+    ids = draw_patch_masks(0, 0, np.arange(draws), image_size=96, masking=Masking(patch_size=32))
     _, counts = np.unique(ids, axis=0, return_counts=True)
     assert len(counts) == 126  # 5 of 9
     # Chi-square with 125 degrees of freedom: mean 125, standard deviation 15.8; bounds at four of them.
@@ -44,14 +45,14 @@ def test_every_set_of_blocks_is_equally_likely():
 @pytest.mark.parametrize("sizes", [(100, 16, 32), (96, 16, 64), (96, 12, 32), (96, 0, 32)])
 def test_mask_sizes_that_do_not_fit_are_named(sizes):
     image_size, patch, block = sizes
-    with pytest.raises(ValueError, match=rf"got image_size {image_size}, mask_block {block}, patch_size {patch}"):
-        draw_patch_masks(0, 0, [0], image_size=image_size, patch_size=patch, mask_block=block)
+    with pytest.raises(ValueError, match=r"mask_block|patch_size"):
+        draw_patch_masks(0, 0, [0], image_size=image_size, masking=Masking(patch_size=patch, mask_block=block))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 1.2])
 def test_a_mask_ratio_that_masks_nothing_or_too_much_is_refused(ratio):
-    with pytest.raises(ValueError, match="wanted a mask ratio"):
-        draw_patch_masks(0, 0, [0], image_size=96, ratio=ratio)
+    with pytest.raises(ValueError, match="image_mask_ratio"):
+        draw_patch_masks(0, 0, [0], image_size=96, masking=Masking(image_mask_ratio=ratio))
 
 
 def test_token_masks_hold_the_exact_number_of_ordinary_tokens():
@@ -108,7 +109,7 @@ def test_masks_change_with_seed_epoch_and_sample():
     assert len(set(draws)) == 20
 
 
-SIZES = {"image_size": 96, "patch_size": 16, "mask_block": 32}
+SIZES = {"image_size": 96}
 
 
 def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_patches():
@@ -126,7 +127,7 @@ def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_p
 
 def test_a_variable_mask_with_the_count_of_a_ratio_is_the_mask_of_the_ratio():
     ids, weights = draw_variable_patch_masks(3, 1, range(200), **SIZES)
-    fixed = draw_patch_masks(3, 1, range(200), **SIZES, ratio=5 / 9)
+    fixed = draw_patch_masks(3, 1, range(200), **SIZES, masking=Masking(image_mask_ratio=5 / 9))
     rows = [i for i in range(200) if (weights[i] > 0).sum() == 20]
     assert rows
     assert all(ids[i, :20].tolist() == fixed[i].tolist() for i in rows)

@@ -7,9 +7,11 @@ import time
 
 import pytest
 
-from mvlm_dataloading import DataError, Loader, open_dataset
+from mvlm_dataloading import DataError, Loader, Masking, open_dataset
 from mvlm_dataloading.loader.augment import Augment
 from mvlm_dataloading.loader.resume import merge_states
+
+MASKS_DIFFER = "same pixels; captions or masks differ (tokenizer, text length or masks)"
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
@@ -76,11 +78,27 @@ def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(tra
         ({"augment": Augment()}, "same captions and masks; pixels differ (crops or augmentations)"),
         ({"crop_scale": (0.5, 1.0)}, "same captions and masks; pixels differ (crops or augmentations)"),
         ({"image_size": 64}, "pixels and captions or masks differ"),
-        ({"text_length": 9}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"text_mask_ratio": 0.5}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"variable_image_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"variable_text_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"whole_words": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"text_length": 9}, MASKS_DIFFER),
+        (
+            {"masking": Masking(text_mask_ratio=0.5)},
+            MASKS_DIFFER,
+        ),
+        (
+            {"masking": Masking(image_masking="variable")},
+            MASKS_DIFFER,
+        ),
+        (
+            {"masking": Masking(text_masking="uniform")},
+            MASKS_DIFFER,
+        ),
+        (
+            {"masking": Masking(text_masking="variable")},
+            MASKS_DIFFER,
+        ),
+        (
+            {"masking": Masking(whole_word_masking=True)},
+            MASKS_DIFFER,
+        ),
     ],
 )
 def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(train_split, tokenizer, settings, words, caplog):

@@ -17,6 +17,7 @@ from mvlm_dataloading import (
     BuildOptions,
     DataError,
     Loader,
+    Masking,
     ViewOptions,
     build_shards,
     check_shards,
@@ -138,7 +139,7 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     assert dataset.keys.tolist() == ["a/v1.0.final", "a%20name", "100%25", "é", "n" * 120]
     assert [dataset.captions(i)[0] for i in range(5)] == ["dots", "blanks", "per cent", "accent", "long"]
     loader = Loader(dataset, tokenizer, batch_size=5, image_size=54, text_length=8, seed=0, train=False,
-                    patch_size=9, mask_block=18)  # fmt: skip
+                    masking=Masking(patch_size=9, mask_block=18))  # fmt: skip
     ((batch, _),) = list(loader)
     for row, i in enumerate((0, 1, 2, 4, 5)):
         wanted = np.asarray(published.make_image(i).resize((54, 54), Image.Resampling.BILINEAR), float).transpose(

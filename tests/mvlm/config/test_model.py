@@ -9,7 +9,7 @@ import torch
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm_dataloading import Loader
+from mvlm_dataloading import Loader, Masking
 from support.models import micro_config
 
 
@@ -110,11 +110,10 @@ def test_options_of_the_loader_are_the_models_sizes_and_masks():
         patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9,
         text_masking="variable", whole_word_masking=True, mask_partner=True,
     )  # fmt: skip
-    sizes = {"image_size": 32, "text_length": 9, "patch_size": 4, "mask_block": 8}
-    ratios = {"image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
-    masks = {
-        "variable_image_masks": False, "variable_text_masks": True, "whole_words": True,
-    }  # fmt: skip
-    assert config.loader_options() == sizes | ratios | masks
-    assert config.loader_options(train=False) == sizes | ratios
+    sizes = {"image_size": 32, "text_length": 9}
+    shares = {"patch_size": 4, "mask_block": 8, "image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
+    assert config.loader_options() == sizes | {
+        "masking": Masking(**shares, image_masking="fixed", text_masking="variable", whole_word_masking=True)
+    }
+    assert config.loader_options(train=False) == sizes | {"masking": Masking(**shares)}
     assert config.loader_options().keys() <= inspect.signature(Loader).parameters.keys()
