@@ -108,6 +108,8 @@ def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     if values.get(image) and [values.get(name) for name in partners] == [values.get(image), values.get(text)]:
         values = {name: value for name, value in values.items() if name not in partners}
         values |= {"model.mask_partner".removeprefix(prefix): True}
+    if values.get("answers") == _DECODER.default and values.get("task") != "vqa":
+        values = {name: value for name, value in values.items() if name != "answers"}
     return {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
 
 
