@@ -3,6 +3,7 @@
 An error names the argument, what was wanted and what was found, on one line.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -129,6 +130,20 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("one mean", lambda: gather(mean=0.5), "mean must have one value for each of 3 channels, got 0.5"),
     ("no [CLS]", lambda: place(cls=None), "cls_token must be a tensor, got NoneType; a model without .CLS. can"),
     ("learned scale", lambda: attend(scale=torch.tensor(0.2, requires_grad=True)), "scale must be a float.*multiply q"),
+    ("scale as a text", lambda: attend(scale="a"), "scale must be a float, got str"),
+    ("scale as a list", lambda: attend(scale=[1.0]), "scale must be a float, got list"),
+    ("scale of NaN", lambda: attend(scale=math.nan), "scale must be a finite float, got nan"),
+    ("infinite scale", lambda: attend(scale=numpy.float32("inf")), "scale must be a finite float, got inf"),
+    ("seed as a text", lambda: attend(dropout_p=0.1, seed="a"), "seed must be an int in .*got 'a'"),
+    ("seed as a list", lambda: attend(seed=[1]), r"seed must be an int in .*got \[1\]"),
+    ("dropout as a text", lambda: attend(dropout_p="a"), "dropout_p must be a float in .*got 'a'"),
+    ("mean of NaN", lambda: gather(mean=[0.5, math.nan, 0.5]), "mean must be a finite float, got nan"),
+    ("std of NaN", lambda: gather(std=[0.5, 0.5, math.nan]), "std must be a finite float, got nan"),
+    ("mean of texts", lambda: gather(mean="abc"), "mean must be a float, got str"),
+    ("mean of NaN in a loss", lambda: loss(mean=[math.nan] * 3), "mean must be a finite float, got nan"),
+    ("eps of NaN", lambda: norm(eps=math.nan), "eps must be a finite float of at least 0, got nan"),
+    ("negative eps", lambda: norm(eps=-1), "eps must be a finite float of at least 0, got -1"),
+    ("eps as a text", lambda: norm(eps="a"), "eps must be a float, got str"),
     # devices
     ("keys elsewhere", lambda: attend(k=K.to("meta"), v=V.to("meta")), "k must be on the device of q, cpu, got meta"),
     (

@@ -50,9 +50,10 @@ def add_layer_norm(
     vectors are summed over rows in a fixed order, without atomics.
 
     Raises:
-        ValueError: for a wrong shape, dtype or device, and for a y_bias without y.
+        ValueError: for a wrong shape, dtype or device, for a y_bias without y, and for an eps that is negative or not
+            finite.
     """
-    out_dtype = arguments.check(x, y, y_bias, weight, bias, out_dtype)
+    out_dtype = arguments.check(x, y, y_bias, weight, bias, eps, out_dtype)
     tensors = [t for t in (x, y, y_bias, weight, bias) if t is not None]
     call = _direct if registration.called_directly(*tensors) else _forward_op
     total, wide, normalised, _, _ = call(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)

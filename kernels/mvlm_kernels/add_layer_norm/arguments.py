@@ -14,9 +14,11 @@ WIDEST = 8192
 
 
 def check(
-    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: Any
-) -> torch.dtype:
-    """The dtype of the norm. Raises ValueError for a wrong shape, dtype or device."""
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    out_dtype: Any,
+) -> torch.dtype:  # fmt: skip
+    """The dtype of the norm. Raises ValueError for a wrong shape, dtype, device or eps."""
+    dispatch.check_number("eps", eps, 0)
     named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight", "bias")):
@@ -47,7 +49,7 @@ def explain(
     out_dtype: torch.dtype | None = None, post_norm: bool = False,
 ) -> tuple[Refusal, ...]:  # fmt: skip
     """The reasons against the kernels for arguments of the op, which are checked."""
-    check(x, y, y_bias, weight, bias, out_dtype)
+    check(x, y, y_bias, weight, bias, eps, out_dtype)
     return reasons(x)
 
 

@@ -60,13 +60,19 @@ def bucket(length: int) -> int:
 
 
 def scale_of(scale: float | None, width: int) -> float:
-    """The factor of the scores as a float; ``width ** -0.5`` by default. Raises ValueError for a tensor."""
+    """The factor of the scores as a float; ``width ** -0.5`` by default.
+
+    Raises ValueError for a tensor, and for what is no finite number.
+    """
+    if scale is None:
+        return float(width**-0.5)
     if isinstance(scale, Tensor):
         raise ValueError(
             f"scale must be a float, got a tensor of shape {tuple(scale.shape)}, which would get no gradient; "
             "multiply q by it and pass scale=1.0"
         )
-    return float(width**-0.5 if scale is None else scale)
+    dispatch.check_number("scale", scale)
+    return float(scale)
 
 
 def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
@@ -74,8 +80,8 @@ def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tup
 
     Raises ValueError for a probability outside [0, 1) and a seed of another kind or device.
     """
-    if isinstance(p, Tensor) or not 0 <= p < 1:
-        raise ValueError(f"dropout_p must be a float in [0, 1), got {p}")
+    if isinstance(p, Tensor | str | bytes) or not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be a float in [0, 1), got {p!r}")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
             raise ValueError(
@@ -83,8 +89,9 @@ def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tup
                 f"{tuple(seed.shape)} on {seed.device}"
             )
     elif seed is not None:
-        if isinstance(seed, float) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an int in 0..2^63 - 1, got {seed}")
+        whole = isinstance(seed, int) or hasattr(seed, "__index__")
+        if not whole or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an int in 0..2^63 - 1, got {seed!r}")
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     return float(p), seed if p else None
 

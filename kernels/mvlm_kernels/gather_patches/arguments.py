@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvlm_kernels.dispatch import power_of_two
+from mvlm_kernels.dispatch import check_number, power_of_two
 from mvlm_kernels.gather_patches.reference import compute_dtype
 from mvlm_kernels.refusals import Refusal, refusal
 
@@ -82,7 +82,8 @@ def channel_tensors(
     """mean and std as contiguous tensors (C,) on the images' device, or None.
 
     A sequence is converted to the compute dtype and cached per device. Raises ValueError for a wrong number of values,
-    a wrong dtype, and a std that is not positive. The values of a GPU tensor are not checked.
+    a wrong dtype, a sequence of other than finite numbers, and a std that is not positive. The values of a GPU tensor
+    are not checked.
     """
     wide, device = compute_dtype(images.dtype, dtype), images.device
     kept = not torch.compiler.is_compiling() and type(images) in (Tensor, torch.nn.Parameter)
@@ -101,7 +102,7 @@ def _channel_tensor(
         if got != channels:
             raise ValueError(f"{name} must have one value for each of {channels} channels, got {got}")
         if not kept or torch._C._are_functorch_transforms_active():
-            _check_positive(name, values)
+            _check_numbers(name, values)
             # A tensor made in a compiled graph must not be cached: it could be in the memory of a CUDA graph, or a fake
             # tensor without values. These fills are part of the graph and copy nothing from the host. A tensor made in
             # a transform of torch.func belongs to that transform.
@@ -118,6 +119,13 @@ def _channel_tensor(
     return values.contiguous()
 
 
+def _check_numbers(name: str, values: Sequence[float]) -> None:
+    for value in values:
+        if not isinstance(value, Tensor):  # which may be on a GPU
+            check_number(name, value)
+    _check_positive(name, values)
+
+
 def _check_positive(name: str, values: Sequence[float]) -> None:
     if name == "std" and min(values) <= 0:
         raise ValueError(f"std must be positive, got {tuple(values)}")
@@ -125,7 +133,7 @@ def _check_positive(name: str, values: Sequence[float]) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _constant(name: str, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    _check_positive(name, values)
+    _check_numbers(name, values)
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward pass
         return torch.tensor(values, dtype=dtype, device=device)
 
