@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mvlm.device import autocast
 from mvlm.errors import ConfigError
+from mvlm.inference.arguments import one_text, whole_number
 from mvlm.inference.results import FilledText, Guess
-from mvlm.inference.texts import check_unicode
+from mvlm.inference.texts import MAX_CHARACTERS, check_unicode
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Tokenizer
@@ -88,11 +89,13 @@ def fill_text(
     Raises:
         ConfigError: the text has no [MASK], or is too long, or `top` or `steps` is out of range.
     """
-    if not 1 <= top <= tokenizer.vocab_size:
-        raise ConfigError(f"top: wanted 1 to {tokenizer.vocab_size}, got {top}")
-    if steps < 1:
-        raise ConfigError(f"steps: wanted at least 1, got {steps}")
+    one_text("caption", text)
+    top, steps = whole_number("top", top, 1, tokenizer.vocab_size), whole_number("steps", steps)
     length = model.config.text_length
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"caption: wanted at most {MAX_CHARACTERS} characters, found {len(text)}; shorten it")
+    if (masks := text.count("[MASK]")) > length:  # each is a token, and parts are tokenized one by one
+        raise ConfigError(f"caption: wanted at most {length} tokens, found {masks} times [MASK]; shorten the caption")
     tokens = tokens_with_masks(text, tokenizer, length)
     ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
     if not len(ids):

@@ -4,7 +4,7 @@ Shape legend: B batch, n images, S image side, H and W of an image as given, K m
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvlm.errors import RunError
+from mvlm.inference.arguments import shown
 from mvlm.model.patches import patchify, unpatchify
 from mvlm_dataloading.images.colours import BAND, RgbRows
 from mvlm_dataloading.images.decode import check_memory, check_size, decode
@@ -47,6 +48,8 @@ def load_image(image: ImageLike, side: int, name: str | None = None) -> Tensor:
     Raises:
         RunError: the image is missing, is not a whole image, or is beyond `LIMITS`.
     """
+    if isinstance(image, Tensor):
+        _check_dense(image, name or "image")
     if isinstance(image, np.ndarray | Tensor):
         height, width = _size_of(image)
         try:
@@ -78,7 +81,7 @@ def is_single_image(images: Images) -> bool:
     """True for one image, False for a sequence or a batch of images, however many."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim < 4
-    return isinstance(images, str | Path | bytes | Image.Image)
+    return isinstance(images, str | Path | bytes | bytearray | memoryview | Image.Image)
 
 
 def each_image(images: Images) -> Iterator[ImageLike]:
@@ -89,8 +92,11 @@ def each_image(images: Images) -> Iterator[ImageLike]:
     """
     if is_single_image(images):
         return iter([cast(ImageLike, images)])
-    if not isinstance(images, Iterable):
-        raise RunError(f"images: wanted an image or a sequence of images, got {type(images).__name__}")
+    # An open file is an iterable of its lines, a dictionary one of its keys.
+    if hasattr(images, "read") or isinstance(images, Mapping) or not isinstance(images, Iterable):
+        kind = "an open file" if hasattr(images, "read") else shown(images)
+        hint = "; read it" if hasattr(images, "read") else ""
+        raise RunError(f"images: wanted an image or a sequence of images, got {kind}{hint}")
     return iter(cast(Iterable[ImageLike], images))
 
 
@@ -98,9 +104,12 @@ def load_batches(images: Iterable[ImageLike], side: int, batch_size: int) -> Ite
     """Batches uint8 (B, 3, S, S) of images. A thread loads the next batch while the caller works on one."""
     numbered = enumerate(images)
 
+    def load(number: int, image: ImageLike) -> Tensor:
+        return load_image(image, side, None if isinstance(image, str | Path) else f"image {number}")
+
     def batches() -> Iterator[Tensor]:
         while batch := list(itertools.islice(numbered, batch_size)):
-            yield torch.stack([load_image(image, side, f"image {number}") for number, image in batch])
+            yield torch.stack([load(number, image) for number, image in batch])
 
     return one_ahead(batches())
 
@@ -149,7 +158,7 @@ def _decoded(image: object, name: str | None, limits: ImageLimits, further: int 
         image = bytes(image)
     if not isinstance(image, str | Path | bytes | Image.Image):
         raise RunError(
-            f"{name or 'image'}: wanted a path, bytes, a PIL image, an array or a tensor, got {type(image).__name__}; "
+            f"{name or 'image'}: wanted a path, bytes, a PIL image, an array or a tensor, got {shown(image)}; "
             f"convert it"
         )
     return decode(image, limits, further=further, may_shrink=True)
@@ -163,6 +172,14 @@ def _size_of(pixels: NDArray[Any] | Tensor) -> tuple[int, int]:
     """Height and width of an array or a tensor; zeros where it has none."""
     sides = tuple(pixels.shape[-2:] if isinstance(pixels, Tensor) else pixels.shape[:2])
     return sides if len(sides) == 2 else (0, 0)
+
+
+def _check_dense(pixels: Tensor, name: str) -> None:
+    """Raise RunError for a tensor whose numbers cannot be had: sparse, nested, quantized, or without a memory."""
+    kinds = {"sparse": pixels.layout != torch.strided, "nested": pixels.is_nested, "quantized": pixels.is_quantized,
+             "meta": pixels.is_meta}  # fmt: skip
+    if found := next((kind for kind, is_one in kinds.items() if is_one), None):
+        raise RunError(f"{name}: wanted a dense tensor with values, got a {found} one; convert it")
 
 
 def _as_rgb(pixels: NDArray[Any] | Tensor, name: str) -> NDArray[np.uint8]:

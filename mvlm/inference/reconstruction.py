@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mvlm.device import autocast
 from mvlm.errors import ConfigError
+from mvlm.inference.arguments import whole_number
 from mvlm.inference.encode import encode_captions, eval_loader
 from mvlm.inference.images import hide_patches
 from mvlm.inference.results import Reconstruction
@@ -129,6 +130,7 @@ def reconstruct_image(
         ConfigError: nothing is hidden, `hide` is not bool (h, w), or the text cannot be used.
     """
     config = model.config
+    seed, steps = whole_number("seed", seed, None), whole_number("steps", steps)
     (text,) = checked_texts([text], tokenizer, config.text_length)
     ids = _drawn_patches(model, seed) if hide is None else hidden_patches(hide, config.image_size // config.patch_size)
     masked = hide_patches(image[None], ids, config.patch_size)[0]

@@ -1,9 +1,10 @@
 """Texts given by a user: cleaned as captions are when a data set is built, checked, and in batches."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mvlm.errors import ConfigError
+from mvlm.inference.arguments import shown, whole_number
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.captions import clean_line
 
@@ -17,8 +18,8 @@ def each_text(texts: Texts) -> Iterator[str]:
     """The texts one by one. A single text is a sequence of one. ConfigError for another value."""
     if isinstance(texts, str):
         return iter([texts])
-    if not isinstance(texts, Iterable):
-        raise ConfigError(f"texts: wanted a text or a sequence of texts, got {type(texts).__name__}")
+    if isinstance(texts, bytes | bytearray | Mapping) or not isinstance(texts, Iterable):
+        raise ConfigError(f"texts: wanted a text or a sequence of texts, got {shown(texts)}")
     return iter(texts)
 
 
@@ -30,8 +31,7 @@ def text_batches(
     Args:
         clean: False for captions of a data set, which training and evaluation read as they stand.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: wanted at least 1, got {batch_size}")
+    batch_size = whole_number("batch_size", batch_size)
     remaining, first = iter(texts), 0
     while batch := list(itertools.islice(remaining, batch_size)):
         if truncate:  # far beyond the tokens that are left of it

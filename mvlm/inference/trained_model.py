@@ -16,6 +16,7 @@ from torch import Tensor
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.inference import pairs, zero_shot
+from mvlm.inference.arguments import one_text, whole_number
 from mvlm.inference.attention_maps import AttentionMaps, attention_maps
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
 from mvlm.inference.fill_mask import fill_text
@@ -203,12 +204,12 @@ class TrainedModel(NetworkAndTokenizer):
 
         `mvlm.inference.overlay` draws them.
         """
+        one_text("text", text)
         return attention_maps(self, load_image(image, self.network.config.image_size), text)
 
     def pixel_batches(self, images: Images | Dataset, batch_size: int) -> Iterator[Tensor]:
         """Images as the model takes them, batch by batch: uint8 (up to batch_size, 3, S, S)."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: wanted at least 1, got {batch_size}")
+        batch_size = whole_number("batch_size", batch_size)
         if isinstance(images, Dataset):
             loader = eval_loader(images, self.network, self.tokenizer, batch_size=batch_size)
             return (batch.images for batch, _ in loader)
@@ -217,7 +218,10 @@ class TrainedModel(NetworkAndTokenizer):
 
 def _shown(batches: Iterator[Tensor], given: object, unit: str, progress: bool) -> Iterator[Tensor]:
     """The same batches, with a progress bar on request, if the number of items is known."""
-    total = len(given) if hasattr(given, "__len__") and not isinstance(given, str | bytes) else None  # pyright: ignore[reportArgumentType]
+    try:
+        total = None if isinstance(given, str | bytes) else len(given)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # it has no length, or, as an array of one number, none that is known
+        total = None
     if not progress or total is None:
         yield from batches
         return

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.errors import ConfigError
+from mvlm.inference.arguments import list_of_texts
 from mvlm.inference.images import Images
 from mvlm.inference.results import Classification
 from mvlm_dataloading import Dataset
@@ -25,7 +26,7 @@ def classify(
 
     softmax over labels of cosine similarity / temperature, with the temperature that ITC learned (Radford et al. 2021).
     """
-    labels = list(labels) if not isinstance(labels, str) else [labels]
+    labels = list_of_texts("labels", labels)
     text = label_embeddings(model, labels, templates)  # (m, E)
     similarity = model.embed_images(images) @ text.T  # (n, m)
     return Classification(labels, (model.network.log_scale.exp().item() * similarity).softmax(1))
@@ -33,7 +34,8 @@ def classify(
 
 def label_embeddings(model: "TrainedModel", labels: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
     """Embeddings of labels, float32 (m, E): the mean over templates, scaled to unit length."""
-    templates = ["{}"] if templates is None else list(templates)
+    labels = list_of_texts("labels", labels)
+    templates = ["{}"] if templates is None else list_of_texts("templates", templates)
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise ConfigError(f"labels: wanted two or more different labels, got {list(labels)[:5]}")
     if not templates or any("{}" not in template for template in templates):

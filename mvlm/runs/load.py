@@ -1,6 +1,7 @@
 """Load a trained model from a run, a checkpoint, an exported folder or the hub; export it."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -8,8 +9,9 @@ import torch
 from mvlm.config.json_files import read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.files import check_finite, load_weights, new_folder, read_shapes
+from mvlm.inference.arguments import shown
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
@@ -119,6 +121,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def _find_model(source: Path | str) -> tuple[Path, bool]:
     """Folder of the model that `source` names, and True if it is a portable one, False if it is a checkpoint."""
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"path: wanted a path or an id of the hub as a text, got {shown(source)}")
     path = Path(source)
     if path.is_file() and path.name == WEIGHTS_FILE:
         path = path.parent
