@@ -88,6 +88,15 @@ def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     return bind
 
 
+_IN_OUR_WORDS = (
+    (r"invalid literal for int\(\) with base 10: ", "wanted a whole number, got "),
+    (r"could not convert string to float: ", "wanted a number, got "),
+    (r"Missing value for argument '([^']+)'\. Expected 1 values", r"\1: wanted a value behind it, found none"),
+    (r"Missing value for argument '([^']+)'\. Expected (\d+) values", r"\1: wanted \2 values behind it, found fewer"),
+)
+"""What tyro says in Python's words, and what it means."""
+
+
 def one_line(box: str) -> str:
     """The message of tyro's error box, without its frame, its title and its pointer to --help.
 
@@ -102,8 +111,11 @@ def one_line(box: str) -> str:
             sections[-1].append(line.strip("│ "))
     kept = [" ".join(section) for section in sections if section and not section[0].startswith("For full helptext")]
     kept.sort(key=lambda message: not message.startswith("Unrecognized"))  # a mistyped flag is also a missing one
+    message = "; ".join(kept)
+    for pattern, words in _IN_OUR_WORDS:
+        message = re.sub(pattern, words, message)
     # "Error parsing PretrainConfig: ..." names a class, which nobody typed; "Error parsing --seed: ..." names a flag.
-    return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", "; ".join(kept)).replace("Argument helptext: ", "")
+    return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", message).replace("Argument helptext: ", "")
 
 
 def check_one_process(command: str, advice: str) -> None:

@@ -45,12 +45,13 @@ def reconstruct(
         raise ConfigError(f"out: wanted a .png file to write, got {out}")
     if out.exists() and out.samefile(image):
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
+    if not out.parent.is_dir():
+        raise ConfigError(f"out: wanted a file in a folder that is there, found no folder {out.parent}; make it first")
     model = load_model(checkpoint, image_size=image_size)
     found = model.reconstruct(image, caption, seed=seed, steps=steps)
     panels = [found.image, found.masked, found.rebuilt]
     if wrong_caption is not None:
         panels.append(model.reconstruct(image, wrong_caption, seed=seed, steps=steps).rebuilt)
-    out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(panels, axis=1)).save(out)
     print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 

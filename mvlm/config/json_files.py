@@ -80,10 +80,12 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RunError(f"{file}: wanted the configuration of a run, found no such file; check the path") from None
     except IsADirectoryError:
         raise RunError(f"{file}: wanted the configuration of a run, found a folder; name a config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
+    except OSError as error:
+        raise RunError(f"{file}: wanted the configuration of a run, could not read it ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise RunError(f"{file}: wanted the configuration of a run, found no JSON; name a run's config.json") from None
     if not isinstance(values, dict):
-        raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
+        raise RunError(f"{file}: wanted the configuration of a run, found other JSON; name a run's config.json")
     version = values.get("format_version")
     if version is None:
         raise RunError(f"{file}: wanted the configuration of a run, found one without format_version; name a run")

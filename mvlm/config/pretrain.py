@@ -59,6 +59,11 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
             raise ConfigError(
                 f"weights: wanted at least one objective, and ITC with ITM, got mlm, mim, itc, itm = {weights}"
             )
+        if self.batch_size == 1 and (self.itc_weight or self.itm_weight):
+            raise ConfigError(
+                "batch_size: wanted at least 2, as ITC and ITM compare the pairs of a batch, got 1; raise it, or set "
+                "itc_weight and itm_weight to 0"
+            )
         others = [name for name in ("image_weights", "text_weights", "tokenizer") if getattr(self, name) is not None]
         if self.initial_model is not None and others:
             raise ConfigError(

@@ -89,8 +89,10 @@ def read_study(file: Path) -> Study:
         values = tomllib.loads(file.read_text())
     except OSError as error:
         raise ConfigError(f"{file}: wanted a study, could not read it ({error.strerror}); check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: wanted a study as TOML, got {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: wanted a study as TOML, found no text; name a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: wanted a study as TOML, got {error}; correct it") from None
     for name, value in values.items():
         if name not in _FIELDS:
             raise ConfigError(f"{file}: unknown name {name!r}; a study has {', '.join(_FIELDS)}")

@@ -253,5 +253,6 @@ def require_folder(*paths: Path) -> Path:
     found = next((path for path in paths if path.is_dir()), None)
     if found is None:
         names = " or ".join(map(str, paths))
-        raise DataError(f"{names}: wanted a folder, found none; give the folder that the data set was unpacked to")
+        what = "a file" if any(path.exists() for path in paths) else "none"
+        raise DataError(f"{names}: wanted a folder, found {what}; give the folder that the data set was unpacked to")
     return found

@@ -54,6 +54,7 @@ def test_data_huggingface_reads_a_column_of_splits(image_folder, tmp_path, run_d
     "words, message",
     [
         (["folder", "no", "out"], "no: wanted a folder, found none"),
+        (["folder", "{images}/0.png", "out"], "0.png: wanted a folder, found a file"),
         (["folder", "{images}", "out", "--quality", "0"], "quality: wanted 1 to 100, got 0"),
         (["folder", "{images}", "out", "--max-pixels", "1000000000"], "max-pixels: wanted 1 to 89478485"),
         (["folder", "{images}", "{images}"], "wanted a new or an empty folder, found one in use"),

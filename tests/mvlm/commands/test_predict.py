@@ -21,6 +21,14 @@ def test_a_file_that_is_not_an_image_is_refused(run_mvlm, trained, tmp_path):
     assert folder_hash(tmp_path) == before
 
 
+def test_no_folder_is_made_for_a_rebuilt_image(run_mvlm, trained, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(scene(0)[0]))
+    words = ("--checkpoint", trained, "--image", tmp_path / "a.png", "--caption", "red")
+    outcome = run_mvlm("reconstruct", *words, "--out", tmp_path / "x/y/b.png")
+    assert_refused(outcome, f"out: wanted a file in a folder that is there, found no folder {tmp_path / 'x/y'}")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_captions_without_masks_and_wrong_numbers_of_guesses_are_refused(run_mvlm, trained, tmp_path):
     (tmp_path / "a.png").write_bytes(png(scene(0)[0]))

@@ -93,8 +93,8 @@ def test_a_configuration_of_version_2_is_read_under_the_new_names(tmp_path):
     "content, message",
     [
         (None, "wanted the configuration of a run, found no such file; check the path"),
-        ("{", "wanted the configuration of a run, got Expecting property name"),
-        ("[1]", "wanted the configuration of a run, got list"),
+        ("{", "wanted the configuration of a run, found no JSON; name a run's config.json"),
+        ("[1]", "wanted the configuration of a run, found other JSON; name a run's config.json"),
         (
             '{"width": 192}',
             "wanted the configuration of a run, found one without format_version; name a run",

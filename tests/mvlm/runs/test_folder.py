@@ -139,7 +139,7 @@ def test_configuration_is_written_atomically(config, monkeypatch):
 def test_configuration_that_cannot_be_read_is_refused(config, text):
     config.out.mkdir()
     (config.out / "config.json").write_text(text)
-    refuse(config, "config.json: wanted the configuration of a run, got")
+    refuse(config, "config.json: wanted the configuration of a run, found")
 
 
 @pytest.mark.parametrize("version", [1, 4, "2"])

@@ -89,6 +89,12 @@ def test_a_wrong_setting_is_refused_by_its_arm(tmp_path: Path, old: str, new: st
         trial_config(study, arm, 3, Path("data"), Path("out"), 7)
 
 
+def test_a_study_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "im.png").write_bytes(b"\x89PNG\r\n\xff")
+    with pytest.raises(ConfigError, match=r"im\.png: wanted a study as TOML, found no text; name a TOML file"):
+        read_study(tmp_path / "im.png")
+
+
 def test_a_missing_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: wanted a study, could not read it"):
         read_study(tmp_path / "none.toml")
