@@ -1,10 +1,12 @@
 """The page, in Gradio: a tab for each question."""
 
+import asyncio
 import html
 import logging
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class Page:
     blocks: gr.Blocks
     uploads: Uploads
     visitors: Visitors
+    worker: ThreadPoolExecutor
+    """Answers questions, one at a time, always in the same thread: each further thread would keep memory of its own."""
 
 
 def image_upload(uploads: Uploads, value: Image.Image | None = None) -> gr.Image:
@@ -78,7 +82,7 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
     caption = shortened(example.caption, model.tokenizer, model.network.config.text_length) if example else ""
     first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
     with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as blocks:
-        page = Page(blocks, Uploads(Path(blocks.GRADIO_CACHE)), Visitors())
+        page = Page(blocks, Uploads(Path(blocks.GRADIO_CACHE)), Visitors(), ThreadPoolExecutor(1, "mvlm-answer"))
         gr.Markdown(f"# {html.escape(name)}")
         with gr.Tabs():
             if gallery:
@@ -224,8 +228,8 @@ def _on(page: Page, events: list[Any], answer: Callable[..., Any], inputs: list[
 def _asked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, as Gradio calls it."""
 
-    def call(request: gr.Request, *values: Any) -> Any:
-        return _answer(page, answer, request, values)
+    async def call(request: gr.Request, *values: Any) -> Any:
+        return await asyncio.wrap_future(page.worker.submit(_answer, page, answer, request, values))
 
     return call
 
@@ -233,8 +237,8 @@ def _asked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
 def _clicked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, as Gradio calls it when an image is clicked on: the place (x, y) is its last argument."""
 
-    def call(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
-        return _answer(page, answer, request, (*values, event.index))
+    async def call(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
+        return await asyncio.wrap_future(page.worker.submit(_answer, page, answer, request, (*values, event.index)))
 
     return call
 

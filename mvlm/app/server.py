@@ -31,6 +31,7 @@ HEADER_SECONDS = 10.0
 WRITE_SECONDS = 30.0
 """Longest time in which a visitor takes nothing of an answer."""
 SWEEP_SECONDS = 15.0
+M_ARENA_MAX = -8  # of glibc's malloc.h
 MAX_SESSIONS = 64
 """Sessions of which Gradio remembers what was last sent and answered. It does without those that it forgets."""
 
@@ -48,6 +49,7 @@ class Server:
 
     def start(self) -> None:
         """Start to listen. ConfigError if that fails."""
+        self._trim = _trimmer()
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.01)
@@ -66,16 +68,24 @@ class Server:
         self._page.blocks.is_running = False
         self._server.should_exit = True
         self._thread.join(10)
+        self._page.worker.shutdown(wait=False, cancel_futures=True)
         if self._sweeper.is_alive():
             self._sweeper.join(10)
 
     def _sweep(self) -> None:
-        trim = _trimmer()
         while not self._ended.wait(SWEEP_SECONDS):
             self._page.uploads.sweep()
-            for known in self._page.blocks.temp_file_sets:  # Gradio's own: it would remember every answer
-                known.clear()
-            trim()
+            self._forget()
+            self._trim()
+
+    def _forget(self) -> None:
+        """Let Gradio forget what it would remember for ever: every answer's file, and every session."""
+        for files in self._page.blocks.temp_file_sets:
+            files.clear()
+        sessions = getattr(self._page.blocks._queue, "pending_event_ids_session", {})
+        for session in list(sessions):
+            if not self._page.visitors.knows(session):
+                sessions.pop(session, None)
 
 
 def check_address(host: str, port: int) -> None:
@@ -192,9 +202,12 @@ class Connection(H11Protocol):
 
 
 def _trimmer() -> Callable[[], object]:
-    """A function that gives freed memory back to the system, where the C library has one."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
+    """A function that gives freed memory back to the system, where the C library is glibc.
+
+    Threads share two of glibc's arenas from here on. Else each keeps its own, and none is ever empty.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "malloc_trim") or not hasattr(library, "mallopt"):
         return lambda: None
-    return lambda: trim(0)
+    library.mallopt(M_ARENA_MAX, 2)
+    return lambda: library.malloc_trim(0)

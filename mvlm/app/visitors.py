@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from mvlm.errors import RunError
 
-MAX_SESSIONS = 4096
+MAX_SESSIONS = 2000
 """Sessions that are remembered, the newest. A page in a browser is one."""
 MAX_WAIT = 60.0
 """Seconds after which a question is too old to be answered."""
@@ -37,6 +37,11 @@ class Visitors:
         """True if the visitor has asked something in this session."""
         with self._lock:
             return self._visitors.get(session) == visitor
+
+    def knows(self, session: str) -> bool:
+        """True if somebody has asked something in this session, lately."""
+        with self._lock:
+            return session in self._visitors
 
     @contextmanager
     def listening(self, session: str) -> Iterator[None]:

@@ -26,6 +26,7 @@ def test_only_the_newest_sessions_are_remembered(monkeypatch: pytest.MonkeyPatch
     for session in "abcad":
         known.join(session, "me")
     assert [known.owns(session, "me") for session in "abcd"] == [True, False, True, True]
+    assert [known.knows(session) for session in "abcd"] == [True, False, True, True]
 
 
 def test_a_question_is_answered_while_its_visitor_waits() -> None:
