@@ -15,6 +15,7 @@ from mvlm.commands.doctor import doctor
 from mvlm.commands.finetune import eval_caption, eval_task, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
+from mvlm.tasks import task_names
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Data sets": {
@@ -39,9 +40,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Evaluation": {
         "eval retrieval": evaluate.eval_retrieval,
         "eval grounding": evaluate.eval_grounding,
-        "eval vqa": eval_task("vqa"),
-        "eval entailment": eval_task("entailment"),
-        "eval pairs": eval_task("pairs"),
+        **{f"eval {task}": eval_task(task) for task in task_names() if task not in ("retrieval", "caption")},
         "eval caption": eval_caption,
         "score": evaluate.score,
         "report": report.report,

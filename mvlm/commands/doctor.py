@@ -34,9 +34,9 @@ def doctor(
     from dataclasses import replace
 
     from mvlm.commands.machine_check import examine
-    from mvlm.config.finetune import TASK_NAMES
     from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
+    from mvlm.tasks import task_names
 
     if not task and (checkpoint is not None or image_size is not None):
         raise ConfigError("wanted --checkpoint and --image-size with --task alone; name the task, or leave them out")
@@ -44,9 +44,9 @@ def doctor(
         raise ConfigError("wanted --batch-size with --data alone, as there is no trial without data; leave it out")
     finetuning = None
     if task:
-        if task not in TASK_NAMES or checkpoint is None or data is None:
+        if task not in task_names() or checkpoint is None or data is None:
             raise ConfigError(
-                f"task: wanted one of {', '.join(TASK_NAMES)} with --checkpoint and --data, got {task} with "
+                f"task: wanted one of {', '.join(task_names())} with --checkpoint and --data, got {task} with "
                 f"{checkpoint} and {data}"
             )
         finetuning = finetune_defaults(task, checkpoint, data, out)

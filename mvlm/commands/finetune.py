@@ -5,13 +5,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from mvlm.tasks import task_names
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pretrained model: `mvlm finetune TASK [RECIPE] --checkpoint RUN --data SHARDS --out RUN`.
 
-    Tasks: vqa, entailment, retrieval, pairs, caption. `mvlm eval TASK` evaluates the finished run.
+    Tasks: {tasks}. `mvlm eval TASK` evaluates the finished run.
     TASK may be a Python file with a task of your own (docs/guides/tasks.md).
     Recipes: tiny (the default), for two CPU cores; base, for a model of the paper's size.
     """
@@ -21,13 +23,13 @@ def finetune(arguments: Sequence[str]) -> None:
     import tyro
 
     from mvlm.commands.pretrain import parse_settings
-    from mvlm.config.finetune import GROUPS, PRETRAINING_ONLY, TASK_NAMES, FinetuneConfig
+    from mvlm.config.finetune import GROUPS, PRETRAINING_ONLY, FinetuneConfig
     from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
 
-    if arguments[0] not in TASK_NAMES and not arguments[0].endswith(".py"):
+    if arguments[0] not in task_names() and not arguments[0].endswith(".py"):
         raise ConfigError(
-            f"wanted a task after `mvlm finetune`: {', '.join(TASK_NAMES)}, or a Python file with one; "
+            f"wanted a task after `mvlm finetune`: {', '.join(task_names())}, or a Python file with one; "
             f"got {arguments[0]!r}"
         )
     task, words, recipe = arguments[0], arguments[1:], "tiny"
@@ -49,6 +51,9 @@ def finetune(arguments: Sequence[str]) -> None:
     run(config)
 
 
+finetune.__doc__ = (finetune.__doc__ or "").format(tasks=", ".join(task_names()))
+
+
 def _evaluate(
     task: str,
     checkpoint: Path,
@@ -65,7 +70,7 @@ def _evaluate(
     from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
     from mvlm.errors import ConfigError
     from mvlm.tasks.evaluate import evaluate_task
-    from mvlm.tasks.records import are_predictions, check_format, write_predictions
+    from mvlm.tasks.records import are_predictions, write_predictions
     from mvlm.tasks.registry import find_task
     from mvlm_dataloading import open_dataset
     from mvlm_dataloading.files import write_json
@@ -73,7 +78,6 @@ def _evaluate(
     def check() -> None:
         check_result_file(out)  # before minutes are spent
         if predictions is not None:
-            check_format(task)
             check_no_input(predictions, out, flag="predictions")
             check_replaced(predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions")
         for name in ("lengths", "iterations"):

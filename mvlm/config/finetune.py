@@ -10,9 +10,6 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
 from mvlm.errors import ConfigError
 
-TASK_NAMES = ("vqa", "entailment", "retrieval", "pairs", "caption")
-"""Tasks that `mvlm.tasks` can fine-tune."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StartSettings:

@@ -33,7 +33,8 @@ from mvlm.report.verdicts import confusion, majority
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint
 from mvlm.runs.load import load_model
-from mvlm.tasks.registry import TASKS, load_task
+from mvlm.tasks import task_names
+from mvlm.tasks.registry import load_task
 from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset, open_dataset
 
@@ -122,7 +123,7 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> di
     evaluations = {file.stem: figures, **other_evaluations(file, name)}
     split = open_dataset(data or Path(str(figures.get("data", config["data"]))), figures["split"])
     task, now = None, ""  # code of a task of the user's own is not run here
-    if name in TASKS:
+    if name in task_names():
         task, tokenizer = load_task(folder.path, "cpu", **{key: figures[key] for key in OPTIONS if key in figures})
         now = hash_of(task.config, tokenizer, task)
     return {
@@ -136,20 +137,19 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> di
         "types": types_tables(evaluations),
         "most_words": MOST_WORDS,
         "shown": SHOWN,
-        **(_samples(task, file, figures, split) if task else {"verdicts": None}),
+        **(_samples(task, file, figures, split) if task and task.has_examples else {"verdicts": None}),
         "dataset": split,
     }
 
 
 def _samples(task: Task, file: Path, figures: dict[str, Any], split: Dataset) -> dict[str, Any]:
     """Parts of the page that are about samples: examples, confusion and the majority's figure."""
-    name = task.name
-    verdicts = judged(name, task.main, file, figures, split)
-    counts = confusion(name, verdicts)
+    verdicts = judged(task, file, figures, split)
+    counts = confusion(verdicts, task.state.get("labels"))
     return {
         "verdicts": verdicts,
         "blind": task.options.blind,
-        "majority": majority(name, verdicts, split),
+        "majority": None if "majority" in figures else majority(type(task), figures["records"], split),
         "confusion": confusion_table(counts) if counts else None,
         "groups": [(right, task_examples(task, verdicts, right, split)) for right in (True, False)],
     }

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from mvlm.errors import RunError
 from mvlm.report.charts import line_chart, series
 from mvlm.report.html import render, table
-from mvlm.report.verdicts import JUDGES, Confusion, Verdict
+from mvlm.report.verdicts import Confusion
+from mvlm.tasks.task import Task, Verdict
 from mvlm_dataloading import Dataset
 
 NAMES = {
@@ -126,15 +127,15 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
     return f"{text} ({_number(interval[0])} to {_number(interval[1])})" if interval else text
 
 
-def judged(name: str, main: str, file: Path, figures: dict[str, Any], split: Dataset) -> list[Verdict]:
+def judged(task: Task, file: Path, figures: dict[str, Any], split: Dataset) -> list[Verdict]:
     """Verdict of each record. RunError unless their mean is the evaluation's main figure: the data are others then."""
     records = figures["records"]
     same = [record["sample"] for record in records] == list(range(len(split)))
     try:
-        verdicts = JUDGES[name](records, split) if same else []
-        equal = same and abs(fmean(v.score for v in verdicts) - figures[main]) < 1e-6
+        verdicts = (task.judge(records, split) or []) if same else []
+        equal = same and abs(fmean(v.score for v in verdicts) - figures[task.main]) < 1e-6
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file}: wanted the records of {name}, got {error!r}; evaluate the run again") from None
+        raise RunError(f"{file}: wanted the records of {task.name}, got {error!r}; evaluate the run again") from None
     if not equal:
         raise RunError(
             f"{file}: wanted the records of the split {split.split} of {split.folder}, found those of other data; "

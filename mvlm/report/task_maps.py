@@ -39,12 +39,12 @@ class TaskMaps(NamedTuple):
 
 
 @torch.enable_grad()
-def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps:
+def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps | None:
     """Maps of a sample: uint8 images (3, S, n S), n of them side by side, its text and the task's prediction.
 
     The task is on the CPU. A text with more tokens than the model takes is cut, as in the evaluation.
 
-    RunError if the task can make no such prediction, or is of a kind that no maps are known for.
+    None for a task of a kind that no maps are known for. RunError if the task can make no such prediction.
     """
     if isinstance(task, Captioning):
         return _of_caption(task, images, predicted)
@@ -74,7 +74,7 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
             score = score - torch.cat([logits[:place], logits[place + 1 :]]).logsumexp(0)
         probability = score.sigmoid()
     else:
-        raise RunError(f"{task.name}: wanted a task with maps of words, found one of your own; leave its maps out")
+        return None
     whole = [layer for layer in layers if layer.output.shape[1] == before + len(tokens)]
     layer = (whole or layers)[-1]  # the last layer of a classifier computes [CLS] alone
     (cam,) = gradcam([layer], score)  # (n, L, M)

@@ -11,6 +11,7 @@ one, M masked tokens, T packed tokens, C width, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from mvlm.objectives.losses import at_least_float32
 from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.captions import bleu, cider, tokenize
 from mvlm.tasks.metrics.facts import fact_figures, is_scene
-from mvlm.tasks.task import Task, TaskLosses, TaskOptions
+from mvlm.tasks.task import Task, TaskLosses, TaskOptions, Verdict
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
@@ -156,6 +157,17 @@ class Captioning(Task):
         rows = (torch.arange(len(v), device=v.device) * candidates + best).tolist()
         words, numbers = writer.words.tolist(), lengths.tolist()
         return [{"caption": self.tokenizer.decode(words[row][: numbers[row]])} for row in rows]
+
+    @classmethod
+    def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
+        """A verdict for the first sample of each image: right means a CIDEr-D above the median of the split."""
+        found, wanted = captions_of_images(records, dataset)
+        scores = (100 * cider(found, wanted)).tolist()
+        middle = median(scores)
+        return [
+            Verdict(int(key), "", found[key], " · ".join(texts), score, score > middle)
+            for (key, texts), score in zip(wanted.items(), scores, strict=True)
+        ]
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.classification import classification_figures
 from mvlm.tasks.score import ENTAILMENT_LABELS
-from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
+from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict, judge_labels
 from mvlm_dataloading import Batch, DataError, Dataset
 from mvlm_dataloading.dataset.dataset import image_name
 
@@ -74,6 +74,11 @@ class Entailment(Task):
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
         """The most probable label of each sample."""
         return [{"label": ENTAILMENT_LABELS[i]} for i in self.head(self.fuse(batch, plan)).argmax(1).tolist()]
+
+    @classmethod
+    def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
+        """Labels, right or wrong."""
+        return judge_labels(records, [record["label"] for record in labelled(dataset)], dataset)
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

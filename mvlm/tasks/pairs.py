@@ -18,7 +18,7 @@ from torch import Tensor
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
-from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
+from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict, judge_labels
 from mvlm_dataloading import Batch, DataError, Dataset
 
 LABELS = ("false", "true")
@@ -107,6 +107,11 @@ class Pairs(Task):
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
         """The more probable label of each sample."""
         return [{"label": LABELS[i]} for i in self.head(self.fuse(batch, plan, self.images)).argmax(1).tolist()]
+
+    @classmethod
+    def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
+        """Labels, right or wrong."""
+        return judge_labels(records, [record["label"] for record in statements(dataset)], dataset)
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import RunError
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 from mvlm_dataloading.files import write_file
 
@@ -129,15 +129,9 @@ def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[st
 
 
 WRITTEN = ("vqa", "entailment", "pairs", "caption")
-"""Tasks whose predictions are written in the format of a benchmark."""
+"""Tasks whose predictions are written in the format of a benchmark. Those of others are JSON lines {id, ...}."""
 FIELDS = {"vqa": {"question_id", "answer"}, "entailment": {"pairID", "label"}, "caption": {"image_id", "caption"}}
 """Fields of a prediction that is a JSON object."""
-
-
-def check_format(task: str) -> None:
-    """Raise ConfigError for a task without a format of predictions."""
-    if task not in WRITTEN:
-        raise ConfigError(f"predictions: wanted one of the tasks {', '.join(WRITTEN)}, got {task}; use --out instead")
 
 
 def are_predictions(task: str, content: bytes) -> bool:
@@ -146,10 +140,13 @@ def are_predictions(task: str, content: bytes) -> bool:
         text = content.decode()
         if task == "pairs":
             return all(line.endswith((",True", ",False")) for line in text.splitlines())
-        rows = [json.loads(line) for line in text.splitlines()] if task == "entailment" else json.loads(text)
+        in_lines = task == "entailment" or task not in WRITTEN
+        rows = [json.loads(line) for line in text.splitlines()] if in_lines else json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == FIELDS[task] for row in rows)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return False
+    return all(row.keys() == FIELDS[task] if task in WRITTEN else "id" in row for row in rows)
 
 
 def write_predictions(
@@ -162,12 +159,13 @@ def write_predictions(
     - pairs: CSV rows `identifier,True` or `identifier,False`.
     - caption: a JSON list of {image_id, caption}. COCO's images have a number again. A sample without `image_id` goes
       by its own number. Of samples with the same one, the first is written.
+    - a task without a benchmark: JSON lines {id, ...} with all fields of the prediction. A sample without `id` goes by
+      its number.
 
     Args:
         records: {"sample", "answer" | "label" | "caption"} of each sample, in order.
         samples: metadata of the same samples.
     """
-    check_format(task)
     both = list(zip(records, samples, strict=True))
     if task == "vqa":
         text = json.dumps([{"question_id": s["question_id"], "answer": r["answer"]} for r, s in both])
@@ -177,9 +175,12 @@ def write_predictions(
         )
     elif task == "pairs":
         text = "".join(f"{s['identifier']},{str(r['label']).capitalize()}\n" for r, s in both)
-    else:
+    elif task == "caption":
         both = [both[i] for i in dict.fromkeys(first_samples(s for _, s in both))]
         text = json.dumps([{"image_id": _published_id(s, r["sample"]), "caption": r["caption"]} for r, s in both])
+    else:
+        rows = ({"id": s.get("id", r["sample"])} | {n: x for n, x in r.items() if n != "sample"} for r, s in both)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text)
 

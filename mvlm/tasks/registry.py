@@ -1,9 +1,11 @@
 """The tasks by name, and tasks loaded from finished runs."""
 
+import importlib
 import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,27 +19,18 @@ from mvlm.model.shapes import check_sizes
 from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import read_architecture
-from mvlm.tasks.caption import Captioning
-from mvlm.tasks.entailment import Entailment
-from mvlm.tasks.pairs import Pairs
-from mvlm.tasks.retrieval import Retrieval
+from mvlm.tasks import task_names
 from mvlm.tasks.task import Task
-from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Tokenizer
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (VisualQuestionAnswering, Entailment, Retrieval, Pairs, Captioning)
-}
-"""Tasks that can be fine-tuned, by name."""
 
 
 def find_task(name: str) -> type[Task]:
     """The task of this name, or of a Python file of the user's. ConfigError for an unknown one."""
     if name.endswith(".py"):
         return read_task(Path(name))
-    if name not in TASKS:
-        raise ConfigError(f"task: wanted one of {', '.join(TASKS)}, or a Python file with a task, got {name!r}")
-    return TASKS[name]
+    if name not in task_names():
+        raise ConfigError(f"task: wanted one of {', '.join(task_names())}, or a Python file with a task, got {name!r}")
+    return task_of(importlib.import_module(f"mvlm.tasks.{name}"))
 
 
 def read_task(file: Path) -> type[Task]:
@@ -50,10 +43,16 @@ def read_task(file: Path) -> type[Task]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
+    return task_of(module)
+
+
+def task_of(module: ModuleType) -> type[Task]:
+    """The one subclass of `Task` that a module defines. ConfigError if there is not one."""
     kinds = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Task)]
     own = [kind for kind in kinds if kind.__module__ == module.__name__]
     if len(own) != 1:
-        raise ConfigError(f"{file}: wanted one subclass of mvlm.tasks.task.Task, found {len(own)}; split the file")
+        where = module.__file__
+        raise ConfigError(f"{where}: wanted one subclass of mvlm.tasks.task.Task, found {len(own)}; split the file")
     return own[0]
 
 
@@ -90,15 +89,15 @@ def load_task(
     described = described_task(folder)
     if described is None:
         raise RunError(f"{path}: wanted a fine-tuned run, found a pretraining run; `mvlm finetune` makes one from it")
-    if described["name"] not in ({kind.name} if kind else TASKS):
+    if described["name"] not in ((kind.name,) if kind else task_names()):
         raise RunError(
-            f"{path}: wanted a run of the task {kind.name if kind else ', '.join(TASKS)}, found one of "
+            f"{path}: wanted a run of the task {kind.name if kind else ', '.join(task_names())}, found one of "
             f"{described['name']}; name that task, or the file that defines it"
         )
     config, tokenizer = read_architecture(folder)
     check_sizes(config, read_folder_shapes(folder / MODEL, "model."), folder / MODEL_CONFIG, folder / MODEL)
     options = replace(task_options(described["options"], described["name"], str(folder)), **changes)
-    task = (kind or TASKS[described["name"]])(MaskVLM(config), options, described["state"])
+    task = (kind or find_task(described["name"]))(MaskVLM(config), options, described["state"])
     averages = {name: p.detach() for name, p in task.named_parameters()} if (folder / EMA).is_dir() else {}
     if averages.keys() != task.state_dict().keys():  # buffers have no averages, tied weights one of one name
         read_tensors(folder / MODEL, task.state_dict())

@@ -1,8 +1,7 @@
 """A downstream task: a pretrained model with a head, its loss, its predictions, and their score.
 
 A task of your own is one file with a subclass of `Task`, and commands take the file in place of a task's name
-(docs/guides/tasks.md). A task of the library is also a line in `TASKS` of `mvlm.tasks.registry`, in `TASK_NAMES` of
-`mvlm.config.finetune` and in `GROUPS` of `mvlm.cli`.
+(docs/guides/tasks.md). A task of the library is such a file in `mvlm/tasks/` (`mvlm.tasks`).
 
 A sample of a task's data set is one question: its text is the sample's caption, and all else is in the sample's
 metadata.
@@ -11,7 +10,7 @@ Shape legend: B batch, C width.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,6 +36,24 @@ class TaskLosses(NamedTuple):
     accuracy: Tensor
     counted: int = 1
     """What the accuracy is the mean over, where that differs between batches of as many samples: a number of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Prediction for a sample, and how good it is: what a report needs to show it as right or wrong."""
+
+    sample: int
+    text: str
+    """The question, hypothesis or statement; empty for a caption."""
+    predicted: str
+    wanted: str
+    """Right answers, as the page shows them."""
+    score: float
+    """Share of the main figure, in per cent: their mean over the split is the figure."""
+    right: bool | None
+    """None for an answer that is neither: one that too few annotators gave."""
+    label: str = ""
+    """The one right answer, where there are labels to confuse."""
 
 
 class Task(nn.Module):
@@ -139,6 +156,16 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @property
+    def has_examples(self) -> bool:
+        """True if the task judges its records one by one."""
+        return type(self).judge.__func__ is not Task.judge.__func__
+
+    @classmethod
+    def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict] | None:
+        """A verdict for each record of a split, in order; None from a task whose report has no examples."""
+        return None
+
+    @property
     def config(self) -> MaskVLMConfig:
         """Configuration of the model."""
         return self.model.config
@@ -223,6 +250,15 @@ def _shared(batch: Batch, **changes: Any) -> Batch:
     images, captions = batch.pairs()
     counted = batch.sample_tokens or len(batch.tokens)
     return replace(batch, **{"image_of": images, "caption_of": captions, "sample_tokens": counted} | changes)
+
+
+def judge_labels(records: Sequence[dict[str, Any]], labels: Sequence[str], dataset: Dataset) -> list[Verdict]:
+    """Verdicts of records {"label"} of samples that have one of a few labels."""
+    return [
+        Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label)
+        for i, (record, label) in enumerate(zip(records, labels, strict=True))
+        for right in [record["label"] == label]
+    ]
 
 
 class AnswerHead(nn.Module):

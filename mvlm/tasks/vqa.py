@@ -27,6 +27,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.statistics import grouped_bootstrap
 from mvlm.tasks.masked_answers import AnswerTable, answers_loss, likeliest, mask_features
 from mvlm.tasks.metrics.vqa import (
+    answer_accuracy,
     answer_fault,
     compared_answers,
     normalize_answer,
@@ -36,7 +37,7 @@ from mvlm.tasks.metrics.vqa import (
     warn_of_few_answers,
 )
 from mvlm.tasks.records import read_json
-from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
+from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
 from mvlm_dataloading.dataset.dataset import image_name
 
@@ -232,6 +233,20 @@ class VisualQuestionAnswering(Task):
         else:
             best = self.head(self.fuse(batch, plan)).argmax(1)
         return [{"answer": self.state["answers"][i]} for i in best.tolist()]
+
+    @classmethod
+    def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
+        """Answers: right with an accuracy of 100 %, wrong with 0 %."""
+        found = []
+        for i, (record, asked) in enumerate(zip(records, questions(dataset), strict=True)):
+            counts = Counter(reference["answer"] for reference in asked["answers"])
+            wanted = ", ".join(f"{a} ({n} of {counts.total()})" for a, n in counts.most_common())
+            wanted = next(iter(counts)) if len(counts) == 1 else wanted
+            score = answer_accuracy(record["answer"], asked["answers"])
+            right = None if 0 < score < 1 else score == 1
+            text, label = dataset.captions(i)[0], main_answer(asked)
+            found.append(Verdict(i, text, record["answer"], wanted, 100 * score, right, label))
+        return found
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.config.finetune import TASK_NAMES
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.recipes import FINETUNE_RECIPES, finetune_defaults, pretrain_defaults
 from mvlm.errors import ConfigError
+from mvlm.tasks import task_names
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -27,7 +27,7 @@ def test_an_unknown_preset_is_refused_with_a_list_of_presets(make):
 
 
 @pytest.mark.parametrize("recipe", FINETUNE_RECIPES)
-@pytest.mark.parametrize("task", [*TASK_NAMES, "own.py"])
+@pytest.mark.parametrize("task", [*task_names(), "own.py"])
 def test_every_task_has_each_recipe(task, recipe):
     config = finetune_defaults(task, Path("model"), Path("data"), Path("run"), recipe)
     assert 10 * config.warmup_steps == config.max_steps

@@ -95,6 +95,7 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
     generator = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (3, 32, 32 * number), generator=generator).to(torch.uint8)
     found = task_maps(task, images, TEXT if form != "caption" else "", predicted)
+    assert found is not None
     assert all(parameter.grad is None for parameter in task.parameters())
 
     tokens = torch.tensor(encoded(task, TEXT))
@@ -142,7 +143,9 @@ def test_a_text_that_is_too_long_is_cut_and_an_unknown_answer_refused(trained):
     task = made(trained, "classifier")
     images = torch.zeros(3, 32, 32, dtype=torch.uint8)
     long = "red top left " * 9
-    cut = task_maps(task, images, long, "red").words
+    found = task_maps(task, images, long, "red")
+    assert found is not None
+    cut = found.words
     assert cut[:3] == ["[CLS]", "red", "top"]
     assert len(cut) < 1 + len(long.split())
     with pytest.raises(RunError, match="wanted a prediction of the run's labels, found 'green'"):
@@ -153,6 +156,7 @@ def test_an_empty_answer_has_maps(trained):
     """The list of answers may hold one that VQA's normalisation leaves empty, such as "a"."""
     images = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     found = task_maps(made(trained, "masked"), images, TEXT, "")
+    assert found is not None
     assert found.maps.isfinite().all()
     assert found.probability is not None
     assert 0 < found.probability < 1

@@ -42,7 +42,7 @@ class Reported(NamedTuple):
 @pytest.fixture(scope="module", params=FORMS)
 def reported(request, trained, tmp_path_factory) -> Reported:
     """A run of two steps, evaluated and reported. Every second record is made right, so that both kinds occur."""
-    from mvlm.tasks.registry import TASKS
+    from mvlm.tasks.registry import find_task
 
     task, settings = FORMS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
@@ -54,7 +54,7 @@ def reported(request, trained, tmp_path_factory) -> Reported:
         i = record["sample"]
         name = "answer" if task == "vqa" else "caption" if task == "caption" else "label"
         record[name] = right_answer(task, split, i)
-    figures |= TASKS[task].score(records, split)
+    figures |= find_task(task).score(records, split)
     write_json(run / "eval/test.json", {"checkpoint": HOSTILE, "data": str(data), **figures, "records": records})
     page = Page(write_report(run).read_text())
     return Reported(run, data, split, figures | {"records": records}, page)

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mvlm.report.verdicts import confusion, judge_answers, majority
+from mvlm.report.verdicts import confusion, majority
+from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.scenes import png, scene
 
@@ -18,9 +19,11 @@ def test_answers_on_which_all_agree_are_labels_as_they_were_written(tmp_path: Pa
             known = {"question_id": i, "answers": rows}
             assert writer.add(f"test{i}", png(scene(i)[0]), ["how many?"], known, split="test") is None
     dataset = open_dataset(tmp_path / "data", "test")
-    verdicts = judge_answers([{"answer": "two"}, {"answer": "two"}, {"answer": "2"}], dataset)
+    records = [{"sample": 0, "answer": "two"}, {"sample": 1, "answer": "two"}, {"sample": 2, "answer": "2"}]
+    verdicts = VisualQuestionAnswering.judge(records, dataset)
     assert [(v.label, v.score) for v in verdicts] == [("two", 100), ("two", 100), ("2", 100)]
-    table = confusion("vqa", verdicts)
+    table = confusion(verdicts)
     assert table is not None
     assert (table.labels, table.counts) == (["two", "2"], [[2, 0], [0, 1]])
-    assert majority("vqa", verdicts, dataset) == 100  # "two" is normalised to "2" where annotators differ
+    # "two" is normalised to "2" where annotators differ.
+    assert majority(VisualQuestionAnswering, records, dataset) == 100

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.report.verdicts import judge_captions
 from mvlm.tasks.caption import Captioning, Writer, references
 from mvlm.tasks.records import write_predictions
 from mvlm.tasks.score import score
@@ -192,7 +191,7 @@ def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_ima
         metadata = [dataset.metadata(row) for row in range(len(dataset))]
         write_predictions(tmp_path / f"{form}.json", "caption", records, metadata)
         scores[form] = score("caption", tmp_path / f"{form}.json", tmp_path / "references.json")
-        verdicts[form] = [(v.sample, v.predicted, v.score, v.right) for v in judge_captions(records, dataset)]
+        verdicts[form] = [(v.sample, v.predicted, v.score, v.right) for v in Captioning.judge(records, dataset)]
     assert figures["captions"]["captions"] == 4
     assert figures["captions"] == figures["images"]
     assert scores["captions"] == scores["images"]

@@ -60,7 +60,7 @@ def test_the_plan_names_the_task_and_refuses_what_fine_tuning_cannot_do(run_mvlm
     short = run_mvlm(*words, "--task", "entailment", "--text-length", 8)
     assert "  texts of 8 tokens (at most 8)" in short.out
     assert short.out[1] != done.out[1]  # parameters and FLOPs
-    assert_refused(run_mvlm(*words, "--task", "vqa2"), "task: wanted one of vqa, entailment")
+    assert_refused(run_mvlm(*words, "--task", "vqa2"), "task: wanted one of caption, entailment")
     assert_refused(run_mvlm(*words, "--task", "vqa", "--parallel", "fsdp"), "plan: wanted --parallel ddp")
     assert_refused(run_mvlm(*words, "--task", "vqa", "--accumulate", 3), "batch_size: wanted a multiple of 1 GPUs x 3")
 

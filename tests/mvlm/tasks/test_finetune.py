@@ -250,7 +250,7 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"task": "vqa2"}, "task: wanted one of vqa, entailment, retrieval"),
+        ({"task": "vqa2"}, "task: wanted one of caption, entailment, pairs, retrieval, vqa"),
         ({"task": "entailment"}, "wanted a label of contradiction, neutral, entailment, found None"),
         ({"min_count": 20}, "wanted at least 2 answers with 20 training questions each, found 0; lower --min-count"),
         ({"compile": True}, "of pretraining alone, got --compile; leave"),

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.runs.folder import find_checkpoint
 from mvlm.studies.run import plan_trials, run_study
 from mvlm.studies.study import Study
+from mvlm.tasks import task_names
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import find_task, load_task
 from mvlm_dataloading import ShardWriter
@@ -69,6 +72,43 @@ def test_a_head_with_buffers_and_tied_weights_is_averaged_and_loaded(trained, co
     assert not torch.equal(found["again.weight"], tensors["again.weight"])  # of the model, and not averaged
     for name in ("head.0.running_mean", "head.0.running_var", "head.1.weight", "model.text_encoder.position"):
         assert torch.equal(found[name], tensors[name]), name
+
+
+@pytest.mark.slow
+def test_one_file_in_the_folder_of_tasks_is_all_that_a_new_task_needs(trained, counts, tmp_path):
+    """Its name is known to the help, `finetune`, `eval` and the report. Here the folder has a second place."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/counting.py").write_text(EXAMPLE.read_text())
+    data, run, cpu = ("--data", str(counts)), str(tmp_path / "run"), ("--device", "cpu")
+    steps = ("--max-steps", "2", "--batch-size", "8", "--warmup-steps", "1")
+    evaluated = (*data, *cpu, "--out", f"{run}/eval/test.json", "--predictions", f"{run}/predictions")
+    commands = [
+        ["--help"],
+        ["finetune", "counting", "--checkpoint", str(trained), *data, "--out", run, *steps, *cpu],
+        ["eval", "counting", "--checkpoint", run, *evaluated],
+        ["report", run],
+    ]
+    program = (
+        "import json, sys, mvlm.tasks\n"
+        "mvlm.tasks.__path__.append(sys.argv[1])\n"
+        "from mvlm.cli import run_command\n"
+        "assert 'torch' not in sys.modules\n"
+        "for words in json.loads(sys.argv[2]):\n    run_command(words)\n"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "tasks"), json.dumps(commands)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "  mvlm eval counting " in done.stdout
+    found = json.loads(Path(run, "eval/test.json").read_text())
+    assert (found["task"], len(found["records"])) == ("counting", 16)
+    lines = [json.loads(line) for line in Path(run, "predictions").read_text().splitlines()]
+    assert lines == [{"id": r["sample"], "count": r["count"]} for r in found["records"]]
+    assert "accuracy" in Path(run, "report.html").read_text()
+
+
+def test_the_tasks_of_the_library_have_the_names_of_their_files():
+    assert task_names() == ("caption", "entailment", "pairs", "retrieval", "vqa")
+    assert [find_task(name).name for name in task_names()] == list(task_names())
 
 
 def test_a_file_may_have_dataclasses_with_late_annotations(tmp_path):

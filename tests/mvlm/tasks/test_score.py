@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.tasks.records import read_json_lines, write_predictions
+from mvlm.tasks.records import WRITTEN, are_predictions, read_json_lines, write_predictions
 from mvlm.tasks.score import score
 
 
@@ -299,7 +299,11 @@ def test_written_predictions_are_read_as_those_of_their_samples(tmp_path, task):
     assert found["bleu_1" if task == "caption" else "accuracy"] == (100 if task == "caption" else 50)
 
 
-def test_predictions_of_a_task_without_a_format_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="wanted one of the tasks vqa, entailment, pairs, caption, got grounding"):
-        write_predictions(tmp_path / "p", "grounding", [], [])
-    assert list(tmp_path.iterdir()) == []
+def test_predictions_of_a_task_without_a_benchmark_are_json_lines(tmp_path):
+    records = [{"sample": 0, "count": 3}, {"sample": 1, "count": 4}]
+    write_predictions(tmp_path / "p", "counting", records, [{"id": "a"}, {}])
+    assert read_json_lines(tmp_path / "p", "") == [{"id": "a", "count": 3}, {"id": 1, "count": 4}]
+    content = (tmp_path / "p").read_bytes()
+    assert are_predictions("counting", content)
+    assert not any(are_predictions(task, content) for task in WRITTEN)
+    assert not any(are_predictions("counting", other) for other in (b"a note", b"[1]", b"[]", b'{"a": 1}'))
