@@ -15,14 +15,15 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.inference.images import decode_image
+from mvlm.inference.images import rgb_image
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.images.limits import ImageLimits
 from mvlm_dataloading.regular_files import open_regular
 
 MAX_BYTES = 20_000_000
 """Largest file."""
-MAX_PIXELS = 40_000_000
-"""Largest image, width times height."""
+LIMITS = ImageLimits(max_bytes=MAX_BYTES, max_pixels=40_000_000, max_memory=150_000_000)
+"""Limits of one image. SECURITY.md lists the others."""
 MAX_CHARACTERS = 1_000
 """Longest text."""
 MAX_LABELS = 100
@@ -172,7 +173,7 @@ def check_image(file: Path) -> Image.Image:
     """
     content = _read(file)
     try:
-        return Image.fromarray(decode_image(content, "image", MAX_PIXELS))
+        return rgb_image(content, "image", LIMITS)
     except RunError as error:
         if "could not read it" in str(error):  # Pillow's reasons are words for programmers
             raise RunError("image: wanted an image, could not read it; use a PNG, JPEG or WebP") from None

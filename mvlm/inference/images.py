@@ -6,7 +6,6 @@ Shape legend: B batch, n images, S image side, H and W of an image as given, K m
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -127,12 +126,11 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 def decode_image(
     image: str | Path | bytes | Image.Image,
     name: str | None = None,
-    max_pixels: int = LIMITS.max_pixels,
-    max_bytes: int = LIMITS.max_bytes,
+    limits: ImageLimits = LIMITS,
 ) -> NDArray[np.uint8]:
     """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image. RunError as for `load_image`."""
     try:
-        return _decoded(image, name, replace(LIMITS, max_pixels=max_pixels, max_bytes=max_bytes)).pixels()
+        return _decoded(image, name, limits).pixels()
     except ImageRefusedError as refused:
         raise RunError(f"{_name_of(image, name)}: {refused}") from None
 
@@ -140,15 +138,14 @@ def decode_image(
 def rgb_image(
     image: str | Path | bytes | Image.Image,
     name: str | None = None,
-    max_pixels: int = LIMITS.max_pixels,
-    max_bytes: int = LIMITS.max_bytes,
+    limits: ImageLimits = LIMITS,
 ) -> Image.Image:
     """A path, an encoded file or a PIL image as a PIL image in RGB, turned and on white. RunError as for `load_image`.
 
     It takes less memory than `decode_image`, and `load_image` takes it without a copy.
     """
     try:
-        return _decoded(image, name, replace(LIMITS, max_pixels=max_pixels, max_bytes=max_bytes)).image()
+        return _decoded(image, name, limits).image()
     except ImageRefusedError as refused:
         raise RunError(f"{_name_of(image, name)}: {refused}") from None
 

@@ -15,7 +15,7 @@ class ImageLimits:
     """Width times height."""
     max_side: int = 65_500
     """Longer side: as long as a JPEG can have."""
-    max_memory: int | None = 150_000_000
+    max_memory: int | None = 400_000_000
     """Bytes that decoding and resizing it take, its file not counted; None for as many as `max_pixels` allow."""
 
 

@@ -22,6 +22,7 @@ from mvlm.app.uploads import (
     check_text,
 )
 from mvlm.errors import ConfigError, RunError
+from support import hostile_images
 
 
 def png(width: int, height: int) -> bytes:
@@ -64,12 +65,14 @@ def test_no_program_of_the_system_reads_an_image(tmp_path: Path, monkeypatch: py
     [
         (png(60_000, 60_000), "wanted at most 40000000 pixels"),
         (png(9_000, 9_000), "wanted at most 40000000 pixels, found 9000 x 9000; make it smaller"),
+        (hostile_images.png(6300, 6300, 6300), "wanted an image that takes at most 150 MB"),
         (BOMB_SVG, "wanted an image, could not read it"),
         (whole_png()[:-900], "wanted an image, could not read it"),
         (b"", "wanted an image, could not read it"),
         (b"#!/bin/sh\n", "wanted an image, could not read it"),
         (EPS, "wanted an image, could not read it"),
     ],
+    ids=["huge", "large", "much memory", "SVG", "cut", "empty", "text", "EPS"],
 )
 def test_a_file_that_is_no_good_image_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.png").write_bytes(content)
