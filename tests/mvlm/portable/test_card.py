@@ -121,7 +121,7 @@ def tuned(run_copy, **settings) -> str:
         ({"task": "retrieval"}, "compares images with texts and judges whether an image and a text belong together."),
         ({"task": "caption"}, "fills in masked words."),
         ({"task": "vqa", "answers": "masked"}, "fills in masked words."),
-        ({"task": "vqa", "answers": "masked"}, "was trained for that task alone."),
+        ({"task": "vqa", "answers": "classifier"}, "was trained for that task alone."),
         ({"task": "retrieval", "freeze": "all"}, "was trained for that task alone."),
     ],
 )
