@@ -68,7 +68,7 @@ class Answer(NamedTuple):
 @torch.no_grad()
 def answers(model: TrainedModel, scenes: Dataset) -> dict[str, list[Answer]]:
     """The model's answers for all objects of a split, by their kind."""
-    network, tokenizer = model
+    network, tokenizer = model.network, model.tokenizer
     found: dict[str, list[Answer]] = defaultdict(list)
     start = 0
     for batch, _ in eval_loader(scenes, network, tokenizer):

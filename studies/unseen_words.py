@@ -71,7 +71,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     split, train = open_dataset(options.data, options.split), open_dataset(options.data, "train")
-    model, tokenizer = load_model(options.run, "cpu")
+    loaded = load_model(options.run, "cpu")
+    model, tokenizer = loaded.network, loaded.tokenizer
     _, ranks = evaluate_with_ranks(model, split, train, tokenizer)
     found = recall_by_kind(split, train, ranks)
     for kind, row in found.items():

@@ -18,7 +18,7 @@ from PIL import Image
 
 import mvlm
 from mvlm.inference.overlay import draw_overlay
-from mvlm.inference.results import Reconstruction
+from mvlm.inference.reconstruction import Reconstruction
 from mvlm_dataloading import open_dataset
 
 HERE = Path(__file__).parent

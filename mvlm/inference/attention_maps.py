@@ -14,7 +14,7 @@ Shape legend: B pairs, L tokens, M keys (1 + patches), C width, H heads, D head 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,6 @@ from mvlm.inference.texts import checked_texts
 from mvlm.model.cross_encoder import CrossEncoder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Tokenizer
-
-if TYPE_CHECKING:
-    from mvlm.inference.trained_model import TrainedModel
 
 
 class AttentionMaps(NamedTuple):
@@ -128,18 +125,17 @@ def word_maps(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     return rows.detach().float().cpu().unflatten(-1, (side, side))
 
 
-def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> AttentionMaps:
+def attention_maps(network: MaskVLM, tokenizer: Tokenizer, pixels: Tensor, text: str) -> AttentionMaps:
     """Maps of one image uint8 (3, S, S) and a text, in float32 whatever the model's precision.
 
     Raises:
         ConfigError: the text cannot be used.
     """
-    network = model.network
-    (text,) = checked_texts([text], model.tokenizer, network.config.text_length)
+    (text,) = checked_texts([text], tokenizer, network.config.text_length)
     v = image_features(network, pixels[None], "fp32").v
-    w = text_features(network, [text], model.tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
+    w = text_features(network, [text], tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
     log_odds, layers, cams = matching_gradcam(network, v, w)
-    spans = [("[CLS]", 0, 1), *word_spans(model.tokenizer, text)]
+    spans = [("[CLS]", 0, 1), *word_spans(tokenizer, text)]
     places = [(start, stop) for _, start, stop in spans]
     return AttentionMaps(
         [word for word, _, _ in spans],

@@ -3,6 +3,8 @@
 Shape legend: B batch, S image side, T packed tokens, L tokens of a caption, M masked tokens.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,12 +12,27 @@ from torch import Tensor
 from mvlm.device import autocast
 from mvlm.errors import ConfigError
 from mvlm.inference.arguments import one_text, whole_number
-from mvlm.inference.results import FilledText, Guess
 from mvlm.inference.texts import MAX_CHARACTERS, check_unicode
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.captions import clean_line
+
+
+class Guess(NamedTuple):
+    """A token in the place of a [MASK]."""
+
+    token: str
+    probability: float
+
+
+class FilledText(NamedTuple):
+    """A text whose [MASK]s are filled in."""
+
+    text: str
+    """The text with the likeliest token in each place."""
+    guesses: list[list[Guess]]
+    """For each [MASK], the likeliest tokens, best first."""
 
 
 def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:

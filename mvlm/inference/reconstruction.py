@@ -3,7 +3,7 @@
 Shape legend: B batch, S image side, K masked patches, P patch side.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,25 @@ from mvlm.errors import ConfigError
 from mvlm.inference.arguments import whole_number
 from mvlm.inference.encode import encode_captions, eval_loader
 from mvlm.inference.images import hide_patches
-from mvlm.inference.results import Reconstruction
 from mvlm.inference.texts import checked_texts
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
 from mvlm_dataloading import Dataset, Tokenizer, draw_patch_masks
 
 STRIP_IMAGES = 8
+
+
+class Reconstruction(NamedTuple):
+    """An image, the same with hidden patches, and rebuilt. Pixels are uint8 (S, S, 3), for `PIL.Image.fromarray`."""
+
+    image: NDArray[np.uint8]
+    """The image as the model takes it."""
+    masked: NDArray[np.uint8]
+    """Hidden patches are grey."""
+    rebuilt: NDArray[np.uint8]
+    """Visible patches as they are, hidden ones as the model draws them."""
+    hidden: NDArray[np.bool_]
+    """(rows, columns) of patches, True = hidden."""
 
 
 @torch.no_grad()

@@ -1,28 +1,37 @@
 """A trained model with its tokenizer, and the questions that it answers.
 
-Shape legend: n images or pairs, m texts or labels, E contrastive width, S image side.
+Shape legend: n images or pairs, m texts or labels, k candidates, B batch, E contrastive width, S image side.
 """
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
-from mvlm.inference import pairs, zero_shot
-from mvlm.inference.arguments import one_text, whole_number
+from mvlm.inference.arguments import list_of_texts, one_text, whole_number
 from mvlm.inference.attention_maps import AttentionMaps, attention_maps
-from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
-from mvlm.inference.fill_mask import fill_text
-from mvlm.inference.images import ImageLike, Images, each_image, load_batches, load_image
-from mvlm.inference.reconstruction import reconstruct_image
-from mvlm.inference.results import Classification, FilledText, Matches, Ranking, Reconstruction
+from mvlm.inference.encode import (
+    BATCH,
+    ImageFeatures,
+    TextFeatures,
+    eval_loader,
+    image_features,
+    match_log_odds,
+    rerank_scores,
+    text_features,
+)
+from mvlm.inference.fill_mask import FilledText, fill_text
+from mvlm.inference.images import ImageLike, Images, each_image, is_single_image, load_batches, load_image
+from mvlm.inference.reconstruction import Reconstruction, reconstruct_image
 from mvlm.inference.texts import Texts, each_text, text_batches
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.progress import WorkProgress
@@ -31,12 +40,36 @@ from mvlm_dataloading import Dataset, Tokenizer
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
-class NetworkAndTokenizer(NamedTuple):
-    """A network and the tokenizer of its captions."""
+class Matches(NamedTuple):
+    """Matches of n pairs of an image and a text, by ITM. Tensors are float32, on the CPU."""
 
-    network: MaskVLM
-    """The network, in evaluation mode."""
-    tokenizer: Tokenizer
+    probability: Tensor
+    """(n,), probability that the pair belongs together."""
+    log_odds: Tensor
+    """(n,), log(probability / (1 - probability)), before rounding."""
+
+
+class Ranking(NamedTuple):
+    """Candidates in order, best first. Tensors are on the CPU."""
+
+    order: Tensor
+    """int64 (k,), positions of the candidates as they were given."""
+    score: Tensor
+    """float32 (k,), ITC logit plus ITM's log-odds of each, falling (docs/explain/method.md)."""
+
+
+class Classification(NamedTuple):
+    """Labels of n images, by contrastive similarity."""
+
+    labels: list[str]
+    """The m labels, as they were given."""
+    probability: Tensor
+    """float32 (n, m), on the CPU; rows add up to 1."""
+
+    @property
+    def best(self) -> list[str]:
+        """The likeliest label of each image."""
+        return [self.labels[i] for i in self.probability.argmax(1).tolist()]
 
 
 def hash_of(config: MaskVLMConfig, tokenizer: Tokenizer, module: torch.nn.Module) -> str:
@@ -52,10 +85,8 @@ def hash_of(config: MaskVLMConfig, tokenizer: Tokenizer, module: torch.nn.Module
     return digest.hexdigest()
 
 
-class TrainedModel(NetworkAndTokenizer):
+class TrainedModel:
     """A trained model: embeddings, matches, filled-in texts and images. `mvlm.load_model` makes one.
-
-    It is also the pair (network, tokenizer): `network, tokenizer = mvlm.load_model(path)`.
 
     Images are what `mvlm.inference.images.ImageLike` lists, one or an iterable of them, or a split of a data set
     (`mvlm_dataloading.Dataset`). Iterables are read as they are needed, so they may be longer than the memory. Texts
@@ -67,15 +98,17 @@ class TrainedModel(NetworkAndTokenizer):
     broken data set.
     """
 
+    network: MaskVLM
+    """The network, in evaluation mode."""
+    tokenizer: Tokenizer
+    """The tokenizer of its captions."""
     precision: str
     """auto, bf16 or fp32 (`mvlm.device.autocast`)."""
 
-    def __new__(cls, network: MaskVLM, tokenizer: Tokenizer, precision: str = "auto") -> "TrainedModel":
+    def __init__(self, network: MaskVLM, tokenizer: Tokenizer, precision: str = "auto") -> None:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: wanted {', '.join(PRECISIONS)}, got {precision!r}")
-        self = super().__new__(cls, network.eval(), tokenizer)
-        self.precision = precision
-        return self
+        self.network, self.tokenizer, self.precision = network.eval(), tokenizer, precision
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +179,9 @@ class TrainedModel(NetworkAndTokenizer):
         One image goes with each of several texts, and one text with each of several images; else there are as many
         texts as images.
         """
-        return pairs.match(self, images, texts, batch_size, truncate)
+        found = [self._log_odds(*pair) for pair in self._feature_pairs(images, texts, batch_size, truncate)]
+        log_odds = torch.cat(found) if found else torch.empty(0)
+        return Matches(log_odds.sigmoid(), log_odds)
 
     def rerank(self, query: ImageLike, candidates: Images | Texts, *, truncate: bool = False) -> Ranking:
         """Order candidates by ITC and ITM together, as `mvlm eval retrieval` does.
@@ -155,19 +190,46 @@ class TrainedModel(NetworkAndTokenizer):
             query: a text (any `str`), and then the candidates are images; or an image, not as a `str`, and then the
                 candidates are texts. `pathlib.Path` names an image file as a query.
         """
-        return pairs.rerank(self, query, candidates, truncate)
+        images, texts = (candidates, query) if isinstance(query, str) else (query, candidates)
+        scores = []
+        for image, text in self._feature_pairs(cast(Images, images), cast(Texts, texts), BATCH, truncate):
+            similarity = (image.embedding.double() * text.embedding.double()).sum(-1).cpu()
+            scores.append(rerank_scores(self.network, similarity, self._log_odds(image, text)).float())
+        joined = torch.cat(scores) if scores else torch.empty(0)
+        found = joined.sort(descending=True, stable=True)
+        return Ranking(found.indices, found.values)
 
     def classify(
         self, images: Images | Dataset, labels: Sequence[str], templates: Sequence[str] | None = None
     ) -> Classification:
         """Probability of each of m labels for n images, without training, from contrastive similarities.
 
+        softmax over labels of cosine similarity / temperature, with the temperature that ITC learned (Radford et al.
+        2021).
+
         Args:
             labels: two or more names.
             templates: texts with {} for the label, such as "a photo of a {}". A label's embedding is the mean over
                 templates, scaled to unit length. Default: the label alone.
         """
-        return zero_shot.classify(self, images, labels, templates)
+        labels = list_of_texts("labels", labels)
+        similarity = self.embed_images(images) @ self.label_embeddings(labels, templates).T  # (n, m)
+        return Classification(labels, (self.network.log_scale.exp().item() * similarity).softmax(1))
+
+    def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """Embeddings of m labels, float32 (m, E), as `classify` compares them with images."""
+        labels = list_of_texts("labels", labels)
+        templates = ["{}"] if templates is None else list_of_texts("templates", templates)
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ConfigError(f"labels: wanted two or more different labels, got {list(labels)[:5]}")
+        if not templates or any("{}" not in template for template in templates):
+            raise ConfigError(
+                f'templates: wanted texts with {{}} for the label, as in "a photo of a {{}}", got {templates}'
+            )
+        # One at a time: a label may be put into a template many times.
+        texts = (template.replace("{}", label) for label in labels for template in templates)
+        embeddings = self.embed_texts(texts).unflatten(0, (len(labels), len(templates)))  # (m, templates, E)
+        return F.normalize(embeddings.mean(1), dim=-1)
 
     def fill(self, text: str, image: ImageLike, top: int = 5, steps: int = 1) -> FilledText:
         """Guess the [MASK] tokens of a text from the rest of it and from its image.
@@ -205,7 +267,7 @@ class TrainedModel(NetworkAndTokenizer):
         `mvlm.inference.overlay` draws them.
         """
         one_text("text", text)
-        return attention_maps(self, load_image(image, self.network.config.image_size), text)
+        return attention_maps(self.network, self.tokenizer, load_image(image, self.network.config.image_size), text)
 
     def pixel_batches(self, images: Images | Dataset, batch_size: int) -> Iterator[Tensor]:
         """Images as the model takes them, batch by batch: uint8 (up to batch_size, 3, S, S)."""
@@ -214,6 +276,35 @@ class TrainedModel(NetworkAndTokenizer):
             loader = eval_loader(images, self.network, self.tokenizer, batch_size=batch_size)
             return (batch.images for batch, _ in loader)
         return load_batches(each_image(images), self.network.config.image_size, batch_size)
+
+    def _log_odds(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """ITM's log-odds of B pairs, float32 (B,) on the CPU. One image or one text goes with all of the others."""
+        images, texts = torch.broadcast_tensors(torch.arange(len(image.v)), torch.arange(len(text.w.packing)))
+        return match_log_odds(self.network, image.v, text.w, images, texts, self.precision).cpu()
+
+    def _feature_pairs(
+        self, images: Images | Dataset, texts: Texts, batch_size: int, truncate: bool
+    ) -> Iterator[tuple[ImageFeatures, TextFeatures]]:
+        """Features of the images and texts of n pairs, in batches. A single image or text is encoded once."""
+        length = self.network.config.text_length
+        pixels = self.pixel_batches(images, batch_size)
+        words = text_batches(each_text(texts), self.tokenizer, length, batch_size, truncate)
+        encoded_images = (image_features(self.network, batch, self.precision) for batch in pixels)
+        encoded_texts = (text_features(self.network, batch, self.tokenizer, self.precision) for batch in words)
+        if not isinstance(images, Dataset) and is_single_image(images):
+            image = next(encoded_images)
+            yield from ((image, text) for text in encoded_texts)
+        elif isinstance(texts, str):
+            text = next(encoded_texts)
+            yield from ((image, text) for image in encoded_images)
+        else:
+            for image, text in itertools.zip_longest(encoded_images, encoded_texts):
+                if image is None or text is None or len(image.v) != len(text.embedding):
+                    raise ConfigError(
+                        "texts: wanted as many texts as images, or a single image or text that is not in a list, found "
+                        "different numbers; pair them"
+                    )
+                yield image, text
 
 
 def _shown(batches: Iterator[Tensor], given: object, unit: str, progress: bool) -> Iterator[Tensor]:

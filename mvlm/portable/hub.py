@@ -33,7 +33,7 @@ def write_hub_folder(source: Path, out: Path, hub_id: str | None = None, data: P
         run = run_of(source)
         source = find_checkpoint(source)  # once: a run that still trains may write another one meanwhile
         trained = load_for_export(source)
-        model, tokenizer = trained
+        model, tokenizer = trained.network, trained.tokenizer
         name = re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
         card = model_card(source, model, data, hub_id or f"owner/{name}", trained.sha256)
         write_model(model, folder)

@@ -83,7 +83,7 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
             f"--checkpoint {folder.path} --data {data or config['data']} --out {folder.evaluation}`"
         )
     trained = load_model(folder.path)
-    model, tokenizer = trained
+    model, tokenizer = trained.network, trained.tokenizer
     with figures_of(folder.evaluation) as figures:
         tables = {"recalls": recalls(figures), "objectives": objectives(figures), "unseen_note": unseen_note(figures)}
         source = {"split": figures["split"], "checkpoint": figures["checkpoint"]}

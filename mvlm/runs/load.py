@@ -153,6 +153,7 @@ def export(path: Path, out: Path) -> None:
     checkpoint.
     """
     with new_folder(out) as folder:
-        model, tokenizer = load_for_export(path)
+        found = load_for_export(path)
+        model, tokenizer = found.network, found.tokenizer
         write_model(model, folder)
         tokenizer.save(folder / TOKENIZER)

@@ -136,7 +136,8 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
             for split in trial.splits
         }
     else:
-        model, tokenizer = load_model(checkpoint, device, trial.config.precision)
+        loaded = load_model(checkpoint, device, trial.config.precision)
+        model, tokenizer = loaded.network, loaded.tokenizer
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
         rerank = trial.rerank if model.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, rerank, trial.config.precision)

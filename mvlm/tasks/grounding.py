@@ -141,7 +141,7 @@ def evaluate_grounding(
     Raises:
         ConfigError: there is no such layer, or neither a layer nor a validation split; or the model has no ITM.
     """
-    workspace, (network, tokenizer) = workspace or Workspace(), model
+    workspace, network, tokenizer = workspace or Workspace(), model.network, model.tokenizer
     check_same(workspace.world, {"layer": layer}, SAME_WORK)  # the validation split is a stage only without one
 
     def read() -> tuple[Phrases, Phrases | None]:

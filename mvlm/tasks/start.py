@@ -28,7 +28,8 @@ def starting_model(
         text_length: longest text in tokens; None for the pretrained one.
         random_weights: keep the random weights of a new model, from torch's generator.
     """
-    pretrained, tokenizer = load_model(checkpoint)
+    loaded = load_model(checkpoint)
+    pretrained, tokenizer = loaded.network, loaded.tokenizer
     if random_weights:
         log.info("%s: only its architecture and tokenizer are used; weights are random", checkpoint)
         return MaskVLM(resized_config(pretrained.config, image_size, text_length)), tokenizer
@@ -46,7 +47,8 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             shapes = read_folder_shapes(checkpoint / MODEL, "model.")
             check_sizes(found, shapes, checkpoint / MODEL_CONFIG, checkpoint / MODEL)
             return found, tokenizer
-    pretrained, tokenizer = load_model(config.checkpoint)
+    loaded = load_model(config.checkpoint)
+    pretrained, tokenizer = loaded.network, loaded.tokenizer
     longest = pretrained.config.text_length
     if config.freeze != "none" and not config.random_weights and (config.question_length or 0) > longest:
         raise ConfigError(

@@ -114,7 +114,7 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     if fresh and config.initial_model is not None:
-        trained, _ = load_model(config.initial_model, "cpu")
+        trained = load_model(config.initial_model, "cpu").network
         if trained.config.output_positions and not config.model.output_positions:
             raise ConfigError(
                 f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"

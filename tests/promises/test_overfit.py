@@ -64,7 +64,8 @@ def test_a_small_model_overfits_32_pairs(tmp_path, without_tensorboard):
     assert means["itc"] < 0.1, means
 
     # It predicts captions from images, and retrieves each from the other.
-    trained, tokenizer = load_model(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
+    trained, tokenizer = loaded.network, loaded.tokenizer
     split = open_dataset(data, "train")
     features = encode_split(trained, split, tokenizer)
     gain = cross_modal_gain(trained, split, features, tokenizer, draws=2)

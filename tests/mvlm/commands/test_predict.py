@@ -36,7 +36,7 @@ def test_captions_without_masks_and_wrong_numbers_of_guesses_are_refused(run_mvl
     assert_refused(run_mvlm("fill", *words, "--caption", "red"), "caption: wanted at least one [MASK], got 'red'")
     late = "red " * 40 + "[MASK]"
     assert_refused(run_mvlm("fill", *words, "--caption", late), "caption: wanted every [MASK] among the first")
-    most = load_model(trained)[1].vocab_size
+    most = load_model(trained).tokenizer.vocab_size
     for top in (0, most + 1):
         outcome = run_mvlm("fill", *words, "--caption", "a [MASK]", "--top", top)
         assert_refused(outcome, f"top: wanted 1 to {most}, got {top}")

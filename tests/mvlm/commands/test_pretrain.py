@@ -153,7 +153,7 @@ def test_resuming_is_the_same_command_with_resume(run_mvlm, scenes, tmp_path, mo
         f"resuming from {tmp_path}/run/checkpoints/step_00000002",
     ]
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
-    assert load_model(tmp_path / "run")[0].config.width == 16
+    assert load_model(tmp_path / "run").network.config.width == 16
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_a_run_is_repeated_from_its_configuration_and_exported(run_mvlm, run_cop
     assert mine == theirs
     outcome = run_mvlm("export", tmp_path / "again", tmp_path / "portable")
     assert (outcome.code, outcome.out) == (0, [str(tmp_path / "portable")])
-    assert load_model(tmp_path / "portable")[0].config.width == 16
+    assert load_model(tmp_path / "portable").network.config.width == 16
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_two_ranks_log_the_losses_of_one(runs):
 
 @pytest.mark.slow
 def test_sharded_model_is_saved_unsharded(runs):
-    (one, _), (two, _) = (load_model(run) for run in runs)
+    one, two = (load_model(run).network for run in runs)
     for (name, ours), theirs in zip(two.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
     settings = json.loads((runs[1] / "config.json").read_text())

@@ -34,7 +34,7 @@ def pixels() -> list[np.ndarray]:
 
 
 def test_a_trained_model_unpacks_into_network_and_tokenizer(model, tokenizer):
-    network, words = model
+    network, words = model.network, model.tokenizer
     assert network is model.network
     assert words is model.tokenizer is tokenizer
     assert not network.training

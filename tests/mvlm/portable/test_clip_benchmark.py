@@ -13,7 +13,6 @@ import torch
 from mvlm.errors import ConfigError
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank_by_itc, recall
-from mvlm.inference.zero_shot import label_embeddings
 from mvlm.portable.clip_benchmark import register
 from mvlm.portable.clip_model import create_clip_model
 from mvlm.runs.load import load_model
@@ -128,4 +127,4 @@ def test_open_clips_own_classifier_takes_the_model(trained):
     model, _, tokenizer = create_clip_model(trained_model)
     templates = [lambda label, template=template: template.replace("{}", label) for template in TEMPLATES]
     theirs = open_clip.build_zero_shot_classifier(model, tokenizer, LABELS, templates, device="cpu")  # (E, labels)
-    torch.testing.assert_close(theirs.T, label_embeddings(trained_model, LABELS, TEMPLATES))
+    torch.testing.assert_close(theirs.T, trained_model.label_embeddings(LABELS, TEMPLATES))

@@ -43,7 +43,8 @@ def reported(tmp_path_factory):
     model = micro_config(text_length=40, vocab_size=400)
     pretrain(pretrain_config(data, run, eval_every_steps=1, model=model))
     split, train = open_dataset(data, "test"), open_dataset(data, "train")
-    loaded, tokenizer = load_model(run)
+    found = load_model(run)
+    loaded, tokenizer = found.network, found.tokenizer
     figures = {"checkpoint": HOSTILE, "split": "test", **evaluate(loaded, split, train, tokenizer)}
     (run / "eval").mkdir()
     (run / "eval/test.json").write_text(json.dumps(figures))

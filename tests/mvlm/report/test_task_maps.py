@@ -28,7 +28,8 @@ FORMS = {
 def made(trained, form: str) -> Any:
     """A task with random weights in its head."""
     name, state, _ = FORMS[form]
-    model, tokenizer = load_model(trained, text_length=12)
+    loaded = load_model(trained, text_length=12)
+    model, tokenizer = loaded.network, loaded.tokenizer
     options = TaskOptions(answers="masked" if form == "masked" else "classifier")
     task = find_task(name)(model, options, state)
     task.set_tokenizer(tokenizer)

@@ -114,7 +114,8 @@ def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
     save(tmp_path / "checkpoints", 5, training, tokenizer)
     export(tmp_path, tmp_path / "exported")
     for folder in (tmp_path, tmp_path / "checkpoints/step_00000005", tmp_path / "exported"):
-        found, words = load_model(folder)
+        loaded = load_model(folder)
+        found, words = loaded.network, loaded.tokenizer
         assert found.config == model.config
         assert equal(found, model)
         assert not found.training
@@ -145,7 +146,7 @@ def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tm
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
     writer.save(1, model, parts, {}, tokenizer)
     writer.wait()
-    assert all((p == 0.25).all() for p in load_model(tmp_path)[0].parameters())
+    assert all((p == 0.25).all() for p in load_model(tmp_path).network.parameters())
     export(tmp_path, tmp_path / "out")
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
@@ -248,7 +249,7 @@ def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(run_copy, name
     warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert str(newest / name) in warning
     assert "looking for an older checkpoint" in warning
-    model, _ = load_model(run_copy)
+    model = load_model(run_copy).network
     wanted = load_file(older / "model" / SHARD)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
 

@@ -80,7 +80,7 @@ def test_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
             parameter.zero_()
     gate.set()
     writer.wait()
-    found, _ = load_model(tmp_path / "step_00000001")
+    found = load_model(tmp_path / "step_00000001").network
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
 
 

@@ -29,7 +29,7 @@ def test_a_run_a_checkpoint_a_folder_and_its_file_are_one_model(trained, portabl
 
 def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
     model = load_model(str(trained), torch.device("cpu"), "fp32")
-    network, tokenizer = model
+    network, tokenizer = model.network, model.tokenizer
     assert (network, tokenizer) == (model.network, model.tokenizer)
     assert model.precision == "fp32"
     assert not network.training
@@ -72,7 +72,8 @@ def test_a_tokenizer_is_loaded_without_the_weights(trained, portable, tmp_path):
 
 
 def test_a_model_that_was_saved_without_a_tokenizer_is_loaded_once_it_has_one(trained, tmp_path):
-    network, tokenizer = load_model(trained, "cpu")
+    loaded = load_model(trained, "cpu")
+    network, tokenizer = loaded.network, loaded.tokenizer
     network.save_pretrained(tmp_path / "own")
     advice = r'own: wanted a tokenizer.json .*, found none; .*: `tokenizer.save\(folder / "tokenizer.json"\)`'
     for load in (load_model, load_tokenizer_of):

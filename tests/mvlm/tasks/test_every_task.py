@@ -72,7 +72,8 @@ def best_without_images(name: str, dataset: Dataset) -> float:
 def ready(trained: Path, data: dict[str, Path], form: str) -> tuple[Task, Batch, Masks, list[torch.Tensor]]:
     """A task in float64 with random weights in its head, a batch of its training split, and the batch's targets."""
     name, settings = FORMS[form]
-    model, tokenizer = load_model(trained)
+    loaded = load_model(trained)
+    model, tokenizer = loaded.network, loaded.tokenizer
     dataset = open_dataset(data[name], "train")
     options = TaskOptions(**settings)
     kind = find_task(name)
@@ -215,7 +216,7 @@ def test_a_weighted_view_has_the_targets_of_each_question_twice_and_is_not_score
     """Two predictions for one id are not those of a benchmark."""
     name, settings = FORMS[form]
     dataset, twice = (open_dataset(x, "train") for x in (data[name], weighted(tmp_path / "view", data[name])))
-    kind, options, model = find_task(name), TaskOptions(**settings), load_model(trained)[0]
+    kind, options, model = find_task(name), TaskOptions(**settings), load_model(trained).network
     state = kind.make_state(twice, options)
     assert state == kind.make_state(dataset, options)
     task = kind(model, options, state)

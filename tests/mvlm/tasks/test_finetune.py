@@ -188,7 +188,7 @@ def test_a_blind_model_does_not_depend_on_what_it_cannot_see(trained, questions,
 )
 def test_frozen_weights_stay(trained, questions, tmp_path, frozen, changed):
     finetune(configured(trained, questions, tmp_path / "run", freeze=frozen))
-    before, (after, _) = load_model(trained)[0].state_dict(), load_task(tmp_path / "run")
+    before, (after, _) = load_model(trained).network.state_dict(), load_task(tmp_path / "run")
     moved = {name.split(".")[0] for name, x in after.model.state_dict().items() if not torch.equal(x, before[name])}
     assert moved >= changed - {"head"}
     assert not moved & ({"image_encoder", "text_encoder"} if frozen == "encoders" else set())

@@ -121,7 +121,7 @@ def test_questions_are_cut_behind_the_masks(tokenizer):
 def test_texts_that_are_cut_are_counted(trained, tmp_path, caplog):
     """Questions about the ground have other lengths than those about an object."""
     data = write_questions(tmp_path / "data")
-    dataset, (_, tokenizer) = open_dataset(data, "train"), load_model(trained)
+    dataset, tokenizer = open_dataset(data, "train"), load_model(trained).tokenizer
     lengths = [len(tokenizer.encode([dataset.captions(i)[0]], 99)[0]) for i in range(len(dataset))]
     assert len(set(lengths)) > 1
     for longest in set(lengths):

@@ -33,7 +33,8 @@ def write(folder, records):
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_features_are_those_of_each_image_in_order(trained, data, plan):
     """Each image's features are those that it has alone with the text. Swapped images swap them."""
-    model, tokenizer = load_model(trained)
+    loaded = load_model(trained)
+    model, tokenizer = loaded.network, loaded.tokenizer
     task = Pairs(model.eval(), TaskOptions(), STATE)
     batch, _ = next(iter(eval_loader(open_dataset(data, "train"), model, tokenizer, **task.loader_options())))
     features = task.fuse(batch, plan, images=2)
@@ -87,7 +88,7 @@ def test_augmentations_are_refused_by_their_flags(trained, data, tmp_path, run_m
 def test_questions_of_another_task_and_labels_in_another_order_are_refused(trained, tmp_path):
     with pytest.raises(DataError, match="is it data of another task"):
         Pairs.make_state(open_dataset(write_questions(tmp_path / "q"), "train"), TaskOptions())
-    model, _ = load_model(trained)
+    model = load_model(trained).network
     with pytest.raises(DataError, match="labels: wanted false, true in this order, found"):
         Pairs(model, TaskOptions(), {"labels": ["true", "false"], "images": 2})
     three = Pairs(model, TaskOptions(), STATE | {"images": 3})

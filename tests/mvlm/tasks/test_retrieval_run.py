@@ -85,7 +85,7 @@ def test_a_retrieval_run_is_a_model_for_every_other_command(trained, scenes, tmp
     assert "temperature" in row
     task, _ = load_task(tmp_path / "run")
     found = load_model(tmp_path / "run").network.state_dict()
-    before = load_model(trained)[0].state_dict()
+    before = load_model(trained).network.state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in task.model.state_dict().items())
     moved = {name.split(".")[0] for name, x in found.items() if not torch.equal(x, before[name])}
     assert moved >= {"image_encoder", "text_encoder", "text_cross", "matching_head", "text_projection"}

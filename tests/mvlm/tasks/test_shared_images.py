@@ -46,7 +46,8 @@ def loaded(task: Task, data: Path, share: bool) -> tuple[Batch, Masks, list[torc
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_and_gradients_are_those_of_samples_with_images_of_their_own(trained, data, form, plan):
     name, options = FORMS[form]
-    model, tokenizer = load_model(trained)
+    pretrained = load_model(trained)
+    model, tokenizer = pretrained.network, pretrained.tokenizer
     kind = find_task(name)
     task = kind(model.train(), options, kind.make_state(open_dataset(data[name], "train"), options)).double()
     task.set_tokenizer(tokenizer)
@@ -82,7 +83,8 @@ def test_losses_and_gradients_are_those_of_samples_with_images_of_their_own(trai
 def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, share, monkeypatch):
     """Losses, gradients and predictions are those of a grey image, or of a masked text, for each sample."""
     name, options = FORMS[form]
-    model, tokenizer = load_model(trained)
+    pretrained = load_model(trained)
+    model, tokenizer = pretrained.network, pretrained.tokenizer
     kind = find_task(name)
     options = replace(options, blind=blind)
     task = kind(model.train(), options, kind.make_state(open_dataset(data[name], "train"), options)).double()

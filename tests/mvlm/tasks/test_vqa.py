@@ -89,11 +89,11 @@ def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trai
     """Half of the questions have one answer and an eighth each of the four others, before anything is learned."""
     state = make_state(questions, answers="classifier")
     assert state["means"] == [0.5, 0.125, 0.125, 0.125, 0.125]
-    task = VisualQuestionAnswering(load_model(trained)[0], TaskOptions(answers="classifier"), state)
+    task = VisualQuestionAnswering(load_model(trained).network, TaskOptions(answers="classifier"), state)
     probabilities = task.head(torch.randn(3, task.head.dense.in_features)).sigmoid()
     torch.testing.assert_close(probabilities, torch.tensor([state["means"]] * 3))
     older = VisualQuestionAnswering(
-        load_model(trained)[0], TaskOptions(answers="classifier"), {"answers": state["answers"]}
+        load_model(trained).network, TaskOptions(answers="classifier"), {"answers": state["answers"]}
     )
     assert not older.head.answers.bias.any()
 
@@ -144,11 +144,11 @@ def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path
         options = TaskOptions(answers=form)
         state = VisualQuestionAnswering.make_state(dataset, options)
         assert state["answers"] == ["2", "3"]
-        ids, targets = VisualQuestionAnswering(load_model(trained)[0], options, state).targets(dataset)
+        ids, targets = VisualQuestionAnswering(load_model(trained).network, options, state).targets(dataset)
         assert ids[0, :3].tolist() == [0, 1, -1]
         assert targets[0, :3].tolist() == pytest.approx([*values, 0])
 
 
 def test_an_answer_twice_on_the_list_is_refused(trained):
     with pytest.raises(DataError, match="wanted at least 2 different ones"):
-        VisualQuestionAnswering(load_model(trained)[0], TaskOptions(), {"answers": ["red", "red"]})
+        VisualQuestionAnswering(load_model(trained).network, TaskOptions(), {"answers": ["red", "red"]})

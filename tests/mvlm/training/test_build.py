@@ -99,7 +99,8 @@ def test_loader_augments_as_configured(scenes, tmp_path):
 def test_mask_token_of_the_model_is_the_tokenizers(scenes, tmp_path, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, model=micro_config(mask_token_id=7))
     pretrain(config)
-    model, tokenizer = load_model(config.out)
+    loaded = load_model(config.out)
+    model, tokenizer = loaded.network, loaded.tokenizer
     assert model.config.mask_token_id == tokenizer.mask_id == 4
     assert json.loads((config.out / "config.json").read_text())["model"]["mask_token_id"] == 4
 
@@ -109,7 +110,7 @@ def test_tokenizer_can_be_given_by_path(scenes, tmp_path, tokenizer, without_ten
     tokenizer.save(tmp_path / "words.json")
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, tokenizer=tmp_path / "words.json")
     pretrain(config)
-    assert load_model(config.out)[1].fingerprint == tokenizer.fingerprint
+    assert load_model(config.out).tokenizer.fingerprint == tokenizer.fingerprint
 
 
 def test_tokenizer_larger_than_the_models_vocabulary_is_refused(scenes, tmp_path, train_split):

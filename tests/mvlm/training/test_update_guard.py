@@ -118,5 +118,5 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
     assert "name it by --initial-model, in fine-tuning by --checkpoint" in message
     keys = message.split("Its samples: ")[1].split(". Last")[0].split(", ")
     assert len(set(keys)) == config.batch_size
-    model, _ = load_model(config.out)
+    model = load_model(config.out).network
     assert all(p.isfinite().all() for p in model.parameters())

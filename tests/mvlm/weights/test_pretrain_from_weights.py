@@ -42,7 +42,7 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
         scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, **files
     )
     mvlm.training.run.pretrain(config)
-    model, _ = load_model(tmp_path / "run")
+    model = load_model(tmp_path / "run").network
     theirs = load_file(files["image_weights"])
     assert torch.equal(model.image_encoder.position, theirs["pos_embed"][0])
     words = load_file(files["text_weights"])["embeddings.word_embeddings.weight"]
@@ -71,12 +71,14 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
     from mvlm.training.run import pretrain
 
     pretrain(pretrain_config(scenes, tmp_path / "first"))
-    first, tokenizer = load_model(tmp_path / "first")
+    loaded = load_model(tmp_path / "first")
+    first, tokenizer = loaded.network, loaded.tokenizer
     other = write_scenes(tmp_path / "other", captions=lambda i: [f"another text of {i}"])
     still = {"lr_encoder": 0.0, "lr_cross": 0.0, "lr_pixels": 0.0, "weight_decay": 0.0, "max_steps": 1}
     settings = still | {"initial_model": tmp_path / "first"}
     pretrain(pretrain_config(other, tmp_path / "second", **settings))
-    second, same = load_model(tmp_path / "second")
+    loaded = load_model(tmp_path / "second")
+    second, same = loaded.network, loaded.tokenizer
     assert same.fingerprint == tokenizer.fingerprint
     for name, tensor in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
@@ -84,7 +86,7 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
     # Images of another size: the positions are resized, all else stays.
     small = micro_config(image_size=micro_config().image_size // 2)
     pretrain(pretrain_config(other, tmp_path / "small", model=small, **settings))
-    resized, _ = load_model(tmp_path / "small")
+    resized = load_model(tmp_path / "small").network
     changed = [n for n, t in first.state_dict().items() if not torch.equal(t, resized.state_dict().get(n, t[:0]))]
     assert changed == ["image_encoder.position"]
 
@@ -97,7 +99,7 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
     # Positions behind the image encoder can be added, but not silently lost.
     placed = replace(micro_config(), output_positions=True)
     pretrain(pretrain_config(other, tmp_path / "placed", model=placed, **settings))
-    assert load_model(tmp_path / "placed")[0].config.output_positions
+    assert load_model(tmp_path / "placed").network.config.output_positions
     with pytest.raises(ConfigError, match=r"placed has positions behind .*: wanted --model.output-positions"):
         pretrain(pretrain_config(other, tmp_path / "lost", **settings | {"initial_model": tmp_path / "placed"}))
     assert not (tmp_path / "lost").exists()
@@ -145,7 +147,7 @@ def test_the_commands_of_the_page_on_weights_parse(monkeypatch):
 
 def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, scenes, tmp_path):
     """Its own blocks of 16 pixels do not divide images of 24."""
-    old = load_model(trained)[0]
+    old = load_model(trained).network
     new = replace(old.config, mask_block=8, image_size=24, image_mask_ratio=0.2, text_length=14)
     model = make_model(pretrain_config(scenes, tmp_path / "run", model=new, initial_model=trained), fresh=True)
     found, before = model.state_dict(), old.state_dict()
@@ -159,7 +161,7 @@ def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, sce
 
 @pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])
 def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, scenes, tmp_path, change):
-    model = replace(load_model(trained)[0].config, **change)
+    model = replace(load_model(trained).network.config, **change)
     config = pretrain_config(scenes, tmp_path / "run", model=model, initial_model=trained)
     with pytest.raises(ConfigError, match=f"was trained with {next(iter(change))} .*; use the same"):
         make_model(config, fresh=True)
