@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from mvlm_dataloading.scenes.artwork import Artwork
-from mvlm_dataloading.scenes.kinds import NOUNS, SHAPES, Kind, plural
+from mvlm_dataloading.scenes.drawing import Artwork
+from mvlm_dataloading.scenes.vocabulary import NOUNS, SHAPES, Kind, plural
 
 TEXTS = [*NOUNS, *(Kind(shape, colour).text for shape, colours in SHAPES.items() for colour in colours)]
 ONE_OF = {plural(text): text for text in (*TEXTS, *SHAPES)}

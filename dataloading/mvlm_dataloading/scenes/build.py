@@ -20,16 +20,10 @@ from mvlm_dataloading.build.twemoji import VERSION as TWEMOJI
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
 
-from .artwork import Artwork, openmoji, twemoji
-from .captions import make_captions, make_names
-from .draw import Painter
-from .hypotheses import make_hypotheses
+from .drawing import Artwork, Painter, openmoji, twemoji
 from .layout import SIDE, Scene, boxes
-from .phrases import make_phrases
-from .places import make_places, make_training_places
-from .questions import make_questions, make_training_questions
-from .samples import Sample
-from .statements import make_statements
+from .questions import make_places, make_questions, make_training_places, make_training_questions
+from .texts import Sample, make_captions, make_hypotheses, make_names, make_phrases, make_statements
 from .vocabulary import SPLITS, Vocabulary, vocabulary
 
 log = logging.getLogger(__name__)

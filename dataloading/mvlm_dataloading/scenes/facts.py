@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .kinds import COLOURS, NOUNS, NUMBERS, SHAPES, SIDES, plural
+from .vocabulary import COLOURS, NOUNS, NUMBERS, SHAPES, SIDES, plural
 
 Fact = tuple[Any, ...]
 Objects = Sequence[Mapping[str, Any]]

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .kinds import Kind
+from .vocabulary import Kind
 
 SIDE = 128
 """Side of the image in pixels."""

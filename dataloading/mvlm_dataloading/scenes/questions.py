@@ -1,26 +1,19 @@
-"""Questions about scenes in pairs: two scenes that differ in one object, one question, two answers.
+"""Questions about scenes: in pairs of scenes that differ in one object, and about what is where.
 
-Every family makes blocks in which each question has each of its answers equally often. A guess from the text alone is
-therefore right at chance in every split, for every question by itself. The training split gets two kinds of further
-questions, because few others name a given noun: scenes with relations, and "is there a dog?" for each kind that is in
-only one scene of a pair.
+Every family of pairs makes blocks in which each question has each of its answers equally often. A guess from the text
+alone is therefore right at chance in every split, for every question by itself. The training split gets two kinds of
+further questions, because few others name a given noun: scenes with relations, and "is there a dog?" for each kind that
+is in only one scene of a pair.
+
+Questions about what is on a place of the image, or on a side of another object, teach which word belongs to which
+patch. The answers of such a text are not balanced.
 """
 
 import random
 
-from .kinds import SIDES, Kind, plural, with_article
-from .layout import MOST, Scene, beside, place
-from .samples import (
-    Family,
-    Sample,
-    asked_kind,
-    compose,
-    different_pairs,
-    fillers,
-    other_kind,
-    same_colour,
-)
-from .vocabulary import Vocabulary
+from .layout import MOST, Scene, beside, is_beside, place
+from .texts import Family, Sample, asked_kind, compose, different_pairs, fillers, other_kind, same_colour
+from .vocabulary import SIDES, Kind, Vocabulary, plural, with_article
 
 ANSWERS = 8
 """Possible answers of a question such as "what is left of the dog?"."""
@@ -188,3 +181,45 @@ def asked(family: str, question: str, answer: str | None, scene: Scene) -> Sampl
         "answers": [{"answer": answer, "answer_id": annotator} for annotator in range(1, 11)],
     }
     return Sample((scene,), (question,), metadata)
+
+
+PLACES = (
+    "at the top left", "at the top", "at the top right",
+    "on the left", "in the middle", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
+"""Cells of the grid in words."""
+MOST_RELATIONS = 3
+"""Most questions of a scene about sides."""
+
+
+def make_places(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """At least `count` questions, all of whole scenes."""
+    return compose({"place": what_is_where}, seed, vocabulary, count)
+
+
+def make_training_places(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """The questions of `count` scenes."""
+    scenes = (what_is_where(random.Random(f"{seed} scene {number}"), vocabulary) for number in range(count))
+    return [sample for questions in scenes for sample in questions]
+
+
+def what_is_where(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """A scene of two to five kinds: a question for the place of each, and up to three for what is beside another."""
+    first = asked_kind(rng, vocabulary)
+    scene = place(rng, [first, *fillers(rng, vocabulary, rng.choice((1, 2, 3, 3, 4)), {first.name})])
+    sides = _relations(vocabulary, scene)
+    return [asked("place", f"what is {PLACES[one.cell]}?", one.kind.text, scene) for one in scene.objects] + rng.sample(
+        sides, min(len(sides), MOST_RELATIONS)
+    )
+
+
+def _relations(vocabulary: Vocabulary, scene: Scene) -> list[Sample]:
+    """A question for each side of each object on which there is exactly one other."""
+    found = []
+    for anchor in scene.objects:
+        for side, words in SIDES.items():
+            there = [one.kind for one in scene.objects if is_beside(one, side, anchor)]
+            if len(there) == 1 and (there[0].colour or vocabulary.stands(there[0].name, side)):
+                found.append(asked("relation", f"what is {words} the {anchor.kind.text}?", there[0].text, scene))
+    return found

@@ -11,12 +11,10 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_scenes, open_dataset
-from mvlm_dataloading.scenes.artwork import openmoji, twemoji
 from mvlm_dataloading.scenes.build import TASKS
-from mvlm_dataloading.scenes.draw import TONES, Painter
-from mvlm_dataloading.scenes.kinds import NOUNS, SHAPES, Kind
+from mvlm_dataloading.scenes.drawing import TONES, Painter, openmoji, twemoji
 from mvlm_dataloading.scenes.layout import GROUNDS, SIDE, Scene, place
-from mvlm_dataloading.scenes.vocabulary import SPLITS
+from mvlm_dataloading.scenes.vocabulary import NOUNS, SHAPES, SPLITS, Kind
 
 SIZES: dict[str, Any] = {"train": 8, "validation": 4, "test": 4}
 

@@ -3,10 +3,9 @@
 import pytest
 
 from mvlm_dataloading.scenes.build import metadata_of
-from mvlm_dataloading.scenes.captions import make_captions
 from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
-from mvlm_dataloading.scenes.kinds import NOUNS, plural, with_article
-from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
+from mvlm_dataloading.scenes.texts import make_captions
+from mvlm_dataloading.scenes.vocabulary import NOUNS, SPLITS, plural, vocabulary, with_article
 from support.scene_oracle import PLAIN
 
 SCENE = {

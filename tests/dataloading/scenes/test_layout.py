@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from mvlm_dataloading.scenes.kinds import SIDES, Kind
 from mvlm_dataloading.scenes.layout import CARD, SIDE, beside, boxes, card_box, is_beside, place
+from mvlm_dataloading.scenes.vocabulary import SIDES, Kind
 
 DOG, CAT = Kind("dog"), Kind("cat")
 SHAPES = {"dog": (80, 80), "cat": (80, 31)}

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading.scenes.build import TASKS, compose_split, metadata_of
-from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen, with_article
-from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
+from mvlm_dataloading.scenes.vocabulary import (
+    HELD_COLOURS,
+    NOUNS,
+    SIDES,
+    SPLITS,
+    held_side,
+    is_unseen,
+    vocabulary,
+    with_article,
+)
 from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
 
 BALANCED = ("vqa", "pairs", "entailment")

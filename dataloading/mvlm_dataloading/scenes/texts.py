@@ -1,0 +1,376 @@
+"""Texts about scenes: captions and names, phrases for one object, hypotheses, and statements about two images.
+
+A sample is a text with its scenes, before they are drawn. Texts with an answer are made in blocks in which every text
+has each of its answers equally often.
+
+- A phrase names one object, and objects beside it answer to half of the phrase. It is asked of two scenes in which the
+  object and a distractor are exchanged, so no place in the image is a good guess for a phrase.
+- A hypothesis has three images: one entails it, one contradicts it, one leaves it open. A grey card hides part of every
+  image. Where it hides what the hypothesis speaks of, the image leaves it open; elsewhere it hides another object. That
+  there is a card therefore tells nothing. Where it lies tells a little, because fillers are in other places than what
+  is asked about: the image alone is right on up to 40 % (`docs/evidence/tasks.md`).
+- A statement about two images, in the manner of NLVR2, has four pairs of images, two of which make it true. The same
+  images appear in true and in false pairs wherever the statement allows it, often only exchanged, so neither the
+  statement nor one image decides.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import permutations
+from typing import Any
+
+from .layout import CELLS, MOST, Placed, Scene, beside, is_beside, place
+from .vocabulary import NUMBERS, SIDES, Kind, Vocabulary, plural, with_article
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question: its images, its texts, and its metadata."""
+
+    scenes: tuple[Scene, ...]
+    captions: tuple[str, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+Family = Callable[[random.Random, Vocabulary], list[Sample]]
+"""Makes a block of samples in which every text has each of its answers equally often."""
+
+
+def compose(families: Mapping[str, Family], seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """At least `count` samples in whole blocks, evenly of all families."""
+    made = dict.fromkeys(families, 0)
+    samples: list[Sample] = []
+    while len(samples) < count:
+        family = min(made, key=lambda name: made[name])
+        rng = random.Random(f"{seed} {family} {made[family]}")  # a hash of the text, the same on every machine
+        block = families[family](rng, vocabulary)
+        made[family] += len(block)
+        samples += block
+    return samples
+
+
+def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Iterable[str]) -> list[Kind]:
+    """Kinds of other names, each name at most once: half of them coloured shapes, if there are any."""
+    names, found = set(without), []
+    for _ in range(count):
+        free = [kind for kind in vocabulary.fill if kind.name not in names]
+        tints = [kind for kind in free if kind.colour]
+        found.append(rng.choice(tints if tints and rng.random() < 0.5 else free))
+        names.add(found[-1].name)
+    return found
+
+
+def other_kind(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
+    """Substitute of a kind where it is missing: the same shape in another colour, or another noun.
+
+    It is one of the kinds that the split asks about. Otherwise a kind that training does not know would mean "yes".
+    """
+    if kind.colour:
+        return rng.choice([tint for tint in vocabulary.tints if tint.name == kind.name and tint != kind])
+    return rng.choice([noun for noun in vocabulary.nouns if noun != kind])
+
+
+def same_colour(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> list[Kind]:
+    """Another shape of the same colour, if there is one: a distractor."""
+    others = [tint for tint in vocabulary.all_tints if tint.colour == kind.colour and tint.name != kind.name]
+    return [rng.choice(others)] if others else []
+
+
+def asked_kind(rng: random.Random, vocabulary: Vocabulary) -> Kind:
+    """A kind to ask about: half of them nouns, half coloured shapes, if there are both."""
+    pools = [pool for pool in (vocabulary.nouns, vocabulary.tints) if pool]
+    return rng.choice(rng.choice(pools))
+
+
+def different_pairs(rng: random.Random, answers: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Pairs of different answers in which each answer is equally often."""
+    shuffled = rng.sample(answers, len(answers))
+    if len(shuffled) % 2:
+        shuffled *= 2
+    return list(zip(shuffled[::2], shuffled[1::2], strict=True))
+
+
+def make_captions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """`count` scenes with three to five captions each."""
+    return compose({"scene": described}, seed, vocabulary, count)
+
+
+def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """A scene of one to four kinds, one of them a kind that the split asks about."""
+    kind = asked_kind(rng, vocabulary)
+    kinds = [kind, *fillers(rng, vocabulary, rng.randint(0, 3), {kind.name})]
+    if kind.colour and rng.random() < 0.3:
+        kinds = [kind, other_kind(rng, vocabulary, kind), *kinds[1:3]]
+    room, numbers = MOST - len(kinds), []
+    for _ in kinds:
+        more = rng.choice((0, 0, 1, 2))
+        numbers.append(1 + min(more, room))
+        room -= numbers[-1] - 1
+    objects = [kind for kind, number in zip(kinds, numbers, strict=True) for _ in range(number)]
+    scene = place(rng, objects)
+    return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
+
+
+def make_names(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """`count` scenes of one object each, with captions that name it."""
+    return compose({"name": one_named}, seed, vocabulary, count)
+
+
+def one_named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """A scene of one object, of any kind that the split asks about."""
+    scene = place(rng, [rng.choice(vocabulary.asked)])
+    return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
+
+
+def captions_of(rng: random.Random, vocabulary: Vocabulary, scene: Scene) -> list[str]:
+    """Three captions that list all objects, and up to two that tell a side."""
+    counts: dict[Kind, int] = {}
+    for one in scene.objects:
+        counts[one.kind] = counts.get(one.kind, 0) + 1
+
+    def listed() -> tuple[str, bool]:
+        kinds = rng.sample(sorted(counts, key=lambda kind: kind.text), len(counts))
+        texts = [
+            with_article(kind.text) if counts[kind] == 1 else f"{NUMBERS[counts[kind]]} {plural(kind.text)}"
+            for kind in kinds
+        ]
+        return " and ".join([", ".join(texts[:-1]), texts[-1]] if texts[1:] else texts), counts[kinds[0]] > 1
+
+    (first, _), (second, several), (third, _) = listed(), listed(), listed()
+    captions = [first, f"there {'are' if several else 'is'} {second}", f"an image of {third}"]
+    alone = [one for one in scene.objects if counts[one.kind] == 1]
+    told = [
+        (one.kind.text, SIDES[side], other.kind.text)
+        for one in alone
+        for other in alone
+        for side in SIDES
+        if other.kind != one.kind and _aligned(one, other) and is_beside(one, side, other)
+        if one.kind.colour or vocabulary.stands(one.kind.name, side)
+    ]
+    if told:
+        one, side, other = rng.choice(told)
+        captions.append(f"{with_article(one)} {side} {with_article(other)}")
+        one, side, other = rng.choice(told)
+        captions.append(f"{listed()[0]}, where the {one} is {side} the {other}")
+    return captions
+
+
+def _aligned(one: Placed, other: Placed) -> bool:
+    return one.row == other.row or one.column == other.column
+
+
+def make_phrases(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """At least `count` phrases with an image each; metadata `target` is the number of the object meant."""
+    return compose({"kind": phrases_of_a_kind, "relation": phrases_of_a_side}, seed, vocabulary, count)
+
+
+def phrases_of_a_kind(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """A noun beside another one, or a coloured shape beside the same shape and beside the same colour."""
+    kind = asked_kind(rng, vocabulary)
+    near = [other_kind(rng, vocabulary, kind), *(same_colour(rng, vocabulary, kind) if kind.colour else [])]
+    names = {kind.name, *(one.name for one in near)}
+    others = near + fillers(rng, vocabulary, rng.randint(1, 2 if kind.colour else 3), names)
+    scene = place(rng, [kind, *others])
+    text = rng.choice((f"the {kind.text}", with_article(kind.text)))
+    return [
+        Sample((scene,), (text,), {"target": 0, "phrase_type": "kind"}),
+        Sample((scene.swapped(0, 1),), (text,), {"target": 1, "phrase_type": "kind"}),
+    ]
+
+
+def phrases_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """One of two equal nouns, the one on a side of a third object."""
+    subject = rng.choice(vocabulary.subjects)
+    side = rng.choice(vocabulary.sides(subject))
+    anchor = rng.choice([kind for kind in vocabulary.anchors if kind != subject])
+    cells = rng.choice(_triples(side))
+    others = fillers(rng, vocabulary, rng.randint(0, 2), {subject.name, anchor.name})
+    scene = place(rng, [subject, subject, anchor, *others], cells)
+    text = f"the {subject.text} {SIDES[side]} the {anchor.text}"
+    return [Sample((scene,), (text,), {"target": 0, "phrase_type": "relation"})]
+
+
+@cache
+def _triples(side: str) -> list[tuple[int, int, int]]:
+    """Cells of an object on this side of a third, of one that is not, and of the third."""
+    at = [Placed(Kind(""), cell, 1, (0, 0)) for cell in range(CELLS)]
+    return [
+        (one, other, third)
+        for one, other, third in permutations(range(CELLS), 3)
+        if is_beside(at[one], side, at[third]) and not is_beside(at[other], side, at[third])
+    ]
+
+
+CORNERS = {
+    0: "in the top left corner",
+    2: "in the top right corner",
+    4: "in the middle",
+    6: "in the bottom left corner",
+    8: "in the bottom right corner",
+}
+"""Cells that have a name."""
+
+
+def make_hypotheses(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """At least `count` hypotheses with an image each, evenly of the families that the vocabulary allows."""
+    families: dict[str, Family] = {"place": hypotheses_of_a_place, "relation": hypotheses_of_a_side}
+    return compose(families | ({"colour": hypotheses_of_a_colour} if vocabulary.tints else {}), seed, vocabulary, count)
+
+
+def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Kind of the object in a named place."""
+    kind, cell = asked_kind(rng, vocabulary), rng.choice(tuple(CORNERS))
+    edit = other_kind(rng, vocabulary, kind)
+    others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name, edit.name})
+    scene = place(rng, [kind, *others], [cell])
+    text = f"{with_article(kind.text)} is {CORNERS[cell]}"
+    return _three_judged(rng, "place", text, scene, scene.with_kind(0, edit), asked=(0,))
+
+
+def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Side of a noun; in the contradicting image the two nouns are exchanged, in the open one a card hides one."""
+    subject = rng.choice(vocabulary.subjects)
+    side = rng.choice(vocabulary.sides(subject))
+    anchor = rng.choice([kind for kind in vocabulary.anchors if kind != subject])
+    one, other, _ = beside(rng, side)
+    others = fillers(rng, vocabulary, rng.randint(1, 3), {subject.name, anchor.name})
+    scene = place(rng, [subject, anchor, *others], [one, other])
+    text = f"the {subject.text} is {SIDES[side]} the {anchor.text}"
+    return _three_judged(rng, "relation", text, scene, scene.swapped(0, 1), asked=(0, 1))
+
+
+def hypotheses_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Colour of the only object of a shape."""
+    kind = rng.choice(vocabulary.tints)
+    others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name})
+    scene = place(rng, [kind, *others])
+    text = f"the {kind.name} is {kind.colour}"
+    return _three_judged(rng, "colour", text, scene, scene.with_kind(0, other_kind(rng, vocabulary, kind)), asked=(0,))
+
+
+def _three_judged(
+    rng: random.Random, family: str, text: str, true: Scene, false: Scene, asked: tuple[int, ...]
+) -> list[Sample]:
+    """The hypothesis with its three images. `asked`: numbers of the objects that it speaks of."""
+    beyond = rng.choice([one.cell for number, one in enumerate(true.objects) if number not in asked])
+    hidden = true.objects[rng.choice(asked)].cell
+    unknown = rng.choice((true, false))  # what is behind the card may be either
+    rows = [
+        ("entailment", replace(true, card=beyond)),
+        ("contradiction", replace(false, card=beyond)),
+        ("neutral", replace(unknown, card=hidden)),
+    ]
+    return [Sample((scene,), (text,), {"label": label, "hypothesis_type": family}) for label, scene in rows]
+
+
+Pair = tuple[Scene, Scene]
+
+
+def make_statements(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """At least `count` pairs of images with a statement. The four of a statement follow each other and share a set."""
+    families: dict[str, Family] = {
+        "only": statements_of_one_side,
+        "both": statements_of_both,
+        "one": statements_of_exactly_one,
+        "more": statements_of_more,
+        "relation": statements_of_a_side,
+    }
+    if vocabulary.tints:
+        families["same colour"] = statements_of_a_colour
+    samples = compose(families, seed, vocabulary, count)
+    return [
+        replace(sample, metadata={**sample.metadata, "set_id": number // 4, "pair": number % 4})
+        for number, sample in enumerate(samples)
+    ]
+
+
+def statements_of_one_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Presence in the named image and absence in the other."""
+    (here, without), (here_too, without_too), text = _present(rng, vocabulary)
+    side = rng.choice(("left", "right"))
+    left = [(here, without_too), (here_too, without)]
+    right = [(b, a) for a, b in left]
+    statement = f"only the {side} image shows {text}"
+    return _four_judged(rng, "only", statement, *((left, right) if side == "left" else (right, left)))
+
+
+def statements_of_both(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Presence in both images."""
+    (here, without), (here_too, without_too), text = _present(rng, vocabulary)
+    true, false = [(here, here_too), (here_too, here)], [(here, without_too), (without, here_too)]
+    return _four_judged(rng, "both", f"both images show {text}", true, false)
+
+
+def statements_of_exactly_one(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Presence in one image and not in the other: each image is in a true and in a false pair on each side."""
+    (here, without), (here_too, without_too), text = _present(rng, vocabulary)
+    true, false = [(here, without_too), (without, here_too)], [(here, here_too), (without, without_too)]
+    return _four_judged(rng, "one", f"exactly one of the images shows {text}", true, false)
+
+
+def statements_of_more(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Numbers of a kind in two images that differ by one or two."""
+    kind = asked_kind(rng, vocabulary)
+    pairs: list[Pair] = []
+    for _ in range(2):
+        few, many = sorted(rng.sample(range(1, 5), 2))
+        two = []
+        for count in (many, few):
+            near = [other_kind(rng, vocabulary, kind)] if kind.colour else []
+            others = near + fillers(rng, vocabulary, rng.randint(0, 2), {kind.name})
+            two.append(place(rng, [*[kind] * count, *others][:MOST]))
+        pairs.append((two[0], two[1]))
+    side, other = rng.choice((("left", "right"), ("right", "left")))
+    exchanged = [(b, a) for a, b in pairs]
+    statement = f"the {side} image has more {plural(kind.text)} than the {other} image"
+    return _four_judged(rng, "more", statement, *((pairs, exchanged) if side == "left" else (exchanged, pairs)))
+
+
+def statements_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Side of a noun in both images; in a false pair the two nouns are exchanged in one image."""
+    subject = rng.choice(vocabulary.subjects)
+    side = rng.choice(vocabulary.sides(subject))
+    anchor = rng.choice([kind for kind in vocabulary.anchors if kind != subject])
+    found: list[Pair] = []
+    for _ in range(2):
+        one, other, _ = beside(rng, side)
+        others = fillers(rng, vocabulary, rng.randint(1, 3), {subject.name, anchor.name})
+        scene = place(rng, [subject, anchor, *others], [one, other])
+        found.append((scene, scene.swapped(0, 1)))
+    (first, not_first), (second, not_second) = found
+    statement = f"in both images the {subject.text} is {SIDES[side]} the {anchor.text}"
+    true, false = [(first, second), (second, first)], [(first, not_second), (not_first, second)]
+    return _four_judged(rng, "relation", statement, true, false)
+
+
+def statements_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Equality of the colours of a shape in two images."""
+    one = rng.choice(vocabulary.tints)
+    other = rng.choice([tint for tint in vocabulary.tints if tint.name == one.name and tint != one])
+    first, second = (place(rng, [one, *fillers(rng, vocabulary, rng.randint(1, 3), {one.name})]) for _ in range(2))
+    not_first, not_second = first.with_kind(0, other), second.with_kind(0, other)
+    statement = f"the {plural(one.name)} in the two images have the same colour"
+    true, false = [(first, second), (not_first, not_second)], [(first, not_second), (not_first, second)]
+    return _four_judged(rng, "same colour", statement, true, false)
+
+
+def _present(rng: random.Random, vocabulary: Vocabulary) -> tuple[Pair, Pair, str]:
+    """Two pairs of a scene with a kind and the same scene without it, and the kind's text."""
+    kind = asked_kind(rng, vocabulary)
+    pairs: list[Pair] = []
+    for _ in range(2):
+        near = same_colour(rng, vocabulary, kind) if kind.colour else []
+        edit = other_kind(rng, vocabulary, kind)
+        names = {kind.name, edit.name, *(other.name for other in near)}
+        others = near + fillers(rng, vocabulary, rng.randint(1, 3), names)
+        scene = place(rng, [kind, *others])
+        pairs.append((scene, scene.with_kind(0, edit)))
+    return pairs[0], pairs[1], with_article(kind.text)
+
+
+def _four_judged(rng: random.Random, family: str, statement: str, true: list[Pair], false: list[Pair]) -> list[Sample]:
+    rows = [(pair, "true") for pair in true] + [(pair, "false") for pair in false]
+    rng.shuffle(rows)
+    return [Sample(pair, (statement,), {"images": 2, "label": label, "statement_type": family}) for pair, label in rows]
