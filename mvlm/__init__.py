@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from mvlm.config.finetune import FinetuneConfig as FinetuneConfig
     from mvlm.config.model import MaskVLMConfig as MaskVLMConfig
     from mvlm.config.pretrain import PretrainConfig as PretrainConfig
     from mvlm.config.recipes import pretrain_defaults as pretrain_defaults
@@ -25,24 +26,31 @@ if TYPE_CHECKING:
     from mvlm.objectives.losses import Losses as Losses
     from mvlm.runs.load import export as export
     from mvlm.runs.load import load_model as load_model
+    from mvlm.tasks.finetune import finetune as finetune
     from mvlm.training.run import pretrain as pretrain
+    from mvlm_dataloading.errors import DataError as DataError
 
 _MODULES = {
-    "ConfigError": "errors",
-    "Losses": "objectives.losses",
-    "MaskVLM": "model.maskvlm",
-    "MaskVLMConfig": "config.model",
-    "PretrainConfig": "config.pretrain",
-    "RunError": "errors",
-    "TrainedModel": "inference.trained_model",
-    "evaluate": "evaluation.evaluate",
-    "export": "runs.load",
-    "load_model": "runs.load",
-    "pretrain": "training.run",
-    "pretrain_defaults": "config.recipes",
+    "ConfigError": "mvlm.errors",
+    "DataError": "mvlm_dataloading.errors",
+    "FinetuneConfig": "mvlm.config.finetune",
+    "Losses": "mvlm.objectives.losses",
+    "MaskVLM": "mvlm.model.maskvlm",
+    "MaskVLMConfig": "mvlm.config.model",
+    "PretrainConfig": "mvlm.config.pretrain",
+    "RunError": "mvlm.errors",
+    "TrainedModel": "mvlm.inference.trained_model",
+    "evaluate": "mvlm.evaluation.evaluate",
+    "export": "mvlm.runs.load",
+    "finetune": "mvlm.tasks.finetune",
+    "load_model": "mvlm.runs.load",
+    "pretrain": "mvlm.training.run",
+    "pretrain_defaults": "mvlm.config.recipes",
 }
 __all__ = [
     "ConfigError",
+    "DataError",
+    "FinetuneConfig",
     "Losses",
     "MaskVLM",
     "MaskVLMConfig",
@@ -51,6 +59,7 @@ __all__ = [
     "TrainedModel",
     "evaluate",
     "export",
+    "finetune",
     "load_model",
     "pretrain",
     "pretrain_defaults",
@@ -63,7 +72,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'mvlm' has no attribute {name!r}; it has {', '.join(__all__)}")
     try:
-        return getattr(import_module(f"mvlm.{_MODULES[name]}"), name)
+        return getattr(import_module(_MODULES[name]), name)
     except ModuleNotFoundError as error:
         from mvlm.errors import advise_install
 
