@@ -49,10 +49,11 @@ FLOORS = [
     ("model", [("model/", "the network, and two implementations of a step")]),
     ("objectives", [("objectives/", "MLM, MIM, ITC, ITM on tensors")]),
     ("settings", [("config/", "every setting, its recipes, its JSON")]),
-    ("ground", [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", ""), ("errors", "")]),
+    ("ground", [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", "")]),
+    ("", [("errors", "what every room may raise")]),
 ]
 PACKAGES = [
-    ("mvlm_kernels", "fused ops in Triton; torch and triton only"),
+    ("mvlm_kernels", "fused ops; need torch, Triton and NumPy"),
     ("mvlm_dataloading", "shards, tokens, the DALI pipeline"),
 ]
 LEFT, WIDTH, TOP, HEIGHT, STEP, GAP = 150, 730, 16, 54, 66, 12

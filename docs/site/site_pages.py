@@ -11,6 +11,7 @@ import re
 import typing
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def configuration() -> str:
         "A resumed run may never change these.",
         "",
     ]
-    lines += [_settings(MaskVLMConfig, {preset: recipe.model for preset, recipe in recipes.items()}, "--model.")]
+    lines += [_settings(MaskVLMConfig, {preset: recipe.model for preset, recipe in recipes.items()}, "--model.", True)]
     for group in GROUPS:
         lines += [f"## {_title(group)}", "", inspect.cleandoc(group.__doc__ or ""), "", _settings(group, recipes, "--")]
     task = finetune_defaults("vqa", checkpoint=Path(), data=Path(), out=Path())
@@ -99,11 +100,20 @@ def _title(group: type) -> str:
     return group.__name__.removesuffix("Settings").removesuffix("Options")
 
 
-def _settings(group: type, values: dict[str, Any], prefix: str) -> str:
-    """Table of a group's settings. A default says of which recipes it is, where recipes differ."""
-    texts = ModuleAnalyzer.for_module(group.__module__).find_attr_docs()
+@cache
+def _attribute_docs(kind: type) -> dict[tuple[str, str], list[str]]:
+    """Docstrings of the attributes of a class's module, by class and attribute."""
+    return {} if kind is object else ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
+
+
+def _settings(group: type, values: dict[str, Any], prefix: str, inherited: bool = False) -> str:
+    """Table of a group's settings, and of inherited ones if asked. A default says of which recipes, if these differ."""
     types = typing.get_type_hints(group, include_extras=True)
-    fields = [field for field in dataclasses.fields(group) if field.name in group.__annotations__]
+    fields = [field for field in dataclasses.fields(group) if inherited or field.name in group.__annotations__]
+
+    def text(name: str) -> str:
+        of = next(kind for kind in group.__mro__ if (kind.__name__, name) in _attribute_docs(kind))
+        return " ".join(_attribute_docs(of)[of.__name__, name])
 
     def default(field: dataclasses.Field[Any]) -> str:
         found = {name: getattr(config, field.name) for name, config in values.items()}
@@ -120,7 +130,7 @@ def _settings(group: type, values: dict[str, Any], prefix: str) -> str:
         (
             f"`{prefix}{field.name.replace('_', '-')}`, {cell(_kind(types[field.name]))}",
             default(field),
-            cell(" ".join(texts[group.__name__, field.name])),
+            cell(text(field.name)),
         )
         for field in fields
     )
