@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from .build.build import build_part as build_part
     from .build.build import build_shards as build_shards
     from .build.build import merge_parts as merge_parts
-    from .build.easy_vqa import build_easy_vqa as build_easy_vqa
-    from .build.emoji import build_emoji as build_emoji
+    from .build.packaged_sets import build_easy_vqa as build_easy_vqa
+    from .build.packaged_sets import build_emoji as build_emoji
+    from .build.packaged_sets import build_twemoji as build_twemoji
     from .build.shard_writer import ShardWriter as ShardWriter
-    from .build.twemoji import build_twemoji as build_twemoji
     from .dataset.dataset import Dataset as Dataset
     from .dataset.open import open_dataset as open_dataset
     from .errors import DataError as DataError
@@ -43,10 +43,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "batch": ("Batch", "Masks"),
     "build.build": ("build_part", "build_shards", "merge_parts"),
-    "build.easy_vqa": ("build_easy_vqa",),
-    "build.emoji": ("build_emoji",),
+    "build.packaged_sets": ("build_easy_vqa", "build_emoji", "build_twemoji"),
     "build.shard_writer": ("ShardWriter",),
-    "build.twemoji": ("build_twemoji",),
     "dataset.dataset": ("Dataset",),
     "dataset.open": ("open_dataset",),
     "errors": ("DataError",),

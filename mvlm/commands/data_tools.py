@@ -103,7 +103,7 @@ def summary(out: Path, *splits: str) -> str:
     import json
 
     from mvlm_dataloading.dataset.description import read_description
-    from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
+    from mvlm_dataloading.dataset.folders import RemoteFolder, is_remote
 
     written = json.loads(RemoteFolder(out).read("dataset.json")) if is_remote(out) else read_description(out)
     return f"{out}: {counts({'splits': {split: written['splits'][split] for split in splits or written['splits']}})}"

@@ -23,8 +23,8 @@ from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.captions import clean_line
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
+from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
-from mvlm_dataloading.dataset.remote_files import is_remote
 from mvlm_dataloading.images.files import read_image_file
 from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under

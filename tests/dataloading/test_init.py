@@ -10,7 +10,7 @@ def test_every_public_name_can_be_imported():
     names = dir(mvlm_dataloading)
     assert {"Loader", "open_dataset", "build_emoji", "Batch"} <= set(names)
     for name in names:
-        assert getattr(mvlm_dataloading, name).__name__ == name
+        assert getattr(mvlm_dataloading, name).__name__ == name.removeprefix("from_")
     with pytest.raises(AttributeError, match="no attribute 'Loadr'"):
         _ = mvlm_dataloading.Loadr
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
-from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset import folders
+from mvlm_dataloading.dataset.folders import RemoteFolder
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
-from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.loader import reader, sampler
 from support.data import wave_tokenizer, write_dataset
 from support.hub import serve_hub
@@ -53,7 +53,7 @@ def old_web(folder, tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from mvlm_dataloading.dataset.description import describe_shard, write_description
 from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
+from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder
 from mvlm_dataloading.dataset.open import write_index
-from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import replaced, write_file
 from mvlm_dataloading.sources.tar_samples import CUT
@@ -44,7 +44,6 @@ from .duplicates import (
     parse_image_facts,
     tabulate,
 )
-from .local_folder import LocalFolder
 from .shard_writer import Shard
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from typing import Any
 
 from mvlm_dataloading.dataset.description import already_written, require_free_folder
 from mvlm_dataloading.dataset.description_fields import parse_description, require_split_name
-from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote, normal_url
+from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, is_remote, normal_url, open_folder
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder
 from mvlm_dataloading.options import BuildOptions
@@ -33,7 +33,6 @@ from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 from mvlm_dataloading.tokenizer import load_tokenizer
 
 from .assemble import REPEATED_KEY, Assembly, assemble
-from .local_folder import LocalFolder, open_folder
 from .part import (
     WHOLE,
     BuildProgress,
@@ -45,7 +44,7 @@ from .part import (
     start_or_resume,
     write_part,
 )
-from .piece_tasks import working_folder
+from .workers import working_folder
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def build_shards(
             those of this data set.
         workers: number of worker processes, one per core by default. 0 works in this process, which then dies if the
             decoder crashes.
-        executor: "processes" of this machine, or the nodes of a "ray" cluster (see `ray_tasks`).
+        executor: "processes" of this machine, or the nodes of a "ray" cluster (see `workers`).
 
     Raises:
         DataError: `out` is in use, another process writes it, no record is usable, the disk is full, or worker

@@ -23,15 +23,13 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
+from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, discard, is_remote, open_folder
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256
 
-from .local_folder import LocalFolder, discard, open_folder
-from .piece_tasks import PieceJob, PieceTask, finished_pieces, working_folder, write_pieces
-from .ray_tasks import ray_cores, write_pieces_on_ray
+from .workers import PieceJob, PieceTask, finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
 
 log = logging.getLogger(__name__)
 

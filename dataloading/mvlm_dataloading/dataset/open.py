@@ -16,9 +16,9 @@ from mvlm_dataloading.files import make_no_older, replaced
 
 from .dataset import Dataset
 from .description import read_description, shard_paths
+from .folders import is_remote
 from .pack import local_hint, older_index, pack_local, pack_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
-from .remote_files import is_remote
 from .sample_index import SampleIndex, index_path, map_index, shards_hash
 from .tar_check import check_size, compare_with_tar
 

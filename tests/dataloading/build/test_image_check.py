@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading.build.hash_search import MAX_DISTANCE
+from mvlm_dataloading.build.duplicates import MAX_DISTANCE
 from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, ImageDecoder, exif_first, perceptual_hash
 from support import published
 

@@ -14,7 +14,7 @@ import pytest
 from mvlm_dataloading import BuildOptions, DataError, build_part, build_shards, merge_parts, open_dataset
 from mvlm_dataloading.build import part as part_module
 from mvlm_dataloading.build.part import parse_part
-from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset import folders
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import build_records, file_contents, make_record, read_json_lines
@@ -163,14 +163,14 @@ def test_a_part_is_i_of_n(text):
 def test_parts_and_their_merge_at_an_object_store(source, whole, tmp_path, monkeypatch):
     """A part's upload fails at its last file; the part is resumed; no finished piece is uploaded again."""
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0.01)
     with serve_s3("pairs"):
         work_at_store(source, whole, tmp_path, monkeypatch, "s3://pairs/work")
 
 
 def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
     parts = [f"{s3}/parts/{i}" for i in (1, 2)]
-    put, stored = remote_files.RemoteFolder.put, []
+    put, stored = folders.RemoteFolder.put, []
 
     def failing(self, path, name):
         if name == "pieces/000002/shards.json" and name not in stored:
@@ -180,7 +180,7 @@ def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
         put(self, path, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote_files.RemoteFolder, "put", failing)
+        patch.setattr(folders.RemoteFolder, "put", failing)
         with pytest.raises(OSError, match="the network is gone"):
             build_part(source, parts[0], (1, 2), OPTIONS, workers=0)
         with pytest.raises(DataError, match="wanted all 5 pieces, found 1"):
@@ -203,7 +203,7 @@ def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
     merge_parts(parts, f"{s3}/deep/set")
     merge_parts(parts, f"{s3}/deep/set")  # and is recognised
     build_shards(source, f"{s3}/deep/direct", OPTIONS, workers=0)
-    remote = remote_files.RemoteFolder(s3)
+    remote = folders.RemoteFolder(s3)
     for name in ("set", "direct"):
         assert {path: remote.read(f"deep/{name}/{path}") for path in whole} == whole
     assert {name.split("/")[1] for name in remote.names("deep")} == {"set", "direct"}
@@ -212,7 +212,7 @@ def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
         build_shards(source, f"{s3}/deep/set", BuildOptions(quality=50), workers=0)
     assert not list((tmp_path / "cache" / "builds").glob("*/pieces/*"))
     build_shards(source, "s3://pairs", OPTIONS, workers=0)  # the bucket itself, which has no folder beside it
-    assert {path: remote_files.RemoteFolder("s3://pairs").read(path) for path in whole} == whole
+    assert {path: folders.RemoteFolder("s3://pairs").read(path) for path in whole} == whole
 
 
 @pytest.mark.slow
@@ -234,18 +234,18 @@ def test_work_of_an_abandoned_build_at_a_url_is_not_taken(source, tmp_path, monk
         for build in (part, shards):
             name = build.__name__
             with monkeypatch.context() as patch:
-                patch.setattr(remote_files.RemoteFolder, "put", killed)
+                patch.setattr(folders.RemoteFolder, "put", killed)
                 with pytest.raises(KeyboardInterrupt):
                     build(OPTIONS, f"s3://pairs/{name}")
             assert list((tmp_path / "cache" / "builds").glob("*/pieces/*/shards.json"))
-            store = remote_files.RemoteFolder("s3://pairs").filesystem
+            store = folders.RemoteFolder("s3://pairs").filesystem
             store.rm(f"pairs/{name}", recursive=True) if store.exists(f"pairs/{name}") else None
             store.rm(f"pairs/.{name}.partial", recursive=True) if store.exists(f"pairs/.{name}.partial") else None
             build(other, f"s3://pairs/{name}")
         merge_parts(["s3://pairs/part"], tmp_path / "merged")
         wanted = file_contents(build_shards(source, tmp_path / "wanted", other, workers=0))
         assert file_contents(tmp_path / "merged") == wanted
-        assert {path: remote_files.RemoteFolder("s3://pairs").read(f"shards/{path}") for path in wanted} == wanted
+        assert {path: folders.RemoteFolder("s3://pairs").read(f"shards/{path}") for path in wanted} == wanted
 
 
 @pytest.mark.slow

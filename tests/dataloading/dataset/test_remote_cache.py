@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset import folders
+from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
-from mvlm_dataloading.dataset.remote_files import is_remote
 from support.data import write_dataset
 from support.faults.faulty_proxy import serve_faulty
 from support.web_server import FolderHandler, serve
@@ -40,7 +40,7 @@ def web(folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 

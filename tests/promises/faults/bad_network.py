@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import boto3
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
-from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset import folders
 from support.data import wave_tokenizer, write_dataset
 from support.faults.faulty_proxy import FAULTS, serve_faulty
 from support.object_store import serve_s3
@@ -144,8 +144,8 @@ def run_trials(folder: Path, trials: int, seed: int) -> dict[str, Any]:
 
 def shorten(patch: Callable[[Any, str, float], None] = setattr) -> None:
     """Shorten pauses and limits, so that a trial takes seconds."""
-    patch(remote_files, "FIRST_PAUSE_S", 0.01)
-    patch(remote_files, "SILENCE_S", 1)
+    patch(folders, "FIRST_PAUSE_S", 0.01)
+    patch(folders, "SILENCE_S", 1)
 
 
 def main() -> int:

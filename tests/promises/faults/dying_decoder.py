@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mvlm_dataloading.build import piece, piece_tasks
+from mvlm_dataloading.build import piece, workers
 from mvlm_dataloading.build.build import build_shards
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
@@ -54,5 +54,5 @@ if __name__ == "__main__":
     if sys.argv[2:] != ["killed"]:
         again = [Record(f"k03-{n}", image(3), ["another question"], "3.png") for n in range(3)]
         pieces[0] = ListedPiece("train", [*pieces[0].listed[:4], *again, *pieces[0].listed[4:]])
-        piece_tasks.MAX_CRASHES = 2  # one with all images of the group, one with the deadly image alone
+        workers.MAX_CRASHES = 2  # one with all images of the group, one with the deadly image alone
     build_shards(Source("deadly", "", "", {}, pieces), Path(sys.argv[1]), BuildOptions(), workers=1)

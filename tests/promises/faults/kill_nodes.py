@@ -30,9 +30,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from mvlm_dataloading.build.build import build_shards
-from mvlm_dataloading.build.local_folder import open_folder
-from mvlm_dataloading.build.piece_tasks import finished_pieces
-from mvlm_dataloading.dataset.remote_files import is_remote
+from mvlm_dataloading.build.workers import finished_pieces
+from mvlm_dataloading.dataset.folders import is_remote, open_folder
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
 

@@ -4,8 +4,8 @@ import fsspec.config
 import pytest
 
 from mvlm_dataloading import DataError
-from mvlm_dataloading.dataset import remote_files
-from mvlm_dataloading.dataset.remote_files import RemoteFolder, normal_url
+from mvlm_dataloading.dataset import folders
+from mvlm_dataloading.dataset.folders import RemoteFolder, normal_url
 from support.faults.faulty_proxy import FAULTS, ON_WRITES, serve_faulty
 from support.object_store import serve_gcs, serve_s3
 from support.web_server import serve
@@ -13,8 +13,8 @@ from support.web_server import serve
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote_files, "SILENCE_S", 1)
+    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(folders, "SILENCE_S", 1)
 
 
 @pytest.fixture(scope="module")

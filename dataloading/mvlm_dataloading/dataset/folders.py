@@ -1,20 +1,23 @@
-"""Files of a folder at s3://, gs://, hf:// or https://, read and written through fsspec, with retries and checks.
+"""Files of a folder at s3://, gs://, hf:// or https://, or on a disk, under one interface.
 
-A connection that is silent for `SILENCE_S`, an error of the server, a body that ends early and a body whose length or
-hash is wrong are the same to a caller: the attempt is repeated after a pause, and the last one raises DataError with
-the URL of the file.
+Files at a URL are read and written through fsspec, with retries and checks. A connection that is silent for
+`SILENCE_S`, an error of the server, a body that ends early and a body whose length or hash is wrong are the same to a
+caller: the attempt is repeated after a pause, and the last one raises DataError with the URL of the file.
 """
 
 import errno
 import hashlib
 import logging
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.files import replaced, write_file
 
 log = logging.getLogger(__name__)
 
@@ -176,3 +179,66 @@ def _limits(url: str) -> dict[str, Any]:
         settings = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"max_attempts": 0}}
         limits = {"config_kwargs": settings}
     return {**limits, **need("fsspec.config").conf.get(protocol, {})}
+
+
+class LocalFolder:
+    """Files of one folder. Names are relative to it.
+
+    Args:
+        gives_away: `get` moves files instead of copying them.
+
+    Raises:
+        DataError: a file is missing.
+    """
+
+    def __init__(self, folder: Path, *, gives_away: bool = False):
+        self.folder, self.url = folder, str(folder)
+        self._gives_away = gives_away
+
+    def read(self, name: str, *, exact: bool = True) -> bytes:
+        """Content of a file. Always exact."""
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.folder / name}: wanted a file that the data set needs, found none; check the folder"
+            ) from None
+
+    def has(self, name: str) -> bool:
+        """True if the folder has a file of this name."""
+        return (self.folder / name).is_file()
+
+    def names(self, folder: str) -> list[str]:
+        """Names of all files in a folder and its subfolders. Empty if there is no such folder."""
+        return [path.relative_to(self.folder).as_posix() for path in (self.folder / folder).rglob("*")]
+
+    def get(self, name: str, to: Path) -> None:
+        """Give a file a second name, copy it where that is impossible, or move it. `to` appears complete."""
+        path = self.folder / name
+        if self._gives_away:
+            path.rename(to)
+            return
+        try:
+            os.link(path, to)
+        except OSError:  # another disk, or a file system without links
+            with replaced(to) as aside:
+                shutil.copyfile(path, aside)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Store a file. It appears complete, or not at all, and is on the disk afterwards."""
+        write_file(self.folder / name, content)
+
+
+def open_folder(place: Path | str) -> LocalFolder | RemoteFolder:
+    """The files of a folder that is given by its path or by its URL."""
+    return RemoteFolder(place) if is_remote(place) else LocalFolder(Path(place))
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that another process may be writing. That process cannot finish it any more."""
+    gone = folder.with_name(f"{folder.name}.old")
+    try:
+        folder.rename(gone)  # at once, so that nobody renames a half-removed folder to its final name
+    except OSError:  # it has been finished or removed meanwhile
+        return
+    shutil.rmtree(gone, ignore_errors=True)

