@@ -4,12 +4,11 @@ from typing import TYPE_CHECKING
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
 from mvlm_kernels.cross_attention import attention_probabilities, cross_attention, pack_key_mask
-from mvlm_kernels.dispatch import explain, use_backend
+from mvlm_kernels.dispatch import Explanation, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
-from mvlm_kernels.refusals import Explanation
 
 if TYPE_CHECKING:
     __version__: str

@@ -5,21 +5,138 @@ operations of each pass. Images are 224 px in patches of 16, 116 of 196 patches 
 unless a case has another one.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm_kernels.attention_cases import attention, indexed_attention
-from mvlm_kernels.case import Case, Sizes
+from mvlm_kernels.add_layer_norm import add_layer_norm
+from mvlm_kernels.cache_model import caching
+from mvlm_kernels.cross_attention import cross_attention
+from mvlm_kernels.dispatch import use_backend
 from mvlm_kernels.gather_patches import gather_patches
-from mvlm_kernels.norm_cases import gelu, layer_norm
+from mvlm_kernels.gelu_linear import gelu_linear
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
-from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 from mvlm_kernels.place_tokens import place_tokens
 
+BF16, FP32 = torch.bfloat16, torch.float32
 CHANNELS, PATCH, SIDE, PATCHES, MASKED, WIDTH = 3, 16, 224, 196, 116, 768
 FEATURES = CHANNELS * PATCH * PATCH
+L2 = 50_000_000
+"""Bytes of the second-level cache of an H100: NVIDIA H100 Tensor Core GPU architecture, white paper."""
+ROWS = 256 * 197
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    sizes: the paper's sizes by name.
+    samples: for each size two small values at which bytes are counted. The count is extrapolated linearly to ``sizes``.
+    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them that calls the op.
+    eager: the same computation in eager torch.
+    minimum, flops: fewest bytes, and floating-point operations, of (forward, backward).
+    moved: formula for the bytes of (forward, backward), used instead of counting.
+    """
+
+    op: str
+    shape: str
+    sizes: Sizes
+    samples: dict[str, tuple[int, int]]
+    run: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
+    eager: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
+    minimum: Callable[[Sizes], tuple[int, int]]
+    flops: Callable[[Sizes], tuple[int, int]] = lambda sizes: (0, 0)
+    moved: Callable[[Sizes], tuple[int, int]] | None = None
+
+
+def attention(queries: int, keys: int) -> Case:
+    """Dense attention of ``queries`` rows to ``keys`` rows, 256 times 12 heads."""
+    width = 64  # of a head; batch times heads is one size, because the programs of all heads are alike
+
+    def run(sizes: Sizes, device: str):
+        shapes = [(sizes["B*H"], n, 1, width) for n in (queries, keys, keys)]
+        leaves = [torch.zeros(s, dtype=torch.bfloat16, device=device, requires_grad=True) for s in shapes]
+        return leaves, lambda q, k, v: cross_attention(q, k, v)
+
+    def eager(sizes: Sizes, device: str):
+        leaves, _ = run(sizes, device)
+
+        def attend(q, k, v):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            p = ((q @ k.transpose(2, 3)) * width**-0.5).softmax(dim=-1)
+            return (p @ v).transpose(1, 2).contiguous()
+
+        return leaves, attend
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        per_row = sizes["B*H"] * width * 2
+        lse = 4 * sizes["B*H"] * queries
+        # The short-KV backward sees every key of a query at once and does not read the output.
+        read = 3 * queries if keys <= 128 else 4 * queries
+        return per_row * (2 * queries + 2 * keys) + lse, per_row * (read + 4 * keys) + lse
+
+    def flops(sizes: Sizes) -> tuple[int, int]:
+        product = 2 * sizes["B*H"] * queries * keys * width
+        return 2 * product, 5 * product
+
+    name = f"B256 H12 D64 {queries}x{keys}"
+    return Case("cross_attention", name, {"B*H": 256 * 12}, {"B*H": (1, 2)}, run, eager, minimum, flops)
+
+
+def pair_index(images: int, device: str = "cpu") -> Tensor:
+    """Images of ITM's pairs (3 * images,): each caption's own, and two drawn ones."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(0, images, (images,), generator=draw) for _ in range(2)]
+    return torch.cat([torch.arange(images), *drawn]).to(device)
+
+
+def indexed_attention(queries: int, keys: int) -> Case:
+    """Three captions read each image by key_index; bytes by the model of the cache.
+
+    Batch and cache are 1/192 of an H100's, so that the images' keys and values are as many times larger than the cache.
+    The backward is two kernels that read every input. The minimum is that of one.
+    """
+    heads, width, share = 2, 64, 192
+
+    def run(sizes: Sizes, device: str):
+        shapes = [(n, rows, heads, width) for n, rows in ((3 * sizes["B"], queries), *[(sizes["B"], keys)] * 2)]
+        leaves = [torch.zeros(s, dtype=torch.bfloat16, device=device, requires_grad=True) for s in shapes]
+        index = pair_index(sizes["B"], device)
+        return leaves, lambda q, k, v: cross_attention(q, k, v, key_index=index)
+
+    def eager(sizes: Sizes, device: str):
+        leaves, _ = run(sizes, device)
+        index = pair_index(sizes["B"], device)
+
+        def attend(q, k, v):
+            q, k, v = q.transpose(1, 2), k[index].transpose(1, 2), v[index].transpose(1, 2)
+            p = ((q @ k.transpose(2, 3)) * width**-0.5).softmax(dim=-1)
+            return (p @ v).transpose(1, 2).contiguous()
+
+        return leaves, attend
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        row = heads * width * 2
+        q, lse = 3 * sizes["B"] * queries * row, 4 * 3 * sizes["B"] * queries * heads
+        read = 2 * len(pair_index(sizes["B"]).unique()) * keys * row
+        return 2 * q + read + lse, 4 * q + read + 2 * sizes["B"] * keys * row + lse
+
+    def moved(sizes: Sizes) -> tuple[int, int]:
+        leaves, call = run(sizes, "cpu")
+        with use_backend("triton"):
+            with caching(L2 // share) as forward:
+                out = call(*leaves)
+            with caching(L2 // share) as backward:
+                out.backward(torch.zeros_like(out))
+        return forward.bytes, backward.bytes
+
+    name = f"B8 H{heads} D{width} {queries}x{keys}, 3 readers by key_index, L2 of 50 MB / {share}"
+    return Case("cross_attention", name, {"B": 8}, {}, run, eager, minimum, moved=moved)
 
 
 def patch_ids(batch: int, count: int, device: str, patches: int = PATCHES) -> Tensor:
@@ -196,6 +313,101 @@ def _place(mode: str, parameter_dtype: torch.dtype = torch.bfloat16) -> Case:
     what += ", fp32 parameters" if parameter_dtype == torch.float32 else ""
     samples = {"B": (2, 4), "N": (4, 8)}
     return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, eager, minimum)
+
+
+def linear_bytes(batch: int, chosen: int, features: int, width: int, kind: str) -> tuple[int, int]:
+    """Bytes of (forward, backward) of ``linear_pixel_loss``, to the last thousandth, from its chunks.
+
+    Its matrix products are cuBLAS's, which the interpreter cannot count. A product counts as reading its operands and
+    writing its result once, like every torch op; what of it stays in the L2 cache is not taken off.
+
+    batch: B. chosen: K. features: C*P*P. width: D. For bfloat16 operands, uint8 images, int32 ids, a mean loss and all
+    three gradients.
+    """
+    from mvlm_kernels.pixel_loss.linear import chunks
+    from mvlm_kernels.pixel_loss.triton import losses_of
+
+    rows, count = batch * chosen, len(list(chunks(batch, 4 * chosen * features)))
+    pixels, weight = rows * features, features * width
+    slope = pixels if kind == "l1" else 2 * pixels
+    product = 2 * rows * width + 2 * count * weight + 4 * pixels
+    programs = losses_of(rows, features, True)  # each reads the bias and writes a sum, which is read again
+    forward = product + 4 * pixels + pixels + 4 * rows + slope + programs * (2 * features + 2 * 4) + 4
+    # L1 decodes its bytes; the other kinds saved their slopes in hidden's type.
+    backward = slope + 2 * pixels if kind == "l1" else 0
+    backward += 4 * weight + 2 * pixels + 2 * count * weight + 2 * rows * width  # weight scaled, hidden's gradient
+    # The weight's gradient: zeros, a product and a sum for each chunk, the factor, the cast.
+    backward += 4 * weight + 2 * pixels + 2 * rows * width + count * 16 * weight + 8 * weight + 6 * weight
+    backward += 2 * pixels + 4 * features + count * 16 * features + 14 * features  # the bias's, in the same way
+    return forward, backward
+
+
+class _Used(torch.autograd.Function):
+    """A scalar that all given tensors are used for: their gradients are tensors of their own sizes, read in full."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
+        return tensors[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+def layer_norm(post_norm: bool) -> Case:
+    """A float32 stream, a bfloat16 addend with its bias, and a bfloat16 norm. Rows are sampled past one wave."""
+    width = 768
+
+    def leaves(sizes: Sizes, device: str) -> list[Tensor]:
+        stream = torch.zeros(sizes["R"], width, device=device)
+        vectors = [torch.zeros(width, device=device) for _ in range(3)]
+        return [t.requires_grad_() for t in (stream, torch.zeros_like(stream, dtype=BF16), *vectors)]
+
+    def run(sizes: Sizes, device: str) -> Any:
+        def call(x: Tensor, y: Tensor, y_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return _Used.apply(*add_layer_norm(x, y, weight, bias, y_bias=y_bias, post_norm=post_norm))  # pyright: ignore[reportReturnType]
+
+        return leaves(sizes, device), call
+
+    def eager(sizes: Sizes, device: str) -> Any:
+        def call(x: Tensor, y: Tensor, y_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            total = x + (y + y_bias.to(BF16))  # a linear layer adds its bias in its product, and sums its gradient
+            normalised = F.layer_norm(total, (width,), weight, bias)
+            return _Used.apply(normalised if post_norm else total, normalised.to(BF16))  # pyright: ignore[reportReturnType]
+
+        return leaves(sizes, device), call
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        rows, values = sizes["R"], sizes["R"] * width
+        moments, vectors = 8 * rows, 4 * width
+        forward = values * (4 + 2 + 4 + 2 + 4 * post_norm) + moments + 3 * vectors
+        return forward, values * (2 + 4 + 4 + 4 + 2) + moments + 4 * vectors
+
+    shape = f"B256 197 rows width 768, {'post' if post_norm else 'pre'}-norm"
+    return Case("add_layer_norm", shape, {"R": ROWS}, {"R": (2112, 3168)}, run, eager, minimum)
+
+
+def gelu() -> Case:
+    """bfloat16 rows of four times the width, with a float32 bias. The products are torch's and are not counted."""
+    width = 3072
+
+    def leaves(sizes: Sizes, device: str) -> list[Tensor]:
+        h = torch.zeros(sizes["R"], width, dtype=BF16, device=device)
+        return [t.requires_grad_() for t in (h, torch.zeros(width, device=device))]
+
+    def run(sizes: Sizes, device: str) -> Any:
+        weight = torch.zeros(1, width, dtype=BF16, device=device)
+        return leaves(sizes, device), lambda h, bias: _Used.apply(gelu_linear(h, weight, h_bias=bias))
+
+    def eager(sizes: Sizes, device: str) -> Any:
+        return leaves(sizes, device), lambda h, bias: _Used.apply(F.gelu(h + bias.to(BF16)))
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        values, vectors = sizes["R"] * width, 4 * width
+        return 4 * values + vectors, 8 * values + 2 * vectors
+
+    return Case("gelu_linear", "B256 197 rows width 3072", {"R": ROWS}, {"R": (1408, 2112)}, run, eager, minimum)
 
 
 def cases() -> list[Case]:

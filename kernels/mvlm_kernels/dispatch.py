@@ -9,19 +9,54 @@ CPU tensors can take Triton only in a process started with ``TRITON_INTERPRET=1`
 
 import functools
 import importlib.util
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
 
-from mvlm_kernels.interpreter import interpreter_fault, interpreting
 from mvlm_kernels.overrides import in_force, overridden
-from mvlm_kernels.refusals import Backend, Explanation, Refusal, refusal
 
 Op = TypeVar("Op", bound=Callable[..., Any])
+
+Backend = Literal["triton", "torch"]
+Refusal = NewType("Refusal", str)
+"""One line: the reason, "; ", and the way out. The type shows that a text was made by :func:`refusal`."""
+
+
+def refusal(reason: str, way_out: str) -> Refusal:
+    """Make a refusal. reason: a fact about the call. way_out: what runs in place of the kernel, and what to change."""
+    return cast(Refusal, f"{reason}; {way_out}")  # a compiler traces a cast, and not the call of a NewType
+
+
+FLOAT64 = refusal("float64 has no kernel on a GPU", "torch runs; pass float32, bfloat16 or float16")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Result of :func:`mvlm_kernels.explain`: the chosen backend, the reasons, and the device of the call.
+
+    backend "torch": every reason is one against Triton, with a way out. backend "triton": the first reason is that of
+    the choice. More follow under ``use_backend("triton")`` only: everything that would otherwise have been a reason
+    against Triton.
+    """
+
+    backend: Backend
+    reasons: tuple[str, ...]
+    device: torch.device
+
+    def __str__(self) -> str:
+        if self.backend == "torch":
+            kinds = ["not triton"] * len(self.reasons)
+        else:
+            kinds = ["because", *["against triton"] * (len(self.reasons) - 1)]
+        lines = [f"{kind}: {reason}" for kind, reason in zip(kinds, self.reasons, strict=True)]
+        return "\n".join([f"runs: {self.backend} on {self.device}", *lines])
+
 
 _forced: Backend | None = None
 # Of each public op: the function that lists the reasons against Triton, and what runs without any.
@@ -67,8 +102,10 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         hint = "; a layer calls an op: explain that" if isinstance(op, torch.nn.Module) else ""
         raise ValueError(f"op must be one of {names}, got {given}{hint}")
     reason_function, covered = _reason_functions[op]
-    reasons = reason_function(*args, **kwargs)
-    device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    call = inspect.signature(op).bind(*args, **kwargs)
+    call.apply_defaults()
+    reasons = reason_function(**call.arguments)
+    device = next(x.device for x in call.arguments.values() if isinstance(x, torch.Tensor))
     if _forced is not None:
         in_block = refusal(f'use_backend("{_forced}") is in force', "leave its block for the usual choice")
         return Explanation(_forced, (in_block, *reasons), device)
@@ -80,7 +117,10 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 def explained_by(
     reason_function: Callable[..., Sequence[Refusal]], covered: str = "the fused kernel covers this call"
 ) -> Callable[[Op], Op]:
-    """Decorator of a public op: a function of its arguments lists all reasons against Triton, else ``covered`` runs."""
+    """Decorator of a public op. reason_function checks a call and lists all reasons against Triton.
+
+    It gets every argument of the op by its name, defaults included. ``covered`` says what runs without a reason.
+    """
 
     def register(op: Op) -> Op:
         _reason_functions[op] = reason_function, covered
@@ -179,7 +219,8 @@ def _has_autocast(kind: str) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Autocast's dtype on this device; None if autocast is off, or if the device type does not have it (meta)."""
     kind = device.type
-    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
+    known = kind in ("cpu", "cuda") or _has_autocast(kind)  # every op asks, so the usual answer costs no call
+    if not known or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -187,6 +228,37 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Context in which torch ops on this device keep the dtypes of their inputs."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+@functools.cache
+def interpreting() -> bool:
+    """True if this process interprets kernels: TRITON_INTERPRET=1 was set when Triton was imported. Imports Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from mvlm_kernels.language import INTERPRETING
+
+    return INTERPRETING
+
+
+def interpreter_fault(triton_version: str, numpy_version: str) -> Refusal | None:
+    """Error text for versions of Triton and NumPy whose interpreter does not work; None for all others.
+
+    Triton's interpreter before 3.7 converts arrays of one element to Python scalars, which NumPy 2.4 refuses. Package
+    metadata cannot say so: a requirement on NumPy cannot depend on the installed Triton. Compiled kernels do not use
+    NumPy.
+    """
+    if _release(triton_version) >= (3, 7) or _release(numpy_version) < (2, 4):
+        return None
+    return refusal(
+        f"the interpreter of triton {triton_version} needs numpy<2.4, and numpy {numpy_version} is installed",
+        'install triton>=3.7 or "numpy<2.4"',
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version such as 3.6.0 or 2.4.0rc1."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Triton helpers with the same meaning in compiled and in interpreted kernels.
+# pyright: reportArgumentType=false
+"""Triton helpers that several ops share, with the same meaning in compiled and in interpreted kernels.
 
 Triton's interpreter is wrong for bfloat16: ``tl.dot`` multiplies bit patterns, sums are wrong, and conversions truncate
 where a GPU rounds to nearest even (triton issue 11584). So every kernel of this package multiplies with :func:`dot`,
@@ -8,9 +9,16 @@ rounded. Compiled, the three are exactly ``tl.dot``, ``.to`` and ``.to``.
 Importing this module imports Triton. Only kernel modules import it, when a kernel first runs.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
+
+from mvlm_kernels import dispatch
+from mvlm_kernels.arguments import compute_dtype
 
 # Triton decides between interpreter and compiler when a kernel is decorated. This constant is read at the same time.
 INTERPRETING: bool = bool(knobs.runtime.interpret)
@@ -61,3 +69,30 @@ def cast(x, DTYPE: tl.constexpr):
     else:
         y = x.to(DTYPE)
     return y
+
+
+@functools.cache
+def accumulator(*dtypes: torch.dtype) -> tl.dtype:
+    """The dtype to compute in: float64 if an input is (gradcheck, interpreted), else float32."""
+    return tl.float64 if compute_dtype(*dtypes) == torch.float64 else tl.float32
+
+
+@triton.jit
+def column_sum_kernel(
+    x_ptr, out_ptr, N, C, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """out (C,) = column sums of x (N, C), in a fixed order. Program (width slice)."""
+    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    for start in range(0, N, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        total += tl.load(x_ptr + (n * C)[:, None] + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+    tl.store(out_ptr + c, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=c < C)
+
+
+def sum_columns(x: Tensor, out: Tensor, rows: int, width: int) -> None:
+    """Sum the rows of x (rows, width) into out (width,), in a fixed order. x has the dtype of the sums."""
+    dispatch.launch(
+        column_sum_kernel, (dispatch.ceil_div(width, 32),), x, out, rows, width,
+        ACC=accumulator(x.dtype), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

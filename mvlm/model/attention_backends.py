@@ -28,7 +28,7 @@ from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
 from mvlm_kernels import cross_attention
 from mvlm_kernels.cross_attention import invert_key_index, why_not_triton
-from mvlm_kernels.interpreter import interpreting
+from mvlm_kernels.dispatch import interpreting
 
 # Looked up once, at import: find_spec searches the path, and every call of attention asks.
 INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))

@@ -17,8 +17,7 @@ import torch
 from emulator.driver import ARCHS, recorded
 from emulator.library import on_gpu
 from emulator.report import SPACES, Launch
-from mvlm_kernels.case import Case
-from mvlm_kernels.cases import cases
+from mvlm_kernels.cases import Case, cases
 
 COLUMNS = (
     "case", "kernel", "grid", "shared B", "load B", "sectors/request", "efficiency", "store B", "sectors/request",

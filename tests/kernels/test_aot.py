@@ -95,8 +95,9 @@ RANDOM_BATCHES = """
 import json, random
 import torch
 from mvlm_kernels import dispatch
+from mvlm_kernels.cross_attention.arguments import Options, Sides
 from mvlm_kernels.cross_attention.launch import backward, forward
-from mvlm_kernels.machine_code import signature
+from mvlm_kernels.aot import signature
 
 draw, seen, sizes = random.Random(0), [], set()
 
@@ -110,9 +111,9 @@ def attend(q, k, queries, keys, index, longest_q, longest_k):
     cu = [None if n is None else ints(n + 1, dtype=torch.int32) for n in (queries, keys)]
     k_seqs = keys or len(k)
     readers = (None, None, None) if index is None else (ints(index), ints(index), ints(k_seqs, 3))
-    sides = (None, None, readers[0], *cu, *readers[1:], 0.125, longest_q, longest_k)
-    out, lse = forward(q, k, k, *sides)
-    backward(out, q, k, k, out, lse, *sides, True, True)
+    sides, options = Sides(None, None, readers[0], *cu, *readers[1:]), Options(0.125, longest_q, longest_k)
+    out, lse = forward(q, k, k, sides, options)
+    backward(out, q, k, k, out, lse, sides, options)
 
 def record(kernel, grid, args, meta):
     seen[-1].add(signature(kernel, args, meta, "sm_90"))
@@ -151,7 +152,7 @@ def test_float32_operands_are_rounded_to_tf32():
     code = """
 import torch
 from mvlm_kernels import aot
-from mvlm_kernels.machine_code import compile_launch
+from mvlm_kernels.aot import compile_launch
 for launch in aot.recorded("cross_attention", "sm_90", "float32/64/32/lengths"):
     ptx = compile_launch(launch.kernel, launch.args, launch.meta, "sm_90").asm["ptx"]
     print(launch.kernel.__name__, ptx.count("cvt.rna.tf32.f32") > 0, "tf32.tf32" in ptx)
@@ -176,7 +177,7 @@ def test_blocks_of_a_multiprocessor_follow_from_its_resources(call):
         (32, 1, 20480, "sm_120"),
         (32, 1, 0, "sm_75"),
     ]
-    found = [call("mvlm_kernels.machine_code", "blocks", *case) for case in cases]
+    found = [call("mvlm_kernels.aot", "blocks", *case) for case in cases]
     assert found == [4, 3, 8, 32, 2, 1, 12, 24, 4, 16]
 
 

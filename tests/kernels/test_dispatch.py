@@ -12,9 +12,8 @@ import triton
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
-from mvlm_kernels.interpreter import interpreter_fault
+from mvlm_kernels.dispatch import interpreter_fault, refusal
 from mvlm_kernels.layers import CrossAttention
-from mvlm_kernels.refusals import refusal
 
 
 def test_cpu_tensors_take_torch_and_say_so():

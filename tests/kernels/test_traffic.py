@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mvlm_kernels import attention_cases, cases, dispatch, traffic, use_backend
+from mvlm_kernels import cases, dispatch, traffic, use_backend
 from mvlm_kernels.cache_model import Cache, caching
+from mvlm_kernels.cases import linear_bytes
 from mvlm_kernels.cross_attention import invert_key_index
-from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]
@@ -62,14 +62,14 @@ def test_readers_of_a_key_sequence_find_it_in_cache():
     (case,) = [c for c in cases.cases() if "key_index" in c.shape]
     fewest, _ = case.minimum(case.sizes)
     (q, k, v), _ = case.run(case.sizes, "cpu")
-    index = attention_cases.pair_index(case.sizes["B"])
+    index = cases.pair_index(case.sizes["B"])
     order, spans = invert_key_index(index, case.sizes["B"])
     moved = []
     with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "checks_values", lambda device: False)
         for walked in (order, torch.arange(len(index))):
-            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1], 0.0, 0.0, None)
-            with caching(attention_cases.L2 // 192) as cache, torch.no_grad():
+            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1], 0.0, None)
+            with caching(cases.L2 // 192) as cache, torch.no_grad():
                 torch.ops.mvlm_kernels.cross_attention(q, k, v, *sides)
             moved.append(cache.bytes / fewest)
     assert moved[0] <= 1.1

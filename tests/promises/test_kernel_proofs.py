@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS = """
 import json
 from mvlm_kernels import aot
-print(json.dumps([launch.kernel.__name__ for op in aot.MODULES for launch in aot.recorded(op, "sm_80")]))
+print(json.dumps([launch.kernel.__name__ for op in aot.CASES for launch in aot.recorded(op, "sm_80")]))
 """
 
 

@@ -26,7 +26,8 @@ from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.results import RowFile, write_json
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import configs, overrides, use_backend
+from mvlm_kernels import overrides, use_backend
+from mvlm_kernels.cross_attention import tiles
 
 COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
 TURNS, TURNS_AGAIN = 3, 9
@@ -197,7 +198,7 @@ def _write_exceptions(stage: Stage, swept: list[tuple[Target, Row]]) -> None:
         if target.key:
             by_key[target.key].append(best["winner"])
     agreed = {key: options[0] for key, options in by_key.items() if all(one == options[0] for one in options)}
-    table = configs.with_exceptions("cross_attention", _arch(stage), {k: v for k, v in agreed.items() if v})
+    table = tiles.with_exceptions(_arch(stage), {k: v for k, v in agreed.items() if v})
     write_json(table, stage.out / "configs" / "cross_attention.json")
 
 

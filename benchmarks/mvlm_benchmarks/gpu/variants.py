@@ -158,10 +158,9 @@ def compile_case(batch: int, small: bool, arch: str, number: int, part: int = 0,
     """
     # Imported here: it takes TRITON_INTERPRET out of the environment, and a sweep on a CPU interprets kernels.
     from mvlm_kernels import aot
-    from mvlm_kernels.machine_code import capability_of
 
     case = chosen_cases(batch, torch.bfloat16, small)[number]
-    inputs, capability = case.make("meta"), capability_of(arch)
+    inputs, capability = case.make("meta"), aot.capability_of(arch)
     work = [
         (target, change)
         for target in targets_of(case, inputs, capability)

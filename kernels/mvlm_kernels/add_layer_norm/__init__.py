@@ -10,12 +10,63 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.add_layer_norm import arguments, reference
+from mvlm_kernels.add_layer_norm import reference
+from mvlm_kernels.arguments import FLOATS, check_device, compute_dtype
+from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 
 __all__ = ["add_layer_norm"]
 
+WIDEST = 8192
+"""Largest C of the kernels: a row has to fit in registers."""
 
-@dispatch.explained_by(arguments.explain)
+
+def _check(
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any
+) -> torch.dtype:
+    """The dtype of the norm. Raises ValueError for a wrong shape, dtype, device or eps."""
+    dispatch.check_number("eps", eps, 0)
+    named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight", "bias")):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if x.ndim < 1 or not x.shape[-1]:
+        raise ValueError(f"x must have shape (.., C) with C at least 1, got {tuple(x.shape)}")
+    if y is not None and y.shape != x.shape:
+        raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
+    if y_bias is not None and y is None:
+        raise ValueError("y_bias must be None where y is None, got a tensor")
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if name not in ("x", "y") and tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
+        check_device(name, tensor, x.device)
+    if out_dtype is None:
+        return x.dtype if y is None else y.dtype
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
+    return out_dtype
+
+
+def _explain(x: Tensor, post_norm: bool, **call: Any) -> tuple[Refusal, ...]:
+    _check(x, **call)
+    return _reasons(x)
+
+
+def _reasons(x: Tensor) -> tuple[Refusal, ...]:
+    """Every reason against the kernels."""
+    found = dispatch.device_reasons(x.device)
+    if x.shape[-1] > WIDEST:
+        reason = f"a row has {x.shape[-1]} values, the kernels hold at most {WIDEST} in registers"
+        found = (*found, refusal(reason, "torch runs; use rows of at most that width"))
+    if x.dtype == torch.float64 and x.device.type == "cuda":
+        found = (*found, FLOAT64)
+    return found
+
+
+@dispatch.explained_by(_explain)
 def add_layer_norm(
     x: Tensor,
     y: Tensor | None,
@@ -53,7 +104,7 @@ def add_layer_norm(
         ValueError: for a wrong shape, dtype or device, for a y_bias without y, and for an eps that is negative or not
             finite.
     """
-    out_dtype = arguments.check(x, y, y_bias, weight, bias, eps, out_dtype)
+    out_dtype = _check(x, y, y_bias, weight, bias, eps, out_dtype)
     tensors = [t for t in (x, y, y_bias, weight, bias) if t is not None]
     call = _direct if registration.called_directly(*tensors) else _forward_op
     total, wide, normalised, _, _ = call(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
@@ -63,7 +114,7 @@ def add_layer_norm(
 
 
 def _backend(x: Tensor) -> Any:
-    if dispatch.choose(arguments.reasons(x)) == "torch":
+    if dispatch.choose(_reasons(x)) == "torch":
         return reference
     from mvlm_kernels.add_layer_norm import triton
 
@@ -79,17 +130,17 @@ def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
     total = x.new_empty(x.shape if y is not None else (0,), dtype=dtype)
     wide = x.new_empty(x.shape if post_norm and out_dtype != dtype else (0,), dtype=dtype)
     rows = math.prod(x.shape[:-1])  # the shape's own numel() would be a constant of an exported program
-    moments = (x.new_empty(rows, dtype=reference.compute_dtype(dtype)) for _ in range(2))
+    moments = (x.new_empty(rows, dtype=compute_dtype(dtype)) for _ in range(2))
     return total, wide, x.new_empty(x.shape, dtype=out_dtype), *moments
 
 
 def _backward(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
-    arguments_ = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
-    return _backend(total).add_layer_norm_backward(*arguments_)
+    inputs = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
+    return _backend(total).add_layer_norm_backward(*inputs)
 
 
 def _backward_fake(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
-    sums = total.new_empty((3 if needs_bias else 2, total.shape[-1]), dtype=reference.compute_dtype(total.dtype))
+    sums = total.new_empty((3 if needs_bias else 2, total.shape[-1]), dtype=compute_dtype(total.dtype))
     dy = total.new_empty(total.shape if y_dtype != x_dtype else (0,), dtype=y_dtype)
     return total.new_empty(total.shape, dtype=x_dtype), dy, sums
 

@@ -6,15 +6,12 @@ Legend: R rows, C width.
 import torch
 from torch import Tensor
 
+from mvlm_kernels.arguments import compute_dtype
+
 
 def sum_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
     """Dtype of the sum: what torch promotes the two to, float32 for a float32 stream and a bfloat16 addend."""
     return x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums and moments: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def add_layer_norm(

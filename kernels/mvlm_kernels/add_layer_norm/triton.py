@@ -8,21 +8,16 @@ Backward, a program walks over every n-th tile and keeps its share of the column
 y_bias) in registers. A second kernel adds the shares in the order of the programs.
 """
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.add_layer_norm.reference import compute_dtype, sum_dtype
+from mvlm_kernels.add_layer_norm.reference import sum_dtype
+from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.dispatch import ceil_div, power_of_two
-from mvlm_kernels.gather_patches.triton import accumulator
-from mvlm_kernels.language import cast, widen
-from mvlm_kernels.place_tokens.triton import column_sum_kernel
+from mvlm_kernels.language import accumulator, cast, sum_columns, widen
 
 TILE, WARPS = 1024, 4
 """Values of a part of a tile, and warps of a program."""
@@ -233,35 +228,5 @@ def add_layer_norm_backward(
         # Two programs share 65,536 registers. The assembler would make room for a third, and spill.
         num_warps=WARPS, maxnreg=255, enable_fp_fusion=FUSED,
     )  # fmt: skip
-    dispatch.launch(
-        column_sum_kernel, (ceil_div(sums * width, 32),), partial_sums, result, programs, sums * width,
-        ACC=accumulator(wide), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    sum_columns(partial_sums, result, programs, sums * width)
     return dx, dy, result
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the presets' widths."""
-
-    def both(width: int, y_dtype: torch.dtype | None, post_norm: bool, parameters: torch.dtype, bias: bool) -> None:
-        x_dtype = torch.bfloat16 if parameters == torch.bfloat16 else torch.float32
-        x = torch.empty(64, 197, width, dtype=x_dtype, device="meta")
-        y = None if y_dtype is None else torch.empty(64, 197, width, dtype=y_dtype, device="meta")
-        weight = torch.empty(width, dtype=parameters, device="meta")
-        out_dtype = y_dtype or torch.bfloat16
-        outputs = add_layer_norm(x, y, weight if bias else None, weight, weight, 1e-5, out_dtype, post_norm)
-        total, _, normalised, mean, rstd = outputs
-        sum_ = x if y is None else total
-        add_layer_norm_backward(
-            normalised, sum_, sum_, mean, rstd, weight, x_dtype, y_dtype or x_dtype, post_norm, bias
-        )
-
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for width in (192, 384, 768, 1024):
-        for post_norm in (False, True):
-            yield f"bf16/{width}/{'post' if post_norm else 'pre'}", partial(both, width, bf16, post_norm, fp32, True)
-    yield "fp16/768/pre", partial(both, 768, torch.float16, False, fp32, True)
-    yield "fp32/768/pre", partial(both, 768, fp32, False, fp32, True)
-    yield "bf16/768/without-y", partial(both, 768, None, False, fp32, False)
-    yield "bf16/768/bf16-stream", partial(both, 768, bf16, False, bf16, True)
-    yield "bf16/1000/pre", partial(both, 1000, bf16, False, fp32, True)

@@ -13,7 +13,7 @@ Where the backward is:
 """
 
 import math
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -23,17 +23,20 @@ from mvlm_kernels.cross_attention import cpu
 from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
+    Options,
+    Sides,
     as_autocast,
     bucket,
     check_arguments,
-    check_readers,
     check_values,
     dropout_of,
+    invert_key_index,
+    key_sequences,
     longest_sequences,
+    readers_of,
     scale_of,
     short_side,
 )
-from mvlm_kernels.cross_attention.dropout import draw_seed
 from mvlm_kernels.cross_attention.ops import (
     attend_directly,
     attention_op,
@@ -43,10 +46,8 @@ from mvlm_kernels.cross_attention.ops import (
     too_long,
     why_not_triton,
 )
-from mvlm_kernels.cross_attention.probabilities import attention_probabilities
-from mvlm_kernels.cross_attention.readers import invert_key_index
-from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
-from mvlm_kernels.refusals import Refusal
+from mvlm_kernels.cross_attention.reference import draw_seed, pack_key_mask, reference_probabilities, sdpa
+from mvlm_kernels.dispatch import Refusal
 
 __all__ = [
     "HEAD_WIDTHS",
@@ -100,31 +101,18 @@ def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
 
 
 def _explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    key_index: Tensor | None = None,
-    key_readers: tuple[Tensor, Tensor] | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    scale: float | None = None,
-    max_len_q: int | None = None,
-    max_len_k: int | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Refusal, ...]:
+    q: Tensor, k: Tensor, v: Tensor, key_readers: tuple[Tensor, Tensor] | None, scale: float | None,
+    max_len_q: int | None, max_len_k: int | None, dropout_p: float, seed: int | Tensor | None, return_lse: bool,
+    **tensors: Any,
+) -> tuple[Refusal, ...]:  # fmt: skip
     q, k, v = as_autocast(q, k, v)
-    check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    sides = Sides(**tensors)
+    check_arguments(q, k, v, sides, max_len_q, max_len_k)
     if key_readers is not None:
-        check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
+        readers_of(sides.key_index, key_readers, key_sequences(k, sides))
     scale_of(scale, q.shape[-1])
     dropout_of(dropout_p, seed, q.device)
-    extras = extras_of(q, k, dropout_p)
-    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k), extras)
+    return reasons(q, *longest_sequences(q, k, sides, max_len_q, max_len_k), extras_of(q, k, dropout_p))
 
 
 @overload
@@ -186,8 +174,8 @@ def cross_attention(
             ``1 / (1 - dropout_p)`` times. Pass 0 outside of training.
         seed: of the dropout, an int or an int64 tensor of one element; drawn from torch's generator of the device if
             None. What is dropped is a function of the seed and of query sequence, head, query and key
-            (``dropout.py``): the same in every layout, on every backend, and in the backward. Where SDPA runs, it draws
-            its own; a given seed takes the reference there.
+            (``reference.kept``): the same in every layout, on every backend, and in the backward. Where SDPA runs, it
+            draws its own; a given seed takes the reference there.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
             float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
             the reference computes it.
@@ -204,44 +192,92 @@ def cross_attention(
     """
     # Host time counts: what is not given is not looked at in a function of its own.
     q, k, v = as_autocast(q, k, v)
-    check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    sides = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
+    check_arguments(q, k, v, sides, max_len_q, max_len_k)
     if key_readers is not None:
-        check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
+        sides = Sides._make((*sides[:5], *readers_of(key_index, key_readers, key_sequences(k, sides))))
     scale = scale_of(scale, q.shape[-1])
     rate, given_seed, drawn = 0.0, None, None  # a constant for a compiler, to which dropout_p is symbolic
     if dropout_p or seed is not None:
         rate, given_seed = dropout_of(dropout_p, seed, q.device)
         drawn = draw_seed(q.device) if rate and given_seed is None else given_seed
-    sdpa_computes_it = given_seed is None
-    len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    len_q, len_k = longest_sequences(q, k, sides, max_len_q, max_len_k)
+    options = Options(scale, len_q, len_k, rate, drawn)
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif (
-        not return_lse
-        and _uses_cpu_path(q, len_q, len_k)
-        and not registration.batched(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    ):
-        readers = key_readers or (None, None)
-        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
-        sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-        return cpu.attend(q, k, v, *sides, scale, rate, drawn)
-    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
+    elif not return_lse and _uses_cpu_path(q, len_q, len_k) and not registration.batched(*sides):
+        check_values(q, k, sides, len_q, len_k)
+        return cpu.attend(q, k, v, sides, options)
+    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and given_seed is None:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, rate))):
-            if dispatch.checks_values(q.device) and registration.called_directly(
-                q, k, v
-            ):  # others have no values to read
-                check_values(q, k, key_lengths, key_index, None, None, key_readers or (None, None), len_q, len_k)
-            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, rate)
+            if dispatch.checks_values(q.device) and registration.called_directly(q, k, v):  # others have no values
+                check_values(q, k, sides, len_q, len_k)
+            return sdpa(q, k, v, sides, scale, rate)
     if key_mask is not None and key_mask.dtype == torch.bool and not torch.compiler.is_compiling():
-        key_mask = pack_key_mask(key_mask)  # a compiler would make a graph for each number of words
+        sides = sides._replace(key_mask=pack_key_mask(key_mask))  # a compiler would make a graph for each width
     if key_index is not None and key_readers is None:
-        key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
+        sides = Sides._make((*sides[:5], *invert_key_index(key_index, key_sequences(k, sides))))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
-    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
-    out, lse = call(q, k, v, *sides, scale, len_q, len_k, rate, drawn)
+    out, lse = call(q, k, v, *sides, *options)
     return (out, lse * math.log(2)) if return_lse else out
 
 
-def _sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:
-    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def attention_probabilities(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_index: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    max_len_q: int | None = None,
+    max_len_k: int | None = None,
+) -> Tensor:
+    """Probabilities ``softmax_j(scale * q[b, i, h] . k[r, j, h])`` of :func:`mvlm_kernels.cross_attention`.
+
+    Plain torch on every device, without gradient: for pictures of what a query attends to. Either side may have any
+    length.
+
+    Args:
+        q, k: as in ``cross_attention``: (B, Lq, H, D) and (B', Lk, H, D), or packed. Floating, of one dtype;
+            autocast casts them first.
+        lse: natural log-sum-exp of the scores, from ``cross_attention(..., return_lse=True)``: (B, H, Lq), or packed
+            (H, Tq).
+        key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale: as in ``cross_attention``. A dropout there
+            changes neither lse nor probabilities.
+        max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, needed for each: it is the size of
+            the result. Sequences past it are a ValueError on the CPU and NaN on a GPU.
+
+    Returns:
+        (B, H, Lq, Lk), float64 for float64 and else float32; Lq and Lk are the bounds of packed sides. Rows of real
+        queries add up to 1. Keys that do not exist, queries past a sequence's end and queries without keys give zeros.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or values that do not fit, and for a packed side without its bound.
+    """
+    q, k = as_autocast(q, k)
+    sides = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
+    check_arguments(q, k, k, sides, max_len_q, max_len_k)
+    for side, cu_seqlens, bound in (("q", cu_seqlens_q, max_len_q), ("k", cu_seqlens_k, max_len_k)):
+        if cu_seqlens is not None and bound is None:
+            raise ValueError(
+                f"max_len_{side} must be given where {side} is packed: it is a size of the result; got None"
+            )
+    if lse is not None:
+        shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        if lse.shape != shape or lse.dtype != dtype or lse.device != q.device:
+            raise ValueError(
+                f"lse must be {dtype} of shape {tuple(shape)} on {q.device}, got {lse.dtype} of shape "
+                f"{tuple(lse.shape)} on {lse.device}"
+            )
+    len_q = q.shape[1] if max_len_q is None else max_len_q
+    len_k = k.shape[1] if max_len_k is None else max_len_k
+    if dispatch.checks_values(q.device):
+        check_values(q, k, sides, len_q, len_k)
+    with torch.no_grad():
+        return reference_probabilities(q, k, lse, sides, scale_of(scale, q.shape[-1]), len_q, len_k)

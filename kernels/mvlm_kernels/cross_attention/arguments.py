@@ -1,28 +1,59 @@
-"""Checks of the arguments of cross-attention, and the lengths that follow from shapes.
+"""Arguments of cross-attention: the two tuples in which they travel, their checks, and lengths that follow from shapes.
 
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.readers import invert_key_index
+from mvlm_kernels.arguments import FLOATS
 
 HEAD_WIDTHS = tuple(range(8, 129, 8))
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_TYPES = (torch.int32, torch.int64)
-_NAMES = ("q", "k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")
-
-
 _longest = LONGEST_SHORT_SIDE
+
+
+class Sides(NamedTuple):
+    """Tensors beside q, k and v, as :func:`mvlm_kernels.cross_attention` takes them; None where not given.
+
+    reader_order, reader_spans: the two of key_readers.
+    """
+
+    key_lengths: Tensor | None = None
+    key_mask: Tensor | None = None
+    key_index: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    reader_order: Tensor | None = None
+    reader_spans: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """Numbers of a call. Lengths are those of :func:`longest_sequences`. seed: int64 (), or None without a dropout."""
+
+    scale: float
+    max_len_q: int
+    max_len_k: int
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+
+FLAT = 12
+"""Number of arguments of an op that :func:`unflattened` takes."""
+
+
+def unflattened(flat: tuple[Any, ...]) -> tuple[Sides, Options]:
+    """The two tuples of an op's last FLAT arguments: its schema is flat."""
+    # A third of the host's time of Sides(*flat[:7]), which enters a Python function.
+    return tuple.__new__(Sides, flat[:7]), tuple.__new__(Options, flat[7:])
 
 
 @contextmanager
@@ -109,20 +140,15 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def longest_sequences(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_len_q: int | None,
-    max_len_k: int | None,
+    q: Tensor, k: Tensor, sides: Sides, max_len_q: int | None, max_len_k: int | None
 ) -> tuple[int, int]:
     """Longest sequence of each side as far as the host knows; -1 for a packed long side of unknown length.
 
     A packed side without max_len is assumed to hold text of at most 128 tokens, unless the other side is known to be
     short.
     """
-    len_q = q.shape[1] if cu_seqlens_q is None else max_len_q
-    len_k = k.shape[1] if cu_seqlens_k is None else max_len_k
+    len_q = q.shape[1] if sides.cu_seqlens_q is None else max_len_q
+    len_k = k.shape[1] if sides.cu_seqlens_k is None else max_len_k
     if len_k is None:
         len_k = -1 if len_q is not None and len_q <= LONGEST_SHORT_SIDE else LONGEST_SHORT_SIDE
     if len_q is None:
@@ -130,26 +156,30 @@ def longest_sequences(
     return len_q, len_k
 
 
+_NAMES = ("q", "k", "v", *Sides._fields)
+
+
+def key_sequences(k: Tensor, sides: Sides) -> int:
+    """B', the number of key sequences."""
+    return k.shape[0] if sides.cu_seqlens_k is None else sides.cu_seqlens_k.shape[0] - 1
+
+
 def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_len_q: int | None,
-    max_len_k: int | None,
+    q: Tensor, k: Tensor, v: Tensor, sides: Sides, max_len_q: int | None, max_len_k: int | None
 ) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit. The error names the argument, wanted and got."""
-    optional = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-    for i, x in enumerate((q, k, v, *optional)):
-        if not isinstance(x, Tensor) and (x is not None or i < 3):
+    key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, _, _ = sides
+    device = q.device if isinstance(q, Tensor) else None
+    for i, x in enumerate((q, k, v, *sides)):
+        if x is None and i > 2:
+            continue
+        if not isinstance(x, Tensor):
             raise ValueError(f"{_NAMES[i]} must be a tensor, got {type(x).__name__}")
+        if x.device != device:
+            raise ValueError(f"{_NAMES[i]} must be on the device of q, {device}, got {x.device}")
     _check_side("q", q, cu_seqlens_q, max_len_q)
     _check_side("k", k, cu_seqlens_k, max_len_k)
-    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    q_shape, k_shape, dtype = q.shape, k.shape, q.dtype
     if v.shape != k_shape:
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
     if k_shape[-2:] != q_shape[-2:] and (k_shape[-1] != q_shape[-1] or not k_shape[-2] or q_shape[-2] % k_shape[-2]):
@@ -182,9 +212,6 @@ def check_arguments(
         if cu_seqlens_k is not None:
             raise ValueError("key_mask must be None where cu_seqlens_k packs the keys, got a tensor")
         _check_mask(key_mask, k_seqs, k_shape[1])
-    for i, x in enumerate((k, v, *optional)):
-        if x is not None and x.device != device:
-            raise ValueError(f"{_NAMES[i + 1]} must be on the device of q, {device}, got {x.device}")
 
 
 def _check_mask(key_mask: Tensor, k_seqs: int, length: int) -> None:
@@ -225,8 +252,8 @@ def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | 
         raise ValueError(f"max_len_{name} must be an int and not negative, got {max_len}")
 
 
-def check_readers(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], k_seqs: int) -> None:
-    """Raise ValueError for readers that do not come from this key_index, by their shapes and types."""
+def readers_of(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], k_seqs: int) -> tuple[Tensor, Tensor]:
+    """The two tensors of key_readers. Raises ValueError where they do not come from this key_index, by their shapes."""
     if key_index is None:
         raise ValueError("key_readers must be None without key_index, got tensors")
     order, spans = key_readers
@@ -241,6 +268,34 @@ def check_readers(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], 
             f"key_readers must be int64 of shapes ({len(key_index)},) and ({k_seqs}, 3), from invert_key_index, "
             f"got {order.dtype} {tuple(order.shape)} and {spans.dtype} {tuple(spans.shape)}"
         )
+    return order, spans
+
+
+def invert_key_index(key_index: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """Invert key_index once, for all calls of :func:`mvlm_kernels.cross_attention` that share it (``key_readers``).
+
+    Args:
+        key_index: (B,) int32 or int64; query sequence b reads key sequence key_index[b].
+        sequences: B', number of key sequences.
+
+    Returns:
+        order (B,) and spans (B', 3), int64. A row of spans is a key sequence r, first and last: the query sequences
+        order[first:last], ascending, read r. Key sequences with more readers come first, so that the programs of a
+        grid with most work start first. An index outside [0, B') counts as the nearest one, so that exactly one program
+        writes the gradient of each query sequence. That gradient is NaN.
+    """
+    if not isinstance(key_index, Tensor) or key_index.dim() != 1 or key_index.dtype not in (torch.int32, torch.int64):
+        got = (
+            f"{key_index.dtype} {tuple(key_index.shape)}" if isinstance(key_index, Tensor) else type(key_index).__name__
+        )
+        raise ValueError(f"key_index must be int32 or int64 (query sequences,), got {got}")
+    if sequences < 1:
+        raise ValueError(f"sequences must be at least 1, got {sequences}")
+    sorted_index, order = torch.sort(key_index.long().clamp(0, sequences - 1), stable=True)
+    bounds = torch.arange(sequences + 1, device=key_index.device)
+    first, last = torch.searchsorted(sorted_index, bounds).unfold(0, 2, 1).unbind(1)
+    rank = torch.argsort(first - last, stable=True)  # most readers first
+    return order, torch.stack([rank, first[rank], last[rank]], dim=1)
 
 
 def _check_index(name: str, x: Tensor, length: int) -> None:
@@ -250,28 +305,19 @@ def _check_index(name: str, x: Tensor, length: int) -> None:
         raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
-def check_values(
-    q: Tensor,
-    k: Tensor,
-    key_lengths: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    key_readers: tuple[Tensor | None, Tensor | None],
-    max_len_q: int,
-    max_len_k: int,
-) -> None:
+def check_values(q: Tensor, k: Tensor, sides: Sides, max_len_q: int, max_len_k: int) -> None:
     """Raise ValueError for lengths and indices out of range. On a GPU, reading them waits for the device."""
+    key_lengths, _, key_index, cu_seqlens_q, cu_seqlens_k, *readers = sides
     _check_cu_seqlens("q", q, cu_seqlens_q, max_len_q)
     _check_cu_seqlens("k", k, cu_seqlens_k, max_len_k)
     if key_lengths is not None:
         _check_range("key_lengths", key_lengths, k.shape[1])
     if key_index is not None:
-        k_seqs = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
+        k_seqs = key_sequences(k, sides)
         _check_range("key_index", key_index, k_seqs - 1)
-        if key_readers[0] is not None:
+        if readers[0] is not None:
             wanted = invert_key_index(key_index, k_seqs)
-            if not all(x is not None and torch.equal(x, y) for x, y in zip(key_readers, wanted, strict=True)):
+            if not all(x is not None and torch.equal(x, y) for x, y in zip(readers, wanted, strict=True)):
                 raise ValueError("key_readers must be invert_key_index(key_index, sequences of k), got other values")
 
 

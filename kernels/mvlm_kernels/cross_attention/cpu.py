@@ -15,24 +15,14 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.dropout import kept
-from mvlm_kernels.cross_attention.reference import unpack_key_mask
+from mvlm_kernels.cross_attention.arguments import Options, Sides
+from mvlm_kernels.cross_attention.reference import factors_of, unpack_key_mask
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sides: Sides, options: Options) -> Tensor:
     """Output of :func:`~mvlm_kernels.cross_attention.reference.cross_attention_reference`, in q's shape and dtype."""
+    key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, _, _ = sides
+    scale = options.scale
     valid_q, valid_k = _valid_rows(cu_seqlens_q), _valid_rows(cu_seqlens_k)
     dense_q = q if valid_q is None else _pad_packed(q, valid_q)
     exists = valid_k
@@ -64,10 +54,9 @@ def attend(
         lowest = s.new_zeros(exists.shape).masked_fill_(~exists, torch.finfo(s.dtype).min)
         s = torch.add(lowest[:, None, None, :], s, alpha=scale)
     p = s.softmax(-1)
-    if dropout_p:
-        assert seed is not None, "the public function draws one"
+    if options.dropout_p:
         shape = (dense_q.shape[0], heads, dense_q.shape[1], k.shape[1])
-        p = p * kept(seed, shape, dropout_p, p.dtype).view_as(p)
+        p = p * factors_of(options, shape, p.dtype).view_as(p)
     out = p.to(q.dtype) @ v_bhkd
     if heads != k_heads:
         out = out.unflatten(2, (heads // k_heads, dense_q.shape[1])).flatten(1, 2)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.arguments import short_side
-from mvlm_kernels.cross_attention.dropout import threshold
+from mvlm_kernels.cross_attention.arguments import Options, Sides, invert_key_index, short_side
 from mvlm_kernels.cross_attention.long_kv import long_kv_backward
-from mvlm_kernels.cross_attention.readers import invert_key_index
+from mvlm_kernels.cross_attention.reference import pack_key_mask, threshold
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
 from mvlm_kernels.cross_attention.short_q import (
     short_q_backward,
@@ -75,24 +74,24 @@ class _Call:
     log2(e) is an argument too, because computing it in the kernel took up to 31 registers.
     """
 
-    def __init__(
-        self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k,
-        dropout_p, seed,
-    ) -> None:  # fmt: skip
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sides: Sides, options: Options) -> None:
+        key_lengths, mask_words, key_index, cu_q, cu_k, order, spans = sides
+        if mask_words is not None and mask_words.dtype == torch.bool:  # of a compiled graph
+            mask_words = pack_key_mask(mask_words)
+        scale, self.max_len_q, self.max_len_k, dropout_p, seed = options
         self.packed_q, self.packed_k = cu_q is not None, cu_k is not None
         self.q, self.k, self.v = heads_of(q, self.packed_q), heads_of(k, self.packed_k), heads_of(v, self.packed_k)
         *q_seqs, self.q_rows, self.H, self.D = q.shape
         *k_seqs, self.k_rows, self.k_heads, _ = k.shape
         self.group = self.H // self.k_heads if self.k_heads else 1  # query heads of a key head
-        self.q_seqs = cu_q.shape[0] - 1 if self.packed_q else q_seqs[0]
-        self.k_seqs = cu_k.shape[0] - 1 if self.packed_k else k_seqs[0]
+        self.q_seqs = q_seqs[0] if cu_q is None else cu_q.shape[0] - 1
+        self.k_seqs = k_seqs[0] if cu_k is None else cu_k.shape[0] - 1
         if key_index is not None and order is None and self.k_seqs:
             order, spans = invert_key_index(key_index, self.k_seqs)
         self.order, self.spans, self.cu_q = _flat(order), _flat(spans), _flat(cu_q)
         words = 0 if mask_words is None else mask_words.shape[1]
         self.keys = _flat(key_lengths), _flat(mask_words), words, _flat(cu_k), _flat(key_index)
-        self.max_len_q, self.max_len_k = max_len_q, max_len_k
-        side = short_side(max_len_q, max_len_k)
+        side = short_side(self.max_len_q, self.max_len_k)
         assert side is not None, "the public function sends two long sides to SDPA or the reference"
         self.short_keys = side == "kv"
         self.scales = scale, scale * LOG2E
@@ -121,21 +120,12 @@ class _Call:
         return partial.zero_() if packed else partial
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, mask_words: Tensor | None, key_index: Tensor | None,
-    cu_q: Tensor | None, cu_k: Tensor | None, order: Tensor | None, spans: Tensor | None, scale: float,
-    max_len_q: int, max_len_k: int, dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(q: Tensor, k: Tensor, v: Tensor, sides: Sides, options: Options) -> tuple[Tensor, Tensor]:
     """Output, contiguous in q's shape, and base-2 log-sum-exp in float32, (B, H, Lq) or packed (H, Tq).
 
-    order, spans: key_index inverted by :func:`~mvlm_kernels.cross_attention.readers.invert_key_index`, or None.
-    max_len_q, max_len_k: longest sequence of each side, known to the host. That of the long side may be negative:
-    unknown. seed: int64 (), read where dropout_p is not 0.
+    Readers may be None with a key_index. The length of the long side may be negative: unknown.
     """
-    extras = dropout_p, seed
-    c = _Call(
-        q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k, *extras
-    )
+    c = _Call(q, k, v, sides, options)
     out = _new(q, c.packed_q)
     lse = q.new_empty((c.H, c.q_rows) if c.packed_q else (c.q_seqs, c.H, c.q_rows), dtype=c.acc_dtype)
     programs = c.q_seqs * c.H
@@ -178,16 +168,11 @@ def _part(partial: Tensor | None, x: Tensor | None, packed: bool) -> Heads | Non
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None,
-    mask_words: Tensor | None, key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-    order: Tensor | None, spans: Tensor | None, scale: float, max_len_q: int, max_len_k: int, need_dq: bool,
-    need_dkv: bool, dropout_p: float = 0.0, seed: Tensor | None = None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, sides: Sides, options: Options,
+    need_dq: bool = True, need_dkv: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k and v, contiguous in their shapes; None where not needed. Only the short-Q family reads out."""
-    extras = dropout_p, seed
-    c = _Call(
-        q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k, *extras
-    )
+    c = _Call(q, k, v, sides, options)
     do = heads_of(grad, c.packed_q)
     dq = _new(q, c.packed_q) if need_dq else None
     dk = _new(k, c.packed_k) if need_dkv else None
@@ -198,7 +183,7 @@ def backward(
         _short_kv_backward(c, do, lse, dq, dk, dv)
         return dq, dk, dv
     assert out is not None, "the short-Q family reads the output"
-    if key_index is None and c.group == 1 and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
+    if sides.key_index is None and c.group == 1 and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
         _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, dk, dv)
         return dq, dk, dv
     # Two kernels, dQ by query sequence and dK and dV by key tile. With an index or grouped heads, several programs of a

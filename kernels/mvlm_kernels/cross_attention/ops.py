@@ -7,49 +7,32 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
+from mvlm_kernels.arguments import FLOATS
 from mvlm_kernels.cross_attention.arguments import (
-    FLOATS,
+    FLAT,
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
     bucket,
     check_values,
     short_side,
+    unflattened,
 )
-from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_backward, reference_forward
-from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
+from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
+from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 
 
-def _implementation(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    reader_order: Tensor | None,
-    reader_spans: Tensor | None,
-    scale: float,
-    max_len_q: int,
-    max_len_k: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    readers = (reader_order, reader_spans)
+def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    sides, options = unflattened(flat)
     if dispatch.checks_values(q.device):
-        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, max_len_q, max_len_k)
-    args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, dropout_p))) == "triton":
+        check_values(q, k, sides, options.max_len_q, options.max_len_k)
+    against = reasons(q, options.max_len_q, options.max_len_k, extras_of(q, k, options.dropout_p))
+    if dispatch.choose(against) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        if key_mask is not None and key_mask.dtype == torch.bool:  # of a compiled graph
-            key_mask = pack_key_mask(key_mask)
-        args = (q, k, v, key_lengths, key_mask, *args[5:])
-        return launch.forward(*args, *readers, scale, max_len_q, max_len_k, dropout_p, seed)
+        return launch.forward(q, k, v, sides, options)
     if q.is_meta:  # lengths of packed rows have no values to read
         return _fake(q)
-    return reference_forward(*args, scale, dropout_p, seed)
+    return reference_forward(q, k, v, sides, options)
 
 
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -61,41 +44,18 @@ def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_implementation(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    reader_order: Tensor | None,
-    reader_spans: Tensor | None,
-    scale: float,
-    max_len_q: int,
-    max_len_k: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dq: bool,
-    need_dkv: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, dropout_p))) == "triton":
+    (sides, options), (need_dq, need_dkv) = unflattened(flat[:FLAT]), flat[FLAT:]
+    against = reasons(q, options.max_len_q, options.max_len_k, extras_of(q, k, options.dropout_p))
+    if dispatch.choose(against) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        if key_mask is not None and key_mask.dtype == torch.bool:  # of a compiled graph
-            key_mask = pack_key_mask(key_mask)
-        sides = (key_lengths, key_mask, *sides[2:])
-        sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
-        needs = (need_dq, need_dkv)
-        grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, dropout_p, seed)
+        grads = launch.backward(grad, q, k, v, out, lse, sides, options, need_dq, need_dkv)
     elif q.is_meta:
         return _backward_fake(grad, q, k, v, need_dq, need_dkv)
     else:
-        grads = reference_backward(grad, q, k, v, lse, *sides, scale, dropout_p, seed)
+        grads = reference_backward(grad, q, k, v, lse, sides, options)
     # An op returns tensors, so a gradient that is not needed is an empty one.
     dq, dk, dv = grads
     return (
@@ -119,9 +79,10 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = forward(q, k, v, *args)
-        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.dropout_p, seed = args
+        *sides, scale, max_len_q, max_len_k, dropout_p, seed = args
+        ctx.numbers = scale, max_len_q, max_len_k, dropout_p
         # Only the short-Q backward reads the output, for delta. With short keys it is not kept in memory.
-        kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
+        kept = out if short_side(max_len_q, max_len_k) == "q" else None
         ctx.save_for_backward(q, k, v, kept, lse, *sides, seed)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -130,30 +91,29 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
-            return (None,) * 16
+            return (None,) * (4 + FLAT)
         need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
         *saved, seed = ctx.saved_tensors
-        options = ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.dropout_p, seed
         backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
-        dq, dk, dv = backward(grads[0], *saved, *options, need_dq, need_dkv)
-        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 12
+        dq, dk, dv = backward(grads[0], *saved, *ctx.numbers, seed, need_dq, need_dkv)
+        return None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *(None,) * FLAT
 
 
 attend_directly = registration.direct(_CrossAttention, _implementation)
-_SIDES = (
+_FLAT = (  # the fields of Sides and Options
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k, "
     "float dropout_p, Tensor? seed"
 )
 attention_op = registration.define(
-    f"cross_attention(Tensor q, Tensor k, Tensor v, {_SIDES}) -> (Tensor, Tensor)",
+    f"cross_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor)",
     _implementation,
     _fake,
     _CrossAttention,
 )
 _backward_op = registration.define(
-    f"cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, {_SIDES}, "
+    f"cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, {_FLAT}, "
     "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,

@@ -2,7 +2,7 @@
 
     s[b,h,i,j] = scale * q[b,i,h,:] . k[r(b),j,h,:]        r(b) = key_index[b], or b
     p[b,h,i,:] = softmax of s[b,h,i,:] over the keys that exist; a row without keys is zeros
-    out[b,i,h,:] = sum_j p[b,h,i,j] z[b,h,i,j] v[r(b),j,h,:]    z = 1, or the factors of a dropout (dropout.py)
+    out[b,i,h,:] = sum_j p[b,h,i,j] z[b,h,i,j] v[r(b),j,h,:]    z = 1, or the factors of a dropout (:func:`kept`)
 
 With Hk < H heads of k and v, head h reads head h // (H // Hk) of them.
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.dropout import kept
+from mvlm_kernels.cross_attention.arguments import Options, Sides
 
 
 def cross_attention_reference(
@@ -40,31 +40,27 @@ def cross_attention_reference(
     needs its seed, an int64 tensor (). Lengths are read on the host, which on a GPU waits for the device.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-    return reference_forward(q, k, v, *sides, scale, dropout_p, seed)[0]
+    sides = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
+    return reference_forward(q, k, v, sides, Options(scale, -1, -1, dropout_p, seed))[0]
 
 
-def reference_forward(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def reference_forward(q: Tensor, k: Tensor, v: Tensor, sides: Sides, options: Options) -> tuple[Tensor, Tensor]:
     """Output, in q's shape and dtype, and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq).
 
     The log-sum-exp of a row without keys is -inf. It is in base 2 as in the kernels, because the backward may run on
     another backend than the forward.
     """
+    cu_seqlens_q, key_index = sides.cu_seqlens_q, sides.key_index
     q_bqhd = _padded(q, cu_seqlens_q)
-    k_bkhd, v_bkhd, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
+    k_bkhd, v_bkhd, exists = _keys(k, v, sides)
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_bkhd, v_bkhd, exists))
     k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
-    s = _scores(q_bqhd, k_bkhd, exists, scale)
+    s = _scores(q_bqhd, k_bkhd, exists, options.scale)
     lse = s.logsumexp(-1)  # (B, H, Lq)
     p = _probabilities(s, lse)
-    if dropout_p:
-        assert seed is not None, "the public function draws one"
-        p = p * kept(seed, tuple(p.shape), dropout_p, p.dtype)
+    if options.dropout_p:
+        p = p * factors_of(options, tuple(p.shape), p.dtype)
     out = torch.einsum("bhqk,bkhd->bqhd", p.to(q.dtype), v_bkhd)
     if cu_seqlens_q is not None:
         out = _packed(out, cu_seqlens_q, q.shape[0])
@@ -73,33 +69,31 @@ def reference_forward(
 
 
 def reference_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None,
-    key_index: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, sides: Sides, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes and dtypes, from the gradient of the output and the saved log-sum-exp.
 
     With delta_i = sum_j p_ij dp_ij:  dv = (p z)^T do,  dp = z do v^T,  ds = p (dp - delta),
     dq = scale ds k,  dk = scale ds^T q.
     """
+    cu_seqlens_q, cu_seqlens_k, key_index = sides.cu_seqlens_q, sides.cu_seqlens_k, sides.key_index
     q_bqhd, do = _padded(q, cu_seqlens_q), _padded(grad, cu_seqlens_q)
     lse = lse * math.log(2)
     lse = _padded(lse.T, cu_seqlens_q).transpose(1, 2) if cu_seqlens_q is not None else lse
-    k_rows, v_rows, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
+    k_rows, v_rows, exists = _keys(k, v, sides)
     k_bkhd, v_bkhd = k_rows, v_rows
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_rows, v_rows, exists))
     k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
-    s = _scores(q_bqhd, k_bkhd, exists, scale)
+    s = _scores(q_bqhd, k_bkhd, exists, options.scale)
     p = _probabilities(s, lse)  # (B, H, Lq, Lk), float32 or float64
     dp = torch.einsum("bqhd,bkhd->bhqk", do, v_bkhd).to(p.dtype)
     used = p
-    if dropout_p:
-        assert seed is not None, "the public function draws one"
-        z = kept(seed, tuple(p.shape), dropout_p, p.dtype)
+    if options.dropout_p:
+        z = factors_of(options, tuple(p.shape), p.dtype)
         used, dp = p * z, dp * z
     dv = torch.einsum("bhqk,bqhd->bkhd", used.to(q.dtype), do)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * options.scale
     ds = ds.to(q.dtype)
     dq = torch.einsum("bhqk,bkhd->bqhd", ds, k_bkhd)
     dk = torch.einsum("bhqk,bqhd->bkhd", ds, q_bqhd)
@@ -114,17 +108,16 @@ def reference_backward(
 
 
 def reference_probabilities(
-    q: Tensor, k: Tensor, lse: Tensor | None, key_lengths: Tensor | None, key_mask: Tensor | None,
-    key_index: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, len_q: int,
-    len_k: int,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, lse: Tensor | None, sides: Sides, scale: float, len_q: int, len_k: int
+) -> Tensor:
     """Specification of :func:`mvlm_kernels.attention_probabilities`: (B, H, len_q, len_k), float32 or float64.
 
     lse: natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); None: it is computed.
     """
+    cu_seqlens_q, key_index = sides.cu_seqlens_q, sides.key_index
     if q.dtype == torch.bfloat16:  # a product in bf16 would round the scores, as no kernel does
         q, k = q.float(), k.float()
-    k, _, exists = _keys(k, k, key_lengths, key_mask, cu_seqlens_k, len_k)
+    k, _, exists = _keys(k, k, sides, len_k)
     if key_index is not None:
         k, exists = k[key_index.long()], exists[key_index.long()]
     s = _scores(_padded(q, cu_seqlens_q, len_q), _for_each_head(k, q.shape[-2]), exists, scale)
@@ -139,19 +132,16 @@ def reference_probabilities(
     return p * inside[:, None, :, None]
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, key_index: Tensor | None,
-    scale: float, dropout_p: float = 0.0,
-) -> Tensor:  # fmt: skip
+def sdpa(q: Tensor, k: Tensor, v: Tensor, sides: Sides, scale: float, dropout_p: float = 0.0) -> Tensor:
     """Dense cross-attention by ``scaled_dot_product_attention``, for lengths and dtypes without a kernel.
 
     q (B, Lq, H, D), k and v (B', Lk, Hk, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
     kernels do not. A dropout draws from torch's generator.
     """
-    exists = None
-    if key_lengths is not None or key_mask is not None:
+    exists, key_index = None, sides.key_index
+    if sides.key_lengths is not None or sides.key_mask is not None:
         # Padded keys may hold NaN, and 0 * NaN is NaN, so SDPA gets zeros there. exists: True = the key exists.
-        k, v, exists = _keys(k, v, key_lengths, key_mask, None)
+        k, v, exists = _keys(k, v, sides)
     if key_index is not None:
         k, v = k[key_index.long()], v[key_index.long()]
         exists = exists[key_index.long()] if exists is not None else None
@@ -219,11 +209,9 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
     return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
 
 
-def _keys(
-    k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    longest: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _keys(k: Tensor, v: Tensor, sides: Sides, longest: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """k and v as (B', Lk, H, D) with zeros where no key exists, and exists (B', Lk), True = the key exists."""
+    key_lengths, key_mask, _, _, cu_seqlens, _, _ = sides
     if cu_seqlens is not None:
         k, v = _padded(k, cu_seqlens, longest), _padded(v, cu_seqlens, longest)
         key_lengths = cu_seqlens.diff()
@@ -269,3 +257,60 @@ def _summed_by_row(x: Tensor, index: Tensor, rows: int) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # index_put sorts its indices on a GPU, where index_add would use atomics.
     return wide.new_zeros((rows, *x.shape[1:])).index_put((index.long(),), wide, accumulate=True).to(x.dtype)
+
+
+# ---- Dropout of attention probabilities as a function of a seed and of indices
+#
+# A word of Philox-4x32 decides whether the probability of query sequence b, query head h, query i and key j is kept.
+# The 64-bit seed is the key of Philox, (j // 4, i, h, b) its counter, and j % 4 the word. So forward and backward, all
+# tiles, all layouts and all backends draw the same bits, and no mask is stored. ``tile_io.kept`` computes the same in a
+# kernel. Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. There 7 rounds are the fewest
+# that pass TestU01's BigCrush.
+
+ROUNDS = 7
+_LOW = 0xFFFFFFFF
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from torch's generator of the device, int64 (), without waiting for the device."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def threshold(p: float) -> int:
+    """Smallest 24-bit word that is kept; p is the probability to drop."""
+    return round(p * 2**24)
+
+
+def factors_of(options: Options, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """:func:`kept` for the dropout of a call."""
+    assert options.seed is not None, "the public function draws one"
+    return kept(options.seed, shape, options.dropout_p, dtype)
+
+
+def kept(seed: Tensor, shape: tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
+    """Factors (B, H, Lq, Lk) of the probabilities: 1 / (1 - p) where kept, 0 where dropped. seed: int64 ()."""
+    sizes = *shape[:3], (shape[3] + 3) // 4
+    b, h, i, quad = (
+        torch.arange(size, device=seed.device).view([-1 if axis == at else 1 for axis in range(4)])
+        for at, size in enumerate(sizes)
+    )
+    words = torch.stack(torch.broadcast_tensors(*philox((quad, i, h, b), seed, ROUNDS)), dim=-1).flatten(-2)
+    return ((words[..., : shape[3]] >> 8) >= threshold(p)).to(dtype) / (1 - p)
+
+
+def philox(counter: tuple[Tensor, ...], seed: Tensor, rounds: int) -> tuple[Tensor, ...]:
+    """Four words of Philox-4x32, each below 2^32 in an int64 tensor, of counters that broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW
+    for _ in range(rounds):
+        high_a, low_a = _product(0xD2511F53, c0)
+        high_b, low_b = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3
+
+
+def _product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of factor * x. The product itself would overflow int64, whose low bits stay right."""
+    high = ((factor >> 16) * x + (((factor & 0xFFFF) * x) >> 16)) >> 16
+    return high, (factor * x) & _LOW

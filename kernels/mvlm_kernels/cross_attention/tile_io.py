@@ -16,7 +16,7 @@ the launcher guarantees; bases are int64.
 import triton
 import triton.language as tl
 
-from mvlm_kernels.cross_attention.dropout import ROUNDS
+from mvlm_kernels.cross_attention.reference import ROUNDS
 from mvlm_kernels.language import cast, dot
 
 # Global of the kernels. NaN must not be one: Triton compares globals at every launch, and NaN is unequal to itself.
@@ -168,7 +168,7 @@ def transposed_probabilities(k, q, lse, exists, scale_log2, ACC: tl.constexpr, P
 
 @triton.jit
 def kept(dropout, b, h, rm, n0, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
-    """Factors of the probabilities of queries rm and keys [n0, n0 + BLOCK_N): see ``dropout.kept``.
+    """Factors of the probabilities of queries rm and keys [n0, n0 + BLOCK_N): see ``reference.kept``.
 
     (queries, keys), or TRANSPOSED (keys, queries). n0 is a multiple of 4: a call of Philox decides on four keys.
     """

@@ -1,16 +1,29 @@
 """Tiles, constants and number of splits of a launch: rules over the shapes, and a table of exceptions.
 
 A rule holds for every architecture. ``configs/cross_attention.json`` overrides it where a GPU has measured better
-tiles, or where a compiler needs others to spill nothing.
+tiles, or where a compiler needs others to spill nothing; ``MVLM_KERNELS_CONFIGS=<folder>`` reads that file there.
+
+    {"sm_90": {"short_kv_backward/16bit/128/128": {"BLOCK_M": 32}}}
+
+A key is kernel/dtype/head width/short length. The dtype is ``16bit`` or ``tf32``, the head width is rounded up to a
+power of two from 16, and the short length is 16, 32, 64 or 128. A key that ends in ``/text`` holds where both sides are
+text of at most 32 rows. An exception names the fields of the rule that it replaces.
+
+Tiles are chosen by shape and never by timing. Bitwise repeatability needs the same tiles in every run, the interpreter
+has no autotuner, and an autotuner would compile every candidate.
 """
 
 import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from mvlm_kernels import configs, dispatch
+from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import bucket
 from mvlm_kernels.dispatch import ceil_div, power_of_two
 from mvlm_kernels.overrides import overridable
@@ -69,6 +82,39 @@ def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, l
     }
 
 
+def exceptions(arch: int) -> dict[str, dict[str, int]]:
+    """Tiles that differ from the rules, by key, for a compute capability (90).
+
+    9.x reads the table ``sm_90``, 10.x and 11.x read ``sm_100``, and all others read ``sm_80``. 12.x does too, because
+    those GPUs have 99 KiB of shared memory per block, and the tiles of sm_80 are the smallest.
+    """
+    return _table(_folder())[_table_arch(arch)]
+
+
+def with_exceptions(arch: int, found: Mapping[str, Mapping[str, int | None]]) -> dict[str, Any]:
+    """A copy of the table in which the `found` options of an architecture replace those of the same key."""
+    table: dict[str, Any] = {name: dict(rows) for name, rows in _table(_folder()).items()}
+    rows = table[_table_arch(arch)]
+    rows |= {key: {**rows.get(key, {}), **options} for key, options in found.items()}
+    return table
+
+
+def _table_arch(arch: int) -> str:
+    if 100 <= arch < 120:
+        return "sm_100"
+    return "sm_90" if 90 <= arch < 100 else "sm_80"
+
+
+def _folder() -> str:
+    return os.environ.get("MVLM_KERNELS_CONFIGS", "")
+
+
+@functools.cache
+def _table(folder: str) -> dict[str, dict[str, dict[str, int]]]:
+    path = (Path(folder) if folder else Path(__file__).parents[1] / "configs") / "cross_attention.json"
+    return json.loads(path.read_text())
+
+
 def table_key(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, long: int) -> str:
     """Key of a kernel's tiles in the table of exceptions, for the arguments of :func:`meta`."""
     kind, text = _kind(dtype, device), "/text" if _is_text(long) else ""
@@ -89,7 +135,7 @@ def _tiles(
 ) -> dict[str, int] | None:
     key = table_key(kernel, dtype, device, block_d, short, long)
     rule = _rule(kernel, _kind(dtype, device), block_d, short, _is_text(long), _has_wgmma(arch))
-    found = configs.exceptions("cross_attention", arch)
+    found = exceptions(arch)
     return {**(rule or {}), **found[key]} if key in found else rule
 
 

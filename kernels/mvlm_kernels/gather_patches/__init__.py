@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.gather_patches import reference
-from mvlm_kernels.gather_patches.arguments import (
+from mvlm_kernels.arguments import (
     FLOATS,
     ChannelValues,
     channel_tensors,
@@ -16,17 +15,15 @@ from mvlm_kernels.gather_patches.arguments import (
     check_patch_ids,
     tile_reasons,
 )
-from mvlm_kernels.refusals import Refusal
+from mvlm_kernels.dispatch import Refusal
+from mvlm_kernels.gather_patches import reference
 
 __all__ = ["gather_patches"]
 
 
-def _explain(
-    images: Tensor, patch_ids: Tensor | None, patch_size: int, *, mean: ChannelValues = None, std: ChannelValues = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Refusal, ...]:  # fmt: skip
-    _checked(images, patch_ids, patch_size, mean, std, dtype)
-    return _why_not_triton(images, patch_size)
+def _explain(**call: Any) -> tuple[Refusal, ...]:
+    _checked(**call)
+    return _why_not_triton(call["images"], call["patch_size"])
 
 
 @dispatch.explained_by(_explain)

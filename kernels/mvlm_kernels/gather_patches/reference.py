@@ -7,10 +7,7 @@ Patches are gathered before they are normalised, so that pixels outside the chos
 import torch
 from torch import Tensor
 
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which pixels are normalised and summed: float64 if any input is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+from mvlm_kernels.arguments import compute_dtype
 
 
 def patch_grid(images: Tensor, patch_size: int) -> Tensor:

@@ -11,8 +11,6 @@ arguments of their own, because Triton (3.6 to 3.9) specialises what is inside a
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div, power_of_two
-from mvlm_kernels.language import cast, widen
+from mvlm_kernels.language import accumulator, cast, widen
 
 
 @functools.lru_cache(maxsize=1024)
@@ -40,12 +38,6 @@ def row_grid(rows: int, features: int) -> tuple[tuple[int], dict[str, int]]:
     block_f = min(power_of_two(features), 256 * warps // block_r)
     tile = {"BLOCK_R": block_r, "BLOCK_F": block_f, "num_warps": max(1, block_r * block_f // 256)}
     return (ceil_div(rows, block_r),), tile
-
-
-@functools.cache
-def accumulator(*dtypes: torch.dtype) -> tl.dtype:
-    """The dtype to compute in: float64 if an input is (gradcheck, interpreted), else float32."""
-    return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 def pixel_source(
@@ -251,27 +243,3 @@ def gather_patches_backward(
         num_warps=max(1, block // 256), enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
-    ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
-    values = torch.empty(3, device="meta")
-
-    def both(images: Tensor, dtype: torch.dtype, patch_size: int) -> None:
-        gather_patches(images, ids, patch_size, values, values, dtype)
-        if images.dtype != torch.uint8:
-            grad = torch.empty(64, 116, 3 * patch_size**2, dtype=dtype, device="meta")
-            gather_patches_backward(grad, images, ids, patch_size, values)
-
-    for name, images_dtype, dtype in (
-        ("uint8-bf16", torch.uint8, torch.bfloat16),
-        ("bf16", torch.bfloat16, torch.bfloat16),
-        ("fp16", torch.float16, torch.float16),
-        ("fp32", torch.float32, torch.float32),
-    ):
-        for patch_size in (14, 16, 32) if name == "uint8-bf16" else (16,):
-            images = torch.empty(64, 3, 224, 224, dtype=images_dtype, device="meta")
-            yield f"{name}/p{patch_size}", partial(both, images, dtype, patch_size)
-    images = torch.empty(64, 3, 224, 224, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
-    yield "bf16/p16/channels-last", partial(both, images, torch.bfloat16, 16)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
+from mvlm_kernels.arguments import FLOATS, check_device
+from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.gelu_linear import reference
-from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 __all__ = ["gelu_linear"]
 
@@ -44,10 +44,8 @@ def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None
         check_device(name, x, h.device)
 
 
-def _explain(
-    h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None
-) -> tuple[Refusal, ...]:
-    _check(h, weight, bias, h_bias)
+def _explain(h: Tensor, **call: Any) -> tuple[Refusal, ...]:
+    _check(h, **call)
     return (*_reasons(h), _TRANSFORMED) if registration.transformed() else _reasons(h)
 
 

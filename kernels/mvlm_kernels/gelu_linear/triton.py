@@ -6,10 +6,6 @@ writes the gradient of h and the GELU again, and keeps its share of the bias gra
 the shares in the order of the programs.
 """
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +13,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.gather_patches.triton import accumulator
-from mvlm_kernels.language import cast, widen
-from mvlm_kernels.place_tokens.triton import column_sum_kernel
+from mvlm_kernels.language import accumulator, cast, sum_columns, widen
 
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 4
 PROGRAMS = 8
@@ -109,25 +103,5 @@ def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None, again: bool) -
         ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if partial_sums is not None:
-        dispatch.launch(
-            column_sum_kernel, (ceil_div(width, 32),), partial_sums, sums, programs, width,
-            ACC=accumulator(wide), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        sum_columns(partial_sums, sums, programs, width)
     return dh, out, sums
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the presets' widths."""
-
-    def both(width: int, dtype: torch.dtype, bias: torch.dtype | None, frozen: bool = False) -> None:
-        h = torch.empty(64, 197, width, dtype=dtype, device="meta")
-        h_bias = None if bias is None else torch.empty(width, dtype=bias, device="meta")
-        gelu(h, h_bias)
-        gelu_backward(h, h, h_bias, not frozen)
-
-    for width in (768, 3072):
-        yield f"bf16/{width}/fp32-bias", partial(both, width, torch.bfloat16, torch.float32)
-    yield "bf16/3072/fp32-bias/frozen", partial(both, 3072, torch.bfloat16, torch.float32, frozen=True)
-    yield "bf16/3072/no-bias", partial(both, 3072, torch.bfloat16, None)
-    yield "fp16/3072/fp16-bias", partial(both, 3072, torch.float16, torch.float16)
-    yield "fp32/3072/fp32-bias", partial(both, 3072, torch.float32, torch.float32)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
-from mvlm_kernels.add_layer_norm.arguments import WIDEST
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
-from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
+from mvlm_kernels.add_layer_norm import WIDEST
+from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
+from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
 
 __all__ = ["swap_blocks"]
 

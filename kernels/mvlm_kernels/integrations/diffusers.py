@@ -20,9 +20,8 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.integrations.calls import kernel_reasons, record
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
-from mvlm_kernels.refusals import Refusal, refusal
+from mvlm_kernels.dispatch import Refusal, refusal
+from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, Part, SwapReport, kernel_reasons, record
 
 
 class KernelAttnProcessor(AttnProcessor2_0):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mvlm_kernels import dispatch, gather_patches
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
-from mvlm_kernels.refusals import Refusal, refusal
+from mvlm_kernels.dispatch import Refusal, refusal
+from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
 
 
 class GatherPatchEmbed(PatchEmbed):

@@ -12,9 +12,7 @@ of small differences.
 Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -126,21 +124,3 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type == "cpu":  # torch has this product of narrow operands on CUDA only
         return a.to(dtype) @ b.to(dtype)
     return torch.mm(a, b, out_dtype=dtype)
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors: what ``masked_pixel_loss`` has not."""
-    images = torch.empty(64, 3, 224, 224, dtype=torch.uint8, device="meta")
-    ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
-    values = torch.empty(3, device="meta")
-
-    def both(kind: str, reduce: bool) -> None:
-        hidden = torch.empty(64, 116, 768, dtype=torch.bfloat16, device="meta")
-        weight = torch.empty(768, 768, device="meta")
-        loss, slope = linear_pixel_loss(
-            hidden, weight, weight[0], images, ids, 16, values, values, kind, False, reduce, True
-        )
-        linear_pixel_loss_backward(loss, slope, hidden, weight, (True, True, True))
-
-    yield "bf16/l1", partial(both, "l1", True)
-    yield "bf16/mse/rows", partial(both, "mse", False)

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvlm_kernels.gather_patches.reference import compute_dtype, gather_patches
+from mvlm_kernels.arguments import compute_dtype
+from mvlm_kernels.gather_patches.reference import gather_patches
 
 Kind = Literal["l1", "mse", "smooth_l1"]
 EPS = 1e-6

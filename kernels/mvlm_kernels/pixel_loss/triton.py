@@ -6,9 +6,7 @@ the prediction, a sign byte for L1) and one loss for each patch, or for the mean
 sums in a fixed order. Backward: slope times the incoming gradient, so neither pixels nor predictions are read again.
 """
 
-from collections.abc import Callable, Iterable
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
 import torch
 import triton
@@ -16,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.gather_patches.reference import compute_dtype
-from mvlm_kernels.gather_patches.triton import SIZES, accumulator, load_patches, pixel_source, row_grid
-from mvlm_kernels.language import cast, widen
+from mvlm_kernels.arguments import compute_dtype
+from mvlm_kernels.gather_patches.triton import SIZES, load_patches, pixel_source, row_grid
+from mvlm_kernels.language import accumulator, cast, widen
 
 EPS = tl.constexpr(1e-6)
 loss_dtype = cache(compute_dtype)
@@ -249,24 +247,3 @@ def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) 
     """grad (scalar or (B, K) of any strides), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
     batch, chosen, features = slope.shape
     return scaled_slope(slope, grad, features * (1 if grad.ndim else max(1, batch * chosen)), dtype)
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
-    ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
-    values = torch.empty(3, device="meta")
-
-    def both(images: Tensor, dtype: torch.dtype, patch_size: int, kind: str, normalize_target: bool) -> None:
-        pred = torch.empty(64, 116, 3 * patch_size**2, dtype=dtype, device="meta")
-        loss, slope = masked_pixel_loss(
-            pred, images, ids, patch_size, values, values, kind, normalize_target, True, True
-        )
-        masked_pixel_loss_backward(loss, slope, dtype)
-
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        for kind in ("l1", "mse", "smooth_l1"):
-            images = torch.empty(64, 3, 224, 224, dtype=torch.uint8 if kind == "l1" else dtype, device="meta")
-            yield f"{name}/{kind}/p16", partial(both, images, dtype, 16, kind, False)
-    for patch_size in (14, 32):
-        images = torch.empty(64, 3, 224, 224, dtype=torch.uint8, device="meta")
-        yield f"bf16/mse/p{patch_size}/normalized", partial(both, images, torch.bfloat16, patch_size, "mse", True)

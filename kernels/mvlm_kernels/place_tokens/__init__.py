@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.dispatch import Refusal
 from mvlm_kernels.place_tokens import cpu, reference
-from mvlm_kernels.refusals import Refusal
 
 __all__ = ["place_tokens"]
 
 
-def _explain(
-    tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor, *, masked: Tensor | None = None,
-    visible_ids: Tensor | None = None, with_unmasked: bool = False,
-) -> tuple[Refusal, ...]:  # fmt: skip
-    _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
+def _explain(tokens: Tensor, **call: Any) -> tuple[Refusal, ...]:
+    _checked(tokens, **call)
     return dispatch.device_reasons(tokens.device)
 
 

@@ -11,7 +11,8 @@ The mathematics is that of ``reference.py``, and tests compare the two. Three th
 import torch
 from torch import Tensor
 
-from mvlm_kernels.place_tokens.reference import compute_dtype, output_dtype
+from mvlm_kernels.arguments import compute_dtype
+from mvlm_kernels.place_tokens.reference import output_dtype
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

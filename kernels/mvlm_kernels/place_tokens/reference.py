@@ -6,6 +6,8 @@ Legend: B batch, N patches, K visible patches, C width. ``masked`` (B, N): True 
 import torch
 from torch import Tensor
 
+from mvlm_kernels.arguments import compute_dtype
+
 
 def output_dtype(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> torch.dtype:
     """The dtype that torch promotes the four tensors to: float32 for bfloat16 tokens with float32 parameters."""
@@ -13,11 +15,6 @@ def output_dtype(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_toke
     for other in (mask_token, pos_embed, cls_token):
         dtype = torch.promote_types(dtype, other.dtype)
     return dtype
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are taken: float64 for float64 outputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def place_tokens(

@@ -6,10 +6,6 @@ position's embedding once. It sums the gradient of the embedding, and that of th
 registers in the order of the batch, without atomics and without partial sums of the size of the tokens.
 """
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +13,8 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.gather_patches.triton import accumulator, reader_lists
-from mvlm_kernels.language import cast, widen
+from mvlm_kernels.gather_patches.triton import reader_lists
+from mvlm_kernels.language import accumulator, cast, sum_columns, widen
 from mvlm_kernels.place_tokens.reference import output_dtype
 
 # Rows of the batch at a time. Backward keeps two sums, and a forward of both halves two outputs, in registers. With few
@@ -137,19 +133,6 @@ def place_backward_kernel(
         tl.store(mask_partial_ptr + (position - 1) * C + c, tl.sum(of_mask, axis=0), mask=c < C)
 
 
-@triton.jit
-def column_sum_kernel(
-    x_ptr, out_ptr, N, C, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """out (C,) = column sums of x (N, C), in a fixed order. Program (width slice)."""
-    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    for start in range(0, N, BLOCK_N):
-        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        total += tl.load(x_ptr + (n * C)[:, None] + c[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-    tl.store(out_ptr + c, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=c < C)
-
-
 def _source(
     masked: Tensor | None, visible_ids: Tensor | None, num_patches: int, both: bool
 ) -> tuple[str, Tensor | None]:
@@ -218,30 +201,5 @@ def place_tokens_backward(
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if needs[1]:
-        dispatch.launch(
-            column_sum_kernel, (ceil_div(width, 32),), mask_partial, mask_grad, num_patches, width,
-            ACC=accumulator(wide), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        sum_columns(mask_partial, mask_grad, num_patches, width)
     return tokens_grad, mask_grad, pos_grad, cls_grad
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
-
-    def both(mode: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
-        count = 49 if mode == "visible" else 196
-        tokens = torch.empty(64, count, 768, dtype=dtype, device="meta")
-        token = torch.empty(768, dtype=parameter_dtype, device="meta")
-        positions = torch.empty(197, 768, dtype=parameter_dtype, device="meta")
-        masked = torch.empty(64, 196, dtype=torch.bool, device="meta") if mode in ("masked", "both") else None
-        ids = torch.empty(64, 49, dtype=torch.int32, device="meta") if mode == "visible" else None
-        out = place_tokens(tokens, token, positions, token, masked, ids, mode == "both")
-        place_tokens_backward(out, masked, ids, mode == "both", count, (dtype, *(parameter_dtype,) * 3), (True,) * 4)
-
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for name, dtype in types.items():
-        yield f"{name}/masked", partial(both, "masked", dtype, dtype)
-    for mode in ("all", "visible"):
-        yield f"bf16/{mode}", partial(both, mode, torch.bfloat16, torch.bfloat16)
-    for mode in ("masked", "both"):
-        yield f"bf16/{mode}/fp32-parameters", partial(both, mode, torch.bfloat16, torch.float32)

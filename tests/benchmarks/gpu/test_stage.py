@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import mvlm_kernels
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks import results
 from mvlm_benchmarks.budget import Budget
@@ -23,7 +24,6 @@ from mvlm_benchmarks.gpu.small_cases import small_cases
 from mvlm_benchmarks.gpu.stage import Stage, running
 from mvlm_benchmarks.gpu.stages import STAGES
 from mvlm_benchmarks.gpu.variants import Target, targets_of
-from mvlm_kernels import configs
 from mvlm_kernels.cross_attention import tiles
 from support.benchmarks import FakeClock, micro_config, toy_case
 from support.stages import run_stage
@@ -236,7 +236,7 @@ def test_winners_of_attention_are_a_table_that_launchers_read(tmp_path, monkeypa
 
     monkeypatch.setattr(sweep, "sweep_target", swept)
     assert run_stage(sweep, tmp_path)[0] == 0
-    before = json.loads((Path(configs.__file__).parent / "cross_attention.json").read_text())
+    before = json.loads((Path(mvlm_kernels.__file__).parent / "configs" / "cross_attention.json").read_text())
     table = json.loads((tmp_path / "configs" / "cross_attention.json").read_text())
     added = {targets[0].key: {"num_warps": 2}, targets[1].key: {"num_stages": 3}}
     assert table == before | {"sm_90": before["sm_90"] | added}

@@ -10,7 +10,7 @@ import torch
 from emulator.cases import Cases
 from emulator.library import multiprocessors, unwritten
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.cross_attention.arguments import longest_sequences, short_side
+from mvlm_kernels.cross_attention.arguments import Sides, longest_sequences, short_side
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.accuracy import assert_accurate
@@ -32,7 +32,7 @@ def check(case: Case, processors: int = 0, **options: Any) -> None:
         for values, name in ((call.kwargs, "cu_seqlens"), (call.bounds, "max_len"))
         for side in "qk"
     )
-    lengths = longest_sequences(call.q, call.k, cu_q, cu_k, max_q, max_k)
+    lengths = longest_sequences(call.q, call.k, Sides(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), max_q, max_k)
     short = lengths[1] if short_side(*lengths) == "kv" else lengths[0]
     if not has_tiles(case.dtype, case.width, short, dispatch.arch(call.q.device)):
         pytest.skip("no tiles: another backend runs on a GPU")

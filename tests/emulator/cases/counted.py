@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emulator.cases import Cases
 from mvlm_kernels import use_backend
-from mvlm_kernels.case import Case
+from mvlm_kernels.cases import Case
 from mvlm_kernels.cases import cases as counted_cases
 
 # An L1 slope flips where the prediction, rounded, meets the pixel: one flip in a hundred would be 20 % of the RMS.

@@ -10,8 +10,7 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain
-from mvlm_kernels.cross_attention.dropout import philox
-from mvlm_kernels.cross_attention.reference import cross_attention_reference
+from mvlm_kernels.cross_attention.reference import cross_attention_reference, philox
 from support.kernels.attention import SIDES, Case, attention_by_loops, attention_by_op, build, op_arguments, run
 from support.kernels.attention_oracle import philox_by_hand
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.arguments import Options, Sides
 from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
 from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
 
@@ -152,7 +153,7 @@ def test_scale_is_an_argument_of_the_attention_kernels():
         for scale in (0.125, 0.5):
             q, k = torch.empty(2, 40, 1, 64, device="meta"), torch.empty(2, 16, 1, 64, device="meta")
             launchers = sys.modules["mvlm_kernels.cross_attention.launch"]
-            launchers.forward(q, k, k, *[None] * 7, scale, 40, 16)
+            launchers.forward(q, k, k, Sides(), Options(scale, 40, 16))
     (first, first_meta), (second, second_meta) = launches
     assert first_meta == second_meta
     assert [a for a in first if isinstance(a, float)] == [0.125 * math.log2(math.e)]

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain
-from mvlm_kernels.cross_attention import aot_cases
+from mvlm_kernels.aot_cases import CASES
 from support.kernels.attention import SIDES, Case, build, op_arguments, run
 
 
@@ -65,7 +65,7 @@ def test_compiled_attention_kernels_give_the_same_bits(name: str):
 def test_launchers_of_cross_attention_read_no_tensor():
     # A meta tensor has no values: .item(), .tolist() or a data-dependent shape would raise. On a GPU each is a sync.
     launched = []
-    for label, call in aot_cases.aot_cases():
+    for label, call in CASES["cross_attention"]():
         if label.startswith("bfloat16/64/32/"):
             with dispatch.recording(lambda kernel, *rest: launched.append(kernel.__name__), 90):
                 call()

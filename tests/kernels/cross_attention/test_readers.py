@@ -60,7 +60,7 @@ def test_bits_do_not_depend_on_the_order_in_which_programs_run(name: str):
     with mvlm_kernels.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "checks_values", lambda device: False)
         for rows in (spans, spans.flip(0)):
-            args = (*sides, order, rows, 0.3, case.len_q, case.len_k, 0.0, 0.0, None)
+            args = (*sides, order, rows, 0.3, case.len_q, case.len_k, 0.0, None)
             out, lse = torch.ops.mvlm_kernels.cross_attention(q, k, v, *args)
             results.append(
                 torch.ops.mvlm_kernels.cross_attention_backward(call.grad, q, k, v, out, lse, *args, True, True)

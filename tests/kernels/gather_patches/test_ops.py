@@ -1,11 +1,10 @@
 """gather_patches as an op: registration, compilation, errors, and the text of explain."""
 
-import importlib
-
 import pytest
 import torch
 
 from mvlm_kernels import dispatch, explain, use_backend
+from mvlm_kernels.aot_cases import CASES
 from mvlm_kernels.dispatch import ON_CPU
 from mvlm_kernels.gather_patches import gather_patches
 from support.kernels.patches import MEAN, STD, make_ids, make_images
@@ -81,9 +80,8 @@ def test_explain_names_reasons_of_gather_patches():
 
 
 def test_launchers_of_gather_patches_read_no_tensor():
-    launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
-        for _, launch in launchers.aot_cases():
+        for _, launch in CASES["gather_patches"]():
             launch()  # meta tensors: reading one on the host would raise
     assert {"gather_kernel", "gather_backward_kernel", "reader_lists_kernel"} <= set(launched)

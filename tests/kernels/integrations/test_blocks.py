@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations.blocks import form_of, swap_blocks  # noqa: E402
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED, OTHER_FORWARD  # noqa: E402
+from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD  # noqa: E402
 
 
 def vit(**options: Any) -> Any:

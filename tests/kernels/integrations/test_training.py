@@ -19,8 +19,7 @@ from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations import diffusers as for_diffusers  # noqa: E402
 from mvlm_kernels.integrations import timm as for_timm  # noqa: E402
 from mvlm_kernels.integrations import transformers as for_transformers  # noqa: E402
-from mvlm_kernels.integrations.calls import recorded_calls  # noqa: E402
-from mvlm_kernels.integrations.report import SwapReport  # noqa: E402
+from mvlm_kernels.integrations.calls import SwapReport, recorded_calls  # noqa: E402
 
 STEPS = 50
 BERT: dict[str, Any] = {

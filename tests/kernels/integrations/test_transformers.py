@@ -26,8 +26,11 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfA
 
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import transformers as integration  # noqa: E402
-from mvlm_kernels.integrations.calls import AttentionCall, recorded_calls  # noqa: E402
-from mvlm_kernels.integrations.report import ALREADY_SWAPPED  # noqa: E402
+from mvlm_kernels.integrations.calls import (  # noqa: E402
+    ALREADY_SWAPPED,
+    AttentionCall,
+    recorded_calls,
+)
 
 NAME = integration.NAME
 SIZES: dict[str, Any] = {

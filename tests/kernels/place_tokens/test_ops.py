@@ -1,11 +1,10 @@
 """place_tokens as an op: registration, compilation, errors, and the text of explain."""
 
-import importlib
-
 import pytest
 import torch
 
 from mvlm_kernels import dispatch, explain, use_backend
+from mvlm_kernels.aot_cases import CASES
 from mvlm_kernels.dispatch import ON_CPU
 from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.token_placement import case
@@ -77,6 +76,6 @@ def test_explain_names_reasons_of_place_tokens():
 def test_launchers_of_place_tokens_read_no_tensor():
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
-        for _, launch in importlib.import_module("mvlm_kernels.place_tokens.triton").aot_cases():
+        for _, launch in CASES["place_tokens"]():
             launch()  # meta tensors: reading one on the host would raise
     assert {"place_kernel", "place_backward_kernel", "column_sum_kernel", "reader_lists_kernel"} <= set(launched)

@@ -189,7 +189,6 @@ MUTANTS = [
     ("total += g", "total = g"),
     ("written = inside & keep", "written = inside"),
     ("tl.store(mask_partial_ptr + (position - 1) * C + c", "tl.store(mask_partial_ptr + position * C + c"),
-    ("for start in range(0, N, BLOCK_N):", "for start in range(0, N - 1, BLOCK_N):"),
 ]  # fmt: skip
 
 
@@ -217,6 +216,12 @@ def exercise():
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new[:40] for _, new in MUTANTS])
 def test_broken_place_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.place_tokens.triton", old, new, tmp_path, poison, exercise)
+
+
+@pytest.mark.slow
+def test_broken_sum_of_columns_is_caught(tmp_path, poison):
+    old, new = "for start in range(0, N, BLOCK_N):", "for start in range(0, N - 1, BLOCK_N):"
+    assert_caught("mvlm_kernels.language", old, new, tmp_path, poison, exercise, ["mvlm_kernels.place_tokens.triton"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.arguments import longest_sequences
+from mvlm_kernels.cross_attention.arguments import Sides, longest_sequences
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from support.kernels.accuracy import assert_accurate
 from support.kernels.guards import guarded
@@ -180,12 +180,11 @@ def attention_by_loops(
 
 def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> tuple[Any, ...]:
     """Arguments of the registered op after q, k and v, from those of the public function."""
-    sides = [kwargs.get(n) for n in ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")]
-    if sides[1] is not None:
-        sides[1] = mvlm_kernels.pack_key_mask(sides[1])
-    longest = longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k")))
-    seed = kwargs.get("seed")
-    return (*sides, None, None, scale, *longest, kwargs.get("dropout_p", 0.0), seed)
+    sides = Sides(*map(kwargs.get, Sides._fields))
+    if sides.key_mask is not None:
+        sides = sides._replace(key_mask=mvlm_kernels.pack_key_mask(sides.key_mask))
+    longest = longest_sequences(q, k, sides, *map(kwargs.get, ("max_len_q", "max_len_k")))
+    return (*sides, scale, *longest, kwargs.get("dropout_p", 0.0), kwargs.get("seed"))
 
 
 def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

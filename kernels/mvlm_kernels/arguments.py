@@ -1,4 +1,4 @@
-"""Checks and conversions of the arguments that all ops on image patches share."""
+"""Checks and conversions of arguments that several ops share, and the dtype in which they compute."""
 
 import functools
 from collections.abc import Sequence
@@ -6,12 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvlm_kernels.dispatch import check_number, power_of_two
-from mvlm_kernels.gather_patches.reference import compute_dtype
-from mvlm_kernels.refusals import Refusal, refusal
+from mvlm_kernels.dispatch import Refusal, check_number, power_of_two, refusal
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ChannelValues = Sequence[float] | Tensor | None
+MAX_TILE = 32768
+"""Values of a tile of pixels. With 16 warps this is 64 values per thread, about the most that fits without spilling."""
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which values of these dtypes are computed and summed: float64 if one of them is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def check_images(images: Tensor, patch_size: int) -> int:
@@ -148,7 +153,3 @@ def tile_reasons(channels: int, patch_size: int) -> tuple[Refusal, ...]:
         f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels} values, the kernels take {MAX_TILE}"
     )
     return (refusal(reason, "torch runs; use smaller patches"),)
-
-
-# Values per tile. With 16 warps this is 64 values per thread, about the most that fits without spilling registers.
-MAX_TILE = 32768
