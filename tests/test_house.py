@@ -39,8 +39,8 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"build"},
         {"tokenizer"},
         {"dataset", "sources", "options", "masking"},
-        {"captions", "randomness", "files", "images", "tar_walk"},
-        {"batch", "regular_files"},
+        {"captions", "randomness", "images", "tar_walk"},
+        {"batch", "files"},
         {"errors"},
     ],
     "mvlm_benchmarks": [

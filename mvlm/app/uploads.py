@@ -17,8 +17,8 @@ from PIL import Image
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.images import rgb_image
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import open_regular
 from mvlm_dataloading.images.limits import ImageLimits
-from mvlm_dataloading.regular_files import open_regular
 
 MAX_BYTES = 20_000_000
 """Largest file."""

@@ -15,7 +15,7 @@ from mvlm.runs.folder import RunFolder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.dataset.description import shard_paths
-from mvlm_dataloading.dataset.index_writer import fingerprint_of
+from mvlm_dataloading.dataset.sample_index import fingerprint_of
 from mvlm_dataloading.files import sha256
 from mvlm_dataloading.tools.reindex import lists_samples_of
 

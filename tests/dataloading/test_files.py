@@ -1,15 +1,25 @@
-"""Files and folders that appear whole."""
+"""Files and folders that appear whole, files that are no files, and files that change while they are read."""
 
 import errno
 import hashlib
 import json
 import math
 import os
+import socket
+import tarfile
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from mvlm_dataloading import files
+from mvlm_dataloading import DataError, build_shards, check_shards, files, open_dataset, rebuild_indices
+from mvlm_dataloading.files import open_regular, opened_unchanged, read_regular
+from mvlm_dataloading.sources.tar_samples import read_samples
+from mvlm_dataloading.sources.webdataset import webdataset
+from mvlm_dataloading.tools.view import make_view
+from support import published
+from support.data import write_dataset
 
 
 def full_disk(*_: object) -> None:
@@ -108,3 +118,196 @@ def test_a_folder_appears_with_its_files_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"), files.new_folder(tmp_path / "other", aside):
         pass
     assert list(tmp_path.iterdir()) == [out]
+
+
+YEAR = 1_700_000_000
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+ODD = {"a pipe": make_pipe, "a socket": make_socket, "a device": make_device, "a folder": Path.mkdir}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_only_regular_files_are_opened(tmp_path, kind):
+    """A pipe would be waited for; /dev/zero never ends."""
+    ODD[kind](tmp_path / "x")
+    for read in (open_regular, read_regular):
+        with pytest.raises(DataError, match=f"x: wanted a file, found {kind}; "):
+            read(tmp_path / "x")
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"")
+    status = os.stat(tmp_path / "x")
+    (tmp_path / "x").unlink()
+    os.mkfifo(tmp_path / "x")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("mvlm_dataloading.files.os.stat", lambda path: status)
+        with pytest.raises(DataError, match="x: wanted a file, found a pipe"):
+            open_regular(tmp_path / "x")
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_regular(tmp_path / "x", 5) == b"12345"
+    with pytest.raises(DataError, match="x: wanted at most 4 bytes, found 5"):
+        read_regular(tmp_path / "x", 4)
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["dataset.json", "train.index", "train-000000.idx", "train-000000.tar"])
+def test_what_is_no_file_in_a_data_folder_is_refused_at_once(tmp_path, name, kind):
+    folder = write_dataset(tmp_path / "data", 3)
+    if name.endswith(".idx"):
+        (folder / "train.index").unlink()  # else it is not read
+    (folder / name).unlink()
+    ODD[kind](folder / name)
+    wanted = f"{name}: wanted a file, found {kind}"
+    with pytest.raises(DataError, match=wanted):
+        open_dataset(folder, "train")
+    if name != "dataset.json":
+        assert any(wanted in problem for problem in check_shards(folder, workers=0)["train"].problems)
+    with pytest.raises(DataError, match=wanted):
+        check_shards(folder, workers=0) if name == "dataset.json" else make_view(tmp_path / "view", [folder])
+    if name.endswith(".tar"):
+        with pytest.raises(DataError, match=wanted):
+            rebuild_indices(folder)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
+def test_what_is_no_file_among_tars_is_refused_at_once(tmp_path, kind):
+    write_tar(tmp_path / "a.tar", 2)
+    ODD[kind](tmp_path / "b.tar")
+    for read in (rebuild_indices, lambda folder: webdataset([folder])):
+        with pytest.raises(DataError, match=rf"b\.tar: wanted a file, found {kind}"):
+            read(tmp_path)
+
+
+def test_a_pipe_that_is_named_as_a_description_stops_no_build(tmp_path):
+    write_tar(tmp_path / "a.tar", 2)
+    (tmp_path / "sub").mkdir()
+    make_pipe(tmp_path / "sub" / "dataset.json")
+    assert len(webdataset([tmp_path]).pieces) == 1
+
+
+def write_tar(path: Path, count: int) -> None:
+    """A tar that was written a year ago."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            image = published.encoded(published.make_image(i))
+            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", b"words of %d" % i)])
+    os.utime(path, (YEAR, YEAR))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(2048))
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(bytes(512))
+
+
+def replace(path: Path) -> None:
+    path.with_name("other").write_bytes(path.read_bytes())
+    os.utime(path.with_name("other"), (YEAR, YEAR))
+    path.with_name("other").rename(path)
+
+
+CHANGES = [truncate, overwrite, append, replace, Path.unlink]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
+    write_tar(tmp_path / "x.tar", 3)
+    with opened_unchanged(tmp_path / "x.tar") as file:
+        file.read()
+
+    def read() -> None:
+        with opened_unchanged(tmp_path / "x.tar"):
+            change(tmp_path / "x.tar")
+            raise ValueError("of what was read, which is not the fault of the file")
+
+    with pytest.raises(DataError, match=r"x\.tar: wanted a file that stays as it is while it is read"):
+        read()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_samples_of_a_tar_that_changes_make_no_data_set(tmp_path, change):
+    tar = tmp_path / "train.tar"
+    write_tar(tar, 30)
+    samples = read_samples(tar, 1 << 20)
+    next(samples)
+    change(tar)
+    with pytest.raises(DataError, match=r"train\.tar: wanted a file that stays as it is while it is read"):
+        list(samples)
+
+
+@pytest.mark.parametrize("change", [truncate, overwrite, append])
+def test_a_build_reads_the_tars_that_its_recipe_states(tmp_path, change):
+    """A tar is hashed when a build is planned, and read later."""
+    tar = tmp_path / "train.tar"
+    write_tar(tar, 3)
+    source = webdataset([tar])
+    change(tar)
+    with pytest.raises(DataError, match=r"train\.tar: wanted the tar that the build began with, found another"):
+        build_shards(source, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [truncate, overwrite, append, replace])
+@pytest.mark.parametrize("when", ["parse_captions", "describe_shard"])
+def test_an_index_of_a_tar_that_changes_is_not_written(tmp_path, monkeypatch, change, when):
+    """While its headers are read, and while it is hashed afterwards."""
+    tar = tmp_path / "train.tar"
+    write_tar(tar, 30)
+    _change_at(monkeypatch, f"mvlm_dataloading.tools.reindex.{when}", lambda: change(tar))
+    with pytest.raises(DataError, match=r"train\.tar: wanted a file that stays as it is while it is read"):
+        rebuild_indices(tmp_path)
+    assert not list(tmp_path.glob("*.idx")) + list(tmp_path.glob("dataset.json"))
+
+
+@pytest.mark.parametrize("change", [truncate, overwrite, append, replace])
+def test_a_check_of_a_tar_that_changes_finds_that(tmp_path, monkeypatch, change):
+    tar = tmp_path / "train.tar"
+    write_tar(tar, 30)
+    rebuild_indices(tmp_path)
+    _change_at(monkeypatch, "mvlm_dataloading.tools.check.index_tar", lambda: change(tar))
+    problems = check_shards(tmp_path, workers=0)["train"].problems
+    assert any("train.tar: wanted a file that stays as it is while it is read" in problem for problem in problems)
+
+
+def _change_at(monkeypatch, name: str, change: Callable[[], None]) -> None:
+    """Make a change when a function is called for the first time."""
+    module, _, function = name.rpartition(".")
+    real, changes = getattr(__import__(module, fromlist=[function]), function), [change]
+
+    def call(*args, **settings):
+        if changes:
+            changes.pop()()
+        return real(*args, **settings)
+
+    monkeypatch.setattr(name, call)

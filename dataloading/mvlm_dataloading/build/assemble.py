@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import describe_shard, write_description
-from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, write_description
 from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError

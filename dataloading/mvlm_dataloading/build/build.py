@@ -23,8 +23,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import already_written, require_free_folder
-from mvlm_dataloading.dataset.description_fields import parse_description, require_split_name
+from mvlm_dataloading.dataset.description import (
+    already_written,
+    parse_description,
+    require_free_folder,
+    require_split_name,
+)
 from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, is_remote, normal_url, open_folder
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder

@@ -30,8 +30,12 @@ from filelock import FileLock, Timeout
 
 from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
-from mvlm_dataloading.dataset.description import require_free_folder, write_description
-from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION, require_split_name
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    require_free_folder,
+    require_split_name,
+    write_description,
+)
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder, sha256, sync, write_file

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import open_regular
 from mvlm_dataloading.randomness import text_hash
-from mvlm_dataloading.regular_files import open_regular
 
 from .dali_index import Int64
 from .description import shard_paths

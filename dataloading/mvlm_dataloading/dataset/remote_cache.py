@@ -32,7 +32,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import sync, write_file
 
 from .dali_index import read_head
-from .description_fields import parse_description
+from .description import parse_description
 from .folders import RemoteFolder
 from .sample_index import map_index
 

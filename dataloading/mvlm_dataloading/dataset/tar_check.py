@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.regular_files import open_regular, require_regular
+from mvlm_dataloading.files import open_regular, require_regular
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 
 from .dali_index import KINDS

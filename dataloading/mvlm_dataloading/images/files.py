@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mvlm_dataloading.regular_files import irregular
+from mvlm_dataloading.files import irregular
 
 from .limits import ImageRefusedError
 

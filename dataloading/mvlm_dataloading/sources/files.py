@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.regular_files import read_regular
+from mvlm_dataloading.files import read_regular
 
 from .record import require_file
 

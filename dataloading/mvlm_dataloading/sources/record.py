@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import sha256
-from mvlm_dataloading.regular_files import open_regular
+from mvlm_dataloading.files import open_regular, sha256
 
 from .strip import ImageStrip
 

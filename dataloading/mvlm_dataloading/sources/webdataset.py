@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mvlm_dataloading.captions import decode_text, is_visible
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.regular_files import read_regular
+from mvlm_dataloading.files import read_regular
 
 from .files import captions_in_cell, published_files, refuse_repeated_files
 from .record import (

@@ -20,11 +20,10 @@ from mvlm_dataloading.captions import is_visible, script_of
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description, shard_paths
-from mvlm_dataloading.dataset.index_writer import fingerprint_of, pack_records
 from mvlm_dataloading.dataset.open import open_dataset
-from mvlm_dataloading.dataset.sample_index import index_path, map_index
+from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.regular_files import opened_unchanged, read_regular
+from mvlm_dataloading.files import opened_unchanged, read_regular
 
 from .reindex import index_tar
 

@@ -13,14 +13,17 @@ from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.captions import is_visible
 from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
-from mvlm_dataloading.dataset.description import describe_shard, read_description, shard_paths, write_description
-from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
-from mvlm_dataloading.dataset.index_writer import pack_records
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    describe_shard,
+    read_description,
+    shard_paths,
+    write_description,
+)
 from mvlm_dataloading.dataset.open import write_index
-from mvlm_dataloading.dataset.sample_index import Field, SampleIndex
+from mvlm_dataloading.dataset.sample_index import Field, SampleIndex, pack_records
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import make_no_older, write_file
-from mvlm_dataloading.regular_files import opened_unchanged
+from mvlm_dataloading.files import make_no_older, opened_unchanged, write_file
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk

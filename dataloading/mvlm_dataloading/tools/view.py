@@ -29,13 +29,17 @@ from mvlm_dataloading.build.duplicates import (
 )
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.dataset.description import read_description, require_free_folder, shard_paths, write_description
-from mvlm_dataloading.dataset.description_fields import FORMAT_VERSION
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    read_description,
+    require_free_folder,
+    shard_paths,
+    write_description,
+)
 from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import new_folder
+from mvlm_dataloading.files import new_folder, read_regular
 from mvlm_dataloading.options import ViewOptions
-from mvlm_dataloading.regular_files import read_regular
 from mvlm_dataloading.sources.record import is_evaluation
 
 log = logging.getLogger(__name__)
