@@ -11,6 +11,8 @@ from support.commands import run_python
 
 NAMES = [
     "ConfigError",
+    "DataError",
+    "FinetuneConfig",
     "Losses",
     "MaskVLM",
     "MaskVLMConfig",
@@ -19,6 +21,7 @@ NAMES = [
     "TrainedModel",
     "evaluate",
     "export",
+    "finetune",
     "load_model",
     "pretrain",
     "pretrain_defaults",
@@ -48,7 +51,7 @@ def test_a_name_of_the_face_is_the_one_that_its_module_defines(name):
 
 def test_an_unknown_name_of_the_face_is_an_error_that_lists_the_known_ones():
     with pytest.raises(
-        AttributeError, match="module 'mvlm' has no attribute 'Model'; it has ConfigError, Losses, Mask"
+        AttributeError, match="module 'mvlm' has no attribute 'Model'; it has ConfigError, DataError, Fine"
     ):
         _ = mvlm.Model  # pyright: ignore[reportAttributeAccessIssue]
 
