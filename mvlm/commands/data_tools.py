@@ -21,8 +21,7 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
     """
     from mvlm.progress import WorkProgress
     from mvlm_dataloading.errors import DataError
-    from mvlm_dataloading.tools.check import check_shards
-    from mvlm_dataloading.tools.summary import contact_sheet, findings_table
+    from mvlm_dataloading.tools.check import check_shards, contact_sheet, findings_table
 
     with WorkProgress("images") as counting:
         found = check_shards(

@@ -23,8 +23,7 @@ from mvlm_dataloading.captions import clean_captions
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.record import KEY_PATTERN, Piece, Record
-from mvlm_dataloading.sources.strip import ImageStrip
+from mvlm_dataloading.sources.record import KEY_PATTERN, ImageStrip, Piece, Record
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (

@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from mvlm_dataloading import BuildOptions, Loader, build_shards, check_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
-from mvlm_dataloading.sources.record import ListedPiece, Record, Source
-from mvlm_dataloading.sources.strip import ImageStrip
+from mvlm_dataloading.sources.record import ImageStrip, ListedPiece, Record, Source
 from support import published
 from support.data import build_records, make_record, read_json_lines
 

@@ -21,8 +21,7 @@ from mvlm_dataloading import (
     open_dataset,
     rebuild_indices,
 )
-from mvlm_dataloading.sources.record import ListedPiece, Record, Source, with_images_together
-from mvlm_dataloading.sources.strip import ImageStrip
+from mvlm_dataloading.sources.record import ImageStrip, ListedPiece, Record, Source, with_images_together
 from mvlm_dataloading.tools.reindex import lists_samples_of
 from support import published
 from support.data import file_contents, make_image, read_json_lines

@@ -1,4 +1,4 @@
-"""Checks of a data set: statistics, damage, keys, metadata and token ids."""
+"""Checks of a data set: statistics, damage, keys, metadata and token ids; the contact sheet."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
-from mvlm_dataloading.tools.summary import findings_table
+from mvlm_dataloading.tools.check import contact_sheet, findings_table
 from support import published
 from support.data import state_fingerprint
 
@@ -234,3 +234,16 @@ def test_check_names_captions_in_which_nothing_can_be_seen(tmp_path):
         r"train-0.tar key 1: wanted captions in which something can be seen, found '\u200b\u0301'; "
         "remove the caption, or build the data set again"
     ]
+
+
+@pytest.mark.slow
+def test_contact_sheet_shows_images_and_captions(tmp_path):
+    out = write(tmp_path / "out")
+    path = contact_sheet(out, tmp_path / "sheet.png")
+    with Image.open(path) as sheet:
+        assert sheet.size == (8 * 168 + 8, 2 * 204 + 8)
+        first = np.asarray(sheet.crop((8, 8, 168, 168)), float)
+    # The test split comes first. Its image is centred in its cell, unscaled.
+    image = np.asarray(published.make_image(90), float)  # 72 x 54
+    assert np.abs(first[53 : 53 + 54, 44 : 44 + 72] - image).mean() < 2
+    assert (first[:50] == 255).all()

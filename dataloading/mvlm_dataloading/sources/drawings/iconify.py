@@ -32,8 +32,7 @@ from mvlm_dataloading.sources.record import (
 )
 
 from .emoji import named_emoji, plain, split_of
-from .rendered import rendered_pieces
-from .svg import render_svg
+from .svg import render_svg, rendered_pieces
 
 HELD_OUT = ("twemoji", "noto", "noto-v1")
 """Collections for evaluation alone: transfer to artists that no model was trained on is measured with them."""

@@ -9,11 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import captions_in_cell, files_under, read_rows, reason_if_outside
-from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, source, with_images_together
-from mvlm_dataloading.sources.strip import ImageStrip
-
-from .places import find_file, wrong_format
+from mvlm_dataloading.sources.files import (
+    captions_in_cell,
+    files_under,
+    find_file,
+    read_rows,
+    reason_if_outside,
+    wrong_format,
+)
+from mvlm_dataloading.sources.record import (
+    ImageStrip,
+    Record,
+    Source,
+    cut_into_pieces,
+    file_sha256,
+    source,
+    with_images_together,
+)
 
 _PERMUTATIONS = 6
 _BOXES = ((0, 0, 100, 100), (150, 0, 250, 100), (300, 0, 400, 100))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import captions_in_cell, read_rows, reason_if_outside
+from mvlm_dataloading.sources.files import captions_in_cell, find_file, read_rows, reason_if_outside, wrong_format
 from mvlm_dataloading.sources.flickr30k import image_folder
 from mvlm_dataloading.sources.record import (
     Record,
@@ -18,8 +18,6 @@ from mvlm_dataloading.sources.record import (
     source,
     with_images_together,
 )
-
-from .places import find_file, wrong_format
 
 _SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 LABELS = ("contradiction", "neutral", "entailment")

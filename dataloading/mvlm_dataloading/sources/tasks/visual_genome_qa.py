@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import captions_in_cell, read_json_list
+from mvlm_dataloading.sources.files import captions_in_cell, read_json_list, wrong_format
 from mvlm_dataloading.sources.record import (
     Record,
     Source,
@@ -17,7 +17,6 @@ from mvlm_dataloading.sources.record import (
 )
 from mvlm_dataloading.sources.visual_genome import ids_elsewhere, image_finder
 
-from .places import wrong_format
 from .vqa_v2 import NO_ANSWERS
 
 ANNOTATORS = 10

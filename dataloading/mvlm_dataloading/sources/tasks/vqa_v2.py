@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import captions_in_cell, read_json
+from mvlm_dataloading.sources.files import captions_in_cell, coco_folder, find_file, read_json, wrong_format
 from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, source, with_images_together
-
-from .places import coco_folder, find_file, wrong_format
 
 _SPLITS = {"train2014": "train", "val2014": "validation", "test2015": "test"}
 _FOLDERS = ("", "questions", "Questions", "annotations", "Annotations")

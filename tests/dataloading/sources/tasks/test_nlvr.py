@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, open_dataset
-from mvlm_dataloading.sources.strip import ImageStrip
+from mvlm_dataloading.sources.record import ImageStrip
 from mvlm_dataloading.sources.tasks.nlvr import nlvr, nlvr2
 from support import published_tasks
 from support.data import build_source, read_json_lines
