@@ -18,7 +18,7 @@ from mvlm.app.gallery import Gallery
 from mvlm.app.uploads import MAX_CHARACTERS, MAX_LABELS, Uploads, check_image
 from mvlm.app.visitors import Visitors
 from mvlm.errors import ConfigError
-from mvlm.inference.images import decode_image
+from mvlm.inference.images import rgb_image
 from mvlm.inference.texts import shortened
 from mvlm.inference.trained_model import TrainedModel
 
@@ -100,7 +100,7 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
 
 def _shown(image: bytes) -> Image.Image:
     """An encoded image, turned as its EXIF data say, what is transparent on white, and no larger than it is shown."""
-    shown = Image.fromarray(decode_image(image))
+    shown = rgb_image(image)
     shown.thumbnail((2 * TALL, 2 * TALL))
     return shown
 

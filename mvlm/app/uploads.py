@@ -16,8 +16,6 @@ from PIL import Image
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.images import rgb_image
-from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular
 from mvlm_dataloading.images.limits import ImageLimits
 
 MAX_BYTES = 20_000_000
@@ -167,33 +165,9 @@ def check_image(file: Path) -> Image.Image:
     """The image of an uploaded file, turned as its EXIF data say, transparent areas white.
 
     Raises:
-        ConfigError: the file or the image is too large.
-        RunError: it is no regular file, or not an image that can be decoded. An SVG is none: it is a program, not
-            pixels.
+        RunError: it is no regular file, or not an image within the limits. An SVG is none: it is a program, not pixels.
     """
-    content = _read(file)
-    try:
-        return rgb_image(content, "image", LIMITS)
-    except RunError as error:
-        if "could not read it" in str(error):  # Pillow's reasons are words for programmers
-            raise RunError("image: wanted an image, could not read it; use a PNG, JPEG or WebP") from None
-        raise
-
-
-def _read(file: Path) -> bytes:
-    """The bytes of a regular file of at most MAX_BYTES. Nothing waits for a pipe, and no device is read."""
-    try:
-        with open_regular(file) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            content = b"" if size > MAX_BYTES else opened.read(MAX_BYTES + 1)
-    except (OSError, DataError):
-        raise RunError("image: wanted an image, found none; upload it again") from None
-    size = max(size, len(content))
-    if size > MAX_BYTES:
-        raise ConfigError(
-            f"image: wanted at most {MAX_BYTES // 10**6} MB, got {size / 1e6:.0f} MB; choose a smaller file"
-        )
-    return content
+    return rgb_image(file, "image", LIMITS)
 
 
 def check_text(text: str | None, name: str = "text") -> str:

@@ -6,7 +6,9 @@ import os
 import re
 import secrets
 import socket
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -360,6 +362,39 @@ def bodies() -> Iterator[Attack]:
                 "POST", f"{API}/upload", (200, 400, 413) if "charset" in name else (400, 413), body, Content_Type=kind
             ),
         )
+
+
+def images() -> Iterator[Attack]:
+    given = {
+        "1 x 40,000,000, of which 10 rows are there": thin_png(1, 40_000_000, 1, 10),
+        "40,000,000 x 1": thin_png(40_000_000, 1, 1, 1),
+        "30,000 x 30,000": thin_png(30_000, 30_000, 24, 1),
+        "nothing": b"",
+        "half of one": png(200)[:3000],
+        "a program": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n",
+    }
+    for name, content in given.items():
+
+        def act(target: Target, visitor: Visitor, content: bytes = content) -> str | None:
+            before, began = target.memory(), time.monotonic()
+            answered, said = visitor.ask("Fill", [visitor.uploaded("x.png", content), "a [MASK]"], 2 * SECONDS)
+            grown = target.memory() - before
+            problem = judge(answered, said, time.monotonic() - began)
+            return problem or (f"memory grew by {grown:.0f} MB" if grown > 100 else None)
+
+        yield Attack("images", name, act)
+
+
+def thin_png(width: int, height: int, bits: int, rows: int) -> bytes:
+    """A PNG of grey or, of 24 bits, RGB pixels whose header says so much and which holds only the first rows."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8 if bits == 24 else bits, 2 if bits == 24 else 0, 0, 0, 0)
+    data = zlib.compress(bytes((1 + -(-width * bits // 8)) * rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def texts() -> Iterator[Attack]:
@@ -779,6 +814,7 @@ ATTACKS = [
     *traversals(),
     *bodies(),
     *texts(),
+    *images(),
     *products(),
     *origins(),
     *routes_off(),

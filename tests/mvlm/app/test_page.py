@@ -165,7 +165,8 @@ def test_what_is_no_image_gets_a_message_and_the_server_lives(visitor) -> None:
     for name, content in {"x.svg": svg, "x.png": b"\x89PNG\r\n\x1a\n\0\0", "y.png": b"GIF89a"}.items():
         answered, said = visitor.ask("Classify", [visitor.uploaded(name, content), "a\nb", ""])
         assert not answered
-        assert said == "image: wanted an image, could not read it; use a PNG, JPEG or WebP"
+        assert "image: wanted an image, could not read it" in said
+        assert "use a PNG, JPEG or WebP" in said
     answered, said = visitor.ask("Search", ["a" * 100_000, None])
     assert not answered
     assert "wanted at most 1000 characters, got 100,000" in said

@@ -84,7 +84,7 @@ def test_a_file_that_is_no_good_image_is_refused(tmp_path: Path, content: bytes,
 def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(MAX_BYTES + 1_000_000)
-    with pytest.raises(ConfigError, match="image: wanted at most 20 MB, got 21 MB; choose a smaller file"):
+    with pytest.raises(RunError, match=r"image: wanted at most 20 MB, found 21\.0 MB; choose a smaller file"):
         check_image(tmp_path / "x.png")
 
 
@@ -93,7 +93,9 @@ def test_a_device_a_pipe_and_a_folder_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for file in (Path("/dev/zero"), tmp_path / "pipe", tmp_path / "link", tmp_path, tmp_path / "none"):
-        with pytest.raises(RunError, match=r"^image: wanted an image, found none; upload it again$"):
+        with pytest.raises(
+            RunError, match=r"^image: wanted an image( file)?, found (a device|a pipe|a folder|no such file);"
+        ):
             check_image(file)
 
 
