@@ -74,7 +74,7 @@ def build_shards(
             those of this data set.
         workers: number of worker processes, one per core by default. 0 works in this process, which then dies if the
             decoder crashes.
-        executor: "processes" of this machine, or the nodes of a "ray" cluster (see `workers`).
+        executor: "processes" of this machine, or the nodes of a "ray" cluster (see `write_pieces_on_ray`).
 
     Raises:
         DataError: `out` is in use, another process writes it, no record is usable, the disk is full, or worker
