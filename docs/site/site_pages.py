@@ -22,10 +22,11 @@ from sphinx.pycode import ModuleAnalyzer
 
 from mvlm.cli import COMMANDS, PARSE_THEMSELVES
 from mvlm.commands.arguments import deferred
-from mvlm.config.finetune import GROUPS as FINETUNE_GROUPS
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.groups import groups_of
 from mvlm.config.model import PRESETS, MaskVLMConfig
-from mvlm.config.pretrain import GROUPS
-from mvlm.config.ranges import Range
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.ranges import NO_FLAG, Range
 from mvlm.config.recipes import finetune_defaults, pretrain_defaults
 from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
@@ -87,10 +88,11 @@ def configuration() -> str:
         "",
     ]
     lines += [_settings(MaskVLMConfig, {preset: recipe.model for preset, recipe in recipes.items()}, "--model.", True)]
-    for group in GROUPS:
+    of_pretraining = groups_of(PretrainConfig)
+    for group in of_pretraining:
         lines += [f"## {_title(group)}", "", inspect.cleandoc(group.__doc__ or ""), "", _settings(group, recipes, "--")]
     task = finetune_defaults("vqa", checkpoint=Path(), data=Path(), out=Path())
-    for group in (group for group in FINETUNE_GROUPS if group not in GROUPS):
+    for group in (group for group in groups_of(FinetuneConfig) if group not in of_pretraining):
         table_of = _settings(group, {"default": task}, "--")
         lines += [f"## {_title(group)}", "", inspect.cleandoc(group.__doc__ or ""), "", table_of]
     return "\n".join(lines)
@@ -126,9 +128,15 @@ def _settings(group: type, values: dict[str, Any], prefix: str, inherited: bool 
             return next(iter(recipes))
         return ", ".join(f"{value} ({', '.join(names)})" for value, names in recipes.items())
 
+    def name_of(field: dataclasses.Field[Any]) -> str:
+        """The flag of a setting; of one without a flag its name."""
+        if NO_FLAG in getattr(types[field.name], "__metadata__", ()):
+            return f"{prefix.strip('-')}{field.name}"
+        return f"{prefix}{field.name.replace('_', '-')}"
+
     rows = (
         (
-            f"`{prefix}{field.name.replace('_', '-')}`, {cell(_kind(types[field.name]))}",
+            f"`{name_of(field)}`, {cell(_kind(types[field.name]))}",
             default(field),
             cell(text(field.name)),
         )
@@ -145,7 +153,8 @@ def _kind(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(str(value) for value in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return " ".join(_kind(item) for item in typing.get_args(kind))
+        *items, last = typing.get_args(kind)
+        return f"any of {_kind(items[0])}" if last is ... else " ".join(_kind(item) for item in (*items, last))
     options = typing.get_args(kind)
     if options:
         return " or ".join(_kind(option) for option in options)
@@ -154,7 +163,7 @@ def _kind(kind: Any) -> str:
 
 
 def _value(value: object) -> str:
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -19,7 +19,12 @@ RENAMED = {
         "--eval-pictures": "--eval-images",
         "--self-attention products": "--self-attention math",
         "--cross-attention products": "--cross-attention math",
+        "--wandb": "--log-to wandb",
+        "--trackio": "--log-to trackio",
+        "--compile": "--capture compile",
+        "--cuda-graphs": "--capture cuda-graphs",
     },
+    "mvlm finetune": {"--wandb": "--log-to wandb", "--trackio": "--log-to trackio"},
     "mvlm bench data": {"--pictures": "--images"},
 }
 """Flags, and values of flags, that earlier versions had under another name."""

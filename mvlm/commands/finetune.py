@@ -1,7 +1,6 @@
 """`mvlm finetune` and `mvlm eval TASK`: downstream tasks trained and evaluated."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ def finetune(arguments: Sequence[str]) -> None:
     import tyro
 
     from mvlm.commands.pretrain import parse_settings
-    from mvlm.config.finetune import GROUPS, PRETRAINING_ONLY, FinetuneConfig
     from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
 
@@ -36,17 +34,11 @@ def finetune(arguments: Sequence[str]) -> None:
     if words and not words[0].startswith("-"):
         recipe, words = words[0], words[1:]
     defaults = finetune_defaults(task, checkpoint=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, recipe=recipe)
-    shown = {setting.name for group in GROUPS for setting in fields(group)}
-    refused = ", ".join("--" + name.replace("_", "-") for name in PRETRAINING_ONLY if name in shown)
-    about = (
-        f"Fine-tune on the task `{task}`. The defaults below are those of the `{recipe}` recipe. "
-        f"Pretraining alone reads these, and fine-tuning refuses them: {refused}."
-    )
-    settings = parse_settings(words, f"mvlm finetune {task}", about, defaults, GROUPS)
+    about = f"Fine-tune on the task `{task}`. The defaults below are those of the `{recipe}` recipe."
+    config = parse_settings(words, f"mvlm finetune {task}", about, defaults)
     from mvlm.tasks.finetune import finetune as run
     from mvlm.training.freed_memory import keep_freed_memory
 
-    config = FinetuneConfig(**settings)
     keep_freed_memory(config.device)
     run(config)
 

@@ -17,6 +17,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.recipes import pretrain_defaults
+from mvlm.config.run import RunConfig
 from mvlm.device import autocast, choose_device, has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError, is_out_of_memory
@@ -65,13 +66,17 @@ def examine(
     yield found
     if found.state == "red":
         return
-    config = pretrain_defaults(preset, data, out) if finetuning is None else finetuning
+    config = pretrain_defaults(preset, data, out)
     try:
         yield from trial(config, batch_size, chosen) if finetuning is None else finetuning_trial(finetuning, chosen)
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        yield Finding("red", "memory", f"a batch of {batch_size or config.batch_size} does not fit; lower --batch-size")
+        yield Finding(
+            "red",
+            "memory",
+            f"a batch of {batch_size or (finetuning or config).batch_size} does not fit; lower --batch-size",
+        )
 
 
 def versions() -> Finding:
@@ -256,7 +261,7 @@ def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[F
 
 
 def _figures(
-    config: PretrainConfig,
+    config: RunConfig,
     device: torch.device,
     loader: float,
     model: float,

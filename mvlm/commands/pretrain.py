@@ -4,11 +4,17 @@ from collections.abc import Sequence
 from dataclasses import fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from mvlm.commands.arguments import parse
+from mvlm.config.groups import groups_of
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import GROUPS, PretrainConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.ranges import NO_FLAG
+from mvlm.config.run import RunConfig
+from mvlm.errors import ConfigError
+
+Config = TypeVar("Config", bound=RunConfig)
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -41,7 +47,6 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     from mvlm.config.json_files import read_config, run_config
     from mvlm.config.model import PRESETS
     from mvlm.config.recipes import pretrain_defaults
-    from mvlm.errors import ConfigError
 
     if arguments and arguments[0].startswith("--config="):
         arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
@@ -60,41 +65,54 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     else:
         defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
     description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
-    settings = parse_settings(rest, f"mvlm pretrain {source}", description, defaults, GROUPS, with_model=True)
-    try:
-        return PretrainConfig(**settings)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; see `mvlm pretrain {source} --help`") from None
+    return parse_settings(rest, f"mvlm pretrain {source}", description, defaults, with_model=True)
 
 
 def parse_settings(
-    words: Sequence[str],
-    prog: str,
-    description: str,
-    defaults: PretrainConfig,
-    groups: tuple[type, ...],
-    with_model: bool = False,
-) -> dict[str, Any]:
-    """Settings of all groups by name, parsed from the command line. `with_model` adds the model's, as `model`."""
-    values, grouped = vars(defaults), _grouped_type(groups, with_model)
-    boxes = {_title(group): group(**{f.name: values[f.name] for f in fields(group)}) for group in groups}
-    model = {"model": defaults.model} if with_model else {}
-    parsed = parse(grouped, words, prog=prog, description=description, default=grouped(**boxes, **model))
-    settings = {name: value for group in groups for name, value in vars(getattr(parsed, _title(group))).items()}
-    return settings | ({"model": parsed.model} if with_model else {})
+    words: Sequence[str], prog: str, description: str, defaults: Config, with_model: bool = False
+) -> Config:
+    """`defaults`, overridden by the settings of a command line. `with_model` parses the model's too, as --model.NAME.
 
-
-@cache
-def _grouped_type(groups: tuple[type, ...], with_model: bool) -> type:
-    """A dataclass with one field for each group of settings and one for the model. Each becomes a box in --help.
-
-    The flags of a group have no prefix (--seed); those of the model have one (--model.width).
+    Each group of settings is a box in --help. Settings without a flag keep their defaults.
     """
     import tyro
 
-    boxes: list[tuple[str, Any]] = [(_title(group), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
-    model: list[tuple[str, Any]] = [("model", MaskVLMConfig)] if with_model else []
-    return make_dataclass("Settings", [*boxes, *model], frozen=True, kw_only=True)
+    boxes: list[tuple[str, Any]] = [
+        (_title(group), Annotated[_shown(group), tyro.conf.OmitArgPrefixes]) for group in groups_of(type(defaults))
+    ]
+    values = {_title(group): _shown(group)(**_values(group, defaults)) for group in groups_of(type(defaults))}
+    if with_model:
+        boxes.append(("model", _shown(MaskVLMConfig)))
+        values["model"] = _shown(MaskVLMConfig)(**_values(MaskVLMConfig, defaults.model))
+    grouped = make_dataclass("Settings", boxes, frozen=True, kw_only=True)
+    parsed = parse(grouped, words, prog=prog, description=description, default=grouped(**values))
+    found: dict[str, Any] = {"model": defaults.model}
+    for group in groups_of(type(defaults)):
+        found |= _values(group, getattr(parsed, _title(group)))
+    if with_model:
+        found["model"] = MaskVLMConfig(**_values(MaskVLMConfig, parsed.model))
+    try:
+        return type(defaults)(**found)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; see `{prog} --help`") from None
+
+
+@cache
+def _shown(group: type) -> type:
+    """A group of settings in which those without a flag are fixed, and hidden."""
+    import tyro
+
+    types = get_type_hints(group, include_extras=True)
+    hidden = [
+        (name, Annotated[kind, tyro.conf.Fixed, tyro.conf.Suppress])
+        for name, kind in types.items()
+        if NO_FLAG in getattr(kind, "__metadata__", ())
+    ]
+    return make_dataclass(group.__name__, hidden, bases=(group,), frozen=True, kw_only=True) if hidden else group
+
+
+def _values(group: type, of: object) -> dict[str, Any]:
+    return {field.name: getattr(of, field.name) for field in fields(group)}
 
 
 def _title(group: type) -> str:

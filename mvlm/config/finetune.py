@@ -1,24 +1,20 @@
-"""Configuration of a fine-tuning run: that of a pretraining run, and the task's settings."""
+"""Configuration of a fine-tuning run: the settings of every run, and those of the task."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from mvlm.config.groups import ObjectiveSettings, WeightSettings
-from mvlm.config.pretrain import GROUPS as RUN_GROUPS
-from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
-from mvlm.errors import ConfigError
+from mvlm.config.groups import settings
+from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, NO_FLAG
+from mvlm.config.run import RunConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class StartSettings:
     """The task and the weights that it starts from. A resumed run keeps these, but for `checkpoint`."""
 
-    resume_may_change: ClassVar[bool] = False
-
-    task: str
-    """Name of the task."""
+    task: Annotated[str, NO_FLAG]
+    """Name of the task, or the Python file of the user's own. The first word of the command names it."""
     checkpoint: Path
     """Pretrained model: a run folder, one of its checkpoints, or an exported folder. A run with checkpoints of its own
     resumes without it, so the model may then be gone or lie elsewhere."""
@@ -37,11 +33,9 @@ class StartSettings:
     """Weights that stay as they are: none, those of both encoders, or all but the head's."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class TaskOptions:
     """Options of the tasks, saved with a task's weights. A task reads those that name it."""
-
-    resume_may_change: ClassVar[bool] = False
 
     blind: Literal["no", "image", "text"] = "no"
     """Baseline: train and evaluate without the image (uniform grey) or without the text (every word is [MASK])."""
@@ -69,31 +63,10 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TaskOptions, StartSettings, PretrainConfig):
-    """Configuration of a fine-tuning run. `model` follows from the checkpoint."""
-
-    def __post_init__(self) -> None:
-        # First: what else is wrong with such a setting is of no use.
-        defaults = {setting.name: setting.default for setting in fields(self)} | {"lr_pixels": 0.0}
-        given = [name for name in PRETRAINING_ONLY if getattr(self, name) != defaults[name]]
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ConfigError(f"wanted no settings of pretraining alone, got {flags}; leave them out")
-        super().__post_init__()
+class FinetuneConfig(TaskOptions, StartSettings, RunConfig):
+    """Configuration of a fine-tuning run. `model` follows from the checkpoint. ConfigError for invalid settings."""
 
     @property
     def options(self) -> TaskOptions:
         """The options of the task among the settings."""
         return TaskOptions(**{option.name: getattr(self, option.name) for option in fields(TaskOptions)})
-
-
-_NOT_READ = (ObjectiveSettings, WeightSettings)
-PRETRAINING_ONLY = (
-    *(setting.name for group in _NOT_READ for setting in fields(group)),
-    *("tokenizer", "lr_pixels"),
-    *("optimizer", "lr_muon"),
-    *("compile", "cuda_graphs"),
-)
-"""Settings that fine-tuning does not read. It refuses other values than their defaults, and a rate of pixels but 0."""
-GROUPS: tuple[type, ...] = (StartSettings, TaskOptions, *(group for group in RUN_GROUPS if group not in _NOT_READ))
-"""Groups of settings, in the order of --help."""

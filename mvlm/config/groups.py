@@ -1,27 +1,58 @@
-"""Settings of a pretraining run, in groups. `mvlm.config.pretrain` puts them together.
+"""Settings of runs, in groups. `RunConfig` has those of every run; `PretrainConfig` and `FinetuneConfig` add their own.
 
-A group is a dataclass. Its `resume_may_change` says whether a resumed run may change its settings. The model's settings
-are in no group: a resumed run may never change them.
+A group is a dataclass, made by `settings`, which says whether a resumed run may change its settings. The model's
+settings are in no group: a resumed run may never change them. From the group follow the box of --help, the section of
+docs/reference/configuration.md, the resume check, and the recipe of a model card: the settings that a resume keeps.
 
-To add a setting, add one line to its group, with its type, range, default and docstring. The command line, config.json
-and the resume check follow; only the code that reads the setting is missing then. A setting may be an int, float, bool,
-str, Path, Literal, tuple of a fixed length, or one of these or None (`mvlm.config.json_files`). To add a group, add it
-to the bases of `PretrainConfig` too.
+To add a setting, add one line to its group, with its type, range, default and docstring. The command line, config.json,
+the card and the resume check follow; only the code that reads the setting is missing then. A setting may be an int,
+float, bool, str, Path, Literal, tuple, or one of these or None (`mvlm.config.json_files`). To add a group, add it to
+the bases of a configuration too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal, TypeVar, dataclass_transform
 
 from mvlm.config.model import ImageAttentionBackend, TextAttentionBackend
-from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, Range
+from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, NO_FLAG, Range
+
+Kind = TypeVar("Kind", bound=type)
+_RESUME_MAY_CHANGE: dict[type, bool] = {}
+"""The groups, and whether a resumed run may change their settings."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(*, resume_may_change: bool) -> Callable[[Kind], Kind]:
+    """Decorator that makes a class a group of settings, a frozen dataclass with keywords only."""
+
+    def make(kind: Kind) -> Kind:
+        group = dataclass(frozen=True, kw_only=True)(kind)
+        _RESUME_MAY_CHANGE[group] = resume_may_change
+        return group
+
+    return make
+
+
+def groups_of(config: type) -> list[type]:
+    """Groups of a configuration, in the order of --help and config.json."""
+    return [base for base in reversed(config.__mro__) if base in _RESUME_MAY_CHANGE]
+
+
+def names_in(group: type) -> list[str]:
+    """Names of a group's settings."""
+    return list(group.__annotations__)
+
+
+def resume_may_change(name: str) -> bool:
+    """True if a resumed run may change this setting. Model settings may never change."""
+    return any(may and name in names_in(group) for group, may in _RESUME_MAY_CHANGE.items())
+
+
+@settings(resume_may_change=True)  # `data` may move; the loader compares fingerprints of the data themselves
 class RunSettings:
     """Folders, device and memory of the run. A resumed run may change these; another device changes rounding."""
-
-    resume_may_change: ClassVar[bool] = True  # `data` may move; the loader compares fingerprints of the data themselves
 
     data: Path
     """Data set: a folder of shards written by `mvlm data`."""
@@ -35,11 +66,9 @@ class RunSettings:
     """Continue from the newest checkpoint in `out`; start a new run if there is none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class DataSettings:
     """Batches and augmentation. A resumed run keeps these."""
-
-    resume_may_change: ClassVar[bool] = False
 
     batch_size: Annotated[int, AT_LEAST_1]
     """Pairs per step: the global batch, over all ranks and microbatches."""
@@ -49,38 +78,17 @@ class DataSettings:
     """Probability of a horizontal flip. 0 by default, because captions say left and right."""
     randaugment: Annotated[int, Range(0, 14)] = 0
     """RandAugment operations per image."""
-    randaugment_magnitude: Annotated[int, Range(0, 30)] = 9
+    randaugment_magnitude: Annotated[int, Range(0, 30), NO_FLAG] = 9
     """Magnitude of RandAugment's operations, 0 to 30."""
-    tokenizer: Path | None = None
-    """A tokenizer.json. Default: the data set's own, or else a BPE trained on the training captions."""
     seed: int = 0
     """Seed of initial weights, sample order, crops, masks and negatives."""
     eval_images: Annotated[int, AT_LEAST_0] = 0
     """Images for evaluations during training, from the start of the validation split; 0 for all."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
-    """Weights of the losses. A resumed run keeps these."""
-
-    resume_may_change: ClassVar[bool] = False
-
-    mlm_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of masked language modelling in the loss; 0 leaves it out."""
-    mim_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of masked image modelling; 0 leaves it out."""
-    itc_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the image-text contrastive loss; 0 leaves it out."""
-    itm_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the image-text matching loss; 0 leaves it out. Its negatives are drawn by ITC's similarity, so it needs
-    ITC."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class ScheduleSettings:
     """Length of the run, in optimizer steps, and learning rate schedule. A resumed run keeps these."""
-
-    resume_may_change: ClassVar[bool] = False
 
     max_steps: Annotated[int, AT_LEAST_1]
     """Steps of the run. The learning rate reaches its last value at the end."""
@@ -90,22 +98,14 @@ class ScheduleSettings:
     """Last learning rate, as a fraction of the peak."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class OptimizerSettings:
-    """The optimizer, gradient clipping and weight averaging. A resumed run keeps these."""
+    """Learning rates, AdamW, gradient clipping and weight averaging. A resumed run keeps these."""
 
-    resume_may_change: ClassVar[bool] = False
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all parameters, or Muon for the matrices of all blocks and AdamW for the rest."""
-    lr_muon: Annotated[float, AT_LEAST_0] = 0.01
-    """Peak learning rate of Muon's matrices, in whichever part of the model. Without Muon nothing reads it."""
     lr_encoder: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the two encoders."""
     lr_cross: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the text cross-modality encoder and of the LM, ITC and ITM heads."""
-    lr_pixels: Annotated[float, AT_LEAST_0]
-    """Peak learning rate of the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
     weight_decay: Annotated[float, AT_LEAST_0] = 0.05
     """Weight decay, for matrices only: not for norms, biases and embeddings. It is relative to the learning rate."""
     beta2: Annotated[float, DECAY] = 0.98
@@ -116,26 +116,9 @@ class OptimizerSettings:
     """Decay of an exponential moving average of the weights, for evaluation and export; 0 for none, 0.999 is usual."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightSettings:
-    """Pretrained weights to start from. A resumed run keeps these, and reads its checkpoint in their place."""
-
-    resume_may_change: ClassVar[bool] = False
-
-    initial_model: Path | None = None
-    """A trained model of this architecture to go on from, on this run's data: a run, one of its checkpoints or an
-    exported folder. Its tokenizer comes with it, and its position embeddings are resized where needed."""
-    image_weights: Path | None = None
-    """A safetensors file with a pretrained ViT of timm or transformers, for the image encoder."""
-    text_weights: Path | None = None
-    """A safetensors file with a RoBERTa or BERT of transformers, for the text encoder; `tokenizer` must be its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class ComputeSettings:
     """Implementation and precision of a step. A resumed run keeps these."""
-
-    resume_may_change: ClassVar[bool] = False
 
     plan: Literal["fast", "plain"] = "fast"
     """Implementation of the training step; both give the same losses and gradients. `plain` is the readable reference,
@@ -144,27 +127,16 @@ class ComputeSettings:
     """Backend for attention between image patches. `mvlm doctor` prints the one that auto chooses, with the reasons."""
     cross_attention: TextAttentionBackend = "auto"
     """Backend for all attention that involves text: cross-attention, and self-attention of captions."""
-    compile: bool = False
-    """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
-    cuda_graphs: bool = False
-    """Replay steps from CUDA graphs (one GPU, no accumulation). For small batches: docs/guides/compiled_steps.md."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
     deterministic: bool = False
     """Use only GPU kernels that give the same bits in every run, so that a resumed run equals an uninterrupted one bit
     for bit. Slower, by how much has not been measured. On a CPU runs repeat without it."""
 
-    @property
-    def fixed_shapes(self) -> bool:
-        """True if a step sees few shapes, and its number as a tensor: compiled, or in CUDA graphs."""
-        return self.compile or self.cuda_graphs
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=False)
 class ParallelSettings:
     """Ranks and microbatches. A resumed run keeps these."""
-
-    resume_may_change: ClassVar[bool] = False
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Placement of weights on several ranks. ddp: all on each rank. fsdp: split over the ranks of a node (FSDP2); over
@@ -175,51 +147,93 @@ class ParallelSettings:
     """Recompute the activations of each block in backward instead of keeping them: less memory, a third more work."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=True)
 class LoggingSettings:
     """Metrics and evaluation. A resumed run may change these."""
-
-    resume_may_change: ClassVar[bool] = True
 
     log_every: Annotated[int, AT_LEAST_1] = 1
     """Steps between rows of metrics."""
     eval_every_steps: Annotated[int, AT_LEAST_0] = 0
     """Steps between evaluations on the validation split; 0 for none."""
-    eval_every_minutes: Annotated[float, AT_LEAST_0] = 0.0
-    """Minutes between further evaluations; 0 for none. Their steps differ from run to run."""
-    wandb: bool = False
-    """Also send metrics to Weights & Biases. WANDB_MODE=offline keeps them on this machine."""
-    trackio: bool = False
-    """Also log metrics with trackio, on this machine."""
+    log_to: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Services that get the metrics too. wandb: Weights & Biases; WANDB_MODE=offline keeps them on this machine.
+    trackio: on this machine."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=True)
 class CheckpointSettings:
     """Times of checkpoints, and those to keep. A resumed run may change these."""
 
-    resume_may_change: ClassVar[bool] = True
-
-    checkpoint_every_minutes: Annotated[float, AT_LEAST_0] = 10.0
-    """Minutes between checkpoints; 0 for none by time. The end of the run always writes one."""
     checkpoint_every_steps: Annotated[int, AT_LEAST_0] = 0
-    """Steps between further checkpoints; 0 for none."""
-    keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
-    """Number of newest checkpoints to keep."""
-    keep_every_steps: Annotated[int, AT_LEAST_0] = 0
-    """Also write checkpoints at multiples of this step, and keep them for good; 0 for none."""
+    """Steps between checkpoints; 0 for one every ten minutes. The end of the run, and a request to stop, always write
+    one."""
+    keep_checkpoints: Annotated[int, AT_LEAST_0] = 2
+    """Number of newest checkpoints to keep; 0 for all."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(resume_may_change=True)
 class SafetySettings:
     """Reasons to end a run early. A resumed run may change these."""
 
-    resume_may_change: ClassVar[bool] = True
-
-    max_bad_steps: Annotated[int, AT_LEAST_0] = 10
+    max_bad_steps: Annotated[int, AT_LEAST_0, NO_FLAG] = 10
     """Largest number of consecutive skipped updates (not finite); the next one stops the run."""
     preemption_file: Path | None = None
     """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
     while the file exists."""
-    stall_minutes: Annotated[float, ABOVE_0] = 20.0
+    stall_minutes: Annotated[float, ABOVE_0, NO_FLAG] = 20.0
     """Limit in minutes for one step, its data, one part of an evaluation or one checkpoint. Beyond it the run writes
     the stacks of all threads and exits with code 3."""
+
+
+# Of pretraining alone.
+
+
+@settings(resume_may_change=False)
+class ObjectiveSettings:
+    """Weights of the losses, and the rate of the modules that only one of them trains. A resumed run keeps these."""
+
+    mlm_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of masked language modelling in the loss; 0 leaves it out."""
+    mim_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of masked image modelling; 0 leaves it out."""
+    itc_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the image-text contrastive loss; 0 leaves it out."""
+    itm_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the image-text matching loss; 0 leaves it out. Its negatives are drawn by ITC's similarity, so it needs
+    ITC."""
+    lr_pixels: Annotated[float, AT_LEAST_0]
+    """Peak learning rate of the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
+
+
+@settings(resume_may_change=False)
+class MuonSettings:
+    """Muon in place of AdamW. A resumed run keeps these."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for the matrices of all blocks and AdamW for the rest."""
+    lr_muon: Annotated[float, AT_LEAST_0] = 0.01
+    """Peak learning rate of Muon's matrices, in whichever part of the model. Without Muon nothing reads it."""
+
+
+@settings(resume_may_change=False)
+class WeightSettings:
+    """Weights to start from, and the tokenizer. A resumed run keeps these, and reads its checkpoint in their place."""
+
+    initial_model: Path | None = None
+    """A trained model of this architecture to go on from, on this run's data: a run, one of its checkpoints or an
+    exported folder. Its tokenizer comes with it, and its position embeddings are resized where needed."""
+    image_weights: Path | None = None
+    """A safetensors file with a pretrained ViT of timm or transformers, for the image encoder."""
+    text_weights: Path | None = None
+    """A safetensors file with a RoBERTa or BERT of transformers, for the text encoder; `tokenizer` must be its own."""
+    tokenizer: Path | None = None
+    """A tokenizer.json. Default: the data set's own, or else a BPE trained on the training captions."""
+
+
+@settings(resume_may_change=False)
+class CaptureSettings:
+    """Capture of the fast step. A resumed run keeps it."""
+
+    capture: Literal["none", "compile", "cuda-graphs"] = "none"
+    """compile: with torch.compile (one rank, no accumulation), which takes a minute or more at the start. cuda-graphs:
+    replay the steps (one GPU, no accumulation), for small batches. docs/guides/compiled_steps.md says when."""

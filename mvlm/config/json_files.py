@@ -4,13 +4,16 @@ import difflib
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from mvlm.config.finetune import TaskOptions
+from mvlm.config.finetune import FinetuneConfig, TaskOptions
+from mvlm.config.groups import resume_may_change
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig, resume_may_change
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.errors import ConfigError, RunError
 
+Config = TypeVar("Config", bound=RunConfig)
 RENAMED_FIELDS = {"eval_pictures": "eval_images"}
 """Settings of version 2 that have another name in version 3."""
 FORMAT_VERSION = 3
@@ -24,9 +27,14 @@ class Removed(NamedTuple):
     """Its default there, as in JSON."""
     last: str
     """The last version that had it."""
+    free: bool = False
+    """True if a resumed run could change it. A file may then have any value."""
 
 
 REMOVED = {
+    "checkpoint_every_minutes": Removed(10.0, "0.2.0", free=True),
+    "eval_every_minutes": Removed(0.0, "0.2.0", free=True),
+    "keep_every_steps": Removed(0, "0.2.0", free=True),
     "candidates": Removed(128, "0.2.0"),
     "color_jitter": Removed(0.0, "0.2.0"),
     "generate": Removed(False, "0.2.0"),
@@ -44,7 +52,14 @@ REMOVED = {
     "model.pixel_initialization": Removed("normal", "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
-without it. At another value it is refused: the run or the model would be another one."""
+without it. At another value it is refused, if the run or the model would be another one."""
+SERVICES = ("wandb", "trackio")
+"""Settings of earlier versions, yes or no, that are values of `log_to`."""
+CAPTURES = {"compile": "compile", "cuda_graphs": "cuda-graphs"}
+"""Settings of earlier versions, yes or no and not both yes, and the value of `capture` that each is."""
+_PRETRAINING = {f.name: f.default for f in fields(PretrainConfig) if f.name not in FinetuneConfig.__dataclass_fields__}
+_NOT_OF_TASKS = _PRETRAINING | {"lr_pixels": 0.0, "compile": False, "cuda_graphs": False}
+"""Settings that the config.json of a fine-tuning run had, always with these values, although nothing read them."""
 _KEPT = Removed(object(), "")
 _DECODER = Removed("decoder", "0.2.0")
 """The form of vqa that was the default of `answers`. Other tasks do not read that setting."""
@@ -103,16 +118,27 @@ def read_config(file: Path) -> dict[str, Any]:
 def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model.
 
-    Partners that are masked by the ratios of the masks themselves are `mask_partner`.
+    Settings of fine-tuning, which name a `task`, also lose those of pretraining alone that such runs had, and never
+    read. `wandb` and `trackio` become `log_to`; `compile` and `cuda_graphs` become `capture`. Partners masked by the
+    ratios of the masks themselves are `mask_partner`.
     """
+    if "task" in values:
+        values = {n: v for n, v in values.items() if n not in _NOT_OF_TASKS or v != _NOT_OF_TASKS[n]}
+    if not prefix and any(isinstance(values.get(name), bool) for name in SERVICES):
+        log_to = [name for name in SERVICES if values.get(name) is True]
+        values = {n: v for n, v in values.items() if n not in SERVICES} | {"log_to": log_to}
+    if not prefix and any(isinstance(values.get(name), bool) for name in CAPTURES):
+        chosen = [capture for name, capture in CAPTURES.items() if values.get(name) is True] or ["none"]
+        values = {n: v for n, v in values.items() if n not in CAPTURES} | {"capture": chosen[0]}
     names = ("partner_image_mask_ratio", "partner_text_mask_ratio", "image_mask_ratio", "text_mask_ratio")
     *partners, image, text = (f"model.{name}".removeprefix(prefix) for name in names)
     if values.get(image) and [values.get(name) for name in partners] == [values.get(image), values.get(text)]:
         values = {name: value for name, value in values.items() if name not in partners}
         values |= {"model.mask_partner".removeprefix(prefix): True}
-    if values.get("answers") == _DECODER.default and values.get("task") != "vqa":
+    if values.get("answers") == _DECODER.default and values.get("task", "vqa") != "vqa":
         values = {name: value for name, value in values.items() if name != "answers"}
-    return {name: v for name, v in values.items() if REMOVED.get(f"{prefix}{name}", _KEPT).default != v}
+    found = {name: REMOVED.get(f"{prefix}{name}", _KEPT) for name in values}
+    return {name: v for name, v in values.items() if not found[name].free and found[name].default != v}
 
 
 def check_removed(values: dict[str, Any], where: str, prefix: str = "") -> None:
@@ -139,7 +165,7 @@ def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"format_version": FORMAT_VERSION}
 
 
-def run_config(values: Any, where: str, kind: type[PretrainConfig] = PretrainConfig) -> PretrainConfig:
+def run_config(values: Any, where: str, kind: type[Config] = PretrainConfig) -> Config:
     """Make a run's configuration from the values of a config.json; `where` and errors are as for `model_config`.
 
     Args:
@@ -181,7 +207,7 @@ def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "")
 def _checked(wanted: Any, value: Any, where: str) -> Any:
     """Convert a JSON value to the type `wanted` of a field. ConfigError if it is of another type.
 
-    Types of fields: int, float, bool, str, Path, Literal, a tuple of a fixed length, and `X | None` for one of these.
+    Types of fields: int, float, bool, str, Path, Literal, a tuple, and `X | None` for one of these.
     """
     choices = get_args(wanted)
     if get_origin(wanted) is Literal:
@@ -189,7 +215,8 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
     elif type(None) in choices:  # Path | None
         return None if value is None else _checked(choices[0], value, where)
     elif get_origin(wanted) is tuple:
-        fits = isinstance(value, list | tuple) and len(value) == len(choices)
+        fits = isinstance(value, list | tuple) and (... in choices or len(value) == len(choices))
+        choices = choices[:1] * len(value) if fits and ... in choices else choices
         value = tuple(_checked(of, part, where) for of, part in zip(choices, value, strict=True)) if fits else value
     elif wanted is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
@@ -204,12 +231,12 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
     return value
 
 
-def config_json(config: PretrainConfig) -> dict[str, Any]:
+def config_json(config: RunConfig) -> dict[str, Any]:
     """The contents of a run's config.json."""
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
 
 
-def with_defaults(values: dict[str, Any], kind: type[PretrainConfig]) -> dict[str, Any]:
+def with_defaults(values: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
     """Values of a config.json, and the defaults of settings that it lacks: they are newer than the file."""
     model = values.get("model")
     complete = _defaults(kind) | values

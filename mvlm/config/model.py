@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-from mvlm.config.ranges import AT_LEAST_1, Range, check_values
+from mvlm.config.ranges import AT_LEAST_1, NO_FLAG, Range, check_values
 from mvlm.errors import ConfigError
 from mvlm_dataloading.masking import Masking
 
@@ -34,11 +34,11 @@ class MaskVLMConfig(Masking):
     """Blocks of the image decoder."""
     vocab_size: Annotated[int, AT_LEAST_1] = 50265
     """Rows of the token embedding and of the LM head; a tokenizer may use fewer."""
-    mask_token_id: int = 50264
+    mask_token_id: Annotated[int, NO_FLAG] = 50264
     """Id of [MASK], which replaces masked tokens."""
     text_length: int = 40
     """Longest caption, [CLS] and [SEP] included."""
-    itc_width: Annotated[int, AT_LEAST_1] = 256
+    itc_width: Annotated[int, AT_LEAST_1, NO_FLAG] = 256
     """Width of the contrastive embeddings."""
     temperature: Annotated[float, Range(0.001, 0.5)] = 0.07
     """Initial value of the learned contrastive temperature. SigLIP starts at 0.1."""
@@ -48,7 +48,7 @@ class MaskVLMConfig(Masking):
     text_pooling: bool = False
     """Also contrast each caption with what it picks out of each image: attention pooling with the caption as the query,
     as in FLAIR. ITC is then the mean of both losses."""
-    cross_norm: Literal["post", "pre"] = "post"
+    cross_norm: Annotated[Literal["post", "pre"], NO_FLAG] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
     """Initial weights of linear layers: trunc_normal(0.02), meant for widths near 768, or Xavier, for any width. The
@@ -56,7 +56,7 @@ class MaskVLMConfig(Masking):
     output_positions: bool = False
     """Add fixed sines of row and column to the features of patches behind the image encoder, as in DETR; not in the
     paper. Without them a small encoder, trained for a short time, loses the places of what it sees."""
-    drop_masked: bool = False
+    drop_masked: Annotated[bool, NO_FLAG] = False
     """Encode only the visible patches of masked images, as in MAE. Mask tokens are added after the encoder. Cheaper,
     but not the paper's method."""
     text_masking: Literal["fixed", "variable"] = "fixed"

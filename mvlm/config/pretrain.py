@@ -1,59 +1,25 @@
-"""Configuration of a pretraining run: the groups of settings together, and the model's."""
+"""Configuration of a pretraining run: the settings of every run, and those of pretraining alone."""
 
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from mvlm.config.groups import (
-    CheckpointSettings,
-    ComputeSettings,
-    DataSettings,
-    LoggingSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    ParallelSettings,
-    RunSettings,
-    SafetySettings,
-    ScheduleSettings,
-    WeightSettings,
-)
-from mvlm.config.model import MaskVLMConfig
-from mvlm.config.ranges import check_values
+from mvlm.config.groups import CaptureSettings, MuonSettings, ObjectiveSettings, WeightSettings
+from mvlm.config.run import RunConfig
 from mvlm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(  # a dataclass takes fields from its bases from last to first
-    SafetySettings,
-    CheckpointSettings,
-    LoggingSettings,
-    ParallelSettings,
-    ComputeSettings,
-    WeightSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-    ObjectiveSettings,
-    DataSettings,
-    RunSettings,
-):
-    """Configuration of a pretraining run: the settings of all groups, and the model's. ConfigError for invalid ones."""
-
-    model: MaskVLMConfig = field(default_factory=MaskVLMConfig)
-    """Configuration of the model; the tokenizer decides `mask_token_id`."""
+class PretrainConfig(CaptureSettings, WeightSettings, MuonSettings, ObjectiveSettings, RunConfig):
+    """Configuration of a pretraining run. ConfigError for invalid settings."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        if self.compile and (self.accumulate > 1 or self.plan != "fast" or self.checkpoint_activations):
+        super().__post_init__()
+        if self.capture != "none" and (self.accumulate > 1 or self.plan != "fast"):
             raise ConfigError(
-                f"compile: wanted --plan fast, --accumulate 1 and no --checkpoint-activations, got --plan {self.plan}, "
-                f"--accumulate {self.accumulate}{', --checkpoint-activations' * self.checkpoint_activations}; change "
-                f"them or leave --compile out"
+                f"capture: wanted --plan fast and --accumulate 1 with {self.capture}, got --plan {self.plan}, "
+                f"--accumulate {self.accumulate}; change them or leave --capture out"
             )
-        if self.cuda_graphs and (self.accumulate > 1 or self.plan != "fast" or self.compile):
-            raise ConfigError(
-                f"cuda_graphs: wanted --plan fast, --accumulate 1 and no --compile, got --plan {self.plan}, "
-                f"--accumulate {self.accumulate}{', --compile' * self.compile}; change them or leave --cuda-graphs out"
-            )
+        if self.capture == "compile" and self.checkpoint_activations:
+            raise ConfigError("capture: wanted no --checkpoint-activations with compile; leave one of them out")
         weights = (self.mlm_weight, self.mim_weight, self.itc_weight, self.itm_weight)
         if not any(weights) or (self.itm_weight and not self.itc_weight):
             raise ConfigError(
@@ -70,20 +36,8 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
                 f"initial_model: wanted no further weights and no tokenizer, got {', '.join(others)}; "
                 f"the model has its own encoders and tokenizer"
             )
-        if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
-            raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values for JSON."""
-        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-
-
-GROUPS: tuple[type, ...] = PretrainConfig.__bases__[::-1]
-"""Groups of settings, in the order of --help and config.json."""
-
-
-def resume_may_change(name: str) -> bool:
-    """True if a resumed run may change this setting. Model settings may never change."""
-    return any(name in {f.name for f in fields(group)} for group in GROUPS if group.resume_may_change)
+    @property
+    def fixed_shapes(self) -> bool:
+        """True if a step sees few shapes, and its number as a tensor: compiled, or in CUDA graphs."""
+        return self.capture != "none"

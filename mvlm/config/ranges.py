@@ -34,6 +34,8 @@ ABOVE_0 = Range(0, exclude_low=True)
 FRACTION = Range(0, 1)
 DECAY = Range(0, 1, exclude_high=True)
 """Decay of a moving average. 1 would never forget its start."""
+NO_FLAG = "no flag"
+"""Marks a setting that Python and a config.json set, and no flag."""
 
 
 _LARGEST = 1e150
@@ -71,6 +73,11 @@ def _check_type(name: str, wanted: Any, value: Any) -> None:
         raise ConfigError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
     if wanted is int and isinstance(value, float):
         raise ConfigError(f"{name} must be an integer, got {value}")
+    if get_origin(wanted) is tuple and ... in choices:
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{name} must be a tuple, got {value!r}")
+        for part in value:
+            _check_type(name, choices[0], part)
     fixed = get_origin(wanted) is tuple and ... not in choices
     if fixed and isinstance(value, tuple | list) and len(value) != len(choices):
         raise ConfigError(f"{name} must have {len(choices)} values, got {value}")

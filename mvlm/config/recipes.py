@@ -67,7 +67,7 @@ def finetune_defaults(task: str, checkpoint: Path, data: Path, out: Path, recipe
     A task of the user's has the settings that all tasks share. ConfigError for an unknown recipe.
     """
     shared: dict[str, Any] = {"task": task, "checkpoint": checkpoint, "data": data, "out": out}
-    shared |= {"lr_pixels": 0.0, "lr_end": 0.0}
+    shared |= {"lr_end": 0.0}
     if recipe == "tiny":
         return FinetuneConfig(
             max_steps=1200,

@@ -4,9 +4,9 @@ from functools import cache
 
 import torch
 
-from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.distributed.world import World
 from mvlm.objectives.losses import LossWeights, loss_weights
 from mvlm_kernels.hardware import peak_rates
@@ -27,10 +27,10 @@ class ModelFlopsUtilization:
     of the run's mean length. Recomputation by activation checkpointing is not counted.
     """
 
-    def __init__(self, config: PretrainConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._world = config, world
         # The count is that of a pretraining step. A task's step is another one.
-        self._peak = None if isinstance(config, FinetuneConfig) else peak_flops(world.device)
+        self._peak = peak_flops(world.device) if isinstance(config, PretrainConfig) else None
         self._flops: float | None = None
         """FLOPs of one pair."""
 
@@ -39,7 +39,7 @@ class ModelFlopsUtilization:
 
         None if the peak is unknown, and for fine-tuning. The first call counts FLOPs, which takes seconds.
         """
-        if self._peak is None:
+        if self._peak is None or not isinstance(self._config, PretrainConfig):
             return None
         if self._flops is None:
             self._flops = flops_per_pair(self._config, tokens, self._world.size)

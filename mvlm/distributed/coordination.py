@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvlm.config.pretrain import PretrainConfig, resume_may_change
+from mvlm.config.groups import resume_may_change
+from mvlm.config.run import RunConfig
 from mvlm.device import chosen_precision
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError, RunError
@@ -41,13 +42,12 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
 
 
 TOGETHER = (
-    "device", "log_every", "eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps",
-    "keep_every_steps", "max_bad_steps",
+    "device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps",
 )  # fmt: skip
 """Settings that a resume may change, and by which all ranks decide alone when they meet."""
 
 
-def check_ranks(world: World, config: PretrainConfig, dataset: Dataset, validation: Dataset | None = None) -> None:
+def check_ranks(world: World, config: RunConfig, dataset: Dataset, validation: Dataset | None = None) -> None:
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     settings = config.to_dict()
     own = {f"model.{name}": value for name, value in settings.pop("model").items()}

@@ -132,7 +132,7 @@ def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
     ConfigError on several ranks, because their steps call parts of the model instead of its forward.
     """
     if world.size > 1:
-        raise ConfigError(f"compile: wanted one rank, got {world.size}; leave --compile out")
+        raise ConfigError(f"capture: wanted one rank with compile, got {world.size}; leave --capture compile out")
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     model.compile(fullgraph=True, dynamic=False, **settings)
 

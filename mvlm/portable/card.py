@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mvlm.config.finetune import PRETRAINING_ONLY
+from mvlm.config.groups import resume_may_change
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.evaluation.table import describe_trivial_losses
@@ -29,13 +29,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-RECIPE = (
-    "mlm_weight", "mim_weight", "itc_weight", "itm_weight", "batch_size", "max_steps", "warmup_steps", "optimizer",
-    "lr_muon", "lr_encoder", "lr_cross", "lr_pixels", "lr_head", "weight_decay", "beta2", "clip_norm", "ema_decay",
-    "crop_scale", "flip", "randaugment", "precision", "seed", "task", "checkpoint", "random_weights",
-    "freeze", "blind", "initial_model", "image_weights", "text_weights",
-)  # fmt: skip
-"""Settings of a run that its card lists, as far as the run's config.json has them and the run read them."""
 ORIGINS = {
     "checkpoint": "the model",
     "initial_model": "the model",
@@ -138,7 +131,8 @@ def model_card(
             figures, why_none = None, "other data than the model was trained on, so its figures are not here"
     found = [] if figures is None else recalls(figures)
     name, task = hub_id.split("/")[1], config.get("task")
-    unread = PRETRAINING_ONLY if task else () if config.get("optimizer") == "muon" else ("lr_muon",)
+    unread = {"format_version", "model", *(() if config.get("optimizer") == "muon" else ("lr_muon",))}
+    recipe = {key: value for key, value in config.items() if key not in unread and not resume_may_change(key)}
     able = abilities(config, network)
     return TEMPLATES.get_template("card.md").render(
         head=card_head(name, description, figures, [] if task else found),  # of a fine-tuned model none is zero-shot
@@ -162,7 +156,7 @@ def model_card(
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
         step=int(named[1]),
         batch_size=config["batch_size"],
-        settings=[(key, setting(config[key])) for key in RECIPE if key in config and key not in unread],
+        settings=[(key, setting(value)) for key, value in recipe.items()],
         versions={package: version(package) for package in ("torch", "numpy")},
     )
 

@@ -53,15 +53,12 @@ class CheckpointWriter:
     RunError if the run's last save failed.
 
     Args:
-        keep: number of newest checkpoints to keep.
-        keep_every_steps: checkpoints at its multiples are never removed; 0 for none.
+        keep: number of newest checkpoints to keep; 0 for all.
         history: history of the run, in which rank 0 notes each checkpoint before it is there.
     """
 
-    def __init__(
-        self, root: Path, world: World, keep: int, keep_every_steps: int = 0, history: History | None = None
-    ) -> None:
-        self._root, self._world, self._keep, self._keep_every = root, world, keep, keep_every_steps
+    def __init__(self, root: Path, world: World, keep: int, history: History | None = None) -> None:
+        self._root, self._world, self._keep = root, world, keep
         self._history = history if world.first else None
         # The thread has its own group: on the step's group its collectives could come between the step's, in another
         # order on each rank, and both would wait for ever.
@@ -226,7 +223,7 @@ class CheckpointWriter:
         for rest in self._root.glob("step_*.tmp"):  # left by a save that was killed
             if re.fullmatch(r"step_\d{8,}\.tmp", rest.name):
                 shutil.rmtree(rest, ignore_errors=True)
-        remove_old_checkpoints(self._root, self._keep, self._keep_every)
+        remove_old_checkpoints(self._root, self._keep)
 
 
 def set_aside(path: Path) -> None:
@@ -242,15 +239,13 @@ def set_aside(path: Path) -> None:
     log.warning("the %s is now %s; remove it when you no longer need it", what, aside)
 
 
-def remove_old_checkpoints(root: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Keep the newest `keep` checkpoints and those at multiples of `keep_every_steps`; remove the others.
+def remove_old_checkpoints(root: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints, 0 for all; remove the others.
 
     A checkpoint is renamed before it is removed, so a kill never leaves a partial folder under a checkpoint's name. A
     folder that cannot be removed causes a warning.
     """
-    for path in checkpoints(root)[:-keep]:
-        if keep_every_steps and step_of(path) % keep_every_steps == 0:
-            continue
+    for path in checkpoints(root)[:-keep] if keep else ():
         try:
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
         except OSError as error:

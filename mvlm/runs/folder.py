@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mvlm.config.json_files import config_json
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.errors import RunError
 from mvlm.files import check_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
@@ -171,7 +171,7 @@ def log_unfinished(run: Path, checkpoint: Path) -> None:
         log.warning("%s: the run has not finished; this is its step %d of %d", run, step_of(checkpoint), steps)
 
 
-def write_config(config: PretrainConfig) -> None:
+def write_config(config: RunConfig) -> None:
     """Write config.json atomically; this claims the folder for the run. An existing file is kept.
 
     Call it once the run has been set up without an error: a folder with a config.json belongs to that run.

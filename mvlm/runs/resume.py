@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.config.json_files import check_removed, config_json, differing_settings, read_config, with_defaults
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.errors import RunError
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, step_of, verify_checkpoint
 from mvlm.runs.folder import RunFolder, check_usable, read_metrics
@@ -20,7 +20,7 @@ from mvlm_dataloading.files import sha256
 log = logging.getLogger(__name__)
 
 
-def open_run(config: PretrainConfig) -> Path | None:
+def open_run(config: RunConfig) -> Path | None:
     """Check that the run may start in its folder or resume there. Returns the checkpoint to resume from, None to start.
 
     RunError if the folder holds anything that this run would overwrite, or if none of its checkpoints can be resumed.

@@ -8,6 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
@@ -170,13 +171,17 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
                     samples=samples[arm],
                     splits=splits,
                     evaluated=evaluated,
-                    # An ITM head that was not trained would only spoil the order of ITC.
-                    rerank=study.rerank if config.itm_weight or config.initial_model else 0,
+                    rerank=study.rerank if _trains_matching(config) else 0,
                     start=start,
                     files=files[arm],
                 )
             )
     return trials
+
+
+def _trains_matching(config: RunConfig) -> bool:
+    """False if no ITM head was trained, which would only spoil the order of ITC. A task says so itself."""
+    return not isinstance(config, PretrainConfig) or bool(config.itm_weight or config.initial_model)
 
 
 def training_data(fraction: float, data: Path, out: Path) -> Path:
@@ -197,10 +202,10 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
 
 
 def _steps_and_flops(
-    study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[tuple[Any, ...], float]
+    study: Study, config: RunConfig, dataset: Dataset, lengths: dict[tuple[Any, ...], float]
 ) -> tuple[int, float | None]:
     """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths of each tokenizer."""
-    if study.task:
+    if not isinstance(config, PretrainConfig):
         return int(study.budget["steps"]), None
     longest = config.model.text_length
     key = longest, config.model.vocab_size, config.tokenizer, config.initial_model  # what the tokenizer follows from

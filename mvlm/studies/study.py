@@ -159,7 +159,7 @@ def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
 
 def trial_config(
     study: Study, arm: str, seed: int, data: Path, out: Path, steps: int, checkpoint: Path | None = None
-) -> PretrainConfig:
+) -> PretrainConfig | FinetuneConfig:
     """Configuration of a trial. ConfigError for an unknown setting or an invalid value.
 
     Args:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.groups import resume_may_change
 from mvlm.config.json_files import config_json, without_removed
-from mvlm.config.pretrain import GROUPS, PretrainConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_with_ranks
@@ -39,7 +41,7 @@ class Trial:
 
     arm: str
     seed: int
-    config: PretrainConfig
+    config: PretrainConfig | FinetuneConfig
     flops: float | None
     """FLOPs of its training; None for a task, whose FLOPs are not counted."""
     data: Path
@@ -121,7 +123,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
     """
     run = RunFolder(trial.config.out)
     _check_begun(trial)
-    stopped = finetune(trial.config) if isinstance(trial.config, FinetuneConfig) else pretrain(trial.config)
+    stopped = pretrain(trial.config) if isinstance(trial.config, PretrainConfig) else finetune(trial.config)
     trained = time.perf_counter()
     checkpoint = find_checkpoint(run.path)
     if stopped or read_state(checkpoint)["step"] < trial.config.max_steps:
@@ -191,9 +193,10 @@ def _check_begun(trial: Trial) -> None:
         )
 
 
-def named_files(config: PretrainConfig) -> dict[str, str]:
+def named_files(config: RunConfig) -> dict[str, str]:
     """Hash of each model and file that settings name by a path, by the name of the setting."""
-    found = {} if config.initial_model is None else {"initial_model": load_model(config.initial_model, "cpu").sha256}
+    start = getattr(config, "initial_model", None)
+    found = {} if start is None else {"initial_model": load_model(start, "cpu").sha256}
     for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
         path = getattr(config, name, None)
         if path is not None and Path(path).is_file():  # a task of the library has a name
@@ -245,20 +248,20 @@ def write_results(results: Iterable[dict[str, Any]], file: Path) -> None:
     write_file(file, "".join(json.dumps(result, separators=(",", ":")) + "\n" for result in results))
 
 
-def settings_of(config: PretrainConfig) -> dict[str, Any]:
+def settings_of(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what a trial finds: those that a resumed run may not change, with the model's flattened.
 
     A task has its model from its start.
     """
-    free = {name for group in GROUPS if group.resume_may_change for name in group.__dataclass_fields__}
-    values = {name: value for name, value in config_json(config).items() if name not in {*free, "checkpoint"}}
+    decide = config_json(config).items()
+    values = {name: value for name, value in decide if name != "checkpoint" and not resume_may_change(name)}
     model = values.pop("model")
     if isinstance(config, FinetuneConfig):
         return values
     return values | {f"model.{name}": value for name, value in model.items()}
 
 
-def settings_said(settings: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
+def settings_said(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """Settings of a result. One that did not exist yet when it was made gets its default.
 
     Left out: gone settings at their default, and those of a model in older results of a task, not those of its start.
@@ -268,7 +271,7 @@ def settings_said(settings: dict[str, Any], config: PretrainConfig) -> dict[str,
     return defaults_of(config) | without_removed(settings)
 
 
-def defaults_of(config: PretrainConfig) -> dict[str, Any]:
+def defaults_of(config: RunConfig) -> dict[str, Any]:
     """Defaults of the settings of `settings_of` that have one."""
     names = settings_of(config).keys()
     found = {field.name: field.default for field in fields(config)}

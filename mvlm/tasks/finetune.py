@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
@@ -218,9 +217,8 @@ def freeze(task: Task, what: str) -> None:
         module.requires_grad_(False)
 
 
-def peak_rate(name: str, config: PretrainConfig) -> float:
+def peak_rate(name: str, config: FinetuneConfig) -> float:
     """Peak learning rate of the task's parameter with this name."""
-    assert isinstance(config, FinetuneConfig)
     if name.startswith(("model.image_encoder.", "model.text_encoder.")):
         return config.lr_encoder
     return config.lr_cross if name.startswith("model.") else config.lr_head

@@ -9,6 +9,7 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.device import choose_device, chosen_precision
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
@@ -60,7 +61,7 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMCon
     return replace(config.model, mask_token_id=tokenizer.mask_id)
 
 
-def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World, **further: Any) -> Loader:
+def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world: World, **further: Any) -> Loader:
     """Make the training loader, which yields this rank's pairs of each microbatch.
 
     `further` are arguments of the loader. ConfigError if the batch does not divide evenly among ranks and microbatches,
@@ -99,7 +100,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
     )
 
 
-def check_attention(config: PretrainConfig) -> None:
+def check_attention(config: RunConfig) -> None:
     """Raise ConfigError for an attention backend that cannot run here."""
     device = choose_device(config.device)
     dtype = torch.bfloat16 if chosen_precision(device, config.precision) == "bf16" else torch.float32

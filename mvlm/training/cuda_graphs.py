@@ -43,7 +43,7 @@ def check_graphs(config: PretrainConfig, world: World) -> None:
         wrong = "wanted all activations kept, got --checkpoint-activations"
     else:
         return
-    raise ConfigError(f"cuda_graphs: {wrong}; leave --cuda-graphs out")
+    raise ConfigError(f"capture: {wrong}; leave --capture cuda-graphs out")
 
 
 class CudaGraphs:

@@ -13,14 +13,13 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.errors import ConfigError
 from mvlm.runs.folder import MetricsFile, RunFolder
 
 log = logging.getLogger(__name__)
 
 COUNTERS = ("step", "pairs_seen")
-SERVICES = ("wandb", "trackio")
 
 
 class LogSinks:
@@ -34,8 +33,8 @@ class LogSinks:
         step: the step that the run continues from. Rows of later steps, from an earlier attempt, are dropped.
     """
 
-    def __init__(self, config: PretrainConfig, step: int) -> None:
-        self._services: dict[str, Any] = {n: import_module(n) for n in SERVICES if getattr(config, n)}
+    def __init__(self, config: RunConfig, step: int) -> None:
+        self._services: dict[str, Any] = {name: import_module(name) for name in config.log_to}
         folder = RunFolder(config.out)
         self._strips = folder.strips
         self._metrics = MetricsFile(folder.metrics, step)
@@ -91,23 +90,21 @@ class LogSinks:
             self._board = None
 
 
-def check_services(config: PretrainConfig) -> None:
+def check_services(config: RunConfig) -> None:
     """Raise ConfigError if W&B or trackio is wanted but not installed."""
-    for name in SERVICES:
-        if getattr(config, name) and find_spec(name) is None:
-            raise ConfigError(f"--{name}: wanted the package {name}, which is not installed; pip install {name}")
+    for name in config.log_to:
+        if find_spec(name) is None:
+            raise ConfigError(f"log_to: wanted the package {name}, which is not installed; pip install {name}")
 
 
-def start_services(config: PretrainConfig) -> None:
+def start_services(config: RunConfig) -> None:
     """Start a run of W&B and of trackio, where they are wanted, or go on with it. ConfigError if that fails.
 
     Both have the same calls. A resumed run goes on in the service's run that it began. W&B then takes no row twice.
     """
     resumes = RunFolder(config.out).config.is_file()
     started: list[Any] = []
-    for name in SERVICES:
-        if not getattr(config, name):
-            continue
+    for name in config.log_to:
         extra: dict[str, Any] = {"resume": "allow" if resumes else "never"}  # by the name, which a new run may share
         try:
             if name == "wandb":
@@ -119,7 +116,7 @@ def start_services(config: PretrainConfig) -> None:
             for service in started:
                 with suppress(Exception):  # the first error is the one to tell
                     service.finish()
-            raise ConfigError(f"--{name}: could not start a run: {error!r}; leave --{name} out") from error
+            raise ConfigError(f"--log-to {name}: could not start a run: {error!r}; leave it out") from error
 
 
 def _wandb_id(out: Path) -> str:

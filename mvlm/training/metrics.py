@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.costs.mfu import ModelFlopsUtilization
 from mvlm.distributed.world import World
 from mvlm.progress import TrainingProgress
@@ -128,7 +129,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, config: PretrainConfig, world: World, sinks: RowSink | None, check: Callable[[MetricsBuffer], int]
+        self, config: RunConfig, world: World, sinks: RowSink | None, check: Callable[[MetricsBuffer], int]
     ) -> None:
         self._config, self._world, self._sinks, self._check = config, world, sinks, check
         self._mfu = ModelFlopsUtilization(config, world)
@@ -153,8 +154,7 @@ class MetricsLogger:
         host = {
             "lr": config.lr_cross * factor,
             "lr_encoder": config.lr_encoder * factor,
-            "lr_pixels": config.lr_pixels * factor,
-            **({"lr_muon": config.lr_muon * factor} if config.optimizer == "muon" else {}),
+            **{name: rate * factor for name, rate in _rates_of_pretraining(config).items()},
             "pairs_per_s": rate,
             "data_wait_s": buffer.waited / steps,
             "seconds": elapsed,
@@ -180,3 +180,10 @@ class MetricsLogger:
         if self._sinks is not None:
             self._sinks.log(row)
         progress.show(row)
+
+
+def _rates_of_pretraining(config: RunConfig) -> dict[str, float]:
+    """Peak learning rates that pretraining alone has."""
+    if not isinstance(config, PretrainConfig):
+        return {}
+    return {"lr_pixels": config.lr_pixels} | ({"lr_muon": config.lr_muon} if config.optimizer == "muon" else {})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.device import chosen_precision
 from mvlm.model.network import PIXEL_MODULES
 from mvlm.training.guarded_adamw import GuardedAdamW
@@ -26,9 +27,9 @@ def peak_rate(name: str, config: PretrainConfig) -> float:
 
 def make_optimizer(
     model: nn.Module,
-    config: PretrainConfig,
+    config: RunConfig,
     device: torch.device,
-    rate: Callable[[str, PretrainConfig], float] = peak_rate,
+    rate: Callable[[str, Any], float] = peak_rate,
 ) -> GuardedAdamW:
     """Make the optimizer, with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
 
@@ -36,13 +37,14 @@ def make_optimizer(
     the peak learning rate of a parameter by its name. With `--optimizer muon` the matrices of all blocks are a group of
     their own, with `lr_muon`.
     """
+    lr_muon = config.lr_muon if isinstance(config, PretrainConfig) and config.optimizer == "muon" else None
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        muon = config.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in name
-        peak = config.lr_muon if muon else rate(name, config)
+        muon = lr_muon is not None and parameter.ndim == 2 and ".blocks." in name
+        peak = lr_muon if lr_muon is not None and muon else rate(name, config)
         groups.setdefault((peak, matrix, muon), []).append(parameter)
     settings: Any = [
         {
@@ -53,14 +55,14 @@ def make_optimizer(
         }
         for (peak, matrix, muon), parameters in groups.items()
     ]
-    kind = GuardedMuon if config.optimizer == "muon" else GuardedAdamW
+    kind = GuardedAdamW if lr_muon is None else GuardedMuon
     optimizer = kind(settings, lr=config.lr_cross, betas=(0.9, config.beta2), fused=True)
     if isinstance(optimizer, GuardedMuon) and chosen_precision(device, config.precision) == "bf16":
         optimizer.precision = torch.bfloat16
     return optimizer
 
 
-def learning_rate_factor(step: int, config: PretrainConfig) -> float:
+def learning_rate_factor(step: int, config: RunConfig) -> float:
     """Learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then cosine decay to `lr_end`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.device import chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
@@ -35,13 +36,13 @@ from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
 
-Config = TypeVar("Config", bound=PretrainConfig)
+Config = TypeVar("Config", bound=RunConfig)
 
 
 class RunInputs(NamedTuple):
     """Everything that a run reads before it has a model."""
 
-    config: PretrainConfig
+    config: RunConfig
     """The given configuration, with the tokenizer's [MASK]."""
     dataset: Dataset
     validation: Dataset | None
@@ -144,15 +145,14 @@ def train(trainer: Trainer) -> None:
         ) from error
 
 
-def open_splits(config: PretrainConfig) -> tuple[Dataset, Dataset | None]:
+def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """Open the training split and, if the run evaluates, the validation split, after checks of what needs no data."""
     notice = config.preemption_file
     if notice is not None and notice.exists():  # left by an earlier preemption: it would end the run at once
         raise ConfigError(f"preemption_file: {notice} exists before the run starts; remove it to train")
     check_services(config)
     dataset = open_dataset(config.data, "train")
-    evaluates = config.eval_every_steps or config.eval_every_minutes
-    validation = open_dataset(config.data, "validation") if evaluates else None
+    validation = open_dataset(config.data, "validation") if config.eval_every_steps else None
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
     return dataset, validation
@@ -179,17 +179,18 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
+    assert isinstance(config, PretrainConfig)
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint).to(world.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
-    if config.compile:
+    if config.capture == "compile":
         compile_step(model, world)
     parallel = parallelize(model, world, config.parallel)
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
-    if config.cuda_graphs:
+    if config.capture == "cuda-graphs":
         check_graphs(config, world)
         trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters())
     if checkpoint:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.device import autocast
 from mvlm.distributed.coordination import StepDecisions
 from mvlm.distributed.global_batch import backward_global
@@ -24,7 +25,7 @@ from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.files import check_finite
 from mvlm.inference.reconstruction import reconstruction_strip
-from mvlm.objectives.losses import Losses, loss_weights
+from mvlm.objectives.losses import Losses, LossWeights, loss_weights
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
     EMA,
@@ -53,6 +54,9 @@ from mvlm.training.workspace import evaluation_workspace
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
 
+CHECKPOINT_SECONDS = 600.0
+"""Time between checkpoints of a run that has no `checkpoint_every_steps`."""
+
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +65,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         world: World,
         parallel: Parallel,
         optimizer: GuardedAdamW,
@@ -76,19 +80,23 @@ class Trainer:
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
-        keep = config.keep_checkpoints, config.keep_every_steps
-        self.writer = CheckpointWriter(folder.checkpoints, world, *keep, History(folder))
+        self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, History(folder))
         self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.graphs: CudaGraphs | None = None
-        """CUDA graphs that replay the steps of one rank, with --cuda-graphs; else None."""
-        self.weights = loss_weights(config)
+        """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
+
+    @cached_property
+    def loss_weights(self) -> LossWeights:
+        """Weights of the losses of pretraining. A task has none."""
+        assert isinstance(self.config, PretrainConfig)
+        return loss_weights(self.config)
 
     @property
     def complete(self) -> bool:
@@ -102,7 +110,7 @@ class Trainer:
         logger = MetricsLogger(config, world, sinks, self.check_skipped_updates)
         batches = iter(self.loader)
         decisions = StepDecisions(world)
-        saved_at = evaluated_at = time.monotonic()
+        saved_at = time.monotonic()
         with (
             sinks or nullcontext(),
             closing(self.loader),
@@ -117,21 +125,17 @@ class Trainer:
                 # The previous row. Its numbers arrived while this step was being queued, so nothing waits here.
                 logger.write_row(progress)
                 now = time.monotonic()
-                save, evaluate, end = decisions.decide(
-                    0 < 60 * config.checkpoint_every_minutes <= now - saved_at,
-                    0 < 60 * config.eval_every_minutes <= now - evaluated_at,
-                    stop.requested(),
-                )
+                late = not config.checkpoint_every_steps and now - saved_at >= CHECKPOINT_SECONDS
+                save, end = decisions.decide(late, stop.requested())
                 # Clocks and signals differ between ranks, so these are decided together. Steps (`due`) are the same.
                 figures = {}
-                if self.validation is not None and (evaluate or self.due(config.eval_every_steps)):
+                if self.validation is not None and self.due(config.eval_every_steps):
                     figures = self.evaluate(self.validation, sinks)
-                    evaluated_at = time.monotonic()
                     end = end or not figures
                 if figures or self.due(config.log_every) or end or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.end_row(closed, self.loader.skipped, figures)
-                if save or end or self.complete or self.due(config.checkpoint_every_steps, config.keep_every_steps):
+                if save or end or self.complete or self.due(config.checkpoint_every_steps):
                     # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
                     logger.write_row(progress)
                     self.save()
@@ -149,9 +153,9 @@ class Trainer:
             if not self.complete:
                 log.info("stopped by %s at step %d; saved", stop.reason or "another rank", self.step)
 
-    def due(self, *every: int) -> bool:
-        """True if this step is a multiple of one of `every`; never for 0."""
-        return any(n > 0 and self.step % n == 0 for n in every)
+    def due(self, every: int) -> bool:
+        """True if this step is a multiple of `every`; never for 0."""
+        return every > 0 and self.step % every == 0
 
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
         """Make one update, or skip it if its loss or its gradient is not finite.
@@ -202,13 +206,13 @@ class Trainer:
             seed=config.seed,
             step=step,
             plan=config.plan,
-            weights=self.weights,
+            weights=self.loss_weights,
             autocast=partial(autocast, self.device, config.precision),
         )
 
     def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
         """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
-        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.weights}
+        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.loss_weights}
         with autocast(self.device, self.config.precision):
             losses: Losses = self.model(batch, masks, **options)
         losses.total.backward()
@@ -223,7 +227,7 @@ class Trainer:
         """Count the skipped updates among `metrics` and return the run's total.
 
         Raises:
-            NonFiniteLossError: more than --max-bad-steps updates in a row were skipped.
+            NonFiniteLossError: more than `max_bad_steps` updates in a row were skipped.
         """
         beyond_limit = self.skipped.count(metrics)
         if beyond_limit is None:
@@ -290,8 +294,8 @@ class Trainer:
         own = checkpoint / TOKENIZER
         if load_tokenizer(own).fingerprint != self.tokenizer.fingerprint:
             raise RunError(
-                f"{self.config.tokenizer or self.config.data}: wanted the tokenizer that the run started with, found "
-                f"another; the run's is {own}: restore it, or choose another --out"
+                f"{getattr(self.config, 'tokenizer', None) or self.config.data}: wanted the tokenizer that the run "
+                f"started with, found another; the run's is {own}: restore it, or choose another --out"
             )
         self.writer.resume_from(checkpoint)
         self.skipped.load(state["bad"])

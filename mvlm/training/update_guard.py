@@ -67,7 +67,7 @@ class SkippedUpdates:
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
         return NonFiniteLossError(
             f"step {step}: {self.reason(row)}; the update was not made ({self.in_a_row} in a row, "
-            f"--max-bad-steps is {self._limit}). Its samples: {', '.join(keys[:8])}{more}. "
+            f"max_bad_steps is {self._limit}). Its samples: {', '.join(keys[:8])}{more}. "
             f"Last good checkpoint: {checkpoint or 'none'}; no checkpoint holds such an update. "
             f"A new run can go on from it with a lower learning rate or --precision fp32: name it by --initial-model, "
             f"in fine-tuning by --checkpoint, and another folder by --out"

@@ -68,7 +68,7 @@ class Watchdog:
 
     def _report(self, waited: float) -> None:
         message = (
-            f"mvlm: rank {self._rank} has been waiting {waited:.0f} s for {self._activity}, more than --stall-minutes "
+            f"mvlm: rank {self._rank} has been waiting {waited:.0f} s for {self._activity}, more than stall_minutes "
             f"{self._seconds / 60:g}; the run ends here. The stacks of its threads are in {self._file}; "
             f"continue from the last checkpoint with --resume"
         )

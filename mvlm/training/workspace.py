@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
-from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.run import RunConfig
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
@@ -16,7 +16,7 @@ IN_MEMORY = 1 << 30
 
 @contextmanager
 def evaluation_workspace(
-    config: PretrainConfig, images: int, world: World, go_on: Callable[[], bool]
+    config: RunConfig, images: int, world: World, go_on: Callable[[], bool]
 ) -> Iterator[Workspace]:
     """Context with a workspace for the features of so many images. It ends early, without an error, if it is stopped.
 

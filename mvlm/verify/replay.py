@@ -88,11 +88,9 @@ class Replay:
             claims.config,
             device=chosen.type,
             preemption_file=None,
-            wandb=False,
-            trackio=False,
+            log_to=(),
             keep_images_mb=0,  # a few batches do not pay for decoding the whole split
             eval_every_steps=int(evaluated),  # opens the validation split
-            eval_every_minutes=0.0,
         )
         self.inputs = open_inputs(config)
 

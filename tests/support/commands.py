@@ -9,7 +9,7 @@ MICRO_FLAGS = [
     *("--model.image-size", "32", "--model.patch-size", "8", "--model.mask-block", "16", "--model.width", "16"),
     *("--model.heads", "2", "--model.image-layers", "2", "--model.text-layers", "2", "--model.cross-layers", "2"),
     *("--model.decoder-layers", "2", "--model.vocab-size", "300", "--model.text-length", "12"),
-    *("--model.itc-width", "8", "--max-steps", "2", "--batch-size", "8", "--warmup-steps", "1", "--device", "cpu"),
+    *("--max-steps", "2", "--batch-size", "8", "--warmup-steps", "1", "--device", "cpu"),
 ]
 """Two steps of the micro model, for `mvlm pretrain tiny`."""
 

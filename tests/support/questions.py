@@ -114,7 +114,7 @@ def finetune_config(trained: Path, data: Path, out: Path, task: str = "vqa", **c
     """Configuration of a fine-tuning run of a few steps of the micro model."""
     settings: dict[str, Any] = {
         "task": task, "checkpoint": trained, "data": data, "out": out, "max_steps": 2, "batch_size": 8,
-        "lr_encoder": 3e-3, "lr_cross": 3e-3, "lr_pixels": 0.0, "lr_head": 3e-3, "warmup_steps": 2, "lr_end": 0.0,
+        "lr_encoder": 3e-3, "lr_cross": 3e-3, "lr_head": 3e-3, "warmup_steps": 2, "lr_end": 0.0,
         "crop_scale": (1.0, 1.0), "device": "cpu", "precision": "fp32", "weight_decay": 0.0, "answers": "classifier",
     }  # fmt: skip
     return FinetuneConfig(**(settings | changes))

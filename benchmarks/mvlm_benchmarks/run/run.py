@@ -23,7 +23,7 @@ from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
 from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.run import build_run, build_trainer, open_inputs
-from mvlm.training.trainer import Trainer
+from mvlm.training.trainer import CHECKPOINT_SECONDS, Trainer
 from mvlm_benchmarks.machine import describe
 from mvlm_benchmarks.results import heading, write_csv, write_json
 from mvlm_benchmarks.run.turns import LEAD, LOOP, NO_LOADER, STEP, Turns, first_batches, measure_turns
@@ -77,7 +77,7 @@ def run(
             setup = {
                 "preset": preset, "data": data.name, "batch": config.batch_size, "rounds": rounds, "steps": steps,
                 "threads": torch.get_num_threads(), "bf16": has_fast_bf16(world.device),
-                "eval_every_steps": eval_every_steps, "checkpoint_minutes": config.checkpoint_every_minutes,
+                "eval_every_steps": eval_every_steps, "checkpoint_minutes": CHECKPOINT_SECONDS / 60,
             }  # fmt: skip
             print(heading(about), flush=True)
             turns, rare = measure(config, world, rounds, steps)
@@ -104,7 +104,7 @@ def measure(
     length = Turns((), steps, rounds).steps
     # Neither evaluates nor saves during the turns, but opens the validation split.
     config = replace(
-        config, max_steps=length, warmup_steps=1, eval_every_steps=length + 1, checkpoint_every_minutes=0.0
+        config, max_steps=length, warmup_steps=1, eval_every_steps=length + 1, checkpoint_every_steps=length + 1
     )
     with build_run(config, world, open_inputs, build_trainer) as trainer:
         batches = first_batches(trainer, LEAD + steps)
@@ -145,11 +145,10 @@ def make_rows(
     `cpu_over_step`, the bare step's processor time over the contender's; and medians per step of all figures of the
     turns.
     """
-    # A checkpoint is counted as if nothing trained beside it, which is the most that it can cost.
-    period = 60 * config.checkpoint_every_minutes
 
+    # A checkpoint is counted as if nothing trained beside it, which is the most that it can cost.
     def whole(row: dict[str, float], key: str, suffix: str) -> float:
-        checkpoints = row["seconds"] / period * rare[f"checkpoint_{suffix}"]
+        checkpoints = row["seconds"] / CHECKPOINT_SECONDS * rare[f"checkpoint_{suffix}"]
         return row[key] + checkpoints + rare[f"evaluation_{suffix}"] / eval_every_steps
 
     run_turns = [

@@ -157,7 +157,7 @@ def raise_recompile_limit() -> None:
 
 
 def _compiled(name: str, module: nn.Module) -> Any:
-    """Compiled form of a contender's module: ours as `mvlm pretrain --compile` does it, a baseline by default."""
+    """Compiled form of a contender's module: ours as `--capture compile` does it, a baseline by default."""
     if eager_name(name) in BASELINES:
         return torch.compile(module)
     raise_recompile_limit()

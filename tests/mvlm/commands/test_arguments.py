@@ -70,7 +70,7 @@ def test_a_renamed_flag_is_refused_with_its_new_name(run_mvlm, words, message):
 
 @pytest.mark.parametrize("command", RENAMED)
 def test_the_new_name_of_a_renamed_flag_is_a_flag_of_the_command(command, capsys):
-    words = command.split()[1:] + (["tiny"] if command == "mvlm pretrain" else [])
+    words = command.split()[1:] + {"mvlm pretrain": ["tiny"], "mvlm finetune": ["vqa"]}.get(command, [])
     with pytest.raises(SystemExit, match="0"):
         run_command([*words, "--help"])
     text = capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_pretraining_refuses_a_folder_with_other_files(run_mvlm, scenes, tmp_pat
     [
         (["--model.heads", "0"], "heads must be at least 1, got 0"),
         (["--model.heads", "3"], "heads must divide width: wanted a divisor of 16, got 3"),
-        (["--model.mask-block", "12"], "mask_block must divide image_size: wanted a divisor of 32, got 12"),
+        (["--model.mask-block", "12"], "patch_size must divide mask_block: wanted a divisor of 12, got 8"),
         (["--model.image-mask-ratio", "0"], "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0"),
         (["--model.vocab-size", "100"], "model.vocab_size: wanted a vocabulary of at least 261"),
         (["--max-steps", "0"], "max_steps must be at least 1, got 0"),
@@ -125,12 +125,10 @@ def test_settings_out_of_their_ranges_are_refused(run_mvlm, scenes, tmp_path, wo
 def test_a_loss_that_is_not_finite_exits_with_1(run_mvlm, scenes, tmp_path, monkeypatch):
     loss = fast.linear_pixel_loss
     monkeypatch.setattr(fast, "linear_pixel_loss", lambda *inputs, **more: loss(*inputs, **more) + float("nan"))
-    outcome = run_mvlm(
-        "pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS, "--max-bad-steps", 0
-    )
+    outcome = run_mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS, "--max-steps", 12)
     assert outcome.code == 1
     assert len(outcome.err) == 1
-    assert outcome.err[0].startswith("mvlm: step 1: mim is nan; the update was not made (1 in a row, ")
+    assert outcome.err[0].startswith("mvlm: step 11: mim is nan; the update was not made (11 in a row, ")
 
 
 @pytest.mark.slow

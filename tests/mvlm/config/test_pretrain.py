@@ -1,5 +1,6 @@
 """The configuration of a run, and its groups of settings."""
 
+import json
 import math
 import re
 import subprocess
@@ -11,8 +12,12 @@ from typing import get_type_hints
 import pytest
 import torch
 
+from mvlm.cli import run_command
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.groups import groups_of, names_in, resume_may_change
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import GROUPS, PretrainConfig, resume_may_change
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.ranges import NO_FLAG
 from mvlm.errors import ConfigError
 from support.models import pretrain_config
 
@@ -20,7 +25,7 @@ from support.models import pretrain_config
 NUMBERS = (
     *("lr_encoder", "lr_cross", "lr_pixels", "lr_muon", "lr_end", "weight_decay", "beta2", "clip_norm"),
     "flip",
-    *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes"),
+    *("ema_decay", "stall_minutes"),
     *("mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
 )
 
@@ -28,8 +33,8 @@ NUMBERS = (
 NOT_NEGATIVE = (
     *("lr_encoder", "lr_cross", "lr_pixels", "lr_muon", "lr_end", "weight_decay"),
     "warmup_steps",
-    *("eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps", "checkpoint_every_minutes"),
-    *("keep_every_steps", "max_bad_steps", "mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
+    *("eval_every_steps", "eval_images", "checkpoint_every_steps", "keep_checkpoints"),
+    *("max_bad_steps", "mlm_weight", "mim_weight", "itc_weight", "itm_weight"),
 )
 
 
@@ -50,7 +55,6 @@ def test_every_seed_that_torch_takes_is_valid(seed):
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest <= largest <= 1"),
         ({"crop_scale": (0.9, 0.8)}, "crop_scale must be 0 < smallest <= largest <= 1"),
         ({"crop_scale": (0.9, 1.1)}, "crop_scale must be 0 < smallest <= largest <= 1"),
@@ -76,35 +80,63 @@ def test_invalid_settings_of_a_run_are_refused(changes, message):
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"plan": "plain"}, {"checkpoint_activations": True}])
 def test_compile_is_refused_with_what_it_cannot_compile(changes) -> None:
-    with pytest.raises(ConfigError, match="compile: wanted --plan fast, --accumulate 1 and no --checkpoint-act"):
-        pretrain_config(Path("data"), Path("out"), compile=True, **changes)
+    with pytest.raises(ConfigError, match="capture"):
+        pretrain_config(Path("data"), Path("out"), capture="compile", **changes)
 
 
-def test_every_setting_but_the_model_belongs_to_one_group() -> None:
-    grouped = [field.name for group in GROUPS for field in fields(group)]
-    assert sorted([*grouped, "model"]) == sorted(field.name for field in fields(PretrainConfig))
+@pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
+def test_every_setting_but_the_model_belongs_to_one_group(kind) -> None:
+    grouped = [name for group in groups_of(kind) for name in names_in(group)]
+    assert sorted([*grouped, "model"]) == sorted(field.name for field in fields(kind))
 
 
 def test_the_group_says_if_a_resumed_run_may_change_a_setting() -> None:
-    for group in GROUPS:
-        assert {resume_may_change(field.name) for field in fields(group)} == {group.resume_may_change}
-    assert not resume_may_change("model")
-    names = {field.name for field in fields(PretrainConfig) if resume_may_change(field.name)}
-    assert {"out", "log_every", "keep_checkpoints", "stall_minutes"} <= names
-    assert not names & {"batch_size", "max_steps", "lr_cross", "image_weights", "plan", "parallel"}
+    kept = {"batch_size", "max_steps", "lr_cross", "image_weights", "plan", "parallel", "task", "blind", "model"}
+    free = {"out", "data", "log_every", "log_to", "keep_checkpoints", "stall_minutes", "checkpoint_every_steps"}
+    assert {name for name in kept | free if resume_may_change(name)} == free
 
 
-def test_help_shows_every_setting(capsys) -> None:
+def flags_of(words: list[str], capsys) -> set[str]:
+    """The flags that a command shows in its help."""
+    with pytest.raises(SystemExit, match="0"):
+        run_command([*words, "--help"])
+    return set(re.findall(r"^[^\w-]{0,4}(--[a-z][\w.-]*)", capsys.readouterr().out, re.MULTILINE))
+
+
+def with_flags(kind: type, prefix: str = "--") -> set[str]:
+    types = get_type_hints(kind, include_extras=True)
+    shown = {name for name in kind.__dataclass_fields__ if NO_FLAG not in getattr(types[name], "__metadata__", ())}
+    return {prefix + name.replace("_", "-") for name in shown - {"model"}}
+
+
+def test_help_shows_every_setting_that_has_a_flag(capsys) -> None:
+    shown = flags_of(["pretrain", "tiny"], capsys)
+    assert shown == with_flags(PretrainConfig) | with_flags(MaskVLMConfig, "--model.")
+    assert len(shown) <= 70
+
+
+def test_help_of_fine_tuning_shows_what_it_takes(capsys) -> None:
+    shown = flags_of(["finetune", "vqa"], capsys)
+    assert shown == with_flags(FinetuneConfig)
+    assert not shown & {"--task", "--tokenizer", "--lr-pixels", "--optimizer", "--mlm-weight", "--capture"}
+    assert len(shown) <= 50
+
+
+@pytest.mark.parametrize("name", ["max_bad_steps", "stall_minutes", "model.itc_width", "model.mask_token_id"])
+def test_a_setting_without_a_flag_is_taken_from_a_file_alone(name, tmp_path) -> None:
     from mvlm.commands.pretrain import parse_config
+    from mvlm.config.json_files import config_json
 
-    with pytest.raises(SystemExit):
-        parse_config(["tiny", "--help"])
-    shown = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
-    for field in fields(PretrainConfig):
-        flag = "--" + field.name.replace("_", "-")
-        assert flag in shown or field.name == "model", flag
-    for field in fields(MaskVLMConfig):
-        assert "--model." + field.name.replace("_", "-") in shown
+    config = pretrain_config(Path("data"), Path("out"))
+    values = config_json(config)
+    part, key = (values["model"], name.removeprefix("model.")) if "." in name else (values, name)
+    part[key] = {"itc_width": 16, "mask_token_id": 7}.get(key, 3)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    words = ["--config", str(tmp_path / "config.json"), "--seed", "4"]
+    found = config_json(parse_config(words))
+    assert found == values | {"seed": 4}
+    with pytest.raises(ConfigError, match=name.replace("_", "-")):
+        parse_config([*words, f"--{name.replace('_', '-')}", "5"])
 
 
 NEW_SETTING = """
@@ -116,13 +148,12 @@ spec = find_spec("mvlm.config.groups")
 source = Path(spec.origin).read_text()
 lines = {"DataSettings": "data_extra: Annotated[int, AT_LEAST_1] = 3", "LoggingSettings": "log_extra: int = 4"}
 for group, line in lines.items():
-    start = source.index("    resume_may_change", source.index(f"class {group}:"))
-    end = source.index("\\n", start) + 1
+    end = source.index("\\n\\n", source.index(f"class {group}:")) + 2
     source = source[:end] + f"    {line}\\n" + source[end:]
 module = module_from_spec(spec)
 sys.modules["mvlm.config.groups"] = module
 exec(compile(source, spec.origin, "exec"), module.__dict__)
-for name in ("pretrain", "finetune", "recipes"):
+for name in ("run", "pretrain", "finetune", "recipes"):
     del sys.modules[f"mvlm.config.{name}"]  # imports the changed module when it is needed
 
 from mvlm.commands.pretrain import parse_config

@@ -14,6 +14,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
 from mvlm.runs.resume import open_run
 from support.models import micro_config, pretrain_config
+from support.questions import finetune_config
 
 
 def with_setting(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -53,7 +54,14 @@ def test_a_file_with_a_removed_setting_at_its_default_is_read(name, tmp_path):
     assert model_config(model, "model.json") == config.model
 
 
-@pytest.mark.parametrize("name", REMOVED)
+@pytest.mark.parametrize("name", [name for name, gone in REMOVED.items() if gone.free])
+def test_a_file_is_read_with_any_value_of_a_removed_setting_that_a_resume_could_change(name, tmp_path):
+    config = old_run(tmp_path, name, another(REMOVED[name].default))
+    assert read_config(config.out / "config.json") == config_json(config)
+    assert open_run(config) is None
+
+
+@pytest.mark.parametrize("name", [name for name, gone in REMOVED.items() if not gone.free])
 def test_a_file_with_a_removed_setting_at_another_value_is_refused(name, tmp_path):
     config = old_run(tmp_path, name, another(REMOVED[name].default))
     file = config.out / "config.json"
@@ -96,3 +104,36 @@ def test_partners_masked_as_the_inputs_are_mask_partner(image, text):
         return
     with pytest.raises(ConfigError, match=r"model\.partner_image_mask_ratio: .* mvlm 0\.2\.0 is the last"):
         model_config(values, "model.json")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"wandb": False, "trackio": False}, {"log_to": []}),
+        ({"wandb": True, "trackio": True}, {"log_to": ["wandb", "trackio"]}),
+        ({"wandb": False, "trackio": True}, {"log_to": ["trackio"]}),
+        ({"compile": False, "cuda_graphs": False}, {"capture": "none"}),
+        ({"compile": True, "cuda_graphs": False}, {"capture": "compile"}),
+        ({"compile": False, "cuda_graphs": True}, {"capture": "cuda-graphs"}),
+    ],
+)
+def test_two_settings_that_became_one_are_read(old, new, tmp_path):
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", model=micro_config())
+    values = {name: value for name, value in config_json(config).items() if name not in new} | old
+    assert without_removed(values) == config_json(config) | new
+    assert config_json(run_config(values, "config.json")) == config_json(config) | new
+
+
+def test_the_file_of_a_fine_tuning_run_may_have_what_it_never_read(tmp_path):
+    config = finetune_config(tmp_path / "first", tmp_path / "data", tmp_path / "run")
+    alone = {
+        "mlm_weight": 1.0, "mim_weight": 1.0, "itc_weight": 1.0, "itm_weight": 1.0, "lr_pixels": 0.0, "tokenizer": None,
+        "optimizer": "adamw", "lr_muon": 0.01, "initial_model": None, "image_weights": None, "text_weights": None,
+        "compile": False, "cuda_graphs": False,
+    }  # fmt: skip
+    values = config_json(config) | alone
+    assert run_config(values, "config.json", FinetuneConfig) == config
+    assert without_removed(values) == config_json(config)
+    for name in ("lr_pixels", "mlm_weight"):
+        with pytest.raises(ConfigError, match=name):
+            run_config(values | {name: 0.5}, "config.json", FinetuneConfig)

@@ -101,7 +101,7 @@ def test_fault_of_the_program_is_raised_on_its_rank():
 
 
 @pytest.mark.parametrize(
-    "what", ["settings", "saves", "kept", "evaluations", "data", "validation", "out", "precision", "nothing"]
+    "what", ["settings", "saves", "evaluations", "data", "validation", "out", "precision", "nothing"]
 )
 def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeypatch, what):
     other = write_scenes(tmp_path / "other", {"train": 9, "validation": 3})
@@ -112,11 +112,10 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
         seed = 5 if what == "settings" and changed else 0
         dataset = open_dataset(other if what == "data" and changed else scenes, "train")
         every = 3 if what == "saves" and changed else 5
-        minutes = 2.5 if what == "evaluations" and changed else 0
+        evaluate = 2 if what == "evaluations" and changed else 0
         config = pretrain_config(
-            scenes, out, seed=seed, checkpoint_every_steps=every, eval_every_minutes=minutes, precision="auto",
-            keep_every_steps=2 if what == "kept" and changed else 0,
-        )  # fmt: skip
+            scenes, out, seed=seed, checkpoint_every_steps=every, eval_every_steps=evaluate, precision="auto"
+        )
         validation = open_dataset(other if what == "validation" and changed else scenes, "validation")
         return check_ranks(world, config, dataset, validation)
 
@@ -134,8 +133,7 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
     wanted = {
         "settings": "seed: rank 0 has 0, rank 1 has 5",
         "saves": "checkpoint_every_steps: rank 0 has 5, rank 1 has 3",
-        "evaluations": "eval_every_minutes: rank 0 has 0, rank 1 has 2.5",
-        "kept": "keep_every_steps: rank 0 has 0, rank 1 has 2",
+        "evaluations": "eval_every_steps: rank 0 has 0, rank 1 has 2",
         "precision": "precision in use: rank 0 has ",
         "data": "data: rank 0 has ",
         "validation": "validation: rank 0 has ",

@@ -213,16 +213,17 @@ def test_next_save_removes_the_remains_of_a_killed_save(save, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_newest_checkpoints_and_those_at_multiples_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     def steps() -> list[int]:
         return [int(path.name.removeprefix("step_")) for path in checkpoints(tmp_path)]
 
     for step in (1, 2, 3, 4, 5, 6, 7, 10):
         (tmp_path / f"step_{step:08d}").mkdir()
-    remove_old_checkpoints(tmp_path, 3, keep_every_steps=2)
-    assert steps() == [2, 4, 6, 7, 10]
-    remove_old_checkpoints(tmp_path, 9, keep_every_steps=2)
-    assert steps() == [2, 4, 6, 7, 10]
+    for keep in (0, 9):
+        remove_old_checkpoints(tmp_path, keep)
+        assert steps() == [1, 2, 3, 4, 5, 6, 7, 10]
+    remove_old_checkpoints(tmp_path, 3)
+    assert steps() == [6, 7, 10]
     remove_old_checkpoints(tmp_path, 1)
     assert steps() == [10]
 
@@ -275,7 +276,7 @@ def test_folder_of_another_name_is_neither_counted_nor_removed(save, tmp_path):
     for name in copies:
         (tmp_path / name).mkdir()
     begin, _, _ = save
-    writer = CheckpointWriter(tmp_path, ALONE, keep=1, keep_every_steps=4)
+    writer = CheckpointWriter(tmp_path, ALONE, keep=1)
     for step in (1, 2, 3):
         begin(step, writer)
         writer.wait()

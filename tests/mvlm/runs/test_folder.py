@@ -99,7 +99,6 @@ def test_settings_without_effect_on_the_result_may_differ_on_resume(config, tmp_
         device="auto",
         log_every=5,
         eval_every_steps=3,
-        checkpoint_every_minutes=1.0,
         checkpoint_every_steps=4,
         keep_checkpoints=9,
     )

@@ -33,7 +33,7 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
         finish=lambda: finished.append(True),
     )
     monkeypatch.setitem(sys.modules, name, service)
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
     config.out.mkdir()
     start_services(config)
     with LogSinks(config, 0) as sinks:
@@ -51,7 +51,7 @@ def test_a_resumed_run_goes_on_in_the_services_run(tmp_path, monkeypatch, name):
     service = SimpleNamespace(init=lambda **settings: started.append(settings))
     monkeypatch.setitem(sys.modules, name, service)
     for out in ("run", "other"):
-        config = pretrain_config(tmp_path / "data", tmp_path / out, **{name: True})
+        config = pretrain_config(tmp_path / "data", tmp_path / out, log_to=(name,))
         config.out.mkdir()
         start_services(config)
         (config.out / "config.json").touch()
@@ -70,7 +70,7 @@ def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorb
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
     config.out.mkdir()
     start_services(config)
     with LogSinks(config, 0) as sinks:
@@ -81,8 +81,8 @@ def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorb
 
 def test_service_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
-    with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=("trackio",))
+    with pytest.raises(ConfigError, match="log_to: wanted the package trackio, which is not installed; pip install"):
         pretrain(config)
     assert not config.out.exists()
 
@@ -94,7 +94,7 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
 
     service = SimpleNamespace(init=lambda **_: None, log=fails, finish=fails)
     monkeypatch.setitem(sys.modules, name, service)
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
     config.out.mkdir()
     start_services(config)
     with LogSinks(config, 0) as sinks:
@@ -118,11 +118,11 @@ def test_services_that_started_are_ended_if_another_cannot(scenes, tmp_path, mon
     wandb = SimpleNamespace(init=starts, finish=lambda: finished.append(True), __spec__=spec)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=fails, __spec__=spec))
-    config = pretrain_config(scenes, tmp_path / "run", wandb=True, trackio=True)
-    with pytest.raises(ConfigError, match="--trackio: could not start a run"):
+    config = pretrain_config(scenes, tmp_path / "run", log_to=("wandb", "trackio"))
+    with pytest.raises(ConfigError, match="--log-to trackio: could not start a run"):
         pretrain(config)
     assert finished == [True]
-    pretrain(replace(config, wandb=False, trackio=False))
+    pretrain(replace(config, log_to=()))
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -132,10 +132,10 @@ def test_a_service_that_cannot_start_leaves_no_run(scenes, tmp_path, monkeypatch
 
     service = SimpleNamespace(init=fails, __spec__=find_spec("json"))
     monkeypatch.setitem(sys.modules, name, service)
-    config = pretrain_config(scenes, tmp_path / "run", **{name: True})
-    with pytest.raises(ConfigError, match=f"--{name}: could not start a run: .*; leave --{name} out"):
+    config = pretrain_config(scenes, tmp_path / "run", log_to=(name,))
+    with pytest.raises(ConfigError, match=f"--log-to {name}: could not start a run: .*; leave it out"):
         pretrain(config)
-    pretrain(replace(config, **{name: False}))
+    pretrain(replace(config, log_to=()))
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_compiled_steps_equal_eager_steps(start, scenes, tokenizer, tmp_path, mo
     plain, batches = start(dtype=torch.float64, sizes=sizes)
     for _ in range(6):
         plain.one_step(batches)
-    compiled, batches = start(dtype=torch.float64, sizes=sizes, compile=True)
+    compiled, batches = start(dtype=torch.float64, sizes=sizes, capture="compile")
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_step(compiled.model, ALONE, backend="aot_eager")
@@ -204,8 +204,8 @@ def test_compiled_steps_equal_eager_steps(start, scenes, tokenizer, tmp_path, mo
 
 
 def test_compile_is_refused_for_ranks_and_microbatches(scenes, tmp_path):
-    with pytest.raises(ConfigError, match="compile: wanted one rank, got 2; leave --compile out"):
+    with pytest.raises(ConfigError, match="capture: wanted one rank with compile, got 2; leave --capture compile out"):
         compile_step(micro_model(), replace(ALONE, size=2))
     for changes in ({"accumulate": 2}, {"plan": "plain"}):
-        with pytest.raises(ConfigError, match="compile: wanted --plan fast, --accumulate 1 and no"):
-            pretrain_config(scenes, tmp_path, compile=True, **changes)
+        with pytest.raises(ConfigError, match="capture: wanted"):
+            pretrain_config(scenes, tmp_path, capture="compile", **changes)

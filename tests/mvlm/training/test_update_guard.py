@@ -113,7 +113,7 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
         pretrain(config)
     message = str(caught.value)
     assert message.startswith("step 4: mim is nan, grad_norm is nan; the update was not made (2 in a row, ")
-    assert "--max-bad-steps is 1). Its samples: train0" in message
+    assert "max_bad_steps is 1). Its samples: train0" in message
     assert f"Last good checkpoint: {config.out}/checkpoints/step_00000002;" in message
     assert "name it by --initial-model, in fine-tuning by --checkpoint" in message
     keys = message.split("Its samples: ")[1].split(". Last")[0].split(", ")

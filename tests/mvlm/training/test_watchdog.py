@@ -34,7 +34,7 @@ def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
     error = capfd.readouterr().err
     for text in (stacks, error):
         assert "mvlm: rank 2 has been waiting" in text
-        assert "for the data of step 7, more than --stall-minutes 0.00833333; the run ends here" in text
+        assert "for the data of step 7, more than stall_minutes 0.00833333; the run ends here" in text
         assert "continue from the last checkpoint with --resume" in text
         assert "in hang_in_the_loader" in text
         assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's

@@ -110,7 +110,7 @@ def test_a_run_that_was_resumed_with_another_number_of_threads(
     scenes, tmp_path, monkeypatch, problems, without_tensorboard
 ):
     """Steps of both parts lie between two checkpoints; each is made again with the threads of its part."""
-    config = short_run(scenes, tmp_path / "run", checkpoint_every_steps=6, keep_every_steps=0, keep_checkpoints=1)
+    config = short_run(scenes, tmp_path / "run", checkpoint_every_steps=6, keep_checkpoints=1)
     one_step = Trainer.one_step
 
     def stop(trainer, batches):

@@ -135,7 +135,7 @@ def stalled(campaign: Campaign, out: Path, draw: random.Random) -> str:
         out, faults={0: partial(arrange, draw.randint(2, STEPS), injections.stall)}, stall_minutes=2 / 60
     )
     require(codes == [3], f"ended with {codes}: {end_of_log(out)}")
-    require_log(out, "more than --stall-minutes")
+    require_log(out, "more than stall_minutes")
     require("in stall" in (out / "stalled_rank_00000.txt").read_text(), "no stacks")
     campaign.require_resume(out)
     return place
