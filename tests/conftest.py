@@ -50,7 +50,7 @@ LONGEST = (
     "mvlm/costs/test_step_cost.py",
     "promises/faults/test_killed_loaders.py",
     "promises/faults/test_bad_network.py",
-    "promises/test_docs.py",
+    "promises/test_pages.py",
 )
 """Files whose tests take longer than 15 s of a core. They come first, so that no process ends long after the others."""
 

@@ -119,18 +119,6 @@ def test_an_initial_model_takes_no_other_weights_and_no_tokenizer(tmp_path):
         )
 
 
-@pytest.mark.slow
-def test_the_python_of_the_page_on_weights_runs(tmp_path, monkeypatch, capsys):
-    """Nothing is downloaded: timm makes a ViT with random weights."""
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, {})
-    (line,) = [line.strip() for line in PAGE.read_text().splitlines() if line.startswith("    image_encoder: ")]
-    assert line in capsys.readouterr().out
-
-
 def test_the_commands_of_the_page_on_weights_parse(monkeypatch):
     import mvlm.training.run
     from mvlm import cli

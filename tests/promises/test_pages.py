@@ -1,0 +1,351 @@
+"""Code of the documentation runs as written: fenced blocks of README and docs/, scripts of examples/, and notebooks.
+
+The blocks of a file run in their order, in this process, in one folder and one namespace. Only training is shortened.
+"""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from mvlm.cli import COMMANDS, run_command
+from mvlm.commands import data_tools
+from mvlm.config.model import MaskVLMConfig
+from mvlm.runs.load import load_model
+from mvlm.tasks.metrics.vqa import vqa_accuracy
+from mvlm_dataloading import open_dataset
+from support import published, published_tasks
+from support.data import file_contents, wave_tokenizer
+from support.demo_folder import write_demo_folder
+from support.scenes import png, scene
+from support.shapes import copy_shapes
+
+ROOT = Path(__file__).parents[2]
+SHORTER = {"pretrain": ["--max-steps", "2", "--batch-size", "8"], "doctor": ["--batch-size", "8"]}
+"""Arguments that follow those of the page."""
+ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing does
+    r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",
+    r"mvlm data emoji": "tests/dataloading/build/test_emoji.py and .ci/run; committed images stand in for the emoji",
+    r"mvlm finetune vqa .*data/questions": "tests/mvlm/tasks/test_every_task.py",
+    r"mvlm pretrain .*--(image-weights|initial-model)": "tests/mvlm/weights/test_pretrain_from_weights.py",
+    r"python tests/promises/faults/kill_loaders.py": "tests/promises/faults/test_killed_loaders.py",
+    r"torchrun ": "tests/promises/faults/test_ranks.py starts ranks",
+}
+FILES_ELSEWHERE = {
+    "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
+    "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
+}
+
+
+def nothing(folder: Path, patch: pytest.MonkeyPatch) -> None: ...
+
+
+def demo(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """runs/demo, data/emoji, cat.png and dog.png, with a micro model and scenes; and pictures with captions."""
+    write_demo_folder(folder)
+    (folder / "a.jpg").write_bytes(published.encoded(published.make_image(0)))
+    (folder / "pictures").mkdir()
+    for number in range(32):
+        pixels, caption = scene(number)
+        (folder / f"pictures/{number}.png").write_bytes(png(pixels))
+        (folder / f"pictures/{number}.txt").write_text(caption)
+
+
+def other_masks(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    demo(folder, patch)
+    changes = {"patch_size": 8, "image_masking": "variable", "text_masking": "variable"}
+    preset = MaskVLMConfig.preset
+    patch.setattr(MaskVLMConfig, "preset", lambda name, **others: preset(name, **others, **changes))
+
+
+def notebooks(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    write_demo_folder(folder)
+    (folder / "notebooks").mkdir()
+    patch.chdir(folder / "notebooks")
+
+
+def shapes(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    copy_shapes(folder / "data/emoji")
+    Image.new("RGB", (80, 60), "red").save(folder / "image.png")
+
+
+def downloads(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """All downloads that docs/guides/data.md mentions, small and in the published formats."""
+    patch.setattr(data_tools, "processes", lambda given, pieces=None: 0)
+    to = folder / "downloads"
+    for write, name in (
+        (published.coco, "coco"), (published.flickr30k, "flickr30k"), (published.visual_genome, "visual-genome"),
+        (published_tasks.vqa_v2, "vqa"), (published_tasks.visual_genome_qa, "visual-genome"),
+        (published_tasks.nlvr2, "nlvr2"), (published_tasks.nlvr, "nlvr"), (published_tasks.snli_ve, "snli-ve"),
+    ):  # fmt: skip
+        write(to / name)
+    published.img2dataset(to / "cc3m/train", first=100)
+    published.img2dataset(to / "cc3m/validation", first=200, tars=1)
+    published.img2dataset(to / "sbu", first=7)  # some are in COCO's evaluation splits
+    published.folder(to / "images", 20)
+    images = [published.encoded(published.make_image(number)) for number in range(4)]
+    (to / "tars").mkdir()
+    with tarfile.open(to / "tars/train-000.tar", "w") as tar:
+        for number, image in enumerate(images):
+            published.add_members(tar, [(f"{number}.jpg", image), (f"{number}.txt", b"words")])
+    (to / "rows").mkdir()
+    rows = [{"image": {"bytes": image, "path": None}, "caption": f"row {i}"} for i, image in enumerate(images[:3])]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), to / "rows/train-00000-of-00001.parquet")
+    wave_tokenizer().save(to / "tokenizer.json")
+
+
+def data_holds(names: dict[str, Any]) -> None:
+    data, page = Path("data"), (ROOT / "docs/guides/data.md").read_text()
+    described = {folder.name: json.loads((folder / "dataset.json").read_text()) for folder in data.iterdir()}
+    counts = {
+        name: tuple(
+            of["splits"][split]["samples"] for split in ("train", "validation", "test") if split in of["splits"]
+        )
+        for name, of in described.items()
+    }
+    mine, again, mix, half = (counts.pop(name) for name in ("mine", "mine-again", "mix", "half"))
+    assert sum(mine) == sum(again) == 20
+    assert 0 < half[0] < mix[0]
+    assert counts == {
+        "coco": (9, 1, 2), "coco-of-parts": (9, 1, 2), "cc3m": (8, 4), "flickr30k": (4, 1, 1), "visual-genome": (6,),
+        "sbu": (6,),  # 8 were downloaded; two of them are in COCO's evaluation splits
+        "table": (7, 7, 6), "tokens": (20,), "tars": (4,), "rows": (3,), "vqa": (12, 12, 6),
+        "vqa-held-out": (21, 3, 6), "visual-genome-qa": (7,), "nlvr2": (6, 6, 6), "nlvr": (24, 4, 4),
+        "snli-ve": (6, 6, 6),
+    }  # fmt: skip
+    assert file_contents(data / "coco-of-parts").items() <= file_contents(data / "coco").items()  # that has a sheet
+    known = set(re.findall(r"`([^`]+)`", page.split("## What is rejected")[1].split("Captions lose")[0]))
+    rejected = [line for file in data.glob("*/rejected.jsonl") for line in file.read_text().splitlines()]
+    assert rejected
+    assert {json.loads(line)["reason"] for line in rejected} <= known
+    named = {" ".join(line.split()[1:3]) for _, line in commands_of("docs/guides/data.md")}
+    packaged = {f"data {name}" for name in ("emoji", "twemoji", "easy-vqa", "iconify", "scenes")}  # need no download
+    assert named == {name for name in COMMANDS if name.startswith("data ")} - packaged
+
+
+def guide_holds(names: dict[str, Any]) -> None:
+    assert names["model"].network.training is False
+    with Image.open("rebuilt.png") as rebuilt:
+        assert rebuilt.size == (4 * 64, 64)
+
+
+def python_holds(names: dict[str, Any]) -> None:
+    assert (names["images"].shape, names["gallery"].shape) == ((2, 8), (8, 8))
+    assert sorted(names["ranking"].order.tolist()) == [0, 1]
+    assert names["classes"].probability.sum(1).tolist() == pytest.approx([1, 1])
+    assert len(names["filled"].guesses[0]) == 3
+    assert names["found"].words == ["[CLS]", "a", "red", "cat"]
+    assert names["network"] is names["model"].network
+
+
+def own_masks_hold(names: dict[str, Any]) -> None:
+    masks, trained = names["masks"], load_model("own", "cpu")
+    assert masks.patch_ids.shape == masks.patch_weights.shape == (8, 144)
+    assert masks.token_weights.shape == masks.token_ids.shape
+    assert trained.network.config == names["config"]
+    assert trained.tokenizer.fingerprint == names["tokenizer"].fingerprint
+
+
+def labels_hold(names: dict[str, Any]) -> None:
+    assert names["frequencies"].total() == len(names["records"]) == 8
+    assert {record["answer"] for record in names["records"]} <= {"red", "green", "blue", "yellow"}
+    questions = open_dataset("labels/data", "validation")
+    annotations = [questions.metadata(i) for i in range(len(questions))]
+    right = {facts["question_id"]: facts["answers"][0]["answer"] for facts in annotations}
+    assert vqa_accuracy(right, annotations)["accuracy"] == 100
+
+
+def search_holds(names: dict[str, Any]) -> None:
+    assert names["gallery"].shape == (8, 8)
+    best = names["similarity"].argmax(dim=1).tolist()
+    assert [found[0] for found in names["found"]] == best
+
+
+def folder_holds(names: dict[str, Any]) -> None:
+    assert 20 <= len(open_dataset("mine/data", "train")) < 32
+
+
+def first_steps_hold(names: dict[str, Any]) -> None:
+    assert (names["gallery"].shape, names["features"].shape) == ((8, 8), (1, 8))
+    assert sorted(names["ranking"].order.tolist()) == list(range(8))
+    assert set(names["classes"].best) <= {"heart", "animal", "vehicle"}
+    assert names["rebuilt"].hidden.sum() == 8  # of 16 patches
+    assert names["found"].words[0] == "[CLS]"
+
+
+class Page(NamedTuple):
+    """A file whose code runs: what it finds, and what it leaves."""
+
+    file: str
+    set_up: Callable[[Path, pytest.MonkeyPatch], None] = nothing
+    words: str = ""  # of a script's command line
+    needs: str = ""  # a package without which it is skipped
+    leaves: str = ""  # files
+    prints: str = ""  # a regular expression that is found in the output
+    holds: Callable[[dict[str, Any]], object] = lambda names: None  # of the names; False is a failure
+
+
+FEW = "--steps 2 --batch-size 8"
+PAGES = [
+    Page(
+        "README.md", demo, prints=r"\['.*', '.*', '.*'\]\n.* of Burundi\n(.*\n)*.*CPU", leaves="embedded/embedding.json"
+    ),
+    Page(
+        "docs/start/first_run.md",
+        shapes,
+        leaves="runs/guide/eval/test.json runs/guide/report.html rebuilt.png",
+        holds=guide_holds,
+    ),
+    Page(
+        "docs/guides/training.md",
+        shapes,
+        leaves="runs/mine/compare.html runs/again/metrics.jsonl portable/model.safetensors",
+    ),
+    Page("docs/guides/data.md", downloads, prints=r"torch.Size\(\[4, 3, 224, 224\]\)", holds=data_holds),
+    Page("docs/guides/python.md", demo, leaves="words.png rebuilt.png", holds=python_holds),
+    Page("docs/guides/search.md", demo, needs="lancedb", leaves="embedded/embedding.json cats.html cats.json"),
+    Page("docs/guides/tasks.md", demo),
+    Page(
+        "docs/guides/weights.md",
+        needs="timm",
+        prints=re.escape(
+            re.findall(r"^    (image_encoder: .*)$", (ROOT / "docs/guides/weights.md").read_text(), re.M)[0]
+        ),
+    ),
+    Page("docs/explain/loader.md", shapes, prints="same samples in the same order, same pixels, captions and masks"),
+    *(Page(f"docs/guides/kernels_in_{library}.md", needs=library) for library in ("timm", "transformers", "diffusers")),
+    Page(
+        "examples/kernels_in_torch.py",
+        prints="not triton: the tensors are on the CPU",
+        holds=lambda names: max(names["differences"].values()) < 1e-5 and len(names["differences"]) == 3,
+    ),
+    Page(
+        "examples/kernels_in_timm.py",
+        needs="timm",
+        prints=r"swapped: patch_embed \(PatchEmbed\)(.*\n)*after undo: PatchEmbed",
+        holds=lambda names: names["difference"] < 1e-4 and names["wanted"].std() > 0.1,
+    ),
+    Page(
+        "examples/kernels_in_transformers.py",
+        needs="transformers",
+        prints="SDPA: the mask is not plain key padding",
+        # BERT's masks are padding, GPT-2's are causal.
+        holds=lambda names: names["fused"] == [2, 0] and max(names["differences"]) < 1e-5,
+    ),
+    Page(
+        "examples/kernels_in_diffusers.py",
+        needs="diffusers",
+        prints="3 calls of 256 queries and 7 keys: by the op",
+        holds=lambda names: len(names["report"].swapped) == len(names["calls"]) == 8 and names["difference"] < 1e-4,
+    ),
+    Page(
+        "examples/training_loop.py",
+        demo,
+        "--steps 12 --batch-size 8 --width 32",
+        prints=r"step 11: mlm \d.*, mim 0.*, itc \d.*, itm 0",
+        holds=lambda names: sum(names["history"][-3:]) < sum(names["history"][:3]),
+    ),
+    Page(
+        "examples/training_loop.py", other_masks, "--steps 1 --batch-size 8 --width 32 --out own", holds=own_masks_hold
+    ),
+    Page(
+        "examples/pretrain_a_folder.py",
+        demo,
+        f"pictures mine {FEW} --workers 0",
+        leaves="mine/run/metrics.jsonl",
+        prints=r"[23]\d pictures to train on; mine/data/rejected.jsonl(.*\n)*(0\.\d+ .*\n){2}$",
+        holds=folder_holds,
+    ),
+    Page(
+        "examples/finetune_labels.py",
+        demo,
+        f"--label base {FEW}",
+        prints=r"accuracy \d+\.\d % \((.*\n)*.*25\.0 %\n$",
+        holds=labels_hold,
+    ),
+    Page(
+        "examples/embed_and_search.py",
+        demo,
+        "'red top left' blue --top 3",
+        prints=r"^red top left: .*\n  by ITM: .*\nblue: ",
+        holds=search_holds,
+    ),
+    Page("notebooks/first_steps.ipynb", notebooks, holds=first_steps_hold),
+    Page(
+        "notebooks/your_own_model.ipynb",
+        notebooks,
+        holds=lambda names: max(names["differences"]) < 1e-4 and names["right"] < 0.5 * names["wrong"],
+    ),
+]
+"""Files that need more than an empty folder. All others with fenced code run in one."""
+
+
+def blocks(file: str) -> list[tuple[str, str]]:
+    """(language, code) of a file."""
+    text = (ROOT / file).read_text()
+    if file.endswith(".md"):
+        return re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    cells = json.loads(text)["cells"]
+    return [("python", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+def commands_of(file: str) -> Iterator[tuple[str, str]]:
+    """(pattern of ELSEWHERE or "", line) of the commands of a page."""
+    for language, block in blocks(file):
+        for line in block.splitlines() if language == "sh" else ():
+            if line and not line.startswith("#"):
+                yield next((pattern for pattern in ELSEWHERE if re.match(pattern, line)), ""), line
+
+
+MARKDOWN = [str(file.relative_to(ROOT)) for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]]
+OTHERS = set(MARKDOWN) - {page.file for page in PAGES} - FILES_ELSEWHERE.keys()
+ALL = PAGES + [Page(file) for file in sorted(OTHERS) if any(language == "python" for language, _ in blocks(file))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.file)
+def test_code_runs(page: Page, tmp_path, monkeypatch, capsys, without_tensorboard) -> None:
+    if page.needs:
+        pytest.importorskip(page.needs)
+    monkeypatch.chdir(tmp_path)
+    page.set_up(tmp_path, monkeypatch)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    if page.file.endswith(".py"):
+        monkeypatch.setattr(sys, "argv", [page.file, *shlex.split(page.words)])
+        names = runpy.run_path(str(ROOT / page.file), run_name="__main__")
+    else:
+        for number, (language, block) in enumerate(blocks(page.file)):
+            if language == "python":
+                exec(compile(block, f"{page.file}, block {number}", "exec"), names)
+                continue
+            for line in filter(None, (shlex.split(line, comments=True) for line in block.splitlines())):
+                if not any(re.match(pattern, " ".join(line)) for pattern in ELSEWHERE):
+                    assert line[0] == "mvlm", f"{line}: name in ELSEWHERE what runs it"
+                    run_command([*line[1:], *SHORTER.get(line[1], [])])
+    for name in page.leaves.split():
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert re.search(page.prints, capsys.readouterr().out)
+    assert page.holds(names) is not False
+
+
+def test_all_code_runs_somewhere() -> None:
+    """Files that are new run here or are named, and nothing is named that is not there."""
+    scripts = [*ROOT.glob("examples/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    assert {str(file.relative_to(ROOT)) for file in scripts} <= {page.file for page in PAGES} | FILES_ELSEWHERE.keys()
+    found = [(file, *of) for file in MARKDOWN if file not in FILES_ELSEWHERE for of in commands_of(file)]
+    running = {page.file for page in ALL}
+    assert [line for file, pattern, line in found if not pattern and file not in running] == []
+    assert {pattern for _, pattern, _ in found} == {"", *ELSEWHERE}
+    for reason in [*ELSEWHERE.values(), *FILES_ELSEWHERE.values()]:
+        for test in re.findall(r"tests/[\w/.]+", reason):
+            assert (ROOT / test).exists(), test
