@@ -9,21 +9,15 @@ if TYPE_CHECKING:
     from .build.build import build_part as build_part
     from .build.build import build_shards as build_shards
     from .build.build import merge_parts as merge_parts
-    from .build.packaged_sets import build_easy_vqa as build_easy_vqa
-    from .build.packaged_sets import build_emoji as build_emoji
-    from .build.packaged_sets import build_twemoji as build_twemoji
     from .build.shard_writer import ShardWriter as ShardWriter
     from .dataset.dataset import Dataset as Dataset
     from .dataset.open import open_dataset as open_dataset
     from .errors import DataError as DataError
     from .loader.augment import Augment as Augment
     from .loader.loader import Loader as Loader
-    from .loader.masking import draw_patch_masks as draw_patch_masks
-    from .loader.masking import draw_token_masks as draw_token_masks
     from .masking import Masking as Masking
     from .options import BuildOptions as BuildOptions
     from .options import ViewOptions as ViewOptions
-    from .scenes.build import build_scenes as build_scenes
     from .sources.coco import coco as from_coco  # noqa: F401
     from .sources.flickr30k import flickr30k as from_flickr30k  # noqa: F401
     from .sources.folder import folder as from_folder  # noqa: F401
@@ -43,17 +37,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "batch": ("Batch", "Masks"),
     "build.build": ("build_part", "build_shards", "merge_parts"),
-    "build.packaged_sets": ("build_easy_vqa", "build_emoji", "build_twemoji"),
     "build.shard_writer": ("ShardWriter",),
     "dataset.dataset": ("Dataset",),
     "dataset.open": ("open_dataset",),
     "errors": ("DataError",),
     "loader.augment": ("Augment",),
     "loader.loader": ("Loader",),
-    "loader.masking": ("draw_patch_masks", "draw_token_masks"),
     "masking": ("Masking",),
     "options": ("ViewOptions", "BuildOptions"),
-    "scenes.build": ("build_scenes",),
     "tokenizer": ("Tokenizer", "load_tokenizer", "tokenizer_for", "train_tokenizer"),
     "tools.check": ("check_shards",),
     "tools.reindex": ("rebuild_indices",),

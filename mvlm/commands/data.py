@@ -89,7 +89,7 @@ def emoji(out: Path, /, size: int = 144) -> None:
         out: Folder for the shards.
         size: Side of the square images in pixels.
     """
-    from mvlm_dataloading import build_emoji
+    from mvlm_dataloading.build.packaged_sets import build_emoji
 
     build_emoji(out, size)
     print(data_tools.summary(out, "train", "validation", "test"))
@@ -102,7 +102,7 @@ def twemoji(out: Path, /, size: int = 144) -> None:
         out: Folder for the shards.
         size: Side of the square images in pixels.
     """
-    from mvlm_dataloading import build_twemoji
+    from mvlm_dataloading.build.packaged_sets import build_twemoji
 
     build_twemoji(out, size)
     print(data_tools.summary(out, "seen", "validation", "test"))
@@ -114,7 +114,7 @@ def easy_vqa(out: Path, /) -> None:
     Args:
         out: Folder for the shards.
     """
-    from mvlm_dataloading import build_easy_vqa
+    from mvlm_dataloading.build.packaged_sets import build_easy_vqa
 
     build_easy_vqa(out)
     print(data_tools.summary(out, "train", "validation", "test"))
@@ -143,7 +143,7 @@ def scenes(
         tasks: Data sets to build.
         workers: Number of processes. Default: one per core.
     """
-    from mvlm_dataloading import build_scenes
+    from mvlm_dataloading.scenes.build import build_scenes
 
     build_scenes(
         out, train=train, validation=validation, test=test, seed=seed, tasks=tasks,

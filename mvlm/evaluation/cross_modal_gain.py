@@ -21,8 +21,9 @@ from mvlm.model.fast_inference import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import patchify
 from mvlm.statistics import grouped_bootstrap
-from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer, draw_patch_masks, draw_token_masks
+from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples
+from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks
 
 RESAMPLES = 1000
 

@@ -18,7 +18,8 @@ from mvlm.inference.images import hide_patches
 from mvlm.inference.texts import checked_texts
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
-from mvlm_dataloading import Dataset, Tokenizer, draw_patch_masks
+from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading.loader.masking import draw_patch_masks
 
 STRIP_IMAGES = 8
 

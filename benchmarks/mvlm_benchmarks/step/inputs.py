@@ -15,7 +15,8 @@ from mvlm.model.packing import mask_tokens
 from mvlm.model.patches import masked_patches
 from mvlm.objectives.losses import contrastive_logits
 from mvlm.objectives.negatives import NegativeSampling
-from mvlm_dataloading import Batch, Masks, draw_patch_masks, draw_token_masks
+from mvlm_dataloading import Batch, Masks
+from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks
 
 CLS, PAD, SEP = 0, 1, 2  # RoBERTa's own ids
 FIRST_WORD = 5  # after RoBERTa's special ids, and [MASK] of small vocabularies

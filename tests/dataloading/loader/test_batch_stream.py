@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm_dataloading import Loader, Masking, draw_patch_masks, draw_token_masks
+from mvlm_dataloading import Loader, Masking
 from mvlm_dataloading.loader import reader as reader_module
-from mvlm_dataloading.loader.masking import draw_variable_patch_masks, draw_weighted_token_masks
+from mvlm_dataloading.loader.masking import (
+    draw_patch_masks,
+    draw_token_masks,
+    draw_variable_patch_masks,
+    draw_weighted_token_masks,
+)
 from mvlm_dataloading.randomness import text_hash
 
 

@@ -3,8 +3,13 @@ import itertools
 import numpy as np
 import pytest
 
-from mvlm_dataloading import Masking, draw_patch_masks, draw_token_masks
-from mvlm_dataloading.loader.masking import draw_variable_patch_masks, draw_weighted_token_masks
+from mvlm_dataloading import Masking
+from mvlm_dataloading.loader.masking import (
+    draw_patch_masks,
+    draw_token_masks,
+    draw_variable_patch_masks,
+    draw_weighted_token_masks,
+)
 
 
 def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list[int]]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import DataError, build_scenes, open_dataset
-from mvlm_dataloading.scenes.build import TASKS
+from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.scenes.build import TASKS, build_scenes
 from mvlm_dataloading.scenes.drawing import TONES, Painter, openmoji, twemoji
 from mvlm_dataloading.scenes.layout import GROUNDS, SIDE, Scene, place
 from mvlm_dataloading.scenes.vocabulary import NOUNS, SHAPES, SPLITS, Kind

@@ -17,6 +17,7 @@ from mvlm.cli import COMMANDS
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.data import command_of
 from mvlm_dataloading import open_dataset
+from mvlm_dataloading.build import packaged_sets
 from mvlm_dataloading.sources import all_sources
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support.commands import assert_refused
@@ -34,7 +35,7 @@ def test_data_emoji_builds_the_emoji_data_set(run_mvlm, scenes, tmp_path, monkey
         calls.append((out, size))
         shutil.copytree(scenes, out)
 
-    monkeypatch.setattr(mvlm_dataloading, "build_emoji", build)
+    monkeypatch.setattr(packaged_sets, "build_emoji", build)
     outcome = run_mvlm("data", "emoji", tmp_path / "emoji", "--size", 64)
     assert outcome.code == 0
     assert calls == [(tmp_path / "emoji", 64)]
