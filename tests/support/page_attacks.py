@@ -10,7 +10,6 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -784,28 +783,37 @@ class _ignored:
 def abandoned() -> Iterator[Attack]:
     def flood(target: Target, visitor: Visitor) -> str | None:
         labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
-        image = visitor.uploaded("x.png", png())
+        image = visitor.uploaded("x.png", png(900))
         number = visitor.event("Classify")["id"]
-
-        def leave(_: int) -> int:
-            session = secrets.token_hex(6)
-            return visitor.join(
-                {"data": [image, labels, templates], "fn_index": number, "session_hash": session}
-            ).status
-
+        lines = []
+        try:
+            for _ in range(120):
+                session = secrets.token_hex(6)
+                question = {"data": [image, labels, templates], "fn_index": number, "session_hash": session}
+                body = json.dumps(question).encode()
+                head = (
+                    f"POST {API}/queue/join HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\n"
+                    f"Cookie: {visitor.cookie}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                line = socket.create_connection((visitor.host, visitor.port), timeout=20)
+                line.sendall(head.encode() + body[:-1])
+                lines.append(line)
+            for line in lines:  # all at once: no machine answers as fast
+                line.sendall(b"}")
+            states = [line.recv(1 << 12).split(b" ", 2)[1] for line in lines]
+        finally:
+            for line in lines:
+                line.close()
+        if states.count(b"503") < 40:
+            return f"the queue has no end: {states.count(b'200')} questions wait"
         began = time.monotonic()
-        with ThreadPoolExecutor(8) as pool:
-            states = list(pool.map(leave, range(200)))
-        sent = time.monotonic()
-        if 503 not in states and sent - began < 3:
-            return "the queue has no end"
-        while time.monotonic() - sent < 15:
+        while time.monotonic() - began < 20:
             if visitor.ask("Classify", [image, "a\nb", ""])[0]:
                 return None
             time.sleep(0.5)
-        return "nobody else was answered within 15 s"
+        return "nobody else was answered within 20 s"
 
-    yield Attack("abandoned questions", "200 questions whose visitor left", flood)
+    yield Attack("abandoned questions", "120 questions at once whose visitor left", flood)
 
 
 ATTACKS = [
