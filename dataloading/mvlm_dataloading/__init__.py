@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import DataError as DataError
     from .loader.augment import Augment as Augment
     from .loader.loader import Loader as Loader
+    from .loader.loader import LoaderWork as LoaderWork
     from .masking import Masking as Masking
     from .options import BuildOptions as BuildOptions
     from .options import ViewOptions as ViewOptions
@@ -42,7 +43,7 @@ _MODULES = {
     "dataset.open": ("open_dataset",),
     "errors": ("DataError",),
     "loader.augment": ("Augment",),
-    "loader.loader": ("Loader",),
+    "loader.loader": ("Loader", "LoaderWork"),
     "masking": ("Masking",),
     "options": ("ViewOptions", "BuildOptions"),
     "tokenizer": ("Tokenizer", "load_tokenizer", "tokenizer_for", "train_tokenizer"),

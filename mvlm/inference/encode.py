@@ -15,7 +15,7 @@ from mvlm.model.fast import encode_patches, encode_tokens, project_patches
 from mvlm.model.fast_inference import match_pairs
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
-from mvlm_dataloading import Dataset, Loader, Tokenizer
+from mvlm_dataloading import Augment, Dataset, Loader, Tokenizer
 
 BATCH = 64
 
@@ -30,8 +30,9 @@ def eval_loader(
 ) -> Loader:
     """A loader for one pass in order over uncropped images and first captions, with masks drawn from `seed`.
 
-    `further` are arguments of the loader.
+    `further` are arguments of the loader, and `strip` of its `Augment`.
     """
+    strip = further.pop("strip", 1)
     device = next(model.parameters()).device
     return Loader(
         dataset,
@@ -40,6 +41,7 @@ def eval_loader(
         seed=seed,
         device=None if device.type == "cpu" else str(device),
         train=False,
+        augment=Augment(strip=strip),
         **{**model.config.loader_options(train=False), **further},
     )
 

@@ -43,7 +43,7 @@ def predict_split(
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     start, stop = share(len(dataset), rank, ranks)
     part, records = dataset.rows(start, stop), []
-    options = {"share": task.shares, **task.loader_options()}
+    options = {"per_image": 1 if task.shares else None, **task.loader_options()}
 
     def predict() -> bool:
         for batch, _ in eval_loader(part, task.model, tokenizer, **options) if start < stop else ():

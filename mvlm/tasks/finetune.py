@@ -193,7 +193,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     together = config.questions_per_image
     # Masks are a task's own, whatever those of pretraining were.
     masking = config.model.masking.of_evaluations()
-    options = {"masking": masking, "share": together > 1, "per_image": together, **task.loader_options()}
+    options = {"masking": masking, "per_image": together if together > 1 else None, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)

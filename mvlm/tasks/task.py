@@ -135,7 +135,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def loader_options(self) -> dict[str, Any]:
-        """Arguments of the task's loaders beside those of every loader."""
+        """Arguments of the task's loaders beside those of every loader; `strip` is one of their `Augment`."""
         return {}
 
     def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:

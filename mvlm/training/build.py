@@ -21,7 +21,7 @@ from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import load_model, load_tokenizer_of
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import resized_tensors
-from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
+from mvlm_dataloading import Augment, DataError, Dataset, Loader, LoaderWork, Tokenizer, load_tokenizer, tokenizer_for
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMCon
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world: World, **further: Any) -> Loader:
     """Make the training loader, which yields this rank's pairs of each microbatch.
 
-    `further` are arguments of the loader. ConfigError if the batch does not divide evenly among ranks and microbatches,
-    and for augmentations of strips.
+    `further` are arguments of the loader, and `strip` of its `Augment`. ConfigError if the batch does not divide evenly
+    among ranks and microbatches, and for augmentations of strips.
     """
     parts = world.size * config.accumulate
     if config.batch_size % parts:
@@ -74,7 +74,8 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world
             f"got {config.batch_size}"
         )
     augmentations = [name for name in ("flip", "randaugment") if getattr(config, name)]
-    if further.get("strip", 1) > 1 and augmentations:
+    strip = further.pop("strip", 1)
+    if strip > 1 and augmentations:
         given = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in augmentations)
         raise ConfigError(
             f"wanted no augmentation, as a sample is several images side by side, got {given}; leave it out"
@@ -91,11 +92,12 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world
         world_size=world.size,
         seed=config.seed,
         device=None if world.device.type == "cpu" else str(world.device),
-        # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.
-        num_threads=1 if world.device.type == "cpu" else 2,
         crop_scale=config.crop_scale,
-        augment=Augment(flip=config.flip, operations=config.randaugment, magnitude=config.randaugment_magnitude),
-        keep_mb=config.keep_images_mb,
+        augment=Augment(
+            flip=config.flip, operations=config.randaugment, magnitude=config.randaugment_magnitude, strip=strip
+        ),
+        # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.
+        work=LoaderWork(num_threads=1 if world.device.type == "cpu" else 2, keep_mb=config.keep_images_mb),
         **{**config.model.loader_options(), **further},
     )
 

@@ -20,9 +20,7 @@ def test_a_set_of_evaluation_images_is_built_checked_viewed_and_loaded(tmp_path,
     cli.run_command(["data", "view", "view", "--sources", "data"])
     for folder in ("data", "view"):
         dataset = open_dataset(folder, split)
-        loader = Loader(
-            dataset, wave_tokenizer(), batch_size=5, image_size=32, text_length=12, seed=0, train=False, num_threads=1
-        )
+        loader = Loader(dataset, wave_tokenizer(), batch_size=5, image_size=32, text_length=12, seed=0, train=False)
         assert sum(len(batch.sample_id) for batch, _ in loader) == 12
         with pytest.raises(DataError, match=f"wanted the split train, found {split}; name one of these"):
             open_dataset(folder, "train")

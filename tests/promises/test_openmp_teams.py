@@ -17,7 +17,7 @@ TEAM = 32
 _CODE = f"""
 import os, sys
 import torch
-from mvlm_dataloading import Augment, Loader, load_tokenizer, open_dataset
+from mvlm_dataloading import Augment, Loader, LoaderWork, load_tokenizer, open_dataset
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -32,7 +32,7 @@ for train in (True, False):
     loader = Loader(
         open_dataset(sys.argv[1], "train" if train else "test"), load_tokenizer(sys.argv[2]), batch_size=20,
         image_size=224, text_length=16, seed=0, train=train, augment=Augment(operations=2) if train else None,
-        max_bad_fraction=0.5,
+        work=LoaderWork(max_bad_fraction=0.5),
     )
     loaders.append(loader)
     batches = iter(loader)

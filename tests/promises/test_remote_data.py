@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
+from mvlm_dataloading import DataError, Loader, LoaderWork, Tokenizer, open_dataset
 from mvlm_dataloading.dataset import folders
 from mvlm_dataloading.dataset.folders import RemoteFolder
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
@@ -152,7 +152,13 @@ def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, m
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
     loader = Loader(
-        open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, prefetch_batches=0
+        open_dataset(web, "train"),
+        tokenizer,
+        batch_size=8,
+        image_size=32,
+        text_length=12,
+        seed=4,
+        work=LoaderWork(prefetch_batches=0),
     )
     batch, _ = next(iter(loader))
     for thread in threading.enumerate():

@@ -17,6 +17,7 @@ from mvlm_dataloading.loader import segment
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
 from mvlm_dataloading.randomness import Purpose, hash64
 from support.data import damage_images, make_image, wave_tokenizer, write_dataset, write_waves
+from support.loaders import make_loader
 
 BAD = [3, 41, 77, 78]
 
@@ -42,7 +43,7 @@ def damaged(tmp_path_factory):
 
 def load(dataset, tokenizer, **settings) -> Loader:
     defaults: dict[str, Any] = {"batch_size": 10, "image_size": 32, "text_length": 12, "seed": 1}
-    return Loader(dataset, tokenizer, **(defaults | settings))
+    return make_loader(dataset, tokenizer, **(defaults | settings))
 
 
 def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:

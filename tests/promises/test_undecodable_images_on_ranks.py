@@ -8,6 +8,7 @@ import pytest
 
 from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, open_dataset
 from support.data import damage_images, wave_tokenizer, write_dataset
+from support.loaders import make_loader
 
 BAD = [3, 41, 77, 78]
 
@@ -28,7 +29,7 @@ def damaged(tmp_path_factory):
 
 def load(dataset, tokenizer, **settings) -> Loader:
     defaults: dict[str, Any] = {"batch_size": 10, "image_size": 32, "text_length": 12, "seed": 1}
-    return Loader(dataset, tokenizer, **(defaults | settings))
+    return make_loader(dataset, tokenizer, **(defaults | settings))
 
 
 def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:

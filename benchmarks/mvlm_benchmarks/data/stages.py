@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading import Loader, open_dataset, train_tokenizer
+from mvlm_dataloading import Loader, LoaderWork, open_dataset, train_tokenizer
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.loader.augment import Augment, draw_parameters
 from mvlm_dataloading.loader.crop import CropGeometry, CropWindows, FileEnds
@@ -36,7 +36,12 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
     augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
     if stage == "hand-over":
         tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
-        settings: dict[str, Any] = {"text_length": 40, "seed": 0, "num_threads": THREADS, "augment": augment}
+        settings: dict[str, Any] = {
+            "text_length": 40,
+            "seed": 0,
+            "work": LoaderWork(num_threads=THREADS),
+            "augment": augment,
+        }
         yield from Loader(dataset, tokenizer, batch_size=batch, image_size=size, **settings)
         return
     count = len(dataset) // batch * batch

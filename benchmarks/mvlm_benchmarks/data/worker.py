@@ -46,14 +46,15 @@ Batches = Iterator[tuple[Tensor, Any]]
 
 
 def ours(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Batches:
-    from mvlm_dataloading import Loader, train_tokenizer
+    from mvlm_dataloading import Loader, LoaderWork, train_tokenizer
     from mvlm_dataloading.loader.augment import Augment
 
     dataset = open_dataset(data, "train")
     tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
     loader = Loader(
-        dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0, num_threads=WORKERS,
-        augment=Augment(operations=2 if recipe == "crop+randaug" else 0), keep_mb=keep_mb,
+        dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0,
+        augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
+        work=LoaderWork(num_threads=WORKERS, keep_mb=keep_mb),
     )  # fmt: skip
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
     # In training the model normalises uint8 images on the GPU. Here the loader does, as the other contenders do, and on

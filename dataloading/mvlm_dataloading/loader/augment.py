@@ -42,9 +42,7 @@ FILL = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augment:
-    """Augmentations applied after the crop. All are off by default.
-
-    Field names are hashed into the loader's state. A renamed field would make old states look different.
+    """Augmentations after the crop, all off by default; the shape of the crop; and the images that a stored one holds.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -56,6 +54,11 @@ class Augment:
     """Number of distinct RandAugment operations per image; 2 is usual."""
     magnitude: int = 9
     """Strength of these operations, 0 to 30."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a random crop's width over its height."""
+    strip: int = 1
+    """Number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and resized;
+    batches hold them as (B, 3, S, n S). Patch masks are those of one image. Strips are not augmented."""
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -65,6 +68,8 @@ class Augment:
         ):
             if not 0 <= value <= high:
                 raise ValueError(f"wanted {name} from 0 to {high}, got {value}")
+        if self.strip < 1 or (self.strip > 1 and not self.is_identity):
+            raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {self.strip}")
 
     @property
     def is_identity(self) -> bool:

@@ -6,7 +6,7 @@ Shape legend: B batch, S image side, T packed tokens.
 import logging
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mvlm_dataloading.batch import Batch, Masks
@@ -21,10 +21,41 @@ from .decoder_check import choose_device
 from .reader import Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, text_hash
 from .sampler import ORDER_VERSION, check_ranks
-from .segment import RawBatch, ReaderConfig, check_limits
+from .segment import RawBatch, ReaderConfig
 from .text import CaptionReader, can_use_stored_tokens
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoaderWork:
+    """Threads, memory and tolerance of a loader. Batches are the same whatever they are.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    num_threads: int = 2
+    """Threads that decode and resize."""
+    prefetch_batches: int = 2
+    """Batches that a thread prepares in advance. 0 prepares each on request, without a thread."""
+    keep_mb: int = 0
+    """Megabytes (10^6) that decoded images may take in memory. A split that fits is decoded once, before the first
+    training batch, and no longer in every epoch. For local data on a CPU. 0 keeps none."""
+    max_bad_fraction: float = 0.05
+    """Maximum share of undecodable images. Training replaces them, and stops when there are more. The share is of the
+    larger of two numbers: a rank's part of the split, and the samples that it has read."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("num_threads", self.num_threads, 1),
+            ("prefetch_batches", self.prefetch_batches, 0),
+            ("keep_mb", self.keep_mb, 0),
+        ):
+            if value < least:
+                raise ValueError(f"wanted {name} of at least {least}, got {value}")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ValueError(f"wanted max_bad_fraction in [0, 1), got {self.max_bad_fraction}")
 
 
 class Loader:
@@ -42,21 +73,14 @@ class Loader:
             tensors are on the CPU.
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
         masking: what is masked of images and captions (`mvlm_dataloading.loader.masking` draws the masks).
-        max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops when there are more.
-            The share is of the larger of two numbers: a rank's part of the split, and the samples that it has read.
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
             process would yield.
-        augment: augmentations of training images, applied after the crop.
-        prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
-            thread.
-        keep_mb: megabytes (10^6) that decoded images may take in memory. A split that fits is decoded once, before the
-            first training batch, and no longer in every epoch; batches are the same. For local data on a CPU. 0 keeps
-            none.
-        strip: number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and
-            resized; batches hold them as (B, 3, S, n S). Patch masks are those of one image.
-        share: yield each image and each caption of a batch once (`Batch.image_of`). The samples of an image have the
-            same crop in an epoch.
-        per_image: samples of one image that come one after another in the sample order, for `share`.
+        crop_scale: smallest and largest share of an image's area that a random crop keeps.
+        augment: augmentations of training images, the shape of their crops, and the images that a stored one holds.
+        work: threads, memory and tolerance.
+        per_image: yield each image and each caption of a batch once (`Batch.image_of`), with so many samples of one
+            image one after another in the sample order. The samples of an image have the same crop in an epoch. None
+            yields an image and a caption for each sample.
 
     Attributes:
         step: batches yielded.
@@ -82,58 +106,51 @@ class Loader:
         device: str | None = None,
         masking: Masking | None = None,
         crop_scale: tuple[float, float] = (0.2, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         train: bool = True,
-        num_threads: int = 2,
-        max_bad_fraction: float = 0.05,
         rank: int = 0,
         world_size: int = 1,
         augment: Augment | None = None,
-        prefetch_batches: int = 2,
-        keep_mb: int = 0,
-        strip: int = 1,
-        share: bool = False,
-        per_image: int = 1,
+        work: LoaderWork | None = None,
+        per_image: int | None = None,
     ):
         check_ranks(batch_size, rank, world_size, train)
-        check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
+        augment, work = augment or Augment(), work or LoaderWork()
         self.masking = masking or Masking()
         self.masking.check_image_size(image_size)
         check_text_length(text_length)
-        if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
-            raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
-        if per_image < 1 or (per_image > 1 and not share):
-            raise ValueError(
-                f"wanted per_image of at least 1, and share with per_image above 1, got per_image {per_image}, share "
-                f"{share}"
-            )
+        if per_image is not None and per_image < 1:
+            raise ValueError(f"wanted per_image of at least 1, or None, got {per_image}")
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
         self.rank, self.world_size = rank, world_size
         self.step = 0
         self.resumed: ResumeReport | None = None
         self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
-        self._prefetch_batches = prefetch_batches
+        self._prefetch_batches = work.prefetch_batches
         geometry = CropGeometry(
-            image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train, strip=strip
+            image_size=image_size,
+            crop_scale=crop_scale,
+            crop_ratio=augment.crop_ratio,
+            random=train,
+            strip=augment.strip,
         )
         device_id, decoding = choose_device(device)
         self._config = ReaderConfig(
             seed=seed,
             geometry=geometry,
-            augment=augment or Augment(),
+            augment=augment,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
             train=train,
             stored_tokens=self.stored_tokens,
-            num_threads=num_threads,
+            num_threads=work.num_threads,
             device_id=device_id,
             decoding=decoding,
-            max_bad_fraction=max_bad_fraction,
-            keep_bytes=1_000_000 * keep_mb,
-            images=dataset.first_of_image() if share else None,
-            per_image=per_image,
+            max_bad_fraction=work.max_bad_fraction,
+            keep_bytes=1_000_000 * work.keep_mb,
+            images=None if per_image is None else dataset.first_of_image(),
+            per_image=per_image or 1,
         )
         # Progress of the batches yielded. Prefetched batches do not count.
         self._position = 0  # in the sample order, over all ranks

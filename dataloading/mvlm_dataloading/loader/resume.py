@@ -48,13 +48,19 @@ class ResumeReport:
 
 def pixel_hash(config: ReaderConfig) -> str:
     """Hash of all settings that pixels depend on. Sample, seed and epoch are not part of it."""
-    geometry = asdict(config.geometry)
+    geometry, augment = asdict(config.geometry), config.augment
     if config.geometry.strip == 1:
         del geometry["strip"]  # states from before strips have the same hash
     return settings_hash(
         {
             "geometry": geometry,
-            "augment": asdict(config.augment) | {"jitter": 0.0},  # as when there was colour jitter, which is gone
+            # By the names that states have had, with that of colour jitter, which is gone. The geometry has the rest.
+            "augment": {
+                "flip": augment.flip,
+                "operations": augment.operations,
+                "magnitude": augment.magnitude,
+                "jitter": 0.0,
+            },
             "train": config.train,
             "decoding": config.decoding,
             "on_gpu": config.device_id is not None,

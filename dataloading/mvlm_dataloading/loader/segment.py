@@ -209,15 +209,3 @@ class Segment:
         for i, (height, width), known in zip(ids.tolist(), sizes.tolist(), valid.tolist(), strict=False):
             if known and (fault := strip_fault(height, width, self._strip)):
                 raise DataError(f"{self._dataset.where(i)}: {fault}")
-
-
-def check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: float, keep_mb: int) -> None:
-    """Check the ranges of a loader's limits. Raises ValueError."""
-    if num_threads < 1:
-        raise ValueError(f"wanted num_threads of at least 1, got {num_threads}")
-    if prefetch_batches < 0:
-        raise ValueError(f"wanted prefetch_batches of at least 0, got {prefetch_batches}")
-    if keep_mb < 0:
-        raise ValueError(f"wanted keep_mb of at least 0, got {keep_mb}")
-    if not 0 <= max_bad_fraction < 1:
-        raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")

@@ -19,11 +19,12 @@ from mvlm_dataloading.loader.masking import (
     draw_weighted_token_masks,
 )
 from mvlm_dataloading.randomness import text_hash
+from support.loaders import make_loader
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
     defaults: dict[str, Any] = {"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5}
-    return Loader(dataset, tokenizer, **(defaults | settings))
+    return make_loader(dataset, tokenizer, **(defaults | settings))
 
 
 def take(loader: Loader, count: int) -> list:
@@ -60,11 +61,13 @@ def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
         assert np.array_equal(masks.token_ids, draw_token_masks(5, 0, ids, lengths))
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_whole_words_of_captions_are_masked(train_split, tokenizer, share):
+@pytest.mark.parametrize("per_image", [None, 1])
+def test_whole_words_of_captions_are_masked(train_split, tokenizer, per_image):
     """Words are told from the captions, not from tokens."""
     several = 0
-    for batch, masks in take(load(train_split, tokenizer, masking=Masking(whole_word_masking=True), share=share), 5):
+    for batch, masks in take(
+        load(train_split, tokenizer, masking=Masking(whole_word_masking=True), per_image=per_image), 5
+    ):
         captions = batch.tokens.tensor_split(batch.cu_seqlens[1:-1].long())
         for tokens, start in zip(captions, batch.cu_seqlens.tolist(), strict=False):
             text = tokenizer.decode(tokens)

@@ -14,11 +14,12 @@ from mvlm_dataloading import Augment, Loader, ShardWriter, open_dataset
 from mvlm_dataloading.loader import kept as kept_module
 from mvlm_dataloading.loader import reader as reader_module
 from support.data import damage_images, make_captions, write_dataset
+from support.loaders import make_loader
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
     defaults: dict[str, Any] = {"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5}
-    return Loader(dataset, tokenizer, **(defaults | settings))
+    return make_loader(dataset, tokenizer, **(defaults | settings))
 
 
 def tensors(pair) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_masks_change_with_seed_epoch_and_sample():
     assert len(set(draws)) == 20
 
 
-SIZES = {"image_size": 96}
+SIZES: dict[str, Any] = {"image_size": 96}
 
 
 def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_patches():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mvlm_dataloading import Loader
+from mvlm_dataloading import Loader, LoaderWork
 from mvlm_dataloading.loader import reader as reader_module
 from mvlm_dataloading.loader.pipeline import build_pipeline
 from mvlm_dataloading.randomness import uniforms
@@ -38,7 +38,7 @@ def start(dataset, tokenizer, ranks: int = 1) -> Loader:
     """The loader of the last rank, which has 8 samples of a batch."""
     return Loader(
         dataset, tokenizer, batch_size=8 * ranks, world_size=ranks, rank=ranks - 1, image_size=64, text_length=12,
-        seed=5, prefetch_batches=0,
+        seed=5, work=LoaderWork(prefetch_batches=0),
     )  # fmt: skip
 
 

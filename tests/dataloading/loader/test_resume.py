@@ -10,6 +10,7 @@ import pytest
 from mvlm_dataloading import DataError, Loader, Masking, open_dataset
 from mvlm_dataloading.loader.augment import Augment
 from mvlm_dataloading.loader.resume import merge_states
+from support.loaders import make_loader
 
 MASKS_DIFFER = "same pixels; captions or masks differ (tokenizer, text length or masks)"
 
@@ -17,7 +18,7 @@ MASKS_DIFFER = "same pixels; captions or masks differ (tokenizer, text length or
 def load(dataset, tokenizer, **settings) -> Loader:
     augment = settings.pop("augment", Augment(operations=2, flip=0.5))
     size, length = settings.pop("image_size", 32), settings.pop("text_length", 12)
-    return Loader(dataset, tokenizer, image_size=size, text_length=length, seed=5, augment=augment, **settings)
+    return make_loader(dataset, tokenizer, image_size=size, text_length=length, seed=5, augment=augment, **settings)
 
 
 def take(loader: Loader, count: int) -> list:

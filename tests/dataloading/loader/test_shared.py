@@ -12,6 +12,7 @@ from mvlm_dataloading.loader import kept as kept_module
 from mvlm_dataloading.loader import reader as reader_module
 from mvlm_dataloading.loader.resume import merge_states
 from support.data import damage_images, make_image
+from support.loaders import make_loader
 
 IMAGES, QUESTIONS = 9, 5
 
@@ -35,7 +36,7 @@ def tokenizer(split) -> Tokenizer:
 
 def load(split: Dataset, tokenizer: Tokenizer, **settings: Any) -> Loader:
     options: dict[str, Any] = {"batch_size": 12, "image_size": 32, "text_length": 12, "seed": 5, "mask_block": 16}
-    return Loader(split, tokenizer, augment=Augment(flip=0.5), **options | settings)
+    return make_loader(split, tokenizer, augment=Augment(flip=0.5), **options | settings)
 
 
 def samples(batches) -> list[tuple[int, bytes, list[int]]]:
@@ -63,7 +64,7 @@ def test_samples_are_those_of_the_first_question_of_their_image(split, tokenizer
     alone = take(load(split, tokenizer, batch_size=45), 2)
     crops = [{i: pixels for i, pixels, _ in samples([batch])} for batch in alone]
     texts = {i: tokens for i, _, tokens in samples(alone)}
-    together = take(load(split, tokenizer, batch_size=15, per_image=3, share=True, keep_mb=keep_mb), 6)
+    together = take(load(split, tokenizer, batch_size=15, per_image=3, keep_mb=keep_mb), 6)
     for number, one in enumerate(together):
         batch, masks = one
         assert len(batch.images) < len(batch.sample_id) == 15
@@ -84,9 +85,7 @@ def test_a_kept_image_is_kept_and_resized_once_for_its_questions(split, tokenize
         kept_module.Resize, "__call__", lambda self, crops: resized.append(len(crops)) or resize(self, crops)
     )
     monkeypatch.setattr(reader_module, "keep_split", lambda *args: kept.append(keep(*args)) or kept[-1])
-    found = take(
-        load(split, tokenizer, batch_size=45, per_image=QUESTIONS, share=True, keep_mb=1, prefetch_batches=0), 2
-    )
+    found = take(load(split, tokenizer, batch_size=45, per_image=QUESTIONS, keep_mb=1, prefetch_batches=0), 2)
     assert [len(batch.images) for batch, _ in found] == [IMAGES, IMAGES]
     assert resized == [IMAGES, IMAGES]
     assert len(kept[0].images) == IMAGES * QUESTIONS
@@ -96,13 +95,13 @@ def test_a_kept_image_is_kept_and_resized_once_for_its_questions(split, tokenize
 @pytest.mark.slow
 def test_an_image_has_another_crop_in_another_epoch(split, tokenizer):
     """The batch begins in one epoch and ends in the next."""
-    batch, _ = take(load(split, tokenizer, batch_size=90, per_image=QUESTIONS, share=True), 1)[0]
+    batch, _ = take(load(split, tokenizer, batch_size=90, per_image=QUESTIONS), 1)[0]
     assert len(batch.images) == 2 * IMAGES
 
 
 @pytest.mark.slow
 def test_ranks_share_every_batch_and_a_resume_is_bitwise(split, tokenizer):
-    settings: dict[str, Any] = {"per_image": 2, "share": True}
+    settings: dict[str, Any] = {"per_image": 2}
     whole = samples(take(load(split, tokenizer, **settings), 8))
     ranks = [take(load(split, tokenizer, rank=r, world_size=2, **settings), 8) for r in (0, 1)]
     assert [x for both in zip(*ranks, strict=True) for x in samples(both)] == whole
@@ -113,11 +112,11 @@ def test_ranks_share_every_batch_and_a_resume_is_bitwise(split, tokenizer):
     assert resumed.resumed.exact_pixels
     assert samples(take(resumed, 3)) == whole[60:]
     with pytest.raises(DataError, match="with 3 samples of an image together, found 2"):
-        load(split, tokenizer, per_image=3, share=True).load_state_dict(loader.state_dict())
+        load(split, tokenizer, per_image=3).load_state_dict(loader.state_dict())
     other = load(split, tokenizer)
     with pytest.raises(DataError, match="with 1 samples of an image together, found 2"):
         other.load_state_dict(loader.state_dict())
-    other.load_state_dict(load(split, tokenizer, share=True).state_dict())
+    other.load_state_dict(load(split, tokenizer, per_image=1).state_dict())
     assert other.resumed is not None
     assert not other.resumed.exact_pixels
 
@@ -138,7 +137,7 @@ def masks_of(batches) -> dict[tuple[str, int, int], list[int]]:
 
 @pytest.mark.slow
 def test_masks_of_images_and_captions_depend_on_neither_ranks_nor_batch(split, tokenizer):
-    settings: dict[str, Any] = {"share": True, "text_length": 24}
+    settings: dict[str, Any] = {"per_image": 1, "text_length": 24}
     epoch = len(split)
     whole = masks_of(take(load(split, tokenizer, batch_size=9, **settings), epoch // 9))
     assert len(whole) == IMAGES + IMAGES + QUESTIONS - 1
@@ -151,7 +150,7 @@ def test_masks_of_images_and_captions_depend_on_neither_ranks_nor_batch(split, t
 
 
 def test_a_pass_in_order_has_every_sample(split, tokenizer):
-    plain, shared = (samples(load(split, tokenizer, train=False, share=share)) for share in (False, True))
+    plain, shared = (samples(load(split, tokenizer, train=False, per_image=k)) for k in (None, 1))
     assert plain == shared
     assert [i for i, *_ in plain] == list(range(45))
 
@@ -164,7 +163,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_in_all_its_samples(tokenize
                 writer.add(f"q{i}-{k}", make_image(i, size=(40, 44)), [f"question {k}"], {"image_id": i})
     damaged = open_dataset(tmp_path / "data", "train")
     damage_images(damaged, [8])
-    loader = load(damaged, tokenizer, batch_size=18, per_image=2, share=True, max_bad_fraction=0.5)
+    loader = load(damaged, tokenizer, batch_size=18, per_image=2, max_bad_fraction=0.5)
     for batch, _ in take(loader, 2):
         assert not {8, 9} & set(batch.sample_id.tolist())
         first, images = damaged.first_of_image()[batch.sample_id.numpy()], batch.pairs()[0].numpy()
@@ -173,8 +172,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_in_all_its_samples(tokenize
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"per_image": 2}, {"per_image": 0}])
-def test_settings_that_contradict_each_other_are_refused(split, tokenizer, settings):
-    with pytest.raises(ValueError, match="wanted per_image of at least 1, and share with per_image above 1, got"):
-        load(split, tokenizer, **settings)
+def test_samples_of_an_image_are_at_least_one(split, tokenizer):
+    with pytest.raises(ValueError, match="per_image"):
+        load(split, tokenizer, per_image=0)
     assert torch.equal(*(take(load(split, tokenizer), 1)[0][0].images for _ in range(2)))

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mvlm_dataloading import Augment, DataError, Loader, ShardWriter, open_dataset, tokenizer_for
+from support.loaders import make_loader
 
 SAMPLES, SIDE, IMAGES = 12, 40, 3
 
@@ -40,7 +41,7 @@ def data(tmp_path_factory) -> tuple[Path, list[Path]]:
 def batches(folder: Path, count: int, **settings) -> list:
     dataset = open_dataset(folder, "train")
     options = {"batch_size": 5, "image_size": 32, "text_length": 12, "seed": 5, "mask_block": 16, **settings}
-    return list(itertools.islice(Loader(dataset, tokenizer_for(dataset, 300), **options), count))
+    return list(itertools.islice(make_loader(dataset, tokenizer_for(dataset, 300), **options), count))
 
 
 @pytest.mark.slow
@@ -50,7 +51,7 @@ def batches(folder: Path, count: int, **settings) -> list:
 def test_each_image_is_loaded_as_if_it_were_alone(data, settings):
     strips, alone = data
     count = 3 if "train" in settings else 6  # two and a half epochs
-    found = batches(strips, count, strip=IMAGES, **settings)
+    found = batches(strips, count, augment=Augment(strip=IMAGES), **settings)
     assert len(found) == count
     for k, folder in enumerate(alone):
         for (batch, masks), (other, other_masks) in zip(found, batches(folder, count, **settings), strict=True):
@@ -66,17 +67,23 @@ def test_images_that_are_no_strips_are_refused(data, keep_mb):
     with pytest.raises(
         DataError, match="wanted a strip of 2 square images side by side, 2 times as wide as high, found"
     ):
-        batches(strips, 1, strip=2, keep_mb=keep_mb)
+        batches(strips, 1, augment=Augment(strip=2), keep_mb=keep_mb)
 
 
 def test_strips_are_not_augmented_and_states_differ(data):
     strips, (alone, *_) = data
     with pytest.raises(ValueError, match="no augmentation"):
-        batches(strips, 1, strip=IMAGES, augment=Augment(flip=0.5))
+        batches(strips, 1, augment=Augment(strip=IMAGES, flip=0.5))
     dataset = open_dataset(alone, "train")
     states = [
         Loader(
-            dataset, tokenizer_for(dataset, 300), batch_size=5, image_size=32, text_length=12, seed=5, strip=n
+            dataset,
+            tokenizer_for(dataset, 300),
+            batch_size=5,
+            image_size=32,
+            text_length=12,
+            seed=5,
+            augment=Augment(strip=n),
         ).state_dict()["pictures"]
         for n in (1, 2)
     ]

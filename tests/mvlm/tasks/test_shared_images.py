@@ -36,7 +36,9 @@ def data(tmp_path_factory) -> dict[str, Path]:
 def loaded(task: Task, data: Path, share: bool) -> tuple[Batch, Masks, list[torch.Tensor]]:
     """The first batch of the training split, and its targets in float64."""
     dataset = open_dataset(data, "train")
-    batch, masks = next(iter(eval_loader(dataset, task.model, task.tokenizer, share=share, **task.loader_options())))
+    batch, masks = next(
+        iter(eval_loader(dataset, task.model, task.tokenizer, per_image=1 if share else None, **task.loader_options()))
+    )
     targets = [x[batch.sample_id] for x in task.targets(dataset)]
     return batch, masks, [x.double() if x.is_floating_point() else x for x in targets]
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mvlm_dataloading import Dataset, Loader, Tokenizer, open_dataset, train_tokenizer
+from mvlm_dataloading import Dataset, Loader, LoaderWork, Tokenizer, open_dataset, train_tokenizer
 from mvlm_dataloading.loader.augment import Augment
 
 BATCH = 8
@@ -29,8 +29,8 @@ def make_loader(
     dataset: Dataset, tokenizer: Tokenizer, batch: int = BATCH, rank: int = 0, world_size: int = 1
 ) -> Loader:
     return Loader(
-        dataset, tokenizer, batch_size=batch, image_size=32, text_length=12, seed=11, num_threads=1,
-        augment=Augment(operations=2, flip=0.5), rank=rank, world_size=world_size,
+        dataset, tokenizer, batch_size=batch, image_size=32, text_length=12, seed=11,
+        work=LoaderWork(num_threads=1), augment=Augment(operations=2, flip=0.5), rank=rank, world_size=world_size,
     )  # fmt: skip
 
 
