@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.model.cross_encoder import CrossBlock
-from mvlm.model.encoders import ImageBlock, TextBlock
+from mvlm.model.encoders import CrossBlock, ImageBlock, TextBlock
 from mvlm.model.maskvlm import MaskVLM
 
 BLOCKS = (ImageBlock, TextBlock, CrossBlock)

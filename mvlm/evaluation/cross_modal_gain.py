@@ -17,9 +17,9 @@ from mvlm.device import autocast
 from mvlm.evaluation.features import EncodedSplit
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader
-from mvlm.model.fast_inference import encode_masked, reconstruct
+from mvlm.model.encoders import patchify
+from mvlm.model.fast import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import patchify
 from mvlm.statistics import grouped_bootstrap
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mvlm.inference.encode import image_features, text_features
 from mvlm.inference.texts import checked_texts
-from mvlm.model.cross_encoder import CrossEncoder
+from mvlm.model.encoders import CrossEncoder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Tokenizer
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.model.fast import encode_patches, encode_tokens, project_patches
-from mvlm.model.fast_inference import match_pairs
+from mvlm.model.fast import encode_patches, encode_tokens, match_pairs, project_patches
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
 from mvlm_dataloading import Augment, Dataset, Loader, Tokenizer

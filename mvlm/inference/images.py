@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvlm.errors import RunError
 from mvlm.inference.arguments import shown
-from mvlm.model.patches import patchify, unpatchify
+from mvlm.model.encoders import patchify, unpatchify
 from mvlm_dataloading.images.colours import BAND, RgbRows
 from mvlm_dataloading.images.decode import check_memory, check_size, decode
 from mvlm_dataloading.images.limits import ImageLimits, ImageRefusedError

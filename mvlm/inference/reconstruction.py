@@ -16,8 +16,8 @@ from mvlm.inference.arguments import whole_number
 from mvlm.inference.encode import encode_captions, eval_loader
 from mvlm.inference.images import hide_patches
 from mvlm.inference.texts import checked_texts
+from mvlm.model.encoders import masked_patches, patchify, unpatchify, visible_patches
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
 from mvlm_dataloading import Dataset, Tokenizer
 from mvlm_dataloading.loader.masking import draw_patch_masks
 

@@ -1,14 +1,17 @@
-"""Multi-head attention and the feed-forward layer. Attention's projections can also be called one by one.
+"""Layers of every block: the residual stream with its sums and norms, attention, and the feed-forward layer.
+
+`add_norm` is the sum and the norm at the end of a sub-layer, in one op. Attention's projections can also be called one
+by one.
 
 The backward of `attend` is that of SDPA, and on a CPU mostly that of `attention_backends.math_attention`. On a GPU the
 fast implementation calls `mvlm_kernels.cross_attention` for attention with text, which has a backward of ours. The
 feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
 
-Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
+Shape legend: B batch, L rows, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,68 @@ from torch import Tensor, nn
 from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
 from mvlm.model.packing import Packing
-from mvlm.model.residual import Branch, adds_bias_later, project
-from mvlm_kernels import gelu_linear
+from mvlm_kernels import add_layer_norm, gelu_linear
+
+
+class Residual(NamedTuple):
+    """Input and output of a block."""
+
+    x: Tensor
+    """(B, L, C), or packed (T, C): the residual stream, fp32 under autocast."""
+    y: Tensor | None = None
+    """Rows of the same shape, or None. Of a pre-norm block, the output of its feed-forward, which the next `add_norm`
+    adds to x; with its bias, because FSDP frees a block's parameters when the block ends. Of a post-norm block, x in
+    the dtype of matrix products."""
+
+
+class Branch(NamedTuple):
+    """Output of a sub-layer, which is added to the residual stream."""
+
+    rows: Tensor
+    """(..., C)."""
+    bias: Tensor | None = None
+    """(C,), still to be added to the rows, or None."""
+
+
+def adds_bias_later(device: torch.device) -> bool:
+    """True if biases are better added by the next op than by the matrix product.
+
+    On a GPU the next op is a kernel that gives the bias's gradient in passing. On a CPU it would be one more pass.
+    """
+    return device.type == "cuda"
+
+
+def project(layer: nn.Linear, x: Tensor) -> Branch:
+    """Apply a linear layer at the end of a sub-layer: (..., C') -> (..., C)."""
+    if adds_bias_later(x.device):
+        return Branch(F.linear(x, layer.weight), layer.bias)
+    return Branch(layer(x))
+
+
+def add_norm(
+    norm: nn.LayerNorm,
+    x: Tensor,
+    branch: Branch | None,
+    *,
+    post_norm: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream x (..., C) and normalise the sum.
+
+    Returns the stream after that and the norm in `out_dtype`, by default the dtype of matrix products. The stream is
+    the sum, or with `post_norm` the norm.
+    """
+    rows, bias = branch or Branch(x, None)
+    return add_layer_norm(
+        x,
+        None if branch is None else rows,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        y_bias=bias,
+        out_dtype=out_dtype or compute_dtype(x),
+        post_norm=post_norm,
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:

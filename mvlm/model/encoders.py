@@ -1,19 +1,25 @@
-"""The two encoders: a ViT for images (pre-norm, as in timm) and a RoBERTa for text (post-norm, as in transformers).
+"""The encoders: a ViT for images, a RoBERTa for text, and the cross-modality encoders; and the grid of patches.
 
-Both compute the same as those libraries on the same weights (tests/mvlm/model/test_encoders.py).
+The ViT (pre-norm, as in timm) and the RoBERTa (post-norm, as in transformers) compute the same as those libraries on
+the same weights (tests/mvlm/model/test_encoders.py). A block of a cross-modality encoder attends to its own stream, and
+to the other encoder's output. Patches are cut, joined and masked here; the loader draws the masks.
 
-Shape legend: B batch, N patches, K visible patches, L rows, T packed tokens, C width, P patch side, S image side.
+Shape legend: B batch, N patches, K masked or visible patches, L rows, M rows of the other stream, T packed rows,
+C width, H heads, D head width, P patch side, S image side.
 """
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.model.attention import Attend, Attention, FeedForward
+from mvlm.device import compute_dtype
+from mvlm.model.attention import Attend, Attention, Branch, FeedForward, Residual, add_norm
 from mvlm.model.packing import Packing
-from mvlm.model.patches import patchify, sine_positions
-from mvlm.model.residual import Branch, Residual, add_norm
 
 
 class ImageBlock(nn.Module):
@@ -151,3 +157,203 @@ class TextEncoder(nn.Module):
         # F.embedding, not index_select: its backward is deterministic on CUDA.
         embedded = F.embedding(position, self.position)
         return Residual(*add_norm(self.norm, self.words(tokens), Branch(embedded), post_norm=True))
+
+
+SelectRows = Callable[[Tensor], Tensor]
+"""Selection of some rows of a stream: (..., L, C) -> (..., fewer or repeated rows, C)."""
+
+
+class CrossBlock(nn.Module):
+    """Self-attention, cross-attention to the other encoder's output, and feed-forward, each with a residual sum.
+
+    `norm="post"` normalises after each sum, as in the paper; `norm="pre"` normalises before each sub-layer.
+    """
+
+    def __init__(self, width: int, heads: int, norm: Literal["post", "pre"]) -> None:
+        super().__init__()
+        self.pre = norm == "pre"
+        self.self_attention = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width, eps=1e-5)
+        self.cross_attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = FeedForward(width)
+        self.norm3 = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(
+        self,
+        rows: Residual,
+        attend_self: Attend,
+        attend_cross: Attend,
+        select: SelectRows | None = None,
+        select_between: SelectRows | None = None,
+    ) -> Residual:
+        """Rows (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
+
+        Args:
+            attend_self: self-attention; called with this block's module and x, or the norm of x.
+            attend_cross: cross-attention; called with this block's module and the rows after self-attention.
+            select: for an `attend_self` that returns some rows only: selects the same rows of x.
+            select_between: selects rows after self-attention, for `attend_cross` and all that follows.
+        """
+        post = not self.pre
+        x, y = rows
+        if self.pre:
+            x, y = add_norm(self.norm1, x, None if y is None else Branch(y))
+        branch = attend_self(self.self_attention, x if y is None else y)
+        x = x if select is None else select(x)
+        x, y = add_norm(self.norm2 if self.pre else self.norm1, x, branch, post_norm=post)
+        if select_between is not None:
+            same, x = x is y, select_between(x)
+            y = x if same else select_between(y)
+        branch = attend_cross(self.cross_attention, y)
+        x, y = add_norm(self.norm3 if self.pre else self.norm2, x, branch, post_norm=post)
+        if self.pre:
+            return Residual(x, self.mlp(y))
+        return Residual(*add_norm(self.norm3, x, self.mlp.branch(y), post_norm=True))
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., H, D) of the cross-attention, from rows (..., C) of the other stream."""
+        return self.cross_attention.keys_values(memory)
+
+
+class CrossEncoder(nn.Module):
+    """A stack of cross-modality blocks. With pre-norm, a last LayerNorm follows."""
+
+    def __init__(self, width: int, heads: int, layers: int, norm: Literal["post", "pre"]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, norm) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-5) if norm == "pre" else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        key_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        first_row_only: bool = False,
+    ) -> Tensor:
+        """x (B, L, C) attends to itself and to memory (B, M, C); masks bool (B, L) and (B, M), True = the row exists.
+
+        Returns (B, L, C). With `first_row_only` it returns the first row (B, 1, C), and the last block computes no
+        other.
+        """
+
+        def attend_self(attention: Attention, y: Tensor) -> Branch:
+            return attention(y, y, key_mask)
+
+        def attend_self_first(attention: Attention, y: Tensor) -> Branch:
+            return attention(first_row(y), y, key_mask)
+
+        def attend_cross(attention: Attention, y: Tensor) -> Branch:
+            return attention(y, memory, memory_mask)
+
+        *early, last = self.layers
+        rows = Residual(x)
+        for block in early:
+            rows = block(rows, attend_self, attend_cross)
+        if first_row_only:
+            return self.finish(last(rows, attend_self_first, attend_cross, select=first_row))
+        return self.finish(last(rows, attend_self, attend_cross))
+
+    def finish(self, rows: Residual) -> Tensor:
+        """Features (..., C) from the output of the last block; with pre-norm, its last sum and the norm after it."""
+        if not isinstance(self.norm, nn.LayerNorm):
+            return rows.x
+        return add_norm(self.norm, rows.x, None if rows.y is None else Branch(rows.y), out_dtype=rows.x.dtype)[1]
+
+    @property
+    def layers(self) -> list[CrossBlock]:
+        """The blocks, with their type."""
+        return [block for block in self.blocks if isinstance(block, CrossBlock)]
+
+
+def first_row(x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, 1, C)."""
+    return x[:, :1]
+
+
+class KeyValueCache:
+    """Key/value cache for cross-attention: keys and values of one encoder's output, computed once for each layer.
+
+    Args:
+        rows: features (B, 1+N, C), or packed (T, C).
+        packing: layout of packed rows; None for rows that are not packed.
+    """
+
+    def __init__(self, rows: Tensor, packing: Packing | None = None) -> None:
+        self.rows = rows.to(compute_dtype(rows))
+        self.packing = packing
+        self._cached: dict[CrossBlock, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, block: CrossBlock) -> tuple[Tensor, Tensor]:
+        """Keys and values for a block: (B, 1+N, H, D) or (T, H, D) each."""
+        if block not in self._cached:
+            self._cached[block] = block.keys_values(self.rows)
+        return self._cached[block]
+
+
+def masked_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """Mask of the masked patches: patch_ids int64 (B, K) -> bool (B, N), True = masked.
+
+    Neighbours in memory are the images, not the patches, as the kernel of `place_tokens` reads them.
+    """
+    mask = torch.zeros(num_patches, len(patch_ids), dtype=torch.bool, device=patch_ids.device)
+    return mask.scatter_(0, patch_ids.t(), True).t()
+
+
+def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """Indices of the patches that are not masked: masked patch_ids int64 (B, K) -> int64 (B, N-K), ascending."""
+    # A stable sort of the flags keeps the indices ascending, with a shape that the host knows.
+    visible = ~masked_patches(patch_ids, num_patches)  # (B, N), True = not masked
+    return visible.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_ids.shape[1]]
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images (B, 3, S, S) into patches (B, N, 3*P*P), in row-major order; values of a patch in (c, y, x) order."""
+    rows = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, 3, S/P, P, S/P, P)
+    return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify`: (B, N, 3*P*P) -> (B, 3, S, S)."""
+    side = round(patches.shape[1] ** 0.5)
+    grid = patches.unflatten(2, (3, patch_size, patch_size)).unflatten(1, (side, side))  # (B, S/P, S/P, 3, P, P)
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def resize_positions(position: Tensor, side: int) -> Tensor:
+    """Resize positions of a square grid, (1+N, C) or without [CLS] (N, C), to (1 + side^2, C).
+
+    The interpolation is bicubic with antialiasing, as in timm. Without [CLS], its row is zero. ValueError if N is not a
+    square number.
+    """
+    rows = len(position)
+    cls_rows = 0 if round(rows**0.5) ** 2 == rows else 1
+    old_side = round((rows - cls_rows) ** 0.5)
+    if old_side**2 != rows - cls_rows:
+        raise ValueError(f"wanted positions of a square grid, with or without [CLS], got {rows}")
+    first = position[:1] if cls_rows else torch.zeros_like(position[:1])
+    grid = position[cls_rows:]
+    if old_side != side:
+        square = grid.T.reshape(1, -1, old_side, old_side).to(torch.promote_types(grid.dtype, torch.float32))
+        square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        grid = square.flatten(2)[0].T.to(position.dtype)
+    return torch.cat([first, grid])
+
+
+def sine_positions(side: int, width: int) -> Tensor:
+    """Fixed embeddings of the places of patches (side^2, width), float32, row by row, as in DETR (Carion et al. 2020).
+
+    The first half of the channels tells the column, the second the row: the sines and then the cosines of the
+    coordinate times width / 4 frequencies from 1 to 1/10,000. Coordinates of the image's edges are 0 and 2 pi, so a
+    place has the same embedding whatever the grid. ValueError if 4 does not divide the width.
+    """
+    if width % 4:
+        raise ValueError(f"width: wanted a multiple of 4, got {width}")
+    quarter = width // 4
+    frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    coordinates = 2 * math.pi * (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    angles = coordinates[:, None] * frequencies  # (side, width / 4)
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width / 2)
+    columns, rows = one_axis.repeat(side, 1), one_axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()

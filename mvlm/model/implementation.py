@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.attention import TextPooling
-from mvlm.model.cross_encoder import KeyValueCache
+from mvlm.model.encoders import KeyValueCache
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText
 from mvlm.objectives.losses import LossWeights

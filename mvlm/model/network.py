@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.model.attention import Attention, TextPooling
-from mvlm.model.cross_encoder import CrossEncoder
-from mvlm.model.encoders import ImageEncoder, TextEncoder
+from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify
 from mvlm.model.packing import PackedText, Packing
-from mvlm.model.patches import patchify
 from mvlm.objectives.losses import at_least_float32
 
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")

@@ -9,10 +9,10 @@ C width, R pairs of an image and a text.
 from torch import Tensor
 
 from mvlm.model.attention import TextPooling
+from mvlm.model.encoders import masked_patches, visible_patches
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
-from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.objectives import losses
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.masked_tokens import masked_tokens

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvlm.model.attention import Attention
+from mvlm.model.attention import Attention, Branch
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.residual import Branch
 
 
 class ImageEmbedder(nn.Module):

@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.errors import ConfigError
+from mvlm.model.attention import Residual
 from mvlm.model.attention_backends import KeyIndex
-from mvlm.model.cross_encoder import KeyValueCache
-from mvlm.model.fast import encode_patches, encode_tokens, masked_token_features, project_patches
-from mvlm.model.fast_attention import encode_rows
+from mvlm.model.encoders import KeyValueCache
+from mvlm.model.fast import encode_patches, encode_rows, encode_tokens, masked_token_features, project_patches
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText, mask_tokens
-from mvlm.model.residual import Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
 from mvlm.statistics import grouped_bootstrap

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvlm.model.attention import Residual
 from mvlm.model.attention_backends import KeyIndex
-from mvlm.model.fast import make_caches
-from mvlm.model.fast_attention import Selection, encode_rows, select_rows
+from mvlm.model.fast import Selection, encode_rows, make_caches, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import Packing
-from mvlm.model.residual import Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
 from mvlm_dataloading import Batch, Tokenizer

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mvlm.errors import RunError
 from mvlm.files import is_finite
+from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.patches import resize_positions
 from mvlm.weights.names import (
     ROBERTA_FIRST_POSITION,
     SourceName,

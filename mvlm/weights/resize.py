@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
+from mvlm.model.encoders import resize_positions
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import resize_positions
 
 log = logging.getLogger(__name__)
 

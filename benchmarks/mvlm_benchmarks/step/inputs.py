@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.model.encoders import masked_patches
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
-from mvlm.model.patches import masked_patches
 from mvlm.objectives.losses import contrastive_logits
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch, Masks

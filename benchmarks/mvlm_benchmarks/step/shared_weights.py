@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.model.attention import Attention, FeedForward
-from mvlm.model.cross_encoder import CrossEncoder
+from mvlm.model.encoders import CrossEncoder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks.step.baselines import Baseline, Cross, DecoderLayerCross, check_bidirectional
 from mvlm_benchmarks.step.inputs import PAD

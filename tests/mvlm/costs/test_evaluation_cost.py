@@ -6,7 +6,7 @@ import torch
 from mvlm.costs import evaluation_cost as module
 from mvlm.costs.evaluation_cost import EvaluationCost, EvaluationShape, evaluation_cost, format_evaluation
 from mvlm.costs.flops import counter
-from mvlm.model.fast_inference import match_pairs
+from mvlm.model.fast import match_pairs
 from mvlm.model.packing import PackedText, Packing
 from support.models import micro_config, micro_model
 

@@ -6,7 +6,7 @@ import torch
 
 from mvlm.inference.images import GREY, hide_patches
 from mvlm.inference.reconstruction import border_errors, reconstruct, reconstruction_strip
-from mvlm.model.patches import patchify, unpatchify
+from mvlm.model.encoders import patchify, unpatchify
 from support.models import micro_batch, micro_model
 from support.scenes import scene
 

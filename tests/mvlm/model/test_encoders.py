@@ -1,7 +1,10 @@
 # torch and transformers type the children of a module as Tensor or Module, whatever they are.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportOperatorIssue=false, reportOptionalOperand=false
-"""The encoders against timm's ViT and transformers' RoBERTa with the weights copied over, in float64."""
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
+"""The encoders against timm's ViT, transformers' RoBERTa and torch's decoder layers with the weights copied over.
+
+The grid of patches against loops. All in float64.
+"""
 
 import math
 from dataclasses import replace
@@ -11,9 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.model.encoders import ImageEncoder, TextEncoder
+from mvlm.model.attention import Residual
+from mvlm.model.encoders import (
+    CrossBlock,
+    CrossEncoder,
+    ImageEncoder,
+    TextEncoder,
+    masked_patches,
+    patchify,
+    sine_positions,
+    unpatchify,
+    visible_patches,
+)
 from mvlm.model.packing import PackedText, Packing
-from mvlm.model.patches import patchify, unpatchify
 from support.models import micro_batch, micro_config, normal
 
 
@@ -180,3 +193,159 @@ def test_the_image_encoder_takes_bytes_and_floats_alike():
     for channel, (mean, std) in enumerate(zip((0.5, 0.4, 0.3), (0.5, 0.25, 0.2), strict=True)):
         wanted = (images[1, channel, 3, 20].item() / 255 - mean) / std
         assert found[1, channel, 3, 20].item() == pytest.approx(wanted, abs=1e-6)  # mean and std are made in fp32
+
+
+def test_masked_patches_against_a_loop():
+    ids = torch.tensor([[0, 3, 5], [1, 2, 8], [6, 7, 8]])
+    mask = masked_patches(ids, 9)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (3, 9)
+    for row in range(3):
+        for patch in range(9):
+            assert bool(mask[row, patch]) == (patch in ids[row].tolist())
+
+
+def test_visible_patches_are_the_others():
+    patch_ids = torch.tensor([[0, 3, 4], [1, 2, 8]])
+    assert visible_patches(patch_ids, 9).tolist() == [[1, 2, 5, 6, 7, 8], [0, 3, 4, 5, 6, 7]]
+
+
+def test_patchify_against_loops():
+    images = normal(2, 3, 12, 12)
+    rows = patchify(images, 4)
+    assert rows.shape == (2, 9, 48)
+    for b in range(2):
+        for patch in range(9):
+            top, left = patch // 3 * 4, patch % 3 * 4
+            wanted = [images[b, c, top + y, left + x] for c in range(3) for y in range(4) for x in range(4)]
+            assert rows[b, patch].tolist() == wanted
+
+
+def test_patchify_has_the_order_of_a_convolutions_weight():
+    images, convolution = normal(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
+    assert convolution.bias is not None
+    wanted = convolution(images).flatten(2).transpose(1, 2)
+    found = patchify(images, 4) @ convolution.weight.flatten(1).T + convolution.bias
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+    images = normal(2, 3, 20, 20)
+    assert torch.equal(unpatchify(patchify(images, 4), 4), images)
+    patches = normal(2, 25, 48, seed=1)
+    assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)
+
+
+def test_sine_positions_against_loops():
+    side, width = 3, 16
+    found = sine_positions(side, width)
+    assert found.shape == (9, 16)
+    assert found.dtype == torch.float32
+    for patch in range(9):
+        wanted = []
+        for cell in (patch % 3, patch // 3):  # column, row
+            coordinate = 2 * math.pi * (cell + 0.5) / side
+            for wave in (math.sin, math.cos):
+                wanted += [wave(coordinate / 10_000 ** (i / 4)) for i in range(4)]
+        assert found[patch].tolist() == pytest.approx(wanted, abs=1e-7)
+
+
+def test_sine_positions_are_those_of_places_whatever_the_grid():
+    coarse, fine = sine_positions(2, 32).reshape(2, 2, 32), sine_positions(6, 32).reshape(6, 6, 32)
+    torch.testing.assert_close(fine[1::3, 1::3], coarse)  # of three cells in a row the middle one has the same centre
+
+
+def test_sine_positions_need_a_width_that_four_divides():
+    with pytest.raises(ValueError, match="width: wanted a multiple of 4, got 30"):
+        sine_positions(3, 30)
+
+
+WIDTH, HEADS = 12, 3
+
+
+def decoder_layer(block: CrossBlock, norm: str) -> nn.TransformerDecoderLayer:
+    layer = nn.TransformerDecoderLayer(
+        WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm == "pre"
+    ).double()
+    for ours, theirs in (
+        (block.self_attention, layer.self_attn),
+        (block.cross_attention, layer.multihead_attn),
+    ):
+        parts = (ours.query, ours.key, ours.value)
+        theirs.in_proj_weight.data = torch.cat([part.weight for part in parts]).detach()
+        theirs.in_proj_bias.data = torch.cat([part.bias for part in parts]).detach()
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+    for ours, theirs in (
+        (block.norm1, layer.norm1),
+        (block.norm2, layer.norm2),
+        (block.norm3, layer.norm3),
+        (block.mlp.up, layer.linear1),
+        (block.mlp.down, layer.linear2),
+    ):
+        theirs.load_state_dict(ours.state_dict())
+    return layer
+
+
+@pytest.fixture
+def streams():
+    """x (3, 5, C), memory (3, 4, C), and their key masks."""
+    own = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    other = torch.arange(4) < torch.tensor([1, 4, 2])[:, None]
+    return normal(3, 5, WIDTH), normal(3, 4, WIDTH, seed=1), own, other
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("masks", ["none", "own", "other", "both"])
+def test_a_cross_block_is_torchs_decoder_layer(streams, norm, masks):
+    x, memory, own, other = streams
+    own = own if masks in ("own", "both") else None
+    other = other if masks in ("other", "both") else None
+    block = randomize(CrossBlock(WIDTH, HEADS, norm).double())
+    layer = decoder_layer(block, norm)
+    wanted = layer(
+        x,
+        memory,
+        tgt_key_padding_mask=None if own is None else ~own,
+        memory_key_padding_mask=None if other is None else ~other,
+    )
+    found, y = block(
+        Residual(x), lambda attention, y: attention(y, y, own), lambda attention, y: attention(y, memory, other)
+    )
+    found = found + y if norm == "pre" else found
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_cross_encoder_is_its_blocks_in_turn(streams, norm):
+    """With pre-norm, a last LayerNorm follows."""
+    x, memory, own, other = streams
+    encoder = randomize(CrossEncoder(WIDTH, HEADS, 3, norm).double())
+    wanted = x
+    for block in encoder.blocks:
+        wanted = decoder_layer(block, norm)(wanted, memory, tgt_key_padding_mask=~own, memory_key_padding_mask=~other)
+    if norm == "pre":
+        mean = wanted.mean(-1, keepdim=True)
+        variance = ((wanted - mean) ** 2).mean(-1, keepdim=True)
+        wanted = (wanted - mean) / (variance + 1e-5).sqrt() * encoder.norm.weight + encoder.norm.bias
+    torch.testing.assert_close(encoder(x, memory, own, other), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cross_encoder_of_the_first_row_alone_gives_the_same_row(streams, norm, layers):
+    x, memory, own, other = streams
+    encoder = randomize(CrossEncoder(WIDTH, HEADS, layers, norm).double())
+    alone = encoder(x, memory, own, other, first_row_only=True)
+    assert alone.shape == (3, 1, WIDTH)
+    torch.testing.assert_close(alone, encoder(x, memory, own, other)[:, :1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_cross_encoder_ignores_masked_rows(streams, norm):
+    x, memory, own, other = streams
+    encoder = randomize(CrossEncoder(WIDTH, HEADS, 2, norm).double())
+    wanted = encoder(x, memory, own, other)
+    x, memory = x.clone(), memory.clone()
+    x[~own] = 7.0
+    memory[~other] = -9.0
+    assert torch.equal(encoder(x, memory, own, other)[own], wanted[own])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.model import fast_attention, plain
-from mvlm.model.cross_encoder import CrossBlock
-from mvlm.model.fast_inference import encode_masked
+from mvlm.model import fast, plain
+from mvlm.model.encoders import CrossBlock
+from mvlm.model.fast import encode_masked
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
@@ -124,7 +124,7 @@ def test_implementations_agree_on_masked_partners(drop_masked: bool, weights: Lo
 @pytest.mark.parametrize("longest", [2, 128])
 def test_implementations_agree_on_text_pooling(monkeypatch, contrastive, longest):
     """Five captions in sequences of two, or in one."""
-    monkeypatch.setattr(fast_attention, "MAX_QUERIES", longest)
+    monkeypatch.setattr(fast, "MAX_QUERIES", longest)
     model = micro_model(contrastive=contrastive, text_pooling=True)
     batch, masks = micro_batch()
     assert_implementations_agree(model, batch, masks)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import RunError
-from mvlm.model.attention import Attention
-from mvlm.model.residual import Branch
+from mvlm.model.attention import Attention, Branch
 from mvlm.report.task_maps import task_maps
 from mvlm.runs.load import load_model
 from mvlm.tasks.registry import find_task

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import mvlm.weights as weights
 from mvlm.config.model import MaskVLMConfig
+from mvlm.model.encoders import resize_positions
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import resize_positions
 from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, old_vit_names, timm_vit
 from support.models import micro_batch, micro_model
 

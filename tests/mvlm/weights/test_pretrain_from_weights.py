@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.model.patches import resize_positions
+from mvlm.model.encoders import resize_positions
 from mvlm.runs.load import load_model
 from mvlm.training.build import make_model
 from mvlm_dataloading import DataError
