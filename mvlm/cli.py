@@ -125,7 +125,7 @@ def _at_home(word: str) -> str:
 def main() -> None:
     """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1.
 
-    Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.watchdog`).
+    Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.stopping`).
     """
     logging.basicConfig(format="%(message)s")  # of other libraries: warnings
     for name in ("mvlm", "mvlm_dataloading", "mvlm_kernels", "mvlm_benchmarks"):

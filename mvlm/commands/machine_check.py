@@ -23,9 +23,9 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError, is_out_of_memory
 from mvlm.model import attention_backends as backends
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.training.build import choose_tokenizer, fit_to_tokenizer, make_loader
 from mvlm.training.metrics import memory_mb
 from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import choose_tokenizer, fit_to_tokenizer, make_loader
 from mvlm_dataloading import DataError, open_dataset
 
 SLOW_DISK_MB_PER_S = 50.0

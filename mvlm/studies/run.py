@@ -24,7 +24,7 @@ from mvlm.studies.trial import (
     take_result,
     write_results,
 )
-from mvlm.training.build import choose_tokenizer
+from mvlm.training.run import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.tools.view import make_view

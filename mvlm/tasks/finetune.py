@@ -28,12 +28,10 @@ from mvlm.tasks.registry import described_task, find_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.start import architecture_of, starting_model
 from mvlm.tasks.task import Task, TaskLosses
-from mvlm.training.build import check_attention, make_loader, warn_of_cut_texts
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
-from mvlm.training.run import RunInputs, do_run, open_splits
-from mvlm.training.trainer import Trainer
-from mvlm.training.workspace import evaluation_workspace
+from mvlm.training.run import RunInputs, check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
+from mvlm.training.trainer import Trainer, evaluation_workspace
 from mvlm_dataloading import Dataset
 from mvlm_dataloading.files import sha256
 

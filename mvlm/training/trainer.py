@@ -2,9 +2,10 @@
 
 import logging
 import math
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.run import RunConfig
 from mvlm.device import autocast
-from mvlm.distributed.coordination import StepDecisions
+from mvlm.distributed.coordination import StepDecisions, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.notices import Notices
@@ -23,8 +24,10 @@ from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
+from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.reconstruction import reconstruction_strip
+from mvlm.model.packing import eager_buckets, pad_to_bucket
 from mvlm.objectives.losses import Losses, LossWeights, loss_weights
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
@@ -42,15 +45,11 @@ from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.history import History
 from mvlm.training.cuda_graphs import CudaGraphs
-from mvlm.training.few_shapes import with_few_shapes
-from mvlm.training.guarded_adamw import GuardedAdamW
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
-from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_factor
-from mvlm.training.stop_request import StopRequest
+from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
+from mvlm.training.stopping import StopRequest, Watchdog
 from mvlm.training.update_guard import SkippedUpdates, finite_on_all_ranks
-from mvlm.training.watchdog import Watchdog
-from mvlm.training.workspace import evaluation_workspace
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
 
@@ -173,9 +172,18 @@ class Trainer:
         loaded = with_few_shapes(loaded, self.config, self.world)
         microbatches = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in loaded]
         waited = time.perf_counter() - started
+
         self.watchdog.beat(f"step {self.step + 1}")
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         losses = self.forward_backward(microbatches)
+        further = self.update(losses)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        self.metrics.add(self.step, samples, tokens, {**losses._asdict(), **further}, waited)
+
+    def update(self, losses: Any) -> dict[str, Tensor]:
+        """Clip the gradients and make the update, if it is finite on all ranks. Returns further metrics of the step."""
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
         good = finite_on_all_ranks(self.world, losses.total.detach(), norm)
@@ -183,13 +191,8 @@ class Trainer:
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        further = self.after_update()
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
-        values: dict[str, Tensor] = {**losses._asdict(), "grad_norm": norm, "good": good}
-        values |= {f"grad_norm_{name}": value for name, value in parts.items()} | further
-        self.metrics.add(self.step, samples, tokens, values, waited)
+        values = {"grad_norm": norm, "good": good} | {f"grad_norm_{name}": value for name, value in parts.items()}
+        return values | self.after_update()
 
     def forward_backward(self, microbatches: list[Microbatch]) -> Any:
         """Compute the losses of the global batch, scalars without gradient, and the gradients of their total."""
@@ -300,3 +303,63 @@ class Trainer:
         self.writer.resume_from(checkpoint)
         self.skipped.load(state["bad"])
         self.step, self.best = state["step"], state["best"]
+
+
+# A graph or a compiled step is made for each shape, so there should be few.
+_COARSE = 16
+
+
+def with_few_shapes(loaded: list[tuple[Batch, Masks]], config: RunConfig, world: World) -> list[tuple[Batch, Masks]]:
+    """The batches of a step on one rank, padded if few shapes make the step faster; else as they are.
+
+    Compiled steps and CUDA graphs need few shapes, and so does the fast implementation in bf16 on a CPU. There oneDNN
+    generates code for each shape of a matrix product and keeps it for 1,024 of them: for the demo 40 products of a step
+    were new, and 18 ms of it. In fp32 it is another library that multiplies.
+    """
+    buckets = _buckets(config, world)
+    if not buckets:
+        return loaded
+    return [pad_to_bucket(batch, masks, config.model.text_length, buckets) for batch, masks in loaded]
+
+
+def _buckets(config: RunConfig, world: World) -> int:
+    if config.fixed_shapes:
+        return _COARSE
+    alone = world.size == config.accumulate == 1 and isinstance(config, PretrainConfig)
+    return eager_buckets(world.device, config.precision) if alone and config.plan == "fast" else 0
+
+
+IN_MEMORY = 1 << 30
+"""Most bytes of features that each rank keeps in memory."""
+
+
+@contextmanager
+def evaluation_workspace(
+    config: RunConfig, images: int, world: World, go_on: Callable[[], bool]
+) -> Iterator[Workspace]:
+    """Context with a workspace for the features of so many images. It ends early, without an error, if it is stopped.
+
+    Features of more than `IN_MEMORY` bytes lie in files that all ranks share, if the run folder's disk has room for
+    them. The files are removed at the end, and before the next evaluation if a kill left them.
+    """
+    # Most of what is kept, in fp32.
+    needed = 4 * images * (1 + config.model.num_patches) * config.model.width
+    in_files = needed > IN_MEMORY and shutil.disk_usage(config.out).free > 2 * needed
+    folder = RunFolder(config.out).evaluation_files if world.gather_objects(in_files)[0] else None
+
+    def empty() -> None:
+        if folder is not None and world.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+    run_on_all_ranks(world, empty)
+    try:
+        # Rows of other ranks are read from the disk, on NFS at least, so they have to be there.
+        with closing(Workspace(folder, world, resumable=folder is not None and world.size > 1, go_on=go_on)) as found:
+            yield found
+        world.gather_objects(None)  # no rank reads the files any more
+    except EvaluationStopped:
+        pass  # all ranks raise it together
+    finally:
+        if folder is not None and world.first:
+            shutil.rmtree(folder, ignore_errors=True)

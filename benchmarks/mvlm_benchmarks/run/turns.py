@@ -10,9 +10,8 @@ from unittest.mock import patch
 import torch
 
 from mvlm.device import autocast
-from mvlm.training.build import make_loader
-from mvlm.training.few_shapes import with_few_shapes
-from mvlm.training.trainer import Trainer
+from mvlm.training.run import make_loader
+from mvlm.training.trainer import Trainer, with_few_shapes
 from mvlm_benchmarks.run.usage import Usage, read_usage, usage_between
 from mvlm_dataloading import Batch, Masks
 

@@ -15,8 +15,7 @@ import torch
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.runs.load import load_model
-from mvlm.training.build import make_loader
-from mvlm.training.run import pretrain
+from mvlm.training.run import make_loader, pretrain
 from support.folders import LOSSES, rows_of
 from support.models import pretrain_config
 

@@ -13,7 +13,7 @@ from mvlm.tasks.finetune import finetune, open_inputs
 from mvlm.tasks.masked_answers import AnswerTable, answers_loss, likeliest, mask_features, with_masks
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
-from mvlm.training.build import share_cut
+from mvlm.training.run import share_cut
 from mvlm_dataloading import open_dataset
 from support.models import micro_batch, micro_model
 from support.questions import finetune_config, write_questions

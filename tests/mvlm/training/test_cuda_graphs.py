@@ -16,9 +16,9 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
-from mvlm.training.build import make_loader
 from mvlm.training.cuda_graphs import CudaCapture, CudaGraphs, bucket_of, check_graphs, copy_inputs, static_copy
 from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import make_loader
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import open_dataset
 from support.models import micro_batch, micro_model, pretrain_config

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mvlm.distributed.world import World
-from mvlm.training.few_shapes import with_few_shapes
+from mvlm.training.trainer import with_few_shapes
 from support.models import micro_batch, pretrain_config
 from support.questions import finetune_config
 

@@ -14,8 +14,8 @@ from mvlm.model import fast
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives import losses as objectives
 from mvlm.training import trainer
-from mvlm.training.build import make_loader
 from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import make_loader
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import open_dataset
 from support.models import micro_model, pretrain_config

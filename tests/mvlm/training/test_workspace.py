@@ -8,9 +8,9 @@ import pytest
 
 from mvlm.runs.folder import RunFolder
 from mvlm.tasks.finetune import finetune
-from mvlm.training import workspace as training_workspace
+from mvlm.training import trainer
 from mvlm.training.run import pretrain
-from mvlm.training.stop_request import StopRequest
+from mvlm.training.stopping import StopRequest
 from support.faults.forks import ended_well, in_ranks
 from support.folders import reproducible_rows
 from support.models import pretrain_config
@@ -25,14 +25,14 @@ def folders(monkeypatch) -> list[Path | None]:
     """Folder of each workspace that an evaluation opens; features that need more than `NEEDED` - 1 bytes are many."""
     opened: list[Path | None] = []
 
-    class Recorded(training_workspace.Workspace):
+    class Recorded(trainer.Workspace):
         def __init__(self, folder, *rest, **options):
             super().__init__(folder, *rest, **options)
             opened.append(folder)
             assert folder is None or not (folder / "stale").exists()
 
-    monkeypatch.setattr(training_workspace, "Workspace", Recorded)
-    monkeypatch.setattr(training_workspace, "IN_MEMORY", NEEDED - 1)
+    monkeypatch.setattr(trainer, "Workspace", Recorded)
+    monkeypatch.setattr(trainer, "IN_MEMORY", NEEDED - 1)
     return opened
 
 
@@ -54,7 +54,7 @@ def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, t
     assert [ended_well(pid) for pid in in_ranks(lambda: train(tmp_path / "ranks"), 2)] == [True, True]
     assert not RunFolder(tmp_path / "ranks").evaluation_files.exists()
     folders.clear()
-    monkeypatch.setattr(training_workspace, "IN_MEMORY", NEEDED)
+    monkeypatch.setattr(trainer, "IN_MEMORY", NEEDED)
     train(tmp_path / "memory")
     assert folders == [None, None]
     assert reproducible_rows(tmp_path / "files") == reproducible_rows(tmp_path / "memory")

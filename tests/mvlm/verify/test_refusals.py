@@ -8,7 +8,7 @@ import torch
 
 from mvlm.errors import RunError
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.training.guarded_adamw import GuardedAdamW
+from mvlm.training.optimizer import GuardedAdamW
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from support.data import exchange_texts, state_fingerprint

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
 from mvlm.runs.load import load_model
-from mvlm.training.build import make_model
+from mvlm.training.run import make_model
 from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
 from support.models import micro_config, pretrain_config

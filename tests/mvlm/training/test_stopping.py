@@ -1,0 +1,212 @@
+"""Requests to end a run: signals and the preemption file. The watchdog, in forked processes that it may end."""
+
+import errno
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from mvlm.training import stopping
+from mvlm.training.stopping import EXIT_CODE, StopRequest, Watchdog
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with StopRequest() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested()
+        assert stop.reason == signal.Signals(number).name
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert {n: signal.getsignal(n) for n in before} == before
+    wanted = "finishing the step and saving; Ctrl-C once more, or SIGTERM after 3 seconds, ends at once"
+    assert wanted in capfd.readouterr().err
+
+
+def test_signal_requests_a_stop_even_if_stderr_is_closed(monkeypatch):
+    """Ctrl-C also ends a `| tee`."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(stopping.os, "write", broken)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+
+
+def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
+    """The file is polled once a second."""
+    clock = [0.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    with StopRequest(tmp_path / "notice") as stop:
+        assert not stop.requested()
+        (tmp_path / "notice").touch()
+        clock[0] = 0.9
+        assert not stop.requested()
+        clock[0] = 1.0
+        assert stop.requested()
+        assert stop.reason == str(tmp_path / "notice")
+
+
+def test_a_disk_that_fails_for_a_moment_is_no_request(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with StopRequest(tmp_path / "notice") as stop:
+        monkeypatch.setattr(os, "stat", fail)
+        assert not stop.requested()
+
+
+def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):
+    """Python allows signal handlers in the main thread only."""
+    (tmp_path / "notice").touch()
+    found = []
+
+    def look():
+        with StopRequest(tmp_path / "notice") as stop:
+            found.append(stop.requested())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_second_signal_ends_the_process_at_once(number, code):
+    """In a forked process, which would wait for a minute."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with StopRequest() as stop:
+                os.write(writing, b"1")
+                while not stop.requested():
+                    time.sleep(0.01)
+                os.write(writing, b"2")
+                time.sleep(60)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    for wait in (0, stopping.SAME_REQUEST_SECONDS if number == signal.SIGTERM else 0):
+        assert os.read(reading, 1)
+        time.sleep(wait)
+        os.kill(process, number)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+    assert time.monotonic() - started < 20
+
+
+def test_a_sigterm_that_is_passed_on_is_the_same_request(monkeypatch):
+    """A supervisor signals every process of a job, and torchrun passes its own signal on to its workers."""
+    clock = [0.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    with StopRequest() as stop:
+        for clock[0] in (0.0, 0.001, 2.9):
+            os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+            assert stop.requested()
+        clock[0] = 3.0
+        assert stop.requested()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def code_of(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def hang_in_the_loader() -> None:
+    time.sleep(30)
+
+
+def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
+    started = time.monotonic()
+    process = os.fork()
+    if process == 0:
+        threading.Thread(target=time.sleep, args=(30,), name="another", daemon=True).start()
+        with Watchdog(tmp_path / "stalled.txt", rank=2, minutes=0.5 / 60) as watchdog:
+            watchdog.beat("the data of step 7")
+            hang_in_the_loader()
+        os._exit(0)
+    assert code_of(process) == EXIT_CODE
+    assert 0.4 < time.monotonic() - started < 20
+    stacks = (tmp_path / "stalled.txt").read_text()
+    error = capfd.readouterr().err
+    for text in (stacks, error):
+        assert "mvlm: rank 2 has been waiting" in text
+        assert "for the data of step 7, more than stall_minutes 0.00833333; the run ends here" in text
+        assert "continue from the last checkpoint with --resume" in text
+        assert "in hang_in_the_loader" in text
+        assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's
+
+
+def test_watchdog_ends_a_rank_that_waits_for_one_that_failed(tmp_path, capfd):
+    told = iter([None, None])
+    process = os.fork()
+    if process == 0:
+        stopping.GRACE_SECONDS = 0.2
+        failure = "rank 1: ValueError: a broken thing"
+        with Watchdog(
+            tmp_path / "stalled.txt", rank=0, minutes=1 / 60, failure=lambda: next(told, failure)
+        ) as watchdog:
+            watchdog.beat("step 7")
+            for _ in range(300):  # progress alone does not keep it
+                time.sleep(0.1)
+                watchdog.beat("step 7")
+        os._exit(0)
+    started = time.monotonic()
+    assert code_of(process) == 1
+    assert time.monotonic() - started < 20
+    assert capfd.readouterr().err.splitlines() == [
+        "mvlm: rank 0 was waiting for step 7 and ends, because another rank failed: "
+        "rank 1: ValueError: a broken thing; continue from the last checkpoint with --resume"
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_watchdog_lets_a_rank_end_by_itself_after_another_one_failed(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60, failure=lambda: "rank 1: x"):
+            time.sleep(0.5)
+        os._exit(0)
+    assert code_of(process) == 0
+
+
+@pytest.mark.slow
+def test_watchdog_leaves_a_run_that_makes_progress(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=0.5 / 60) as watchdog:
+            for step in range(10):
+                watchdog.beat(f"step {step}")
+                time.sleep(0.1)
+        os._exit(0)
+    assert code_of(process) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_watchdog_leaves_a_process_that_was_suspended(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60) as watchdog:
+            watchdog.beat("step 1")
+            os.kill(os.getpid(), signal.SIGSTOP)  # as Ctrl-Z does, until the parent sends SIGCONT
+            time.sleep(0.5)
+        os._exit(0)
+    os.waitpid(process, os.WUNTRACED)
+    time.sleep(2)
+    os.kill(process, signal.SIGCONT)
+    assert code_of(process) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_watchdog_thread_ends_with_its_context(tmp_path):
+    before = threading.active_count()
+    with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
