@@ -15,7 +15,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.recorded_step import RecordedStep, logit_work, record_step
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.costs.timeline import Links, StepTimes, rescaled, step_times
-from mvlm.distributed.contrastive import MAX_LOGITS
+from mvlm.distributed.loss_shares import MAX_LOGITS
 from mvlm.errors import ConfigError
 from mvlm_kernels.hardware import GPUS
 

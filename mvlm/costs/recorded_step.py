@@ -24,8 +24,8 @@ from mvlm.costs.step_cost import (
 )
 from mvlm.distributed import parallel
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
-from mvlm.distributed.contrastive import Embeddings, sharded_contrastive_loss
 from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM

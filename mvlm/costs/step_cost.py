@@ -27,7 +27,7 @@ from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.flops import FORMULAS
 from mvlm.costs.recording import recorded_world
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
-from mvlm.distributed.exchange_plan import plan_exchange
+from mvlm.distributed.exchange import plan_exchange
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World

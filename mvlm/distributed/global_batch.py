@@ -2,7 +2,7 @@
 
 They equal those of one rank with all W A b pairs (docs/explain/global_batch.md). Each rank computes its share of every
 loss; the shares of all ranks and microbatches add up to the loss. With A = 1, forward and backward are one
-autograd graph. With more microbatches the step uses gradient caching (`mvlm.distributed.gradient_cache`).
+autograd graph. With more microbatches the step uses gradient caching (`mvlm.distributed.global_batch`).
 
 Shape legend: W ranks, A microbatches, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs, E contrastive
 width.
@@ -10,17 +10,18 @@ width.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
-from mvlm.distributed.contrastive import Embeddings
-from mvlm.distributed.gradient_cache import backward_cached
+from mvlm.distributed.exchange import FeatureExchange
 from mvlm.distributed.loss_shares import (
     OBJECTIVES,
     SHARE_NAMES,
+    Embeddings,
     GlobalStep,
     Microbatch,
     contrastive_shares,
@@ -35,9 +36,10 @@ from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.packing import PackedText
 from mvlm.objectives.losses import Losses, LossWeights
 from mvlm.objectives.masked_tokens import weight_of_masked_tokens
-from mvlm_dataloading import Batch
+from mvlm_dataloading import Batch, Masks
 
 
 def backward_global(
@@ -134,3 +136,148 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
     total, shares = parallel(forward)
     total.backward()
     return shares
+
+
+class Cached(NamedTuple):
+    """Features of one microbatch; their gradients gather in `.grad`."""
+
+    image: Tensor
+    """v (b, 1+N, C)."""
+    text: PackedText
+    """w."""
+
+
+def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
+    """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
+
+    Without ITC and ITM there is only the second pass.
+    """
+    contrastive, reconstructing = step.weights.contrasts, step.weights.reconstructing()
+    cached: list[Cached] = []
+    gradients = None
+    shares = torch.zeros(len(SHARE_NAMES), device=microbatches[0][0].images.device)
+    if contrastive:
+        for batch, _ in microbatches:
+            cached.append(parallel(partial(_features_without_graph, batch=batch, step=step), last=False))
+        gradients = _FeatureGradients(parallel, cached, step)
+        shares = gradients.compute()
+    for number, (batch, masks) in enumerate(microbatches):
+        # Defaults bind this microbatch. A plain closure would see the loop's variables as they are when it runs.
+        def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
+            with step.autocast():
+                streams = step.implementation.encode(model, batch, masks, reconstructing)
+                reconstruction = language_shares(model, streams, batch, masks, step)
+                reconstruction |= image_share(model, streams, batch, masks, step)
+            total, parts = scaled_total(model, reconstruction, step)
+            if gradients is not None:
+                if number == 0:
+                    gradients.finish()
+                # `total` and the cached gradients both contain the factor W already (see `scaled_total`).
+                total = total + _product_with_gradient(streams.image, cached[number].image)
+                total = total + _product_with_gradient(streams.text.rows, cached[number].text.rows)
+            return total, parts
+
+        # DDP reduces gradients in the last backward pass; until then they accumulate on each rank.
+        total, parts = parallel(forward, last=number == len(microbatches) - 1)
+        total.backward()
+        shares = shares + parts
+    return shares
+
+
+@torch.no_grad()
+def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> Cached:
+    """Features of the unmasked images and captions of one microbatch."""
+    with step.autocast():
+        return Cached(*step.implementation.encode_unmasked(model, batch))
+
+
+class _FeatureGradients:
+    """Backward pass of ITC and ITM as far as the features of all microbatches.
+
+    The gradients of the features gather in `.grad` of `cached`. Those of ITC's and ITM's own parameters accumulate as
+    usual.
+    """
+
+    def __init__(self, parallel: Parallel, cached: list[Cached], step: GlobalStep) -> None:
+        self._parallel, self._cached, self._step = parallel, cached, step
+        self._exchange: FeatureExchange | None = None
+        """Exchange of the features of drawn negatives; None without ITM."""
+        self._returned = 0
+        """Microbatches for whose negatives the other ranks' gradients have been added."""
+
+    def compute(self) -> Tensor:
+        """Run the pass. Returns the rank's shares (7,). The gradients are complete after `finish`."""
+        for own in self._cached:
+            own.image.requires_grad_()
+            own.text.rows.requires_grad_()
+        total, shares = self._parallel(self._itc, last=False)
+        total.backward()
+        if self._exchange is None:
+            return shares
+        # The rows of each microbatch travel while ITM of the one before runs, those of the first during ITC's backward
+        # pass. Gradients return while ITM of the next one runs, those of the last during MLM and MIM.
+        self._exchange.start(0)
+        for number in range(len(self._cached)):
+            shares = shares + self._backward_matching(self._exchange, number)
+        return shares
+
+    def finish(self) -> None:
+        """Wait for the last part of the gradients. Called before they are read."""
+        if self._exchange is not None:
+            self._add_returned(self._exchange)
+
+    def _itc(self, model: MaskVLM) -> tuple[Tensor, Tensor]:
+        """ITC of the whole batch, and the draws of ITM's negatives."""
+        cached, step = self._cached, self._step
+        with step.autocast():
+            image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
+            text = torch.cat([model.embed_text(own.text.first()) for own in cached])
+            embeddings = Embeddings(image, text, step.layout)
+            # A copy of all features, so only for the loss that reads them.
+            features = torch.cat([own.image for own in cached]) if model.text_pooling is not None else None
+            shares, draws = contrastive_shares(model, features, embeddings, step)
+            if step.weights.itm:
+                image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
+                texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
+                self._exchange = feature_exchange(draws, image, texts, step)
+        return scaled_total(model, shares, step)
+
+    def _backward_matching(self, exchange: FeatureExchange, number: int) -> Tensor:
+        """ITM of one microbatch, forward and backward. Returns its shares (7,)."""
+        own, step, arrived = self._cached[number], self._step, exchange.arrive(number)
+        # Leaves: backward stops here, and frees the graph of this microbatch.
+        arrived.image.requires_grad_()
+        arrived.text.rows.requires_grad_()
+        if number + 1 < len(self._cached):
+            exchange.start(number + 1)
+
+        def itm(model: MaskVLM) -> tuple[Tensor, Tensor]:
+            with step.autocast():
+                shares = matching_shares(model, own.image, own.text, arrived, number, step)
+            return scaled_total(model, shares, step)
+
+        total, shares = self._parallel(itm, last=False)
+        total.backward()
+        if number > 0:
+            self._add_returned(exchange)
+        exchange.start_return(number, _gradient(arrived.image), _gradient(arrived.text.rows))
+        return shares
+
+    def _add_returned(self, exchange: FeatureExchange) -> None:
+        """Add the gradients that the other ranks return for the negatives of the next microbatch."""
+        image, text = exchange.finish_return(self._returned)
+        texts = text.split([own.text.packing.total for own in self._cached])
+        for own, image_part, text_part in zip(self._cached, image.split(self._step.layout.pairs), texts, strict=True):
+            _gradient(own.image).add_(image_part)
+            _gradient(own.text.rows).add_(text_part)
+        self._returned += 1
+
+
+def _product_with_gradient(features: Tensor, cached: Tensor) -> Tensor:
+    """Inner product, a scalar, of features with the gradient of their cached copy, which has the same shape."""
+    return (features * _gradient(cached)).sum()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad

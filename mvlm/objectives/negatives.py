@@ -1,6 +1,6 @@
 """Hard negatives for ITM, drawn from the contrastive logits.
 
-`MaskVLM.forward` draws them for one rank, `mvlm.distributed.contrastive` for the global batch; both by
+`MaskVLM.forward` draws them for one rank, `mvlm.distributed.loss_shares` for the global batch; both by
 `NegativeSampling.draw`.
 
 Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank,

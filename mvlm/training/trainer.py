@@ -16,10 +16,9 @@ from torch import Tensor
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.run import RunConfig
 from mvlm.device import autocast
-from mvlm.distributed.coordination import StepDecisions, run_on_all_ranks
+from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
-from mvlm.distributed.notices import Notices
 from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError

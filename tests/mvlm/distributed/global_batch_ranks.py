@@ -157,7 +157,7 @@ class LargestOf(TorchDispatchMode):
 def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     """Elements of the largest block of logits with 6 pairs a rank, and the sum of ITC's gradient."""
     from mvlm.distributed.collectives import GlobalBatchLayout
-    from mvlm.distributed.contrastive import Embeddings, sharded_contrastive_loss
+    from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
     from mvlm.objectives.negatives import NegativeSampling
 
     generator = torch.Generator().manual_seed(rank)
@@ -193,7 +193,7 @@ def shared_ids(ranks: int) -> tuple[Tensor, Tensor]:
 def shared_positives(rank: int, ranks: int, elements: int) -> tuple[float, list[list[float]], list[list[float]]]:
     """A rank's share of ITC if all pairs of an image or a caption are right answers, and the gradients of its rows."""
     from mvlm.distributed.collectives import GlobalBatchLayout
-    from mvlm.distributed.contrastive import Embeddings, sharded_contrastive_loss
+    from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
     from mvlm.objectives.negatives import NegativeSampling
 
     image, text = (x.requires_grad_() for x in embeddings_of(rank))
@@ -319,7 +319,7 @@ def main() -> None:
         _ = oracle.after_a_step
     tested = (
         "mvlm.distributed.global_batch",
-        "mvlm.distributed.contrastive",
+        "mvlm.distributed.loss_shares",
         "mvlm.distributed.collectives",
         "mvlm.distributed.exchange",
         "mvlm.distributed.parallel",

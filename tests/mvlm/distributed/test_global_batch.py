@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.contrastive import Embeddings, sharded_conditioned_loss
 from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.loss_shares import Embeddings, sharded_conditioned_loss
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.model import plain
