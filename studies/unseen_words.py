@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm.evaluation.evaluate import evaluate_with_ranks
+from mvlm.evaluation.evaluate import evaluate
 from mvlm.runs.load import load_model
 from mvlm_dataloading import Dataset, open_dataset
 
@@ -40,7 +40,7 @@ def recall_by_kind(split: Dataset, train: Dataset, ranks: dict[str, Any]) -> dic
     Args:
         split: the images that were evaluated.
         train: the training split, whose words are known.
-        ranks: those that `evaluate_with_ranks` returns.
+        ranks: those of `evaluate`.
     """
     known = {word for i in range(len(train)) for caption in train.captions(i) for word in words_of(caption)}
     captions = [split.captions(i) for i in range(len(split))]
@@ -72,8 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     split, train = open_dataset(options.data, options.split), open_dataset(options.data, "train")
     loaded = load_model(options.run, "cpu")
-    model, tokenizer = loaded.network, loaded.tokenizer
-    _, ranks = evaluate_with_ranks(model, split, train, tokenizer)
+    ranks = evaluate(loaded.network, split, train, loaded.tokenizer).ranks
     found = recall_by_kind(split, train, ranks)
     for kind, row in found.items():
         print(

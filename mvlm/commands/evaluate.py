@@ -95,8 +95,7 @@ def eval_retrieval(
     """
     from mvlm.device import chosen_precision
     from mvlm.errors import ConfigError
-    from mvlm.evaluation.evaluate import default_rerank, evaluate
-    from mvlm.evaluation.table import format_table
+    from mvlm.evaluation.evaluate import default_rerank, evaluate, format_table
     from mvlm.machine import describe_machine, package_versions
     from mvlm_dataloading.files import write_json
 
@@ -107,7 +106,8 @@ def eval_retrieval(
         world, model, splits, workspace = opened
         network = model.network
         rerank = default_rerank(network) if rerank is None else rerank
-        figures = evaluate(network, splits[split], splits.get("train"), model.tokenizer, rerank, workspace=workspace)
+        train = splits.get("train")
+        found = evaluate(network, splits[split], train, model.tokenizer, rerank, workspace=workspace)
         made_by = {
             "model": model.sha256,  # of the sizes that it was evaluated at, too
             "fingerprint": splits[split].fingerprint,
@@ -116,7 +116,7 @@ def eval_retrieval(
             "machine": describe_machine(world.device, world.size),
             "versions": package_versions(),
         }
-        figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures, **made_by}
+        figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **found.figures, **made_by}
         if world.first and out is not None:
             write_json(out, figures)
         if world.first:

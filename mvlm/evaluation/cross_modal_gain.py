@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.retrieval import EncodedSplit
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.model.encoders import patchify

@@ -1,13 +1,12 @@
 """Evaluation without training: retrieval, cross-modal gain, and the trivial predictors to compare with."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, rank_all, rank_by_itc, recall, recall_intervals
+from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, encode_split, rank_all, rank_by_itc, recall, recall_intervals
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
@@ -36,6 +35,18 @@ def default_rerank(model: MaskVLM) -> int:
     return RERANK if model.matching_is_trained else 0
 
 
+class Evaluation(NamedTuple):
+    """Result of `evaluate`."""
+
+    figures: dict[str, Any]
+    """Figures as `mvlm eval retrieval` writes them (docs/reference/files.md). Recall is in per cent, re-ranked by ITC
+    and ITM together unless under `itc` or `itm`; re-ranked recall has 95 % intervals."""
+    ranks: dict[str, Any]
+    """The rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with the fields `itc`, `itm`
+    and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is
+    known."""
+
+
 def evaluate(
     model: MaskVLM,
     split: Dataset,
@@ -44,24 +55,8 @@ def evaluate(
     k: int = RERANK,
     precision: str = "auto",
     workspace: Workspace | None = None,
-) -> dict[str, Any]:
-    """The figures of `evaluate_with_ranks`, without the ranks."""
-    return evaluate_with_ranks(model, split, train, tokenizer, k, precision, workspace)[0]
-
-
-def evaluate_with_ranks(
-    model: MaskVLM,
-    split: Dataset,
-    train: Dataset | None,
-    tokenizer: Tokenizer,
-    k: int = RERANK,
-    precision: str = "auto",
-    workspace: Workspace | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/reference/files.md).
-
-    Recall is in per cent, re-ranked by ITC and ITM together unless under `itc` or `itm`; re-ranked recall has
-    95 % intervals. The model must be in evaluation mode.
+) -> Evaluation:
+    """Evaluate a model, which must be in evaluation mode, on a split: retrieval, cross-modal gain, trivial losses.
 
     Args:
         split: Images and captions to evaluate on.
@@ -71,11 +66,6 @@ def evaluate_with_ranks(
         precision: auto, bf16 or fp32.
         workspace: ranks that share the work, and the folder of its arrays (`open_workspace`). Default: one rank, and
             arrays in memory. All ranks get the same figures.
-
-    Returns:
-        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with the
-        fields `itc`, `itm` and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each
-        image, None where nothing is known.
     """
     started = time.perf_counter()
     workspace = workspace or Workspace()
@@ -100,12 +90,11 @@ def evaluate_with_ranks(
         "seconds": round(time.perf_counter() - started, 1),
     }
     kinds = "itc", "itm", "itm_alone"
-    ranks = {name: {kind: getattr(r, kind).tolist() for kind in kinds} for name, r in (("tr", tr), ("ir", ir))}
-    return figures, {
-        **ranks,
-        "owner": owner.tolist(),
-        "unseen": None if unseen is None else unseen.tolist(),
+    ranks: dict[str, Any] = {
+        name: {kind: getattr(r, kind).tolist() for kind in kinds} for name, r in (("tr", tr), ("ir", ir))
     }
+    ranks |= {"owner": owner.tolist(), "unseen": None if unseen is None else unseen.tolist()}
+    return Evaluation(figures, ranks)
 
 
 def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, owner: torch.Tensor, k: int) -> dict[str, Any]:
@@ -149,3 +138,43 @@ def evaluate_briefly(
         model.train(was_training)
     found |= {name: gain[name] for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")}
     return found
+
+
+def format_table(figures: dict[str, Any]) -> str:
+    """Recall, cross-modal gain and masked losses, as `mvlm eval retrieval` prints them."""
+    parts = [(f"all {figures['n_images']} images, {figures['n_texts']} captions", figures)]
+    if figures["unseen"]:
+        parts.append((f"{figures['unseen']['n_images']} images of unseen concepts", figures["unseen"]))
+    lines = [f"{'':<38}  image to text          text to image", f"{'':<38}" + "    R@1    R@5   R@10 " * 2]
+    for name, part in parts:
+        ways = [("re-ranked by ITC + ITM", part), ("by ITM alone", part["itm"]), ("ITC alone", part["itc"])]
+        for how, found in ways if part["itm"] else ways[2:]:  # without ITM all ranks are ITC's
+            cells = "".join(
+                "".join(f"{found[direction][r]:7.1f}" for r in ("r1", "r5", "r10")) for direction in ("tr", "ir")
+            )
+            lines.append(
+                f"{name + ', ' + how:<38}{cells}" if len(name + how) < 36 else f"{name}, {how}\n{'':<38}{cells}"
+            )
+    lines += [_describe_intervals(name, part) for name, part in parts]
+    text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
+    lines += [
+        f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
+        f"(95 %: {text[0]:.2f} to {text[1]:.2f})",
+        f"cross-modal gain, pixels   {figures['gain_pixels_pct']:.2f} % (95 %: {pixels[0]:.2f} to {pixels[1]:.2f})",
+        f"masked L1                  {figures['masked_l1']:.4f}; {describe_trivial_losses(figures)}",
+        f"masked tokens              {figures['masked_nats']:.3f} nats per token",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_intervals(name: str, part: dict[str, Any]) -> str:
+    """95 % intervals of the R@1 of one group of images, in words."""
+    ends = {way: "{:.1f} to {:.1f}".format(*part[f"{way}_95"]["r1"]) for way in ("tr", "ir")}
+    return f"R@1 of {name}, 95 %: {ends['tr']} image to text, {ends['ir']} text to image"
+
+
+def describe_trivial_losses(figures: dict[str, Any]) -> str:
+    """Masked L1 of the image-blind predictors, in words; the median is missing where the data have no train split."""
+    median = figures["masked_l1_train_median"]
+    white = f"constant white {figures['masked_l1_white']:.4f}"
+    return white if median is None else f"{white}, training median {median:.4f}"

@@ -1,4 +1,4 @@
-"""Retrieval in both directions: candidates by ITC, re-ranked with ITM.
+"""Retrieval in both directions, from features of a whole split: candidates by ITC, re-ranked with ITM.
 
 ITM learns to distinguish true pairs from negatives that are drawn from ITC's own softmax, so its log-odds estimate the
 log-ratio of the two distributions (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate
@@ -14,21 +14,143 @@ A pair that is a candidate in both directions is judged once. Pairs are sorted b
 keys and values of each are computed once for all of its pairs. A query that has no right candidate keeps its rank by
 ITC, so its pairs are judged only if its answers are wanted.
 
-Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked, P different pairs.
+Shape legend: I images, T captions, W tokens of all captions, N patches, C width, E contrastive width, R chosen rows;
+Q queries of a block, G gallery size, K candidates that are re-ranked, P different pairs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvlm.evaluation.features import EncodedSplit, to_device
 from mvlm.evaluation.workspace import StoredArray, Workspace
-from mvlm.inference.encode import match_log_odds, rerank_scores
+from mvlm.inference.encode import (
+    BATCH,
+    eval_loader,
+    image_features,
+    match_log_odds,
+    packed_tokens,
+    rerank_scores,
+    text_features,
+)
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import PackedText, Packing
 from mvlm.statistics import grouped_bootstrap
+from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading.dataset.dataset import first_samples
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Features of one split, on the CPU or in files that are mapped to its memory."""
+
+    v: Tensor
+    """(I, 1+N, C), unmasked images."""
+    w: Tensor
+    """(W, C), unmasked captions, packed."""
+    starts: Tensor
+    """int64 (T+1,), bounds of the captions in `w`."""
+    image_embedding: Tensor
+    """(I, E), unit length."""
+    text_embedding: Tensor
+    """(T, E), unit length."""
+    image: Tensor
+    """int64 (I,), for each image the first with its `image_id` in the metadata; itself for data without."""
+    owner: Tensor
+    """int64 (T,), image of each caption, as in `image`."""
+    first: Tensor
+    """int64 (I,), row of each image's first caption."""
+    captions: list[str]
+    """Texts of the T captions."""
+
+    @property
+    def different(self) -> Tensor:
+        """Images without repetitions, int64 (up to I,), rising: the queries of image to text, the gallery of texts."""
+        return (self.image == torch.arange(len(self.image))).nonzero()[:, 0]
+
+    def images(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Features (R, 1+N, C) of the images `rows`, int64 (R,) on the CPU."""
+        return to_device(self.v.index_select(0, rows), device)
+
+    def texts(self, rows: Tensor, device: torch.device) -> PackedText:
+        """Packed features of the captions `rows`, int64 (R,) on the CPU, in this order."""
+        lengths = self.starts.diff()[rows]
+        bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        shift = (self.starts[rows] - bounds[:-1]).repeat_interleave(lengths)
+        total = int(bounds[-1])
+        chosen = to_device(self.w.index_select(0, shift + torch.arange(total)), device)
+        packing = Packing(to_device(bounds.int(), device), int(lengths.max()), total)
+        return PackedText(chosen, packing)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU; to a GPU through pinned memory, so that the host does not wait for the GPU."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
+def encode_split(
+    model: MaskVLM,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    precision: str = "auto",
+    workspace: Workspace | None = None,
+) -> EncodedSplit:
+    """Encode all images and captions of `dataset`, in batches of `BATCH` that the ranks of the workspace share.
+
+    Args:
+        precision: auto, bf16 or fp32.
+        workspace: default: one in memory.
+    """
+    workspace, config = workspace or Workspace(), model.config
+    captions, owner, first = [], [], []
+    image = first_samples(dataset.metadata(i) for i in range(len(dataset)))
+    for i in range(len(dataset)):
+        first.append(len(captions))
+        captions += dataset.captions(i)
+        owner += [image[i]] * (len(captions) - first[-1])
+    starts = packed_tokens(captions, tokenizer, config.text_length)[1].long()
+    # As the loader of the masks does, pass over a caption without a token beside [CLS] and [SEP].
+    seen = (starts.diff() > 2).tolist()
+    first = [next((n for n in range(a, b) if seen[n]), a) for a, b in pairwise([*first, len(captions)])]
+    dtype = next(model.parameters()).dtype
+    v = workspace.array("v", (len(dataset), 1 + config.num_patches, config.width), dtype)
+    w = workspace.array("w", (int(starts[-1]), config.width), dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    image_embedding = workspace.array("image_embedding", (len(dataset), config.itc_width), dtype)
+    text_embedding = workspace.array("text_embedding", (len(captions), config.itc_width), dtype)
+
+    def encode_images(start: int, stop: int) -> Iterator[None]:
+        for batch, _ in eval_loader(dataset.rows(start, stop), model, tokenizer):
+            found = image_features(model, batch.images, precision)
+            v.write(start, found.v)
+            image_embedding.write(start, found.embedding)
+            start += len(batch.images)
+            yield
+
+    def encode_texts(start: int, stop: int) -> Iterator[None]:
+        for begin in range(start, stop, BATCH):
+            found = text_features(model, captions[begin : min(begin + BATCH, stop)], tokenizer, precision)
+            w.write(int(starts[begin]), found.w.rows)
+            text_embedding.write(begin, found.embedding)
+            yield
+
+    workspace.share("images", len(dataset), BATCH, encode_images, "images")
+    workspace.share("texts", len(captions), BATCH, encode_texts, "captions")
+    return EncodedSplit(
+        v.tensor,
+        w.tensor,
+        starts,
+        image_embedding.tensor,
+        text_embedding.tensor,
+        torch.tensor(image),
+        torch.tensor(owner),
+        torch.tensor(first),
+        captions,
+    )
+
 
 QUERIES_PER_BLOCK = 64
 PAIRS_PER_BATCH = 512
@@ -90,36 +212,30 @@ class Candidates:
 
 
 @torch.no_grad()
-def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, precision: str = "auto") -> Ranks:
-    """Rank the gallery for every query of one direction. `rank_all` has the arguments."""
-    return rank_all(model, features, k, precision, (direction,))[direction]
-
-
-@torch.no_grad()
 def rank_all(
     model: MaskVLM,
     features: EncodedSplit,
     k: int = 32,
     precision: str = "auto",
-    directions: Sequence[str] = DIRECTIONS,
     workspace: Workspace | None = None,
     answers: bool = True,
 ) -> dict[str, Ranks]:
-    """Rank the gallery for every query. Returns the ranks by direction.
+    """Rank the gallery for every query, in both directions.
+
+    Returns the ranks by direction: "tr" (queries are images, the gallery is captions), and "ir" (the reverse).
 
     Args:
         features: `encode_split` of the same model.
         k: Candidates of each query for ITM to re-rank. 0 leaves ITM out, for a model that was trained without it: all
             ranks are then those of ITC.
         precision: auto, bf16 or fp32.
-        directions: "tr" (queries are images, the gallery is captions), "ir" (the reverse), or both.
         workspace: default: one in memory.
         answers: True if the answers of all queries are wanted. False leaves those of queries without a right candidate
             as ITC ranks them. The ranks are the same.
     """
     workspace = workspace or Workspace()
     device, number = _device(model), k or MOST_ANSWERS
-    found = [find_candidates(features, direction, number, workspace, device) for direction in directions]
+    found = [find_candidates(features, direction, number, workspace, device) for direction in DIRECTIONS]
     if k == 0:
         return {each.direction: _ranks_of_itc(model, each) for each in found}
     pairs = torch.cat([pairs_to_judge(candidates, features, answers) for candidates in found]).unique()  # sorted
@@ -129,7 +245,7 @@ def rank_all(
 
 @torch.no_grad()
 def rank_by_itc(features: EncodedSplit, direction: str, workspace: Workspace | None = None) -> Tensor:
-    """The field `itc` of `rank`, without the work of ITM."""
+    """The field `itc` of the ranks of one direction, without the work of ITM."""
     return find_candidates(features, direction, 1, workspace or Workspace()).ranks.tensor
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mvlm.config.groups import resume_may_change
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
-from mvlm.evaluation.table import describe_trivial_losses
+from mvlm.evaluation.evaluate import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import WEIGHTS_FILE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.retrieval import EncodedSplit
 from mvlm.report.examples import Example, chosen_samples, thumbnail
 from mvlm_dataloading import Dataset
 

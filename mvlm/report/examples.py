@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.evaluate import RERANK, unseen_images
-from mvlm.evaluation.features import EncodedSplit
-from mvlm.evaluation.retrieval import rank_all
+from mvlm.evaluation.retrieval import EncodedSplit, rank_all
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import eval_loader
 from mvlm.inference.fill_mask import fill_mask

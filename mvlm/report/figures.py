@@ -4,7 +4,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mvlm.evaluation.table import describe_trivial_losses
+from mvlm.evaluation.evaluate import describe_trivial_losses
 from mvlm.report.charts import line_chart, series
 from mvlm.report.html import table
 

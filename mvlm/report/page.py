@@ -8,7 +8,7 @@ from typing import Any
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import default_rerank
-from mvlm.evaluation.features import encode_split
+from mvlm.evaluation.retrieval import encode_split
 from mvlm.evaluation.workspace import open_workspace
 from mvlm.files import check_folder
 from mvlm.inference.trained_model import hash_of

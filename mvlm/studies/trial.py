@@ -18,7 +18,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.run import RunConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
-from mvlm.evaluation.evaluate import evaluate_with_ranks
+from mvlm.evaluation.evaluate import evaluate
 from mvlm.machine import code_revision, processor_name
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
@@ -142,7 +142,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         model, tokenizer = loaded.network, loaded.tokenizer
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
         rerank = trial.rerank if model.matching_is_trained else 0  # it may continue a model without ITM
-        figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, rerank, trial.config.precision)
+        figures, ranks = evaluate(model, dataset, train, tokenizer, rerank, trial.config.precision)
     rows = read_metrics(run.metrics)
     result = {
         "format_version": FORMAT_VERSION,

@@ -20,8 +20,7 @@ from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank_all, recall
+from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import LossWeights

@@ -74,7 +74,8 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
             yield f"{file} is {other}; evaluate the run again"
         else:
             test, train = (open_dataset(claims.config.data, name) for name in ("test", "train"))
-            found = evaluate(model.network, test, train, model.tokenizer, claimed["rerank"], claimed["precision"])
+            rerank, precision = claimed["rerank"], claimed["precision"]
+            found = evaluate(model.network, test, train, model.tokenizer, rerank, precision).figures
             found.pop("seconds")
             yield from _differences(claimed, json.loads(json.dumps(finite(found))))
 

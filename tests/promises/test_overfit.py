@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.evaluation import rank
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank_all, recall
+from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.tasks.finetune import finetune
@@ -70,6 +68,5 @@ def test_a_small_model_overfits_32_pairs(tmp_path, without_tensorboard):
     features = encode_split(trained, split, tokenizer)
     gain = cross_modal_gain(trained, split, features, tokenizer, draws=2)
     assert gain["gain_text_nats_95"][0] > 1, gain
-    for direction in ("tr", "ir"):
-        ranks = rank(trained, features, direction, k=8)
+    for ranks in rank_all(trained, features, k=8).values():
         assert recall(ranks.itc)["r1"] == recall(ranks.itm)["r1"] == 100

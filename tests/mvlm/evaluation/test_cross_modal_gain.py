@@ -13,7 +13,7 @@ from mvlm.evaluation.cross_modal_gain import (
     trivial_losses,
     wrong_partners,
 )
-from mvlm.evaluation.features import encode_split
+from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.encode import eval_loader
 from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 from support.models import micro_model

@@ -1,16 +1,18 @@
-"""Figures of an evaluation, against ranks computed separately."""
+"""Figures of an evaluation, against ranks computed separately; their table; and their file."""
 
+import copy
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from mvlm.evaluation.evaluate import evaluate, evaluate_briefly, evaluate_with_ranks, unseen_images
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank, recall
-from mvlm.evaluation.table import format_table
+from mvlm.evaluation.evaluate import evaluate, evaluate_briefly, format_table, unseen_images
+from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.report.examples import retrievals
 from mvlm_dataloading import ShardWriter, open_dataset
+from mvlm_dataloading.files import write_json
 from support.models import micro_model
 from support.scenes import png, scene
 
@@ -51,7 +53,7 @@ def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tok
     folder = write(tmp_path / "data", {"train": train, "test": test})
     split, known = (open_dataset(folder, name) for name in ("test", "train"))
     assert unseen_images(split, known) is None
-    figures = evaluate(model.eval(), split, known, tokenizer, 2, "fp32")
+    figures = evaluate(model.eval(), split, known, tokenizer, 2, "fp32").figures
     assert figures["unseen"] is None
     assert "unseen" not in format_table(figures)
     features = encode_split(model, split, tokenizer, "fp32")
@@ -72,10 +74,7 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
                     writer.add(f"{i}-{row}", png(pixels), texts, metadata, split="test")
             writer.add("train", png(scene(20)[0]), ["a square"], {"base": "1"}, split="train")
         splits[name] = open_dataset(tmp_path / name, "test"), open_dataset(tmp_path / name, "train")
-    found = {
-        name: evaluate_with_ranks(model.eval(), test, train, tokenizer, 4, "fp32")
-        for name, (test, train) in splits.items()
-    }
+    found = {name: evaluate(model.eval(), test, train, tokenizer, 4, "fp32") for name, (test, train) in splits.items()}
     (merged, ranks), (flat, ranks_of_flat) = found["merged"], found["flat"]
     assert (flat["n_images"], flat["n_texts"], flat["unseen"]["n_images"]) == (12, 36, 9)
     assert found["unnamed"][0]["n_images"] == 36  # equal pictures alone say nothing: ranks of earlier versions stay
@@ -94,9 +93,9 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
 def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
     folder = write(tmp_path / "data", {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
-    figures = evaluate(model.eval(), split, train, tokenizer, 3, "fp32")
+    figures = evaluate(model.eval(), split, train, tokenizer, 3, "fp32").figures
     features = encode_split(model, split, tokenizer, "fp32")
-    ranks = {way: rank(model, features, way, 3, "fp32") for way in ("tr", "ir")}
+    ranks = rank_all(model, features, 3, "fp32")
     for way, chosen in (("tr", [1, 3]), ("ir", [2, 3, 6, 7])):
         assert figures[way] == recall(ranks[way].itm)
         assert figures["itc"][way] == recall(ranks[way].itc)
@@ -119,7 +118,7 @@ def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
 def test_evaluation_has_no_unseen_figures_if_all_concepts_are_known(model, tmp_path, tokenizer):
     folder = write(tmp_path / "data", {"train": ["cat"], "test": ["cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
-    assert evaluate(model.eval(), split, train, tokenizer, 2, "fp32")["unseen"] is None
+    assert evaluate(model.eval(), split, train, tokenizer, 2, "fp32").figures["unseen"] is None
 
 
 def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, tokenizer):
@@ -130,7 +129,7 @@ def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, t
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     features = encode_split(model, heldout_split, tokenizer, "fp32")
     for way in ("tr", "ir"):
-        alone = recall(rank(model, features, way, 8, "fp32").itc)
+        alone = recall(rank_all(model, features, 8, "fp32")[way].itc)
         assert {name: found[f"{way}_{name}"] for name in alone} == alone
     assert set(found) == {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)} | {
         *("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")
@@ -142,7 +141,7 @@ def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenize
     folder = write(tmp_path / "data", {"test": ["cat", "owl", "dog", "hen"]})
     split = open_dataset(folder, "test")
     assert split.splits == ["test"]
-    figures = evaluate(model.eval(), split, None, tokenizer, 2, "fp32")
+    figures = evaluate(model.eval(), split, None, tokenizer, 2, "fp32").figures
     assert figures["unseen"] is None
     assert figures["masked_l1_train_median"] is None
     assert figures["masked_l1_white"] > 0
@@ -153,7 +152,7 @@ def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenize
 @pytest.mark.parametrize("k", [1, 3])
 def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_split, tokenizer, k):
     """12 captions of 8 images; in fp32 the two implementations agree to the digit of the figures."""
-    figures = evaluate(model.eval(), heldout_split, None, tokenizer, k, "fp32")
+    figures = evaluate(model.eval(), heldout_split, None, tokenizer, k, "fp32").figures
     captions = [(i, caption) for i in range(8) for caption in heldout_split.captions(i)]
     owner = torch.tensor([i for i, _ in captions])
     scale = model.log_scale.exp().item()
@@ -180,3 +179,85 @@ def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_s
             itm.append(int(((score >= score[hits].max()) & ~hits).sum()) if hits.any() else itc[-1])
         assert figures[way] == recall(torch.tensor(itm))
         assert figures["itc"][way] == recall(torch.tensor(itc))
+
+
+RECALLS = {"r1": 11.1, "r5": 22.2, "r10": 33.3}
+FIGURES: dict[str, Any] = {
+    "n_images": 400,
+    "n_texts": 700,
+    "tr": RECALLS,
+    "ir": {"r1": 44.4, "r5": 55.5, "r10": 66.6},
+    "tr_95": {"r1": [10.4, 12.5]},
+    "ir_95": {"r1": [40.1, 48.2]},
+    "itc": {"tr": {"r1": 1.5, "r5": 2.5, "r10": 3.5}, "ir": {"r1": 4.5, "r5": 5.5, "r10": 6.5}},
+    "itm": {"tr": {"r1": 1.6, "r5": 2.6, "r10": 3.6}, "ir": {"r1": 4.6, "r5": 5.6, "r10": 6.6}},
+    "unseen": {
+        "n_images": 120,
+        "n_texts": 200,
+        "tr": {"r1": 7.1, "r5": 7.2, "r10": 7.3},
+        "ir": {"r1": 7.4, "r5": 7.5, "r10": 7.6},
+        "tr_95": {"r1": [5.5, 9.1]},
+        "ir_95": {"r1": [5.6, 9.3]},
+        "itc": {"tr": {"r1": 8.1, "r5": 8.2, "r10": 8.3}, "ir": {"r1": 8.4, "r5": 8.5, "r10": 8.6}},
+        "itm": {"tr": {"r1": 9.1, "r5": 9.2, "r10": 9.3}, "ir": {"r1": 9.4, "r5": 9.5, "r10": 9.6}},
+    },
+    "gain_text_nats": 0.512,
+    "gain_text_nats_95": [0.45, 0.58],
+    "gain_pixels_pct": 1.234,
+    "gain_pixels_pct_95": [0.9, 1.5],
+    "masked_l1": 0.3123,
+    "masked_l1_white": 0.3632,
+    "masked_l1_train_median": 0.3141,
+    "masked_nats": 1.8765,
+}
+
+
+def test_table_has_every_figure_in_its_column():
+    lines = format_table(FIGURES).splitlines()
+    cells = [line.split()[-6:] for line in lines if line.split() and line.split()[-1].replace(".", "").isdigit()]
+    assert cells[:6] == [
+        ["11.1", "22.2", "33.3", "44.4", "55.5", "66.6"],
+        ["1.6", "2.6", "3.6", "4.6", "5.6", "6.6"],
+        ["1.5", "2.5", "3.5", "4.5", "5.5", "6.5"],
+        ["7.1", "7.2", "7.3", "7.4", "7.5", "7.6"],
+        ["9.1", "9.2", "9.3", "9.4", "9.5", "9.6"],
+        ["8.1", "8.2", "8.3", "8.4", "8.5", "8.6"],
+    ]
+    text = "\n".join(lines)
+    for words in (
+        "all 400 images, 700 captions",
+        "120 images of unseen concepts",
+        "R@1 of all 400 images, 700 captions, 95 %: 10.4 to 12.5 image to text, 40.1 to 48.2 text to image",
+        "R@1 of 120 images of unseen concepts, 95 %: 5.5 to 9.1 image to text, 5.6 to 9.3 text to image",
+        "0.51 nats per token (95 %: 0.45 to 0.58)",
+        "1.23 % (95 %: 0.90 to 1.50)",
+        "0.3123; constant white 0.3632, training median 0.3141",
+        "1.877 nats per token",
+    ):
+        assert words in text
+    assert len({line.index("R@1") for line in lines if "R@1" in line and "R@5" in line}) == 1
+
+
+def test_table_without_itm_has_the_recalls_of_itc_alone():
+    text = format_table(FIGURES | {"itm": None, "unseen": FIGURES["unseen"] | {"itm": None}, "reranked": 0})
+    assert "ITM" not in text
+    assert ["1.5", "2.5", "3.5", "4.5", "5.5", "6.5"] in [line.split()[-6:] for line in text.splitlines()]
+
+
+def test_table_has_no_row_of_unseen_concepts_without_them():
+    text = format_table(FIGURES | {"unseen": None})
+    assert "unseen" not in text
+    assert "11.1" in text
+
+
+def test_figures_are_written_into_a_new_folder(tmp_path):
+    path = tmp_path / "eval/deep/test.json"
+    write_json(path, FIGURES)
+    assert json.loads(path.read_text()) == FIGURES
+    assert path.read_text().endswith("}\n")
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    broken = copy.deepcopy(FIGURES) | {"masked_l1": float("nan")}
+    write_json(tmp_path / "test.json", broken)
+    assert json.loads((tmp_path / "test.json").read_text()) == FIGURES | {"masked_l1": None}

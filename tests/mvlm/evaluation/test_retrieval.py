@@ -1,4 +1,8 @@
-"""Ranks and recall against a brute-force count, with a matching head that looks its answers up in a table."""
+"""Ranks and recall against a brute-force count, with a matching head that looks its answers up in a table.
+
+Features of a split against each image and caption alone. Intervals of recalls against a bootstrap that draws images one
+by one, and against scipy's.
+"""
 
 import itertools
 import math
@@ -6,12 +10,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from torch import nn
 
 from mvlm.evaluation import retrieval
-from mvlm.evaluation.features import EncodedSplit
-from mvlm.evaluation.retrieval import best_rank, rank, rank_all, rank_by_itc, recall
+from mvlm.evaluation.retrieval import (
+    EncodedSplit,
+    best_rank,
+    encode_split,
+    rank_all,
+    rank_by_itc,
+    recall,
+    recall_intervals,
+)
+from mvlm.evaluation.workspace import Workspace
+from mvlm.inference import encode
 from mvlm.model.packing import PackedText
+from mvlm_dataloading import ShardWriter, open_dataset
+from support.models import micro_model
+from support.scenes import png, scene
 
 
 class Lookup(nn.Module):
@@ -100,7 +117,7 @@ def test_ranks_against_brute_force(direction, k):
     log_odds = 3 * rng.normal(size=(70, len(owner)))
     log_odds[owner, np.arange(len(owner))] += 3
     model = Lookup(log_odds, scale=2.5)
-    found = rank(model, features_of(image, text, owner), direction, k, "fp32")  # pyright: ignore[reportArgumentType]
+    found = rank_all(model, features_of(image, text, owner), k, "fp32")[direction]  # pyright: ignore[reportArgumentType]
     wanted = by_hand(image, text, owner, log_odds, 2.5, direction, k)
     itc, itm, top, score, alone = map(list, zip(*wanted, strict=True))
     assert found.itc.tolist() == itc
@@ -122,7 +139,7 @@ def test_no_candidates_for_itm_leave_the_order_of_itc(direction):
     owner = [i for i in range(70) for _ in range(1 + i % 2)]
     image, text = rng.normal(size=(70, 5)), rng.normal(size=(len(owner), 5))
     model = Lookup(rng.normal(size=(70, len(owner))), scale=2.5)
-    found = rank(model, features_of(image, text, owner), direction, 0, "fp32")  # pyright: ignore[reportArgumentType]
+    found = rank_all(model, features_of(image, text, owner), 0, "fp32")[direction]  # pyright: ignore[reportArgumentType]
     wanted = by_hand(image, text, owner, np.zeros((70, len(owner))), 2.5, direction, 1000)
     itc, _, top, score, _ = map(list, zip(*wanted, strict=True))
     assert found.itc.tolist() == found.itm.tolist() == found.itm_alone.tolist() == itc
@@ -138,7 +155,7 @@ def test_re_ranking_leaves_right_answers_below_the_candidates_where_they_are(dir
     image, text = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
     sure = 1000 * np.eye(30)
     model = Lookup(sure)
-    found = rank(model, features_of(image, text, list(range(30))), direction, 10, "fp32")  # pyright: ignore[reportArgumentType]
+    found = rank_all(model, features_of(image, text, list(range(30))), 10, "fp32")[direction]  # pyright: ignore[reportArgumentType]
     for itc, itm in zip(found.itc.tolist(), found.itm.tolist(), strict=True):
         assert itm == (0 if itc < 10 else itc)
 
@@ -148,17 +165,13 @@ def test_a_pair_is_judged_once_for_both_directions_and_an_images_pairs_lie_toget
     owner = [i for i in range(90) for _ in range(2)]
     image, text = rng.normal(size=(90, 5)), rng.normal(size=(180, 5))
     model, features = Lookup(3 * rng.normal(size=(90, 180)), 2.5), features_of(image, text, owner)
-    both = rank_all(model, features, 20, "fp32")  # pyright: ignore[reportArgumentType]
+    rank_all(model, features, 20, "fp32")  # pyright: ignore[reportArgumentType]
     judged = [pair for images, texts in model.batches for pair in zip(images, texts, strict=True)]
     similarity = image @ text.T
     wanted = {(i, t) for i in range(90) for t in np.argsort(-similarity[i])[:20].tolist()}
     wanted |= {(i, t) for t in range(180) for i in np.argsort(-similarity[:, t])[:20].tolist()}
     assert judged == sorted(wanted)
     assert len(wanted) < 20 * (90 + 180)
-    for direction in ("tr", "ir"):
-        alone = rank(model, features, direction, 20, "fp32")  # pyright: ignore[reportArgumentType]
-        for field in ("itc", "itm", "itm_alone", "top", "score"):
-            assert torch.equal(getattr(alone, field), getattr(both[direction], field))
 
 
 @pytest.mark.parametrize("k", [1, 8])
@@ -209,7 +222,7 @@ def test_recall_of_random_embeddings_is_chance(captions):
     image, text = rng.normal(size=(400, 16)), rng.normal(size=(len(owner), 16))
     model = Lookup(rng.normal(size=(400, len(owner))))
     for direction in ("tr", "ir"):
-        found = rank(model, features_of(image, text, owner), direction, 16, "fp32")  # pyright: ignore[reportArgumentType]
+        found = rank_all(model, features_of(image, text, owner), 16, "fp32")[direction]  # pyright: ignore[reportArgumentType]
         queries, gallery = (400, len(owner)) if direction == "tr" else (len(owner), 400)
         answers = captions if direction == "tr" else 1
         for ranks in (found.itc, found.itm):
@@ -266,7 +279,7 @@ def test_no_query_finds_its_answer_among_equal_wrong_ones(direction, k):
     """Each image and each caption is there twice, so that every right answer has a wrong one that is equal to it."""
     image = np.tile(np.random.default_rng(0).normal(size=(25, 64)), (2, 1))
     model = Lookup(np.tile(np.eye(25), (2, 2)))
-    found = rank(model, features_of(image, image, list(range(50))), direction, k, "fp32")  # pyright: ignore[reportArgumentType]
+    found = rank_all(model, features_of(image, image, list(range(50))), k, "fp32")[direction]  # pyright: ignore[reportArgumentType]
     for field in ("itc", "itm", "itm_alone"):
         assert int(getattr(found, field).min()) >= 1, field
 
@@ -282,7 +295,7 @@ def test_a_model_whose_scores_are_nan_finds_nothing():
 @pytest.mark.parametrize("direction", ["tr", "ir"])
 def test_recall_of_a_constant_model_is_zero(direction):
     features = features_of(np.ones((20, 3)), np.ones((20, 3)), list(range(20)))
-    found = rank(Lookup(np.zeros((20, 20))), features, direction, 20, "fp32")  # pyright: ignore[reportArgumentType]
+    found = rank_all(Lookup(np.zeros((20, 20))), features, 20, "fp32")[direction]  # pyright: ignore[reportArgumentType]
     for ranks in (found.itc, found.itm):
         assert recall(ranks) == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
 
@@ -290,3 +303,108 @@ def test_recall_of_a_constant_model_is_zero(direction):
 def test_recall_is_per_cent_of_queries():
     assert recall(torch.tensor([0, 0, 3, 4, 5, 9, 10, 99])) == {"r1": 25.0, "r5": 50.0, "r10": 75.0}
     assert recall(torch.tensor([0, 1, 1])) == {"r1": 33.33, "r5": 100.0, "r10": 100.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return micro_model(dtype=torch.float32).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("batch", [64, 3])
+def test_features_of_a_split_are_those_of_each_image_and_caption_alone(
+    model, heldout_split, tokenizer, monkeypatch, tmp_path, batch, place
+):
+    """The plain network encodes each alone."""
+    monkeypatch.setattr(encode, "BATCH", batch)
+    monkeypatch.setattr(retrieval, "BATCH", batch)
+    workspace = Workspace(tmp_path if place == "disk" else None)
+    found = encode_split(model, heldout_split, tokenizer, "fp32", workspace)
+    captions = [caption for i in range(8) for caption in heldout_split.captions(i)]
+    assert found.captions == captions
+    assert len(captions) == 12  # every second image has two
+    assert found.owner.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
+    assert found.first.tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert found.v.shape == (8, 17, 16)
+    lengths = [len(tokenizer.encode([caption], 12)[0]) for caption in captions]
+    assert found.starts.tolist() == [sum(lengths[:t]) for t in range(13)]
+    assert found.w.shape == (sum(lengths), 16)
+    with torch.no_grad():
+        for i in range(8):
+            pixels = torch.from_numpy(scene(3 * i + 1)[0]).permute(2, 0, 1)[None]
+            v = model.encode_image(pixels)
+            torch.testing.assert_close(found.v[i], v[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.image_embedding[i], model.embed_image(v)[0], rtol=0, atol=1e-6)
+        for t, caption in enumerate(captions):
+            tokens = torch.from_numpy(tokenizer.encode([caption], 12)[0])
+            length = len(tokens)
+            w, _ = model.encode_text(tokens, torch.tensor([0, length]), length)
+            rows = found.w[found.starts[t] : found.starts[t + 1]]
+            torch.testing.assert_close(rows, w[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.text_embedding[t], model.embed_text(w)[0], rtol=0, atol=1e-6)
+    for embedding in (found.image_embedding, found.text_embedding):
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
+
+
+def test_chosen_captions_are_packed_in_the_given_order(model, heldout_split, tokenizer):
+    found = encode_split(model, heldout_split, tokenizer, "fp32")
+    chosen = torch.tensor([7, 0, 7, 3])
+    text = found.texts(chosen, torch.device("cpu"))
+    rows = [found.w[found.starts[t] : found.starts[t + 1]] for t in chosen.tolist()]
+    assert torch.equal(text.rows, torch.cat(rows))
+    assert text.packing.lengths.tolist() == [len(x) for x in rows]
+    assert (text.packing.total, text.packing.max_length) == (len(text.rows), max(map(len, rows)))
+    assert torch.equal(found.images(chosen, torch.device("cpu")), found.v[chosen])
+
+
+def test_the_first_caption_of_an_image_is_one_that_has_a_token(model, tokenizer, monkeypatch, tmp_path):
+    """As in the loader of the masks, which passes over the others."""
+    with ShardWriter(tmp_path, name="odd", source="tests", licence="CC0", attribution="", recipe={}) as writer:
+        for i, captions in enumerate((["unseen", "red", "blue"], ["green", "unseen"], ["red", "blue"])):
+            assert writer.add(f"{i}", png(scene(i)[0]), captions, {}, split="test") is None
+    encoding = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, n: encoding([t.replace("unseen", "") for t in texts], n))
+    split = open_dataset(tmp_path, "test")
+    found = encode_split(model, split, tokenizer, "fp32")
+    assert [found.captions[n] for n in found.first.tolist()] == ["red", "green", "red"]
+    (batch, _), *_ = encode.eval_loader(split, model, tokenizer)
+    lengths = found.starts.diff()[found.first]
+    assert torch.equal(batch.cu_seqlens.diff().long(), lengths)
+
+
+@pytest.mark.slow
+def test_intervals_of_captions_are_those_of_drawn_images():
+    rng = np.random.default_rng(3)
+    images = np.repeat(np.arange(150), rng.integers(1, 5, 150))
+    hard = rng.random(150)  # captions of one image are right or wrong together
+    ranks = (rng.integers(0, 12, len(images)) * hard[images]).astype(int)
+    found = recall_intervals(torch.from_numpy(ranks), torch.from_numpy(images))
+    queries_of = [np.flatnonzero(images == image) for image in range(150)]
+    drawn = [np.concatenate([queries_of[i] for i in rng.integers(150, size=150)]) for _ in range(4000)]
+    for k in (1, 5, 10):
+        expected = np.percentile([100 * np.mean(ranks[queries] < k) for queries in drawn], (2.5, 97.5))
+        width = expected[1] - expected[0]
+        assert np.abs(np.array(found[f"r{k}"]) - expected).max() < 0.08 * width
+
+
+def test_intervals_of_single_queries_are_scipys():
+    ranks = np.random.default_rng(5).integers(0, 15, 400)
+    found = recall_intervals(torch.from_numpy(ranks), torch.arange(400))
+    for k in (1, 5, 10):
+        expected = bootstrap((100.0 * (ranks < k),), np.mean, n_resamples=9999, method="percentile", rng=1)
+        ends = np.array(expected.confidence_interval)
+        assert np.abs(np.array(found[f"r{k}"]) - ends).max() < 0.5, (k, found, ends)  # one query is 0.25
+
+
+def test_images_without_a_query_are_not_drawn():
+    ranks = torch.tensor([0, 3, 0, 20])
+    assert recall_intervals(ranks, torch.tensor([7, 2, 7, 90])) == recall_intervals(ranks, torch.tensor([1, 0, 1, 2]))
+
+
+def test_equal_queries_have_an_interval_of_no_width():
+    assert recall_intervals(torch.zeros(9, dtype=torch.long), torch.arange(9)) == {
+        "r1": [100.0, 100.0],
+        "r5": [100.0, 100.0],
+        "r10": [100.0, 100.0],
+    }

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank
+from mvlm.evaluation.retrieval import encode_split, rank_all
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.portable.clip_model import ClipTokenizer
 from mvlm_dataloading import open_dataset, tokenizer_for
@@ -168,7 +167,7 @@ def test_matches_are_those_of_each_pair_alone(model, pixels):
 def test_candidates_are_ordered_as_evaluation_orders_them(model, heldout_split, tokenizer, pixels):
     features = encode_split(model.network, heldout_split, tokenizer, "fp32")
     for direction, queries, candidates in (("ir", features.captions, pixels), ("tr", pixels, features.captions)):
-        wanted = rank(model.network, features, direction, 1000, "fp32")
+        wanted = rank_all(model.network, features, 1000, "fp32")[direction]
         for number, query in enumerate(queries):
             found = model.rerank(query, candidates, truncate=True)
             assert found.order[:5].tolist() == wanted.top[number].tolist()

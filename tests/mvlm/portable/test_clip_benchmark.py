@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank_by_itc, recall
+from mvlm.evaluation.retrieval import encode_split, rank_by_itc, recall
 from mvlm.portable.clip_benchmark import register
 from mvlm.portable.clip_model import create_clip_model
 from mvlm.runs.load import load_model

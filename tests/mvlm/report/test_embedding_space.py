@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.retrieval import EncodedSplit
 from mvlm.report import embedding_space as space
 from mvlm_dataloading import Dataset, open_dataset
 from support.scenes import write_scenes

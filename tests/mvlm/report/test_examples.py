@@ -10,8 +10,7 @@ from PIL import ExifTags, Image
 
 from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.evaluate import unseen_images
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import Ranks
+from mvlm.evaluation.retrieval import Ranks, encode_split
 from mvlm.report import examples
 from mvlm.report.html import data_uri
 from mvlm_dataloading import ShardWriter, open_dataset

@@ -14,7 +14,7 @@ from PIL import Image
 from mvlm.errors import RunError
 from mvlm.evaluation import retrieval
 from mvlm.evaluation.evaluate import evaluate
-from mvlm.evaluation.features import EncodedSplit, encode_split
+from mvlm.evaluation.retrieval import EncodedSplit, encode_split
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.report import page as report_page
@@ -45,7 +45,7 @@ def reported(tmp_path_factory):
     split, train = open_dataset(data, "test"), open_dataset(data, "train")
     found = load_model(run)
     loaded, tokenizer = found.network, found.tokenizer
-    figures = {"checkpoint": HOSTILE, "split": "test", **evaluate(loaded, split, train, tokenizer)}
+    figures = {"checkpoint": HOSTILE, "split": "test", **evaluate(loaded, split, train, tokenizer).figures}
     (run / "eval").mkdir()
     (run / "eval/test.json").write_text(json.dumps(figures))
     return run, data, figures, write_report(run)

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 import mvlm.search.embed as embedding
 from mvlm.errors import RunError
-from mvlm.evaluation.features import encode_split
+from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank
+from mvlm.evaluation.retrieval import encode_split, rank_all
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
@@ -30,7 +29,7 @@ def index(model, scenes, tmp_path_factory, alone):
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_answers_are_ranked_as_evaluation_ranks_them(model, index, heldout_split, k):
     features = encode_split(model.network, heldout_split, model.tokenizer, "fp32")
-    images = rank(model.network, features, "ir", k, "fp32")
+    images = rank_all(model.network, features, k, "fp32")["ir"]
     for number, caption in enumerate(features.captions):
         if len(model.tokenizer.encode([caption], 99)[0]) > 12:
             continue  # refused as a query
@@ -40,7 +39,7 @@ def test_answers_are_ranked_as_evaluation_ranks_them(model, index, heldout_split
         plain = search(model, index, caption, top=8)
         similarity = features.text_embedding[number] @ features.image_embedding.T
         assert [hit.row for hit in plain] == similarity.sort(descending=True, stable=True).indices.tolist()
-    texts = rank(model.network, features, "tr", k, "fp32")
+    texts = rank_all(model.network, features, k, "fp32")["tr"]
     for number in range(8):
         hits = search(model, index, image=heldout_split.image_bytes(number), kind="texts", top=5, rerank=k)
         wanted = [features.captions[row] for row in texts.top[number].tolist()]

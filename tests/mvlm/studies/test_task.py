@@ -104,7 +104,7 @@ def test_a_study_of_retrieval_has_the_recall_of_its_trials(scenes, trained, tmp_
     (trial,) = plan_trials(retrieval, scenes, tmp_path / "other", trained)
     finetune(trial.config)  # pyright: ignore[reportArgumentType]
     model = load_model(trial.config.out, "cpu")
-    found = evaluate(model.network, open_dataset(scenes, "test"), None, model.tokenizer, 32)
+    found = evaluate(model.network, open_dataset(scenes, "test"), None, model.tokenizer, 32).figures
     assert result["figures"]["test"]["tr_r1"] == pytest.approx(found["tr"]["r1"])
     assert result["figures"]["test"]["ir_r10"] == pytest.approx(found["ir"]["r10"])
     assert result["figures"]["test"]["mean_r1"] == pytest.approx((found["tr"]["r1"] + found["ir"]["r1"]) / 2)
