@@ -87,7 +87,7 @@ def export(
 
         write(run, out)
     else:
-        from mvlm.portable.folder import export_programs
+        from mvlm.portable.programs import export_programs
 
         for name, difference in export_programs(run, out, format).items():
             print(f"{name}: largest difference from the network {difference:.1e}")

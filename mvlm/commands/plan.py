@@ -47,8 +47,7 @@ def plan(
     from dataclasses import replace
 
     from mvlm.config.model import MaskVLMConfig
-    from mvlm.costs.cluster_plan import NODES, ClusterSetting, parse_count, parse_gpus
-    from mvlm.costs.plan_text import format_plan
+    from mvlm.costs.cluster_plan import NODES, ClusterSetting, format_plan, parse_count, parse_gpus
     from mvlm.errors import ConfigError
 
     if gpu not in NODES or parallel not in ("ddp", "fsdp") or not 0 < mfu <= 1 or accumulate < 1 or batch_size < 0:

@@ -48,7 +48,7 @@ def study(
         raise ConfigError(f"jobs: wanted at least 1, got {jobs}")
     description = read_study(file)
     if jobs > 1 and not partial:
-        from mvlm.studies.jobs import run_jobs
+        from mvlm.studies.run import run_jobs
 
         words = [
             str(file),

@@ -10,8 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.fake_batch import fake_microbatch
-from mvlm.costs.step_cost import MemoryTracker, give_fake_tensors
+from mvlm.costs.step_cost import MemoryTracker, fake_microbatch, give_fake_tensors
 from mvlm.model.fast import encode_masked, encode_patches, encode_tokens, match_pairs, project_patches, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing, round_up_length

@@ -1,7 +1,7 @@
 """Collectives of one rank's step, recorded while the step runs on fake tensors in a process group that moves nothing.
 
 The record says what each collective moves, where in the step's computation it starts, and where the computation, or the
-lane beside it (`mvlm.distributed.collectives.Lane`), waits for it. `mvlm.costs.timeline` makes times of that.
+lane beside it (`mvlm.distributed.collectives.Lane`), waits for it. `mvlm.costs.recorded_step` makes times of that.
 
 Shape legend: W ranks.
 """

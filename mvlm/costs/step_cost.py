@@ -8,7 +8,7 @@ separate formula.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.flops import FORMULAS
 from mvlm.costs.recording import recorded_world
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
@@ -36,6 +35,41 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.negatives import NegativeSampling
+from mvlm_dataloading import Batch, Masks
+
+
+def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int) -> tuple[Batch, Masks]:
+    """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says.
+
+    Captions have `tokens` tokens each; the longest is said to have `longest`. Of masks of variable size, there are as
+    many tokens as they mask on average, and as many patches as they are stored with.
+    """
+    side = config.image_size
+    ordinary = tokens - 2
+    masked = max(1, round(config.text_mask_ratio * ordinary))
+    if config.text_masking == "variable":
+        masked = (ordinary + 1) // 2
+
+    def ids(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.int64)
+
+    batch = Batch(
+        images=torch.empty(pairs, 3, side, side, dtype=torch.uint8),
+        tokens=ids(pairs * tokens),
+        cu_seqlens=torch.empty(pairs + 1, dtype=torch.int32),
+        max_length=min(longest, config.text_length),
+        image_id=ids(pairs),
+        text_id=ids(pairs),
+        sample_id=ids(pairs),
+    )
+    masks = Masks(patch_ids=ids(pairs, config.masked_patches), token_ids=ids(pairs * masked))
+    if config.image_masking == "variable":
+        everything = ids(pairs, config.num_patches)
+        masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))
+    if config.text_masking == "variable":
+        masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape))
+    return batch, masks
+
 
 CPU = torch.device("cpu")
 # Not torch's FlopCounterMode: its module hooks keep the graphs of checkpointed blocks alive, which adds memory.

@@ -37,8 +37,7 @@ from mvlm.distributed.world import World
 from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText
-from mvlm.objectives.losses import Losses, LossWeights
-from mvlm.objectives.masked_tokens import weight_of_masked_tokens
+from mvlm.objectives.losses import Losses, LossWeights, weight_of_masked_tokens
 from mvlm_dataloading import Batch, Masks
 
 

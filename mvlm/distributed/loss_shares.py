@@ -32,8 +32,8 @@ from mvlm.objectives.losses import (
     contrastive_sums,
     matching_loss,
     shared_contrastive_sums,
+    weight_of_masked_tokens,
 )
-from mvlm.objectives.masked_tokens import weight_of_masked_tokens
 from mvlm.objectives.negatives import (
     Negatives,
     NegativeSampling,

@@ -41,8 +41,7 @@ from mvlm.model.packing import (
     second_of_two,
 )
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
-from mvlm.objectives.losses import LossWeights, weighted_mean
-from mvlm.objectives.masked_tokens import masked_tokens
+from mvlm.objectives.losses import LossWeights, masked_tokens, weighted_mean
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 

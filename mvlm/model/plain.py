@@ -14,8 +14,7 @@ from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.objectives import losses
-from mvlm.objectives.losses import LossWeights
-from mvlm.objectives.masked_tokens import masked_tokens
+from mvlm.objectives.losses import LossWeights, masked_tokens
 from mvlm_dataloading import Batch, Masks
 
 

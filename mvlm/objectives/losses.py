@@ -1,4 +1,6 @@
-"""Losses of the four objectives. Formulas: MaskVLM (ICLR 2023), equations 1 to 3, and docs/explain/method.md.
+"""Losses of the four objectives, and the masked tokens of MLM.
+
+Formulas: MaskVLM (ICLR 2023), equations 1 to 3, and docs/explain/method.md.
 
 Shape legend: B pairs, G pairs of the global batch, Q rows of a block, R pairs of ITM, M masked tokens,
 K masked patches, V vocabulary, E contrastive width, P patch side.
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm_dataloading import Batch, Masks
 
 
 class LossWeights(NamedTuple):
@@ -187,3 +190,39 @@ def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     correct = correct_top1(logits, labels)
     return weighted_mean(losses, weights), weighted_mean(correct, weights)
+
+
+class MaskedTokens(NamedTuple):
+    """Masked tokens of a batch's captions."""
+
+    ids: Tensor
+    """int64 (M,), positions in the packed captions, ascending. Padding positions come last, past all captions."""
+    targets: Tensor
+    """int64 (M,), true tokens; -100 for a padding position."""
+    weights: Tensor | None
+    """float32 (M,), weight of each in MLM, 0 for a padding position; None: all count the same."""
+
+    def with_shares(self) -> "MaskedTokens":
+        """The same with weights float64 (M,) that add up to 1, if there are any."""
+        if self.weights is None:
+            return self
+        weights = self.weights.double().masked_fill(self.targets == -100, 0)
+        return self._replace(weights=weights / weights.sum())
+
+
+def masked_tokens(batch: Batch, masks: Masks) -> MaskedTokens:
+    """List the masked tokens of the captions."""
+    ids = masks.token_ids
+    # Padding positions (see `mvlm.model.packing.pad_to_bucket`) point past the last caption and are ignored.
+    targets = batch.tokens.index_select(0, ids).masked_fill(ids >= batch.cu_seqlens[-1], -100)
+    return MaskedTokens(ids, targets, masks.token_weights)
+
+
+def weight_of_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
+    """Sum of the weights of the masked tokens of a batch, by which MLM is divided, and their number: float64 (2,).
+
+    The two are equal if all count the same. Padding positions point past the last caption: not counted.
+    """
+    counted = (masks.token_ids < batch.cu_seqlens[-1]).double()
+    weights = counted if masks.token_weights is None else masks.token_weights * counted
+    return torch.stack([weights.sum(), counted.sum()])

@@ -1,15 +1,29 @@
-"""Folders and uploads of trained models for the Hugging Face hub: weights, tokenizer, and a model card."""
+"""Folders and uploads of trained models for the Hugging Face hub: weights, tokenizer, and a model card.
 
+The card is made from a template. Everything that it states is read from the run, from its evaluation and from its
+data's dataset.json: data, licence and attribution, figures with intervals, recipe and limits.
+"""
+
+import json
 import re
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mvlm.config.groups import resume_may_change
+from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import new_folder
-from mvlm.model.pretrained import HUB_ID, write_model
-from mvlm.portable.card import model_card, run_of
-from mvlm.portable.folder import TOKENIZER
-from mvlm.runs.folder import find_checkpoint
+from mvlm.evaluation.evaluate import describe_trivial_losses
+from mvlm.files import check_folder, new_folder
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE, write_model
+from mvlm.portable.programs import TOKENIZER
+from mvlm.runs.folder import RunFolder, find_checkpoint
 from mvlm.runs.load import load_for_export
+from mvlm.statistics import Interval
+from mvlm_dataloading import DataError, open_dataset
 
 CARD = "README.md"
 
@@ -90,3 +104,268 @@ def check_hub_id(hub_id: str) -> None:
     """ConfigError unless it has the form owner/name."""
     if not HUB_ID.fullmatch(hub_id):
         raise ConfigError(f"push-to: wanted an id OWNER/NAME on the hub, got {hub_id!r}")
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ORIGINS = {
+    "checkpoint": "the model",
+    "initial_model": "the model",
+    "image_weights": "the image weights",
+    "text_weights": "the text weights",
+}
+"""Settings that name what a run started from, and what each names."""
+ABILITIES = {
+    "itc_weight": "compares images with texts",
+    "itm_weight": "judges whether an image and a text belong together",
+    "mlm_weight": "fills in masked words",
+    "mim_weight": "rebuilds masked patches of images",
+}
+"""What each loss teaches, by the setting that is 0 if a run left it out."""
+TASK_LOSSES = {"retrieval": ("itc_weight", "itm_weight"), "caption": ("mlm_weight",)}
+"""Losses of pretraining that a task trains; vqa does only with masked answers, and the others train a head alone."""
+DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
+
+
+class Recall(NamedTuple):
+    """One figure of the card's table, in per cent."""
+
+    queries: str
+    ranked_by: str
+    direction: str
+    k: int
+    value: float
+    interval: Interval | None
+    """95 % interval of the evaluation; None of ITC beside ITM, for which there is none."""
+    n: int
+    chance: float
+
+
+def recalls(figures: dict[str, Any]) -> list[Recall]:
+    """All recalls that `mvlm eval retrieval` wrote, with the intervals that it gave them."""
+    found = []
+    for queries, part in (("all", figures), ("unseen concepts", figures["unseen"])):
+        if part is None:
+            continue
+        reranked = figures.get("reranked") != 0
+        ways = ([("ITC, re-ranked by ITM", part)] if reranked else []) + [("ITC", part["itc"])]
+        for ranked_by, of in ways:
+            for direction, name in DIRECTIONS.items():
+                n = part["n_images"] if direction == "tr" else part["n_texts"]
+                chance = 100 / figures["n_images"]  # for image to text too: of n captions an image, n are right
+                for k in (1, 5, 10):
+                    value, interval = of[direction][f"r{k}"], None
+                    if of is part or not reranked:
+                        interval = Interval(*map(float, part[f"{direction}_95"][f"r{k}"]))
+                    found.append(Recall(queries, ranked_by, name, k, value, interval, n, min(100, k * chance)))
+    return found
+
+
+def run_of(source: Path) -> RunFolder:
+    """The run that `source`, a run or one of its checkpoints, belongs to. RunError if it is neither."""
+    check_folder(source, "a run or one of its checkpoints")
+    for folder in (source, *source.absolute().parents[:2]):
+        if RunFolder(folder).config.is_file() and RunFolder(folder).checkpoints.is_dir():
+            return RunFolder(folder)
+    raise RunError(
+        f"{source}: wanted a run or one of its checkpoints, found another folder; a model card is made from a run"
+    )
+
+
+def model_card(
+    source: Path,
+    network: MaskVLM,
+    data: Path | str | None = None,
+    hub_id: str = "owner/name",
+    model: str | None = None,
+) -> str:
+    """The card of a run's model, Markdown with a YAML head, as the hub reads it.
+
+    Args:
+        source: a run, or one of its checkpoints.
+        data: folder of the data that the run was trained on. Default: the one that its config.json names.
+        hub_id: id owner/name for the examples.
+        model: hash of the model, `TrainedModel.sha256`. Figures of another one are not stated. Without it, or for
+            figures of an earlier version, which name no hash, the name of the checkpoint decides.
+
+    Raises:
+        RunError: there is no such run, or its data's licence cannot be read, or its evaluation is damaged.
+    """
+    run = run_of(source)
+    config = read_config(run.config)
+    checkpoint = find_checkpoint(source)
+    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    if named is None:
+        raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
+    description = data_description(data or str(config["data"]))
+    figures, why_none = _evaluation(run.evaluation), "a task, so there are no figures of retrieval"
+    if figures is not None:
+        named_model = figures.get("model") if model is not None else None
+        same_data = _is_on(figures, data or str(config["data"]))
+        figures["split"] = line(figures["split"])
+        if not (_is_of(figures, checkpoint, run) if named_model is None else named_model == model):
+            figures = None
+            why_none = "another checkpoint, or of another image size or text length, so its figures are not here"
+        elif not same_data:
+            figures, why_none = None, "other data than the model was trained on, so its figures are not here"
+    found = [] if figures is None else recalls(figures)
+    name, task = hub_id.split("/")[1], config.get("task")
+    unread = {"format_version", "model", *(() if config.get("optimizer") == "muon" else ("lr_muon",))}
+    recipe = {key: value for key, value in config.items() if key not in unread and not resume_may_change(key)}
+    able = abilities(config, network)
+    return TEMPLATES.get_template("card.md").render(
+        head=card_head(name, description, figures, [] if task else found),  # of a fine-tuned model none is zero-shot
+        name=line(name),
+        hub_id=hub_id,
+        task=line(Path(task).stem) if task else None,
+        origin=origin(config),
+        random=bool(config.get("random_weights")),
+        abilities=able,
+        compares=ABILITIES["itc_weight"] in able,
+        matches=network.matching_is_trained,
+        parameters=sum(p.numel() for p in network.parameters()),
+        model=network.config,
+        data={key: line(description.get(key) or "not stated") for key in ("name", "source", "licence", "attribution")},
+        splits={line(key): split for key, split in description["splits"].items()},
+        pairs=description["splits"].get("train", {}).get("samples"),
+        figures=figures,
+        why_none=why_none if run.evaluation.is_file() else None,
+        rebuilds=figures is not None and figures["masked_l1"] < min(_trivial(figures)),
+        recalls=found,
+        trivial=None if figures is None else line(describe_trivial_losses(figures)),
+        step=int(named[1]),
+        batch_size=config["batch_size"],
+        settings=[(key, setting(value)) for key, value in recipe.items()],
+        versions={package: version(package) for package in ("torch", "numpy")},
+    )
+
+
+def data_description(data: Path | str) -> dict[str, Any]:
+    """The contents of dataset.json. RunError if there is none: a card without the data's licence is not written."""
+    try:
+        return open_dataset(data, "train").description
+    except (DataError, OSError) as error:
+        raise RunError(
+            f"{data}: wanted the data that the run was trained on, for its licence and attribution, found none "
+            f"({error}); name its folder with --data"
+        ) from None
+
+
+def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | None, found: list[Recall]) -> str:
+    """The card's YAML: what the hub shows and searches."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = str(description.get("name") or "unnamed")
+    results = [
+        EvalResult(
+            task_type="zero-shot-retrieval",
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split=str((figures or {})["split"]),
+            metric_type=f"recall@{r.k}",
+            metric_name=f"{r.direction}, {r.ranked_by}, recall@{r.k}",
+            metric_value=r.value,
+        )
+        for r in found
+        if r.queries == "all"
+    ]
+    return ModelCardData(
+        library_name="mvlm",
+        tags=["masked-vision-and-language", "image-text-retrieval"],
+        pipeline_tag="zero-shot-image-classification",
+        model_name=name if results else None,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def origin(config: dict[str, Any]) -> str:
+    """Model or weights that a run started from, in words; empty if its weights were drawn at random."""
+    random = config.get("random_weights")
+    named = [] if random else [(what, Path(config[key])) for key, what in ORIGINS.items() if config.get(key)]
+    return " and ".join(f"{what} {line(_name_of(path))}" for what, path in named)
+
+
+def _name_of(path: Path) -> str:
+    """Name of a model: of a checkpoint that of its run, of a file of weights that of its folder."""
+    path = path.absolute()
+    if path.name == WEIGHTS_FILE:
+        path = path.parent
+    return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+
+
+def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
+    """Abilities that the model was trained for. ITM only if it was trained.
+
+    All of a continued run, or of a fine-tuned one, unless that started from random weights.
+    """
+    if config.get("random_weights"):
+        masked = config["task"] == "vqa" and config.get("answers") == "masked"
+        trained = ("mlm_weight",) if masked else TASK_LOSSES.get(config["task"], ())
+        found = [] if config.get("freeze") == "all" else [name for name in ABILITIES if name in trained]
+    else:
+        known = "task" in config or config.get("initial_model") is not None
+        found = [name for name in ABILITIES if known or config.get(name) != 0]
+    return [ABILITIES[name] for name in found if name != "itm_weight" or network.matching_is_trained]
+
+
+def setting(value: object) -> str:
+    """A setting as JSON; of a path only the last part, since the rest says nothing elsewhere."""
+    return line(json.dumps(Path(value).name if isinstance(value, str) else value))
+
+
+def line(text: object) -> str:
+    """Other people's text as one line of Markdown: no sign in it formats, links or opens a tag."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
+
+
+def _trivial(figures: dict[str, Any]) -> list[float]:
+    """Masked L1 of the image-blind predictors."""
+    found = [figures["masked_l1_white"], figures["masked_l1_train_median"]]
+    return [value for value in found if value is not None]
+
+
+def _is_of(figures: dict[str, Any], checkpoint: Path, run: RunFolder) -> bool:
+    """True if the figures are of this checkpoint: they name it, or name the run and it is the run's newest."""
+    named = Path(str(figures["checkpoint"])).name
+    if re.fullmatch(r"step_\d+", named):
+        return named == checkpoint.name
+    return checkpoint.name == find_checkpoint(run.path).name
+
+
+def _is_on(figures: dict[str, Any], data: Path | str) -> bool:
+    """True if the figures are of a split of this data set. Those of an earlier version do not say so."""
+    wanted = figures.get("fingerprint")
+    if wanted is None:
+        return True
+    try:
+        return open_dataset(data, figures["split"]).fingerprint == wanted
+    except (DataError, OSError):  # no such split
+        return False
+
+
+def _evaluation(file: Path) -> dict[str, Any] | None:
+    """The figures of a run's evaluation; None if it has not been evaluated, or was evaluated on a task."""
+    if not file.is_file():
+        return None
+    try:
+        figures = json.loads(file.read_text())
+        if "task" in figures and "itc" not in figures:
+            return None
+        recalls(figures)
+        describe_trivial_losses(figures)
+        for name in ("gain_text_nats", "gain_pixels_pct", "masked_l1"):
+            float(figures[name])
+        for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
+            _, _ = map(float, figures[name])
+        if missing := {"split", "checkpoint"} - figures.keys():
+            raise KeyError(*missing)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise RunError(
+            f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
+        ) from None
+    return figures

@@ -1,25 +1,150 @@
-"""Programs of a trained model's three parts: torch.export's .pt2 files, and ONNX files.
+"""Programs of a trained model's three parts, torch.export's .pt2 files and ONNX files, and the folder around them.
 
-A program holds only torch's own operators, so it runs where mvlm is not installed. After it is written it is read back
-and compared with the network, on batches and lengths that it was not traced with.
+A part is a module with plain tensors as inputs and outputs. It computes what `mvlm.model.plain` computes, with torch's
+own operators once exported, so a program runs where mvlm is not installed. Texts are padded. After a program is written
+it is read back and compared with the network, on batches and lengths that it was not traced with. The folder also has a
+tokenizer.json and a preprocess.json, which say how to prepare texts and images.
+
+Shape legend: B batch, N patches, L tokens of the longest text, C width, E contrastive width, S image side.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.files import new_folder
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.model.attention import Attention, Branch
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.portable.modules import Part, example_inputs, parts
+from mvlm.runs.load import load_for_export
+from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.errors import need
+from mvlm_dataloading.files import sha256, write_json
 from mvlm_kernels.add_layer_norm import reference
+
+
+class ImageEmbedder(nn.Module):
+    """The image encoder and its contrastive projection."""
+
+    def __init__(self, network: MaskVLMNetwork) -> None:
+        super().__init__()
+        self.encoder, self.projection = network.image_encoder, network.image_projection
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels uint8 (B, 3, S, S) -> embedding (B, E) of unit length, features (B, 1+N, C)."""
+        features = self.encoder(pixels)
+        return F.normalize(self.projection(features[:, 0]), dim=-1), features
+
+
+class TextEmbedder(nn.Module):
+    """The text encoder and its contrastive projection."""
+
+    def __init__(self, network: MaskVLMNetwork) -> None:
+        super().__init__()
+        self.encoder, self.projection = network.text_encoder, network.text_projection
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids int64 (B, L), [CLS] first; attention_mask int64 (B, L), 1 = a token, 0 = padding.
+
+        Returns embedding (B, E) of unit length, features (B, L, C). Features of padding have no meaning.
+        """
+        exists = attention_mask != 0
+        position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+        def attend(attention: Attention, rows: Tensor) -> Branch:
+            return attention(rows, rows, exists)
+
+        features = self.encoder.run(input_ids, position, attend)
+        return F.normalize(self.projection(features[:, 0]), dim=-1), features
+
+
+class Matcher(nn.Module):
+    """The cross-modality encoders and the matching head."""
+
+    def __init__(self, network: MaskVLMNetwork) -> None:
+        super().__init__()
+        self.image_cross, self.text_cross, self.head = network.image_cross, network.text_cross, network.matching_head
+
+    def forward(self, image_features: Tensor, text_features: Tensor, attention_mask: Tensor) -> Tensor:
+        """image_features (B, 1+N, C), text_features (B, L, C), attention_mask int64 (B, L), as the embedders give them.
+
+        Returns ITM's log-odds (B,) that image b and text b belong together.
+        """
+        exists = attention_mask != 0
+        image = self.image_cross(image_features, text_features, None, exists, first_row_only=True)[:, 0]  # (B, C)
+        text = self.text_cross(text_features, image_features, exists, None, first_row_only=True)[:, 0]
+        logits = self.head(image * text)
+        return logits[:, 1] - logits[:, 0]
+
+
+class Part(NamedTuple):
+    """One of the three modules, with all that its export needs."""
+
+    name: str
+    """Name of its file, without a suffix."""
+    module: nn.Module
+    inputs: dict[str, tuple[str, ...]]
+    """Names of the inputs, with the names of their axes that vary: "batch", "length"; "" for the others."""
+    outputs: dict[str, tuple[str, ...]]
+    """The same for outputs."""
+
+
+def parts(network: MaskVLMNetwork) -> list[Part]:
+    """The three modules of a network."""
+    image, text = ("batch", "", ""), ("batch", "length", "")
+    ids = ("batch", "length")
+    return [
+        Part(
+            "image_encoder",
+            ImageEmbedder(network),
+            {"pixels": ("batch", "", "", "")},
+            {"image_embedding": ("batch", ""), "image_features": image},
+        ),
+        Part(
+            "text_encoder",
+            TextEmbedder(network),
+            {"input_ids": ids, "attention_mask": ids},
+            {"text_embedding": ("batch", ""), "text_features": text},
+        ),
+        Part(
+            "matching_head",
+            Matcher(network),
+            {"image_features": image, "text_features": text, "attention_mask": ids},
+            {"log_odds": ("batch",)},
+        ),
+    ]
+
+
+def example_inputs(network: MaskVLMNetwork, batch: int, length: int, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Random inputs of each module by name, on the CPU: texts of 3 to `length` tokens, the first of `length`.
+
+    The features of the matching head are those that the encoders compute for the other inputs.
+    """
+    config, generator = network.config, torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), generator=generator)
+    lengths = torch.randint(3, length + 1, (batch,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator) * mask
+    found: dict[str, dict[str, Tensor]] = {
+        "image_encoder": {"pixels": pixels.to(torch.uint8)},
+        "text_encoder": {"input_ids": ids, "attention_mask": mask},
+    }
+    with torch.no_grad():
+        image: Any = ImageEmbedder(network)(**found["image_encoder"])
+        text: Any = TextEmbedder(network)(**found["text_encoder"])
+    found["matching_head"] = {"image_features": image[1], "text_features": text[1], "attention_mask": mask}
+    return found
+
 
 Format = Literal["pt2", "onnx"]
 TOLERANCE = 1e-4
@@ -179,3 +304,92 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+PREPROCESS, TOKENIZER = "preprocess.json", "tokenizer.json"
+
+
+def export_programs(source: Path, out: Path, format: Format) -> dict[str, float]:
+    """Write a trained model's programs, its tokenizer, and how to prepare images and texts, to a new folder.
+
+    Args:
+        source: a run, one of its checkpoints, or an exported folder.
+        out: new or empty folder. After an error there is none.
+        format: pt2 (torch.export) or onnx.
+
+    Returns:
+        For each program's file, its largest difference from the network (`mvlm.portable.programs.difference`).
+
+    Raises:
+        RunError, ConfigError: as `load_model` and `write_programs`, and for a folder with files.
+    """
+    if format == "onnx":
+        check_onnx_packages()
+    with new_folder(out) as folder:
+        model = load_for_export(source, "fp32")
+        found = write_programs(model.network, folder, format)
+        write_tokenizer(model.tokenizer, model.network.config.text_length, folder / TOKENIZER)
+        write_json(folder / PREPROCESS, preprocessing(model, folder, format, found))
+    return found
+
+
+def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
+    """Write a tokenizer.json that adds [CLS] and [SEP], truncates to `length` tokens and pads to the longest text.
+
+    With the package `tokenizers`, `Tokenizer.from_file(file).encode_batch(texts)` then has the model's ids and masks.
+    For a text with the name of a special token in it, first set `encode_special_tokens = True`: no file can hold that.
+    Where special tokens are ordinary pieces (SentencePiece without added_tokens), put the unknown token for such names.
+    """
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.save(file)
+    inner = Fast.from_file(str(file))
+    cls, sep, pad = (tokenizer.token(i) for i in (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id))
+    inner.post_processor = TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0", special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)]
+    )
+    inner.enable_truncation(length)
+    inner.enable_padding(pad_id=tokenizer.pad_id, pad_token=pad)
+    file.write_text(inner.to_str(pretty=True), encoding="utf-8")
+
+
+def preprocessing(model: TrainedModel, folder: Path, format: Format, differences: dict[str, float]) -> dict[str, Any]:
+    """The contents of preprocess.json (docs/guides/export.md)."""
+    config, tokenizer = model.network.config, model.tokenizer
+    programs = {}
+    for part in parts(model.network):
+        file = f"{part.name}.{format}"
+        programs[part.name] = {
+            "file": file,
+            "sha256": sha256(folder / file),
+            "inputs": list(part.inputs),
+            "outputs": list(part.outputs),
+            "largest_difference": differences[file],
+        }
+    return {
+        "format": format,
+        "opset": OPSET if format == "onnx" else None,
+        "tolerance": TOLERANCE,
+        "model_sha256": model.sha256,
+        "model": json.loads(json.dumps(config.to_dict())),
+        "image": {
+            "size": config.image_size,
+            "dtype": "uint8",
+            "layout": "batch, channel (red, green, blue), row, column",
+            "orientation": "turned as EXIF says",
+            "depth": "of 16 bits the upper 8",
+            "background": "white under transparent areas",
+            "resize": "squeezed to a square, bilinear with antialiasing",
+            "normalization": "inside the program",
+        },
+        "text": {
+            "max_length": config.text_length,
+            "cls_id": tokenizer.cls_id,
+            "sep_id": tokenizer.sep_id,
+            "pad_id": tokenizer.pad_id,
+            "mask_id": tokenizer.mask_id,
+        },
+        "logit_scale": model.network.log_scale.exp().item(),
+        "programs": programs,
+    }

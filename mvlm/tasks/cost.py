@@ -10,9 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.costs.cluster_plan import GB, ClusterSetting
-from mvlm.costs.fake_batch import fake_microbatch
-from mvlm.costs.plan_text import memory_table
+from mvlm.costs.cluster_plan import GB, ClusterSetting, memory_table
 from mvlm.costs.recording import Collective
 from mvlm.costs.step_cost import (
     LONGEST,
@@ -21,6 +19,7 @@ from mvlm.costs.step_cost import (
     StepShape,
     autocast_of,
     counted,
+    fake_microbatch,
     give_fake_tensors,
     step_cost,
 )

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.weights.names import ROBERTA_FIRST_POSITION, SourceName, bert_names, hf_vit_names, timm_names
+from mvlm.weights.load import ROBERTA_FIRST_POSITION, SourceName, bert_names, hf_vit_names, timm_names
 
 
 def export_timm_vit(model: MaskVLMNetwork) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mvlm.portable import folder
+from mvlm.portable import programs as module
 from support.commands import assert_refused
 
 HUB_FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
@@ -26,7 +26,7 @@ def test_programs_are_listed_with_their_differences(run_mvlm, trained, tmp_path,
             (out / f"{name}.{format}").write_bytes(b"program")
         return {f"{name}.{format}": 2e-7 for name in ("image_encoder", "text_encoder", "matching_head")}
 
-    monkeypatch.setattr(folder, "write_programs", write)  # tests/mvlm/portable makes real ones
+    monkeypatch.setattr(module, "write_programs", write)  # tests/mvlm/portable makes real ones
     outcome = run_mvlm("export", trained, tmp_path / "out", "--format", "pt2")
     assert outcome.out[0] == "image_encoder.pt2: largest difference from the network 2.0e-07"
     assert outcome.out[-1] == str(tmp_path / "out")

@@ -11,6 +11,7 @@ from mvlm import cli
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.cluster_plan import (
     ClusterSetting,
+    format_plan,
     gpu_memory,
     limits,
     most_logits,
@@ -20,7 +21,6 @@ from mvlm.costs.cluster_plan import (
     rank_step_cost,
     scaling,
 )
-from mvlm.costs.plan_text import format_plan
 from mvlm.costs.recorded_step import RecordedStep, logit_work
 from mvlm.costs.recording import Collective, Event
 from mvlm.costs.step_cost import StepCost

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from mvlm.costs.recorded_step import RecordedStep, logit_work, record_step
+from mvlm.costs.recorded_step import RecordedStep, logit_work, record_step, rescaled
 from mvlm.costs.step_cost import StepShape
-from mvlm.costs.timeline import rescaled
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_config
 

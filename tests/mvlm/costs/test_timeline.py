@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from mvlm.costs.recorded_step import RecordedStep
+from mvlm.costs.recorded_step import MESSAGE, PROTOCOLS, Links, RecordedStep, rescaled, step_times
 from mvlm.costs.recording import Collective, Event
-from mvlm.costs.timeline import MESSAGE, PROTOCOLS, Links, rescaled, step_times
 
 CLUSTER = Links(per_node=8, nodes=16, intra_node=400e9, inter_node=50e9)
 NODE = Links(per_node=8, nodes=1, intra_node=400e9, inter_node=50e9)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvlm.model.pretrained import write_model
-from mvlm.portable.folder import export_programs
+from mvlm.portable.programs import export_programs
 from support.models import micro_model
 
 

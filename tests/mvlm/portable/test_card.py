@@ -9,7 +9,7 @@ import yaml
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
-from mvlm.portable.card import line, model_card, origin, recalls
+from mvlm.portable.hub import line, model_card, origin, recalls
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mvlm.cli import run_command
-from mvlm.portable import folder as module
+from mvlm.portable import programs as module
 from mvlm.runs.load import load_model
 from support.scenes import png, scene
 

@@ -4,8 +4,8 @@ import pytest
 import tokenizers
 
 from mvlm.errors import RunError
-from mvlm.portable import folder as module
-from mvlm.portable.folder import export_programs, write_tokenizer
+from mvlm.portable import programs as module
+from mvlm.portable.programs import export_programs, write_tokenizer
 
 TEXTS = ["a red square", "a", "a blue square on a white ground, and then some more words", "[MASK] naïve"]
 

@@ -9,8 +9,7 @@ import torch
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.portable import programs as module
-from mvlm.portable.modules import example_inputs, parts
-from mvlm.portable.programs import difference, load_program
+from mvlm.portable.programs import difference, example_inputs, load_program, parts
 from mvlm.runs.load import load_model
 from support.commands import run_python
 

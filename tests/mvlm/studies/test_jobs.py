@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mvlm.errors import RunError
-from mvlm.studies.jobs import run_jobs
+from mvlm.studies.run import run_jobs
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ print("got", len(got), flush=True)
     program.chmod(0o755)
     code = f"""
 import signal, sys
-from mvlm.studies.jobs import run_jobs
+from mvlm.studies.run import run_jobs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.executable = {str(program)!r}
 run_jobs(["study.toml"], (1, 1), 2)

@@ -1,11 +1,22 @@
-"""The page of a study: what it concludes."""
+"""What the page of a study concludes; paired differences and their intervals, against scipy and loops."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from mvlm.studies.compare import Comparison, Interval
-from mvlm.studies.page import answer
+from mvlm.errors import ConfigError
+from mvlm.studies.page import (
+    Comparison,
+    Interval,
+    answer,
+    compare,
+    figure,
+    interval_over_seeds,
+    query_hits,
+)
 from mvlm.studies.study import read_study
 
 STUDY = Path(__file__).parents[3] / "studies/objectives.toml"
@@ -30,3 +41,84 @@ def test_one_seed_makes_no_difference_certain(seeds, found):
 def test_an_arm_differs_if_neither_interval_contains_0(over_seeds, over_images, found):
     row = Comparison(2, 1.0, 0.0, 2.0, over_seeds, over_images, 0.0, 0.0)
     assert answer(read_study(STUDY), "ir.r1", {"ITC": row}) == f"ir.r1: {found}"
+
+
+OWNER = [0, 0, 1, 2, 2, 2]
+
+
+def result(seed: int, ir: list[int], gain: float = 0.0, unseen: list[bool] | None = None) -> dict[str, Any]:
+    hits = 100 * np.mean([rank < 1 for rank in ir])
+    return {
+        "seed": seed,
+        "figures": {"ir": {"r1": float(hits)}, "gain_text_nats": gain},
+        "ranks": {
+            "tr": {"itm": [0, 3, 12], "itc": [1, 1, 1], "itm_alone": [4, 5, 6]},
+            "ir": {"itm": ir, "itc": [0] * 6},
+            "owner": OWNER,
+            "unseen": unseen,
+        },
+    }
+
+
+def test_a_difference_is_taken_seed_by_seed() -> None:
+    base = [result(s, [0, 5, 0, 0, 9, s % 2], gain=s) for s in (4, 1, 3)]
+    arm = [result(s, [0, 0, 0, 0, 9, s % 2], gain=s + 0.5 + 0.1 * (s == 3)) for s in (1, 3, 4, 7)]
+    found = compare(arm, base, "ir.r1")
+    assert found.seeds == 3
+    assert found.difference == pytest.approx(100 / 6)
+    assert found.mean == pytest.approx(np.mean([400 / 6, 400 / 6, 500 / 6]))
+    assert found.paired == pytest.approx(0)
+    ranks = [400 / 6, 400 / 6, 500 / 6]
+    assert found.unpaired == pytest.approx(np.sqrt(2 * np.var(ranks, ddof=1)))
+    gain = compare(arm, base, "gain_text_nats")
+    assert gain.over_images is None
+    assert gain.difference == pytest.approx(0.5 + 0.1 / 3)
+    assert gain.paired == pytest.approx(np.std([0.5, 0.6, 0.5], ddof=1))
+
+
+def test_a_figure_that_is_not_finite_is_said_to_be_so() -> None:
+    figures: dict[str, Any] = {"ir": {"r1": 1.0}, "gain_text_nats": None}
+    trial = result(3, [0] * 6) | {"arm": "high rates", "figures": figures}
+    with pytest.raises(ConfigError, match="high rates, seed 3: wanted a finite gain_text_nats, found none"):
+        figure(trial, "gain_text_nats")
+    with pytest.raises(ConfigError, match="measures: wanted a figure of"):
+        figure(trial, "gain_txt_nats")
+
+
+@pytest.mark.slow
+def test_equal_trials_differ_by_exactly_zero() -> None:
+    trials = [result(s, [s, 0, 1, 0, 2, 0], gain=0.1 * s) for s in range(3)]
+    for measure in ("ir.r1", "gain_text_nats"):
+        found = compare(trials, trials, measure)
+        assert (found.difference, found.paired, *found.over_seeds) == (0, 0, 0, 0)
+    assert compare(trials, trials, "ir.r1").over_images == (0, 0)
+
+
+@pytest.mark.parametrize("seeds", [2, 5, 9, 40])
+def test_the_interval_over_seeds_is_that_of_scipy(seeds: int) -> None:
+    values = np.random.default_rng(0).normal(2, 3, seeds)
+    wanted = stats.t.interval(0.95, seeds - 1, values.mean(), stats.sem(values))
+    assert interval_over_seeds(values) == pytest.approx(wanted, rel=1e-8)
+    assert interval_over_seeds(values[:1]) == (values[0], values[0])
+
+
+def test_intervals_over_five_seeds_cover_the_truth_in_95_of_100_cases() -> None:
+    cases = np.random.default_rng(5).normal(1, 3, (8000, 5))
+    covered = [low <= 1 <= high for low, high in map(interval_over_seeds, cases)]
+    assert 0.94 < np.mean(covered) < 0.96  # the percentile bootstrap of five values covers 83 %
+
+
+def test_recalls_count_the_queries_that_they_name() -> None:
+    trial = result(0, [0, 4, 5, 9, 10, 2], unseen=[False, True, True])
+    assert query_hits(trial, "ir.r5").tolist() == [100, 100, 0, 0, 0, 100]
+    assert query_hits(trial, "itc.ir.r1").tolist() == [100] * 6
+    assert query_hits(trial, "itm.tr.r5").tolist() == [100, 0, 0]
+    assert query_hits(trial, "tr.r10").tolist() == [100, 100, 0]
+    assert query_hits(trial, "unseen.ir.r10").tolist() == [100, 100, 0, 100]  # captions of the images 1 and 2
+    assert query_hits(trial, "unseen.tr.r5").tolist() == [100, 0]
+
+
+@pytest.mark.parametrize("measure", ["ir.r2", "ir", "", "gain"])
+def test_an_unknown_measure_is_refused(measure: str) -> None:
+    with pytest.raises(ConfigError, match="measures: wanted a figure of `mvlm eval retrieval`"):
+        figure(result(0, [0] * 6), measure)

@@ -16,8 +16,8 @@ import torch
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.portable.folder import export_programs
 from mvlm.portable.hub import write_hub_folder
+from mvlm.portable.programs import export_programs
 from mvlm.runs.checkpoint import read_state, sha256
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import export, load_model

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.fake_batch import fake_microbatch
-from mvlm.costs.step_cost import MemoryTracker, StepShape, give_fake_tensors
+from mvlm.costs.step_cost import MemoryTracker, StepShape, fake_microbatch, give_fake_tensors
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.masked_answers import mask_features, weighted_cross_entropy
 from mvlm.tasks.registry import find_task
