@@ -46,7 +46,7 @@ def test_bf16_steps_on_a_cpu_see_few_totals_and_little_padding(configuration):
 def test_a_compiled_step_sees_fewer_totals(configuration):
     batch = micro_batch((6,) * 64)  # 384 tokens
     [(fine, _)] = with_few_shapes([batch], configuration(), ALONE)
-    [(coarse, _)] = with_few_shapes([batch], configuration(compile=True), ALONE)
+    [(coarse, _)] = with_few_shapes([batch], configuration(capture="compile"), ALONE)
     assert len(fine.tokens) == 416  # multiples of 32
     assert len(coarse.tokens) == 480  # multiples of 96
 
