@@ -39,7 +39,7 @@ MODEL = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initiali
 def test_fine_tuned_retrieval_learns_16_pairs_by_heart(tmp_path, without_tensorboard):
     data = write_mosaics(tmp_path / "data", 16)
     pretrain(pretrain_config(data, tmp_path / "pretrained", model=MODEL, max_steps=1))
-    settings = {"max_steps": 250, "batch_size": 16, "warmup_steps": 20, "crop_scale": (1.0, 1.0), "lr_pixels": 0.0}
+    settings = {"max_steps": 250, "batch_size": 16, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}
     rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_head": 2e-3, "device": "cpu"}
     starts = {"task": "retrieval", "checkpoint": tmp_path / "pretrained", "data": data, "out": tmp_path / "run"}
     finetune(FinetuneConfig(**starts, **settings, **rates))  # pyright: ignore[reportArgumentType]
