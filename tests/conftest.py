@@ -27,6 +27,8 @@ LONGEST = (
     "kernels/test_aot.py",
     "mvlm/distributed/test_global_batch.py",
     "kernels/cross_attention/test_triton.py",
+    "kernels/test_ops.py",
+    "kernels/test_transforms.py",
     "benchmarks/gpu/test_killed.py",
     "kernels/test_emulated.py",
     "mvlm/model/test_fast.py",

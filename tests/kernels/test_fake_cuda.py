@@ -3,25 +3,22 @@
 They have no gradients: autograd asks the device for its stream, and this torch may be built without CUDA.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mvlm_kernels import (
-    cross_attention,
-    dispatch,
-    explain,
-    gather_patches,
-    linear_pixel_loss,
-    masked_pixel_loss,
-    place_tokens,
-)
+from mvlm_kernels import cross_attention, dispatch, explain
+from support.kernels.ops import REGISTERED, ROWS, Row, rows
 
-pytestmark = pytest.mark.plain_empty
-BF16: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+pytestmark = [
+    pytest.mark.plain_empty,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,58 +34,33 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def attention(batch: int, keys: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    shapes = [(batch, 197, 3, 64), (batch, keys, 3, 64), (batch, keys, 3, 64)]
-    return [torch.empty(s, dtype=dtype, device="cuda") for s in shapes]
+def on_gpu(row: Row) -> Row:
+    """The row with fake tensors of a GPU in the types of autocast."""
 
+    def fake(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
-def pixels(batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.empty(batch, 3, 32, 32, dtype=torch.uint8, device="cuda")
-    return images, torch.empty(batch, count, dtype=torch.int32, device="cuda")
-
-
-def calls(batch: int, count: int) -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
-    images, ids = pixels(batch, count)
-    norm: Any = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    lengths = torch.empty(batch, dtype=torch.int32, device="cuda")
-    tokens = [torch.empty(s, **BF16) for s in ((batch, 16, 8), (8,), (17, 8), (8,))]
-    pred = torch.empty(batch, count, 192, **BF16)
-    head = [torch.empty(s, **BF16) for s in ((batch, count, 24), (192, 24), (192,))]
-    return {
-        "cross_attention": (lambda q, k, v: cross_attention(q, k, v, key_lengths=lengths), attention(batch, count)),
-        "gather_patches": (lambda x: gather_patches(x, ids, 8, **norm), [torch.empty(batch, 3, 32, 32, **BF16)]),
-        "masked_pixel_loss": (lambda p: masked_pixel_loss(p, images, ids, 8, **norm), [pred]),
-        "linear_pixel_loss": (lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 8, **norm), head),
-        "place_tokens": (place_tokens, tokens),
-    }
+    return row._replace(
+        tensors=tuple(map(fake, row.mixed().tensors)), constants=tree_map_only(Tensor, fake, row.constants)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "op", ["cross_attention", "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens"]
-)
-def test_compiled_gpu_call_is_one_graph_with_the_op(op: str):
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "attention, long keys"])  # indexing asks for CUDA
+def test_a_compiled_gpu_call_is_one_graph_with_the_op(name: str):
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph
 
-    sizes = torch.compile(lambda call, x: call(*x), fullgraph=True, dynamic=True, backend=backend)
-    for batch, count in ((2, 5), (3, 7)):
-        call, tensors = calls(batch, count)[op]
-        out = sizes(call, tensors)
-        assert out.shape == call(*tensors).shape
-        assert out.is_cuda
+    compiled = torch.compile(ROWS[name].ours, fullgraph=True, dynamic=True, backend=backend)
+    for number in (0, 1):
+        row = on_gpu(rows(number)[name])
+        found, eager = (tree_leaves(f(*row.tensors, **row.constants)) for f in (compiled, row.ours))
+        assert [(x.shape, x.dtype, x.device.type) for x in found] == [(x.shape, x.dtype, "cuda") for x in eager]
     for graph in graphs:
-        assert any(f"mvlm_kernels.{op}" in str(node.target) for node in graph.graph.nodes)
-
-
-def test_eager_calls_on_a_gpu_take_the_kernels():
-    for op, (call, tensors) in calls(2, 5).items():
-        out = call(*tensors)
-        assert out.device.type == "cuda", op
-    assert explain(cross_attention, *attention(2, 5)).backend == "triton"
+        assert any(f"mvlm_kernels.{REGISTERED.get(row.op, row.op)}" in str(node.target) for node in graph.graph.nodes)
 
 
 @pytest.mark.slow
@@ -102,7 +74,7 @@ def test_float32_attention_without_tf32_is_sdpa_inside_the_graph(monkeypatch: py
         return graph
 
     compiled = torch.compile(cross_attention, fullgraph=True, dynamic=True, backend=backend)
-    tensors = attention(2, 5, torch.float32)
+    tensors = [torch.empty(2, length, 3, 64, device="cuda") for length in (197, 5, 5)]
     assert compiled(*tensors).shape == tensors[0].shape
     (graph,) = graphs
     assert [node.target for node in graph.graph.nodes if "tan" in str(node.target)] == ["tan"]

@@ -15,65 +15,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mvlm_kernels import (
-    add_layer_norm,
-    cross_attention,
-    dispatch,
-    gather_patches,
-    gelu_linear,
-    linear_pixel_loss,
-    masked_pixel_loss,
-    place_tokens,
-    registration,
-    use_backend,
-)
+from mvlm_kernels import cross_attention, dispatch, registration, use_backend
+from mvlm_kernels.aot_cases import CASES
 from support.kernels.attention import SIDES, Case, build
+from support.kernels.ops import ROWS, Row, distinct
 
 pytestmark = pytest.mark.plain_empty
-Call = tuple[Callable[..., Any], list[Tensor], dict[str, Any]]
-"""Function, tensors that get gradients, options."""
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def on_device(row: Row) -> Row:
+    """The row on the meta device in the types of autocast. Values of channels are tensors there."""
+    meta = tree_map_only(Tensor, lambda x: x.to("meta"), row.mixed()._asdict())
+    values = {x: torch.empty(3, device="meta") for x in ("mean", "std") if x in row.constants}
+    return Row(**meta | {"constants": meta["constants"] | values})
 
 
-def attention(case: Case, **options: Any) -> Call:
+def attention(case: Case, **options: Any) -> Row:
     made = build(case)
     given = tree_map_only(Tensor, lambda x: x.to("meta"), made.kwargs)
-    rows = [x.to("meta", torch.bfloat16) for x in (made.q, made.k, made.v)]
-    return cross_attention, rows, given | made.bounds | options
+    tensors = tuple(x.to("meta", torch.bfloat16) for x in (made.q, made.k, made.v))
+    return Row("cross_attention", cross_attention, cross_attention, tensors, given | made.bounds | options)
 
 
-def calls() -> dict[str, Call]:
-    found = {f"attention, {name}": attention(case) for name, case in SIDES.items()}
-    found["attention, split grid"] = attention(Case(len_q=17, len_k=577, batch=1))
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    found["attention, options"] = attention(
-        Case(len_q=67, len_k=37, heads=4, key_heads=2, lengths=True), dropout_p=0.1, seed=seed
-    )
-    images, ids = empty(2, 3, 32, 32, dtype=torch.uint8), empty(2, 5, dtype=torch.int32)
-    norm: Any = {"mean": empty(3, dtype=torch.float32), "std": empty(3, dtype=torch.float32)}
-    patches = {"patch_ids": ids, "patch_size": 8, **norm}
-    found["gather_patches"] = gather_patches, [empty(2, 3, 32, 32)], patches
-    found["gather_patches, all"] = gather_patches, [empty(2, 3, 32, 32)], patches | {"patch_ids": None}
-    head = [empty(2, 5, 24), empty(192, 24), empty(192)]
-    for kind in ("l1", "mse"):
-        options = {"images": images, "kind": kind, "normalize_target": kind == "mse", **patches}
-        found[f"masked_pixel_loss, {kind}"] = masked_pixel_loss, [empty(2, 5, 192)], options
-        found[f"linear_pixel_loss, {kind}"] = linear_pixel_loss, head, options
-    tokens = [empty(2, 16, 8), empty(8), empty(17, 8), empty(8)]
-    found["place_tokens"] = place_tokens, tokens, {}
-    found["place_tokens, masked"] = place_tokens, tokens, {"masked": empty(2, 16, dtype=torch.bool)}
-    found["place_tokens, visible"] = place_tokens, [empty(2, 5, 8), *tokens[1:]], {"visible_ids": ids}
-    row = empty(24, dtype=torch.float32)
-    found["add_layer_norm"] = add_layer_norm, [empty(2, 5, 24, dtype=torch.float32), empty(2, 5, 24), row, row], {}
-    found["gelu_linear"] = gelu_linear, [empty(2, 5, 24), empty(48, 24), empty(48)], {"h_bias": empty(24)}
-    return found
-
-
-CALLS = calls()
-WITHOUT_BACKWARD_KERNEL = {"linear_pixel_loss, mse"}  # its gradients are products of torch
+CALLS = {name: on_device(row) for name, row in ROWS.items()}
+CALLS |= {f"attention, {name}": attention(case) for name, case in SIDES.items()}
+CALLS["attention, split grid"] = attention(Case(len_q=17, len_k=577, batch=1))
+SEED = torch.empty((), dtype=torch.int64, device="meta")
+OPTIONS = Case(len_q=67, len_k=37, heads=4, key_heads=2, lengths=True)
+CALLS["attention, options"] = attention(OPTIONS, dropout_p=0.1, seed=SEED)
+WITHOUT_BACKWARD_KERNEL = {"linear loss"}  # its gradients are products of torch
 
 
 class NoCopies(TorchDispatchMode):
@@ -98,16 +68,50 @@ def watched() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_op_reads_a_value_or_copies_to_the_host(name: str):
-    function, tensors, options = CALLS[name]
-    leaves = [x.detach().requires_grad_() for x in tensors]
+    row = CALLS[name]
+    leaves = [x.detach().requires_grad_() for x in row.tensors]
     with watched() as launched:
-        found = function(*leaves, **options)
+        outputs = [x for x in distinct(row.ours(*leaves, **row.constants)) if x.requires_grad]
         assert launched
         launched.clear()
-        outputs = [x for x in tree_leaves(found) if x.requires_grad]
-        gradients = torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs])
+        grads = torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs], allow_unused=True)
         assert launched or name in WITHOUT_BACKWARD_KERNEL
-    assert [x.shape for x in gradients] == [x.shape for x in leaves]
+    assert [x.shape for x in grads if x is not None] == [x.shape for x in leaves]
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_launchers_of_all_compiled_cases_read_no_tensor(op: str):
+    with watched() as launched:
+        for label, call in CASES[op]():
+            if label.startswith(("bfloat16/64/32/", "step/", "bf16", "fp")):
+                call()
+    assert len(set(launched)) >= 3
+
+
+VALUES = {
+    "attention", "attention, long keys", "patches", "loss", "linear loss", "tokens, visible",
+}  # fmt: skip
+"""Rows with lengths, indices and ids, whose values are checked."""
+
+
+@pytest.mark.parametrize("switch, checks", [(None, False), ("", False), ("0", False), ("1", True)])
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_values_on_a_gpu_are_read_in_debug_mode_only(
+    name: str, switch: str | None, checks: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """With MVLM_KERNELS_DEBUG=1 they are checked before the launch. A tensor of a CPU is checked in any case."""
+    monkeypatch.delenv("MVLM_KERNELS_DEBUG", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("MVLM_KERNELS_DEBUG", switch)
+    with watched() as launched:
+        if checks:
+            with pytest.raises(RuntimeError, match="meta tensors"):
+                CALLS[name].ours(*CALLS[name].tensors, **CALLS[name].constants)
+        else:
+            CALLS[name].ours(*CALLS[name].tensors, **CALLS[name].constants)
+    assert bool(launched) != checks
+    assert dispatch.checks_values(torch.device("cuda")) == checks
+    assert dispatch.checks_values(torch.device("cpu"))
 
 
 PROBES: dict[str, Callable[[Tensor], Any]] = {

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from mvlm_kernels import (
-    add_layer_norm,
     cross_attention,
     gather_patches,
     gelu_linear,
@@ -24,6 +22,7 @@ from mvlm_kernels import (
     place_tokens,
     use_backend,
 )
+from support.kernels.ops import ROWS, distinct
 
 pytestmark = [
     pytest.mark.plain_empty,
@@ -33,75 +32,34 @@ pytestmark = [
 G = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=G)
 IDS = torch.tensor([[2, 0], [3, 3]])
-LENGTHS = torch.tensor([5, 3])
-MASKED = torch.tensor([[True, False, True], [False, False, True]])
 
 
 def rand(*shape: int) -> Tensor:
     return torch.randn(shape, generator=G, dtype=torch.float64)
 
 
-def attention_in_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    s = s.masked_fill(torch.arange(5) >= LENGTHS[:, None, None, None], -torch.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v)
+def joined(f: Callable[..., Any], constants: dict[str, Any]) -> Callable[..., Tensor]:
+    """f of tensors alone, with its outputs in one tensor."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        outputs = distinct(f(*tensors, **constants))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    return call
 
 
-def patches_in_torch(x: Tensor) -> Tensor:
-    x = x.double() / 255 if x.dtype == torch.uint8 else x
-    patches = F.unfold(x, 4, stride=4).transpose(1, 2)  # (B, N, C*P*P)
-    return torch.stack([rows[ids] for rows, ids in zip(patches, IDS, strict=True)])
-
-
-def placed_in_torch(tokens: Tensor, mask_token: Tensor, positions: Tensor, cls_token: Tensor) -> Tensor:
-    patches = torch.where(MASKED[:, :, None], mask_token, tokens) + positions[1:]
-    return torch.cat([(cls_token + positions[0]).expand(2, 1, -1), patches], 1)
-
-
-def loss_in_torch(pred: Tensor) -> Tensor:
-    return (pred - patches_in_torch(IMAGES)).square().mean()
-
-
-CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
-    "cross_attention": (
-        lambda q, k, v: cross_attention(q, k, v, key_lengths=LENGTHS),
-        attention_in_torch,
-        (rand(2, 4, 2, 32), rand(2, 5, 2, 32), rand(2, 5, 2, 32)),
-    ),
-    "gather_patches": (lambda x: gather_patches(x, IDS, 4), patches_in_torch, (rand(2, 3, 8, 8),)),
-    "masked_pixel_loss": (
-        lambda pred: masked_pixel_loss(pred, IMAGES, IDS, 4, kind="mse"),
-        loss_in_torch,
-        (rand(2, 2, 48),),
-    ),
-    "linear_pixel_loss": (
-        lambda h, w, b: linear_pixel_loss(h, w, b, IMAGES, IDS, 4, kind="mse"),
-        lambda h, w, b: loss_in_torch(F.linear(h, w, b)),
-        (rand(2, 2, 16), rand(48, 16), rand(48)),
-    ),
-    "place_tokens": (
-        lambda *x: place_tokens(*x, masked=MASKED),
-        placed_in_torch,
-        (rand(2, 3, 4), rand(4), rand(4, 4), rand(4)),
-    ),
+NAMES = ("attention", "patches", "loss", "linear loss", "tokens, masked", "norm", "post-norm", "gelu")
+CALLS = {
+    name: (*(joined(f, ROWS[name].constants) for f in (ROWS[name].ours, ROWS[name].plain)), ROWS[name].tensors)
+    for name in NAMES
 }
-CALLS["add_layer_norm"] = (
-    lambda x, y, w, b: torch.cat(add_layer_norm(x, y, w, b)),
-    lambda x, y, w, b: torch.cat([x + y, F.layer_norm(x + y, (8,), w, b, 1e-5)]),
-    (rand(2, 3, 8), rand(2, 3, 8), rand(8), rand(8)),
-)
-CALLS["post_norm"] = (
-    lambda x, y, w, b: add_layer_norm(x, y, w, b, post_norm=True)[1],
-    lambda x, y, w, b: F.layer_norm(x + y, (8,), w, b, 1e-5),
-    CALLS["add_layer_norm"][2],
-)
-CALLS["gelu_linear"] = (
-    lambda h, w, b: gelu_linear(h, w, b),
-    lambda h, w, b: F.linear(F.gelu(h), w, b),
-    (rand(3, 5, 8), rand(4, 8), rand(4)),
-)
-LINEAR, NAMES = ("gather_patches", "place_tokens"), {"post_norm": "add_layer_norm"}
+LINEAR = ("patches", "tokens, masked")
 OPS = pytest.mark.parametrize("op", CALLS)
+
+
+def public(op: str) -> str:
+    """Name of the function, as errors say it."""
+    return ROWS[op].op
 
 
 @pytest.fixture(autouse=True, params=["triton", "torch"])
@@ -119,12 +77,12 @@ def same(got: Any, wanted: Any) -> None:
 
 
 def skip_without_kernel(op: str, backend: str) -> None:
-    if op == "gelu_linear" and backend == "triton":
+    if op == "gelu" and backend == "triton":
         pytest.skip("transforms have no kernel of gelu_linear, and use_backend says so")
 
 
 def test_forced_kernels_of_gelu_linear_refuse_transforms(backend: str):
-    ours, _, args = CALLS["gelu_linear"]
+    ours, _, args = CALLS["gelu"]
     if backend == "torch":
         torch.func.vjp(ours, *args)
         return
@@ -180,14 +138,14 @@ def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
         inputs = [x.clone().requires_grad_() for x in args]
         return penalized(f, inputs, inputs)
 
-    if op not in LINEAR and (op != "cross_attention" or backend == "triton"):
+    if op not in LINEAR and (op != "attention" or backend == "triton"):
         attempts = [lambda: by_autograd(ours), lambda: torch.func.grad(penalty(ours, *args[1:]))(args[0])]
-        for attempt in attempts[: 1 if op == "gelu_linear" else 2]:
-            with pytest.raises(RuntimeError, match=f"{NAMES.get(op, op)} has no second derivative; use "):
+        for attempt in attempts[: 1 if op == "gelu" else 2]:
+            with pytest.raises(RuntimeError, match=f"{public(op)} has no second derivative; use "):
                 attempt()
     else:
         same(by_autograd(ours), by_autograd(plain))
-    if op in LINEAR or (op in ("cross_attention", "gelu_linear") and backend == "torch"):
+    if op in LINEAR or (op in ("attention", "gelu") and backend == "torch"):
         same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
 
 
@@ -213,7 +171,7 @@ def test_second_derivatives_of_some_inputs_are_right_or_refused_by_name(op: str,
         try:
             got = penalized(ours, inputs, first)
         except RuntimeError as error:
-            assert f"{NAMES.get(op, op)} has no second derivative; use " in str(error)  # noqa: PT017
+            assert f"{public(op)} has no second derivative; use " in str(error)  # noqa: PT017
             assert op not in LINEAR
         else:
             same(got, wanted)
@@ -221,7 +179,7 @@ def test_second_derivatives_of_some_inputs_are_right_or_refused_by_name(op: str,
 
 def test_second_derivative_by_the_weight_of_gelu_linear_where_h_is_constant(backend: str):
     """The GELU that a CPU saves is then a constant too, unless its bias is trained."""
-    ours, plain, (h, weight, _) = CALLS["gelu_linear"]
+    ours, plain, (h, weight, _) = CALLS["gelu"]
     leaf, h_bias = weight.clone().requires_grad_(), rand(8).requires_grad_()
     with pytest.raises(RuntimeError, match="gelu_linear has no second derivative; use "):
         penalized(lambda w: gelu_linear(h, w, h_bias=h_bias), [leaf], [leaf])
@@ -236,7 +194,8 @@ def test_second_derivative_by_the_weight_of_gelu_linear_where_h_is_constant(back
 @pytest.mark.parametrize("visible", [False, True])
 def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
     tokens, rest = rand(2, 3, 4)[:, : 2 if visible else 3], (rand(4), rand(4, 4), rand(4))
-    where: dict[str, Any] = {"visible_ids": torch.tensor([[2, 0], [1, 2]])} if visible else {"masked": MASKED}
+    masked = torch.tensor([[True, False, True], [False, False, True]])
+    where: dict[str, Any] = {"visible_ids": torch.tensor([[2, 0], [1, 2]])} if visible else {"masked": masked}
     inputs = [x.clone().requires_grad_() for x in (tokens, *rest)]
     assert torch.autograd.gradgradcheck(lambda *x: place_tokens(*x, **where), inputs, fast_mode=True)
     images = rand(1, 1, 4, 4).requires_grad_()
@@ -250,12 +209,10 @@ def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
 def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
     skip_without_kernel(op, backend)
     ours, plain, args = CALLS[op]
-    if op == "gelu_linear" or (op == "cross_attention" and backend == "torch"):
+    if op == "gelu" or (op == "attention" and backend == "torch"):
         same(torch.func.jvp(ours, args, args), torch.func.jvp(plain, args, args))
         return
-    with pytest.raises(
-        NotImplementedError, match=f"{NAMES.get(op, op)} has no forward-mode derivative; use reverse mode"
-    ):
+    with pytest.raises(NotImplementedError, match=f"{public(op)} has no forward-mode derivative; use reverse mode"):
         torch.func.jvp(ours, args, args)
 
 
@@ -268,10 +225,10 @@ def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(f(*(forward_ad.make_dual(x, x.cos()) for x in args))).tangent
 
-    if op == "gelu_linear" or (op == "cross_attention" and backend == "torch"):
+    if op == "gelu" or (op == "attention" and backend == "torch"):
         same(tangent(ours), tangent(plain))
         return
-    with pytest.raises(NotImplementedError, match=f"{NAMES.get(op, op)} has no forward-mode derivative; use reverse"):
+    with pytest.raises(NotImplementedError, match=f"{public(op)} has no forward-mode derivative; use reverse"):
         tangent(ours)
 
 
@@ -301,13 +258,13 @@ def test_forward_mode_over_gradients_is_right_or_refused_by_name(op: str, backen
         yield dual_outside
         yield dual_gradient
 
-    right = op == "gelu_linear" or (op == "cross_attention" and backend == "torch")
+    right = op == "gelu" or (op == "attention" and backend == "torch")
     for got, wanted in zip(attempts(ours), attempts(plain), strict=True):
         if right:
             same(got(), wanted())
             continue
         with pytest.raises(
-            NotImplementedError, match=f"{NAMES.get(op, op)}(_backward)? has no forward-mode derivative; use reverse"
+            NotImplementedError, match=f"{public(op)}(_backward)? has no forward-mode derivative; use reverse"
         ):
             got()
 

@@ -132,3 +132,22 @@ def test_broken_kernels_are_caught(old, new, tmp_path, poison):
 @pytest.mark.slow
 def test_the_intact_kernels_pass_the_mutation_check():
     exercise()
+
+
+def test_nothing_is_copied_where_one_tensor_serves():
+    x, w = torch.randn(3, 4), torch.zeros(4)
+    stream, n = add_layer_norm(x, None, w, w, out_dtype=torch.bfloat16)
+    assert stream is x
+    assert n.dtype == torch.bfloat16
+    stream, n = add_layer_norm(x, x, w, w, post_norm=True)
+    assert stream is n
+
+
+def test_a_single_row_without_other_dimensions():
+    x, y, weight, bias, y_bias = made = [torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(5)]
+    flat = add_layer_norm(x, y, weight, bias, y_bias=y_bias)
+    rows = add_layer_norm(x[None], y[None], weight, bias, y_bias=y_bias)
+    for a, b in zip(flat, rows, strict=True):
+        wanted = torch.autograd.grad(b.square().sum(), made, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(a.square().sum(), made, retain_graph=True, allow_unused=True)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

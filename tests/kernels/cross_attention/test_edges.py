@@ -217,3 +217,15 @@ def test_shapes_of_packed_rows_on_the_meta_device(name: str, bounds: bool):
     assert (lse.shape, lse.dtype) == (wanted.shape, wanted.dtype)
     out.sum().backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
+
+
+def test_autocast_casts_mixed_dtypes_of_cross_attention():
+    q, k = torch.randn(2, 9, 2, 32), torch.randn(2, 7, 2, 32)
+    with pytest.raises(ValueError, match="q, k and v must have one dtype of float16"):
+        cross_attention(q, k.bfloat16(), k)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cross_attention(q.requires_grad_(), k.bfloat16(), k)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32

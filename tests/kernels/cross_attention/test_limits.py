@@ -1,10 +1,13 @@
 """Limits of the attention kernels, as why_not_triton and the tile tables give them without tensors."""
 
+import inspect
+import json
+
 import pytest
 import torch
 
 from mvlm_kernels import cross_attention, explain, use_backend
-from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, why_not_triton
+from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, tiles, why_not_triton
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 from mvlm_kernels.cross_attention.launch import heads_of
 from mvlm_kernels.cross_attention.ops import extras_of, type_reasons
@@ -85,3 +88,30 @@ def test_strides_of_odd_widths_are_multiples_of_a_vector():
     assert not any(stride % 8 for stride in strides)
     even = torch.zeros(2, 9, 2, 65)[..., :64]  # Triton sees these strides itself
     assert heads_of(even, False)[0] is even
+
+
+def test_tile_tables_are_looked_up_by_architecture(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "cross_attention.json").write_text(
+        '{"sm_80": {"a": {"n": 1}}, "sm_90": {"a": {"n": 2}}, "sm_100": {"a": {"n": 3}}}'
+    )
+    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path))
+    found = [tiles.exceptions(arch)["a"]["n"] for arch in (80, 86, 89, 90, 100, 103, 120)]
+    assert found == [1, 1, 1, 2, 3, 3, 1]
+
+
+def test_exceptions_replace_fields_of_the_rules_of_attention(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    kernel, other = "short_kv_forward", "short_q_forward"
+    asked = torch.bfloat16, "cuda", 64, 24, 197
+
+    def chosen(name: str, arch: int) -> dict:
+        inspect.unwrap(tiles.meta, stop=lambda f: hasattr(f, "cache_clear")).cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
+        return tiles.meta(name, *asked, arch)
+
+    rules = {(name, arch): chosen(name, arch) for name in (kernel, other) for arch in (80, 90)}
+    table = {"sm_80": {}, "sm_90": {f"{kernel}/16bit/64/32": {"num_warps": 2, "num_stages": 3}}, "sm_100": {}}
+    (tmp_path / "cross_attention.json").write_text(json.dumps(table))
+    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path))
+    assert chosen(kernel, 90) == {**rules[kernel, 90], "num_warps": 2, "num_stages": 3}
+    for name, arch in ((kernel, 80), (other, 90)):
+        assert chosen(name, arch) == rules[name, arch]
+    inspect.unwrap(tiles.meta, stop=lambda f: hasattr(f, "cache_clear")).cache_clear()  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,7 +1,6 @@
 """key_index inverted: the order in which programs walk, and its effect on results and on the cache."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -67,27 +66,3 @@ def test_bits_do_not_depend_on_the_order_in_which_programs_run(name: str):
             )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-def _index() -> dict[str, Any]:
-    return {"key_index": torch.tensor([1, 0, 1])}
-
-
-READERS = invert_key_index(torch.tensor([1, 0, 1]), 2)
-BAD = {
-    "without-index": ({"key_readers": READERS}, "key_readers must be None without key_index"),
-    "shape": (_index() | {"key_readers": (READERS[0][:2], READERS[1])}, r"key_readers must be int64 of shapes \(3,\)"),
-    "type": (_index() | {"key_readers": (READERS[0].int(), READERS[1])}, "got torch.int32"),
-    "values": (
-        _index() | {"key_readers": (READERS[0].flip(0), READERS[1])},
-        r"key_readers must be invert_key_index\(key_index, sequences of k\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
-def test_readers_of_another_index_are_refused(changes: dict[str, Any], message: str):
-    q = torch.randn(3 if "key_index" in changes else 2, 9, 2, 32)
-    k = torch.randn(2, 7, 2, 32)
-    with pytest.raises(ValueError, match=message):
-        cross_attention(q, k, k, **changes)

@@ -115,3 +115,28 @@ def test_broken_kernels_are_caught(old, new, tmp_path, poison):
 
 def test_the_intact_kernels_pass_the_mutation_check():
     exercise()
+
+
+@pytest.mark.parametrize(
+    "backend, trains_weight, rows", [("triton", True, 100), ("torch", True, 200), ("torch", False, 100)]
+)
+def test_the_gelu_is_saved_on_a_cpu_alone(backend, trains_weight, rows):
+    """Kernels recompute it, and a frozen weight does not need it."""
+    saved = []
+    h = torch.randn(100, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), use_backend(backend):
+        gelu_linear(h, torch.randn(5, 8, requires_grad=trains_weight))
+    assert sum(t.numel() for t in saved) == rows * 8 + 5 * 8
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_frozen_weight_changes_no_other_gradient(backend):
+    leaves = [torch.randn(s, requires_grad=True) for s in ((7, 12), (5, 12), (5,), (12,))]
+    found = []
+    with use_backend(backend):
+        for weight in (leaves[1], leaves[1].detach()):
+            h, _, bias, h_bias = leaves
+            out = gelu_linear(h, weight, bias, h_bias=h_bias)
+            found.append(torch.autograd.grad(out.square().sum(), (h, bias, h_bias)))
+    for trained, frozen in zip(*found, strict=True):
+        assert torch.equal(trained, frozen)

@@ -194,3 +194,68 @@ def test_scaled_gradients_of_each_patch_fit_float16(backend):
             grads.append(torch.autograd.grad(loss, w, torch.full_like(loss, scale))[0])
     assert bool(grads[1].isfinite().all())
     torch.testing.assert_close(grads[1], grads[0] * 2.0**16, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_loss_of_float64_images_and_narrower_hidden_states(reduction):
+    """The kernel computes in float64; the product stays one of float32."""
+    images, hidden = make_images((1, 1, 4, 4), torch.float64, "contiguous"), random((1, 4, 3), torch.float32)
+    parameters = [hidden.requires_grad_(), random((4, 3), torch.float32, 1).requires_grad_()]
+    losses = []
+    for backend in ("triton", "torch"):
+        with use_backend(backend):
+            loss = linear_pixel_loss(parameters[0], parameters[1], None, images, None, 2, reduction=reduction)
+        losses.append([loss, *torch.autograd.grad(loss.sum(), parameters)])
+    assert losses[0][0].dtype == torch.float64
+    for got, want in zip(*losses, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_loss_keeps_the_type_of_hidden_states_under_autocast():
+    """Autocast to bfloat16 would round float16 states to 8 bits."""
+    images, ids = make_images((1, 3, 4, 4), torch.uint8, "contiguous"), torch.tensor([[0, 3]])
+    hidden, weight = random((1, 2, 24), torch.float16), random((12, 24), torch.float16, 1)
+    with use_backend("triton"):
+        wanted = linear_pixel_loss(hidden, weight, None, images, ids, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear_pixel_loss(hidden, weight, None, images, ids, 2), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=["no patches", "no images"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_loss_of_no_rows_has_zero_gradients(shape, backend, reduction):
+    images = torch.zeros(shape[0], 3, 4, 4, dtype=torch.uint8)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    hidden = torch.zeros(*shape, 5, requires_grad=True)
+    weight, bias = torch.ones(12, 5, requires_grad=True), torch.ones(12, requires_grad=True)
+    with use_backend(backend):
+        loss = linear_pixel_loss(hidden, weight, bias, images, ids, 2, kind="mse", reduction=reduction)
+        loss.sum().backward()
+    assert loss.shape == (() if reduction == "mean" else shape)
+    for parameter in (hidden, weight, bias):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_chunks_of_linear_pixel_loss_cover_the_batch_and_are_bounded():
+    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
+    for batch in (0, 1, 2, 17, 256, 1000):
+        for size in (0, 1, 116 * 768 * 4, linear.CHUNK_BYTES // 3, linear.CHUNK_BYTES, 5 * linear.CHUNK_BYTES):
+            found = list(linear.chunks(batch, size))
+            assert [i for part in found for i in range(part.start, part.stop)] == list(range(batch))
+            assert all(part.start % 16 == 0 for part in found)
+            images = max((part.stop - part.start for part in found), default=0)
+            assert images <= 16 or images * size <= linear.CHUNK_BYTES
+    assert len(list(linear.chunks(256, 116 * 768 * 4))) == 4
+
+
+def test_gradient_of_a_float16_weight_does_not_overflow():
+    """The sum of its 81,920 products is above 65,504 before the mean is taken."""
+    hidden = torch.full((2048, 40, 1), 1.0).half()
+    images = torch.zeros(2048, 1, 40, 1, dtype=torch.uint8)
+    weight = torch.full((1, 1), 2.0).half().requires_grad_()
+    with use_backend("torch"):
+        linear_pixel_loss(hidden, weight, None, images, None, 1).backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == 1

@@ -1,0 +1,486 @@
+"""What the ops refuse, and what keeps them from a kernel, as tables: wrong inputs, borderline inputs, reasons.
+
+The error of a wrong input is one line that begins with the argument's name. A reason names the fact and a way out.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mvlm_kernels as ops
+from mvlm_kernels import dispatch, explain, registration, use_backend
+from mvlm_kernels.cross_attention import invert_key_index, why_not_triton
+from mvlm_kernels.integrations.blocks import kernel_reasons
+from mvlm_kernels.layers import CrossAttention
+
+G = torch.Generator().manual_seed(0)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=G)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+Q, K, V = rand(2, 9, 2, 32), rand(2, 5, 2, 32), rand(2, 5, 2, 32)
+ROWS = rand(8, 2, 32)  # packed keys
+PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=G)
+IDS = torch.tensor([[0, 3, 15], [7, 1, 2]])
+READERS = invert_key_index(torch.tensor([1, 0]), 2)
+META: Any = {"device": "meta"}
+# For each op: its valid arguments by name, of which a case replaces some.
+VALID: dict[str, dict[str, Any]] = {
+    "cross_attention": {"q": Q, "k": K, "v": V},
+    "gather_patches": {"images": PIXELS, "patch_ids": IDS, "patch_size": 8},
+    "masked_pixel_loss": {"pred": rand(2, 3, 192), "images": PIXELS, "patch_ids": IDS, "patch_size": 8},
+    "linear_pixel_loss": {
+        "hidden": rand(2, 3, 16), "weight": rand(192, 16), "bias": None, "images": PIXELS, "patch_ids": IDS,
+        "patch_size": 8,
+    },
+    "place_tokens": {
+        "tokens": rand(2, 16, 8), "mask_token": rand(8), "pos_embed": rand(17, 8), "cls_token": rand(8),
+    },
+    "add_layer_norm": {"x": rand(2, 16, 8), "y": rand(2, 16, 8), "weight": rand(8), "bias": rand(8)},
+    "gelu_linear": {"h": rand(2, 16, 8), "weight": rand(8, 8), "bias": rand(8)},
+}  # fmt: skip
+HEAD, TOKENS, NORM = VALID["linear_pixel_loss"], VALID["place_tokens"]["tokens"], VALID["add_layer_norm"]["x"]
+POSITIONS, PRED = VALID["place_tokens"]["pos_embed"], VALID["masked_pixel_loss"]["pred"]
+
+
+def every(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {"q": change(Q), "k": change(K), "v": change(V)}
+
+
+def packed(*bounds: int, **options: Any) -> dict[str, Any]:
+    return {"k": ROWS, "v": ROWS, "cu_seqlens_k": ints(*bounds), **options}
+
+
+# (arguments that replace valid ones, how the error begins); a third item: the values of tensors are wrong, which
+# explain does not read.
+VALUES = True
+REFUSED: dict[str, list[tuple[Any, ...]]] = {
+    "cross_attention": [
+        ({"q": Q.bfloat16()}, "q, k and v must have one dtype"),
+        (every(Tensor.int), "q, k and v must have one dtype"),
+        (every(lambda x: x.to(torch.complex64)), "q, k and v must have one dtype"),
+        (every(lambda x: x.to(torch.float8_e4m3fn)), "q, k and v must have one dtype"),
+        (every(lambda x: x.transpose(1, 2)), "k must"),
+        (every(lambda x: x.flatten(2)), "q must"),
+        (every(lambda x: x[..., :7]), "q must"),
+        (every(lambda x: rand(2, 7, 2, 36)), "q must"),
+        ({"q": Q[0]}, "q must"),
+        ({"q": rand(2, 9, 3, 32)}, "k must"),
+        ({"q": rand(4, 9, 2, 32)}, "k must"),
+        ({"k": None}, "k must"),
+        ({"k": K.to("meta"), "v": V.to("meta")}, "k must"),
+        ({"v": V[:, :4]}, "v must"),
+        ({"key_lengths": torch.tensor([5.0, 3.0])}, "key_lengths must"),
+        ({"key_lengths": torch.tensor([5, 3], dtype=torch.uint8)}, "key_lengths must"),
+        ({"key_lengths": [5, 3]}, "key_lengths must"),
+        ({"key_lengths": ints(5, 3, 1)}, "key_lengths must"),
+        ({"key_lengths": ints(5, 3).to("meta")}, "key_lengths must"),
+        ({"key_lengths": ints(-1, 3)}, "key_lengths must", VALUES),
+        ({"key_lengths": ints(6, 3)}, "key_lengths must", VALUES),
+        ({"key_mask": numpy.ones((2, 5), dtype=bool)}, "key_mask must"),
+        ({"key_mask": torch.ones(2, 5, dtype=torch.bool, **META)}, "key_mask must"),
+        ({"key_mask": torch.ones(2, 5, dtype=torch.long)}, "key_mask must"),
+        ({"key_mask": torch.zeros(2, 5)}, "key_mask must"),
+        ({"key_mask": torch.ones(2, 9).bool()}, "key_mask must"),
+        ({"key_mask": torch.ones(2, 1, 1, 5).bool()}, "key_mask must"),
+        ({"key_index": ints(0, 1).to("meta")}, "key_index must"),
+        ({"key_index": ints(0, 1, 1)}, "key_index must"),
+        ({"key_index": ints(0, 2)}, "key_index must", VALUES),
+        ({"key_index": ints(0, -1)}, "key_index must", VALUES),
+        ({"key_readers": READERS}, "key_readers must"),
+        ({"key_index": ints(1, 0), "key_readers": (None, None)}, "key_readers must"),
+        ({"key_index": ints(1, 0), "key_readers": (READERS[0][:1], READERS[1])}, "key_readers must"),
+        ({"key_index": ints(1, 0), "key_readers": (READERS[0].int(), READERS[1])}, "key_readers must"),
+        ({"key_index": ints(1, 0), "key_readers": (READERS[0].flip(0), READERS[1])}, "key_readers must", VALUES),
+        ({"cu_seqlens_k": ints(0, 5, 10)}, "k must"),
+        (packed(0, 6, 8, key_lengths=ints(1, 2)), "key_lengths must"),
+        (packed(0, 6, 8, key_mask=torch.ones(2, 5).bool()), "key_mask must"),
+        ({**packed(0), "cu_seqlens_k": torch.tensor([0.0, 4, 8])}, "cu_seqlens_k must"),
+        ({**packed(0), "cu_seqlens_k": ints(0, 6, 8).to("meta")}, "cu_seqlens_k must"),
+        (packed(0, 6, 4), "cu_seqlens_k must", VALUES),
+        (packed(0, 6, 9), "cu_seqlens_k must", VALUES),
+        (packed(1, 6, 8), "cu_seqlens_k must", VALUES),
+        ({"max_len_q": 9}, "max_len_q must"),
+        (packed(0, 6, 8, max_len_k=6.5), "max_len_k must"),
+        (packed(0, 6, 8, max_len_k=torch.tensor(6)), "max_len_k must"),
+        (packed(0, 6, 8, max_len_k=5), "max_len_k must", VALUES),
+        ({"scale": torch.tensor(0.2, requires_grad=True)}, "scale must"),
+        ({"scale": "a"}, "scale must"),
+        ({"scale": [1.0]}, "scale must"),
+        ({"scale": math.nan}, "scale must"),
+        ({"scale": numpy.float32("inf")}, "scale must"),
+        ({"dropout_p": 1.0}, "dropout_p must"),
+        ({"dropout_p": -0.1}, "dropout_p must"),
+        ({"dropout_p": "a"}, "dropout_p must"),
+        ({"dropout_p": torch.tensor(0.1)}, "dropout_p must"),
+        ({"dropout_p": 0.1, "seed": 1.5}, "seed must"),
+        ({"dropout_p": 0.1, "seed": "a"}, "seed must"),
+        ({"dropout_p": 0.1, "seed": -1}, "seed must"),
+        ({"dropout_p": 0.1, "seed": 2**63}, "seed must"),
+        ({"seed": [1]}, "seed must"),
+        ({"dropout_p": 0.1, "seed": ints(1)}, "seed must"),
+        ({"dropout_p": 0.1, "seed": ints(1, 2).long()}, "seed must"),
+        ({"dropout_p": 0.1, "seed": ints(1).long().to("meta")}, "seed must"),
+    ],
+    "gather_patches": [
+        ({"images": PIXELS.int()}, "images must"),
+        ({"images": PIXELS.numpy()}, "images must"),
+        ({"images": PIXELS[0]}, "images must"),
+        ({"images": PIXELS[:, :0]}, "images must"),
+        ({"images": PIXELS.permute(0, 2, 3, 1)}, "patch_size must"),
+        ({"patch_ids": torch.ones(2, 16, dtype=torch.bool)}, "patch_ids must"),
+        ({"patch_ids": IDS.float()}, "patch_ids must"),
+        ({"patch_ids": [[0], [1]]}, "patch_ids must"),
+        ({"patch_ids": IDS[:1]}, "patch_ids must"),
+        ({"patch_ids": IDS.to("meta")}, "patch_ids must"),
+        ({"patch_ids": IDS + 11}, "patch_ids must", VALUES),
+        ({"patch_ids": IDS - 1}, "patch_ids must", VALUES),
+        *(({"patch_size": size}, "patch_size must") for size in ((8, 8), 8.0, 7, 0)),
+        *(({"mean": mean}, "mean must") for mean in (0.5, (0.5,), [0.5, math.nan, 0.5], "abc", torch.zeros(2))),
+        ({"mean": torch.ones(3, **META)}, "mean must"),
+        *(({"std": std}, "std must") for std in ([0.5, 0, 0.5], torch.tensor([0.5, 0, 0.5]), [0.5, 0.5, math.nan])),
+        *(({"dtype": dtype}, "dtype must") for dtype in (torch.uint8, torch.int32)),
+    ],
+    "masked_pixel_loss": [
+        *(({"pred": pred}, "pred must") for pred in (PRED.numpy(), PRED.to("meta"), PRED[0], PRED[..., :9])),
+        ({"pred": PRED.int()}, "pred must"),
+        ({"pred": rand(2, 16, 192)}, "pred must"),
+        ({"patch_ids": None}, "pred must"),
+        ({"patch_ids": IDS - 1}, "patch_ids must", VALUES),
+        ({"mean": [math.nan] * 3}, "mean must"),
+        ({"kind": "l2"}, "kind must"),
+        ({"reduction": "sum"}, "reduction must"),
+        ({"images": PIXELS[:, :1], "patch_size": 1, "patch_ids": IDS, "pred": rand(2, 3, 1), "normalize_target": True},
+         "normalize_target must"),
+    ],
+    "linear_pixel_loss": [
+        *(({"hidden": hidden}, "hidden must") for hidden in ([1.0], HEAD["hidden"][0], HEAD["hidden"].int())),
+        *(({"weight": weight}, "weight must") for weight in (None, HEAD["weight"].T, HEAD["weight"].half())),
+        ({"weight": HEAD["weight"].to("meta")}, "weight must"),
+        *(({"bias": bias}, "bias must") for bias in (rand(16), rand(192).half(), [1.0], rand(192).to("meta"))),
+        ({"patch_ids": IDS + 11}, "patch_ids must", VALUES),
+        ({"kind": "l2"}, "kind must"),
+    ],
+    "place_tokens": [
+        *(({"tokens": tokens}, "tokens must") for tokens in (TOKENS.int(), [1.0], TOKENS[0], TOKENS[:, :15])),
+        *(({"mask_token": token}, "mask_token must") for token in (rand(7), rand(8).to("meta"))),
+        *(({"cls_token": token}, "cls_token must") for token in (None, rand(1, 8))),
+        *(({"pos_embed": x}, "pos_embed must") for x in (POSITIONS[:, :3], POSITIONS.expand(2, -1, -1))),
+        ({"pos_embed": POSITIONS.to("meta")}, "pos_embed must"),
+        ({"pos_embed": POSITIONS[1:]}, "tokens must"),
+        *(({"masked": x}, "masked must") for x in (torch.ones(2, 16), torch.ones(2, 17).bool())),
+        ({"masked": torch.ones(2, 16, **META).bool()}, "masked must"),
+        ({"masked": torch.ones(2, 16).bool(), "visible_ids": IDS}, "masked must"),
+        ({"with_unmasked": True}, "masked must"),
+        *(({"visible_ids": ids}, "visible_ids must") for ids in (IDS, IDS.float())),
+        ({"tokens": TOKENS[:, :2], "visible_ids": IDS[:, :2] + 15}, "visible_ids must", VALUES),
+        ({"tokens": TOKENS[:, :2], "visible_ids": torch.tensor([[1, 1], [0, 2]])}, "visible_ids must", VALUES),
+    ],
+    "add_layer_norm": [
+        *(({"x": x}, "x must") for x in (NORM.int(), NORM.to(torch.complex64), [1.0], rand(2, 0))),
+        *(({"y": y}, "y must") for y in (NORM.numpy(), NORM[:, :3], NORM.to("meta"))),
+        *(({"weight": weight}, "weight must") for weight in (None, rand(9), rand(8).to("meta"))),
+        ({"bias": rand(3)}, "bias must"),
+        ({"y_bias": rand(3)}, "y_bias must"),
+        ({"y": None, "y_bias": rand(8)}, "y_bias must"),
+        ({"out_dtype": torch.int8}, "out_dtype must"),
+        *(({"eps": eps}, "eps must") for eps in (math.nan, -1, "a")),
+    ],
+    "gelu_linear": [
+        *(({"h": h}, "h must") for h in (NORM.int(), [1.0])),
+        *(({"h": h}, "h and weight must") for h in (NORM[0, 0], NORM[..., :5])),
+        *(({"weight": weight}, "weight must") for weight in (None, rand(8, 8).to("meta"))),
+        ({"bias": rand(3)}, "bias must"),
+        ({"h_bias": rand(3)}, "h_bias must"),
+    ],
+}  # fmt: skip
+CASES = [
+    pytest.param(op, changes, begins, bool(values), id=f"{op}-{'-'.join(changes)}-{number}")
+    for op, cases in REFUSED.items()
+    for number, (changes, begins, *values) in enumerate(cases)
+]
+
+
+@pytest.mark.parametrize("op, changes, begins, of_values", CASES)
+def test_a_wrong_input_is_refused_on_one_line_that_names_it(
+    op: str, changes: dict[str, Any], begins: str, of_values: bool
+):
+    """By the op, also through the dispatcher, which gives the same words, and by explain, which reads no values."""
+    function, given = getattr(ops, op), VALID[op] | changes
+    with pytest.raises(ValueError, match=begins) as error:
+        function(**given)
+    text = str(error.value)
+    assert text.startswith(begins)
+    assert "\n" not in text
+    if not of_values:
+        with pytest.raises(ValueError, match=begins):
+            explain(function, **given)
+        return
+    for backend in ("torch", "triton"):
+        with pytest.MonkeyPatch.context() as patch, use_backend(backend):
+            patch.setattr(registration, "called_directly", lambda *_: False)
+            with pytest.raises(ValueError, match=begins) as dispatched:
+                function(**given)
+        assert str(dispatched.value) == text
+
+
+@pytest.mark.parametrize(
+    "call, begins",
+    [
+        (lambda: invert_key_index(torch.tensor([0.0, 1.0]), 2), "key_index must"),
+        (lambda: invert_key_index([0, 1], 2), "key_index must"),  # pyright: ignore[reportArgumentType]
+        (lambda: invert_key_index(IDS, 2), "key_index must"),
+        (lambda: invert_key_index(IDS[0], 0), "sequences must"),
+        (lambda: ops.pack_key_mask(torch.tensor([[1, 2, 0]])), "mask must"),
+        (lambda: ops.pack_key_mask(torch.ones(5).bool()), "mask must"),
+        (lambda: explain(torch.nn.functional.linear, Q), "op must"),
+        (lambda: explain(CrossAttention(64, 4), torch.zeros(2, 3, 64)), "op must"),
+        (lambda: use_backend("cuda").__enter__(), "backend must"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_wrong_inputs_of_other_functions(call: Callable[[], Any], begins: str):
+    with pytest.raises(ValueError, match=f"^{begins}"):
+        call()
+
+
+def changed(op: str, **changes: Any) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        found = getattr(ops, op)(**(VALID[op] | changes))
+        return found[1] if isinstance(found, tuple) else found
+
+    return call
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same values in rows of twice the width."""
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+def padded_with_nan(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.arange(5)[:, None, None] >= torch.tensor([5, 3])[:, None, None, None], torch.nan)
+
+
+attend = partial(changed, "cross_attention")
+LENGTHS = ints(5, 3)
+CONTIGUOUS = attend(key_lengths=LENGTHS)()
+RIGHT: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+    "NaN behind the lengths": (
+        attend(k=padded_with_nan(K), v=padded_with_nan(V), key_lengths=LENGTHS), CONTIGUOUS,
+    ),
+    "strided queries": (attend(q=wide(Q), key_lengths=LENGTHS), CONTIGUOUS),
+    "expanded keys": (attend(k=K[:1].expand(2, -1, -1, -1)), attend(k=K[:1].repeat(2, 1, 1, 1))()),
+    "int64 lengths": (attend(key_lengths=LENGTHS.long()), CONTIGUOUS),
+    "0/1 mask of one key": (
+        attend(k=K[:, :1], v=V[:, :1], key_mask=torch.ones(2, 1).long()), attend(k=K[:, :1], v=V[:, :1])(),
+    ),
+    "no key": (attend(k=K[:, :0], v=V[:, :0]), torch.zeros_like(Q)),
+    "lengths of 0": (attend(key_lengths=ints(0, 0)), torch.zeros_like(Q)),
+    "no query": (attend(q=Q[:, :0]), Q[:, :0]),
+    "no sequence": (attend(q=Q[:0], k=K[:0], v=V[:0]), Q[:0]),
+    "query of one row": (attend(q=Q[:, :1], key_lengths=LENGTHS), CONTIGUOUS[:, :1]),
+    "no head": (attend(q=Q[:, :, :0], k=K[:, :, :0], v=V[:, :, :0]), Q[:, :, :0]),
+    "no query head": (attend(q=Q[:, :, :0]), Q[:, :, :0]),
+    "no row of packed keys": (attend(**packed(0, 0, 0)), torch.zeros_like(Q)),
+    "strided rows of a norm": (changed("add_layer_norm", x=wide(NORM)), changed("add_layer_norm")()),
+    "no row of a norm": (changed("add_layer_norm", x=NORM[:0], y=NORM[:0]), NORM[:0]),
+    "strided hidden states": (changed("gelu_linear", h=wide(NORM)), changed("gelu_linear", h=NORM)()),
+    "no hidden state": (changed("gelu_linear", h=NORM[:0]), NORM[:0]),
+    "channels last": (
+        changed("gather_patches", images=PIXELS.contiguous(memory_format=torch.channels_last)),
+        changed("gather_patches")(),
+    ),
+    "no patch": (changed("gather_patches", patch_ids=IDS[:, :0]), torch.zeros(2, 0, 192)),
+    "no image": (changed("gather_patches", images=PIXELS[:0], patch_ids=IDS[:0]), torch.zeros(0, 3, 192)),
+    "strided predictions": (changed("masked_pixel_loss", pred=wide(PRED)), changed("masked_pixel_loss")()),
+    "loss of no patch": (changed("masked_pixel_loss", pred=PRED[:, :0], patch_ids=IDS[:, :0]), torch.zeros(())),
+    "strided tokens": (changed("place_tokens", tokens=wide(TOKENS)), changed("place_tokens")()),
+    "no token": (changed("place_tokens", tokens=TOKENS[:0]), torch.zeros(0, 17, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("call, wanted", RIGHT.values(), ids=RIGHT)
+def test_a_borderline_input_gives_the_right_result(call: Callable[[], Tensor], wanted: Tensor, backend: Any):
+    with use_backend(backend):
+        torch.testing.assert_close(call(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.plain_empty
+def test_more_than_2_31_elements_keep_their_shape_on_the_meta_device():
+    with torch.device("meta"):
+        q, k = torch.empty(70000, 1024, 1, 32), torch.empty(70000, 5, 1, 32)
+        assert ops.cross_attention(q, k, k).shape == q.shape
+        assert ops.gather_patches(torch.empty(4096, 3, 512, 512), None, 16).shape == (4096, 1024, 768)
+        pred, images = torch.empty(16384, 1024, 192), torch.empty(16384, 3, 256, 256)
+        assert ops.masked_pixel_loss(pred, images, None, 8, reduction="none").shape == (16384, 1024)
+        half, row = torch.empty(70000, 1024, 32), torch.empty(32)
+        assert ops.add_layer_norm(half, half, row, row)[1].shape == half.shape
+        assert ops.gelu_linear(half, torch.empty(4, 32)).shape == (70000, 1024, 4)
+        tokens, row = torch.empty(4096, 4096, 160), torch.empty(160)
+        assert ops.place_tokens(tokens, row, torch.empty(4097, 160), row).shape == (4096, 4097, 160)
+
+
+@contextmanager
+def gpu(capability: tuple[int, int] = (9, 0), interpreting: bool = False, hip: str | None = None) -> Iterator[None]:
+    """Fake CUDA tensors, in a process that would have such a GPU."""
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        patch.setattr(torch.version, "hip", hip)
+        patch.setattr(dispatch, "interpreting", lambda: interpreting)
+        patch.setattr(dispatch, "arch", lambda _: 10 * capability[0] + capability[1])
+        dispatch.device_reasons.cache_clear()
+        try:
+            yield
+        finally:
+            dispatch.device_reasons.cache_clear()
+
+
+def reasons(op: str) -> tuple[str, ...]:
+    return explain(getattr(ops, op), **VALID[op]).reasons
+
+
+def attention(queries: int = 9, keys: int = 5, width: int = 64, **kind: Any) -> tuple[str, ...]:
+    q, k = (torch.empty(2, length, 2, width, **kind) for length in (queries, keys))
+    return explain(ops.cross_attention, q, k, k).reasons
+
+
+def norm(width: int = 8, **kind: Any) -> tuple[str, ...]:
+    x, row = torch.empty(2, width, **kind), torch.empty(width, **kind)
+    return explain(ops.add_layer_norm, x, x, row, row).reasons
+
+
+def block(**kind: Any) -> tuple[str, ...]:
+    return kernel_reasons(torch.empty(2, **kind))
+
+
+def gelu(**kind: Any) -> tuple[str, ...]:
+    return explain(ops.gelu_linear, torch.empty(2, 8, **kind), torch.empty(4, 8, **kind)).reasons
+
+
+def on_gpu(lead: Callable[..., Any], *args: Any, kind: Any = None, **options: Any) -> tuple[str, ...]:
+    with gpu(**(kind or {})):
+        return lead(*args, device="cuda", **options)
+
+
+def without_triton() -> tuple[str, ...]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda _: None)
+        return on_gpu(norm)
+
+
+def in_a_transform() -> tuple[str, ...]:
+    found: list[str] = []
+    torch.func.grad(lambda x: x * len(found.extend(gelu()) or found))(torch.zeros(()))
+    return tuple(found)
+
+
+def with_tf32() -> tuple[str, ...]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return on_gpu(attention, 197, 128)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def forced(backend: Any) -> tuple[str, ...]:
+    with use_backend(backend):
+        return norm()
+
+
+def without_tensors(dtype: torch.dtype = torch.bfloat16, width: int = 64, rows: int = 9) -> tuple[str, ...]:
+    return why_not_triton(torch.device("cuda"), dtype, head_width=width, short_rows=rows)
+
+
+DOUBLE: Any = {"dtype": torch.float64}
+# What leads to a reason, a word of the fact, and a word of the way out.
+REASONS: dict[str, tuple[Callable[[], tuple[str, ...]], str, str]] = {
+    **{f"CPU, {op}": (partial(reasons, op), "the tensors are on the CPU", "CUDA") for op in VALID},
+    "meta": (partial(norm, device="meta"), "on meta", "move them to cuda"),
+    "no Triton": (without_triton, "triton is not installed", "pip install triton"),
+    "AMD": (partial(on_gpu, norm, kind={"hip": "7.0"}), "AMD", "torch runs"),
+    "old GPU": (partial(on_gpu, norm, kind={"capability": (7, 5)}), "7.5", "A100 or a later GPU"),
+    "interpreter": (partial(on_gpu, norm, kind={"interpreting": True}), "TRITON_INTERPRET=1", "unset it"),
+    "torch forced": (partial(forced, "torch"), 'use_backend("torch")', "leave its block"),
+    "triton forced": (partial(forced, "triton"), 'use_backend("triton")', "leave its block"),
+    "GELU in a transform": (in_a_transform, "torch.func", "outside"),
+    "float64 norm": (partial(on_gpu, norm, **DOUBLE), "float64", "pass float32"),
+    "float64 GELU": (partial(on_gpu, gelu, **DOUBLE), "float64", "pass float32"),
+    "float64 block": (partial(on_gpu, block, **DOUBLE), "float64", "pass float32"),
+    "float64 attention": (partial(on_gpu, attention, **DOUBLE), "float64", "pass float32"),
+    "wide row": (partial(norm, 9000), "9000", "at most that width"),
+    "large patch": (
+        lambda: explain(ops.gather_patches, torch.empty(1, 3, 128, 128), None, 128).reasons, "65536", "smaller patches",
+    ),
+    "both sides long": (partial(attention, 200, 300), "200 queries, 300 keys", "SDPA runs"),
+    "float32 without TF32": (partial(on_gpu, attention), "float32_matmul_precision", 'precision("high")'),
+    "no tile": (with_tf32, "width 64 and 128 rows", "16 bits, narrower heads"),
+    "head width": (partial(without_tensors, width=36), "36", "number of heads"),
+    "dtype": (partial(without_tensors, torch.float8_e4m3fn), "float8_e4m3fn", "pass float16"),
+    "rows": (partial(without_tensors, rows=129), "129 rows", "scaled_dot_product_attention"),
+}  # fmt: skip
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("lead, fact, way_out", REASONS.values(), ids=REASONS)
+def test_a_reason_against_the_kernels_names_the_fact_and_a_way_out(lead: Any, fact: str, way_out: str):
+    (text,) = {text for text in lead() if fact in text}
+    before, after = text.split("; ", 1)
+    assert fact in before
+    assert way_out in after
+
+
+@pytest.mark.plain_empty
+def test_calls_on_a_gpu_have_no_reason_against_the_kernels():
+    with gpu():
+        for op in VALID:
+            narrow = torch.bfloat16 if op == "cross_attention" else None
+            given = {
+                name: torch.empty(x.shape, dtype=narrow or x.dtype, device="cuda") if isinstance(x, Tensor) else x
+                for name, x in VALID[op].items()
+            }
+            found = explain(getattr(ops, op), **given)
+            assert found.backend == "triton"
+            assert str(found).startswith("runs: triton on cuda")
+            assert ("cuBLAS multiplies" in str(found)) == (op == "linear_pixel_loss")
+
+
+def test_the_text_of_explain_separates_the_choice_from_what_is_against_triton():
+    def text() -> str:
+        return str(explain(ops.gather_patches, torch.zeros(1, 3, 4, 4), None, 2))
+
+    assert text() == f"runs: torch on cpu\nnot triton: {dispatch.ON_CPU}"
+    forced = 'use_backend("{}") is in force; leave its block for the usual choice'
+    with use_backend("torch"):
+        assert text() == f"runs: torch on cpu\nnot triton: {forced.format('torch')}\nnot triton: {dispatch.ON_CPU}"
+    with use_backend("triton"):
+        assert text() == f"runs: triton on cpu\nbecause: {forced.format('triton')}\nagainst triton: {dispatch.ON_CPU}"
+
+
+def test_forced_kernels_name_the_versions_that_cannot_interpret(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.4.6")
+    images = torch.zeros(1, 3, 4, 4)
+    dispatch.interpreter_reasons.cache_clear()
+    try:
+        assert ops.gather_patches(images, None, 2).shape == (1, 4, 12)  # torch runs as before
+        with use_backend("triton"), pytest.raises(RuntimeError, match=r"triton 3\.6\.0 .*numpy 2\.4\.6 .*triton>=3\.7"):
+            ops.gather_patches(images, None, 2)
+    finally:
+        dispatch.interpreter_reasons.cache_clear()
