@@ -19,8 +19,6 @@ from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
 
-from mvlm_kernels.overrides import in_force, overridden
-
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 Backend = Literal["triton", "torch"]
@@ -62,6 +60,10 @@ _forced: Backend | None = None
 # Of each public op: the function that lists the reasons against Triton, and what runs without any.
 _reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[Refusal]], str]] = {}
 
+# Kernel -> its options, by `override_launch`; and of every choice of options the kernel and the other arguments, by
+# `recording_choices`.
+_options_in_force: dict[str, dict[str, Any]] = {}
+_choices: list[tuple[str, tuple[Any, ...]]] | None = None
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
 _recorded_arch: int | None = None
@@ -318,7 +320,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
-    if in_force:  # spares the call, which every launch would pay for
+    if _options_in_force:  # spares the call, which every launch would pay for
         meta = overridden(kernel.__name__, meta)
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
@@ -355,6 +357,52 @@ def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]
         yield
     finally:
         _recorder, _recorded_arch = before
+
+
+@contextmanager
+def override_launch(kernel: str, **options: Any) -> Iterator[None]:
+    """Launch one kernel with other options inside the block: constexprs, num_warps, num_stages, maxnreg.
+
+    For measurements alone: tiles are chosen by shape and never by timing, and a sweep looks for better rules.
+    kernel is the name under which the launcher chooses its options; for most kernels that of the Triton function.
+    Results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an option has to ask
+    :func:`overridden` for it before it computes the grid.
+    """
+    before = _options_in_force.get(kernel)
+    _options_in_force[kernel] = options
+    try:
+        yield
+    finally:
+        _options_in_force.pop(kernel) if before is None else _options_in_force.update({kernel: before})
+
+
+def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
+    found = _options_in_force.get(kernel)
+    return {**options, **found} if found else options
+
+
+@contextmanager
+def recording_choices() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Yield a list that receives the arguments of every choice of options inside the block."""
+    global _choices
+    before, _choices = _choices, []
+    try:
+        yield _choices
+    finally:
+        _choices = before
+
+
+def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
+
+    @functools.wraps(choose_options)
+    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
+        if _choices is not None:
+            _choices.append((kernel, arguments))
+        return overridden(kernel, choose_options(kernel, *arguments))
+
+    return chosen
 
 
 def ceil_div(a: int, b: int) -> int:

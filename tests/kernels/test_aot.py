@@ -89,64 +89,6 @@ def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
         assert 0 < r["registers"] <= 255, r
 
 
-# Attention of a step's text: image and text streams, pairs by an index, the last rows of a stream, each with totals
-# and longest captions as they come.
-RANDOM_BATCHES = """
-import json, random
-import torch
-from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.arguments import Options, Sides
-from mvlm_kernels.cross_attention.launch import backward, forward
-from mvlm_kernels.aot import signature
-
-draw, seen, sizes = random.Random(0), [], set()
-
-def heads(*shape):
-    return torch.empty((*shape, 12, 64), dtype=torch.bfloat16, device="meta")
-
-def ints(*shape, dtype=torch.int64):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-def attend(q, k, queries, keys, index, longest_q, longest_k):
-    cu = [None if n is None else ints(n + 1, dtype=torch.int32) for n in (queries, keys)]
-    k_seqs = keys or len(k)
-    readers = (None, None, None) if index is None else (ints(index), ints(index), ints(k_seqs, 3))
-    sides, options = Sides(None, None, readers[0], *cu, *readers[1:]), Options(0.125, longest_q, longest_k)
-    out, lse = forward(q, k, k, sides, options)
-    backward(out, q, k, k, out, lse, sides, options)
-
-def record(kernel, grid, args, meta):
-    seen[-1].add(signature(kernel, args, meta, "sm_90"))
-
-for _ in range(BATCHES):
-    seen.append(set())
-    longest, B = draw.randint(17, 40), 64
-    T, M, pairs = draw.randint(6 * B, longest * B), draw.randint(B, 8 * B), draw.randint(18 * B, 3 * longest * B)
-    sizes.add((T, M, pairs))
-    with dispatch.recording(record, 90):
-        attend(heads(T), heads(T), B, B, None, longest, longest)
-        attend(heads(B, 197), heads(T), None, B, None, 197, longest)
-        attend(heads(T), heads(B, 197), B, None, None, longest, 197)
-        attend(heads(M), heads(B, 197), B, None, None, longest, 197)
-        attend(heads(3 * B, 197), heads(T), None, B, 3 * B, 197, longest)
-        attend(heads(pairs), heads(B, 197), 3 * B, None, 3 * B, longest, 197)
-        attend(heads(3 * B, 1), heads(T), None, B, 3 * B, 1, longest)
-        attend(heads(3 * B, 1), heads(B, 197), None, None, 3 * B, 1, 197)
-print(json.dumps([len(sizes), [len(set().union(*seen[:n])) for n in (30, BATCHES)]]))
-"""
-
-
-def test_no_kernel_is_compiled_in_the_middle_of_training():
-    """1,000 random batches launch no kernel that the first 30 have not compiled."""
-    code = RANDOM_BATCHES.replace("BATCHES", "1000")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    different, (first, all_of_them) = json.loads(done.stdout)
-    assert different > 900
-    assert first == all_of_them
-
-
 def test_float32_operands_are_rounded_to_tf32():
     """A matrix instruction cuts 13 bits off. An instruction in front of it rounds them."""
     code = """

@@ -26,7 +26,7 @@ from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.results import RowFile, write_json
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import overrides, use_backend
+from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.cross_attention import tiles
 
 COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
@@ -100,7 +100,7 @@ def sweep_target(
             if outcomes[number].status != "ok":
                 continue
             change = changes[number]
-            with overrides.override_launch(target.kernel, **change), long_sides(target.case):
+            with dispatch.override_launch(target.kernel, **change), long_sides(target.case):
                 us, outcomes[number] = _turn(local, target.pass_name, turn, calls[number])
             cost = costs.get((target.name, json.dumps(change)), {})
             row = {"target": target.name, "kernel": target.kernel, "change": _text(change), "turn": turn, "us": us}

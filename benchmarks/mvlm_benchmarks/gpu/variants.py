@@ -23,7 +23,7 @@ from mvlm_benchmarks.kernels.inputs import Case, Inputs
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import dispatch, overrides, use_backend
+from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.cross_attention import tiles
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 
@@ -104,7 +104,7 @@ def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
 def targets_of(case: Case, inputs: Inputs, arch: int) -> list[Target]:
     """Kernels of a case that are worth a sweep; none if the op has no kernel for it."""
     try:
-        with overrides.recording_choices() as choices:
+        with dispatch.recording_choices() as choices:
             launches = launches_of(case, inputs, arch)
     except RuntimeError:
         return []
@@ -169,7 +169,7 @@ def compile_case(batch: int, small: bool, arch: str, number: int, part: int = 0,
     for target, change in work[part::parts]:
         row: Row = {"target": target.name, "change": change}
         try:
-            with overrides.override_launch(target.kernel, **change):
+            with dispatch.override_launch(target.kernel, **change):
                 launches = launches_of(case, inputs, capability)
             launch = next(x for x in launches if (x.pass_name, x.kernel.__name__) == (target.pass_name, target.kernel))
             cost = aot.row(case.op, aot.Launch(case.shape, *launch[1:], target.pass_name), arch)

@@ -25,8 +25,7 @@ import triton.language as tl
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import bucket
-from mvlm_kernels.dispatch import ceil_div, power_of_two
-from mvlm_kernels.overrides import overridable
+from mvlm_kernels.dispatch import ceil_div, overridable, power_of_two
 
 _MOST_SPLITS = 16
 # Compute capabilities with 99 KiB of shared memory per block. Others have 163 or more; the widest tiles take 144.

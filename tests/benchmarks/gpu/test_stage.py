@@ -169,7 +169,7 @@ def toy_sweep(monkeypatch):
                 super().__init__()
 
             def time(self, steps, prepare):
-                us = 5.0 if sweep.overrides.overridden("slow", {}) else 10.0
+                us = 5.0 if sweep.dispatch.overridden("slow", {}) else 10.0
                 return Timing(us, us, us, (us, us)), super().time(steps, prepare)[1]
 
         monkeypatch.setattr(sweep, "CpuClock", Clock)
@@ -179,7 +179,7 @@ def toy_sweep(monkeypatch):
 
 def test_sweep_writes_a_row_per_turn_and_the_exceptions(tmp_path, monkeypatch, toy_sweep) -> None:
     def ours(x, factor):
-        return x * (0 if "num_stages" in sweep.overrides.overridden("slow", {}) else factor)
+        return x * (0 if "num_stages" in sweep.dispatch.overridden("slow", {}) else factor)
 
     toy_sweep([toy("swept", ours=ours)])
     code, summary = run_stage(sweep, tmp_path)

@@ -74,15 +74,6 @@ def test_key_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
         assert out[2:].isfinite().all()
 
 
-def test_attention_reference_equals_sdpa():
-    q, k, v = (torch.randn(2, n, 3, 32, dtype=torch.float64) for n in (9, 7, 7))
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    wanted = torch.nn.functional.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(
-        1, 2
-    )
-    torch.testing.assert_close(cross_attention_reference(q, k, v), wanted)
-
-
 @pytest.mark.parametrize("lengths, mask, index", [(False, False, False), (True, False, False), (True, True, True)])
 def test_attention_long_on_both_sides_runs_sdpa_with_the_same_meaning(lengths: bool, mask: bool, index: bool):
     call = build(Case(len_q=131, len_k=149, lengths=lengths, mask=mask, readers=3 if index else 0, dtype=torch.float64))
@@ -121,20 +112,6 @@ def test_attention_reads_vectors_of_any_stride(case: Case):
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def test_second_derivative_of_attention_kernels_is_refused():
-    q, k, v = (torch.randn(1, n, 1, 32, requires_grad=True) for n in (5, 3, 3))
-    with mvlm_kernels.use_backend("triton"):
-        (grad,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="cross_attention has no second derivative; use "):
-        grad.square().sum().backward()
-
-
-def test_second_derivative_of_cpu_attention_is_right():
-    q, k, v = (torch.randn(1, n, 1, 32, dtype=torch.float64, requires_grad=True) for n in (5, 3, 3))
-    lengths = torch.tensor([2])
-    assert torch.autograd.gradgradcheck(lambda *x: cross_attention(*x, key_lengths=lengths), (q, k, v), fast_mode=True)
 
 
 @pytest.mark.slow

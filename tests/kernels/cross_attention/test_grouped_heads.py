@@ -7,7 +7,7 @@ import torch
 
 import mvlm_kernels
 from mvlm_kernels import attention_probabilities, cross_attention, dispatch
-from support.kernels.attention import SIDES, Case, attention_by_loops, attention_by_op, build, op_arguments, run
+from support.kernels.attention import SIDES, Case, attention_by_loops, build, run
 
 SIZES = {"heads": 4, "key_heads": 2, "width": 16, "dtype": torch.float64}
 CASES = {
@@ -21,7 +21,6 @@ CASES = {
         "long-packed-q": {"len_q": 5, "len_k": 131, "batch": 2},
     }.items()
 }
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def assert_equal(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> None:
@@ -30,7 +29,7 @@ def assert_equal(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]
 
 
 @pytest.mark.slow
-@each_case
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("multiprocessors", [0, 12], ids=["whole", "splits"])
 def test_kernels_share_keys_among_query_heads(case: Case, multiprocessors: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: multiprocessors)
@@ -38,14 +37,6 @@ def test_kernels_share_keys_among_query_heads(case: Case, multiprocessors: int, 
     with mvlm_kernels.use_backend("triton"):
         got = run(cross_attention, call, **call.bounds)
     assert_equal(got, run(attention_by_loops, call))
-
-
-@each_case
-def test_the_cpu_shares_keys_among_query_heads(case: Case):
-    call = build(case)
-    wanted = run(attention_by_loops, call)
-    assert_equal(run(cross_attention, call, **call.bounds), wanted)
-    assert_equal(run(attention_by_op, call, **call.bounds), wanted)
 
 
 def test_sdpa_shares_keys_among_query_heads():
@@ -74,15 +65,3 @@ def test_probabilities_of_grouped_heads(backend):
     for h in range(4):
         wanted = (q[:, :, h] @ k[:, :, h // 2].transpose(1, 2) / 4).softmax(-1)
         torch.testing.assert_close(got[:, h], wanted)
-
-
-@pytest.mark.slow
-@pytest.mark.plain_empty
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_grouped_heads_pass_opcheck(backend):
-    call = build(CASES["long-lengths"])
-    tensors = [x.detach().nan_to_num().requires_grad_() for x in (call.q, call.k, call.v)]
-    with mvlm_kernels.use_backend(backend):
-        torch.library.opcheck(
-            torch.ops.mvlm_kernels.cross_attention.default, (*tensors, *op_arguments(call.q, call.k, call.kwargs, 0.25))
-        )

@@ -209,10 +209,15 @@ def test_a_copy_uses_its_own_parameters(clone, calls):
         ({"act_layer": timm.layers.activations.GELUTanh}, "wanted GELU, got GELUTanh"),
         ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm, got RMSNorm"),
         ({"mlp_layer": normed_mlp}, "wanted Identity, got LayerNorm"),
+        ({"norm_layer": timm.layers.LayerNorm}, "timm's fast norm is on"),
     ],
 )
 def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason):
-    report = swap_blocks(vit(**options))
+    timm.layers.set_fast_norm("fast norm" in reason)
+    try:
+        report = swap_blocks(vit(**options))
+    finally:
+        timm.layers.set_fast_norm(False)
     assert report.kept
     assert all(reason in (part.reason or "") for part in report.kept)
 

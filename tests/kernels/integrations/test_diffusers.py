@@ -123,6 +123,14 @@ def test_masks_that_differ_between_queries_run_the_original(calls: list[Attentio
     assert "not one row of 5 keys" in calls[0].reasons[0]
 
 
+def test_further_arguments_run_the_original(calls: list[AttentionCall]):
+    attention, states, text = layer(), torch.randn(2, 9, 64), torch.randn(2, 5, 48)
+    swap(attention)
+    processor: Any = attention.processor
+    processor(attention, states, text, beside=1.0)
+    assert "there are further arguments: beside" in str(calls[0].reasons)
+
+
 def test_a_cpu_keeps_the_original():
     attention, states, text = layer(), torch.randn(2, 9, 64), torch.randn(2, 5, 48)
     wanted = attention(states, text)

@@ -245,12 +245,14 @@ def test_swap_keeps_parts_that_cannot_change_with_a_reason():
         MPNetModel(MPNetConfig(vocab_size=99, **SIZES)),
         BertModel(BertConfig(vocab_size=99, **SIZES)),
         Gemma4TextModel(Gemma4TextConfig(vocab_size=99, vocab_size_per_layer_input=99, head_dim=32, **SIZES)),
+        transformers.SplinterModel(transformers.SplinterConfig(vocab_size=99, **SIZES)),
     ])  # fmt: skip
     report = integration.swap(model)
     assert [(part.path, part.kind) for part in report.swapped] == [("1", "BertModel")]
     reasons = [part.reason or "" for part in report.kept]
     assert "MPNetModel does not call transformers' attention interface" in reasons[0]
     assert 'asks for "sdpa" by name' in reasons[1]
+    assert "SplinterModel does not support" in reasons[2]
     with pytest.raises(ValueError, match="must hold a transformers PreTrainedModel, got Linear"):
         integration.swap(torch.nn.Linear(1, 1))
 
@@ -311,12 +313,6 @@ def test_dropout_in_training_is_computed_by_the_op(calls: list[AttentionCall]):
     # Of 32 equal probabilities each shows itself in a column: 0, or a third more than without a dropout.
     assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 32 / 0.75).item()}
     assert 0.2 < float((out == 0).double().mean()) < 0.3
-
-
-def test_sliding_window_goes_to_sdpa(calls: list[AttentionCall]):
-    q, k, v = torch.randn(3, 2, 2, 5, 32)
-    integration.attention(torch.nn.Module(), q, k, v, None, is_causal=False, sliding_window=8)
-    assert not fused(calls)
 
 
 def test_mask_of_two_dimensions_is_refused():
