@@ -40,12 +40,12 @@ def test_fine_tuned_retrieval_learns_16_pairs_by_heart(tmp_path, without_tensorb
     data = write_mosaics(tmp_path / "data", 16)
     pretrain(pretrain_config(data, tmp_path / "pretrained", model=MODEL, max_steps=1))
     settings = {"max_steps": 250, "batch_size": 16, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}
-    rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_head": 2e-3, "device": "cpu"}
+    rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_head": 2e-3, "device": "cpu", "precision": "fp32"}
     starts = {"task": "retrieval", "checkpoint": tmp_path / "pretrained", "data": data, "out": tmp_path / "run"}
     finetune(FinetuneConfig(**starts, **settings, **rates))  # pyright: ignore[reportArgumentType]
     model = load_model(tmp_path / "run")
-    features = encode_split(model.network, open_dataset(data, "train"), model.tokenizer)
-    for ranks in rank_all(model.network, features).values():
+    features = encode_split(model.network, open_dataset(data, "train"), model.tokenizer, "fp32")
+    for ranks in rank_all(model.network, features, precision="fp32").values():
         assert recall(ranks.itc)["r1"] == recall(ranks.itm)["r1"] == recall(ranks.itm_alone)["r1"] == 100
 
 
