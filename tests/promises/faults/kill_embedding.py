@@ -20,7 +20,7 @@ from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm_dataloading import open_dataset, tokenizer_for
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from support.faults.forks import ended_well, in_child, in_ranks, killed
 from support.faults.kill_command import run_kills

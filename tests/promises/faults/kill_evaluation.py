@@ -23,7 +23,7 @@ from mvlm.commands.evaluate import eval_retrieval
 from mvlm.evaluation import retrieval
 from mvlm_dataloading import open_dataset, tokenizer_for
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from support.faults.forks import ended_well, in_child, in_ranks
 from support.faults.kill_command import run_kills

@@ -35,7 +35,7 @@ from mvlm_dataloading.dataset.folders import is_remote, open_folder
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 sys.path.insert(0, str(Path(__file__).parent))
 
 from kill_writers import contents, source

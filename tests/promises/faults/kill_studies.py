@@ -16,7 +16,7 @@ import torch
 from mvlm.studies.run import run_study
 from mvlm.studies.study import Study
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from support.faults.forks import ended_well, in_child, killed
 from support.faults.kill_command import run_kills
