@@ -1,4 +1,5 @@
 """Table of calls with wrong arguments: each is one line with the argument's name, what was wanted and what was got."""
+# pyright: reportArgumentType=false
 
 import io
 import time

@@ -219,7 +219,9 @@ def test_padding_positions_count_nothing():
     found = masked_tokens(longer, padded)
     assert found.ids.tolist() == [2, 6, 15, 15]
     assert found.targets.tolist() == [*batch.tokens[[2, 6]].tolist(), -100, -100]
-    assert found.with_shares().weights.tolist() == [3 / 8, 5 / 8, 0, 0]
+    weights = found.with_shares().weights
+    assert weights is not None
+    assert weights.tolist() == [3 / 8, 5 / 8, 0, 0]
     for given in (masks, padded):
         assert weight_of_masked_tokens(longer, given).tolist() == [8, 2]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mvlm.config.json_files import config_json
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.runs.folder import read_metrics
 from mvlm.studies.study import read_study, trial_config
 from mvlm.training.run import pretrain
@@ -23,6 +24,7 @@ def test_every_arm_trains(scenes, tmp_path, without_tensorboard):
     for number, arm in enumerate(study.arms):
         config = trial_config(study, arm, 0, scenes, tmp_path / str(number), 2)
         assert config_json(config)["model"]["width"] == MICRO["width"]
+        assert isinstance(config, PretrainConfig)
         pretrain(config)
         last = read_metrics(config.out / "metrics.jsonl")[-1]
         assert last["step"] == 2
