@@ -245,7 +245,7 @@ def test_from_shards_to_a_report(run_mvlm, scenes, tmp_path):
     for out, message in ((tmp_path / "a.png", "another file than the image"), (tmp_path / "a.foo", "a .png file")):
         assert_refused(run_mvlm("reconstruct", *image, "--caption", "red", "--out", out), f"out: wanted {message}")
     for wrong, panels in ((), 3), (("--wrong-caption", "blue"), 4):
-        out = tmp_path / f"new/{panels}.png"
+        out = tmp_path / f"{panels}.png"
         outcome = run_mvlm("reconstruct", *image, "--caption", "red", "--out", out, *wrong)
         assert outcome.code == 0
         assert outcome.out[0].startswith(f"{out}: image, masked, rebuilt")
