@@ -2,11 +2,16 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support.kernels.interpreter import patch_once_a_launch
+
+if TYPE_CHECKING:
+    from mvlm_dataloading import Dataset, Tokenizer
 
 # Triton decides at import whether it interprets, so one process either interprets kernels or compiles them. The suite
 # interprets: it needs no GPU, and ops on CPU tensors still take torch unless a test asks for Triton. Tests that compile
@@ -106,3 +111,50 @@ def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self): ...
 
     monkeypatch.setattr(mvlm.training.loggers, "SummaryWriter", Board)
+
+
+@pytest.fixture(scope="session")
+def waves(tmp_path_factory) -> Path:
+    """60 training and 60 test images in several shards, in three formats. Read only."""
+    from support.data import write_waves
+
+    return write_waves(tmp_path_factory.mktemp("waves") / "data")
+
+
+@pytest.fixture(scope="session")
+def train_split(waves) -> "Dataset":
+    from mvlm_dataloading import open_dataset
+
+    return open_dataset(waves, "train")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> "Tokenizer":
+    from support.data import wave_tokenizer
+
+    return wave_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory) -> Path:
+    """48 images in at least five shards, the folder of `web`. A test that changes it restores it."""
+    from support.data import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("served") / "data", 48, max_shard_bytes=60_000, kinds=("JPEG",))
+
+
+@pytest.fixture
+def web(served) -> Iterator[str]:
+    """The URL of `served` on a local web server."""
+    from support.web_server import serve
+
+    with serve(served) as url:
+        yield url
+
+
+@pytest.fixture
+def data_cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of remote data. Failed requests are repeated at once."""
+    monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mvlm_dataloading.dataset.folders.FIRST_PAUSE_S", 0.01)
+    return tmp_path / "cache"

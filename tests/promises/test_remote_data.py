@@ -1,6 +1,5 @@
 """Remote data through local servers, from opening to batches: object stores, the hub and a web server."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -11,57 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mvlm_dataloading import DataError, Loader, LoaderWork, Tokenizer, open_dataset
-from mvlm_dataloading.dataset import folders
+from mvlm_dataloading import DataError, Loader, LoaderWork, open_dataset
 from mvlm_dataloading.dataset.folders import RemoteFolder
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.loader import reader, sampler
-from support.data import wave_tokenizer, write_dataset
+from support.data import cache_bytes, limit_cache
 from support.hub import serve_hub
 from support.object_store import serve_gcs, serve_s3
 from support.web_server import FolderHandler, serve
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return wave_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """48 images in several shards."""
-    folder = tmp_path_factory.mktemp("elsewhere") / "data"
-    write_dataset(folder, 48, max_shard_bytes=60_000, kinds=("JPEG",))
-    assert len(list(folder.glob("*.tar"))) >= 5
-    return folder
-
-
 @pytest.fixture
-def web(folder):
-    with serve(folder) as url:
-        yield url
-
-
-@pytest.fixture
-def old_web(folder, tmp_path):
+def old_web(served, tmp_path):
     """The same data as earlier versions wrote them: with DALI indices only. Yields the URL and the folder."""
-    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
+    shutil.copytree(served, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
     with serve(tmp_path / "old") as url:
         yield url, tmp_path / "old"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0.01)
-    return tmp_path / "cache"
-
-
-def limit_to(monkeypatch, folder, shards: float) -> int:
-    """Set the cache size to that of `shards` of the largest shards."""
-    size = int(shards * max(tar.stat().st_size for tar in folder.glob("*.tar")))
-    monkeypatch.setenv("MVLM_CACHE_GB", repr(size / 1e9))
-    return size
 
 
 def batches(dataset, tokenizer, count: int):
@@ -79,75 +43,66 @@ def assert_equal(found, wanted) -> None:
         assert torch.equal(a.tokens, b.tokens)
 
 
-def used(cache) -> int:
-    """Bytes of the shards in a cache. Files may vanish meanwhile."""
-    sizes = []
-    for path in cache.glob("*/*.tar*"):
-        with contextlib.suppress(FileNotFoundError):
-            sizes.append(path.stat().st_size if path.suffix != ".lock" else 0)
-    return sum(sizes)
-
-
-def assert_served(place: str, folder, cache, tokenizer) -> None:
+def assert_served(place: str, served, data_cache, tokenizer) -> None:
     """Several epochs from `place` are those of the local folder, and a missing folder gives an error with its URL."""
     dataset = open_dataset(place, "train")
-    assert not list(cache.glob("*/*.tar"))  # before they are needed
-    assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(folder, "train"), tokenizer, 15))
-    assert len(list(cache.glob("*/*.tar"))) == len(dataset.tars)
+    assert not list(data_cache.glob("*/*.tar"))  # before they are needed
+    assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(served, "train"), tokenizer, 15))
+    assert len(list(data_cache.glob("*/*.tar"))) == len(dataset.tars)
     with pytest.raises(DataError, match=rf"{place}/none/dataset.json: wanted a file that the data set needs"):
         open_dataset(f"{place}/none", "train")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
-def test_amazons_object_store_serves_a_data_set(folder, cache, tokenizer):
+def test_amazons_object_store_serves_a_data_set(served, data_cache, tokenizer):
     with serve_s3("pairs"):
-        put_all(folder, "s3://pairs/deep")
-        assert_served("s3://pairs/deep", folder, cache, tokenizer)
+        put_all(served, "s3://pairs/deep")
+        assert_served("s3://pairs/deep", served, data_cache, tokenizer)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_googles_object_store_serves_a_data_set(folder, cache, tokenizer):
+def test_googles_object_store_serves_a_data_set(served, data_cache, tokenizer):
     with serve_gcs("pairs"):
-        put_all(folder, "gs://pairs/deep")
-        assert_served("gs://pairs/deep", folder, cache, tokenizer)
+        put_all(served, "gs://pairs/deep")
+        assert_served("gs://pairs/deep", served, data_cache, tokenizer)
 
 
 @pytest.mark.slow
-def test_the_hugging_face_hub_serves_a_data_set(folder, cache, tokenizer):
-    with serve_hub(folder, "owner/pairs") as asked:
-        assert_served("hf://datasets/owner/pairs", folder, cache, tokenizer)
+def test_the_hugging_face_hub_serves_a_data_set(served, data_cache, tokenizer):
+    with serve_hub(served, "owner/pairs") as asked:
+        assert_served("hf://datasets/owner/pairs", served, data_cache, tokenizer)
         assert any("resolve" in path for path in asked)
 
 
-def put_all(folder, place: str) -> None:
-    for path in folder.iterdir():
+def put_all(served, place: str) -> None:
+    for path in served.iterdir():
         RemoteFolder(place).put(path, path.name)
 
 
 @pytest.mark.slow
-def test_several_epochs_from_a_web_server_through_a_small_cache(folder, web, cache, tokenizer, monkeypatch):
+def test_several_epochs_from_a_web_server_through_a_small_cache(served, web, data_cache, tokenizer, monkeypatch):
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
-    size = limit_to(monkeypatch, folder, 4.5)
+    size = limit_cache(monkeypatch, served, 4.5)
     dataset = open_dataset(web, "train")
-    wanted = batches(open_dataset(folder, "train"), tokenizer, 24)
+    wanted = batches(open_dataset(served, "train"), tokenizer, 24)
     found = []
     loader = Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4)
     for batch in itertools.islice(loader, 24):  # four epochs
         found.append(batch)
-        assert used(cache) <= size
+        assert cache_bytes(data_cache) <= size
     loader.close()
     assert_equal(found, wanted)
     tars = [path for path in FolderHandler.asked if path.endswith(".tar")]
     assert set(tars) == {f"/{tar.name}" for tar in dataset.tars}
     assert len(tars) > len(dataset.tars)  # some were removed and came again
-    assert not list(cache.glob("*/*.part"))
+    assert not list(data_cache.glob("*/*.part"))
 
 
-def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, monkeypatch):
+def test_remote_shards_are_fetched_ahead_of_use(served, web, data_cache, tokenizer, monkeypatch):
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
@@ -164,14 +119,14 @@ def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, m
     for thread in threading.enumerate():
         if thread.name == "mvlm-fetching":
             thread.join(10)
-    here = {path.name for path in cache.glob("*/*.tar")}
+    here = {path.name for path in data_cache.glob("*/*.tar")}
     in_use = {loader.dataset.tars[int(loader.dataset.shard_of(i))].name for i in batch.sample_id.tolist()}
     assert in_use < here
     loader.close()
 
 
-def test_a_remote_cache_that_is_too_small_is_refused(folder, web, cache, tokenizer, monkeypatch):
-    limit_to(monkeypatch, folder, 1.5)
+def test_a_remote_cache_that_is_too_small_is_refused(served, web, data_cache, tokenizer, monkeypatch):
+    limit_cache(monkeypatch, served, 1.5)
     with pytest.raises(
         DataError, match=r"wanted room for \d+ bytes more, found \d+ of \d+ in use; raise MVLM_CACHE_GB"
     ):
@@ -182,19 +137,19 @@ def test_a_remote_cache_that_is_too_small_is_refused(folder, web, cache, tokeniz
             open_dataset(web, "train")
 
 
-def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
-    names = ["/train.index", *sorted(f"/{path.name}" for path in folder.glob("*.tar"))]
+def test_a_failed_fetch_is_retried(served, web, data_cache, tokenizer):
+    names = ["/train.index", *sorted(f"/{path.name}" for path in served.glob("*.tar"))]
     FolderHandler.fail += ["/dataset.json", *names, *names]
     dataset = open_dataset(web, "train")
-    assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
+    assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(served, "train"), tokenizer, 6))
     assert not FolderHandler.fail
     FolderHandler.fail += ["/dataset.json"] * 4
     with pytest.raises(DataError, match=r"dataset\.json: wanted to read or write it, found that 4 attempts failed"):
         open_dataset(web, "train")
 
 
-def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
-    tar = sorted(folder.glob("*.tar"))[2]
+def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tokenizer):
+    tar = sorted(served.glob("*.tar"))[2]
     content = tar.read_bytes()
     try:
         tar.write_bytes(content[:-1] + b"x")
@@ -203,36 +158,38 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
             match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where",
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
-        assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
+        assert not [
+            path for path in data_cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"
+        ]
     finally:
         tar.write_bytes(content)
-        for index in (tar.with_suffix(".idx"), folder / "train.index"):
+        for index in (tar.with_suffix(".idx"), served / "train.index"):
             os.utime(index)
 
 
-def test_the_index_of_a_split_is_fetched_once_for_a_machine(folder, web, cache, tokenizer):
+def test_the_index_of_a_split_is_fetched_once_for_a_machine(served, web, data_cache, tokenizer):
     """Eight processes' worth of openings at the same time, here threads; no DALI index is fetched."""
     with ThreadPoolExecutor(8) as threads:
         opened = list(threads.map(lambda _: open_dataset(web, "train"), range(8)))
     assert FolderHandler.asked.count("/train.index") == 1
     assert not [path for path in FolderHandler.asked if path.endswith(".idx")]
-    assert len({dataset.fingerprint for dataset in opened} | {open_dataset(folder, "train").fingerprint}) == 1
-    assert opened[3].index.path == opened[5].index.path == next(cache.glob("*/train.index"))
+    assert len({dataset.fingerprint for dataset in opened} | {open_dataset(served, "train").fingerprint}) == 1
+    assert opened[3].index.path == opened[5].index.path == next(data_cache.glob("*/train.index"))
 
 
 @pytest.mark.slow
-def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
+def test_a_damaged_cached_index_is_fetched_again(served, web, data_cache, tokenizer):
     open_dataset(web, "train")
-    (path,) = cache.glob("*/train.index")
+    (path,) = data_cache.glob("*/train.index")
     content = path.read_bytes()
     for damaged in (b"", content[:-1], content[:50] + b"xxxx" + content[54:]):
         path.write_bytes(damaged)
         found = batches(open_dataset(web, "train"), tokenizer, 6)
-        assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+        assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
         assert path.read_bytes() == content
 
 
-def test_an_index_that_arrives_short_is_fetched_again(folder, web, cache, tokenizer, monkeypatch):
+def test_an_index_that_arrives_short_is_fetched_again(served, web, data_cache, tokenizer, monkeypatch):
     """Some servers end a connection early without an error."""
     cut = [200, 5000]
 
@@ -246,31 +203,31 @@ def test_an_index_that_arrives_short_is_fetched_again(folder, web, cache, tokeni
     monkeypatch.setattr(filesystem, "get_file", shorten)
     dataset = open_dataset(web, "train")
     assert not cut
-    assert dataset.keys.tolist() == open_dataset(folder, "train").keys.tolist()
-    assert not list(cache.glob("*/*.part"))
+    assert dataset.keys.tolist() == open_dataset(served, "train").keys.tolist()
+    assert not list(data_cache.glob("*/*.part"))
 
 
-def test_folders_of_earlier_versions_open_from_dali_indices(folder, old_web, cache, tokenizer, caplog):
+def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, data_cache, tokenizer, caplog):
     url, _ = old_web
     with caplog.at_level("INFO"):
         found = batches(open_dataset(url, "train"), tokenizer, 6)
     assert (
         "opened from DALI indices; `mvlm data index --without-tars` at the source lets it open at once" in caplog.text
     )
-    assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+    assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
 
 
-def test_a_damaged_cached_dali_index_is_fetched_again(folder, old_web, cache, tokenizer):
+def test_a_damaged_cached_dali_index_is_fetched_again(served, old_web, data_cache, tokenizer):
     web, _ = old_web
     open_dataset(web, "train")
-    first, *_, last = sorted(cache.glob("*/*.idx"))
+    first, *_, last = sorted(data_cache.glob("*/*.idx"))
     first.write_bytes(b"")
     last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
     found = batches(open_dataset(web, "train"), tokenizer, 6)
-    assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+    assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
 
 
-def test_a_cached_dali_index_of_another_tar_is_noticed_and_removed(old_web, cache, tokenizer):
+def test_a_cached_dali_index_of_another_tar_is_noticed_and_removed(old_web, data_cache, tokenizer):
     web, folder = old_web
     wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]

@@ -1,44 +1,32 @@
-"""Undecodable images in training: replaced, counted, and alike on all ranks."""
+"""Undecodable images in training: replaced, counted and limited, and alike on all ranks and after a resume."""
 
-import io
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tarfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, Tokenizer, open_dataset, rebuild_indices
+from mvlm_dataloading import DataError, Dataset, Loader, open_dataset, rebuild_indices
 from mvlm_dataloading.loader import segment
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
 from mvlm_dataloading.randomness import Purpose, hash64
-from support.data import damage_images, make_image, wave_tokenizer, write_dataset, write_waves
+from support.data import damage_images, damaged_dataset, make_image, shard_writer, write_dataset, write_tar
 from support.loaders import make_loader
 
 BAD = [3, 41, 77, 78]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return wave_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def train_split(tmp_path_factory) -> Dataset:
-    return open_dataset(write_waves(tmp_path_factory.mktemp("waves") / "data"), "train")
-
-
-@pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     """100 images in a few shards, four of them damaged after they were written."""
-    folder = tmp_path_factory.mktemp("damaged") / "data"
-    write_dataset(folder, 100, max_shard_bytes=300_000, kinds=("PNG", "JPEG"))
-    damage_images(open_dataset(folder, "train"), BAD)
-    return open_dataset(folder, "train")
+    return damaged_dataset(
+        tmp_path_factory.mktemp("damaged") / "data", 100, BAD, max_shard_bytes=300_000, kinds=("PNG", "JPEG")
+    )
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
@@ -107,7 +95,7 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog)
     """The guard takes such a file for a damaged one, the decoder does not."""
     kinds = {"JPEG": ".jpg", "PNG": ".png"}
     for name, more in (("plain", b""), ("longer", b"\0" * 40)):
-        with ShardWriter(tmp_path / name, name="", source="", licence="", attribution="", recipe={}) as writer:
+        with shard_writer(tmp_path / name) as writer:
             for i in range(12):
                 kind = list(kinds)[i % 2]
                 assert writer.add(f"{i}", make_image(i, kind=kind) + more, [f"picture {i}"], {"image_id": i}) is None
@@ -120,7 +108,7 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog)
 @pytest.mark.slow
 def test_a_whole_batch_may_have_bytes_after_the_end(tmp_path, tokenizer):
     """More rows than Python's stack has frames, each replaced."""
-    with ShardWriter(tmp_path / "waves", name="", source="", licence="", attribution="", recipe={}) as writer:
+    with shard_writer(tmp_path / "waves") as writer:
         image = make_image(0, kind="JPEG", size=(32, 32)) + b"\0"
         for i in range(1100):
             assert writer.add(f"{i:04d}", image, [f"picture {i}"], {}) is None
@@ -134,17 +122,15 @@ def truncated(request, tmp_path):
 
     The parameter is appended to every fourth file.
     """
-    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
-        for i in range(24):
-            image = make_image(i, kind="JPEG", size=(240, 320))
-            if i in (5, 17):
-                image = image[: int(len(image) * (0.9 if i == 5 else 0.97))]
-            elif i % 4 == 0:
-                image += getattr(request, "param", b"")
-            for name, content in ((f"{i:02d}.jpg", image), (f"{i:02d}.txt", b"a wave")):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    members = []
+    for i in range(24):
+        image = make_image(i, kind="JPEG", size=(240, 320))
+        if i in (5, 17):
+            image = image[: int(len(image) * (0.9 if i == 5 else 0.97))]
+        elif i % 4 == 0:
+            image += getattr(request, "param", b"")
+        members += [(f"{i:02d}.jpg", image), (f"{i:02d}.txt", b"a wave")]
+    write_tar(tmp_path / "train-000.tar", members)
     rebuild_indices(tmp_path)
     return open_dataset(tmp_path, "train")
 
@@ -203,9 +189,7 @@ def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenize
 @pytest.mark.slow
 def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
     """With three of four damaged, the first substitute often is, before it is known."""
-    folder = write_dataset(tmp_path / "data", 4)
-    damage_images(open_dataset(folder, "train"), [0, 1, 3])
-    loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, max_bad_fraction=0.9)
+    loader = load(damaged_dataset(tmp_path / "data", 4, [0, 1, 3]), tokenizer, batch_size=2, max_bad_fraction=0.9)
     assert {i for i, _, _ in stream(loader, 20)} == {2}
     assert loader.skipped == 3
 
@@ -214,9 +198,7 @@ def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
 def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, tokenizer):
     """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
     bad, epochs = {2, 7}, 8
-    folder = write_dataset(tmp_path / "data", 10)
-    damage_images(open_dataset(folder, "train"), bad)
-    dataset = open_dataset(folder, "train")
+    dataset = damaged_dataset(tmp_path / "data", 10, bad)
     chains = 0
     for seed in range(3):
         at = zip(
@@ -245,9 +227,7 @@ def test_a_pass_in_order_stops_at_an_undecodable_image(damaged, tokenizer):
 
 
 def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, tokenizer):
-    folder = write_dataset(tmp_path / "data", 4)
-    dataset = open_dataset(folder, "train")
-    damage_images(dataset, [0])
+    dataset = damaged_dataset(tmp_path / "data", 4, [0])
     loader = load(dataset, tokenizer, batch_size=2)
     dataset.tars[0].rename(tmp_path / "elsewhere")
     with pytest.raises(
@@ -292,9 +272,9 @@ def test_no_image_is_blamed_when_the_interpreter_exits(tmp_path):
 
 def test_a_small_split_without_a_good_image_is_an_error_on_several_ranks(tmp_path, tokenizer):
     """The margin of several ranks is wider than so small a split."""
-    folder = write_dataset(tmp_path / "data", 4)
-    damage_images(open_dataset(folder, "train"), range(4))
-    loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, world_size=2, max_bad_fraction=0.5)
+    loader = load(
+        damaged_dataset(tmp_path / "data", 4, range(4)), tokenizer, batch_size=2, world_size=2, max_bad_fraction=0.5
+    )
     with pytest.raises(DataError, match="wanted at most 50% undecodable images, found 4"):
         stream(loader, 2)
 
@@ -307,7 +287,7 @@ def threads() -> int:
 @pytest.mark.parametrize("damage", ["cut", "longer"])
 def test_images_that_are_read_apart_leave_no_pipeline_behind(tmp_path, tokenizer, damage):
     """DALI never frees a pipeline that is not closed. Each has threads of its own."""
-    with ShardWriter(tmp_path / "data", name="", source="", licence="", attribution="", recipe={}) as writer:
+    with shard_writer(tmp_path / "data") as writer:
         for i in range(60):
             more = b"\0" * 40 if damage == "longer" else b""
             writer.add(f"{i}", make_image(i, kind="JPEG") + more, [f"picture {i}"], {"image_id": i})
@@ -346,3 +326,81 @@ def test_a_lack_of_memory_marks_no_image(train_split, tokenizer, monkeypatch, ca
         assert stream(loader, 2) == wanted
         assert "a batch is read again" in caplog.text
     assert loader.skipped == 0
+
+
+@pytest.mark.slow
+def test_the_limit_of_undecodable_images_holds_for_each_rank(damaged, tokenizer):
+    """A rank has seen half of the samples, so half as many bad ones are too many, plus a margin."""
+    loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
+    with pytest.raises(DataError, match="wanted at most 0% undecodable images, found 1 of 50"):
+        stream(loader, 10)
+
+
+def bad_percent(folder: Path, percent: int) -> Dataset:
+    """400 images, of which those whose number modulo 100 is below `percent` are undecodable."""
+    return damaged_dataset(folder, 400, [i for i in range(400) if i % 100 < percent], kinds=("JPEG",))
+
+
+def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int) -> dict[str, Any]:
+    """The state that a run of eight ranks saves after some batches: the bad images known to any of them."""
+    states = []
+    for rank in range(8):
+        loader = load(dataset, tokenizer, batch_size=40, rank=rank, world_size=8)
+        if state is not None:
+            loader.load_state_dict(state)
+        stream(loader, batches)
+        loader.close()
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    known = sorted(set().union(*(state["skipped"] for state in states)))
+    return states[0] | {"skipped": known, "met": states[0]["epoch"] * len(dataset) + states[0]["position"]}
+
+
+@pytest.mark.slow
+def test_ranks_that_resume_see_what_uninterrupted_ranks_see(tmp_path, tokenizer):
+    """4 % are bad and 5 % are allowed: a rank must not count what the others found against its own samples."""
+    dataset = bad_percent(tmp_path / "data", 4)
+    of_all_ranks(dataset, tokenizer, None, 20)  # two epochs
+    half = of_all_ranks(dataset, tokenizer, None, 5)
+    assert len(half["skipped"]) > 5
+    end = of_all_ranks(dataset, tokenizer, half, 15)
+    assert end["skipped"] == [i for i in range(400) if i % 100 < 4]
+
+
+@pytest.mark.slow
+def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(tmp_path, tokenizer):
+    dataset = bad_percent(tmp_path / "data", 10)
+    assert of_all_ranks(dataset, tokenizer, None, 10)  # one rank alone sees too few of them
+
+    def often() -> None:
+        state = None
+        for _ in range(10):
+            state = of_all_ranks(dataset, tokenizer, state, 1)
+
+    with pytest.raises(DataError, match=r"wanted at most 5% undecodable images, found \d+ of"):
+        often()
+    known = of_all_ranks(dataset, tokenizer, None, 10)
+    with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 40 of 400"):
+        of_all_ranks(dataset, tokenizer, known, 1)
+
+
+@pytest.mark.slow
+def test_samples_seen_by_a_rank_continue_from_its_state(tmp_path, tokenizer):
+    """30 % are bad, which is noticed within the first epoch, whether the run resumes after each batch or never."""
+    dataset = bad_percent(tmp_path / "data", 30)
+
+    def run(each: int) -> None:
+        state = None
+        for _ in range(10 // each):
+            loader = load(dataset, tokenizer, batch_size=40, rank=3, world_size=8)
+            if state is not None:
+                loader.load_state_dict(state)
+            stream(loader, each)
+            state = loader.state_dict()
+            loader.close()
+
+    found = []
+    for each in (10, 1):
+        with pytest.raises(DataError, match="wanted at most 5% undecodable images") as error:
+            run(each)
+        found.append(str(error.value))
+    assert found[0] == found[1]

@@ -1,16 +1,41 @@
-"""Small data sets, made with Pillow: smooth images of several formats and sizes, several captions each."""
+"""Small data sets of smooth images in several formats, their odd and damaged samples, and what is found in them.
+
+Start with one of these:
+
+- `write_dataset`: images and captions by number, through `ShardWriter`; `damaged_dataset`: some of them undecodable;
+- `build_records`: records of your own, through a build;
+- `write_tar`: a tar as another tool writes it, for `rebuild_indices` and sources of tars; `write_shard_by_hand`: a data
+  folder of any members.
+
+`keys_of`, `problems_of`, `captions_by_key` and `file_contents` tell what a folder holds, `refuse_to_open` that it does
+not open. `tests/conftest.py` has the fixtures `waves`, `train_split`, `tokenizer`, and `served` at the URL `web`.
+"""
 
 import io
 import json
 import os
+import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from mvlm_dataloading import BuildOptions, Dataset, ShardWriter, Tokenizer, build_shards, open_dataset, train_tokenizer
+from mvlm_dataloading import (
+    BuildOptions,
+    DataError,
+    Dataset,
+    ShardWriter,
+    Tokenizer,
+    build_shards,
+    check_shards,
+    open_dataset,
+    train_tokenizer,
+)
 from mvlm_dataloading.dataset.sample_index import index_path
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 
@@ -34,19 +59,17 @@ def make_captions(i: int) -> list[str]:
     ]
 
 
+def shard_writer(folder: Path, name: str = "set", recipe: dict[str, Any] | None = None, **settings) -> ShardWriter:
+    """A writer of a data set whose origin does not matter."""
+    about = {"source": "tests", "licence": "CC0", "attribution": "nobody"}
+    return ShardWriter(folder, name=name, recipe=recipe or {}, **about, **settings)
+
+
 def write_dataset(
     folder: Path, count: int, *, max_shard_bytes: int = 1 << 30, splits=("train",), kinds=("PNG",), size=None
 ) -> Path:
     """A data set of `count` images in each split, of (height, width) `size` or of several sizes."""
-    with ShardWriter(
-        folder,
-        name="waves",
-        source="tests",
-        licence="CC0",
-        attribution="nobody",
-        recipe={"count": count},
-        max_shard_bytes=max_shard_bytes,
-    ) as writer:
+    with shard_writer(folder, "waves", {"count": count}, max_shard_bytes=max_shard_bytes) as writer:
         for split in splits:
             for i in range(count):
                 reason = writer.add(
@@ -68,6 +91,42 @@ def damage_images(dataset: Dataset, ids) -> None:
             tar.seek(int(offset) + 20)
             tar.write(bytes(int(size) - 20))
     touch_indices(dataset)
+
+
+def damaged_dataset(folder: Path, count: int, bad: Iterable[int], **settings) -> Dataset:
+    """The train split of a data set of `count` images, of which those with ids `bad` are undecodable."""
+    damage_images(open_dataset(write_dataset(folder, count, **settings), "train"), bad)
+    return open_dataset(folder, "train")
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]] | Sequence[str | bytes], **settings) -> Path:
+    """A tar as another tool writes it: members by name, or sample after sample 0.jpg, 0.txt, 1.jpg ... of captions."""
+    named: list[tuple[str, bytes]] = []
+    for i, one in enumerate(members):
+        if isinstance(one, tuple):
+            named.append(one)
+        else:
+            text = one.encode() if isinstance(one, str) else one
+            named += [(f"{i}.jpg", published.encoded(published.make_image(i))), (f"{i}.txt", text)]
+    with tarfile.open(path, "w", **settings) as tar:
+        published.add_members(tar, named)
+    return path
+
+
+def write_shard_by_hand(folder: Path, members: list[tuple[str, bytes]]) -> None:
+    """A data folder of one shard, which `ShardWriter` may reject, with its DALI index."""
+    samples: dict[str, list[str]] = {}
+    path = folder / "train-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            key, extension = name.split(".", 1)
+            samples.setdefault(key, []).append(f"{extension} {tar.offset + 512} {len(content)} {name}")
+            published.add_members(tar, [(name, content)])
+    lines = [f"v1.2 {len(samples)}", *map(" ".join, samples.values()), ""]
+    path.with_suffix(".idx").write_text("\n".join(lines))
+    shard = {"tar": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": ""}
+    splits = {"train": {"samples": len(samples), "captions": 0, "shards": [shard]}}
+    (folder / "dataset.json").write_text(json.dumps({"format_version": 1, "splits": splits}))
 
 
 def touch_indices(dataset: Dataset) -> None:
@@ -117,6 +176,55 @@ def captions_by_key(folder: Path) -> dict[str, dict[str, list[str]]]:
         dataset = open_dataset(folder, split)
         found[split] = {dataset.keys[i]: dataset.captions(i) for i in range(len(dataset))}
     return found
+
+
+def keys_of(folder: Path, split: str = "train") -> list[str]:
+    return open_dataset(folder, split).keys.tolist()
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What `check_shards` finds wrong with all splits."""
+    return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
+
+
+def refuse_to_open(folder: Path, *words: str, split: str = "train") -> None:
+    """Check that opening fails with a message of one line that contains all `words`."""
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def limit_cache(monkeypatch: pytest.MonkeyPatch, folder: Path, shards: float) -> int:
+    """Set the size of the cache of remote data to that of `shards` of the folder's largest shards, in bytes."""
+    size = int(shards * max(tar.stat().st_size for tar in folder.glob("*.tar")))
+    monkeypatch.setenv("MVLM_CACHE_GB", repr(size / 1e9))
+    return size
+
+
+def cache_bytes(cache: Path) -> int:
+    """Bytes of the shards in a cache. Files may vanish meanwhile."""
+    sizes = []
+    for path in cache.glob("*/*.tar*"):
+        with suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size if path.suffix != ".lock" else 0)
+    return sum(sizes)
+
+
+@contextmanager
+def killed_before_assembly() -> Iterator[None]:
+    """A context in which a build must end as if it were killed when all pieces are written."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mvlm_dataloading.build.build.assemble", stop)
+        with suppress(KeyboardInterrupt):
+            yield
+            raise AssertionError("the build came to its end")
 
 
 def read_json_lines(file: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Random access to the samples of a split."""
 
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -15,23 +14,13 @@ from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import image_identity, image_name
 from mvlm_dataloading.randomness import text_hash
-from support.data import make_captions, make_image, write_dataset
+from support.data import make_captions, make_image, refuse_to_open, write_dataset, write_shard_by_hand
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two splits of 8 images in a few shards, for tests that damage them."""
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
-
-
-def refuse(folder, *words: str, split: str = "train") -> None:
-    """Check that opening fails with a one-line message that contains all `words`."""
-    with pytest.raises(DataError) as caught:
-        open_dataset(folder, split)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 def test_dataset_gives_random_access_to_samples(train_split):
@@ -157,28 +146,8 @@ def test_a_shard_is_compared_with_the_index_when_it_is_first_read(folder):
     assert dataset.captions(0) == make_captions(0)
 
 
-def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
-    """Write a shard that ShardWriter would reject, with its index."""
-    samples: dict[str, list[str]] = {}
-    path = folder / "train-000000.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            key, extension = name.split(".", 1)
-            samples.setdefault(key, []).append(f"{extension} {tar.offset + 512} {len(content)} {name}")
-            tar.addfile(member, io.BytesIO(content))
-    path.with_suffix(".idx").write_text(format_index([" ".join(parts) for parts in samples.values()]))
-    shard = {"tar": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": ""}
-    description = {
-        "format_version": 1,
-        "splits": {"train": {"samples": len(samples), "captions": 0, "shards": [shard]}},
-    }
-    (folder / "dataset.json").write_text(json.dumps(description))
-
-
 def test_captions_and_metadata_of_other_tools_are_read(tmp_path):
-    write_by_hand(
+    write_shard_by_hand(
         tmp_path,
         [
             ("d/a.JPG", make_image(1, kind="JPEG")),
@@ -191,7 +160,7 @@ def test_captions_and_metadata_of_other_tools_are_read(tmp_path):
             ("c.json", b"{"),
         ],
     )
-    refuse(tmp_path, "key b: wanted captions in UTF-8, found other bytes")
+    refuse_to_open(tmp_path, "key b: wanted captions in UTF-8, found other bytes")
     with (tmp_path / "train-000000.tar").open("r+b") as tar:
         data = tar.read()
         tar.seek(data.index(b"\xff" + bytes(511)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mvlm_dataloading import DataError, ShardWriter, build_shards, check_shards, open_dataset, rebuild_indices
 from mvlm_dataloading.dataset.description import already_written, parse_description, read_description
 from mvlm_dataloading.sources.record import ListedPiece, Source
-from support.data import make_image, make_record, write_dataset
+from support.data import make_image, make_record, refuse_to_open, write_dataset
 
 
 @pytest.fixture
@@ -22,20 +22,10 @@ def folder(tmp_path):
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
 
 
-def refuse(folder, *words: str, split: str = "train") -> None:
-    """Check that opening fails with a one-line message that contains all `words`."""
-    with pytest.raises(DataError) as caught:
-        open_dataset(folder, split)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
 def test_a_missing_folder_or_description_is_refused(tmp_path, folder):
-    refuse(tmp_path / "nowhere", "nowhere: wanted a data folder, found none; `mvlm data` writes one")
+    refuse_to_open(tmp_path / "nowhere", "nowhere: wanted a data folder, found none; `mvlm data` writes one")
     (folder / "dataset.json").unlink()
-    refuse(folder, "dataset.json: wanted the data set's description, found no such file")
+    refuse_to_open(folder, "dataset.json: wanted the data set's description, found no such file")
 
 
 def one_shard(**changed) -> str:
@@ -55,7 +45,7 @@ def one_shard(**changed) -> str:
 )
 def test_a_malformed_description_is_refused(folder, text):
     (folder / "dataset.json").write_text(text, encoding="latin-1")
-    refuse(folder, "dataset.json: wanted the description of a data set, found")
+    refuse_to_open(folder, "dataset.json: wanted the description of a data set, found")
 
 
 @pytest.mark.parametrize("place", ["http:/host/data", "s3:/bucket/data", "file:/data"])
@@ -68,7 +58,7 @@ def test_a_url_is_said_to_be_one(place):
 def test_a_description_of_another_version_is_refused(folder):
     description = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(description | {"format_version": 99}))
-    refuse(folder, "wanted format_version 1, found 99")
+    refuse_to_open(folder, "wanted format_version 1, found 99")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

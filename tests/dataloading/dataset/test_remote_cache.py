@@ -1,6 +1,5 @@
 """The cache of remote data: locks, room, retries and files, with a local web server."""
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -14,58 +13,19 @@ from types import SimpleNamespace
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset import folders
 from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
-from support.data import write_dataset
+from support.data import cache_bytes, limit_cache, write_dataset
 from support.faults.faulty_proxy import serve_faulty
 from support.web_server import FolderHandler, serve
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """48 images in several shards."""
-    folder = tmp_path_factory.mktemp("elsewhere") / "data"
-    write_dataset(folder, 48, max_shard_bytes=60_000, kinds=("JPEG",))
-    assert len(list(folder.glob("*.tar"))) >= 5
-    return folder
-
-
-@pytest.fixture
-def web(folder):
-    with serve(folder) as url:
-        yield url
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folders, "FIRST_PAUSE_S", 0.01)
-    return tmp_path / "cache"
-
-
-def limit_to(monkeypatch, folder, shards: float) -> int:
-    """Set the cache size to that of `shards` of the largest shards."""
-    size = int(shards * max(tar.stat().st_size for tar in folder.glob("*.tar")))
-    monkeypatch.setenv("MVLM_CACHE_GB", repr(size / 1e9))
-    return size
-
-
-def used(cache) -> int:
-    """Bytes of the shards in a cache. Files may vanish meanwhile."""
-    sizes = []
-    for path in cache.glob("*/*.tar*"):
-        with contextlib.suppress(FileNotFoundError):
-            sizes.append(path.stat().st_size if path.suffix != ".lock" else 0)
-    return sum(sizes)
-
-
-def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, tokenizer):
-    path, kept = folder / "tokenizer.json", (folder / "dataset.json").read_text()
+def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, tokenizer):
+    path, kept = served / "tokenizer.json", (served / "dataset.json").read_text()
     try:
         tokenizer.save(path)
         own = {"tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()}
-        (folder / "dataset.json").write_text(json.dumps(json.loads(kept) | own))
+        (served / "dataset.json").write_text(json.dumps(json.loads(kept) | own))
         content = path.read_bytes()
         path.write_bytes(content[:-1])  # during the copy: a damaged one is not kept
         dataset = open_dataset(web, "train")
@@ -79,14 +39,14 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, token
         assert FolderHandler.asked.count("/tokenizer.json") == 5
     finally:
         path.unlink()
-        (folder / "dataset.json").write_text(kept)
+        (served / "dataset.json").write_text(kept)
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "train.index", "train-000001.idx", "train-000001.tar"])
-def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, web, cache, name):
+def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(served, web, data_cache, name):
     """No error of the protocol tells of it. It happens three times, and then always."""
     left = ["length"] * 3
-    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
+    shards = json.loads((served / "dataset.json").read_text())["splits"]["train"]["shards"]
 
     def choose(method: str, path: str) -> str | None:
         return left.pop() if left and path == f"/{name}" else None
@@ -94,7 +54,7 @@ def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, web, cach
     with serve_faulty(web, choose) as (url, happened):
 
         def fetch_all() -> Path:
-            cached = RemoteCache(url, cache, 1 << 30)
+            cached = RemoteCache(url, data_cache, 1 << 30)
             cached.register_shards(shards)
             cached.fetch_split_index("train.index")
             cached.fetch_dali_indices()
@@ -104,7 +64,7 @@ def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, web, cach
 
         fetched = fetch_all()
         assert happened == {"length": 3}
-        assert (fetched / name).read_bytes() == (folder / name).read_bytes()
+        assert (fetched / name).read_bytes() == (served / name).read_bytes()
         for path in fetched.iterdir():
             path.unlink()
         left[:] = ["length"] * 4
@@ -112,8 +72,8 @@ def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, web, cach
             fetch_all()
 
 
-def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
-    path = folder / "dataset.json"
+def test_remote_shards_outside_the_folder_are_refused(served, web, data_cache):
+    path = served / "dataset.json"
     kept = path.read_text()
     description = json.loads(kept)
     shard = description["splits"]["train"]["shards"][0]
@@ -134,11 +94,11 @@ def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
         path.write_text(kept)
 
 
-def test_a_shard_held_by_one_process_is_not_removed_by_another(folder, web, cache, monkeypatch):
+def test_a_shard_held_by_one_process_is_not_removed_by_another(served, web, data_cache, monkeypatch):
     """Two jobs share a cache with room for two shards."""
-    size = limit_to(monkeypatch, folder, 2.2)
-    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
-    one, two = RemoteCache(web, cache, size), RemoteCache(web, cache, size)
+    size = limit_cache(monkeypatch, served, 2.2)
+    shards = json.loads((served / "dataset.json").read_text())["splits"]["train"]["shards"]
+    one, two = RemoteCache(web, data_cache, size), RemoteCache(web, data_cache, size)
     for cached in (one, two):
         cached.register_shards(shards)
     one.fetch([0])
@@ -153,29 +113,29 @@ def test_a_shard_held_by_one_process_is_not_removed_by_another(folder, web, cach
         one.fetch([3])
     two.release_except([0])
     one.fetch([3])  # in place of 1, which nobody holds
-    left = sorted(path.name for path in cache.glob("*/*.tar"))
+    left = sorted(path.name for path in data_cache.glob("*/*.tar"))
     assert left == [shards[0]["tar"], shards[3]["tar"]]
     one.release_except([])
     two.release_except([])
 
 
-def test_the_tokenizer_of_another_split_is_that_of_the_training_captions(tmp_path, cache):
+def test_the_tokenizer_of_another_split_is_that_of_the_training_captions(tmp_path, data_cache):
     folder = write_dataset(tmp_path / "data", 6, splits=("train", "test"))
     with serve(folder) as url:
         found = tokenizer_for(open_dataset(url, "test"), 300)
     assert found.fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
 
 
-def test_reading_captions_does_not_hold_shards(folder, web, cache, monkeypatch):
+def test_reading_captions_does_not_hold_shards(served, web, data_cache, monkeypatch):
     """Training a tokenizer on all captions works with room for two shards, and fetched shards stay held."""
-    size = limit_to(monkeypatch, folder, 2.2)
+    size = limit_cache(monkeypatch, served, 2.2)
     dataset = open_dataset(web, "train")
-    assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
+    assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(open_dataset(served, "train"), 300).fingerprint
     assert dataset.remote is not None
     dataset.remote.fetch([0])
-    assert dataset.captions(0) == open_dataset(folder, "train").captions(0)
-    other = RemoteCache(web, cache, size)
-    other.register_shards(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
+    assert dataset.captions(0) == open_dataset(served, "train").captions(0)
+    other = RemoteCache(web, data_cache, size)
+    other.register_shards(json.loads((served / "dataset.json").read_text())["splits"]["train"]["shards"])
     other.fetch([1])
     with pytest.raises(DataError, match="wanted room"):
         other.fetch([2])
@@ -184,11 +144,11 @@ def test_reading_captions_does_not_hold_shards(folder, web, cache, monkeypatch):
     other.release_except([])
 
 
-def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monkeypatch):
+def test_a_shard_being_fetched_counts_in_the_cache_size(served, web, data_cache, monkeypatch):
     """One job is fetching a shard when another makes room for its own. Both would exceed the limit."""
-    size = limit_to(monkeypatch, folder, 1.5)
-    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
-    one, two = RemoteCache(web, cache, size), RemoteCache(web, cache, size)
+    size = limit_cache(monkeypatch, served, 1.5)
+    shards = json.loads((served / "dataset.json").read_text())["splits"]["train"]["shards"]
+    one, two = RemoteCache(web, data_cache, size), RemoteCache(web, data_cache, size)
     for cached in (one, two):
         cached.register_shards(shards)
     begun, go_on = threading.Event(), threading.Event()
@@ -211,17 +171,17 @@ def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monk
         finally:
             go_on.set()
             thread.join()
-    assert [path.name for path in cache.glob("*/*.tar*") if path.suffix != ".lock"] == [shards[0]["tar"]]
+    assert [path.name for path in data_cache.glob("*/*.tar*") if path.suffix != ".lock"] == [shards[0]["tar"]]
     one.release_except([])
     two.fetch([1])
     two.release_except([])
 
 
-def test_a_cached_file_may_vanish_while_room_is_made(folder, web, cache, monkeypatch):
+def test_a_cached_file_may_vanish_while_room_is_made(served, web, data_cache, monkeypatch):
     """It vanishes between the listing and the stat, as when another job removes it."""
-    size = limit_to(monkeypatch, folder, 1.5)
-    cached = RemoteCache(web, cache, size)
-    cached.register_shards(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
+    size = limit_cache(monkeypatch, served, 1.5)
+    cached = RemoteCache(web, data_cache, size)
+    cached.register_shards(json.loads((served / "dataset.json").read_text())["splits"]["train"]["shards"])
     listed = Path.glob
     gone = [cached.folder / "train-000009.tar", cached.folder / "train-000009.tar.part"]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [*listed(self, pattern), *gone])
@@ -254,16 +214,16 @@ for turn in range(10):
 
 
 @pytest.mark.slow
-def test_jobs_can_share_a_remote_cache(folder, web, cache, monkeypatch):
+def test_jobs_can_share_a_remote_cache(served, web, data_cache, monkeypatch):
     """Three processes fetch, verify and release shards concurrently, with room for three."""
-    size = limit_to(monkeypatch, folder, 3.2)
-    shards = json.dumps(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
-    command = [sys.executable, "-c", HAMMER, web, str(cache), str(size)]
+    size = limit_cache(monkeypatch, served, 3.2)
+    shards = json.dumps(json.loads((served / "dataset.json").read_text())["splits"]["train"]["shards"])
+    command = [sys.executable, "-c", HAMMER, web, str(data_cache), str(size)]
     jobs = [subprocess.Popen([*command, str(seed), shards], stderr=subprocess.PIPE, text=True) for seed in range(3)]
     for job in jobs:
         _, errors = job.communicate(timeout=60)
         assert job.returncode == 0, errors
-    assert used(cache) <= size
+    assert cache_bytes(data_cache) <= size
 
 
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/o/n", "https://h/x", "http://h/x"])
@@ -272,26 +232,26 @@ def test_urls_are_recognised_as_remote(place):
     assert not any(is_remote(local) for local in ("data", "/data/s3", "./s3:", "c:/data"))
 
 
-def test_a_shard_that_was_removed_while_held_is_fetched_again(folder, web, cache):
+def test_a_shard_that_was_removed_while_held_is_fetched_again(served, web, data_cache):
     """Somebody makes room on the disk. Its own lock must not keep the process waiting."""
     dataset = open_dataset(web, "train")
     assert dataset.remote is not None
     dataset.remote.fetch([0])
-    for tar in cache.glob("*/*.tar"):
+    for tar in data_cache.glob("*/*.tar"):
         tar.unlink()
     found: list[list[str]] = []
     reader = threading.Thread(target=lambda: found.append(dataset.captions(0)), daemon=True)
     reader.start()
     reader.join(20)
-    assert found == [open_dataset(folder, "train").captions(0)]
+    assert found == [open_dataset(served, "train").captions(0)]
     dataset.remote.fetch([0])
-    for tar in cache.glob("*/*.tar"):
+    for tar in data_cache.glob("*/*.tar"):
         tar.unlink()
     dataset.remote.fetch([0])
-    assert len(list(cache.glob("*/*.tar"))) == 1
+    assert len(list(data_cache.glob("*/*.tar"))) == 1
 
 
-def test_the_umask_decides_who_may_share_a_cache(folder, web, cache):
+def test_the_umask_decides_who_may_share_a_cache(served, web, data_cache):
     before = os.umask(0o002)
     try:
         dataset = open_dataset(web, "train")
@@ -299,18 +259,18 @@ def test_the_umask_decides_who_may_share_a_cache(folder, web, cache):
         dataset.remote.fetch([0])
     finally:
         os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in cache.glob("*/*")}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in data_cache.glob("*/*")}
     assert "train-000000.tar.lock" in modes
     assert set(modes.values()) == {0o664}
 
 
-def test_a_cache_that_cannot_be_written_is_named(folder, web, cache, monkeypatch):
-    cache.write_text("a file")
-    with pytest.raises(DataError, match=f"{cache}: wanted a cache folder that can be written.*; set MVLM_CACHE"):
+def test_a_cache_that_cannot_be_written_is_named(served, web, data_cache, monkeypatch):
+    data_cache.write_text("a file")
+    with pytest.raises(DataError, match=f"{data_cache}: wanted a cache folder that can be written.*; set MVLM_CACHE"):
         open_dataset(web, "train")
 
 
-def test_a_full_disk_is_said_at_once(folder, web, cache, monkeypatch):
+def test_a_full_disk_is_said_at_once(served, web, data_cache, monkeypatch):
     dataset, tried = open_dataset(web, "train"), []
     assert dataset.remote is not None
     remote = dataset.remote.remote
