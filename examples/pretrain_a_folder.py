@@ -11,7 +11,6 @@ shards and OUT/run the run, which the same command continues after a kill. Other
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import mvlm
@@ -35,8 +34,10 @@ def main() -> None:
     print(f"{len(dataset)} pictures to train on; {data / 'rejected.jsonl'} lists what cannot be used")
 
     # The recipe of the preset, with what is changed here. `mvlm pretrain tiny --help` lists every setting.
-    config = replace(
-        mvlm.pretrain_defaults(arguments.preset, data, run),
+    config = mvlm.PretrainConfig.preset(
+        arguments.preset,
+        data=data,
+        out=run,
         max_steps=arguments.steps,
         batch_size=arguments.batch_size,
         warmup_steps=arguments.steps // 10,

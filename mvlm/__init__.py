@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mvlm.config.finetune import FinetuneConfig as FinetuneConfig
     from mvlm.config.model import MaskVLMConfig as MaskVLMConfig
     from mvlm.config.pretrain import PretrainConfig as PretrainConfig
-    from mvlm.config.recipes import pretrain_defaults as pretrain_defaults
     from mvlm.errors import ConfigError as ConfigError
     from mvlm.errors import RunError as RunError
     from mvlm.evaluation.evaluate import evaluate as evaluate
@@ -45,7 +44,6 @@ _MODULES = {
     "finetune": "mvlm.tasks.finetune",
     "load_model": "mvlm.runs.load",
     "pretrain": "mvlm.training.run",
-    "pretrain_defaults": "mvlm.config.recipes",
 }
 __all__ = [
     "ConfigError",
@@ -62,7 +60,6 @@ __all__ = [
     "finetune",
     "load_model",
     "pretrain",
-    "pretrain_defaults",
 ]
 
 

@@ -27,7 +27,7 @@ from mvlm.config.groups import groups_of
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import NO_FLAG, Range
-from mvlm.config.recipes import finetune_defaults, pretrain_defaults
+from mvlm.config.recipes import finetune_defaults
 from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
 SETTINGS = "[Configuration](configuration.md) lists their settings."
@@ -78,7 +78,7 @@ def _help(action: argparse.Action) -> str:
 
 def configuration() -> str:
     """Every setting of a model, a pretraining run and a fine-tuning run, by group."""
-    recipes = {preset: pretrain_defaults(preset, data=Path(), out=Path()) for preset in PRESETS}
+    recipes = {preset: PretrainConfig.preset(preset, data=Path(), out=Path()) for preset in PRESETS}
     lines = [
         "## Model",
         "",

@@ -16,7 +16,6 @@ import torch
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import pretrain_defaults
 from mvlm.config.run import RunConfig
 from mvlm.device import autocast, choose_device, has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
@@ -66,7 +65,7 @@ def examine(
     yield found
     if found.state == "red":
         return
-    config = pretrain_defaults(preset, data, out)
+    config = PretrainConfig.preset(preset, data=data, out=out)
     try:
         yield from trial(config, batch_size, chosen) if finetuning is None else finetuning_trial(finetuning, chosen)
     except (MemoryError, OSError, RuntimeError) as error:

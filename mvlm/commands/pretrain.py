@@ -46,7 +46,6 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
 
     from mvlm.config.json_files import read_config, run_config
     from mvlm.config.model import PRESETS
-    from mvlm.config.recipes import pretrain_defaults
 
     if arguments and arguments[0].startswith("--config="):
         arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
@@ -63,7 +62,8 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
             got = "--config with no file after it"
         raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
     else:
-        defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
+        defaults = PretrainConfig.preset(first, data=tyro.MISSING, out=tyro.MISSING)
+        source, rest = first, arguments[1:]
     description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
     return parse_settings(rest, f"mvlm pretrain {source}", description, defaults, with_model=True)
 

@@ -1,50 +1,10 @@
-"""Recipes: the default settings of `mvlm pretrain PRESET` and of `mvlm finetune TASK`."""
+"""Recipes of `mvlm finetune TASK`. `PretrainConfig.preset` has those of pretraining."""
 
 from pathlib import Path
 from typing import Any
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
-
-
-def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
-    """Make the recipe of a preset, for shards in `data` and a run folder `out`. ConfigError for an unknown preset."""
-    model = MaskVLMConfig.preset(preset)
-    if preset == "tiny":
-        # Chosen on two CPU cores, with images of 64 pixels, for a run of five minutes. docs/evidence/lab_log.md has the
-        # other trials.
-        return PretrainConfig(
-            data=data,
-            out=out,
-            max_steps=550,
-            batch_size=128,
-            optimizer="muon",
-            lr_encoder=7e-4,
-            lr_cross=7e-4,
-            lr_pixels=4e-4,
-            lr_end=0.01,
-            warmup_steps=40,
-            crop_scale=(0.9, 1.0),
-            model=model,
-        )
-    # The paper's recipe: 512 pairs, a learning rate of 3e-4 that falls to 3e-5 after a warm-up. The encoders have the
-    # same rate as the rest, because they start from scratch here.
-    return PretrainConfig(
-        data=data,
-        out=out,
-        max_steps=100_000,
-        batch_size=512,
-        lr_encoder=3e-4,
-        lr_cross=3e-4,
-        lr_pixels=3e-4,
-        warmup_steps=5_000,
-        crop_scale=(0.2, 1.0),
-        randaugment=2,
-        model=model,
-    )
-
 
 FINETUNE_RECIPES = ("tiny", "base")
 """Recipes of `mvlm finetune TASK`: for a `tiny` model on two CPU cores, and for one of the paper's size on GPUs."""

@@ -31,7 +31,7 @@ from typing import Any
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.json_files import run_config
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import finetune_defaults, pretrain_defaults
+from mvlm.config.recipes import finetune_defaults
 from mvlm.errors import ConfigError
 
 _FIELDS = {
@@ -176,7 +176,7 @@ def trial_config(
             raise ConfigError(
                 "checkpoint: a study of pretraining begins from random weights; set initial_model in its settings"
             )
-        recipe, kind = pretrain_defaults(study.preset, data, out).to_dict(), PretrainConfig
+        recipe, kind = PretrainConfig.preset(study.preset, data=data, out=out).to_dict(), PretrainConfig
     own = {name: value for name, value in study.arms[arm].items() if name not in ("fraction", "against")}
     values = merged(recipe, study.settings, own)
     values |= {"seed": seed + own.get("seed", 0), "max_steps": steps, "resume": True}

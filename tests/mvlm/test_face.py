@@ -24,7 +24,6 @@ NAMES = [
     "finetune",
     "load_model",
     "pretrain",
-    "pretrain_defaults",
 ]
 
 

@@ -53,7 +53,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.recipes import pretrain_defaults
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.training.run import pretrain
 
 def threads():
@@ -75,7 +75,7 @@ watcher.start()
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 model = MaskVLMConfig.preset("tiny", image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
 for randaugment, keep_mb in ((0, 512), (2, 0)):
-    recipe = pretrain_defaults("tiny", data, out / str(randaugment))
+    recipe = PretrainConfig.preset("tiny", data=data, out=out / str(randaugment))
     most[0], before = 0, threads()
     pretrain(replace(
         recipe, model=model, max_steps=4, warmup_steps=1, batch_size=20, eval_every_steps=2, checkpoint_every_steps=2,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import pretrain_defaults
 from mvlm.device import has_fast_bf16
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
@@ -73,7 +72,7 @@ def run(
         keep_freed_memory(world.device.type)  # as `mvlm pretrain` does
         about = describe(world.device.type, PACKAGES) | {"figures": f"the training loop on {world.device.type}"}
         with tempfile.TemporaryDirectory(prefix="mvlm-bench-run-") as folder:
-            config = pretrain_defaults(preset, data, Path(folder) / "run")
+            config = PretrainConfig.preset(preset, data=data, out=Path(folder) / "run")
             setup = {
                 "preset": preset, "data": data.name, "batch": config.batch_size, "rounds": rounds, "steps": steps,
                 "threads": torch.get_num_threads(), "bf16": has_fast_bf16(world.device),

@@ -3,7 +3,6 @@
 import csv
 import json
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.recipes import pretrain_defaults
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.run import run as bench
@@ -24,10 +23,13 @@ from support.shapes import copy_shapes
 SIZES = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1, "width": 24, "heads": 2}
 
 
+RECIPE = PretrainConfig.preset
+
+
 def small(preset, data, out):
     """The recipe with a small model and batch."""
     model = MaskVLMConfig.preset(preset, **SIZES)
-    return replace(pretrain_defaults(preset, data, out), batch_size=4, model=model, precision="fp32")
+    return RECIPE(preset, data=data, out=out, batch_size=4, model=model, precision="fp32")
 
 
 def figures(seconds: float, cpu: float) -> dict[str, float]:
@@ -72,7 +74,7 @@ def test_a_number_that_is_too_small_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_run_is_measured_in_turns(tmp_path, monkeypatch, without_tensorboard, capsys):
     """A slower loop lowers its ratio and not the bare step's; the loop sees the batches of an ordinary run."""
-    monkeypatch.setattr(bench, "pretrain_defaults", small)
+    monkeypatch.setattr(PretrainConfig, "preset", small)
     one_step, seen = Trainer.one_step, []
 
     def slow(trainer, batches):

@@ -12,6 +12,7 @@ import mvlm_kernels
 from mvlm import cli
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
 from mvlm.tasks import cost
 from mvlm_dataloading.errors import MissingPackageError
@@ -24,9 +25,7 @@ from support.web_server import serve
 @pytest.fixture
 def micro_preset(monkeypatch):
     """The micro model instead of a preset."""
-    monkeypatch.setattr(
-        machine_check, "pretrain_defaults", lambda preset, data, out: pretrain_config(data, out, max_steps=36000)
-    )
+    monkeypatch.setattr(PretrainConfig, "preset", lambda preset, data, out: pretrain_config(data, out, max_steps=36000))
 
 
 def examine(data, out, **changes) -> dict[str, Finding]:

@@ -9,7 +9,6 @@ import pytest
 from mvlm.config.json_files import config_json, model_config, read_config, run_config
 from mvlm.config.model import PRESETS
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import pretrain_defaults
 from mvlm.errors import ConfigError, RunError
 from support.models import micro_config, pretrain_config
 
@@ -42,7 +41,7 @@ def test_a_run_configuration_becomes_plain_values():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_run_configuration_survives_json(preset):
-    config = pretrain_defaults(preset, Path("data"), Path("run"))
+    config = PretrainConfig.preset(preset, data=Path("data"), out=Path("run"))
     again = run_config(json.loads(json.dumps(config_json(config))), "config.json")
     assert again == config
     assert isinstance(again.data, Path)
@@ -67,14 +66,14 @@ def test_a_run_configuration_survives_json(preset):
     ],
 )
 def test_an_invalid_run_configuration_is_refused(change, message):
-    values = json.loads(json.dumps(pretrain_defaults("tiny", Path("data"), Path("run")).to_dict()))
+    values = json.loads(json.dumps(PretrainConfig.preset("tiny", data=Path("data"), out=Path("run")).to_dict()))
     with pytest.raises(ConfigError) as caught:
         run_config(values | change, "config.json")
     assert str(caught.value) == message
 
 
 def test_a_run_configuration_without_required_settings_is_refused():
-    values = json.loads(json.dumps(pretrain_defaults("tiny", Path("data"), Path("run")).to_dict()))
+    values = json.loads(json.dumps(PretrainConfig.preset("tiny", data=Path("data"), out=Path("run")).to_dict()))
     del values["out"], values["max_steps"]
     with pytest.raises(ConfigError, match=r"config.json: wanted the settings out, max_steps, found none"):
         run_config(values, "config.json")

@@ -1,26 +1,28 @@
 """The recipes of the presets."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mvlm.config.model import PRESETS, MaskVLMConfig
-from mvlm.config.recipes import FINETUNE_RECIPES, finetune_defaults, pretrain_defaults
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.recipes import FINETUNE_RECIPES, finetune_defaults
 from mvlm.errors import ConfigError
 from mvlm.tasks import task_names
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_a_recipe(preset):
-    config = pretrain_defaults(preset, Path("data"), Path("run"))
+    config = PretrainConfig.preset(preset, data=Path("data"), out=Path("run"), seed=3)
     assert config.model == MaskVLMConfig.preset(preset)
-    assert (config.data, config.out) == (Path("data"), Path("run"))
+    assert (config.data, config.out, config.seed) == (Path("data"), Path("run"), 3)
     assert config.warmup_steps < config.max_steps
     assert json.loads(json.dumps(config.to_dict()))["data"] == "data"
 
 
-@pytest.mark.parametrize("make", [MaskVLMConfig.preset, lambda name: pretrain_defaults(name, Path("d"), Path("o"))])
+@pytest.mark.parametrize("make", [MaskVLMConfig.preset, partial(PretrainConfig.preset, data=Path("d"), out=Path("o"))])
 def test_an_unknown_preset_is_refused_with_a_list_of_presets(make):
     with pytest.raises(ConfigError, match="unknown preset: wanted one of tiny, small, base, got 'huge'"):
         make("huge")

@@ -65,7 +65,7 @@ import ctypes, sys
 from dataclasses import replace
 from pathlib import Path
 import mvlm
-from mvlm.config.recipes import finetune_defaults, pretrain_defaults
+from mvlm.config.recipes import finetune_defaults
 from mvlm.tasks.finetune import finetune
 from mvlm.training.freed_memory import keep_freed_memory
 
@@ -75,7 +75,7 @@ libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
 before = libc.sbrk(0)
 model = mvlm.load_model(trained).network.config
 steps = {"max_steps": 1, "warmup_steps": 1, "batch_size": 4, "eval_every_steps": 0, "device": "cpu"}
-mvlm.pretrain(replace(pretrain_defaults("tiny", data, out / "p"), model=model, **steps))
+mvlm.pretrain(mvlm.PretrainConfig.preset("tiny", data=data, out=out / "p", model=model, **steps))
 finetune(replace(finetune_defaults("retrieval", trained, data, out / "f"), **steps))
 print(libc.sbrk(0) - before)
 keep_freed_memory()

@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import pretrain_defaults
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.training.optimizer import (
     ExponentialMovingAverage,
@@ -27,8 +26,8 @@ from support.models import micro_model, pretrain_config
 
 @pytest.mark.parametrize("steps, warmup, end", [(110, 10, 0.2), (50, 2, 0.0), (30, 0, 0.01), (7, 5, 0.5)])
 def test_learning_rate_is_that_of_torchs_linear_and_cosine_schedulers(steps, warmup, end):
-    config = replace(
-        pretrain_defaults("tiny", data=Path("data"), out=Path("run")), max_steps=steps, warmup_steps=warmup, lr_end=end
+    config = PretrainConfig.preset(
+        "tiny", data=Path("data"), out=Path("run"), max_steps=steps, warmup_steps=warmup, lr_end=end
     )
     peak = 3.0
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
@@ -91,7 +90,7 @@ def test_weight_average_from_the_first_update_is_torchs_with_the_decay_of_the_up
 
 
 def test_optimizer_leaves_everything_untouched_where_found_inf_is_one():
-    config = replace(pretrain_defaults("tiny", data=Path("data"), out=Path("run")), optimizer="adamw")
+    config = PretrainConfig.preset("tiny", data=Path("data"), out=Path("run"), optimizer="adamw")
     sizes = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1, "width": 64, "heads": 1}
     model = MaskVLM(replace(config.model, **sizes))
     optimizer = make_optimizer(model, config, torch.device("cpu"))
