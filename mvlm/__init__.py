@@ -19,11 +19,8 @@ if TYPE_CHECKING:
     from mvlm.config.pretrain import PretrainConfig as PretrainConfig
     from mvlm.errors import ConfigError as ConfigError
     from mvlm.errors import RunError as RunError
-    from mvlm.evaluation.evaluate import evaluate as evaluate
     from mvlm.inference.trained_model import TrainedModel as TrainedModel
     from mvlm.model.maskvlm import MaskVLM as MaskVLM
-    from mvlm.objectives.losses import Losses as Losses
-    from mvlm.runs.load import export as export
     from mvlm.runs.load import load_model as load_model
     from mvlm.tasks.finetune import finetune as finetune
     from mvlm.training.run import pretrain as pretrain
@@ -33,14 +30,11 @@ _MODULES = {
     "ConfigError": "mvlm.errors",
     "DataError": "mvlm_dataloading.errors",
     "FinetuneConfig": "mvlm.config.finetune",
-    "Losses": "mvlm.objectives.losses",
     "MaskVLM": "mvlm.model.maskvlm",
     "MaskVLMConfig": "mvlm.config.model",
     "PretrainConfig": "mvlm.config.pretrain",
     "RunError": "mvlm.errors",
     "TrainedModel": "mvlm.inference.trained_model",
-    "evaluate": "mvlm.evaluation.evaluate",
-    "export": "mvlm.runs.load",
     "finetune": "mvlm.tasks.finetune",
     "load_model": "mvlm.runs.load",
     "pretrain": "mvlm.training.run",
@@ -49,14 +43,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FinetuneConfig",
-    "Losses",
     "MaskVLM",
     "MaskVLMConfig",
     "PretrainConfig",
     "RunError",
     "TrainedModel",
-    "evaluate",
-    "export",
     "finetune",
     "load_model",
     "pretrain",

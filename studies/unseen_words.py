@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm.evaluation.evaluate import evaluate
 from mvlm.runs.load import load_model
 from mvlm_dataloading import Dataset, open_dataset
 
@@ -71,8 +70,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     split, train = open_dataset(options.data, options.split), open_dataset(options.data, "train")
-    loaded = load_model(options.run, "cpu")
-    ranks = evaluate(loaded.network, split, train, loaded.tokenizer).ranks
+    ranks = load_model(options.run, "cpu").evaluate(split, train).ranks
     found = recall_by_kind(split, train, ranks)
     for kind, row in found.items():
         print(

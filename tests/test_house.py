@@ -17,22 +17,16 @@ PACKAGES = {
     "mvlm_dataloading": ROOT / "dataloading" / "mvlm_dataloading",
     "mvlm_benchmarks": ROOT / "benchmarks" / "mvlm_benchmarks",
 }
-FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do not know each other
+FLOORS: dict[str, list[set[str]]] = {  # top to bottom
     "mvlm": [
-        {"__main__"},
-        {"cli"},
-        {"commands"},
-        {"studies", "verify", "app"},
-        {"report"},
+        {"__main__", "cli", "commands"},
+        {"studies", "verify", "app", "report"},
         {"tasks"},
-        {"training", "portable"},
-        {"costs", "runs", "evaluation", "search"},
-        {"distributed", "weights", "inference"},
-        {"model"},
-        {"objectives"},
-        {"config"},
-        {"files", "device", "machine", "progress", "statistics"},
-        {"errors"},
+        {"training", "search"},
+        {"runs", "inference", "evaluation", "portable", "costs"},
+        {"distributed", "weights", "model"},
+        {"objectives", "config"},
+        {"files", "device", "machine", "progress", "statistics", "errors"},
     ],
     "mvlm_dataloading": [
         {"loader", "tools", "scenes"},
@@ -117,7 +111,7 @@ def test_every_room_has_a_floor(package: str) -> None:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_go_down(package: str) -> None:
-    """Lazy imports and those for types count too."""
+    """Or stay on a floor. Lazy imports and those for types count too."""
     floors = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
     for of, file in FILES:
         module = module_of(of, file)
@@ -126,7 +120,7 @@ def test_imports_go_down(package: str) -> None:
         room = room_of(module)
         for other in imports(file):
             if other.startswith(f"{package}.") and room_of(other) != room:
-                assert floors[room_of(other)] > floors[room], f"{file}: {room}/ may not import {other}"
+                assert floors[room_of(other)] >= floors[room], f"{file}: {room}/ may not import {other}"
 
 
 def test_packages_know_only_what_they_may() -> None:
@@ -135,10 +129,10 @@ def test_packages_know_only_what_they_may() -> None:
         assert others <= MAY_NAME[package], file
 
 
-@pytest.mark.slow
 def test_no_circle_among_modules() -> None:
+    """Lazy imports count too, but for those of the kernels: Triton's are wanted only where it is installed."""
     arrows = {
-        module_of(package, file): {name for name in imports(file, lazy=False) if name in MODULES}
+        module_of(package, file): {name for name in imports(file, package != "mvlm_kernels") if name in MODULES}
         for package, file in FILES
         if file.name != "__init__.py"  # a face names the modules of its room
     }

@@ -10,47 +10,44 @@ MVLM = HERE.parents[1] / "mvlm"
 
 # Top to bottom: the floor's name, and (name, what it holds) of its rooms and files.
 FLOORS = [
-    ("command line", [("cli", "find the command; errors to exit codes")]),
-    ("commands", [("commands/", "one file a command: parse, call, print")]),
+    ("command line", [("cli", "find the command; errors to exit codes"), ("commands/", "parse, call, print")]),
     (
         "uses",
         [
             ("studies/", "arms and seeds compared"),
-            ("verify/", "a finished run verified"),
+            ("verify/", "a run verified"),
             ("app/", "the local web page"),
+            ("report/", "HTML pages"),
         ],
     ),
-    ("pages", [("report/", "HTML pages about runs and searches")]),
     ("downstream", [("tasks/", "fine-tuning, one file a task")]),
+    ("the work", [("training/", "the loop and its guards"), ("search/", "an index of embeddings")]),
     (
-        "the work",
+        "trained models",
         [
-            ("training/", "the loop and its guards"),
-            ("portable/", "models for others"),
+            ("runs/", "folder, checkpoints"),
+            ("inference/", "questions, answers"),
+            ("evaluation/", "retrieval, gain"),
+            ("portable/", "programs, the hub"),
+            ("costs/", "FLOPs, memory"),
         ],
     ),
     (
-        "what it needs",
-        [
-            ("costs/", "FLOPs, memory, cluster plans"),
-            ("runs/", "run folder, checkpoints"),
-            ("evaluation/", "retrieval, cross-modal gain"),
-            ("search/", "an index of embeddings"),
-        ],
-    ),
-    (
-        "around the model",
+        "the model",
         [
             ("distributed/", "ranks, the global batch"),
             ("weights/", "timm and transformers, in and out"),
-            ("inference/", "questions to a trained model"),
+            ("model/", "network, two implementations"),
         ],
     ),
-    ("model", [("model/", "the network, and two implementations of a step")]),
-    ("objectives", [("objectives/", "MLM, MIM, ITC, ITM on tensors")]),
-    ("settings", [("config/", "every setting, its recipes, its JSON")]),
-    ("ground", [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", "")]),
-    ("", [("errors", "what every room may raise")]),
+    (
+        "its terms",
+        [("objectives/", "MLM, MIM, ITC, ITM on tensors"), ("config/", "every setting, its recipes, its JSON")],
+    ),
+    (
+        "ground",
+        [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", ""), ("errors", "")],
+    ),
 ]
 PACKAGES = [
     ("mvlm_kernels", "fused ops; need torch, Triton and NumPy"),

@@ -76,19 +76,16 @@ def export(
         wrong = [flag for flag, value in given.items() if value]
         if wrong:
             raise ConfigError(f"{wrong[0]}: wanted --format hub beside it, got --format {format}; change one of them")
-    if format == "hub":
-        from mvlm.portable.hub import upload, write_hub_folder
+    from mvlm.runs.load import load_model
 
-        write_hub_folder(run, out, push_to, data)
-        if push_to is not None and not dry_run:
-            print(upload(out, push_to, private))
-    elif format == "safetensors":
-        from mvlm.runs.load import export as write
-
-        write(run, out)
+    model = load_model(run, "cpu")
+    if format == "safetensors":
+        model.save(out)
     else:
-        from mvlm.portable.programs import export_programs
-
-        for name, difference in export_programs(run, out, format).items():
+        for name, difference in model.export(out, format, hub_id=push_to, data=data).items():
             print(f"{name}: largest difference from the network {difference:.1e}")
+    if push_to is not None and not dry_run:
+        from mvlm.portable.hub import upload
+
+        print(upload(out, push_to, private))
     print(out)

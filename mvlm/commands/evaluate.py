@@ -95,7 +95,7 @@ def eval_retrieval(
     """
     from mvlm.device import chosen_precision
     from mvlm.errors import ConfigError
-    from mvlm.evaluation.evaluate import default_rerank, evaluate, format_table
+    from mvlm.evaluation.evaluate import default_rerank, format_table
     from mvlm.machine import describe_machine, package_versions
     from mvlm_dataloading.files import write_json
 
@@ -104,10 +104,8 @@ def eval_retrieval(
     sizes = image_size, text_length
     with _evaluation(checkpoint, data, (split, "train"), out, device, sizes, {"rerank": rerank}) as opened:
         world, model, splits, workspace = opened
-        network = model.network
-        rerank = default_rerank(network) if rerank is None else rerank
-        train = splits.get("train")
-        found = evaluate(network, splits[split], train, model.tokenizer, rerank, workspace=workspace)
+        rerank = default_rerank(model.network) if rerank is None else rerank
+        found = model.evaluate(splits[split], splits.get("train"), rerank, workspace)
         made_by = {
             "model": model.sha256,  # of the sizes that it was evaluated at, too
             "fingerprint": splits[split].fingerprint,

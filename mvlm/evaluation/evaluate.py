@@ -36,7 +36,7 @@ def default_rerank(model: MaskVLM) -> int:
 
 
 class Evaluation(NamedTuple):
-    """Result of `evaluate`."""
+    """Result of `TrainedModel.evaluate`."""
 
     figures: dict[str, Any]
     """Figures as `mvlm eval retrieval` writes them (docs/reference/files.md). Recall is in per cent, re-ranked by ITC
@@ -52,23 +52,15 @@ def evaluate(
     split: Dataset,
     train: Dataset | None,
     tokenizer: Tokenizer,
-    k: int = RERANK,
-    precision: str = "auto",
-    workspace: Workspace | None = None,
+    k: int,
+    precision: str,
+    workspace: Workspace,
 ) -> Evaluation:
-    """Evaluate a model, which must be in evaluation mode, on a split: retrieval, cross-modal gain, trivial losses.
+    """Evaluate a network in evaluation mode. `TrainedModel.evaluate` explains the arguments; all ranks get the same.
 
-    Args:
-        split: Images and captions to evaluate on.
-        train: Training split, for the median predictor and the known concepts; None for data without one.
-        k: Candidates of each query for ITM to re-rank; 0 for a model that was trained without ITM. All recalls are then
-            by ITC, and `itm` is None.
-        precision: auto, bf16 or fp32.
-        workspace: ranks that share the work, and the folder of its arrays (`open_workspace`). Default: one rank, and
-            arrays in memory. All ranks get the same figures.
+    With `k` = 0 all recalls are by ITC, and `itm` is None.
     """
     started = time.perf_counter()
-    workspace = workspace or Workspace()
     features = encode_split(model, split, tokenizer, precision, workspace)
     tr, ir = rank_all(model, features, k, precision, workspace=workspace, answers=False).values()
     unseen, images = unseen_images(split, train), features.different
@@ -121,8 +113,7 @@ def evaluate_briefly(
 ) -> dict[str, float]:
     """Figures during training: recall by only ITC (tr_r1 to ir_r10), and cross-modal gain from one draw of masks.
 
-    The model's mode (training or evaluation) is restored. `evaluate` explains the workspace. EvaluationStopped if it
-    asks for an early end.
+    The model's mode (training or evaluation) is restored. EvaluationStopped if the workspace asks for an early end.
     """
     workspace = workspace or Workspace()
     was_training = model.training

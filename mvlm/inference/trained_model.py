@@ -3,12 +3,14 @@
 Shape legend: n images or pairs, m texts or labels, k candidates, B batch, E contrastive width, S image side.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,9 @@ from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
+from mvlm.evaluation.evaluate import Evaluation, default_rerank, evaluate
+from mvlm.evaluation.workspace import Workspace
+from mvlm.files import new_folder
 from mvlm.inference.arguments import list_of_texts, one_text, whole_number
 from mvlm.inference.attention_maps import AttentionMaps, attention_maps
 from mvlm.inference.encode import (
@@ -34,6 +39,7 @@ from mvlm.inference.images import ImageLike, Images, each_image, is_single_image
 from mvlm.inference.reconstruction import Reconstruction, reconstruct_image
 from mvlm.inference.texts import Texts, each_text, text_batches
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.pretrained import TOKENIZER_FILE, write_model
 from mvlm.progress import WorkProgress
 from mvlm_dataloading import Dataset, Tokenizer
 
@@ -86,7 +92,7 @@ def hash_of(config: MaskVLMConfig, tokenizer: Tokenizer, module: torch.nn.Module
 
 
 class TrainedModel:
-    """A trained model: embeddings, matches, filled-in texts and images. `mvlm.load_model` makes one.
+    """A trained model: embeddings, matches, filled-in texts and images, figures, files. `mvlm.load_model` makes one.
 
     Images are what `mvlm.inference.images.ImageLike` lists, one or an iterable of them, or a split of a data set
     (`mvlm_dataloading.Dataset`). Iterables are read as they are needed, so they may be longer than the memory. Texts
@@ -104,11 +110,15 @@ class TrainedModel:
     """The tokenizer of its captions."""
     precision: str
     """auto, bf16 or fp32 (`mvlm.device.autocast`)."""
+    source: Path | None
+    """Checkpoint or exported folder that it was loaded from, if any."""
 
-    def __init__(self, network: MaskVLM, tokenizer: Tokenizer, precision: str = "auto") -> None:
+    def __init__(
+        self, network: MaskVLM, tokenizer: Tokenizer, precision: str = "auto", source: Path | None = None
+    ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: wanted {', '.join(PRECISIONS)}, got {precision!r}")
-        self.network, self.tokenizer, self.precision = network.eval(), tokenizer, precision
+        self.network, self.tokenizer, self.precision, self.source = network.eval(), tokenizer, precision, source
 
     @property
     def device(self) -> torch.device:
@@ -268,6 +278,69 @@ class TrainedModel:
         """
         one_text("text", text)
         return attention_maps(self.network, self.tokenizer, load_image(image, self.network.config.image_size), text)
+
+    def evaluate(
+        self,
+        split: Dataset,
+        train: Dataset | None = None,
+        rerank: int | None = None,
+        workspace: Workspace | None = None,
+    ) -> Evaluation:
+        """Measure retrieval, cross-modal gain and trivial losses on a split, as `mvlm eval retrieval` does.
+
+        Args:
+            train: training split, for the median predictor and the known concepts; None for data without one.
+            rerank: candidates of each query for ITM to re-rank; 0 ranks by ITC alone. Default: 32, or 0 for a model
+                that was trained without ITM.
+            workspace: ranks that share the work, and the folder of its arrays. Default: one rank, in memory.
+        """
+        rerank = default_rerank(self.network) if rerank is None else whole_number("rerank", rerank, 0)
+        return evaluate(self.network, split, train, self.tokenizer, rerank, self.precision, workspace or Workspace())
+
+    def save(self, folder: Path | str) -> None:
+        """Write model.safetensors, config.json and tokenizer.json to a new or empty folder, for `mvlm.load_model`."""
+        with new_folder(Path(folder)) as out:
+            self._write(out)
+
+    def export(
+        self,
+        folder: Path | str,
+        format: Literal["pt2", "onnx", "hub"],
+        *,
+        hub_id: str | None = None,
+        data: Path | str | None = None,
+    ) -> dict[str, float]:
+        """Write the model for another runtime, or for the Hugging Face hub, to a new or empty folder.
+
+        Args:
+            format: pt2 (programs of torch.export) or onnx, each with tokenizer.json and preprocess.json; or hub, what
+                `save` writes and a model card, of a model that was loaded from a run.
+            hub_id: for the card, id owner/name. Default: owner/ and the run's name.
+            data: for the card, the run's training data, if they are no longer where its config.json says.
+
+        Returns:
+            For each program's file, its largest difference from the network; of hub, none.
+
+        Raises:
+            RunError: the folder holds files, or a program differs too much; there is no run or no licence for the card.
+            ConfigError: a package is missing, a part is too large for ONNX, or `hub_id` is no id.
+        """
+        with new_folder(Path(folder)) as out:
+            if format == "hub":
+                from mvlm.portable.hub import CARD, model_card
+
+                card = model_card(self.source or Path("a model in memory"), self.network, data, hub_id, self.sha256)
+                self._write(out)
+                (out / CARD).write_text(card, encoding="utf-8")
+                return {}
+            from mvlm.portable.programs import write_programs_folder
+
+            network = self.network if self.device.type == "cpu" else copy.deepcopy(self.network).cpu()
+            return write_programs_folder(network, self.tokenizer, self.sha256, out, format)
+
+    def _write(self, folder: Path) -> None:
+        write_model(self.network, folder)
+        self.tokenizer.save(folder / TOKENIZER_FILE)
 
     def pixel_batches(self, images: Images | Dataset, batch_size: int) -> Iterator[Tensor]:
         """Images as the model takes them, batch by batch: uint8 (up to batch_size, 3, S, S)."""

@@ -1,4 +1,4 @@
-"""Folders and uploads of trained models for the Hugging Face hub: weights, tokenizer, and a model card.
+"""The card of a trained model for the Hugging Face hub, and the upload of its folder.
 
 The card is made from a template. Everything that it states is read from the run, from its evaluation and from its
 data's dataset.json: data, licence and attribution, figures with intervals, recipe and limits.
@@ -16,47 +16,18 @@ from mvlm.config.groups import resume_may_change
 from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.evaluate import describe_trivial_losses
-from mvlm.files import check_folder, new_folder
+from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE, write_model
-from mvlm.portable.programs import TOKENIZER
+from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE
 from mvlm.runs.folder import RunFolder, find_checkpoint
-from mvlm.runs.load import load_for_export
 from mvlm.statistics import Interval
 from mvlm_dataloading import DataError, open_dataset
 
 CARD = "README.md"
 
 
-def write_hub_folder(source: Path, out: Path, hub_id: str | None = None, data: Path | None = None) -> None:
-    """Write what the hub shows of a model: model.safetensors, config.json, tokenizer.json and the card README.md.
-
-    Args:
-        source: a run, or one of its checkpoints.
-        out: new or empty folder. After an error there is none.
-        hub_id: id owner/name, for the examples of the card. Default: owner/ and the run's name.
-        data: folder of the run's training data, if it is no longer where the run's config.json says.
-
-    Raises:
-        RunError: there is no such run, or its data's licence cannot be read.
-        ConfigError: `hub_id` is not an id.
-    """
-    if hub_id is not None:
-        check_hub_id(hub_id)
-    with new_folder(out) as folder:
-        run = run_of(source)
-        source = find_checkpoint(source)  # once: a run that still trains may write another one meanwhile
-        trained = load_for_export(source)
-        model, tokenizer = trained.network, trained.tokenizer
-        name = re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
-        card = model_card(source, model, data, hub_id or f"owner/{name}", trained.sha256)
-        write_model(model, folder)
-        tokenizer.save(folder / TOKENIZER)
-        (folder / CARD).write_text(card, encoding="utf-8")
-
-
 def upload(folder: Path, hub_id: str, private: bool = False) -> str:
-    """Upload a folder that `write_hub_folder` wrote, as one commit. Returns its address.
+    """Upload a folder that `TrainedModel.export` wrote for the hub, as one commit. Returns its address.
 
     The token is the one that `hf auth login` stored, or the variable HF_TOKEN.
 
@@ -87,17 +58,6 @@ def upload(folder: Path, hub_id: str, private: bool = False) -> str:
             f"then send the folder, which is complete, with `hf upload {hub_id} {folder}`"
         ) from None
     return str(done.repo_url)
-
-
-def push_to_hub(
-    source: Path, out: Path, hub_id: str, *, private: bool = False, data: Path | None = None, dry_run: bool = False
-) -> str | None:
-    """Write the folder and upload it. Returns its address on the hub; None after a dry run, which only writes.
-
-    The arguments and errors are those of `write_hub_folder` and `upload`.
-    """
-    write_hub_folder(source, out, hub_id, data)
-    return None if dry_run else upload(out, hub_id, private)
 
 
 def check_hub_id(hub_id: str) -> None:
@@ -181,7 +141,7 @@ def model_card(
     source: Path,
     network: MaskVLM,
     data: Path | str | None = None,
-    hub_id: str = "owner/name",
+    hub_id: str | None = None,
     model: str | None = None,
 ) -> str:
     """The card of a run's model, Markdown with a YAML head, as the hub reads it.
@@ -189,14 +149,18 @@ def model_card(
     Args:
         source: a run, or one of its checkpoints.
         data: folder of the data that the run was trained on. Default: the one that its config.json names.
-        hub_id: id owner/name for the examples.
+        hub_id: id owner/name for the examples. Default: owner/ and the run's name.
         model: hash of the model, `TrainedModel.sha256`. Figures of another one are not stated. Without it, or for
             figures of an earlier version, which name no hash, the name of the checkpoint decides.
 
     Raises:
         RunError: there is no such run, or its data's licence cannot be read, or its evaluation is damaged.
+        ConfigError: `hub_id` is not an id.
     """
+    if hub_id is not None:
+        check_hub_id(hub_id)
     run = run_of(source)
+    hub_id = hub_id or "owner/" + re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
     config = read_config(run.config)
     checkpoint = find_checkpoint(source)
     named = re.fullmatch(r"step_(\d+)", checkpoint.name)

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import new_folder
-from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.attention import Attention, Branch
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.runs.load import load_for_export
+from mvlm.model.pretrained import TOKENIZER_FILE
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.files import sha256, write_json
@@ -306,30 +304,19 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-PREPROCESS, TOKENIZER = "preprocess.json", "tokenizer.json"
+PREPROCESS = "preprocess.json"
 
 
-def export_programs(source: Path, out: Path, format: Format) -> dict[str, float]:
-    """Write a trained model's programs, its tokenizer, and how to prepare images and texts, to a new folder.
+def write_programs_folder(
+    network: MaskVLMNetwork, tokenizer: Tokenizer, model_sha256: str, folder: Path, format: Format
+) -> dict[str, float]:
+    """Write the programs of a network on the CPU, its tokenizer, and how to prepare images and texts, to a folder.
 
-    Args:
-        source: a run, one of its checkpoints, or an exported folder.
-        out: new or empty folder. After an error there is none.
-        format: pt2 (torch.export) or onnx.
-
-    Returns:
-        For each program's file, its largest difference from the network (`mvlm.portable.programs.difference`).
-
-    Raises:
-        RunError, ConfigError: as `load_model` and `write_programs`, and for a folder with files.
+    Returns and raises as `write_programs`. `model_sha256` is `TrainedModel.sha256`.
     """
-    if format == "onnx":
-        check_onnx_packages()
-    with new_folder(out) as folder:
-        model = load_for_export(source, "fp32")
-        found = write_programs(model.network, folder, format)
-        write_tokenizer(model.tokenizer, model.network.config.text_length, folder / TOKENIZER)
-        write_json(folder / PREPROCESS, preprocessing(model, folder, format, found))
+    found = write_programs(network, folder, format)
+    write_tokenizer(tokenizer, network.config.text_length, folder / TOKENIZER_FILE)
+    write_json(folder / PREPROCESS, preprocessing(network, tokenizer, model_sha256, folder, format, found))
     return found
 
 
@@ -354,11 +341,17 @@ def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
     file.write_text(inner.to_str(pretty=True), encoding="utf-8")
 
 
-def preprocessing(model: TrainedModel, folder: Path, format: Format, differences: dict[str, float]) -> dict[str, Any]:
+def preprocessing(
+    network: MaskVLMNetwork,
+    tokenizer: Tokenizer,
+    model_sha256: str,
+    folder: Path,
+    format: Format,
+    differences: dict[str, float],
+) -> dict[str, Any]:
     """The contents of preprocess.json (docs/guides/export.md)."""
-    config, tokenizer = model.network.config, model.tokenizer
-    programs = {}
-    for part in parts(model.network):
+    config, programs = network.config, {}
+    for part in parts(network):
         file = f"{part.name}.{format}"
         programs[part.name] = {
             "file": file,
@@ -371,7 +364,7 @@ def preprocessing(model: TrainedModel, folder: Path, format: Format, differences
         "format": format,
         "opset": OPSET if format == "onnx" else None,
         "tolerance": TOLERANCE,
-        "model_sha256": model.sha256,
+        "model_sha256": model_sha256,
         "model": json.loads(json.dumps(config.to_dict())),
         "image": {
             "size": config.image_size,
@@ -390,6 +383,6 @@ def preprocessing(model: TrainedModel, folder: Path, format: Format, differences
             "pad_id": tokenizer.pad_id,
             "mask_id": tokenizer.mask_id,
         },
-        "logit_scale": model.network.log_scale.exp().item(),
+        "logit_scale": network.log_scale.exp().item(),
         "programs": programs,
     }

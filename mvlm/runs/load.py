@@ -1,4 +1,4 @@
-"""Load a trained model from a run, a checkpoint, an exported folder or the hub; export it."""
+"""Load a trained model from a run, a checkpoint, an exported folder or the hub."""
 
 import logging
 import os
@@ -10,13 +10,13 @@ from mvlm.config.json_files import read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import check_finite, load_weights, new_folder, read_shapes
+from mvlm.files import check_finite, load_weights, read_shapes
 from mvlm.inference.arguments import shown
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
+from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, download
 from mvlm.model.shapes import check_sizes
-from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_folder_shapes, read_state, read_tensors
+from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, log_unfinished
 from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
@@ -33,8 +33,8 @@ def load_model(
 ) -> TrainedModel:
     """Load a trained model and its tokenizer.
 
-    The result has the questions that a model answers as methods, and unpacks into the network and the tokenizer. The
-    weights are the averaged ones (EMA) if the run kept them. Of a fine-tuned run, the network without the task's head.
+    The weights are the averaged ones (EMA) if the run kept them. Of a fine-tuned run, the network without the task's
+    head, which is logged.
     A warning is logged if the model was trained without ITM.
 
     Args:
@@ -61,7 +61,10 @@ def load_model(
     else:
         # A fine-tuned run keeps the network as the part `model` of its task.
         weights = folder / (EMA if (folder / EMA).is_dir() else MODEL)
-        prefix = "model." if read_state(folder).get("task") else ""
+        task = read_state(folder).get("task")
+        prefix = "model." if task else ""
+        if task:
+            log.info("%s: the network without the head of the task %s", path, task["name"])
     shapes = read_shapes(weights) if exported else read_folder_shapes(weights, prefix)
     check_sizes(config, shapes, folder / (CONFIG_FILE if exported else MODEL_CONFIG), weights)
     network = MaskVLM(config)
@@ -73,7 +76,7 @@ def load_model(
     if not network.matching_is_trained:
         log.warning("%s: trained without ITM, so its matches and re-rankings mean nothing", path)
     network = resized_model(network, image_size, text_length, trained=True)
-    return TrainedModel(network.to(chosen), tokenizer, precision)
+    return TrainedModel(network.to(chosen), tokenizer, precision, folder)
 
 
 def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMConfig, Tokenizer]:
@@ -93,7 +96,7 @@ def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMCo
     elif tokenizer.mask_id != config.mask_token_id:
         wrong = f"of mask_token_id {config.mask_token_id} in {file}, found [MASK] as token {tokenizer.mask_id}"
     if wrong:
-        raise RunError(f"{folder / TOKENIZER}: wanted the tokenizer of the model, {wrong}; restore the model's")
+        raise RunError(f"{folder / TOKENIZER_FILE}: wanted the tokenizer of the model, {wrong}; restore the model's")
     return config, tokenizer
 
 
@@ -108,13 +111,13 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer beside a model. RunError if there is none, as where `MaskVLM.save_pretrained` wrote alone."""
-    if not (folder / TOKENIZER).is_file():
+    if not (folder / TOKENIZER_FILE).is_file():
         raise RunError(
-            f"{folder}: wanted a {TOKENIZER} beside the weights, found none; write the one that the model was trained "
-            f'with: `tokenizer.save(folder / "{TOKENIZER}")`'
+            f"{folder}: wanted a {TOKENIZER_FILE} beside the weights, found none; write the one that the model was "
+            f'trained with: `tokenizer.save(folder / "{TOKENIZER_FILE}")`'
         )
     try:
-        return load_tokenizer(folder / TOKENIZER)
+        return load_tokenizer(folder / TOKENIZER_FILE)
     except DataError as error:
         raise RunError(str(error)) from None
 
@@ -130,30 +133,5 @@ def _find_model(source: Path | str) -> tuple[Path, bool]:
         return path, True
     # A name in a folder that is here is a mistyped run, not a model on the hub.
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not path.exists() and not path.parent.is_dir():
-        return download(source, (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER), {}), True
+        return download(source, (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE), {}), True
     return find_checkpoint(path), False
-
-
-def load_for_export(path: Path | str, precision: str = "auto") -> TrainedModel:
-    """Load a trained model on the CPU. Says so if the head of its task is left out.
-
-    Arguments as in `load_model`.
-    """
-    model = load_model(path, "cpu", precision)
-    source, exported = _find_model(path)
-    if not exported and (task := read_state(source).get("task")):
-        log.info("%s: the network without the head of the task %s", path, task["name"])
-    return model
-
-
-def export(path: Path, out: Path) -> None:
-    """Write one portable folder: model.safetensors, config.json (the model's) and tokenizer.json.
-
-    The weights are the averaged ones if the run kept them. RunError if `out` holds files or `path` has no good
-    checkpoint.
-    """
-    with new_folder(out) as folder:
-        found = load_for_export(path)
-        model, tokenizer = found.network, found.tokenizer
-        write_model(model, folder)
-        tokenizer.save(folder / TOKENIZER)

@@ -18,7 +18,6 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.run import RunConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
-from mvlm.evaluation.evaluate import evaluate
 from mvlm.machine import code_revision, processor_name
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
@@ -138,11 +137,10 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
             for split in trial.splits
         }
     else:
-        loaded = load_model(checkpoint, device, trial.config.precision)
-        model, tokenizer = loaded.network, loaded.tokenizer
+        model = load_model(checkpoint, device, trial.config.precision)
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
-        rerank = trial.rerank if model.matching_is_trained else 0  # it may continue a model without ITM
-        figures, ranks = evaluate(model, dataset, train, tokenizer, rerank, trial.config.precision)
+        rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
+        figures, ranks = model.evaluate(dataset, train, rerank)
     rows = read_metrics(run.metrics)
     result = {
         "format_version": FORMAT_VERSION,

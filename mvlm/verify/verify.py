@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvlm.evaluation.evaluate import evaluate
 from mvlm.runs.checkpoint import step_of
 from mvlm.runs.load import load_model
 from mvlm.verify.claims import Claims, read_claims, wrong_checkpoints, wrong_data, wrong_rows
@@ -74,8 +73,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
             yield f"{file} is {other}; evaluate the run again"
         else:
             test, train = (open_dataset(claims.config.data, name) for name in ("test", "train"))
-            rerank, precision = claimed["rerank"], claimed["precision"]
-            found = evaluate(model.network, test, train, model.tokenizer, rerank, precision).figures
+            found = model.evaluate(test, train, claimed["rerank"]).figures
             found.pop("seconds")
             yield from _differences(claimed, json.loads(json.dumps(finite(found))))
 

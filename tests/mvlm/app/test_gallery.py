@@ -7,13 +7,13 @@ import torch
 
 from mvlm.app.gallery import DatasetGallery, data_of_run
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.load import export
+from mvlm.runs.load import load_model
 
 
 def test_a_run_knows_its_data_and_an_exported_folder_has_none(trained: Path, scenes: Path, tmp_path: Path) -> None:
     assert data_of_run(trained) == scenes
     assert data_of_run(next((trained / "checkpoints").glob("step_*"))) == scenes
-    export(trained, tmp_path / "model")
+    load_model(trained).save(tmp_path / "model")
     assert data_of_run(tmp_path / "model") is None
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm.evaluation.evaluate import evaluate, evaluate_briefly, format_table, unseen_images
+from mvlm.evaluation.evaluate import evaluate_briefly, format_table, unseen_images
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
+from mvlm.inference.trained_model import TrainedModel
 from mvlm.report.examples import retrievals
 from mvlm_dataloading import ShardWriter, open_dataset
 from mvlm_dataloading.files import write_json
@@ -20,6 +21,11 @@ from support.scenes import png, scene
 @pytest.fixture
 def model():
     return micro_model(dtype=torch.float32)
+
+
+@pytest.fixture
+def trained(model, tokenizer):
+    return TrainedModel(model, tokenizer, "fp32")
 
 
 def write(folder, bases: dict[str, list[str | None]]):
@@ -49,11 +55,11 @@ def test_unseen_images_show_concepts_that_training_lacks(tmp_path):
     [([None, None], [None, None, None]), ([None, None], ["cat", "owl"]), (["cat", "owl"], [None, None])],
     ids=["neither", "test alone", "train alone"],
 )
-def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tokenizer, train, test):
+def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tokenizer, train, test, trained):
     folder = write(tmp_path / "data", {"train": train, "test": test})
     split, known = (open_dataset(folder, name) for name in ("test", "train"))
     assert unseen_images(split, known) is None
-    figures = evaluate(model.eval(), split, known, tokenizer, 2, "fp32").figures
+    figures = trained.evaluate(split, known, 2).figures
     assert figures["unseen"] is None
     assert "unseen" not in format_table(figures)
     features = encode_split(model, split, tokenizer, "fp32")
@@ -61,7 +67,7 @@ def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tok
 
 
 @pytest.mark.slow
-def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
+def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer, trained):
     """Data with a row for each caption have the figures of data with all captions of an image in one row."""
     splits = {}
     for name in ("merged", "flat", "unnamed"):
@@ -74,7 +80,7 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
                     writer.add(f"{i}-{row}", png(pixels), texts, metadata, split="test")
             writer.add("train", png(scene(20)[0]), ["a square"], {"base": "1"}, split="train")
         splits[name] = open_dataset(tmp_path / name, "test"), open_dataset(tmp_path / name, "train")
-    found = {name: evaluate(model.eval(), test, train, tokenizer, 4, "fp32") for name, (test, train) in splits.items()}
+    found = {name: trained.evaluate(test, train, 4) for name, (test, train) in splits.items()}
     (merged, ranks), (flat, ranks_of_flat) = found["merged"], found["flat"]
     assert (flat["n_images"], flat["n_texts"], flat["unseen"]["n_images"]) == (12, 36, 9)
     assert found["unnamed"][0]["n_images"] == 36  # equal pictures alone say nothing: ranks of earlier versions stay
@@ -90,10 +96,10 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
+def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer, trained):
     folder = write(tmp_path / "data", {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
-    figures = evaluate(model.eval(), split, train, tokenizer, 3, "fp32").figures
+    figures = trained.evaluate(split, train, 3).figures
     features = encode_split(model, split, tokenizer, "fp32")
     ranks = rank_all(model, features, 3, "fp32")
     for way, chosen in (("tr", [1, 3]), ("ir", [2, 3, 6, 7])):
@@ -115,10 +121,10 @@ def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_evaluation_has_no_unseen_figures_if_all_concepts_are_known(model, tmp_path, tokenizer):
+def test_evaluation_has_no_unseen_figures_if_all_concepts_are_known(model, tmp_path, tokenizer, trained):
     folder = write(tmp_path / "data", {"train": ["cat"], "test": ["cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
-    assert evaluate(model.eval(), split, train, tokenizer, 2, "fp32").figures["unseen"] is None
+    assert trained.evaluate(split, train, 2).figures["unseen"] is None
 
 
 def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, tokenizer):
@@ -137,11 +143,11 @@ def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, t
 
 
 @pytest.mark.slow
-def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenizer):
+def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenizer, trained):
     folder = write(tmp_path / "data", {"test": ["cat", "owl", "dog", "hen"]})
     split = open_dataset(folder, "test")
     assert split.splits == ["test"]
-    figures = evaluate(model.eval(), split, None, tokenizer, 2, "fp32").figures
+    figures = trained.evaluate(split, None, 2).figures
     assert figures["unseen"] is None
     assert figures["masked_l1_train_median"] is None
     assert figures["masked_l1_white"] > 0
@@ -150,9 +156,9 @@ def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenize
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
-def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_split, tokenizer, k):
+def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_split, tokenizer, k, trained):
     """12 captions of 8 images; in fp32 the two implementations agree to the digit of the figures."""
-    figures = evaluate(model.eval(), heldout_split, None, tokenizer, k, "fp32").figures
+    figures = trained.evaluate(heldout_split, None, k).figures
     captions = [(i, caption) for i in range(8) for caption in heldout_split.captions(i)]
     owner = torch.tensor([i for i, _ in captions])
     scale = model.log_scale.exp().item()

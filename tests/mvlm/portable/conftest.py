@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvlm.model.pretrained import write_model
-from mvlm.portable.programs import export_programs
+from mvlm.runs.load import load_model
 from support.models import micro_model
 
 
@@ -26,5 +26,5 @@ def programs(tmp_path_factory, small) -> Path:
     pytest.importorskip("onnxruntime")
     folder = tmp_path_factory.mktemp("programs")
     for format in ("pt2", "onnx"):
-        export_programs(small, folder / format, format)
+        load_model(small, "cpu").export(folder / format, format)
     return folder

@@ -5,7 +5,8 @@ import tokenizers
 
 from mvlm.errors import RunError
 from mvlm.portable import programs as module
-from mvlm.portable.programs import export_programs, write_tokenizer
+from mvlm.portable.programs import write_tokenizer
+from mvlm.runs.load import load_model
 
 TEXTS = ["a red square", "a", "a blue square on a white ground, and then some more words", "[MASK] naïve"]
 
@@ -30,10 +31,10 @@ def test_nothing_is_left_after_an_error(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "write_programs", fail)
     with pytest.raises(RunError, match="broken"):
-        export_programs(small, tmp_path / "out", "pt2")
+        load_model(small, "cpu").export(tmp_path / "out", "pt2")
     assert ".partial" in (tmp_path / "seen").read_text()  # it had begun to write
     assert [path.name for path in tmp_path.iterdir()] == ["seen"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with pytest.raises(RunError, match="full: wanted a new or empty folder, found other files; choose another one"):
-        export_programs(small, tmp_path / "full", "pt2")
+        load_model(small, "cpu").export(tmp_path / "full", "pt2")

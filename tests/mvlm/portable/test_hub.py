@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.portable.hub import push_to_hub, upload, write_hub_folder
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.portable.hub import upload
 from mvlm.runs.load import load_model
 from support.model_hub import serve_model_hub
 
@@ -17,7 +18,9 @@ FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
 
 def test_an_upload_is_one_commit_of_the_folder_and_loads_again(trained, tmp_path):
     with serve_model_hub() as hub:
-        address = push_to_hub(trained, tmp_path / "out", "someone/demo", private=True)
+        load_model(trained, "cpu").export(tmp_path / "out", "hub", hub_id="someone/demo")
+        assert hub.asked == []
+        address = upload(tmp_path / "out", "someone/demo", private=True)
     assert address == f"{hub.endpoint}/someone/demo"
     assert hub.private == {"someone/demo": True}
     assert len(hub.commits) == 1
@@ -31,20 +34,14 @@ def test_an_upload_is_one_commit_of_the_folder_and_loads_again(trained, tmp_path
     assert 'mvlm.load_model("someone/demo")' in received["README.md"].decode()
 
 
-def test_a_dry_run_writes_the_folder_and_asks_nobody(trained, tmp_path):
-    with serve_model_hub() as hub:
-        assert push_to_hub(trained, tmp_path / "out", "someone/demo", dry_run=True) is None
-    assert hub.asked == []
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fail_at", ["repos/create", "preupload", "lfs/objects", "commit/main"])
 def test_a_refusal_is_one_line_and_leaves_the_hub_unchanged(trained, tmp_path, fail_at):
+    load_model(trained, "cpu").export(tmp_path / "out", "hub", hub_id="someone/demo")
     with serve_model_hub() as hub:
         hub.fail_at = fail_at
         with pytest.raises(RunError, match=r"someone/demo: wanted to upload .*, the hub did not take it") as caught:
-            push_to_hub(trained, tmp_path / "out", "someone/demo")
+            upload(tmp_path / "out", "someone/demo")
     assert "\n" not in str(caught.value)
     assert f"`hf upload someone/demo {tmp_path / 'out'}`" in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -53,24 +50,24 @@ def test_a_refusal_is_one_line_and_leaves_the_hub_unchanged(trained, tmp_path, f
 
 
 def test_mistakes_are_refused_before_anything_is_written(trained, tmp_path):
-    out = tmp_path / "out"
+    out, model = tmp_path / "out", load_model(trained, "cpu")
     for wrong in ("demo", "a/b/c", "../x", "https://hub/x"):
         with pytest.raises(ConfigError, match="push-to: wanted an id OWNER/NAME on the hub, got"):
-            push_to_hub(trained, out, wrong)
-    with pytest.raises(RunError, match="none: wanted a run or one of its checkpoints, found no such folder"):
-        write_hub_folder(tmp_path / "none", out)
-    write_hub_folder(trained, tmp_path / "written")
+            model.export(out, "hub", hub_id=wrong)
+    with pytest.raises(RunError, match="wanted a run or one of its checkpoints"):
+        TrainedModel(model.network, model.tokenizer).export(out, "hub")
+    model.export(tmp_path / "written", "hub")
     (tmp_path / "written/README.md").unlink()
     with pytest.raises(RunError, match=r"found no README.md in it"):
         upload(tmp_path / "written", "a/b")
     with pytest.raises(RunError, match="written: wanted a run or one of its checkpoints, found another folder"):
-        write_hub_folder(tmp_path / "written", out)
+        load_model(tmp_path / "written", "cpu").export(out, "hub")
     run = shutil.copytree(trained, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "gone")}))
     with pytest.raises(
         RunError, match=r"gone: wanted the data that the run was trained on.*name its folder with --data"
     ):
-        write_hub_folder(run, out)
+        load_model(run, "cpu").export(out, "hub")
     assert not out.exists()
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]

@@ -13,7 +13,6 @@ from PIL import Image
 
 from mvlm.errors import RunError
 from mvlm.evaluation import retrieval
-from mvlm.evaluation.evaluate import evaluate
 from mvlm.evaluation.retrieval import EncodedSplit, encode_split
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
@@ -43,9 +42,7 @@ def reported(tmp_path_factory):
     model = micro_config(text_length=40, vocab_size=400)
     pretrain(pretrain_config(data, run, eval_every_steps=1, model=model))
     split, train = open_dataset(data, "test"), open_dataset(data, "train")
-    found = load_model(run)
-    loaded, tokenizer = found.network, found.tokenizer
-    figures = {"checkpoint": HOSTILE, "split": "test", **evaluate(loaded, split, train, tokenizer).figures}
+    figures = {"checkpoint": HOSTILE, "split": "test", **load_model(run).evaluate(split, train).figures}
     (run / "eval").mkdir()
     (run / "eval/test.json").write_text(json.dumps(figures))
     return run, data, figures, write_report(run)

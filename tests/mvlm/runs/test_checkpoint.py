@@ -30,7 +30,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import find_checkpoint
-from mvlm.runs.load import export, load_model
+from mvlm.runs.load import load_model
 from mvlm.training.optimizer import make_optimizer
 from support.folders import forbid
 from support.models import micro_batch, micro_model, pretrain_config
@@ -112,7 +112,7 @@ def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
 def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
-    export(tmp_path, tmp_path / "exported")
+    load_model(tmp_path, "cpu").save(tmp_path / "exported")
     for folder in (tmp_path, tmp_path / "checkpoints/step_00000005", tmp_path / "exported"):
         loaded = load_model(folder)
         found, words = loaded.network, loaded.tokenizer
@@ -128,14 +128,14 @@ def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
     out = tmp_path / "deep/exported"
-    export(tmp_path, out)
+    load_model(tmp_path, "cpu").save(out)
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
     tensors = load_file(out / "model.safetensors")
     assert tensors.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert json.loads((out / "config.json").read_text())["width"] == model.config.width
     with pytest.raises(RunError, match=r"exported: wanted a new or empty folder, found other files"):
-        export(tmp_path, out)
+        load_model(tmp_path, "cpu").save(out)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tm
     writer.save(1, model, parts, {}, tokenizer)
     writer.wait()
     assert all((p == 0.25).all() for p in load_model(tmp_path).network.parameters())
-    export(tmp_path, tmp_path / "out")
+    load_model(tmp_path, "cpu").save(tmp_path / "out")
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.load import export, load_model, load_tokenizer_of
+from mvlm.runs.load import load_model, load_tokenizer_of
 
 
 @pytest.fixture(scope="module")
 def portable(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("portable") / "model"
-    export(trained, out)
+    load_model(trained, "cpu").save(out)
     return out
 
 
@@ -40,7 +40,7 @@ def test_a_model_without_itm_is_known_by_its_head(trained, portable, without_itm
     assert load_model(trained, "cpu").network.matching_is_trained
     assert load_model(portable, "cpu").network.matching_is_trained
     assert "trained without ITM" not in caplog.text
-    export(without_itm, tmp_path / "folder")
+    load_model(without_itm, "cpu").save(tmp_path / "folder")
     for place in (without_itm, tmp_path / "folder"):
         caplog.clear()
         assert not load_model(place, "cpu").network.matching_is_trained

@@ -19,7 +19,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.shapes import stored_sizes, tensor_shapes
 from mvlm.runs.checkpoint import read_folder_shapes, read_tensors, verify_checkpoint
-from mvlm.runs.load import export, load_model
+from mvlm.runs.load import load_model
 from mvlm_dataloading import DataError
 from support.commands import assert_refused
 from support.folders import checkpoint_contents
@@ -33,7 +33,7 @@ FORMS = ("checkpoint", "exported")
 @pytest.fixture(scope="module")
 def portable(trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("portable") / "model"
-    export(trained, out)
+    load_model(trained, "cpu").save(out)
     return out
 
 

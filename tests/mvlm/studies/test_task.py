@@ -9,7 +9,6 @@ import pytest
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.evaluate import evaluate
 from mvlm.runs.load import load_model
 from mvlm.studies import trial as trials
 from mvlm.studies.run import plan_trials, report_finished, run_study
@@ -104,7 +103,7 @@ def test_a_study_of_retrieval_has_the_recall_of_its_trials(scenes, trained, tmp_
     (trial,) = plan_trials(retrieval, scenes, tmp_path / "other", trained)
     finetune(trial.config)  # pyright: ignore[reportArgumentType]
     model = load_model(trial.config.out, "cpu")
-    found = evaluate(model.network, open_dataset(scenes, "test"), None, model.tokenizer, 32).figures
+    found = model.evaluate(open_dataset(scenes, "test")).figures
     assert result["figures"]["test"]["tr_r1"] == pytest.approx(found["tr"]["r1"])
     assert result["figures"]["test"]["ir_r10"] == pytest.approx(found["ir"]["r10"])
     assert result["figures"]["test"]["mean_r1"] == pytest.approx((found["tr"]["r1"] + found["ir"]["r1"]) / 2)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mvlm.errors import RunError
 from mvlm.inference.encode import eval_loader
 from mvlm.runs.folder import read_metrics
-from mvlm.runs.load import export, load_model
+from mvlm.runs.load import load_model
 from mvlm.tasks import evaluate as evaluation
 from mvlm.tasks.evaluate import evaluate_task, join_records, share
 from mvlm.tasks.finetune import finetune
@@ -262,7 +262,7 @@ def test_data_of_another_task_are_refused_before_they_are_predicted(trained, dat
 @pytest.mark.parametrize("damage", ["a tensor missing", "a head too many"])
 def test_a_checkpoint_that_is_not_a_whole_pretrained_model_is_refused(trained, data, tmp_path, damage):
     """Only the head may be new: a model with a tensor less, or one more, is no pretrained model."""
-    export(trained, tmp_path / "model")
+    load_model(trained, "cpu").save(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     if damage == "a tensor missing":
