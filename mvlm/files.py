@@ -3,20 +3,25 @@
 safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
 """
 
+import json
 import math
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
 from mvlm_dataloading import files
 
+LOCK = ".lock"
+"""File in a folder that the process holds which writes there."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of the numbers in a file of weights. They are converted to the model's own when they are read."""
 
@@ -40,6 +45,23 @@ def new_folder(out: Path) -> Iterator[Path]:
     # A random name: a process that was killed may have left a folder, and in a container a later one has its number.
     with files.new_folder(final, final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")) as aside:
         yield aside
+
+
+def lock_folder(folder: Path) -> AbstractContextManager[object]:
+    """Make a folder and lock it. Returns a context that holds the lock. RunError if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / LOCK, timeout=0).acquire()
+    except Timeout:
+        raise RunError(f"{folder}: wanted a folder that no other process writes to; wait for it or stop it") from None
+
+
+def read_plan(file: Path) -> Any:
+    """What unfinished work was to be, from a JSON file; None if there is none, or a kill came while it was written."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ the same work whatever the number of ranks and however often an evaluation was i
 """
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
+from mvlm.files import LOCK, lock_folder, read_plan
 from mvlm.progress import WorkProgress
 from mvlm_dataloading import DataError
 from mvlm_dataloading.files import aside_of, write_json
@@ -250,7 +249,7 @@ def _empty(folder: Path) -> None:
     """Remove all work in the folder; its plan first, because rows that are missing would be read as zeros."""
     file = folder / PLAN
     write_json(file, {})
-    for path in set(folder.iterdir()) - {folder / ".lock", file}:
+    for path in set(folder.iterdir()) - {folder / LOCK, file}:
         path.unlink(missing_ok=True)
 
 
@@ -258,19 +257,11 @@ def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManag
     """Make or check the folder and lock it. Returns a context that holds the lock."""
     plan = {"format_version": FORMAT_VERSION, **plan}
     file = folder / PLAN
-    ours = {folder / ".lock", aside_of(file)}
+    ours = {folder / LOCK, aside_of(file)}
     if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= ours)):
         raise RunError(f"{folder}: wanted no such path or an unfinished evaluation, found something else; move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / ".lock", timeout=0).acquire()
-    except Timeout:
-        raise RunError(f"{folder}: wanted a folder that no other process writes to; wait for it or stop it") from None
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):  # none, or a kill while it was written
-        found = None
-    if found == plan:
+    held = lock_folder(folder)
+    if read_plan(file) == plan:
         log.info("continuing the evaluation in %s", folder)
     else:
         _empty(folder)

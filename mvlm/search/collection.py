@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,45 +46,9 @@ class Item(NamedTuple):
     metadata: dict[str, Any]
 
 
-class Collection(Protocol):
-    """Items 0 to len - 1, in an order that never changes."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Place of the collection, as JSON, from which `open_collection` opens it again."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the items and their order."""
-        ...
-
-    def id(self, i: int) -> str:
-        """Id of item i."""
-        ...
-
-    def item(self, i: int) -> Item:
-        """Item i without its image."""
-        ...
-
-    def image_bytes(self, id: str, split: str, row: int) -> bytes:
-        """The encoded image of an item."""
-        ...
-
-    def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
-        """Items `start` to `stop` - 1 in batches, with their images uint8 (B, 3, S, S), without unusable images."""
-        ...
-
-    def why_left_out(self, i: int) -> str:
-        """Reason why the image of item i cannot be used."""
-        ...
-
-
 @dataclass
 class DataCollection:
-    """All samples of one or several splits of a data set."""
+    """All samples of one or several splits of a data set, in an order that never changes."""
 
     folder: Path | str
     splits: list[Dataset]
@@ -94,17 +58,16 @@ class DataCollection:
 
     @property
     def source(self) -> dict[str, Any]:
+        """Place of the collection, as JSON, from which `open_collection` opens it again."""
         return {"kind": "data", "path": str(self.folder), "splits": [split.split for split in self.splits]}
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the items and their order."""
         return " ".join(split.fingerprint for split in self.splits)
 
-    def item(self, i: int) -> Item:
-        split, row = self._find(i)
-        return Item(split.keys[row], split.split, row, split.captions(row), split.metadata(row))
-
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
+        """The encoded image of an item."""
         found = next((one for one in self.splits if one.split == split), None)
         if found is None or row >= len(found) or found.keys[row] != id:
             raise RunError(
@@ -114,33 +77,19 @@ class DataCollection:
         return found.image_bytes(row)
 
     def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
-        while start < stop:
-            split, row = self._find(start)
-            part = split.rows(row, min(len(split), row + stop - start))
-            # The reader has read captions and metadata with the images. `item` would read and open the tars again.
-            for raw in eval_loader(part, model.network, model.tokenizer).raw_batches():
-                yield [_item_of(part, row, raw, i) for i in range(len(raw.ids))], raw.images
-            start += len(part)
-
-    def id(self, i: int) -> str:
-        split, row = self._find(i)
-        return split.keys[row]
-
-    def why_left_out(self, i: int) -> str:
-        raise AssertionError(i)  # its images were decoded when it was built; one that is broken now is a DataError
-
-    def _find(self, i: int) -> tuple[Dataset, int]:
-        """Split and row of item i."""
+        """Items `start` to `stop` - 1 in batches, with their images uint8 (B, 3, S, S)."""
         for split in self.splits:
-            if i < len(split):
-                return split, i
-            i -= len(split)
-        raise IndexError(i)
+            first, last = max(0, start), min(len(split), stop)
+            if first < last:
+                part = split.rows(first, last)
+                for raw in eval_loader(part, model.network, model.tokenizer).raw_batches():
+                    yield [_item_of(part, first, raw, i) for i in range(len(raw.ids))], raw.images
+            start, stop = start - len(split), stop - len(split)
 
 
 @dataclass
 class FolderCollection:
-    """All images under a folder.
+    """All images under a folder, with the methods of a `DataCollection`. Images that are unusable are in no batch.
 
     Captions of `a/b.jpg` are the lines of `a/b.txt`, if there is one; its metadata is the object in `a/b.json`.
     """
@@ -198,9 +147,11 @@ class FolderCollection:
         return one_ahead(loaded())
 
     def id(self, i: int) -> str:
+        """Id of item i, which may be unusable."""
         return str(self.paths[i].relative_to(self.folder))
 
     def why_left_out(self, i: int) -> str:
+        """Reason why item i is in no batch."""
         try:
             self._load(i, 1)
         except RunError as error:
@@ -214,6 +165,9 @@ class FolderCollection:
         except UnicodeEncodeError:
             raise RunError(f"{self.paths[i]}: wanted a file name in UTF-8, found other bytes; rename it") from None
         return self.item(i), load_image(self.paths[i], side)
+
+
+Collection = DataCollection | FolderCollection
 
 
 def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:

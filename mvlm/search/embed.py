@@ -1,49 +1,67 @@
-"""Embeddings of a whole collection, in parts: resumable, and shared by the ranks that torchrun started.
+"""Embeddings of a whole collection, as Parquet files of vectors with ids and metadata (docs/guides/search.md).
 
-Parts are the same whatever the number of ranks and however often the work was interrupted, and so are the files.
+    OUT/images.parquet      id, split, row, metadata, vector
+    OUT/texts.parquet       id, split, row, metadata, text, vector
+    OUT/rejected.jsonl      images that could not be used, one JSON object per line
+    OUT/embedding.json      written last: model, source, counts
+    OUT/parts/              while the work is not finished: finished parts, and plan.json
+
+The work is made in parts: resumable, and shared by the ranks that torchrun started. Parts are the same whatever the
+number of ranks and however often the work was interrupted, and so are the files. A file is written aside, forced to the
+disk and renamed, so a file with its final name is complete.
 
 Shape legend: n rows, E contrastive width.
 """
 
 import contextlib
+import json
 import logging
+import re
+import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
 from mvlm.device import chosen_precision
 from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
+from mvlm.files import LOCK, lock_folder
 from mvlm.inference.encode import BATCH, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.progress import WorkProgress
-from mvlm.search.collection import Collection
-from mvlm.search.embedding_files import (
-    FORMAT_VERSION,
-    KINDS,
-    EmbeddingFolder,
-    image_table,
-    is_part,
-    join_parts,
-    read_rows,
-    read_versioned,
-    remove_leftovers,
-    text_table,
-    write_lines,
-    write_table,
-)
-from mvlm_dataloading.files import write_json
+from mvlm.search.collection import Collection, FolderCollection, Item
+from mvlm_dataloading.files import replaced, write_file, write_json
 
 log = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+KINDS = ("images", "texts")
 PART = 16 * BATCH
 """Items of a part: a kill loses at most one part of each rank. Captions are in batches that begin anew with a part."""
+# A dictionary of the numbers of vectors, which do not repeat, would take five times as long and a third more room.
+PARQUET = {"compression": "zstd", "use_dictionary": ["id", "split", "metadata", "text"]}
+
+
+class EmbeddingFolder:
+    """Paths of the files of one embedding. Nothing is read or made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.parts = path, path / "parts"
+        self.plan = self.parts / "plan.json"
+        self.description, self.rejected = path / "embedding.json", path / "rejected.jsonl"
+
+    def vectors(self, kind: str) -> Path:
+        """Parquet file of all images or texts."""
+        return self.path / f"{kind}.parquet"
+
+    def part(self, kind: str, number: int) -> Path:
+        """Parquet file of one part."""
+        return self.parts / f"{kind}-{number:07d}.parquet"
 
 
 def embed(model: TrainedModel, collection: Collection, out: Path, world: World, checkpoint: str = "") -> dict[str, Any]:
@@ -63,8 +81,7 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
     folder = EmbeddingFolder(out)
     # What "auto" stands for may differ from machine to machine.
     arithmetic = {"device": model.device.type, "precision": chosen_precision(model.device, model.precision)}
-    own = {"out": str(out), "model": model.sha256, "data": collection.fingerprint, **arithmetic}
-    check_same(world, own)
+    check_same(world, {"out": str(out), "model": model.sha256, "data": collection.fingerprint, **arithmetic})
     plan = {
         "format_version": FORMAT_VERSION,
         "model": model.sha256,
@@ -75,117 +92,183 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
         "items": len(collection),
         "part": PART,
     }
-    numbers = range(-(-len(collection) // PART))
     settled = ("device", "precision") if model.precision == "auto" else ("device",)
-    with run_on_all_ranks(world, lambda: _begin(folder, plan, settled) if world.first else contextlib.nullcontext()):
-        if folder.description.is_file():
-            return read_versioned(folder.description)
-        run_on_all_ranks(
-            world, lambda: _embed_parts(model, collection, folder, numbers[world.rank :: world.size], world)
-        )
-        run_on_all_ranks(world, lambda: _finish(folder, collection, plan, checkpoint, numbers) if world.first else None)
-        return read_versioned(folder.description)
+    with run_on_all_ranks(world, lambda: _lock(folder) if world.first else contextlib.nullcontext()):
+        run_on_all_ranks(world, lambda: _begin(folder, plan, settled) if world.first else None)
+        if not folder.description.is_file():
+            run_on_all_ranks(world, lambda: _embed_parts(model, collection, folder, world))
+            run_on_all_ranks(world, lambda: _finish(folder, collection, plan, checkpoint) if world.first else None)
+        return read_description(out)
 
 
-def _words(arithmetic: dict[str, str]) -> str:
-    """The flags of `mvlm embed` that ask for it."""
-    return f"--device {arithmetic['device']} --precision {arithmetic['precision']}"
+def _lock(folder: EmbeddingFolder) -> contextlib.AbstractContextManager[object]:
+    """Lock the folder. RunError if it is not one of an embedding, or if another process has it."""
+    if folder.path.exists() and not (folder.plan.is_file() or folder.description.is_file()):
+        if not folder.path.is_dir():
+            raise RunError(f"{folder.path}: wanted a folder for the embeddings, found a file; choose another one")
+        foreign = {path.name for path in folder.path.iterdir()} - {LOCK, folder.parts.name}
+        foreign |= {path.name for path in folder.parts.glob("*") if not _PART.fullmatch(path.name)}
+        if foreign:
+            raise RunError(f"{folder.path}: wanted a new or empty folder, found {min(foreign)}; choose another one")
+    return lock_folder(folder.path)
 
 
-def _begin(folder: EmbeddingFolder, plan: dict[str, Any], settled: Sequence[str]) -> AbstractContextManager[object]:
-    """Lock the folder and check what it holds. Returns a context that holds the lock.
+_PART = re.compile(r"\.?((images|texts)-\d+\.parquet|plan\.json)(\..*)?")
+"""Names of the files in the folder of parts, finished or not."""
+
+
+def _begin(folder: EmbeddingFolder, plan: dict[str, Any], settled: Sequence[str]) -> None:
+    """Check what the locked folder holds. Without any part, it takes this plan.
 
     Args:
         settled: names of the plan by which a finished embedding may differ.
     """
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunError(f"{folder.path}: wanted a folder for the embeddings, found a file; choose another one")
-    known = (folder.lock, folder.parts)
-    begun = folder.plan.is_file() or folder.description.is_file()
-    if folder.path.is_dir() and not begun and any(path not in known for path in folder.path.iterdir()):
-        raise RunError(f"{folder.path}: wanted a new or empty folder, found other files; choose another one")
-    if not begun and folder.parts.exists() and any(not is_part(path) for path in folder.parts.iterdir()):
-        raise RunError(f"{folder.parts}: wanted parts of an embedding, found other files; choose another folder")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.lock, timeout=0)
-    try:
-        held = lock.acquire()
-    except Timeout:
+    _remove_leftovers(folder)
+    finished = folder.description.is_file()
+    if not finished and not (folder.plan.is_file() and any(folder.parts.glob("*.parquet"))):
+        write_json(folder.plan, plan)
+        return
+    found = _read_versioned(folder.description if finished else folder.plan)
+    free = settled if finished else ()
+    differing = [name for name, value in plan.items() if found.get(name) != value and name not in free]
+    if differing:
+        listed = "; ".join(f"{name}: found {found.get(name)}, wanted {plan[name]}" for name in differing)
+        hint = ""
+        if {"device", "precision"}.issuperset(differing) and "device" in found:  # which earlier versions did not write
+            hint = f"give --device {found['device']} --precision {found['precision']}, "
         raise RunError(
-            f"{folder.path}: wanted a folder that no other process writes to; wait for it or stop it"
-        ) from None
-    with contextlib.ExitStack() as on_error:
-        on_error.enter_context(held)
-        remove_leftovers(folder)
-        file = folder.description if folder.description.is_file() else folder.plan
-        begun = folder.description.is_file() or any(folder.parts.glob("*.parquet"))
-        found = read_versioned(file) if begun and file.is_file() else plan
-        free = settled if folder.description.is_file() else ()
-        differing = [name for name, value in plan.items() if found.get(name) != value and name not in free]
-        if differing:
-            listed = "; ".join(f"{name}: found {found.get(name)}, wanted {plan[name]}" for name in differing)
-            # Earlier versions wrote no device, and "auto" for what they chose.
-            same_work = {"device", "precision"}.issuperset(differing) and "device" in found
-            raise RunError(
-                f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); "
-                f"{f'give {_words(found)}, ' if same_work else ''}choose another folder or remove this one"
-            )
-        if not begun or not file.is_file():
-            folder.parts.mkdir(exist_ok=True)
-            write_json(folder.plan, plan)
-        on_error.pop_all()
-    return held
+            f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); "
+            f"{hint}choose another folder or remove this one"
+        )
 
 
-def _embed_parts(
-    model: TrainedModel, collection: Collection, folder: EmbeddingFolder, numbers: range, world: World
-) -> None:
-    """Write the parts `numbers` that are not there yet."""
-    done = 0
+def _remove_leftovers(folder: EmbeddingFolder) -> None:
+    """Remove files that a killed process was writing."""
+    for pattern in (".*.parquet.*", "parts/.*.parquet.*", ".embedding.json.*", ".rejected.jsonl.*"):
+        for file in folder.path.glob(pattern):
+            file.unlink()
+    if folder.description.is_file():
+        shutil.rmtree(folder.parts, ignore_errors=True)
+
+
+def _numbers(items: int) -> range:
+    """Numbers of the parts of a collection."""
+    return range(-(-items // PART))
+
+
+def _embed_parts(model: TrainedModel, collection: Collection, folder: EmbeddingFolder, world: World) -> None:
+    """Write the parts of this rank that are not there yet."""
+    done, numbers = 0, _numbers(len(collection))[world.rank :: world.size]
     with WorkProgress("images") if world.first else contextlib.nullcontext() as progress:
         for position, number in enumerate(numbers, 1):
             paths = [folder.part(kind, number) for kind in KINDS]
             if not all(path.is_file() for path in paths):
                 start, stop = number * PART, min((number + 1) * PART, len(collection))
-                tables = _embed_part(model, collection, start, stop)
-                for path, table in zip(paths, tables, strict=True):
+                for path, table in zip(paths, _embed_part(model, collection, start, stop), strict=True):
                     write_table(path, table)
                 done += stop - start
             if progress is not None:
                 progress.show(position, len(numbers), done)
 
 
-def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: int) -> tuple[Any, Any]:
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file whole, as one row group."""
+    with replaced(path) as aside:
+        pq.write_table(table, aside, row_group_size=max(1, len(table)), **PARQUET)
+
+
+def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: int) -> tuple[pa.Table, pa.Table]:
     """Tables of the images and the texts of the items `start` to `stop` - 1."""
     items, vectors = [], []
     for batch, pixels in collection.batches(start, stop, model):
         items += batch
         vectors.append(image_features(model.network, pixels, model.precision).embedding.cpu())
-    captions = [caption for item in items for caption in item.captions]
-    texts = model.text_embeddings(captions, truncate=True, clean=False)
+    texts = [(f"{item.id}#{number}", item, text) for item in items for number, text in enumerate(item.captions)]
+    found = model.text_embeddings([text for _, _, text in texts], truncate=True, clean=False)
     width = model.network.config.itc_width
-    return image_table(items, _joined(vectors, width)), text_table(items, _joined(list(texts), width))
+    return (
+        _table("images", [(item.id, item, "") for item in items], vectors, width),
+        _table("texts", texts, list(found), width),
+    )
 
 
-def _joined(batches: list[torch.Tensor], width: int) -> NDArray[np.float32]:
-    return torch.cat(batches).numpy() if batches else np.empty((0, width), np.float32)
+def _schema(kind: str, width: int) -> pa.Schema:
+    """Columns of the images or the texts, with vectors as fixed-size lists of float32 (E,)."""
+    columns = {"id": pa.string(), "split": pa.string(), "row": pa.int64(), "metadata": pa.string()}
+    text = {"text": pa.string()} if kind == "texts" else {}
+    return pa.schema({**columns, **text, "vector": pa.list_(pa.float32(), width)})
 
 
-def _finish(
-    folder: EmbeddingFolder, collection: Collection, plan: dict[str, Any], checkpoint: str, numbers: range
-) -> None:
+def _table(kind: str, rows: Sequence[tuple[str, Item, str]], vectors: list[torch.Tensor], width: int) -> pa.Table:
+    """Rows of an id, an item and a text, with batches of vectors float32 (n, E)."""
+    numbers = torch.cat(vectors).numpy() if vectors else np.empty((0, width), np.float32)
+    # JSON may hold half a letter of Unicode, which a file in UTF-8 may not: it becomes "?".
+    metadata = [
+        json.dumps(item.metadata, ensure_ascii=False).encode("utf-8", "replace").decode() for _, item, _ in rows
+    ]
+    columns: dict[str, Any] = {
+        "id": [id for id, _, _ in rows],
+        "split": [item.split for _, item, _ in rows],
+        "row": [item.row for _, item, _ in rows],
+        "metadata": metadata,
+        "text": [text for _, _, text in rows],
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(numbers).reshape(-1)), width),
+    }
+    schema = _schema(kind, width)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def join_parts(folder: EmbeddingFolder, kind: str, items: int, width: int) -> int:
+    """Write all parts as one Parquet file, one part in memory at a time. Returns the number of rows."""
+    rows = 0
+    with (
+        replaced(folder.vectors(kind)) as aside,
+        pq.ParquetWriter(aside, _schema(kind, width), **PARQUET) as writer,
+    ):
+        for number in _numbers(items):
+            table = pq.read_table(folder.part(kind, number), memory_map=True)
+            rows += len(table)
+            if len(table):
+                writer.write_table(table, row_group_size=len(table))
+    return rows
+
+
+def _finish(folder: EmbeddingFolder, collection: Collection, plan: dict[str, Any], checkpoint: str) -> None:
     """Join the parts, list the images that were left out, and write embedding.json."""
-    counts = {kind: join_parts(folder, kind, numbers, plan["width"]) for kind in KINDS}
+    counts = {kind: join_parts(folder, kind, len(collection), plan["width"]) for kind in KINDS}
     rejected = []
     if counts["images"] < len(collection):
-        for number in numbers:
-            start, stop = number * PART, min((number + 1) * PART, len(collection))
-            missing = set(range(start, stop)) - set(read_rows(folder.part("images", number)))
-            rejected += [(i, collection.why_left_out(i)) for i in sorted(missing)]
-    write_lines(folder.rejected, ({"id": collection.id(i), "reason": reason} for i, reason in rejected))
-    if rejected:
+        assert isinstance(collection, FolderCollection)  # images of a data set were decoded when it was built
+        rows = pq.read_table(folder.vectors("images"), columns=["row"])["row"].to_pylist()
+        missing = sorted(set(range(len(collection))).difference(rows))
+        rejected = [{"id": collection.id(i), "reason": collection.why_left_out(i)} for i in missing]
         log.warning("%d images could not be used; %s says why", len(rejected), folder.rejected)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+    write_file(folder.rejected, lines.encode("utf-8", "backslashreplace"))
     if not counts["images"]:
         raise RunError(f"{folder.path}: wanted images to embed, found none that can be read; see {folder.rejected}")
     write_json(folder.description, {**plan, "checkpoint": checkpoint, "rejected": len(rejected), **counts})
-    remove_leftovers(folder)
+    _remove_leftovers(folder)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The description of a finished embedding. RunError if the folder holds none, or one of another version."""
+    folder = EmbeddingFolder(path)
+    if not folder.description.is_file():
+        unfinished = folder.plan.is_file()
+        found = "one that is not finished" if unfinished else "none"
+        hint = "run the same `mvlm embed` again" if unfinished else "check the path, or run `mvlm embed`"
+        raise RunError(f"{path}: wanted a folder that `mvlm embed` wrote, found {found}; {hint}")
+    return _read_versioned(folder.description)
+
+
+def _read_versioned(file: Path) -> dict[str, Any]:
+    """A JSON object of this format version. RunError for another one."""
+    try:
+        value = json.loads(file.read_text())
+        version = value["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{file}: wanted a description, could not read it ({error!r}); make it again") from None
+    if version != FORMAT_VERSION:
+        raise RunError(f"{file}: wanted format version {FORMAT_VERSION}, found {version}; make it again")
+    return value

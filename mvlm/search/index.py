@@ -9,7 +9,8 @@ Shape legend: n rows, E width of the vectors.
 
 import contextlib
 import json
-import logging
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,23 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.search import inverted_file
-from mvlm.search.embedding_files import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
-from mvlm.search.engine import connect, filter_errors, read_about, short, table_names, write_about
-from mvlm.search.metadata import columns_of, types_in
+from mvlm.files import LOCK
+from mvlm.search.embed import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
 
-log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
-"""Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
-LOCK = ".lock"
-"""File in the folder of an index that the process holds which changes it."""
+"""Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/search.md has measurements).
+Below, a full product takes milliseconds and is exact."""
+PROBED, LEAST_PROBED = 1 / 10, 40
+"""Share of an inverted file's cells that a query reads, and the fewest: a tenth of few cells finds less."""
+REFINED = 8
+"""Candidates whose exact similarity is computed, as a multiple of the answers that the engine gives."""
+MARGIN = 16
+"""Further answers of the engine: it sorts by float32 sums; answers are sorted by float64 sums, as in evaluation."""
+ABOUT = {"format_version", "model", "checkpoint", "width", "sources", "partitions"}
+RESERVED = ("key", "source", "id", "split", "row", "metadata", "text", "vector")
+MAX_COLUMNS = 64
+TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
 
 
 class Hit(NamedTuple):
@@ -86,8 +93,9 @@ class SearchIndex:
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
-        columns = types_in(EmbeddingFolder(embeddings).vectors("images"))
-        if narrow := columns.too_narrow(self._table("images").schema):
+        kinds = kinds_in(EmbeddingFolder(embeddings).vectors("images"))
+        whole = [field.name for field in self._table("images").schema if field.type == TYPES["int"]]
+        if narrow := [name for name in whole if "fraction" in kinds.get(name, ())]:
             raise RunError(
                 f"{embeddings}: wanted whole numbers in the metadata's field {narrow[0]!r}, as in {self.location}, "
                 f"found others; make an index of these embeddings, and add the other collections to it"
@@ -130,12 +138,12 @@ class SearchIndex:
         """
         tables = {kind: self._table(kind) for kind in KINDS}
         for table in tables.values():
-            with filter_errors(where, table.schema):
+            with _filter_errors(where, table.schema):
                 table.count_rows(where)
         removed = {}
         with _turn_at(self.location):
             for kind, table in tables.items():
-                with filter_errors(where, table.schema):
+                with _filter_errors(where, table.schema):
                     before = table.count_rows()
                     table.delete(where)
                     removed[kind] = before - table.count_rows()
@@ -151,18 +159,17 @@ class SearchIndex:
             kind: images or texts.
             where: SQL condition on columns, such as "split = 'test' and width > 200".
         """
-        if kind not in KINDS:
-            raise ConfigError(f"kind: wanted {' or '.join(KINDS)}, got {kind!r}")
-        if top < 1:
-            raise ConfigError(f"top: wanted at least 1, got {top}")
         table = self._table(kind)
         columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
-        query = table.search(vector, vector_column_name="vector")
         top = min(top, max(1, table.count_rows()))  # the engine takes no number above 2^63
-        query = inverted_file.limit(query, top, inverted_file.cells_read(self.about["partitions"].get(kind, 0)))
+        query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top + MARGIN)
+        if cells := self.about["partitions"].get(kind, 0):
+            # Where few rows pass a filter, these cells may hold too few answers: then more are read, without a maximum.
+            probed = max(min(cells, LEAST_PROBED), round(PROBED * cells))
+            query = query.minimum_nprobes(probed).maximum_nprobes(0).refine_factor(REFINED)
         if where is not None:
             query = query.where(where)
-        with filter_errors(where, table.schema):
+        with _filter_errors(where, table.schema):
             rows = query.select([*columns, "vector", "_distance"]).to_arrow().to_pylist()
         hits = [
             Hit(
@@ -189,7 +196,7 @@ class SearchIndex:
             return self._database.open_table(kind)
         except Exception as error:
             raise RunError(
-                f"{self.location}: wanted the {kind} of the index, could not read them: {short(error)}; make it again"
+                f"{self.location}: wanted the {kind} of the index, could not read them: {_line(error)}; make it again"
             ) from None
 
 
@@ -211,41 +218,42 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
     """
     if method not in ("auto", "flat", "ivf"):
         raise ConfigError(f"method: wanted auto, flat or ivf, got {method!r}")
-    description = read_description(embeddings)
-    if "://" not in location and not Path(location).is_file():
-        Path(location).mkdir(parents=True, exist_ok=True)
+    description, local = read_description(embeddings), Path(location)
+    if "://" not in location and not local.is_file():
+        local.mkdir(parents=True, exist_ok=True)
     with _turn_at(location):
-        return _create(embeddings, description, location, method)
-
-
-def _create(embeddings: Path, description: dict[str, Any], location: str, method: str) -> SearchIndex:
-    database = connect(location)
-    if "about" in table_names(database):
-        raise RunError(
-            f"{location}: wanted a new place for the index, found an index; add to it, or choose another one"
-        )
-    if "://" not in location and Path(location).is_dir():
-        foreign = {path.name for path in Path(location).iterdir()} - {LOCK, *(f"{kind}.lance" for kind in KINDS)}
-        if foreign:
+        database = _connect(location)
+        if _has_index(database):
+            raise RunError(
+                f"{location}: wanted a new place for the index, found an index; add to it, or choose another one"
+            )
+        ours = {LOCK, *(f"{kind}.lance" for kind in KINDS)}
+        if "://" not in location and {path.name for path in local.iterdir()} - ours:
             raise RunError(f"{location}: wanted a new or empty folder for the index, found other files; choose another")
-    about = {
-        "format_version": FORMAT_VERSION,
-        "model": description["model"],
-        "checkpoint": description["checkpoint"],
-        "width": description["width"],
-        "sources": [description["source"]],
-        "partitions": {},
-    }
-    for kind in KINDS:
-        file = EmbeddingFolder(embeddings).vectors(kind)
-        schema = _table_schema(file, EmbeddingFolder(embeddings).vectors("images"))
-        rows = description[kind]
-        batches = _batches(file, schema, 0) if rows else None  # the engine takes no empty iterator
-        table = database.create_table(kind, batches, schema=schema, mode="overwrite")
-        if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
-            about["partitions"][kind] = inverted_file.build(table, rows, about["width"])
-    write_about(database, about)  # last: an index without it is unfinished
+        about = {name: description[name] for name in ("format_version", "model", "checkpoint", "width")}
+        about |= {"sources": [description["source"]], "partitions": {}}
+        # Both tables have a column for each field of the images' metadata, so that a filter means the same in both.
+        fields = fields_of(kinds_in(EmbeddingFolder(embeddings).vectors("images")))
+        own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
+        for kind in KINDS:
+            file, rows = EmbeddingFolder(embeddings).vectors(kind), description[kind]
+            schema = pa.schema([*own, *pq.read_schema(file), *fields])
+            batches = _batches(file, schema, 0) if rows else None  # the engine takes no empty iterator
+            table = database.create_table(kind, batches, schema=schema, mode="overwrite")
+            if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
+                about["partitions"][kind] = _build_inverted_file(table, rows, about["width"])
+        write_about(database, about)  # last: an index without it is unfinished
     return SearchIndex(location, about, database)
+
+
+def _build_inverted_file(table: Any, rows: int, width: int) -> int:
+    """Build an inverted file over a table's vectors. Returns its number of cells, the square root of `rows`."""
+    from lancedb.index import IvfPq
+
+    cells = max(1, round(rows**0.5))
+    pieces = max(piece for piece in range(1, max(2, width // 4 + 1)) if width % piece == 0)
+    table.create_index("vector", config=IvfPq(distance_type="dot", num_partitions=cells, num_sub_vectors=pieces))
+    return cells
 
 
 def open_index(location: str) -> SearchIndex:
@@ -254,19 +262,72 @@ def open_index(location: str) -> SearchIndex:
         raise RunError(
             f"{location}: wanted an index that `mvlm search index` made, found no such folder; check the path"
         )
-    database = connect(location)
-    if "about" not in table_names(database):
+    database = _connect(location)
+    if not _has_index(database):
         raise RunError(f"{location}: wanted an index that `mvlm search index` made, found none; check the path")
     return SearchIndex(location, read_about(database, location), database)
 
 
-def _table_schema(file: Path, images: Path) -> pa.Schema:
-    """Columns of an index of a Parquet file of embeddings.
+def _connect(location: str) -> Any:
+    """Connect to a folder or an object store. RunError if it cannot be used, ConfigError without lancedb."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # read when lancedb is imported
+    try:
+        import lancedb
+    except ImportError:
+        raise ConfigError(
+            "search: wanted the package lancedb, which is not installed; pip install 'mvlm[search]'"
+        ) from None
+    try:
+        return lancedb.connect(location)
+    except Exception as error:  # the engine raises bare RuntimeError and OSError
+        raise RunError(f"{location}: wanted a folder or a URL for an index, could not use it: {_line(error)}") from None
 
-    Both tables have a column for each field of the `images`' metadata, so a filter means the same in both.
-    """
-    own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
-    return pa.schema([*own, *pq.read_schema(file), *types_in(images).fields()])
+
+def _has_index(database: Any) -> bool:
+    try:
+        return "about" in database.list_tables(limit=100).tables
+    except Exception as error:
+        raise RunError(f"{database.uri}: wanted an index, could not read it: {_line(error)}; check the URL") from None
+
+
+def read_about(database: Any, location: str) -> dict[str, Any]:
+    """Description of an index. RunError if it is damaged, or of another version."""
+    try:
+        about = json.loads(database.open_table("about").to_arrow()["json"][0].as_py())
+        version = about["format_version"]
+        if version == FORMAT_VERSION and not about.keys() >= ABOUT:
+            raise KeyError(ABOUT - about.keys())
+    except Exception as error:  # the engine raises errors of many types
+        raise RunError(
+            f"{location}: wanted the description of an index, could not read it: {_line(error)}; make it again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise RunError(f"{location}: wanted format version {FORMAT_VERSION}, found {version}; make it again")
+    return about
+
+
+def write_about(database: Any, about: dict[str, Any]) -> None:
+    """Write the description of an index, in place of the one before."""
+    database.create_table("about", pa.table({"json": [json.dumps(about)]}), mode="overwrite")
+
+
+@contextlib.contextmanager
+def _filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
+    """Turn any error of a search with a filter into a ConfigError that quotes it and lists the columns."""
+    try:
+        yield
+    except Exception as error:
+        if where is None:
+            raise
+        names = ", ".join(name for name in schema.names if name not in ("vector", "metadata"))
+        raise ConfigError(
+            f"where: wanted an SQL condition on the columns {names}, got {where!r} ({_line(error)}); correct it"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    """Text of an error as one line, cut to 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def _listed(texts: Iterable[str]) -> str:
@@ -298,3 +359,74 @@ def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBa
         yield pa.RecordBatch.from_arrays(
             [columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema
         )
+
+
+def kinds_in(file: Path) -> dict[str, set[str]]:
+    """`kinds_of` the metadata in a Parquet file of embeddings."""
+    batches = pq.ParquetFile(file).iter_batches(columns=["metadata"])
+    return kinds_of(text for batch in batches for text in batch["metadata"].to_pylist())
+
+
+def kinds_of(metadata: Iterable[str]) -> dict[str, set[str]]:
+    """Fields of items, JSON objects, that can be columns, with the kinds of their values.
+
+    These are the names of Python's types, and "fraction" for a number that a double holds and an int64 does not.
+    """
+    found: dict[str, set[str]] = {}
+    for text in metadata:
+        for name, value in json.loads(text).items():
+            if isinstance(value, bool | int | float | str) and _can_be_column(name):
+                number = isinstance(value, int | float)
+                fraction = number and _as_int64(value) is None and _as_double(value) is not None
+                found.setdefault(name, set()).add("fraction" if fraction else type(value).__name__)
+    return found
+
+
+def _can_be_column(name: str) -> bool:
+    """True for a plain name that no other column has, nor the engine's (`_distance`)."""
+    return re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII) is not None and name.lower() not in RESERVED
+
+
+def fields_of(kinds: dict[str, set[str]]) -> list[pa.Field]:
+    """Columns by name: int64, double where some are not whole or too large, bool, and string where types differ."""
+    found = []
+    for name, seen in sorted(kinds.items())[:MAX_COLUMNS]:
+        if len(seen) > 1 or seen == {"fraction"}:
+            kind = "float" if seen <= {"int", "float", "fraction"} else "str"
+        else:
+            (kind,) = seen
+        found.append(pa.field(name, TYPES[kind]))
+    return found
+
+
+def columns_of(metadata: Sequence[str], fields: Iterable[pa.Field]) -> dict[str, pa.Array]:
+    """A column for each field, null where an item lacks it or has a value of another type."""
+    values = [json.loads(text) for text in metadata]
+    return {
+        field.name: pa.array([_as_type(one.get(field.name), field.type) for one in values], field.type)
+        for field in fields
+    }
+
+
+def _as_type(value: Any, wanted: pa.DataType) -> Any:
+    if value is None or isinstance(value, list | dict):
+        return None
+    if pa.types.is_string(wanted):
+        return value if isinstance(value, str) else json.dumps(value)
+    if pa.types.is_boolean(wanted):
+        return value if isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if pa.types.is_floating(wanted):
+        return _as_double(value)
+    return _as_int64(value)
+
+
+def _as_double(value: float) -> float | None:
+    """A number as double, None if it is too large or not a number."""
+    return float(value) if abs(value) < 2**1023 else None
+
+
+def _as_int64(value: float) -> int | None:
+    """A number as int64, None if it is not whole or too large. 2.0 is whole."""
+    return int(value) if value == value // 1 and -(2**63) <= value < 2**63 else None

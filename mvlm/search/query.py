@@ -12,7 +12,7 @@ from mvlm.inference.encode import rerank_scores
 from mvlm.inference.images import ImageLike
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import Collection, open_collection
-from mvlm.search.embedding_files import KINDS
+from mvlm.search.embed import KINDS
 from mvlm.search.index import Hit, SearchIndex
 from mvlm_dataloading.images.limits import ImageRefusedError
 
@@ -88,13 +88,10 @@ class ImageReader:
         self._index = index
         self._opened: dict[int, Collection] = {}
 
-    def _splits(self, hit: Hit) -> list[str]:
-        """Splits of the collection of a hit; that of the hit if it has none."""
-        return self._index.sources[hit.source].get("splits", [hit.split])
-
     def read(self, hit: Hit) -> bytes:
         """The image of a hit, encoded; of a text, the image that it describes."""
-        if hit.source >= len(self._index.sources) or hit.split not in self._splits(hit):
+        sources = self._index.sources
+        if hit.source >= len(sources) or hit.split not in sources[hit.source].get("splits", [hit.split]):
             self._index.reload()  # another process has added to it
             self._opened.pop(hit.source, None)
         source = self._index.sources[hit.source]

@@ -18,6 +18,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.run import RunConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
+from mvlm.files import read_plan
 from mvlm.machine import code_revision, processor_name
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
@@ -176,11 +177,7 @@ def _check_begun(trial: Trial) -> None:
     """Record what a trial begins from. RunError if it has begun from something else."""
     file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
     config = trial.config
-    try:
-        begun = json.loads(file.read_text())
-    except (OSError, ValueError):  # none, or a kill while it was written
-        begun = None
-    if begun is None:
+    if (begun := read_plan(file)) is None:
         if isinstance(config, FinetuneConfig) and load_model(config.checkpoint, "cpu").sha256 != trial.start:
             raise RunError(f"{config.checkpoint}: changed since the study was planned; run the same command again")
         write_json(file, wanted)

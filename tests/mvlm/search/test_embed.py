@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +13,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+import mvlm.device
 import mvlm.search.embed as embedding
+from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.trained_model import TrainedModel
@@ -45,16 +49,6 @@ def test_vectors_are_those_of_evaluation_to_the_digit(model, scenes, embedded):
             assert np.array_equal(vectors, wanted.text_embedding.numpy())
 
 
-def test_only_texts_have_a_dictionary_in_their_files(embedded):
-    """One of the numbers of vectors makes the files larger and their writing slow."""
-    for kind, texts in (("images", 3), ("texts", 4)):
-        group = pq.ParquetFile(embedded / f"{kind}.parquet").metadata.row_group(0)
-        columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
-        with_dictionary = {name for name, column in columns.items() if column.has_dictionary_page}
-        assert len(with_dictionary) == texts
-        assert {"vector.list.element", "row"}.isdisjoint(with_dictionary)
-
-
 def test_the_description_names_model_source_and_counts(model, scenes, embedded):
     found = json.loads((embedded / "embedding.json").read_text())
     assert found["model"] == model.sha256
@@ -66,12 +60,11 @@ def test_the_description_names_model_source_and_counts(model, scenes, embedded):
     ]  # fmt: skip
 
 
-def test_a_folder_of_images_is_embedded_and_bad_ones_are_listed(model, pictures, alone, tmp_path):
-    (pictures / "deep" / "1.png").write_bytes(b"no image")
+def test_a_folder_of_images_is_embedded(model, pictures, alone, tmp_path):
     found = embed(model, open_collection(pictures), tmp_path / "out", alone)
-    assert (found["images"], found["texts"], found["rejected"]) == (9, 8, 1)
+    assert (found["images"], found["texts"], found["rejected"]) == (10, 10, 0)
     rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
-    names = ["0.png", "3.png", "6.png", "9.png", *(f"deep/{i}.png" for i in (2, 4, 5, 7, 8))]
+    names = ["0.png", "3.png", "6.png", "9.png", *(f"deep/{i}.png" for i in (1, 2, 4, 5, 7, 8))]
     assert [row["id"] for row in rows] == names
     assert [json.loads(row["metadata"]) for row in rows if row["id"] == "3.png"] == [{"number": 3, "colour": "yellow"}]
     vectors = torch.tensor([row["vector"] for row in rows])
@@ -79,22 +72,6 @@ def test_a_folder_of_images_is_embedded_and_bad_ones_are_listed(model, pictures,
     texts = pq.read_table(tmp_path / "out" / "texts.parquet").to_pylist()
     assert [row["id"] for row in texts][:2] == ["3.png#0", "3.png#1"]
     assert texts[1]["text"] == "a square"
-    (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert rejected["id"] == "deep/1.png"
-    assert "wanted an image, could not read it" in rejected["reason"]
-
-
-def test_names_and_metadata_that_are_no_unicode(model, pictures, alone, tmp_path):
-    """A name of other bytes is left out; a lone surrogate in metadata becomes "?"."""
-    shutil.copy(pictures / "0.png", os.fsencode(pictures) + b"/caf\xe9.png")
-    (pictures / "3.json").write_text('{"author": "a\\ud83d"}')
-    found = embed(model, open_collection(pictures), tmp_path / "out", alone)
-    assert (found["images"], found["rejected"]) == (10, 1)
-    rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
-    assert [json.loads(row["metadata"]) for row in rows if row["id"] == "3.png"] == [{"author": "a?"}]
-    (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert rejected["id"] == os.fsdecode(b"caf\xe9.png")
-    assert "wanted a file name in UTF-8, found other bytes; rename it" in rejected["reason"]
 
 
 real_write = embedding.write_table
@@ -106,29 +83,27 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", ["first part", "second part", "join", "description"])
-def test_interrupted_work_continues_with_the_same_files(model, pictures, alone, tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize(
+    "failing, spared", [("write_table", 0), ("write_table", 3), ("join_parts", 1), ("write_json", 1)]
+)
+def test_interrupted_work_continues_with_the_same_files(model, pictures, alone, tmp_path, monkeypatch, failing, spared):
+    """In the first part, in the second, while parts are joined, and before the description."""
     monkeypatch.setattr(embedding, "PART", 4)
     embed(model, open_collection(pictures), tmp_path / "undisturbed", alone)
-    name = {"join": "join_parts", "description": "write_json"}.get(failing, "write_table")
-    spared = {"first part": 0, "second part": 3, "join": 1, "description": 1}[failing]
-    real, calls = getattr(embedding, name), 0
+    out, real, written = tmp_path / "out", getattr(embedding, failing), []
+    calls = iter(range(spared))
 
     def failing_once(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == spared + 1:
+        if next(calls, None) is None:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(embedding, name, failing_once)
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        embed(model, open_collection(pictures), out, alone)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, failing, failing_once)
+        with pytest.raises(KeyboardInterrupt):
+            embed(model, open_collection(pictures), out, alone)
     assert not (out / "embedding.json").exists()
     before = set((out / "parts").glob("*.parquet"))
-    monkeypatch.setattr(embedding, name, real)
-    written = []
     monkeypatch.setattr(embedding, "write_table", lambda path, table: (written.append(path), real_write(path, table)))
     embed(model, open_collection(pictures), out, alone)
     finished = {path for path in before if path.with_name(path.name.replace("images", "texts")) in before}
@@ -147,23 +122,20 @@ def test_finished_work_is_not_done_again(model, scenes, embedded, alone, monkeyp
 def test_a_folder_of_something_else_is_refused(model, scenes, embedded, alone, tmp_path, tokenizer):
     before = contents(embedded)
     other = TrainedModel(micro_model(seed=1, dtype=torch.float32), tokenizer, "fp32")
-    with pytest.raises(RunError, match=r"wanted this embedding or an empty folder, found another one \(model: found"):
-        embed(other, open_collection(scenes, SPLITS), embedded, alone)
-    with pytest.raises(RunError, match=r"found another one \(source: found"):
-        embed(model, open_collection(scenes, ["test"]), embedded, alone)
+    for name in ("full/mine.txt", "machine/parts/gear.txt", "file"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for of, splits, out, words in (
+        (other, SPLITS, embedded, r"found another one \(model: found"),
+        (model, ["test"], embedded, r"found another one \(source: found"),
+        (model, None, tmp_path / "full", "full: wanted a new or empty folder, found mine.txt"),
+        (model, None, tmp_path / "machine", "machine: wanted a new or empty folder, found gear.txt"),
+        (model, None, tmp_path / "file", "file: wanted a folder for the embeddings, found a file"),
+    ):
+        with pytest.raises(RunError, match=words):
+            embed(of, open_collection(scenes, splits), out, alone)
     assert contents(embedded) == before
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(RunError, match="full: wanted a new or empty folder, found other files"):
-        embed(model, open_collection(scenes), tmp_path / "full", alone)
-    (tmp_path / "machine" / "parts").mkdir(parents=True)
-    (tmp_path / "machine" / "parts" / "gear.txt").write_text("mine")
-    with pytest.raises(RunError, match="parts: wanted parts of an embedding, found other files"):
-        embed(model, open_collection(scenes), tmp_path / "machine", alone)
-    assert (tmp_path / "machine" / "parts" / "gear.txt").read_text() == "mine"
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="file: wanted a folder for the embeddings, found a file"):
-        embed(model, open_collection(scenes), tmp_path / "file", alone)
+    assert [path.read_text() for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["mine"] * 3
     (tmp_path / "used").mkdir()
     with FileLock(tmp_path / "used" / ".lock"), pytest.raises(RunError, match="that no other process writes to"):
         embed(model, open_collection(scenes), tmp_path / "used", alone)
@@ -175,29 +147,119 @@ def test_a_folder_of_something_else_is_refused(model, scenes, embedded, alone, t
 def test_a_collection_without_a_readable_image_is_refused(model, alone, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(RunError, match=r"wanted images to embed, found none that can be read; see .*rejected.jsonl"):
+    with pytest.raises(RunError, match=r"wanted images to embed, found none"):
         embed(model, open_collection(tmp_path / "bad"), tmp_path / "out", alone)
     assert not (tmp_path / "out" / "embedding.json").exists()
 
 
-def test_an_image_with_bad_files_beside_it_is_left_out_and_may_be_mended(model, pictures, alone, tmp_path):
-    (pictures / "3.txt").write_bytes(b"caf\xe9")
-    (pictures / "6.json").write_text("[1]")
+BAD_FILES = {  # file -> its content, and what is said of it
+    "3.txt": (b"caf\xe9", "wanted UTF-8"),
+    "6.json": (b"[1]", "wanted a JSON object"),
+    "9.json": (b"{", "wanted a JSON object"),
+    "deep/1.txt": (b"a" * (1 << 21), "wanted at most"),
+    "deep/2.png": (b"no image", "wanted an image"),
+    os.fsdecode(b"caf\xe9.png"): (b"", "wanted a file name in UTF-8"),
+}
+
+
+def test_images_that_cannot_be_used_are_left_out_and_listed(model, pictures, alone, tmp_path):
+    for name, (content, _) in BAD_FILES.items():
+        (pictures / name).write_bytes(content)
+    (pictures / "0.json").write_text('{"author": "a\\ud83d"}')  # half a letter becomes "?"
     found = embed(model, open_collection(pictures), tmp_path / "out", alone)
-    assert (found["images"], found["rejected"]) == (8, 2)
+    assert (found["images"], found["rejected"]) == (5, 6)
+    rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
+    assert [json.loads(row["metadata"]) for row in rows if row["id"] == "0.png"] == [{"author": "a?"}]
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rejected] == ["3.png", "6.png"]
-    assert "wanted UTF-8" in rejected[0]["reason"]
-    assert "wanted a JSON object" in rejected[1]["reason"]
+    said = {os.path.splitext(row["id"])[0]: row["reason"] for row in rejected}
+    assert said.keys() == {os.path.splitext(name)[0] for name in BAD_FILES}
+    for name, (_, words) in BAD_FILES.items():
+        assert words in said[os.path.splitext(name)[0]]
 
 
 def test_a_folder_without_any_part_takes_other_work(model, pictures, alone, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "write_table", stop)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(embedding, "write_table", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
             embed(model, open_collection(pictures), tmp_path / "out", alone)
     (pictures / "3.txt").write_text("another caption")
     assert embed(model, open_collection(pictures), tmp_path / "out", alone)["images"] == 10
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Any:
+    """A machine on which "auto" is bf16 if its `fast` is set, and fp32 if not."""
+    found = SimpleNamespace(fast=True)
+    monkeypatch.setattr(mvlm.device, "has_fast_bf16", lambda device: found.fast)
+    monkeypatch.setattr(embedding, "PART", 4)
+    return found
+
+
+def automatic(model: TrainedModel, precision: str = "auto") -> TrainedModel:
+    return TrainedModel(model.network, model.tokenizer, precision)
+
+
+def test_work_goes_on_in_the_device_and_precision_in_which_it_began(
+    model, machine, pictures, alone, tmp_path, monkeypatch
+):
+    def stop_at_the_second(path, table):
+        if "0000001" in path.name:
+            raise KeyboardInterrupt
+        real_write(path, table)
+
+    collection, begun = open_collection(pictures), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "write_table", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            embed(automatic(model), collection, begun, alone)
+    before = folder_hash(begun)
+    machine.fast = False
+    with pytest.raises(RunError, match=r"precision: found bf16, wanted fp32.*give --device cpu --precision bf16"):
+        embed(automatic(model), collection, begun, alone)
+    assert folder_hash(begun) == before
+    plan = begun / "parts" / "plan.json"
+    whole = json.loads(plan.read_text())
+    without = {name: value for name, value in whole.items() if name != "device"}  # as an earlier version wrote it
+    for changed, words in (
+        (whole | {"device": "cuda"}, "found cuda, wanted cpu.*give --device cuda"),
+        (without | {"precision": "auto"}, r"wanted bf16\); choose another folder"),
+    ):
+        plan.write_text(json.dumps(changed))
+        with pytest.raises(RunError, match=words):
+            embed(automatic(model, "bf16"), collection, begun, alone)
+    plan.write_text(json.dumps(whole))
+    found = embed(automatic(model, "bf16"), collection, begun, alone)
+    assert (found["device"], found["precision"], found["images"]) == ("cpu", "bf16", 10)
+    machine.fast = True
+    embed(automatic(model), collection, tmp_path / "undisturbed", alone)
+    assert {**contents(begun), "parts/plan.json": ""} == {**contents(tmp_path / "undisturbed"), "parts/plan.json": ""}
+
+
+def test_a_finished_embedding_is_left_as_it_is_on_any_machine(model, machine, pictures, alone, tmp_path):
+    collection, out = open_collection(pictures), tmp_path / "out"
+    made = embed(automatic(model), collection, out, alone)
+    machine.fast = False
+    assert embed(automatic(model), collection, out, alone) == made
+    with pytest.raises(RunError, match=r"\(precision: found bf16, wanted fp32\)"):
+        embed(automatic(model, "fp32"), collection, out, alone)
+    old = {name: value for name, value in made.items() if name != "device"} | {"precision": "auto"}
+    (out / "embedding.json").write_text(json.dumps(old))  # as an earlier version wrote it
+    assert embed(automatic(model), collection, out, alone) == old
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["precision", "model", "data"])
+def test_ranks_that_differ_are_refused(model, pictures, tmp_path, rank, name):
+    class Two(World):
+        """A rank beside one that computes in another precision, or has another model or other data."""
+
+        def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
+            if isinstance(value, dict):
+                return [value if i == rank else value | {name: "other"} for i in range(2)]
+            return [value, value]
+
+    world = Two(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
+    error, words = (RunError, f"{name}: rank 0 has") if rank == 0 else (SystemExit, "2")  # rank 0 says it for all
+    with pytest.raises(error, match=words):
+        embed(model, open_collection(pictures), tmp_path / "out", world)
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 """Queries: the order of evaluation, texts and images together, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,30 +60,22 @@ def test_a_text_and_an_image_are_asked_together_by_their_mean(model, index):
     assert [hit.similarity for hit in hits] == pytest.approx((vectors @ wanted).tolist(), abs=1e-6)
 
 
-@pytest.mark.slow
-def test_images_of_answers_are_read_from_their_collection(model, index, heldout_split):
-    images = ImageReader(index)
-    for kind in ("images", "texts"):
-        for hit in search(model, index, "red", kind=kind, top=4):
-            assert images.read(hit) == heldout_split.image_bytes(hit.row)
-
-
-@pytest.mark.parametrize("numbers", [{"top": 0}, {"top": -1, "rerank": 5}, {"rerank": -2}])
-def test_numbers_below_their_least_are_refused(model, index, numbers):
-    with pytest.raises(ConfigError, match="top: wanted at least 1, and rerank of at least 0, got"):
-        search(model, index, "a red square", **numbers)
-
-
 def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pictures, alone, tmp_path):
     other = TrainedModel(micro_model(seed=1, dtype=torch.float32), tokenizer, "fp32")
-    with pytest.raises(RunError, match=r"wanted queries of the model .* of this index, found .*; use that model"):
-        search(other, index, "red")
-    with pytest.raises(ConfigError, match="query: wanted a text, an image or both, found neither"):
-        search(model, index)
-    with pytest.raises(ConfigError, match="rerank: wanted a text in the query to re-rank images, found none"):
-        search(model, index, image=png(scene(0)[0]), rerank=3)
-    with pytest.raises(ConfigError, match="rerank: wanted an image in the query to re-rank texts, found none"):
-        search(model, index, "red", kind="texts", rerank=3)
+    image = png(scene(0)[0])
+    refused: list[Any] = [
+        (other, "red", None, {}, RunError, "wanted queries of the model .* of this index"),
+        (model, None, None, {}, ConfigError, "query: "),
+        (model, "red", None, {"kind": "sounds"}, ConfigError, "kind: "),
+        (model, "red", None, {"top": 0}, ConfigError, "top: "),
+        (model, "red", None, {"top": -1, "rerank": 5}, ConfigError, "top: "),
+        (model, "red", None, {"rerank": -2}, ConfigError, "rerank of at least 0"),
+        (model, None, image, {"rerank": 3}, ConfigError, "rerank: wanted a text"),
+        (model, "red", None, {"rerank": 3, "kind": "texts"}, ConfigError, "rerank: wanted an image"),
+    ]
+    for of, text, given, options, error, words in refused:
+        with pytest.raises(error, match=words):
+            search(of, index, text, given, **options)
     assert search(model, index, "red", rerank=3, where="split = 'train'") == []
     embed(model, open_collection(pictures), tmp_path / "embedded", alone)
     folder = create_index(tmp_path / "embedded", str(tmp_path / "index"))
