@@ -1,22 +1,61 @@
 """Answers of a model to what a visitor sent: each function checks it, and returns what is shown."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mvlm.app.gallery import Found, Gallery
-from mvlm.app.uploads import MAX_TEXTS, check_lines, check_text
+from mvlm.app.visitors import MAX_BYTES
 from mvlm.errors import ConfigError
+from mvlm.inference.images import rgb_image
 from mvlm.inference.overlay import draw_overlay
 from mvlm.inference.trained_model import TrainedModel
+from mvlm_dataloading.images.limits import ImageLimits
 
+LIMITS = ImageLimits(max_bytes=MAX_BYTES, max_pixels=40_000_000, max_memory=150_000_000)
+"""Limits of one image. SECURITY.md lists the others."""
+MAX_CHARACTERS = 1_000
+"""Longest text."""
+MAX_LABELS = 100
+MAX_TEXTS = 1_000
+"""Most texts of one question: labels times templates."""
 SIDE = 288
 """Side of the images that are shown, in pixels."""
 PARTS = ("nothing", "left half", "right half", "top half", "bottom half", "scattered, as in training")
 """Parts of an image that a button rubs out."""
 TOP = 5
+
+
+def check_image(file: Path) -> Image.Image:
+    """The image of an uploaded file, turned as its EXIF data say, transparent areas white.
+
+    Raises:
+        RunError: it is no regular file, or not an image within the limits. An SVG is none: it is a program, not pixels.
+    """
+    return rgb_image(file, "image", LIMITS)
+
+
+def check_text(text: str | None, name: str = "text") -> str:
+    """A text without blanks around it. ConfigError if it is empty or too long."""
+    text = (text or "").strip()
+    if not text:
+        raise ConfigError(f"{name}: wanted a text, found none; write one")
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{name}: wanted at most {MAX_CHARACTERS} characters, got {len(text):,}; shorten it")
+    return text
+
+
+def check_lines(text: str | None, name: str) -> list[str]:
+    """The lines of a text that are not empty. ConfigError if there are too many."""
+    if text and len(text) > MAX_LABELS * MAX_CHARACTERS:
+        raise ConfigError(f"{name}: wanted at most {MAX_LABELS} lines, got {len(text):,} characters; shorten it")
+    lines = [check_text(line, name) for line in (text or "").splitlines() if line.strip()]
+    if len(lines) > MAX_LABELS:
+        raise ConfigError(f"{name}: wanted at most {MAX_LABELS} lines, got {len(lines)}; leave some out")
+    return lines
 
 
 def search(gallery: Gallery, text: str | None, image: Image.Image | None) -> list[Found]:
@@ -68,28 +107,29 @@ def rebuild(
     image = _given(image)
     if not hidden.any():
         raise ConfigError("image: wanted a part that is rubbed out, found none; click on the image or choose a part")
-    texts = [check_text(text), check_text(wrong) if (wrong or "").strip() else check_text(text)]
+    texts = [check_text(text), check_text(wrong if (wrong or "").strip() else text)]
     right, other = (Image.fromarray(model.reconstruct(image, text, hidden).rebuilt) for text in texts)
-    return _shown(right), _shown(other)
+    return right.resize((SIDE, SIDE), Image.Resampling.NEAREST), other.resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def hide_part(model: TrainedModel, part: str) -> NDArray[np.bool_]:
     """Patches (rows, columns) of a part of the image, one of PARTS."""
-    config = model.network.config
-    side = config.image_size // config.patch_size
-    hidden = np.zeros((side, side), bool)
-    half = side // 2
+    side = _side(model)
     if part == PARTS[-1]:
         return model.reconstruct(Image.new("RGB", (side, side)), "a").hidden
-    if part != PARTS[0]:
-        rows, columns = {
-            "left half": (slice(None), slice(half)),
-            "right half": (slice(None), slice(half, None)),
-            "top half": (slice(half), slice(None)),
-            "bottom half": (slice(half, None), slice(None)),
-        }[part]
-        hidden[rows, columns] = True
+    half, rows, columns = side // 2, slice(None), slice(None)
+    if part in ("top half", "bottom half"):
+        rows = slice(half) if part == "top half" else slice(half, None)
+    elif part != PARTS[0]:
+        columns = slice(half) if part == "left half" else slice(half, None)
+    hidden = np.zeros((side, side), bool)
+    hidden[rows, columns] = part != PARTS[0]
     return hidden
+
+
+def _side(model: TrainedModel) -> int:
+    """Patches of a side of the model's images."""
+    return model.network.config.image_size // model.network.config.patch_size
 
 
 def toggle_patch(hidden: NDArray[np.bool_], point: Sequence[float]) -> NDArray[np.bool_]:
@@ -108,8 +148,7 @@ def write_patches(hidden: NDArray[np.bool_]) -> str:
 
 def read_patches(model: TrainedModel, text: str | None) -> NDArray[np.bool_]:
     """Patches (rows, columns) of such a text. ConfigError for any other."""
-    config = model.network.config
-    side = config.image_size // config.patch_size
+    side = _side(model)
     if text is None or len(text) != side * side or not set(text) <= {"0", "1"}:
         raise ConfigError("image: wanted its patches, found others; load the page again")
     return np.array([patch == "1" for patch in text]).reshape(side, side)
@@ -127,10 +166,6 @@ def draw_hidden(image: Image.Image | None, hidden: NDArray[np.bool_]) -> Image.I
         pixels[line] = pixels[line] // 2 + 96
         pixels[:, line] = pixels[:, line] // 2 + 96
     return Image.fromarray(pixels)
-
-
-def _shown(image: Image.Image) -> Image.Image:
-    return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def _given(image: Image.Image | None) -> Image.Image:

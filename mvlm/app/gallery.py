@@ -9,7 +9,7 @@ from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError
 from mvlm.inference.encode import rerank_scores
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.folder import RunFolder
+from mvlm.runs.folder import find_run
 from mvlm.search.index import SearchIndex
 from mvlm.search.query import ImageReader, query_vector, search
 from mvlm_dataloading import Dataset, open_dataset
@@ -31,15 +31,10 @@ class Found(NamedTuple):
 
 
 class Gallery(Protocol):
-    """Images with captions, searched by a text, an image, or the mean of both.
+    """Images with captions, searched by a text, an image, or the mean of both. ITM, if trained, re-ranks for a text."""
 
-    ITM re-ranks answers to a text, if the model was trained with it.
-    """
-
-    @property
-    def description(self) -> str:
-        """Number and source of the images, in words."""
-        ...
+    description: str
+    """Number and source of the images, in words."""
 
     def search(self, text: str | None, image: Image.Image | None) -> list[Found]:
         """The best answers, best first."""
@@ -107,9 +102,6 @@ def open_gallery(model: TrainedModel, data: Path) -> DatasetGallery:
 
 def data_of_run(source: Path) -> Path | None:
     """Data folder of a run or of one of its checkpoints; None if it is not here, or if `source` is no run."""
-    for folder in (source, *list(source.absolute().parents)[:2]):
-        run = RunFolder(folder)
-        if run.config.is_file() and run.checkpoints.is_dir():  # an exported folder has a config.json of its own
-            data = Path(str(read_config(run.config).get("data", "")))
-            return data if (data / "dataset.json").is_file() else None
-    return None
+    run = find_run(source)
+    data = Path() if run is None else Path(str(read_config(run.config).get("data", "")))
+    return data if run is not None and (data / "dataset.json").is_file() else None

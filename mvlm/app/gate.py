@@ -1,28 +1,33 @@
-"""What stands before Gradio: routes, hosts, sizes and times of requests are checked, then Gradio sees them."""
+"""What stands before Gradio: routes, hosts, sizes and times of requests are checked, then Gradio sees them.
+
+A question is checked part by part, and written anew with nothing else in it.
+"""
 
 import asyncio
 import contextlib
 import hashlib
 import ipaddress
+import json
 import logging
+import math
 import re
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mvlm.app.questions import SESSION, Question, check_question
-from mvlm.app.uploads import MAX_BYTES, SUFFIXES, Uploads
-from mvlm.app.visitors import Visitors
+from mvlm.app.visitors import MAX_BYTES, SUFFIXES, Uploads, Visitors
 from mvlm.errors import RunError
 
 API = "/gradio_api"
@@ -56,6 +61,9 @@ SENT_HEADERS = (
 """Headers of every answer: no other page shows this one in a frame, and this one loads nothing from elsewhere."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_NUMBER = 10**6
+"""Largest number of a part of the page, and largest coordinate of a click."""
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +73,104 @@ class Refused(Exception):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.status, self.sentence = status, sentence
+
+
+class Question(NamedTuple):
+    """An event of the page that is answered by the server."""
+
+    inputs: tuple[str | tuple[str, ...], ...]
+    """For each input `image`, `text`, or the choices of a radio button."""
+    is_click: bool
+    """True if it needs the place of a click on an image."""
+
+
+def questions_of(config: Mapping[str, Any]) -> dict[int, Question]:
+    """The questions of a page by their numbers, from Gradio's configuration of it.
+
+    Raises:
+        TypeError: an input is of a kind that is not checked here.
+    """
+    kinds: dict[int, str | tuple[str, ...]] = {}
+    for component in config["components"]:
+        kind = component["type"]
+        if kind in ("image", "textbox"):
+            kinds[component["id"]] = {"image": "image", "textbox": "text"}[kind]
+        elif kind == "radio":
+            kinds[component["id"]] = tuple(value for _, value in component["props"]["choices"])
+    found = {}
+    for event in config["dependencies"]:
+        unknown = [number for number in event["inputs"] if number not in kinds]
+        if unknown:
+            raise TypeError(f"inputs {unknown} of the page are of a kind that nobody checks")
+        is_click = any(name == "select" for _, name in event["targets"])
+        found[event["id"]] = Question(tuple(kinds[number] for number in event["inputs"]), is_click)
+    return found
+
+
+def check_question(body: bytes, questions: dict[int, Question], find: Callable[[object], Path]) -> tuple[str, bytes]:
+    """The session of a question as the page's own JavaScript asks it, and its body, JSON as Gradio takes it.
+
+    Args:
+        find: gives the file of a path that the visitor may name, else raises RunError.
+
+    Raises:
+        RunError: it is none, in a sentence that holds nothing of it.
+    """
+    try:
+        sent = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise RunError("question: wanted JSON, found none; load the page again") from None
+    if not isinstance(sent, dict):
+        raise RunError("question: wanted an object of JSON, found another value; load the page again")
+    number, session, values = sent.get("fn_index"), sent.get("session_hash"), sent.get("data")
+    if type(number) is not int or number not in questions:
+        raise RunError("question: wanted one of this page's, found another; load the page again")
+    if not isinstance(session, str) or not SESSION.fullmatch(session):
+        raise RunError("question: wanted the page's session, found none; load the page again")
+    question = questions[number]
+    if not isinstance(values, list) or len(values) != len(question.inputs):
+        raise RunError(f"question: wanted {len(question.inputs)} values, found others; load the page again")
+    trigger = sent.get("trigger_id")
+    checked: dict[str, Any] = {
+        "data": [_check(value, kind, find) for value, kind in zip(values, question.inputs, strict=True)],
+        "fn_index": number,
+        "session_hash": session,
+        "trigger_id": trigger if type(trigger) is int and 0 <= trigger <= MAX_NUMBER else None,
+    }
+    if question.is_click:
+        checked["event_data"] = {"index": _point(sent.get("event_data")), "value": None}
+    return session, json.dumps(checked).encode()
+
+
+def _check(value: object, kind: str | tuple[str, ...], find: Callable[[object], Path]) -> Any:
+    if kind == "image":
+        if value is None:
+            return None
+        # Without Gradio's `meta`, Gradio does nothing with the path but hand it to the page.
+        return {"path": str(find(value.get("path") if isinstance(value, dict) else None))}
+    if kind == "text":
+        if value is not None and not isinstance(value, str):
+            raise RunError("text: wanted a text, found another value; write one")
+        if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise RunError("text: wanted letters of Unicode, found half of one; write it anew")
+        return value
+    if not isinstance(value, str) or value not in kind:
+        raise RunError("choice: wanted one of the page's, found another; choose one")
+    return value
+
+
+def _point(event: object) -> list[float]:
+    """The place (x, y) of a click, in pixels."""
+    point = event.get("index") if isinstance(event, dict) else None
+    if isinstance(point, list) and len(point) == 2:
+        x, y = point
+        if all(type(at) in (int, float) and abs(at) <= MAX_NUMBER and math.isfinite(at) for at in (x, y)):
+            return [x, y]
+    raise RunError("click: wanted a place on the image, found none; click on it")
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
 
 
 class Gate:
@@ -110,10 +216,11 @@ class Gate:
             await self._refuse(scope, receive, sent, refusal)
         except RunError as error:
             await self._refuse(scope, receive, sent, Refused(400, str(error)))
-        except _Gone:
+        except ClientDisconnect:
             pass
         except Exception as error:
-            log.warning("%s %s: %s", scope["method"], ascii(scope["path"][:80]), _line(error))
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            log.warning("%s %s: %s", scope["method"], ascii(scope["path"][:80]), said)
             await self._refuse(scope, receive, sent, Refused(500, "the page could not answer that; load it again"))
 
     async def _refuse(self, scope: Scope, receive: Receive, sent: "_Sent", refusal: Refused) -> None:
@@ -183,11 +290,16 @@ class Gate:
 
     async def _ask(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
         visitor = self._visitor(headers)
-        body = await _body(receive, headers, MAX_QUESTION, QUESTION_SECONDS)
-        asked = check_question(body, self._questions, lambda path: self._uploads.find(path, visitor))
-        self._visitors.join(asked.session, visitor)
-        given = [(b"content-length", str(len(asked.body)).encode()), (ASKED.encode(), str(time.monotonic()).encode())]
-        await self._app(_for_gradio(scope, given), _once(asked.body, receive), send)
+        limited = _Limited(receive, headers, MAX_QUESTION, "question: wanted less text; shorten it")
+        try:
+            async with asyncio.timeout(QUESTION_SECONDS):
+                sent = await Request(scope, limited).body()
+        except TimeoutError:
+            raise Refused(408, "question: wanted it sooner; ask again") from None
+        session, body = check_question(sent, self._questions, lambda path: self._uploads.find(path, visitor))
+        self._visitors.join(session, visitor)
+        given = [(b"content-length", str(len(body)).encode()), (ASKED.encode(), str(time.monotonic()).encode())]
+        await self._app(_for_gradio(scope, given), _once(body, receive), send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
         """Answers of a session, until they are given, the visitor leaves, or time is over."""
@@ -208,24 +320,23 @@ class Gate:
     async def _store(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
         visitor = self._visitor(headers)
         if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise Refused(400, "upload: wanted a form with one image in it; choose an image")
+            raise Refused(400, _NO_FORM)
         if self._uploading >= MAX_UPLOADS:
             raise Refused(503, "upload: the page is busy; try again")
-        _check_length(headers, MAX_FORM)
+        limited = _Limited(receive, headers, MAX_FORM, _TOO_LARGE)
         self._uploading += 1
         try:
             async with asyncio.timeout(FORM_SECONDS):
-                limited = _Limited(receive, MAX_FORM)
                 try:
                     form = await Request(scope, limited).form(max_files=1, max_fields=8, max_part_size=10_000)
-                except (Refused, _Gone, asyncio.CancelledError):
+                except (Refused, ClientDisconnect):
                     raise
                 except Exception:  # of starlette and python_multipart, with words for programmers
-                    raise Refused(400, "upload: wanted a form with one image in it; choose an image") from None
+                    raise Refused(400, _NO_FORM) from None
                 try:
                     files = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
                     if len(files) != 1:
-                        raise Refused(400, "upload: wanted a form with one image in it; choose an image")
+                        raise Refused(400, _NO_FORM)
                     if (files[0].size or 0) > MAX_BYTES:
                         raise Refused(413, _TOO_LARGE)
                     store = partial(self._uploads.add, visitor, files[0].filename or "", files[0].file)
@@ -302,46 +413,25 @@ def _for_gradio(scope: Scope, headers: Sequence[tuple[bytes, bytes]] = ()) -> Sc
 _TOO_LARGE = f"image: wanted at most {MAX_BYTES // 10**6} MB, got more; choose a smaller file"
 
 
-def _check_length(headers: Headers, limit: int) -> None:
-    length = headers.get("content-length", "0")
-    if not length.isascii() or not length.isdigit() or len(length) > 12:
-        raise Refused(400, "wanted a length in bytes; load the page again")
-    if int(length) > limit:
-        raise Refused(413, _TOO_LARGE if limit == MAX_FORM else "question: wanted less text; shorten it")
-
-
-async def _body(receive: Receive, headers: Headers, limit: int, seconds: float) -> bytes:
-    """The whole body of a request, in bounded memory and time, whatever length it claims."""
-    _check_length(headers, limit)
-    limited, body = _Limited(receive, limit), bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await limited()
-                if message["type"] == "http.disconnect":
-                    raise _Gone
-                body += message.get("body", b"")
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        raise Refused(408, "question: wanted it sooner; ask again") from None
-
-
-class _Gone(Exception):
-    """The visitor closed the connection."""
+_NO_FORM = "upload: wanted a form with one image in it; choose an image"
 
 
 class _Limited:
-    """A `receive` that counts the bytes of a body, and refuses more than the limit."""
+    """A `receive` that counts the bytes of a body, whatever length it claims, and refuses more than the limit."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._limit, self._left = receive, limit, limit
+    def __init__(self, receive: Receive, headers: Headers, limit: int, sentence: str) -> None:
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or len(length) > 12:
+            raise Refused(400, "wanted a length in bytes; load the page again")
+        if int(length) > limit:
+            raise Refused(413, sentence)
+        self._receive, self._left, self._sentence = receive, limit, sentence
 
     async def __call__(self) -> Message:
         message = await self._receive()
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise Refused(413, _TOO_LARGE if self._limit == MAX_FORM else "question: wanted less text; shorten it")
+            raise Refused(413, self._sentence)
         return message
 
 
@@ -385,8 +475,3 @@ class _Sent:
         """End an answer that has begun."""
         if self.started and not self.ended:
             await self({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _line(error: BaseException) -> str:
-    """An error in one line, for the terminal."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

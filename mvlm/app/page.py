@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mvlm.app import answers
+from mvlm.app.answers import MAX_CHARACTERS, MAX_LABELS
 from mvlm.app.gallery import Gallery
-from mvlm.app.uploads import MAX_CHARACTERS, MAX_LABELS, Uploads, check_image
-from mvlm.app.visitors import Visitors
+from mvlm.app.visitors import Uploads, Visitors
 from mvlm.errors import ConfigError
 from mvlm.inference.images import rgb_image
 from mvlm.inference.texts import shortened
@@ -132,7 +133,7 @@ def _fill_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: 
                 filled = gr.Textbox(label="Filled in", interactive=False)
                 table = gr.Dataframe(headers=["[MASK]", "guess", "probability"], label="Guesses", interactive=False)
         events = [button.click, query.submit]
-        _on(page, events, lambda i, t: answers.fill(model, i, t), [picture, query], [filled, table])
+        _on(page, events, partial(answers.fill, model), [picture, query], [filled, table])
 
 
 def _rebuild_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:
@@ -176,13 +177,8 @@ def _rebuild_tab(page: Page, model: TrainedModel, image: Image.Image | None, tex
         _on(page, [part.change], choose, [part, picture], [hidden, seen])
         _on(page, [picture.change], draw, [hidden, picture], seen)
         _on(page, [seen.select], click, [hidden, picture], [hidden, seen])
-        _on(
-            page,
-            [button.click, query.submit, wrong.submit],
-            rebuild,
-            [picture, hidden, query, wrong],
-            [right_image, wrong_image],
-        )
+        events = [button.click, query.submit, wrong.submit]
+        _on(page, events, rebuild, [picture, hidden, query, wrong], [right_image, wrong_image])
 
 
 def _look_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:
@@ -197,7 +193,7 @@ def _look_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: 
                 query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
                 button = gr.Button("Look", variant="primary")
         maps = gr.Gallery(label="Words", columns=4, object_fit="contain", height="auto")
-        _on(page, [button.click, query.submit], lambda i, t: answers.look(model, i, t), [picture, query], maps)
+        _on(page, [button.click, query.submit], partial(answers.look, model), [picture, query], maps)
 
 
 def _classify_tab(page: Page, model: TrainedModel, image: Image.Image | None, caption: str) -> None:
@@ -210,44 +206,30 @@ def _classify_tab(page: Page, model: TrainedModel, image: Image.Image | None, ca
                 templates = gr.Textbox("", label="Templates, one a line, with {} for the label (optional)", lines=2)
                 button = gr.Button("Classify", variant="primary")
                 chances = gr.Label(label="Probabilities")
-        _on(
-            page,
-            [button.click],
-            lambda i, n, t: answers.classify(model, i, n, t),
-            [picture, names, templates],
-            chances,
-        )
+        _on(page, [button.click], partial(answers.classify, model), [picture, names, templates], chances)
 
 
 def _on(page: Page, events: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
-    """Call `answer` at each event, one at a time on the whole page. It is not offered as an API."""
-    asked = _clicked(page, answer) if any(event.event_name == "select" for event in events) else _asked(page, answer)
-    gr.on(events, asked, inputs, outputs, api_visibility="private", concurrency_id="questions", concurrency_limit=1)
+    """Call `answer` at each event, one at a time on the whole page. Of a click, the place (x, y) is its last argument.
 
+    It is not offered as an API.
+    """
 
-def _asked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, as Gradio calls it."""
-
-    async def call(request: gr.Request, *values: Any) -> Any:
+    async def ask(request: gr.Request, *values: Any) -> Any:
         return await asyncio.wrap_future(page.worker.submit(_answer, page, answer, request, values))
 
-    return call
+    async def click(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
+        return await ask(request, *values, event.index)
 
-
-def _clicked(page: Page, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, as Gradio calls it when an image is clicked on: the place (x, y) is its last argument."""
-
-    async def call(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
-        return await asyncio.wrap_future(page.worker.submit(_answer, page, answer, request, (*values, event.index)))
-
-    return call
+    asked = click if any(event.event_name == "select" for event in events) else ask
+    gr.on(events, asked, inputs, outputs, api_visibility="private", concurrency_id="questions", concurrency_limit=1)
 
 
 def _answer(page: Page, answer: Callable[..., Any], request: gr.Request, values: tuple[Any, ...]) -> Any:
     """The answer, if the visitor still waits for it. Any error becomes one sentence on the page."""
     try:
         page.visitors.check_waiting(request.session_hash or "", float(request.headers[ASKED]))
-        return answer(*(check_image(value) if isinstance(value, Path) else value for value in values))
+        return answer(*(answers.check_image(value) if isinstance(value, Path) else value for value in values))
     except ValueError as error:  # ours are ValueErrors of one line
         sentence = str(error)
     except (KeyboardInterrupt, SystemExit):
@@ -255,11 +237,6 @@ def _answer(page: Page, answer: Callable[..., Any], request: gr.Request, values:
     except BaseException as error:  # a panic of a Rust library is no Exception
         log.warning("%s: %s", type(error).__name__, " ".join(str(error).split())[:300])
         sentence = ""
-    raise gr.Error(html.escape(_plain(sentence)), print_exception=False)
-
-
-def _plain(sentence: str) -> str:
-    """A sentence for a visitor, or another one if it shows the inside of the program or of the machine."""
     if not sentence or INNARDS.search(sentence):
-        return "the page could not answer that; try another image or text"
-    return sentence
+        sentence = "the page could not answer that; try another image or text"
+    raise gr.Error(html.escape(sentence), print_exception=False)

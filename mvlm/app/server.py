@@ -14,10 +14,9 @@ from fastapi import FastAPI
 from gradio.themes import Default
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mvlm.app.gate import Gate
+from mvlm.app.gate import Gate, questions_of
 from mvlm.app.page import Page
-from mvlm.app.questions import questions_of
-from mvlm.app.uploads import MAX_BYTES
+from mvlm.app.visitors import MAX_BYTES
 from mvlm.errors import ConfigError
 
 STYLE = """

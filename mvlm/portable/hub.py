@@ -19,7 +19,7 @@ from mvlm.evaluation.evaluate import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE
-from mvlm.runs.folder import RunFolder, find_checkpoint
+from mvlm.runs.folder import RunFolder, find_checkpoint, find_run
 from mvlm.statistics import Interval
 from mvlm_dataloading import DataError, open_dataset
 
@@ -129,12 +129,11 @@ def recalls(figures: dict[str, Any]) -> list[Recall]:
 def run_of(source: Path) -> RunFolder:
     """The run that `source`, a run or one of its checkpoints, belongs to. RunError if it is neither."""
     check_folder(source, "a run or one of its checkpoints")
-    for folder in (source, *source.absolute().parents[:2]):
-        if RunFolder(folder).config.is_file() and RunFolder(folder).checkpoints.is_dir():
-            return RunFolder(folder)
-    raise RunError(
-        f"{source}: wanted a run or one of its checkpoints, found another folder; a model card is made from a run"
-    )
+    if (run := find_run(source)) is None:
+        raise RunError(
+            f"{source}: wanted a run or one of its checkpoints, found another folder; a model card is made from a run"
+        )
+    return run
 
 
 def model_card(

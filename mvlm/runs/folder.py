@@ -90,6 +90,13 @@ class RunFolder:
         return self.path / f"stalled_rank_{rank:05d}.txt"
 
 
+def find_run(source: Path) -> RunFolder | None:
+    """The run that `source`, a run or one of its checkpoints, belongs to; None if it is neither."""
+    places = (RunFolder(folder) for folder in (source, *source.absolute().parents[:2]))
+    # An exported folder has a config.json of its own, but no checkpoints.
+    return next((run for run in places if run.config.is_file() and run.checkpoints.is_dir()), None)
+
+
 class RunLock:
     """Exclusive lock on a run folder, held until it is closed or the process ends, even by kill -9.
 

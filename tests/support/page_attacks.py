@@ -1,15 +1,14 @@
 """What an attacker may send to the page of `mvlm app`, and what must not happen."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import secrets
 import socket
-import struct
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from support import hostile_images
 from support.visitor import API, Answer, Visitor
 
 INNARDS = re.compile(
@@ -46,13 +46,16 @@ class Target(NamedTuple):
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+Act = Callable[[Target, Visitor], str | None]
+"""An attack. Returns what happened that must not, or None."""
+
+
 class Attack(NamedTuple):
     """One request, or a few that belong together."""
 
     kind: str
     name: str
-    act: Callable[[Target, Visitor], str | None]
-    """Returns what happened that must not, or None."""
+    act: Act
 
 
 def png(side: int = 40) -> bytes:
@@ -62,20 +65,36 @@ def png(side: int = 40) -> bytes:
     return file.getvalue()
 
 
-def number_of(visitor: Visitor, kind: str, event: str) -> int:
-    """Number of the question that this event of the first component of a kind asks."""
+IMAGE = object()
+"""In a question: an image that the visitor has uploaded."""
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+def filled(value: Any, target: Target, visitor: Visitor) -> Any:
+    """The value with an upload for each IMAGE, the page's folder of secrets for FOLDER, and what functions return."""
+    if value is IMAGE:
+        return visitor.uploaded("x.png", png())
+    if isinstance(value, str):
+        return value.replace("FOLDER", str(target.folder))
+    if isinstance(value, list):
+        return [filled(each, target, visitor) for each in value]
+    if isinstance(value, dict):
+        return {name: filled(each, target, visitor) for name, each in value.items()}
+    return value(target, visitor) if callable(value) else value
+
+
+def number_of(visitor: Visitor, asker: str) -> int:
+    """Number of the question of a button, or of "kind event": an event of the first component of a kind."""
+    kind, _, event = asker.partition(" ")
+    if not event:
+        return visitor.event(asker)["id"]
     return next(
         e["id"] for e in visitor.events for at, name in e["targets"] if name == event and visitor.types.get(at) == kind
     )
 
 
-def judge(answered: bool, said: str, seconds: float) -> str | None:
-    """What is wrong with the answer to a question that has to be refused."""
-    if answered:
-        return f"it was answered: {said[:200]}"
-    if seconds > SECONDS:
-        return f"it took {seconds:.1f} s"
-    return judge_sentence(said)
+CHOOSE, CLICK = "radio change", "image select"
+"""Questions of Rebuild: the choice of a part shows an image as the model sees it, a click on it hides a patch."""
 
 
 def judge_sentence(said: str) -> str | None:
@@ -87,35 +106,43 @@ def judge_sentence(said: str) -> str | None:
     return None
 
 
-def asked(label_or_number: Callable[[Visitor], int], values: Callable[[Target, Visitor], Any], **more: Any) -> Callable:
-    """An act: a question that has to be refused."""
+def asked(asker: str, *values: Any, **more: Any) -> Act:
+    """An act: a question that has to be refused, in one sentence and without much memory."""
 
     def act(target: Target, visitor: Visitor) -> str | None:
-        given = values(target, visitor)
-        began = time.monotonic()
-        answered, said = visitor.ask_number(label_or_number(visitor), given, 2 * SECONDS, **more)
-        return judge(answered, said, time.monotonic() - began)
+        given, number = filled(list(values), target, visitor), number_of(visitor, asker)
+        before, began = target.memory(), time.monotonic()
+        answered, said = visitor.ask_number(number, given, 2 * SECONDS, **more)
+        if answered:
+            return f"it was answered: {said[:200]}"
+        if time.monotonic() - began > SECONDS:
+            return f"it took {time.monotonic() - began:.1f} s"
+        grown = target.memory() - before
+        return judge_sentence(said) or (f"memory grew by {grown:.0f} MB" if grown > 100 else None)
 
     return act
 
 
-def joined(body: Callable[[Visitor], object], statuses: tuple[int, ...] = (400, 413)) -> Callable:
-    """An act: the body of a question that has to be refused at once."""
-
-    def act(target: Target, visitor: Visitor) -> str | None:
-        answer = visitor.join(body(visitor), 2 * SECONDS)
-        return judge_answer(answer, statuses)
-
-    return act
+def joined(body: object, **changed: Any) -> Act:
+    """An act: the body of a question, or one of Search with changed parts, that has to be refused at once."""
+    return lambda target, visitor: judge(
+        visitor.join(search(visitor, **changed) if changed else body, 2 * SECONDS), (400, 413)
+    )
 
 
-def judge_answer(answer: Answer, statuses: tuple[int, ...]) -> str | None:
+def search(visitor: Visitor, **changed: Any) -> dict[str, Any]:
+    """A good question, but for what is changed."""
+    number = visitor.event("Search")["id"]
+    return {"data": ["a", None], "fn_index": number, "session_hash": secrets.token_hex(6), **changed}
+
+
+def judge(answer: Answer, statuses: tuple[int, ...]) -> str | None:
     """What is wrong with an answer that has to have one of these states."""
     if answer.status not in statuses:
         return f"status {answer.status}: {answer.text[:200]}"
     if answer.seconds > SECONDS:
         return f"it took {answer.seconds:.1f} s"
-    if answer.status == 200:
+    if answer.status == 200 or not (answer.status and answer.body):
         return None
     if answer.headers.get("content-type", "").startswith("application/json"):
         try:
@@ -123,355 +150,197 @@ def judge_answer(answer: Answer, statuses: tuple[int, ...]) -> str | None:
         except (ValueError, KeyError, TypeError):
             return f"it has no sentence: {answer.text[:200]}"
         return judge_sentence(said if isinstance(said, str) else json.dumps(said, indent=1))
-    return judge_sentence(answer.text) if answer.status and answer.body else None
+    return judge_sentence(answer.text)
 
 
-def requested(method: str, path: str, statuses: tuple[int, ...], body: bytes = b"", **headers: str) -> Callable:
+def requested(method: str, path: str, statuses: tuple[int, ...], body: bytes = b"", **headers: str) -> Act:
     """An act: a request that has to have one of these states."""
     given = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def act(target: Target, visitor: Visitor) -> str | None:
-        said = path.replace("FOLDER", str(target.folder))
-        return judge_answer(visitor.request(method, said, body, given, 2 * SECONDS), statuses)
-
-    return act
+    return lambda target, visitor: judge(
+        visitor.request(method, filled(path, target, visitor), body, given, 2 * SECONDS), statuses
+    )
 
 
-def choice(visitor: Visitor) -> int:
-    """The question of the radio button of Rebuild, which shows an image as the model sees it."""
-    return number_of(visitor, "radio", "change")
-
-
-def button(label: str) -> Callable[[Visitor], int]:
-    """The question of a button."""
-    return lambda visitor: visitor.event(label)["id"]
+def attacks(kind: str, acts: Mapping[Any, Act]) -> Iterator[Attack]:
+    """Attacks of a kind, by their names."""
+    return (Attack(kind, str(name), act) for name, act in acts.items())
 
 
 def paths_without_meta() -> Iterator[Attack]:
-    kinds: dict[str, dict[str, Any]] = {
-        "no meta": {},
-        "meta of another type": {"meta": {"_type": "x"}},
-        "empty meta": {"meta": {}},
+    kind = "path without meta"
+    metas: dict[str, dict[str, Any]] = {
+        "no meta": {}, "meta of another type": {"meta": {"_type": "x"}}, "empty meta": {"meta": {}},
         "meta null": {"meta": None},
-    }
-    for name, meta in kinds.items():
-        for path in ("FOLDER/secret.png", "FOLDER/secret.txt", "FOLDER", "FOLDER/none.png"):
-
-            def values(target: Target, visitor: Visitor, path: str = path, meta: dict = meta) -> list[Any]:
-                return ["nothing", {"path": path.replace("FOLDER", str(target.folder)), **meta}]
-
-            yield Attack("path without meta", f"{name}, {path}", asked(choice, values))
-    for label, before, after in (
-        ("Fill", [], ["a [MASK]"]),
-        ("Classify", [], ["a\nb", ""]),
-        ("Look", [], ["a"]),
-        ("Search", ["a"], []),
-    ):
-
-        def with_image(target: Target, visitor: Visitor, before: list = before, after: list = after) -> list[Any]:
-            return [*before, {"path": f"{target.folder}/secret.png"}, *after]
-
-        yield Attack("path without meta", f"{label}", asked(button(label), with_image))
-    yield Attack(
-        "path without meta",
-        "another visitor's upload",
-        asked(
-            choice, lambda target, visitor: ["nothing", {"path": target.visitor().uploaded("x.png", png(41))["path"]}]
-        ),
-    )
-    yield Attack(
-        "path without meta",
-        "a path below an upload",
-        asked(
-            choice,
-            lambda target, visitor: [
-                "nothing",
-                {"path": f"{visitor.uploaded('x.png', png())['path']}/../../../secret.png"},
-            ],
-        ),
-    )
+    }  # fmt: skip
+    paths = ("FOLDER/secret.png", "FOLDER/secret.txt", "FOLDER", "FOLDER/none.png")
+    for name, meta in metas.items():
+        yield from attacks(
+            kind, {f"{name}, {path}": asked(CHOOSE, "nothing", {"path": path, **meta}) for path in paths}
+        )
+    secret = {"path": "FOLDER/secret.png"}
+    others = {"path": lambda target, _: target.visitor().uploaded("x.png", png(41))["path"]}
+    below = {"path": lambda _, visitor: f"{visitor.uploaded('x.png', png())['path']}/../../../secret.png"}
+    yield from attacks(kind, {
+        "Fill": asked("Fill", secret, "a [MASK]"), "Classify": asked("Classify", secret, "a\nb", ""),
+        "Look": asked("Look", secret, "a"), "Search": asked("Search", "a", secret),
+        "another visitor's upload": asked(CHOOSE, "nothing", others),
+        "a path below an upload": asked(CHOOSE, "nothing", below),
+    })  # fmt: skip
 
 
 def files_with_meta() -> Iterator[Attack]:
-    for path in (
-        "/etc/passwd",
-        "FOLDER/secret.png",
-        "FOLDER/../secret.png",
-        "/proc/self/environ",
-        "file:///etc/passwd",
-        "data:image/png;base64,AAAA",
-        "http://127.0.0.1:1/x.png",
-        "ftp://x/y",
-        "a\0b",
-        "",
-        "x" * 100_000,
-        5,
-        None,
-        ["a"],
-        {"path": "a"},
-        True,
-    ):
-
-        def values(target: Target, visitor: Visitor, path: Any = path) -> list[Any]:
-            named = path.replace("FOLDER", str(target.folder)) if isinstance(path, str) else path
-            return ["nothing", {"path": named, "meta": {"_type": "gradio.FileData"}}]
-
-        yield Attack("FileData with meta", repr(path)[:40], asked(choice, values))
-    for name, value in (
-        ("a url beside no path", {"path": None, "url": "http://127.0.0.1:1/x.png"}),
-        ("a string", "/etc/passwd"),
-        ("a list", ["/etc/passwd"]),
-        ("a number", 7),
-        ("a stream", {"path": "/etc/passwd", "is_stream": True}),
-    ):
-        meta = {"meta": {"_type": "gradio.FileData"}} if isinstance(value, dict) else {}
-        given = {**value, **meta} if isinstance(value, dict) else value
-        yield Attack("FileData with meta", name, asked(choice, lambda target, visitor, given=given: ["nothing", given]))
+    kind = "FileData with meta"
+    paths: list[Any] = [
+        "/etc/passwd", "FOLDER/secret.png", "FOLDER/../secret.png", "/proc/self/environ", "file:///etc/passwd",
+        "data:image/png;base64,AAAA", "http://127.0.0.1:1/x.png", "ftp://x/y", "a\0b", "", "x" * 100_000, 5, None,
+        ["a"], {"path": "a"}, True,
+    ]  # fmt: skip
+    yield from attacks(kind, {repr(p)[:40]: asked(CHOOSE, "nothing", {"path": p, **META}) for p in paths})
+    values = {
+        "a url beside no path": {"path": None, "url": "http://127.0.0.1:1/x.png", **META}, "a string": "/etc/passwd",
+        "a list": ["/etc/passwd"], "a number": 7, "a stream": {"path": "/etc/passwd", "is_stream": True, **META},
+    }  # fmt: skip
+    yield from attacks(kind, {name: asked(CHOOSE, "nothing", value) for name, value in values.items()})
 
 
 def traversals() -> Iterator[Attack]:
-    for path in (
-        "/etc/passwd",
-        "FOLDER/secret.png",
-        "../../../../etc/passwd",
-        "%2e%2e/%2e%2e/etc/passwd",
-        "..%2f..%2f..%2fetc%2fpasswd",
-        "/etc/passwd%00.png",
-        "%00",
-        "/proc/self/mem",
-        "/dev/zero",
-        "FOLDER/pipe",
-        "http://127.0.0.1:1/x",
-        "http%3A%2F%2F127.0.0.1%3A1%2Fx",
-        "file:///etc/passwd",
-        "//etc/passwd",
-        ".",
-        "/",
+    files = (
+        "/etc/passwd", "FOLDER/secret.png", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd",
+        "..%2f..%2f..%2fetc%2fpasswd", "/etc/passwd%00.png", "%00", "/proc/self/mem", "/dev/zero", "FOLDER/pipe",
+        "http://127.0.0.1:1/x", "http%3A%2F%2F127.0.0.1%3A1%2Fx", "file:///etc/passwd", "//etc/passwd", ".", "/",
         "x" * 5000,
-    ):
-        yield Attack("traversal", f"file={path[:40]}", requested("GET", f"{API}/file={path}", (404,)))
-    for path in (
-        "/static/../../../../etc/passwd",
-        "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
-        "/assets//etc/passwd",
-        "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
-        "/svelte/../../etc/passwd",
-        f"{API}/file//etc/passwd",
-        "/static/..\\..\\etc\\passwd",
-        "/assets/%00",
-        "//etc/passwd",
-        "/../etc/passwd",
-    ):
-        yield Attack("traversal", path, requested("GET", path, (400, 403, 404)))
+    )  # fmt: skip
+    paths = (
+        "/static/../../../../etc/passwd", "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/assets//etc/passwd",
+        "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd", "/svelte/../../etc/passwd", f"{API}/file//etc/passwd",
+        "/static/..\\..\\etc\\passwd", "/assets/%00", "//etc/passwd", "/../etc/passwd",
+    )  # fmt: skip
+    named = {f"file={path[:40]}": requested("GET", f"{API}/file={path}", (404,)) for path in files}
+    return attacks("traversal", named | {path: requested("GET", path, (400, 403, 404)) for path in paths})
 
 
 def devices() -> Iterator[Attack]:
-    for path in ("FOLDER/pipe", "/dev/zero", "/dev/random", "/dev/stdin", "/proc/kmsg", "/dev/tty"):
-
-        def values(target: Target, visitor: Visitor, path: str = path) -> list[Any]:
-            return ["nothing", {"path": path.replace("FOLDER", str(target.folder))}]
-
-        yield Attack("devices", path, asked(choice, values))
+    paths = ("FOLDER/pipe", "/dev/zero", "/dev/random", "/dev/stdin", "/proc/kmsg", "/dev/tty")
+    return attacks("devices", {path: asked(CHOOSE, "nothing", {"path": path}) for path in paths})
 
 
 def bodies() -> Iterator[Attack]:
     def large(target: Target, visitor: Visitor) -> str | None:
         before = target.memory()
-        problem = judge_answer(visitor.join(b'["' + b"a" * 60_000_000 + b'"]', 30), (413, 0))
+        problem = judge(visitor.join(b'["' + b"a" * 60_000_000 + b'"]', 30), (413, 0))
         grown = target.memory() - before
         return problem or (f"memory grew by {grown:.0f} MB" if grown > 100 else None)
 
     def chunked(target: Target, visitor: Visitor) -> str | None:
-        head = (
-            f"POST {API}/queue/join HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\nCookie: {visitor.cookie}\r\n"
-            "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
-        )
         chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-        return judge_answer(visitor.send(head.encode() + chunk * 40 + b"0\r\n\r\n", 30), (413, 0))
+        head = question_head(visitor, "Transfer-Encoding: chunked\r\nConnection: close")
+        return judge(visitor.send(head + chunk * 40 + b"0\r\n\r\n", 30), (413, 0))
 
-    yield Attack("bodies", "60 MB of JSON", large)
-    yield Attack("bodies", "40 MB of JSON in chunks, without a length", chunked)
-    for name, body in (
-        ("1 MB of brackets", b"[" * 1_000_000),
-        ("1 MB of numbers", b"[" + b"1," * 500_000 + b"1]"),
-        ("2 MB of digits", b"1" * 2_000_000),
-    ):
-        yield Attack("bodies", name, joined(lambda visitor, body=body: body, (413, 0)))
+    def sent(body: bytes) -> Act:
+        return lambda target, visitor: judge(visitor.join(body, 2 * SECONDS), (413, 0))
+
+    acts: dict[str, Act] = {
+        "60 MB of JSON": large,
+        "40 MB of JSON in chunks, without a length": chunked,
+        "1 MB of brackets": sent(b"[" * 1_000_000),
+        "1 MB of numbers": sent(b"[" + b"1," * 500_000 + b"1]"),
+        "2 MB of digits": sent(b"1" * 2_000_000),
+    }
+    of_forms = "multipart/form-data; boundary=x"
     for method, path in (
-        ("POST", f"{API}/upload"),
-        ("GET", "/"),
-        ("GET", "/config"),
-        ("POST", "/"),
+        ("POST", f"{API}/upload"), ("GET", "/"), ("GET", "/config"), ("POST", "/"),
         ("GET", f"{API}/queue/data?session_hash=a"),
-    ):
-        yield Attack(
-            "bodies",
-            f"30 MB to {method} {path}",
-            requested(
-                method,
-                path,
-                (400, 404, 413, 0),
-                b"a" * 30_000_000,
-                Content_Length="30000000",
-                Content_Type="multipart/form-data; boundary=x",
-            ),
+    ):  # fmt: skip
+        headers = {"Content_Length": "30000000", "Content_Type": of_forms}
+        acts[f"30 MB to {method} {path}"] = requested(method, path, (400, 404, 413, 0), b"a" * 30_000_000, **headers)
+    lengths = {"negative": "-1", "not a number": "x", "huge": "9" * 30, "two": "5\r\nContent-Length: 6"}
+    for name, length in lengths.items():
+        acts[f"a length that is {name}"] = requested(
+            "POST", f"{API}/queue/join", (400, 413), b"{}", Content_Length=length
         )
-    for name, length in (
-        ("negative", "-1"),
-        ("not a number", "x"),
-        ("huge", "9" * 30),
-        ("two", "5\r\nContent-Length: 6"),
-    ):
-        yield Attack(
-            "bodies",
-            f"a length that is {name}",
-            requested("POST", f"{API}/queue/join", (400, 413), b"{}", Content_Length=length),
-        )
+    field = b'--x\r\nContent-Disposition: form-data; name="'
     forms = {
         "no boundary": (b"abc", "multipart/form-data"),
         "an empty boundary": (b"--\r\n", "multipart/form-data; boundary="),
-        "no file": (b"--x--\r\n", "multipart/form-data; boundary=x"),
+        "no file": (b"--x--\r\n", of_forms),
         "not multipart": (b"a=b", "application/x-www-form-urlencoded"),
-        "a field in place of a file": (
-            b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\nabc\r\n--x--\r\n',
-            "multipart/form-data; boundary=x",
-        ),
-        "3,000 files": (
-            b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\na\r\n' * 3000 + b"--x--\r\n",
-            "multipart/form-data; boundary=x",
-        ),
-        "3,000 fields": (
-            b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\na\r\n' * 3000 + b"--x--\r\n",
-            "multipart/form-data; boundary=x",
-        ),
+        "a field in place of a file": (field + b'files"\r\n\r\nabc\r\n--x--\r\n', of_forms),
+        "3,000 files": ((field + b'files"; filename="a"\r\n\r\na\r\n') * 3000 + b"--x--\r\n", of_forms),
+        "3,000 fields": ((field + b'a"\r\n\r\na\r\n') * 3000 + b"--x--\r\n", of_forms),
         "1 MB of headers of a part": (
-            b"--x\r\nContent-Disposition: " + b"a" * 1_000_000 + b"\r\n\r\na\r\n--x--\r\n",
-            "multipart/form-data; boundary=x",
+            b"--x\r\nContent-Disposition: " + b"a" * 1_000_000 + b"\r\n\r\na\r\n--x--\r\n", of_forms
         ),
         "another charset": (
-            b'--x\r\nContent-Disposition: form-data; name="files"; filename="\xff\xfe"\r\n\r\na\r\n--x--\r\n',
-            "multipart/form-data; boundary=x; charset=nonsense",
+            field + b'files"; filename="\xff\xfe"\r\n\r\na\r\n--x--\r\n', f"{of_forms}; charset=nonsense"
         ),
-    }
-    for name, (body, kind) in forms.items():
-        yield Attack(
-            "bodies",
-            f"a form with {name}",
-            requested(
-                "POST", f"{API}/upload", (200, 400, 413) if "charset" in name else (400, 413), body, Content_Type=kind
-            ),
-        )
+    }  # fmt: skip
+    for name, (body, form) in forms.items():
+        statuses = (200, 400, 413) if name == "another charset" else (400, 413)
+        acts[f"a form with {name}"] = requested("POST", f"{API}/upload", statuses, body, Content_Type=form)
+    return attacks("bodies", acts)
+
+
+def question_head(visitor: Visitor, headers: str) -> bytes:
+    """The head of a request that asks a question."""
+    return (
+        f"POST {API}/queue/join HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\nCookie: {visitor.cookie}\r\n"
+        f"Content-Type: application/json\r\n{headers}\r\n\r\n"
+    ).encode()
 
 
 def images() -> Iterator[Attack]:
     given = {
-        "1 x 40,000,000, of which 10 rows are there": thin_png(1, 40_000_000, 1, 10),
-        "40,000,000 x 1": thin_png(40_000_000, 1, 1, 1),
-        "30,000 x 30,000": thin_png(30_000, 30_000, 24, 1),
+        "1 x 40,000,000, of which 10 rows are there": hostile_images.png(1, 40_000_000, 10, depth=1, colour=0),
+        "40,000,000 x 1": hostile_images.png(40_000_000, 1, 1, depth=1, colour=0),
+        "30,000 x 30,000": hostile_images.png(30_000, 30_000, 1),
         "nothing": b"",
         "half of one": png(200)[:3000],
         "a program": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
         "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n",
     }
-    for name, content in given.items():
 
-        def act(target: Target, visitor: Visitor, content: bytes = content) -> str | None:
-            before, began = target.memory(), time.monotonic()
-            answered, said = visitor.ask("Fill", [visitor.uploaded("x.png", content), "a [MASK]"], 2 * SECONDS)
-            grown = target.memory() - before
-            problem = judge(answered, said, time.monotonic() - began)
-            return problem or (f"memory grew by {grown:.0f} MB" if grown > 100 else None)
+    def uploaded(content: bytes) -> Callable[[Target, Visitor], Any]:
+        return lambda target, visitor: visitor.uploaded("x.png", content)
 
-        yield Attack("images", name, act)
-
-
-def thin_png(width: int, height: int, bits: int, rows: int) -> bytes:
-    """A PNG of grey or, of 24 bits, RGB pixels whose header says so much and which holds only the first rows."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8 if bits == 24 else bits, 2 if bits == 24 else 0, 0, 0, 0)
-    data = zlib.compress(bytes((1 + -(-width * bits // 8)) * rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return attacks("images", {name: asked("Fill", uploaded(x), "a [MASK]") for name, x in given.items()})
 
 
 def texts() -> Iterator[Attack]:
     given: dict[str, Any] = {
-        "100,000 letters": "a" * 100_000,
-        "only blanks": " \t\u2003\n",
-        "half a letter of Unicode": "\ud800 [MASK]",
-        "zeros": "\0" * 2000,
-        "no [MASK]": "a circle",
-        "300 [MASK]s": "[MASK] " * 140,
-        "a number": 5,
-        "a list": ["a"],
-        "an object": {"a": "b"},
-        "true": True,
-        "combining marks": "a" + "\u0301" * 3000,
-    }
-    for name, text in given.items():
-        yield Attack(
-            "texts",
-            f"Fill: {name}",
-            asked(button("Fill"), lambda target, visitor, text=text: [visitor.uploaded("x.png", png()), text]),
-        )
+        "100,000 letters": "a" * 100_000, "only blanks": " \t\u2003\n", "half a letter of Unicode": "\ud800 [MASK]",
+        "zeros": "\0" * 2000, "no [MASK]": "a circle", "300 [MASK]s": "[MASK] " * 140, "a number": 5, "a list": ["a"],
+        "an object": {"a": "b"}, "true": True, "combining marks": "a" + "\u0301" * 3000,
+    }  # fmt: skip
 
     def markup(target: Target, visitor: Visitor) -> str | None:
         text = '<img src=x onerror="alert(1)">'
         answered, said = visitor.ask("Fill", [visitor.uploaded("x.png", png()), text])
         return "markup came back" if answered or "<img" in said else judge_sentence(said)
 
-    yield Attack("texts", "markup comes back as text", markup)
+    acts = {f"Fill: {name}": asked("Fill", IMAGE, text) for name, text in given.items()}
+    return attacks("texts", acts | {"markup comes back as text": markup})
 
 
 def products() -> Iterator[Attack]:
     labels, templates = "\n".join(f"label {i}" for i in range(100)), "\n".join(f"{'{}'} of {i}" for i in range(100))
-    for name, first, second in (
-        ("100 x 100", labels, templates),
-        ("100 x 11", labels, "\n".join(["{}"] * 11)),
-        ("101 labels", labels + "\nx", ""),
-        ("one label", "a\na", ""),
-        ("101 templates", "a\nb", templates + "\n{}"),
-        ("300,000 lines", "a\n" * 300_000, ""),
-        ("no label", "\n\n", ""),
-        ("fields of a template", "a\nb", "{0.__class__}"),
-    ):
-
-        def values(target: Target, visitor: Visitor, first: str = first, second: str = second) -> list[Any]:
-            return [visitor.uploaded("x.png", png()), first, second]
-
-        yield Attack("labels x templates", name, asked(button("Classify"), values))
+    given = {
+        "100 x 100": (labels, templates), "100 x 11": (labels, "\n".join(["{}"] * 11)), "one label": ("a\na", ""),
+        "101 labels": (f"{labels}\nx", ""), "101 templates": ("a\nb", templates + "\n{}"),
+        "300,000 lines": ("a\n" * 300_000, ""), "no label": ("\n\n", ""),
+        "fields of a template": ("a\nb", "{0.__class__}"),
+    }  # fmt: skip
+    return attacks("labels x templates", {name: asked("Classify", IMAGE, *two) for name, two in given.items()})
 
 
 def origins() -> Iterator[Attack]:
-    for origin in (
-        "http://elsewhere.example",
-        "null",
-        "https://127.0.0.1",
-        "http://127.0.0.1:1",
-        "http://localhost:1",
-        "http://127.0.0.1.elsewhere.example",
-        "file://",
-        "x",
-    ):
-        for method, path in (("POST", f"{API}/queue/join"), ("POST", f"{API}/upload"), ("GET", "/config")):
-            yield Attack(
-                "origin and host",
-                f"{method} {path} from {origin}",
-                requested(method, path, (403,), b"{}" if method == "POST" else b"", Origin=origin),
-            )
-    for host in (
-        "elsewhere.example",
-        "169.254.169.254",
-        "127.0.0.1@elsewhere.example",
-        "127.0.0.1,elsewhere.example",
-        "a b",
-        "elsewhere.example:80:80",
-        "[::2]",
-        "x" * 3000,
-    ):
-        yield Attack("origin and host", f"Host: {host[:30]}", requested("GET", "/config", (400,), Host=host))
+    foreign = (
+        "http://elsewhere.example", "null", "https://127.0.0.1", "http://127.0.0.1:1", "http://localhost:1",
+        "http://127.0.0.1.elsewhere.example", "file://", "x",
+    )  # fmt: skip
+    hosts = (
+        "elsewhere.example", "169.254.169.254", "127.0.0.1@elsewhere.example", "127.0.0.1,elsewhere.example", "a b",
+        "elsewhere.example:80:80", "[::2]", "x" * 3000,
+    )  # fmt: skip
 
     def framed(target: Target, visitor: Visitor) -> str | None:
         headers = visitor.request("GET", "/").headers
@@ -479,133 +348,72 @@ def origins() -> Iterator[Attack]:
             return "another site may frame it, or guess types"
         return None if "frame-ancestors 'none'" in headers.get("content-security-policy", "") else "no frame-ancestors"
 
-    yield Attack("origin and host", "framed by another site", framed)
+    acts: dict[str, Act] = {"framed by another site": framed}
+    for method, path in (("POST", f"{API}/queue/join"), ("POST", f"{API}/upload"), ("GET", "/config")):
+        for origin in foreign:
+            body = b"{}" if method == "POST" else b""
+            acts[f"{method} {path} from {origin}"] = requested(method, path, (403,), body, Origin=origin)
+    acts |= {f"Host: {host[:30]}": requested("GET", "/config", (400,), Host=host) for host in hosts}
+    return attacks("origin and host", acts)
 
 
 def routes_off() -> Iterator[Attack]:
-    for path in (
-        "/openapi.json",
-        f"{API}/openapi.json",
-        "/docs",
-        "/redoc",
-        "/monitoring",
-        "/monitoring/summary",
-        "/monitoring/x",
-        f"{API}/info",
-        f"{API}/info/?all_endpoints=true",
-        f"{API}/deep_link?session_hash=a",
-        f"{API}/proxy=https://x.hf.space/y",
-        f"{API}/custom_component/a/client/b/c",
-        f"{API}/user",
-        f"{API}/token",
-        f"{API}/runs",
-        f"{API}/run-history/buckets",
-        f"{API}/startup-events",
-        f"{API}/queue/status",
-        "/logout",
-        f"{API}/login_check",
-        f"{API}/dev/reload",
-        f"{API}/vibe-code/",
-        f"{API}/stream/a/b/1/playlist.m3u8",
-        f"{API}/call/x/y",
-        "/robots.txt",
-        "/manifest.json",
-        "/pwa_icon/9999",
-        f"{API}/mcp",
-        f"{API}/heartbeat/a",
-    ):
-        yield Attack("routes that are off", f"GET {path}", requested("GET", path, (404,)))
-    for path in (
-        "/login",
-        f"{API}/run/predict",
-        f"{API}/api/predict",
-        f"{API}/call/predict",
-        f"{API}/component_server",
-        f"{API}/cancel",
-        f"{API}/reset",
-        f"{API}/process_recording",
-        f"{API}/vibe-edit/",
-        f"{API}/vibe-code/",
-        f"{API}/run-history/connect",
-        f"{API}/stream/a",
-        f"{API}/stream/a/close",
-    ):
-        yield Attack(
-            "routes that are off",
-            f"POST {path}",
-            requested("POST", path, (404,), b'{"data": []}', Content_Type="application/json"),
-        )
+    read = (
+        "/openapi.json", "/login_check", "/info", "/info/?all_endpoints=true", "/deep_link?session_hash=a",
+        "/proxy=https://x.hf.space/y", "/custom_component/a/client/b/c", "/user", "/token", "/runs",
+        "/run-history/buckets", "/startup-events", "/queue/status", "/dev/reload", "/vibe-code/",
+        "/stream/a/b/1/playlist.m3u8", "/call/x/y", "/mcp", "/heartbeat/a",
+    )  # fmt: skip
+    own = (
+        "/openapi.json", "/docs", "/redoc", "/monitoring", "/monitoring/summary", "/monitoring/x", "/logout",
+        "/robots.txt", "/manifest.json", "/pwa_icon/9999",
+    )  # fmt: skip
+    written = (
+        "/run/predict", "/api/predict", "/call/predict", "/component_server", "/cancel", "/reset", "/process_recording",
+        "/vibe-edit/", "/vibe-code/", "/run-history/connect", "/stream/a", "/stream/a/close",
+    )  # fmt: skip
+    acts = {f"GET {path}": requested("GET", path, (404,)) for path in (*own, *(API + path for path in read))}
+    for path in ("/login", *(API + path for path in written)):
+        acts[f"POST {path}"] = requested("POST", path, (404,), b'{"data": []}', Content_Type="application/json")
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "NONSENSE"):
-        yield Attack("routes that are off", f"{method} /", requested(method, "/", (400, 404)))
+        acts[f"{method} /"] = requested(method, "/", (400, 404))
+    return attacks("routes that are off", acts)
 
 
 def odd_json() -> Iterator[Attack]:
-    given: dict[str, Callable[[Visitor], object]] = {
-        "nothing": lambda v: b"",
-        "no JSON": lambda v: b"{",
-        "a list": lambda v: [],
-        "null": lambda v: None,
-        "a number": lambda v: 5,
-        "no UTF-8": lambda v: b'"\xff"',
-        "deep": lambda v: b"[" * 90_000 + b"]" * 90_000,
-        "deep objects": lambda v: b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
-        "NaN": lambda v: b'{"data": [NaN]}',
-        "100,000 digits": lambda v: b'{"fn_index": ' + b"9" * 100_000 + b"}",
-        "keys twice": lambda v: b'{"data": [], "data": 5, "fn_index": 0, "fn_index": 0, "session_hash": "a"}',
-        "an object of nothing": lambda v: {},
-        "values of another kind": lambda v: _body(v, data="abc"),
-        "values of null": lambda v: _body(v, data=None),
-        "too few values": lambda v: _body(v, data=["a"]),
-        "too many values": lambda v: _body(v, data=["a", None, None]),
-        "10,000 values": lambda v: _body(v, data=[1] * 10_000),
-    }
-    for name, body in given.items():
-        yield Attack("odd JSON", name, joined(body))
-    for number in (99, -1, 10**9, 1.5, "0", None, True, [0], {"a": 0}, "__class__"):
-        yield Attack("odd JSON", f"question {number!r}", joined(lambda v, number=number: _body(v, fn_index=number)))
-    for session in (None, "", 5, "a" * 10_000, "../x", "a b", "\0", ["a"], {"a": 1}):
-        yield Attack(
-            "odd JSON",
-            f"session {str(session)[:20]!r}",
-            joined(lambda v, session=session: _body(v, session_hash=session)),
-        )
-
-
-def _body(visitor: Visitor, **changed: Any) -> dict[str, Any]:
-    return {
-        "data": ["a", None],
-        "fn_index": visitor.event("Search")["id"],
-        "session_hash": secrets.token_hex(6),
-        **changed,
-    }
+    bodies: dict[str, object] = {
+        "nothing": b"", "no JSON": b"{", "a list": [], "null": None, "a number": 5, "no UTF-8": b'"\xff"',
+        "deep": b"[" * 90_000 + b"]" * 90_000, "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+        "NaN": b'{"data": [NaN]}', "100,000 digits": b'{"fn_index": ' + b"9" * 100_000 + b"}",
+        "keys twice": b'{"data": [], "data": 5, "fn_index": 0, "fn_index": 0, "session_hash": "a"}',
+        "an object of nothing": {},
+    }  # fmt: skip
+    values: dict[str, object] = {
+        "of another kind": "abc", "of null": None, "too few": ["a"], "too many": ["a", None, None],
+        "10,000": [1] * 10_000,
+    }  # fmt: skip
+    numbers = (99, -1, 10**9, 1.5, "0", None, True, [0], {"a": 0}, "__class__")
+    sessions = (None, "", 5, "a" * 10_000, "../x", "a b", "\0", ["a"], {"a": 1})
+    return attacks(
+        "odd JSON",
+        {name: joined(body) for name, body in bodies.items()}
+        | {f"values: {name}": joined(None, data=data) for name, data in values.items()}
+        | {f"question {number!r}": joined(None, fn_index=number) for number in numbers}
+        | {f"session {str(session)[:20]!r}": joined(None, session_hash=session) for session in sessions},
+    )
 
 
 def filenames() -> Iterator[Attack]:
-    for name in (
-        "",
-        ".",
-        "..",
-        "/",
-        "../../x.png",
-        "/etc/x.png",
-        "a\\..\\b.png",
-        "x" * 5000 + ".png",
-        "\u202egnp.x",
-        "a%2f..%2fb.png",
-        ".htaccess",
-        "nul\0.png",
-        "con",
-        "x.html",
-        "x.svg",
-        "-rf",
-        "a\rb.png",
-        "$(id).png",
-    ):
+    names = (
+        "", ".", "..", "/", "../../x.png", "/etc/x.png", "a\\..\\b.png", "x" * 5000 + ".png", "\u202egnp.x",
+        "a%2f..%2fb.png", ".htaccess", "nul\0.png", "con", "x.html", "x.svg", "-rf", "a\rb.png", "$(id).png",
+    )  # fmt: skip
 
-        def act(target: Target, visitor: Visitor, name: str = name) -> str | None:
+    def named(name: str) -> Act:
+        def act(target: Target, visitor: Visitor) -> str | None:
             answer = visitor.upload(name, png())
             if answer.status != 200:
-                return judge_answer(answer, (400,))
+                return judge(answer, (400,))
             path = json.loads(answer.body)[0]
             if os.path.realpath(path) != path or not Path(path).is_file():
                 return f"it is stored as {path}"
@@ -614,83 +422,64 @@ def filenames() -> Iterator[Attack]:
             attached = shown.headers.get("content-disposition", "").startswith("attachment")
             if shown.status != 200 or not (kind == "image/png" or (kind == "application/octet-stream" and attached)):
                 return f"it is served as {kind}, status {shown.status}"
-            return None if Path(path).stem == "image" or name in ("x",) else f"the visitor named it: {path[-60:]}"
+            return None if Path(path).stem == "image" else f"the visitor named it: {path[-60:]}"
 
-        yield Attack("filenames", repr(name)[:40], act)
+        return act
+
+    return attacks("filenames", {repr(name)[:40]: named(name) for name in names})
 
 
 def forgeries() -> Iterator[Attack]:
+    def path_of(visitor: Visitor, side: int = 40) -> str:
+        return json.loads(visitor.upload("x.png", png(side)).body)[0]
+
     def other_stream(target: Target, visitor: Visitor) -> str | None:
         session = secrets.token_hex(6)
-        visitor.join(_body(visitor, session_hash=session))
+        visitor.join(search(visitor, session_hash=session))
         found = target.visitor().stream(session, 5)
         return f"another visitor read {len(found)} events" if found else None
 
     def other_session(target: Target, visitor: Visitor) -> str | None:
-        session = secrets.token_hex(6)
-        visitor.join(_body(visitor, session_hash=session))
-        other = target.visitor()
-        return judge_answer(other.join(_body(other, session_hash=session)), (400,))
+        session, other = secrets.token_hex(6), target.visitor()
+        visitor.join(search(visitor, session_hash=session))
+        return judge(other.join(search(other, session_hash=session)), (400,))
 
     def unknown(target: Target, visitor: Visitor) -> str | None:
-        answer = visitor.request("GET", f"{API}/queue/data?session_hash={secrets.token_hex(6)}", seconds=15)
-        return judge_answer(answer, (404,))
+        address = f"{API}/queue/data?session_hash={secrets.token_hex(6)}"
+        return judge(visitor.request("GET", address, seconds=15), (404,))
 
     def no_cookie(target: Target, visitor: Visitor) -> str | None:
-        path = json.loads(visitor.upload("x.png", png()).body)[0]
-        answer = visitor.request("GET", f"{API}/file={path}", headers={"Cookie": ""})
-        return judge_answer(answer, (403, 404))
+        return judge(visitor.request("GET", f"{API}/file={path_of(visitor)}", headers={"Cookie": ""}), (403, 404))
 
     def other_file(target: Target, visitor: Visitor) -> str | None:
-        path = json.loads(visitor.upload("x.png", png(43)).body)[0]
-        return judge_answer(target.visitor().show(path), (404,))
+        return judge(target.visitor().show(path_of(visitor, 43)), (404,))
 
     def same_name(target: Target, visitor: Visitor) -> str | None:
-        one, two = (json.loads(each.upload("x.png", png(44)).body)[0] for each in (visitor, target.visitor()))
-        return "the name of an upload follows from its content" if one == two else None
+        same = path_of(visitor, 44) == path_of(target.visitor(), 44)
+        return "the name of an upload follows from its content" if same else None
 
-    def rebuilt(hidden: Any) -> Callable[[Target, Visitor], str | None]:
-        return asked(button("Rebuild"), lambda target, visitor: [visitor.uploaded("x.png", png()), hidden, "a", "b"])
-
-    yield Attack("forged session", "the answers of another visitor", other_stream)
-    yield Attack("forged session", "a question in another visitor's session", other_session)
-    yield Attack("forged session", "a session that nobody has", unknown)
-    yield Attack("forged session", "an upload, without the cookie", no_cookie)
-    yield Attack("forged session", "an upload, by another visitor", other_file)
-    yield Attack("forged session", "the name of another visitor's upload", same_name)
-    for query in ("", "?session_hash=", "?session_hash=a&session_hash=b", "?session_hash=..%2f", "?session_hash=%00"):
-        yield Attack("forged session", f"a stream for {query!r}", requested("GET", f"{API}/queue/data{query}", (404,)))
-    for hidden in ("2" * 16, "1" * 15, "", "1" * 10_000, "x", "\u0661" * 16, {"a": 1}, [True], 5):
-        yield Attack("forged session", f"hidden patches {str(hidden)[:20]!r}", rebuilt(hidden))
+    queries = ("", "?session_hash=", "?session_hash=a&session_hash=b", "?session_hash=..%2f", "?session_hash=%00")
+    patches = ("2" * 16, "1" * 15, "", "1" * 10_000, "x", "\u0661" * 16, {"a": 1}, [True], 5)
+    acts: dict[str, Act] = {
+        "the answers of another visitor": other_stream,
+        "a question in another visitor's session": other_session,
+        "a session that nobody has": unknown,
+        "an upload, without the cookie": no_cookie,
+        "an upload, by another visitor": other_file,
+        "the name of another visitor's upload": same_name,
+    }
+    acts |= {f"a stream for {query!r}": requested("GET", f"{API}/queue/data{query}", (404,)) for query in queries}
+    acts |= {f"hidden patches {str(x)[:20]!r}": asked("Rebuild", IMAGE, x, "a", "b") for x in patches}
+    return attacks("forged session", acts)
 
 
 def clicks() -> Iterator[Attack]:
-    for event in (
-        None,
-        {},
-        [],
-        "x",
-        5,
-        {"index": None},
-        {"index": []},
-        {"index": [1]},
-        {"index": [1, 2, 3]},
-        {"index": ["a", "b"]},
-        {"index": [10**30, 1]},
-        {"index": [True, False]},
-        {"index": {"x": 1}},
-        {"target": "x"},
+    events: tuple[Any, ...] = (
+        None, {}, [], "x", 5, {"index": None}, {"index": []}, {"index": [1]}, {"index": [1, 2, 3]},
+        {"index": ["a", "b"]}, {"index": [10**30, 1]}, {"index": [True, False]}, {"index": {"x": 1}}, {"target": "x"},
         {"index": [[1], [2]]},
-    ):
-
-        def act(target: Target, visitor: Visitor, event: Any = event) -> str | None:
-            image = visitor.uploaded("x.png", png())
-            number = number_of(visitor, "image", "select")
-            began = time.monotonic()
-            answered, said = visitor.ask_number(number, ["0" * 16, image], 2 * SECONDS, event_data=event)
-            return judge(answered, said, time.monotonic() - began)
-
-        yield Attack("event data", str(event)[:40], act)
+    )  # fmt: skip
+    return attacks("event data", {str(e)[:40]: asked(CLICK, "0" * 16, IMAGE, event_data=e) for e in events})
 
 
 @contextmanager
@@ -720,30 +509,25 @@ def _is_open(line: socket.socket) -> bool:
 
 
 def slow_connections() -> Iterator[Attack]:
-    def held(content: Callable[[Visitor], bytes], more: bytes = b"", seconds: float = 30.0) -> Callable:
+    def held(content: Callable[[Visitor], bytes], more: bytes = b"", seconds: float = 30.0) -> Act:
         def act(target: Target, visitor: Visitor) -> str | None:
             with _held(visitor, content(visitor), 20) as lines:
                 began = time.monotonic()
-                while time.monotonic() - began < seconds:
+                while lines and time.monotonic() - began < seconds:
                     time.sleep(1)
                     for line in list(lines):
                         if not _is_open(line):
                             lines.remove(line)
                             line.close()
                         elif more:
-                            with _ignored():
+                            with contextlib.suppress(OSError):
                                 line.sendall(more)
-                    if not lines:
-                        return None
-                return f"{len(lines)} of 20 are open after {seconds:.0f} s"
+                return f"{len(lines)} of 20 are open after {seconds:.0f} s" if lines else None
 
         return act
 
-    def head(visitor: Visitor, length: int) -> bytes:
-        return (
-            f"POST {API}/queue/join HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\nCookie: {visitor.cookie}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-        ).encode()
+    def whole(visitor: Visitor) -> bytes:
+        return f"GET /config HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\n\r\n".encode()
 
     def crowd(target: Target, visitor: Visitor) -> str | None:
         with _held(visitor, b"GET / HTTP/1.1\r\n", 400) as lines:
@@ -754,49 +538,27 @@ def slow_connections() -> Iterator[Attack]:
             return f"the page is closed to others: status {answer.status}"
         return f"{still} of 400 connections are open" if still > 300 else None
 
-    yield Attack("slow connections", "20 that send nothing", held(lambda visitor: b""))
-    yield Attack(
-        "slow connections",
-        "20 that send a letter of a header each second",
-        held(lambda visitor: b"GET / HTTP/1.1\r\nX: ", b"a"),
-    )
-    yield Attack(
-        "slow connections",
-        "20 that send a letter of a body each second",
-        held(lambda visitor: head(visitor, 400), b" ", 40.0),
-    )
-    yield Attack(
-        "slow connections",
-        "20 that stay after their answer",
-        held(lambda visitor: f"GET /config HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\n\r\n".encode()),
-    )
+    letters = held(lambda visitor: question_head(visitor, "Content-Length: 400"), b" ", 40.0)
+    yield from attacks("slow connections", {
+        "20 that send nothing": held(lambda visitor: b""),
+        "20 that send a letter of a header each second": held(lambda visitor: b"GET / HTTP/1.1\r\nX: ", b"a"),
+        "20 that send a letter of a body each second": letters,
+        "20 that stay after their answer": held(whole),
+    })  # fmt: skip
     yield Attack("crowds", "400 connections at once", crowd)
-
-
-class _ignored:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
-        return kind is not None and issubclass(kind, OSError)
 
 
 def abandoned() -> Iterator[Attack]:
     def flood(target: Target, visitor: Visitor) -> str | None:
         labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
         image = visitor.uploaded("x.png", png(900))
-        number = visitor.event("Classify")["id"]
+        question = {"data": [image, labels, templates], "fn_index": visitor.event("Classify")["id"]}
         lines = []
         try:
             for _ in range(120):
-                session = secrets.token_hex(6)
-                question = {"data": [image, labels, templates], "fn_index": number, "session_hash": session}
-                body = json.dumps(question).encode()
-                head = (
-                    f"POST {API}/queue/join HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\n"
-                    f"Cookie: {visitor.cookie}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-                )
+                body = json.dumps({**question, "session_hash": secrets.token_hex(6)}).encode()
                 line = socket.create_connection((visitor.host, visitor.port), timeout=20)
-                line.sendall(head.encode() + body[:-1])
+                line.sendall(question_head(visitor, f"Content-Length: {len(body)}") + body[:-1])
                 lines.append(line)
             for line in lines:  # all at once: no machine answers as fast
                 line.sendall(b"}")
@@ -816,22 +578,9 @@ def abandoned() -> Iterator[Attack]:
     yield Attack("abandoned questions", "120 questions at once whose visitor left", flood)
 
 
-ATTACKS = [
-    *paths_without_meta(),
-    *files_with_meta(),
-    *traversals(),
-    *bodies(),
-    *texts(),
-    *images(),
-    *products(),
-    *origins(),
-    *routes_off(),
-    *odd_json(),
-    *filenames(),
-    *forgeries(),
-    *clicks(),
-    *devices(),
-    *slow_connections(),
-    *abandoned(),
-]
+MAKERS = (
+    paths_without_meta, files_with_meta, traversals, bodies, texts, images, products, origins, routes_off, odd_json,
+    filenames, forgeries, clicks, devices, slow_connections, abandoned,
+)  # fmt: skip
+ATTACKS = [attack for maker in MAKERS for attack in maker()]
 KINDS = tuple(dict.fromkeys(attack.kind for attack in ATTACKS))

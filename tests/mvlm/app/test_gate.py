@@ -1,12 +1,16 @@
-"""Every route that Gradio serves: the page needs a few, the others do not exist."""
+"""What the gate lets through to Gradio: a few of its routes, this machine's names, and questions written anew."""
 
 import asyncio
+import json
 import re
+import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mvlm.errors import RunError
 from support.packages import needs
 
 pytestmark = [
@@ -44,8 +48,8 @@ def routes_of(app: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from routes_of(route, prefix + getattr(route, "path", ""))
 
 
-def status_of(gate: Any, method: str, path: str) -> int:
-    """The status that answers a request, 299 if the gate lets it through."""
+def answer_of(gate: Any, method: str, path: str, **headers: str) -> tuple[int, dict[bytes, bytes], str]:
+    """Status, headers and text of the answer to a request; status 299 if the gate lets it through."""
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -54,23 +58,33 @@ def status_of(gate: Any, method: str, path: str) -> int:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"host", b"127.0.0.1:1")]
     target, _, query = path.partition("?")
-    scope = {"type": "http", "method": method, "path": target, "query_string": query.encode(), "headers": headers}
+    given = {"host": "127.0.0.1:1"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    scope = {"type": "http", "method": method, "path": target, "query_string": query.encode()}
+    scope |= {"headers": [(name.encode(), value.encode()) for name, value in given.items()]}
     asyncio.run(gate({**scope, "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)}, receive, send))
-    return sent[0]["status"]
+    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"].decode()
+
+
+def status_of(gate: Any, method: str, path: str, **headers: str) -> int:
+    return answer_of(gate, method, path, **headers)[0]
+
+
+def gate_at(page: Any, *names: Any) -> Any:
+    """A gate before a Gradio that lets other sites read."""
+    from mvlm.app.gate import Gate, questions_of
+
+    async def gradio(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"access-control-allow-origin", b"*"), (b"x-frame-options", b"ALLOW")]
+        await send({"type": "http.response.start", "status": 299, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    return Gate(gradio, questions_of(page.blocks.config), page.uploads, page.visitors, *names)
 
 
 @pytest.fixture(scope="module")
 def gate(page) -> Any:
-    from mvlm.app.gate import Gate
-    from mvlm.app.questions import questions_of
-
-    async def gradio(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 299, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    return Gate(gradio, questions_of(page.blocks.config), page.uploads, page.visitors, "127.0.0.1")
+    return gate_at(page, "127.0.0.1")
 
 
 def test_every_route_of_gradio_is_needed_or_does_not_exist(page, gate) -> None:
@@ -106,3 +120,118 @@ def test_pages_are_read_only(gate, method: str) -> None:
 def test_no_path_leads_out_of_gradios_files(gate, path: str) -> None:
     assert status_of(gate, "GET", path) == 404
     assert status_of(gate, "GET", "/assets/index-B1_x.js") == 299
+
+
+def test_the_page_answers_to_its_own_names_alone(page, gate) -> None:
+    """DNS rebinding: the browser takes the page for a part of the other site, and lets that site read it."""
+    for host, status in (
+        ("127.0.0.1:1", 299), ("localhost:1", 299), ("LOCALHOST:1", 299), ("[::1]:1", 299), ("[::ffff:127.0.0.1]", 299),
+        ("elsewhere.example:1", 400), ("", 400), ("127.0.0.1.elsewhere.example", 400), ("a b", 400), ("10.0.0.1", 400),
+        (f"{socket.gethostname()}-:1", 400), ("127.0.0.1:x", 400),
+    ):  # fmt: skip
+        assert status_of(gate, "GET", "/config", host=host) == status, host
+    everywhere = gate_at(page, "0.0.0.0", ["proxy.example"])
+    for host, status in (
+        ("127.0.0.1:1", 299), (socket.gethostname(), 299), ("proxy.example", 299), ("elsewhere.example", 400),
+        ("10.11.12.13", 400), ("169.254.169.254", 400),
+    ):  # fmt: skip
+        assert status_of(everywhere, "GET", "/config", host=host) == status, host
+
+
+def test_another_sites_page_may_neither_send_nor_read_nor_show_this_one(gate) -> None:
+    """A browser sends a form of another site without asking. Behind a proxy the page has the proxy's name."""
+    for headers, own in (
+        ({"origin": "http://127.0.0.1:1"}, True),
+        ({"origin": "https://proxy.example", "x_forwarded_host": "proxy.example"}, True),
+        ({"origin": "http://elsewhere.example"}, False),
+        ({"origin": "null"}, False),
+    ):
+        _, _, said = answer_of(gate, "POST", "/gradio_api/queue/join", **headers)
+        assert ("another site" in said) != own, headers  # of our own, the cookie is asked for next
+        status, sent, _ = answer_of(gate, "GET", "/config", **headers)
+        assert status == (299 if own else 403)
+        assert b"access-control-allow-origin" not in sent
+        assert sent[b"x-frame-options"] == b"DENY"
+        assert b"frame-ancestors 'none'" in sent[b"content-security-policy"]
+
+
+@pytest.fixture
+def check() -> Any:
+    """Checks a good question with parts that are changed; returns what is left of it."""
+    from mvlm.app.gate import Question, check_question
+
+    questions = {3: Question(("image", "text", ("left", "right")), False), 4: Question(("text",), True)}
+
+    def checked(body: bytes | None = None, **changed: Any) -> dict[str, Any]:
+        sent = json.dumps({**GOOD, **changed}).encode() if body is None else body
+        session, written = check_question(sent, questions, find)
+        assert session == GOOD["session_hash"]
+        return json.loads(written)
+
+    return checked
+
+
+GOOD: dict[str, Any] = {"data": [{"path": "mine"}, "a", "left"], "fn_index": 3, "session_hash": "a1_-"}
+
+
+def find(path: object) -> Path:
+    if path != "mine":
+        raise RunError("not yours")
+    return Path("/folder/mine")
+
+
+def test_a_question_is_written_anew_with_nothing_else_in_it(check) -> None:
+    noise = {"batched": True, "simple_format": True, "event_id": "x", "oauth_token": "x", "request": {}, "x": 1}
+    image = {"path": "mine", "url": "http://x", "meta": {"_type": "gradio.FileData"}, "is_stream": True}
+    assert check(data=[image, None, "right"], trigger_id=7, event_data={"x": 1}, **noise) == {
+        "data": [{"path": "/folder/mine"}, None, "right"],
+        "fn_index": 3,
+        "session_hash": "a1_-",
+        "trigger_id": 7,
+    }
+    assert check(data=[None, "b", "left"], trigger_id="x")["trigger_id"] is None
+    clicked = check(data=["a"], fn_index=4, event_data={"index": [1, 2.5], "value": "x", "target": 5})
+    assert clicked["event_data"] == {"index": [1, 2.5], "value": None}
+
+
+def test_any_other_question_is_refused(check) -> None:
+    refused: list[dict[str, Any]] = [
+        {"data": None}, {"data": {}}, {"data": []}, {"data": [None, "a"]}, {"data": [None, "a", "left", 1]},
+        {"data": [{"path": "yours"}, "a", "left"]}, {"data": [{"path": ["mine"]}, "a", "left"]},
+        {"data": ["mine", "a", "left"]}, {"data": [{}, "a", "left"]}, {"data": [None, 5, "left"]},
+        {"data": [None, ["a"], "left"]}, {"data": [None, "\ud800", "left"]}, {"data": [None, "a", "middle"]},
+        {"data": [None, "a", None]}, {"data": [None, "a", ["left"]]}, {"fn_index": 5}, {"fn_index": True},
+        {"fn_index": "3"}, {"fn_index": 3.0}, {"session_hash": ""}, {"session_hash": "a b"}, {"session_hash": "a\n"},
+        {"session_hash": "a" * 65}, {"session_hash": None}, {"fn_index": 4, "data": ["a"]},
+        {"fn_index": 4, "data": ["a"], "event_data": {"index": [1]}},
+        {"fn_index": 4, "data": ["a"], "event_data": {"index": [1, True]}},
+        {"fn_index": 4, "data": ["a"], "event_data": {"index": [1, 1e300]}},
+        *({"body": body} for body in (b"", b"{", b"[]", b"\xff", b'{"a": NaN}', b"[" * 200_000, b"9" * 5000)),
+    ]  # fmt: skip
+    for changed in refused:
+        with pytest.raises(RunError):
+            check(**changed)
+
+
+def test_the_questions_of_a_page_come_from_its_configuration() -> None:
+    from mvlm.app.gate import Question, questions_of
+
+    config = {
+        "components": [
+            {"id": 1, "type": "image", "props": {}},
+            {"id": 2, "type": "textbox", "props": {}},
+            {"id": 3, "type": "radio", "props": {"choices": [["Left", "left"], ["Right", "right"]]}},
+            {"id": 4, "type": "file", "props": {}},
+        ],
+        "dependencies": [
+            {"id": 0, "inputs": [1, 2, 3], "targets": [[9, "click"]]},
+            {"id": 1, "inputs": [2], "targets": [[1, "select"]]},
+        ],
+    }
+    assert questions_of(config) == {
+        0: Question(("image", "text", ("left", "right")), False),
+        1: Question(("text",), True),
+    }
+    config["dependencies"].append({"id": 2, "inputs": [4], "targets": []})
+    with pytest.raises(TypeError, match=r"inputs \[4\] of the page are of a kind that nobody checks"):
+        questions_of(config)

@@ -20,7 +20,7 @@ BUILT = {
 }  # fmt: skip
 """Whole images that a build takes: its own limits are of pixels and of the aspect."""
 TAKEN = "6300 x 6300, whole"
-"""Within the limits of a question to a model, and beyond those of the page (tests/mvlm/app/test_uploads.py)."""
+"""Within the limits of a question to a model, and beyond those of the page (tests/mvlm/app/test_answers.py)."""
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mvlm.errors import RunError
-from mvlm.search.collection import open_collection
+from mvlm.search.collection import FolderCollection, open_collection
 from mvlm_dataloading import DataError
 from support.scenes import scene
 
@@ -31,6 +31,7 @@ def test_captions_of_a_folder_are_lines_as_in_a_data_set(pictures):
         (pictures / "3.txt").write_text(content, encoding="utf-8")
         (pictures / "3.json").write_bytes(b'\xef\xbb\xbf{"number": 3}')
         found = open_collection(pictures)
+        assert isinstance(found, FolderCollection)
         (item,) = [item for item in map(found.item, range(10)) if item.id == "3.png"]
         assert (item.captions, item.metadata) == (captions, {"number": 3})
 
