@@ -164,6 +164,20 @@ def build_records(
     return build_shards(source, out, BuildOptions(**settings), evaluation_sets=evaluation_sets, workers=0)
 
 
+def build_scripts(out: Path, count: int = 10, **settings) -> Path:
+    """A build of JPEGs k0, k1 ... with captions in several scripts in tars of 4, and of a test image; one is rejected.
+
+    Image i is 60 + 10 i pixels wide and 50 high.
+    """
+    captions = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
+    records = [
+        make_record(f"k{i}", published.make_image(i, (60 + 10 * i, 50)), captions.get(i, [f"number {i}"]), "JPEG")
+        for i in range(count)
+    ]
+    test = [make_record("t", published.make_image(90), ["a", "b", "c"]), make_record("bad", b"", ["x"])]
+    return build_records(out, {"train": records, "test": test}, each=4, **settings)
+
+
 def build_source(source: Source, out: Path, **settings) -> dict[str, dict[str, list[str]]]:
     """Build a source in this process. Returns what `captions_by_key` gives of it."""
     return captions_by_key(build_shards(source, out, BuildOptions(**settings), workers=0))

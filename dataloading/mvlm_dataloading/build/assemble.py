@@ -13,6 +13,7 @@ Shape legend: n written samples, in the order of the source.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -24,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, write_description
+from mvlm_dataloading.dataset.dali_index import components_of
+from mvlm_dataloading.dataset.description import add_shard, describe_shard, write_description
 from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
@@ -35,13 +37,11 @@ from mvlm_dataloading.tokenizer import load_tokenizer
 from .duplicates import (
     LEAKED,
     LEAKED_NEARLY,
-    ImageTable,
-    evaluation_splits,
-    find_duplicates,
-    find_leaks,
-    images_of_split,
+    ImageFacts,
+    drop_leaks,
+    drop_repeats,
+    evaluation_images,
     parse_image_facts,
-    tabulate,
 )
 from .shard_writer import Shard
 
@@ -81,31 +81,25 @@ def assemble(assembly: Assembly) -> Counter[str]:
     final = assembly.folder / "final"
     final.mkdir(exist_ok=True)
     written, rejected = _read_pieces(assembly)
-    images = written.images
-    dropped = _repeated_keys(images.keys)
-    evaluation = [
-        images_of_split(folder, split)
-        for folder in map(Path, assembly.plan["evaluation_sets"])
-        for split in evaluation_splits(folder)
-    ]
-    questions = "questions" in assembly.plan["recipe"]
-    duplicates = list(find_leaks(images, evaluation, dropped, own_splits=not questions))
+    images, plan = written.images, assembly.plan
+    dropped = _repeated_keys(images)
+    questions = "questions" in plan["recipe"]
+    evaluation = [image for folder in plan["evaluation_sets"] for image in evaluation_images(Path(folder))]
+    duplicates = drop_leaks(images, evaluation, dropped, own_splits=not questions)
     if not questions:
-        duplicates += find_duplicates(images, dropped, drop=assembly.plan["recipe"]["drop_duplicates"])
+        duplicates += drop_repeats(images, dropped, drop=plan["recipe"]["drop_duplicates"])
     for i, reason in dropped.items():
         where = written.where[i]
-        rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})
-    if len(dropped) == len(images.keys):
+        rejected.append({"key": images[i].key, "split": images[i].split, "reason": reason, "where": where})
+    if len(dropped) == len(images):
         shutil.rmtree(assembly.folder)
-        raise DataError(
-            f"{assembly.plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}"
-        )
-    train = [i for i, split in enumerate(images.splits) if split == "train"]
+        raise DataError(f"{plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}")
+    train = [i for i, image in enumerate(images) if image.split == "train"]
     if all(i in dropped for i in train) and any(dropped[i] in (LEAKED, LEAKED_NEARLY) for i in train):
         shutil.rmtree(assembly.folder)
         raise DataError(
-            f"{assembly.plan['name']}: wanted training samples that are in no evaluation split, found that all "
-            f"{len(train)} are in one, the first {written.where[train[0]]}; name other files for train, or none"
+            f"{plan['name']}: wanted training samples that are in no evaluation split, found that all {len(train)} are "
+            f"in one, the first {written.where[train[0]]}; name other files for train, or none"
         )
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
@@ -114,7 +108,7 @@ def assemble(assembly: Assembly) -> Counter[str]:
     for line in rejected:
         if line["reason"] == CUT:
             log.warning("%s: wanted a whole tar, found a cut one; what it held behind the cut is lost", line["where"])
-    _write_description(assembly, splits, reasons)
+    write_description(final, assembly.plan, assembly.plan["recipe"], splits, reasons, **_tokenizer(assembly))
     for split in splits:
         write_index(final, split, with_tars=assembly.out is None)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
@@ -135,7 +129,7 @@ def _why_none(assembly: Assembly, rejected: list[dict[str, Any]]) -> str:
 class _Written:
     """The samples in the pieces: lists of n."""
 
-    images: ImageTable
+    images: list[ImageFacts]
     where: list[str]
     captions: list[int]
     """Number of captions."""
@@ -145,7 +139,7 @@ class _Written:
 
 def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
     """Read the samples of all pieces, and a line per rejected record."""
-    facts, where, captions, tars, rejected = [], [], [], [], []
+    written, rejected = _Written([], [], [], []), []
     splits = assembly.plan["splits"]
 
     def read(number: int) -> list[str]:
@@ -157,16 +151,16 @@ def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
             if "reason" in line:
                 rejected.append({"key": line["key"], "split": split, **line})
                 continue
-            facts.append((line["key"], split, parse_image_facts(line)))
-            where.append(line["where"])
-            captions.append(line["captions"])
-            tars.append((number, line["tar"]))
-    return _Written(tabulate(facts), where, captions, tars), rejected
+            written.images.append(parse_image_facts(line["key"], split, line))
+            written.where.append(line["where"])
+            written.captions.append(line["captions"])
+            written.tars.append((number, line["tar"]))
+    return written, rejected
 
 
-def _repeated_keys(keys: list[str]) -> dict[int, str]:
+def _repeated_keys(images: list[ImageFacts]) -> dict[int, str]:
     first: dict[str, int] = {}
-    return {i: REPEATED_KEY for i, key in enumerate(keys) if first.setdefault(key, i) != i}
+    return {i: REPEATED_KEY for i, image in enumerate(images) if first.setdefault(image.key, i) != i}
 
 
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
@@ -190,22 +184,19 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
         keep = [i not in dropped for i in samples]
         if not any(keep):
             continue
-        split = assembly.plan["splits"][number]
-        entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
-        new = assembly.folder / "final" / f"{split}-{len(entry['shards']):06d}.tar"
+        split, known = assembly.plan["splits"][number], known_of[number][tar]
+        earlier = len(splits[split]["shards"]) if split in splits else 0
+        new = assembly.folder / "final" / f"{split}-{earlier:06d}.tar"
         if all(keep):
-            known = known_of[number][tar]
             whole.append((number, tar, new, known["sha256"]))
-            shard = {"tar": new.name, "samples": known["samples"], "bytes": known["bytes"], "sha256": known["sha256"]}
+            shard = {"tar": new.name, **{name: known[name] for name in ("samples", "bytes", "sha256")}}
         else:
-            _rewrite(assembly, number, tar, new, keep, known_of[number][tar]["sha256"])
+            _rewrite(assembly, number, tar, new, keep, known["sha256"])
             shard = describe_shard(new, sum(keep))
-        entry["samples"] += sum(keep)
-        entry["captions"] += sum(written.captions[i] for i in samples if i not in dropped)
-        entry["shards"].append(shard)
+        add_shard(splits, split, shard, sum(written.captions[i] for i in samples if i not in dropped))
     for _ in _each(assembly, lambda one: _place_whole(assembly, *one), whole):
         pass
-    return dict(sorted(splits.items()))
+    return splits
 
 
 def _each(assembly: Assembly, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -256,37 +247,29 @@ def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
     shard = Shard(new.with_name(f"{new.stem}.new.tar"))
     lines = old.with_suffix(".idx").read_text(encoding="utf-8").splitlines()[1:]
     with old.open("rb") as file:
-        for line, kept in zip(lines, keep, strict=True):
-            if kept:
-                parts, key = [], ""
-                words = line.split(" ")
-                for extension, offset, size, name in zip(*[iter(words)] * 4, strict=True):
-                    file.seek(int(offset))
-                    parts.append((extension, file.read(int(size))))
-                    key = name[: -len(extension) - 1]
-                shard.write(key, parts, num_captions=0)
+        for line in itertools.compress(lines, keep):
+            parts = []
+            key, components = components_of(line)
+            for extension, offset, size in components:
+                file.seek(offset)
+                parts.append((extension, file.read(size)))
+            shard.write(key, parts, num_captions=0)
     shard.close()
     # Rename the tar last, so that it exists only if its index does.
     shard.path.with_suffix(".idx").rename(new.with_suffix(".idx"))
     shard.path.rename(new)
 
 
-def _write_description(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Counter[str]) -> None:
-    plan, final = assembly.plan, assembly.folder / "final"
-    description: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        **{name: plan[name] for name in ("name", "source", "licence", "attribution", "recipe")},
-        "splits": splits,
-        "tokenizer": None,
-        "rejected": dict(sorted(reasons.items())),
-    }
-    if "tokenizer" in plan["recipe"]:
-        tokenizer = assembly.parts[0].read("tokenizer.json")
-        write_file(final / "tokenizer.json", tokenizer)
-        description["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
-        fingerprint = load_tokenizer(final / "tokenizer.json").fingerprint
-        description["tokens"] = {"fingerprint": fingerprint, "max_length": plan["recipe"]["text_length"]}
-    write_description(final, description)
+def _tokenizer(assembly: Assembly) -> dict[str, Any]:
+    """Put the tokenizer into place. Returns what `dataset.json` says of it."""
+    final, recipe = assembly.folder / "final", assembly.plan["recipe"]
+    if "tokenizer" not in recipe:
+        return {}
+    content = assembly.parts[0].read("tokenizer.json")
+    write_file(final / "tokenizer.json", content)
+    fingerprint = load_tokenizer(final / "tokenizer.json").fingerprint
+    tokens = {"fingerprint": fingerprint, "max_length": recipe["text_length"]}
+    return {"tokenizer": hashlib.sha256(content).hexdigest(), "tokens": tokens}
 
 
 def _piece(number: int) -> str:

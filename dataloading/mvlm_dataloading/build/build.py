@@ -27,9 +27,18 @@ from mvlm_dataloading.dataset.description import (
     already_written,
     parse_description,
     require_free_folder,
+    require_same,
     require_split_name,
 )
-from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, is_remote, normal_url, open_folder
+from mvlm_dataloading.dataset.folders import (
+    LocalFolder,
+    RemoteFolder,
+    empty_folder,
+    is_remote,
+    lock_folder,
+    normal_url,
+    open_folder,
+)
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder
 from mvlm_dataloading.options import BuildOptions
@@ -42,7 +51,6 @@ from .part import (
     BuildProgress,
     Executor,
     claim_working_folder,
-    exclusive,
     make_plan,
     read_parts,
     start_or_resume,
@@ -81,24 +89,23 @@ def build_shards(
             processes keep dying. In the last two cases finished pieces are kept next to `out`, and the same call
             resumes from them.
     """
-    options = _checked(source, options)
+    options, plan = _planned(source, options, evaluation_sets)
     out = _place(out)
-    plan = make_plan(source, _recipe(source, options, evaluation_sets), evaluation_sets)
     partial = _beside(out)
     if _is_finished(out, plan):
         _remove(partial)  # left by a run that was killed at the very end
         return Path(out)
-    with _hint_for_a_full_disk(partial), exclusive(working_folder(partial)):
+    with _writing(partial) as work:
         if isinstance(out, Path):
             require_free_folder(out)
-        claim_working_folder(partial, plan)
         own = LocalFolder(partial, gives_away=True) if isinstance(partial, Path) else RemoteFolder(partial)
         if isinstance(own, LocalFolder) and not own.has("plan.json"):
-            _empty(own.folder)
+            empty_folder(
+                own.folder
+            )  # of what a `ShardWriter` left, or a build that was killed before it wrote its plan
         _begin(own, plan, options, WHOLE)
-        write_part(source, partial, options, WHOLE, workers, executor, progress)
-        plan, owner = read_parts([own])
-        _finish(Assembly(working_folder(partial), plan, [own], owner, _remote(out)), out)
+        write_part(source, own, options, WHOLE, workers, executor, progress)
+        _finish(work, [own], *read_parts([own]), out)
         _remove(partial)
     return Path(out)
 
@@ -123,18 +130,16 @@ def build_part(
     Raises:
         DataError: `out` is in use, holds another part, or as `build_shards`.
     """
-    options = _checked(source, options)
+    options, plan = _planned(source, options, evaluation_sets)
     out = _place(out)
-    plan = make_plan(source, _recipe(source, options, evaluation_sets), evaluation_sets)
     folder = open_folder(out)
     if isinstance(out, Path) and not folder.has("plan.json") and not folder.has("lock"):
         require_free_folder(out)
-    with _hint_for_a_full_disk(out), exclusive(working_folder(out)):
-        claim_working_folder(out, plan)
+    with _writing(out) as work:
         _begin(folder, plan, options, part)
-        write_part(source, out, options, part, workers, executor, progress)
+        write_part(source, folder, options, part, workers, executor, progress)
     if not isinstance(out, Path):
-        shutil.rmtree(working_folder(out), ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return Path(out)
 
 
@@ -156,24 +161,24 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Path:
             f"{', '.join(plan['evaluation_sets'])}: wanted the data sets of --against as the parts were built with, "
             "found others; restore them, or build the parts again"
         )
-    work = working_folder(_beside(out))
     if _is_finished(out, plan):
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(working_folder(_beside(out)), ignore_errors=True)
         return Path(out)
-    with _hint_for_a_full_disk(work), exclusive(work):
+    with _writing(_beside(out)) as work:
         if isinstance(out, Path):
             require_free_folder(out)
         start_or_resume(LocalFolder(work), plan, "merged")
-        _finish(Assembly(work, plan, folders, owner, _remote(out)), out)
+        _finish(work, folders, plan, owner, out)
         shutil.rmtree(work, ignore_errors=True)
     return Path(out)
 
 
-def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
+def _planned(
+    source: Source, options: BuildOptions | None, evaluation_sets: Sequence[Path]
+) -> tuple[BuildOptions, dict[str, Any]]:
+    """Check the options, and make the plan with everything that determines the data set's bytes."""
     options = options or BuildOptions()
     options.check()
-    if options.tokenizer is not None:
-        load_tokenizer(options.tokenizer)  # a mistake leaves no plan that the corrected command would differ from
     if source.questions and options.drop_duplicates:
         raise DataError(
             f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "
@@ -183,19 +188,13 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
         require_split_name(split)
     if not source.pieces:
         raise DataError(f"{source.name}: wanted at least one sample, found none; give the folder that holds the data")
-    return options
-
-
-def _recipe(source: Source, options: BuildOptions, evaluation_sets: Sequence[Path]) -> dict[str, Any]:
-    """Everything that determines the data set's bytes, as JSON values."""
     given = {name: value for name, value in asdict(options).items() if value is not None}
     if options.tokenizer is not None:
+        load_tokenizer(options.tokenizer)  # a mistake leaves no plan that the corrected command would differ from
         given["tokenizer"] = file_sha256(options.tokenizer)
-    records = records_sha256(source.pieces)
-    against = _hashes(evaluation_sets)
-    if source.questions:
-        given["questions"] = True
-    return {"revision": _REVISION, **source.recipe, "records": records, **given, "against": against}
+    given |= {"questions": True} if source.questions else {}
+    fixed = {"revision": _REVISION, **source.recipe, "records": records_sha256(source.pieces)}
+    return options, make_plan(source, {**fixed, **given, "against": _hashes(evaluation_sets)}, evaluation_sets)
 
 
 def _hashes(evaluation_sets: Sequence[Path]) -> list[str]:
@@ -219,55 +218,46 @@ def _beside(out: Path | str) -> Path | str:
     return f"{out}/.partial" if len(parts) <= whole else f"{parent}/.{name}.partial"
 
 
-def _remote(out: Path | str) -> RemoteFolder | None:
-    return None if isinstance(out, Path) else RemoteFolder(out)
-
-
 def _is_finished(out: Path | str, plan: dict[str, Any]) -> bool:
     """True if `out` holds this data set. Raises DataError if it holds something else."""
     if isinstance(out, Path):
-        finished = already_written(out, name=plan["name"], recipe=plan["recipe"])
-    elif finished := RemoteFolder(out).has("dataset.json"):
-        found = parse_description(RemoteFolder(out).read("dataset.json", json.loads), f"{out}/dataset.json")
-        if (found.get("name"), found.get("recipe")) != (plan["name"], plan["recipe"]):
-            raise DataError(f"{out}: wanted a new URL or this data set, found another one; choose another URL")
-    if finished:
-        log.info("%s already holds this data set; left as it is", out)
-    return finished
+        return already_written(out, name=plan["name"], recipe=plan["recipe"])
+    if not RemoteFolder(out).has("dataset.json"):
+        return False
+    found = parse_description(RemoteFolder(out).read("dataset.json", json.loads), f"{out}/dataset.json")
+    require_same(found, out, plan["name"], plan["recipe"])
+    return True
 
 
 def _begin(
     folder: LocalFolder | RemoteFolder, plan: dict[str, Any], options: BuildOptions, part: tuple[int, int]
 ) -> None:
+    claim_working_folder(folder.url, plan)
     start_or_resume(folder, plan, f"{part[0]}/{part[1]}")
     if options.tokenizer is not None and not folder.has("tokenizer.json"):
         folder.write("tokenizer.json", options.tokenizer.read_bytes())
 
 
-def _finish(assembly: Assembly, out: Path | str) -> None:
-    counts = assemble(assembly)
-    final = assembly.folder / "final"
-    if assembly.out is None:
-        place_folder(final, Path(out))
+def _finish(
+    work: Path, parts: Sequence[LocalFolder | RemoteFolder], plan: dict[str, Any], owner: list[int], out: Path | str
+) -> None:
+    """Join the parts in the working folder, and put the data set into place."""
+    remote = None if isinstance(out, Path) else RemoteFolder(out)
+    counts = assemble(Assembly(work, plan, parts, owner, remote))
+    if remote is None:
+        place_folder(work / "final", Path(out))
     else:
-        for path in sorted(final.iterdir(), key=lambda path: (path.name == "dataset.json", path.name)):
-            assembly.out.put(path, path.name)
+        for path in sorted((work / "final").iterdir(), key=lambda path: (path.name == "dataset.json", path.name)):
+            remote.put(path, path.name)
     for what, count in sorted(counts.items()):
         log.info("%s: %d %s", out, count, what)
-    if counts[REPEATED_KEY] and "tars" in assembly.plan["recipe"]:
+    if counts[REPEATED_KEY] and "tars" in plan["recipe"]:
         log.warning(
             "%s: wanted samples with different keys, found %d with the key of an earlier one, left out; if they are in "
             "several tars, give `mvlm data webdataset --prefix-keys`",
             out,
             counts[REPEATED_KEY],
         )
-
-
-def _empty(folder: Path) -> None:
-    """Remove what a `ShardWriter` left, or a build that was killed before it wrote its plan."""
-    for left in folder.iterdir():
-        if left.name != "lock":
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _remove(partial: Path | str) -> None:
@@ -278,13 +268,19 @@ def _remove(partial: Path | str) -> None:
 
 
 @contextmanager
-def _hint_for_a_full_disk(kept: Path | str) -> Iterator[None]:
+def _writing(place: Path | str) -> Iterator[Path]:
+    """A context in which this process alone writes an unfinished build. Yields its folder on this machine.
+
+    Raises:
+        DataError: another process writes it, or the disk is full.
+    """
     try:
-        yield
+        with lock_folder(working_folder(place)):
+            yield working_folder(place)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         raise DataError(
-            f"{kept}: wanted room to write, found none ({error.strerror}); free some space and give the same command "
+            f"{place}: wanted room to write, found none ({error.strerror}); free some space and give the same command "
             "again, finished pieces are kept there"
         ) from None

@@ -3,12 +3,12 @@
 Two images are exact duplicates if their published files are equal. They are near-duplicates if their perceptual hashes
 differ in at most 3 of 64 bits and their aspect ratios by at most 10 %.
 
-Shape legend: n images.
+Shape legend: n images, m known images.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,23 @@ LEAKED = "image is in an evaluation split"
 LEAKED_NEARLY = "image is a near-duplicate of one in an evaluation split"
 REPEATED = "image is a duplicate"
 REPEATED_NEARLY = "image is a near-duplicate"
-_MAX_ASPECT_CHANGE = 1.1
+MAX_DISTANCE = 3
+"""Maximum number of differing bits, of 64, between the hashes of near-duplicates."""
+MAX_ASPECT_CHANGE = 1.1
+_BANDS = MAX_DISTANCE + 1
+_ROWS = 2048
+
+UInt64 = NDArray[np.uint64]
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Size and hashes of an image."""
+    """Place, size and hashes of the image of a sample."""
 
+    key: str
+    split: str
     width: int
     height: int
     sha256: bytes
@@ -43,27 +53,14 @@ class ImageFacts:
     """Perceptual hash; None for a flat image."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageTable:
-    """Facts of n images, as columns."""
-
-    keys: list[str]
-    splits: list[str]
-    digest: NDArray[np.bytes_]
-    phash: NDArray[np.uint64]
-    has_hash: NDArray[np.bool_]
-    """(n,): True for an image with a perceptual hash."""
-    aspect: NDArray[np.float64]
-    """Width over height."""
-
-
-def parse_image_facts(metadata: Mapping[str, Any]) -> ImageFacts:
+def parse_image_facts(key: str, split: str, metadata: Mapping[str, Any]) -> ImageFacts:
     """The facts that a build stores in `<key>.json`. Raises KeyError, TypeError or ValueError if they are missing."""
     known = metadata["phash"]
     width, height = int(metadata["width"]), int(metadata["height"])
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height}")
-    return ImageFacts(width, height, bytes.fromhex(metadata["sha256"]), None if known is None else int(known, 16))
+    phash = None if known is None else int(known, 16)
+    return ImageFacts(key, split, width, height, bytes.fromhex(metadata["sha256"]), phash)
 
 
 def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
@@ -74,12 +71,11 @@ def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     Raises:
         DataError: the image cannot be decoded.
     """
+    key, split, metadata = dataset.keys[i], dataset.split, dataset.metadata(i)
     try:
-        return parse_image_facts(dataset.metadata(i))
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-    image = dataset.image_bytes(i)
+        return parse_image_facts(key, split, metadata)
+    except (KeyError, TypeError, ValueError):
+        image = dataset.image_bytes(i)
     (pixels,) = decoder([image])
     if isinstance(pixels, str):
         raise DataError(f"{dataset.where(i)}: wanted an image, found that {pixels}; leave the sample out")
@@ -87,7 +83,7 @@ def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     white = on_white(image) if isinstance(header, StoredHeader) and header.has_alpha else None
     pixels = white if isinstance(white, np.ndarray) else pixels
     height, width = pixels.shape[:2]
-    return ImageFacts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
+    return ImageFacts(key, split, width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
 
 
 def decoder_with_max_limit() -> ImageDecoder:
@@ -95,125 +91,83 @@ def decoder_with_max_limit() -> ImageDecoder:
     return ImageDecoder(MAX_PIXELS)
 
 
-def tabulate(facts: Iterable[tuple[str, str, ImageFacts]]) -> ImageTable:
-    """Arrange (key, split, facts) of many images as columns."""
-    rows = list(facts)
-    return ImageTable(
-        keys=[key for key, _, _ in rows],
-        splits=[split for _, split, _ in rows],
-        digest=np.array([one.sha256 for _, _, one in rows], "S32"),
-        phash=np.array([one.phash or 0 for _, _, one in rows], np.uint64),
-        has_hash=np.array([one.phash is not None for _, _, one in rows], np.bool_),
-        aspect=np.array([one.width / one.height for _, _, one in rows], np.float64),
-    )
+def evaluation_images(folder: Path) -> Iterator[ImageFacts]:
+    """Images of all evaluation splits of another data set, validation and test first. Keys begin with its name."""
+    splits = [split for split in read_description(folder)["splits"] if is_evaluation(split)]
+    decoder = decoder_with_max_limit()
+    for split in sorted(splits, key=lambda one: (*EVALUATION_SPLITS, one).index(one)):
+        dataset = open_dataset(folder, split)
+        for i in range(len(dataset)):
+            facts = image_facts(dataset, i, decoder)
+            yield replace(facts, key=f"{folder.name}/{facts.key}")
 
 
-def evaluation_splits(folder: Path) -> list[str]:
-    """The evaluation splits of a data set, validation and test first."""
-    splits = read_description(Path(folder))["splits"]
-    first = [split for split in EVALUATION_SPLITS if split in splits]
-    return first + [split for split in splits if is_evaluation(split) and split not in first]
-
-
-def images_of_split(folder: Path, split: str) -> ImageTable:
-    """Images of another data set. Their keys get its name as a prefix."""
-    dataset, decoder = open_dataset(folder, split), decoder_with_max_limit()
-    name = Path(folder).name
-    return tabulate((f"{name}/{dataset.keys[i]}", split, image_facts(dataset, i, decoder)) for i in range(len(dataset)))
-
-
-def find_leaks(
-    images: ImageTable, evaluation: Sequence[ImageTable], dropped: dict[int, str], *, own_splits: bool = True
-) -> Iterator[dict[str, Any]]:
-    """Drop training images that an evaluation split contains, and yield a line of duplicates.jsonl for each.
-
-    A generator: images are dropped only while it is consumed.
+def drop_leaks(
+    images: Sequence[ImageFacts], evaluation: Sequence[ImageFacts], dropped: dict[int, str], *, own_splits: bool = True
+) -> list[dict[str, Any]]:
+    """Drop training images that an evaluation split contains. Returns a line of duplicates.jsonl for each.
 
     Args:
         evaluation: evaluation images of other data sets, in addition to those in `images`.
         dropped: position -> reason, for the images that are already dropped. Leaks are added.
         own_splits: whether the evaluation splits in `images` count too.
     """
-    own = [i for i, s in enumerate(images.splits) if own_splits and is_evaluation(s) and i not in dropped]
-    tables = [_take(images, own), *evaluation]
-    names = [f"{split}/{key}" for table in tables for split, key in zip(table.splits, table.keys, strict=True)]
-    digests = np.concatenate([table.digest for table in tables]).tolist()
-    known = {digest: i for i, digest in reversed(list(enumerate(digests)))}
-    usable = np.flatnonzero(np.concatenate([table.has_hash for table in tables]))
-    hashes = np.concatenate([table.phash for table in tables])[usable]
-    aspects = np.concatenate([table.aspect for table in tables])[usable]
-    train = [i for i, split in enumerate(images.splits) if split == "train" and i not in dropped]
-    near = near_known(images.phash[train], images.aspect[train], hashes, aspects, _MAX_ASPECT_CHANGE)
-    for i, j in zip(train, near.tolist(), strict=True):
-        exact = known.get(images.digest[i].item())
-        if exact is not None:
+    left = [(i, image) for i, image in enumerate(images) if i not in dropped]
+    known = [image for _, image in left if own_splits and is_evaluation(image.split)] + [*evaluation]
+    exact = {image.sha256: image for image in reversed(known)}
+    hashed = [image for image in known if image.phash is not None]
+    train = [(i, image) for i, image in left if image.split == "train"]
+    near = near_known(*_hashes(image for _, image in train), *_hashes(hashed), MAX_ASPECT_CHANGE)
+    lines = []
+    for (i, image), j in zip(train, near.tolist(), strict=True):
+        if image.sha256 in exact:
             dropped[i] = LEAKED
-            yield _duplicate_line(images, i, "exact", names[exact])
-        elif j >= 0 and images.has_hash[i]:
+            lines.append(_line(image, "exact", exact[image.sha256]))
+        elif j >= 0 and image.phash is not None:
             dropped[i] = LEAKED_NEARLY
-            yield _duplicate_line(images, i, "near", names[usable[j]])
+            lines.append(_line(image, "near", hashed[j]))
+    return lines
 
 
-def find_duplicates(
-    images: ImageTable, dropped: dict[int, str], *, drop: bool, drop_near: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Yield a line of duplicates.jsonl for each image that repeats an earlier one of its split.
-
-    A generator: images are dropped only while it is consumed.
+def drop_repeats(
+    images: Sequence[ImageFacts], dropped: dict[int, str], *, drop: bool, drop_near: bool = False
+) -> list[dict[str, Any]]:
+    """Find the images that repeat an earlier one of their split. Returns a line of duplicates.jsonl for each.
 
     Args:
         dropped: position -> reason, for the images that are already dropped.
         drop, drop_near: add exact duplicates, or near-duplicates, to `dropped`.
     """
-    for split in sorted(set(images.splits)):
-        own = np.array([i for i, s in enumerate(images.splits) if s == split and i not in dropped], np.int64)
-        first = first_equal(images.digest[own])
-        repeated = first != np.arange(len(own))
-        for place in np.flatnonzero(repeated):
-            i = int(own[place])
-            yield _duplicate_line(images, i, "exact", f"{split}/{images.keys[own[first[place]]]}")
-            if drop:
-                dropped[i] = REPEATED
-        rest = own[~repeated & images.has_hash[own]]
+    lines = []
+    for split in sorted({image.split for image in images}):
+        first: dict[bytes, int] = {}
+        rest: list[int] = []
+        for i in [i for i, image in enumerate(images) if image.split == split and i not in dropped]:
+            j = first.setdefault(images[i].sha256, i)
+            if j != i:
+                lines.append(_line(images[i], "exact", images[j]))
+                if drop:
+                    dropped[i] = REPEATED
+            elif images[i].phash is not None:
+                rest.append(i)
         nearest: dict[int, int] = {}
-        for a, b in near_pairs(images.phash[rest], images.aspect[rest], _MAX_ASPECT_CHANGE):
-            i, j = int(rest[a]), int(rest[b])
-            nearest[j] = min(i, nearest.get(j, i))
+        for a, b in near_pairs(*_hashes(images[i] for i in rest), MAX_ASPECT_CHANGE):
+            nearest[rest[b]] = min(rest[a], nearest.get(rest[b], rest[a]))
         for j, i in sorted(nearest.items()):
-            yield _duplicate_line(images, j, "near", f"{split}/{images.keys[i]}")
+            lines.append(_line(images[j], "near", images[i]))
             if drop_near:
                 dropped[j] = REPEATED_NEARLY
+    return lines
 
 
-def _take(images: ImageTable, rows: list[int]) -> ImageTable:
-    return ImageTable(
-        [images.keys[i] for i in rows],
-        [images.splits[i] for i in rows],
-        images.digest[rows],
-        images.phash[rows],
-        images.has_hash[rows],
-        images.aspect[rows],
-    )
+def _hashes(images: Iterator[ImageFacts] | Sequence[ImageFacts]) -> tuple[UInt64, Float64]:
+    """Perceptual hashes, 0 for None, and aspect ratios: uint64 (n,), float64 (n,)."""
+    rows = [(image.phash or 0, image.width / image.height) for image in images]
+    return np.array([phash for phash, _ in rows], np.uint64), np.array([aspect for _, aspect in rows], np.float64)
 
 
-def _duplicate_line(images: ImageTable, i: int, kind: str, of: str) -> dict[str, Any]:
-    return {"key": images.keys[i], "split": images.splits[i], "kind": kind, "of": of}
-
-
-UInt64 = NDArray[np.uint64]
-Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
-
-MAX_DISTANCE = 3
-"""Maximum number of differing bits, of 64, between the hashes of near-duplicates."""
-_BANDS = MAX_DISTANCE + 1
-_ROWS = 2048
-
-
-def first_equal(digests: NDArray[np.bytes_]) -> Int64:
-    """Position of the first image with an equal digest, for each image: int64 (n,)."""
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    return first[inverse.reshape(-1)].astype(np.int64)
+def _line(image: ImageFacts, kind: str, of: ImageFacts) -> dict[str, Any]:
+    return {"key": image.key, "split": image.split, "kind": kind, "of": f"{of.split}/{of.key}"}
 
 
 def near_pairs(hashes: UInt64, aspects: Float64, max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
@@ -276,7 +230,7 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
 def near_known(
     hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64, max_aspect_ratio: float
 ) -> Int64:
-    """Position of the first near hash in `known` with a similar aspect ratio, for each hash; -1 if absent: int64 (n,).
+    """Position of the first near hash in `known` (m,) with a similar aspect ratio, for each hash; -1 if absent: (n,).
 
     Args:
         max_aspect_ratio: maximum quotient of two similar aspect ratios, at least 1.

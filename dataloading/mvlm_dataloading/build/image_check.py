@@ -19,7 +19,7 @@ from mvlm_dataloading.errors import MissingPackageError, need
 from mvlm_dataloading.images.decode import check_image, decode
 from mvlm_dataloading.images.files import read_image_file
 from mvlm_dataloading.images.limits import ImageLimits, ImageRefusedError
-from mvlm_dataloading.options import MAX_PIXELS, BuildOptions
+from mvlm_dataloading.options import MAX_PIXELS, BuildOptions, ViewOptions
 from mvlm_dataloading.sources.record import TOO_LARGE
 
 # MPO, written by cameras, is a JPEG followed by further images. Decoders take the first one.
@@ -91,11 +91,12 @@ def read_header(image: bytes, limits: ImageLimits | None = None) -> StoredHeader
 def check_header(image: bytes, options: BuildOptions) -> StoredHeader | str:
     """The header of an image, or the reason for which it cannot be used."""
     header = read_header(image, limits_of_build(options.max_pixels, options.max_image_bytes))
-    return header if isinstance(header, str) else _check_sizes(header, options) or header
+    return header if isinstance(header, str) else size_fault(header.width, header.height, options) or header
 
 
-def _check_sizes(header: StoredHeader, options: BuildOptions) -> str | None:
-    short, long = sorted((header.width, header.height))
+def size_fault(width: int, height: int, options: BuildOptions | ViewOptions) -> str | None:
+    """The reason for which an image of this size is not wanted, or None."""
+    short, long = sorted((width, height))
     if short < options.min_side:
         return "image is too small"
     if long > options.max_aspect * short:

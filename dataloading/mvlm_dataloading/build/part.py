@@ -15,21 +15,18 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, discard, is_remote, open_folder
+from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, discard, empty_folder, is_remote
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256
 
-from .workers import PieceJob, PieceTask, finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
+from .workers import finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +65,7 @@ def make_plan(source: Source, recipe: dict[str, Any], evaluation_sets: Sequence[
 
 def write_part(
     source: Source,
-    place: Path | str,
+    folder: LocalFolder | RemoteFolder,
     options: BuildOptions,
     part: tuple[int, int],
     workers: int | None,
@@ -84,22 +81,20 @@ def write_part(
     Raises:
         DataError: worker processes keep dying, or the nodes of a Ray cluster have written to disks of their own.
     """
-    pieces = working_folder(place) / "pieces"
+    pieces = working_folder(folder.url) / "pieces"
     pieces.mkdir(parents=True, exist_ok=True)
     for left in pieces.glob("*.tmp"):
         discard(left)
     for left in pieces.glob("*.old"):
         shutil.rmtree(left, ignore_errors=True)
-    mine = range(part[0] - 1, len(source.pieces), part[1])
-    finished = finished_pieces(open_folder(place))
-    tasks = [PieceTask(i, source.pieces[i]) for i in mine if i not in finished]
-    job = PieceJob(str(place), options)
+    mine, finished = range(part[0] - 1, len(source.pieces), part[1]), finished_pieces(folder)
+    tasks = [(number, source.pieces[number]) for number in mine if number not in finished]
     if executor == "ray":
         cores = min(ray_cores(), len(tasks))
-        events = write_pieces_on_ray(job, tasks)
+        events = write_pieces_on_ray(folder.url, options, tasks)
     else:
         cores = min(len(os.sched_getaffinity(0)) if workers is None else workers, len(tasks))
-        events = write_pieces(job, tasks, cores)
+        events = write_pieces(folder.url, options, tasks, cores)
         cores = max(cores, 1)
     done, records, start = len(mine) - len(tasks), 0, time.monotonic()
     progress(BuildProgress(done, len(mine), records))
@@ -107,21 +102,23 @@ def write_part(
         done, records = done + more_pieces, records + more_records
         progress(BuildProgress(done, len(mine), records))
     if executor == "ray":
-        _wait_for_files(place, {task.number for task in tasks})
+        _wait_for_files(folder, {number for number, _ in tasks})
     if records:
         seconds = time.monotonic() - start
         rate = records / seconds / cores
-        log.info("%s: %d records in %.1f s, %.1f a second and core on %d cores", place, records, seconds, rate, cores)
+        log.info(
+            "%s: %d records in %.1f s, %.1f a second and core on %d cores", folder.url, records, seconds, rate, cores
+        )
 
 
-def _wait_for_files(place: Path | str, pieces: set[int]) -> None:
+def _wait_for_files(folder: LocalFolder | RemoteFolder, pieces: set[int]) -> None:
     """Wait until this machine sees pieces that others have written. Network disks keep old listings for a while."""
     deadline = time.monotonic() + LISTING_S
-    while missing := pieces - finished_pieces(open_folder(place)):
+    while missing := pieces - finished_pieces(folder):
         if time.monotonic() >= deadline:
             raise DataError(
-                f"{place}: wanted a folder that all nodes of the cluster share, found {len(missing)} of {len(pieces)} "
-                "new pieces missing on this machine; name a shared folder or a URL"
+                f"{folder.url}: wanted a folder that all nodes of the cluster share, found {len(missing)} of "
+                f"{len(pieces)} new pieces missing on this machine; name a shared folder or a URL"
             )
         time.sleep(0.5)
 
@@ -200,26 +197,8 @@ def claim_working_folder(place: Path | str, plan: dict[str, Any]) -> None:
     file, wanted = folder / "plan.sha256", hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     if file.is_file() and file.read_text() == wanted:
         return
-    for path in folder.iterdir():
-        if path.is_dir():
-            discard(path)
-        elif path.name != "lock":
-            path.unlink()
+    empty_folder(folder)
     write_file(file, wanted)
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Lock the folder of an unfinished build. The kernel drops the lock of a killed process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / "lock").acquire(timeout=0)
-    except Timeout:
-        raise DataError(
-            f"{folder}: wanted to be the only process that writes there, found another; wait for it or stop it"
-        ) from None
-    with lock:
-        yield
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

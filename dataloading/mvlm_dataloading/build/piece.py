@@ -94,7 +94,9 @@ class _PieceWriter:
         self._decoder = ImageDecoder(options.max_pixels)
         self._tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer) if options.tokenizer else None
         self._lines = (folder / "samples.jsonl").open("w", encoding="utf-8")
-        self._shards: list[Shard] = []
+        self._shard: Shard | None = None
+        self._shards: list[dict[str, Any]] = []
+        """Entries of `shards.json`, of the tars that are finished."""
         self._seen = 0
         self._stored: tuple[bytes, tuple[bytes, str, dict[str, Any]] | str] | None = None
         """The last image as published, and what `_prepare` made of it."""
@@ -116,17 +118,15 @@ class _PieceWriter:
         assert next(decoded, None) is None  # runs the generator to its end, which removes the note
 
     def close(self) -> None:
-        if self._shards:
-            self._shards[-1].close()
+        self._close_shard()
         self._lines.flush()
         os.fsync(self._lines.fileno())
         self._lines.close()
-        described = [{"captions": shard.captions, **shard.description()} for shard in self._shards]
-        write_file(self._folder / "shards.json", json.dumps(described))
+        write_file(self._folder / "shards.json", json.dumps(self._shards))
 
     def abandon(self) -> None:
         """Close open files after an error. Has no effect after `close`."""
-        for closing in (self._lines, *(shard.tar for shard in self._shards)):
+        for closing in (self._lines, *([self._shard.tar] if self._shard else [])):
             with contextlib.suppress(OSError):  # after a full disk, closing fails too
                 closing.close()
 
@@ -199,8 +199,12 @@ class _PieceWriter:
             ("json", metadata.encode("utf-8", "replace")),
             *([] if tokens is None else [("tok", tokens)]),
         ]
-        self._shard_for(parts).write(record.key, parts, num_captions=len(captions))
-        tar = len(self._shards) - 1
+        if self._shard is not None and not self._shard.fits(parts, options.shard_bytes):
+            self._close_shard()
+        if self._shard is None:
+            self._shard = Shard(self._folder / f"{len(self._shards):03d}.tar")
+        self._shard.write(record.key, parts, num_captions=len(captions))
+        tar = len(self._shards)
         self._write_line({"key": record.key, "tar": tar, "captions": len(captions), **facts, "where": record.where})
         return None
 
@@ -229,12 +233,10 @@ class _PieceWriter:
         }
         return image, extension, facts
 
-    def _shard_for(self, parts: list[tuple[str, bytes]]) -> Shard:
-        if not self._shards or not self._shards[-1].fits(parts, self._options.shard_bytes):
-            if self._shards:
-                self._shards[-1].close()
-            self._shards.append(Shard(self._folder / f"{len(self._shards):03d}.tar"))
-        return self._shards[-1]
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append({"captions": self._shard.captions, **self._shard.close()})
+            self._shard = None
 
     def _write_line(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")

@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from mvlm_dataloading.captions import is_visible
-from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, format_index
 from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
+    add_shard,
+    describe_shard,
     require_free_folder,
     require_split_name,
     write_description,
 )
+from mvlm_dataloading.dataset.folders import LOCK, empty_folder, lock_folder
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import place_folder, sha256, sync, write_file
+from mvlm_dataloading.files import place_folder, sync, write_file
 from mvlm_dataloading.sources.record import KEY_PATTERN
 
 from .image_check import prepare_image
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from mvlm_dataloading.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-LOCK = "lock"
 
 
 class ShardWriter:
@@ -81,23 +81,17 @@ class ShardWriter:
         self._recipe = dict(recipe)
         self._max_shard_bytes = max_shard_bytes
         self._partial = out.with_name(f".{out.name}.partial")
-        self._partial.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = FileLock(self._partial / LOCK, thread_local=False).acquire(timeout=0).lock
-        except Timeout:
-            raise DataError(f"{self._partial}: wanted to be the only writer there, found another; end it") from None
+        self._lock = lock_folder(self._partial).__enter__()
         if (self._partial / "plan.json").exists():
             self._lock.release()
             raise DataError(
                 f"{self._partial}: wanted nothing, or what a killed run of this command left, found the unfinished "
                 "build of another one; finish it with its own command, or remove the folder"
             )
-        for left in self._partial.iterdir():  # by a run that was killed
-            if left.name != LOCK:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        empty_folder(self._partial)
         self._keys: set[str] = set()
         self._open: dict[str, Shard] = {}
-        self._finished: dict[str, list[Shard]] = {}
+        self._splits: dict[str, dict[str, Any]] = {}
         self.rejected: Counter[str] = Counter()
 
     def add(
@@ -141,10 +135,12 @@ class ShardWriter:
             ("txt", "".join(c + "\n" for c in captions).encode()),
             ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")),
         ]
-        shard = self._open.get(split)
-        if shard is None or not shard.fits(parts, self._max_shard_bytes):
-            shard = self._next_shard(split)
-        shard.write(key, parts, num_captions=len(captions))
+        if split in self._open and not self._open[split].fits(parts, self._max_shard_bytes):
+            self._close(split)
+        if split not in self._open:
+            number = len(self._splits[split]["shards"]) if split in self._splits else 0
+            self._open[split] = Shard(self._partial / f"{split}-{number:06d}.tar")
+        self._open[split].write(key, parts, num_captions=len(captions))
         return None
 
     def _reject(self, key: str, reason: str) -> str:
@@ -155,28 +151,13 @@ class ShardWriter:
     def finish(self) -> Path:
         """Close all shards, write `dataset.json` and all indices, and rename the folder. Returns its path."""
         for split in list(self._open):
-            self._finished[split].append(self._open.pop(split).close())
-        if not self._finished:
+            self._close(split)
+        if not self._splits:
             raise DataError(
                 f"{self._header['name']}: wanted at least one sample, found none; rejected: {dict(self.rejected)}"
             )
-        description = {
-            "format_version": FORMAT_VERSION,
-            **self._header,
-            "recipe": self._recipe,
-            "splits": {
-                split: {
-                    "samples": sum(s.samples for s in shards),
-                    "captions": sum(s.captions for s in shards),
-                    "shards": [s.description() for s in shards],
-                }
-                for split, shards in sorted(self._finished.items())
-            },
-            "tokenizer": None,
-            "rejected": dict(sorted(self.rejected.items())),
-        }
-        write_description(self._partial, description)
-        for split in description["splits"]:
+        write_description(self._partial, self._header, self._recipe, self._splits, self.rejected)
+        for split in self._splits:
             write_index(self._partial, split)
         place_folder(self._partial, self.out)
         # After the rename: a writer that found the folder unlocked would remove what is in it.
@@ -203,12 +184,9 @@ class ShardWriter:
         finally:
             self.abandon()  # after `finish` there is nothing left
 
-    def _next_shard(self, split: str) -> "Shard":
-        shards = self._finished.setdefault(split, [])
-        if split in self._open:
-            shards.append(self._open[split].close())
-        self._open[split] = Shard(self._partial / f"{split}-{len(shards):06d}.tar")
-        return self._open[split]
+    def _close(self, split: str) -> None:
+        shard = self._open.pop(split)
+        add_shard(self._splits, split, shard.close(), shard.captions)
 
 
 def _encodes(text: str) -> bool:
@@ -227,7 +205,6 @@ class Shard:
     path: Path
     samples: int = 0
     captions: int = 0
-    sha256: str = ""
     index: list[str] = field(default_factory=list)
     images: dict[bytes, tuple[str, int]] = field(default_factory=dict)
     """Name and offset of each image in the tar, by the SHA-256 of its content."""
@@ -267,17 +244,13 @@ class Shard:
         """Name and offset of an equal image that the tar already has, or None."""
         return self.images.get(hashlib.sha256(content).digest()) if extension in IMAGE_EXTENSIONS else None
 
-    def close(self) -> "Shard":
+    def close(self) -> dict[str, Any]:
+        """Force the tar and its index to the disk. Returns the shard's entry of `dataset.json`."""
         self.tar.close()
         sync(self.path)
-        self.sha256 = sha256(self.path)
         # Write the index last, because an index older than its tar is refused.
         write_file(self.path.with_suffix(".idx"), format_index(self.index))
-        return self
-
-    def description(self) -> dict[str, Any]:
-        size = self.path.stat().st_size
-        return {"tar": self.path.name, "samples": self.samples, "bytes": size, "sha256": self.sha256}
+        return describe_shard(self.path, self.samples)
 
 
 def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> tuple[list[str], bytes]:
@@ -290,14 +263,6 @@ def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int
     rows = [(c, n, tokens[end - n : end]) for c, n, end in zip(captions, lengths, ends, strict=True) if n > 2]
     numbers = [number for _, n, ids in rows for number in (n, *ids)]
     return [caption for caption, _, _ in rows], np.array(numbers, "<i4").tobytes()
-
-
-def format_index(lines: Sequence[str]) -> str:
-    """Format a DALI index, version 1.2: a count, then a line per sample.
-
-    A line has `extension offset size name` for each component.
-    """
-    return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
 
 
 def _padded(size: int) -> int:

@@ -101,7 +101,8 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
             busy = [worker for worker in pool if worker.task is not None]
             if not busy:
                 return
-            for worker in _ready(busy):
+            ready = wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
                 try:
                     kind, value = worker.connection.recv()
                 except (EOFError, OSError):
@@ -132,11 +133,6 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
         for worker in pool:
             worker.process.join()
             worker.connection.close()
-
-
-def _ready(busy: list[_Worker]) -> list[_Worker]:
-    found = wait([worker.connection for worker in busy])
-    return [worker for worker in busy if worker.connection in found]
 
 
 def _start_worker(function: Callable[..., Any]) -> _Worker:
@@ -188,23 +184,6 @@ _FINISHED = re.compile(r"pieces/(\d{6})/shards\.json")
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
-@dataclass(frozen=True, slots=True)
-class PieceTask:
-    """One piece to write, and its number in the source."""
-
-    number: int
-    piece: Piece
-
-
-@dataclass(frozen=True, slots=True)
-class PieceJob:
-    """Place and options of the pieces of a part."""
-
-    place: str
-    """Folder or URL of the part."""
-    options: BuildOptions
-
-
 def working_folder(place: Path | str) -> Path:
     """The folder on this machine in which a part is written: the part itself, unless it is at a URL."""
     if not is_remote(place):
@@ -217,46 +196,51 @@ def finished_pieces(part: LocalFolder | RemoteFolder) -> set[int]:
     return {int(found[1]) for name in part.names("pieces") if (found := _FINISHED.fullmatch(name))}
 
 
-def write_pieces(job: PieceJob, tasks: Sequence[PieceTask], workers: int) -> Iterator[tuple[int, int]]:
+def write_pieces(
+    place: str, options: BuildOptions, tasks: Sequence[tuple[int, Piece]], workers: int
+) -> Iterator[tuple[int, int]]:
     """Write pieces with worker processes. Yields, as they happen, how many pieces and records have been added.
+
+    Args:
+        place: folder or URL of the part.
+        tasks: pieces, and their numbers in the source.
 
     Raises:
         DataError: worker processes keep dying on a piece.
     """
-    folder = working_folder(job.place) / "pieces"
+    folder = working_folder(place) / "pieces"
     folder.mkdir(parents=True, exist_ok=True)
     crashes: Counter[int] = Counter()
-    events = run_tasks(partial(_write_task, job, folder), tasks, workers)
+    events = run_tasks(partial(_write_task, place, options, folder), tasks, workers)
     for event in events:
         if event.kind == "died":
-            task = event.task
-            crashes[task.number] += 1
-            if crashes[task.number] > MAX_CRASHES:
+            number, piece = event.task
+            crashes[number] += 1
+            if crashes[number] > MAX_CRASHES:
                 raise DataError(
-                    f"{task.piece.label}: wanted the piece to finish, found that {crashes[task.number]} worker "
-                    f"processes died on it (exit code {event.value}); add memory or leave that part out"
+                    f"{piece.label}: wanted the piece to finish, found that {crashes[number]} worker processes died on "
+                    f"it (exit code {event.value}); add memory or leave that part out"
                 )
-            left = list(folder.glob(f"{task.number:06d}.{event.process}-*.tmp"))
+            left = list(folder.glob(f"{number:06d}.{event.process}-*.tmp"))
             if event.value not in _KILLED:  # else somebody killed it, or it had no memory: no image is to blame
-                _note_crash(folder, task.number, left)
+                _note_crash(folder, number, left)
             for aside in left:
                 discard(aside)
-            log.warning(
-                "a worker process died (exit code %s); another one takes over: %s", event.value, task.piece.label
-            )
-            events.send(task)
+            log.warning("a worker process died (exit code %s); another one takes over: %s", event.value, piece.label)
+            events.send(event.task)
             continue
         yield int(event.kind == "done"), event.value if event.kind == "progress" else 0
 
 
-def _write_task(job: PieceJob, folder: Path, task: PieceTask, report: Callable[[int], None]) -> None:
-    target = folder / f"{task.number:06d}"
-    noted = _crash_file(folder, task.number)
-    crashes = json.loads(noted.read_text()) if noted.is_file() else {}
+def _write_task(
+    place: str, options: BuildOptions, folder: Path, task: tuple[int, Piece], report: Callable[[int], None]
+) -> None:
+    number, piece = task
+    target = folder / f"{number:06d}"
     if not target.is_dir():  # else it has only to be moved to its URL
-        write_piece(task.piece, target, job.options, crashes, report)
-    if is_remote(job.place):
-        _move(target, RemoteFolder(job.place))
+        write_piece(piece, target, options, _crashes(folder, number), report)
+    if is_remote(place):
+        _move(target, RemoteFolder(place))
 
 
 def _move(piece: Path, remote: RemoteFolder) -> None:
@@ -271,8 +255,10 @@ def _move(piece: Path, remote: RemoteFolder) -> None:
     shutil.rmtree(piece, ignore_errors=True)
 
 
-def _crash_file(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.crashes"
+def _crashes(folder: Path, number: int) -> dict[str, list[int]]:
+    """Records of a piece that killed a decoder: "fatal" alone, "suspect" as part of a batch."""
+    noted = folder / f"{number:06d}.crashes"
+    return json.loads(noted.read_text()) if noted.is_file() else {"suspect": [], "fatal": []}
 
 
 def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
@@ -281,23 +267,23 @@ def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
     Images decoded together become suspects, and the next worker decodes each suspect alone. A suspect that was being
     decoded alone is fatal, with all records of its image.
     """
-    noted = _crash_file(folder, number)
-    crashes = json.loads(noted.read_text()) if noted.is_file() else {"suspect": [], "fatal": []}
+    crashes = _crashes(folder, number)
     for one in left:
-        decoding = one / "decoding"
         try:
-            numbers = json.loads(decoding.read_text())
+            numbers = json.loads((one / "decoding").read_text())
         except (OSError, ValueError):
             numbers = []
         crashes["fatal" if numbers and set(numbers) <= set(crashes["suspect"]) else "suspect"] += numbers
-    write_file(noted, json.dumps(crashes))
+    write_file(folder / f"{number:06d}.crashes", json.dumps(crashes))
 
 
 _MAX_PIECES = 8
 _TASKS_PER_CORE = 4
 
 
-def write_pieces_on_ray(job: PieceJob, tasks: Sequence[PieceTask]) -> Iterator[tuple[int, int]]:
+def write_pieces_on_ray(
+    place: str, options: BuildOptions, tasks: Sequence[tuple[int, Piece]]
+) -> Iterator[tuple[int, int]]:
     """Write pieces on a Ray cluster. Yields, as tasks end, how many pieces and records have been added.
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine.
@@ -309,7 +295,7 @@ def write_pieces_on_ray(job: PieceJob, tasks: Sequence[PieceTask]) -> Iterator[t
     ray = need("ray", "ray")
     write = ray.remote(num_cpus=1, max_retries=MAX_CRASHES)(_write_chunk)
     size = max(1, min(_MAX_PIECES, len(tasks) // (_TASKS_PER_CORE * ray_cores())))
-    waiting = [write.remote(job, tasks[begin : begin + size]) for begin in range(0, len(tasks), size)]
+    waiting = [write.remote(place, options, tasks[begin : begin + size]) for begin in range(0, len(tasks), size)]
     try:
         while waiting:
             ended, waiting = ray.wait(waiting)
@@ -330,9 +316,8 @@ def ray_cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _write_chunk(job: PieceJob, tasks: Sequence[PieceTask]) -> tuple[int, int]:
-    part = open_folder(job.place)
+def _write_chunk(place: str, options: BuildOptions, tasks: Sequence[tuple[int, Piece]]) -> tuple[int, int]:
+    part = open_folder(place)
     # A node that was lost may have finished some of these.
-    left = [task for task in tasks if not part.has(f"pieces/{task.number:06d}/shards.json")]
-    counts: list[Any] = list(write_pieces(job, left, workers=1))
-    return len(tasks), sum(records for _, records in counts)
+    left = [(number, piece) for number, piece in tasks if not part.has(f"pieces/{number:06d}/shards.json")]
+    return len(tasks), sum(records for _, records in list(write_pieces(place, options, left, workers=1)))

@@ -1,10 +1,11 @@
-"""Parser of DALI indices. Vectorized with numpy: a million samples take about a second.
+"""Lines of DALI indices, and a parser that is vectorized with numpy: a million samples take about a second.
 
 A line of a v1.2 index is `extension offset size name` for each component of a sample.
 
 Shape legend: n lines of an index, w words, c components.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,18 @@ class DaliIndex:
     def key(self, i: int) -> str:
         begin = self.key_end[i - 1] if i else 0
         return self.keys[begin : self.key_end[i]].decode(errors="surrogateescape")
+
+
+def format_index(lines: Sequence[str]) -> str:
+    """Text of an index, version 1.2: a count, then a line per sample."""
+    return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
+
+
+def components_of(line: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """Key of a line's sample; extension, offset and size of each component."""
+    words = list(zip(*[iter(line.split(" "))] * 4, strict=True))
+    extension, _, _, name = words[-1]
+    return name[: -len(extension) - 1], [(kind, int(offset), int(size)) for kind, offset, size, _ in words]
 
 
 def read_head(text: bytes) -> tuple[str, int]:
@@ -119,8 +132,9 @@ def _numbers(data: UInt8, begin: Int64, end: Int64) -> Int64:
     value = np.zeros(len(begin), np.int64)
     for k in range(int(width.max())):
         digit = np.where(k < width, data[np.maximum(end - 1 - k, 0)], ord("0")).astype(np.int64) - ord("0")
-        if ((digit < 0) | (digit > 9)).any():
-            worst = int(((digit < 0) | (digit > 9)).argmax())
+        wrong = (digit < 0) | (digit > 9)
+        if wrong.any():
+            worst = int(wrong.argmax())
             raise ValueError(f"{data[begin[worst] : end[worst]].tobytes().decode(errors='replace')!r} for a number")
         value += digit * 10**k
     return value

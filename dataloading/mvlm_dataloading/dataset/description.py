@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -12,6 +13,9 @@ from typing import Any, NoReturn
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import open_regular, read_regular, write_file
 
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
 _MAX_BYTES = 1 << 30
 
 
@@ -29,9 +33,40 @@ def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) 
     return {"tar": tar.name, "samples": samples, "bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
-def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the `dataset.json` of a folder."""
+def add_shard(splits: dict[str, dict[str, Any]], split: str, shard: dict[str, Any], captions: int) -> None:
+    """Append a shard and its captions to the field `splits` of a description."""
+    entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
+    entry["samples"] += shard["samples"]
+    entry["captions"] += captions
+    entry["shards"].append(shard)
+
+
+def write_description(
+    folder: Path,
+    about: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    splits: Mapping[str, dict[str, Any]],
+    rejected: Mapping[str, int],
+    *,
+    tokenizer: str | None = None,
+    tokens: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the `dataset.json` of a folder. Returns its content.
+
+    Args:
+        about: has `name`, `source`, `licence` and `attribution`.
+    """
+    description = {
+        "format_version": FORMAT_VERSION,
+        **{name: about[name] for name in ("name", "source", "licence", "attribution")},
+        "recipe": recipe,
+        "splits": dict(sorted(splits.items())),
+        "tokenizer": tokenizer,
+        "rejected": dict(sorted(rejected.items())),
+        **({} if tokens is None else {"tokens": tokens}),
+    }
     write_file(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    return description
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
@@ -40,18 +75,11 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
     Raises:
         DataError: `out` has other content, or holds this data set with a damaged shard.
     """
-    file = out / "dataset.json"
-    if not file.is_file():
+    if not (out / "dataset.json").is_file():
         require_free_folder(out)
         return False
     found = read_description(out)
-    if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
-        had = found.get("recipe") or {}
-        listed = ", ".join(filter(None, (_difference(key, had, recipe) for key in sorted({*had, *recipe}))))
-        raise DataError(
-            f"{out}: wanted a new folder or the data set {name} as it is built now, found {found.get('name')} with "
-            f"{listed or 'the same settings'}; choose another folder or remove this one"
-        )
+    require_same(found, out, name, recipe)
     for split in found["splits"].values():
         for shard in split["shards"]:
             tar = out / shard["tar"]
@@ -60,7 +88,19 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
                 raise DataError(
                     f"{tar}: wanted {shard['bytes']} bytes and an index, found {size}; remove {out} and build it again"
                 )
+    log.info("%s already holds this data set; left as it is", out)
     return True
+
+
+def require_same(found: Mapping[str, Any], out: Path | str, name: str, recipe: Mapping[str, Any]) -> None:
+    """Raise DataError unless a description, found in the folder or at the URL `out`, has this name and this recipe."""
+    if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
+        had = found.get("recipe") or {}
+        listed = ", ".join(filter(None, (_difference(key, had, recipe) for key in sorted({*had, *recipe}))))
+        raise DataError(
+            f"{out}: wanted a new folder or the data set {name} as it is built now, found {found.get('name')} with "
+            f"{listed or 'the same settings'}; choose another folder or remove this one"
+        )
 
 
 def _difference(key: str, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -121,7 +161,6 @@ def require_free_folder(out: Path) -> None:
         )
 
 
-FORMAT_VERSION = 1
 _MOST = 1 << 48
 """More samples or bytes than any data set has, and few enough for sums in 64 bits."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -145,29 +184,51 @@ def parse_description(text: bytes, where: str) -> dict[str, Any]:
         fields.refuse("lists in lists beyond all measure")
     except ValueError:  # Python reads no longer ones
         fields.refuse("a number of more than 4300 digits")
-    if not isinstance(found, dict):
-        fields.wrong("its content", found, "an object")
-    version = fields.number(found, "format_version", "")
+    fields.value(found, "its content", _OBJECT)
+    version = fields.entry(found, "format_version", _NUMBER)
     if version != FORMAT_VERSION:
         raise DataError(
             f"{where}: wanted format_version {FORMAT_VERSION}, found {version}; build it again with this version"
         )
     for name in ("name", "source", "licence", "attribution"):
-        if not isinstance(found.get(name, ""), str):
-            fields.wrong(name, found[name], "a text")
-    fields.check_recipe(found.get("recipe", {}))
-    fields.check_tokenizer(found.get("tokenizer"), found.get("tokens"))
-    rejected = found.get("rejected", {})
-    if not isinstance(rejected, dict):
-        fields.wrong("rejected", rejected, "an object of numbers by reason")
+        fields.entry(found, name, _TEXT, optional=True)
+    recipe = fields.entry(found, "recipe", _OBJECT, optional=True) or {}
+    if isinstance(recipe.get("view"), dict):  # of `mvlm data view`; a recipe of others may have anything
+        fields.entry(recipe["view"], "depth", _NUMBER, "recipe view ", optional=True)
+    if found.get("tokenizer") is not None:
+        fields.value(found["tokenizer"], "tokenizer", _HASH)
+    if found.get("tokens") is not None:
+        tokens = fields.value(found["tokens"], "tokens", _OBJECT)
+        fields.entry(tokens, "fingerprint", _TEXT, "tokens ")
+        fields.entry(tokens, "max_length", _NUMBER, "tokens ")
+    rejected = fields.entry(found, "rejected", _OBJECT, optional=True) or {}
     for reason in rejected:
-        fields.number(rejected, reason, "rejected ")
-    splits = fields.entry(found, "splits", "")
-    if not isinstance(splits, dict) or not splits:
-        fields.wrong("splits", splits, "an object with at least one split")
-    for split, part in splits.items():
-        fields.check_split(split, part)
+        fields.entry(rejected, reason, _NUMBER, "rejected ")
+    for split, part in fields.entry(found, "splits", _SPLITS).items():
+        _check_split(fields, split, part)
     return found
+
+
+def _check_split(fields: "_Fields", split: str, part: Any) -> None:
+    if not _is_split_name(split):
+        fields.refuse(f"the split {_shown(split)}, which is not a name that files may have")
+    fields.value(part, split, _OBJECT)
+    samples = fields.entry(part, "samples", _NUMBER, f"{split} ")
+    fields.entry(part, "captions", _NUMBER, f"{split} ")
+    total = 0
+    for number, shard in enumerate(fields.entry(part, "shards", _LIST, f"{split} ")):
+        place = f"{split} shard {number} "
+        fields.value(shard, place.strip(), _OBJECT)
+        total += fields.entry(shard, "samples", _NUMBER, place)
+        fields.entry(shard, "bytes", _NUMBER, place)
+        if shard.get("sha256") != "":  # not known
+            fields.entry(shard, "sha256", _HASH, place)
+        fields.entry(shard, "index_sha256", _HASH, place, optional=True)
+        fields.entry(shard, "index", _INSIDE, place, optional=True)
+        # A view has its own indices, and refers to the tars of other folders.
+        fields.entry(shard, "tar", _FILE if "index" in shard else _INSIDE, place)
+    if total != samples:
+        fields.refuse(f"{samples} {split} samples, and {total} in its shards")
 
 
 def require_split_name(split: str) -> None:
@@ -178,6 +239,27 @@ def require_split_name(split: str) -> None:
 
 def _is_split_name(split: str) -> bool:
     return 0 < len(split) <= 100 and split.isprintable() and "/" not in split and not split.startswith(".")
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and PurePosixPath(value).name != "" and "\0" not in value
+
+
+def _is_inside(value: Any) -> bool:
+    return _is_file(value) and not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_NUMBER: _Kind = (
+    "a number from 0", lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+)  # fmt: skip
+_TEXT: _Kind = ("a text", lambda value: isinstance(value, str))
+_OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
+_SPLITS: _Kind = ("an object with at least one split", lambda value: isinstance(value, dict) and len(value) > 0)
+_LIST: _Kind = ("a list", lambda value: isinstance(value, list))
+_HASH: _Kind = ("64 hexadecimal digits", lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None)
+_FILE: _Kind = ("the name of a file", _is_file)
+_INSIDE: _Kind = ("a file inside the folder", _is_inside)
 
 
 class _Fields:
@@ -192,79 +274,19 @@ class _Fields:
             "again"
         )
 
-    def wrong(self, name: str, value: Any, wanted: str) -> NoReturn:
-        self.refuse(f"{name}: {_shown(value)}, not {wanted}")
-
-    def entry(self, part: dict[str, Any], name: str, place: str) -> Any:
-        if name not in part:
-            self.refuse(f"no {place}{_plain(name)}")
-        return part[name]
-
-    def number(self, part: dict[str, Any], name: str, place: str) -> int:
-        value = self.entry(part, name, place)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST:
-            self.wrong(f"{place}{_plain(name)}", value, "a number from 0")
+    def value(self, value: Any, name: str, kind: _Kind) -> Any:
+        """The value, if it is of the kind."""
+        wanted, good = kind
+        if not good(value):
+            self.refuse(f"{name}: {_shown(value)}, not {wanted}")
         return value
 
-    def check_split(self, split: str, part: Any) -> None:
-        if not _is_split_name(split):
-            self.refuse(f"the split {_shown(split)}, which is not a name that files may have")
-        if not isinstance(part, dict):
-            self.wrong(split, part, "an object")
-        samples = self.number(part, "samples", f"{split} ")
-        self.number(part, "captions", f"{split} ")
-        shards = self.entry(part, "shards", f"{split} ")
-        if not isinstance(shards, list):
-            self.wrong(f"{split} shards", shards, "a list")
-        for number, shard in enumerate(shards):
-            self._check_shard(shard, f"{split} shard {number} ")
-        total = sum(shard["samples"] for shard in shards)
-        if total != samples:
-            self.refuse(f"{samples} {split} samples, and {total} in its shards")
-
-    def _check_shard(self, shard: Any, place: str) -> None:
-        if not isinstance(shard, dict):
-            self.wrong(place.strip(), shard, "an object")
-        self.number(shard, "samples", place)
-        self.number(shard, "bytes", place)
-        sha256 = self.entry(shard, "sha256", place)
-        if sha256 != "":  # not known
-            self._check_hash(sha256, f"{place}sha256")
-        if "index_sha256" in shard:
-            self._check_hash(shard["index_sha256"], f"{place}index_sha256")
-        # A view has its own indices, and refers to the tars of other folders.
-        self._check_path(self.entry(shard, "tar", place), f"{place}tar", inside="index" not in shard)
-        if "index" in shard:
-            self._check_path(shard["index"], f"{place}index", inside=True)
-
-    def _check_path(self, value: Any, name: str, *, inside: bool) -> None:
-        if not isinstance(value, str) or not PurePosixPath(value).name or "\0" in value:
-            self.wrong(name, value, "the name of a file")
-        path = PurePosixPath(value)
-        if inside and (path.is_absolute() or ".." in path.parts):
-            self.wrong(name, value, "a file inside the folder")
-
-    def _check_hash(self, value: Any, name: str) -> None:
-        if not isinstance(value, str) or not _SHA256.fullmatch(value):
-            self.wrong(name, value, "64 hexadecimal digits")
-
-    def check_tokenizer(self, tokenizer: Any, tokens: Any) -> None:
-        if tokenizer is not None:
-            self._check_hash(tokenizer, "tokenizer")
-        if tokens is None:
-            return
-        if not isinstance(tokens, dict):
-            self.wrong("tokens", tokens, "an object")
-        if not isinstance(self.entry(tokens, "fingerprint", "tokens "), str):
-            self.wrong("tokens fingerprint", tokens["fingerprint"], "a text")
-        self.number(tokens, "max_length", "tokens ")
-
-    def check_recipe(self, recipe: Any) -> None:
-        if not isinstance(recipe, dict):
-            self.wrong("recipe", recipe, "an object")
-        view = recipe.get("view")  # of `mvlm data view`; a recipe of others may have anything
-        if isinstance(view, dict) and "depth" in view:
-            self.number(view, "depth", "recipe view ")
+    def entry(self, part: dict[str, Any], name: str, kind: _Kind, place: str = "", *, optional: bool = False) -> Any:
+        """The value of the field `name` of `part`, whose own name is `place`, if it is of the kind."""
+        named = f"{place}{name if name.isprintable() and len(name) <= 60 else _shown(name)}"
+        if name in part:
+            return self.value(part[name], named, kind)
+        return None if optional else self.refuse(f"no {named}")
 
 
 def _shown(value: Any) -> str:
@@ -273,8 +295,3 @@ def _shown(value: Any) -> str:
         return ("an object" if isinstance(value, dict) else "a list") + f" of {len(value)}"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]}..."
-
-
-def _plain(name: str) -> str:
-    """The name of a field, for a message of one line."""
-    return name if name.isprintable() and len(name) <= 60 else _shown(name)

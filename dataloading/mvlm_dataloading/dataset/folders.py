@@ -13,8 +13,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.files import replaced, write_file
@@ -242,3 +245,30 @@ def discard(folder: Path) -> None:
     except OSError:  # it has been finished or removed meanwhile
         return
     shutil.rmtree(gone, ignore_errors=True)
+
+
+LOCK = "lock"
+
+
+def lock_folder(folder: Path) -> AbstractContextManager[BaseFileLock]:
+    """Make a folder, and lock it for this process until the context ends. The kernel drops the lock of a killed one.
+
+    Raises:
+        DataError: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / LOCK, thread_local=False).acquire(timeout=0)
+    except Timeout:
+        raise DataError(
+            f"{folder}: wanted to be the only process that writes there, found another; wait for it or stop it"
+        ) from None
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove all but the lock of a folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            discard(path)
+        elif path.name != LOCK:
+            path.unlink()

@@ -16,13 +16,12 @@ import numpy as np
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import make_no_older, read_regular, replaced
 
-from .dali_index import IMAGE_EXTENSIONS, DaliIndex, parse_index, read_head
-from .dataset import Dataset
+from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
+from .dataset import Dataset, check_size, compare_with_tar
 from .description import read_description, shard_paths
 from .folders import is_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .sample_index import IndexWriter, SampleIndex, index_path, map_index, pack_records, shards_hash
-from .tar_check import check_is_tar, check_size, compare_with_tar
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +49,14 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     path = index_path(folder, split)
     if path.exists():
         index = _map(path, split, shards, f"make it again with `mvlm data index {folder} --without-tars`")
-        _check_tars(folder, shards, path)
+        for shard in shards:
+            _check_tar(shard_paths(folder, shard)[0], shard, path)
         return _dataset(folder, split, description, index)
     content = io.BytesIO()
-    pack_local(folder, split, shards, content)
+    _pack(folder, split, shards, content, with_tars=True)
     dataset = _dataset(folder, split, description, SampleIndex(content.getvalue()))
     _check_samples(dataset)
-    log.info(
-        "%s: opened from DALI indices; `mvlm data index %s --without-tars` writes an index that opens at once",
-        folder,
-        folder,
-    )
+    log.info("%s: opened from DALI indices; `mvlm data index %s --without-tars` makes that faster", folder, folder)
     return dataset
 
 
@@ -77,11 +73,9 @@ def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
     shards = _shards_of_split(folder, description, split)
     path = index_path(folder, split)
     with replaced(path) as aside, aside.open("w+b") as file:
+        _pack(folder, split, shards, file, with_tars=with_tars)
         if with_tars:
-            pack_local(folder, split, shards, file)
             _check_samples(_dataset(folder, split, description, map_index(Path(file.name))))
-        else:
-            pack_remote(folder, split, shards, file, fetch_again=lambda shard: None)
     if with_tars:
         make_no_older(path, (shard_paths(folder, shard)[0] for shard in shards))
     return path
@@ -101,13 +95,12 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
             index = _map(path, split, shards, REMOTE_HINT)
     else:
         content = io.BytesIO()
-        remote.fetch_dali_indices()
-        pack_remote(remote.folder, split, shards, content, remote.fetch_dali_index)
+        for shard in shards:
+            if not shard_paths(remote.folder, shard)[1].is_file():
+                remote.fetch_dali_index(shard)
+        _pack(remote.folder, split, shards, content, with_tars=False, fetch_again=remote.fetch_dali_index)
         index = SampleIndex(content.getvalue())
-        log.info(
-            "%s: opened from DALI indices; `mvlm data index --without-tars` at the source lets it open at once",
-            remote.url,
-        )
+        log.info("%s: opened from DALI indices; `mvlm data index --without-tars` there makes that faster", remote.url)
 
     def verify(number: int) -> None:
         tar, dali_index = shard_paths(remote.folder, shards[number])
@@ -138,20 +131,21 @@ def _map(path: Path, split: str, shards: list[dict[str, Any]], hint: str) -> Sam
     return index
 
 
-def _check_tars(folder: Path, shards: list[dict[str, Any]], path: Path) -> None:
-    """Check that all shards are there, have their size, and are not newer than the index at `path`."""
-    written = path.stat().st_mtime_ns
-    for shard in shards:
-        tar, _ = shard_paths(folder, shard)
-        if check_size(tar, shard["bytes"]).st_mtime_ns > written:
-            raise older_index(path, tar, view="index" in shard)
+def _check_tar(tar: Path, shard: dict[str, Any], path: Path) -> None:
+    """Check that a shard is there, has its size, and is not newer than its index at `path`."""
+    if check_size(tar, shard["bytes"]).st_mtime_ns > path.stat().st_mtime_ns:
+        hint = f"make it again with `mvlm data index {tar.parent}` (copied without their times, as cp -r does?)"
+        raise DataError(
+            f"{path}: wanted an index at least as new as {tar.name}, found an older one; "
+            f"{'make the view again' if 'index' in shard else hint}"
+        )
 
 
 def _check_samples(dataset: Dataset) -> None:
     """Compare DALI indices that were packed with their tars, and refuse blank captions."""
     for number, shard in enumerate(dataset.shards):
         tar, path = shard_paths(dataset.folder, shard)
-        compare_with_tar(dataset.index, number, tar, path, local_hint(tar, path, shard))
+        compare_with_tar(dataset.index, number, tar, path, _hint(tar, path, shard))
         dataset.compared.add(number)
     for begin in range(0, len(dataset), _ROWS):
         ids = np.arange(begin, min(begin + _ROWS, len(dataset)))
@@ -178,61 +172,44 @@ def _dataset(
     )
 
 
-def pack_local(folder: Path, split: str, shards: Sequence[dict[str, Any]], file: BinaryIO) -> None:
-    """Write a split's index to the empty file `file`, from the DALI indices of its shards.
-
-    Raises:
-        DataError: a shard or an index is missing; a shard is no tar, or has another size than described; an index is
-            malformed, older than its tar, or lists a sample without an image or a caption.
-    """
-    writer = IndexWriter(file, split, shards)
-    for shard in shards:
-        tar, path = shard_paths(folder, shard)
-        check_size(tar, shard["bytes"])
-        check_is_tar(tar)
-        if path.is_file() and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
-            raise older_index(path, tar, view="index" in shard)
-        _add(writer, tar, path, shard, local_hint(tar, path, shard))
-    writer.finish()
-
-
-def pack_remote(
+def _pack(
     folder: Path,
     split: str,
     shards: Sequence[dict[str, Any]],
     file: BinaryIO,
-    fetch_again: Callable[[dict[str, Any]], None],
+    *,
+    with_tars: bool,
+    fetch_again: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Write a remote split's index to the empty file `file`, from cached DALI indices. Shards are not read.
+    """Write a split's index to the empty file `file`, from the DALI indices of its shards.
 
     Args:
-        folder: the cache folder.
+        with_tars: the tars are there too.
         fetch_again: fetches a shard's index, of which the cached one cannot be used.
 
     Raises:
-        DataError: an index is malformed, or lists a sample without an image or a caption.
+        DataError: a shard or an index is missing; a shard has another size than described; an index is malformed,
+            older than its tar, or lists a sample without an image or a caption.
     """
     writer = IndexWriter(file, split, shards)
     for shard in shards:
         tar, path = shard_paths(folder, shard)
+        if with_tars and path.exists():
+            _check_tar(tar, shard, path)
+        hint = _hint(tar, path, shard) if with_tars else REMOTE_HINT
         try:
-            _add(writer, tar, path, shard, REMOTE_HINT)
+            _add(writer, tar, path, shard, hint)
         except DataError:
+            if fetch_again is None:
+                raise
             fetch_again(shard)
-            _add(writer, tar, path, shard, REMOTE_HINT)
+            _add(writer, tar, path, shard, hint)
     writer.finish()
 
 
-def local_hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
+def _hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
     """The way to a good DALI index, for messages."""
     return "make the view again" if "index" in shard else f"make it again with `wds2idx {tar} {path}`"
-
-
-def older_index(path: Path, tar: Path, *, view: bool) -> DataError:
-    hint = "make the view again"
-    if not view:
-        hint = f"make it again with `mvlm data index {tar.parent}` (copied without their times, as cp -r does?)"
-    return DataError(f"{path}: wanted an index at least as new as {tar.name}, found an older one; {hint}")
 
 
 def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint: str) -> None:
@@ -243,7 +220,17 @@ def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint
         raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}") from None
     if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:
         raise DataError(f"{path}: wanted the index that dataset.json names, found another; {hint}")
-    index = _parse(path, text, shard["samples"], hint)
+    head, lines = read_head(text)
+    if head.split() != ["v1.2", str(lines)] or lines != shard["samples"]:
+        raise DataError(
+            f"{path}: wanted a v1.2 index of {shard['samples']} samples, found {head!r} and {lines} lines; {hint}"
+        )
+    try:
+        index = parse_index(text if lines else b"v1.2 0\n")
+    except ValueError as error:
+        raise DataError(
+            f"{path}: wanted `extension offset size name` of each component, found {error}; {hint}"
+        ) from None
     for kind, what in (("image", f"an image ({', '.join(IMAGE_EXTENSIONS)})"), ("text", "at least one caption")):
         missing = np.flatnonzero(index.components[kind].size <= 0)
         if len(missing):
@@ -263,15 +250,3 @@ def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint
     except ValueError as error:
         raise DataError(f"{path}: wanted the index of {tar.name}, found {error}; {hint}") from None
     writer.add(records, index.keys)
-
-
-def _parse(path: Path, text: bytes, samples: int, hint: str) -> DaliIndex:
-    head, lines = read_head(text)
-    if head.split() != ["v1.2", str(lines)] or lines != samples:
-        raise DataError(f"{path}: wanted a v1.2 index of {samples} samples, found {head!r} and {lines} lines; {hint}")
-    try:
-        return parse_index(text if lines else b"v1.2 0\n")
-    except ValueError as error:
-        raise DataError(
-            f"{path}: wanted `extension offset size name` of each component, found {error}; {hint}"
-        ) from None

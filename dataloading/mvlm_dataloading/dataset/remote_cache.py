@@ -32,7 +32,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import sync, write_file
 
 from .dali_index import read_head
-from .description import parse_description
+from .description import parse_description, shard_paths
 from .folders import RemoteFolder
 from .sample_index import map_index
 
@@ -97,11 +97,10 @@ class RemoteCache:
 
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
         """Set the shards, as dataset.json lists them. Raises DataError if a name leads out of the folder."""
+        for name in (shard["tar"] for shard in shards):
+            if Path(name).is_absolute() or ".." in Path(name).parts:  # as in a view, which has to be local
+                raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
         self._shards = shards
-        for shard in shards:
-            for name in (shard["tar"], _dali_index_name(shard)):
-                if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
 
     def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:
         """Fetch the index of a split, once for all processes that share the cache.
@@ -148,15 +147,9 @@ class RemoteCache:
                 part.unlink(missing_ok=True)
         return path
 
-    def fetch_dali_indices(self) -> None:
-        """Fetch the DALI indices of all shards, except cached ones."""
-        for shard in self._shards:
-            if not (self.folder / _dali_index_name(shard)).is_file():
-                self.fetch_dali_index(shard)
-
     def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
-        name = _dali_index_name(shard)
+        path = shard_paths(self.folder, shard)[1]
 
         def check(text: bytes) -> None:
             head, lines = read_head(text)
@@ -165,9 +158,8 @@ class RemoteCache:
                     f"{head!r}, {lines} lines and {len(text)} bytes of an index of {shard['samples']} samples"
                 )
 
-        path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, self.remote.read(name, check), shared=True)
+        write_file(path, self.remote.read(path.relative_to(self.folder).as_posix(), check), shared=True)
 
     def fetch_tokenizer(self, sha256: str) -> None:
         """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
@@ -222,7 +214,9 @@ class RemoteCache:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if tar.is_file():
                     os.utime(lock)  # records the time of its last use
-                    self._verify_once(number)
+                    if number not in self._verified and self.verify is not None:
+                        self.verify(number)
+                        self._verified.add(number)
                     return lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not tar.is_file():  # else another job fetched it while this one waited
@@ -231,16 +225,10 @@ class RemoteCache:
             os.close(lock)
             raise
 
-    def _verify_once(self, number: int) -> None:
-        if number not in self._verified and self.verify is not None:
-            self.verify(number)
-            self._verified.add(number)
-
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
         # Reserve the room first, so that other jobs see how much is left. The file name states the size, because fsspec
         # truncates the file when it starts to write.
         part = Path(f"{tar}.{shard['bytes']}.part")
-
         try:
             with self._cache_lock():
                 part.unlink(missing_ok=True)
@@ -280,7 +268,3 @@ class RemoteCache:
 
     def _cache_lock(self) -> FileLock:
         return FileLock(self.cache / ".lock", poll_interval=0.01)
-
-
-def _dali_index_name(shard: dict[str, Any]) -> str:
-    return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())

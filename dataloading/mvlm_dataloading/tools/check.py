@@ -20,7 +20,7 @@ from mvlm_dataloading.build.duplicates import decoder_with_max_limit
 from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, script_of
-from mvlm_dataloading.dataset.dali_index import parse_index
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
@@ -208,18 +208,18 @@ def _index_problem(task: _Task, text: bytes) -> str | None:
 
 def _read(file: BufferedReader, length: int, line: str) -> tuple[str, dict[str, bytes]]:
     """Key and components of a line of an index. A component that lies beyond the `length` of the tar is empty."""
-    key, parts = "", {}
-    for extension, offset, size, name in zip(*[iter(line.split(" "))] * 4, strict=True):
-        file.seek(min(int(offset), length))
-        parts[extension.lower()] = file.read(int(size)) if int(offset) + int(size) <= length else b""
-        key = name[: -len(extension) - 1]
+    parts = {}
+    key, components = components_of(line)
+    for extension, offset, size in components:
+        file.seek(min(offset, length))
+        parts[extension.lower()] = file.read(size) if offset + size <= length else b""
     return key, parts
 
 
 def _check_samples(
     task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: ImageDecoder, found: Findings
 ) -> None:
-    images = [next((p for e, p in parts.items() if e in ("jpg", "jpeg", "png", "webp")), b"") for _, parts in samples]
+    images = [next((p for e, p in parts.items() if e in IMAGE_EXTENSIONS), b"") for _, parts in samples]
     decoded = decoder([image for image, _ in groupby(images)])  # questions about an image follow one another
     pixels: Any = None
     for number, ((key, parts), image) in enumerate(zip(samples, images, strict=True)):

@@ -9,12 +9,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.captions import is_visible
-from mvlm_dataloading.dataset.dali_index import parse_index
+from mvlm_dataloading.dataset.dali_index import format_index, parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
+    add_shard,
     describe_shard,
     read_description,
     shard_paths,
@@ -187,18 +186,13 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
                 with _opened(tar) as file:
                     found = _index_described(tar, shard["samples"], file)
                 _write_dali_index(tar, found)
-        _pack_indices(folder, description)
+        for name in description["splits"]:
+            write_index(folder, name)
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
         raise DataError(f"{folder}: wanted a folder of tars, found none; give another folder")
     return _describe(folder, tars, split)
-
-
-def _pack_indices(folder: Path, description: dict[str, Any]) -> None:
-    """Write the index of each split of a data folder or a view from its DALI indices."""
-    for split in description["splits"]:
-        write_index(folder, split)
 
 
 def _index_described(tar: Path, samples: int, file: BufferedReader) -> TarIndex:
@@ -232,25 +226,13 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
         if found.lines:
             stated = split_in_name(tar.name) or "train"
             name = canonical_split(split, str(folder)) if split else canonical_split(stated, str(tar))
-            part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
-            part["samples"] += len(found.lines)
-            part["captions"] += found.captions
-            part["shards"].append(shard)
+            add_shard(splits, name, shard, found.captions)
     if not splits:
         raise DataError(f"{folder}: wanted at least one sample, found none; left out: {dict(left_out)}")
-    description = {
-        "format_version": FORMAT_VERSION,
-        "name": folder.resolve().name,
-        "source": "tars of another tool, indexed in place",
-        "licence": "",
-        "attribution": "",
-        "recipe": {},
-        "splits": dict(sorted(splits.items())),
-        "tokenizer": None,
-        "rejected": dict(sorted(left_out.items())),
-    }
-    write_description(folder, description)
-    _pack_indices(folder, description)
+    about = {"name": folder.resolve().name, "source": "tars of another tool, indexed in place"}
+    description = write_description(folder, {**about, "licence": "", "attribution": ""}, {}, splits, left_out)
+    for name in splits:
+        write_index(folder, name)
     return description
 
 

@@ -22,15 +22,15 @@ from typing import Any
 from mvlm_dataloading.build.duplicates import (
     ImageFacts,
     decoder_with_max_limit,
-    find_duplicates,
-    find_leaks,
+    drop_leaks,
+    drop_repeats,
     image_facts,
-    tabulate,
 )
-from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.build.image_check import size_fault
+from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
+    add_shard,
     read_description,
     require_free_folder,
     shard_paths,
@@ -92,15 +92,12 @@ def make_view(
             "option out"
         )
     rows, evaluation, reasons = _select(sources, options)
-    images = tabulate((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)
+    images = [row.facts for row in rows]
     dropped: dict[int, str] = {}
     if options.leaks == "drop":
-        for _ in find_leaks(images, [tabulate(evaluation)], dropped):
-            pass
-    near = options.duplicates == "near"
+        drop_leaks(images, evaluation, dropped)
     if options.duplicates != "keep":
-        for _ in find_duplicates(images, dropped, drop=True, drop_near=near):
-            pass
+        drop_repeats(images, dropped, drop=True, drop_near=options.duplicates == "near")
     for i, row in enumerate(rows):  # last: a share of what is left, of which a smaller one is a part
         train = i not in dropped and not is_evaluation(row.dataset.split)
         if train and _hash_share(options, "", row.dataset, row.number) >= options.fraction:
@@ -112,7 +109,23 @@ def make_view(
         splits = _write_indices(partial, out, kept, options, weights)
         if not splits:
             raise DataError(f"{out}: wanted at least one sample in the view, found none; left out: {dict(reasons)}")
-        description = _write_description(partial, sources, weights, options, splits, reasons)
+        known = [read_description(Path(source)) for source in sources]
+        about = {
+            name: "; ".join(dict.fromkeys(str(one.get(name) or "") for one in known))
+            for name in ("name", "source", "licence", "attribution")
+        }
+        about["name"] = f"view of {about['name']}"
+        recipe = {**asdict(options), "sources": [one.get("name") for one in known], "weights": list(weights)}
+        recipe["depth"] = 1 + max(map(_depth, known))
+        if recipe["max_aspect"] == float("inf"):
+            recipe["max_aspect"] = None  # JSON has no infinity
+        stored = {
+            name: known[0].get(name) if all(one.get(name) == known[0].get(name) for one in known) else None
+            for name in ("tokenizer", "tokens")
+        }
+        if stored["tokenizer"] is not None:
+            shutil.copyfile(Path(sources[0]) / "tokenizer.json", partial / "tokenizer.json")
+        description = write_description(partial, about, {"view": recipe}, splits, reasons, **stored)
         for split in splits:
             write_index(partial, split)
     return description
@@ -127,17 +140,15 @@ def _asks(source: Path) -> bool:
     return False
 
 
-def _select(
-    sources: Sequence[Path], options: ViewOptions
-) -> tuple[list[_Row], list[tuple[str, str, ImageFacts]], Counter[str]]:
+def _select(sources: Sequence[Path], options: ViewOptions) -> tuple[list[_Row], list[ImageFacts], Counter[str]]:
     """Choose samples by all options except `leaks`, `duplicates` and `fraction`.
 
     Returns:
-        The chosen samples; (key, split, facts) of the other evaluation images; number of rejections by reason.
+        The chosen samples; the other evaluation images; number of rejections by reason.
     """
     decoder = decoder_with_max_limit()
     rows: list[_Row] = []
-    evaluation: list[tuple[str, str, ImageFacts]] = []
+    evaluation: list[ImageFacts] = []
     reasons: Counter[str] = Counter()
     known = {split for source in sources for split in read_description(Path(source))["splits"]}
     if missing := sorted(set(options.splits) - known):
@@ -155,19 +166,16 @@ def _select(
                     rows.append(_Row(number, dataset, i, facts))
                     continue
                 if evaluates:  # not in this view, but still an evaluation image, so it must stay out of train
-                    evaluation.append((str(dataset.keys[i]), split, facts))
+                    evaluation.append(facts)
                 if reason is not None:
                     reasons[reason] += 1
     return rows, evaluation, reasons
 
 
 def _rejection(facts: ImageFacts, captions: list[str], options: ViewOptions) -> str | None:
-    short, long = sorted((facts.width, facts.height))
     words = [len(caption.split()) for caption in captions]
-    if short < options.min_side:
-        return "image is too small"
-    if long > options.max_aspect * short:
-        return "image is too long and thin"
+    if fault := size_fault(facts.width, facts.height, options):
+        return fault
     if min(words) < options.min_words:
         return "caption is too short"
     if max(words) > options.max_words:
@@ -222,60 +230,17 @@ def _write_indices(
         begin = end
         if not chosen:
             continue
-        entry = splits.setdefault(dataset.split, {"samples": 0, "captions": 0, "shards": []})
-        name = f"{dataset.split}-{len(entry['shards']):06d}.idx"
+        earlier = len(splits[dataset.split]["shards"]) if dataset.split in splits else 0
+        name = f"{dataset.split}-{earlier:06d}.idx"
         content = format_index(chosen).encode("utf-8", "surrogateescape")
         (folder / name).write_bytes(content)
-        entry["shards"].append(
-            {
-                "tar": os.path.relpath(tar.parent.resolve() / tar.name, out),
-                "index": name,
-                "samples": len(chosen),
-                "bytes": known["bytes"],
-                "sha256": known["sha256"],
-                "index_sha256": hashlib.sha256(content).hexdigest(),
-            }
-        )
-        entry["samples"] += len(chosen)
-        entry["captions"] += captions
-    return dict(sorted(splits.items()))
-
-
-def _write_description(
-    folder: Path,
-    sources: Sequence[Path],
-    weights: Sequence[float],
-    options: ViewOptions,
-    splits: dict[str, dict[str, Any]],
-    reasons: Counter[str],
-) -> dict[str, Any]:
-    known = [read_description(Path(source)) for source in sources]
-
-    def joined(name: str) -> str:
-        return "; ".join(dict.fromkeys(str(one.get(name) or "") for one in known))
-
-    def common(name: str) -> Any:
-        """The value that all sources have, or None if they differ."""
-        return known[0].get(name) if all(one.get(name) == known[0].get(name) for one in known) else None
-
-    recipe = {**asdict(options), "sources": [one.get("name") for one in known], "weights": list(weights)}
-    recipe["depth"] = 1 + max(map(_depth, known))
-    if recipe["max_aspect"] == float("inf"):
-        recipe["max_aspect"] = None  # JSON has no infinity
-    description: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "name": "view of " + joined("name"),
-        "source": joined("source"),
-        "licence": joined("licence"),
-        "attribution": joined("attribution"),
-        "recipe": {"view": recipe},
-        "splits": splits,
-        "tokenizer": common("tokenizer"),
-        "rejected": dict(sorted(reasons.items())),
-    }
-    if description["tokenizer"] is not None:
-        shutil.copyfile(Path(sources[0]) / "tokenizer.json", folder / "tokenizer.json")
-    if common("tokens") is not None:
-        description["tokens"] = common("tokens")
-    write_description(folder, description)
-    return description
+        shard = {
+            "tar": os.path.relpath(tar.parent.resolve() / tar.name, out),
+            "index": name,
+            "samples": len(chosen),
+            "bytes": known["bytes"],
+            "sha256": known["sha256"],
+            "index_sha256": hashlib.sha256(content).hexdigest(),
+        }
+        add_shard(splits, dataset.split, shard, captions)
+    return splits

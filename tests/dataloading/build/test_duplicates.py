@@ -3,25 +3,19 @@
 import json
 import subprocess
 import sys
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from mvlm_dataloading import make_view, open_dataset, rebuild_indices
-from mvlm_dataloading.build.duplicates import MAX_DISTANCE, first_equal, near_known, near_pairs
+from mvlm_dataloading.build.duplicates import MAX_DISTANCE, near_known, near_pairs
 from support import published
-from support.data import build_records, make_record, read_json_lines
+from support.data import build_records, keys_of, make_record, read_json_lines, write_tar
 
 
 def brighter(image: Image.Image, levels: int) -> Image.Image:
     return Image.fromarray(np.minimum(np.asarray(image).astype(int) + levels, 255).astype(np.uint8))
-
-
-def keys(out: Path, split: str = "train") -> list[str]:
-    return open_dataset(out, split).keys.tolist()
 
 
 @pytest.mark.slow
@@ -45,8 +39,8 @@ def test_evaluation_images_are_dropped_from_train(tmp_path):
         },
         evaluation_sets=[other],
     )
-    assert keys(out) == ["wider", "of-the-others-training", "alone"]
-    assert keys(out, "test") == ["a", "b"]
+    assert keys_of(out) == ["wider", "of-the-others-training", "alone"]
+    assert keys_of(out, "test") == ["a", "b"]
     exact = "image is in an evaluation split"
     near = "image is a near-duplicate of one in an evaluation split"
     wanted = {"same": exact, "smaller": near, "brighter": near, "of-the-others-evaluation": exact}
@@ -76,10 +70,10 @@ def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
         {"key": "nearly", "split": "train", "kind": "near", "of": "train/a"},
     ]
     kept = build_records(tmp_path / "kept", {"train": records}, each=2)
-    assert keys(kept) == [one.key for one in records]
+    assert keys_of(kept) == [one.key for one in records]
     assert read_json_lines(kept / "duplicates.jsonl") == expected
     dropped = build_records(tmp_path / "dropped", {"train": records}, each=2, drop_duplicates=True)
-    assert keys(dropped) == ["a", "b", "nearly", "flat", "flat-too"]
+    assert keys_of(dropped) == ["a", "b", "nearly", "flat", "flat-too"]
     assert read_json_lines(dropped / "duplicates.jsonl") == expected
     # A tar from which a sample was dropped has the bytes of one built without it.
     without = build_records(tmp_path / "without", {"train": [r for r in records if r.key != "again"]}, each=3)
@@ -106,14 +100,13 @@ def test_a_view_finds_leaks_of_transparent_images_in_tars_used_in_place(tmp_path
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     (tmp_path / "tars").mkdir()
-    other = published.encoded(published.make_image(3))
-    with tarfile.open(tmp_path / "tars" / "train-0.tar", "w") as tar:
-        known = {"clear": published.encoded(image, "PNG"), "other": other}
-        published.add_members(tar, [(f"{k}.{e}", c) for k, v in known.items() for e, c in (("png", v), ("txt", b"a"))])
+    clear, other = published.encoded(image, "PNG"), published.encoded(published.make_image(3))
+    members = [("clear.png", clear), ("clear.txt", b"a"), ("other.png", other), ("other.txt", b"a")]
+    write_tar(tmp_path / "tars" / "train-0.tar", members)
     rebuild_indices(tmp_path / "tars")
     built = build_records(tmp_path / "built", {"test": [make_record("white", white.convert("RGB"))]})
     description = make_view(tmp_path / "view", [tmp_path / "tars", built])
-    assert keys(tmp_path / "view") == ["other"]
+    assert keys_of(tmp_path / "view") == ["other"]
     assert description["rejected"] == {"image is a near-duplicate of one in an evaluation split": 1}
 
 
@@ -147,4 +140,3 @@ def test_near_pairs_match_a_loop_over_all_pairs():
         near = [k for k in range(60) if int(values[60 + i] ^ values[k]).bit_count() <= MAX_DISTANCE]
         assert j == (near[0] if near else -1)
     assert (near_known(values, ones, values, 2 * ones, 1.1) == -1).all()
-    assert first_equal(np.array([b"b", b"a", b"b", b"c", b"a"], "S32")).tolist() == [0, 1, 0, 3, 1]

@@ -60,10 +60,6 @@ def test_exif_data_of_a_webp_are_moved_only_where_it_is_whole():
         assert exif_first(same) == same
 
 
-def brighter(image: Image.Image, levels: int) -> Image.Image:
-    return Image.fromarray(np.minimum(np.asarray(image).astype(int) + levels, 255).astype(np.uint8))
-
-
 @pytest.mark.slow
 def test_perceptual_hash_survives_scaling_and_compression():
     distances, strangers = [], []
@@ -76,7 +72,7 @@ def test_perceptual_hash_survives_scaling_and_compression():
         for changed in (
             image.resize((100, 75)),
             Image.open(io.BytesIO(published.encoded(image))),
-            brighter(image, 10),
+            Image.fromarray(np.minimum(np.asarray(image).astype(int) + 10, 255).astype(np.uint8)),
             image.convert("L").convert("RGB"),
         ):
             other = perceptual_hash(np.asarray(changed))

@@ -78,7 +78,7 @@ def index_of_the_last(at: Path) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (no_tar, [TAR, "wanted a tar file"]),
+        (no_tar, [TAR, "is not where it says"]),
         (lambda at: (at / IDX).unlink(), [IDX, "found no such file", "wds2idx"]),
         (index_of_the_last, [IDX, "wanted a v1.2 index of"]),
         (changed(lambda text: text.replace("v1.2", "v1.1")), [IDX, "wds2idx"]),

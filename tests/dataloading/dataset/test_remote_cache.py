@@ -57,7 +57,8 @@ def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(served, web, data
             cached = RemoteCache(url, data_cache, 1 << 30)
             cached.register_shards(shards)
             cached.fetch_split_index("train.index")
-            cached.fetch_dali_indices()
+            for shard in shards:
+                cached.fetch_dali_index(shard)
             cached.fetch([1])
             cached.release_except([])
             return cached.folder

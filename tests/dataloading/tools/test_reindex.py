@@ -14,45 +14,22 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import (
-    BuildOptions,
     DataError,
     Loader,
     Masking,
     ViewOptions,
-    build_shards,
-    check_shards,
     make_view,
     open_dataset,
     rebuild_indices,
 )
-from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from mvlm_dataloading.tools.reindex import lists_samples_of
 from support import published
-from support.data import exchange_texts
-
-CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
-
-
-def write(out: Path, count: int = 10, **settings) -> Path:
-    records = [
-        Record(
-            f"k{i}", published.encoded(published.make_image(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
-        )
-        for i in range(count)
-    ]
-    test = [Record("t", published.encoded(published.make_image(90), "PNG"), ["a", "b", "c"], "")]
-    pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
-    pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
-    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
-
-
-def problems(folder: Path) -> list[str]:
-    return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
+from support.data import build_scripts, exchange_texts, keys_of, problems_of, write_tar
 
 
 @pytest.mark.slow
 def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
-    out = write(tmp_path / "out")
+    out = build_scripts(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.glob("*.i*x")}
     assert len(before) == 6
     for path in out.glob("*.i*x"):
@@ -75,7 +52,7 @@ def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
 
 def test_the_indices_of_splits_are_written_from_dali_indices(tmp_path, monkeypatch):
     """Of a view always, of a data folder without reading a tar if that is asked for."""
-    out, view = write(tmp_path / "out"), tmp_path / "view"
+    out, view = build_scripts(tmp_path / "out"), tmp_path / "view"
     make_view(view, [out], ViewOptions(match="number|a"))
     for folder in (out, view):
         before = {path.name: path.read_bytes() for path in folder.glob("*.index")}
@@ -97,26 +74,22 @@ def foreign(folder: Path) -> None:
     """Tars as other tools write them: dots, blanks and capitals in names, and samples without a caption."""
     folder.mkdir()
     jpegs = [published.encoded(published.make_image(i)) for i in range(7)]
-    with tarfile.open(folder / "train-0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        published.add_members(
-            tar,
-            [
-                ("a/v1.0.final.jpg", jpegs[0]), ("a/v1.0.final.txt", b"dots"), ("a/v1.0.final.cls", b"3"),
-                ("a name.JPG", jpegs[1]), ("a name.TXT", b"blanks"),
-                ("100%.jpg", jpegs[2]), ("100%.txt", b"per cent"),
-                ("mute.jpg", jpegs[3]), ("late.jpg", jpegs[3]),
-                ("é.jpg", jpegs[4]), ("é.txt", b"accent"),
-                ("n" * 120 + ".jpg", jpegs[5]), ("n" * 120 + ".txt", b"long"),
-                ("late.txt", b"late"),
-                ("latin.jpg", jpegs[3]), ("latin.txt", "\xe9t\xe9".encode("latin-1")),
-                ("blank.jpg", jpegs[3]), ("blank.txt", b" \n" * 9),
-                ("list.jpg", jpegs[3]), ("list.txt", b"list"), ("list.json", b"[1]"),
-                ("book.jpg", jpegs[3]), ("book.txt", b"x" * (1 << 22) + b"y"),
-                ("two.jpg", jpegs[3]), ("two.png", jpegs[3]), ("two.txt", b"two"),
-            ],
-        )  # fmt: skip
-    with tarfile.open(folder / "val-0.tar", "w") as tar:
-        published.add_members(tar, [("v.jpg", jpegs[6]), ("v.txt", b"one\ntwo\n")])
+    members = [
+        ("a/v1.0.final.jpg", jpegs[0]), ("a/v1.0.final.txt", b"dots"), ("a/v1.0.final.cls", b"3"),
+        ("a name.JPG", jpegs[1]), ("a name.TXT", b"blanks"),
+        ("100%.jpg", jpegs[2]), ("100%.txt", b"per cent"),
+        ("mute.jpg", jpegs[3]), ("late.jpg", jpegs[3]),
+        ("é.jpg", jpegs[4]), ("é.txt", b"accent"),
+        ("n" * 120 + ".jpg", jpegs[5]), ("n" * 120 + ".txt", b"long"),
+        ("late.txt", b"late"),
+        ("latin.jpg", jpegs[3]), ("latin.txt", "\xe9t\xe9".encode("latin-1")),
+        ("blank.jpg", jpegs[3]), ("blank.txt", b" \n" * 9),
+        ("list.jpg", jpegs[3]), ("list.txt", b"list"), ("list.json", b"[1]"),
+        ("book.jpg", jpegs[3]), ("book.txt", b"x" * (1 << 22) + b"y"),
+        ("two.jpg", jpegs[3]), ("two.png", jpegs[3]), ("two.txt", b"two"),
+    ]  # fmt: skip
+    write_tar(folder / "train-0.tar", members, format=tarfile.PAX_FORMAT)
+    write_tar(folder / "val-0.tar", [("v.jpg", jpegs[6]), ("v.txt", b"one\ntwo\n")])
 
 
 def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
@@ -146,15 +119,15 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
             2, 0, 1
         )
         assert np.abs(batch.images[row].numpy() - wanted).mean() < 8
-    assert problems(tmp_path / "tars") == []
+    assert problems_of(tmp_path / "tars") == []
     make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
-    assert open_dataset(tmp_path / "view", "train").keys.tolist() == ["a%20name", "é"]
+    assert keys_of(tmp_path / "view") == ["a%20name", "é"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
 
 
 def test_an_index_lists_samples_of_its_tars_whoever_made_it(tmp_path):
     """Built, in place, and as a view that repeats samples. One that gives a sample another's captions does not."""
-    built, tars, view = write(tmp_path / "built"), tmp_path / "tars", tmp_path / "view"
+    built, tars, view = build_scripts(tmp_path / "built"), tmp_path / "tars", tmp_path / "view"
     foreign(tars)
     rebuild_indices(tars)
     make_view(view, [built, tars], ViewOptions(match="number|red|blanks"), weights=[2.5, 1])
@@ -173,13 +146,10 @@ def test_an_index_lists_samples_of_its_tars_whoever_made_it(tmp_path):
 def test_a_sample_whose_captions_cannot_be_seen_is_left_out(tmp_path, monkeypatch):
     """A folder that an earlier version has indexed with it keeps it."""
     texts = ["a cat", "\u200b\n\x07", "\ufffd\na dog"]
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for i, text in enumerate(texts):
-            image = published.encoded(published.make_image(i))
-            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", text.encode())])
+    write_tar(tmp_path / "train.tar", texts)
     description = rebuild_indices(tmp_path)
     assert description["rejected"] == {"no caption": 1}
-    assert open_dataset(tmp_path, "train").keys.tolist() == ["0", "2"]
+    assert keys_of(tmp_path) == ["0", "2"]
     assert rebuild_indices(tmp_path) == description  # from its dataset.json
     (tmp_path / "dataset.json").unlink()
     with monkeypatch.context() as earlier:
@@ -187,7 +157,7 @@ def test_a_sample_whose_captions_cannot_be_seen_is_left_out(tmp_path, monkeypatc
         rebuild_indices(tmp_path)
     (tmp_path / "train.idx").unlink()
     rebuild_indices(tmp_path)
-    assert open_dataset(tmp_path, "train").keys.tolist() == ["0", "1", "2"]
+    assert keys_of(tmp_path) == ["0", "1", "2"]
 
 
 def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):
@@ -196,10 +166,8 @@ def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):
         "validation": ["cc3m-validation-0000", "val2017-000", "coco_dev_1"],
         "test": ["test0", "flickr30k-test-00000"],
     }
-    image = published.encoded(published.make_image(0))
     for name in itertools.chain(*names.values()):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            published.add_members(tar, [(f"{name}.jpg", image), (f"{name}.txt", b"words")])
+        write_tar(tmp_path / f"{name}.tar", ["words"])
     splits = rebuild_indices(tmp_path)["splits"]
     assert {split: sorted(shard["tar"] for shard in part["shards"]) for split, part in splits.items()} == {
         split: sorted(f"{name}.tar" for name in of) for split, of in names.items()
@@ -210,8 +178,7 @@ def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):
 
 @pytest.mark.parametrize("name", ["testA-000", "vqa_testdev_0", "minival2014-0"])
 def test_evaluation_splits_of_other_names_do_not_become_training_data(tmp_path, name):
-    with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-        published.add_members(tar, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"words")])
+    write_tar(tmp_path / f"{name}.tar", ["words"])
     with pytest.raises(DataError, match=f"{name}.tar: wanted a split named .*, found '.*(test|val)"):
         rebuild_indices(tmp_path)
     assert list(rebuild_indices(tmp_path, "test")["splits"]) == ["test"]
@@ -221,15 +188,13 @@ def test_files_that_macos_adds_to_a_tar_are_left_out(tmp_path):
     image = published.encoded(published.make_image(0))
     members = [(f"{mark}{i}.{kind}", image if kind == "jpg" else b"words")
                for i in range(2) for kind in ("jpg", "txt") for mark in ("._", "")]  # fmt: skip
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        published.add_members(tar, members)
+    write_tar(tmp_path / "train.tar", members)
     assert rebuild_indices(tmp_path)["rejected"] == {}
-    assert open_dataset(tmp_path, "train").keys.tolist() == ["0", "1"]
+    assert keys_of(tmp_path) == ["0", "1"]
 
 
 def test_tars_of_a_clock_that_is_ahead_open(tmp_path):
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        published.add_members(tar, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"words")])
+    write_tar(tmp_path / "train.tar", ["words"])
     soon = time.time() + 60
     os.utime(tmp_path / "train.tar", (soon, soon))
     rebuild_indices(tmp_path)
@@ -238,9 +203,10 @@ def test_tars_of_a_clock_that_is_ahead_open(tmp_path):
 
 def test_names_that_are_not_utf8_and_a_byte_order_mark(tmp_path):
     image = published.encoded(published.make_image(0))
-    with tarfile.open(tmp_path / "train.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
-        published.add_members(tar, [("café.jpg", image), ("café.txt", b"\xef\xbb\xbfa cat"), ("b.jpg", image)])
-        published.add_members(tar, [("b.txt", b"\xef\xbb\xbf")])
+    members = [
+        ("café.jpg", image), ("café.txt", b"\xef\xbb\xbfa cat"), ("b.jpg", image), ("b.txt", b"\xef\xbb\xbf"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "train.tar", members, format=tarfile.GNU_FORMAT, encoding="latin-1")
     assert rebuild_indices(tmp_path)["rejected"] == {"no caption": 1}
     dataset = open_dataset(tmp_path, "train")
     assert [dataset.captions(i) for i in range(len(dataset))] == [["a cat"]]
@@ -264,10 +230,7 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path):
 def test_a_tar_with_a_damaged_header_is_not_indexed_and_check_names_it(tmp_path):
     """One that an earlier version has indexed, with the samples before the damage alone."""
     path = tmp_path / "train.tar"
-    with tarfile.open(path, "w") as tar:
-        for i in range(12):
-            image = published.encoded(published.make_image(i))
-            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", b"words")])
+    write_tar(path, 12 * ["words"])
     with tarfile.open(path) as tar:
         at = tar.getmember("3.jpg").offset
     whole = path.read_bytes()
@@ -285,7 +248,7 @@ def test_a_tar_with_a_damaged_header_is_not_indexed_and_check_names_it(tmp_path)
     message = (
         f"train.tar: wanted a complete, uncompressed tar, found a file that is not one (a damaged header at byte {at})"
     )
-    (problem,) = problems(tmp_path)
+    (problem,) = problems_of(tmp_path)
     assert problem.endswith(f"{message}; download it again")
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(DataError, match=re.escape(message)):
