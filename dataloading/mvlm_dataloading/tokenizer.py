@@ -18,6 +18,7 @@ from mvlm_dataloading.dataset.open import open_dataset
 
 from .captions import script_of
 from .errors import DataError, need
+from .files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -176,11 +177,8 @@ class Tokenizer:
             DataError: the vocabulary has neither mark.
         """
         tokens = [self.token(number) or "" for number in range(self.vocab_size)]
-        for mark, starts in (
-            (_BLANK, True),
-            ("\u2581", True),
-            ("##", False),
-        ):  # a blank of BPE, of SentencePiece; no blank
+        # A blank of BPE, of SentencePiece; no blank.
+        for mark, starts in ((_BLANK, True), ("\u2581", True), ("##", False)):
             found = np.array([token.startswith(mark) for token in tokens])
             if found.sum() > 1:
                 units = [_begins_unit(token.removeprefix(mark), byte_level=mark == _BLANK) for token in tokens]
@@ -301,18 +299,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(inner, str(path))
 
 
-def load_stored_tokenizer(folder: Path) -> Tokenizer:
-    """Read the `tokenizer.json` of a data folder whose `dataset.json` names one.
-
-    Raises:
-        DataError: the file is missing, is no tokenizer, or has not four special tokens.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{path}: wanted the tokenizer.json that dataset.json names, found no such file; restore it")
-    return load_tokenizer(path)
-
-
 def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
     """The tokenizer stored with the data set, or one trained on the captions of its train split.
 
@@ -324,9 +310,9 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
         if dataset.remote is not None:
             dataset.remote.fetch_tokenizer(dataset.tokenizer_sha256)
         path = dataset.folder / "tokenizer.json"
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
-            raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")
-        return load_stored_tokenizer(dataset.folder)
+        if not path.is_file() or sha256(path) != dataset.tokenizer_sha256:
+            raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another or none; restore it")
+        return load_tokenizer(path)
     if "train" not in dataset.splits:
         raise DataError(
             f"{dataset.folder}: wanted a tokenizer.json, or a train split to train a tokenizer on, found neither "

@@ -135,8 +135,6 @@ def twemoji_drawings() -> dict[str, Path]:
     return {plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
 
 
-
-
 def build_easy_vqa(out: Path) -> Path:
     """Write the easy-VQA data set. If `out` already holds it, nothing is written.
 

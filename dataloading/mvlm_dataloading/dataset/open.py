@@ -194,7 +194,7 @@ def _pack(
     writer = IndexWriter(file, split, shards)
     for shard in shards:
         tar, path = shard_paths(folder, shard)
-        if with_tars and path.exists():
+        if with_tars and path.is_file():
             _check_tar(tar, shard, path)
         hint = _hint(tar, path, shard) if with_tars else REMOTE_HINT
         try:

@@ -94,9 +94,9 @@ def check_shards(
     description = read_description(folder)
     vocab_size = None
     if description.get("tokens"):
-        from mvlm_dataloading.tokenizer import load_stored_tokenizer
+        from mvlm_dataloading.tokenizer import load_tokenizer
 
-        vocab_size = load_stored_tokenizer(folder).vocab_size
+        vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
     tasks = [
         _Task(folder, split, number, shard, vocab_size)
         for split, part in description["splits"].items()
