@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
-from mvlm_kernels.cross_attention import HEAD_WIDTHS, cross_attention
+from mvlm_kernels.cross_attention import cross_attention
 from mvlm_kernels.cross_attention.arguments import dropout_of
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         heads: query heads.
         context_width: of the context; the stream's by default.
         kv_heads: heads of keys and values, ``heads`` or a divisor of it.
-        head_width: of each head, ``width // heads`` by default; a multiple of 8 up to 128.
+        head_width: of each head, ``width // heads`` by default.
         bias: of the four projections.
         dropout: of the probabilities, in training.
 
@@ -66,12 +66,8 @@ class CrossAttention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}")
-        head_width = width // heads if head_width is None else head_width
-        if head_width not in HEAD_WIDTHS:
-            raise ValueError(
-                f"head_width must be a multiple of 8 up to 128, got {head_width}; give fewer or more heads"
-            )
-        self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
+        self.heads, self.kv_heads = heads, kv_heads
+        self.head_width = width // heads if head_width is None else head_width
         self.dropout, _ = dropout_of(dropout, None, torch.device("cpu"))
         context_width = width if context_width is None else context_width
         self.q = nn.Linear(width, heads * self.head_width, bias)

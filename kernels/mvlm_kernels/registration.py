@@ -131,6 +131,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def has_values(*tensors: torch.Tensor) -> bool:
+    """True if the values of these tensors can be read: no compiler, transform or subclass hides them."""
+    return not torch.compiler.is_compiling() and not transformed() and all(type(x) in _PLAIN for x in tensors)
+
+
 def batched(*tensors: torch.Tensor | None) -> bool:
     """True if ``torch.func.vmap`` holds a batch behind one of the tensors, whose values then cannot be read."""
     return transformed() and any(x is not None and _functorch.is_batchedtensor(x) for x in tensors)

@@ -3,9 +3,8 @@
 `add_norm` is the sum and the norm at the end of a sub-layer, in one op. Attention's projections can also be called one
 by one.
 
-The backward of `attend` is that of SDPA, and on a CPU mostly that of `attention_backends.math_attention`. On a GPU the
-fast implementation calls `mvlm_kernels.cross_attention` for attention with text, which has a backward of ours. The
-feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
+The plain implementation calls `attend`; the fast one `mvlm_kernels.cross_attention`, which on a CPU computes the same.
+The feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
 
 Shape legend: B batch, L rows, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.device import compute_dtype
-from mvlm.model import attention_backends as backends
 from mvlm.model.packing import Packing
 from mvlm_kernels import add_layer_norm, gelu_linear
+from mvlm_kernels.cross_attention import attend_heads
 
 
 class Residual(NamedTuple):
@@ -89,10 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
 
     q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. Returns (B, H, Lq, D).
     """
-    mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
-    if q.device.type == "cpu" and backends.cpu_backend(q.dtype, k.shape[2], torch.is_grad_enabled()) == "math":
-        return backends.math_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attend_heads(q, k, v, key_mask)
 
 
 class Attention(nn.Module):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attend, Attention, Branch, Residual, TextPooling
-from mvlm.model.attention_backends import KeyIndex, image_attention, text_attention
+from mvlm.model.attention_backends import image_attention, text_attention
 from mvlm.model.encoders import CrossBlock, CrossEncoder, KeyValueCache, SelectRows, masked_patches, visible_patches
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
@@ -222,9 +222,8 @@ def fuse_pairs(
     caches = caches or make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     pair_packing, rows = packing.select(texts, room_for(packing, texts, max_rows, compute_dtype(v)))
-    partners = KeyIndex(texts, len(packing.cu_seqlens) - 1), KeyIndex(images, len(v))
-    image = _encode_pairs(model.image_cross, v, None, caches.text, partners[0], images, None)
-    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, partners[1], rows, pair_packing)
+    image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
+    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
     return image, caption
 
 
@@ -233,7 +232,7 @@ def _encode_pairs(
     x: Tensor,
     packing: Packing | None,
     cache: KeyValueCache,
-    key_index: KeyIndex,
+    key_index: Tensor,
     rows: Tensor,
     pair_packing: Packing | None,
 ) -> Tensor:
@@ -241,7 +240,7 @@ def _encode_pairs(
 
     Args:
         x: (B, L, C), or packed (T, C) with `packing`.
-        key_index: the partner of each of the R sequences in the cache.
+        key_index: int64 (R,), the partner of each of the R sequences in the cache.
         rows: indices into x. Not packed: int64 (R,), one sequence per pair. Packed: int64 (T',), rows of the selected
             captions, T' = pair_packing.total.
         pair_packing: layout of these rows if x is packed, else None.
@@ -352,11 +351,11 @@ def attend_self(packing: Packing | None, read: Selection | None = None) -> Atten
 
 
 def attend_cross(
-    block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: KeyIndex | None = None
+    block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: Tensor | None = None
 ) -> Attend:
     """Make the cross-attention of rows (R, L, C), or packed (T, C) with `packing`, to the sequences of a cache.
 
-    key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
+    key_index: int64 (R,), the partner of each sequence in the cache. None: sequence r attends to sequence r.
     """
     # Not inside `attend`: activation checkpointing calls that again in backward. It would find the cache filled, and
     # recompute fewer tensors than the forward pass saved.
@@ -380,9 +379,8 @@ def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Te
     sequences = -(-len(q) // longest)
     q = F.pad(q, (0, 0, 0, 0, 0, sequences * longest - len(q))).unflatten(0, (sequences, longest))
     rows = torch.arange(len(v) * sequences, device=v.device) // sequences
-    heads = text_attention(
-        q.repeat(len(v), 1, 1, 1), k, values, None, None, KeyIndex(rows, len(v)), pooling.text_backend
-    )  # (B sequences, longest, H, D)
+    q = q.repeat(len(v), 1, 1, 1)
+    heads = text_attention(q, k, values, None, None, rows, pooling.text_backend)  # (B sequences, longest, H, D)
     pooled = heads.flatten(2).unflatten(0, (len(v), sequences)).flatten(1, 2)[:, : len(texts)]
     return pooling.cosine(pooled, texts)
 
@@ -392,7 +390,7 @@ def encode_rows(
     rows: Residual,
     packing: Packing | None,
     cache: KeyValueCache,
-    key_index: KeyIndex | None = None,
+    key_index: Tensor | None = None,
     repeat: Selection | None = None,
     read: Selection | None = None,
 ) -> Tensor:
@@ -402,7 +400,7 @@ def encode_rows(
 
     Args:
         cache: rows of the other stream, whose keys and values are computed once a layer.
-        key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
+        key_index: int64 (R,), the partner of each sequence in the cache. None: sequence r attends to sequence r.
         repeat: repeats sequences that have several partners, after the self-attention of the first block.
         read: the rows that the caller reads, of those repeated. The last block computes no other.
     """

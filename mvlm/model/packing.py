@@ -5,7 +5,7 @@ C width.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mvlm.device import chosen_precision
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels.cross_attention.packed import Layout, layout_of
 
 LENGTH_MULTIPLE = 16
 """Longest lengths are rounded up to a multiple of this: shapes then repeat, and a CPU's matrix products run faster."""
@@ -113,9 +114,9 @@ def second_of_two(x: Tensor, packing: "Packing") -> "PackedText":
 
 
 class Packing:
-    """Layout of packed rows: the bounds of the sequences, and the index of each row after padding.
+    """Layout of packed rows: the bounds of the sequences, and the place of each row after padding.
 
-    Everything is computed on the device from `cu_seqlens`, once, at first use.
+    Places are computed on the device from `cu_seqlens`, once, at first use.
 
     Args:
         cu_seqlens: int32 (B+1,), rising; sequence b is rows cu_seqlens[b] to cu_seqlens[b+1].
@@ -126,11 +127,7 @@ class Packing:
 
     def __init__(self, cu_seqlens: Tensor, max_length: int, total: int) -> None:
         self.cu_seqlens, self.max_length, self.total = cu_seqlens, max_length, total
-        self._sequence_of_row: Tensor | None = None
-        self._padded_index: Tensor | None = None
-        self._packed_index: Tensor | None = None
-        self._key_mask: Tensor | None = None
-        self._has_padding_rows: bool | None = None
+        self._layout: Layout | None = None
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -141,64 +138,34 @@ class Packing:
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     @property
-    def sequence_of_row(self) -> Tensor:
-        """int64 (T,), the sequence of each row; B for a padding row."""
-        if self._sequence_of_row is None:
-            rows = torch.arange(self.total, device=self.cu_seqlens.device)
-            self._sequence_of_row = torch.searchsorted(self.cu_seqlens[1:].long(), rows, right=True)
-        return self._sequence_of_row
+    def layout(self) -> Layout:
+        """The place of each row after padding."""
+        if self._layout is None:
+            self._layout = layout_of(self.cu_seqlens, self.max_length, self.total)
+        return self._layout
 
     @property
-    def padded_index(self) -> Tensor:
-        """int64 (T,), index of each row in the padded rows (B*L,); B*L for a padding row."""
-        if self._padded_index is None:
-            sequence = self.sequence_of_row
-            rows = torch.arange(self.total, device=self.cu_seqlens.device)
-            # cu_seqlens has B+1 entries, so padding rows (sequence B) have a start too.
-            starts = self.cu_seqlens.long().index_select(0, sequence)
-            index = sequence * self.max_length + rows - starts
-            self._padded_index = torch.where(sequence < len(self), index, len(self) * self.max_length)
-        return self._padded_index
+    def sequence_of_row(self) -> Tensor:
+        """int64 (T,), the sequence of each row; B for a padding row."""
+        return self.layout.sequence_of_row
 
     @property
     def position(self) -> Tensor:
         """int64 (T,), position of each row in its sequence, below L; 0 for a padding row."""
-        return self.padded_index % self.max_length
+        return self.layout.padded_index % self.max_length
 
     @property
     def key_mask(self) -> Tensor:
         """bool (B, L), True = a row of the sequence, False = padding."""
-        if self._key_mask is None:
-            self._key_mask = torch.arange(self.max_length, device=self.cu_seqlens.device) < self.lengths[:, None]
-        return self._key_mask
-
-    @property
-    def packed_index(self) -> Tensor:
-        """int64 (B*L,), row of each position after padding; T where there is none. The inverse of `padded_index`."""
-        if self._packed_index is None:
-            positions = torch.arange(self.max_length, device=self.cu_seqlens.device)
-            rows = self.cu_seqlens[:-1, None].long() + positions  # (B, L)
-            self._packed_index = torch.where(self.key_mask, rows, self.total).flatten()
-        return self._packed_index
-
-    @property
-    def has_padding_rows(self) -> bool:
-        """False if there are surely none: the bounds are on a CPU, where they can be read at once, and end at T."""
-        if self._has_padding_rows is None:
-            known = self.cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-            self._has_padding_rows = not known or int(self.cu_seqlens[-1]) < self.total
-        return self._has_padding_rows
+        return self.layout.exists
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad rows (T, ...) with zeros -> (B, L, ...)."""
-        moved: Any = _MoveRows.apply(x, self.packed_index, self.padded_index, True, self.has_padding_rows)
-        return moved.unflatten(0, (len(self), self.max_length))
+        return self.layout.pad(x)
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of `pad`: (B, L, ...) -> (T, ...). Padding rows are zero."""
-        rows = x.flatten(0, 1)
-        moved: Any = _MoveRows.apply(rows, self.padded_index, self.packed_index, self.has_padding_rows, True)
-        return moved
+        return self.layout.unpad(x)
 
     def with_max_length(self, length: int) -> "Packing":
         """The same layout with another L, at least the rows of the longest sequence."""
@@ -219,27 +186,6 @@ class Packing:
         first = starts.index_select(0, sequences).index_select(0, sequence)
         rows = first + torch.arange(capacity, device=starts.device) - bounds.index_select(0, sequence)
         return selected, torch.where(selected.sequence_of_row < len(sequences), rows, 0)
-
-
-class _MoveRows(torch.autograd.Function):
-    """Row i of the result is row source[i] of x, or zeros if source[i] is past its end.
-
-    `back` is the inverse of `source`. The gradient is therefore the opposite move: no sum, because each row has one
-    place. `zeros` and `back_zeros` are False if surely no index is past the end.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, back: Tensor, zeros: bool, back_zeros: bool) -> Tensor:
-        ctx.save_for_backward(source, back)
-        ctx.zeros, ctx.back_zeros = zeros, back_zeros
-        # On a CPU a gather from rows with one of zeros behind them is ten times as fast as a scatter of rows.
-        rows = torch.cat([x, x.new_zeros(1, *x.shape[1:])]) if zeros else x
-        return rows.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None, None, None]:
-        source, back = ctx.saved_tensors
-        return _MoveRows.apply(grads[0], back, source, ctx.back_zeros, ctx.zeros), None, None, None, None
 
 
 class PackedText(NamedTuple):

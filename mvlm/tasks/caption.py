@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from mvlm.errors import ConfigError
 from mvlm.model.attention import Residual
-from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.encoders import KeyValueCache
 from mvlm.model.fast import encode_patches, encode_rows, encode_tokens, masked_token_features, project_patches
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
@@ -230,8 +229,7 @@ class Writer:
             w, key_mask = text.padded()
             x = self.model.text_cross(w, self.v.index_select(0, self.of), key_mask, None)[key_mask]  # (T, C)
         else:
-            partners = KeyIndex(self.of, len(self.v))
-            x = encode_rows(self.model.text_cross, Residual(text.rows), text.packing, self.cache, partners)
+            x = encode_rows(self.model.text_cross, Residual(text.rows), text.packing, self.cache, self.of)
         rows = F.pad(chosen, (1, 1))[self._tokens()[1]]  # (T,), True = a chosen word
         logits = at_least_float32(self.model.language_head(x[rows]))
         logits[:, self.tokenizer.vocab_size :] = -torch.inf

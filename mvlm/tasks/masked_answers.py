@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.model.attention import Residual
-from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.fast import Selection, encode_rows, make_caches, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import Packing
@@ -116,7 +115,7 @@ def mask_features(model: MaskVLM, batch: Batch, number: int, plan: str) -> Tenso
     asked, key_index, repeat = packing, None, None
     if batch.image_of is not None:
         asked, of_text = packing.select(texts, batch.sample_tokens)
-        key_index, repeat = KeyIndex(images, len(v)), Selection(partial(select_rows, rows=of_text), asked)
+        key_index, repeat = images, Selection(partial(select_rows, rows=of_text), asked)
     first = asked.cu_seqlens[:-1].long() + 1  # (B,)
     at = (first[:, None] + torch.arange(number, device=first.device)).flatten()
 

@@ -71,7 +71,6 @@ def test_log_sum_exp_of_the_layer():
     [
         ({"kv_heads": 3}, "kv_heads must divide the 4 heads, got 3"),
         ({"kv_heads": 0}, "kv_heads must divide the 4 heads, got 0"),
-        ({"head_width": 12}, "head_width must be a multiple of 8 up to 128, got 12"),
         ({"dropout": 1.0}, r"dropout_p must be a float in \[0, 1\), got 1.0"),
     ],
 )

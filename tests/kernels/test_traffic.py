@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mvlm_kernels import cases, dispatch, traffic, use_backend
 from mvlm_kernels.cache_model import Cache, caching
 from mvlm_kernels.cases import linear_bytes
-from mvlm_kernels.cross_attention import invert_key_index
+from mvlm_kernels.cross_attention.arguments import invert_key_index
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]

@@ -1,60 +1,54 @@
 """Cross-attention with one short side, forward and backward; see :func:`cross_attention`.
 
-Where the backward is:
+:func:`route` says what runs. Where the backward is:
 
 - Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
   (``short_q.py``) for short queries. With ``key_index``, with grouped heads, or without tiles for a single pass,
   ``short_q_backward_dq`` and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
-- Eager calls on the CPU with a side of at most 128 and without ``return_lse``: autograd differentiates ``cpu.py``.
-- Dense calls without a given seed and ``return_lse``, if both sides are longer than 128, or on a GPU without
-  a kernel: SDPA, and its backward in torch.
-- All others, such as compiled graphs on the CPU and packed sequences without a kernel: ``reference_backward``
-  (``reference.py``).
+- Composed of torch ops, on a CPU or where no kernel runs (``composed.py``): by two matrix products, whose backward is
+  ``_Products.backward`` there, or SDPA and its backward in torch.
+- The op without a kernel, such as with ``return_lse`` on a CPU: ``reference_backward`` (``reference.py``).
 """
 
 import math
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention import cpu
+from mvlm_kernels.cross_attention import composed
 from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
     Options,
     Sides,
     as_autocast,
-    bucket,
     check_arguments,
+    check_ranges,
     check_values,
     dropout_of,
     invert_key_index,
     key_sequences,
     longest_sequences,
-    readers_of,
     scale_of,
-    short_side,
 )
-from mvlm_kernels.cross_attention.ops import (
-    attend_directly,
-    attention_op,
-    extras_of,
-    gpu_reasons,
-    reasons,
-    too_long,
-    why_not_triton,
+from mvlm_kernels.cross_attention.composed import attend_heads
+from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, reasons, takes_triton, why_not_triton
+from mvlm_kernels.cross_attention.reference import (
+    draw_seed,
+    pack_key_mask,
+    reference_forward,
+    reference_probabilities,
 )
-from mvlm_kernels.cross_attention.reference import draw_seed, pack_key_mask, reference_probabilities, sdpa
-from mvlm_kernels.dispatch import Refusal
+from mvlm_kernels.dispatch import Refusal, refusal
 
 __all__ = [
     "HEAD_WIDTHS",
     "LONGEST_SHORT_SIDE",
+    "attend_heads",
     "attention_probabilities",
     "cross_attention",
-    "invert_key_index",
     "pack_key_mask",
     "why_not_triton",
 ]
@@ -66,7 +60,6 @@ class _Options(TypedDict, total=False):
     key_lengths: Tensor | None
     key_mask: Tensor | None
     key_index: Tensor | None
-    key_readers: tuple[Tensor, Tensor] | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     scale: float | None
@@ -74,45 +67,63 @@ class _Options(TypedDict, total=False):
     max_len_k: int | None
     dropout_p: float
     seed: int | Tensor | None
+    backend: Literal["auto", "sdpa", "math"]
 
 
-def _takes_sdpa(q: Tensor, short: int, extras: int) -> bool:
-    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
-    return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short), extras)
+def _explain(**call: Any) -> tuple[Refusal, ...]:
+    q, k, v = as_autocast(call["q"], call["k"], call["v"])
+    sides = Sides._make(call.get(name) for name in Sides._fields)
+    given = call["max_len_q"], call["max_len_k"]
+    options = _checked(q, k, v, sides, given, call["scale"], call["dropout_p"], call["seed"])
+    _check_backend(call["backend"])
+    return reasons(q, k, options)
 
 
-@dispatch.constant_when_compiled
-def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> bool:
-    """True if a dense call on this GPU runs on SDPA.
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, sides: Sides, given: composed.Given, scale: float | None, dropout_p: float,
+    seed: int | Tensor | None,
+) -> Options:  # fmt: skip
+    """Check the arguments, and return the numbers of the call. Its seed is the given one."""
+    check_arguments(q, k, v, sides, *given)
+    rate, given_seed = 0.0, None  # a constant for a compiler, to which dropout_p is symbolic
+    if dropout_p or seed is not None:
+        rate, given_seed = dropout_of(dropout_p, seed, q.device)
+    return Options(scale_of(scale, q.shape[-1]), *longest_sequences(q, k, sides, *given), rate, given_seed)
 
-    A compiler takes the result as a constant of the graph, and traces SDPA itself.
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "sdpa", "math"):
+        raise ValueError(f'backend must be "auto", "sdpa" or "math", got {backend!r}')
+    if backend != "auto":
+        dispatch.refuse_if_forced(refusal(f'backend="{backend}" was given', 'pass "auto"'))
+
+
+def route(
+    q: Tensor, k: Tensor, sides: Sides, options: Options, given: composed.Given, backend: str = "auto",
+    return_lse: bool = False,
+) -> Literal["op", "formula", "sdpa", "math"]:  # fmt: skip
+    """What runs a call that has been checked. given: its max_len_q and max_len_k.
+
+    "op": the registered op, by a kernel or, where none runs, the reference. "sdpa" and "math": ``composed.py``.
+    "formula": the reference, differentiated by autograd any number of times, in transforms of ``torch.func``.
     """
-    return dispatch.choose(gpu_reasons(device, dtype, width, rows, extras)) == "torch"
-
-
-def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
-    """True if the call runs on ``cpu.py``, which reads lengths and so needs plain tensors outside a compiler."""
-    return (
-        q.device.type == "cpu"
-        and type(q) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and dispatch.choose(reasons(q, max_len_q, max_len_k)) == "torch"
-    )
-
-
-def _explain(
-    q: Tensor, k: Tensor, v: Tensor, key_readers: tuple[Tensor, Tensor] | None, scale: float | None,
-    max_len_q: int | None, max_len_k: int | None, dropout_p: float, seed: int | Tensor | None, return_lse: bool,
-    **tensors: Any,
-) -> tuple[Refusal, ...]:  # fmt: skip
-    q, k, v = as_autocast(q, k, v)
-    sides = Sides(**tensors)
-    check_arguments(q, k, v, sides, max_len_q, max_len_k)
-    if key_readers is not None:
-        readers_of(sides.key_index, key_readers, key_sequences(k, sides))
-    scale_of(scale, q.shape[-1])
-    dropout_of(dropout_p, seed, q.device)
-    return reasons(q, *longest_sequences(q, k, sides, max_len_q, max_len_k), extras_of(q, k, dropout_p))
+    named = None if backend == "auto" else cast(composed.Way, backend)
+    if (named is None and takes_triton(q, k, options)) or return_lse or registration.batched(*sides):
+        return "op"
+    on_cpu, bounds = q.device.type == "cpu", (sides.cu_seqlens_q, sides.cu_seqlens_k)
+    dense = bounds == (None, None)
+    if registration.transformed():
+        return "formula" if on_cpu else "sdpa" if dense else "op"
+    subclass = type(q) not in (Tensor, torch.nn.Parameter)  # such as a tensor without values
+    if torch.compiler.is_compiling() or q.is_meta or subclass:  # then lengths cannot be read
+        bounded = all(x is None or most is not None for x, most in zip(bounds, given, strict=True))
+        if not bounded or (subclass and named is None and (on_cpu or not dense)):
+            return "op"
+    if named:
+        return named
+    if options.dropout_p and (on_cpu or options.seed is not None):
+        return "math"  # SDPA draws its own dropout
+    return composed.rule(q.device, q.dtype, options.max_len_k, torch.is_grad_enabled())
 
 
 @overload
@@ -132,7 +143,6 @@ def cross_attention(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_index: Tensor | None = None,
-    key_readers: tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
@@ -141,6 +151,7 @@ def cross_attention(
     dropout_p: float = 0,  # an int: a compiler with dynamic shapes would compile twice for a float
     seed: int | Tensor | None = None,
     return_lse: bool = False,
+    backend: Literal["auto", "sdpa", "math"] = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
@@ -148,8 +159,8 @@ def cross_attention(
     without an index, and ``g = h // (H // Hk)``.
 
     Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads of q, Hk
-    heads of k and v (H or a divisor of it: grouped-query and multi-query attention), D head width (a multiple of 8 up
-    to 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length, width).
+    heads of k and v (H or a divisor of it: grouped-query and multi-query attention), D head width (the kernels take
+    multiples of 8 up to 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length, width).
 
     Args:
         q: (B, Lq, H, D), or packed (Tq, H, D) with cu_seqlens_q. Floating.
@@ -161,8 +172,8 @@ def cross_attention(
             mask. If key_lengths is also given, a key exists only if both allow it. A query without any key gives
             zeros and has zero gradients.
         key_index: (B,) int32 or int64. Query sequence b reads key sequence key_index[b] in place. Gradients of a
-            sequence with several readers add up in a fixed order. Without an index B' = B.
-        key_readers: :func:`invert_key_index` of key_index, for calls that share one; computed here if None.
+            sequence with several readers add up in a fixed order. Without an index B' = B. Calls that share an index
+            should share the tensor: what is made of it is kept.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) and (B' + 1,) int32 or int64. Sequence b is rows cu_seqlens[b] to
             cu_seqlens[b + 1] of a packed side. Output rows that belong to no sequence are zeros.
         scale: a float, factor of the scores; D ** -0.5 by default. Multiply q by a learned temperature instead.
@@ -174,50 +185,41 @@ def cross_attention(
             ``1 / (1 - dropout_p)`` times. Pass 0 outside of training.
         seed: of the dropout, an int or an int64 tensor of one element; drawn from torch's generator of the device if
             None. What is dropped is a function of the seed and of query sequence, head, query and key
-            (``reference.kept``): the same in every layout, on every backend, and in the backward. Where SDPA runs, it
-            draws its own; a given seed takes the reference there.
+            (``reference.kept``): the same in every layout, on every backend, and in the backward. Where SDPA runs on a
+            GPU, it draws its own; a given seed takes two matrix products there.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
             float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
             the reference computes it.
+        backend: "auto", or what runs in place of a kernel: "sdpa", or "math" for two matrix products.
 
     Returns:
         The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
         float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled kernel. Autocast casts q, k and v first.
-        Eager CPU calls are composed of torch ops. If both sides are longer than 128, SDPA runs for dense calls and the
-        reference with cu_seqlens. :func:`mvlm_kernels.explain` names the backend and the reasons.
+        Where no kernel runs, such as on a CPU or if both sides are longer than 128, SDPA or two matrix products do, on
+        padded rows; :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
             indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
-    # Host time counts: what is not given is not looked at in a function of its own.
     q, k, v = as_autocast(q, k, v)
-    sides = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    check_arguments(q, k, v, sides, max_len_q, max_len_k)
-    if key_readers is not None:
-        sides = Sides._make((*sides[:5], *readers_of(key_index, key_readers, key_sequences(k, sides))))
-    scale = scale_of(scale, q.shape[-1])
-    rate, given_seed, drawn = 0.0, None, None  # a constant for a compiler, to which dropout_p is symbolic
-    if dropout_p or seed is not None:
-        rate, given_seed = dropout_of(dropout_p, seed, q.device)
-        drawn = draw_seed(q.device) if rate and given_seed is None else given_seed
-    len_q, len_k = longest_sequences(q, k, sides, max_len_q, max_len_k)
-    options = Options(scale, len_q, len_k, rate, drawn)
-    side = short_side(len_q, len_k)
-    if side is None:
-        dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif not return_lse and _uses_cpu_path(q, len_q, len_k) and not registration.batched(*sides):
-        check_values(q, k, sides, len_q, len_k)
-        return cpu.attend(q, k, v, sides, options)
-    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and given_seed is None:
-        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, rate))):
-            if dispatch.checks_values(q.device) and registration.called_directly(q, k, v):  # others have no values
-                check_values(q, k, sides, len_q, len_k)
-            return sdpa(q, k, v, sides, scale, rate)
+    sides, given = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k), (max_len_q, max_len_k)
+    options = _checked(q, k, v, sides, given, scale, dropout_p, seed)
+    _check_backend(backend)
+    way = route(q, k, sides, options, given, backend, return_lse)
+    if options.dropout_p and options.seed is None and way != "sdpa":
+        options = options._replace(seed=draw_seed(q.device))
+    if way == "sdpa" or way == "math":
+        if dispatch.checks_values(q.device) and registration.has_values(q, k):
+            check_ranges(k, sides)
+        return composed.attend(q, k, v, sides, options, given, way)
+    if way == "formula":
+        check_values(q, k, sides, options.max_len_q, options.max_len_k)
+        return reference_forward(q, k, v, sides, options)[0]
     if key_mask is not None and key_mask.dtype == torch.bool and not torch.compiler.is_compiling():
         sides = sides._replace(key_mask=pack_key_mask(key_mask))  # a compiler would make a graph for each width
-    if key_index is not None and key_readers is None:
-        sides = Sides._make((*sides[:5], *invert_key_index(key_index, key_sequences(k, sides))))
+    if key_index is not None and (sequences := key_sequences(k, sides)):
+        sides = Sides._make((*sides[:5], *invert_key_index(key_index, sequences)))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
     out, lse = call(q, k, v, *sides, *options)
     return (out, lse * math.log(2)) if return_lse else out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.arguments import FLOATS
+from mvlm_kernels.cross_attention.packed import kept_with
 
 HEAD_WIDTHS = tuple(range(8, 129, 8))
 """Head widths D with a kernel."""
@@ -24,7 +25,7 @@ _longest = LONGEST_SHORT_SIDE
 class Sides(NamedTuple):
     """Tensors beside q, k and v, as :func:`mvlm_kernels.cross_attention` takes them; None where not given.
 
-    reader_order, reader_spans: the two of key_readers.
+    reader_order, reader_spans: of :func:`invert_key_index`.
     """
 
     key_lengths: Tensor | None = None
@@ -188,8 +189,8 @@ def check_arguments(
             f"k must have the head width of q and its number of heads or a divisor of it, {wanted}, got {got}; the "
             "layout is (batch, length, heads, width)"
         )
-    if q_shape[-1] not in HEAD_WIDTHS:
-        raise ValueError(f"q must have a head width divisible by 8 and at most 128, got {q_shape[-1]}")
+    if not q_shape[-1]:
+        raise ValueError(f"q must have a head width of at least 1, got shape {tuple(q_shape)}")
     if dtype not in FLOATS or k.dtype != dtype or v.dtype != dtype:
         raise ValueError(
             "q, k and v must have one dtype of float16, bfloat16, float32 and float64, got "
@@ -252,50 +253,23 @@ def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | 
         raise ValueError(f"max_len_{name} must be an int and not negative, got {max_len}")
 
 
-def readers_of(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], k_seqs: int) -> tuple[Tensor, Tensor]:
-    """The two tensors of key_readers. Raises ValueError where they do not come from this key_index, by their shapes."""
-    if key_index is None:
-        raise ValueError("key_readers must be None without key_index, got tensors")
-    order, spans = key_readers
-    if not isinstance(order, Tensor) or not isinstance(spans, Tensor):
-        raise ValueError(
-            f"key_readers must be the two tensors of invert_key_index, got {type(order).__name__} and "
-            f"{type(spans).__name__}"
-        )
-    wanted, got = (key_index.shape, (k_seqs, 3)), (order.shape, tuple(spans.shape))
-    if got != wanted or order.dtype != torch.int64 or spans.dtype != torch.int64:
-        raise ValueError(
-            f"key_readers must be int64 of shapes ({len(key_index)},) and ({k_seqs}, 3), from invert_key_index, "
-            f"got {order.dtype} {tuple(order.shape)} and {spans.dtype} {tuple(spans.shape)}"
-        )
-    return order, spans
-
-
 def invert_key_index(key_index: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-    """Invert key_index once, for all calls of :func:`mvlm_kernels.cross_attention` that share it (``key_readers``).
+    """Query sequences that read each key sequence: order (B,) and spans (B', 3), int64.
 
-    Args:
-        key_index: (B,) int32 or int64; query sequence b reads key sequence key_index[b].
-        sequences: B', number of key sequences.
-
-    Returns:
-        order (B,) and spans (B', 3), int64. A row of spans is a key sequence r, first and last: the query sequences
-        order[first:last], ascending, read r. Key sequences with more readers come first, so that the programs of a
-        grid with most work start first. An index outside [0, B') counts as the nearest one, so that exactly one program
-        writes the gradient of each query sequence. That gradient is NaN.
+    A row of spans is a key sequence r, first and last: the query sequences order[first:last], ascending, read r. Key
+    sequences with more readers come first, so that the programs of a grid with most work start first. An index outside
+    [0, B') counts as the nearest one, so that exactly one program writes the gradient of each query sequence. That
+    gradient is NaN. Made once for all calls with this index. sequences: B', at least 1.
     """
-    if not isinstance(key_index, Tensor) or key_index.dim() != 1 or key_index.dtype not in (torch.int32, torch.int64):
-        got = (
-            f"{key_index.dtype} {tuple(key_index.shape)}" if isinstance(key_index, Tensor) else type(key_index).__name__
-        )
-        raise ValueError(f"key_index must be int32 or int64 (query sequences,), got {got}")
-    if sequences < 1:
-        raise ValueError(f"sequences must be at least 1, got {sequences}")
-    sorted_index, order = torch.sort(key_index.long().clamp(0, sequences - 1), stable=True)
-    bounds = torch.arange(sequences + 1, device=key_index.device)
-    first, last = torch.searchsorted(sorted_index, bounds).unfold(0, 2, 1).unbind(1)
-    rank = torch.argsort(first - last, stable=True)  # most readers first
-    return order, torch.stack([rank, first[rank], last[rank]], dim=1)
+
+    def make() -> tuple[Tensor, Tensor]:
+        sorted_index, order = torch.sort(key_index.long().clamp(0, sequences - 1), stable=True)
+        bounds = torch.arange(sequences + 1, device=key_index.device)
+        first, last = torch.searchsorted(sorted_index, bounds).unfold(0, 2, 1).unbind(1)
+        rank = torch.argsort(first - last, stable=True)  # most readers first
+        return order, torch.stack([rank, first[rank], last[rank]], dim=1)
+
+    return kept_with(key_index, ("readers", sequences), make)
 
 
 def _check_index(name: str, x: Tensor, length: int) -> None:
@@ -307,18 +281,18 @@ def _check_index(name: str, x: Tensor, length: int) -> None:
 
 def check_values(q: Tensor, k: Tensor, sides: Sides, max_len_q: int, max_len_k: int) -> None:
     """Raise ValueError for lengths and indices out of range. On a GPU, reading them waits for the device."""
-    key_lengths, _, key_index, cu_seqlens_q, cu_seqlens_k, *readers = sides
-    _check_cu_seqlens("q", q, cu_seqlens_q, max_len_q)
-    _check_cu_seqlens("k", k, cu_seqlens_k, max_len_k)
-    if key_lengths is not None:
-        _check_range("key_lengths", key_lengths, k.shape[1])
-    if key_index is not None:
-        k_seqs = key_sequences(k, sides)
-        _check_range("key_index", key_index, k_seqs - 1)
-        if readers[0] is not None:
-            wanted = invert_key_index(key_index, k_seqs)
-            if not all(x is not None and torch.equal(x, y) for x, y in zip(readers, wanted, strict=True)):
-                raise ValueError("key_readers must be invert_key_index(key_index, sequences of k), got other values")
+    for name, x, bounds, most in (("q", q, sides.cu_seqlens_q, max_len_q), ("k", k, sides.cu_seqlens_k, max_len_k)):
+        if bounds is not None:
+            check_bounds(name, x, bounds, most)
+    check_ranges(k, sides)
+
+
+def check_ranges(k: Tensor, sides: Sides) -> None:
+    """The checks of :func:`check_values` that are not of packed sides."""
+    if sides.key_lengths is not None:
+        _check_range("key_lengths", sides.key_lengths, k.shape[1])
+    if sides.key_index is not None:
+        _check_range("key_index", sides.key_index, key_sequences(k, sides) - 1)
 
 
 def _check_range(name: str, x: Tensor, most: int) -> None:
@@ -328,9 +302,8 @@ def _check_range(name: str, x: Tensor, most: int) -> None:
             raise ValueError(f"{name} must be in 0..{most}, got {low}..{high}")
 
 
-def _check_cu_seqlens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int) -> None:
-    if cu_seqlens is None:
-        return
+def check_bounds(name: str, x: Tensor, cu_seqlens: Tensor, max_len: int) -> None:
+    """Raise ValueError for bounds that do not fit the rows of x, or max_len, which is negative if unknown."""
     lengths = cu_seqlens.diff()
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > x.shape[0] or (lengths.numel() and int(lengths.min()) < 0):
         raise ValueError(

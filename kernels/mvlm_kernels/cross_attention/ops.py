@@ -12,6 +12,7 @@ from mvlm_kernels.cross_attention.arguments import (
     FLAT,
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
+    Options,
     bucket,
     check_values,
     short_side,
@@ -25,8 +26,7 @@ def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor
     sides, options = unflattened(flat)
     if dispatch.checks_values(q.device):
         check_values(q, k, sides, options.max_len_q, options.max_len_k)
-    against = reasons(q, options.max_len_q, options.max_len_k, extras_of(q, k, options.dropout_p))
-    if dispatch.choose(against) == "triton":
+    if takes_triton(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
         return launch.forward(q, k, v, sides, options)
@@ -47,8 +47,7 @@ def _backward_implementation(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     (sides, options), (need_dq, need_dkv) = unflattened(flat[:FLAT]), flat[FLAT:]
-    against = reasons(q, options.max_len_q, options.max_len_k, extras_of(q, k, options.dropout_p))
-    if dispatch.choose(against) == "triton":
+    if takes_triton(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
         grads = launch.backward(grad, q, k, v, out, lse, sides, options, need_dq, need_dkv)
@@ -135,8 +134,7 @@ def why_not_triton(
     of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
     """
     if head_width not in HEAD_WIDTHS:
-        reason = f"heads are {head_width} wide, the kernels take multiples of 8 up to 128"
-        return (refusal(reason, "choose another number of heads"),)
+        return (_width_refusal(head_width),)
     if dtype not in FLOATS:
         return (refusal(f"{dtype} has no kernel", "pass float16, bfloat16 or float32"),)
     if short_rows > LONGEST_SHORT_SIDE:
@@ -146,47 +144,64 @@ def why_not_triton(
         return dispatch.device_reasons(device)
     if not torch.cuda.is_available():
         return (FLOAT64,) if dtype == torch.float64 else ()
-    return gpu_reasons(device, dtype, head_width, short_rows)
+    return _kind_reasons(device, dtype, head_width, bucket(short_rows), 0)
 
 
-def extras_of(q: Tensor, k: Tensor, dropout_p: float) -> int:
-    """Number of the features of a call that take registers: dropout, grouped heads.
+def reasons(q: Tensor, k: Tensor, options: Options) -> tuple[Refusal, ...]:
+    """Every reason against the fused kernels for this call that the host knows."""
+    if refused := _shape_reasons(q, options):
+        return (*dispatch.device_reasons(q.device), *refused)
+    return _kind_reasons(q.device, q.dtype, q.shape[-1], _short_rows(options), _extras(q, k, options))
 
-    The result is a plain int, even for a compiler's symbolic sizes.
+
+def takes_triton(q: Tensor, k: Tensor, options: Options) -> bool:
+    """True if the fused kernels run this call. A compiler takes the result as a constant of its graph.
+
+    Raises RuntimeError with the reasons if ``use_backend("triton")`` is in force and they cannot.
     """
-    return (1 if dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
+    if refused := _shape_reasons(q, options):
+        dispatch.refuse_if_forced(refused[0])
+        return False
+    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
+    return _takes_triton(q.device, q.dtype, width, _short_rows(options), _extras(q, k, options))
 
 
-def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[Refusal, ...]:
-    """Every reason against the fused kernels that the host knows. extras: see :func:`extras_of`."""
-    against = dispatch.device_reasons(q.device)
-    side = short_side(max_len_q, max_len_k)
-    if side is None:
-        return (*against, too_long(max_len_q, max_len_k))
-    if q.is_cuda:
-        return gpu_reasons(q.device, q.dtype, q.shape[-1], max_len_k if side == "kv" else max_len_q, extras)
-    return against
+def _shape_reasons(q: Tensor, options: Options) -> list[Refusal]:
+    found = [] if q.shape[-1] in HEAD_WIDTHS else [_width_refusal(q.shape[-1])]
+    if short_side(options.max_len_q, options.max_len_k) is None:
+        reason = f"both sides are longer than {LONGEST_SHORT_SIDE} ({options.max_len_q} queries, "
+        found.append(refusal(f"{reason}{options.max_len_k} keys)", "torch runs; shorten one side"))
+    return found
 
 
-def gpu_reasons(
-    device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int = 0
-) -> tuple[Refusal, ...]:
-    """Every reason against the fused kernels on a GPU. width: of a head. rows: of the short side, 1 to 128."""
-    return _gpu_reasons(device, dtype, width, bucket(rows), extras)
+def _width_refusal(width: int) -> Refusal:
+    return refusal(
+        f"heads are {width} wide, the kernels take multiples of 8 up to 128",
+        "torch runs; choose another number of heads",
+    )
 
 
 @dispatch.constant_when_compiled
-def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[Refusal, ...]:
+def _takes_triton(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> bool:
+    return dispatch.choose(_kind_reasons(device, dtype, width, rows, extras)) == "triton"
+
+
+def _short_rows(options: Options) -> int:
+    """Tile length of the side that the kernels keep on chip."""
+    short_keys = short_side(options.max_len_q, options.max_len_k) == "kv"
+    return bucket(options.max_len_k if short_keys else options.max_len_q)
+
+
+def _extras(q: Tensor, k: Tensor, options: Options) -> int:
+    """Number of the features of a call that take registers: dropout, grouped heads. A plain int for a compiler too."""
+    return (1 if options.dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
+
+
+@dispatch.constant_when_compiled
+def _kind_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[Refusal, ...]:
     # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
     found = dispatch.device_reasons(device)
     return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype), extras)
-
-
-def too_long(max_len_q: int, max_len_k: int) -> Refusal:
-    return refusal(
-        f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys)",
-        "SDPA runs, or the reference on packed rows and with a seed; shorten one side",
-    )
 
 
 def tf32(dtype: torch.dtype) -> bool:
@@ -205,13 +220,11 @@ def type_reasons(
         return (FLOAT64,)
     if dtype == torch.float32 and not tf32:
         reason = 'float32 kernels use TF32, which float32_matmul_precision "highest" forbids'
-        way_out = 'SDPA runs, or the reference on packed rows; torch.set_float32_matmul_precision("high") allows TF32'
-        return (refusal(reason, way_out),)
+        return (refusal(reason, 'torch runs; torch.set_float32_matmul_precision("high") allows TF32'),)
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch, extras):
         having = " with a dropout or grouped heads" if extras else ""
         reason = f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU"
-        way_out = "SDPA runs, or the reference on packed rows; 16 bits, narrower heads or a shorter side take less"
-        return (refusal(reason, way_out),)
+        return (refusal(reason, "torch runs; 16 bits, narrower heads or a shorter side take less"),)
     return ()

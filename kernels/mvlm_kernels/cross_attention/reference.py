@@ -132,35 +132,6 @@ def reference_probabilities(
     return p * inside[:, None, :, None]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, sides: Sides, scale: float, dropout_p: float = 0.0) -> Tensor:
-    """Dense cross-attention by ``scaled_dot_product_attention``, for lengths and dtypes without a kernel.
-
-    q (B, Lq, H, D), k and v (B', Lk, Hk, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
-    kernels do not. A dropout draws from torch's generator.
-    """
-    exists, key_index = None, sides.key_index
-    if sides.key_lengths is not None or sides.key_mask is not None:
-        # Padded keys may hold NaN, and 0 * NaN is NaN, so SDPA gets zeros there. exists: True = the key exists.
-        k, v, exists = _keys(k, v, sides)
-    if key_index is not None:
-        k, v = k[key_index.long()], v[key_index.long()]
-        exists = exists[key_index.long()] if exists is not None else None
-    mask = some = None
-    if exists is not None:
-        some = exists.any(-1)[:, None, None, None]  # (B, 1, 1, 1)
-        # SDPA's backends differ on rows without keys (NaN or zeros), so such a row attends to every key here and its
-        # output is set to zero below.
-        mask = exists[:, None, None, :] | ~some
-    grouped = q.shape[2] != k.shape[2]
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
-    )
-    out = out.transpose(1, 2)
-    out = out if some is None else out.where(some, torch.zeros((), dtype=out.dtype, device=out.device))
-    return out.contiguous()
-
-
 def pack_key_mask(mask: Tensor) -> Tensor:
     """Pack a key mask into bits: bool (B', Lk), True = the key exists -> int64 (B', ceil(Lk / 64)).
 
@@ -209,17 +180,26 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
     return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
 
 
+def existing(length: int, key_lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """bool (B', length), True = the key exists. At least one of the two is given."""
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        key_mask = unpack_key_mask(key_mask, length)
+    if key_lengths is None:
+        assert key_mask is not None
+        return key_mask
+    exists = torch.arange(length, device=key_lengths.device) < key_lengths[:, None]
+    return exists if key_mask is None else exists & key_mask
+
+
 def _keys(k: Tensor, v: Tensor, sides: Sides, longest: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """k and v as (B', Lk, H, D) with zeros where no key exists, and exists (B', Lk), True = the key exists."""
-    key_lengths, key_mask, _, _, cu_seqlens, _, _ = sides
+    lengths, cu_seqlens = sides.key_lengths, sides.cu_seqlens_k
     if cu_seqlens is not None:
         k, v = _padded(k, cu_seqlens, longest), _padded(v, cu_seqlens, longest)
-        key_lengths = cu_seqlens.diff()
-    exists = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-    if key_lengths is not None:
-        exists = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
-    if key_mask is not None:
-        exists = exists & (key_mask if key_mask.dtype == torch.bool else unpack_key_mask(key_mask, k.shape[1]))
+        lengths = cu_seqlens.diff()
+    if lengths is None and sides.key_mask is None:
+        return k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+    exists = existing(k.shape[1], lengths, sides.key_mask)
     zero = torch.zeros((), dtype=k.dtype, device=k.device)
     # where and not a product: a padded key may hold NaN.
     return k.where(exists[..., None, None], zero), v.where(exists[..., None, None], zero), exists

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from mvlm_kernels import cross_attention, explain, use_backend
+from mvlm_kernels import cross_attention, dispatch, explain, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, tiles, why_not_triton
-from mvlm_kernels.cross_attention.arguments import short_sides_up_to
+from mvlm_kernels.cross_attention.arguments import Options, short_sides_up_to
 from mvlm_kernels.cross_attention.launch import heads_of
-from mvlm_kernels.cross_attention.ops import extras_of, type_reasons
+from mvlm_kernels.cross_attention.ops import reasons
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.attention import Case, build, run
@@ -43,23 +43,25 @@ def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
     assert [arch for arch in capabilities if not has_tiles(torch.bfloat16, 128, 128, arch)] == [86, 89, 120, 121]
 
 
-def test_dropout_and_grouped_heads_need_registers():
+def test_dropout_and_grouped_heads_need_registers(monkeypatch: pytest.MonkeyPatch):
     """A wide head and a long side leave none on sm_80, two features none above 64 rows, float32 none above 64 x 32."""
     assert not has_tiles(torch.bfloat16, 128, 128, 80, extras=1)
     assert has_tiles(torch.bfloat16, 128, 128, 90, extras=1)
     assert has_tiles(torch.bfloat16, 64, 128, 80, extras=1)
     assert not has_tiles(torch.bfloat16, 64, 128, 80, extras=2)
     assert not has_tiles(torch.float32, 64, 64, 90, extras=1)
-    q, k = torch.empty(1, 9, 4, 128), torch.empty(1, 9, 2, 128)
-    assert [extras_of(q, q, 0.0), extras_of(q, k, 0.0), extras_of(q, k, 0.1)] == [0, 1, 2]
-    (reason,) = type_reasons(torch.bfloat16, 128, 128, 80, False, extras=1)
-    assert "at width 128 and 128 rows with a dropout or grouped heads fits this GPU; SDPA runs" in reason
+    monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
+    monkeypatch.setattr(dispatch, "arch", lambda _: 80)
+    q, k = (torch.empty(1, 128, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    plain, dropped = Options(0.1, 128, 128), Options(0.1, 128, 128, 0.1)
+    assert [len(reasons(q, x, options)) for x in (q, k) for options in (plain, dropped)] == [0, 0, 0, 1]
+    assert "with a dropout or grouped heads fits this GPU; torch runs" in reasons(q, k, dropped)[0]
 
 
 def test_why_not_triton_agrees_with_explain_on_the_cpu():
     q, k = torch.randn(2, 9, 2, 32), torch.randn(2, 7, 2, 32)
-    reasons = why_not_triton(q.device, q.dtype, head_width=32, short_rows=7)
-    assert reasons == explain(cross_attention, q, k, k).reasons
+    against = why_not_triton(q.device, q.dtype, head_width=32, short_rows=7)
+    assert against == explain(cross_attention, q, k, k).reasons
 
 
 def test_sides_of_197_rows_are_short_only_on_demand():

@@ -8,8 +8,8 @@ import torch
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.cross_attention import invert_key_index
-from support.kernels.attention import SIDES, build, run
+from mvlm_kernels.cross_attention.arguments import invert_key_index
+from support.kernels.attention import SIDES, build
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -32,17 +32,24 @@ def test_indices_out_of_range_count_as_the_nearest():
     assert {sequence: order[first:last].tolist() for sequence, first, last in spans.tolist()} == {0: [1], 1: [0, 2]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["index", "packed-index", "long-index", "long-packed-index"])
-def test_readers_handed_in_give_the_same_bits(name: str):
-    case = replace(SIDES[name], heads=2)
-    call = build(case)
-    readers = invert_key_index(call.kwargs["key_index"], case.batch)
-    with mvlm_kernels.use_backend("triton"):
-        alone = run(cross_attention, call, **call.bounds)
-        given = run(cross_attention, call, key_readers=readers, **call.bounds)
-    for a, b in zip(alone, given, strict=True):
-        assert torch.equal(a, b)
+def test_an_index_that_is_written_to_is_inverted_anew():
+    index = torch.tensor([0, 1, 1])
+    first, again = invert_key_index(index, 2), invert_key_index(index, 2)
+    assert first[0] is again[0]
+    index[0] = 1
+    assert invert_key_index(index, 2)[1].tolist() == [[1, 0, 3], [0, 0, 0]]
+    q, k = torch.randn(3, 4, 1, 8), torch.randn(2, 5, 1, 8)
+    torch.testing.assert_close(cross_attention(q, k, k, key_index=index), cross_attention(q, k[index], k[index]))
+    with torch.inference_mode():  # what is made there must serve a backward pass later
+        bounds = torch.tensor([0, 4, 9]).clone()
+    bounds, rows = bounds.clone(), torch.randn(9, 1, 8, requires_grad=True)
+    for context in (torch.inference_mode(), torch.enable_grad()):
+        with context:
+            out = cross_attention(rows, rows, rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    out.sum().backward()
+    bounds[1] = 2
+    found = cross_attention(rows, rows, rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    torch.testing.assert_close(found[None, :2], cross_attention(*(rows[None, :2],) * 3))
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ import torch
 from mvlm.errors import ConfigError
 from mvlm.model import attention_backends as backends
 from mvlm.model.packing import Packing
-from mvlm_kernels import dispatch
+from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention import why_not_triton
+from mvlm_kernels.cross_attention.composed import rule
+from support.models import micro_batch, micro_config, micro_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -24,7 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (CPU, torch.float32, True, (197, 32), 64, "math"),
         (CPU, torch.float32, True, (32, 197), 64, "sdpa"),
         (CPU, torch.bfloat16, True, (32, 32), 64, "math"),
-        (CPU, torch.float64, True, (32, 32), 64, "sdpa"),
+        (CPU, torch.float64, True, (32, 32), 64, "math"),
         (GPU, torch.bfloat16, False, (197, 197), 64, "sdpa"),
         (GPU, torch.bfloat16, True, (32, 197), 64, "triton"),
         (GPU, torch.bfloat16, True, (197, 32), 64, "triton"),
@@ -39,8 +41,24 @@ def test_auto_chooses_by_device_dtype_and_shape(device, dtype, text, rows, width
 
 @pytest.mark.parametrize("dtype, wanted", [(torch.bfloat16, "math"), (torch.float32, "sdpa")])
 def test_a_forward_pass_alone_on_a_cpu(dtype, wanted):
-    chosen = backends.choose_backend("auto", CPU, dtype, 64, (37, 37), text=False, gradients=False)
-    assert chosen.backend == wanted
+    assert rule(CPU, dtype, 37, gradients=False) == wanted
+
+
+def test_training_on_a_cpu_reaches_cross_attention(monkeypatch):
+    """Every attention of a fast step between streams, and its backward, is `mvlm_kernels.cross_attention`."""
+    calls = []
+
+    def counted(q, k, v, **options):
+        calls.append(options)
+        return cross_attention(q, k, v, **options)
+
+    monkeypatch.setattr(backends, "cross_attention", counted)
+    config = micro_config(image_layers=3)
+    model = micro_model(image_layers=3)
+    model(*micro_batch(config=config), seed=0, step=0, plan="fast").total.backward()
+    of_pairs = sum(options.get("key_index") is not None for options in calls)
+    assert of_pairs == 2 * config.cross_layers
+    assert len(calls) > of_pairs + config.image_layers + config.text_layers
 
 
 @pytest.mark.parametrize(
@@ -149,7 +167,7 @@ def test_text_attention_against_loops(backend, packed, indexed):
         tensor(v, sides["keys"]),
         packing if sides["queries"] else None,
         packing if sides["keys"] else None,
-        None if index is None else backends.KeyIndex(torch.from_numpy(index), 3),
+        None if index is None else torch.from_numpy(index),
         backend,
     )
     np.testing.assert_allclose(found.reshape(wanted.shape).numpy(), wanted, atol=1e-12)

@@ -38,7 +38,9 @@ def test_pad_and_unpad_against_loops(lengths, tail):
 def test_indices_and_positions_of_packed_rows_against_a_loop(index):
     lengths = [3, 1, 4, 2]
     packing = Packing(torch.tensor([0, 3, 4, 8, 10], dtype=index), 6, 10)
-    assert packing.padded_index.tolist() == [6 * b + position for b, n in enumerate(lengths) for position in range(n)]
+    assert packing.layout.padded_index.tolist() == [
+        6 * b + position for b, n in enumerate(lengths) for position in range(n)
+    ]
     assert packing.position.tolist() == [position for n in lengths for position in range(n)]
     assert packing.key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]
 
