@@ -1,9 +1,9 @@
-"""The ops as layers: ``nn.Module`` with the parameters and state dicts of torch's own.
+"""Ops as layers: ``nn.Module`` with the parameters and state dicts of torch's own.
 
 A layer holds parameters and calls one op, whose documentation holds for it. :func:`mvlm_kernels.explain` of the op says
 what runs.
 
-Shape legend: B batch, Lq and Lk rows, C width, N patches, K chosen patches, P patch side.
+Shape legend: B batch, Lq and Lk rows, C width.
 """
 
 from typing import Any
@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from mvlm_kernels.add_layer_norm import add_layer_norm
 from mvlm_kernels.cross_attention import cross_attention
 from mvlm_kernels.cross_attention.arguments import dropout_of
-from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
-from mvlm_kernels.pixel_loss import linear_pixel_loss
-from mvlm_kernels.place_tokens import place_tokens
 
-__all__ = ["AddLayerNorm", "CrossAttention", "GeluLinear", "PatchEmbed", "PixelLoss", "PlaceTokens"]
+__all__ = ["AddLayerNorm", "CrossAttention", "GeluLinear"]
 
 
 _OF_TORCH = {
@@ -29,9 +26,6 @@ _OF_TORCH = {
     "need_weights": "mvlm_kernels.attention_probabilities computes the weights",
 }
 """Arguments of ``nn.MultiheadAttention`` that :class:`CrossAttention` lacks, and what to do instead."""
-
-_OF_LAYER = {"dropout_p": "dropout"}
-"""Options of the op that :class:`CrossAttention` passes itself, and its own arguments for them."""
 
 
 class CrossAttention(nn.Module):
@@ -120,8 +114,8 @@ class CrossAttention(nn.Module):
         for name in options:
             if name in _OF_TORCH:
                 raise TypeError(f"{name} is an argument of nn.MultiheadAttention: {_OF_TORCH[name]}")
-            if name in _OF_LAYER:
-                raise TypeError(f"{name} is an argument of the layer: CrossAttention(..., {_OF_LAYER[name]}=...)")
+            if name == "dropout_p":
+                raise TypeError("dropout_p is an argument of the layer: CrossAttention(..., dropout=...)")
         context = x if context is None else context
         q = self.q(x).unflatten(-1, (self.heads, self.head_width))
         k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))
@@ -172,79 +166,3 @@ class GeluLinear(nn.Linear):
     def forward(self, input: Tensor, h_bias: Tensor | None = None) -> Tensor:
         """input (.., in_features), without the bias h_bias (in_features,) if that is given -> (.., out_features)."""
         return gelu_linear(input, self.weight, self.bias, h_bias=h_bias)
-
-
-class PatchEmbed(nn.Conv2d):
-    """Patch embedding by :func:`mvlm_kernels.gather_patches`, with the state dict of the convolution that it replaces.
-
-    Args:
-        channels: of the images.
-        width: C.
-        patch_size: P.
-        bias: of the projection.
-        mean, std: one value for each channel, by which pixels are normalised as they are read.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        patch_size: int,
-        bias: bool = True,
-        *,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-    ) -> None:
-        super().__init__(channels, width, patch_size, patch_size, bias=bias)
-        self.mean, self.std = mean, std
-
-    def forward(self, input: Tensor, patch_ids: Tensor | None = None) -> Tensor:
-        """images (B, channels, H, W), uint8 or floating, and patch_ids (B, K) or None for all N -> (B, K or N, C)."""
-        size = self.kernel_size[0]
-        if input.ndim != 4 or input.shape[1] != self.in_channels:
-            raise ValueError(f"images must have shape (B, {self.in_channels}, H, W), got {tuple(input.shape)}")
-        patches = gather_patches(input, patch_ids, size, mean=self.mean, std=self.std, dtype=self.weight.dtype)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
-
-
-class PlaceTokens(nn.Module):
-    """Input sequence of a masked vision transformer by :func:`mvlm_kernels.place_tokens`.
-
-    Parameters: ``mask_token`` (C,), ``cls_token`` (C,) and ``pos_embed`` (1 + N, C), drawn with a deviation of 0.02.
-    """
-
-    def __init__(self, patches: int, width: int) -> None:
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.empty(width))
-        self.cls_token = nn.Parameter(torch.empty(width))
-        self.pos_embed = nn.Parameter(torch.empty(1 + patches, width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew, as after ``to_empty`` of a module made on the meta device."""
-        for parameter in self.parameters():
-            nn.init.trunc_normal_(parameter, std=0.02)
-
-    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
-        """tokens (B, N, C), or (B, K, C) with visible_ids -> (B, 1 + N, C). options: masked, visible_ids."""
-        return place_tokens(tokens, self.mask_token, self.pos_embed, self.cls_token, **options)
-
-
-class PixelLoss(nn.Linear):
-    """Pixel head and its loss by :func:`mvlm_kernels.linear_pixel_loss`, with the state dict of the head.
-
-    Args:
-        width: C of the hidden states.
-        patch_size: P.
-        channels: of the images.
-        bias: of the head.
-        options: mean, std, kind, normalize_target and reduction of the op.
-    """
-
-    def __init__(self, width: int, patch_size: int, channels: int = 3, bias: bool = True, **options: Any) -> None:
-        super().__init__(width, channels * patch_size**2, bias)
-        self.patch_size, self.options = patch_size, options
-
-    def forward(self, input: Tensor, images: Tensor, patch_ids: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Hidden states (B, K, C) of the patches patch_ids (B, K) of images (B, channels, H, W) -> the loss."""
-        return linear_pixel_loss(input, self.weight, self.bias, images, patch_ids, self.patch_size, **self.options)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from mvlm_kernels import use_backend
-from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear, PatchEmbed, PixelLoss, PlaceTokens
+from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens, use_backend
+from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,17 +26,19 @@ class Reader(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = PatchEmbed(3, 32, 8, mean=(0.5,) * 3, std=(0.2,) * 3)
-        self.place = PlaceTokens(16, 32)
+        self.embed = nn.Linear(192, 32)
+        self.mask, self.cls, self.positions = (nn.Parameter(torch.randn(*n, 32)) for n in ((), (), (17,)))
         self.norm = AddLayerNorm(32)
         self.attend = CrossAttention(32, 4, context_width=16, kv_heads=2, dropout=dropout)
         self.feed = GeluLinear(32, 32)
-        self.loss = PixelLoss(32, 8)
+        self.head = nn.Linear(32, 192)
 
     def forward(self, images: Tensor, ids: Tensor, words: Tensor, exists: Tensor) -> Tensor:
-        x, normed = self.norm(self.place(self.embed(images, ids), visible_ids=ids))
+        x = self.embed(gather_patches(images, ids, 8, mean=(0.5,) * 3, std=(0.2,) * 3))
+        x, normed = self.norm(place_tokens(x, self.mask, self.positions, self.cls, visible_ids=ids))
         x, normed = self.norm(x, self.attend(normed, words, key_mask=exists))
-        return self.loss((x + self.feed(normed))[:, 1 : 1 + ids.shape[1]], images, ids)
+        x = (x + self.feed(normed))[:, 1 : 1 + ids.shape[1]]
+        return linear_pixel_loss(x, self.head.weight, self.head.bias, images, ids, 8)
 
 
 def inputs(batch: int, length: int, patches: int) -> Inputs:

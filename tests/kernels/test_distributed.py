@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear, PatchEmbed, PixelLoss, PlaceTokens
+from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
+from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 from support.faults.forks import ended_well, in_ranks
 
 pytestmark = [
@@ -41,15 +42,23 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.place = PatchEmbed(3, 16, 8), PlaceTokens(4, 16)
+        self.project = nn.Linear(192, 16)
+        self.mask, self.cls, self.positions = (nn.Parameter(torch.randn(n, 16)) for n in (1, 1, 5))
         self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = PixelLoss(16, 8, kind="mse")
+        self.head = nn.Linear(16, 192)
 
     def forward(self, images: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
-        x = self.place(self.embed(images))
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x, words, lengths)
-        return self.head(x[:, 1:], images, None)
+        return self.loss(x, images)
+
+    def embed(self, images: Tensor) -> Tensor:
+        patches = self.project(gather_patches(images, None, 8, dtype=torch.float32))
+        return place_tokens(patches, self.mask[0], self.positions, self.cls[0])
+
+    def loss(self, x: Tensor, images: Tensor) -> Tensor:
+        return linear_pixel_loss(x[:, 1:], self.head.weight, self.head.bias, images, None, 8, kind="mse")
 
 
 def gradients(model: nn.Module, rows: slice = slice(0, 4)) -> dict[str, Tensor]:
@@ -86,14 +95,14 @@ def pipeline(rank: int) -> dict[str, Tensor]:
     model = Reader()
     state = torch.empty(4, 5, 16)
     if rank == 0:
-        out = model.blocks[0](model.place(model.embed(IMAGES)), WORDS, LENGTHS)
+        out = model.blocks[0](model.embed(IMAGES), WORDS, LENGTHS)
         dist.send(out.detach(), 1)
         dist.recv(state, 1)
         out.backward(state)
     else:
         dist.recv(state, 0)
         state.requires_grad_()
-        model.head(model.blocks[1](state, WORDS, LENGTHS)[:, 1:], IMAGES, None).backward()
+        model.loss(model.blocks[1](state, WORDS, LENGTHS), IMAGES).backward()
         assert state.grad is not None
         dist.send(state.grad, 0)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -113,7 +113,9 @@ def route(
     on_cpu, bounds = q.device.type == "cpu", (sides.cu_seqlens_q, sides.cu_seqlens_k)
     dense = bounds == (None, None)
     if registration.transformed():
-        return "formula" if on_cpu else "sdpa" if dense else "op"
+        if on_cpu:
+            return "op" if torch.compiler.is_compiling() else "formula"
+        return "sdpa" if dense else "op"
     subclass = type(q) not in (Tensor, torch.nn.Parameter)  # such as a tensor without values
     if torch.compiler.is_compiling() or q.is_meta or subclass:  # then lengths cannot be read
         bounded = all(x is None or most is not None for x, most in zip(bounds, given, strict=True))
