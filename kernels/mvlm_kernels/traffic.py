@@ -158,7 +158,7 @@ def rows(select: str = "") -> list[dict[str, Any]]:
             strict=True,
         )  # fmt: skip
         for name, count, minimum, eager, flops in columns:
-            if not minimum:  # uint8 images have no gradient
+            if not minimum:  # a pass without a kernel
                 continue
             roofline = {g: round(1e6 * max(minimum / gpu.bandwidth, flops / gpu.flops), 1) for g, gpu in GPUS.items()}
             found.append(

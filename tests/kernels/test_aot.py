@@ -127,7 +127,6 @@ def test_aot_rows_name_the_pass_that_launches_the_kernel(rows: list[dict[str, An
     passes = {(r["op"], r["kernel"]): r["pass"] for r in rows}
     assert passes["cross_attention", "short_q_combine"] == "forward"
     assert passes["cross_attention", "sum_splits"] == "backward"
-    assert passes["gather_patches", "reader_lists_kernel"] == "backward"
     assert passes["place_tokens", "reader_lists_kernel"] == "forward"
     assert passes["place_tokens", "column_sum_kernel"] == "backward"
 

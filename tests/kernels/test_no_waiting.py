@@ -43,7 +43,7 @@ CALLS["attention, split grid"] = attention(Case(len_q=17, len_k=577, batch=1))
 SEED = torch.empty((), dtype=torch.int64, device="meta")
 OPTIONS = Case(len_q=67, len_k=37, heads=4, key_heads=2, lengths=True)
 CALLS["attention, options"] = attention(OPTIONS, dropout_p=0.1, seed=SEED)
-WITHOUT_BACKWARD_KERNEL = {"linear loss"}  # its gradients are products of torch
+WITHOUT_BACKWARD_KERNEL = ("linear loss", "patches")  # their gradients are torch's
 
 
 class NoCopies(TorchDispatchMode):
@@ -75,7 +75,7 @@ def test_no_op_reads_a_value_or_copies_to_the_host(name: str):
         assert launched
         launched.clear()
         grads = torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs], allow_unused=True)
-        assert launched or name in WITHOUT_BACKWARD_KERNEL
+        assert launched or name.startswith(WITHOUT_BACKWARD_KERNEL)
     assert [x.shape for x in grads if x is not None] == [x.shape for x in leaves]
 
 

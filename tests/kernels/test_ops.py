@@ -37,6 +37,25 @@ def test_values_and_gradients_are_those_of_plain_torch(name: str, backend: Any):
 @pytest.mark.slow
 @BACKENDS
 @NAMES
+def test_repeats_give_the_same_bits_and_only_the_gradients_that_are_needed(name: str, backend: Any):
+    """Each gradient alone, and all but it, are those of a backward pass that computes all."""
+    row, numbers = ROWS[name], range(len(ROWS[name].tensors))
+    with use_backend(backend):
+        wanted = loss_and_gradients(row.ours, row)[-len(numbers) :]
+        for needed in ({*numbers}, *({i} for i in numbers), *({*numbers} - {i} for i in numbers)):
+            leaves = [x.clone().requires_grad_(i in needed) for i, x in enumerate(row.tensors)]
+            out = total(row.ours(*leaves, **row.constants))
+            assert out.requires_grad == bool(needed)
+            if needed:
+                out.backward()
+            for i, x in enumerate(leaves):
+                assert (x.grad is not None) == (i in needed)
+                assert x.grad is None or torch.equal(x.grad, wanted[i])
+
+
+@pytest.mark.slow
+@BACKENDS
+@NAMES
 def test_outputs_may_be_written_to(name: str, backend: Any):
     """As `Dropout(inplace=True)` does: gradients as of the same step out of place."""
     row, found = ROWS[name], []

@@ -74,28 +74,24 @@ def _explain(**call: Any) -> tuple[Refusal, ...]:
     q, k, v = as_autocast(call["q"], call["k"], call["v"])
     sides = Sides._make(call.get(name) for name in Sides._fields)
     given = call["max_len_q"], call["max_len_k"]
-    options = _checked(q, k, v, sides, given, call["scale"], call["dropout_p"], call["seed"])
-    _check_backend(call["backend"])
+    options = _checked(q, k, v, sides, given, call["scale"], call["dropout_p"], call["seed"], call["backend"])
     return reasons(q, k, options)
 
 
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, sides: Sides, given: composed.Given, scale: float | None, dropout_p: float,
-    seed: int | Tensor | None,
+    seed: int | Tensor | None, backend: str,
 ) -> Options:  # fmt: skip
     """Check the arguments, and return the numbers of the call. Its seed is the given one."""
     check_arguments(q, k, v, sides, *given)
+    if backend != "auto":
+        if backend not in ("sdpa", "math"):
+            raise ValueError(f'backend must be "auto", "sdpa" or "math", got {backend!r}')
+        dispatch.refuse_if_forced(refusal(f'backend="{backend}" was given', 'pass "auto"'))
     rate, given_seed = 0.0, None  # a constant for a compiler, to which dropout_p is symbolic
     if dropout_p or seed is not None:
         rate, given_seed = dropout_of(dropout_p, seed, q.device)
     return Options(scale_of(scale, q.shape[-1]), *longest_sequences(q, k, sides, *given), rate, given_seed)
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("auto", "sdpa", "math"):
-        raise ValueError(f'backend must be "auto", "sdpa" or "math", got {backend!r}')
-    if backend != "auto":
-        dispatch.refuse_if_forced(refusal(f'backend="{backend}" was given', 'pass "auto"'))
 
 
 def route(
@@ -206,8 +202,7 @@ def cross_attention(
     """
     q, k, v = as_autocast(q, k, v)
     sides, given = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k), (max_len_q, max_len_k)
-    options = _checked(q, k, v, sides, given, scale, dropout_p, seed)
-    _check_backend(backend)
+    options = _checked(q, k, v, sides, given, scale, dropout_p, seed, backend)
     way = route(q, k, sides, options, given, backend, return_lse)
     if options.dropout_p and options.seed is None and way != "sdpa":
         options = options._replace(seed=draw_seed(q.device))

@@ -149,9 +149,10 @@ def why_not_triton(
 
 def reasons(q: Tensor, k: Tensor, options: Options) -> tuple[Refusal, ...]:
     """Every reason against the fused kernels for this call that the host knows."""
-    if refused := _shape_reasons(q, options):
-        return (*dispatch.device_reasons(q.device), *refused)
-    return _kind_reasons(q.device, q.dtype, q.shape[-1], _short_rows(options), _extras(q, k, options))
+    kind = _kind(q, k, options)
+    if kind is None:
+        return (*dispatch.device_reasons(q.device), *_shape_refusals(q, options))
+    return _kind_reasons(q.device, q.dtype, *kind)
 
 
 def takes_triton(q: Tensor, k: Tensor, options: Options) -> bool:
@@ -159,14 +160,29 @@ def takes_triton(q: Tensor, k: Tensor, options: Options) -> bool:
 
     Raises RuntimeError with the reasons if ``use_backend("triton")`` is in force and they cannot.
     """
-    if refused := _shape_reasons(q, options):
-        dispatch.refuse_if_forced(refused[0])
+    kind = _kind(q, k, options)
+    if kind is None:
+        if dispatch.forced() == "triton":
+            dispatch.refuse_if_forced(_shape_refusals(q, options)[0])
         return False
-    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
-    return _takes_triton(q.device, q.dtype, width, _short_rows(options), _extras(q, k, options))
+    return _takes_triton(q.device, q.dtype, *kind)
 
 
-def _shape_reasons(q: Tensor, options: Options) -> list[Refusal]:
+def _kind(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, int] | None:
+    """Head width, tile length of the short side and number of features that take registers (dropout, grouped heads).
+
+    Plain ints, even for a compiler's symbolic sizes. None for a width or lengths that no kernel has.
+    """
+    side, width = short_side(options.max_len_q, options.max_len_k), q.shape[-1]
+    if side is None or width not in HEAD_WIDTHS:
+        return None
+    if torch.compiler.is_compiling():
+        width = next(w for w in HEAD_WIDTHS if w == width)
+    rows = bucket(options.max_len_k if side == "kv" else options.max_len_q)
+    return width, rows, (1 if options.dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
+
+
+def _shape_refusals(q: Tensor, options: Options) -> list[Refusal]:
     found = [] if q.shape[-1] in HEAD_WIDTHS else [_width_refusal(q.shape[-1])]
     if short_side(options.max_len_q, options.max_len_k) is None:
         reason = f"both sides are longer than {LONGEST_SHORT_SIDE} ({options.max_len_q} queries, "
@@ -184,17 +200,6 @@ def _width_refusal(width: int) -> Refusal:
 @dispatch.constant_when_compiled
 def _takes_triton(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> bool:
     return dispatch.choose(_kind_reasons(device, dtype, width, rows, extras)) == "triton"
-
-
-def _short_rows(options: Options) -> int:
-    """Tile length of the side that the kernels keep on chip."""
-    short_keys = short_side(options.max_len_q, options.max_len_k) == "kv"
-    return bucket(options.max_len_k if short_keys else options.max_len_q)
-
-
-def _extras(q: Tensor, k: Tensor, options: Options) -> int:
-    """Number of the features of a call that take registers: dropout, grouped heads. A plain int for a compiler too."""
-    return (1 if options.dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
 
 
 @dispatch.constant_when_compiled

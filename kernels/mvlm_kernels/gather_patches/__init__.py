@@ -53,9 +53,10 @@ def gather_patches(
         (B, K, C*P*P), contiguous, features in (c, y, x) order: the order of a conv patch-embedding weight, so that
         ``gather_patches(...) @ conv.weight.flatten(1).T + conv.bias`` is that embedding of the chosen patches.
 
-    Differentiable in floating images. Gradients of a patch that is read more than once add up in rising order of k,
-    without atomics. Arithmetic is in float32 (float64 if an input is float64) and rounds once. Ids are checked on the
-    CPU, and on a GPU with MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing.
+    Differentiable in floating images, by torch ops on every device. Gradients of a patch that is read more than once
+    add up in rising order of k, without atomics. Arithmetic is in float32 (float64 if an input is float64) and rounds
+    once. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and
+    reads nothing.
 
     Raises:
         ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
@@ -82,14 +83,6 @@ def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
-def _backend(images: Tensor, patch_size: int) -> Any:
-    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
-        return reference
-    from mvlm_kernels.gather_patches import triton
-
-    return triton
-
-
 def _num_patches(images: Tensor, patch_size: int) -> int:
     return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
 
@@ -104,7 +97,11 @@ def _forward(
 ) -> Tensor:
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    return _backend(images, patch_size).gather_patches(images, patch_ids, patch_size, mean, std, dtype)
+    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
+        return reference.gather_patches(images, patch_ids, patch_size, mean, std, dtype)
+    from mvlm_kernels.gather_patches import triton
+
+    return triton.gather_patches(images, patch_ids, patch_size, mean, std, dtype)
 
 
 def _forward_fake(images, patch_ids, patch_size, mean, std, dtype):
@@ -119,7 +116,7 @@ def _backward(
     patch_size: int,
     std: Tensor | None,
 ) -> Tensor:
-    return _backend(images, patch_size).gather_patches_backward(grad, images, patch_ids, patch_size, std)
+    return reference.gather_patches_backward(grad, images, patch_ids, patch_size, std)
 
 
 def _backward_fake(grad, images, patch_ids, patch_size, std):

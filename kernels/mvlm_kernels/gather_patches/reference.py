@@ -69,12 +69,13 @@ def gather_patches_backward(
     if patch_ids is not None:
         num_patches = grid.shape[1] * grid.shape[2]
         row = patch_rows(patch_ids, num_patches)
-        total = patches.new_zeros(images.shape[0] * num_patches, patches.shape[2])
+        total = patches.new_zeros(images.shape[0] * num_patches + 1, patches.shape[2])  # the last row: of bad ids
         if total.device.type == "cpu":
-            patches = total.index_add_(0, row, patches.flatten(0, 1))  # adds the rows in order
+            total.index_add_(0, row, patches.flatten(0, 1))  # adds the rows in order
         else:
             # index_put sorts its indices, so repeated runs agree bit for bit. index_add would use atomics.
-            patches = total.index_put_((row,), patches.flatten(0, 1), accumulate=True)
+            total.index_put_((row,), patches.flatten(0, 1), accumulate=True)
+        patches = total[:-1]
     pixels = patches.reshape(grid.shape)
     if std is not None:
         pixels = pixels / std.to(pixels.dtype)[:, None, None]

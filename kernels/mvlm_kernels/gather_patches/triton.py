@@ -1,7 +1,7 @@
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-"""Triton kernels of ``gather_patches`` and their launchers.
+"""Triton kernel of ``gather_patches`` and its launcher.
 
-A program of the forward owns a few patches, called rows: B*K of them, in the order of ``patch_ids``. It loads all their
+A program owns a few patches, called rows: B*K of them, in the order of ``patch_ids``. It loads all their
 pixels before it stores the first one, because a load cannot move across a store that may change what it reads. Offsets
 into images are int64 from the first multiplication on, because strides and their products exceed 2^31. A patch id
 outside the image reads nothing and gives NaN, so that a bad index is seen and nothing is read out of bounds.
@@ -127,65 +127,6 @@ def gather_kernel(
         tl.store(out_rows + f, value, mask=(row < rows)[:, None] & (f < F))
 
 
-@triton.jit(do_not_specialize=["K", "N", "stride_kb", "stride_kk", "stride_tb", "stride_tq"])
-def reader_lists_kernel(
-    ids_ptr, table_ptr, K, N, stride_kb, stride_kk, stride_tb, stride_tq, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Build linked lists of the readers of each patch, in rising order and without atomics.
-
-    A reader of patch n is an index k with patch_ids[b, k] = n. table is (B, N+K) int32: table[b, n] is the first reader
-    of patch n, and table[b, N+k] is the reader that follows k; -1 ends a list. Program (b, block of the N+K entries)
-    compares its entries with all ids of image b, so no order of execution can change the result.
-    """
-    b = tl.program_id(0).to(tl.int64)
-    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    follows = (q >= N) & (q < N + K)
-    own = tl.load(ids_ptr + b * stride_kb + (q - N).to(tl.int64) * stride_kk, mask=follows, other=0).to(tl.int64)
-    wanted = tl.where(follows, own, q.to(tl.int64))
-    after = tl.where(follows, q - N, -1)
-    first = tl.full((BLOCK_Q,), 2147483647, tl.int32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        ids = tl.load(ids_ptr + b * stride_kb + k.to(tl.int64) * stride_kk, mask=k < K, other=-1).to(tl.int64)
-        reads = (ids[None, :] == wanted[:, None]) & (k[None, :] > after[:, None]) & (k[None, :] < K)
-        first = tl.minimum(first, tl.min(tl.where(reads, k[None, :], 2147483647), axis=1))
-    first = tl.where(first == 2147483647, -1, first)
-    tl.store(table_ptr + b * stride_tb + q.to(tl.int64) * stride_tq, first, mask=q < N + K)
-
-
-@triton.jit(do_not_specialize=["K", "num_patches", "grid_w"])
-def gather_backward_kernel(
-    out_ptr, strides, grad, table, std_ptr, K, num_patches, grid_w,
-    C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one patch of an image, summed over its readers in rising order of k.
-
-    Program (b*N + n, block of features). strides: of out. grad: (pointer, strides of its B*K rows). table: pointer of
-    :func:`reader_lists`, or None where every patch has one reader. Each patch has programs, which also store zeros for
-    a patch without readers, so the output needs no fill.
-    """
-    F: tl.constexpr = C * P * P
-    row = tl.program_id(0)
-    b = (row // num_patches).to(tl.int64)
-    n = row % num_patches
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    grads = grad[0] + b * K * grad[1] + f.to(tl.int64) * grad[2]
-    if table is not None:
-        total = tl.zeros((BLOCK_F,), ACC)
-        list_ptr = table + b * (num_patches + K)
-        k = tl.load(list_ptr + n)
-        while k >= 0:
-            total += widen(tl.load(grads + k.to(tl.int64) * grad[1], mask=f < F, other=0.0), ACC)
-            k = tl.load(list_ptr + num_patches + k)
-    else:
-        total = widen(tl.load(grads + n.to(tl.int64) * grad[1], mask=f < F, other=0.0), ACC)
-    c = f // (P * P)
-    if std_ptr is not None:
-        total = total / widen(tl.load(std_ptr + c, mask=f < F, other=1.0), ACC)
-    offsets = b * strides[0] + image_offsets(n, c.to(tl.int64), f % (P * P), grid_w, strides[1:], P)
-    tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty), mask=f < F)
-
-
 def gather_patches(
     images: Tensor,
     patch_ids: Tensor | None,
@@ -203,43 +144,5 @@ def gather_patches(
     dispatch.launch(
         gather_kernel, grid, out, *source,
         C=channels, P=patch_size, ACC=accumulator(images.dtype, dtype), **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
-
-
-def reader_lists(patch_ids: Tensor, num_patches: int, batch_last: bool = False) -> Tensor:
-    """Readers of each patch as linked lists, (B, N+K) int32; see :func:`reader_lists_kernel`. patch_ids: (B, K).
-
-    batch_last: B is the dimension of stride 1, for kernels that read one patch of many images.
-    """
-    batch, chosen = patch_ids.shape
-    shape = (batch, num_patches + chosen)
-    table = patch_ids.new_empty(shape[::-1] if batch_last else shape, dtype=torch.int32)
-    table = table.t() if batch_last else table
-    dispatch.launch(
-        reader_lists_kernel, (batch, ceil_div(num_patches + chosen, 64)),
-        patch_ids, table, chosen, num_patches, *patch_ids.stride(), *table.stride(),
-        BLOCK_Q=64, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    return table
-
-
-def gather_patches_backward(
-    grad: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, std: Tensor | None
-) -> Tensor:
-    """grad (B, K, C*P*P) of any strides -> gradient of images, in their dtype and memory format."""
-    batch, channels, height, width = images.shape
-    grid_w = width // patch_size
-    num_patches = height // patch_size * grid_w
-    features = channels * patch_size**2
-    out = torch.empty_like(images)
-    table = None if patch_ids is None else reader_lists(patch_ids, num_patches)
-    rows = grad.flatten(0, 1)
-    block = min(1024, power_of_two(features))
-    dispatch.launch(
-        gather_backward_kernel, (batch * num_patches, ceil_div(features, block)),
-        out, out.stride(), (rows, *rows.stride()), table, std, grad.shape[1], num_patches, grid_w,
-        C=channels, P=patch_size, ACC=accumulator(grad.dtype, images.dtype), BLOCK_F=block,
-        num_warps=max(1, block // 256), enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -13,13 +13,38 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.gather_patches.triton import reader_lists
 from mvlm_kernels.language import accumulator, cast, sum_columns, widen
 from mvlm_kernels.place_tokens.reference import output_dtype
 
 # Rows of the batch at a time. Backward keeps two sums, and a forward of both halves two outputs, in registers. With few
 # rows all programs of a sequence of 197 positions and width 768 run at once on an H100.
 ROWS, FEW_ROWS, BLOCK_C, WARPS = 16, 8, 128, 4
+
+
+@triton.jit(do_not_specialize=["K", "N", "stride_kb", "stride_kk", "stride_tb", "stride_tq"])
+def reader_lists_kernel(
+    ids_ptr, table_ptr, K, N, stride_kb, stride_kk, stride_tb, stride_tq, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Build linked lists of the readers of each patch, in rising order and without atomics.
+
+    A reader of patch n is an index k with patch_ids[b, k] = n. table is (B, N+K) int32: table[b, n] is the first reader
+    of patch n, and table[b, N+k] is the reader that follows k; -1 ends a list. Program (b, block of the N+K entries)
+    compares its entries with all ids of image b, so no order of execution can change the result.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    follows = (q >= N) & (q < N + K)
+    own = tl.load(ids_ptr + b * stride_kb + (q - N).to(tl.int64) * stride_kk, mask=follows, other=0).to(tl.int64)
+    wanted = tl.where(follows, own, q.to(tl.int64))
+    after = tl.where(follows, q - N, -1)
+    first = tl.full((BLOCK_Q,), 2147483647, tl.int32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        ids = tl.load(ids_ptr + b * stride_kb + k.to(tl.int64) * stride_kk, mask=k < K, other=-1).to(tl.int64)
+        reads = (ids[None, :] == wanted[:, None]) & (k[None, :] > after[:, None]) & (k[None, :] < K)
+        first = tl.minimum(first, tl.min(tl.where(reads, k[None, :], 2147483647), axis=1))
+    first = tl.where(first == 2147483647, -1, first)
+    tl.store(table_ptr + b * stride_tb + q.to(tl.int64) * stride_tq, first, mask=q < N + K)
 
 
 @triton.jit
@@ -133,13 +158,28 @@ def place_backward_kernel(
         tl.store(mask_partial_ptr + (position - 1) * C + c, tl.sum(of_mask, axis=0), mask=c < C)
 
 
+def reader_lists(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """Readers of each patch as linked lists, (B, N+K) int32 with B in memory last; see :func:`reader_lists_kernel`.
+
+    patch_ids: (B, K).
+    """
+    batch, chosen = patch_ids.shape
+    table = patch_ids.new_empty(num_patches + chosen, batch, dtype=torch.int32).t()
+    dispatch.launch(
+        reader_lists_kernel, (batch, ceil_div(num_patches + chosen, 64)),
+        patch_ids, table, chosen, num_patches, *patch_ids.stride(), *table.stride(),
+        BLOCK_Q=64, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return table
+
+
 def _source(
     masked: Tensor | None, visible_ids: Tensor | None, num_patches: int, both: bool
 ) -> tuple[str, Tensor | None]:
     """(mode, source) of the kernels. A mask whose memory has the batch last is taken as it is, another is copied."""
     if visible_ids is not None:
         # Ids are distinct, so each list has at most one entry: the index of the patch's token.
-        return "visible", reader_lists(visible_ids, num_patches, batch_last=True)
+        return "visible", reader_lists(visible_ids, num_patches)
     if masked is None:
         return "all", None
     return "both" if both else "masked", masked.t().contiguous()

@@ -64,19 +64,6 @@ def test_no_lane_is_idle_at_the_widths_of_the_presets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("post_norm", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gradcheck(backend, post_norm):
-    x, y, y_bias, weight, bias = (t.requires_grad_() for t in case(3, 5, FP64, FP64, FP64))
-
-    def call(x, y, y_bias, weight, bias):
-        return add_layer_norm(x, y, weight, bias, y_bias=y_bias, post_norm=post_norm)
-
-    with use_backend(backend):
-        assert torch.autograd.gradcheck(call, (x, y, y_bias, weight, bias), fast_mode=True)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("used", ["stream", "normalised"])
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -74,12 +74,21 @@ def test_key_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
         assert out[2:].isfinite().all()
 
 
-@pytest.mark.parametrize("lengths, mask, index", [(False, False, False), (True, False, False), (True, True, True)])
-def test_attention_long_on_both_sides_runs_sdpa_with_the_same_meaning(lengths: bool, mask: bool, index: bool):
-    call = build(Case(len_q=131, len_k=149, lengths=lengths, mask=mask, readers=3 if index else 0, dtype=torch.float64))
+LONG = Case(len_q=131, len_k=149, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", [
+    LONG, replace(LONG, lengths=True), replace(LONG, lengths=True, mask=True, readers=3),
+    replace(LONG, lengths=True, heads=4, key_heads=2, width=12), replace(LONG, packed_q=True, packed_k=True),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+def test_attention_long_on_both_sides_has_the_same_meaning(case: Case, backend: Any):
+    call = build(case)
     wanted = run(cross_attention_reference, call)
-    for a, b in zip(run(cross_attention, call), wanted, strict=True):
+    for a, b in zip(run(cross_attention, call, **call.bounds, backend=backend), wanted, strict=True):
         torch.testing.assert_close(a, b)
+    if case != LONG:
+        return
     reasons = mvlm_kernels.explain(cross_attention, call.q, call.k, call.v, **call.kwargs).reasons
     assert any("both sides are longer than 128 (131 queries, 149 keys)" in r for r in reasons)
     with mvlm_kernels.use_backend("triton"), pytest.raises(RuntimeError, match="both sides are longer"):
@@ -122,6 +131,19 @@ def test_rows_in_front_of_the_first_packed_sequence_are_zeros(
 ):
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: multiprocessors)
     check_rows_in_front(SIDES[name])
+
+
+@pytest.mark.slow
+def test_grouped_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch):
+    call, launched, launch = build(replace(SIDES["lengths"], heads=4, key_heads=2, width=16)), [], dispatch.launch
+    monkeypatch.setattr(dispatch, "launch", lambda kernel, grid, q, k, *args, **meta: (
+        launched.append((kernel.__name__, grid[0], k[0])), launch(kernel, grid, q, k, *args, **meta)
+    ))  # fmt: skip
+    with mvlm_kernels.use_backend("triton"):
+        run(cross_attention, call)
+    # A program of the forward has a query head, one of the backward a key head.
+    assert [(name, programs) for name, programs, _ in launched] == [("short_kv_forward", 8), ("short_kv_backward", 4)]
+    assert all(k.data_ptr() == call.k.data_ptr() for _, _, k in launched)
 
 
 def test_scale_is_an_argument_of_the_attention_kernels():

@@ -4,25 +4,24 @@ A mutant is a copy of the kernels' source with one line changed, loaded in place
 mistake: a dropped mask, an off-by-one length, an unwritten tile, splits that overwrite each other.
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from mvlm_kernels import cross_attention, dispatch, use_backend
 from support.kernels.attention import SIDES, Case, check_attention, check_rows_in_front
-from support.kernels.combinations import Drawn, check, draw_call
+from support.kernels.combinations import check, draw_call
 from support.kernels.guards import Poison
+from support.kernels.mutants import assert_caught
 
 pytestmark = pytest.mark.slow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mutant:
+class Mutant(NamedTuple):
     """old -> new at the first occurrence after ``after`` in a module. ``check`` must then raise AssertionError."""
 
     module: str
@@ -30,68 +29,38 @@ class Mutant:
     old: str
     new: str
     check: Callable[[], None]
-    multiprocessors: int = 12  # of the simulated GPU: so many that work is split
+    multiprocessors: int  # of the simulated GPU: so many that work is split
 
 
-Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
 # Each module imports those above it, so all of them are loaded again around a mutant.
 MODULES = {
-    "tile_io": (
-        "existing_keys",
-        "key_rows",
-        "key_sequence",
-        "readers_of",
-        "sum_splits",
-        "_elements",
-        "tanh_of",
-        "scores_of",
-        "kept",
-    ),
+    "tile_io": ("existing_keys", "key_rows", "key_sequence", "readers_of", "sum_splits", "_elements", "kept"),
     "short_kv": ("short_kv_forward", "reader_backward", "short_kv_backward"),
     "long_kv": ("reader_backward_of_keys", "long_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "queries_backward", "short_q_backward", "short_q_backward_dq"),
     "launch": ("_new", "partials"),
 }
-MODULE_OF = {function: module for module, functions in MODULES.items() for function in functions}
+MODULE_OF = {f"def {function}": module for module, functions in MODULES.items() for function in functions}
 
 
 def attention(
-    after: str,
-    old: str,
-    new: str,
-    case: str,
-    heads: int = 1,
-    multiprocessors: int = 12,
-    checked: Checked = check_attention,
-    seed: int = 0,
-) -> Mutant:
-    return Mutant(
-        module=MODULE_OF[after.removeprefix("def ")],
-        after=after,
-        old=old,
-        new=new,
-        check=lambda: checked(replace(SIDES[case], heads=heads, seed=seed)),
-        multiprocessors=multiprocessors,
-    )
+    after: str, old: str, new: str, case: str, heads: int = 1, multiprocessors: int = 12,
+    checked: Callable[[Case], None] = check_attention, seed: int = 0,
+) -> Mutant:  # fmt: skip
+    check = lambda: checked(replace(SIDES[case], heads=heads, seed=seed))  # noqa: E731
+    return Mutant(MODULE_OF[after], after, old, new, check, multiprocessors)
 
 
-def combined(after: str, old: str, new: str, number: int, multiprocessors: int = 0) -> Mutant:
+def combined(after: str, old: str, new: str, number: int) -> Mutant:
     """A mutant that a drawn combination of features must notice."""
     drawn = draw_call(number)
-    return Mutant(
-        module=MODULE_OF[after.removeprefix("def ")],
-        after=after,
-        old=old,
-        new=new,
-        check=lambda: check_on_kernels(drawn),
-        multiprocessors=multiprocessors,
-    )
 
+    def check_on_kernels() -> None:
+        with use_backend("triton"):
+            check(drawn, cross_attention, lse=True)
 
-def check_on_kernels(drawn: Drawn) -> None:
-    with use_backend("triton"):
-        check(drawn, cross_attention, lse=True)
+    return Mutant(MODULE_OF[after], after, old, new, check_on_kernels, 0)
 
 
 SHORT, LONG = 194, 5  # grouped heads, an index, dropout, of both kernel families
@@ -169,43 +138,16 @@ MUTANTS = {
 }
 
 
-def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load the kernel modules again, one of them mutated, each from a new file, from which Triton reads the source."""
-    package = sys.modules[PACKAGE]
-    for name in MODULES:
-        original = sys.modules[f"{PACKAGE}.{name}"]
-        assert original.__file__ is not None
-        source = Path(original.__file__).read_text()
-        if name == mutant.module:
-            head, found, tail = source.partition(mutant.after)
-            assert found, f"{mutant.after!r} is gone: update the mutant"
-            assert mutant.old in tail, f"{mutant.old!r} is gone after {mutant.after!r}: update the mutant"
-            source = head + found + tail.replace(mutant.old, mutant.new, 1)
-        file = folder / f"{name}.py"
-        file.write_text(source)
-        spec = importlib.util.spec_from_file_location(original.__name__, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setitem(sys.modules, original.__name__, module)
-        monkeypatch.setattr(package, name, module)
-
-
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_broken_attention_kernel_is_caught(
     mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison
 ):
-    importlib.import_module(f"{PACKAGE}.launch")
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: mutant.multiprocessors)
-
-    def check() -> None:
-        mutant.check()
-        poison.check()
-
-    check()
-    load(mutant, tmp_path, monkeypatch)
+    mutant.check()
+    poison.check()
+    others = [f"{PACKAGE}.{name}" for name in MODULES if name != mutant.module]
     # A wrong value may overflow. The comparison must see it, and not numpy's warning, which a GPU does not give.
-    with np.errstate(all="ignore"), pytest.raises(AssertionError):
-        check()
-    poison.buffers.clear()  # the mutant may have written outside them
+    with np.errstate(all="ignore"):
+        assert_caught(
+            f"{PACKAGE}.{mutant.module}", mutant.old, mutant.new, tmp_path, poison, mutant.check, others, mutant.after
+        )

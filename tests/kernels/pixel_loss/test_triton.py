@@ -92,39 +92,6 @@ def test_linear_loss_takes_float32_weights_under_bfloat16_autocast():
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_pixel_loss_kernels_pass_gradcheck(kind, reduction):
-    images, ids = make_images((1, 2, 4, 4), torch.uint8, "contiguous"), torch.tensor([[3, 0]])
-    options = {"kind": kind, "normalize_target": reduction == "mean", "reduction": reduction}
-    pred = random((1, 2, 8), torch.float64).requires_grad_()
-    parameters = [random(s, torch.float64, i).requires_grad_() for i, s in enumerate([(1, 2, 3), (8, 3), (8,)])]
-    with use_backend("triton"):
-        assert torch.autograd.gradcheck(lambda p: masked_pixel_loss(p, images, ids, 2, **options), pred, fast_mode=True)
-        assert torch.autograd.gradcheck(
-            lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 2, **options), parameters, fast_mode=True
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(8)], ids=str)
-def test_linear_loss_computes_only_needed_gradients(needs):
-    images, ids = make_images((1, 1, 4, 4), torch.uint8, "contiguous"), make_ids(1, 3, 4)
-    parameters = [random(s, torch.float32, i) for i, s in enumerate([(1, 3, 5), (4, 5), (4,)])]
-    with use_backend("triton"):
-        full = [p.clone().requires_grad_() for p in parameters]
-        wanted = torch.autograd.grad(linear_pixel_loss(full[0], full[1], full[2], images, ids, 2), full)
-        some = [p.clone().requires_grad_(need) for p, need in zip(parameters, needs, strict=True)]
-        loss = linear_pixel_loss(some[0], some[1], some[2], images, ids, 2)
-        assert loss.requires_grad == any(needs)
-        if any(needs):
-            loss.backward()
-    for p, want, need in zip(some, wanted, needs, strict=True):
-        assert (p.grad is not None) == need
-        assert p.grad is None or torch.equal(p.grad, want)
-
-
 def test_nan_predictions_give_nan_gradients():
     """Sign bytes have no NaN, but a loss scaler that looks for NaN in gradients must still see one."""
     images = make_images((1, 1, 2, 2), torch.uint8, "contiguous")
@@ -164,21 +131,6 @@ def test_bad_patch_id_on_a_gpu_gives_a_nan_loss():
         fused,
     ):
         assert losses.isnan().tolist() == [[False, True, True, False]]
-
-
-def test_linear_kernels_are_bitwise_repeatable(monkeypatch):
-    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(linear, "CHUNK_IMAGES", 1)
-    images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
-    parameters = [random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(2, 4, 9), (12, 9), (12,)])]
-    with use_backend("triton"):
-        runs = []
-        for _ in range(2):
-            loss = linear_pixel_loss(parameters[0], parameters[1], parameters[2], images, ids, 2, kind="mse")
-            runs.append((loss, *torch.autograd.grad(loss, parameters)))
-    for a, b in zip(*runs, strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

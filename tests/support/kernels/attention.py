@@ -147,37 +147,6 @@ def run(
     return out.detach(), q.grad, k.grad, v.grad
 
 
-def attention_by_loops(
-    q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor | None = None, key_mask: Tensor | None = None,
-    key_index: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Cross-attention one sequence and head at a time, by torch.softmax; autograd differentiates it.
-
-    kept: (B, H, Lq, Lk) factors of the probabilities, as of a dropout.
-    """
-    heads, width = q.shape[-2:]
-    group = heads // k.shape[-2]
-    out = torch.zeros_like(q)
-    for b in range(len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1):
-        r = b if key_index is None else int(key_index[b])
-        rows = b if cu_seqlens_q is None else slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
-        keys_of = r if cu_seqlens_k is None else slice(int(cu_seqlens_k[r]), int(cu_seqlens_k[r + 1]))
-        exists = torch.ones(len(k[keys_of]), dtype=torch.bool)
-        if key_lengths is not None:
-            exists[int(key_lengths[r]) :] = False
-        if key_mask is not None:
-            exists &= key_mask[r]
-        keys = exists.nonzero()[:, 0]
-        for h in range(heads if len(keys) else 0):
-            s = q[rows][:, h] @ k[keys_of][keys, h // group].T * width**-0.5
-            p = s.softmax(-1)
-            if kept is not None:
-                p = p * kept[b, h, : len(p), keys]
-            out[rows][:, h] = p @ v[keys_of][keys, h // group]
-    return out
-
-
 def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> tuple[Any, ...]:
     """Arguments of the registered op after q, k and v, from those of the public function."""
     sides = Sides(*map(kwargs.get, Sides._fields))

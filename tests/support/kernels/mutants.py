@@ -25,16 +25,20 @@ def load_again(name: str, path: Path) -> ModuleType:
 
 
 @contextmanager
-def mutant(module: str, old: str, new: str, folder: Path, importers: Sequence[str] = ()) -> Iterator[None]:
+def mutant(
+    module: str, old: str, new: str, folder: Path, importers: Sequence[str] = (), after: str = ""
+) -> Iterator[None]:
     """Replace ``module`` by a copy of itself in which ``old``, which must occur once, reads ``new``.
 
-    importers: modules that import names from it. They are loaded again, so that they get the copy's names. The
-    interpreter reads a kernel's source from its file, so the copy is a file too.
+    importers: modules that import names from it, or that it imports, in an order in which they can be loaded. They are
+    loaded again, so that they get the copy's names. after: a text; the first ``old`` behind it is meant, and it may
+    occur again. The interpreter reads a kernel's source from its file, so the copy is a file too.
     """
-    source = Path(str(importlib.import_module(module).__file__)).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module}"
+    head, found, tail = Path(str(importlib.import_module(module).__file__)).read_text().partition(after or "\n")
+    assert found, f"{after!r} is gone: update the mutant"
+    assert tail.count(old) == 1 or (after and old in tail), f"{old!r} occurs {tail.count(old)} times in {module}"
     path = folder / "mutant.py"
-    path.write_text(source.replace(old, new))
+    path.write_text(head + found + tail.replace(old, new, 1))
     originals = {name: importlib.import_module(name) for name in (module, *importers)}
     try:
         for name, original in originals.items():
@@ -60,6 +64,7 @@ def assert_caught(
     poison: Poison,
     exercise: Callable[[], object],
     importers: Sequence[str] = (),
+    after: str = "",
 ) -> None:
     """Assert that ``exercise``, or the check of the guard bands after it, fails on the mutant."""
 
@@ -67,6 +72,6 @@ def assert_caught(
         exercise()
         poison.check()
 
-    with mutant(module, old, new, folder, importers), pytest.raises((AssertionError, RuntimeError)):
+    with mutant(module, old, new, folder, importers, after), pytest.raises((AssertionError, RuntimeError)):
         run()
     poison.buffers.clear()
