@@ -10,13 +10,7 @@ the op where a kernel runs the call (one side is short, as text is), and otherwi
 from typing import Any, cast
 
 import torch
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from mvlm_kernels import cross_attention, dispatch
@@ -119,23 +113,11 @@ def why_not_swapped(layer: Attention) -> Refusal | None:
         return ALREADY_SWAPPED
     if type(processor) is not AttnProcessor2_0:
         reason = f"its processor must be an AttnProcessor2_0, got {type(processor).__name__}"
-        if _has_default_arithmetic(layer):
-            return refusal(reason, "call set_processor(AttnProcessor2_0()) before the swap")
         return refusal(reason, "leave it: an AttnProcessor2_0 there may compute something else")
     if layer.inner_dim != layer.inner_kv_dim:
         reason = f"queries are {layer.inner_dim} wide and keys {layer.inner_kv_dim}: heads are grouped"
         return refusal(reason, "diffusers' processor runs; build the layer without kv_heads")
     return None
-
-
-def _has_default_arithmetic(layer: Attention) -> bool:
-    """True if an ``AttnProcessor2_0`` would give what the layer's processor gives, up to rounding."""
-    kind = type(layer.processor)
-    if kind not in (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor):
-        return False
-    # These three heed `scale_qk` and leave out norms of queries and keys; AttnProcessor2_0 does the opposite.
-    plain = layer.scale_qk and layer.norm_q is None and layer.norm_k is None
-    return plain and (kind is not SlicedAttnProcessor or layer.spatial_norm is None)  # it leaves that norm out too
 
 
 def swap(model: nn.Module, *, padding_masks: bool = False) -> SwapReport:
