@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.arguments import compute_dtype
-from mvlm_kernels.gather_patches.triton import SIZES, load_patches, pixel_source, row_grid
-from mvlm_kernels.language import accumulator, cast, widen
+from mvlm_kernels.language import SIZES, accumulator, cast, load_patches, pixel_source, row_grid, widen
 
 EPS = tl.constexpr(1e-6)
 loss_dtype = cache(compute_dtype)
