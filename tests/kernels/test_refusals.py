@@ -418,6 +418,7 @@ REASONS: dict[str, tuple[Callable[[], tuple[str, ...]], str, str]] = {
     "large patch": (
         lambda: explain(ops.gather_patches, torch.empty(1, 3, 128, 128), None, 128).reasons, "65536", "smaller patches",
     ),
+    "named way": (lambda: explain(ops.cross_attention, Q, K, V, backend="math").reasons, "was given", "auto"),
     "both sides long": (partial(attention, 200, 300), "200 queries, 300 keys", "shorten one side"),
     "float32 without TF32": (partial(on_gpu, attention), "float32_matmul_precision", 'precision("high")'),
     "no tile": (with_tf32, "width 64 and 128 rows", "16 bits, narrower heads"),

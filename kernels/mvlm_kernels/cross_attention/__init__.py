@@ -75,7 +75,12 @@ def _explain(**call: Any) -> tuple[Refusal, ...]:
     sides = Sides._make(call.get(name) for name in Sides._fields)
     given = call["max_len_q"], call["max_len_k"]
     options = _checked(q, k, v, sides, given, call["scale"], call["dropout_p"], call["seed"], call["backend"])
-    return reasons(q, k, options)
+    found = reasons(q, k, options)
+    return found if call["backend"] == "auto" else (_named(call["backend"]), *found)
+
+
+def _named(backend: str) -> Refusal:
+    return refusal(f'backend="{backend}" was given', 'it runs; pass "auto"')
 
 
 def _checked(
@@ -84,10 +89,8 @@ def _checked(
 ) -> Options:  # fmt: skip
     """Check the arguments, and return the numbers of the call. Its seed is the given one."""
     check_arguments(q, k, v, sides, *given)
-    if backend != "auto":
-        if backend not in ("sdpa", "math"):
-            raise ValueError(f'backend must be "auto", "sdpa" or "math", got {backend!r}')
-        dispatch.refuse_if_forced(refusal(f'backend="{backend}" was given', 'pass "auto"'))
+    if backend not in ("auto", "sdpa", "math"):
+        raise ValueError(f'backend must be "auto", "sdpa" or "math", got {backend!r}')
     rate, given_seed = 0.0, None  # a constant for a compiler, to which dropout_p is symbolic
     if dropout_p or seed is not None:
         rate, given_seed = dropout_of(dropout_p, seed, q.device)
@@ -104,10 +107,12 @@ def route(
     "formula": the reference, differentiated by autograd any number of times, in transforms of ``torch.func``.
     """
     named = None if backend == "auto" else cast(composed.Way, backend)
+    if named:
+        dispatch.refuse_if_forced(_named(named))
     if (named is None and takes_triton(q, k, options)) or return_lse or registration.batched(*sides):
         return "op"
     on_cpu, bounds = q.device.type == "cpu", (sides.cu_seqlens_q, sides.cu_seqlens_k)
-    dense = bounds == (None, None)
+    dense = all(x is None for x in bounds)
     if registration.transformed():
         if on_cpu:
             return "op" if torch.compiler.is_compiling() else "formula"
