@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import pytest
-import torch
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
@@ -44,12 +43,3 @@ def test_interpreter_of_triton_before_3_7_needs_numpy_before_2_4(triton_version:
 def test_importing_the_kernels_does_not_import_the_compiler():
     code = "import sys, mvlm_kernels; assert not {'torch._dynamo', 'triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_constant_of_compilers_is_marked_as_torch_marks_it():
-    def ours() -> None: ...
-    def theirs() -> None: ...
-
-    wanted = vars(torch.compiler.assume_constant_result(theirs))
-    assert wanted
-    assert vars(dispatch.constant_when_compiled(ours)) == wanted

@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
 from support.kernels.interpreter import patch_once_a_launch
 
@@ -30,19 +29,6 @@ def launch(calls: int, fail: bool = False) -> float:
     constants: dict[str, Any] = {"calls": calls, "fail": fail}
     sum_of_doubles[(1,)](torch.arange(8.0), out, **constants)
     return float(out)
-
-
-def test_calls_inside_a_launch_replace_nothing(monkeypatch):
-    assert patch_once_a_launch()
-    replaced = []
-    replace = interpreter._patch_builtin
-    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *words: replaced.append(words[0]) or replace(*words))
-    launch(calls=1)  # the first launch of a kernel adds names to its module
-    replaced.clear()
-    assert launch(calls=1) == 56
-    few = len(replaced)
-    assert launch(calls=7) == 28 * 128
-    assert len(replaced) == 2 * few > 0
 
 
 @triton.jit

@@ -204,18 +204,6 @@ def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
     assert torch.autograd.gradgradcheck(gather, images, fast_mode=True)
 
 
-@pytest.mark.slow
-@OPS
-def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
-    skip_without_kernel(op, backend)
-    ours, plain, args = CALLS[op]
-    if op == "gelu" or (op == "attention" and backend == "torch"):
-        same(torch.func.jvp(ours, args, args), torch.func.jvp(plain, args, args))
-        return
-    with pytest.raises(NotImplementedError, match=f"{public(op)} has no forward-mode derivative; use reverse mode"):
-        torch.func.jvp(ours, args, args)
-
-
 @OPS
 def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
     skip_without_kernel(op, backend)
