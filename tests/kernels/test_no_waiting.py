@@ -85,7 +85,7 @@ def test_launchers_of_all_compiled_cases_read_no_tensor(op: str):
         for label, call in CASES[op]():
             if label.startswith(("bfloat16/64/32/", "step/", "bf16", "fp")):
                 call()
-    assert len(set(launched)) >= 3
+    assert launched
 
 
 VALUES = {
