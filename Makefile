@@ -183,8 +183,8 @@ faults-data: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_writers.py --trials 50
 
 ## faults-loading  kill 50 loading processes at random moments (`make test`: 10)
-faults-loading: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/python tests/promises/faults/kill_loaders.py $(DATA) --kills 50
+faults-loading: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_loaders.py --kills 50
 
 ## faults-embedding kill 20 embedding processes at random moments (`make test`: 4)
 faults-embedding: $(VENV)/.installed

@@ -1,6 +1,6 @@
 """Run one stage of the measurements on a GPU: `python benchmarks/gpu_run.py STAGE [--seconds N] [--out FOLDER]`.
 
-Stages: correct, sweep, kernels, profile, step, compiled, sanitizer. Each takes less than ten minutes, and stops itself
+Stages: correct, sweep, kernels, step, compiled. Each takes less than ten minutes, and stops itself
 at its budget. Only torch and Triton are needed; what else is missing is named in the results. Rows are on the disk as
 soon as they are measured, so a killed stage keeps them. `--rehearse` runs small shapes on a CPU.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvlm_benchmarks.intervals import ratio
 from mvlm_benchmarks.machine import describe
-from mvlm_benchmarks.results import write_json
+from mvlm_dataloading.files import write_json
 from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
@@ -145,7 +145,7 @@ def main() -> None:
         print(f"{row['model']:24}{row['ratio']:6.2f} ({row['low']:.2f} to {row['high']:.2f})")
     if arguments.json is not None:
         machine = describe("cpu", ["timm", "transformers", "diffusers"])
-        write_json({"machine": machine, "rounds": arguments.rounds, "rows": rows}, arguments.json)
+        write_json(arguments.json, {"machine": machine, "rounds": arguments.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

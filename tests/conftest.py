@@ -28,6 +28,7 @@ gc.disable()
 
 
 LONGEST = (
+    "promises/faults/test_scripts.py",
     "mvlm/tasks/test_every_task.py",
     "kernels/test_aot.py",
     "mvlm/distributed/test_global_batch.py",
@@ -42,10 +43,7 @@ LONGEST = (
     "promises/test_overfit.py",
     "mvlm/studies/test_run.py",
     "promises/test_openmp_teams.py",
-    "promises/faults/test_killed_nodes.py",
-    "promises/faults/test_campaign.py",
     "kernels/test_traffic.py",
-    "promises/faults/test_killed_evaluations.py",
     "promises/faults/test_killed_embedding.py",
     "mvlm/distributed/test_parallel.py",
     "mvlm/training/test_trainer.py",
@@ -55,8 +53,6 @@ LONGEST = (
     "kernels/cross_attention/test_mutations.py",
     "mvlm/app/test_attacks.py",
     "mvlm/costs/test_step_cost.py",
-    "promises/faults/test_killed_loaders.py",
-    "promises/faults/test_bad_network.py",
     "promises/test_pages.py",
 )
 """Files whose tests take longer than 15 s of a core. They come first, so that no process ends long after the others."""

@@ -71,6 +71,12 @@ def driver_version() -> str:
         return ""
 
 
+def gpu_arch() -> int:
+    """Compute capability of this process's GPU, such as 90."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def source_root() -> Path:
     """Folder that contains kernels/mvlm_kernels. It is a git repository in a checkout, not in an installation."""
     return Path(mvlm_kernels.__file__).parents[2]

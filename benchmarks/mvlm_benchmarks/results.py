@@ -1,8 +1,7 @@
-"""Writers of result files (CSV, JSON, plots), and the columns that describe the machine."""
+"""Writers of result files (CSV, plots), and the columns that describe the machine."""
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -71,11 +70,6 @@ class RowFile:
 def write_csv(rows: Sequence[dict[str, Any]], about: dict[str, Any], path: Path, columns: Sequence[str]) -> None:
     """Write a CSV file at once: one line per row."""
     RowFile(path, about, columns).append(rows)
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:

@@ -11,7 +11,6 @@ from mvlm_benchmarks.clock import (
     CpuClock,
     CudaClock,
     Refused,
-    make_clock,
     recording,
     require_own_timers,
     torch_settings,
@@ -35,8 +34,6 @@ def test_cpu_clock_reports_microseconds_and_the_last_results_of_each_step() -> N
     assert len(timing.calls) == len(calls) - 2  # the first of each is for warm-up
     assert [float(one[0][0]) for one in results] == [0.0, 1.0]
     assert max(float(one[0][1]) for one in results) == len(calls)
-    assert CpuClock(0.01).graph(lambda: steps) is None
-    assert CpuClock(0.01).peak_mb(steps[0]) is None
 
 
 def test_result_that_is_finished_after_the_timer_stopped_is_not_seen() -> None:
@@ -57,23 +54,23 @@ def test_replaced_timer_is_refused(monkeypatch) -> None:
         CpuClock(0.0).time([lambda: ()], lambda number: None)
 
 
-@pytest.mark.parametrize("stalls, measured", [(0, 1), (1, 2), (2, 2)])
-def test_a_host_that_is_held_up_once_is_measured_again(stalls: int, measured: int) -> None:
+def test_a_host_that_is_held_up_once_is_measured_again() -> None:
     """Work on another stream is there in the second measurement too."""
-    calls = []
+    for stalls in (0, 1, 2):
+        calls = []
 
-    def measure() -> str:
-        calls.append(1)
-        if len(calls) <= stalls:
-            raise Busy("the device worked for 600 us more")
-        return "timing"
+        def measure(calls=calls, stalls=stalls) -> str:
+            calls.append(1)
+            if len(calls) <= stalls:
+                raise Busy("the device worked for 600 us more")
+            return "timing"
 
-    if stalls < 2:
-        assert twice_if_busy(measure) == "timing"
-    else:
-        with pytest.raises(Refused, match="600 us"):
-            twice_if_busy(measure)
-    assert len(calls) == measured
+        if stalls < 2:
+            assert twice_if_busy(measure) == "timing"
+        else:
+            with pytest.raises(Refused, match="600 us"):
+                twice_if_busy(measure)
+        assert len(calls) == min(stalls + 1, 2)
 
 
 @pytest.mark.gpu
@@ -90,11 +87,13 @@ def test_cuda_clock_times_a_copy_with_a_cold_cache_and_in_a_graph() -> None:
     assert all(torch.equal(one[0], 2 * x) for one, x in zip(found[1], source, strict=True))
 
 
-def test_quick_clock_takes_less_time() -> None:
-    for device in ("cpu", "cuda"):
-        long, short = make_clock(device, False), make_clock(device, True)
-        assert type(long) is type(short)
-        assert short != long
+@pytest.mark.gpu
+def test_a_capture_that_failed_leaves_its_stream() -> None:
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError), recording(torch.cuda.CUDAGraph()):
+        torch.ones(3, device="cuda").tolist()  # a capture may not wait for the device
+    assert torch.cuda.current_stream() == before
+    assert torch.ones(3, device="cuda").tolist() == [1.0] * 3
 
 
 def test_torch_settings_are_restored() -> None:
@@ -104,36 +103,3 @@ def test_torch_settings_are_restored() -> None:
         assert compiler.donated_buffer is False
     assert torch.get_float32_matmul_precision() == precision
     assert compiler.donated_buffer == donated
-    with torch_settings("cpu"):
-        assert torch.get_float32_matmul_precision() == precision
-
-
-@pytest.mark.parametrize("ended", [False, True])
-def test_a_capture_that_failed_leaves_its_stream(monkeypatch, ended) -> None:
-    """`torch.cuda.graph` stays on its stream if its end raises. The allocator forgets what could not be ended."""
-    current, released = ["usual"], []
-
-    class Context:
-        def __init__(self, graph, pool, stream):
-            assert (graph, pool, stream) == ("graph", "pool", "side")
-
-        def __enter__(self):
-            current.append("side")
-
-        def __exit__(self, *_):
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-    def end(device, pool):
-        if ended:
-            raise RuntimeError("not currently recording to this pool")
-
-    fakes = {"graph": Context, "graph_pool_handle": lambda: "pool", "current_device": lambda: 0}
-    fakes |= {"current_stream": lambda: current[-1], "set_stream": current.append}
-    for name, value in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append(pool), raising=False)
-    with pytest.raises(RuntimeError, match="during capture"), recording("graph", "side"):  # type: ignore[arg-type]
-        raise RuntimeError("operation not permitted when stream is capturing")
-    assert current == ["usual", "side", "usual"]
-    assert released == ([] if ended else ["pool"])

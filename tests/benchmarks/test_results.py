@@ -1,12 +1,19 @@
-"""Result files that all benchmarks share."""
+"""What all benchmarks share: result files, budgets, rates of the machine, the state of a GPU."""
 
 import csv
+import math
+import sys
+import time
+import types
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from mvlm_benchmarks import machine
-from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile, file_stem, heading, save_figure, write_csv
+from mvlm_benchmarks import budget, ceilings, machine
+from mvlm_benchmarks.budget import Budget
+from mvlm_benchmarks.gpu_state import COLUMNS, GpuState
+from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile, file_stem, heading, save_figure
 
 ABOUT = dict.fromkeys(MACHINE_COLUMNS, "") | {
     "figures": machine.GPU_FIGURES, "device": "NVIDIA H100", "torch": "2.13", "commit": "abc", "dirty": True,
@@ -14,33 +21,19 @@ ABOUT = dict.fromkeys(MACHINE_COLUMNS, "") | {
 }  # fmt: skip
 
 
-def test_heading_of_a_gpu_is_one_line_of_known_facts() -> None:
+def test_heading_names_known_facts_and_says_that_no_kernel_ran_on_a_cpu() -> None:
     assert heading(ABOUT) == "NVIDIA H100, torch 2.13, commit abc with changes, today"
+    assert "No Triton kernel runs" in heading(ABOUT | {"figures": machine.CPU_FIGURES}).splitlines()[1]
 
 
-def test_heading_of_a_cpu_says_that_no_kernel_ran() -> None:
-    lines = heading(ABOUT | {"figures": machine.CPU_FIGURES}).splitlines()
-    assert len(lines) == 2
-    assert "No Triton kernel runs" in lines[1]
-
-
-def test_every_csv_line_describes_the_machine(tmp_path) -> None:
-    write_csv([{"us": 1}, {"us": 2}], ABOUT, tmp_path / "new" / "f.csv", ("us", "device"))
-    with (tmp_path / "new" / "f.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["us"], row["device"], row["versions"]) for row in rows] == [
-        ("1", "NVIDIA H100", "timm 1.0"),
-        ("2", "NVIDIA H100", "timm 1.0"),
-    ]
-
-
-def test_rows_are_in_the_file_when_append_returns(tmp_path) -> None:
-    file = RowFile(tmp_path / "f.csv", ABOUT, ("us", "note"))
+def test_rows_are_in_the_file_with_the_machine_when_append_returns(tmp_path) -> None:
+    path = tmp_path / "new" / "f.csv"
+    file = RowFile(path, ABOUT, ("us", "note", "device"))
     for count in range(3):
         file.append([{"us": count}])
-        rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+        rows = list(csv.DictReader(path.read_text().splitlines()))
         assert [row["us"] for row in rows] == [str(n) for n in range(count + 1)]
-        assert rows[-1]["note"] == ""
+        assert [rows[-1][key] for key in ("note", "device", "versions")] == ["", "NVIDIA H100", "timm 1.0"]
     with pytest.raises(ValueError, match="fields not in fieldnames"):
         file.append([{"other": 1}])
 
@@ -55,3 +48,78 @@ def test_equal_figures_give_equal_svg_files(tmp_path) -> None:
         figure.subplots().plot([1, 2])
         save_figure(figure, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_no_case_starts_that_would_end_after_the_budget(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    limit, endless = Budget(10), Budget()
+    # Seconds before a question, and its answer. Setting up is no case; the longest case takes 2, then 2.5.
+    for passed, allowed in ((3, True), (2, True), (2.5, True), (0.1, False), (5, False)):
+        now[0] += passed
+        assert limit.allows() == allowed
+    assert (limit.left, limit.used) == (0, pytest.approx(12.6))
+    assert Budget(0.1).allows()  # one case may start at the beginning of any budget
+    now[0] += 1e6
+    assert endless.allows()
+    assert math.isinf(endless.left)
+
+
+def test_rates_count_bytes_read_and_written(monkeypatch) -> None:
+    """In two milliseconds each: of 4 MB a copy moves 8, a read 4, and a triad 12."""
+    assert ceilings.median_seconds(lambda: time.sleep(0.002), "cpu") >= 0.002
+    rows = ceilings.ceiling_rows("cpu", torch.float32, shrink=512)
+    assert [row["name"] for row in rows] == ["copy", "read", "triad", *ceilings.GEMM_SHAPES]
+    assert all(row["gb_per_s"] > 0 for row in rows[:3])
+    for row in rows[3:]:
+        m, n, k = (int(size) for size in row["shape"].split("x"))
+        assert row["tflops"] == pytest.approx(2 * m * n * k / row["us"] / 1e6)
+    shapes = []
+    monkeypatch.setattr(ceilings, "median_seconds", lambda call, device: shapes.append(call().shape) or 2e-3)
+    rates = ceilings.memory_rates("cpu", megabytes=4)
+    assert (rates.copy, rates.read, rates.triad) == tuple(n * 2**20 / 2e-3 for n in (8, 4, 12))
+    ceilings.gemm_seconds((3, 5, 7), torch.float32, "cpu")
+    assert shapes[-1] == (3, 5)
+
+
+class Library(types.ModuleType):
+    """NVIDIA's: a GPU at 1,410 MHz and 61 degrees, held back by its power cap and by heat. Its power is unknown."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    nvmlClocksEventReasonGpuIdle = 1
+    nvmlClocksEventReasonSwPowerCap = 4
+    nvmlClocksEventReasonSwThermalSlowdown = 32
+    bits = 1 | 4 | 32
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        assert uuid == "GPU-1234"
+        return "handle"
+
+    def nvmlDeviceGetClockInfo(self, handle: str, which: int) -> int:
+        return {1: 1410, 2: 2619}[which]
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        raise RuntimeError("not supported")
+
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
+        return 61
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
+        return self.bits
+
+
+def test_state_of_a_gpu(monkeypatch) -> None:
+    library = Library("pynvml")
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="1234"))
+    assert GpuState("cuda").read() == {
+        "sm_mhz": 1410, "memory_mhz": 2619, "watts": None, "celsius": 61, "throttled": "power cap, heat (software)",
+    }  # fmt: skip
+    library.bits = 1  # idle
+    assert GpuState("cuda").read()["throttled"] == ""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    for state, problem in ((GpuState("cuda"), "pynvml"), (GpuState("cpu"), "not a GPU")):
+        assert problem in state.problem
+        assert state.read() == dict.fromkeys(COLUMNS) | {"throttled": ""}

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, write_csv, write_json
+from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, write_csv
+from mvlm_dataloading.files import write_json
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -77,6 +78,6 @@ def write(
         lines.append({"data": data.name, "recipe": "", "contender": name, "status": "ok", "note": result["text"]})
     write_csv(lines, about, files[0], COLUMNS)
     if json_file is not None:
-        write_json({"machine": about, "rows": rows, "stages": stages, **others}, json_file)
+        write_json(json_file, {"machine": about, "rows": rows, "stages": stages, **others})
         files.append(json_file)
     return files

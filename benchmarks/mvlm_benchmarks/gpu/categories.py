@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 import mvlm_kernels
+from mvlm_benchmarks.kernels.checks import gpu_events
 
 Row = dict[str, Any]
 IDLE = "idle"
@@ -98,20 +98,13 @@ def by_category(spans: Iterable[Span]) -> list[Row]:
 def profile_call(call: Callable[[], Any], device: str) -> list[Span]:
     """Kernels of a call on a GPU; on a CPU its outermost operators. The call runs once before, for warm-up."""
     call()
-    cuda = device == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-    spans = []
-    for event in profiler.events() or ():
-        # Annotations, such as that of an optimizer's step, span kernels that are events themselves.
-        on_gpu = str(event.device_type).endswith("CUDA") and not event.is_user_annotation
-        if on_gpu if cuda else _is_outermost(event):
-            spans.append(Span(event.name, event.time_range.start, event.time_range.end))
-    return spans
+    if device == "cuda":
+        events = gpu_events(call)
+    else:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
+        events = [event for event in profiler.events() or () if _is_outermost(event)]
+    return [Span(event.name, event.time_range.start, event.time_range.end) for event in events]
 
 
 def _is_outermost(event: Any) -> bool:

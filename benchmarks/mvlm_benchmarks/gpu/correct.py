@@ -17,10 +17,9 @@ import torch
 from mvlm_benchmarks.ceilings import ceiling_rows
 from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, torch_settings
 from mvlm_benchmarks.gpu.processes import run_program
-from mvlm_benchmarks.gpu.small_cases import small_cases
 from mvlm_benchmarks.gpu.stage import Stage, WrongValue
 from mvlm_benchmarks.kernels.attention_peers import cudnn_backend, flash_backend, sdpa
-from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.checks import torch_reasons
 from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender

@@ -13,7 +13,7 @@ def run(stage: Stage) -> None:
     distributions = [*DISTRIBUTIONS, *(peer.distribution for peer in PEERS)]
     stage.about = machine.describe(stage.device, distributions) | {"figures": stage.about["figures"]}
     table = stage.table("kernels", report.COLUMNS)
-    peers = [peer for peer in PEERS if not stage.rehearse or peer.name in ("eager", "liger", "mslk", "quack")]
+    peers = [peer for peer in PEERS if not stage.rehearse or peer.name in ("eager", "liger", "quack")]
     chosen = [case for case in cases(stage.batch, stage.dtype) if case.core or not stage.rehearse]
     rows: list[Row] = []
     done = 0

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO
 
 from mvlm_benchmarks.machine import source_root
@@ -21,7 +20,7 @@ def run_program(
 ) -> int | None:
     """Run a program in a session of its own. When it ends or is ended, all processes that it started end too.
 
-    A tool such as `ncu` starts the program that it looks at, which would go on using the GPU.
+    What pytest or a compiling process started would go on using the GPU.
 
     Args:
         limit: seconds.
@@ -48,19 +47,3 @@ def run_program(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def run_and_keep(
-    command: Sequence[str], limit: float, path: Path, title: str, environment: Mapping[str, str] | None = None
-) -> tuple[int | None, str]:
-    """Exit code of a program, as that of `run_program`, and its output, which is also appended to a file."""
-    with path.open("a+") as file:
-        file.write(f"$ {title}\n")
-        file.flush()
-        start = file.tell()
-        code = run_program(command, limit, file, environment)
-        file.flush()
-        file.seek(start)
-        printed = file.read()
-        file.write("\n")
-    return code, printed

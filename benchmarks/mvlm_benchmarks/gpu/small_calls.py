@@ -15,13 +15,13 @@ import sys
 import torch
 
 from mvlm_benchmarks.clock import make_clock
-from mvlm_benchmarks.gpu.small_cases import small_cases
 from mvlm_benchmarks.gpu.variants import launches_of
-from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
+from mvlm_benchmarks.machine import gpu_arch
 from mvlm_kernels import use_backend
 
 
@@ -45,10 +45,7 @@ def chosen_cases(op: str, kernel: str, paper: bool, dtype: torch.dtype) -> list[
     found = [case for case in found if op in ("", case.op)]
     if not kernel:
         return found
-    arch = 90  # the same kernels run on a later one
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        arch = 10 * major + minor
+    arch = gpu_arch() if torch.cuda.is_available() else 90  # the same kernels run on a later one
     launching = (
         case for case in found if kernel in {x.kernel.__name__ for x in launches_of(case, case.make("meta"), arch)}
     )

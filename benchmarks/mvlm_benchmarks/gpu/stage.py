@@ -13,8 +13,9 @@ import torch
 from mvlm_benchmarks import gpu_state, machine
 from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.gpu_state import GpuState
-from mvlm_benchmarks.results import RowFile, write_json
+from mvlm_benchmarks.results import RowFile
 from mvlm_benchmarks.unavailable import one_line
+from mvlm_dataloading.files import write_json
 
 Row = dict[str, Any]
 COMPLETE, INCOMPLETE, OUT_OF_TIME, RUNNING = "complete", "incomplete", "out of time", "running, or killed"
@@ -104,7 +105,7 @@ class Stage:
         }
         content |= {"finished": self.finished, "without_result": self.without_result}
         content |= {"no_gpu_state": self.state.problem, **more, "machine": self.about}
-        write_json(content, self.out / f"{self.name}.json")
+        write_json(self.out / f"{self.name}.json", content)
 
 
 @contextlib.contextmanager
@@ -159,5 +160,5 @@ def running(name: str, out: Path, seconds: float, rehearse: bool) -> Iterator[St
 
 DISTRIBUTIONS = [
     "torch", "triton", "numpy", "timm", "transformers", "matplotlib", "nvidia-ml-py", "xformers", "flash-attn",
-    "liger-kernel", "quack-kernels", "mslk-cuda", "nvidia-cudnn-frontend",
+    "liger-kernel", "quack-kernels",
 ]  # fmt: skip

@@ -15,8 +15,6 @@ STAGES = {
     "correct": Plan("mvlm_benchmarks.gpu.correct", 360, "values, repeats, captures; ceilings of memory and products"),
     "sweep": Plan("mvlm_benchmarks.gpu.sweep", 240, "tiles and launch options of each kernel; exceptions to the rules"),
     "kernels": Plan("mvlm_benchmarks.gpu.kernels", 400, "every op against every other implementation"),
-    "profile": Plan("mvlm_benchmarks.gpu.profile", 240, "hardware counters of six kernels, by Nsight Compute"),
     "step": Plan("mvlm_benchmarks.gpu.step", 360, "a training step against the baselines; GPU time by category"),
     "compiled": Plan("mvlm_benchmarks.gpu.compiled", 180, "the step with blocks compiled, then as a whole"),
-    "sanitizer": Plan("mvlm_benchmarks.gpu.sanitizer", 360, "small calls of each op under compute-sanitizer"),
 }

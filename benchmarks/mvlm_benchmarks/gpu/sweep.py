@@ -7,12 +7,11 @@ Winners are exceptions to the rules by which launchers choose tiles. Those of cr
 table, which `MVLM_KERNELS_CONFIGS` reads.
 """
 
-import contextlib
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -24,15 +23,16 @@ from mvlm_benchmarks.intervals import FASTER, ratio
 from mvlm_benchmarks.kernels.measure import LocalContender, Outcome
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
-from mvlm_benchmarks.results import RowFile, write_json
+from mvlm_benchmarks.machine import gpu_arch
+from mvlm_benchmarks.results import RowFile
 from mvlm_benchmarks.unavailable import one_line
+from mvlm_dataloading.files import write_json
 from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.cross_attention import tiles
 
 COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
 TURNS, TURNS_AGAIN = 3, 9
 """Turns of all variants, and further ones of the default and the fastest variant, from which alone it is judged."""
-REHEARSED_ARCH = "sm_90"
 Calls = defaultdict[int, list[tuple[float, ...]]]
 """Number of a variant -> the microseconds of all calls of each turn."""
 
@@ -40,14 +40,14 @@ Calls = defaultdict[int, list[tuple[float, ...]]]
 def run(stage: Stage) -> None:
     """Run the stage.
 
-    Writes sweep.csv, a row per turn of each variant, tile_exceptions.json, configs/cross_attention.json and sweep.svg.
+    Writes sweep.csv, a row per turn of each variant, tile_exceptions.json and configs/cross_attention.json.
     """
     table = stage.table("sweep", COLUMNS)
     costs = compile_variants(stage)
     winners: list[tuple[Target, Row]] = []
-    summary: list[Row] = []
+    _write_exceptions(stage, winners)
     cases = chosen_cases(stage.batch, stage.dtype, stage.rehearse)
-    with _written(stage, winners, summary), torch_settings(stage.device), use_backend("triton"):
+    with torch_settings(stage.device), use_backend("triton"):
         for case in cases:
             if not stage.allows(f"{case.op} {case.shape}"):
                 break
@@ -62,34 +62,19 @@ def run(stage: Stage) -> None:
             if not targets and not case.left_to_torch:
                 stage.end_part(f"{case.op} {case.shape}", "no kernel")
             for target in targets:
-                if summary and not stage.allows(target.name):
+                if winners and not stage.allows(target.name):
                     break
-                found = sweep_target(stage, target, data, costs, table)
-                summary += found
-                winners.append((target, found[0]))
+                best = sweep_target(stage, target, data, costs, table)
+                winners.append((target, best))
                 _write_exceptions(stage, winners)
-                stage.say(f"{target.name}: {found[0]['said']}")
+                stage.say(f"{target.name}: {best['said']}")
                 stage.finished.append(target.name)
-
-
-@contextlib.contextmanager
-def _written(stage: Stage, winners: list[tuple[Target, Row]], summary: list[Row]) -> Iterator[None]:
-    """Write the winners and the plot when the block ends, however it ends."""
-    try:
-        yield
-    except BaseException:
-        _write_exceptions(stage, winners)
-        with contextlib.suppress(Exception):  # why the stage ended is what its log has to say
-            _plot(stage, summary)
-        raise
-    _write_exceptions(stage, winners)
-    _plot(stage, summary)
 
 
 def sweep_target(
     stage: Stage, target: Target, data: CaseData, costs: dict[tuple[str, str], Row], table: RowFile
-) -> list[Row]:
-    """Check and time all variants of one kernel. Returns a row of each, with ratio and interval; the default first."""
+) -> Row:
+    """Check and time all variants of one kernel. Returns `winner`, its `ratio` to the default, and `said`, a text."""
     clock = CpuClock(0.0) if stage.rehearse else CudaClock(8)
     local = LocalContender(data, [ours(data.case, inputs) for inputs in data.sets], clock)
     changes = variants(target.kernel, target.options, few=stage.rehearse)
@@ -114,22 +99,26 @@ def sweep_target(
     calls, calls_again = Calls(list), Calls(list)
     for turn in range(turns):
         take(turn, range(len(changes)), calls)
-    rows = [_compared(target, changes[number], outcomes[number], calls, number) for number in range(len(changes))]
-    fastest = min((n for n in range(1, len(rows)) if rows[n].get("verdict") == FASTER),
-                  key=lambda n: rows[n]["ratio"], default=0)  # fmt: skip
+
+    def faster(number: int, calls: Calls) -> float | None:
+        """Time of a variant over the default's, if the variant is right and faster by more than the noise."""
+        if outcomes[number].status != "ok":
+            return None
+        found = ratio(calls[number], calls[0])
+        return found.value if found.verdict == FASTER else None
+
+    ratios = {number: over for number in range(1, len(changes)) if (over := faster(number, calls)) is not None}
+    fastest, best = min(ratios, key=ratios.__getitem__, default=0), None
     if fastest:
         for turn in range(turns, turns + turns_again):
             take(turn, (0, fastest) if turn % 2 else (fastest, 0), calls_again)
-        rows[fastest] = _compared(target, changes[fastest], outcomes[fastest], calls_again, fastest)
-    winner = fastest if rows[fastest].get("verdict") == FASTER else 0
-    best = rows[winner]["ratio"] if winner else 1.0
-    wrong = sum(row["status"] != "ok" for row in rows)
-    said = f"{_text(changes[winner])} takes {best:.2f} of the default's time" if winner else "the default stays"
-    if fastest and not winner:
+        best = faster(fastest, calls_again)
+    wrong = sum(outcome.status != "ok" for outcome in outcomes.values())
+    said = "the default stays" if best is None else f"{_text(changes[fastest])} takes {best:.2f} of the default's time"
+    if fastest and best is None:
         said += f", {_text(changes[fastest])} was faster by chance or failed later"
-    rows[0] |= {"winner": changes[winner], "said": f"{said}; {len(rows)} variants, {wrong} of them failed"}
-    rows[0]["ratio"] = best
-    return rows
+    said += f"; {len(changes)} variants, {wrong} of them failed"
+    return {"winner": changes[fastest if best is not None else 0], "ratio": best or 1.0, "said": said}
 
 
 def _turn(local: LocalContender, name: str, turn: int, calls: list[tuple[float, ...]]) -> tuple[float | None, Outcome]:
@@ -149,21 +138,11 @@ def _turn(local: LocalContender, name: str, turn: int, calls: list[tuple[float, 
     return timing.us, Outcome("ok")
 
 
-def _compared(target: Target, change: Options, outcome: Outcome, calls: Calls, number: int) -> Row:
-    """Row of a variant: its time over the default's, with the interval, if it is right."""
-    row: Row = {"target": target.name, "change": _text(change), "status": outcome.status}
-    if outcome.status == "ok":
-        found = ratio(calls[number], calls[0])
-        row |= {"ratio": found.value, "low": found.low, "high": found.high, "verdict": found.verdict}
-    return row
-
-
 def compile_variants(stage: Stage) -> dict[tuple[str, str], Row]:
     """Compile all variants in other processes. Returns (target, change as JSON) -> registers, spills, or an error."""
     jobs = 1 if stage.rehearse else max(1, (os.cpu_count() or 2) - 4)
     command = [sys.executable, "-m", "mvlm_benchmarks.gpu.variants", "--batch", str(stage.batch), "--jobs", str(jobs)]
-    command += ["--arch", REHEARSED_ARCH if stage.rehearse else f"sm_{_arch(stage)}"]
-    command += ["--small"] if stage.rehearse else []
+    command += ["--arch", f"sm_{_arch(stage)}", *(["--small"] if stage.rehearse else [])]
     found: dict[tuple[str, str], Row] = {}
     file = stage.out / "variants.jsonl"
     problems = stage.out / "variants.log"
@@ -192,45 +171,19 @@ def _write_exceptions(stage: Stage, swept: list[tuple[Target, Row]]) -> None:
         if best["winner"]
     }
     content = {f"sm_{_arch(stage)}": found, "rehearsal": stage.rehearse, "machine": stage.about}
-    write_json(content, stage.out / "tile_exceptions.json")
+    write_json(stage.out / "tile_exceptions.json", content)
     by_key: dict[str, list[Options]] = defaultdict(list)
     for target, best in swept:
         if target.key:
             by_key[target.key].append(best["winner"])
     agreed = {key: options[0] for key, options in by_key.items() if all(one == options[0] for one in options)}
     table = tiles.with_exceptions(_arch(stage), {k: v for k, v in agreed.items() if v})
-    write_json(table, stage.out / "configs" / "cross_attention.json")
+    write_json(stage.out / "configs" / "cross_attention.json", table)
 
 
 def _arch(stage: Stage) -> int:
-    if stage.rehearse:
-        return 90
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    return 90 if stage.rehearse else gpu_arch()
 
 
 def _text(change: Options) -> str:
     return " ".join(f"{key}={value}" for key, value in change.items()) or "default"
-
-
-def _plot(stage: Stage, rows: list[Row]) -> None:
-    """Draw time over the default's of every variant, a line per kernel."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        stage.say(f"no plot: {error}")
-        return
-    from mvlm_benchmarks.results import save_figure
-
-    names = list(dict.fromkeys(row["target"] for row in rows))
-    figure = Figure(figsize=(11, 0.35 * len(names) + 1.5), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        if row.get("low") is not None:
-            place = names.index(row["target"])
-            axes.plot([row["low"], row["high"]], [place, place], color="#4477aa", linewidth=1)
-            axes.plot([row["high"] if row["change"] == "default" else row["low"]], [place], "|", color="#cc6677")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.set_xlabel("time of a variant over the default's, 95 % interval; left is faster")
-    save_figure(figure, stage.out / "sweep.svg")

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mvlm_benchmarks.gpu.small_cases import small_cases
-from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.inputs import Case, Inputs
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import as_results, passes_of

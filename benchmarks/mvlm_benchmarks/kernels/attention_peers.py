@@ -1,4 +1,4 @@
-"""Peers of cross_attention that take padded sequences: torch's, and cuDNN's through its own frontend.
+"""Peers of cross_attention that take padded sequences: torch's.
 
 Each takes q, k and v as the op does, and returns the output in q's layout. Libraries without packed or indexed keys get
 padded or copied keys. Padding and copying are timed; building masks and indices is not.

@@ -11,22 +11,9 @@ import torch
 from torch import Tensor
 
 import mvlm_kernels
-from mvlm_benchmarks.kernels.attention_cases import attention_cases
-from mvlm_benchmarks.kernels.inputs import (
-    CHANNELS,
-    FEATURES,
-    MASKED,
-    MEAN,
-    PATCH,
-    PATCHES,
-    SIDE,
-    STD,
-    WIDTH,
-    Case,
-    Inputs,
-    RandomInputs,
-)
-from mvlm_benchmarks.kernels.layers import layer_cases
+from mvlm_benchmarks.kernels.attention_cases import Shape, attention_case, attention_cases
+from mvlm_benchmarks.kernels.inputs import MEAN, PAPER, SMALL, STD, Case, Inputs, RandomInputs, Sizes
+from mvlm_benchmarks.kernels.layers import add_layer_norm_case, gelu_linear_case, layer_cases
 from mvlm_kernels.gather_patches import reference as gathering
 from mvlm_kernels.pixel_loss import reference as pixels
 
@@ -35,9 +22,9 @@ def cases(batch: int, dtype: torch.dtype) -> list[Case]:
     """All cases for a batch of `batch` images. The core cases come first, then the others by importance."""
     found = [
         *attention_cases(batch, dtype),
-        _gather(batch, dtype, torch.uint8, MASKED, core=True),
-        _gather(batch, dtype, torch.uint8, PATCHES),
-        _gather(batch, dtype, dtype, MASKED),
+        _gather(batch, dtype, torch.uint8, core=True),
+        _gather(batch, dtype, torch.uint8, whole=True),
+        _gather(batch, dtype, dtype),
         _masked_loss(batch, dtype, "l1", False, core=True),
         _masked_loss(batch, dtype, "mse", True),
         _linear_loss(batch, dtype, "l1", core=True),
@@ -51,20 +38,50 @@ def cases(batch: int, dtype: torch.dtype) -> list[Case]:
     return sorted(found, key=lambda case: not case.core)
 
 
+def small_cases(dtype: torch.dtype) -> list[Case]:
+    """One case of each kernel, and of each layout of attention, at sizes of which none is a multiple of a tile."""
+    shapes = [
+        Shape(2, 37, 2, 19),
+        Shape(2, 19, 2, 37 + 128),
+        Shape(2, 37, 2, 19, layout_k="packed"),
+        Shape(5, 19, 2, 37 + 128, index="drawn"),
+        Shape(3, 19, 3, 19, "packed", "packed"),
+        Shape(5, 1, 2, 19, layout_k="packed", index="drawn"),
+    ]
+    return [
+        *(attention_case(shape, dtype, heads=1) for shape in shapes),
+        _gather(2, dtype, dtype, sizes=SMALL),
+        _masked_loss(2, dtype, "mse", False, sizes=SMALL),
+        _linear_loss(2, dtype, "mse", sizes=SMALL),
+        _place(2, dtype, "masked", sizes=SMALL),
+        add_layer_norm_case(37, dtype, SMALL.width),
+        gelu_linear_case(37, dtype, SMALL.width),
+    ]
+
+
 def _channels(like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the channels, float64 (C,) each, on the device of `like`."""
     mean, std = (torch.tensor(values, dtype=torch.float64, device=like.device) for values in (MEAN, STD))
     return mean, std
 
 
-def _gather(batch: int, dtype: torch.dtype, image_dtype: torch.dtype, count: int, *, core: bool = False) -> Case:
-    floating = image_dtype != torch.uint8
+def _gather(
+    batch: int,
+    dtype: torch.dtype,
+    image_dtype: torch.dtype,
+    *,
+    whole: bool = False,
+    core: bool = False,
+    sizes: Sizes = PAPER,
+) -> Case:
+    """gather_patches of the masked patches, or of the whole image. Images in uint8 have no gradient."""
+    floating, count = image_dtype != torch.uint8, sizes.patches if whole else sizes.masked
 
     def make(device: str, seed: int = 0) -> Inputs:
-        random = RandomInputs(device, dtype, seed)
+        random = RandomInputs(device, dtype, seed, sizes)
         images = random.images(batch, image_dtype)
-        ids = random.patch_ids(batch, count) if count < PATCHES else None
-        fixed = {"patch_ids": ids, "patch_size": PATCH, "mean": MEAN, "std": STD, "dtype": dtype}
+        ids = None if whole else random.patch_ids(batch, count)
+        fixed = {"patch_ids": ids, "patch_size": sizes.patch, "mean": MEAN, "std": STD, "dtype": dtype}
         if floating:
             return Inputs({"images": images.requires_grad_()}, fixed)
         return Inputs({}, {"images": images, **fixed})
@@ -72,73 +89,77 @@ def _gather(batch: int, dtype: torch.dtype, image_dtype: torch.dtype, count: int
     def reference(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> Tensor:
         return gathering.gather_patches(images, patch_ids, patch_size, *_channels(images), torch.float64)
 
-    ids = 4 * count if count < PATCHES else 0
-    out = count * FEATURES * dtype.itemsize
-    forward = count * FEATURES * image_dtype.itemsize + ids + out
-    backward = out + ids + PATCHES * FEATURES * image_dtype.itemsize if floating else 0
-    chosen = f"{count} of {PATCHES}" if count < PATCHES else f"all {PATCHES}"
-    shape = f"B{batch} {CHANNELS}x{SIDE}x{SIDE} p{PATCH}, {chosen}, {_name(image_dtype)} -> {_name(dtype)}"
+    ids = 0 if whole else 4 * count
+    out = count * sizes.features * dtype.itemsize
+    forward = count * sizes.features * image_dtype.itemsize + ids + out
+    backward = out + ids + sizes.patches * sizes.features * image_dtype.itemsize if floating else 0
+    chosen = f"all {count}" if whole else f"{count} of {sizes.patches}"
+    images = f"B{batch} {sizes.channels}x{sizes.side}x{sizes.side} p{sizes.patch}"
+    shape = f"{images}, {chosen}, {_name(image_dtype)} -> {_name(dtype)}"
     minimum = batch * forward, batch * backward
     return Case("gather_patches", shape, dtype, make, mvlm_kernels.gather_patches, reference, minimum, core=core)
 
 
-def _masked_loss(batch: int, dtype: torch.dtype, kind: Any, normalize: bool, *, core: bool = False) -> Case:
+def _masked_loss(
+    batch: int, dtype: torch.dtype, kind: Any, normalize: bool, *, core: bool = False, sizes: Sizes = PAPER
+) -> Case:
+    masked, features = sizes.masked, sizes.features
+
     def make(device: str, seed: int = 0) -> Inputs:
-        random = RandomInputs(device, dtype, seed)
+        random = RandomInputs(device, dtype, seed, sizes)
         draw = random.far_from_pixels if kind == "l1" else random.normal
-        pred = draw(batch, MASKED, FEATURES)
-        fixed = {"images": random.images(batch, torch.uint8), "patch_ids": random.patch_ids(batch, MASKED)}
-        options = {"patch_size": PATCH, "mean": MEAN, "std": STD, "kind": kind, "normalize_target": normalize}
+        pred = draw(batch, masked, features)
+        fixed = {"images": random.images(batch, torch.uint8), "patch_ids": random.patch_ids(batch, masked)}
+        options = {"patch_size": sizes.patch, "mean": MEAN, "std": STD, "kind": kind, "normalize_target": normalize}
         return Inputs({"pred": pred.detach().requires_grad_()}, {**fixed, **options})
 
     def reference(pred: Tensor, images: Tensor, patch_ids: Tensor, patch_size: int, **_: Any) -> Tensor:
         channels = _channels(images)
         return pixels.masked_pixel_loss(pred, images, patch_ids, patch_size, *channels, kind, normalize, True)[0]
 
-    count = batch * MASKED * FEATURES
+    count = batch * masked * features
     # Forward saves the derivative of the loss by each prediction. For L1 it is a sign, of one byte.
     slope = count * (1 if kind == "l1" else dtype.itemsize)
     pred = count * dtype.itemsize
-    minimum = pred + count + slope + batch * MASKED * 4 + 4, slope + 4 + pred
-    shape = f"B{batch} {MASKED} patches of {FEATURES}, {kind}{', normalised' if normalize else ''}, uint8 images"
+    minimum = pred + count + slope + batch * masked * 4 + 4, slope + 4 + pred
+    shape = f"B{batch} {masked} patches of {features}, {kind}{', normalised' if normalize else ''}, uint8 images"
     return Case("masked_pixel_loss", shape, dtype, make, mvlm_kernels.masked_pixel_loss, reference, minimum, core=core)
 
 
 def _linear_loss(
-    batch: int, dtype: torch.dtype, kind: Any, parameters: torch.dtype | None = None, *, core: bool = False
-) -> Case:
+    batch: int, dtype: torch.dtype, kind: Any, parameters: torch.dtype | None = None, *, core: bool = False,
+    sizes: Sizes = PAPER,
+) -> Case:  # fmt: skip
     """linear_pixel_loss. parameters: dtype of weight and bias, if it is not that of the states."""
-    weights = parameters or dtype
+    weights, masked, features, width = parameters or dtype, sizes.masked, sizes.features, sizes.width
 
     def make(device: str, seed: int = 0) -> Inputs:
-        random = RandomInputs(device, dtype, seed)
+        random = RandomInputs(device, dtype, seed, sizes)
         leaves = {
-            "hidden": random.normal(batch, MASKED, WIDTH),
-            "weight": random.normal(FEATURES, WIDTH, scale=0.5 * WIDTH**-0.5, dtype=weights),
+            "hidden": random.normal(batch, masked, width),
+            "weight": random.normal(features, width, scale=0.5 * width**-0.5, dtype=weights),
             # The bias keeps predictions away from the pixels, so that rounding cannot flip the sign of an L1 term.
-            "bias": random.far_from_pixels(FEATURES, dtype=weights).requires_grad_()
+            "bias": random.far_from_pixels(features, dtype=weights).requires_grad_()
             if kind == "l1"
-            else random.normal(FEATURES, dtype=weights),
+            else random.normal(features, dtype=weights),
         }
-        fixed = {"images": random.images(batch, torch.uint8), "patch_ids": random.patch_ids(batch, MASKED)}
-        return Inputs(leaves, {**fixed, "patch_size": PATCH, "mean": MEAN, "std": STD, "kind": kind})
+        fixed = {"images": random.images(batch, torch.uint8), "patch_ids": random.patch_ids(batch, masked)}
+        return Inputs(leaves, {**fixed, "patch_size": sizes.patch, "mean": MEAN, "std": STD, "kind": kind})
 
     def reference(hidden, weight, bias, images: Tensor, patch_ids: Tensor, patch_size: int, **_: Any) -> Tensor:
         target = images, patch_ids, patch_size, *_channels(images)
         return pixels.linear_pixel_loss(hidden, weight, bias, *target, kind, False, True)[0]
 
-    rows, item = batch * MASKED, dtype.itemsize
-    matrix, hidden = weights.itemsize * FEATURES * (WIDTH + 1), item * rows * WIDTH
-    slope = rows * FEATURES * (1 if kind == "l1" else item)
-    forward = hidden + matrix + rows * FEATURES + 4 * rows + slope + 4
+    rows, item = batch * masked, dtype.itemsize
+    matrix, hidden = weights.itemsize * features * (width + 1), item * rows * width
+    slope = rows * features * (1 if kind == "l1" else item)
+    forward = hidden + matrix + rows * features + 4 * rows + slope + 4
     # Backward reads the weight but not the bias, and writes the gradients of both.
-    minimum = forward, slope + 4 + 2 * hidden + 2 * matrix - weights.itemsize * FEATURES
-    product = 2 * rows * FEATURES * WIDTH
-    shape = f"B{batch} {MASKED} rows of {WIDTH} -> {FEATURES}, {kind}, uint8 images{_parameters(parameters)}"
-    ours = mvlm_kernels.linear_pixel_loss
-    sizes = rows, FEATURES, WIDTH
-    flops = product, 2 * product
-    return Case("linear_pixel_loss", shape, dtype, make, ours, reference, minimum, flops, core, sizes)
+    minimum = forward, slope + 4 + 2 * hidden + 2 * matrix - weights.itemsize * features
+    product = 2 * rows * features * width
+    shape = f"B{batch} {masked} rows of {width} -> {features}, {kind}, uint8 images{_parameters(parameters)}"
+    ours, flops, product_sizes = mvlm_kernels.linear_pixel_loss, (product, 2 * product), (rows, features, width)
+    return Case("linear_pixel_loss", shape, dtype, make, ours, reference, minimum, flops, core, product_sizes)
 
 
 def place_reference(
@@ -161,36 +182,38 @@ def place_reference(
 
 
 def _place(
-    batch: int, dtype: torch.dtype, mode: str, parameters: torch.dtype | None = None, *, core: bool = False
-) -> Case:
+    batch: int, dtype: torch.dtype, mode: str, parameters: torch.dtype | None = None, *, core: bool = False,
+    sizes: Sizes = PAPER,
+) -> Case:  # fmt: skip
     """place_tokens. mode: `masked` has a token for every patch, half of them masked; `visible` for a quarter only.
 
     parameters: dtype of mask token, [CLS] and position embeddings, if it is not that of the tokens.
     """
-    visible = PATCHES // 4
+    patches, width = sizes.patches, sizes.width
+    visible = patches // 4
 
     def make(device: str, seed: int = 0) -> Inputs:
-        random = RandomInputs(device, dtype, seed)
+        random = RandomInputs(device, dtype, seed, sizes)
         leaves = {
-            "tokens": random.normal(batch, visible if mode == "visible" else PATCHES, WIDTH),
-            "mask_token": random.normal(WIDTH, dtype=parameters),
-            "pos_embed": random.normal(1 + PATCHES, WIDTH, dtype=parameters),
-            "cls_token": random.normal(WIDTH, dtype=parameters),
+            "tokens": random.normal(batch, visible if mode == "visible" else patches, width),
+            "mask_token": random.normal(width, dtype=parameters),
+            "pos_embed": random.normal(1 + patches, width, dtype=parameters),
+            "cls_token": random.normal(width, dtype=parameters),
         }
         if mode == "visible":
             return Inputs(leaves, {"visible_ids": random.patch_ids(batch, visible)})
-        masked = torch.zeros(batch, PATCHES, dtype=torch.bool, device=device)
-        return Inputs(leaves, {"masked": masked.scatter(1, random.patch_ids(batch, PATCHES // 2).long(), True)})
+        masked = torch.zeros(batch, patches, dtype=torch.bool, device=device)
+        return Inputs(leaves, {"masked": masked.scatter(1, random.patch_ids(batch, patches // 2).long(), True)})
 
-    row = dtype.itemsize * WIDTH
-    read = visible if mode == "visible" else PATCHES // 2
-    written = visible if mode == "visible" else PATCHES
-    index = batch * (read * 4 if mode == "visible" else PATCHES)
-    wide = WIDTH * (parameters or dtype).itemsize  # of a row of a parameter, and of the output
-    vectors, whole = wide * (PATCHES + 3), batch * (1 + PATCHES) * wide
+    row = dtype.itemsize * width
+    read = visible if mode == "visible" else patches // 2
+    written = visible if mode == "visible" else patches
+    index = batch * (read * 4 if mode == "visible" else patches)
+    wide = width * (parameters or dtype).itemsize  # of a row of a parameter, and of the output
+    vectors, whole = wide * (patches + 3), batch * (1 + patches) * wide
     minimum = batch * read * row + index + vectors + whole, whole + index + batch * written * row + vectors
-    tokens = f"{visible} of {PATCHES} visible" if mode == "visible" else f"half of {PATCHES} masked"
-    shape = f"B{batch} width {WIDTH}, {tokens}{_parameters(parameters)}"
+    tokens = f"{visible} of {patches} visible" if mode == "visible" else f"half of {patches} masked"
+    shape = f"B{batch} width {width}, {tokens}{_parameters(parameters)}"
     return Case("place_tokens", shape, dtype, make, mvlm_kernels.place_tokens, place_reference, minimum, core=core)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_benchmarks.machine import describe
-from mvlm_benchmarks.results import write_json
+from mvlm_dataloading.files import write_json
 from mvlm_kernels import (
     add_layer_norm,
     cross_attention,
@@ -182,7 +182,7 @@ def main() -> None:
         figures = f"{row['ours']:6.1f} {row['torch']:6.1f} {row['beyond']:8.1f} {row['beyond_median']:7.1f}"
         print(f"{row['op']:18} {figures}")
     if options.json:
-        write_json({"machine": describe("cpu", ["torch", "triton"]), "rows": rows}, options.json)
+        write_json(options.json, {"machine": describe("cpu", ["torch", "triton"]), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,32 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-CHANNELS, SIDE, PATCH, PATCHES, MASKED, WIDTH = 3, 224, 16, 196, 116, 768
-FEATURES = CHANNELS * PATCH * PATCH
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of images, patches and tokens."""
+
+    side: int
+    patch: int
+    masked: int
+    """Masked patches of an image."""
+    width: int
+    channels: int = 3
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def features(self) -> int:
+        return self.channels * self.patch**2
+
+
+PAPER = Sizes(side=224, patch=16, masked=116, width=768)
+SMALL = Sizes(side=24, patch=8, masked=5, width=40)
+"""For rehearsals, and for tools that slow a GPU down. Odd on purpose: no length is a multiple of a tile."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +96,8 @@ class Case:
 class RandomInputs:
     """Seeded random tensors. They are drawn on the CPU, so that all devices and processes get equal values."""
 
-    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0, sizes: Sizes = PAPER) -> None:
+        self._sizes = sizes
         self._generator, self._indices = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
         self._device, self._dtype = device, dtype
 
@@ -90,12 +114,13 @@ class RandomInputs:
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
         """Images (B, C, S, S): 0 to 255 in uint8, else values in [0, 1]."""
-        values = torch.randint(0, 256, (batch, CHANNELS, SIDE, SIDE), generator=self._generator, dtype=torch.uint8)
+        shape = batch, self._sizes.channels, self._sizes.side, self._sizes.side
+        values = torch.randint(0, 256, shape, generator=self._generator, dtype=torch.uint8)
         return values.to(self._device) if dtype == torch.uint8 else (values / 255).to(self._device, dtype)
 
-    def patch_ids(self, batch: int, count: int, patches: int = PATCHES) -> Tensor:
+    def patch_ids(self, batch: int, count: int) -> Tensor:
         """Distinct patch numbers of each image, int32 (B, K), ascending."""
-        order = torch.rand(batch, patches, generator=self._indices).argsort(dim=1)[:, :count]
+        order = torch.rand(batch, self._sizes.patches, generator=self._indices).argsort(dim=1)[:, :count]
         return order.sort(dim=1).values.int().to(self._device)
 
     def integers(self, high: int, *shape: int) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
-from mvlm_benchmarks.kernels.inputs import WIDTH, Case, Inputs, RandomInputs
+from mvlm_benchmarks.kernels.inputs import PAPER, Case, Inputs, RandomInputs
 from mvlm_benchmarks.unavailable import Missing
 
-EPS = 1e-6
+EPS, WIDTH = 1e-6, PAPER.width
 
 Function = Callable[..., Any]
 

@@ -15,11 +15,12 @@ from mvlm_benchmarks.kernels.checks import (
     difference,
     exchange_values,
     expected_kernels,
-    launched_kernels,
+    gpu_events,
     poison,
     same_bits,
 )
 from mvlm_benchmarks.kernels.reference import CaseData, as_results, passes_of
+from mvlm_benchmarks.machine import gpu_arch
 from mvlm_benchmarks.unavailable import one_line
 
 Function = Callable[..., Any]
@@ -174,9 +175,9 @@ class LocalContender:
     def kernels(self, name: str) -> str:
         """Names of the kernels that a pass runs on the GPU. Refused unless they are those of our op."""
         self.run(name)  # compiles
-        major, minor = torch.cuda.get_device_capability()
-        wanted = expected_kernels(lambda: self.run(name), 10 * major + minor)
-        return check_kernels(wanted, launched_kernels(lambda: self.run(name)))
+        wanted = expected_kernels(lambda: self.run(name), gpu_arch())
+        seen = [(event.name, event.device_resource_id) for event in gpu_events(lambda: self.run(name))]
+        return check_kernels(wanted, seen)
 
     def check_timed(self, name: str, results: list[Results], what: str) -> None:
         """Compare timed results, one for each set of inputs, with the reference's. WrongValue if one is off."""

@@ -27,7 +27,7 @@ import mvlm_kernels
 from mvlm_benchmarks.kernels import attention_peers as attention
 from mvlm_benchmarks.kernels import layers
 from mvlm_benchmarks.kernels import packed_attention_peers as packed_attention
-from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Case, Inputs
+from mvlm_benchmarks.kernels.inputs import PAPER, Case, Inputs
 from mvlm_benchmarks.unavailable import Missing, NotApplicable
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 
@@ -58,9 +58,9 @@ def _normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) ->
 
 def _patchify(images: Tensor) -> Tensor:
     """Cut images (B, C, H, W) into patches (B, N, C*P*P)."""
-    grid = SIDE // PATCH
-    x = images.reshape(-1, CHANNELS, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(-1, PATCHES, FEATURES)
+    patch, grid = PAPER.patch, PAPER.side // PAPER.patch
+    x = images.reshape(-1, PAPER.channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, PAPER.patches, PAPER.features)
 
 
 def _select(patches: Tensor, patch_ids: Tensor | None) -> Tensor:
@@ -96,7 +96,7 @@ def gather_first(inputs: Inputs) -> Function:
     ids, mean, std = _ids_and_channels(inputs, dtype)
 
     def gather(images: Tensor) -> Tensor:
-        chosen = _select(_patchify(images), ids).unflatten(2, (CHANNELS, PATCH, PATCH))
+        chosen = _select(_patchify(images), ids).unflatten(2, (PAPER.channels, PAPER.patch, PAPER.patch))
         return _normalize(chosen, mean, std, dtype).flatten(2)
 
     return _with_images(gather, inputs)
@@ -143,13 +143,13 @@ def place_eager(inputs: Inputs) -> Function:
     batch = inputs.leaves["tokens"].shape[0]
     restore = None
     if ids is not None:
-        hidden = torch.ones(batch, PATCHES, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), False)
+        hidden = torch.ones(batch, PAPER.patches, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), False)
         # A stable sort moves visible patches (False) to the front in order. Its inverse maps each patch to its token.
         restore = hidden.byte().argsort(dim=1, stable=True).argsort(dim=1)
 
     def place(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> Tensor:
         if restore is not None:
-            fill = mask_token.expand(batch, PATCHES - tokens.shape[1], -1)
+            fill = mask_token.expand(batch, PAPER.patches - tokens.shape[1], -1)
             x = torch.cat([tokens, fill], dim=1).gather(1, restore[:, :, None].expand(-1, -1, tokens.shape[2]))
         else:
             assert masked is not None
@@ -235,10 +235,8 @@ PEERS = [
     _attention_peer("flex", attention.flex, "torch"),
     _attention_peer("varlen", packed_attention.varlen, "torch"),
     _attention_peer("xformers", packed_attention.xformers, "xformers"),
-    _attention_peer("mslk", packed_attention.mslk, "mslk-cuda"),
     _attention_peer("flash-attn-2", packed_attention.flash_attn_2, "flash-attn"),
     _attention_peer("flash-attn-4", packed_attention.flash_attn_4, "flash-attn-4"),
-    _attention_peer("cudnn-frontend", packed_attention.cudnn_frontend, "nvidia-cudnn-frontend"),
     Peer("liger", LIGER, "liger-kernel"),
     Peer("quack", {"linear_cross_entropy": layers.cross_entropy_quack}, "quack-kernels"),
 ]

@@ -7,7 +7,8 @@ from typing import Any
 from mvlm_benchmarks import gpu_state
 from mvlm_benchmarks.intervals import NO_DIFFERENCE
 from mvlm_benchmarks.kernels.reference import PASSES
-from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, heading, save_figure, write_json
+from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, heading, save_figure
+from mvlm_dataloading.files import write_json
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -99,7 +100,7 @@ def write_figures(rows: list[Row], about: dict[str, Any], json_file: Path) -> No
     """Write the JSON of all rows."""
     timed = [{key: row.get(key) for key in JSON_KEYS} for row in rows if row["us"] is not None]
     others = [{key: row[key] for key in COLUMNS[:7]} for row in rows if row["us"] is None]
-    write_json({"machine": about, "rows": timed, "not_timed": others}, json_file)
+    write_json(json_file, {"machine": about, "rows": timed, "not_timed": others})
 
 
 def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:

@@ -8,12 +8,10 @@ and its share is added to the loop's time as often as the run makes one.
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
@@ -23,15 +21,16 @@ from mvlm.errors import ConfigError
 from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.run import build_run, build_trainer, open_inputs
 from mvlm.training.trainer import CHECKPOINT_SECONDS, Trainer
+from mvlm_benchmarks.intervals import ratio
 from mvlm_benchmarks.machine import describe
-from mvlm_benchmarks.results import heading, write_csv, write_json
+from mvlm_benchmarks.results import heading, write_csv
 from mvlm_benchmarks.run.turns import LEAD, LOOP, NO_LOADER, STEP, Turns, first_batches, measure_turns
 from mvlm_benchmarks.run.usage import GROUPS
+from mvlm_dataloading.files import write_json
 
 RUN = "run"
 """The loop with evaluations and checkpoints."""
 PACKAGES = ["numpy", "nvidia-dali-cuda130", "safetensors"]
-RESAMPLES = 2000
 Row = dict[str, Any]
 
 
@@ -90,7 +89,7 @@ def run(
         "run_over_step_cpu": rows[-1]["cpu_over_step"],
     }  # fmt: skip
     if json is not None:
-        write_json(result, json)
+        write_json(json, result)
     if csv is not None:
         write_csv([setup | row for row in rows], about, csv, list(setup | rows[-1]))
     return result
@@ -155,16 +154,15 @@ def make_rows(
     ]
     rows = []
     for name, figures in ((STEP, turns[STEP]), (NO_LOADER, turns[NO_LOADER]), (LOOP, turns[LOOP]), (RUN, run_turns)):
-        ratios = [mine["seconds"] / other["seconds"] for mine, other in zip(turns[STEP], figures, strict=True)]
-        low, high = median_interval(ratios)
+        over = ratio([[row["seconds"]] for row in turns[STEP]], [[row["seconds"]] for row in figures])
         medians = {key: statistics.median(row[key] for row in figures) for key in figures[0]}
         rows.append(
             {
                 "contender": name,
                 "pairs_per_s": config.batch_size / medians["seconds"],
-                "over_step": statistics.median(ratios),
-                "over_step_low": low,
-                "over_step_high": high,
+                "over_step": over.value,
+                "over_step_low": over.low,
+                "over_step_high": over.high,
                 "cpu_over_step": statistics.median(
                     mine["cpu_s"] / other["cpu_s"] for mine, other in zip(turns[STEP], figures, strict=True)
                 ),
@@ -172,13 +170,6 @@ def make_rows(
             }
         )
     return rows
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a median: the percentile bootstrap."""
-    drawn = np.random.default_rng(0).choice(np.asarray(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def table(rows: list[Row]) -> str:

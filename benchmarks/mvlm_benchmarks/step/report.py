@@ -8,6 +8,7 @@ import numpy as np
 from mvlm_benchmarks import results
 from mvlm_benchmarks.intervals import NO_DIFFERENCE, ONE_CALL, ratio
 from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
+from mvlm_dataloading.files import write_json
 from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
@@ -127,7 +128,7 @@ def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str,
 def write(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot_file: Path | None) -> None:
     """Write the requested files, and print their names."""
     if json_file is not None:
-        results.write_json(result, json_file)
+        write_json(json_file, result)
     if csv_file is not None:
         results.write_csv(result["rows"], result["machine"], csv_file, COLUMNS)
     if plot_file is not None:

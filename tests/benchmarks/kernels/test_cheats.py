@@ -1,7 +1,12 @@
-"""Cheating contenders: each is refused, and would be timed if the check that refuses it were missing."""
+"""Cheating contenders: each is refused, and would be timed if the check that refuses it were missing.
 
-import importlib
-import pkgutil
+The toy case is y = 2 x. A cheat that knows of the check before timing is honest for its first calls.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
@@ -10,43 +15,115 @@ import torch
 from mvlm_benchmarks import clock
 from mvlm_benchmarks.clock import CpuClock, CudaClock
 from mvlm_benchmarks.kernels import measure, reference
+from mvlm_benchmarks.kernels.checks import relative_error, same_bits
 from mvlm_benchmarks.kernels.compare import bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
-from support import cheats
 from support.benchmarks import FakeClock, toy_case
 
 TOY = toy_case()
-NAMES = [module.name for module in pkgutil.iter_modules(cheats.__path__)]
-SAID = {
-    "zeros": ("WRONG", "the timed result of inputs 1 is off by 1 of"),
-    "unwritten": ("WRONG", "the timed result of inputs 1 is off by inf"),
-    "kept_output": ("REFUSED", "after new values were written into the inputs, the result 1 of 2 is off"),
-    "kept_gradient": ("WRONG", "the timed result of inputs 2 is off"),
-    "changed_input": ("REFUSED", "the inputs were changed"),
-    "other_thread": ("WRONG", "the timed result of inputs 1 is off by inf"),
-    "patched_timer": ("REFUSED", "time.perf_counter was replaced"),
+HONEST_CALLS = 4
+"""More calls than the check before timing makes."""
+
+
+def doubling(forward: Callable, backward: Callable = lambda gradient: gradient * 2) -> Callable:
+    """A function with a forward and a backward pass. `forward` also gets the number of its call, from 1."""
+    calls = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calls.append(1)
+            return forward(x, len(calls))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(grads[0])
+
+    return Double.apply
+
+
+def zeros() -> Callable:
+    """Zeros of the right shape, once the check before timing is over."""
+    return doubling(lambda x, call: x * 2 if call <= HONEST_CALLS else x * 0)
+
+
+def unwritten() -> Callable:
+    """Memory that nobody writes: after an honest call it may still hold the right values."""
+    return doubling(lambda x, call: x * 2 if call <= HONEST_CALLS else torch.empty_like(x))
+
+
+def kept_output() -> Callable:
+    """An output kept from the first call with the same tensor, which is found by its address."""
+    kept: dict[int, torch.Tensor] = {}
+    return doubling(lambda x, call: kept.setdefault(x.data_ptr(), x * 2).clone())
+
+
+def kept_gradient() -> Callable:
+    """A gradient kept from the first backward pass."""
+    kept: dict[str, torch.Tensor] = {}
+    return doubling(lambda x, call: x * 2, lambda gradient: kept.setdefault("first", gradient * 2).clone())
+
+
+def changed_input() -> Callable:
+    """Inputs that are made easy: all ones, in place, so that the next call has nothing to compute."""
+
+    def forward(x, call):
+        out = x * 2
+        return out if call <= HONEST_CALLS else (out, x.data.fill_(1))[0]
+
+    return doubling(forward)
+
+
+def on_another_thread(x, call):
+    """Work which the timer does not wait for. On a GPU the same is another stream."""
+    if call <= HONEST_CALLS:
+        return x * 2
+    out, source = torch.empty_like(x), x.detach()
+    target = out.detach()
+
+    def work() -> None:
+        time.sleep(0.2)  # far longer than a timer needs to stop, also on a busy machine
+        torch.mul(source, 2, out=target)
+
+    threading.Thread(target=work).start()
+    return out
+
+
+def patched_timer() -> Callable:
+    """A timer that stands still."""
+
+    def forward(x, call):
+        time.perf_counter = lambda: 0.0
+        return x * 2
+
+    return doubling(forward)
+
+
+CHEATS = {  # cheat -> what the row says
+    zeros: ("WRONG", "the timed result of inputs 1 is off by 1 of"),
+    unwritten: ("WRONG", "the timed result of inputs 1 is off by inf"),
+    kept_output: ("REFUSED", "after new values were written into the inputs, the result 1 of 2 is off"),
+    kept_gradient: ("WRONG", "the timed result of inputs 2 is off"),
+    changed_input: ("REFUSED", "the inputs were changed"),
+    lambda: doubling(on_another_thread): ("WRONG", "the timed result of inputs 1 is off by inf"),
+    patched_timer: ("REFUSED", "time.perf_counter was replaced"),
 }
 
 
-def rows_of_cheat(name: str, timer=None) -> list[dict]:
-    module = importlib.import_module(f"support.cheats.{name}")
-    function = module.make()
-    peer = Peer(name, {"toy": lambda inputs: function})
+def rows_of_contender(make: Callable, timer=None) -> list[dict]:
+    function, real = make(), time.perf_counter
+    peer = Peer("contender", {"toy": lambda inputs: function})
     try:
         entries = bench_case(TOY, "cpu", [peer], timer or CpuClock(0.002), 2)
     finally:
-        getattr(module, "restore", lambda: None)()
-    return [row for row in rows_of(TOY, entries) if row["contender"] == name]
+        time.perf_counter = real
+    return [row for row in rows_of(TOY, entries) if row["contender"] == "contender"]
 
 
-def test_every_cheat_of_the_folder_is_tried() -> None:
-    assert set(NAMES) == set(SAID)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_cheat_is_refused(name: str) -> None:
-    rows = rows_of_cheat(name)
-    status, note = SAID[name]
+@pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.__name__)
+def test_cheat_is_refused(cheat) -> None:
+    rows = rows_of_contender(cheat)
+    status, note = CHEATS[cheat]
     refused = [row for row in rows if row["status"] == status]
     assert refused, rows
     assert note in refused[0]["note"]
@@ -55,35 +132,29 @@ def test_cheat_is_refused(name: str) -> None:
 
 
 def test_honest_contender_is_timed() -> None:
-    entries = bench_case(TOY, "cpu", [Peer("honest", {"toy": lambda inputs: lambda x: x + x})], CpuClock(0.002), 2)
-    rows = [row for row in rows_of(TOY, entries) if row["contender"] == "honest"]
+    rows = rows_of_contender(lambda: lambda x: x + x)
     assert [row["status"] for row in rows] == ["ok"] * 3
     assert all(row["us"] > 0 for row in rows)
     assert {row["repeats"] for row in rows} == {"5 of 5 equal"}
 
 
-WITHOUT = {  # cheat -> the check that it would pass without
-    "zeros": (measure.LocalContender, "check_timed"),
-    "kept_output": (measure.LocalContender, "check_kept_results"),
-    "changed_input": (reference.CaseData, "restore"),
-    "patched_timer": (clock, "require_own_timers"),
-}
+TIMED, KEPT = (measure.LocalContender, "check_timed"), (measure.LocalContender, "check_kept_results")
 
 
-@pytest.mark.parametrize("name", WITHOUT)
-def test_cheat_would_be_timed_without_its_check(name: str) -> None:
-    owner, check = WITHOUT[name]
-    timer = CpuClock(0.0)  # five calls: a patched timer never reaches a later end
-    others = [(measure.LocalContender, "check_timed"), (measure.LocalContender, "check_kept_results")]
-    with patch.object(owner, check, lambda *_, **__: None):
-        if name == "changed_input":  # its results are wrong too, from the second call on
-            with patch.object(*others[0], lambda *_: None), patch.object(*others[1], lambda *_: None):
-                rows = rows_of_cheat(name, timer)
-        elif name == "zeros":
-            with patch.object(*others[1], lambda *_: None):
-                rows = rows_of_cheat(name, timer)
-        else:
-            rows = rows_of_cheat(name, timer)
+@pytest.mark.parametrize(
+    "cheat, checks",
+    [
+        (zeros, [TIMED, KEPT]),
+        (kept_output, [KEPT]),
+        (changed_input, [(reference.CaseData, "restore"), TIMED, KEPT]),  # its results are wrong too, from then on
+        (patched_timer, [(clock, "require_own_timers")]),
+    ],
+)
+def test_cheat_would_be_timed_without_its_check(cheat, checks) -> None:
+    with ExitStack() as stack:
+        for owner, check in checks:
+            stack.enter_context(patch.object(owner, check, lambda *_, **__: None))
+        rows = rows_of_contender(cheat, CpuClock(0.0))  # five calls: a patched timer never reaches a later end
     assert rows[0]["status"] == "ok"
     assert rows[0]["us"] is not None
 
@@ -124,15 +195,27 @@ def test_graph_that_computes_nothing_is_wrong() -> None:
     assert "the graph's result of inputs 1 is off by inf" in rows[0]["note"]
 
 
-class OnAnotherStream(torch.autograd.Function):
-    """y = 2 x, computed on another stream once the check before timing is over. No stream waits for it."""
+def test_errors_are_over_the_largest_wanted_value_and_repeats_are_compared_by_bits() -> None:
+    wanted = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    for got, error in (
+        ([1.0, -4.0], 0),
+        ([1.0, -3.0], 0.25),
+        ([1.0], float("inf")),
+        ([1.0, float("nan")], float("inf")),
+    ):
+        assert relative_error(torch.tensor(got), wanted) == error
+    nan = torch.tensor([float("nan"), 0.0])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(nan, torch.tensor([float("nan"), -0.0]))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
 
-    calls = 0
 
-    @staticmethod
-    def forward(ctx, x):
-        OnAnotherStream.calls += 1
-        if OnAnotherStream.calls <= cheats.HONEST_CALLS:
+@pytest.mark.gpu
+def test_work_on_another_stream_is_refused() -> None:
+    """It begins once the check before timing is over. No stream waits for it."""
+
+    def forward(x, call):
+        if call <= HONEST_CALLS:
             return x * 2
         out, stream = torch.empty_like(x), torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -140,15 +223,8 @@ class OnAnotherStream(torch.autograd.Function):
             torch.mul(x, 2, out=out)
         return out
 
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads[0] * 2
-
-
-@pytest.mark.gpu
-def test_work_on_another_stream_is_refused() -> None:
-    peer = Peer("stream", {"toy": lambda inputs: OnAnotherStream.apply})
-    entries = bench_case(TOY, "cuda", [peer], CudaClock(5), 1)
+    function = doubling(forward)
+    entries = bench_case(TOY, "cuda", [Peer("stream", {"toy": lambda inputs: function})], CudaClock(5), 1)
     rows = [row for row in rows_of(TOY, entries) if row["contender"] == "stream"]
     assert rows[0]["status"] in ("WRONG", "REFUSED")
     assert rows[0]["us"] is None

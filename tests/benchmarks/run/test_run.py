@@ -3,20 +3,16 @@
 import csv
 import json
 import time
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
-import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.run import run as bench
-from mvlm_benchmarks.run import turns
-from mvlm_benchmarks.run.run import make_rows, median_interval
-from mvlm_benchmarks.run.turns import LEAD, LOOP, NO_LOADER, STEP, Turns
+from mvlm_benchmarks.run.run import make_rows
+from mvlm_benchmarks.run.turns import LOOP, NO_LOADER, STEP, Turns
 from mvlm_benchmarks.run.usage import GROUPS
 from support.shapes import copy_shapes
 
@@ -58,17 +54,11 @@ def test_rows_compare_each_round_with_its_own_bare_step(tmp_path):
     assert rows[3]["over_step_low"] <= rows[3]["over_step"] <= rows[3]["over_step_high"]
 
 
-def test_the_interval_of_a_median_covers_it_and_narrows():
-    assert median_interval([0.5] * 9) == (0.5, 0.5)
-    wide, narrow = ([0.5 + spread * (k - 4) for k in range(9)] for spread in (0.1, 0.01))
-    (a, b), (c, d) = median_interval(wide), median_interval(narrow)
-    assert a < 0.5 < b
-    assert b - a == pytest.approx(10 * (d - c))
-
-
-def test_a_number_that_is_too_small_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="eval-every-steps: wanted at least 1, got 0"):
-        bench.run("tiny", tmp_path, 1, 1, eval_every_steps=0)
+@pytest.mark.parametrize("setting", ["rounds", "steps", "eval_every_steps", "threads"])
+def test_a_number_that_is_too_small_is_refused(tmp_path, setting):
+    settings = {"rounds": 1, "steps": 1, "eval_every_steps": 1} | {setting: -1}
+    with pytest.raises(ConfigError, match=f"{setting.replace('_', '-')}: wanted"):
+        bench.run("tiny", tmp_path, **settings)
 
 
 @pytest.mark.slow
@@ -104,71 +94,3 @@ def test_a_run_is_measured_in_turns(tmp_path, monkeypatch, without_tensorboard, 
         written = list(csv.DictReader(file))
     assert [row["contender"] for row in written] == list(rows)
     assert "run, no loader" in capsys.readouterr().out
-
-
-def test_the_bare_step_rounds_totals_as_the_run_does(monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stop(loaded, config, world):
-        raise Stop(loaded)
-
-    trainer = SimpleNamespace(config="settings", world="ranks", optimizer=SimpleNamespace(param_groups=[]))
-    monkeypatch.setattr(turns, "with_few_shapes", stop)
-    with pytest.raises(Stop, match=r"^\[\('batch', 'masks'\)\]$"):
-        turns.bare_step(cast(Any, trainer), cast(Any, "batch"), cast(Any, "masks"))
-
-
-def test_turns_on_a_gpu_end_when_the_device_has_finished(monkeypatch):
-    """The loop only queues its steps."""
-    events = []
-    monkeypatch.setattr(turns.torch.cuda, "synchronize", lambda: events.append("wait"))
-    monkeypatch.setattr(turns, "read_usage", lambda: events.append("read"))
-    monkeypatch.setattr(turns, "usage_between", lambda *_: {})
-    monkeypatch.setattr(turns, "SETTLE_S", 0.0)
-    trainer: Any = SimpleNamespace(
-        device=torch.device("cuda"), writer=SimpleNamespace(wait=lambda: None), config=None, model=None
-    )
-    monkeypatch.setattr(turns, "bare_step", lambda *_: events.append("step"))
-    monkeypatch.setattr(Trainer, "one_step", lambda *_: events.append("step"))
-    made = turns.Turns([("batch", "masks")] * (LEAD + 1), 1, 1)  # pyright: ignore[reportArgumentType]
-    for _ in range(made.steps):
-        made.one_step(trainer, iter([("batch", "masks")] * 99))  # pyright: ignore[reportArgumentType]
-    reads = [i for i, event in enumerate(events) if event == "read"]
-    assert len(reads) > 4
-    assert all(events[i - 1] == "wait" for i in reads)
-
-
-def test_batches_that_the_loader_prepared_in_the_pause_do_not_count(monkeypatch):
-    """A batch of the loader is ready at once in the first two steps of a turn, and takes 1 s after that."""
-    now, ready = [0.0], [0]
-    monkeypatch.setattr(turns, "SETTLE_S", 0.0)
-    monkeypatch.setattr(turns, "read_usage", lambda: now[0])
-    monkeypatch.setattr(turns, "usage_between", lambda before, after, steps: {"seconds": (after - before) / steps})
-    monkeypatch.setattr(turns, "bare_step", lambda *_: step())
-
-    def step(*_):
-        now[0] += 10
-
-    def one_step(trainer, batches):
-        next(batches)
-        step()
-
-    def loaded():
-        while True:
-            if not ready[0]:
-                now[0] += 1
-            ready[0] = max(0, ready[0] - 1)
-            yield "batch", "masks"
-
-    def settle():
-        ready[0] = 2
-
-    monkeypatch.setattr(Trainer, "one_step", one_step)
-    trainer: Any = SimpleNamespace(device=torch.device("cpu"), writer=SimpleNamespace(wait=settle))
-    made = turns.Turns([("batch", "masks")] * (LEAD + 4), 4, 2)  # pyright: ignore[reportArgumentType]
-    batches: Any = loaded()
-    for _ in range(made.steps):
-        made.one_step(trainer, batches)
-    seconds = {name: {row["seconds"] for row in rows} for name, rows in made.rows.items()}
-    assert seconds == {STEP: {10.0}, NO_LOADER: {10.0}, LOOP: {11.0}}

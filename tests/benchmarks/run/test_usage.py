@@ -1,6 +1,5 @@
 """Counters of the process: known work in known threads."""
 
-import mmap
 import threading
 import time
 
@@ -14,22 +13,6 @@ def work(seconds: float) -> None:
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
-
-
-@pytest.mark.parametrize(
-    "name, python, main, group",
-    [
-        ("MainThread", True, True, MAIN),
-        ("mvlm-loader", True, False, LOADER),
-        ("mvlm-resize_1", True, False, LOADER),
-        ("[DALI][TP0]Exec", False, False, LOADER),
-        ("watchdog", True, False, OTHER),
-        ("save-640", True, False, OTHER),
-        ("python", False, False, TEAM),
-    ],
-)
-def test_threads_are_grouped_by_name(name, python, main, group):
-    assert group_of_thread(name, python, main) == group
 
 
 def test_processor_time_belongs_to_the_thread_that_used_it():
@@ -56,16 +39,6 @@ def test_processor_time_belongs_to_the_thread_that_used_it():
     assert found["cpu_other_s"] == pytest.approx(0.02, rel=0.6)  # the thread has ended; the clock of the process knows
     assert found["cpu_s"] == pytest.approx(sum(found[f"cpu_{group}_s"] for group in (MAIN, TEAM, LOADER, OTHER)))
     assert found["seconds"] >= found["cpu_s"] / 4
-
-
-def test_page_faults_and_switches_are_counted_per_step():
-    before = read_usage()
-    pages = 500
-    with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
-        for page in range(pages):
-            memory[page * mmap.PAGESIZE] = 1
-    for _ in range(30):
-        time.sleep(0.001)
-    found = usage_between(before, read_usage(), steps=10)
-    assert pages / 10 <= found["page_faults"] < pages / 10 + 100
-    assert found["switches"] >= 2
+    for name in ("mvlm-resize_1", "[DALI][TP0]Exec"):
+        assert group_of_thread(name, python=False, main=False) == LOADER
+    assert group_of_thread("python", python=False, main=False) == TEAM

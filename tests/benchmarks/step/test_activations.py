@@ -5,38 +5,28 @@ import torch
 from torch import nn
 
 from mvlm_benchmarks.step.activations import peak_mb, replay
+from mvlm_kernels import cross_attention
 
 KILO = 1000 * 1000 * 4 / 1e6
 """Megabytes of a (1000, 1000) float32."""
 
 
-def test_peak_of_a_chain_has_its_saved_results() -> None:
-    """exp keeps its result: three of them alive when the sum is made, the gradients of two more on the way back."""
+def test_peak_is_that_of_a_count_by_hand() -> None:
     x = nn.Parameter(torch.ones(1000, 1000))
-
-    def backward() -> None:
-        x.exp().exp().exp().sum().backward()
-
-    # Forward: 3 results. Backward: the last result times the expanded gradient makes a fourth, and then one is freed
-    # for each that is made; x's own gradient is not counted.
-    assert peak_mb(backward, [x], "cpu") == pytest.approx(4 * KILO, rel=1e-3)
+    # exp keeps its result: three of them in forward. In backward the last result times the expanded gradient makes a
+    # fourth, and then one is freed for each that is made; x's own gradient is not counted.
+    assert peak_mb(lambda: x.exp().exp().exp().sum().backward(), [x], "cpu") == pytest.approx(4 * KILO, rel=1e-3)
     assert x.grad is None
-
-
-def test_peak_has_temporaries_that_are_not_saved() -> None:
-    """x * 2 * 2 keeps nothing for the backward, but two tensors are alive while the second product runs."""
-    x = nn.Parameter(torch.ones(1000, 1000))
-
-    def backward() -> None:
-        (x * 2 * 2).sum().backward()
-
-    assert peak_mb(backward, [x], "cpu") == pytest.approx(2 * KILO, rel=1e-3)
+    # x * 2 * 2 keeps nothing for backward, but two tensors are alive while the second product runs.
+    assert peak_mb(lambda: (x * 2 * 2).sum().backward(), [x], "cpu") == pytest.approx(2 * KILO, rel=1e-3)
+    # A parameter used twice: the first of its two gradients waits for the second; the sum is the gradient. sin and cos
+    # keep x itself; forward holds one result at a time. Backward: cos(x), times the gradient.
+    found = peak_mb(lambda: (x.sin().sum() + x.cos().sum()).backward(), [x], "cpu")
+    assert KILO <= found <= 3.01 * KILO
 
 
 def test_peak_has_temporaries_inside_an_operator() -> None:
     """The reference of cross_attention allocates scores that it does not return."""
-    from mvlm_kernels import cross_attention
-
     q, k = (nn.Parameter(torch.ones(1, n, 1, 32)) for n in (2000, 100))
 
     def forward() -> None:
@@ -44,8 +34,7 @@ def test_peak_has_temporaries_inside_an_operator() -> None:
             cross_attention(q, k, k)
 
     scores = 2000 * 100 * 4 / 1e6
-    found = peak_mb(forward, [q, k], "cpu")
-    assert 2 * scores <= found <= 5 * scores
+    assert 2 * scores <= peak_mb(forward, [q, k], "cpu") <= 5 * scores
 
 
 def test_peak_leaves_out_gradients_while_activations_are_alive() -> None:
@@ -56,14 +45,6 @@ def test_peak_leaves_out_gradients_while_activations_are_alive() -> None:
     found = peak_mb(lambda: second(first(x)).sum().backward(), parameters, "cpu")
     assert found < 10 * 10 * 1000 * 4 / 1e6  # activations of 0.04 MB each, and none of the 4 MB gradients
     assert all(p.grad is None for p in parameters)
-
-
-def test_peak_of_a_parameter_used_twice_has_one_of_its_gradients() -> None:
-    """A parameter used twice: the first of its two gradients waits for the second; the sum is the gradient."""
-    x = nn.Parameter(torch.ones(1000, 1000))
-    found = peak_mb(lambda: (x.sin().sum() + x.cos().sum()).backward(), [x], "cpu")
-    # sin and cos keep x itself; forward holds one result at a time. Backward: cos(x), times the gradient.
-    assert KILO <= found <= 3.01 * KILO
 
 
 def event(number: int, size: int, address: int, device: int = 0) -> dict[str, int]:

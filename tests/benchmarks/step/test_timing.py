@@ -1,4 +1,4 @@
-"""Rounds of training steps: order, budget, a contender that runs out of memory, rows as they are timed."""
+"""Rounds of training steps, and the figures that they make."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mvlm_benchmarks import budget
-from mvlm_benchmarks.step import timing
-from mvlm_benchmarks.step.timing import WARM_UP, measure_rounds, rotated
+from mvlm_benchmarks.step import report, timing
+from mvlm_benchmarks.step.timing import WARM_UP, measure_rounds
+from mvlm_kernels.hardware import GPUS
 
 
 class Step:
@@ -28,17 +29,6 @@ class Step:
     def update(self) -> None: ...
 
 
-class Rounds:
-    """A budget of a number of calls."""
-
-    def __init__(self, allowed: int) -> None:
-        self.left = allowed
-
-    def allows(self) -> bool:
-        self.left -= 1
-        return self.left >= 0
-
-
 @pytest.fixture
 def inputs(monkeypatch) -> Any:
     monkeypatch.setattr(timing, "peak_mb", lambda step, parameters, device: step() and 7.0)
@@ -50,14 +40,12 @@ def measure(contenders: list, inputs: Any, rounds: int, budget: Any = None) -> t
     return measure_rounds(contenders, inputs, rounds, budget, timed.append), timed
 
 
-def test_every_step_is_a_row_and_every_round_a_figure(inputs) -> None:
+def test_every_step_is_a_row_and_the_order_rotates(inputs) -> None:
     rows, timed = measure([Step("a"), Step("b")], inputs, 3)
     assert [(row["contender"], row["peak_mb"], len(row["seconds"]), row["loss"]) for row in rows] == [
         ("a", 7.0, 3, 2.5), ("b", 7.0, 3, 2.5),
     ]  # fmt: skip
-    assert [(row["contender"], row["round"]) for row in timed] == [
-        ("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2),
-    ]  # fmt: skip
+    assert [f"{row['contender']}{row['round']}" for row in timed] == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert [row["seconds"] for row in timed if row["contender"] == "a"] == rows[0]["seconds"]
 
 
@@ -72,14 +60,9 @@ def test_contender_without_memory_is_left_out_and_the_others_go_on(inputs, when)
     assert [row["note"] for row in timed if row["contender"] == "hungry"][-1] == "OutOfMemoryError: CUDA out of memory"
 
 
-def test_spent_budget_ends_after_a_whole_round(inputs) -> None:
-    rows, timed = measure([Step("a"), Step("b")], inputs, 10, Rounds(3))
-    assert [len(row["seconds"]) for row in rows] == [3, 3]
-    assert len(timed) == 6
-
-
-def test_no_round_starts_that_would_end_after_the_budget(inputs, monkeypatch) -> None:
-    """A round takes 6 s. After the warm-up and the first timed one 2 s are left of 20."""
+@pytest.mark.parametrize("seconds, rounds, used", [(20, 1, 18), (1, 1, 18), (25, 2, 24)])
+def test_no_round_starts_that_would_end_after_the_budget(inputs, monkeypatch, seconds, rounds, used) -> None:
+    """A round takes 6 s, and there are two for warm-up. One timed round is always made."""
     now = [0.0]
     monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
 
@@ -87,17 +70,33 @@ def test_no_round_starts_that_would_end_after_the_budget(inputs, monkeypatch) ->
         def update(self) -> None:
             now[0] += 3
 
-    limit = budget.Budget(20)
+    limit = budget.Budget(seconds)
     rows, _ = measure([Slow("a"), Slow("b")], inputs, 10, limit)
-    assert [len(row["seconds"]) for row in rows] == [1, 1]
-    assert limit.used == 18
+    assert [len(row["seconds"]) for row in rows] == [rounds, rounds]
+    assert limit.used == used
 
 
-def test_budget_that_is_spent_at_once_leaves_one_round(inputs) -> None:
-    rows, _ = measure([Step("a")], inputs, 10, Rounds(0))
-    assert len(rows[0]["seconds"]) == 1
-
-
-def test_order_rotates_over_the_rounds() -> None:
-    ready: list[Any] = ["a", "b", "c"]
-    assert [list(rotated(ready, n)) for n in range(3)] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+def test_ratios_are_medians_of_rounds_against_the_fastest_baseline() -> None:
+    """The machine is ten times slower in the second round, which a ratio of medians would not cancel."""
+    rows: list[dict[str, Any]] = [
+        {"contender": "timm+roberta", "seconds": [2.0, 20.0, 2.0]},
+        {"contender": "timm+decoder-layer", "seconds": [3.0, 30.0, 3.0]},
+        {"contender": "timm+roberta-compiled", "seconds": [1.5, 15.0, 1.5]},
+        {"contender": "plain", "seconds": [1.0, 10.0, 1.0]},
+    ]
+    for number, row in enumerate(rows):
+        row |= {"note": "", "cpu_seconds": row["seconds"], "peak_mb": 10.0 * (number + 1)}
+    gflop = {"timm+roberta": 6.0, "plain": 3.0}
+    report.add_figures(rows, gflop, 8, GPUS["H100"])
+    assert [row["vs_eager"] for row in rows] == pytest.approx([1, 2 / 3, 4 / 3, 2])
+    assert [row["vs_compiled"] for row in rows] == pytest.approx([0.75, 0.5, 1, 1.5])
+    assert [row["peak_vs_eager"] for row in rows] == pytest.approx([1, 2, 3, 4])
+    assert [row["pairs_per_s"] for row in rows] == pytest.approx([4, 8 / 3, 16 / 3, 8])
+    # 3 GFLOP of its own, 6 of the baseline's, at 8 pairs a second.
+    assert rows[3]["mfu_pct"] == pytest.approx(100 * 24e9 / 989e12)
+    assert rows[3]["mfu_baseline_pct"] == pytest.approx(100 * 48e9 / 989e12)
+    assert "timm+roberta 6.0 (1.00), plain 3.0 (0.50)" in report.flops_table(gflop)
+    alone = [{"contender": "plain", "note": "", "seconds": [1.0], "cpu_seconds": [1.0], "peak_mb": 5.0}]
+    report.add_figures(alone, gflop, 8, None)
+    assert alone[0]["vs_eager"] is alone[0]["vs_compiled"] is alone[0]["peak_vs_eager"] is None
+    assert "-" in report.table(alone)

@@ -13,7 +13,6 @@ differs.
 A changed byte in the description or in the index of a shard may pass: nothing has a hash of them.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -21,11 +20,9 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
 from mvlm_dataloading.dataset import folders
 from support.data import wave_tokenizer, write_dataset
 from support.faults.faulty_proxy import FAULTS, serve_faulty
+from support.faults.kill_command import run_kills
 from support.object_store import serve_s3
 from support.web_server import serve
 
@@ -106,14 +104,14 @@ def trial(url: str, folder: Path, cache: Path, tokenizer: Tokenizer, wanted: lis
     return f"{'right' if message is None else 'DataError'} in {time.perf_counter() - begun:.1f} s"
 
 
-def run_trials(folder: Path, trials: int, seed: int) -> dict[str, Any]:
+def run_trials(folder: Path, trials: int, rng: random.Random) -> dict[str, Any]:
     """Run all trials. Returns counts. Raises AssertionError for a trial that went wrong."""
     data = write_dataset(folder / "data", IMAGES, max_shard_bytes=60_000, kinds=("JPEG",))
     tokenizer = wave_tokenizer()
     copy = shutil.copytree(data, folder / "copy")
     (copy / "train.index").unlink()
     wanted = batches(data, tokenizer)
-    rng, counts = random.Random(seed), Counter[str]()
+    counts = Counter[str]()
     weather: list[Weather] = []
 
     def choose(method: str, path: str) -> str | None:
@@ -139,31 +137,14 @@ def run_trials(folder: Path, trials: int, seed: int) -> dict[str, Any]:
                     flush=True,
                 )
             del weather[:]
-    return {"trials": trials, **counts, "faults of http": dict(web_faults), "faults of s3": dict(store_faults)}
-
-
-def shorten(patch: Callable[[Any, str, float], None] = setattr) -> None:
-    """Shorten pauses and limits, so that a trial takes seconds."""
-    patch(folders, "FIRST_PAUSE_S", 0.01)
-    patch(folders, "SILENCE_S", 1)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the result")
-    given = parser.parse_args()
-    for name in ("mvlm_dataloading", "werkzeug"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    shorten()
-    with tempfile.TemporaryDirectory(prefix="mvlm-network-") as name:
-        result = run_trials(Path(name), given.trials, given.seed)
-    print(json.dumps(result))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    found = {"trials": trials, **counts, "faults of http": dict(web_faults), "faults of s3": dict(store_faults)}
+    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for name in ("mvlm_dataloading", "werkzeug"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # So that a trial takes seconds.
+    folders.FIRST_PAUSE_S, folders.SILENCE_S = 0.01, 1
+    sys.exit(run_kills(run_trials, __doc__, "epochs to load", 50, "--trials"))

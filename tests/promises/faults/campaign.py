@@ -8,7 +8,6 @@ one clear error that leaves every file as it was. Trials differ in kind, place a
 
 import argparse
 import collections
-import json
 import random
 import shutil
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from mvlm.runs.checkpoint import checkpoints
+from mvlm_dataloading.files import write_json
 from support.faults import injections
 from support.faults.campaign import Campaign, Failed, end_of_log, file_bytes, require, require_log
 from support.faults.forked_runs import STEPS
@@ -41,8 +41,7 @@ def killed(campaign: Campaign, out: Path, draw: random.Random) -> str:
     else:
         arrange = injections.at_step if place == "step" else injections.at_batch
         before = partial(arrange, draw.randint(1, STEPS), injections.kill())
-    codes = campaign.run(out, faults={0: before})
-    require(codes == [-signal.SIGKILL], f"ended with {codes}: {end_of_log(out)}")
+    campaign.run(out, faults={0: before}, ends=[-signal.SIGKILL])
     campaign.require_resume(out)
     return place
 
@@ -52,8 +51,7 @@ def killed_twice(campaign: Campaign, out: Path, draw: random.Random) -> str:
     killed_at = draw.randint(4, STEPS)
     campaign.run(out, faults={0: partial(injections.at_step, killed_at, injections.kill())})
     again = partial(injections.at_save, draw.randrange(12), injections.kill())
-    codes = campaign.run(out, faults={0: again})
-    require(codes == [-signal.SIGKILL], f"ended with {codes}: {end_of_log(out)}")
+    campaign.run(out, faults={0: again}, ends=[-signal.SIGKILL])
     campaign.require_resume(out)
     return "step, then save"
 
@@ -65,8 +63,7 @@ def asked_to_stop(campaign: Campaign, out: Path, draw: random.Random) -> str:
     notice = out.with_suffix(".notice")
     action = injections.kill(how) if how is not None else notice.touch
     changes: dict[str, Any] = {} if how is not None else {"preemption_file": notice}
-    codes = campaign.run(out, faults={0: partial(injections.at_step, step, action)}, **changes)
-    require(codes == [0], f"ended with {codes}: {end_of_log(out)}")
+    campaign.run(out, faults={0: partial(injections.at_step, step, action)}, ends=[0], **changes)
     newest = checkpoints(out / "checkpoints")[-1].name
     if how is not None:  # the loop looks for the file only once a second
         require(newest == f"step_{step:08d}", f"asked in step {step}, saved {newest}")
@@ -105,8 +102,7 @@ def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str
         (folder / name).write_bytes(content)
     if every:
         before = file_bytes(out)
-        codes = campaign.run(out)
-        require(codes == [2], f"ended with {codes}: {end_of_log(out)}")
+        campaign.run(out, ends=[2])
         require_log(out, "wanted a good checkpoint, found all of them damaged; remove the folder to start again")
         require(file_bytes(out) == before, "files were changed")
         return "both, an error"  # the name in committed tables
@@ -120,8 +116,8 @@ def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str
 def not_finite(campaign: Campaign, out: Path, draw: random.Random) -> str:
     """The loss is NaN: the run stops with a diagnosis. Resumed without the cause, it ends as the undisturbed run."""
     step = draw.randint(1, STEPS)
-    codes = campaign.run(out, faults={0: partial(injections.nan_loss, step, draw.randint(1, 3))}, max_bad_steps=0)
-    require(codes == [1], f"ended with {codes}: {end_of_log(out)}")
+    fault = partial(injections.nan_loss, step, draw.randint(1, 3))
+    campaign.run(out, faults={0: fault}, ends=[1], max_bad_steps=0)
     require_log(out, f"mvlm: step {step}: mim is nan, grad_norm is nan; the update was not made")
     require_log(out, "Its samples: ")
     campaign.require_resume(out)
@@ -131,10 +127,8 @@ def not_finite(campaign: Campaign, out: Path, draw: random.Random) -> str:
 def stalled(campaign: Campaign, out: Path, draw: random.Random) -> str:
     """The loader or the step hangs: the watchdog ends the run and writes stacks."""
     place, arrange = draw.choice([("loader", injections.at_batch), ("step", injections.at_step)])
-    codes = campaign.run(
-        out, faults={0: partial(arrange, draw.randint(2, STEPS), injections.stall)}, stall_minutes=2 / 60
-    )
-    require(codes == [3], f"ended with {codes}: {end_of_log(out)}")
+    fault = partial(arrange, draw.randint(2, STEPS), injections.stall)
+    campaign.run(out, faults={0: fault}, ends=[3], stall_minutes=2 / 60)
     require_log(out, "more than stall_minutes")
     require("in stall" in (out / "stalled_rank_00000.txt").read_text(), "no stacks")
     campaign.require_resume(out)
@@ -210,12 +204,9 @@ def main() -> None:
     started = time.monotonic()
     shares = [range(k, arguments.count, arguments.jobs) for k in range(arguments.jobs)]
     work = partial(trials, seed=arguments.seed, until=started + 60 * arguments.minutes)
-    if arguments.jobs == 1:
-        found = [work(shares[0])]
-    else:
-        # Each in a new interpreter, because every share forks its own runs.
-        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-            found = list(pool.map(work, shares))
+    # Each in a new interpreter, because every share forks its own runs.
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(work, shares) if arguments.jobs > 1 else map(work, shares))
     rows: Rows = collections.defaultdict(collections.Counter)
     for part, _ in found:
         for key, counter in part.items():
@@ -229,15 +220,8 @@ def main() -> None:
     print(f"{total} trials in {seconds:.0f} s, {len(failures)} failed")
     if arguments.json:
         table = [{"fault": kind, "where": place, **counter} for (kind, place), counter in sorted(rows.items())]
-        figures = {
-            "trials": total,
-            "seed": arguments.seed,
-            "seconds": round(seconds, 1),
-            "failed": failures,
-            "rows": table,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        figures = {"trials": total, "seed": arguments.seed, "seconds": round(seconds, 1), "failed": failures}
+        write_json(arguments.json, figures | {"rows": table})
     sys.exit(1 if failures else 0)
 
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,52 +25,42 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mvlm import cli
 from support.faults import injections
 from support.faults.campaign import Campaign, end_of_log, require, require_log
-from support.faults.forked_runs import wait
-from support.faults.forks import free_port
+from support.faults.forks import free_port, in_child, wait
 
 SECONDS = 240
 """Timeout; each trial takes a few seconds on an idle machine, and 8 more to notice a dead agent."""
 
 
-class Agent:
+@contextmanager
+def agent(
+    campaign: Campaign, out: Path, settings: list[str], rank: int = -1, target: str = ""
+) -> Iterator[Callable[[int], None]]:
     """The agent of one node, a forked process that starts its workers. All of them log to `out` with suffix .log.
+
+    Yields a function that waits for its end and requires an exit code. On the way out it is ended if it still runs.
 
     Args:
         settings: torchrun's command line, up to the script.
         rank, target: the rank that is killed in the middle of step 8 of its first attempt: the "worker" alone, or the
             "node", whose agent is killed before it.
     """
+    config = campaign.undisturbed(2) / "config.json"
+    command = ["pretrain", "--config", str(config), "--out", str(out), "--resume"]
+    pid, ended = (
+        in_child(lambda: _launch(settings, lambda *_: _work(command, rank, target)), out.with_suffix(".log")),
+        [],
+    )
 
-    def __init__(self, campaign: Campaign, out: Path, settings: list[str], rank: int = -1, target: str = "") -> None:
-        self._out, self._ended = out, False
-        config = campaign.undisturbed(2) / "config.json"
-        command = ["pretrain", "--config", str(config), "--out", str(out), "--resume"]
-        self._pid = os.fork()
-        if not self._pid:
-            code = 1
-            try:
-                handle = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(handle, 1)
-                os.dup2(handle, 2)
-                _launch(settings, lambda *_: _work(command, rank, target))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
+    def ends(code: int) -> None:
+        ended.append(wait(pid, SECONDS))
+        require(ended == [code], f"torchrun ended with {ended}, not {code}: {end_of_log(out)}")
 
-    def ends(self, code: int = 0) -> None:
-        """Wait for the agent to end, and require this exit code."""
-        self._ended = True
-        found = wait(self._pid, SECONDS)
-        require(found == code, f"torchrun ended with {found}, not {code}: {end_of_log(self._out)}")
-
-    def close(self) -> None:
-        """End it if it runs."""
-        if not self._ended:
-            os.kill(self._pid, signal.SIGTERM)  # the agent terminates its workers
-            wait(self._pid)
+    try:
+        yield ends
+    finally:
+        if not ended:
+            os.kill(pid, signal.SIGTERM)  # the agent terminates its workers
+            wait(pid, SECONDS)
 
 
 def _launch(settings: list[str], work: Callable[..., None]) -> None:
@@ -104,21 +93,11 @@ def _work(command: list[str], rank: int, target: str) -> None:
     cli.main()
 
 
-@contextmanager
-def started(campaign: Campaign, out: Path, settings: list[str], rank: int = -1, target: str = "") -> Iterator[Agent]:
-    """Start an agent, and end it on the way out."""
-    agent = Agent(campaign, out, settings, rank, target)
-    try:
-        yield agent
-    finally:
-        agent.close()
-
-
 def worker_killed(campaign: Campaign, out: Path) -> None:
     """One of two workers gets SIGKILL: torchrun restarts both."""
     settings = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-    with started(campaign, out, settings, 1, "worker") as agent:
-        agent.ends()
+    with agent(campaign, out, settings, 1, "worker") as ends:
+        ends(0)
     require_log(out, "resuming from")
     campaign.require_equal(out, ranks=2)
 
@@ -131,13 +110,13 @@ def node_killed(campaign: Campaign, out: Path) -> None:
     # An agent without a sign of life for 8 s counts as dead; 15 s is the default.
     settings += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=8"]
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with started(campaign, out, settings) as first:
+    with agent(campaign, out, settings) as first:
         wait_for(port)  # the first keeps the rendezvous
-        with started(campaign, out, settings, 1, "node") as second:
-            second.ends(-signal.SIGKILL)
-        with started(campaign, out, settings) as again:
-            again.ends()
-        first.ends()
+        with agent(campaign, out, settings, 1, "node") as second:
+            second(-signal.SIGKILL)
+        with agent(campaign, out, settings) as again:
+            again(0)
+        first(0)
     del os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]
     require_log(out, "resuming from")
     campaign.require_equal(out, ranks=2)

@@ -25,47 +25,10 @@ from mvlm_dataloading import open_dataset, tokenizer_for
 
 sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
-from support.faults.forks import ended_well, in_child, in_ranks
+from support.faults.forks import ended_well, in_child, in_ranks, killed
 from support.faults.kill_command import run_kills
 from support.models import micro_model
 from support.scenes import write_scenes
-
-
-class Evaluation:
-    """One evaluation of a made-up model, which may be shared by ranks."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._out = folder, folder / f"{name}.json"
-
-    def start(self, ranks: int) -> list[int]:
-        """Ids of the processes."""
-
-        def work() -> None:
-            torch.set_num_threads(1)
-            eval_retrieval(
-                checkpoint=self._folder / "model", data=self._folder / "data", out=self._out, rerank=8, device="cpu"
-            )
-
-        return [in_child(work)] if ranks == 1 else in_ranks(work, ranks)
-
-    def finish(self, ranks: int) -> str | None:
-        """Run it to its end. Returns what went wrong, or None."""
-        ended = [ended_well(pid) for pid in self.start(ranks)]
-        if not all(ended):
-            return f"{self._out.name}: a process failed"
-        if self.parts.exists():
-            return f"{self.parts.name}: was not removed"
-        return None
-
-    def figures(self) -> dict[str, Any]:
-        """The figures, without the seconds that they took and the machine, which names the number of ranks."""
-        found = json.loads(self._out.read_text())
-        return {name: value for name, value in found.items() if name not in ("seconds", "machine")}
-
-    @property
-    def parts(self) -> Path:
-        """Folder of an unfinished evaluation."""
-        return self._out.with_name(f"{self._out.name}.parts")
 
 
 def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
@@ -75,47 +38,58 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
     tokenizer = tokenizer_for(open_dataset(data, "train"), 300)
     micro_model(dtype=torch.float32).save_pretrained(folder / "model")
     tokenizer.save(folder / "model" / "tokenizer.json")
-    undisturbed = Evaluation(folder, "undisturbed")
+
+    def start(name: str, ranks: int = 1) -> list[int]:
+        """Start or continue the evaluation of this name, one process a rank. Returns their ids."""
+
+        def work() -> None:
+            eval_retrieval(
+                checkpoint=folder / "model", data=data, out=folder / f"{name}.json", rerank=8, device="cpu"
+            )  # fmt: skip
+
+        return [in_child(work)] if ranks == 1 else in_ranks(work, ranks)
+
+    def parts(name: str) -> Path:
+        """Folder of an unfinished evaluation."""
+        return folder / f"{name}.json.parts"
+
+    def finish(name: str, ranks: int = 1) -> dict[str, Any]:
+        """Figures of an evaluation, without the seconds and the machine, which names the number of ranks."""
+        ended = [ended_well(pid) for pid in start(name, ranks)]
+        assert all(ended), f"{name}: a process failed"
+        assert not parts(name).exists(), f"{name}: its parts were not removed"
+        found = json.loads((folder / f"{name}.json").read_text())
+        return {name: value for name, value in found.items() if name not in ("seconds", "machine")}
+
     begun = time.perf_counter()
-    if fault := undisturbed.finish(1):
-        return fault
-    seconds, wanted = time.perf_counter() - begun, undisturbed.figures()
+    wanted = finish("undisturbed")
+    seconds = time.perf_counter() - begun
     done = evaluations = continued = 0
     while done < kills:
-        evaluation, ranks = Evaluation(folder, f"killed-{evaluations}"), 2 if evaluations % 3 == 2 else 1
+        name, ranks = f"killed-{evaluations}", 2 if evaluations % 3 == 2 else 1
         for _ in range(rng.randint(1, 3)):
-            pids = evaluation.start(ranks)
-            time.sleep(rng.uniform(0, seconds))
-            running = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
-            for pid in running:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            done += bool(running)
-            continued += any(marks.read_bytes().strip(b"\0") for marks in evaluation.parts.glob("*.finished"))
-        if fault := evaluation.finish(ranks):
-            return fault
-        if evaluation.figures() != wanted:
-            return f"killed-{evaluations}: other figures than those of an undisturbed evaluation"
+            first, *others = start(name, ranks)
+            at_once = [killed(first, seconds, rng), *(killed(pid, 0, rng) for pid in others)]
+            done += any(at_once)
+            continued += any(marks.read_bytes().strip(b"\0") for marks in parts(name).glob("*.finished"))
+        if finish(name, ranks) != wanted:
+            return f"{name}: other figures than those of an undisturbed evaluation"
         evaluations += 1
     print(f"{done} kills over {evaluations} evaluations, {continued} of which left finished parts: the same figures")
     for rank in (0, 1):
-        bereaved = Evaluation(folder, f"without-{rank}")
-        pids = bereaved.start(2)
-        while not bereaved.parts.exists():  # the ranks have met: one would wait long for another that was killed before
+        name = f"without-{rank}"
+        pids = start(name, 2)
+        while not parts(name).exists():  # the ranks have met: one would wait long for another that was killed before
             time.sleep(0.01)
         os.kill(pids[rank], signal.SIGKILL)
-        if any(ended_well(pid) for pid in pids):
-            return f"without-{rank}: ended well without its other rank"
-        if fault := bereaved.finish(2):
-            return fault
-        if bereaved.figures() != wanted:
-            return f"without-{rank}: other figures than those of an undisturbed evaluation"
+        ended = [ended_well(pid) for pid in pids]
+        if any(ended):
+            return f"{name}: ended well without its other rank"
+        if finish(name, 2) != wanted:
+            return f"{name}: other figures than those of an undisturbed evaluation"
     print("one of two ranks killed: the other ends, and a new start finds the same figures")
     for ranks in (2, 4):
-        shared = Evaluation(folder, f"ranks-{ranks}")
-        if fault := shared.finish(ranks):
-            return fault
-        if shared.figures() != wanted:
+        if finish(f"ranks-{ranks}", ranks) != wanted:
             return f"{ranks} ranks: other figures than those of one process"
     print("2 and 4 ranks: the same figures")
     return None

@@ -1,12 +1,11 @@
 """Loading that is killed and resumed, and loading on several ranks: the batches must equal those of one process.
 
-    python tests/promises/faults/kill_loaders.py DATA [--kills 50]
+    python tests/promises/faults/kill_loaders.py [--kills 50]
 
-DATA is a folder of shards. One process imports everything and forks those that load, because an import takes longer
-than a trial. Prints a line for each part. The exit code is 1 if batches differ.
+One process imports everything and forks those that load, because an import takes longer than a trial. Prints a line for
+each part. The exit code is 1 if batches differ.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -14,13 +13,17 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from mvlm_dataloading import Dataset, Loader, LoaderWork, Tokenizer, open_dataset, train_tokenizer
 from mvlm_dataloading.loader.augment import Augment
+
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
+
+from support.data import write_waves
+from support.faults.forks import ended_well, in_child
+from support.faults.kill_command import run_kills
 
 BATCH = 8
 
@@ -45,25 +48,9 @@ def hashes(batch, masks) -> list[str]:
     return found
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Fork a process that calls `work` and ends. Returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def wait(pids: list[int]) -> None:
     for pid in pids:
-        _, status = os.waitpid(pid, 0)
-        if status:
-            raise SystemExit(f"a loading process ended with status {status}")
+        assert ended_well(pid), "a loading process failed"
 
 
 def load_until_killed(dataset: Dataset, tokenizer: Tokenizer, folder: Path, steps: int | None) -> None:
@@ -88,90 +75,79 @@ def read_log(folder: Path) -> list[tuple[int, list[str]]]:
     return [(int(words[0]), words[1:]) for words in lines if len(words) == 1 + BATCH]
 
 
-def kill(dataset: Dataset, tokenizer: Tokenizer, kills: int, rng: random.Random) -> str | None:
+def kill(dataset: Dataset, tokenizer: Tokenizer, folder: Path, kills: int, rng: random.Random) -> str | None:
     """Kill `kills` loading processes. Returns the difference from an undisturbed process, or None."""
-    with tempfile.TemporaryDirectory() as folder:
-        killed, undisturbed = Path(folder) / "killed", Path(folder) / "undisturbed"
-        killed.mkdir()
-        undisturbed.mkdir()
-        for trial in range(kills):
-            log, before = killed / "log", (killed / "log").stat().st_size if trial else 0
-            log.touch()
-            pid = in_child(lambda: load_until_killed(dataset, tokenizer, killed, None))
-            # Kill one in five while it starts, the others between batches or within one.
-            while trial % 5 and log.stat().st_size == before:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0.0, 0.3))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        steps = max([step for step, _ in read_log(killed)], default=0) + 3
-        for where in (killed, undisturbed):
-            wait([in_child(lambda where=where: load_until_killed(dataset, tokenizer, where, steps))])
-        wanted = dict(read_log(undisturbed))
-        found = read_log(killed)
-        print(f"{kills} kills within {steps} batches, {len(found) - steps} of them made twice")
-        for step, row in found:
-            if row != wanted[step]:
-                return f"batch {step} is {row} wanted {wanted[step]}"
-        if {step for step, _ in found} != set(range(1, steps + 1)) or set(wanted) != set(range(1, steps + 1)):
-            return "batches are missing"
-        ids = [int(word.split(":")[0]) for step in range(1, steps + 1) for word in wanted[step]]
-        for begin in range(0, len(ids) - len(dataset) + 1, len(dataset)):
-            if sorted(ids[begin : begin + len(dataset)]) != list(range(len(dataset))):
-                return f"the epoch from sample {begin} on does not have every sample once"
-        return None if steps > 3 else "no batch was made before a kill"
+    killed, undisturbed = folder / "killed", folder / "undisturbed"
+    killed.mkdir()
+    undisturbed.mkdir()
+    for trial in range(kills):
+        log, before = killed / "log", (killed / "log").stat().st_size if trial else 0
+        log.touch()
+        pid = in_child(lambda: load_until_killed(dataset, tokenizer, killed, None))
+        # Kill one in five while it starts, the others between batches or within one.
+        while trial % 5 and log.stat().st_size == before:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    steps = max([step for step, _ in read_log(killed)], default=0) + 3
+    for where in (killed, undisturbed):
+        wait([in_child(lambda where=where: load_until_killed(dataset, tokenizer, where, steps))])
+    wanted = dict(read_log(undisturbed))
+    found = read_log(killed)
+    print(f"{kills} kills within {steps} batches, {len(found) - steps} of them made twice")
+    for step, row in found:
+        if row != wanted[step]:
+            return f"batch {step} is {row} wanted {wanted[step]}"
+    if {step for step, _ in found} != set(range(1, steps + 1)) or set(wanted) != set(range(1, steps + 1)):
+        return "batches are missing"
+    ids = [int(word.split(":")[0]) for step in range(1, steps + 1) for word in wanted[step]]
+    for begin in range(0, len(ids) - len(dataset) + 1, len(dataset)):
+        if sorted(ids[begin : begin + len(dataset)]) != list(range(len(dataset))):
+            return f"the epoch from sample {begin} on does not have every sample once"
+    return None if steps > 3 else "no batch was made before a kill"
 
 
-def ranks(dataset: Dataset, tokenizer: Tokenizer) -> str | None:
+def ranks(dataset: Dataset, tokenizer: Tokenizer, out: Path) -> str | None:
     """Compare 2 and 4 ranks, and 1 -> 4 -> 2 ranks within an epoch, with one rank. Returns the difference, or None."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
 
-        def run(name: str, world_size: int, state: dict | None, steps: int) -> tuple[list[str], dict]:
-            """Load `steps` batches a rank. Returns all rows in global order, and the state after them."""
+    def run(name: str, world_size: int, state: dict | None, steps: int) -> tuple[list[str], dict]:
+        """Load `steps` batches a rank. Returns all rows in global order, and the state after them."""
 
-            def work(rank: int) -> None:
-                loader = make_loader(dataset, tokenizer, rank=rank, world_size=world_size)
-                if state is not None:
-                    loader.load_state_dict(state)
-                rows = [hashes(*pair) for pair in itertools.islice(loader, steps)]
-                loader.close()
-                (out / f"{name}-{rank}").write_text(json.dumps([rows, loader.state_dict()]))
+        def work(rank: int) -> None:
+            loader = make_loader(dataset, tokenizer, rank=rank, world_size=world_size)
+            if state is not None:
+                loader.load_state_dict(state)
+            rows = [hashes(*pair) for pair in itertools.islice(loader, steps)]
+            loader.close()
+            (out / f"{name}-{rank}").write_text(json.dumps([rows, loader.state_dict()]))
 
-            wait([in_child(lambda rank=rank: work(rank)) for rank in range(world_size)])
-            parts = [json.loads((out / f"{name}-{rank}").read_text()) for rank in range(world_size)]
-            return [row for step in range(steps) for rows, _ in parts for row in rows[step]], parts[0][1]
+        wait([in_child(lambda rank=rank: work(rank)) for rank in range(world_size)])
+        parts = [json.loads((out / f"{name}-{rank}").read_text()) for rank in range(world_size)]
+        return [row for step in range(steps) for rows, _ in parts for row in rows[step]], parts[0][1]
 
-        per_epoch = len(dataset) // BATCH
-        wanted, _ = run("one", 1, None, 2 * per_epoch)
-        for world_size in (2, 4):
-            if run(f"of{world_size}", world_size, None, 2 * per_epoch)[0] != wanted:
-                return f"{world_size} ranks load other rows than one"
-        rows, state = run("first", 1, None, 2)
-        for world_size, steps in ((4, 2), (2, per_epoch)):
-            more, state = run(f"then{world_size}", world_size, state, steps)
-            rows += more
-        print(f"2 and 4 ranks over {len(wanted)} samples; 1 -> 4 -> 2 ranks over {len(rows)}")
-        return None if rows == wanted[: len(rows)] else "1 -> 4 -> 2 ranks load other rows than one"
+    per_epoch = len(dataset) // BATCH
+    wanted, _ = run("one", 1, None, 2 * per_epoch)
+    for world_size in (2, 4):
+        if run(f"of{world_size}", world_size, None, 2 * per_epoch)[0] != wanted:
+            return f"{world_size} ranks load other rows than one"
+    rows, state = run("first", 1, None, 2)
+    for world_size, steps in ((4, 2), (2, per_epoch)):
+        more, state = run(f"then{world_size}", world_size, state, steps)
+        rows += more
+    print(f"2 and 4 ranks over {len(wanted)} samples; 1 -> 4 -> 2 ranks over {len(rows)}")
+    return None if rows == wanted[: len(rows)] else "1 -> 4 -> 2 ranks load other rows than one"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", type=Path, help="folder of shards")
-    parser.add_argument("--kills", type=int, default=50, help="processes to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
-    arguments = parser.parse_args()
-    dataset = open_dataset(arguments.data, "train")
+def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
+    """Returns the first difference from an undisturbed process, or None."""
+    dataset = open_dataset(write_waves(folder / "data"), "train")
     tokenizer = train_tokenizer(dataset.captions(0), 300)
-    for fault in (kill(dataset, tokenizer, arguments.kills, random.Random(arguments.seed)), ranks(dataset, tokenizer)):
-        if fault is not None:
-            print(fault)
-            return 1
-    return 0
+    return kill(dataset, tokenizer, folder, kills, rng) or ranks(dataset, tokenizer, folder)
 
 
 if __name__ == "__main__":
     # Import DALI before the forks; it must start no thread in this process.
     import nvidia.dali.fn  # noqa: F401
 
-    sys.exit(main())
+    sys.exit(run_kills(run_trials, __doc__, "processes to kill", 50))

@@ -9,10 +9,8 @@ more only. Every other data set is built at a URL of an object store on this mac
 the process that asked for the build is killed too, and the build is resumed. The exit code is 1 if anything differs.
 """
 
-import argparse
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import random
@@ -20,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -40,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from kill_writers import contents, source
 
+from support.faults.kill_command import run_kills
 from support.faults.logged_piece import LoggedPiece, readings
 from support.object_store import serve_s3
 
@@ -129,69 +127,47 @@ def trial(
     )
 
 
-def run_trials(folder: Path, kills: int, size: int, rng: random.Random) -> tuple[str | None, list[str]]:
-    """Returns the first difference, or None, and a line for each trial."""
+def run_trials(folder: Path, kills: int, rng: random.Random) -> str | dict[str, Any]:
+    """Kill `kills` nodes. Returns the first difference, or the figures."""
+    os.environ["MVLM_CACHE"] = str(folder / "cache")
     images, base = folder / "images", folder / "run"
     images.mkdir()
     whole = build_shards(logged_source(images, folder / "log", 0.0), folder / "whole", OPTIONS, workers=0)
-    wanted = contents(whole)
+    wanted = {f"out/{name}": digest for name, digest in contents(whole).items()}
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # workers of the cluster import the piece from there
     # Processes that nothing here asks take longer to start than all trials.
     spared = {"include_dashboard": False, "include_log_monitor": False}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **spared})
     os.environ["RAY_ADDRESS"] = str(cluster.address)
+    size = min(3, kills + 1)
     nodes = [cluster.add_node(num_cpus=1, **spared) for _ in range(size)]
     stories = []
-    try:
-        cluster.wait_for_nodes()
-        for number in range(kills):
-            begun = time.perf_counter()
-            base.mkdir()
-            parent = f"s3://nodes/{number}" if number % 2 else str(base)
-            stories.append(
-                trial(cluster, nodes, images, f"{parent}/out", folder / f"log{number}", number % 5 in (2, 3), rng)
-            )
-            print(f"trial {number + 1}: {stories[-1]} ({time.perf_counter() - begun:.0f} s)", flush=True)
-            place = open_folder(parent)
-            found = {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.names("") if "." in name}
-            if found != {f"out/{name}": digest for name, digest in wanted.items()}:
-                return f"files differ: {sorted(found)}", stories
-            shutil.rmtree(base)
-            if number + 1 < kills:
-                nodes.append(cluster.add_node(num_cpus=1, **spared))
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    return None, stories
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="nodes to kill")
-    parser.add_argument("--nodes", type=int, default=3, help="nodes of the cluster")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--build", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    if given.build:
-        images, out, log = given.build
-        build(Path(images), out, Path(log))
-        return 0
     # The first trial builds on the disk.
-    store = serve_s3("nodes") if given.kills > 1 else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory(prefix="mvlm-nodes-") as name, store:
-        os.environ["MVLM_CACHE"] = f"{name}/cache"
-        fault, stories = run_trials(Path(name), given.kills, given.nodes, random.Random(given.seed))
-    if fault is not None:
-        print(fault)
-        return 1
-    print(f"{given.kills} nodes of {given.nodes} killed during builds: the bytes of one machine's build")
-    if given.json:
-        result = {"kills": given.kills, "nodes": given.nodes, "ray": ray.__version__, "trials": stories, "equal": True}
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    with serve_s3("nodes") if kills > 1 else contextlib.nullcontext():
+        try:
+            cluster.wait_for_nodes()
+            for number in range(kills):
+                base.mkdir()
+                parent, asker = f"s3://nodes/{number}" if number % 2 else str(base), number % 5 in (2, 3)
+                stories.append(trial(cluster, nodes, images, f"{parent}/out", folder / f"log{number}", asker, rng))
+                print(f"trial {number + 1}: {stories[-1]}", flush=True)
+                place = open_folder(parent)
+                found = {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.names("") if "." in name}
+                if found != wanted:
+                    return f"files differ: {sorted(found)}"
+                shutil.rmtree(base)
+                if number + 1 < kills:
+                    nodes.append(cluster.add_node(num_cpus=1, **spared))
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+    print(f"{kills} nodes of {size} killed during builds: the bytes of one machine's build")
+    return {"kills": kills, "nodes": size, "ray": ray.__version__, "trials": stories, "equal": True}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    if sys.argv[1:2] == ["--build"]:  # the process that `kill_asker` kills
+        build(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    else:
+        sys.exit(run_kills(run_trials, __doc__, "nodes to kill", 20))

@@ -8,25 +8,26 @@ others run. Parts must be the same after a merge as before. Every other trial ki
 or without these, at a drawn time. The exit code is 1 if bytes differ.
 """
 
-import argparse
-import json
 import os
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import nvidia.dali.fn  # noqa: F401 (imported before the forks)
 
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kill_writers import FINISHED, Moments, contents, fork, kill, run, source, wait
+from kill_writers import FINISHED, Moments, contents, count_events, fork, kill, run, source
 
 from mvlm_dataloading.build.build import build_part, merge_parts
 from mvlm_dataloading.options import BuildOptions
+from support.faults.forks import wait
+from support.faults.kill_command import run_kills
 
 PARTS = 3
 OPTIONS = BuildOptions(shard_bytes=40_000, drop_duplicates=True)
@@ -39,19 +40,6 @@ def work(images: Path, base: Path, number: int, workers: int = 0) -> None:
         merge_parts([base / f"part{i}" for i in range(PARTS, 0, -1)], base / "out")
     else:
         build_part(source(images), base / f"part{number}", (number, PARTS), OPTIONS, workers=workers)
-
-
-def count_events(images: Path, base: Path, number: int) -> int:
-    """Number of events of an undisturbed process."""
-
-    def counted() -> None:
-        moments = Moments(base, -1, kill)
-        moments.install()
-        work(images, base, number)
-        (base.parent / "events").write_text(str(moments.count))
-
-    assert wait(fork(counted)) == FINISHED
-    return int((base.parent / "events").read_text())
 
 
 def start(images: Path, base: Path, number: int, at: int | None) -> int:
@@ -99,39 +87,27 @@ def contents_of_parts(base: Path) -> dict[str, dict[str, str]]:
     return {str(folder.relative_to(base)): contents(folder) for folder in folders}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="processes to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
-    parser.add_argument("--json", type=Path, help="file for the result")
-    given = parser.parse_args()
-    rng, kills, trials = random.Random(given.seed), 0, 0
-    with tempfile.TemporaryDirectory(prefix="mvlm-parts-") as name:
-        images, base = Path(name) / "images", Path(name) / "run"
-        images.mkdir()
-        source(images)
-        base.mkdir()
-        assert wait(fork(lambda: run(images, Path(name) / "whole", 0))) == FINISHED
-        wanted = contents(Path(name) / "whole")
-        events = [count_events(images, base, number) for number in (*range(1, PARTS + 1), MERGE)]
-        events = [events[-1], *events[:-1]]
-        while kills < given.kills:
-            more = trial(images, base, events, trials % 2 == 1, rng)
-            kills, trials = kills + more, trials + 1
-            found = contents(base / "out")
-            if found != wanted:
-                print(
-                    "files differ: ",
-                    sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name)),
-                )
-                return 1
-            print(f"trial {trials}: {more} kills", flush=True)
-    print(f"{kills} kills over {trials} data sets of {PARTS} parts: the bytes of one machine's build")
-    if given.json:
-        result = {"kills": kills, "data_sets": trials, "parts": PARTS, "events": events, "equal": True}
-        given.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+def run_trials(folder: Path, kills: int, rng: random.Random) -> str | dict[str, Any]:
+    """Kill `kills` processes. Returns the difference from one machine's build, or the figures."""
+    images, base = folder / "images", folder / "run"
+    images.mkdir()
+    source(images)
+    base.mkdir()
+    assert wait(fork(lambda: run(images, folder / "whole", 0))) == FINISHED
+    wanted = contents(folder / "whole")
+    events = [count_events(base, lambda number=number: work(images, base, number))[0] for number in (1, 2, 3, MERGE)]
+    events = [events[-1], *events[:-1]]
+    killed = trials = 0
+    while killed < kills:
+        more = trial(images, base, events, trials % 2 == 1, rng)
+        killed, trials = killed + more, trials + 1
+        found = contents(base / "out")
+        if found != wanted:
+            return f"files differ: {sorted(n for n in found.keys() | wanted if found.get(n) != wanted.get(n))}"
+        print(f"trial {trials}: {more} kills", flush=True)
+    print(f"{killed} kills over {trials} data sets of {PARTS} parts: the bytes of one machine's build")
+    return {"kills": killed, "data_sets": trials, "parts": PARTS, "events": events, "equal": True}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_kills(run_trials, __doc__, "processes to kill", 20))

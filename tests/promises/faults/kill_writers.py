@@ -8,8 +8,6 @@ a build of several processes once it has written a drawn number of bytes. Each b
 which has everything imported and no threads.
 """
 
-import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -19,7 +17,6 @@ import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +27,15 @@ import numpy as np
 import nvidia.dali.fn  # noqa: F401 (imported before the forks)
 from PIL import Image
 
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
+
 from mvlm_dataloading import open_dataset
 from mvlm_dataloading.build.build import build_shards
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from support.faults.forks import in_child, wait
+from support.faults.kill_command import run_kills
 
 IMAGES = 40
 FINISHED, FULL = 0, 2
@@ -114,45 +115,31 @@ def kill() -> None:
 
 def fork(work: Callable[[], None]) -> int:
     """Run `work` in a fork of this process, in a new process group. Returns its id."""
-    process = os.fork()
-    if process:
-        with contextlib.suppress(OSError):  # parent and child both set it, because either may be first
-            os.setpgid(process, process)
-        return process
-    os.setpgid(0, 0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the decoder reports each damaged image
-    code = 1
-    try:
-        work()
-        code = FINISHED
-    except DataError as error:
-        code = FULL if "wanted room to write" in str(error) else 1
-        if code == 1:
-            print(error, flush=True)
-    except BaseException as error:
-        print(repr(error), flush=True)
-    finally:
-        os._exit(code)
 
+    def disturbed() -> int:
+        try:
+            work()
+        except DataError as error:
+            return FULL if "wanted room to write" in str(error) else 1
+        return FINISHED
 
-def wait(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return in_child(disturbed, Path(os.devnull))  # the decoder reports each damaged image
 
 
 def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def count_events(images: Path, base: Path) -> tuple[int, list[int]]:
-    """Do an uninterrupted build. Returns its number of events, and the numbers of those that concern names."""
+def count_events(base: Path, work: Callable[[], None]) -> tuple[int, list[int]]:
+    """Do `work` undisturbed. Returns its number of events, and the numbers of those that concern names."""
 
-    def work() -> None:
+    def counted() -> None:
         moments = Moments(base, -1, kill)
         moments.install()
-        run(images, base / "out", 0)
+        work()
         (base.parent / "events").write_text(json.dumps([moments.count, moments.names]))
 
-    assert wait(fork(work)) == FINISHED
+    assert wait(fork(counted)) == FINISHED
     count, names = json.loads((base.parent / "events").read_text())
     return count, names
 
@@ -217,35 +204,29 @@ def trial(
             return " ".join([*story, "finished"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mvlm-kills-") as name:
-        folder = Path(name)
-        images, base = folder / "images", folder / "run"
-        images.mkdir()
-        source(images)
-        base.mkdir()
-        events, names = count_events(images, base)
-        wanted = contents(base / "out")
-        # 40 images: 8 for testing; 2 are damaged, 2 are in the test split, 2 are repeated.
-        samples = [len(open_dataset(base / "out", split)) for split in ("train", "test")]
-        assert samples == [26, 8], samples
-        total_bytes = sum(path.stat().st_size for path in (base / "out").iterdir())
-        rng = random.Random(given.seed)
-        for number in range(given.trials):
-            # Most events are writes, but most faults concern names: the first interruptions are spread over the
-            # events that concern names.
-            first = names[int((number + rng.random()) / given.trials * len(names))]
-            story = trial(images, base, rng, events, first, total_bytes, parallel=number % 10 == 9)
-            found = contents(base / "out")
-            assert found == wanted, (story, found.keys() ^ wanted.keys())
-            assert [path.name for path in base.iterdir()] == ["out"], (story, list(base.iterdir()))
-            print(f"trial {number + 1}: {story}", flush=True)
-        print(f"{given.trials} trials over {events} events: every data set equals that of an uninterrupted build")
+def run_trials(folder: Path, trials: int, rng: random.Random) -> None:
+    """Interrupt `trials` builds. AssertionError for a data set that differs from that of an uninterrupted one."""
+    images, base = folder / "images", folder / "run"
+    images.mkdir()
+    source(images)
+    base.mkdir()
+    events, names = count_events(base, lambda: run(images, base / "out", 0))
+    wanted = contents(base / "out")
+    # 40 images: 8 for testing; 2 are damaged, 2 are in the test split, 2 are repeated.
+    samples = [len(open_dataset(base / "out", split)) for split in ("train", "test")]
+    assert samples == [26, 8], samples
+    total_bytes = sum(path.stat().st_size for path in (base / "out").iterdir())
+    for number in range(trials):
+        # Most events are writes, but most faults concern names: the first interruptions are spread over the events that
+        # concern names.
+        first = names[int((number + rng.random()) / trials * len(names))]
+        story = trial(images, base, rng, events, first, total_bytes, parallel=number % 10 == 9)
+        found = contents(base / "out")
+        assert found == wanted, (story, found.keys() ^ wanted.keys())
+        assert [path.name for path in base.iterdir()] == ["out"], (story, list(base.iterdir()))
+        print(f"trial {number + 1}: {story}", flush=True)
+    print(f"{trials} trials over {events} events: every data set equals that of an uninterrupted build")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_kills(run_trials, __doc__, "builds to interrupt", 50, "--trials"))

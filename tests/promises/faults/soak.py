@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,9 @@ from statistics import median
 sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from mvlm.runs.folder import read_metrics
-from support.faults.forked_runs import ForkedRun, run_config, start
+from mvlm_dataloading.files import write_json
+from support.faults.forked_runs import run_config, start
+from support.faults.forks import wait
 from support.shapes import copy_shapes
 
 FRESH_RUNS = 30
@@ -53,22 +56,24 @@ def sample(process: int, metrics: Path) -> dict[str, float]:
     }
 
 
-def speed_over_fresh(process: int, metrics: Path, fresh: ForkedRun, seconds: float) -> float:
+def speed_over_fresh(process: int, metrics: Path, fresh: Callable[[Path], int], seconds: float) -> float:
     """Speed of a process divided by that of a fresh, warm run at the same time, both in pairs per second of processor
-    time. Timed for `seconds`."""
-    of_fresh = fresh.config.out / "metrics.jsonl"
-    other = start(fresh)
+    time. Timed for `seconds`. `fresh` starts a run in a folder, and returns its process."""
+    again = metrics.parent.with_name("fresh")
+    of_fresh = again / "metrics.jsonl"
+    other = fresh(again)
     try:
         while last_pairs(of_fresh) < WARM_UP_PAIRS:
             time.sleep(0.1)
             if os.waitpid(other, os.WNOHANG)[0]:
-                raise RuntimeError(fresh.log.read_text()[-2000:])
+                raise RuntimeError(again.with_suffix(".log").read_text()[-2000:])
         began = sample(process, metrics), sample(other, of_fresh)
         time.sleep(seconds)
         ended = sample(process, metrics), sample(other, of_fresh)
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
+        shutil.rmtree(again)
     own, its = (rates([a, b], "cpu_s")[0] for a, b in zip(began, ended, strict=True))
     return own / its
 
@@ -131,24 +136,25 @@ def main() -> None:
         often = {"max_steps": 10**8, "checkpoint_every_steps": 200, "eval_every_steps": 500, "log_every": 10}
         # Ends the run if this process is killed.
         alarm = partial(signal.alarm, int(60 * arguments.minutes) + 600)
-        process = start(ForkedRun(run_config(data, out, **often), Path(folder) / "log", before=alarm))
+
+        def begin(run: Path) -> int:
+            return start(run_config(data, run, **often), run.with_suffix(".log"), before=alarm)
+
+        process = begin(out)
         samples, relative = [], []
         began, seconds = time.monotonic(), 60 * arguments.minutes
         fresh_runs = min(FRESH_RUNS, round(arguments.minutes))
         timed = max(MIN_SECONDS, seconds / FRESH_RUNS / 8)
         while (passed := time.monotonic() - began) < seconds:
             if passed > (len(relative) + 0.5) * seconds / fresh_runs:
-                again = Path(folder) / f"fresh-{len(relative)}"
-                fresh = ForkedRun(run_config(data, again, **often), again.with_suffix(".log"), before=alarm)
-                relative.append(speed_over_fresh(process, out / "metrics.jsonl", fresh, timed))
-                shutil.rmtree(again)
+                relative.append(speed_over_fresh(process, out / "metrics.jsonl", begin, timed))
             time.sleep(min(5.0, seconds / 60))
             samples.append(sample(process, out / "metrics.jsonl"))
         os.kill(process, signal.SIGTERM)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        code = wait(process)
         rows = read_metrics(out / "metrics.jsonl")
         if code:
-            print((Path(folder) / "log").read_text()[-2000:])
+            print(out.with_suffix(".log").read_text()[-2000:])
     found = verdicts(samples, relative)
     for name, row in found.items():
         verdict = "" if "well" not in row else "well" if row["well"] else "NOT WELL"
@@ -156,7 +162,7 @@ def main() -> None:
     print(f"{rows[-1]['step']} steps in {arguments.minutes:g} minutes; SIGTERM ended the run with {code}")
     if arguments.json:
         figures = {"minutes": arguments.minutes, "steps": rows[-1]["step"], "exit_code": code, "rows": found}
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(arguments.json, figures)
     sys.exit(0 if code == 0 and all(row.get("well", True) for row in found.values()) else 1)
 
 

@@ -1,20 +1,15 @@
 """Disturbed runs compared with undisturbed ones: weights, state and metrics have to be equal to the bit."""
 
 import json
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
-from mvlm.runs.folder import read_metrics
 from mvlm.training.run import pretrain
-from support.faults.forked_runs import STEPS, ForkedRun, run_config, start, wait
+from support.faults.forked_runs import STEPS, run_config, start
+from support.faults.forks import free_port, wait
+from support.folders import checkpoint_contents, reproducible_rows
 from support.shapes import copy_shapes
-
-MEASURED = ("pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu")
-"""Fields of metrics.jsonl that differ between any two runs."""
 
 
 class Failed(Exception):
@@ -35,16 +30,23 @@ class Campaign:
         key = json.dumps([ranks, changes], sort_keys=True)
         if key not in self._undisturbed:
             out = self.folder / f"undisturbed-{len(self._undisturbed)}"
-            codes = self.run(out, ranks, **changes)
-            require(codes == [0] * ranks, f"the undisturbed run ended with {codes}: {end_of_log(out)}")
+            self.run(out, ranks, ends=[0] * ranks, **changes)
             self._undisturbed[key] = out
         return self._undisturbed[key]
 
     def run(
-        self, out: Path, ranks: int = 1, faults: dict[int, Callable[[], None]] | None = None, **changes: Any
+        self,
+        out: Path,
+        ranks: int = 1,
+        faults: dict[int, Callable[[], None]] | None = None,
+        ends: Sequence[int] | None = None,
+        **changes: Any,
     ) -> list[int]:
-        """`start` a run and wait for it. Returns the ranks' exit codes."""
-        return [wait(process) for process in self.start(out, ranks, faults, **changes)]
+        """`start` a run and wait for it. Returns the ranks' exit codes. Raises Failed if they are not `ends`."""
+        codes = [wait(process, 60.0) for process in self.start(out, ranks, faults, **changes)]
+        if ends is not None:
+            require(codes == list(ends), f"wanted exit codes {ends}, found {codes}: {end_of_log(out)}")
+        return codes
 
     def start(
         self, out: Path, ranks: int = 1, faults: dict[int, Callable[[], None]] | None = None, **changes: Any
@@ -55,27 +57,23 @@ class Campaign:
         """
         environment: dict[str, str] = {}
         if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         config = run_config(self.data, out, **changes)
         processes = []
         for rank in range(ranks):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            processes.append(start(ForkedRun(config, out.with_suffix(".log"), own, (faults or {}).get(rank))))
+            processes.append(start(config, out.with_suffix(".log"), own, (faults or {}).get(rank)))
         return processes
 
     def require_same_weights(self, out: Path, ranks: int = 1) -> None:
         """Raise Failed unless the last checkpoint of a complete run has the tensors of the undisturbed one's."""
         found, wanted = outcome(out)[0], outcome(self.undisturbed(ranks))[0]
-        wrong = [name for name in wanted if name != "state" and found[name] != wanted[name]]
+        wrong = [name for name in wanted if name != "state.json" and found[name] != wanted[name]]
         require(not wrong, f"the last checkpoint differs: {wrong[:3]}")
 
     def require_resume(self, out: Path, ranks: int = 1, **changes: Any) -> None:
         """Resume a run. Raise Failed unless it completes and equals the undisturbed run."""
-        codes = self.run(out, ranks, **changes)
-        require(codes == [0] * ranks, f"resuming ended with {codes}: {end_of_log(out)}")
+        self.run(out, ranks, ends=[0] * ranks, **changes)
         self.require_equal(out, ranks, **changes)
 
     def require_equal(self, out: Path, ranks: int = 1, **changes: Any) -> None:
@@ -89,16 +87,7 @@ class Campaign:
 
 def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The last checkpoint of a complete run, and its rows of metrics without what was measured."""
-    rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(run / "metrics.jsonl")]
-    return checkpoint_bytes(run / "checkpoints" / f"step_{STEPS:08d}"), rows
-
-
-def checkpoint_bytes(folder: Path) -> dict[str, Any]:
-    """A checkpoint's tensors as bytes, by file and name, and its state."""
-    found: dict[str, Any] = {"state": (folder / "state.json").read_text()}
-    for path in sorted(folder.glob("*/*.safetensors")):
-        found |= {f"{path.relative_to(folder)}/{name}": t.numpy().tobytes() for name, t in load_file(path).items()}
-    return found
+    return checkpoint_contents(run / "checkpoints" / f"step_{STEPS:08d}"), reproducible_rows(run)
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,148 @@
+"""Stage `sweep`: which variants are tried, which of them wins, and the table of tiles that the winners make."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mvlm_kernels
+from mvlm_benchmarks.budget import Budget
+from mvlm_benchmarks.clock import Timing
+from mvlm_benchmarks.gpu import small_calls, sweep
+from mvlm_benchmarks.gpu.stage import Stage
+from mvlm_benchmarks.gpu.variants import TILES, Options, Target, launches_of, targets_of, variants
+from mvlm_benchmarks.kernels.cases import cases, small_cases
+from mvlm_benchmarks.kernels.reference import CaseData
+from mvlm_benchmarks.results import MACHINE_COLUMNS
+from mvlm_kernels import dispatch
+from mvlm_kernels.cross_attention import tiles
+from support.benchmarks import FakeClock, toy_case
+from support.stages import run_stage
+
+
+def test_targets_are_the_kernels_that_the_cases_launch() -> None:
+    found = {t.kernel: t for c in small_cases(torch.float32)[::-1] for t in targets_of(c, c.make("meta"), 90)}
+    assert {"short_kv_forward", "short_kv_backward", "short_q_forward", "gather_kernel", "place_kernel"} <= set(found)
+    assert not any(name.startswith("sum_") for name in found)
+    assert found["short_kv_forward"].pass_name == "forward"
+    assert found["short_kv_backward"].pass_name == "backward"
+    for name, target in found.items():
+        assert TILES.get(name, "num_warps") in target.options
+
+
+def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:
+    """The sanitizers and the first checks on a GPU see no other cases."""
+    wanted = {case.op for case in cases(2, torch.bfloat16) if case.has_kernels}
+    launched = {c.op for c in small_cases(torch.bfloat16) if launches_of(c, c.make("meta"), 90)}
+    assert launched == wanted
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("more", [{}, {"num_stages": 2, "maxnreg": 128}])
+def test_first_variant_is_the_default_and_no_two_are_equal(few: bool, more: dict[str, int]) -> None:
+    options: Options = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1, **more}
+    found = variants("short_kv_backward", options, few)
+    assert found[0] == {}
+    texts = {json.dumps(options | change, sort_keys=True) for change in found}
+    assert len(texts) == (3 if few else len(found))
+    assert {change["BLOCK_M"] for change in found if "BLOCK_M" in change} <= {16, 64}
+    assert not any("BLOCK_N" in change for change in found)
+
+
+CHANGES: list[Options] = [{}, {"num_warps": 8}, {"num_stages": 3}]
+
+
+def swept(tmp_path, monkeypatch, ours, microseconds) -> tuple[dict, list[tuple]]:
+    """Winner and rows of a kernel `slow`, whose op is `ours` and whose calls take so many microseconds."""
+
+    class Clock(FakeClock):
+        def __init__(self, *_) -> None:
+            super().__init__()
+
+        def time(self, steps, prepare):
+            us = microseconds(dispatch.overridden("slow", {}))
+            return Timing(us, us, us, (us, us)), super().time(steps, prepare)[1]
+
+    monkeypatch.setattr(sweep, "variants", lambda *_, **__: CHANGES)
+    monkeypatch.setattr(sweep, "CpuClock", Clock)
+    case = toy_case(ours=ours)
+    stage = Stage("sweep", tmp_path, Budget(60), rehearse=True)
+    stage.about = dict.fromkeys(MACHINE_COLUMNS, "") | {"versions": {}}
+    table = stage.table("sweep", sweep.COLUMNS)
+    found = sweep.sweep_target(
+        stage, Target(case, "forward", "slow", {"num_warps": 4}), CaseData.make(case, "cpu"), {}, table
+    )
+    rows = csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines())
+    return found, [(row["change"], row["turn"], row["us"], row["status"]) for row in rows]
+
+
+def test_a_variant_that_is_right_and_faster_wins_and_a_wrong_one_is_a_row(tmp_path, monkeypatch) -> None:
+    def ours(x, factor):
+        return x * (0 if "num_stages" in dispatch.overridden("slow", {}) else factor)
+
+    found, rows = swept(tmp_path, monkeypatch, ours, lambda options: 5.0 if options else 10.0)
+    assert (found["winner"], found["ratio"]) == ({"num_warps": 8}, 0.5)
+    assert rows == [
+        ("default", "0", "10.0", "ok"), ("num_warps=8", "0", "5.0", "ok"), ("num_stages=3", "0", "", "WRONG"),
+        ("default", "1", "10.0", "ok"), ("num_warps=8", "1", "5.0", "ok"),
+        ("num_warps=8", "2", "5.0", "ok"), ("default", "2", "10.0", "ok"),
+    ]  # fmt: skip
+
+
+def test_a_variant_that_is_faster_by_chance_does_not_win(tmp_path, monkeypatch) -> None:
+    """It is as fast as the default when both are timed again."""
+    lucky = iter([10.0, 9.0, 11.0])
+    found, _ = swept(tmp_path, monkeypatch, lambda x, factor: x * factor, lambda _: next(lucky, 10.0))
+    assert (found["winner"], found["ratio"]) == ({}, 1.0)
+    assert sweep.TURNS_AGAIN >= 7
+
+
+def test_a_default_that_is_wrong_stops_the_sweep(tmp_path, monkeypatch) -> None:
+    with pytest.raises(sweep.WrongValue, match="slow, with its default options: output is off"):
+        swept(tmp_path, monkeypatch, lambda x, factor: x * 2.01, lambda _: 10.0)
+
+
+@pytest.mark.slow
+def test_winners_of_attention_are_a_table_that_launchers_read(tmp_path, monkeypatch) -> None:
+    """A winner is in the table if it wins in all cases of its key. Other keys and architectures are unchanged."""
+    case = next(case for case in small_cases(torch.bfloat16) if case.op == "cross_attention")
+    targets = targets_of(case, case.make("meta"), 90)
+    monkeypatch.setattr(sweep, "chosen_cases", lambda *_: [case])
+    monkeypatch.setattr(sweep, "compile_variants", lambda stage: {})
+    other = targets[1]._replace(key="short_q_forward/16bit/128/128")
+    monkeypatch.setattr(sweep, "targets_of", lambda *_: [targets[0], targets[0], targets[1], other, other])
+    won = iter([{"num_warps": 2}, {"num_warps": 2}, {"num_stages": 3}, {"num_warps": 2}, {}])
+    monkeypatch.setattr(sweep, "sweep_target", lambda *_: {"winner": next(won), "ratio": 0.5, "said": ""})
+    assert run_stage(sweep, tmp_path)[0] == 0
+    before = json.loads((Path(mvlm_kernels.__file__).parent / "configs" / "cross_attention.json").read_text())
+    table = json.loads((tmp_path / "configs" / "cross_attention.json").read_text())
+    added = {targets[0].key: {"num_warps": 2}, targets[1].key: {"num_stages": 3}}
+    assert table == before | {"sm_90": before["sm_90"] | added}
+    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path / "configs"))
+    tiles.meta.__wrapped__.cache_clear()
+    try:
+        now = {target.kernel: target.options for target in targets_of(case, case.make("meta"), 90)}
+    finally:
+        tiles.meta.__wrapped__.cache_clear()
+    for target, winner in zip(targets, added.values(), strict=False):
+        assert now[target.kernel] == target.options | winner != target.options
+
+
+@pytest.mark.parametrize("kernel", ["short_kv_backward", "short_q_backward", "long_kv_backward"])
+def test_a_profile_of_a_kernel_runs_one_case_that_launches_it(kernel: str) -> None:
+    (case,) = small_calls.chosen_cases("cross_attention", kernel, False, torch.bfloat16)
+    assert kernel in {launch.kernel.__name__ for launch in launches_of(case, case.make("meta"), 90)}
+    assert len(small_calls.chosen_cases("", "", False, torch.bfloat16)) == len(small_cases(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_small_calls_print_a_line_for_a_case_and_fail_for_a_wrong_value(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["small_calls", "--rehearse", "--op", "place_tokens"])
+    assert small_calls.main() == 0
+    assert capsys.readouterr().out == "place_tokens, B2 width 40, half of 9 masked: ok\n"
+    monkeypatch.setattr(small_calls, "small_cases", lambda _: [toy_case(op="place_tokens", ours=lambda x, factor: x)])
+    assert small_calls.main() == 1
+    assert "place_tokens, 1000: WRONG: " in capsys.readouterr().out

@@ -1,0 +1,48 @@
+"""The scripts of this folder, with few trials. The targets `faults-*` of the Makefile do more."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *words: object) -> str:
+    """Output of a script that ends well."""
+    command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_kind_of_fault_ends_well(tmp_path):
+    """One trial of each kind; `.ci/run` has 45, and `make faults` a thousand."""
+    run("campaign", "--count", 9, "--seed", 1, "--json", tmp_path / "faults.json")
+    figures = json.loads((tmp_path / "faults.json").read_text())
+    assert figures["trials"] == len({row["fault"] for row in figures["rows"]}) == 9
+    assert figures["failed"] == []
+
+
+def test_killed_evaluations_and_four_ranks_find_the_figures_of_one_process():
+    out = run("kill_evaluation", "--kills", 3)
+    assert int(out.split()[0]) >= 3  # the last evaluation may be killed more often than asked for
+    assert "one of two ranks killed: the other ends" in out
+    assert "2 and 4 ranks: the same figures" in out
+
+
+def test_killed_loaders_and_several_ranks_yield_the_batches_of_one_process():
+    out = run("kill_loaders", "--kills", 10)
+    assert "10 kills within" in out
+    assert "1 -> 4 -> 2 ranks over" in out
+
+
+def test_remote_data_is_right_or_ends_in_an_error_with_the_url():
+    assert '"loaded": 6, "ended in DataError": 2' in run("bad_network", "--trials", 8)
+
+
+def test_a_build_on_ray_survives_the_loss_of_a_node():
+    pytest.importorskip("ray")
+    assert "1 nodes of 2 killed during builds: the bytes of one machine's build" in run("kill_nodes", "--kills", 1)
