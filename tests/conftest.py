@@ -44,7 +44,6 @@ LONGEST = (
     "mvlm/studies/test_run.py",
     "promises/test_openmp_teams.py",
     "kernels/test_traffic.py",
-    "promises/faults/test_killed_embedding.py",
     "mvlm/distributed/test_parallel.py",
     "mvlm/training/test_trainer.py",
     "mvlm/tasks/test_grounding.py",

@@ -32,16 +32,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 LOSSES = ("mlm", "mim", "itc", "itm")
 STEPS = 30
 FLAGS = (
-    "--max-steps",
-    str(STEPS),
-    "--warmup-steps",
-    "5",
-    "--batch-size",
-    "8",
-    "--optimizer",
-    "adamw",
-    "--log-every",
-    "1",
+    f"--max-steps {STEPS} --warmup-steps 5 --batch-size 8 --optimizer adamw --log-every 1 --device cpu --precision fp32"
 )
 
 
@@ -50,7 +41,7 @@ def run(folder: Path, tree: Path = ROOT) -> list[list[float]]:
     packages = [str(tree), *(str(tree / name) for name in ("kernels", "dataloading", "benchmarks"))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(packages), "OMP_NUM_THREADS": "1"}
     places = ("--data", copy_shapes(folder / "data"), "--out", folder / "run")
-    command = ["-m", "mvlm", "pretrain", "tiny", *map(str, places), *FLAGS, "--device", "cpu", "--precision", "fp32"]
+    command = ["-m", "mvlm", "pretrain", "tiny", *map(str, places), *FLAGS.split()]
     subprocess.run([sys.executable, *command], env=environment, cwd=folder, check=True, capture_output=True)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [[row[name] for name in LOSSES] for row in rows]

@@ -18,10 +18,9 @@ from support.shapes import copy_shapes
 
 TEAM = 64
 """Threads of the step's own team: more than a run has of all other kinds, DALI's among them, which end late."""
-_CODE = f"""
+_TEAM = f"""
 import os, sys
 import torch
-from mvlm_dataloading import Augment, Loader, LoaderWork, load_tokenizer, open_dataset
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -31,6 +30,10 @@ alone = threads()
 torch.zeros(1 << 24).add_(1)  # the training step's own team
 before = threads()
 assert before >= alone + {TEAM} - 1, (alone, before)
+"""
+_LOADERS = """
+from mvlm_dataloading import Augment, Loader, LoaderWork, load_tokenizer, open_dataset
+
 loaders = []
 for train in (True, False):
     loader = Loader(
@@ -48,27 +51,18 @@ print(threads() - before)
 
 
 _RUN = f"""
-import os, sys, threading, time
+import threading, time
 from dataclasses import replace
 from pathlib import Path
-import torch
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.training.run import pretrain
-
-def threads():
-    return len(os.listdir("/proc/self/task"))
 
 def watch():
     while not ended.is_set():
         most[0] = max(most[0], threads())
         time.sleep(0.002)
 
-torch.set_num_threads({TEAM})
-alone = threads()
-torch.zeros(1 << 24).add_(1)  # the training step's own team
-before = threads()
-assert before >= alone + {TEAM} - 1, (alone, before)
 most, ended = [0], threading.Event()
 watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
@@ -97,7 +91,7 @@ assert most[0] - before >= {TEAM} - 1, most[0] - before
 def test_a_run_opens_no_second_openmp_team(tmp_path):
     """Two runs of one process, with evaluations, checkpoints and averaged weights, with and without kept images."""
     data = copy_shapes(tmp_path / "data")
-    command = [sys.executable, "-c", _RUN, str(data), str(tmp_path / "runs")]
+    command = [sys.executable, "-c", _TEAM + _RUN, str(data), str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     more = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("more threads:")]
@@ -110,7 +104,7 @@ def test_loader_threads_open_no_openmp_team(tmp_path):
     wave_tokenizer().save(tmp_path / "tokenizer.json")
     data = write_dataset(tmp_path / "data", 80, splits=("train", "test"), kinds=("JPEG",), size=(224, 224))
     damage_images(open_dataset(data, "train"), [3])
-    command = [sys.executable, "-c", _CODE, str(data), str(tmp_path / "tokenizer.json")]
+    command = [sys.executable, "-c", _TEAM + _LOADERS, str(data), str(tmp_path / "tokenizer.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) < TEAM - 1, done.stdout

@@ -1,6 +1,7 @@
 """Cases of ``masked_pixel_loss`` and ``linear_pixel_loss``: losses and gradients against loops in float64."""
 
 import itertools
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -36,16 +37,12 @@ def linear(
     weight, bias = random((features, width), weight_dtype, 1, 0.1), random((features,), weight_dtype, 2)
     hidden = random((5, 19, width), dtype)
     launcher: dict[str, Any] = {"CHUNK_BYTES": 1, "CHUNK_IMAGES": images_of_a_chunk}
-    with patch.multiple(linear_launcher, **launcher):
-        if dtype == torch.float32 or weight_dtype != dtype:
-            with patch.object(pixel_losses, "accurate", _close_by_rms):
-                pixel_losses.check_linear(
-                    hidden, weight, bias, images, ids, side, MEAN[:3], STD[:3], kind, normalize, reduction
-                )
-        else:
-            pixel_losses.check_linear(
-                hidden, weight, bias, images, ids, side, MEAN[:3], STD[:3], kind, normalize, reduction
-            )
+    in_tf32 = dtype == torch.float32 or weight_dtype != dtype
+    bounds = patch.object(pixel_losses, "accurate", _close_by_rms) if in_tf32 else nullcontext()
+    with patch.multiple(linear_launcher, **launcher), bounds:
+        pixel_losses.check_linear(
+            hidden, weight, bias, images, ids, side, MEAN[:3], STD[:3], kind, normalize, reduction
+        )  # fmt: skip
 
 
 def _close_by_rms(name: str, got: Tensor, same: Tensor, oracle: Tensor, terms: float = 0.0, rms: Any = None) -> None:

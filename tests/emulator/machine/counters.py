@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-SECTOR = 32  # bytes
+from emulator.report import SECTOR
+
 BANKS = 32  # each gives one word of 4 bytes a pass
 
 

@@ -33,6 +33,12 @@ def test_killed_evaluations_and_four_ranks_find_the_figures_of_one_process():
     assert "2 and 4 ranks: the same figures" in out
 
 
+def test_killed_embeddings_and_two_ranks_write_the_files_of_one_process():
+    out = run("kill_embedding", "--kills", 4)
+    assert "4 kills over" in out
+    assert "2 ranks: the same files" in out
+
+
 def test_killed_loaders_and_several_ranks_yield_the_batches_of_one_process():
     out = run("kill_loaders", "--kills", 10)
     assert "10 kills within" in out
