@@ -159,9 +159,10 @@ def few(tmp_path) -> Path:
 
 def test_wrong_arguments_are_config_errors(tmp_path, few) -> None:
     """PyTorch's DataLoader drops the last batch, so with more images than there are it would wait for ever."""
-    for setting, value in (
-        ("contenders", ["our"]), ("recipes", ["crap"]), ("rounds", 0), ("step", Path("none")), ("batch", 0),
-    ):  # fmt: skip
+    wrong: dict[str, Any] = {
+        "contenders": ["our"], "recipes": ["crap"], "rounds": 0, "step": Path("none"), "batch": 0,
+    }  # fmt: skip
+    for setting, value in wrong.items():
         with pytest.raises(ConfigError, match=f"{setting}: wanted"):
             run.run(tmp_path / "photos", 1, tmp_path, **{setting: value})
     with pytest.raises(ConfigError, match="batch: wanted at most 1"):

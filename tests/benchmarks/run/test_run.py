@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_rows_compare_each_round_with_its_own_bare_step(tmp_path):
 
 @pytest.mark.parametrize("setting", ["rounds", "steps", "eval_every_steps", "threads"])
 def test_a_number_that_is_too_small_is_refused(tmp_path, setting):
-    settings = {"rounds": 1, "steps": 1, "eval_every_steps": 1} | {setting: -1}
+    settings: dict[str, Any] = {"rounds": 1, "steps": 1, "eval_every_steps": 1} | {setting: -1}
     with pytest.raises(ConfigError, match=f"{setting.replace('_', '-')}: wanted"):
         bench.run("tiny", tmp_path, **settings)
 
