@@ -56,9 +56,9 @@ def in_ranks(work: Callable[[], object], size: int) -> list[int]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     pids = []
     for rank in range(size):
-        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        os.environ["RANK"] = str(rank)
         pids.append(in_child(work))
-    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"):
         del os.environ[name]
     return pids
 
