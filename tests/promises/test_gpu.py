@@ -85,32 +85,6 @@ def test_a_step_of_two_microbatches_never_synchronizes_with_the_device():
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-2, atol=1e-3)
 
 
-def test_a_step_in_a_cuda_graph_equals_the_eager_step():
-    """Captured once and replayed on other images and another step number, it gives the eager step's gradients."""
-    model, batch, masks = make()
-    number = torch.zeros((), dtype=torch.int64, device="cuda")
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(model, batch, masks, number)
-            model.zero_grad(set_to_none=False)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step(model, batch, masks, number)
-    batch.images.copy_(batch.images.flip(0))
-    number.fill_(5)
-    model.zero_grad(set_to_none=False)
-    graph.replay()
-    found, gradients = loss.clone(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=False)
-    wanted = step(model, batch, masks, 5)
-    assert torch.equal(found, wanted)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        assert torch.equal(gradients[name], parameter.grad), name
-
-
 def test_kernels_train_as_torch_does():
     """The loss curves of 200 steps with and without the kernels stay together."""
     curves = {}
