@@ -191,10 +191,11 @@ def test_all_other_measurements_are_written_if_ours_has_no_figure(tmp_path, few,
 
 
 def test_a_loader_that_dies_has_no_figure_and_the_others_go_on(tmp_path, monkeypatch) -> None:
-    """One ends before its first batch, one when it is asked for a second turn."""
+    """One ends before its first batch, one when it has made a turn that counts."""
     program = """#!/bin/sh
 [ "$3" = ours ] && exit 1
 echo '{"status": "ok", "note": "", "seconds": 1}'
+read -r turn; echo '{"seconds": 0.5, "rss_mb": 1}'
 read -r turn; echo '{"seconds": 0.5, "rss_mb": 1}'
 [ "$3" = pil ] && exit 7
 while read -r turn; do echo '{"seconds": 0.5, "rss_mb": 1}'; done
