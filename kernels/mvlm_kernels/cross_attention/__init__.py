@@ -117,6 +117,8 @@ def route(
         if on_cpu:
             return "op" if torch.compiler.is_compiling() else "formula"
         return "sdpa" if dense else "op"
+    if torch.compiler.is_exporting() and on_cpu and not named:
+        return "op"  # padding and products would fix lengths of 0 and 1 in the program
     subclass = type(q) not in (Tensor, torch.nn.Parameter)  # such as a tensor without values
     if torch.compiler.is_compiling() or q.is_meta or subclass:  # then lengths cannot be read
         bounded = all(x is None or most is not None for x, most in zip(bounds, given, strict=True))

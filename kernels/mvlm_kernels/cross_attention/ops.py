@@ -178,7 +178,8 @@ def _kind(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, int] | None
         return None
     if torch.compiler.is_compiling():
         width = next(w for w in HEAD_WIDTHS if w == width)
-    rows = bucket(options.max_len_k if side == "kv" else options.max_len_q)
+    # Off a GPU the length does not matter, and comparing it would make a compiler's graph one of this length alone.
+    rows = bucket(options.max_len_k if side == "kv" else options.max_len_q) if q.is_cuda else 16
     return width, rows, (1 if options.dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
 
 

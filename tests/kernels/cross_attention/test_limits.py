@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm_kernels import cross_attention, dispatch, explain, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, tiles, why_not_triton
@@ -52,7 +53,8 @@ def test_dropout_and_grouped_heads_need_registers(monkeypatch: pytest.MonkeyPatc
     assert not has_tiles(torch.float32, 64, 64, 90, extras=1)
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
     monkeypatch.setattr(dispatch, "arch", lambda _: 80)
-    q, k = (torch.empty(1, 128, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    with FakeTensorMode():
+        q, k = (torch.empty(1, 128, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
     plain, dropped = Options(0.1, 128, 128), Options(0.1, 128, 128, 0.1)
     assert [len(reasons(q, x, options)) for x in (q, k) for options in (plain, dropped)] == [0, 0, 0, 1]
     assert "with a dropout or grouped heads fits this GPU; torch runs" in reasons(q, k, dropped)[0]
