@@ -76,11 +76,9 @@ def _explain(**call: Any) -> tuple[Refusal, ...]:
     given = call["max_len_q"], call["max_len_k"]
     options = _checked(q, k, v, sides, given, call["scale"], call["dropout_p"], call["seed"], call["backend"])
     found = reasons(q, k, options)
-    return found if call["backend"] == "auto" else (_named(call["backend"]), *found)
-
-
-def _named(backend: str) -> Refusal:
-    return refusal(f'backend="{backend}" was given', 'it runs; pass "auto"')
+    if call["backend"] == "auto":
+        return found
+    return (refusal(f'backend="{call["backend"]}" was given', 'it runs; pass "auto"'), *found)
 
 
 def _checked(
@@ -107,8 +105,6 @@ def route(
     "formula": the reference, differentiated by autograd any number of times, in transforms of ``torch.func``.
     """
     named = None if backend == "auto" else cast(composed.Way, backend)
-    if named:
-        dispatch.refuse_if_forced(_named(named))
     if (named is None and takes_triton(q, k, options)) or return_lse or registration.batched(*sides):
         return "op"
     on_cpu, bounds = q.device.type == "cpu", (sides.cu_seqlens_q, sides.cu_seqlens_k)
@@ -195,7 +191,8 @@ def cross_attention(
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
             float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
             the reference computes it.
-        backend: "auto", or what runs in place of a kernel: "sdpa", or "math" for two matrix products.
+        backend: "auto", or what runs in place of a kernel, under ``use_backend`` too: "sdpa", or "math" for two matrix
+            products.
 
     Returns:
         The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
