@@ -24,12 +24,9 @@ from mvlm.model.encoders import KeyValueCache
 from mvlm.model.fast import encode_patches, encode_rows, encode_tokens, masked_token_features, project_patches
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText, mask_tokens
-from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
-from mvlm.statistics import grouped_bootstrap
-from mvlm.tasks.metrics.captions import bleu, cider, tokenize
-from mvlm.tasks.metrics.facts import fact_figures, is_scene
-from mvlm.tasks.task import Task, TaskLosses, TaskOptions, Verdict
+from mvlm.tasks.metrics.captions import cider, is_scene, score_captions, tokenize
+from mvlm.tasks.task import Task, TaskLosses, TaskOptions, Verdict, weighted_cross_entropy
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
@@ -106,11 +103,6 @@ class Captioning(Task):
         """Masks of any share of a caption's words."""
         return {"masking": replace(self.config.masking.of_evaluations(), text_masking="uniform")}
 
-    def targets(self, dataset: Dataset) -> tuple[()]:
-        """None: the batch has the captions."""
-        references(dataset)
-        return ()
-
     def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Masked language modelling and the length's cross-entropy, added; and the accuracy of masked tokens.
 
@@ -124,17 +116,12 @@ class Captioning(Task):
         bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long())  # (B+1,)
         caption = torch.searchsorted(bounds[1:], torch.arange(len(masks.token_ids), device=bounds.device), right=True)
         weights = (at_least_float32(v.new_ones(())) / (len(v) * bounds.diff())).index_select(0, caption)  # (M,)
-        head = self.model.language_head
         if plan == "fast":
             x = masked_token_features(self.model, text, KeyValueCache(v), masks.token_ids)  # (M, C)
-            loss, accuracy = linear_cross_entropy(
-                head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets_of_masks, weights
-            )
         else:
             w, key_mask = text.padded()
-            logits = at_least_float32(self.model.fill_mask(v, w, key_mask, batch.cu_seqlens, masks.token_ids))
-            loss = (weights * F.cross_entropy(logits, targets_of_masks, reduction="none")).sum()
-            accuracy = (logits.argmax(1) == targets_of_masks).to(logits.dtype).mean()
+            x = self.model.text_cross(w, v, key_mask, None)[key_mask].index_select(0, masks.token_ids)
+        loss, accuracy = weighted_cross_entropy(self.model, x, targets_of_masks, weights, plan)
         lengths = batch.cu_seqlens.diff().long() - 3  # of the words, less one
         loss = loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths)
         return TaskLosses(loss, accuracy, counted=len(masks.token_ids))
@@ -176,16 +163,12 @@ class Captioning(Task):
         that captions state are added.
         """
         found, wanted = captions_of_images(records, dataset)
-        scores = cider(found, wanted)
-        equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
         scenes = {key: scene for key in found if is_scene(scene := dataset.metadata(int(key)).get("scene"))}
+        equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
         return {
             "captions": len(found),
-            "cider_d": 100 * float(scores.mean()),
-            "cider_d_95": [100 * x for x in grouped_bootstrap(scores.tolist(), list(wanted))],
-            **{f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)},
+            **score_captions(found, wanted, scenes if len(scenes) == len(found) else {}).all_figures,
             "equal": 100 * sum(equal) / len(equal),
-            **(fact_figures(found, scenes) if len(scenes) == len(found) else {}),
         }
 
 

@@ -27,25 +27,24 @@ def predict_split(
     precision: str = "auto",
     plan: str = "fast",
     go_on: Callable[[], bool] = lambda: True,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> list[dict[str, Any]] | None:
-    """A record {"sample": id, **prediction} for every sample of a split, in order, on every rank.
+    """A record {"sample": id, **prediction} for every sample of a split, in order, on every rank of `world`.
 
     Each rank predicts a part of the split, in the batches that one rank would make. The task's mode is restored.
 
     Args:
-        go_on: asked after each batch. If it is False on one rank, the work ends on all, with None in place of records.
-        world: the ranks that share the work; None for this process alone.
+        go_on: asked after each batch. If it is False on one rank before its last one, the work ends on all, with None
+            in place of records.
     """
     was_training = task.training
     task.eval()
     device = task.log_scale.device
-    rank, ranks = (world.rank, world.size) if world else (0, 1)
-    start, stop = share(len(dataset), rank, ranks)
+    start, stop = share(len(dataset), world.rank, world.size)
     part, records = dataset.rows(start, stop), []
     options = {"per_image": 1 if task.shares else None, **task.loader_options()}
 
-    def predict() -> bool:
+    def predict() -> None:
         for batch, _ in eval_loader(part, task.model, tokenizer, **options) if start < stop else ():
             with autocast(device, precision):
                 predictions = task.predict(batch.to(device), plan)
@@ -53,17 +52,14 @@ def predict_split(
                 {"sample": start + i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)
             )
             if not go_on():
-                return True
-        return False
+                return
 
-    stopped = run_on_all_ranks(world or ALONE, predict)
+    run_on_all_ranks(world, predict)
     task.train(was_training)
-    gathered = world.gather_objects({"records": records, "stopped": stopped}) if world else None
-    if gathered is None:
-        return None if stopped and len(records) < len(dataset) else records
-    if any(found["stopped"] for found in gathered):
+    found = world.gather_objects({"records": records, "whole": len(records) == stop - start})
+    if not all(part["whole"] for part in found):
         return None
-    return join_records([found["records"] for found in gathered], len(dataset))
+    return join_records([part["records"] for part in found], len(dataset))
 
 
 def share(samples: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -90,7 +86,7 @@ def evaluate_task(
     data: Path,
     split: str,
     device: torch.device | str = "cpu",
-    world: World | None = None,
+    world: World = ALONE,
     kind: type[Task] | None = None,
     precision: str = "auto",
     **changes: Any,
@@ -102,7 +98,6 @@ def evaluate_task(
     Before anything is predicted: DataError for a split that the task cannot score, and RunError, on rank 0 alone, if
     ranks have different models, options or data, or compute differently.
     """
-    world = world or ALONE
 
     def prepare() -> tuple[Task, Tokenizer, Dataset]:
         task, tokenizer = load_task(checkpoint, device, kind, **changes)

@@ -7,7 +7,7 @@ Run folder, checkpoints, resume, guards, ranks, averaged weights, loggers and wa
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,23 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs.checkpoint import read_state
+from mvlm.model.shapes import check_sizes
+from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
+from mvlm.runs.folder import RunFolder
+from mvlm.runs.load import load_model, read_architecture
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.registry import described_task, find_task
 from mvlm.tasks.retrieval import Retrieval
-from mvlm.tasks.start import architecture_of, starting_model
 from mvlm.tasks.task import Task, TaskLosses
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
 from mvlm.training.trainer import Trainer, evaluation_workspace
-from mvlm_dataloading import Dataset
+from mvlm.weights.resize import resized_config, resized_model
+from mvlm_dataloading import Dataset, Tokenizer
 from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
@@ -132,7 +136,7 @@ class FineTuner(Trainer):
         precision, plan = self.config.precision, self.config.plan
         task = unsharded_copy(self.model, self.new_task)
         if isinstance(task, Retrieval):
-            found = {}
+            found = {}  # stays empty if a rank is to stop
             with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
                 found = task.evaluate(validation, self.tokenizer, precision, workspace)
             return found
@@ -171,19 +175,52 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     return RunInputs(config, dataset, validation, tokenizer)
 
 
+def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
+    """The architecture and the tokenizer in the run's own checkpoints, or those of the pretrained model.
+
+    A run that is resumed does not need its pretrained model any more. Checkpoints are not verified here, on every rank.
+    """
+    for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
+        with suppress(RunError, OSError):  # damaged: an older one is resumed then
+            found, tokenizer = read_architecture(checkpoint)
+            shapes = read_folder_shapes(checkpoint / MODEL, "model.")
+            check_sizes(found, shapes, checkpoint / MODEL_CONFIG, checkpoint / MODEL)
+            return found, tokenizer
+    loaded = load_model(config.checkpoint)
+    pretrained, longest = loaded.network.config, loaded.network.config.text_length
+    if config.freeze != "none" and not config.random_weights and (config.question_length or 0) > longest:
+        raise ConfigError(
+            f"question_length: wanted at most the {longest} tokens of the pretrained model if its text encoder is "
+            f"frozen, got {config.question_length}, and nothing would train the further positions; give "
+            f"--question-length {longest}, or --freeze none"
+        )
+    block = pretrained.mask_block
+    if config.image_size is not None and config.image_size % block:
+        raise ConfigError(
+            f"image_size: wanted a multiple of {block} pixels, as the pretrained model has blocks of masks, got "
+            f"{config.image_size}; give --image-size {max(1, round(config.image_size / block)) * block}"
+        )
+    return resized_config(pretrained, config.image_size, config.question_length), loaded.tokenizer
+
+
+def starting_network(config: FinetuneConfig) -> MaskVLM:
+    """The pretrained network for images and texts of the run's sizes, or one with random weights."""
+    pretrained = load_model(config.checkpoint).network
+    if config.random_weights:
+        log.info("%s: only its architecture and tokenizer are used; weights are random", config.checkpoint)
+        return MaskVLM(config.model)
+    return resized_model(pretrained, config.image_size, config.question_length)
+
+
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner:
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
     assert isinstance(config, FinetuneConfig)
     torch.manual_seed(config.seed)
-    options = config.options
     kind = find_task(config.task)
-    if checkpoint:
-        model = MaskVLM(config.model)
-    else:
-        model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
+    model = MaskVLM(config.model) if checkpoint else starting_network(config)
     model.set_attention(config.self_attention, config.cross_attention)
-    task = kind(model.train(), options, kind.make_state(inputs.dataset, options)).to(world.device)
+    task = kind(model.train(), config.options, kind.make_state(inputs.dataset, config.options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
     freeze(task, config.freeze)
     if config.checkpoint_activations:
@@ -206,12 +243,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
 
 def freeze(task: Task, what: str) -> None:
     """Freeze the encoders ("encoders"), everything but the head ("all"), or nothing ("none")."""
-    frozen: list[nn.Module] = []
-    if what == "encoders":
-        frozen = [task.model.image_encoder, task.model.text_encoder]
-    elif what == "all":
-        frozen = [task.model]
-    for module in frozen:
+    encoders: list[nn.Module] = [task.model.image_encoder, task.model.text_encoder]
+    for module in {"none": [], "encoders": encoders, "all": [task.model]}[what]:
         module.requires_grad_(False)
 
 

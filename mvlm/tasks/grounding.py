@@ -11,7 +11,7 @@ Shape legend: n phrases, B phrases of a batch, A layers.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from mvlm.inference.attention_maps import matching_gradcam
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.statistics import grouped_bootstrap
-from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
+from mvlm.tasks.metrics import Scored, percent_interval
+from mvlm.tasks.metrics.labels import score_points
 from mvlm_dataloading import DataError, Dataset, Tokenizer
 from mvlm_dataloading.dataset.dataset import image_name
 
@@ -42,19 +42,15 @@ class Phrases(NamedTuple):
     """Image of each phrase, over which intervals are bootstrapped."""
 
 
-def _are_numbers(value: Any, length: int) -> TypeGuard[list[float]]:
-    """True for a list of so many numbers."""
-    return isinstance(value, list) and len(value) == length and all(type(one) in (int, float) for one in value)
-
-
 def phrases_of(dataset: Dataset) -> Phrases:
     """The phrases of a split. DataError for a sample without a box."""
     found = Phrases([], [], [], [], [])
     for i in range(len(dataset)):
         record = dataset.metadata(i)
         for field, length in (("box", 4), ("size", 2)):
-            value = record.get(field)
-            if not _are_numbers(value, length) or min(value[-2:]) <= 0:
+            value: Any = record.get(field)
+            numbers = isinstance(value, list) and len(value) == length and all(type(x) in (int, float) for x in value)
+            if not numbers or min(value[-2:]) <= 0:
                 raise DataError(
                     f"{dataset.where(i)}: wanted `{field}`, {length} numbers in pixels, found {value!r}; is it data of "
                     f"another task?"
@@ -119,12 +115,6 @@ def highest_points(
     return points.tensor
 
 
-def hits(phrases: Phrases, points: Tensor) -> Tensor:
-    """1 for a point (n, A, 2) in its phrase's box, else 0: float64 (n, A)."""
-    inside = [[box_contains(box, p) for p in rows] for box, rows in zip(phrases.boxes, points.tolist(), strict=True)]
-    return torch.tensor(inside).double()
-
-
 def evaluate_grounding(
     model: TrainedModel,
     split: Dataset,
@@ -158,46 +148,37 @@ def evaluate_grounding(
         return phrases_of(split), known
 
     (phrases, known), swept = run_on_all_ranks(workspace.world, read), None
+
+    def scored(points: Tensor, of: Phrases, layer: int) -> Scored:
+        return score_points(points[:, layer].tolist(), of.boxes, of.sizes, of.images)
+
     if layer is None:
         assert validation is not None
         assert known is not None
         points = highest_points(network, tokenizer, validation, known, known.texts, "validation", workspace)
-        swept = (100 * hits(known, points).mean(0)).tolist()
+        swept = [scored(points, known, number).figures["accuracy"] for number in range(points.shape[1])]
         layer = int(np.argmax(swept))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         untrained = MaskVLM(network.config).to(model.device).eval()
-    own = highest_points(network, tokenizer, split, phrases, phrases.texts, "phrases", workspace)
     others = other_phrases(phrases.texts)
-    wrong = highest_points(network, tokenizer, split, phrases, others, "wrong phrases", workspace)
-    blank = highest_points(untrained, tokenizer, split, phrases, phrases.texts, "untrained", workspace)
-    points = own[:, layer].tolist()
-    right, of_wrong, of_blank = (hits(phrases, found)[:, layer].tolist() for found in (own, wrong, blank))
+    points = highest_points(network, tokenizer, split, phrases, phrases.texts, "phrases", workspace)
+    of_wrong = highest_points(network, tokenizer, split, phrases, others, "wrong phrases", workspace)
+    of_untrained = highest_points(untrained, tokenizer, split, phrases, phrases.texts, "untrained", workspace)
+    own, wrong, blank = (scored(found, phrases, layer) for found in (points, of_wrong, of_untrained))
     figures: dict[str, Any] = {
         "phrases": len(split),
         "layer": layer,
         "validation_by_layer": swept,
-        **pointing_figures(points, phrases.boxes, phrases.sizes),
-        "accuracy_95": _interval(right, phrases),
-        "wrong_phrase": _per_cent(of_wrong),
-        "untrained": _per_cent(of_blank),
-        "untrained_95": _interval(of_blank, phrases),
-        "above_wrong_phrase_95": _interval(_differences(right, of_wrong), phrases),
-        "above_untrained_95": _interval(_differences(right, of_blank), phrases),
+        **own.all_figures,
+        "wrong_phrase": wrong.figures["accuracy"],
+        "untrained": blank.figures["accuracy"],
+        "untrained_95": percent_interval(blank.scores, phrases.images),
+        "above_wrong_phrase_95": percent_interval(own.scores - wrong.scores, phrases.images),
+        "above_untrained_95": percent_interval(own.scores - blank.scores, phrases.images),
         "model": model.sha256,
         "fingerprint": split.fingerprint,
         "precision": "fp32",
     }
-    return figures, [{"id": key, "x": x, "y": y} for key, (x, y) in zip(phrases.ids, points, strict=True)]
-
-
-def _per_cent(values: list[float]) -> float:
-    return 100 * float(np.mean(values))
-
-
-def _differences(ours: list[float], others: list[float]) -> list[float]:
-    return [own - other for own, other in zip(ours, others, strict=True)]
-
-
-def _interval(values: list[float], phrases: Phrases) -> list[float]:
-    return [100 * x for x in grouped_bootstrap(values, phrases.images)]
+    places = points[:, layer].tolist()
+    return figures, [{"id": key, "x": x, "y": y} for key, (x, y) in zip(phrases.ids, places, strict=True)]

@@ -25,16 +25,26 @@ from mvlm_dataloading import Tokenizer
 
 
 def find_task(name: str) -> type[Task]:
-    """The task of this name, or of a Python file of the user's. ConfigError for an unknown one."""
+    """The task of this name, or the one subclass of `Task` that a Python file of the user's defines, which is run.
+
+    ConfigError for an unknown name, or a file without one task.
+    """
     if name.endswith(".py"):
-        return read_task(Path(name))
-    if name not in task_names():
+        module = run_file(Path(name))
+    elif name in task_names():
+        module = importlib.import_module(f"mvlm.tasks.{name}")
+    else:
         raise ConfigError(f"task: wanted one of {', '.join(task_names())}, or a Python file with a task, got {name!r}")
-    return task_of(importlib.import_module(f"mvlm.tasks.{name}"))
+    kinds = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Task)]
+    own = [kind for kind in kinds if kind.__module__ == module.__name__]
+    if len(own) != 1:
+        where = module.__file__
+        raise ConfigError(f"{where}: wanted one subclass of mvlm.tasks.task.Task, found {len(own)}; split the file")
+    return own[0]
 
 
-def read_task(file: Path) -> type[Task]:
-    """The one subclass of `Task` that a Python file defines. The file is run. ConfigError if there is not one."""
+def run_file(file: Path) -> ModuleType:
+    """The module of a Python file. ConfigError if there is no such file."""
     if not file.is_file():
         raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
     spec = importlib.util.spec_from_file_location(f"task file {file.resolve()}", file)
@@ -43,17 +53,7 @@ def read_task(file: Path) -> type[Task]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
-    return task_of(module)
-
-
-def task_of(module: ModuleType) -> type[Task]:
-    """The one subclass of `Task` that a module defines. ConfigError if there is not one."""
-    kinds = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Task)]
-    own = [kind for kind in kinds if kind.__module__ == module.__name__]
-    if len(own) != 1:
-        where = module.__file__
-        raise ConfigError(f"{where}: wanted one subclass of mvlm.tasks.task.Task, found {len(own)}; split the file")
-    return own[0]
+    return module
 
 
 def described_task(checkpoint: Path) -> dict[str, Any] | None:
@@ -89,10 +89,11 @@ def load_task(
     described = described_task(folder)
     if described is None:
         raise RunError(f"{path}: wanted a fine-tuned run, found a pretraining run; `mvlm finetune` makes one from it")
-    if described["name"] not in ((kind.name,) if kind else task_names()):
+    wanted = (kind.name,) if kind else task_names()
+    if described["name"] not in wanted:
         raise RunError(
-            f"{path}: wanted a run of the task {kind.name if kind else ', '.join(task_names())}, found one of "
-            f"{described['name']}; name that task, or the file that defines it"
+            f"{path}: wanted a run of the task {', '.join(wanted)}, found one of {described['name']}; name that task, "
+            f"or the file that defines it"
         )
     config, tokenizer = read_architecture(folder)
     check_sizes(config, read_folder_shapes(folder / MODEL, "model."), folder / MODEL_CONFIG, folder / MODEL)

@@ -5,7 +5,7 @@ equal shares (ALBEF), and ITM never draws one as a negative. Evaluation is that 
 `mvlm eval retrieval` takes a fine-tuned run as it takes a pretraining run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -87,10 +87,6 @@ class Retrieval(Task):
                 f"name a data set of images and captions"
             )
         return {}
-
-    def targets(self, dataset: Dataset) -> Sequence[Tensor]:
-        """None: the right answers follow from the ids of a batch."""
-        return ()
 
     def backward(
         self, parallel: Parallel, microbatches: list[Microbatch], world: World, config: FinetuneConfig, step: int

@@ -1,50 +1,146 @@
-"""Scores of a file of predictions against a file of references, for every task: no model, no torch.
+"""Files of predictions and references in the formats of the published benchmarks: written, read and scored.
 
-Formats are the published ones, so that predictions of any model can be scored (docs/guides/tasks.md).
+Predictions of any model can be scored (docs/guides/tasks.md), without a model and without torch. Every reader checks
+that ids are unique. `match_ids` checks that predictions answer exactly the references: nothing is scored on what
+happens to be there.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.statistics import grouped_bootstrap, mcnemar
-from mvlm.tasks.metrics.captions import bleu, cider
-from mvlm.tasks.metrics.classification import classification_figures
-from mvlm.tasks.metrics.facts import fact_figures, is_scene
-from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
-from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
-from mvlm.tasks.metrics.vqa import answer_fault, vqa_accuracy, warn_of_few_answers
-from mvlm.tasks.records import by_id, filled, listed, match_ids, numbers, read_csv, read_json, read_json_lines, typed
-from mvlm_dataloading.dataset.dataset import image_name
+from mvlm.statistics import mcnemar
+from mvlm.tasks.metrics import Scored, percent_interval
+from mvlm.tasks.metrics.captions import is_scene, score_captions
+from mvlm.tasks.metrics.labels import check_identifier, score_labels, score_points, score_statements, set_of
+from mvlm.tasks.metrics.vqa import answer_fault, score_answers, warn_of_few_answers
+from mvlm_dataloading.dataset.dataset import first_samples, image_name
+from mvlm_dataloading.files import write_file
 
+Value = TypeVar("Value")
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 FLICKR_IDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
 """Names of the image's field in the releases of SNLI-VE."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Figures of predictions, and the score of each example behind the main one."""
+def read_json(path: Path, wanted: str) -> Any:
+    """The value of a JSON file. RunError, which says what was `wanted`, if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
 
-    figures: dict[str, Any]
-    """Figures by name, in per cent unless their name says otherwise."""
-    main: str
-    """Name of the figure by which models are compared and selected."""
-    ids: list[str]
-    """Id of each example."""
-    scores: np.ndarray
-    """float64 (examples,): score of each in 0..1 (CIDEr-D: 0..10)."""
-    groups: list[str]
-    """The image, or the sentence, of each example. Intervals are bootstrapped over these."""
+
+def read_json_lines(path: Path, wanted: str) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object on each line. RunError names the first line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON allows U+2028 and the like within a string
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}, line {number}: wanted a JSON object, found {error}") from None
+        if not isinstance(record, dict):
+            raise RunError(f"{path}, line {number}: wanted a JSON object, found {type(record).__name__}")
+        records.append(record)
+    return records
+
+
+def read_csv(path: Path, fields: int, wanted: str) -> list[list[str]]:
+    """The rows of a CSV file without a header. RunError for a row that does not have `fields` fields."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != fields:
+            raise RunError(f"{path}, row {number}: wanted {fields} fields, found {len(row)}; it should be {wanted}")
+    return rows
+
+
+def by_id(
+    path: Path, records: Iterable[Mapping[str, Any]], name: str, value: Callable[[Mapping[str, Any]], Value]
+) -> dict[str, Value]:
+    """`value` of each record by the string of its field `name`.
+
+    RunError if a record lacks a field, an id occurs twice, or there is no record.
+    """
+    found: dict[str, Value] = {}
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, Mapping):
+            raise RunError(f"{path}, record {number}: wanted an object, found {type(record).__name__}")
+        try:
+            key, content = str(record[name]), value(record)
+        except (KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}, record {number}: wanted the field {error}; is it a file of another task?"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{path}, record {number}: {error}") from None
+        if key in found:
+            raise RunError(f"{path}: {name} {key} occurs twice; each may occur once")
+        found[key] = content
+    if not found:
+        raise RunError(f"{path}: wanted records with the field {name!r}, found none")
+    return found
+
+
+def typed(record: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """The field `name` of a record. ValueError if it is not of the type, or one of the types, `kind`."""
+    if not isinstance(record[name], kind) or isinstance(record[name], bool):
+        wanted = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"wanted {name} as {wanted}, found {record[name]!r}")
+    return record[name]
+
+
+def filled(record: Mapping[str, Any], name: str) -> Any:
+    """The field `name` of a record, a list with entries. ValueError if it is none."""
+    if not typed(record, name, list):
+        raise ValueError(f"wanted entries in {name}, found an empty list")
+    return record[name]
+
+
+def numbers(record: Mapping[str, Any], name: str, count: int) -> list[float]:
+    """The field `name` of a record, a list of `count` numbers. ValueError if it is none."""
+    found = filled(record, name)
+    if len(found) != count or not all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in found):
+        raise ValueError(f"wanted {name} as {count} numbers, found {found!r}")
+    return found
+
+
+def listed(path: Path, document: Any, name: str, wanted: str) -> list[Any]:
+    """The list `name` of a JSON object, empty without one. RunError, which says what was `wanted`, for no list."""
+    found = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(found, list | None):
+        raise RunError(f"{path}: wanted {wanted}, found {type(found).__name__} in {name}")
+    return found or []
+
+
+def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[str, Any]) -> None:
+    """Raise RunError unless the predictions have exactly the references' ids. `path` is the predictions' file."""
+    missing, unknown = references.keys() - predictions.keys(), predictions.keys() - references.keys()
+    if missing or unknown:
+        which = "no prediction for" if missing else "a prediction for the unknown id"
+        raise RunError(
+            f"{path}: wanted {len(references)} predictions, one for each reference, found {which} "
+            f"{min(missing or unknown)} ({len(missing)} missing, {len(unknown)} unknown)"
+        )
 
 
 def _vqa(predictions: Path, references: Path) -> Scored:
-    results = read_json(predictions, "a list of {question_id, answer}")
-    rows = results if isinstance(results, list) else []
+    rows = _list(read_json(predictions, "a list of {question_id, answer}"))
     answers = by_id(predictions, rows, "question_id", lambda r: typed(r, "answer", str))
     wanted = "VQA annotations, an object with the list `annotations`"
     rows = listed(references, read_json(references, wanted), "annotations", wanted)
@@ -52,9 +148,12 @@ def _vqa(predictions: Path, references: Path) -> Scored:
     match_ids(predictions, answers, annotations)
     records = [{**record, "question_id": key} for key, record in annotations.items()]
     warn_of_few_answers(records)
-    figures = vqa_accuracy(answers, records)
-    groups = [image_name(record) or str(record["question_id"]) for record in records]
-    return Scored(figures, "accuracy", list(annotations), figures.pop("scores"), groups)
+    return score_answers(answers, records)
+
+
+def _list(document: Any) -> list[Any]:
+    """The document if it is a list, else an empty one, in which `by_id` misses the records."""
+    return document if isinstance(document, list) else []
 
 
 def _answers(record: Mapping[str, Any]) -> list[Any]:
@@ -80,9 +179,7 @@ def _pairs(predictions: Path, references: Path) -> Scored:
     for identifier in wanted:
         if problem := check_identifier(identifier):
             raise RunError(f"{references}: {problem}")
-    scores = np.array([float(found[key] == value) for key, value in wanted.items()])
-    groups = [set_of(key) for key in wanted]
-    return Scored(nlvr_figures(found, wanted), "accuracy", list(wanted), scores, groups)
+    return score_statements(found, wanted, [set_of(key) for key in wanted])
 
 
 def _entailment(predictions: Path, references: Path) -> Scored:
@@ -98,15 +195,12 @@ def _entailment(predictions: Path, references: Path) -> Scored:
             raise RunError(
                 f"{path}: label {min(unknown)!r}: wanted one of {', '.join(ENTAILMENT_LABELS)}; correct the file"
             )
-    figures = classification_figures(list(given.values()), list(wanted.values()), ENTAILMENT_LABELS)
-    scores = np.array([float(given[key] == label) for key, label in wanted.items()])
     images = [str(next((r[n] for n in FLICKR_IDS if r.get(n) not in (None, "")), key)) for key, (_, r) in rows.items()]
-    return Scored(figures, "accuracy", list(wanted), scores, images)
+    return score_labels(list(given.values()), list(wanted.values()), ENTAILMENT_LABELS, images)
 
 
 def _caption(predictions: Path, references: Path) -> Scored:
-    results = read_json(predictions, "a list of {image_id, caption}")
-    rows = results if isinstance(results, list) else []
+    rows = _list(read_json(predictions, "a list of {image_id, caption}"))
     found = by_id(predictions, rows, "image_id", lambda r: typed(r, "caption", str))
     form = "COCO caption annotations, an object with the list `annotations`"
     document = read_json(references, form)
@@ -117,13 +211,7 @@ def _caption(predictions: Path, references: Path) -> Scored:
     if not wanted:
         raise RunError(f"{references}: wanted COCO caption annotations, found none; is it a file of another task?")
     match_ids(predictions, found, wanted)
-    scores = cider(found, wanted)
-    figures = {f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)}
-    figures["cider_d"] = 100 * float(scores.mean())
-    scenes = _scenes(references, listed(references, document, "images", form), wanted)
-    return Scored(
-        figures | (fact_figures(found, scenes) if scenes else {}), "cider_d", list(wanted), scores, list(wanted)
-    )
+    return score_captions(found, wanted, _scenes(references, listed(references, document, "images", form), wanted))
 
 
 def _scenes(references: Path, images: list[Any], wanted: dict[str, list[str]]) -> dict[str, Any]:
@@ -169,10 +257,8 @@ def _grounding(predictions: Path, references: Path) -> Scored:
         lambda r: (numbers(r, "box", 4), _size(r), image_name(r) or str(r["id"])),
     )
     match_ids(predictions, points, rows)
-    boxes, sizes, groups = zip(*rows.values(), strict=True)
-    ordered = [points[key] for key in rows]
-    hits = np.array([float(box_contains(box, point)) for box, point in zip(boxes, ordered, strict=True)])
-    return Scored(pointing_figures(ordered, boxes, sizes), "accuracy", list(rows), hits, list(groups))
+    boxes, sizes, images = zip(*rows.values(), strict=True)
+    return score_points([points[key] for key in rows], boxes, sizes, list(images))
 
 
 SCORERS: dict[str, Callable[[Path, Path], Scored]] = {
@@ -184,30 +270,26 @@ SCORERS: dict[str, Callable[[Path, Path], Scored]] = {
 }
 
 
-def read_scores(task: str, predictions: Path, references: Path) -> Scored:
-    """Scores of predictions. ConfigError for an unknown task, RunError for files that do not fit."""
-    if task not in SCORERS:
-        raise ConfigError(f"task: wanted one of {', '.join(SCORERS)}, got {task!r}")
-    return SCORERS[task](predictions, references)
-
-
 def score(task: str, predictions: Path, references: Path, other: Path | None = None) -> dict[str, Any]:
     """Figures of a file of predictions, with a 95 % interval of the main one, bootstrapped over images.
 
     Args:
         other: Predictions of another model on the same references. Adds the paired difference (first minus other) of
             the main figure with its interval, and McNemar's p-value where scores are right or wrong.
+
+    ConfigError for an unknown task, RunError for files that do not fit.
     """
-    scored = read_scores(task, predictions, references)
-    figures: dict[str, Any] = {"task": task, "examples": len(scored.ids), **scored.figures}
-    figures[f"{scored.main}_95"] = _interval(scored.scores, scored.groups)
+    if task not in SCORERS:
+        raise ConfigError(f"task: wanted one of {', '.join(SCORERS)}, got {task!r}")
+    scored = SCORERS[task](predictions, references)
+    figures: dict[str, Any] = {"task": task, "examples": len(scored.scores), **scored.all_figures}
     if other is not None:
-        second = read_scores(task, other, references)
+        second = SCORERS[task](other, references)
         difference = scored.scores - second.scores
         compared: dict[str, Any] = {
             "other": second.figures[second.main],
             "difference": 100 * float(difference.mean()),
-            "difference_95": _interval(difference, scored.groups),
+            "difference_95": percent_interval(difference, scored.groups),
         }
         if set(np.concatenate([scored.scores, second.scores]).tolist()) <= {0.0, 1.0}:
             compared["mcnemar_p"] = mcnemar((scored.scores == 1).tolist(), (second.scores == 1).tolist())
@@ -215,5 +297,66 @@ def score(task: str, predictions: Path, references: Path, other: Path | None = N
     return figures
 
 
-def _interval(values: np.ndarray, groups: list[str]) -> list[float]:
-    return [100 * x for x in grouped_bootstrap(values.tolist(), groups)]
+WRITTEN = ("vqa", "entailment", "pairs", "caption")
+"""Tasks whose predictions are written in the format of a benchmark. Those of others are JSON lines {id, ...}."""
+FIELDS = {"vqa": {"question_id", "answer"}, "entailment": {"pairID", "label"}, "caption": {"image_id", "caption"}}
+"""Fields of a prediction that is a JSON object."""
+
+
+def are_predictions(task: str, content: bytes) -> bool:
+    """True for the content of a file of predictions of a task, as `write_predictions` writes it."""
+    try:
+        text = content.decode()
+        if task == "pairs":
+            return all(line.endswith((",True", ",False")) for line in text.splitlines())
+        in_lines = task == "entailment" or task not in WRITTEN
+        rows = [json.loads(line) for line in text.splitlines()] if in_lines else json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return False
+    return all(row.keys() == FIELDS[task] if task in WRITTEN else "id" in row for row in rows)
+
+
+def write_predictions(
+    path: Path, task: str, records: Iterable[Mapping[str, Any]], samples: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write predictions of a split in the format of the task's benchmark, which its server and `mvlm score` read.
+
+    - vqa: a JSON list of {question_id, answer}.
+    - entailment: JSON lines {pairID, label}. A sample without `pairID` goes by its number.
+    - pairs: CSV rows `identifier,True` or `identifier,False`.
+    - caption: a JSON list of {image_id, caption}. COCO's images have a number again. A sample without `image_id` goes
+      by its own number. Of samples with the same one, the first is written.
+    - a task without a benchmark: JSON lines {id, ...} with all fields of the prediction. A sample without `id` goes by
+      its number.
+
+    Args:
+        records: {"sample", "answer" | "label" | "caption"} of each sample, in order.
+        samples: metadata of the same samples.
+    """
+    both = list(zip(records, samples, strict=True))
+    if task == "vqa":
+        text = json.dumps([{"question_id": s["question_id"], "answer": r["answer"]} for r, s in both])
+    elif task == "entailment":
+        text = "".join(
+            json.dumps({"pairID": s.get("pairID", str(r["sample"])), "label": r["label"]}) + "\n" for r, s in both
+        )
+    elif task == "pairs":
+        text = "".join(f"{s['identifier']},{str(r['label']).capitalize()}\n" for r, s in both)
+    elif task == "caption":
+        both = [both[i] for i in dict.fromkeys(first_samples(s for _, s in both))]
+        text = json.dumps([{"image_id": _published_id(s, r["sample"]), "caption": r["caption"]} for r, s in both])
+    else:
+        rows = ({"id": s.get("id", r["sample"])} | {n: x for n, x in r.items() if n != "sample"} for r, s in both)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, text)
+
+
+def _published_id(sample: Mapping[str, Any], number: int) -> Any:
+    """The id of a sample's image in its benchmark. That of COCO's images is "coco NUMBER" in our data sets."""
+    if (name := image_name(sample)) is None:
+        return number
+    coco = name.removeprefix("coco ")
+    return int(coco) if coco != name and coco.isdigit() else sample["image_id"]

@@ -6,7 +6,7 @@ A task of your own is one file with a subclass of `Task`, and commands take the 
 A sample of a task's data set is one question: its text is the sample's caption, and all else is in the sample's
 metadata.
 
-Shape legend: B batch, C width.
+Shape legend: B batch, C width, M masked tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,9 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import mask_tokens
-from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
+from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
+from mvlm.objectives.losses import at_least_float32
+from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 
 GREY = 128
 """Pixel value of the uniform image that a model without the image gets."""
@@ -131,8 +133,11 @@ class Task(nn.Module):
         raise ConfigError(f"task: wanted one with an example to plan with, got {cls.name}; define its `example`")
 
     def targets(self, dataset: Dataset) -> Sequence[Tensor]:
-        """Targets of all samples of a split, for `losses`: tensors whose first dimension is the samples."""
-        raise NotImplementedError
+        """Targets of all samples of a split, for `losses`: tensors whose first dimension is the samples.
+
+        None if a batch has all that the loss needs.
+        """
+        return ()
 
     def loader_options(self) -> dict[str, Any]:
         """Arguments of the task's loaders beside those of every loader; `strip` is one of their `Augment`."""
@@ -150,15 +155,10 @@ class Task(nn.Module):
         """Prediction for each sample of a batch: fields of its record, but for its id."""
         raise NotImplementedError
 
-    @staticmethod
-    def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
+    @classmethod
+    def score(cls, records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
         """Figures of the records of a split, `{"sample": id, **prediction}`, one for each sample, in order."""
         raise NotImplementedError
-
-    @property
-    def has_examples(self) -> bool:
-        """True if the task judges its records one by one."""
-        return type(self).judge.__func__ is not Task.judge.__func__
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict] | None:
@@ -252,13 +252,21 @@ def _shared(batch: Batch, **changes: Any) -> Batch:
     return replace(batch, **{"image_of": images, "caption_of": captions, "sample_tokens": counted} | changes)
 
 
-def judge_labels(records: Sequence[dict[str, Any]], labels: Sequence[str], dataset: Dataset) -> list[Verdict]:
-    """Verdicts of records {"label"} of samples that have one of a few labels."""
-    return [
-        Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label)
-        for i, (record, label) in enumerate(zip(records, labels, strict=True))
-        for right in [record["label"] == label]
-    ]
+def weighted_cross_entropy(
+    model: MaskVLM, x: Tensor, targets: Tensor, weights: Tensor, plan: str
+) -> tuple[Tensor, Tensor]:
+    """Sum of the language head's weighted cross-entropies, and its accuracy; x (M, C), targets and weights (M,).
+
+    Both are 0 without targets: a microbatch may have no question with a listed answer.
+    """
+    head = model.language_head
+    if plan == "fast":
+        vocabulary = head.vocabulary
+        loss, accuracy = linear_cross_entropy(head.transform(x), vocabulary.weight, vocabulary.bias, targets, weights)
+        return loss, accuracy.nan_to_num()
+    logits = at_least_float32(head(x))  # (M, V)
+    loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean().nan_to_num()
 
 
 class AnswerHead(nn.Module):
@@ -280,3 +288,69 @@ class AnswerHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, F) -> logits (B, answers), float32."""
         return self.answers(F.gelu(self.norm(self.dense(x)))).float()
+
+
+class LabelTask(Task):
+    """Choice of one of a few labels by a classifier on the fused features. Subclasses define `labels`, `labelled` and
+    `score`."""
+
+    main = "accuracy"
+    shares = True
+    labels: ClassVar[tuple[str, ...]]
+    """Labels in the order of the logits."""
+
+    def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
+        super().__init__(model, options, state)
+        if tuple(state["labels"]) != self.labels:
+            raise DataError(f"labels: wanted {', '.join(self.labels)} in this order, found {state['labels']}")
+        self.images: int = state.get("images", 1)
+        width = model.config.width
+        self.head = AnswerHead(self.images * 3 * width, 2 * width, len(self.labels))
+
+    @classmethod
+    def labelled(cls, dataset: Dataset, images: int | None = None, repeated: bool = False) -> list[dict[str, Any]]:
+        """Metadata of all samples, with a `label`. DataError for a sample of another task.
+
+        Args:
+            images: wanted number of images of a sample; None for that of the first sample.
+            repeated: a sample may occur again, as in the training split of a weighted view.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
+        """The labels in the order of the logits."""
+        cls.labelled(train)
+        return {"labels": list(cls.labels)}
+
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor]]:
+        """The labels, and targets of some samples."""
+        return {"labels": list(cls.labels)}, (torch.zeros(samples, dtype=torch.int64),)
+
+    @classmethod
+    def check_references(cls, validation: Dataset, state: dict[str, Any]) -> None:
+        cls.labelled(validation, state.get("images"))
+
+    def targets(self, dataset: Dataset) -> tuple[Tensor]:
+        """Number of the label of each sample, int64 (samples,)."""
+        records = self.labelled(dataset, self.images, repeated=True)
+        return (torch.tensor([self.labels.index(record["label"]) for record in records]),)
+
+    def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+        """Cross-entropy and accuracy."""
+        logits, (labels,) = self.head(self.fuse(batch, plan, self.images)), targets
+        return TaskLosses(F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean())
+
+    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+        """The most probable label of each sample."""
+        return [{"label": self.labels[i]} for i in self.head(self.fuse(batch, plan, self.images)).argmax(1).tolist()]
+
+    @classmethod
+    def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
+        """Labels, right or wrong."""
+        found = []
+        for i, (record, asked) in enumerate(zip(records, cls.labelled(dataset), strict=True)):
+            label, right = asked["label"], record["label"] == asked["label"]
+            found.append(Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label))
+        return found

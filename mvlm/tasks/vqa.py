@@ -2,46 +2,54 @@
 
 - classifier, METER's and BEiT-3's form and the default: binary cross-entropy with the answers' soft targets, summed
   over answers.
-- masked: the answer's words are masked and predicted, as in pretraining. The loss is the log-likelihood of each answer
-  that an annotator gave, weighted by the share of annotators who gave it (ALBEF).
+- masked: the answer's words are masked and predicted, as in pretraining; every weight was pretrained. A text is
+  `[CLS] [MASK] ... [MASK] question [SEP]`, with as many [MASK]s as the longest answer of the list has tokens, its [SEP]
+  included. All are predicted at once, from the image. An answer's likelihood is the product of the probabilities of its
+  tokens and of the [SEP] behind them. The loss is the log-likelihood of each answer that an annotator gave, weighted by
+  the share of annotators who gave it (ALBEF).
 
 A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} per annotator, as in VQA v2's
 annotations. Answers are compared as the official metric compares them: normalised, unless all annotators agree.
 
-Shape legend: B batch, A answers of the list, S samples of a split, H largest number of answers per question, R answers
-of a batch.
+Shape legend: B batch, S samples of a split, H largest number of answers per question, I images, U questions, T packed
+tokens, N patches, L tokens of the longest text, R answers that are learned, Q their packed tokens, A masks of a text,
+C width, V vocabulary.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
-from mvlm.model.maskvlm import MaskVLM
-from mvlm.statistics import grouped_bootstrap
-from mvlm.tasks.masked_answers import AnswerTable, answers_loss, likeliest, mask_features
+from mvlm.model.attention import Residual
+from mvlm.model.fast import Selection, encode_rows, make_caches, select_rows
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.metrics.vqa import (
     answer_accuracy,
     answer_fault,
     compared_answers,
     normalize_answer,
+    score_answers,
     soft_targets,
     strip_answer,
-    vqa_accuracy,
     warn_of_few_answers,
 )
-from mvlm.tasks.records import read_json
-from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict
+from mvlm.tasks.score import read_json
+from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict, weighted_cross_entropy
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
-from mvlm_dataloading.dataset.dataset import image_name
 
 ANSWERS_OF_A_QUESTION = 10
+LOGITS_AT_A_TIME = 1 << 24
+"""Largest number of logits that exist at a time while answers are ranked: 64 MiB in fp32."""
 SHORTEST_QUESTION = 8
 """Tokens that a question must at least have room for, [CLS] and [SEP] included."""
 
@@ -91,6 +99,106 @@ def annotator_shares(record: dict[str, Any]) -> dict[str, float]:
 def main_answer(record: dict[str, Any]) -> str:
     """A question's most frequent answer, the first of equally frequent ones: VQA v2's `multiple_choice_answer`."""
     return Counter(compared_answers(record["answers"])[0]).most_common(1)[0][0]
+
+
+class AnswerTable(nn.Module):
+    """Tokens of a list of answers, (answers, A) each words [SEP] and padding. Nothing of it is saved."""
+
+    def __init__(self, answers: Sequence[str], tokenizer: Tokenizer, text_length: int) -> None:
+        super().__init__()
+        tokens, lengths = tokenizer.encode(answers, text_length)
+        rows = torch.zeros(len(answers), int(lengths.max()), dtype=torch.int64)
+        rows[torch.arange(rows.shape[1]) < torch.from_numpy(lengths)[:, None]] = torch.from_numpy(tokens)
+        self.tokens: Tensor
+        self.lengths: Tensor
+        self.register_buffer("tokens", rows[:, 1:], persistent=False)  # without [CLS]
+        self.register_buffer("lengths", torch.from_numpy(lengths) - 1, persistent=False)
+
+    @property
+    def masks(self) -> int:
+        """Tokens of the longest answer, its [SEP] included: places for any answer of the list."""
+        return self.tokens.shape[1]
+
+
+def with_masks(batch: Batch, number: int, mask_token_id: int) -> Batch:
+    """The batch with `number` [MASK]s in each text, behind its [CLS]."""
+    bounds = batch.cu_seqlens.long()  # (U+1,)
+    added = number * torch.arange(len(bounds), device=bounds.device)
+    row = torch.arange(len(batch.tokens), device=bounds.device)
+    text = torch.searchsorted(bounds[1:], row, right=True)
+    place = row + number * (text + (row != bounds[:-1][text.clamp(max=len(bounds) - 2)]))
+    tokens = batch.tokens.new_full((len(row) + number * (len(bounds) - 1),), mask_token_id)
+    return replace(
+        batch,
+        tokens=tokens.scatter(0, place, batch.tokens),
+        cu_seqlens=(bounds + added).int(),
+        max_length=batch.max_length + number,
+        sample_tokens=batch.sample_tokens and batch.sample_tokens + number * len(batch.sample_id),
+    )
+
+
+def mask_features(model: MaskVLM, batch: Batch, number: int, plan: str) -> Tensor:
+    """Features (B, A, C) of the A = `number` [MASK]s of each text, which attends to its image.
+
+    An image or a question that several samples share is encoded once.
+    """
+    batch = with_masks(batch, number, model.config.mask_token_id)
+    v, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)  # (I, 1+N, C), U questions
+    images, texts = batch.pairs()  # (B,) each
+    if plan == "plain":
+        w, key_mask = text.padded()  # (U, L, C), (U, L), True = a token
+        x = model.text_cross(w.index_select(0, texts), v.index_select(0, images), key_mask[texts], None)  # (B, L, C)
+        return x[:, 1 : 1 + number]
+    caches = make_caches(v, text)
+    packing = caches.text.packing
+    assert packing is not None
+    asked, key_index, repeat = packing, None, None
+    if batch.image_of is not None:
+        asked, of_text = packing.select(texts, batch.sample_tokens)
+        key_index, repeat = images, Selection(partial(select_rows, rows=of_text), asked)
+    first = asked.cu_seqlens[:-1].long() + 1  # (B,)
+    at = (first[:, None] + torch.arange(number, device=first.device)).flatten()
+
+    def select(x: Tensor) -> Tensor:
+        return x.index_select(0, at).unflatten(0, (-1, number))  # (T, C) -> (B, A, C)
+
+    rows = Residual(text.rows)
+    return encode_rows(model.text_cross, rows, packing, caches.image, key_index, repeat=repeat, read=Selection(select))
+
+
+def answers_loss(
+    model: MaskVLM, x: Tensor, table: AnswerTable, answers: Tensor, of: Tensor, weights: Tensor, plan: str
+) -> TaskLosses:
+    """Sum of the negative log-likelihoods of R answers, each times its weight; and the accuracy of their tokens.
+
+    On a GPU the host waits for the number of tokens.
+
+    Args:
+        x: features of the [MASK]s (B, A, C).
+        answers: numbers of the answers in the table, int64 (R,).
+        of: sample of each answer, int64 (R,).
+        weights: (R,).
+    """
+    there = torch.arange(table.masks, device=x.device) < table.lengths[answers][:, None]  # (R, A)
+    answer, place = there.nonzero(as_tuple=True)  # (Q,) each
+    at = of.index_select(0, answer) * x.shape[1] + place
+    features, each = x.flatten(0, 1).index_select(0, at), weights.index_select(0, answer)
+    targets = table.tokens[answers][there]
+    return TaskLosses(*weighted_cross_entropy(model, features, targets, each, plan), counted=len(targets))
+
+
+def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
+    """The likeliest answer of a table for each sample, int64 (B,); x (B, A, C) are features of its [MASK]s."""
+    words = table.tokens  # (answers, A)
+    counts = torch.arange(words.shape[1], device=words.device) < table.lengths[:, None]
+    found = []
+    for part in x.split(max(1, LOGITS_AT_A_TIME // (x.shape[1] * model.config.vocab_size))):
+        log_p = at_least_float32(model.language_head(part)).log_softmax(-1)  # (b, A, V)
+        scores = log_p.new_zeros(len(part), len(words))
+        for place in range(words.shape[1]):
+            scores += log_p[:, place].index_select(1, words[:, place]) * counts[:, place]
+        found.append(scores.argmax(1))
+    return torch.cat(found)
 
 
 class VisualQuestionAnswering(Task):
@@ -215,10 +323,9 @@ class VisualQuestionAnswering(Task):
         ids, values = targets
         if self.masked:
             of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
-            answers, weights = self.table.select(ids[of, column]), values[of, column] / len(ids)
             x = mask_features(self.model, self.hide(batch), self.masks, plan)
-            found = answers_loss(self.model, x, answers, of, weights, plan)
-            return TaskLosses(*found, counted=len(answers.tokens))
+            weights = values[of, column] / len(ids)
+            return answers_loss(self.model, x, self.table, ids[of, column], of, weights, plan)
         logits = self.head(self.fuse(batch, plan))  # (B, A)
         dense = logits.new_zeros(len(logits), logits.shape[1] + 1)  # the last column takes what has no answer
         dense.scatter_(1, ids.remainder(logits.shape[1] + 1), values.to(dense.dtype))
@@ -258,10 +365,7 @@ class VisualQuestionAnswering(Task):
         if not any(annotation.get("answers") for annotation in annotations):
             return {"questions": len(annotations)}
         answers = {a["question_id"]: r["answer"] for a, r in zip(annotations, records, strict=True)}
-        figures = vqa_accuracy(answers, annotations)
-        images = [image_name(a) or str(a["question_id"]) for a in annotations]
-        interval = grouped_bootstrap(figures.pop("scores").tolist(), images)
-        return {"questions": len(annotations), **figures, "accuracy_95": [100 * x for x in interval]}
+        return {"questions": len(annotations), **score_answers(answers, annotations).all_figures}
 
 
 def read_answers(path: Path, counts: Counter[str]) -> list[str]:

@@ -22,7 +22,7 @@ from mvlm.cli import COMMANDS, run_command
 from mvlm.commands import data_tools
 from mvlm.config.model import MaskVLMConfig
 from mvlm.runs.load import load_model
-from mvlm.tasks.metrics.vqa import vqa_accuracy
+from mvlm.tasks.metrics.vqa import score_answers
 from mvlm_dataloading import open_dataset
 from support import published, published_tasks
 from support.data import file_contents, wave_tokenizer
@@ -162,7 +162,7 @@ def labels_hold(names: dict[str, Any]) -> None:
     questions = open_dataset("labels/data", "validation")
     annotations = [questions.metadata(i) for i in range(len(questions))]
     right = {facts["question_id"]: facts["answers"][0]["answer"] for facts in annotations}
-    assert vqa_accuracy(right, annotations)["accuracy"] == 100
+    assert score_answers(right, annotations).figures["accuracy"] == 100
 
 
 def search_holds(names: dict[str, Any]) -> None:

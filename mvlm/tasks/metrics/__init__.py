@@ -1,4 +1,34 @@
-"""Official metrics of the downstream tasks, from records of predictions and references alone.
+"""Official metrics of the downstream tasks, from predictions and references alone.
 
 These modules need numpy and the standard library: no torch, no model.
 """
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mvlm.statistics import grouped_bootstrap
+
+
+def percent_interval(values: Sequence[float] | np.ndarray, groups: Sequence[str]) -> list[float]:
+    """95 % interval, in per cent, of the mean of values in 0..1, bootstrapped over their groups."""
+    return [100 * x for x in grouped_bootstrap(values, groups)]
+
+
+class Scored(NamedTuple):
+    """Figures of predictions, and the score of each example behind the main one."""
+
+    figures: dict[str, Any]
+    """Figures by name, in per cent unless their name says otherwise."""
+    scores: np.ndarray
+    """float64 (examples,): score of each in 0..1 (CIDEr-D: 0..10)."""
+    groups: list[str]
+    """The image, or the set of images, of each example. Intervals are bootstrapped over these."""
+    main: str = "accuracy"
+    """Name of the figure by which models are compared and selected."""
+
+    @property
+    def all_figures(self) -> dict[str, Any]:
+        """The figures, with the interval of the main one."""
+        return {**self.figures, f"{self.main}_95": percent_interval(self.scores, self.groups)}

@@ -1,4 +1,4 @@
-"""BLEU-4 and CIDEr-D of captions against several reference captions an image.
+"""BLEU-4 and CIDEr-D of captions against several reference captions an image, and the facts that captions state.
 
 Sources: Papineni et al. (ACL 2002) and Vedantam et al. (CVPR 2015), with the choices of COCO's caption evaluation: BLEU
 over the whole set with the closest reference's length, and CIDEr-D with clipped counts, a Gaussian length penalty and
@@ -11,9 +11,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from mvlm.tasks.metrics import Scored
+from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
+
+KINDS = ("object", "colour", "count", "relation")
+"""Kinds of facts about composed scenes."""
 LONGEST = 4
 JOINERS = "\u200c\u200d"
 """Signs within a word that say whether its letters join: zero-width non-joiner and joiner."""
@@ -100,3 +106,49 @@ def cider(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) 
 def _pairs(words: int) -> int:
     """Number of word pairs, which COCO's code takes as the length for CIDEr-D's penalty."""
     return max(0, words - 1)
+
+
+def score_captions(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], scenes: Mapping[str, Mapping[str, Any]]
+) -> Scored:
+    """CIDEr-D x 100 and BLEU-1 to 4; where there are `scenes`, of all images, also the facts that captions state.
+
+    Every image is a group of its own.
+    """
+    scores = cider(captions, references)
+    figures = {"cider_d": 100 * float(scores.mean())}
+    figures |= {f"bleu_{n}": 100 * value for n, value in enumerate(bleu(captions, references), 1)}
+    figures |= fact_figures(captions, scenes) if scenes else {}
+    return Scored(figures, scores, list(references), "cider_d")
+
+
+def is_scene(value: Any) -> TypeGuard[dict[str, Any]]:
+    """True for a composed scene; another data set may have a field of this name, such as scene: "kitchen"."""
+    return isinstance(value, dict) and isinstance(value.get("objects"), list) and isinstance(value.get("size"), list)
+
+
+def fact_figures(captions: Mapping[str, str], scenes: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Shares of facts over all captions, in per cent.
+
+    Args:
+        captions: a caption for each image id of `scenes`.
+        scenes: {size: [width, height], objects: [{name, colour, box}]} of each image id, in pixels.
+
+    Returns:
+        fact_precision, the share of stated facts that are true; fact_recall, the share of the scenes' objects, colours
+        and numbers that are stated; fact_f1, their harmonic mean; and the precision of each kind of fact that was
+        stated. A repeated fact counts once. Captions that state no fact have a precision of 0.
+    """
+    stated, true = Counter[str](), Counter[str]()
+    wanted = recalled = 0
+    for image, scene in scenes.items():
+        facts, complete = stated_facts(captions[image]), scene_facts(scene["objects"])
+        stated.update(str(fact[0]) for fact in facts)
+        true.update(str(fact[0]) for fact in facts if is_true(fact, scene))
+        wanted += len(complete)
+        recalled += len(complete & facts)
+    precision = true.total() / stated.total() if stated else 0.0
+    recall = recalled / wanted if wanted else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    figures = {"fact_precision": 100 * precision, "fact_recall": 100 * recall, "fact_f1": 100 * f1}
+    return figures | {f"{kind}_precision": 100 * true[kind] / stated[kind] for kind in KINDS if stated[kind]}

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mvlm.tasks.metrics import Scored
+from mvlm_dataloading.dataset.dataset import image_name
+
 log = logging.getLogger(__name__)
 FEWEST_ANSWERS = 4
 """Answers of a question of which one can count in full: it is compared with three others."""
@@ -123,16 +126,15 @@ def answer_accuracy(answer: str, references: Sequence[Mapping[str, Any]]) -> flo
     return sum(scores) / len(scores)
 
 
-def vqa_accuracy(answers: Mapping[Any, str], annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def score_answers(answers: Mapping[Any, str], annotations: Sequence[Mapping[str, Any]]) -> Scored:
     """Accuracies in per cent: all questions, by type of answer, by type of question.
 
     Args:
         answers: Predicted answer of each question id of `annotations`.
-        annotations: Records of the annotation file: {question_id, question_type, answer_type, answers}.
+        annotations: Records of the annotation file: {question_id, question_type, answer_type, answers, image_id}.
 
     Returns:
-        accuracy, by_answer_type and by_question_type in per cent, and `scores`, float64 (questions,) in 0..1, in the
-        order of `annotations`.
+        accuracy, by_answer_type and by_question_type in per cent. A question without an image is a group of its own.
     """
     scores = np.array([answer_accuracy(answers[a["question_id"]], a["answers"]) for a in annotations])
     figures: dict[str, Any] = {"accuracy": 100 * float(scores.mean())}
@@ -141,7 +143,7 @@ def vqa_accuracy(answers: Mapping[Any, str], annotations: Sequence[Mapping[str, 
         for row, annotation in enumerate(annotations):
             rows[str(annotation.get(kind) or "all")].append(row)
         figures[f"by_{kind}"] = {name: 100 * float(scores[chosen].mean()) for name, chosen in sorted(rows.items())}
-    return figures | {"scores": scores}
+    return Scored(figures, scores, [image_name(a) or str(a["question_id"]) for a in annotations])
 
 
 def soft_targets(references: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.tasks.records import WRITTEN, write_predictions
+from mvlm.tasks.score import WRITTEN, write_predictions
 from support.commands import assert_refused
 from support.folders import folder_hash
 

@@ -8,18 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.errors import ConfigError
 from mvlm.tasks.caption import Captioning, Writer, references
-from mvlm.tasks.records import write_predictions
-from mvlm.tasks.score import score
+from mvlm.tasks.score import score, write_predictions
 from mvlm.tasks.task import TaskOptions
-from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 from support.models import micro_batch, micro_model
-from support.questions import write_captions, write_questions
 from support.scenes import png, scene
 
 LENGTHS = [4, 1, 6, 3, 5]
 OF = [0, 0, 2, 1, 2]
+
+
+COCO = [
+    ["a red square on white", "a red box", "the box is red"],
+    ["a blue square on white", "a blue thing"],
+    ["a dog sits on the grass", "one dog", "a brown dog sits still", "the dog sits"],
+    ["a cat"],
+]
+WRITTEN = ["a red square on grass", "a blue square on white", "a brown dog on the grass", "a small cat"]
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +96,12 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by
         writer.write(2)
         best = int((writer.match() if choose_by == "itm" else writer.mean_log_probability()).argmax())
         assert record == {"caption": tokenizer.decode(writer.words[best, : lengths[best]].tolist())}
+    if choose_by == "likelihood":  # ITM's head, which fine-tuning does not train, has no say
+        task.model.matching_head.weight.neg_()
+        assert task.predict(batch, "fast") == found
     # The captions of the batch are not read.
     other = replace(batch, tokens=torch.where(batch.tokens > 4, 5, batch.tokens))
     assert task.predict(other, "fast") == found
-
-
-@torch.no_grad()
-def test_by_default_itm_chooses_no_caption(model, tokenizer):
-    """Fine-tuning does not train ITM's head."""
-    task = Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2), {}).double().eval()
-    task.set_tokenizer(tokenizer)
-    batch, _ = micro_batch()
-    found = task.predict(batch, "fast")
-    task.model.matching_head.weight.neg_()
-    assert task.predict(batch, "fast") == found
 
 
 def test_the_loss_is_the_mean_over_captions(model):
@@ -129,41 +127,12 @@ def test_the_loss_is_the_mean_over_captions(model):
     assert found.total.item() == pytest.approx(wanted, rel=1e-9)
 
 
-def test_figures_of_captions(tmp_path):
-    dataset = open_dataset(write_captions(tmp_path / "d", {"train": 4}), "train")
-    captions = [dataset.captions(i)[0] for i in range(4)]
-    found = Captioning.score([{"caption": text} for text in [*captions[:3], captions[0]]], dataset)
-    assert (found["equal"], found["captions"]) == (75, 4)
-    low, high = found["cider_d_95"]
-    assert low < found["cider_d"] < high <= 1000
-    assert 50 < found["bleu_4"] < 100
-
-
-def test_other_data_and_a_model_without_its_only_input_are_refused(tmp_path):
-    dataset = open_dataset(write_questions(tmp_path / "q"), "train")
-    with pytest.raises(DataError, match="found the field question_id; is it data of another task"):
-        Captioning.make_state(dataset, TaskOptions())
-    with pytest.raises(ConfigError, match="a caption is written from the image alone"):
-        Captioning.make_state(dataset, TaskOptions(blind="text"))
-
-
-def test_references_are_those_of_all_samples_of_the_image(tmp_path):
-    """Data with a row for each caption; a sample without `image_id` has its own captions."""
-    with ShardWriter(tmp_path / "data", name="x", source="", licence="", attribution="", recipe={}) as writer:
-        for row, (image, text) in enumerate([(1, "a cat"), (2, "a dog"), (1, "a pet"), (1, "a cat"), (None, "a car")]):
-            metadata = {} if image is None else {"image_id": image}
-            writer.add(str(row), png(scene(image or 0)[0]), [text], metadata, split="test")
-    found = references(open_dataset(tmp_path / "data", "test"))
-    assert found == [["a cat", "a pet"], ["a dog"], ["a cat", "a pet"], ["a cat", "a pet"], ["a car"]]
-
-
-COCO = [
-    ["a red square on white", "a red box", "the box is red"],
-    ["a blue square on white", "a blue thing"],
-    ["a dog sits on the grass", "one dog", "a brown dog sits still", "the dog sits"],
-    ["a cat"],
-]
-WRITTEN = ["a red square on grass", "a blue square on white", "a brown dog on the grass", "a small cat"]
+def write(folder, rows: list[tuple[int, list[str], dict]]) -> Dataset:
+    """Rows of a scene's number, its captions and its metadata."""
+    with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
+        for row, (number, texts, metadata) in enumerate(rows):
+            assert writer.add(f"{row:02}", png(scene(number)[0]), texts, metadata, split="test") is None
+    return open_dataset(folder, "test")
 
 
 @pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
@@ -171,51 +140,38 @@ def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_ima
     """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
     names = [image_id.format(7 * i + 3) for i in range(len(COCO))]
     rows = {
-        "images": [(i, texts) for i, texts in enumerate(COCO)],
-        "captions": [(i, [COCO[i][k]]) for k in range(4) for i in range(len(COCO)) if k < len(COCO[i])],
+        "images": [(i, texts, {"image_id": names[i]}) for i, texts in enumerate(COCO)],
+        "captions": [(i, [COCO[i][k]], {"image_id": names[i]}) for k in range(4) for i in range(4) if k < len(COCO[i])],
     }
-    annotations = [
-        {"image_id": int(name) if (name := names[i].removeprefix("coco ")).isdigit() else name, "caption": text}
-        for i, texts in enumerate(COCO)
-        for text in texts
-    ]
+    ids = [int(name) if (name := found.removeprefix("coco ")).isdigit() else name for found in names]
+    annotations = [{"image_id": ids[i], "caption": text} for i, texts in enumerate(COCO) for text in texts]
     (tmp_path / "references.json").write_text(json.dumps({"annotations": annotations}))
-    figures, scores, verdicts = {}, {}, {}
+    found = {}
     for form, samples in rows.items():
-        with ShardWriter(tmp_path / form, name="x", source="", licence="", attribution="", recipe={}) as writer:
-            for row, (i, texts) in enumerate(samples):
-                assert writer.add(f"{row:02}", png(scene(i)[0]), texts, {"image_id": names[i]}, split="test") is None
-        dataset = open_dataset(tmp_path / form, "test")
-        records = [{"sample": row, "caption": WRITTEN[i]} for row, (i, _) in enumerate(samples)]
-        figures[form] = Captioning.score(records, dataset)
+        dataset = write(tmp_path / form, samples)
+        records = [{"sample": row, "caption": WRITTEN[i]} for row, (i, _, _) in enumerate(samples)]
         metadata = [dataset.metadata(row) for row in range(len(dataset))]
         write_predictions(tmp_path / f"{form}.json", "caption", records, metadata)
-        scores[form] = score("caption", tmp_path / f"{form}.json", tmp_path / "references.json")
-        verdicts[form] = [(v.sample, v.predicted, v.score, v.right) for v in Captioning.judge(records, dataset)]
-    assert figures["captions"]["captions"] == 4
-    assert figures["captions"] == figures["images"]
-    assert scores["captions"] == scores["images"]
-    assert {name: figures["captions"][name] for name in ("cider_d", "cider_d_95", "bleu_4")} == {
-        name: pytest.approx(scores["captions"][name]) for name in ("cider_d", "cider_d_95", "bleu_4")
-    }
-    assert verdicts["captions"] == verdicts["images"]
-    assert np.mean([value for _, _, value, _ in verdicts["captions"]]) == pytest.approx(figures["captions"]["cider_d"])
+        verdicts = [(v.sample, v.predicted, v.score, v.right) for v in Captioning.judge(records, dataset)]
+        scored = score("caption", tmp_path / f"{form}.json", tmp_path / "references.json")
+        found[form] = Captioning.score(records, dataset), scored, verdicts
+    assert found["captions"] == found["images"]
+    figures, scored, verdicts = found["images"]
+    assert (figures["captions"], figures["equal"]) == (4, 25)
+    for name in ("cider_d", "cider_d_95", "bleu_4"):
+        assert figures[name] == pytest.approx(scored[name])
+    assert np.mean([value for _, _, value, _ in verdicts]) == pytest.approx(figures["cider_d"])
+    low, high = figures["cider_d_95"]
+    assert low < figures["cider_d"] < high
 
 
-@pytest.mark.parametrize("image_id", [None, ""])
-def test_samples_without_an_image_id_are_images_of_their_own(tmp_path, image_id):
+@pytest.mark.parametrize("metadata", [{}, {"image_id": None}, {"image_id": ""}])
+def test_samples_without_an_image_id_are_images_of_their_own(tmp_path, metadata):
     """Also where the field is there and empty: their interval has a width, and each has its own prediction."""
-    data, figures = {"absent": {}, "empty": {"image_id": image_id}}, {}
-    for form, metadata in data.items():
-        with ShardWriter(tmp_path / form, name="x", source="", licence="", attribution="", recipe={}) as writer:
-            for i, texts in enumerate(COCO):
-                assert writer.add(str(i), png(scene(i)[0]), texts, metadata, split="test") is None
-        dataset = open_dataset(tmp_path / form, "test")
-        records = [{"sample": i, "caption": text} for i, text in enumerate(WRITTEN)]
-        figures[form] = Captioning.score(records, dataset)
-        write_predictions(tmp_path / f"{form}.json", "caption", records, [dataset.metadata(i) for i in range(4)])
-        rows = json.loads((tmp_path / f"{form}.json").read_text())
-        assert [row["image_id"] for row in rows] == [0, 1, 2, 3]
-    assert figures["empty"] == figures["absent"]
-    low, high = figures["empty"]["cider_d_95"]
-    assert low < figures["empty"]["cider_d"] < high
+    dataset = write(tmp_path / "d", [(i, texts, metadata) for i, texts in enumerate(COCO)])
+    records = [{"sample": i, "caption": text} for i, text in enumerate(WRITTEN)]
+    low, high = Captioning.score(records, dataset)["cider_d_95"]
+    assert low < high
+    write_predictions(tmp_path / "p", "caption", records, [dataset.metadata(i) for i in range(4)])
+    assert [row["image_id"] for row in json.loads((tmp_path / "p").read_text())] == [0, 1, 2, 3]
+    assert references(dataset) == COCO

@@ -1,14 +1,14 @@
-"""Promises that hold for every task: both implementations agree, runs resume, ranks share, examples are learned."""
+"""Promises that hold for every task: implementations agree, images are shared, runs resume, examples are learned."""
 
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from mvlm.errors import RunError
 from mvlm.inference.encode import eval_loader
@@ -20,7 +20,8 @@ from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import find_task, load_task
 from mvlm.tasks.task import Task, TaskOptions
 from mvlm.training.run import pretrain
-from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer, ViewOptions, make_view, open_dataset
+from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer, ViewOptions, make_view, open_dataset
+from support.folders import reproducible_rows
 from support.models import micro_config, pretrain_config
 from support.questions import WRITERS, finetune_config
 
@@ -32,18 +33,31 @@ FORMS = {
     "caption": ("caption", {}),
 }
 """Task and settings of each form of a task."""
+FURTHER = {
+    "retrieval": ("retrieval", {}),
+    "questions of an image": ("vqa", {"answers": "masked", "questions_per_image": 2, "crop_scale": (0.6, 1.0)}),
+}
 every_form = pytest.mark.parametrize("form", FORMS)
+
+
+PASSED = (
+    "checkpoint", "data", "out", "max_steps", "batch_size", "lr_encoder", "lr_cross", "lr_head", "lr_end", "device",
+    "warmup_steps", "precision", "weight_decay", "eval_every_steps", "parallel", "answers", "questions_per_image",
+    "question_length",
+)  # fmt: skip
+"""Settings that the ranks of a test are given as flags."""
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> dict[str, Path]:
-    """A data set of each task. Read only."""
-    return {name: write(tmp_path_factory.mktemp(name) / "data") for name, write in WRITERS.items()}
+    """A data set of each task, in which two or more training samples have one image. Read only."""
+    found = {name: write(tmp_path_factory.mktemp(name) / "data") for name, write in WRITERS.items()}
+    return found | {"retrieval": found["caption"]}
 
 
 def configured(trained: Path, data: dict[str, Path], out: Path, form: str, **changes: Any):
-    task, settings = FORMS[form]
-    if form == "masked":  # room for the masks
+    task, settings = (FORMS | FURTHER)[form]
+    if settings.get("answers") == "masked":  # room for the masks
         settings = settings | {"question_length": 24}
     return finetune_config(trained, data[task], out, task, **settings | changes)
 
@@ -69,60 +83,105 @@ def best_without_images(name: str, dataset: Dataset) -> float:
     return 100 * sum(max(counts.values()) for counts in answers.values()) / len(dataset)
 
 
-def ready(trained: Path, data: dict[str, Path], form: str) -> tuple[Task, Batch, Masks, list[torch.Tensor]]:
-    """A task in float64 with random weights in its head, a batch of its training split, and the batch's targets."""
+def ready(trained: Path, data: dict[str, Path], form: str, **options: Any) -> tuple[Task, Dataset]:
+    """A task in float64 with random weights in its head, and its training split."""
     name, settings = FORMS[form]
-    loaded = load_model(trained)
-    model, tokenizer = loaded.network, loaded.tokenizer
     dataset = open_dataset(data[name], "train")
-    options = TaskOptions(**settings)
-    kind = find_task(name)
-    task = kind(model.train(), options, kind.make_state(dataset, options)).double()
-    task.set_tokenizer(tokenizer)
+    chosen, loaded, kind = TaskOptions(**settings | options), load_model(trained), find_task(name)
+    task = kind(loaded.network.train(), chosen, kind.make_state(dataset, chosen)).double()
+    task.set_tokenizer(loaded.tokenizer)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in task.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    batch, masks = next(iter(eval_loader(dataset, model, tokenizer, **task.loader_options())))
+    return task, dataset
+
+
+def step(task: Task, dataset: Dataset, plan: str, shared: bool) -> tuple[list[float], dict[str, torch.Tensor], list]:
+    """Loss and accuracy of the first batch, gradients of all weights that train, and predictions."""
+    options = {"per_image": 1 if shared else None, **task.loader_options()}
+    batch, masks = next(iter(eval_loader(dataset, task.model, task.tokenizer, **options)))
+    if shared:
+        assert len(batch.images) <= len(batch.sample_id) / 2
+        assert len(batch.cu_seqlens) - 1 < len(batch.sample_id)
     targets = [x[batch.sample_id] for x in task.targets(dataset)]
-    return task, batch, masks, [x.double() if x.is_floating_point() else x for x in targets]
+    task.zero_grad()
+    losses = task.losses_of_step(batch, masks, [x.double() if x.is_floating_point() else x for x in targets], plan)
+    losses.total.backward()
+    gradients = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in gradients.values())  # DDP waits for each
+    with torch.no_grad():
+        return [x.item() for x in losses[:2]], gradients, task.predict(batch, plan)  # pyright: ignore[reportReturnType]
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    """Two results of `step` are the same."""
+    assert found[0] == pytest.approx(wanted[0], rel=1e-9)
+    assert found[2] == wanted[2]
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-10, msg=name)
 
 
 @pytest.mark.slow
 @every_form
-def test_both_implementations_give_the_same_losses_gradients_and_predictions(trained, data, form):
-    """DDP waits for every parameter that is not frozen, so each has a gradient."""
-    task, batch, masks, targets = ready(trained, data, form)
-    found = {}
-    for plan in ("plain", "fast"):
-        task.zero_grad()
-        losses = task.losses_of_step(batch, masks, targets, plan)
-        losses.total.backward()
-        gradients = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
-        assert [name for name, gradient in gradients.items() if gradient is None] == []
-        with torch.no_grad():
-            found[plan] = [x.item() for x in losses[:2]], gradients, task.predict(batch, plan)
-    assert found["plain"][0] == pytest.approx(found["fast"][0], rel=1e-9)
-    for name, gradient in found["plain"][1].items():
-        torch.testing.assert_close(found["fast"][1][name], gradient, rtol=1e-6, atol=1e-10, msg=name)
-    assert found["plain"][2] == found["fast"][2]
+def test_implementations_and_shared_images_give_the_same_losses_gradients_and_predictions(trained, data, form):
+    """Of batches in which each sample has an image of its own, and of those that have each image once."""
+    task, dataset = ready(trained, data, form)
+    wanted = step(task, dataset, "plain", shared=False)
+    for plan, shared in (("fast", False), ("plain", True), ("fast", True)):
+        if task.shares or not shared:
+            assert_equal(step(task, dataset, plan, shared), wanted)
 
 
 @pytest.mark.slow
-@every_form
+@pytest.mark.parametrize("blind", ["image", "text"])
+@pytest.mark.parametrize("form", ["classifier", "masked", "entailment", "pairs"])
+def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, monkeypatch):
+    """Losses, gradients and predictions are those of a grey image, or of a masked text, for each sample."""
+    task, dataset = ready(trained, data, form, blind=blind)
+
+    def plainly(batch: Batch) -> Batch:
+        if blind == "image":
+            return replace(batch, images=torch.full_like(batch.images, 128))
+        words = [i for a, b in pairwise(batch.cu_seqlens.tolist()) for i in range(a + 1, b - 1)]
+        return replace(batch, tokens=batch.tokens.index_fill(0, torch.tensor(words), task.config.mask_token_id))
+
+    hide, encoded = task.hide, []
+    monkeypatch.setattr(task, "hide", plainly)
+    wanted = step(task, dataset, "plain", shared=False)
+    monkeypatch.setattr(task, "hide", lambda batch: encoded.append(hide(batch)) or encoded[-1])
+    for plan, shared in product(("plain", "fast"), (False, True)):
+        assert_equal(step(task, dataset, plan, shared), wanted)
+    for batch in encoded:
+        assert (len(batch.images) == 1) if blind == "image" else (len(batch.cu_seqlens) - 1 < batch.max_length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*FORMS, *FURTHER])
 def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, without_tensorboard):
     settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4, "checkpoint_every_steps": 2}
     for name in ("whole", "cut"):
         finetune(configured(trained, data, tmp_path / name, form, **settings))
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000004")
     finetune(configured(trained, data, tmp_path / "cut", form, resume=True, **settings))
-    whole, cut = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
-    assert len(whole) == 4
-    figure = f"val_{find_task(FORMS[form][0]).main}"
+    whole, cut = (reproducible_rows(tmp_path / name) for name in ("whole", "cut"))
+    assert whole == cut
+    figure = f"val_{find_task((FORMS | FURTHER)[form][0]).main}"
     assert [figure in row for row in whole] == [False, True, False, True]
-    for a, b in zip(whole, cut, strict=True):
-        for name in ("loss", "accuracy", "grad_norm", figure):
-            assert a.get(name) == b.get(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["classifier", "retrieval"])
+def test_implementations_and_microbatches_give_the_same_gradients(trained, data, tmp_path, form):
+    for plan, accumulate in (("fast", 1), ("plain", 4)):
+        finetune(configured(trained, data, tmp_path / plan, form, accumulate=accumulate, plan=plan))
+    assert_equal_runs(*(tmp_path / plan for plan in ("fast", "plain")), 1e-4)
+
+
+def assert_equal_runs(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    for a, b in zip(*(read_metrics(run / "metrics.jsonl") for run in (one, other)), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -164,30 +223,23 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form, parallel", [("masked", "ddp"), ("pairs", "ddp"), ("caption", "ddp"), ("masked", "fsdp")]
+    "form, parallel",
+    [("pairs", "ddp"), ("caption", "ddp"), ("masked", "fsdp"), ("questions of an image", "ddp"), ("retrieval", "ddp")],
 )
 def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ranks):
     """With FSDP each rank holds half of the weights, and a checkpoint has its parts; an evaluation takes them whole."""
-    task, settings = FORMS[form]
-    finetune(configured(trained, data, tmp_path / "one", form, max_steps=3, eval_every_steps=3))
-    words = [
-        *("--checkpoint", trained, "--data", data[task], "--out", tmp_path / "two", "--max-steps", "3"),
-        *("--batch-size", "8", "--lr-encoder", "3e-3", "--lr-cross", "3e-3", "--lr-head", "3e-3", "--lr-end", "0"),
-        *("--warmup-steps", "2", "--crop-scale", "1", "1", "--device", "cpu", "--precision", "fp32"),
-        *("--weight-decay", "0", "--eval-every-steps", "3", "--parallel", parallel),
-        *(word for name, value in settings.items() for word in (f"--{name}", value)),
-        *(("--question-length", "24") if form == "masked" else ()),
-    ]
-    codes, errors = on_two_ranks("finetune", task, *words)
+    config = configured(trained, data, tmp_path / "one", form, max_steps=3, eval_every_steps=3)
+    finetune(config)
+    two = vars(replace(config, out=tmp_path / "two", parallel=parallel))
+    given = [name for name in PASSED if two[name] is not None]
+    words = [word for name in given for word in (f"--{name.replace('_', '-')}", two[name])]
+    codes, errors = on_two_ranks("finetune", config.task, *words, "--crop-scale", *config.crop_scale)
     assert codes == [0, 0], errors
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
     # The same weights on one rank: those of the other run differ by rounding, which can change a generated word.
-    main = find_task(task).main
-    figures, _ = evaluate_task(tmp_path / "two", data[task], "validation", precision="fp32")
-    assert figures[main] == pytest.approx(two[-1][f"val_{main}"])
+    main = find_task(config.task).main
+    figures, _ = evaluate_task(tmp_path / "two", config.data, "validation", precision="fp32")
+    assert figures[main] == pytest.approx(read_metrics(tmp_path / "two" / "metrics.jsonl")[-1][f"val_{main}"])
     weights = [load_task(tmp_path / name)[0].state_dict() for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
@@ -234,45 +286,20 @@ def test_a_weighted_view_has_the_targets_of_each_question_twice_and_is_not_score
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form, other", [("classifier", "pairs"), ("pairs", "vqa"), ("caption", "pairs"), ("entailment", "caption")]
-)
-def test_data_of_another_task_are_refused_before_anything_is_written(trained, data, tmp_path, form, other):
-    task, settings = FORMS[form]
-    with pytest.raises(DataError, match=r"wanted .*, found .*") as error:
-        finetune(finetune_config(trained, data[other], tmp_path / "run", task, **settings))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
     "form, other", [("classifier", "pairs"), ("entailment", "vqa"), ("pairs", "vqa"), ("caption", "vqa")]
 )
-def test_data_of_another_task_are_refused_before_they_are_predicted(trained, data, tmp_path, form, other, monkeypatch):
-    task = FORMS[form][0]
-    finetune(configured(trained, data, tmp_path / "run", form))
-    figures, _ = evaluate_task(tmp_path / "run", data[task], "test")
-    assert len(figures["model"]) == 64
-    monkeypatch.setattr(evaluation, "predict_split", None)
-    with pytest.raises(DataError, match=r"wanted .*, found .*"):
-        evaluate_task(tmp_path / "run", data[other], "test")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["a tensor missing", "a head too many"])
-def test_a_checkpoint_that_is_not_a_whole_pretrained_model_is_refused(trained, data, tmp_path, damage):
-    """Only the head may be new: a model with a tensor less, or one more, is no pretrained model."""
-    load_model(trained, "cpu").save(tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    tensors = load_file(file)
-    if damage == "a tensor missing":
-        del tensors["text_cross.blocks.1.mlp.up.weight"]
-    else:
-        tensors["head.answers.weight"] = torch.zeros(2, 2)
-    save_file(tensors, file)
-    with pytest.raises(RunError, match=r"(up.weight missing|answers.weight unexpected).*use a checkpoint"):
-        finetune(configured(tmp_path / "model", data, tmp_path / "run", "classifier"))
+def test_data_of_another_task_are_refused_before_anything_is_written_or_predicted(
+    trained, data, tmp_path, form, other, monkeypatch
+):
+    task, settings = FORMS[form]
+    with pytest.raises(DataError):
+        finetune(finetune_config(trained, data[other], tmp_path / "run", task, **settings))
     assert not (tmp_path / "run").exists()
+    finetune(configured(trained, data, tmp_path / "run", form))
+    assert len(evaluate_task(tmp_path / "run", data[task], "test")[0]["model"]) == 64
+    monkeypatch.setattr(evaluation, "predict_split", None)
+    with pytest.raises(DataError):
+        evaluate_task(tmp_path / "run", data[other], "test")
 
 
 def test_records_of_ranks_are_joined_by_id():
@@ -280,5 +307,5 @@ def test_records_of_ranks_are_joined_by_id():
     assert [len(part) for part in parts] == [64, 64, 22]
     assert [record["sample"] for record in join_records(parts[::-1], 150)] == list(range(150))
     for wrong in (parts[:2], [*parts, [{"sample": 3}]], [*parts[:2], parts[0]]):
-        with pytest.raises(RunError, match="wanted one for each of 150 samples"):
+        with pytest.raises(RunError, match="150 samples"):
             join_records(wrong, 150)

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import MemoryTracker, StepShape, fake_microbatch, give_fake_tensors
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.tasks.masked_answers import mask_features, weighted_cross_entropy
 from mvlm.tasks.registry import find_task
-from mvlm.tasks.task import TaskOptions
+from mvlm.tasks.task import TaskOptions, weighted_cross_entropy
+from mvlm.tasks.vqa import mask_features
 
 PAIRS, TOKENS, LONGEST = 8, 12, 40
 STATES: dict[str, dict[str, Any]] = {

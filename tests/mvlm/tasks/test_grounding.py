@@ -12,7 +12,7 @@ from mvlm.inference.images import load_image
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.load import load_model
-from mvlm.tasks.grounding import Phrases, evaluate_grounding, hits, other_phrases, phrase_maps, phrases_of
+from mvlm.tasks.grounding import evaluate_grounding, other_phrases, phrase_maps, phrases_of
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.questions import write_phrases
@@ -63,28 +63,14 @@ def test_the_point_is_the_highest_of_the_resized_map_and_the_layer_the_best_on_v
         right.append(left <= x < left + width and top <= y < top + height)
     assert figures["accuracy"] == 100 * np.mean(right)
     assert figures["chance"] == 25
-    assert {"wrong_phrase", "untrained", "accuracy_95"} <= set(figures)
     assert evaluate_grounding(model, test, None, layer)[1] == records
-
-
-@pytest.mark.slow
-def test_a_model_with_random_weights_has_the_figures_of_the_untrained_one(trained, phrases):
-    """The differences are paired: no difference on any phrase is an interval of width zero."""
-    config, tokenizer = load_model(trained, "cpu").network.config, load_model(trained, "cpu").tokenizer
     torch.manual_seed(0)
-    random = TrainedModel(MaskVLM(config), tokenizer)
+    random = TrainedModel(MaskVLM(model.network.config), model.tokenizer)
     with torch.no_grad():
         random.network.matching_head.bias.add_(1)  # a head that a step has moved; a constant changes no map
-    figures, _ = evaluate_grounding(random, open_dataset(phrases, "test"), None, 0)
-    assert figures["accuracy"] == figures["untrained"]
-    assert figures["accuracy_95"] == figures["untrained_95"]
-    assert figures["above_untrained_95"] == [0, 0]
-
-
-def test_a_point_on_the_right_or_lower_edge_of_a_box_is_outside():
-    known = Phrases(["a"], [[0, 0, 4, 4]], [[8, 8]], ["1"], ["1"])
-    points = torch.tensor([[[0.5, 0.5], [3.9, 3.9], [4.0, 1.0], [1.0, 4.0]]])
-    assert hits(known, points).tolist() == [[1, 1, 0, 0]]
+    figures, _ = evaluate_grounding(random, test, None, 0)
+    assert (figures["accuracy"], figures["accuracy_95"]) == (figures["untrained"], figures["untrained_95"])
+    assert figures["above_untrained_95"] == [0, 0]  # paired: no difference on any phrase
 
 
 def test_wrong_phrases_are_other_phrases():
@@ -96,22 +82,9 @@ def test_wrong_phrases_are_other_phrases():
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, run_mvlm):
-    out, words = tmp_path / "out.json", ("--checkpoint", trained, "--data", phrases, "--device", "cpu", "--layer", 0)
-    assert run_mvlm("eval", "grounding", *words, "--out", out).code == 0
-    found, test = json.loads(out.read_text()), open_dataset(phrases, "test")
-    (tmp_path / "points.jsonl").write_text("\n".join(json.dumps(record) for record in found["records"]))
-    (tmp_path / "truth.jsonl").write_text("\n".join(json.dumps(test.metadata(i)) for i in range(len(test))))
-    for predictions in (tmp_path / "points.jsonl", out):
-        scored = run_mvlm("score", "grounding", predictions, tmp_path / "truth.jsonl")
-        assert json.loads("\n".join(scored.out))["accuracy"] == found["accuracy"]
-    assert not list(tmp_path.glob("*.parts"))
-    made_by = {"model": load_model(trained, "cpu").sha256, "fingerprint": test.fingerprint, "precision": "fp32"}
-    assert {name: found[name] for name in made_by} == made_by
-
-
-@pytest.mark.slow
-def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mvlm, on_two_ranks):
+def test_two_ranks_have_the_figures_and_records_of_one_which_the_scorer_reads(
+    trained, tmp_path, run_mvlm, on_two_ranks
+):
     data = write_phrases(tmp_path / "data", {"validation": 8, "test": 150})  # three batches
     words = ["eval", "grounding", "--checkpoint", trained, "--data", data, "--device", "cpu", "--out"]
     assert run_mvlm(*words, tmp_path / "one.json").code == 0
@@ -120,37 +93,37 @@ def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mv
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
     assert len(two["records"]) == 150
+    assert not list(tmp_path.glob("*.parts"))
+    test = open_dataset(data, "test")
+    (tmp_path / "points.jsonl").write_text("\n".join(json.dumps(record) for record in one["records"]))
+    (tmp_path / "truth.jsonl").write_text("\n".join(json.dumps(test.metadata(i)) for i in range(len(test))))
+    for predictions in (tmp_path / "points.jsonl", tmp_path / "one.json"):
+        scored = run_mvlm("score", "grounding", predictions, tmp_path / "truth.jsonl")
+        assert json.loads("\n".join(scored.out))["accuracy"] == one["accuracy"]
+    made_by = {"model": load_model(trained, "cpu").sha256, "fingerprint": test.fingerprint, "precision": "fp32"}
+    assert {name: one[name] for name in made_by} == made_by
 
 
-def test_a_box_of_texts_is_refused(tmp_path):
-    with ShardWriter(tmp_path / "d", name="p", source="", licence="", attribution="", recipe={}) as writer:
-        facts = {"box": ["1", "2", "3", "4"], "size": [96, 96]}
-        writer.add("0", png(scene(0)[0]), ["a red square"], facts, split="test")
-    with pytest.raises(DataError, match=r"key 0: wanted `box`, 4 numbers in pixels, found \['1', '2', '3', '4'\]"):
-        phrases_of(open_dataset(tmp_path / "d", "test"))
-
-
-def test_sizes_may_be_written_with_a_point(tmp_path):
-    with ShardWriter(tmp_path / "d", name="p", source="", licence="", attribution="", recipe={}) as writer:
-        facts = {"box": [1.5, 2.0, 3.0, 4.0], "size": [96.0, 64.0]}
-        writer.add("0", png(scene(0)[0]), ["a red square"], facts, split="test")
-    (size,) = phrases_of(open_dataset(tmp_path / "d", "test")).sizes
-    assert size == [96, 64]
-    assert {type(length) for length in size} == {int}
-
-
-@pytest.mark.slow
-def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, scenes, phrases, run_mvlm):
-    with pytest.raises(DataError, match="wanted `box`, 4 numbers in pixels, found None; is it data of another task"):
-        phrases_of(open_dataset(scenes, "test"))
-    words = ("eval", "grounding", "--checkpoint", trained, "--data", phrases, "--device", "cpu")
-    assert_refused(run_mvlm(*words, "--layer", 2), "layer: wanted 0 to 1, got 2")
+def test_boxes_of_texts_are_refused_and_sizes_may_be_written_with_a_point(tmp_path):
+    for name, box in (("bad", ["1", "2", "3", "4"]), ("good", [1.5, 2.0, 3.0, 4.0])):
+        with ShardWriter(tmp_path / name, name="p", source="", licence="", attribution="", recipe={}) as writer:
+            facts = {"box": box, "size": [96.0, 64.0], "image_id": ""}
+            for i in range(2):
+                writer.add(str(i), png(scene(i)[0]), ["a red square"], facts, split="test")
+    with pytest.raises(DataError, match="key 0: wanted `box`"):
+        phrases_of(open_dataset(tmp_path / "bad", "test"))
+    found = phrases_of(open_dataset(tmp_path / "good", "test"))
+    assert (found.sizes[0], {type(length) for length in found.sizes[0]}) == ([96, 64], {int})
+    assert len(set(found.images)) == 2  # an empty `image_id` is none
 
 
 @pytest.mark.slow
-def test_a_model_without_itm_does_not_point(without_itm, phrases, tmp_path, run_mvlm):
-    words = ("--checkpoint", without_itm, "--data", phrases, "--device", "cpu", "--layer", 0, "--out", tmp_path / "a")
-    outcome = run_mvlm("eval", "grounding", *words)
-    assert outcome.code == 2
-    assert "checkpoint: wanted a model trained with ITM, whose maps point at phrases, found one" in outcome.err[-1]
+def test_other_data_layers_and_models_are_refused(trained, without_itm, scenes, phrases, tmp_path, run_mvlm):
+    for run, data, layer, message in (
+        (trained, scenes, 0, "wanted `box`"),
+        (trained, phrases, 2, "layer: wanted 0 to 1, got 2"),
+        (without_itm, phrases, 0, "checkpoint: wanted a model trained with ITM"),
+    ):
+        words = ("--checkpoint", run, "--data", data, "--device", "cpu", "--layer", layer, "--out", tmp_path / "a")
+        assert_refused(run_mvlm("eval", "grounding", *words), message)
     assert not list(tmp_path.iterdir())

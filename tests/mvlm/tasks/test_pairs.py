@@ -7,10 +7,11 @@ import torch
 
 from mvlm.inference.encode import eval_loader
 from mvlm.runs.load import load_model
-from mvlm.tasks.pairs import Pairs, statements
+from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
-from support.questions import write_questions, write_statements
+from support.commands import assert_refused
+from support.questions import write_statements
 from support.scenes import png, scene
 
 STATE = {"labels": ["false", "true"], "images": 2}
@@ -52,7 +53,7 @@ def test_figures_of_statements(data):
     found = Pairs.score([{"label": "true"}] * 16, dataset)
     assert (found["accuracy"], found["consistency"], found["majority"]) == (50, 0, 50)
     assert found["accuracy_95"] == [50, 50]  # bootstrapped over sets of images, of which each is half right
-    truth = [{"label": record["label"]} for record in statements(dataset)]
+    truth = [{"label": record["label"]} for record in Pairs.labelled(dataset)]
     assert Pairs.score(truth, dataset)["consistency"] == 100
 
 
@@ -62,37 +63,29 @@ GOOD = {"identifier": "train-1-0-0", "label": "True", "images": 2}
 @pytest.mark.parametrize(
     "records, message",
     [
-        ([GOOD, {**GOOD, "identifier": "train-1-0-1", "images": 3}], "wanted 2 images a statement, found 3"),
-        ([{**GOOD, "identifier": "q0"}], "identifier 'q0': wanted the form"),
-        ([{**GOOD, "label": "neutral"}], "and the label 'neutral'; is it data of another task?"),
-        (
-            [{"identifier": "train-1-0-0", "label": "True"}],
-            "wanted a statement with `identifier`, `images` and a label",
-        ),
+        ([GOOD, {**GOOD, "identifier": "train-1-0-1", "images": 3}], "wanted 2 images .* found 3"),
+        ([{**GOOD, "identifier": "q0"}], "identifier 'q0'"),
+        ([{**GOOD, "label": "neutral"}], "'neutral'"),
+        ([{"identifier": "train-1-0-0", "label": "True"}], "`images`"),
+        ([GOOD, GOOD], "twice"),
     ],
 )
 def test_other_data_are_refused(tmp_path, records, message):
-    dataset = write(tmp_path / "data", records)
     with pytest.raises(DataError, match=message):
-        Pairs.make_state(dataset, TaskOptions())
+        Pairs.labelled(write(tmp_path / "data", records))
 
 
-def test_augmentations_are_refused_by_their_flags(trained, data, tmp_path, run_mvlm):
-    words = ["--checkpoint", trained, "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--batch-size", 8]
-    done = run_mvlm("finetune", "pairs", *words, "--flip", 0.5, "--randaugment", 2)
-    assert done.code == 2
-    wanted = "mvlm: wanted no augmentation, as a sample is several images side by side, got --flip 0.5, --randaugment 2"
-    assert done.err[-1].startswith(wanted)
-
-
-def test_questions_of_another_task_and_labels_in_another_order_are_refused(trained, tmp_path):
-    with pytest.raises(DataError, match="is it data of another task"):
-        Pairs.make_state(open_dataset(write_questions(tmp_path / "q"), "train"), TaskOptions())
+def test_other_numbers_of_images_labels_in_another_order_and_augmentations_are_refused(
+    trained, data, tmp_path, run_mvlm
+):
     model = load_model(trained).network
-    with pytest.raises(DataError, match="labels: wanted false, true in this order, found"):
+    with pytest.raises(DataError, match="labels"):
         Pairs(model, TaskOptions(), {"labels": ["true", "false"], "images": 2})
-    three = Pairs(model, TaskOptions(), STATE | {"images": 3})
-    with pytest.raises(DataError, match="wanted 3 images a statement, found 2"):
-        three.targets(write(tmp_path / "data", [GOOD]))
-    with pytest.raises(DataError, match="wanted 3 images a statement, found 2"):  # before training, of its evaluations
-        Pairs.check_references(open_dataset(tmp_path / "data", "train"), STATE | {"images": 3})
+    three, dataset = STATE | {"images": 3}, write(tmp_path / "data", [GOOD])
+    for call in (Pairs(model, TaskOptions(), three).targets, lambda split: Pairs.check_references(split, three)):
+        with pytest.raises(DataError, match=r"wanted 3 images .* found 2"):
+            call(dataset)
+    words = ["--checkpoint", trained, "--data", data, "--out", tmp_path / "run", "--device", "cpu", "--batch-size", 8]
+    assert_refused(
+        run_mvlm("finetune", "pairs", *words, "--flip", 0.5, "--randaugment", 2), "--flip 0.5, --randaugment 2"
+    )

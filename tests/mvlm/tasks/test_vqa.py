@@ -1,9 +1,12 @@
-"""Lists of answers: where they come from, and what is refused."""
+"""Visual question answering: lists of answers and targets; masked answers against one text at a time."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +14,18 @@ from mvlm.errors import RunError
 from mvlm.runs.load import load_model
 from mvlm.tasks.metrics.vqa import answer_accuracy
 from mvlm.tasks.task import TaskOptions
-from mvlm.tasks.vqa import VisualQuestionAnswering, annotator_shares
+from mvlm.tasks.vqa import (
+    AnswerTable,
+    VisualQuestionAnswering,
+    annotator_shares,
+    answers_loss,
+    likeliest,
+    mask_features,
+    with_masks,
+)
 from mvlm.tasks.vqa import questions as task_questions
 from mvlm_dataloading import DataError, ShardWriter, ViewOptions, make_view, open_dataset
+from support.models import micro_batch, micro_model
 from support.questions import write_questions
 from support.scenes import png, scene
 
@@ -27,11 +39,40 @@ def make_state(questions, split="train", **options):
     return VisualQuestionAnswering.make_state(open_dataset(questions, split), TaskOptions(**options))
 
 
-def test_the_list_is_the_frequent_answers(questions):
+def test_the_list_is_the_frequent_answers_or_that_of_a_file(questions, tmp_path):
     # Of 32 questions, 16 are about the ground of scenes 0 to 15, which is white, and 4 about each colour.
     colours = ["blue", "green", "red", "yellow"]
     assert make_state(questions, answers="masked") == {"answers": ["white", *colours]}
     assert make_state(questions, min_count=4)["answers"] == ["white", *colours]
+    make_view(tmp_path / "view", [questions], ViewOptions(leaks="keep"), weights=[2])  # copies count once
+    assert make_state(tmp_path / "view", min_count=4)["answers"] == ["white", *colours]
+    for data in (questions, tmp_path / "view"):
+        with pytest.raises(DataError, match="found 1"):
+            make_state(data, min_count=5)
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps(["Red!", "blue", "red", "the"]))
+    assert make_state(questions, answer_list=file, answers="masked") == {"answers": ["red", "blue"]}
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        (["red", "blue", "black"], DataError, "'black'"),  # the ground of some test scenes, and of no training scene
+        ({"red": 0}, DataError, "a JSON list"),
+        (["red"], DataError, r"answers\.json, found 1"),
+        (None, RunError, "answers"),
+    ],
+)
+def test_lists_from_elsewhere_are_refused(questions, trained, tmp_path, content, error, message):
+    file = tmp_path / "answers.json"
+    if content is not None:
+        file.write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        make_state(questions, answer_list=file)
+    with pytest.raises(DataError, match="split test"):
+        make_state(questions, "test")
+    with pytest.raises(DataError, match="answers"):
+        VisualQuestionAnswering(load_model(trained).network, TaskOptions(), {"answers": ["red", "red"]})
 
 
 def ask(folder, answers) -> Path:
@@ -41,17 +82,10 @@ def ask(folder, answers) -> Path:
 
 
 @pytest.mark.parametrize(
-    "answers, message",
-    [
-        (["red"], r"key 0: wanted answers as objects with the text `answer`, found 'red'"),
-        ("red", "wanted answers as objects with the text `answer`, found 'red'"),
-        ([{"answer": 3}], "wanted answers as objects with the text `answer`, found {'answer': 3}"),
-        ([{"answer": "red", "answer_id": 1}] * 10, "wanted answers with an `answer_id` of their own, found .* twice"),
-        ([{"answer": "red"}] * 10, "wanted answers with an `answer_id` of their own, found {'answer': 'red'} twice"),
-    ],
+    "answers", [["red"], "red", [{"answer": 3}], [{"answer": "red", "answer_id": 1}] * 10, [{"answer": "red"}] * 10]
 )
-def test_answers_that_the_metric_cannot_compare_are_refused(tmp_path, answers, message):
-    with pytest.raises(DataError, match=message):
+def test_answers_that_the_metric_cannot_compare_are_refused(tmp_path, answers):
+    with pytest.raises(DataError, match="key 0: wanted answers"):
         task_questions(open_dataset(ask(tmp_path / "d", answers), "train"))
 
 
@@ -73,16 +107,8 @@ def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
             writer.add(str(i), png(scene(i)[0]), ["what colour?"], {"question_id": i, "answers": answers})
     assert make_state(tmp_path / "d")["answers"] == ["red", "blue"]
     assert make_state(tmp_path / "d", min_count=2)["answers"] == ["red", "blue"]
-    with pytest.raises(DataError, match="wanted at least 2 answers with 3 training questions each, found 1"):
+    with pytest.raises(DataError, match="found 1"):
         make_state(tmp_path / "d", min_count=3)
-
-
-def test_copies_in_a_weighted_view_make_no_answer_frequent(questions, tmp_path):
-    """Each colour answers four questions, and the ground more."""
-    make_view(tmp_path / "view", [questions], ViewOptions(leaks="keep"), weights=[2])
-    for data in (questions, tmp_path / "view"):
-        with pytest.raises(DataError, match="at least 2 answers with 5 training questions each, found 1"):
-            make_state(data, min_count=5)
 
 
 def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trained):
@@ -96,36 +122,6 @@ def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trai
         load_model(trained).network, TaskOptions(answers="classifier"), {"answers": state["answers"]}
     )
     assert not older.head.answers.bias.any()
-
-
-def test_a_file_gives_the_list(questions, tmp_path):
-    file = tmp_path / "answers.json"
-    file.write_text(json.dumps(["Red!", "blue", "red", "the"]))
-    assert make_state(questions, answer_list=file, answers="masked") == {"answers": ["red", "blue"]}
-    assert make_state(questions, answer_list=file)["answers"] == ["red", "blue"]
-
-
-@pytest.mark.parametrize(
-    "content, error, message",
-    [
-        (["red", "blue", "black"], DataError, "found 1 of 3 that are none, such as 'black'; make the list from the tr"),
-        ({"red": 0}, DataError, "wanted a JSON list of answers"),
-        (["red"], DataError, r"wanted at least 2 answers in .*answers\.json, found 1; add answers to the file"),
-        (None, RunError, "could not read it"),
-    ],
-)
-def test_lists_from_elsewhere_are_refused(questions, tmp_path, content, error, message):
-    """Black is the ground of some test scenes, and of no training scene."""
-    file = tmp_path / "answers.json"
-    if content is not None:
-        file.write_text(json.dumps(content))
-    with pytest.raises(error, match=message):
-        make_state(questions, answer_list=file)
-
-
-def test_the_test_split_gives_no_list(questions):
-    with pytest.raises(DataError, match="from which alone the list of answers may come, found the split test"):
-        make_state(questions, "test")
 
 
 def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path):
@@ -149,6 +145,103 @@ def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path
         assert targets[0, :3].tolist() == pytest.approx([*values, 0])
 
 
-def test_an_answer_twice_on_the_list_is_refused(trained):
-    with pytest.raises(DataError, match="wanted at least 2 different ones"):
-        VisualQuestionAnswering(load_model(trained).network, TaskOptions(), {"answers": ["red", "red"]})
+ANSWERS = ["red", "blue square", "top left on white", "red and blue", "yes", "no"]
+OF = torch.tensor([0, 3, 1, 1, 4, 0, 2])
+IDS = torch.tensor([0, 1, 2, 5, 3, 3, 4])
+
+
+@pytest.fixture(scope="module")
+def parts(tokenizer):
+    model = micro_model(text_length=24)
+    batch, _ = micro_batch()
+    return model, batch, AnswerTable(ANSWERS, tokenizer, model.config.text_length)
+
+
+def shared(batch):
+    """Eight samples of the batch's five images and captions, in another order and with repetitions."""
+    images, captions = torch.tensor([4, 0, 0, 2, 1, 3, 3, 4]), torch.tensor([1, 0, 3, 2, 2, 4, 0, 1])
+    tokens = int(batch.cu_seqlens.diff()[captions].sum())
+    ids = torch.arange(len(images))
+    return replace(batch, image_of=images, caption_of=captions, sample_tokens=tokens, sample_id=ids)
+
+
+@torch.no_grad()
+def log_probabilities(model, batch, masks: int, sample: int) -> np.ndarray:
+    """Log-probabilities of each token at each mask of one sample (masks, V). Its text is put together as a list."""
+    images, captions = (x[sample].item() for x in batch.pairs())
+    start, stop = batch.cu_seqlens[captions : captions + 2].tolist()
+    cls, *question = batch.tokens[start:stop].tolist()
+    text = torch.tensor([cls, *[model.config.mask_token_id] * masks, *question])
+    v = model.encode_image(batch.images[images : images + 1])
+    w, _ = model.encode_text(text, torch.tensor([0, len(text)], dtype=torch.int32), len(text))
+    logits = model.language_head(model.text_cross(w, v)[0, 1 : 1 + masks]).numpy()
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def test_masks_stand_behind_the_first_token_of_each_text():
+    batch, _ = micro_batch()
+    for given in (batch, shared(batch)):
+        found, wanted = with_masks(given, 3, 4), []
+        for start, stop in pairwise(given.cu_seqlens.tolist()):
+            cls, *rest = given.tokens[start:stop].tolist()
+            wanted.append([cls, 4, 4, 4, *rest])
+        assert found.tokens.tolist() == [token for text in wanted for token in text]
+        assert found.cu_seqlens.diff().tolist() == [len(text) for text in wanted]
+        assert found.max_length == max(map(len, wanted))
+        if given.caption_of is not None:
+            assert found.sample_tokens == sum(len(wanted[i]) for i in given.caption_of.tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("cross_layers", [1, 2])
+@torch.no_grad()
+def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, cross_layers):
+    model, batch, table = parts
+    if cross_layers != model.config.cross_layers:
+        model = micro_model(text_length=24, cross_layers=cross_layers)
+    batch = shared(batch) if share else batch
+    masks = table.masks
+    weights = torch.rand(len(OF), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = mask_features(model, batch, masks, plan)
+    assert x.shape == (len(batch.sample_id), masks, model.config.width)
+    loss, accuracy, counted = answers_loss(model, x, table, IDS, OF, weights, plan)
+    wanted, right, number = 0.0, 0, 0
+    for answer, of, weight in zip(IDS.tolist(), OF.tolist(), weights.tolist(), strict=True):
+        tokens = tokenizer.encode([ANSWERS[answer]], model.config.text_length)[0].tolist()[1:]  # [SEP] included
+        log_p = log_probabilities(model, batch, masks, of)
+        wanted -= weight * sum(log_p[place, token] for place, token in enumerate(tokens))
+        right += sum(log_p[place].argmax() == token for place, token in enumerate(tokens))
+        number += len(tokens)
+    assert loss.item() == pytest.approx(wanted, rel=1e-9)
+    assert (accuracy.item(), counted) == (pytest.approx(right / number), number)
+    none = torch.empty(0, dtype=torch.int64)  # a batch without a listed answer
+    loss, accuracy, counted = answers_loss(model, x, table, none, none, weights[:0], plan)
+    assert (loss.item(), accuracy.item(), counted) == (0, 0, 0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_likeliest_answer_of_the_list_is_chosen(parts, tokenizer, monkeypatch):
+    model, batch, table = parts
+    masks = table.masks
+    x = mask_features(model, batch, masks, "fast")
+    encoded = [tokenizer.encode([answer], model.config.text_length)[0].tolist()[1:] for answer in ANSWERS]
+    wanted = []
+    for sample in range(len(batch.sample_id)):
+        log_p = log_probabilities(model, batch, masks, sample)
+        wanted.append(int(np.argmax([sum(log_p[i, t] for i, t in enumerate(tokens)) for tokens in encoded])))
+    assert len(set(wanted)) > 1
+    assert likeliest(model, x, table).tolist() == wanted
+    monkeypatch.setattr("mvlm.tasks.vqa.LOGITS_AT_A_TIME", 1)  # a question at a time
+    assert likeliest(model, x, table).tolist() == wanted
+
+
+def test_questions_are_cut_behind_the_masks(tokenizer):
+    model = micro_model(text_length=24)
+    task = VisualQuestionAnswering(model, TaskOptions(answers="masked"), {"answers": ANSWERS})
+    task.set_tokenizer(tokenizer)
+    longest = max(len(tokenizer.encode([answer], 40)[0]) for answer in ANSWERS) - 1  # its [SEP] included
+    assert task.masks == longest
+    assert task.loader_options() == {"text_length": 24 - longest}

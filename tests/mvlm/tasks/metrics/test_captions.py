@@ -1,11 +1,11 @@
-"""BLEU and CIDEr-D against torchmetrics, dense numpy vectors, and COCO's own code where it is installed."""
+"""BLEU and CIDEr-D against torchmetrics, dense vectors and COCO's own code, if it is installed; facts by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from mvlm.tasks.metrics.captions import bleu, cider, tokenize
+from mvlm.tasks.metrics.captions import bleu, cider, fact_figures, is_scene, tokenize
 
 WORDS = ["a", "red", "heart", "left", "of", "the", "blue", "circle", "dog", "sits"]
 
@@ -105,3 +105,46 @@ def test_captions_that_copy_and_captions_that_share_nothing():
 
 def test_cider_of_one_image_is_zero():
     assert cider({"1": "a dog"}, {"1": ["a dog"]}).tolist() == [0]
+
+
+SCENES = {
+    "1": {
+        "size": [128, 128],
+        "objects": [
+            {"name": "dog", "colour": None, "box": [0, 0, 40, 40]},
+            {"name": "heart", "colour": "red", "box": [80, 0, 40, 40]},
+        ],
+    },
+    "2": {"size": [128, 128], "objects": [{"name": "cat", "colour": None, "box": [9, 9, 40, 40]}] * 2},
+}
+
+
+def test_figures_of_captions():
+    # 1: true are dog, one dog, heart; false are the colour, the number of blue hearts, and the side.
+    # 2: true is the cat, false the number. The scenes have 2 + 3 + 2 facts; dog, one dog, heart and cat are said.
+    captions = {"1": "a dog is right of a blue heart", "2": "a cat and a cat"}
+    found = fact_figures(captions, SCENES)
+    precision, recall = 4 / 8, 4 / 7
+    assert found == pytest.approx(
+        {
+            "fact_precision": 100 * precision,
+            "fact_recall": 100 * recall,
+            "fact_f1": 200 * precision * recall / (precision + recall),
+            "object_precision": 100,
+            "colour_precision": 0,
+            "count_precision": 100 / 3,
+            "relation_precision": 0,
+        }
+    )
+
+
+def test_complete_captions_have_all_facts_and_empty_ones_none():
+    captions = {"1": "a red heart right of a dog", "2": "two cats"}
+    assert set(fact_figures(captions, SCENES).values()) == {100}
+    assert fact_figures({"1": "", "2": "nothing"}, SCENES) == {"fact_precision": 0, "fact_recall": 0, "fact_f1": 0}
+
+
+@pytest.mark.parametrize("other", ["kitchen", None, 3, {"objects": 3, "size": [1, 2]}, {"objects": []}])
+def test_another_fields_of_this_name_are_no_scenes(other):
+    assert not is_scene(other)
+    assert all(map(is_scene, SCENES.values()))

@@ -1,7 +1,6 @@
-"""Fine-tuning for retrieval: its losses are of the whole batch, so ranks and microbatches share it."""
+"""Fine-tuning for retrieval: its losses have shared right answers, and its run is a model for other commands."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -21,59 +20,6 @@ from mvlm_dataloading import open_dataset
 from support.models import micro_config
 from support.questions import finetune_config as configured
 from support.scenes import scene, write_scenes
-
-
-@pytest.mark.slow
-def test_resumed_run_equals_an_undisturbed_one(trained, scenes, tmp_path):
-    settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4}
-    finetune(configured(trained, scenes, tmp_path / "whole", "retrieval", **settings))
-    settings |= {"checkpoint_every_steps": 2}
-    finetune(configured(trained, scenes, tmp_path / "cut", "retrieval", **settings))
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000004")
-    finetune(configured(trained, scenes, tmp_path / "cut", "retrieval", resume=True, **settings))
-    whole, cut = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
-    assert "val_mean_r1" in whole[-1]
-    for a, b in zip(whole, cut, strict=True):
-        for name in ("loss", "accuracy", "itc_accuracy", "grad_norm", "val_mean_r1"):
-            assert a.get(name) == b.get(name)
-
-
-@pytest.mark.slow
-def test_accumulated_microbatches_give_the_same_gradients(trained, scenes, tmp_path):
-    for name, accumulate in (("one", 1), ("four", 4)):
-        finetune(configured(trained, scenes, tmp_path / name, "retrieval", accumulate=accumulate, plan="plain"))
-    one, four = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "four"))
-    for a, b in zip(one, four, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_both_implementations_give_the_same_losses(trained, scenes, tmp_path):
-    for plan in ("plain", "fast"):
-        finetune(configured(trained, scenes, tmp_path / plan, "retrieval", plan=plan, max_steps=3))
-    plain, fast = (read_metrics(tmp_path / plan / "metrics.jsonl") for plan in ("plain", "fast"))
-    for a, b in zip(plain, fast, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(trained, scenes, tmp_path, on_two_ranks):
-    finetune(configured(trained, scenes, tmp_path / "one", "retrieval", max_steps=3, eval_every_steps=3))
-    settings = [
-        *("--checkpoint", trained, "--data", scenes, "--out", tmp_path / "two", "--max-steps", "3"),
-        *("--batch-size", "8", "--lr-encoder", "3e-3", "--lr-cross", "3e-3", "--lr-head", "3e-3", "--lr-end", "0"),
-        *("--warmup-steps", "2", "--crop-scale", "1", "1", "--device", "cpu", "--precision", "fp32"),
-        *("--weight-decay", "0", "--eval-every-steps", "3"),
-    ]
-    codes, errors = on_two_ranks("finetune", "retrieval", *settings)
-    assert codes == [0, 0], errors
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-        assert a.get("val_mean_r1") == b.get("val_mean_r1")
-    assert "val_mean_r1" in two[-1]
 
 
 @pytest.mark.slow
@@ -124,5 +70,5 @@ def test_the_loss_is_that_of_shared_right_answers(trained, tmp_path):
 @pytest.mark.parametrize("setting", [{"contrastive": "sigmoid"}, {"text_pooling": True}], ids=str)
 def test_a_model_of_another_contrastive_loss_is_refused(setting):
     model = MaskVLM(micro_config(**setting))
-    with pytest.raises(ConfigError, match=r"checkpoint: wanted a model with the paper's ITC, .*; fine-tune another"):
+    with pytest.raises(ConfigError, match="contrastive"):
         Retrieval(model, TaskOptions(), {})

@@ -1,0 +1,106 @@
+"""Metrics of answers that are right or wrong: labels, NLVR2's statements about images, and points in boxes."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mvlm.tasks.metrics import Scored
+
+
+def confusion_matrix(predicted: Sequence[str], wanted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Counts, int64 (labels, labels): rows are the wanted labels, columns the predicted ones.
+
+    ValueError for a label that is not in `labels`.
+    """
+    row = {label: number for number, label in enumerate(labels)}
+    if unknown := sorted({*predicted, *wanted} - row.keys()):
+        raise ValueError(f"label {unknown[0]!r}: wanted one of {', '.join(labels)}; correct the file")
+    counts = np.zeros((len(labels), len(labels)), dtype=np.int64)
+    np.add.at(counts, ([row[x] for x in wanted], [row[x] for x in predicted]), 1)
+    return counts
+
+
+def score_labels(predicted: Sequence[str], wanted: Sequence[str], labels: Sequence[str], groups: list[str]) -> Scored:
+    """Accuracy, mean per-class recall and the recall of each label, in per cent, and the confusion.
+
+    The mean is over the classes that occur in `wanted`; a class that does not occur has recall None.
+    """
+    counts = confusion_matrix(predicted, wanted, labels)
+    right, total = counts.diagonal(), counts.sum(1)
+    recall = {label: 100 * float(r / t) if t else None for label, r, t in zip(labels, right, total, strict=True)}
+    present = [value for value in recall.values() if value is not None]
+    figures = {
+        "accuracy": 100 * float(right.sum() / counts.sum()),
+        "mean_per_class_recall": sum(present) / len(present),
+        "recall": recall,
+        "confusion": counts.tolist(),
+    }
+    return Scored(figures, np.array([float(a == b) for a, b in zip(predicted, wanted, strict=True)]), groups)
+
+
+def set_of(identifier: str) -> str:
+    """The set of images of an identifier "split-set-pair-sentence". Statements about one set are not independent."""
+    return "-".join(identifier.rsplit("-", 3)[:2])
+
+
+def check_identifier(identifier: str) -> str:
+    """Fault in the form of an identifier, or an empty string."""
+    if identifier.count("-") >= 3:
+        return ""
+    return f'identifier {identifier!r}: wanted the form "split-set-pair-sentence", as NLVR2 has it'
+
+
+def score_statements(predicted: Mapping[str, bool], wanted: Mapping[str, bool], groups: list[str]) -> Scored:
+    """Accuracy over examples, and consistency: the share of sentences that are judged right on all their image pairs.
+
+    NLVR2 (Suhr et al., ACL 2019) judges each sentence on several image pairs.
+
+    Args:
+        predicted: judgement of each identifier of `wanted`.
+        wanted: truth of each identifier "split-set-pair-sentence".
+
+    Returns:
+        accuracy and consistency in per cent, and the numbers of examples and sentences.
+    """
+    sentences: dict[str, list[bool]] = defaultdict(list)
+    for identifier, truth in wanted.items():
+        split, images, _, sentence = identifier.rsplit("-", 3)
+        sentences[f"{split}-{images}-{sentence}"].append(predicted[identifier] == truth)
+    right = [predicted[identifier] == truth for identifier, truth in wanted.items()]
+    figures = {
+        "accuracy": 100 * sum(right) / len(right),
+        "consistency": 100 * sum(map(all, sentences.values())) / len(sentences),
+        "examples": len(right),
+        "sentences": len(sentences),
+    }
+    return Scored(figures, np.array(right, dtype=float), groups)
+
+
+def box_contains(box: Sequence[float], point: Sequence[float]) -> bool:
+    """True if the point (x, y) lies in the box (x, y, width, height), its left and upper edge included."""
+    (left, top, width, height), (x, y) = box, point
+    return left <= x < left + width and top <= y < top + height
+
+
+def score_points(
+    points: Sequence[Sequence[float]],
+    boxes: Sequence[Sequence[float]],
+    sizes: Sequence[Sequence[float]],
+    groups: list[str],
+) -> Scored:
+    """Pointing game (Zhang et al., ECCV 2016): the share of points in their boxes, beside two baselines.
+
+    Args:
+        points: (examples, 2), x and y in pixels.
+        boxes: (examples, 4), x, y, width and height in pixels.
+        sizes: (examples, 2), width and height of the image in pixels.
+
+    Returns:
+        accuracy; `center`, the accuracy of the image's centre; `chance`, the mean share of the image that a box covers.
+    """
+    hits = np.array([float(box_contains(box, point)) for box, point in zip(boxes, points, strict=True)])
+    center = [box_contains(box, (size[0] / 2, size[1] / 2)) for box, size in zip(boxes, sizes, strict=True)]
+    area = [box[2] * box[3] / (size[0] * size[1]) for box, size in zip(boxes, sizes, strict=True)]
+    shares = {"accuracy": hits, "center": center, "chance": area}
+    return Scored({name: 100 * float(np.mean(values)) for name, values in shares.items()}, hits, groups)
