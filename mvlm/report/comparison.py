@@ -10,8 +10,7 @@ from markupsafe import Markup
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.files import check_folder
-from mvlm.report.charts import line_chart, series
-from mvlm.report.html import figures_of, table, write_page
+from mvlm.report.html import figures_of, line_chart, series, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
 
 LAST_ROWS = 20  # the final losses are means over this many rows

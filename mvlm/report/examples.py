@@ -1,15 +1,18 @@
-"""Examples in a report: reconstructions, filled-in captions, the best and the worst retrievals.
+"""Examples in a run's report: reconstructions, filled-in captions, retrievals, words' maps and the embedding space.
 
 Functions return plain data; `templates/retrieval.html` draws it.
+
+Shape legend: n images, m captions, E contrastive width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mvlm.errors import ConfigError
 from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.evaluate import RERANK, unseen_images
 from mvlm.evaluation.retrieval import EncodedSplit, rank_all
@@ -17,18 +20,27 @@ from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import eval_loader
 from mvlm.inference.fill_mask import fill_mask
 from mvlm.inference.images import hide_patches, load_image
+from mvlm.inference.overlay import draw_words
 from mvlm.inference.reconstruction import reconstruct
+from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.report.html import data_uri
-from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
+from mvlm_dataloading import Dataset, Tokenizer
 
 RECONSTRUCTIONS = 12
 FILLED_CAPTIONS = 18
 RETRIEVALS = 4  # of each kind
+NEIGHBOURS = 5
+QUERIES = 6  # whose neighbours are shown
+MAPPED = 120  # images of the map of the embedding space
+CONFUSIONS = 8
+BLOCK = 256  # rows whose similarities are computed at a time
+WORD_MAPS = 4  # with maps of their words
+MOST_WORDS = 7  # with a map each
+SIDE = 112  # pixels of a panel with a map
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
+class Example(NamedTuple):
     """A text, an image, or both."""
 
     text: str
@@ -38,8 +50,7 @@ class Example:
     """"right" (drawn green), "wrong" (red) or empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class FilledCaption:
+class FilledCaption(NamedTuple):
     """A masked caption, and its guesses given the right image and a wrong one."""
 
     right_image: str
@@ -49,8 +60,7 @@ class FilledCaption:
     with_wrong: list[Example]
 
 
-@dataclass(frozen=True, slots=True)
-class Retrieval:
+class Retrieval(NamedTuple):
     """One query and its first answers."""
 
     query: Example
@@ -59,17 +69,28 @@ class Retrieval:
     answers: list[Example]
 
 
-@dataclass(frozen=True, slots=True)
-class RetrievalGroup:
-    """The best or the worst retrievals of one direction."""
+class WordMaps(NamedTuple):
+    """Maps of the words of a caption over an image."""
 
-    title: str
-    retrievals: list[Retrieval]
+    caption: str
+    log_odds: float
+    """ITM's log-odds that image and caption belong together."""
+    panels: str
+    """Data URI: the image, and a panel for each word."""
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Masked samples of a split, on the CPU. S image side, n samples, K masked patches, L tokens of a caption."""
+class Confusion(NamedTuple):
+    """A caption that is more similar to a wrong image than to its own."""
+
+    caption: str
+    own: Example
+    wrong: Example
+    own_similarity: float
+    wrong_similarity: float
+
+
+class Samples(NamedTuple):
+    """Masked samples of a split, on the CPU. S image side, K masked patches, L tokens of a caption."""
 
     images: Tensor
     """uint8 (n, 3, S, S)."""
@@ -92,19 +113,12 @@ def read_samples(model: MaskVLM, tokenizer: Tokenizer, split: Dataset, wanted: S
     for batch, masks in eval_loader(split, model, tokenizer):
         for row, sample in enumerate(batch.sample_id.tolist()):
             if sample in wanted:
+                start, end = batch.cu_seqlens[row : row + 2].tolist()
                 images.append(batch.images[row].cpu())
                 patch_ids.append(masks.patch_ids[row])
-                row_tokens, row_masked = caption_of(batch, masks, row)
-                tokens.append(row_tokens)
-                masked_tokens.append(row_masked)
+                tokens.append(batch.tokens[start:end])
+                masked_tokens.append(masks.token_ids[(masks.token_ids >= start) & (masks.token_ids < end)] - start)
     return Samples(torch.stack(images), torch.stack(patch_ids), tokens, masked_tokens)
-
-
-def caption_of(batch: Batch, masks: Masks, row: int) -> tuple[Tensor, Tensor]:
-    """Tokens of one caption, and the positions within it that are masked."""
-    start, end = batch.cu_seqlens[row : row + 2].tolist()
-    inside = masks.token_ids[(masks.token_ids >= start) & (masks.token_ids < end)]
-    return batch.tokens[start:end], inside - start
 
 
 def reconstructions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> list[list[Example]]:
@@ -185,8 +199,8 @@ def retrievals(
     features: EncodedSplit,
     k: int = RERANK,
     workspace: Workspace | None = None,
-) -> list[RetrievalGroup]:
-    """The right answers with the highest scores and the lowest-ranked right answers, in both directions.
+) -> list[tuple[str, list[Retrieval]]]:
+    """The right answers with the highest scores and the lowest-ranked right answers, in both directions, with titles.
 
     Args:
         k: candidates that ITM re-ranks; 0 for a model that was trained without ITM.
@@ -214,7 +228,7 @@ def retrievals(
                 )
                 for q in chosen
             ]
-            groups.append(RetrievalGroup(f"{title}, {name}", found))
+            groups.append((f"{title}, {name}", found))
     return groups
 
 
@@ -238,3 +252,117 @@ def retrieval(
 def thumbnail(split: Dataset, sample: int, side: int = 96) -> str:
     """An image of the split as the model sees it, squeezed to a square, as a data URI."""
     return data_uri(load_image(split.image_bytes(sample), side))
+
+
+def word_maps(model: TrainedModel, split: Dataset) -> list[tuple[WordMaps, WordMaps]]:
+    """For a few images, chosen at random: maps of the own caption, and of another image's."""
+    partner = partners_of(split)
+    found = []
+    for i in chosen_samples(WORD_MAPS, len(split), seed=3):
+        own, wrong = (_maps(model, split.image_bytes(i), split.captions(j)[0]) for j in (i, int(partner[i])))
+        found.append((own, wrong))
+    return found
+
+
+def _maps(model: TrainedModel, image: bytes, caption: str) -> WordMaps:
+    words = caption.split()[:MOST_WORDS]
+    while True:
+        try:
+            found = model.attention(image, " ".join(words))
+            break
+        except ConfigError:  # more tokens than the model takes
+            if len(words) > 1:
+                words.pop()
+            elif len(words[0]) > 1:  # a URL, or a language that is written without blanks
+                words = [words[0][: len(words[0]) // 2]]
+            else:
+                raise
+    sheet = draw_words(image, found, side=SIDE, columns=1 + len(found.words))
+    return WordMaps(" ".join(words), found.log_odds, data_uri(sheet))
+
+
+def neighbours(split: Dataset, features: EncodedSplit) -> list[tuple[Example, list[tuple[Example, float]]]]:
+    """A few images, chosen at random, each with the most similar other ones and their cosine similarities.
+
+    An image of several samples is there once.
+    """
+    samples = features.different
+    embeddings = features.image_embedding[samples].float()
+    found = []
+    for query in chosen_samples(QUERIES, len(samples), seed=4):
+        similarity = embeddings @ embeddings[query]
+        similarity[query] = float("-inf")
+        best = similarity.topk(min(NEIGHBOURS, len(samples) - 1))
+        others = samples[best.indices].tolist()
+        answers = [(_image(split, i), s) for s, i in zip(best.values.tolist(), others, strict=True)]
+        found.append((_image(split, int(samples[query])), answers))
+    return found
+
+
+def embedding_map(split: Dataset, features: EncodedSplit) -> tuple[list[tuple[Example, float, float]], float]:
+    """Some images, chosen at random, at the first two principal components of all images' embeddings.
+
+    An image of several samples is there once. Its place is from the left and from the top, in per cent. The last number
+    is the share of the variance of the embeddings that lies in the map, 0 to 1.
+    """
+    samples = features.different
+    places, explained = principal_components(features.image_embedding[samples])
+    low, high = places.min(0).values, places.max(0).values
+    scaled = (places - low) / (high - low).clamp(min=1e-12)
+    points = [
+        (_image(split, int(samples[i]), 48), 100 * float(scaled[i, 0]), 100 * (1 - float(scaled[i, 1])))
+        for i in chosen_samples(MAPPED, len(samples), seed=5)
+    ]
+    return points, explained
+
+
+def principal_components(embeddings: Tensor) -> tuple[Tensor, float]:
+    """The first two principal components of embeddings (n, E): places float64 (n, 2), and their share of the variance.
+
+    The sign of each is that which makes the sum of cubes positive, so that equal embeddings give equal maps.
+    """
+    centred = embeddings.double() - embeddings.double().mean(0)
+    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+    if len(values) < 2:
+        return torch.cat([centred @ directions.T, centred.new_zeros(len(centred), 2)], 1)[:, :2], 1.0
+    places = centred @ directions[:2].T
+    places = places * torch.where(places.pow(3).sum(0) < 0, -1.0, 1.0)
+    variance = values.square()
+    return places, float(variance[:2].sum() / variance.sum().clamp(min=1e-30))
+
+
+def confusions(split: Dataset, features: EncodedSplit) -> list[Confusion]:
+    """Captions whose most similar wrong image beats their own by most; a caption is shown once.
+
+    An image that has the same caption is not a wrong one.
+    """
+    images, texts, owner = features.image_embedding.double(), features.text_embedding.double(), features.owner
+    repeated = features.image != torch.arange(len(images))
+    with_caption: dict[str, list[int]] = {}
+    for caption, image in zip(features.captions, owner.tolist(), strict=True):
+        with_caption.setdefault(caption, []).append(image)
+    margins, wrongs = [], []
+    for start in range(0, len(texts), BLOCK):
+        similarity = texts[start : start + BLOCK] @ images.T  # (block, n)
+        own = similarity.gather(1, owner[start : start + BLOCK, None])[:, 0]
+        similarity[:, repeated] = float("-inf")
+        for row, caption in enumerate(features.captions[start : start + BLOCK]):
+            similarity[row, with_caption[caption]] = float("-inf")
+        best = similarity.max(1)
+        margins.append(best.values - own)
+        wrongs.append(best.indices)
+    margin, wrong = torch.cat(margins), torch.cat(wrongs)
+    found: dict[str, Confusion] = {}
+    for i in margin.argsort(descending=True, stable=True).tolist():
+        if margin[i] <= 0 or len(found) == CONFUSIONS:
+            break
+        caption, own, other = features.captions[i], int(owner[i]), int(wrong[i])
+        if caption not in found:
+            similarity = float(texts[i] @ images[own])
+            own_image, wrong_image = _image(split, own, mark="right"), _image(split, other, mark="wrong")
+            found[caption] = Confusion(caption, own_image, wrong_image, similarity, similarity + float(margin[i]))
+    return list(found.values())
+
+
+def _image(split: Dataset, sample: int, side: int = 96, mark: str = "") -> Example:
+    return Example(split.captions(sample)[0], thumbnail(split, sample, side), mark)

@@ -1,12 +1,43 @@
-"""Tables and curves of a report: recall, cross-modal gain and masked losses, each with its baseline."""
+"""Tables and curves of a report, each figure with its baseline: retrieval, cross-modal gain, a task's figures."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import describe_trivial_losses
-from mvlm.report.charts import line_chart, series
-from mvlm.report.html import table
+from mvlm.report.html import figures_of, line_chart, series, table
+
+NAMES = {
+    "accuracy": "accuracy, %",
+    "mean_per_class_recall": "mean per-class recall, %",
+    "consistency": "consistency, %",
+    "majority": "baseline: always the majority's label, %",
+    "cider_d": "CIDEr-D x 100",
+    **{f"bleu_{n}": f"BLEU-{n} x 100" for n in range(1, 5)},
+    "equal": "equal to a reference, %",
+    "fact_precision": "facts: precision, %",
+    "fact_recall": "facts: recall, %",
+    "fact_f1": "facts: F1, %",
+}
+"""Names of a task's figures; others keep their own."""
+TYPES = {
+    "by_answer_type": "Accuracy by type of answer, %",
+    "by_question_type": "Accuracy by type of question, %",
+    "recall": "Recall of each label, %",
+}
+"""Titles of a task's figures that have a value for each type."""
+OPTIONS = ("lengths", "iterations", "choose_by")
+"""Options of an evaluation that `mvlm eval TASK` writes beside its figures, if they were given."""
+RUN_CURVES = {
+    "mlm": "MLM, nats per masked token",
+    "mim": "MIM, L1 of masked pixels",
+    "itc": "ITC, nats",
+    "itm": "ITM, nats",
+}
+TASK_CURVES = {"loss": "loss", "accuracy": "accuracy of training batches, 0 to 1"}
 
 
 def recalls(figures: dict[str, Any]) -> Markup:
@@ -21,9 +52,8 @@ def recalls(figures: dict[str, Any]) -> Markup:
                 continue
             cells = [f"{found[direction][r]:.1f}" for direction in ("tr", "ir") for r in ("r1", "r5", "r10")]
             rows.append([f"{name}: {part['n_images']} images, {part['n_texts']} captions", how, *cells])
-    chance = [
-        f"{min(100, 100 * k / figures['n_images']):.2f}" for k in (1, 5, 10)
-    ]  # with all captions of an image right
+    # with all captions of an image right
+    chance = [f"{min(100, 100 * k / figures['n_images']):.2f}" for k in (1, 5, 10)]
     rows.append(["chance", "", *chance, *chance])
     names = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5, 10)]
     return table(["queries", "ranked by", *names], rows)
@@ -32,27 +62,15 @@ def recalls(figures: dict[str, Any]) -> Markup:
 def objectives(figures: dict[str, Any]) -> Markup:
     """A table of cross-modal gain and masked losses, each with its baseline."""
     text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
-    return table(
-        ["objective", "figure", "baseline"],
-        [
-            [
-                "text: cross-modal gain",
-                f"{figures['gain_text_nats']:.2f} nats per token ({text[0]:.2f} to {text[1]:.2f})",
-                "0 if the image does not help",
-            ],
-            [
-                "pixels: cross-modal gain",
-                f"{figures['gain_pixels_pct']:.2f} % ({pixels[0]:.2f} to {pixels[1]:.2f})",
-                "0 if the caption does not help",
-            ],
-            [
-                "pixels: masked L1",
-                f"{figures['masked_l1']:.4f}",
-                describe_trivial_losses(figures),
-            ],
-            ["text: masked tokens", f"{figures['masked_nats']:.3f} nats per token", ""],
-        ],
-    )
+    nats = f"{figures['gain_text_nats']:.2f} nats per token ({text[0]:.2f} to {text[1]:.2f})"
+    percent = f"{figures['gain_pixels_pct']:.2f} % ({pixels[0]:.2f} to {pixels[1]:.2f})"
+    rows = [
+        ["text: cross-modal gain", nats, "0 if the image does not help"],
+        ["pixels: cross-modal gain", percent, "0 if the caption does not help"],
+        ["pixels: masked L1", f"{figures['masked_l1']:.4f}", describe_trivial_losses(figures)],
+        ["text: masked tokens", f"{figures['masked_nats']:.3f} nats per token", ""],
+    ]
+    return table(["objective", "figure", "baseline"], rows)
 
 
 def unseen_note(figures: dict[str, Any]) -> str:
@@ -67,36 +85,129 @@ def unseen_note(figures: dict[str, Any]) -> str:
     )
 
 
-def curves(rows: list[dict[str, Any]], window: int) -> list[Markup]:
-    """Charts of losses, learning rate and gradient norm by step, and of the evaluations if there are any.
+def pointing_game(file: Path, model: str) -> dict[str, Any] | None:
+    """The pointing game of a file of `mvlm eval grounding`, None without the file.
 
-    Losses and gradient norm are trailing means over `window` rows.
+    `source` says what it is of, `rows` are name, accuracy in per cent and 95 % interval of the model and of each
+    baseline, `verdict` is a sentence on the difference to the untrained model. `stale` is true if the figures are not
+    of the `model`, a hash; a file of an earlier version names no model.
+
+    RunError if the file is something else.
     """
+    if not file.is_file():
+        return None
+    with figures_of(file, "mvlm eval grounding") as found:
+        names = {
+            "accuracy": "this model",
+            "wrong_phrase": "the same with another phrase",
+            "untrained": "untrained model, random weights",
+            "center": "centre of the image",
+            "chance": "chance, the mean share of the image that a box covers",
+        }
+        bounds = {name: found[f"{name}_95"] for name in ("accuracy", "untrained")}
+        intervals = {name: f"{low:.1f} to {high:.1f}" for name, (low, high) in bounds.items()}
+        low, high = found["above_untrained_95"]
+        points = "points better" if low > 0 else "points worse" if high < 0 else "does not point better"
+        difference = f"95 % interval of the difference {low:+.1f} to {high:+.1f} points"
+        source = f"{found['phrases']} phrases of {found['data']}, {found['split']}; checkpoint {found['checkpoint']}"
+        return {
+            "source": source,
+            "rows": [[what, f"{found[name]:.1f}", intervals.get(name, "")] for name, what in names.items()],
+            "verdict": f"The model {points} than the untrained one ({difference}).",
+            "stale": found.get("model", model) != model,
+        }
 
-    titles = {
-        "mlm": "MLM, nats per masked token",
-        "mim": "MIM, L1 of masked pixels",
-        "itc": "ITC, nats",
-        "itm": "ITM, nats",
-    }
-    charts = [line_chart(title, {name: series(rows, name, window)}) for name, title in titles.items()]
-    rates = {name: series(rows, name) for name in ("lr", "lr_muon") if any(name in row for row in rows)}
+
+def read_evaluation(file: Path, task: str, command: str) -> dict[str, Any]:
+    """Figures and records that `mvlm eval TASK` wrote to a file.
+
+    Args:
+        command: command that makes the file, for errors.
+
+    RunError if there is no such file, or it holds something else or another task's figures.
+    """
+    with figures_of(file, command) as found:
+        name = found["task"]
+        if not isinstance(found["split"], str) or not all(isinstance(r["sample"], int) for r in found["records"]):
+            raise TypeError("a split and the sample of each record")
+    if name != task:
+        raise RunError(f"{file}: wanted an evaluation of {task}, found one of {name}; run `{command}`")
+    return found
+
+
+def other_evaluations(main: Path, task: str) -> dict[str, dict[str, Any]]:
+    """Further evaluations of the task beside the main one, by the names of their files. Other files are left out."""
+    found = {}
+    for file in sorted(main.parent.glob("*.json")):
+        if file != main:
+            try:
+                found[file.stem] = read_evaluation(file, task, "")
+            except RunError:
+                continue
+    return found
+
+
+def figures_table(evaluations: Mapping[str, dict[str, Any]]) -> Markup:
+    """A row for each figure and a column for each evaluation; 95 % intervals in brackets."""
+    names = {name for found in evaluations.values() for name, value in found.items() if _is_number(value)}
+    names -= set(OPTIONS)
+    first = [name for name in NAMES if name in names]
+    rows = []
+    for name in [*first, *sorted(names - set(first))]:
+        rows.append([NAMES.get(name, name), *(_cell(found, name) for found in evaluations.values())])
+    return table(["", *evaluations], rows)
+
+
+def types_tables(evaluations: Mapping[str, dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """Title and table of each figure that has values for types."""
+    found = []
+    for name, title in TYPES.items():
+        parts = [figures.get(name) or {} for figures in evaluations.values()]
+        kinds = dict.fromkeys(kind for part in parts for kind in part)
+        if list(kinds) not in ([], ["all"]):
+            rows = [[kind, *(_number(part.get(kind)) for part in parts)] for kind in kinds]
+            found.append((title, table(["", *evaluations], rows)))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> str:
+    if not _is_number(value):
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def _cell(figures: Mapping[str, Any], name: str) -> str:
+    interval = figures.get(f"{name}_95")
+    text = _number(figures.get(name))
+    return f"{text} ({_number(interval[0])} to {_number(interval[1])})" if interval else text
+
+
+def curves(rows: Sequence[dict[str, Any]], window: int, of_task: bool = False) -> list[Markup]:
+    """Charts by step: losses, learning rates, gradient norm, and the evaluations if there are any.
+
+    Figures of training steps are trailing means over `window` rows.
+    """
+    charts = [
+        line_chart(title, {name: series(rows, name, window)})
+        for name, title in (TASK_CURVES if of_task else RUN_CURVES).items()
+    ]
+    if of_task:
+        for name in dict.fromkeys(name for row in rows for name in row if name.startswith("val_")):
+            charts.append(line_chart(f"validation {name.removeprefix('val_')}", {name: series(rows, name)}))
+        rates = {"cross-modality modules": series(rows, "lr"), "encoders": series(rows, "lr_encoder")}
+    else:
+        rates = {name: series(rows, name) for name in ("lr", "lr_muon") if any(name in row for row in rows)}
     charts.append(line_chart("learning rate", rates))
     charts.append(line_chart("gradient norm before clipping", {"grad_norm": series(rows, "grad_norm", window)}))
-    if any("tr_r1" in row for row in rows):
-        charts.append(
-            line_chart(
-                "validation R@1 by ITC, %",
-                {"image to text": series(rows, "tr_r1"), "text to image": series(rows, "ir_r1")},
-            )
-        )
+    if not of_task and any("tr_r1" in row for row in rows):
+        recall = {"image to text": series(rows, "tr_r1"), "text to image": series(rows, "ir_r1")}
+        text, pixels = ({"gain": series(rows, name)} for name in ("gain_text_nats", "gain_pixels_pct"))
+        charts.append(line_chart("validation R@1 by ITC, %", recall))
         charts.append(line_chart("validation masked L1", {"masked L1": series(rows, "masked_l1")}))
-        charts.append(
-            line_chart(
-                "validation gain, text, nats per token", {"gain": series(rows, "gain_text_nats")}, {"no gain": 0}
-            )
-        )
-        charts.append(
-            line_chart("validation gain, pixels, %", {"gain": series(rows, "gain_pixels_pct")}, {"no gain": 0})
-        )
+        charts.append(line_chart("validation gain, text, nats per token", text, {"no gain": 0}))
+        charts.append(line_chart("validation gain, pixels, %", pixels, {"no gain": 0}))
     return charts

@@ -1,9 +1,10 @@
-"""The HTML of all pages: the template environment, and the parts that they share."""
+"""The HTML of all pages: the template environment, tables, images, and line charts as inline SVG."""
 
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from mvlm.errors import RunError
 
+WIDTH, HEIGHT = 460, 210  # of a chart, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 30
+POINTS = 1000  # of a line with twice as many values or more; a chart is 392 px wide between its margins
 FOLDER = Path(__file__).parent
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER / "templates"),
@@ -61,11 +65,94 @@ def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dic
     """The figures that a command wrote to a file.
 
     Raises:
-        RunError: the file is something else, or lacks a figure that is read inside the `with` block.
+        RunError: there is no such file, it is something else, or it lacks a figure that is read inside the `with`
+            block.
     """
+    if not file.is_file():
+        raise RunError(f"{file}: wanted the run's evaluation, found none; first run `{command}`")
     try:
         yield json.loads(file.read_text())
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{file}: wanted the figures that `{command}` writes, got {error!r}; evaluate the run again"
         ) from None
+
+
+def line_chart(
+    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], guides: Mapping[str, float] | None = None
+) -> Markup:
+    """An SVG with one polyline per series (name -> x values, y values) and dashed lines at the `guides` (name -> y).
+
+    Points that are not finite are left out.
+    """
+    guides = guides or {}
+    points = {
+        name: [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+        for name, (xs, ys) in series.items()
+    }
+    xs = [x for line in points.values() for x, _ in line]
+    ys = [y for line in points.values() for _, y in line] + list(guides.values())
+    if not xs:
+        return render("chart.html", title=title, names=[], lines=[])
+    x_low, x_high, (y_low, y_high, y_step) = min(xs), max(xs), nice_range(min(ys), max(ys))
+
+    def px(x: float) -> float:
+        return LEFT + (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    def line_at(y: float, text: str, below: float) -> dict[str, str]:
+        """A horizontal line and its label, which stands `below` the line."""
+        return {"y": f"{py(y):.1f}", "text": text, "text_y": f"{py(y) + below:.1f}"}
+
+    grid_values = [y_low + n * y_step for n in range(round((y_high - y_low) / y_step) + 1)]
+    return render(
+        "chart.html",
+        title=title,
+        names=list(points),
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        grid=[line_at(y, f"{y:.4g}", 4) for y in grid_values],
+        ticks=[
+            {
+                "x": f"{px(x):.1f}",
+                "anchor": "end" if x == x_high else "middle",
+                "text": f"{x:.0f}" if abs(x) >= 1000 else f"{x:.4g}",
+            }
+            for x in (x_low, (x_low + x_high) / 2, x_high)
+        ],
+        guides=[line_at(y, name, -4) for name, y in guides.items()],
+        lines=[" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line) for line in points.values()],
+    )
+
+
+def nice_range(low: float, high: float) -> tuple[float, float, float]:
+    """The smallest range of round numbers around [low, high], and the step between its three to seven grid lines."""
+    if high == low:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    span = high - low
+    step = 10 ** math.floor(math.log10(span / 4))
+    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 5)
+    return math.floor(low / step) * step, math.ceil(high / step) * step, step
+
+
+def trailing_mean(values: Sequence[float], last: int, window: int) -> float:
+    """The mean of up to `window` values, of which the last has the index `last`."""
+    # Not by a running sum: after one huge value it would have lost all smaller ones.
+    return math.fsum(values[max(0, last + 1 - window) : last + 1]) / min(last + 1, window)
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str, window: int = 1) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, where it was computed; values are trailing means over `window` of them.
+
+    Of many rows, evenly spaced ones and the last become points. Their means are over all rows of their windows.
+    """
+    kept = [row for row in rows if row.get(name) is not None]
+    values = [row[name] for row in kept]
+    drawn = list(range(0, len(kept), max(1, len(kept) // POINTS)))
+    if drawn and drawn[-1] < len(kept) - 1:
+        drawn.append(len(kept) - 1)
+    return [kept[i]["step"] for i in drawn], [trailing_mean(values, i, window) for i in drawn]

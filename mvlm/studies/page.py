@@ -20,8 +20,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError
-from mvlm.report.charts import line_chart
-from mvlm.report.html import table, write_page
+from mvlm.report.html import line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
 from mvlm.studies.study import Study
 from mvlm_dataloading.files import write_file

@@ -14,7 +14,7 @@ def test_a_report_of_an_evaluation_that_is_not_one_is_refused(run_mvlm, run_copy
     (run_copy / "eval").mkdir()
     (run_copy / "eval/test.json").write_text(text)
     outcome = run_mvlm("report", run_copy, *(made_up_run(tmp_path / name) for name in others))
-    assert_refused(outcome, f"{run_copy}/eval/test.json: wanted the figures that `mvlm eval retrieval` writes, got ")
+    assert_refused(outcome, f"{run_copy}/eval/test.json: wanted the figures that `mvlm eval retrieval")
 
 
 def test_a_report_of_a_run_without_an_evaluation_names_the_command(run_mvlm, trained):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from mvlm import cli
 from mvlm.errors import RunError
 from mvlm.report.comparison import write_comparison
 from support.pages import HOSTILE, Page
@@ -49,24 +48,6 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     assert text.startswith("<!doctype html>")
 
 
-def test_the_page_of_long_runs_is_small(tmp_path):
-    runs = [made_up(tmp_path / "a", 1.5, 5000), made_up(tmp_path / "b", 2.5, 5000)]
-    lines = Page(write_comparison(runs, tmp_path / "page.html").read_text()).all("polyline")
-    assert [1000 <= len((line["points"] or "").split()) <= 1100 for line in lines] == [True] * 6
-
-
-def test_a_run_without_itm_is_said_to_be_ranked_by_itc(tmp_path):
-    runs = [made_up(tmp_path / "a", 1.5), made_up(tmp_path / "b", 2.5)]
-    ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
-    figures = {"split": "test", "tr": ranks, "ir": ranks, "gain_text_nats": 0.5, "gain_pixels_pct": 4.25}
-    for run, reranked in zip(runs, (32, 0), strict=True):
-        (run / "eval").mkdir()
-        (run / "eval/test.json").write_text(json.dumps(figures | {"reranked": reranked}))
-    rows = Page(write_comparison(runs, tmp_path / "page.html").read_text()).rows
-    found = [[row[0], *row[4:6]] for row in rows if row[2:3] == ["test"]]
-    assert found == [["a", "ITC + ITM", "32"], ["b", "ITC", "0"]]
-
-
 FIGURES = {"checkpoint": "runs/a", "fingerprint": "f", "n_images": 413, "reranked": 32}
 DATA, CANDIDATES = "in their data.", "in their number of re-ranked candidates."
 
@@ -77,7 +58,7 @@ DATA, CANDIDATES = "in their data.", "in their number of re-ranked candidates."
         ({}, ""),
         ({"fingerprint": "g"}, DATA),
         ({"n_images": 20}, DATA),
-        ({"reranked": 8}, CANDIDATES),
+        ({"reranked": 0}, CANDIDATES),
         ({"fingerprint": "g", "reranked": 0}, f"{DATA[:-1]} and {CANDIDATES[9:]}"),
         ({"fingerprint": None, "reranked": None}, ""),  # of an earlier version
         ({"fingerprint": "g", "split": "validation"}, ""),
@@ -95,26 +76,19 @@ def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, 
     head = next(row for row in page.rows if row[:2] == ["run", "checkpoint"])
     a, b = (dict(zip(head, row, strict=True)) for row in page.rows if len(row) == len(head) and row[0] in ("a", "b"))
     assert (a["checkpoint"], a["images"], a["re-ranked"]) == ("a", "413", "32")
+    assert (a["ranked by"], b["ranked by"]) == ("ITC + ITM", "ITC" if other.get("reranked") == 0 else "ITC + ITM")
     assert b["checkpoint"] == "000400"
     assert ("differ in more than the model" in page.text) == bool(note)
     assert note in page.text
 
 
-def test_hostile_names_and_settings_are_escaped(tmp_path):
-    runs = [made_up(tmp_path / "<script>a", 1.5), made_up(tmp_path / "b", 2.5, tokenizer=HOSTILE)]
+def test_names_and_settings_are_escaped_and_equal_names_told_apart_by_their_paths(tmp_path):
+    runs = [made_up(tmp_path / "<script>/run", 1.5), made_up(tmp_path / "b/run", 2.5, tokenizer=HOSTILE)]
     page = Page(write_comparison(runs, tmp_path / "page.html").read_text())
     assert not page.all("script")
     assert not page.all("img")
     assert ["tokenizer", "null", json.dumps(HOSTILE)] in page.rows
-    assert "<script>a" in page.text
-
-
-def test_runs_of_equal_names_are_told_apart_by_their_paths(tmp_path):
-    runs = [made_up(tmp_path / "x/run", 1.0), made_up(tmp_path / "<y>/run", 2.0)]
-    page = write_comparison(runs, tmp_path / "page.html").read_text()
-    assert f"{tmp_path}/x/run" in page
-    assert f"{tmp_path}/&lt;y&gt;/run" in page
-    assert "<y>" not in page
+    assert all(str(run) in page.text for run in runs)
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
@@ -122,19 +96,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     empty = made_up(tmp_path / "empty", 1.0, steps=0)
     many = [made_up(tmp_path / f"many/{n}", 1.0) for n in range(7)]
     for runs, message in (
-        ([run, run], "wanted different runs, got one twice"),
-        ([run, tmp_path / "none"], "none: wanted a run folder, found no such folder"),
-        ([run, empty], "metrics.jsonl: wanted the metrics of a run, found none"),
-        (many, "wanted 2 to 6 runs to compare, got 7"),
+        ([run, run], "twice"),
+        ([run, tmp_path / "none"], "none: "),
+        ([run, empty], r"metrics\.jsonl"),
+        (many, "got 7"),
     ):
         with pytest.raises(RunError, match=message):
             write_comparison(runs, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
-
-
-@pytest.mark.slow
-def test_report_of_several_runs_writes_a_comparison(tmp_path, capsys):
-    runs = [made_up(tmp_path / name, 1.0) for name in "abc"]
-    cli.run_command(["report", *map(str, runs)])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a/compare.html")
-    assert "<h1>a · b · c</h1>" in (tmp_path / "a/compare.html").read_text()

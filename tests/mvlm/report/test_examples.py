@@ -1,4 +1,4 @@
-"""Examples of a report, with the micro model and with made-up ranks."""
+"""Examples of a report, with the micro model, made-up ranks, and numpy on made-up embeddings."""
 
 import base64
 import io
@@ -9,11 +9,11 @@ import torch
 from PIL import ExifTags, Image
 
 from mvlm.evaluation.cross_modal_gain import partners_of
-from mvlm.evaluation.evaluate import unseen_images
-from mvlm.evaluation.retrieval import Ranks, encode_split
+from mvlm.evaluation.retrieval import EncodedSplit, Ranks, encode_split
+from mvlm.inference.trained_model import TrainedModel
 from mvlm.report import examples
 from mvlm.report.html import data_uri
-from mvlm_dataloading import ShardWriter, open_dataset
+from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 from support.models import micro_model
 from support.scenes import png, scene, write_scenes
 
@@ -41,30 +41,6 @@ def test_a_thumbnail_is_what_the_model_sees(tmp_path):
         np.testing.assert_allclose(found, grey.T if along == 0 else grey, atol=1)
 
 
-def test_chosen_samples_are_a_fixed_choice():
-    chosen = examples.chosen_samples(5, 100, 1)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == 5
-    assert set(chosen) < set(range(100))
-    assert chosen == examples.chosen_samples(5, 100, 1)
-    assert chosen != examples.chosen_samples(5, 100, 2)
-    assert chosen != [0, 1, 2, 3, 4]
-    assert examples.chosen_samples(5, 3, 1) == [0, 1, 2]
-
-
-def test_samples_are_read_in_the_order_of_the_split(model, tokenizer, heldout_split):
-    samples = examples.read_samples(model, tokenizer, heldout_split, [6, 1, 3])
-    assert samples.patch_ids.shape == (3, 8)
-    for row, i in enumerate((1, 3, 6)):
-        pixels, caption = scene(3 * i + 1)
-        assert (samples.images[row].permute(1, 2, 0).numpy() == pixels).all()
-        tokens, masked = samples.tokens[row], samples.masked_tokens[row]
-        assert tokens.tolist() == tokenizer.encode([caption], 12)[0].tolist()
-        assert masked.min() > 0
-        assert masked.max() < len(tokens) - 1
-        assert len(masked) == max(1, round(0.3 * (len(tokens) - 2)))
-
-
 def text_of(pieces: list[examples.Example]) -> str:
     return "".join(piece.text for piece in pieces)
 
@@ -82,68 +58,60 @@ def test_a_caption_with_its_masked_tokens_and_its_guesses(tokenizer):
     assert found[0].text == found[1].text == examples.token_text(tokenizer, int(tokens[1]))
 
 
-def test_filled_captions_pair_each_caption_with_its_image_and_a_wrong_one(model, tokenizer, heldout_split):
-    found = examples.filled_captions(model, tokenizer, heldout_split)
-    assert len(found) == len(heldout_split)
-    images = {scene_uri(3 * i + 1) for i in range(8)}
-    for i, filled in enumerate(found):
-        assert filled.right_image == scene_uri(3 * i + 1)
-        assert filled.wrong_image in images - {filled.right_image}
-        assert text_of(filled.masked).count("▢") == sum(bool(piece.mark) for piece in filled.with_right) > 0
-        assert not any(piece.mark for piece in filled.masked)
-
-
 def scene_uri(number: int) -> str:
     return data_uri(torch.from_numpy(scene(number)[0]).permute(2, 0, 1))
 
 
-def test_reconstructions_are_strips_of_four_images(model, tokenizer, heldout_split):
-    strips = examples.reconstructions(model, tokenizer, heldout_split)
-    assert [len(strip) for strip in strips] == [4] * 8
-    for i, (original, masked, own, wrong) in enumerate(strips):
-        assert (original.text, masked.text) == ("original", "masked")
-        assert original.image == scene_uri(3 * i + 1)
-        assert own.text == scene(3 * i + 1)[1] != wrong.text
-        assert len({panel.image for panel in (original, masked, own, wrong)}) == 4
-
-
-def test_the_wrong_one_is_of_another_image_in_data_with_a_row_for_each_caption(model, tokenizer, tmp_path):
-    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A row for each caption: three rows an image, and two of the four captions."""
+    folder = tmp_path_factory.mktemp("rows") / "d"
+    with ShardWriter(folder, name="", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(12):
             metadata = {"image_id": i // 3}
             writer.add(f"{i:02}", png(scene(i // 3)[0]), [f"row {i} of {scene(i // 3)[1]}"], metadata, split="test")
-    split = open_dataset(tmp_path / "d", "test")
-    uris = [scene_uri(image) for image in range(4)]
-    filled = examples.filled_captions(model, tokenizer, split)
-    assert [uris.index(one.right_image) for one in filled] == [i // 3 for i in range(12)]
-    assert all(one.wrong_image in set(uris) - {one.right_image} for one in filled)
-    partner = partners_of(split).tolist()
-    assert [uris.index(one.wrong_image) for one in filled] == [p // 3 for p in partner]
-    for i, (_, _, own, wrong) in enumerate(examples.reconstructions(model, tokenizer, split)):
-        assert (own.text, wrong.text) == (split.captions(i)[0], split.captions(partner[i])[0])
+    return open_dataset(folder, "test")
 
 
-def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split, train_split, monkeypatch):
-    """The best are right and have the highest scores; the worst have most wrong answers before them."""
+def test_each_sample_is_shown_with_its_own_partner_and_with_one_of_another_image(model, tokenizer, rows):
+    uris, partner = [scene_uri(image) for image in range(4)], partners_of(rows).tolist()
+    filled = examples.filled_captions(model, tokenizer, rows)
+    for i, one in enumerate(filled):
+        assert (uris.index(one.right_image), uris.index(one.wrong_image)) == (i // 3, partner[i] // 3)
+        assert partner[i] // 3 != i // 3
+        assert text_of(one.masked).count("▢") == sum(bool(piece.mark) for piece in one.with_right) > 0
+        assert not any(piece.mark for piece in one.masked)
+    strips = examples.reconstructions(model, tokenizer, rows)
+    assert (len(filled), len(strips)) == (12, 12)
+    for i, (original, masked, own, wrong) in enumerate(strips):
+        assert (original.text, masked.text, original.image) == ("original", "masked", uris[i // 3])
+        assert (own.text, wrong.text) == (rows.captions(i)[0], rows.captions(partner[i])[0])
+        assert len({panel.image for panel in (original, masked, own, wrong)}) == 4
+
+
+@pytest.mark.parametrize("trained_on", ["all colours", "red alone"])
+def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split, tmp_path, monkeypatch, trained_on):
+    """The best are right and have the highest scores, among images of unseen concepts if there are some."""
+    count = 32 if trained_on == "all colours" else 1  # scene 0 is red
+    train = open_dataset(write_scenes(tmp_path / "train", {"train": count}), "train")
     features = encode_split(model, heldout_split, tokenizer, "fp32")
 
-    def ranks(direction):
-        number = 8 if direction == "tr" else 12
-        found = torch.arange(number) % 3 * 2  # rank 0, 2, 4, 0, 2, 4, ...
+    def ranks(number):
+        found = torch.arange(1, number + 1) % 2 * 4  # rank 4, 0, 4, 0, ...
         return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float(), found)
 
-    monkeypatch.setattr(examples, "rank_all", lambda *_, **__: {way: ranks(way) for way in ("tr", "ir")})
-    unseen = unseen_images(heldout_split, train_split)
-    assert unseen is not None
-    assert not unseen.any()  # so the best may be any that are right
-    groups = {g.title.split(":")[0]: g for g in examples.retrievals(model, heldout_split, train_split, features)}
-    shown = {title: [found.rank for found in group.retrievals] for title, group in groups.items()}
-    assert shown["Image to text, best"] == [1, 1, 1]  # images 6, 3, 0
-    assert shown["Text to image, best"] == [1, 1, 1, 1]
-    assert shown["Image to text, worst"][:2] == [5, 5]
-    assert shown["Text to image, worst"] == [5, 5, 5, 5]
-    best = [found.query.text for found in groups["Text to image, best"].retrievals]
-    assert best == [features.captions[caption] for caption in (9, 6, 3, 0)]  # the highest score first
+    monkeypatch.setattr(examples, "rank_all", lambda *_, **__: {"tr": ranks(8), "ir": ranks(12)})
+    found = examples.retrievals(model, heldout_split, train, features)
+    groups = {title.split(":")[0]: (title, group) for title, group in found}
+    shown = {name: [one.rank for one in group] for name, (_, group) in groups.items()}
+    assert shown["Image to text, worst"] == shown["Text to image, worst"] == [5, 5, 5, 5]
+    best = [one.query.text for one in groups["Text to image, best"][1]]
+    right = [features.captions[caption] for caption in (11, 9, 7, 5, 3, 1)]  # the highest score first
+    unseen = [text for text in right if "red" not in text.split()]
+    assert len(unseen) == 4 != len(right)
+    assert best == (right[:4] if trained_on == "all colours" else unseen)
+    assert groups["Text to image, best"][0].endswith(", among unseen concepts") == (trained_on == "red alone")
+    assert set(shown["Image to text, best"]) == {1}
 
 
 def test_a_right_answer_is_marked(heldout_split, model, tokenizer):
@@ -159,23 +127,119 @@ def test_a_right_answer_is_marked(heldout_split, model, tokenizer):
     assert (found.query.text, found.query.image) == (features.captions[4], "")
 
 
-def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_split, tmp_path, monkeypatch):
-    train = open_dataset(write_scenes(tmp_path / "reds", {"train": 1}), "train")  # only scene 0, which is red
-    unseen = unseen_images(heldout_split, train)
-    assert unseen is not None
-    colours = [heldout_split.captions(i)[0].split()[0] for i in range(8)]
-    assert unseen.tolist() == [colour != "red" for colour in colours]
-    features = encode_split(model, heldout_split, tokenizer, "fp32")
+@pytest.mark.slow
+def test_each_image_has_maps_of_its_own_caption_and_of_a_wrong_one(tokenizer, heldout_split):
+    model = TrainedModel(micro_model(dtype=torch.float32, text_length=40), tokenizer, "fp32")
+    found = examples.word_maps(model, heldout_split)
+    partner = partners_of(heldout_split)
+    captions = [heldout_split.captions(i)[0] for i in range(len(heldout_split))]
+    assert len(found) == 4
+    for own, wrong in found:
+        i = captions.index(own.caption)
+        assert wrong.caption == captions[int(partner[i])]
+        for maps in (own, wrong):
+            match = model.match(heldout_split.image_bytes(i), maps.caption)
+            assert abs(match.log_odds.item() - maps.log_odds) < 1e-4
+            with Image.open(io.BytesIO(base64.b64decode(maps.panels.partition(",")[2]))) as panels:
+                assert panels.width == examples.SIDE * (2 + len(maps.caption.split()))  # the image, [CLS], the words
 
-    def all_right(direction):
-        number = 8 if direction == "tr" else 12
-        zeros = torch.zeros(number, dtype=torch.int64)
-        red = ~unseen if direction == "tr" else ~unseen[features.owner]
-        return Ranks(zeros, zeros, zeros[:, None], red.float(), zeros)  # the red images have the highest scores
 
-    monkeypatch.setattr(examples, "rank_all", lambda *_, **__: {way: all_right(way) for way in ("tr", "ir")})
-    groups = examples.retrievals(model, heldout_split, train, features)
-    (best,) = [group for group in groups if group.title.startswith("Text to image, best")]
-    assert best.title.endswith(", among unseen concepts")
-    assert len(best.retrievals) == 4
-    assert not any("red" in found.query.text.split() for found in best.retrievals)
+@pytest.mark.slow
+@pytest.mark.parametrize("caption", ["{} " + "a long caption " * 9, "https:" + "/a" * 40])
+def test_captions_are_cut_to_what_the_model_takes(tokenizer, tmp_path, caption):
+    """The second is a language that is written without blanks, or a URL."""
+    data = write_scenes(tmp_path / "data", {"train": 4, "test": 4}, captions=lambda i: [caption.format(i)])
+    model = TrainedModel(micro_model(dtype=torch.float32, text_length=14), tokenizer, "fp32")
+    for pair in examples.word_maps(model, open_dataset(data, "test")):
+        for maps in pair:
+            assert 1 <= len(maps.caption.split()) < examples.MOST_WORDS
+            assert len(maps.caption) > 3
+            assert len(tokenizer.encode([maps.caption], 99)[0]) <= 14
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> Dataset:
+    return open_dataset(write_scenes(tmp_path_factory.mktemp("space") / "data", {"train": 4, "test": 10}), "test")
+
+
+def features_of(split: Dataset, images: np.ndarray, texts: np.ndarray) -> EncodedSplit:
+    """Features of a split with these embeddings; the caption of a row is that of the split."""
+    captions = [caption for i in range(len(split)) for caption in split.captions(i)]
+    owner = torch.tensor([i for i in range(len(split)) for _ in split.captions(i)])
+    nothing = torch.zeros(0)
+    v, w = (torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True)).float() for x in (images, texts))
+    return EncodedSplit(nothing, nothing, nothing, v, w, torch.arange(len(v)), owner, nothing, captions)
+
+
+@pytest.fixture
+def features(split) -> EncodedSplit:
+    rng = np.random.default_rng(0)
+    return features_of(split, rng.normal(size=(10, 6)), rng.normal(size=(15, 6)))
+
+
+@pytest.mark.parametrize("image", [list(range(10)), [0, 0, 0, 0, 4, 4, 4, 7, 8, 9]])
+def test_neighbours_and_the_map_are_of_different_images(split, features, image):
+    """Where samples share an image, their copies are neither queries nor neighbours nor on the map."""
+    copies = {"image": torch.tensor(image), "image_embedding": features.image_embedding[image]}
+    features = EncodedSplit(**{**vars(features), **copies})
+    different = {split.captions(i)[0]: i for i in sorted(set(image))}
+    embeddings = features.image_embedding.double().numpy()
+    found = examples.neighbours(split, features)
+    assert len({query.text for query, _ in found}) == len(found) == min(examples.QUERIES, len(different))
+    for query, answers in found:
+        similarity = embeddings @ embeddings[different[query.text]]
+        others = sorted((i for i in different.values() if i != different[query.text]), key=lambda i: -similarity[i])
+        assert [different[answer.text] for answer, _ in answers] == others[: examples.NEIGHBOURS]
+        np.testing.assert_allclose([s for _, s in answers], similarity[others[: examples.NEIGHBOURS]], atol=1e-6)
+    points, explained = examples.embedding_map(split, features)
+    assert {point.text for point, _, _ in points} == set(different)
+    for axis in (1, 2):
+        assert (min(point[axis] for point in points), max(point[axis] for point in points)) == (0, 100)
+    alone = torch.from_numpy(embeddings[list(different.values())])
+    assert explained == pytest.approx(examples.principal_components(alone)[1])
+
+
+def test_the_map_is_the_first_two_principal_components():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(40, 5)) * [5, 0.1, 3, 0.2, 0.1] + [9, 8, 7, 6, 5]
+    places, explained = examples.principal_components(torch.from_numpy(x))
+    values, vectors = np.linalg.eigh(np.cov(x.T))  # rising
+    wanted = (x - x.mean(0)) @ vectors[:, [-1, -2]]
+    for axis in range(2):
+        assert abs(np.corrcoef(places[:, axis], wanted[:, axis])[0, 1]) == pytest.approx(1)
+        assert np.std(places[:, axis].numpy()) == pytest.approx(np.std(wanted[:, axis]))
+    assert explained == pytest.approx(values[-2:].sum() / values.sum())
+    again, _ = examples.principal_components(torch.from_numpy(x[::-1].copy()))
+    torch.testing.assert_close(again.flip(0), places)  # the order of images turns nothing round
+
+
+def test_confusions_are_the_captions_that_a_wrong_image_beats_by_most(split, features):
+    images, texts = features.image_embedding.double().numpy(), features.text_embedding.double().numpy()
+    wanted = []
+    for i, (caption, owner) in enumerate(zip(features.captions, features.owner.tolist(), strict=True)):
+        for j in range(10):
+            wanted.append((texts[i] @ images[j] - texts[i] @ images[owner], caption, owner, j))
+    best = {}
+    for margin, caption, owner, j in sorted(wanted, reverse=True):
+        if margin > 0:
+            best.setdefault(caption, (margin, owner, j))
+    found = examples.confusions(split, features)
+    assert [confusion.caption for confusion in found] == list(best)[: examples.CONFUSIONS]
+    for confusion in found:
+        margin, owner, j = best[confusion.caption]
+        assert (confusion.own.text, confusion.wrong.text) == (split.captions(owner)[0], split.captions(j)[0])
+        assert confusion.wrong_similarity - confusion.own_similarity == pytest.approx(margin)
+        assert (confusion.own.mark, confusion.wrong.mark) == ("right", "wrong")
+
+
+def test_an_image_with_the_same_caption_is_no_confusion(split):
+    images = np.eye(10)
+    owner = [i for i in range(10) for _ in split.captions(i)]
+    right = features_of(split, images, images[owner])
+    assert examples.confusions(split, right) == []
+    swapped = features_of(split, images[[1, 0, *range(2, 10)]], images[owner])
+    assert {confusion.caption for confusion in examples.confusions(split, swapped)} == {
+        caption for i in (0, 1) for caption in split.captions(i)
+    }
+    same = EncodedSplit(**{**vars(swapped), "captions": ["a square"] * len(owner)})
+    assert examples.confusions(split, same) == []

@@ -1,4 +1,4 @@
-"""Maps of words for a task's prediction, against softmaxes and derivatives by autograd, written out."""
+"""Maps of words for a task's prediction, against softmaxes and derivatives by autograd; verdicts told together."""
 
 from typing import Any
 
@@ -8,11 +8,14 @@ from torch import Tensor
 
 from mvlm.errors import RunError
 from mvlm.model.attention import Attention, Branch
-from mvlm.report.task_maps import task_maps
+from mvlm.report.task_examples import confusion, majority, task_maps
 from mvlm.runs.load import load_model
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.task import TaskOptions
-from mvlm_dataloading import Batch
+from mvlm.tasks.vqa import VisualQuestionAnswering
+from mvlm_dataloading import Batch, ShardWriter, open_dataset
+from support.pages import Page
+from support.scenes import png, scene
 
 TEXT, SIDE = "red top left", 4
 FORMS = {
@@ -139,24 +142,35 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
     torch.testing.assert_close(found.maps, by_hand, rtol=1e-3, atol=1e-4 * by_hand.max().item())
 
 
-def test_a_text_that_is_too_long_is_cut_and_an_unknown_answer_refused(trained):
-    task = made(trained, "classifier")
-    images = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    long = "red top left " * 9
-    found = task_maps(task, images, long, "red")
-    assert found is not None
-    cut = found.words
-    assert cut[:3] == ["[CLS]", "red", "top"]
-    assert len(cut) < 1 + len(long.split())
-    with pytest.raises(RunError, match="wanted a prediction of the run's labels, found 'green'"):
-        task_maps(task, images, TEXT, "green")
-
-
-def test_an_empty_answer_has_maps(trained):
+def test_texts_that_are_too_long_and_empty_answers_have_maps_and_unknown_answers_do_not(trained):
     """The list of answers may hold one that VQA's normalisation leaves empty, such as "a"."""
     images = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    task, long = made(trained, "classifier"), "red top left " * 9
+    found = task_maps(task, images, long, "red")
+    assert found is not None
+    assert found.words[:3] == ["[CLS]", "red", "top"]
+    assert len(found.words) < 1 + len(long.split())
+    with pytest.raises(RunError, match="green"):
+        task_maps(task, images, TEXT, "green")
     found = task_maps(made(trained, "masked"), images, TEXT, "")
     assert found is not None
     assert found.maps.isfinite().all()
     assert found.probability is not None
     assert 0 < found.probability < 1
+
+
+def test_answers_on_which_all_agree_are_labels_as_they_were_written(tmp_path):
+    """The metric compares "two" with "two" if all wrote it, and with "2" if they differ."""
+    given = [["two"] * 10, ["two"] * 10, ["two"] * 9 + ["three"]]
+    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
+        for i, answers in enumerate(given):
+            rows = [{"answer": answer, "answer_id": k} for k, answer in enumerate(answers)]
+            writer.add(f"test{i}", png(scene(i)[0]), ["how many?"], {"question_id": i, "answers": rows}, split="test")
+    dataset = open_dataset(tmp_path / "d", "test")
+    records = [{"sample": i, "answer": answer} for i, answer in enumerate(["two", "two", "2"])]
+    verdicts = VisualQuestionAnswering.judge(records, dataset)
+    assert [(v.label, v.score) for v in verdicts] == [("two", 100), ("two", 100), ("2", 100)]
+    table = Page(confusion(verdicts) or "")
+    assert table.rows[1:] == [["two", "2", "0"], ["2", "0", "1"]]
+    # "two" is normalised to "2" where annotators differ.
+    assert majority(VisualQuestionAnswering, verdicts, records, dataset) == 100
