@@ -12,7 +12,7 @@ from mvlm.commands import data, data_tools, embed, evaluate, plan, predict, repo
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.bench import bench
 from mvlm.commands.doctor import doctor
-from mvlm.commands.finetune import eval_caption, eval_task, finetune
+from mvlm.commands.finetune import finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 from mvlm.tasks import task_names
@@ -40,8 +40,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Evaluation": {
         "eval retrieval": evaluate.eval_retrieval,
         "eval grounding": evaluate.eval_grounding,
-        **{f"eval {task}": eval_task(task) for task in task_names() if task not in ("retrieval", "caption")},
-        "eval caption": eval_caption,
+        **{f"eval {task}": evaluate.eval_task(task) for task in task_names() if task != "retrieval"},
         "score": evaluate.score,
         "report": report.report,
         "study": study,
@@ -104,7 +103,7 @@ def run_command(arguments: Sequence[str]) -> None:
                 parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=markers)()
             return
     if arguments[0] == "eval" and len(arguments) > 1 and arguments[1].endswith(".py"):
-        parse(deferred(eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")()
+        parse(deferred(evaluate.eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")()
         return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):

@@ -1,9 +1,10 @@
-"""`mvlm eval retrieval`, `mvlm eval grounding`, `mvlm score`: a model, or predictions, evaluated."""
+"""`mvlm eval` and `mvlm score`: a model, a fine-tuned run, or predictions, evaluated."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mvlm.distributed.world import World
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from mvlm_dataloading import Dataset
 
 # Commands import what they need when they run, so that --help and errors are immediate.
+
+OF_CAPTION = """
+        lengths: Number of lengths to try: a caption is written for each of the likeliest. Default: the run's.
+        iterations: Passes of mask-predict. Default: the run's.
+        choose_by: Figure that chooses among the lengths. Default: the run's."""
+"""Help of the options that `mvlm eval caption` alone has."""
 
 
 @contextmanager
@@ -155,6 +162,70 @@ def eval_grounding(
         head = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
         if world.first:
             _report(head | figures, records, out)
+
+
+def eval_task(task: str) -> Callable[..., None]:
+    """The command `mvlm eval TASK` of a task, by its name or its Python file."""
+
+    def evaluate(
+        *,
+        checkpoint: Path,
+        data: Path,
+        split: str = "test",
+        out: Path | None = None,
+        predictions: Path | None = None,
+        device: str = "auto",
+        lengths: int | None = None,
+        iterations: int | None = None,
+        choose_by: Literal["itm", "likelihood"] | None = None,
+    ) -> None:
+        from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file
+        from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
+        from mvlm.errors import ConfigError
+        from mvlm.tasks.evaluate import evaluate_task
+        from mvlm.tasks.registry import find_task
+        from mvlm.tasks.score import are_predictions, write_predictions
+        from mvlm_dataloading import open_dataset
+
+        def check() -> None:
+            check_result_file(out)  # before minutes are spent
+            if predictions is not None:
+                check_no_input(predictions, out, flag="predictions")
+                check_replaced(
+                    predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions"
+                )
+            for name, number in (("lengths", lengths), ("iterations", iterations)):
+                if number is not None and number < 1:
+                    raise ConfigError(f"{name}: wanted at least 1, got {number}")
+
+        options = {"lengths": lengths, "iterations": iterations, "choose_by": choose_by}
+        given = {name: value for name, value in options.items() if value is not None}
+        with joined_ranks(device) as world:
+            run_on_all_ranks(world, check)
+            kind = run_on_all_ranks(world, lambda: find_task(task))
+            figures, records = evaluate_task(checkpoint, data, split, world.device, world, kind, **given)
+            if world.first:
+                _report({"checkpoint": str(checkpoint), "data": str(data), **figures, **given}, records, out)
+                if predictions is not None:
+                    dataset = open_dataset(data, split)
+                    write_predictions(predictions, task, records, [dataset.metadata(i) for i in range(len(dataset))])
+
+    hidden = () if task == "caption" else ("lengths", "iterations", "choose_by")
+    signature = inspect.signature(evaluate)
+    shown = [p for name, p in signature.parameters.items() if name not in hidden]
+    evaluate.__signature__ = signature.replace(parameters=shown)  # pyright: ignore[reportFunctionMemberAccess]
+    evaluate.__name__ = f"eval_{task}"
+    evaluate.__doc__ = f"""Evaluate a run of `mvlm finetune {task}` on a data set.
+
+    Args:
+        checkpoint: Run folder of `mvlm finetune {task}`, or one of its checkpoints.
+        data: Folder of shards.
+        split: Split to evaluate on.
+        out: JSON file for the figures and the predictions. Default: print the figures only.
+        predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
+        device: auto, cpu or cuda.{OF_CAPTION if task == "caption" else ""}
+    """
+    return evaluate
 
 
 def _report(figures: dict[str, Any], records: list[dict[str, Any]], out: Path | None) -> None:
