@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-from mvlm.commands import data, data_tools, embed, evaluate, plan, predict, report, search
+from mvlm.commands import data, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.bench import bench
 from mvlm.commands.doctor import doctor
@@ -24,10 +24,10 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "data twemoji": data.twemoji,
         "data easy-vqa": data.easy_vqa,
         "data scenes": data.scenes,
-        "data merge": data_tools.merge,
-        "data check": data_tools.check,
-        "data index": data_tools.index,
-        "data view": data_tools.view,
+        "data merge": data.merge,
+        "data check": data.check,
+        "data index": data.index,
+        "data view": data.view,
     },
     "Machine": {
         "doctor": doctor,

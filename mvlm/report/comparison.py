@@ -132,11 +132,11 @@ def evaluations(folders: dict[str, RunFolder]) -> tuple[Markup | None, list[str]
 
 def note_of(split: str, rows: list[dict[str, Any]]) -> str:
     """Sentence on what the figures of one split differ in besides the model; empty if they are alike."""
-    differing = []
-    for what, keys in ALIKE.items():
-        known = [{str(row[key]) for row in rows if key in row} for key in keys]
-        if any(len(values) > 1 for values in known):
-            differing.append(what)
+    differing = [
+        what
+        for what, keys in ALIKE.items()
+        if any(len({str(row[key]) for row in rows if key in row}) > 1 for key in keys)
+    ]
     if not differing:
         return ""
     return f"Rows of the split {split} differ in more than the model: in their {' and '.join(differing)}."

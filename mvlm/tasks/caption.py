@@ -26,7 +26,7 @@ from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.metrics.captions import cider, is_scene, score_captions, tokenize
-from mvlm.tasks.task import Task, TaskLosses, TaskOptions, Verdict, weighted_cross_entropy
+from mvlm.tasks.task import GREY, Task, TaskLosses, TaskOptions, Verdict, weighted_cross_entropy
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
@@ -103,15 +103,19 @@ class Captioning(Task):
         """Masks of any share of a caption's words."""
         return {"masking": replace(self.config.masking.of_evaluations(), text_masking="uniform")}
 
+    def seen(self, images: Tensor) -> Tensor:
+        """The images, or grey ones where the options hide them."""
+        return torch.full_like(images, GREY) if self.options.blind == "image" else images
+
     def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Masked language modelling and the length's cross-entropy, added; and the accuracy of masked tokens.
 
         Masked language modelling is the mean over captions of the mean over a caption's masked tokens, so that it does
         not depend on how captions are dealt out to ranks.
         """
-        batch = self.hide(batch)
         hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)
-        v, text = IMPLEMENTATIONS[plan].encode_unmasked(self.model, replace(batch, tokens=hidden))
+        seen = replace(batch, images=self.seen(batch.images), tokens=hidden)
+        v, text = IMPLEMENTATIONS[plan].encode_unmasked(self.model, seen)
         targets_of_masks = batch.tokens.index_select(0, masks.token_ids)  # (M,)
         bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long())  # (B+1,)
         caption = torch.searchsorted(bounds[1:], torch.arange(len(masks.token_ids), device=bounds.device), right=True)
@@ -128,7 +132,7 @@ class Captioning(Task):
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
         """A caption for each image. The batch's own captions are not read."""
-        images = self.hide(batch).images
+        images = self.seen(batch.images)
         v = self.model.encode_image(images) if plan == "plain" else encode_patches(
             self.model, project_patches(self.model, images)
         )  # (B, 1+N, C)  # fmt: skip

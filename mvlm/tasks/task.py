@@ -22,7 +22,6 @@ from mvlm.config.finetune import TaskOptions as TaskOptions
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
-from mvlm.model.packing import mask_tokens
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
@@ -184,37 +183,27 @@ class Task(nn.Module):
         return {"name": self.name, "options": self.options.plain(), "state": self.state}
 
     def hide(self, batch: Batch) -> Batch:
-        """The batch without the modality that the options hide: grey images, or [MASK] for every word.
+        """The batch without the modality that the options hide, which has what is equal once.
 
-        A caption's number of tokens stays visible. A task that `shares` gets what is equal once: one grey image, or one
-        text of each length.
+        That is one grey image, or one text of each length, [MASK] for every word: a caption's number of tokens stays
+        visible. Nothing is read from the device.
         """
         if self.options.blind == "no":
             return batch
+        images, captions = batch.pairs()  # (B,) each
+        batch = replace(
+            batch, image_of=images, caption_of=captions, sample_tokens=batch.sample_tokens or len(batch.tokens)
+        )
         if self.options.blind == "image":
-            if not self.shares:
-                return replace(batch, images=torch.full_like(batch.images, GREY))
             grey = torch.full_like(batch.images[:1], GREY)
-            return _shared(batch, images=grey, image_of=torch.zeros_like(batch.sample_id))
-        if self.shares:
-            return self._masked_texts(batch)
-        ends = batch.cu_seqlens.long()
-        special = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=ends.device)
-        special[ends] = True  # [CLS]; the last one is past the end
-        special[ends[1:] - 1] = True  # [SEP]
-        words = (~special[:-1]).nonzero().flatten()
-        return replace(batch, tokens=mask_tokens(batch.tokens, words, self.config.mask_token_id))
-
-    def _masked_texts(self, batch: Batch) -> Batch:
-        """The batch with one text of each length, [MASK] for every word. Nothing is read from the device."""
-        number = batch.cu_seqlens.diff().long()[batch.pairs()[1]]  # (B,), tokens of each sample's text
+            return replace(batch, images=grey, image_of=torch.zeros_like(images))
         first, mask = batch.tokens[:1], torch.full_like(batch.tokens[:1], self.config.mask_token_id)
         last = batch.tokens[batch.cu_seqlens[1:2].long() - 1]
         lengths = range(2, batch.max_length + 1)
         tokens = torch.cat([torch.cat([first, mask.expand(length - 2), last]) for length in lengths])
-        of_device = torch.arange(2, batch.max_length + 1, device=tokens.device)
-        bounds = F.pad(of_device.cumsum(0), (1, 0)).int()
-        return _shared(batch, tokens=tokens, cu_seqlens=bounds, caption_of=number - 2)
+        bounds = F.pad(torch.arange(2, batch.max_length + 1, device=tokens.device).cumsum(0), (1, 0)).int()
+        number = batch.cu_seqlens.diff().long()[captions]  # (B,), tokens of each sample's text
+        return replace(batch, tokens=tokens, cu_seqlens=bounds, caption_of=number - 2)
 
     def fuse(self, batch: Batch, plan: str, images: int = 1) -> Tensor:
         """Features (B, n 3 C) of a batch with strips of n `images`: those of each image with the text, in order.
@@ -223,7 +212,7 @@ class Task(nn.Module):
         or text that several samples share is encoded once.
         """
         batch = self.hide(batch)
-        if self.options.blind == "image" and self.shares:
+        if self.options.blind == "image":
             # All samples of a text are one pair.
             texts = torch.arange(len(batch.cu_seqlens) - 1, device=batch.tokens.device)
             alone = replace(batch, image_of=torch.zeros_like(texts), caption_of=texts, sample_tokens=len(batch.tokens))
@@ -243,13 +232,6 @@ class Task(nn.Module):
         )
         features = torch.cat([image, caption, image * caption], dim=1)  # (B n, 3 C)
         return features.unflatten(0, (-1, images)).flatten(1)
-
-
-def _shared(batch: Batch, **changes: Any) -> Batch:
-    """A batch that has each image and each caption once, with `changes` to its images or to its captions."""
-    images, captions = batch.pairs()
-    counted = batch.sample_tokens or len(batch.tokens)
-    return replace(batch, **{"image_of": images, "caption_of": captions, "sample_tokens": counted} | changes)
 
 
 def weighted_cross_entropy(
@@ -291,8 +273,7 @@ class AnswerHead(nn.Module):
 
 
 class LabelTask(Task):
-    """Choice of one of a few labels by a classifier on the fused features. Subclasses define `labels`, `labelled` and
-    `score`."""
+    """Choice of one of a few labels, by a classifier on fused features. It wants `labels`, `labelled` and `score`."""
 
     main = "accuracy"
     shares = True

@@ -19,7 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from mvlm.cli import COMMANDS, run_command
-from mvlm.commands import data_tools
+from mvlm.commands import data
 from mvlm.config.model import MaskVLMConfig
 from mvlm.runs.load import load_model
 from mvlm.tasks.metrics.vqa import score_answers
@@ -81,7 +81,7 @@ def shapes(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 def downloads(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """All downloads that docs/guides/data.md mentions, small and in the published formats."""
-    patch.setattr(data_tools, "processes", lambda given, pieces=None: 0)
+    patch.setattr(data, "processes", lambda given, pieces=None: 0)
     to = folder / "downloads"
     for write, name in (
         (published.coco, "coco"), (published.flickr30k, "flickr30k"), (published.visual_genome, "visual-genome"),

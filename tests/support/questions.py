@@ -1,5 +1,6 @@
 """Questions and hypotheses about the coloured squares of `support.scenes`, as data sets of downstream tasks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,92 +14,85 @@ COUNTS = {"train": 32, "validation": 16, "test": 16}
 LABELS = ("contradiction", "neutral", "entailment")
 
 
-def _writer(folder: Path) -> ShardWriter:
-    return ShardWriter(
-        folder, name="questions", source="made up for tests", licence="CC0", attribution="drawn by <nobody>", recipe={}
-    )
+Sample = tuple[np.ndarray, str, dict[str, Any]]
+"""Pixels, text and metadata."""
+
+
+def _write(folder: Path, counts: dict[str, int] | None, sample: Callable[[str, int], Sample]) -> Path:
+    about = {"source": "made up for tests", "licence": "CC0", "attribution": "drawn by <nobody>"}
+    with ShardWriter(folder, name="questions", **about, recipe={}) as writer:
+        for split, count in (counts or COUNTS).items():
+            for i in range(count):
+                pixels, text, metadata = sample(split, i)
+                assert writer.add(f"{split}{i:03d}", png(pixels), [text], metadata, split=split) is None
+    return folder
 
 
 def write_questions(folder: Path, counts: dict[str, int] | None = None) -> Path:
     """VQA on scenes: the colour and the ground of each scene are asked in turn, with ten equal answers."""
-    with _writer(folder) as writer:
-        for split, count in (counts or COUNTS).items():
-            for i in range(count):
-                pixels, caption = scene(i // 2 if split == "train" else 3 * i + 1)
-                words = caption.split()
-                question, answer, kind = [
-                    ("what colour is the square?", words[0], "what colour"),
-                    ("what is behind it?", words[-1], "what is"),
-                ][i % 2]
-                metadata = {
-                    "question_id": f"{split}-{i}",
-                    "image_id": caption,
-                    "question_type": kind,
-                    "answer_type": "other",
-                    "answers": [{"answer": answer, "answer_id": a} for a in range(1, 11)],
-                }
-                assert writer.add(f"{split}{i:03d}", png(pixels), [question], metadata, split=split) is None
-    return folder
+
+    def sample(split: str, i: int) -> Sample:
+        pixels, caption = scene(i // 2 if split == "train" else 3 * i + 1)
+        words = caption.split()
+        question, answer, kind = [
+            ("what colour is the square?", words[0], "what colour"),
+            ("what is behind it?", words[-1], "what is"),
+        ][i % 2]
+        answers = [{"answer": answer, "answer_id": a} for a in range(1, 11)]
+        kinds = {"question_type": kind, "answer_type": "other"}
+        return pixels, question, {"question_id": f"{split}-{i}", "image_id": caption, **kinds, "answers": answers}
+
+    return _write(folder, counts, sample)
 
 
 def write_hypotheses(folder: Path, counts: dict[str, int] | None = None) -> Path:
     """Entailment on scenes: the right colour is entailed, a wrong one contradicted, the weather neutral."""
     colours = list(COLOURS)
-    with _writer(folder) as writer:
-        for split, count in (counts or COUNTS).items():
-            for i in range(count):
-                pixels, caption = scene(i // 2 if split == "train" else 3 * i + 1)
-                colour = caption.split()[0]
-                wrong = colours[(colours.index(colour) + 1) % len(colours)]
-                text = {"entailment": f"it is {colour}", "contradiction": f"it is {wrong}", "neutral": "it rains"}
-                label = LABELS[i % 3]
-                metadata = {"pairID": f"{split}-{i}", "label": label, "image_id": caption}
-                assert writer.add(f"{split}{i:03d}", png(pixels), [text[label]], metadata, split=split) is None
-    return folder
+
+    def sample(split: str, i: int) -> Sample:
+        pixels, caption = scene(i // 2 if split == "train" else 3 * i + 1)
+        colour, label = caption.split()[0], LABELS[i % 3]
+        wrong = colours[(colours.index(colour) + 1) % len(colours)]
+        text = {"entailment": f"it is {colour}", "contradiction": f"it is {wrong}", "neutral": "it rains"}
+        return pixels, text[label], {"pairID": f"{split}-{i}", "label": label, "image_id": caption}
+
+    return _write(folder, counts, sample)
 
 
 def write_statements(folder: Path, counts: dict[str, int] | None = None) -> Path:
     """NLVR2 on scenes: "the left is red" and "the right is red", of two images and of the same images swapped."""
-    with _writer(folder) as writer:
-        for split, count in (counts or COUNTS).items():
-            for i in range(count):
-                number, side, swapped = i // 4, ("left", "right")[i // 2 % 2], i % 2
-                first, second = (scene(number + (split != "train") + 5 * k) for k in (0, 1))
-                left, right = (second, first) if swapped else (first, second)
-                colour, other = (text.split()[0] for _, text in (first, second))
-                assert colour != other
-                metadata = {
-                    "identifier": f"{split}-{number}-{swapped}-{side}",
-                    "label": "true" if (side == "left") != bool(swapped) else "false",
-                    "images": 2,
-                    "set_id": f"{number}",
-                }
-                strip = png(np.concatenate([left[0], right[0]], axis=1))
-                text = f"the {side} is {colour}"
-                assert writer.add(f"{split}{i:03d}", strip, [text], metadata, split=split) is None
-    return folder
+
+    def sample(split: str, i: int) -> Sample:
+        number, side, swapped = i // 4, ("left", "right")[i // 2 % 2], i % 2
+        pair = [scene(number + (split != "train") + 5 * k) for k in (0, 1)]
+        colour, other = (text.split()[0] for _, text in pair)
+        assert colour != other
+        metadata = {
+            "identifier": f"{split}-{number}-{swapped}-{side}",
+            "label": "true" if (side == "left") != bool(swapped) else "false",
+            "images": 2,
+            "set_id": f"{number}",
+        }
+        strip = np.concatenate([pixels for pixels, _ in (pair[::-1] if swapped else pair)], axis=1)
+        return strip, f"the {side} is {colour}", metadata
+
+    return _write(folder, counts, sample)
 
 
 def write_captions(folder: Path, counts: dict[str, int] | None = None) -> Path:
     """Scenes with one caption each."""
-    with _writer(folder) as writer:
-        for split, count in (counts or COUNTS).items():
-            for i in range(count):
-                pixels, caption = scene(i if split == "train" else 3 * i + 1)
-                assert writer.add(f"{split}{i:03d}", png(pixels), [caption], split=split) is None
-    return folder
+    return _write(folder, counts, lambda split, i: (*scene(i if split == "train" else 3 * i + 1), {}))
 
 
 def write_phrases(folder: Path, counts: dict[str, int] | None = None) -> Path:
     """Grounding on scenes: the colour of the square is the phrase."""
-    with _writer(folder) as writer:
-        for split, count in (counts or COUNTS).items():
-            for i in range(count):
-                pixels, caption = scene(i if split == "train" else 3 * i + 1)
-                left, top = 16 * ("right" in caption), 16 * ("bottom" in caption)
-                metadata = {"id": f"{split}-{i}", "image_id": caption, "box": [left, top, 16, 16], "size": [32, 32]}
-                assert writer.add(f"{split}{i:03d}", png(pixels), [caption], metadata, split=split) is None
-    return folder
+
+    def sample(split: str, i: int) -> Sample:
+        pixels, caption = scene(i if split == "train" else 3 * i + 1)
+        box = [16 * ("right" in caption), 16 * ("bottom" in caption), 16, 16]
+        return pixels, caption, {"id": f"{split}-{i}", "image_id": caption, "box": box, "size": [32, 32]}
+
+    return _write(folder, counts, sample)
 
 
 WRITERS = {

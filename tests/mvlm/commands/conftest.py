@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm.commands import data_tools
+from mvlm.commands import data
 from support.commands import Outcome
 
 
 @pytest.fixture
 def run_data(run_mvlm, monkeypatch) -> Callable[..., Outcome]:
     """Runs `mvlm data WORDS` in this process, without worker processes."""
-    monkeypatch.setattr(data_tools, "processes", lambda given, pieces=None: 0)
+    monkeypatch.setattr(data, "processes", lambda given, pieces=None: 0)
     return lambda *words: run_mvlm("data", *words)
 
 

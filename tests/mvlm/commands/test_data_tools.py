@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from mvlm.commands import data_tools
+from mvlm.commands.data import processes
 from support import published
 from support.commands import assert_refused
 from support.data import file_contents
@@ -137,11 +137,11 @@ def test_an_index_on_a_full_disk_changes_nothing(data_set, monkeypatch, run_data
 
 
 def test_number_of_processes_is_at_most_one_a_piece():
-    assert data_tools.processes(3) == 3
-    assert data_tools.processes(3, 2) == 2
-    assert data_tools.processes(None, 1) == 1
+    assert processes(3) == 3
+    assert processes(3, 2) == 2
+    assert processes(None, 1) == 1
     with pytest.raises(ValueError, match="workers: wanted at least 1, got 0"):
-        data_tools.processes(0)
+        processes(0)
 
 
 def test_data_merge_joins_the_parts_of_a_build(data_set, image_folder, tmp_path, run_data):

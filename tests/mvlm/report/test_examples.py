@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.retrieval import EncodedSplit, Ranks, encode_split
@@ -21,24 +21,6 @@ from support.scenes import png, scene, write_scenes
 @pytest.fixture(scope="module")
 def model():
     return micro_model(dtype=torch.float32).eval()
-
-
-def test_a_thumbnail_is_what_the_model_sees(tmp_path):
-    """An image that is turned by its EXIF data, and one of 16 bits."""
-    grey = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8), (64, 64))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # a quarter turn
-    turned, deep = io.BytesIO(), io.BytesIO()
-    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(turned, "PNG", exif=exif)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(deep, "PNG")
-    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
-        for key, file in (("a", turned), ("b", deep)):
-            writer.add(key, file.getvalue(), ["words"], split="test")
-    split = open_dataset(tmp_path / "d", "test")
-    for i, along in enumerate((0, 1)):
-        _, _, content = examples.thumbnail(split, i, 64).partition(",")
-        found = np.array(Image.open(io.BytesIO(base64.b64decode(content)))).mean(-1)
-        np.testing.assert_allclose(found, grey.T if along == 0 else grey, atol=1)
 
 
 def text_of(pieces: list[examples.Example]) -> str:

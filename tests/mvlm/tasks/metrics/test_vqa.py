@@ -6,82 +6,35 @@ from mvlm.tasks.metrics.vqa import answer_accuracy, normalize_answer, score_answ
 
 NORMALIZED = [
     # case, articles, numbers
-    ("Yes", "yes"),
-    ("  yes ", "yes"),
-    ("the dog", "dog"),
-    ("A Dog", "dog"),
-    ("an apple a day", "apple day"),
-    ("a", ""),
-    ("the", ""),
-    ("none", "0"),
-    ("None", "0"),
-    ("zero", "0"),
-    ("one", "1"),
-    ("ten", "10"),
-    ("eleven", "eleven"),
-    ("two dogs", "2 dogs"),
-    ("twenty two", "twenty 2"),
-    ("no one", "no 1"),
-    ("then", "then"),
+    ("Yes", "yes"), ("  yes ", "yes"), ("the dog", "dog"), ("A Dog", "dog"), ("an apple a day", "apple day"),
+    ("a", ""), ("the", ""), ("none", "0"), ("None", "0"), ("zero", "0"), ("one", "1"), ("ten", "10"),
+    ("eleven", "eleven"), ("two dogs", "2 dogs"), ("twenty two", "twenty 2"), ("no one", "no 1"), ("then", "then"),
     # punctuation within a word becomes a space, next to a space it is deleted
-    ("yes!", "yes"),
-    ("yes ! no", "yes no"),
-    ("black/white", "black white"),
-    ("black / white", "black white"),
-    ("black-and-white", "black and white"),
-    ("t-shirt", "t shirt"),
-    ("t- shirt", "t shirt"),
+    ("yes!", "yes"), ("yes ! no", "yes no"), ("black/white", "black white"), ("black / white", "black white"),
+    ("black-and-white", "black and white"), ("t-shirt", "t shirt"), ("t- shirt", "t shirt"),
     ("a-b -c", "ab c"),  # the hyphen touches a space somewhere, so it is deleted everywhere
-    ("what?", "what"),
-    ('"stop"', "stop"),
-    ("[red]", "red"),
-    ("{red}", "red"),
-    ("(red)", "red"),
-    ("red;blue", "red blue"),
-    ("x=y", "x y"),
-    ("3+4", "3 4"),
-    ("back\\slash", "back slash"),
-    ("under_score", "under score"),
-    ("a>b", "b"),
-    ("<left>", "left"),
-    ("me@home", "me home"),
-    ("`tick`", "tick"),
-    ("red,blue", "red blue"),
-    ("red, blue", "red blue"),
+    ("what?", "what"), ('"stop"', "stop"), ("[red]", "red"), ("{red}", "red"), ("(red)", "red"),
+    ("red;blue", "red blue"), ("x=y", "x y"), ("3+4", "3 4"), ("back\\slash", "back slash"),
+    ("under_score", "under score"), ("a>b", "b"), ("<left>", "left"), ("me@home", "me home"), ("`tick`", "tick"),
+    ("red,blue", "red blue"), ("red, blue", "red blue"),
     ("10:30", "10:30"),  # a colon is no punctuation mark here
-    ("50%", "50%"),
-    ("$5", "$5"),
-    ("rock&roll", "rock&roll"),
+    ("50%", "50%"), ("$5", "$5"), ("rock&roll", "rock&roll"),
     ("man's", "man's"),  # nor is an apostrophe
     # a comma between digits makes every mark go without a space
-    ("1,000", "1000"),
-    ("1,000-2,000", "10002000"),
-    ("1,000 (about)", "1000 about"),
+    ("1,000", "1000"), ("1,000-2,000", "10002000"), ("1,000 (about)", "1000 about"),
     # full stops
-    ("4.5", "4.5"),
-    (".5", ".5"),
-    ("yes.", "yes"),
-    ("u.s.a.", "usa"),
-    ("5.", "5"),
-    ("v.2", "v.2"),
+    ("4.5", "4.5"), (".5", ".5"), ("yes.", "yes"), ("u.s.a.", "usa"), ("5.", "5"), ("v.2", "v.2"),
     ("." * 40, "." * 8),  # at most 32 full stops go
     # contractions
-    ("dont", "don't"),
-    ("Dont know", "don't know"),
-    ("its", "its"),
-    ("hes", "he's"),
+    ("dont", "don't"), ("Dont know", "don't know"), ("its", "its"), ("hes", "he's"),
     ("shes", "shes"),  # not in the official list
     ("somebody'd", "somebodyd"),  # an error of the official list
     ("couldnt've", "couldn't've"),
     ("Im", "im"),  # the list has "Im", but words are in lower case by then
-    ("oclock", "o'clock"),
-    ("yall", "y'all"),
+    ("oclock", "o'clock"), ("yall", "y'all"),
     # white space
-    ("red\nblue", "red blue"),
-    ("red\tblue", "red blue"),
-    ("red   blue", "red blue"),
-    ("", ""),
-]
+    ("red\nblue", "red blue"), ("red\tblue", "red blue"), ("red   blue", "red blue"), ("", ""),
+]  # fmt: skip
 
 
 def test_answers_are_normalized_by_the_official_rules():
