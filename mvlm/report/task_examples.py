@@ -179,12 +179,12 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
         layers = layers[:-1] or layers  # the question's words have no effect in the last one
         first = "[MASK]", 1, max(2, int(table.lengths))  # of no answer, the [MASK] of its end
         probability = score.exp()
-    elif vqa or isinstance(task, LabelTask):
-        labels = vqa.state["answers"] if vqa else task.labels
+    elif isinstance(task, VisualQuestionAnswering | LabelTask):
+        labels = task.state["answers" if vqa else "labels"]
         if predicted not in labels:
             raise RunError(f"records: wanted a prediction of the run's labels, found {predicted!r}; evaluate it again")
         with recorded_attention(task.model.text_cross) as layers:
-            logits = task.head(task.fuse(batch, "plain", 1 if vqa else task.images))[0]
+            logits = task.head(task.fuse(batch, "plain", task.images if isinstance(task, LabelTask) else 1))[0]
         place = labels.index(predicted)
         score = logits[place]
         if not vqa:  # one label of several: the others together are its opposite

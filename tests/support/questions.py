@@ -19,8 +19,9 @@ Sample = tuple[np.ndarray, str, dict[str, Any]]
 
 
 def _write(folder: Path, counts: dict[str, int] | None, sample: Callable[[str, int], Sample]) -> Path:
-    about = {"source": "made up for tests", "licence": "CC0", "attribution": "drawn by <nobody>"}
-    with ShardWriter(folder, name="questions", **about, recipe={}) as writer:
+    with ShardWriter(
+        folder, name="questions", source="made up for tests", licence="CC0", attribution="drawn by <nobody>", recipe={}
+    ) as writer:
         for split, count in (counts or COUNTS).items():
             for i in range(count):
                 pixels, text, metadata = sample(split, i)
