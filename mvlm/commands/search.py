@@ -52,7 +52,7 @@ def query(
     """
     from mvlm.commands.arguments import check_no_input, check_page, check_replaced, read_json
     from mvlm.errors import ConfigError
-    from mvlm.report.answers import Answer, thumbnail, write_answers
+    from mvlm.report.html import thumbnail, write_page
     from mvlm.runs.load import load_model
     from mvlm.search.index import open_index
     from mvlm.search.query import ImageReader, search
@@ -71,8 +71,9 @@ def query(
     hits = search(model, opened, text, image, kind=of, top=top, rerank=rerank, where=where)
     if html is not None:
         images = ImageReader(opened)
-        answers = [Answer(hit, thumbnail(images.read(hit))) for hit in hits]
-        write_answers(html, text or str(image), None if image is None else thumbnail(image), answers)
+        answers = [(hit, thumbnail(images.read(hit))) for hit in hits]
+        query_image = None if image is None else thumbnail(image)
+        write_page(html, "answers.html", title=text or str(image), query_image=query_image, answers=answers)
     if json is not None:
         write_json(json, [hit._asdict() for hit in hits])
     captions = [hit.text for hit in hits] if of == "texts" else opened.first_captions(hits)

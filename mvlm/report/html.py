@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mvlm.errors import RunError
+from mvlm.inference.images import decode_image
 
 WIDTH, HEIGHT = 460, 210  # of a chart, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 30
@@ -58,6 +59,13 @@ def data_uri(image: Image.Image | Tensor) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def thumbnail(image: Path | bytes, longest: int = 160) -> str:
+    """An image as a data URI of a small PNG, at most `longest` pixels wide and high."""
+    small = Image.fromarray(decode_image(image))
+    small.thumbnail((longest, longest))
+    return data_uri(small)
 
 
 @contextmanager

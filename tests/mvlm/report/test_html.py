@@ -1,5 +1,7 @@
 """The HTML of all pages: what is escaped, what is an error, and where the points, axes and labels of charts stand."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -11,11 +13,25 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
+from PIL import Image
 
 import mvlm.report
 from mvlm.errors import RunError
-from mvlm.report.html import HEIGHT, WIDTH, figures_of, line_chart, nice_range, render, series, table
+from mvlm.report.html import (
+    HEIGHT,
+    WIDTH,
+    figures_of,
+    line_chart,
+    nice_range,
+    render,
+    series,
+    table,
+    thumbnail,
+    write_page,
+)
+from mvlm.search.index import Hit
 from support.pages import HOSTILE, Page
+from support.scenes import png
 
 FOLDER = Path(mvlm.report.__file__).parent
 
@@ -39,6 +55,25 @@ def test_every_page_carries_its_style_and_loads_nothing():
     css = (FOLDER / "style.css").read_text()
     assert "url(" not in css
     assert "@import" not in css
+
+
+def test_the_page_of_a_search_shows_answers_and_escapes_what_others_wrote(tmp_path):
+    hits = [
+        Hit("a<b>.png", "test", 0, 3, "<script>alert(1)</script>", 0.51234, {"note": "<i>"}, 2.3456),
+        Hit("c.png", "", 1, 4, "", -0.2, {}),
+    ]
+    image, title = thumbnail(png(np.full((400, 200, 3), 77, np.uint8))), "red & <blue>"
+    answers = [(hit, image) for hit in hits]
+    page = write_page(tmp_path / "deep/page", "answers.html", title=title, query_image=image, answers=answers)
+    found = Page(page.read_text())
+    assert not found.all("script")
+    assert not found.all("i")
+    for text in (title, "a<b>.png (test)", "similarity 0.512, re-ranked 2.35", "similarity -0.200", "note: <i>"):
+        assert text in found.text
+    assert [img["src"] for img in found.all("img")] == [image] * 3
+    with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as small:
+        assert (small.size, small.getpixel((5, 5))) == ((80, 160), (77, 77, 77))
+    assert "No answer." in render("answers.html", title="red", query_image=None, answers=[])
 
 
 def test_figures_of_another_file_or_of_none_are_refused(tmp_path):
