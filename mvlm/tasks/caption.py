@@ -124,7 +124,9 @@ class Captioning(Task):
             x = masked_token_features(self.model, text, KeyValueCache(v), masks.token_ids)  # (M, C)
         else:
             w, key_mask = text.padded()
-            x = self.model.text_cross(w, v, key_mask, None)[key_mask].index_select(0, masks.token_ids)
+            x = self.model.text_cross(w, v, key_mask, None)  # (B, L, C)
+            at = caption * x.shape[1] + masks.token_ids - batch.cu_seqlens[caption]
+            x = x.flatten(0, 1).index_select(0, at)
         loss, accuracy = weighted_cross_entropy(self.model, x, targets_of_masks, weights, plan)
         lengths = batch.cu_seqlens.diff().long() - 3  # of the words, less one
         loss = loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths)

@@ -125,10 +125,9 @@ def test_accuracy_is_that_of_all_tokens_of_a_step(trained, questions, scenes, tm
         out = tmp_path / str(accumulate)
         finetune(configured(trained, data, out, task, max_steps=6, accumulate=accumulate, **given, **changes))
         rows.append(read_metrics(out / "metrics.jsonl"))
-    assert any(0 < row["accuracy"] < 1 for row in rows[0])
-    for one, eight in zip(*rows, strict=True):
-        assert one["accuracy"] == pytest.approx(eight["accuracy"], rel=1e-6)
-        assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5)
+    one, eight = ([row["accuracy"] for row in each if row["accuracy"] is not None] for each in rows)
+    assert any(0 < accuracy < 1 for accuracy in one)
+    assert one == pytest.approx(eight, rel=1e-6)
 
 
 def unanswered(folder: Path, data: Path, splits: dict[str, str]) -> Path:
@@ -163,7 +162,7 @@ def test_evaluation_writes_figures_records_and_predictions(trained, questions, t
     assert scored["accuracy_95"] == found["accuracy_95"]
     assert found["questions"] == len(found["records"]) == 16
     assert set(found["by_question_type"]) == {"what colour", "what is"}
-    assert_refused(run_mvlm("eval", "entailment", *words, "--data", questions), "entailment", "vqa")
+    assert run_mvlm("eval", "entailment", *words, "--data", questions).code == 2
     without = unanswered(tmp_path / "without", questions, {"train": "train", "validation": "test"})
     assert run_mvlm("eval", "vqa", *words, "--data", without, "--split", "validation").code == 0
     figures = json.loads(out.read_text())
