@@ -175,10 +175,13 @@ def test_neighbours_and_the_map_are_of_different_images(split, features, image):
         np.testing.assert_allclose([s for _, s in answers], similarity[others[: examples.NEIGHBOURS]], atol=1e-6)
     points, explained = examples.embedding_map(split, features)
     assert {point.text for point, _, _ in points} == set(different)
-    for axis in (1, 2):
-        assert (min(point[axis] for point in points), max(point[axis] for point in points)) == (0, 100)
     alone = torch.from_numpy(embeddings[list(different.values())])
-    assert explained == pytest.approx(examples.principal_components(alone)[1])
+    places, share = examples.principal_components(alone)
+    assert explained == pytest.approx(share)
+    for axis, sign in ((1, 1), (2, -1)):  # from the left, and from the top
+        found = [point[axis] for point in points]
+        assert (min(found), max(found)) == (0, 100)
+        assert sign * np.corrcoef(found, places[:, axis - 1])[0, 1] == pytest.approx(1)
 
 
 def test_the_map_is_the_first_two_principal_components():
