@@ -178,10 +178,10 @@ def test_neighbours_and_the_map_are_of_different_images(split, features, image):
     alone = torch.from_numpy(embeddings[list(different.values())])
     places, share = examples.principal_components(alone)
     assert explained == pytest.approx(share)
-    for axis, sign in ((1, 1), (2, -1)):  # from the left, and from the top
-        found = [point[axis] for point in points]
+    _, left, top = zip(*points, strict=True)
+    for found, axis, sign in ((left, 0, 1), (top, 1, -1)):
         assert (min(found), max(found)) == (0, 100)
-        assert sign * np.corrcoef(found, places[:, axis - 1])[0, 1] == pytest.approx(1)
+        assert sign * np.corrcoef(np.array(found, dtype=float), places[:, axis])[0, 1] == pytest.approx(1)
 
 
 def test_the_map_is_the_first_two_principal_components():
