@@ -138,24 +138,25 @@ def attend_heads(
         mask = None if exists is None else exists[:, None, None, :]  # (B, 1, 1, Lk)
         own = None if scale == usual else scale
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate, scale=own, enable_gqa=grouped)
-    batch, heads, rows, _ = q.shape
+    (batch, heads, rows, _), k_heads = q.shape, k.shape[1]
+    group = heads // k_heads if k_heads else 1
     kept = None
     if options is not None and rate:
         factors = factors_of(options, (batch, heads, rows, k.shape[2]), torch.promote_types(q.dtype, torch.float32))
-        kept = factors.view(batch * k.shape[1], -1, k.shape[2]).transpose(1, 2)
+        kept = factors.view(batch * k_heads, group * rows, k.shape[2]).transpose(1, 2)
     if grouped:  # the query heads of a key head become rows of its product
-        q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        q = q.unflatten(1, (k_heads, group)).flatten(2, 3)
     absent = None
     if exists is not None:
         # The lowest finite number instead of -inf: the softmax of a row without keys is then uniform over zero values,
         # and its output and gradient are 0, not NaN.
         dtype = _wide(q.dtype)
         absent = exists.new_zeros(exists.shape, dtype=dtype).masked_fill_(~exists, torch.finfo(dtype).min)
-        absent = absent[:, None, :, None]  # (B, 1, Lk, 1)
+        absent = absent[:, None, :, None].expand(-1, k_heads, -1, -1)  # (B, Hk, Lk, 1)
     q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))  # (B*Hk, L, D)
     out: Any = _Products.apply(q, k, v, absent, kept, scale)
-    out = out.unflatten(0, (batch, -1))
-    return out.unflatten(2, (-1, rows)).flatten(1, 2) if grouped else out
+    out = out.unflatten(0, (batch, k_heads))
+    return out.unflatten(2, (group, rows)).flatten(1, 2) if grouped else out
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -169,7 +170,7 @@ def _softmax(q: Tensor, k: Tensor, absent: Tensor | None, scale: float) -> Tenso
     unused = q.new_empty(len(q), k.shape[1], q.shape[1], dtype=dtype)
     scores = torch.baddbmm(unused, k.to(dtype), q.to(dtype).transpose(1, 2), beta=0, alpha=scale)
     if absent is not None:
-        scores.view(len(absent), -1, *scores.shape[1:]).add_(absent)
+        scores.view(*absent.shape[:3], scores.shape[-1]).add_(absent)
     return scores.softmax(1)
 
 
@@ -180,7 +181,7 @@ class _Products(torch.autograd.Function):
     bf16, and several times as fast over the second. The probabilities are kept for the backward: on a CPU to compute
     them again would be a third of its work.
 
-    absent: (B, 1, Lk, 1), added to the scores, or None. kept: factors (B*Hk, Lk, Lq) of a dropout, or None.
+    absent: (B, Hk, Lk, 1), added to the scores, or None. kept: factors (B*Hk, Lk, Lq) of a dropout, or None.
     """
 
     @staticmethod
