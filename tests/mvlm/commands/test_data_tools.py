@@ -14,7 +14,7 @@ from support.commands import assert_refused
 from support.data import file_contents
 
 
-def fail_with_a_full_disk(*_: object) -> None:
+def fail_with_a_full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
