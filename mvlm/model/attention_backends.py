@@ -23,10 +23,6 @@ from mvlm_kernels.cross_attention import why_not_triton
 from mvlm_kernels.cross_attention.composed import rule
 from mvlm_kernels.dispatch import interpreting
 
-# Looked up once, at import: find_spec searches the path, and every call of attention asks.
-INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))
-"""Optional attention libraries that are installed here, by module name."""
-
 
 class BackendChoice(NamedTuple):
     """A chosen backend."""
@@ -102,7 +98,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_ro
     if against := why_not_triton(device, dtype, head_width=head_width, short_rows=short_rows):
         found["triton"] = "; ".join(against)
     for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers")):
-        if module not in INSTALLED_LIBRARIES:
+        if find_spec(module) is None:
             found[name] = f"{module} is not installed: pip install 'mvlm[gpu]'"
         elif dtype not in (torch.bfloat16, torch.float16):
             found[name] = f"{module} takes bf16 and fp16, not {dtype}"
