@@ -19,7 +19,6 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.options import MAX_PIXELS
 from mvlm_dataloading.sources.record import EVALUATION_SPLITS, is_evaluation
 
 from .image_check import ImageDecoder, StoredHeader, on_white, perceptual_hash, read_header
@@ -86,15 +85,10 @@ def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     return ImageFacts(key, split, width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
 
 
-def decoder_with_max_limit() -> ImageDecoder:
-    """A decoder with the highest size limit that a build can have, for images of finished data sets."""
-    return ImageDecoder(MAX_PIXELS)
-
-
 def evaluation_images(folder: Path) -> Iterator[ImageFacts]:
     """Images of all evaluation splits of another data set, validation and test first. Keys begin with its name."""
     splits = [split for split in read_description(folder)["splits"] if is_evaluation(split)]
-    decoder = decoder_with_max_limit()
+    decoder = ImageDecoder()
     for split in sorted(splits, key=lambda one: (*EVALUATION_SPLITS, one).index(one)):
         dataset = open_dataset(folder, split)
         for i in range(len(dataset)):

@@ -159,10 +159,10 @@ class ImageDecoder:
     `max_pixels` is not decoded.
 
     Args:
-        max_pixels: largest image that is decoded; None to decode what the loader decodes, which is everything.
+        max_pixels: largest image that is decoded, by default the largest that a build can store; None: any.
     """
 
-    def __init__(self, max_pixels: int | None) -> None:
+    def __init__(self, max_pixels: int | None = MAX_PIXELS) -> None:
         self._limits = None if max_pixels is None else limits_of_build(max_pixels)
         self._max_pixels = sys.maxsize if max_pixels is None else max_pixels
         self._built: dict[bool, Any] = {}

@@ -36,13 +36,8 @@ from .shard_writer import ShardWriter
 _OPENMOJI_LICENCE = "CC BY-SA 4.0"
 
 
-def build_emoji(out: Path, size: int = 144, *, workers: int | None = None) -> Path:
-    """Write the emoji data set.
-
-    Args:
-        out: folder to create. If it already holds this data set, nothing is written.
-        size: side of the square images, in pixels.
-        workers: number of rendering processes, one per core by default.
+def build_emoji(out: Path, size: int = 144) -> Path:
+    """Write the emoji data set, with square images of `size` pixels. If `out` already holds it, nothing is written.
 
     Raises:
         DataError: `out` has other content.
@@ -66,7 +61,7 @@ def build_emoji(out: Path, size: int = 144, *, workers: int | None = None) -> Pa
         attribution=openmoji.ATTRIBUTION,
         recipe=recipe,
     ) as writer:
-        images = list(render_all([svg for _, svg, _, _ in entries], size, workers))
+        images = list(render_all([svg for _, svg, _, _ in entries], size))
         bases = merge_bases([metadata["base"] for *_, metadata in entries], images)
         for (codepoints, _, captions, metadata), png, base in zip(entries, images, bases, strict=True):
             metadata |= {"base": base, "licence": _OPENMOJI_LICENCE, "attribution": openmoji.ATTRIBUTION}
@@ -74,9 +69,9 @@ def build_emoji(out: Path, size: int = 144, *, workers: int | None = None) -> Pa
     return out
 
 
-def render_all(svgs: list[Path], size: int, workers: int | None = None) -> Iterator[bytes]:
+def render_all(svgs: list[Path], size: int) -> Iterator[bytes]:
     """Render SVG files as square PNGs of `size` pixels on white, in order, by several processes."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(svgs) // 200 + 1)  # a process takes time to start
+    workers = min(len(os.sched_getaffinity(0)), len(svgs) // 200 + 1)  # a process takes time to start
     render = partial(_render, size=size)
     if workers == 1:
         yield from map(render, svgs)

@@ -96,19 +96,15 @@ def require_same(found: Mapping[str, Any], out: Path | str, name: str, recipe: M
     """Raise DataError unless a description, found in the folder or at the URL `out`, has this name and this recipe."""
     if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
         had = found.get("recipe") or {}
-        listed = ", ".join(filter(None, (_difference(key, had, recipe) for key in sorted({*had, *recipe}))))
+        listed = ", ".join(
+            f"{key} {_short(had.get(key, 'not set'))} in place of {_short(recipe.get(key, 'not set'))}"
+            for key in sorted({*had, *recipe})
+            if key not in had or key not in recipe or had[key] != recipe[key]
+        )
         raise DataError(
             f"{out}: wanted a new folder or the data set {name} as it is built now, found {found.get('name')} with "
             f"{listed or 'the same settings'}; choose another folder or remove this one"
         )
-
-
-def _difference(key: str, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Difference of the setting `key` of two recipes, in words; empty if there is none."""
-    if key in had and key in wanted and had[key] == wanted[key]:
-        return ""
-    before, now = (_short(recipe[key]) if key in recipe else "not set" for recipe in (had, wanted))
-    return f"another {key}" if before == now else f"{key} {before} in place of {now}"
 
 
 def _short(value: Any) -> str:

@@ -93,7 +93,10 @@ class SampleIndex:
 
     def __init__(self, content: "mmap.mmap | bytes | memoryview", path: Path | None = None, hint: str = ""):
         self.path, self._hint, self._content = path, hint, content
-        magic, version, width, samples, shards, key_bytes, fingerprint, self.described, crc = self._header()
+        if len(content) < HEADER.size:
+            raise self._refusal(f"at least {HEADER.size} bytes", f"{len(content)}")
+        header = HEADER.unpack_from(content)
+        magic, version, width, samples, shards, key_bytes, fingerprint, self.described, crc, _ = header
         if magic != MAGIC:
             raise self._refusal(f"an index that begins with {MAGIC!r}", repr(magic))
         if version != VERSION or width != RECORD_BYTES:
@@ -125,16 +128,16 @@ class SampleIndex:
         """Shard of each sample, int64, of the shape of `ids`."""
         return np.searchsorted(self.first[1:], ids, side="right")
 
-    def records(self, ids: Int64) -> NDArray[np.uint32]:
-        """Records of the samples, uint32 (n, 9). Raises DataError if the checksum of a shard's records is wrong."""
+    def locate(self, kind: str, ids: Any) -> tuple[Int64, Int64]:
+        """Offsets and sizes in bytes of a component, int64, of the shape of `ids`. The size is -1 if there is none.
+
+        Raises:
+            DataError: the checksum of a shard's records is wrong.
+        """
         for shard in np.unique(self.shard_of(ids)).tolist():
             self._check(0, shard)
-        return self._records[ids]
-
-    def locate(self, kind: str, ids: Any) -> tuple[Int64, Int64]:
-        """Offsets and sizes in bytes of a component, int64, of the shape of `ids`. The size is -1 if there is none."""
         column = 2 * list(KINDS).index(kind)
-        found = self.records(np.atleast_1d(ids))[..., column : column + 2].astype(np.int64).reshape(*np.shape(ids), 2)
+        found = self._records[np.asarray(ids), column : column + 2].astype(np.int64)
         return found[..., 0] * BLOCK, np.where(found[..., 1] == ABSENT, -1, found[..., 1])
 
     def key(self, i: int) -> str:
@@ -150,8 +153,7 @@ class SampleIndex:
     def check_all(self) -> None:
         """Compare all checksums. Raises DataError."""
         for shard in range(len(self.first) - 1):
-            self._check(0, shard)
-            self._check(1, shard)
+            self.shard_content(shard)
             self.release()
 
     def release(self) -> None:
@@ -177,11 +179,6 @@ class SampleIndex:
                 what = ("records", "keys")[part]
                 raise self._refusal(f"the stored checksum of the {what} of shard {shard}", "other bytes")
             self._checked[part, shard] = True
-
-    def _header(self) -> tuple[Any, ...]:
-        if len(self._content) < HEADER.size:
-            raise self._refusal(f"at least {HEADER.size} bytes", f"{len(self._content)}")
-        return HEADER.unpack_from(self._content)[:-1]
 
     def _refusal(self, wanted: str, found: str) -> DataError:
         return DataError(f"{self.path or 'index in memory'}: wanted {wanted}, found {found}; {self._hint}")

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.duplicates import decoder_with_max_limit
 from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, script_of
@@ -68,11 +67,8 @@ class Findings:
     """One line per problem."""
 
     def add(self, other: "Findings") -> None:
-        for name in ("sizes", "image_bytes", "captions", "words", "keys", "problems"):
-            getattr(self, name).extend(getattr(other, name))
-        self.scripts += other.scripts
-        self.formats += other.formats
-        self.transparent += other.transparent
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 def check_shards(
@@ -103,21 +99,19 @@ def check_shards(
         for number, shard in enumerate(part["shards"])
     ]
     found = {split: Findings(problems=_opening_problems(folder, split)) for split in description["splits"]}
-    results: dict[int, Findings] = {}
+    results: dict[tuple[str, int], Findings] = {}
     done, total = 0, sum(task.shard["samples"] for task in tasks)
-    numbers = {id(task): number for number, task in enumerate(tasks)}
     for event in run_tasks(_check_shard, tasks, workers):
-        number = numbers[id(event.task)]
         if event.kind == "progress":
             done += event.value
             progress(done, total)
         elif event.kind == "done":
-            results[number] = event.value
+            results[event.task.split, event.task.number] = event.value
         else:
             problem = f"{event.task.shard['tar']}: wanted images that can be decoded, found one that kills the process"
-            results[number] = Findings(problems=[problem])
-    for number, task in enumerate(tasks):
-        found[task.split].add(results[number])
+            results[event.task.split, event.task.number] = Findings(problems=[problem])
+    for task in tasks:
+        found[task.split].add(results[task.split, task.number])
     for split, findings in found.items():
         # A view may repeat samples intentionally.
         if not any("index" in shard for shard in description["splits"][split]["shards"]):
@@ -181,7 +175,7 @@ def _read_through(
             found.problems.append(problem)
     except DataError as error:
         found.problems.append(str(error))
-    decoder, length = decoder_with_max_limit(), os.fstat(file.fileno()).st_size
+    decoder, length = ImageDecoder(), os.fstat(file.fileno()).st_size
     for begin in range(0, len(lines), 32):
         samples = [_read(file, length, line) for line in lines[begin : begin + 32]]
         _check_samples(task, tar.name, samples, decoder, found)
@@ -327,7 +321,7 @@ def contact_sheet(folder: Path, path: Path) -> Path:
     chosen = [places[i * len(places) // count] for i in range(count)]
     rows = -(-count // across)
     sheet = pil.new("RGB", (across * (_CELL + 8) + 8, rows * (_CELL + _TEXT + 8) + 8), "white")
-    pen, decoder = draw.Draw(sheet), decoder_with_max_limit()
+    pen, decoder = draw.Draw(sheet), ImageDecoder()
     for place, (dataset, i) in enumerate(chosen):
         x, y = 8 + place % across * (_CELL + 8), 8 + place // across * (_CELL + _TEXT + 8)
         (pixels,) = decoder([dataset.image_bytes(i)])

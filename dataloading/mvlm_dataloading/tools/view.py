@@ -21,12 +21,11 @@ from typing import Any
 
 from mvlm_dataloading.build.duplicates import (
     ImageFacts,
-    decoder_with_max_limit,
     drop_leaks,
     drop_repeats,
     image_facts,
 )
-from mvlm_dataloading.build.image_check import size_fault
+from mvlm_dataloading.build.image_check import ImageDecoder, size_fault
 from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import (
@@ -146,7 +145,7 @@ def _select(sources: Sequence[Path], options: ViewOptions) -> tuple[list[_Row], 
     Returns:
         The chosen samples; the other evaluation images; number of rejections by reason.
     """
-    decoder = decoder_with_max_limit()
+    decoder = ImageDecoder()
     rows: list[_Row] = []
     evaluation: list[ImageFacts] = []
     reasons: Counter[str] = Counter()
