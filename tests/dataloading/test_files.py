@@ -6,7 +6,6 @@ import json
 import math
 import os
 import socket
-import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,11 @@ from mvlm_dataloading.files import open_regular, opened_unchanged, read_regular
 from mvlm_dataloading.sources.tar_samples import read_samples
 from mvlm_dataloading.sources.webdataset import webdataset
 from mvlm_dataloading.tools.view import make_view
-from support import published
-from support.data import write_dataset
+from support.data import write_dataset, write_tar
 
 
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_sha256_is_that_of_the_contents(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc" * 100_000)
-    assert files.sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -37,6 +30,7 @@ def test_a_written_file_replaces_another(tmp_path, shared):
     for text in ("long before", "größer\udcff\n", b"\xff"):
         files.write_file(path, text, shared=shared)
         assert path.read_bytes() == (text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
+    assert files.sha256(path) == hashlib.sha256(b"\xff").hexdigest()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -60,14 +54,11 @@ def test_a_replaced_file_is_whole_or_as_before(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_kill_left_is_replaced(tmp_path):
+def test_what_a_kill_left_is_replaced_and_an_error_names_the_file_that_was_wanted(tmp_path):
     path = tmp_path / "file"
     files.aside_of(path).write_text("half")
     files.write_file(path, "whole")
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_error_names_the_file_that_was_wanted(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         files.write_file(tmp_path / "none/file", "")
     assert caught.value.filename == str(tmp_path / "none/file")
@@ -193,7 +184,7 @@ def test_what_is_no_file_in_a_data_folder_is_refused_at_once(tmp_path, name, kin
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
 def test_what_is_no_file_among_tars_is_refused_at_once(tmp_path, kind):
-    write_tar(tmp_path / "a.tar", 2)
+    write_old_tar(tmp_path / "a.tar", 2)
     ODD[kind](tmp_path / "b.tar")
     for read in (rebuild_indices, lambda folder: webdataset([folder])):
         with pytest.raises(DataError, match=rf"b\.tar: wanted a file, found {kind}"):
@@ -201,18 +192,15 @@ def test_what_is_no_file_among_tars_is_refused_at_once(tmp_path, kind):
 
 
 def test_a_pipe_that_is_named_as_a_description_stops_no_build(tmp_path):
-    write_tar(tmp_path / "a.tar", 2)
+    write_old_tar(tmp_path / "a.tar", 2)
     (tmp_path / "sub").mkdir()
     make_pipe(tmp_path / "sub" / "dataset.json")
     assert len(webdataset([tmp_path]).pieces) == 1
 
 
-def write_tar(path: Path, count: int) -> None:
+def write_old_tar(path: Path, count: int) -> None:
     """A tar that was written a year ago."""
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            image = published.encoded(published.make_image(i))
-            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", b"words of %d" % i)])
+    write_tar(path, [f"words of {i}" for i in range(count)])
     os.utime(path, (YEAR, YEAR))
 
 
@@ -242,7 +230,7 @@ CHANGES = [truncate, overwrite, append, replace, Path.unlink]
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
-    write_tar(tmp_path / "x.tar", 3)
+    write_old_tar(tmp_path / "x.tar", 3)
     with opened_unchanged(tmp_path / "x.tar") as file:
         file.read()
 
@@ -258,7 +246,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
 @pytest.mark.parametrize("change", CHANGES)
 def test_samples_of_a_tar_that_changes_make_no_data_set(tmp_path, change):
     tar = tmp_path / "train.tar"
-    write_tar(tar, 30)
+    write_old_tar(tar, 30)
     samples = read_samples(tar, 1 << 20)
     next(samples)
     change(tar)
@@ -270,7 +258,7 @@ def test_samples_of_a_tar_that_changes_make_no_data_set(tmp_path, change):
 def test_a_build_reads_the_tars_that_its_recipe_states(tmp_path, change):
     """A tar is hashed when a build is planned, and read later."""
     tar = tmp_path / "train.tar"
-    write_tar(tar, 3)
+    write_old_tar(tar, 3)
     source = webdataset([tar])
     change(tar)
     with pytest.raises(DataError, match=r"train\.tar: wanted the tar that the build began with, found another"):
@@ -283,7 +271,7 @@ def test_a_build_reads_the_tars_that_its_recipe_states(tmp_path, change):
 def test_an_index_of_a_tar_that_changes_is_not_written(tmp_path, monkeypatch, change, when):
     """While its headers are read, and while it is hashed afterwards."""
     tar = tmp_path / "train.tar"
-    write_tar(tar, 30)
+    write_old_tar(tar, 30)
     _change_at(monkeypatch, f"mvlm_dataloading.tools.reindex.{when}", lambda: change(tar))
     with pytest.raises(DataError, match=r"train\.tar: wanted a file that stays as it is while it is read"):
         rebuild_indices(tmp_path)
@@ -293,7 +281,7 @@ def test_an_index_of_a_tar_that_changes_is_not_written(tmp_path, monkeypatch, ch
 @pytest.mark.parametrize("change", [truncate, overwrite, append, replace])
 def test_a_check_of_a_tar_that_changes_finds_that(tmp_path, monkeypatch, change):
     tar = tmp_path / "train.tar"
-    write_tar(tar, 30)
+    write_old_tar(tar, 30)
     rebuild_indices(tmp_path)
     _change_at(monkeypatch, "mvlm_dataloading.tools.check.index_tar", lambda: change(tar))
     problems = check_shards(tmp_path, workers=0)["train"].problems

@@ -1,38 +1,31 @@
 """A finished or unfinished data set of other input is not taken for the one to be built."""
 
+import functools
 import os
 import shutil
-import tarfile
-from pathlib import Path
 
 import pytest
 
 from mvlm_dataloading import DataError, build_shards
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.folder import folder
-from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
+from support.data import file_contents, killed_before_assembly, write_tar
 
-
-def build(source: Source, out: Path) -> Path:
-    return build_shards(source, out, workers=0)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+build = functools.partial(build_shards, workers=0)
 
 
 def test_other_images_or_captions_make_another_data_set(tmp_path):
     """The changes keep the number of images and the first and last key, or add an image."""
     published.folder(tmp_path / "images")
     build(folder(tmp_path / "images"), tmp_path / "out")
-    before = contents(tmp_path / "out")
+    before = file_contents(tmp_path / "out")
     (tmp_path / "images").rename(tmp_path / "moved")
     moved, text = tmp_path / "moved", tmp_path / "moved/a/0.txt"
     os.utime(moved / "a/0.jpg")
     build(folder(moved), tmp_path / "out")  # moved, but the same input
-    assert contents(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
 
     def caption() -> None:
         text.write_text(text.read_text().swapcase())
@@ -51,17 +44,12 @@ def test_other_images_or_captions_make_another_data_set(tmp_path):
         build(folder(moved), tmp_path / "out")
 
 
-def test_a_killed_build_does_not_resume_with_other_captions(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
+def test_a_killed_build_does_not_resume_with_other_captions(tmp_path):
     published.folder(tmp_path / "images")
-    with monkeypatch.context() as patch:
-        patch.setattr("mvlm_dataloading.build.build.assemble", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(folder(tmp_path / "images"), tmp_path / "out")
+    with killed_before_assembly():
+        build(folder(tmp_path / "images"), tmp_path / "out")
     (tmp_path / "images/a/2.txt").write_text("another\n")
-    with pytest.raises(DataError, match="found another one; finish it with its own command, or remove"):
+    with pytest.raises(DataError, match="wanted an unfinished build of this input"):
         build(folder(tmp_path / "images"), tmp_path / "out")
 
 
@@ -80,9 +68,7 @@ def test_tars_of_equal_names_and_sizes_are_told_apart(tmp_path):
     """Tars are padded to 10 kB, so equal sizes say little."""
     for name, word in (("one", b"word"), ("two", b"drow")):
         (tmp_path / name).mkdir()
-        with tarfile.open(tmp_path / name / "0.tar", "w") as tar:
-            image = published.encoded(published.make_image(0))
-            published.add_members(tar, [("a.jpg", image), ("a.txt", word)])
+        write_tar(tmp_path / name / "0.tar", [word])
     assert len({(tmp_path / name / "0.tar").stat().st_size for name in ("one", "two")}) == 1
     build(webdataset([tmp_path / "one"]), tmp_path / "out")
     with pytest.raises(DataError, match="wanted a new folder or the data set webdataset"):

@@ -28,8 +28,12 @@ def old_web(served, tmp_path):
         yield url, tmp_path / "old"
 
 
+def open_loader(dataset, tokenizer, **settings) -> Loader:
+    return Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, **settings)
+
+
 def batches(dataset, tokenizer, count: int):
-    loader = Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4)
+    loader = open_loader(dataset, tokenizer)
     found = list(itertools.islice(loader, count))
     loader.close()
     return found
@@ -54,19 +58,13 @@ def assert_served(place: str, served, data_cache, tokenizer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
-def test_amazons_object_store_serves_a_data_set(served, data_cache, tokenizer):
-    with serve_s3("pairs"):
-        put_all(served, "s3://pairs/deep")
-        assert_served("s3://pairs/deep", served, data_cache, tokenizer)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_googles_object_store_serves_a_data_set(served, data_cache, tokenizer):
-    with serve_gcs("pairs"):
-        put_all(served, "gs://pairs/deep")
-        assert_served("gs://pairs/deep", served, data_cache, tokenizer)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the servers' and the clients' packages
+@pytest.mark.parametrize("place, serve_store", [("s3://pairs/deep", serve_s3), ("gs://pairs/deep", serve_gcs)])
+def test_object_stores_serve_a_data_set(served, data_cache, tokenizer, place, serve_store):
+    with serve_store("pairs"):
+        for path in served.iterdir():
+            RemoteFolder(place).put(path, path.name)
+        assert_served(place, served, data_cache, tokenizer)
 
 
 @pytest.mark.slow
@@ -76,21 +74,22 @@ def test_the_hugging_face_hub_serves_a_data_set(served, data_cache, tokenizer):
         assert any("resolve" in path for path in asked)
 
 
-def put_all(served, place: str) -> None:
-    for path in served.iterdir():
-        RemoteFolder(place).put(path, path.name)
-
-
-@pytest.mark.slow
-def test_several_epochs_from_a_web_server_through_a_small_cache(served, web, data_cache, tokenizer, monkeypatch):
+@pytest.fixture
+def small_segments(monkeypatch):
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
+
+
+@pytest.mark.slow
+def test_several_epochs_from_a_web_server_through_a_small_cache(
+    served, web, data_cache, tokenizer, monkeypatch, small_segments
+):
     size = limit_cache(monkeypatch, served, 4.5)
     dataset = open_dataset(web, "train")
     wanted = batches(open_dataset(served, "train"), tokenizer, 24)
     found = []
-    loader = Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4)
+    loader = open_loader(dataset, tokenizer)
     for batch in itertools.islice(loader, 24):  # four epochs
         found.append(batch)
         assert cache_bytes(data_cache) <= size
@@ -102,19 +101,8 @@ def test_several_epochs_from_a_web_server_through_a_small_cache(served, web, dat
     assert not list(data_cache.glob("*/*.part"))
 
 
-def test_remote_shards_are_fetched_ahead_of_use(served, web, data_cache, tokenizer, monkeypatch):
-    monkeypatch.setattr(sampler, "GROUP", 1)
-    monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
-    monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
-    loader = Loader(
-        open_dataset(web, "train"),
-        tokenizer,
-        batch_size=8,
-        image_size=32,
-        text_length=12,
-        seed=4,
-        work=LoaderWork(prefetch_batches=0),
-    )
+def test_remote_shards_are_fetched_ahead_of_use(web, data_cache, tokenizer, small_segments):
+    loader = open_loader(open_dataset(web, "train"), tokenizer, work=LoaderWork(prefetch_batches=0))
     batch, _ = next(iter(loader))
     for thread in threading.enumerate():
         if thread.name == "mvlm-fetching":
@@ -127,9 +115,7 @@ def test_remote_shards_are_fetched_ahead_of_use(served, web, data_cache, tokeniz
 
 def test_a_remote_cache_that_is_too_small_is_refused(served, web, data_cache, tokenizer, monkeypatch):
     limit_cache(monkeypatch, served, 1.5)
-    with pytest.raises(
-        DataError, match=r"wanted room for \d+ bytes more, found \d+ of \d+ in use; raise MVLM_CACHE_GB"
-    ):
+    with pytest.raises(DataError, match=r"wanted room for \d+ bytes more.*; raise MVLM_CACHE_GB"):
         batches(open_dataset(web, "train"), tokenizer, 1)
     for size in ("much", "inf", "1e300", "nan", "-1", "0"):
         monkeypatch.setenv("MVLM_CACHE_GB", size)
@@ -207,13 +193,9 @@ def test_an_index_that_arrives_short_is_fetched_again(served, web, data_cache, t
     assert not list(data_cache.glob("*/*.part"))
 
 
-def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, data_cache, tokenizer, caplog):
+def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, data_cache, tokenizer):
     url, _ = old_web
-    with caplog.at_level("INFO"):
-        found = batches(open_dataset(url, "train"), tokenizer, 6)
-    assert (
-        "opened from DALI indices; `mvlm data index --without-tars` at the source lets it open at once" in caplog.text
-    )
+    found = batches(open_dataset(url, "train"), tokenizer, 6)
     assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
 
 

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from mvlm_dataloading import DataError, build_shards, open_dataset
+from mvlm_dataloading import DataError, build_shards
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.flickr30k import flickr30k
 from mvlm_dataloading.sources.folder import folder
@@ -17,14 +17,13 @@ from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.sources.visual_genome import visual_genome
 from mvlm_dataloading.sources.webdataset import cc3m, webdataset
 from support import published
-from support.data import build_source
+from support.data import build_source, keys_of, read_json_lines
 
 
 def written(source: Source, out: Path) -> tuple[list[str], list[str]]:
     """Keys of the training images, and reasons for rejection of the others."""
     build_shards(source, out, workers=0)
-    lines = (out / "rejected.jsonl").read_text().splitlines()
-    return open_dataset(out, "train").keys.tolist(), [json.loads(line)["reason"] for line in lines]
+    return keys_of(out), [line["reason"] for line in read_json_lines(out / "rejected.jsonl")]
 
 
 def test_a_caption_table_cannot_name_files_outside_its_folder(tmp_path):

@@ -23,6 +23,13 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+def with_exif(image: Image.Image, kind: str, orientation: int, **options: Any) -> bytes:
+    """An image as a file whose EXIF data say how it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, kind, exif=exif.tobytes(), **options)
+
+
 def captions(i: int) -> list[str]:
     return [f"soft colours, number {i}", f"the {i}th of some pictures"][: 1 + i % 2]
 

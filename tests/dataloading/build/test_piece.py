@@ -12,31 +12,23 @@ import pytest
 import tokenizers
 from PIL import Image, ImageDraw, ImageOps
 
-from mvlm_dataloading import BuildOptions, Loader, build_shards, check_shards, open_dataset
+from mvlm_dataloading import BuildOptions, Loader, check_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
-from mvlm_dataloading.sources.record import ImageStrip, ListedPiece, Record, Source
+from mvlm_dataloading.sources.record import ImageStrip, ListedPiece, Record
 from support import published
 from support.data import build_records, make_record, read_json_lines
 
 EXIF_ORIENTATION = 0x0112
 
 
-def with_exif(image: Image.Image, kind: str, orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = orientation
-    return published.encoded(image, kind, exif=exif.tobytes())
-
-
 def test_re_encoding_applies_the_exif_orientation(tmp_path):
     image = published.make_image(1, (90, 60))
     records = [
-        Record(f"{kind}{orientation}", with_exif(image, kind, orientation), ["a"], "")
+        make_record(f"{kind}{orientation}", published.with_exif(image, kind, orientation))
         for kind in ("JPEG", "PNG", "WEBP")
         for orientation in (1, 3, 6)
     ]
-    source = Source("turned", "", "", {}, [ListedPiece("train", records)])
-    build_shards(source, tmp_path / "out", BuildOptions(short_side=30, quality=95), workers=0)
-    dataset = open_dataset(tmp_path / "out", "train")
+    dataset = open_dataset(build_records(tmp_path / "out", {"train": records}, short_side=30, quality=95), "train")
     for i, record in enumerate(records):
         with Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:
             assert stored.getexif().get(EXIF_ORIENTATION, 1) == 1
@@ -87,7 +79,7 @@ def test_transparent_images_are_stored_on_white(tmp_path):
     images = {
         "png": (published.encoded(drawing(0), "PNG"), drawing(0)),
         "webp": (published.encoded(drawing(12), "WEBP", lossless=True), drawing(12)),
-        "turned": (with_exif(drawing(24), "PNG", 6), drawing(24).transpose(Image.Transpose.ROTATE_270)),
+        "turned": (published.with_exif(drawing(24), "PNG", 6), drawing(24).transpose(Image.Transpose.ROTATE_270)),
         "palette": (published.encoded(palette, "PNG", transparency=clear), shown),
     }
     records = [make_record(key, content) for key, (content, _) in images.items()]
@@ -128,12 +120,11 @@ def test_transparent_images_of_a_strip_are_on_white(tmp_path):
 @pytest.mark.slow
 def test_webp_files_with_exif_data_behind_an_odd_chunk_are_stored_and_loaded(tmp_path, tokenizer):
     """The builds' decoder is DALI's, which refuses them as they are. Pixels are Pillow's, of the published files."""
-    exif, images, odd = Image.Exif(), [], 0
+    images, odd = [], 0
     for i in range(17):
-        exif[EXIF_ORIENTATION] = 1 + i % 8
         settings: dict[str, Any] = {"lossless": True} if i < 8 else {"icc_profile": b"a" * 457}
         image = drawing(0) if i == 16 else published.make_image(i, (72 + i, 54))
-        images.append(published.encoded(image, "WEBP", exif=exif, **settings))
+        images.append(published.with_exif(image, "WEBP", 1 + i % 8, **settings))
         odd += images[-1][34] % 2  # length of the second chunk
     assert odd > 9
     records = [make_record(f"{i:02d}", image) for i, image in enumerate(images)]

@@ -72,9 +72,7 @@ def test_shard_writer_puts_transparent_images_on_white(tmp_path):
 
 
 def test_shard_writer_stores_webp_files_so_that_their_exif_data_are_found(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the tag Orientation
-    webp = published.encoded(published.make_image(1), "WEBP", exif=exif, icc_profile=b"abc")
+    webp = published.with_exif(published.make_image(1), "WEBP", 6, icc_profile=b"abc")
     with shard_writer(tmp_path / "out") as writer:
         assert writer.add("a", webp, ["a"]) is None
     (pixels,) = ImageDecoder(1 << 20)([open_dataset(tmp_path / "out", "train").image_bytes(0)])

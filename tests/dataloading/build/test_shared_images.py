@@ -161,9 +161,7 @@ def test_strips(tmp_path):
         image.save(tmp_path / name)
     turned = Image.new("RGB", (40, 40), (250, 0, 0))
     turned.paste((0, 0, 250), (0, 0, 40, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the file is shown at the right
-    turned.save(tmp_path / "turned.png", exif=exif.tobytes())
+    (tmp_path / "turned.png").write_bytes(published.with_exif(turned, "PNG", 6))  # its top is shown at the right
     (tmp_path / "bad.png").write_bytes(b"no image")
     pair = ImageStrip((tmp_path / "wide.png", tmp_path / "tall.png"), 32)
     three = ImageStrip(

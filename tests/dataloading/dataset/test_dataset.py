@@ -10,11 +10,18 @@ import tarfile
 import numpy as np
 import pytest
 
-from mvlm_dataloading import DataError, ShardWriter, open_dataset
-from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import image_identity, image_name
 from mvlm_dataloading.randomness import text_hash
-from support.data import make_captions, make_image, refuse_to_open, write_dataset, write_shard_by_hand
+from support.data import (
+    make_captions,
+    make_image,
+    refuse_to_open,
+    shard_writer,
+    write_dataset,
+    write_shard_by_hand,
+)
 
 
 @pytest.fixture
@@ -50,12 +57,10 @@ def test_offsets_are_those_of_tarfile(train_split):
 
 
 def test_image_id_comes_from_the_metadata_or_the_bytes(tmp_path):
-    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
-        writer.add("a", make_image(0), ["one"])
-        writer.add("b", make_image(0), ["two"])
-        writer.add("c", make_image(1), ["three"])
-        writer.add("d", make_image(2), ["four"], {"image_id": 12})
-        writer.add("e", make_image(3), ["five"], {"image_id": 12})
+    with shard_writer(tmp_path / "d") as writer:
+        named = {"image_id": 12}
+        for key, i, metadata in (("a", 0, {}), ("b", 0, {}), ("c", 1, {}), ("d", 2, named), ("e", 3, named)):
+            writer.add(key, make_image(i), ["words"], metadata)
     dataset = open_dataset(tmp_path / "d", "train")
     ids = [dataset.image_id(i) for i in range(5)]
     assert ids[0] == ids[1] == text_hash(make_image(0))
