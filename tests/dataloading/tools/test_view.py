@@ -276,17 +276,24 @@ def test_malformed_views_are_refused(one, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "letter").write_text("dear")
     for choice, settings, message in (
-        ({"match": "["}, {}, "match: wanted a regular expression"),
-        ({"fraction": 0}, {}, "fraction: wanted more than 0 and at most 1, got 0"),
-        ({"splits": ("dev",)}, {}, "splits: wanted some of test, train, got dev"),
-        ({}, {"weights": (1.0, 2.0)}, "weights: wanted a number above 0 for each of 1 sources"),
-        *(({}, {"weights": (float(w),)}, "weights: wanted a number above 0") for w in ("0", "-1", "nan", "inf")),
-        ({}, {"sources": [one, tmp_path / "link"]}, "sources: wanted each data set once"),  # test images twice
-        ({"min_side": 1000}, {}, "wanted at least one sample in the view"),
-        ({}, {"out": tmp_path / "used"}, "wanted a new or an empty folder"),
+        (ViewOptions(match="["), {}, "match: wanted a regular expression"),
+        (ViewOptions(fraction=0), {}, "fraction: wanted more than 0 and at most 1, got 0"),
+        (ViewOptions(splits=("dev",)), {}, "splits: wanted some of test, train, got dev"),
+        (ViewOptions(), {"weights": (1.0, 2.0)}, "weights: wanted a number above 0 for each of 1 sources"),
+        *(
+            (ViewOptions(), {"weights": (float(w),)}, "weights: wanted a number above 0")
+            for w in ("0", "-1", "nan", "inf")
+        ),
+        (
+            ViewOptions(),
+            {"sources": [one, tmp_path / "link"]},
+            "sources: wanted each data set once",
+        ),  # test images twice
+        (ViewOptions(min_side=1000), {}, "wanted at least one sample in the view"),
+        (ViewOptions(), {"out": tmp_path / "used"}, "wanted a new or an empty folder"),
     ):
         with pytest.raises(DataError, match=message):
-            make_view(**{"out": tmp_path / "view", "sources": [one], **settings}, options=ViewOptions(**choice))
+            make_view(**{"out": tmp_path / "view", "sources": [one], **settings}, options=choice)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "used"]
 
 
