@@ -329,7 +329,7 @@ class TrainedModel:
             if format == "hub":
                 from mvlm.portable.hub import CARD, model_card
 
-                card = model_card(self.source or Path("a model in memory"), self.network, data, hub_id, self.sha256)
+                card = model_card(self.source or Path("a model in memory"), self.network, self.sha256, data, hub_id)
                 self._write(out)
                 (out / CARD).write_text(card, encoding="utf-8")
                 return {}

@@ -5,26 +5,20 @@ exported folder or an id on the hub. `--no_amp` leaves the products of embedding
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.portable.clip_model import ClipModel, ClipPreprocess, ClipTokenizer, create_clip_model
+from mvlm.portable.clip_model import ClipParts, create_clip_model
 from mvlm_dataloading.errors import need
 
 MODEL_TYPE = "mvlm"
 
 
-def load(
-    pretrained: str, device: str | torch.device = "cpu", model_name: str = "", cache_dir: str | None = None
-) -> tuple[ClipModel, ClipPreprocess, ClipTokenizer]:
-    """The loading function of `MODEL_TYPE`, with CLIP_benchmark's names. Model name and cache folder are not used."""
-    model, preprocess, tokenizer = create_clip_model(
-        pretrained if not Path(pretrained).exists() else Path(pretrained), torch.device(device)
-    )
-    return model, preprocess, tokenizer
+def load(pretrained: str, device: str | torch.device = "cpu", **unused: Any) -> ClipParts:
+    """The loading function of `MODEL_TYPE`. CLIP_benchmark also gives it a model's name and a cache folder."""
+    return create_clip_model(pretrained, device)
 
 
 def register() -> Any:

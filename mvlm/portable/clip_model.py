@@ -9,7 +9,8 @@ Code that is written for open_clip, such as CLIP_benchmark, runs with it. Embedd
 Shape legend: B batch, L tokens (the model's text length), E contrastive width, S image side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,21 +92,12 @@ class ClipTokenizer:
         return ids
 
 
-class ClipPreprocess:
-    """Image -> pixels uint8 (3, S, S), as the loader of evaluation makes them. The network normalises them."""
-
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return load_image(image, self.image_size)
-
-
 class ClipParts(NamedTuple):
     """The three parts that code for open_clip asks for, in the order of `open_clip.create_model_from_pretrained`."""
 
     model: ClipModel
-    preprocess: ClipPreprocess
+    preprocess: Callable[[Image.Image], Tensor]
+    """Image -> pixels uint8 (3, S, S), as the loader of evaluation makes them. The network normalises them."""
     tokenizer: ClipTokenizer
 
 
@@ -116,4 +108,4 @@ def create_clip_model(
     trained = source if isinstance(source, TrainedModel) else load_model(source, device, precision)
     config = trained.network.config
     tokenizer = ClipTokenizer(trained.tokenizer, config.text_length)
-    return ClipParts(ClipModel(trained).eval(), ClipPreprocess(config.image_size), tokenizer)
+    return ClipParts(ClipModel(trained).eval(), partial(load_image, side=config.image_size), tokenizer)

@@ -19,7 +19,8 @@ from mvlm.evaluation.evaluate import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE
-from mvlm.runs.folder import RunFolder, find_checkpoint, find_run
+from mvlm.runs.checkpoint import read_state
+from mvlm.runs.folder import find_checkpoint, find_run
 from mvlm.statistics import Interval
 from mvlm_dataloading import DataError, open_dataset
 
@@ -126,31 +127,16 @@ def recalls(figures: dict[str, Any]) -> list[Recall]:
     return found
 
 
-def run_of(source: Path) -> RunFolder:
-    """The run that `source`, a run or one of its checkpoints, belongs to. RunError if it is neither."""
-    check_folder(source, "a run or one of its checkpoints")
-    if (run := find_run(source)) is None:
-        raise RunError(
-            f"{source}: wanted a run or one of its checkpoints, found another folder; a model card is made from a run"
-        )
-    return run
-
-
 def model_card(
-    source: Path,
-    network: MaskVLM,
-    data: Path | str | None = None,
-    hub_id: str | None = None,
-    model: str | None = None,
+    source: Path, network: MaskVLM, model: str, data: Path | str | None = None, hub_id: str | None = None
 ) -> str:
     """The card of a run's model, Markdown with a YAML head, as the hub reads it.
 
     Args:
         source: a run, or one of its checkpoints.
+        model: hash of the model, `TrainedModel.sha256`. Figures of another one are not stated.
         data: folder of the data that the run was trained on. Default: the one that its config.json names.
         hub_id: id owner/name for the examples. Default: owner/ and the run's name.
-        model: hash of the model, `TrainedModel.sha256`. Figures of another one are not stated. Without it, or for
-            figures of an earlier version, which name no hash, the name of the checkpoint decides.
 
     Raises:
         RunError: there is no such run, or its data's licence cannot be read, or its evaluation is damaged.
@@ -158,24 +144,24 @@ def model_card(
     """
     if hub_id is not None:
         check_hub_id(hub_id)
-    run = run_of(source)
+    check_folder(source, "a run or one of its checkpoints")
+    if (run := find_run(source)) is None:
+        raise RunError(
+            f"{source}: wanted a run or one of its checkpoints, found another folder; a model card is made from a run"
+        )
     hub_id = hub_id or "owner/" + re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
     config = read_config(run.config)
-    checkpoint = find_checkpoint(source)
-    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
-    if named is None:
-        raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
-    description = data_description(data or str(config["data"]))
-    figures, why_none = _evaluation(run.evaluation), "a task, so there are no figures of retrieval"
-    if figures is not None:
-        named_model = figures.get("model") if model is not None else None
-        same_data = _is_on(figures, data or str(config["data"]))
-        figures["split"] = line(figures["split"])
-        if not (_is_of(figures, checkpoint, run) if named_model is None else named_model == model):
-            figures = None
-            why_none = "another checkpoint, or of another image size or text length, so its figures are not here"
-        elif not same_data:
-            figures, why_none = None, "other data than the model was trained on, so its figures are not here"
+    data = data or str(config["data"])
+    description = data_description(data)
+    figures, why_none = _evaluation(run.evaluation), None
+    if figures is None and run.evaluation.is_file():
+        why_none = "a task, so there are no figures of retrieval"
+    elif figures is not None and figures.get("model") != model:
+        why_none = "another checkpoint, or of another image size or text length, so its figures are not here"
+    elif figures is not None and not _is_on(figures, data):
+        why_none = "other data than the model was trained on, so its figures are not here"
+    if why_none is not None:
+        figures = None
     found = [] if figures is None else recalls(figures)
     name, task = hub_id.split("/")[1], config.get("task")
     unread = {"format_version", "model", *(() if config.get("optimizer") == "muon" else ("lr_muon",))}
@@ -196,12 +182,12 @@ def model_card(
         data={key: line(description.get(key) or "not stated") for key in ("name", "source", "licence", "attribution")},
         splits={line(key): split for key, split in description["splits"].items()},
         pairs=description["splits"].get("train", {}).get("samples"),
-        figures=figures,
-        why_none=why_none if run.evaluation.is_file() else None,
+        figures=figures and figures | {"split": line(figures["split"])},
+        why_none=why_none,
         rebuilds=figures is not None and figures["masked_l1"] < min(_trivial(figures)),
         recalls=found,
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
-        step=int(named[1]),
+        step=read_state(find_checkpoint(source))["step"],
         batch_size=config["batch_size"],
         settings=[(key, setting(value)) for key, value in recipe.items()],
         versions={package: version(package) for package in ("torch", "numpy")},
@@ -292,21 +278,10 @@ def _trivial(figures: dict[str, Any]) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def _is_of(figures: dict[str, Any], checkpoint: Path, run: RunFolder) -> bool:
-    """True if the figures are of this checkpoint: they name it, or name the run and it is the run's newest."""
-    named = Path(str(figures["checkpoint"])).name
-    if re.fullmatch(r"step_\d+", named):
-        return named == checkpoint.name
-    return checkpoint.name == find_checkpoint(run.path).name
-
-
 def _is_on(figures: dict[str, Any], data: Path | str) -> bool:
-    """True if the figures are of a split of this data set. Those of an earlier version do not say so."""
-    wanted = figures.get("fingerprint")
-    if wanted is None:
-        return True
+    """True if the figures are of a split of this data set."""
     try:
-        return open_dataset(data, figures["split"]).fingerprint == wanted
+        return open_dataset(data, figures["split"]).fingerprint == figures.get("fingerprint")
     except (DataError, OSError):  # no such split
         return False
 
@@ -325,8 +300,7 @@ def _evaluation(file: Path) -> dict[str, Any] | None:
             float(figures[name])
         for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
             _, _ = map(float, figures[name])
-        if missing := {"split", "checkpoint"} - figures.keys():
-            raise KeyError(*missing)
+        str(figures["split"])
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise RunError(
             f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"

@@ -98,27 +98,15 @@ class Part(NamedTuple):
 
 def parts(network: MaskVLMNetwork) -> list[Part]:
     """The three modules of a network."""
-    image, text = ("batch", "", ""), ("batch", "length", "")
-    ids = ("batch", "length")
+    ids, row, rows, texts = ("batch", "length"), ("batch", ""), ("batch", "", ""), ("batch", "length", "")
+    tokens = {"input_ids": ids, "attention_mask": ids}
+    image_outputs = {"image_embedding": row, "image_features": rows}
+    text_outputs = {"text_embedding": row, "text_features": texts}
+    features = {"image_features": rows, "text_features": texts, "attention_mask": ids}
     return [
-        Part(
-            "image_encoder",
-            ImageEmbedder(network),
-            {"pixels": ("batch", "", "", "")},
-            {"image_embedding": ("batch", ""), "image_features": image},
-        ),
-        Part(
-            "text_encoder",
-            TextEmbedder(network),
-            {"input_ids": ids, "attention_mask": ids},
-            {"text_embedding": ("batch", ""), "text_features": text},
-        ),
-        Part(
-            "matching_head",
-            Matcher(network),
-            {"image_features": image, "text_features": text, "attention_mask": ids},
-            {"log_odds": ("batch",)},
-        ),
+        Part("image_encoder", ImageEmbedder(network), {"pixels": ("batch", "", "", "")}, image_outputs),
+        Part("text_encoder", TextEmbedder(network), tokens, text_outputs),
+        Part("matching_head", Matcher(network), features, {"log_odds": ("batch",)}),
     ]
 
 
@@ -163,8 +151,7 @@ def write_programs(network: MaskVLMNetwork, folder: Path, format: Format) -> dic
         RunError: a program differs from the network by more than `TOLERANCE`.
     """
     if format == "onnx":
-        check_onnx_packages()
-        _check_onnx_sizes(network)
+        _check_onnx(network)
     length, found = network.config.text_length, {}
     traced = example_inputs(network, 3, length)  # a batch of 1 would be taken for a constant
     shapes = [(1, min(4, length)), (5, length), (2, 3)]
@@ -208,17 +195,10 @@ _OURS: Any = {
 """Our ops in the network, in torch's operators."""
 
 
-def load_program(file: Path, threads: int = 0) -> Program:
-    """Load a program from a .pt2 or an .onnx file; it runs on the CPU.
-
-    Args:
-        threads: of onnxruntime; 0 for one per core. torch's own setting holds for .pt2.
-    """
+def load_program(file: Path) -> Program:
+    """Load a program from a .pt2 or an .onnx file; it runs on the CPU."""
     if file.suffix == ".onnx":
-        runtime = need("onnxruntime", "export")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session = need("onnxruntime", "export").InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
         def run_onnx(inputs: dict[str, Tensor]) -> list[Tensor]:
             outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -246,17 +226,13 @@ def difference(part: Part, run: Program, inputs: dict[str, Tensor]) -> float:
     return found
 
 
-def check_onnx_packages() -> None:
-    """ConfigError if a package that ONNX needs is not installed."""
+def _check_onnx(network: MaskVLMNetwork) -> None:
+    """ConfigError for a missing package, or a part that fits in no ONNX file: protobuf says so only after the trace."""
     try:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             need(package, "export")
     except ImportError as error:
         raise ConfigError(f"onnx: wanted its packages, found one missing: {error}") from None
-
-
-def _check_onnx_sizes(network: MaskVLMNetwork) -> None:
-    """ConfigError for a part that fits in no ONNX file: protobuf itself would refuse it only after the trace."""
     for part in parts(network):
         size = sum(x.numel() * x.element_size() for x in (*part.module.parameters(), *part.module.buffers()))
         if size >= MOST_ONNX_BYTES:
@@ -310,47 +286,12 @@ PREPROCESS = "preprocess.json"
 def write_programs_folder(
     network: MaskVLMNetwork, tokenizer: Tokenizer, model_sha256: str, folder: Path, format: Format
 ) -> dict[str, float]:
-    """Write the programs of a network on the CPU, its tokenizer, and how to prepare images and texts, to a folder.
+    """Write a network's programs, tokenizer.json and preprocess.json to a folder (docs/guides/export.md).
 
     Returns and raises as `write_programs`. `model_sha256` is `TrainedModel.sha256`.
     """
-    found = write_programs(network, folder, format)
-    write_tokenizer(tokenizer, network.config.text_length, folder / TOKENIZER_FILE)
-    write_json(folder / PREPROCESS, preprocessing(network, tokenizer, model_sha256, folder, format, found))
-    return found
-
-
-def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
-    """Write a tokenizer.json that adds [CLS] and [SEP], truncates to `length` tokens and pads to the longest text.
-
-    With the package `tokenizers`, `Tokenizer.from_file(file).encode_batch(texts)` then has the model's ids and masks.
-    For a text with the name of a special token in it, first set `encode_special_tokens = True`: no file can hold that.
-    Where special tokens are ordinary pieces (SentencePiece without added_tokens), put the unknown token for such names.
-    """
-    from tokenizers import Tokenizer as Fast
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.save(file)
-    inner = Fast.from_file(str(file))
-    cls, sep, pad = (tokenizer.token(i) for i in (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id))
-    inner.post_processor = TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0", special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)]
-    )
-    inner.enable_truncation(length)
-    inner.enable_padding(pad_id=tokenizer.pad_id, pad_token=pad)
-    file.write_text(inner.to_str(pretty=True), encoding="utf-8")
-
-
-def preprocessing(
-    network: MaskVLMNetwork,
-    tokenizer: Tokenizer,
-    model_sha256: str,
-    folder: Path,
-    format: Format,
-    differences: dict[str, float],
-) -> dict[str, Any]:
-    """The contents of preprocess.json (docs/guides/export.md)."""
-    config, programs = network.config, {}
+    found, config, programs = write_programs(network, folder, format), network.config, {}
+    write_tokenizer(tokenizer, config.text_length, folder / TOKENIZER_FILE)
     for part in parts(network):
         file = f"{part.name}.{format}"
         programs[part.name] = {
@@ -358,9 +299,9 @@ def preprocessing(
             "sha256": sha256(folder / file),
             "inputs": list(part.inputs),
             "outputs": list(part.outputs),
-            "largest_difference": differences[file],
+            "largest_difference": found[file],
         }
-    return {
+    preprocessing = {
         "format": format,
         "opset": OPSET if format == "onnx" else None,
         "tolerance": TOLERANCE,
@@ -386,3 +327,26 @@ def preprocessing(
         "logit_scale": network.log_scale.exp().item(),
         "programs": programs,
     }
+    write_json(folder / PREPROCESS, preprocessing)
+    return found
+
+
+def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
+    """Write a tokenizer.json that adds [CLS] and [SEP], truncates to `length` tokens and pads to the longest text.
+
+    With the package `tokenizers`, `Tokenizer.from_file(file).encode_batch(texts)` then has the model's ids and masks.
+    For a text with the name of a special token in it, first set `encode_special_tokens = True`: no file can hold that.
+    Where special tokens are ordinary pieces (SentencePiece without added_tokens), put the unknown token for such names.
+    """
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.save(file)
+    inner = Fast.from_file(str(file))
+    cls, sep, pad = (tokenizer.token(i) for i in (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id))
+    inner.post_processor = TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0", special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)]
+    )
+    inner.enable_truncation(length)
+    inner.enable_padding(pad_id=tokenizer.pad_id, pad_token=pad)
+    file.write_text(inner.to_str(pretty=True), encoding="utf-8")

@@ -99,27 +99,6 @@ def test_a_missing_package_is_one_line(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_only_difference_is_in_ties(run_benchmark, trained, tmp_path, capsys):
-    """Two equal images with a caption each: theirs lies between a tie as a miss, which is ours, and as a success."""
-    pixels = [scene(number)[0] for number in (3, 3, 8, 8, 14)]
-    captions = [f"{name} square" for name in ("a", "b", "c", "d", "e")]
-    samples = [{"png": png(p), "txt": c.encode()} for p, c in zip(pixels, captions, strict=True)]
-    write_tar(tmp_path / "ties", samples)
-    (tmp_path / "ties/dataset_type.txt").write_text("retrieval")
-    found = run_benchmark(tmp_path / "ties", "zeroshot_retrieval", "--recall_k", "1", "2", "4")
-    model = load_model(trained, "cpu")
-    scores = model.similarity(pixels, captions).double().T  # (texts, images)
-    own = scores.diagonal()[:, None]
-    others = ~torch.eye(5, dtype=torch.bool)
-    as_misses, as_successes = (((ahead & others).sum(1)) for ahead in (scores >= own, scores > own))
-    assert (as_misses > as_successes).sum() == 4
-    for k in (1, 2, 4):
-        low, high = ((ranks < k).double().mean().item() for ranks in (as_misses, as_successes))
-        assert low - 1e-6 <= found[f"image_retrieval_recall@{k}"] <= high + 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_open_clips_own_classifier_takes_the_model(trained):
     open_clip = pytest.importorskip("open_clip")
     trained_model = load_model(trained, "cpu")

@@ -9,7 +9,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.portable.hub import upload
 from mvlm.runs.load import load_model
-from support.model_hub import serve_model_hub
+from support.hub import serve_model_hub
 
 # The client itself passes a file in a way that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

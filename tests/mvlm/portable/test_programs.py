@@ -5,15 +5,17 @@ import textwrap
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.portable import programs as module
-from mvlm.portable.programs import difference, example_inputs, load_program, parts
+from mvlm.portable.programs import difference, example_inputs, load_program, parts, write_tokenizer
 from mvlm.runs.load import load_model
 from support.commands import run_python
 
 pytestmark = pytest.mark.slow
+TEXTS = ["a red square", "a", "a blue square on a white ground, and then some more words", "[MASK] naïve"]
 SHAPES = [(1, 2), (1, 12), (4, 5), (7, 3)]
 
 
@@ -131,16 +133,12 @@ def test_a_program_that_differs_is_found_and_refused(programs, small, tmp_path, 
 
 def test_a_part_too_large_for_an_onnx_file_is_refused_before_it_is_traced(small, tmp_path, monkeypatch):
     network = load_model(small, "cpu", "fp32").network
-    monkeypatch.setattr(module, "check_onnx_packages", lambda: None)
+    monkeypatch.setattr(module, "need", lambda *_: None)
     monkeypatch.setattr(module, "exported_program", lambda *_: pytest.fail("traced"))
-    weights = (network.text_encoder, network.text_projection)
-    monkeypatch.setattr(module, "MOST_ONNX_BYTES", 4 * sum(x.numel() for part in weights for x in part.parameters()))
-    monkeypatch.setattr(
-        module, "parts", lambda network: [part for part in parts(network) if part.name != "image_encoder"]
-    )
-    with pytest.raises(
-        ConfigError, match=r"onnx: wanted programs below .* GiB each, text_encoder has .*; use --format pt2"
-    ):
+    image = parts(network)[0].module
+    largest = sum(x.numel() * x.element_size() for x in (*image.parameters(), *image.buffers()))
+    monkeypatch.setattr(module, "MOST_ONNX_BYTES", largest)
+    with pytest.raises(ConfigError, match=r"onnx: wanted programs below .* GiB each, image_encoder has"):
         module.write_programs(network, tmp_path, "onnx")
 
 
@@ -155,3 +153,16 @@ def test_preprocess_json_describes_the_programs(programs, small):
         for program in found["programs"].values():
             assert program["largest_difference"] < 1e-4
             assert (programs / format / program["file"]).is_file()
+
+
+def test_tokenizer_json_gives_the_models_ids_and_masks(tokenizer, tmp_path):
+    write_tokenizer(tokenizer, 12, tmp_path / "tokenizer.json")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.encode_special_tokens = True  # as ours does; the file cannot say so
+    found = inner.encode_batch(TEXTS)
+    assert {len(encoding.ids) for encoding in found} == {12}  # padded to the longest, which is truncated
+    for text, encoding in zip(TEXTS, found, strict=True):
+        ids = tokenizer.encode([text], 12)[0].tolist()
+        assert encoding.ids == ids + [tokenizer.pad_id] * (12 - len(ids))
+        assert encoding.attention_mask == [1] * len(ids) + [0] * (12 - len(ids))
+    assert len(inner.encode_batch(["a"])[0].ids) == 3  # no longer than the longest text
