@@ -299,7 +299,12 @@ class Gate:
         session, body = check_question(sent, self._questions, lambda path: self._uploads.find(path, visitor))
         self._visitors.join(session, visitor)
         given = [(b"content-length", str(len(body)).encode()), (ASKED.encode(), str(time.monotonic()).encode())]
-        await self._app(_for_gradio(scope, given), _once(body, receive), send)
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def written() -> Message:
+            return first.pop() if first else await receive()
+
+        await self._app(_for_gradio(scope, given), written, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
         """Answers of a session, until they are given, the visitor leaves, or time is over."""
@@ -433,20 +438,6 @@ class _Limited:
         if self._left < 0:
             raise Refused(413, self._sentence)
         return message
-
-
-def _once(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives this body, then what comes after it."""
-    given = False
-
-    async def next_message() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return next_message
 
 
 class _Sent:

@@ -36,24 +36,20 @@ MAX_SESSIONS = 64
 
 
 class Server:
-    """A page that is served from a thread."""
+    """A page that is served from a thread, from when this is made. ConfigError if it cannot listen at `url`."""
 
     def __init__(self, server: uvicorn.Server, page: Page, url: str) -> None:
         self.url = url
-        """Address of the page."""
         self._server, self._page = server, page
         self._ended = threading.Event()
         self._thread = threading.Thread(target=server.run, name="mvlm-app", daemon=True)
         self._sweeper = threading.Thread(target=self._sweep, name="mvlm-app-sweep", daemon=True)
-
-    def start(self) -> None:
-        """Start to listen. ConfigError if that fails."""
         self._trim = _trimmer()
         self._thread.start()
-        while not self._server.started and self._thread.is_alive():
+        while not server.started and self._thread.is_alive():
             time.sleep(0.01)
-        if not self._server.started:
-            raise ConfigError(f"port: wanted to listen at {self.url}, could not; choose another --port")
+        if not server.started:
+            raise ConfigError(f"port: wanted to listen at {url}, could not; choose another --port")
         self._sweeper.start()
 
     def wait(self) -> None:
@@ -68,8 +64,7 @@ class Server:
         self._server.should_exit = True
         self._thread.join(10)
         self._page.worker.shutdown(wait=False, cancel_futures=True)
-        if self._sweeper.is_alive():
-            self._sweeper.join(10)
+        self._sweeper.join(10)
 
     def _sweep(self) -> None:
         while not self._ended.wait(SWEEP_SECONDS):
@@ -126,9 +121,7 @@ def start(page: Page, host: str, port: int, names: Sequence[str] = ()) -> Server
         timeout_keep_alive=int(HEADER_SECONDS),
         timeout_graceful_shutdown=1,
     )
-    running = Server(uvicorn.Server(config), page, f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    running.start()
-    return running
+    return Server(uvicorn.Server(config), page, f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 def gradio_app(page: Page) -> FastAPI:

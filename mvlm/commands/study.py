@@ -35,7 +35,7 @@ def study(
     """
     from mvlm.commands.arguments import check_one_process
     from mvlm.errors import ConfigError
-    from mvlm.studies.run import report_finished, run_study
+    from mvlm.studies.run import report_finished, run_jobs, run_study
     from mvlm.studies.study import read_study
     from mvlm.training.freed_memory import keep_freed_memory
 
@@ -47,23 +47,15 @@ def study(
     if jobs < 1:
         raise ConfigError(f"jobs: wanted at least 1, got {jobs}")
     description = read_study(file)
-    if jobs > 1 and not partial:
-        from mvlm.studies.run import run_jobs
-
-        words = [
-            str(file),
-            "--data",
-            str(data),
-            "--out",
-            str(out),
-            *(["--checkpoint", str(checkpoint)] if checkpoint else []),
-        ]
-        run_jobs([*words, *(["--reuse", *map(str, reuse)] if reuse else [])], (int(number), int(parts)), jobs)
-        return
+    shares = (int(number), int(parts))
     if partial:
         page = report_finished(description, data, out, reuse, checkpoint)
+    elif jobs > 1:
+        words = [file, "--data", data, "--out", out, *(["--checkpoint", checkpoint] if checkpoint else [])]
+        run_jobs(list(map(str, [*words, *(["--reuse", *reuse] if reuse else [])])), shares, jobs)
+        return
     else:
         keep_freed_memory("auto")
-        page = run_study(description, data, out, (int(number), int(parts)), reuse, checkpoint)
+        page = run_study(description, data, out, shares, reuse, checkpoint)
     if page is not None:
         print(f"{out / 'study.csv'}\n{page}")

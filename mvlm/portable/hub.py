@@ -162,7 +162,9 @@ def model_card(
         why_none = "other data than the model was trained on, so its figures are not here"
     if why_none is not None:
         figures = None
-    found = [] if figures is None else recalls(figures)
+    found, blind = [], []
+    if figures is not None:
+        found, blind = recalls(figures), [figures["masked_l1_white"], figures["masked_l1_train_median"]]
     name, task = hub_id.split("/")[1], config.get("task")
     unread = {"format_version", "model", *(() if config.get("optimizer") == "muon" else ("lr_muon",))}
     recipe = {key: value for key, value in config.items() if key not in unread and not resume_may_change(key)}
@@ -184,12 +186,13 @@ def model_card(
         pairs=description["splits"].get("train", {}).get("samples"),
         figures=figures and figures | {"split": line(figures["split"])},
         why_none=why_none,
-        rebuilds=figures is not None and figures["masked_l1"] < min(_trivial(figures)),
+        rebuilds=figures is not None and figures["masked_l1"] < min(value for value in blind if value is not None),
         recalls=found,
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
         step=read_state(find_checkpoint(source))["step"],
         batch_size=config["batch_size"],
-        settings=[(key, setting(value)) for key, value in recipe.items()],
+        # Of a path only the last part, since the rest says nothing elsewhere.
+        settings=[(k, line(json.dumps(Path(v).name if isinstance(v, str) else v))) for k, v in recipe.items()],
         versions={package: version(package) for package in ("torch", "numpy")},
     )
 
@@ -262,20 +265,9 @@ def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
     return [ABILITIES[name] for name in found if name != "itm_weight" or network.matching_is_trained]
 
 
-def setting(value: object) -> str:
-    """A setting as JSON; of a path only the last part, since the rest says nothing elsewhere."""
-    return line(json.dumps(Path(value).name if isinstance(value, str) else value))
-
-
 def line(text: object) -> str:
     """Other people's text as one line of Markdown: no sign in it formats, links or opens a tag."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
-
-
-def _trivial(figures: dict[str, Any]) -> list[float]:
-    """Masked L1 of the image-blind predictors."""
-    found = [figures["masked_l1_white"], figures["masked_l1_train_median"]]
-    return [value for value in found if value is not None]
 
 
 def _is_on(figures: dict[str, Any], data: Path | str) -> bool:

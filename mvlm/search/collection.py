@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,10 +174,7 @@ Collection = DataCollection | FolderCollection
 def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:
     """Item of row i of a batch of `part`, whose sample 0 is row `first` of its split."""
     number = int(raw.ids[i])
-
-    def where() -> str:
-        return part.where(number)
-
+    where = partial(part.where, number)
     captions, metadata = parse_captions(raw.texts[i], where), parse_metadata(raw.metadata[i], where)
     return Item(part.keys[number], part.split, first + number, captions, metadata)
 

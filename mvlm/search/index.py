@@ -222,8 +222,8 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
     if "://" not in location and not local.is_file():
         local.mkdir(parents=True, exist_ok=True)
     with _turn_at(location):
-        database = _connect(location)
-        if _has_index(database):
+        database, exists = _connect(location)
+        if exists:
             raise RunError(
                 f"{location}: wanted a new place for the index, found an index; add to it, or choose another one"
             )
@@ -258,18 +258,15 @@ def _build_inverted_file(table: Any, rows: int, width: int) -> int:
 
 def open_index(location: str) -> SearchIndex:
     """Open an index. RunError if there is none, or one of another version."""
-    if "://" not in location and not Path(location).is_dir():
-        raise RunError(
-            f"{location}: wanted an index that `mvlm search index` made, found no such folder; check the path"
-        )
-    database = _connect(location)
-    if not _has_index(database):
+    here = "://" in location or Path(location).is_dir()  # the engine would make the folder
+    database, exists = _connect(location) if here else (None, False)
+    if not exists:
         raise RunError(f"{location}: wanted an index that `mvlm search index` made, found none; check the path")
     return SearchIndex(location, read_about(database, location), database)
 
 
-def _connect(location: str) -> Any:
-    """Connect to a folder or an object store. RunError if it cannot be used, ConfigError without lancedb."""
+def _connect(location: str) -> tuple[Any, bool]:
+    """A database in a folder or an object store, and whether it is an index. ConfigError without lancedb."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # read when lancedb is imported
     try:
         import lancedb
@@ -278,16 +275,10 @@ def _connect(location: str) -> Any:
             "search: wanted the package lancedb, which is not installed; pip install 'mvlm[search]'"
         ) from None
     try:
-        return lancedb.connect(location)
+        database = lancedb.connect(location)
+        return database, "about" in database.list_tables(limit=100).tables
     except Exception as error:  # the engine raises bare RuntimeError and OSError
         raise RunError(f"{location}: wanted a folder or a URL for an index, could not use it: {_line(error)}") from None
-
-
-def _has_index(database: Any) -> bool:
-    try:
-        return "about" in database.list_tables(limit=100).tables
-    except Exception as error:
-        raise RunError(f"{database.uri}: wanted an index, could not read it: {_line(error)}; check the URL") from None
 
 
 def read_about(database: Any, location: str) -> dict[str, Any]:

@@ -210,8 +210,7 @@ def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
         if low > 0 or high < 0:
             against = "" if study.partner(arm) == study.base else f" against {study.partner(arm)}"
             apart.append(f"{arm}{against} {c.difference:+.3g} [{low:.3g}, {high:.3g}]")
-    found = "; ".join(apart) or "no arm differs beyond its interval"
-    return f"{measure}: {found}"
+    return f"{measure}: {'; '.join(apart) or 'no arm differs beyond its interval'}"
 
 
 def comparison_table(study: Study, rows: dict[str, Comparison]) -> Markup:
@@ -221,16 +220,11 @@ def comparison_table(study: Study, rows: dict[str, Comparison]) -> Markup:
     cells = []
     for arm, c in rows.items():
         partner = study.partner(arm)
-        own = partner == arm
-        cells.append(
-            [arm, str(c.seeds), f"{c.mean:.4g}", f"{c.spread:.2g}"]
-            + (
-                ["", "", "", ""]
-                if own
-                else [partner, f"{c.difference:+.3g}", _format(c.over_seeds), _format(c.over_images)]
-            )
-            + (["", ""] if own else [f"{c.paired:.2g}", f"{c.unpaired:.2g}"])
-        )
+        row = [arm, str(c.seeds), f"{c.mean:.4g}", f"{c.spread:.2g}"]
+        if partner != arm:
+            row += [partner, f"{c.difference:+.3g}", _format(c.over_seeds), _format(c.over_images)]
+            row += [f"{c.paired:.2g}", f"{c.unpaired:.2g}"]
+        cells.append(row + [""] * (len(header) - len(row)))
     return table(header, cells)
 
 
@@ -307,10 +301,9 @@ def limits(study: Study, arms: dict[str, list[Result]]) -> str:
     tested = f"splits {', '.join(study.splits)}"
     if study.preset:
         tested = f"{len(any_result['ranks']['tr']['itm'])} images of the split {study.split}"
-    known = (
+    return (
         f"{what}, {steps} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
         f"{tested}. Intervals over seeds are Student's, so they allow for the few runs; no interval allows for the "
         f"number of comparisons. A difference that its interval separates from zero holds for this model, data and "
-        f"budget; larger ones may differ."
-    )
-    return f"{known} {study.limits}".strip()
+        f"budget; larger ones may differ. {study.limits}"
+    ).strip()

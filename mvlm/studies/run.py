@@ -1,5 +1,6 @@
 """`mvlm study`: the trials of a study, one after another or in several processes, then its table and its page."""
 
+import json
 import logging
 import os
 import signal
@@ -20,17 +21,10 @@ from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies.page import figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
-from mvlm.studies.trial import (
-    Trial,
-    named_files,
-    read_result,
-    remove_checkpoints,
-    run_trial,
-    take_result,
-    write_results,
-)
+from mvlm.studies.trial import Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
 from mvlm.training.run import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.tools.view import make_view
 
@@ -81,21 +75,21 @@ def run_study(
         trial.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(trial.folder / ".lock", timeout=0):
-                if read_result(trial) is None and any(take_result(trial, folder) for folder in others):
-                    log.info("%s, seed %d: taken from another study", trial.arm, trial.seed)
-                    continue
-                log.info("%s, seed %d: %d steps", trial.arm, trial.seed, trial.config.max_steps)
-                if read_result(trial) is None and run_trial(trial) is None:
-                    log.info("stopped; the same command continues")
-                    return None
+                if (result := _found(trial, others)) is None:
+                    log.info("%s, seed %d: %d steps", trial.arm, trial.seed, trial.config.max_steps)
+                    result = run_trial(trial)
         except Timeout:
             log.info("%s, seed %d: another process is at it", trial.arm, trial.seed)
+            continue
         except NonFiniteLossError as error:  # of this arm; the others go on
             log.error("%s, seed %d: %s", trial.arm, trial.seed, error)
             failed.append(f"{trial.arm}, seed {trial.seed}")
-        if (result := read_result(trial)) is not None:
-            for measure in study.measures:  # a mistake is known after the first trial, and not after the last
-                figure(result, measure)
+            continue
+        if result is None:
+            log.info("stopped; the same command continues")
+            return None
+        for measure in study.measures:  # a mistake is known after the first trial, and not after the last
+            figure(result, measure)
     if failed:
         raise RunError(f"{out}: wanted finite losses, found others in {'; '.join(failed)}; leave these arms out")
     results = [result for trial in trials if (result := read_result(trial)) is not None]
@@ -112,16 +106,19 @@ def report_finished(
 
     Arguments are those of `run_study`. RunError if no trial is finished.
     """
-    found = []
-    for trial in plan_trials(study, data, out, checkpoint):
-        result = read_result(trial)
-        for folder in _others(reuse, out) if result is None else ():
-            trial.folder.mkdir(parents=True, exist_ok=True)
-            result = result or take_result(trial, folder)
-        found += [result] if result else []
+    others, trials = _others(reuse, out), plan_trials(study, data, out, checkpoint)
+    found = [result for trial in trials if (result := _found(trial, others)) is not None]
     if not found:
         raise RunError(f"{out}: wanted finished trials of {study.name}, found none; run the study first")
     return _write(study, found, out)
+
+
+def _found(trial: Trial, others: Sequence[Path]) -> dict[str, Any] | None:
+    """Result of a trial that is finished, or finished in another study; None if it has to be run."""
+    found = read_result(trial)
+    for folder in others:
+        found = found or take_result(trial, folder)
+    return found
 
 
 def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
@@ -135,7 +132,7 @@ def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
 def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
     """Write the study's files. Returns the page."""
     with FileLock(out / ".write.lock"):  # parts may end at one time
-        write_results(results, out / "trials.jsonl")
+        write_file(out / "trials.jsonl", "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in results))
         write_csv(study, results, out / "study.csv")
         return write_study_page(study, results, out / "study.html")
 
@@ -165,28 +162,24 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
         for arm, (steps, flops) in plans.items():
             folder = out / "trials" / slug(arm) / f"seed_{seed}"
             config = trial_config(study, arm, seed, folders[arm], folder / "run", steps, checkpoint)
-            trials.append(
-                Trial(
-                    arm=arm,
-                    seed=seed,
-                    config=config,
-                    flops=flops,
-                    folder=folder,
-                    data=data,
-                    samples=samples[arm],
-                    splits=splits,
-                    evaluated=evaluated,
-                    rerank=study.rerank if _trains_matching(config) else 0,
-                    start=start,
-                    files=files[arm],
-                )
+            # An ITM head that was not trained would only spoil the order of ITC. A task says so itself.
+            matches = not isinstance(config, PretrainConfig) or config.itm_weight or config.initial_model
+            trial = Trial(
+                arm=arm,
+                seed=seed,
+                config=config,
+                flops=flops,
+                folder=folder,
+                data=data,
+                samples=samples[arm],
+                splits=splits,
+                evaluated=evaluated,
+                rerank=study.rerank if matches else 0,
+                start=start,
+                files=files[arm],
             )
+            trials.append(trial)
     return trials
-
-
-def _trains_matching(config: RunConfig) -> bool:
-    """False if no ITM head was trained, which would only spoil the order of ITC. A task says so itself."""
-    return not isinstance(config, PretrainConfig) or bool(config.itm_weight or config.initial_model)
 
 
 def training_data(fraction: float, data: Path, out: Path) -> Path:
@@ -240,19 +233,17 @@ def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
         RunError: a process failed. The others have ended.
     """
     number, parts = part
-    running = []
-    for job in range(jobs):
-        command = [sys.executable, "-m", "mvlm", "study", *words, "--part", f"{number + parts * job}/{parts * jobs}"]
-        running.append(
-            subprocess.Popen(
-                command,
-                env=_environment(job, jobs),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-            )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mvlm", "study", *words, "--part", f"{number + parts * job}/{parts * jobs}"],
+            env=_environment(job, jobs),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
         )
+        for job in range(jobs)
+    ]
     # One that is ignored stays so: SIGHUP under nohup, SIGINT of a script's background job.
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     stops = [number for number in handled if signal.getsignal(number) is not signal.SIG_IGN]

@@ -1,25 +1,9 @@
-"""A study: the file that describes it, and the configuration of each of its runs.
-
-    question = "Does joint masking beat either half?"
-    preset = "tiny"
-    base = "MaskVLM"
-    seeds = [0, 1, 2, 3, 4]
-    measures = ["tr.r1", "ir.r1"]
-    budget = {steps = 320}
-
-    [settings]
-    batch_size = 64
-
-    [arms.MaskVLM]
-
-    [arms."without MIM"]
-    mim_weight = 0.0
+"""A study: the TOML file that describes it (docs/guides/studies.md), and the configuration of each of its runs.
 
 An arm is a set of settings that differ from those of the study; names are those of config.json. Two further ones are
 `fraction`, the share of the training samples that the arm sees, and `against`, the arm to compare it with instead of
-the base. A run of an arm with a
-seed is a trial. Batches are a function of (seed, epoch, sample), so trials of two arms with one seed see the same
-samples in the same order: they are paired.
+the base. A run of an arm with a seed is a trial. Batches are a function of (seed, epoch, sample), so trials of two arms
+with one seed see the same samples in the same order: they are paired.
 """
 
 import tomllib

@@ -1,9 +1,10 @@
 """A trial: one run of one arm with one seed, its evaluation, and the file that keeps what it found."""
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +29,9 @@ from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import find_task
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
-from mvlm_dataloading.files import sha256, write_file, write_json
+from mvlm_dataloading.files import sha256, write_json
 
+log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _CURVES = ("tr_r1", "ir_r1", "gain_text_nats", "gain_pixels_pct")
 """Figures of the evaluations of pretraining. Those of a task begin with `val_`."""
@@ -143,6 +145,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = model.evaluate(dataset, train, rerank)
     rows = read_metrics(run.metrics)
+    of_tasks = sorted({name for row in rows for name in row if name.startswith("val_")})
     result = {
         "format_version": FORMAT_VERSION,
         "arm": trial.arm,
@@ -161,7 +164,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "seconds": round(rows[-1]["seconds"] + time.perf_counter() - trained, 1),
         "figures": figures,
         "ranks": ranks,
-        "curves": {name: curve(rows, name) for name in _curves(rows)},
+        "curves": {n: [[row["step"], row[n]] for row in rows if row.get(n) is not None] for n in (*_CURVES, *of_tasks)},
     }
     write_json(trial.file, result)
     remove_checkpoints(trial)
@@ -199,16 +202,6 @@ def named_files(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def curve(rows: list[dict[str, Any]], name: str) -> list[list[float]]:
-    """Steps and values of a figure that evaluations added to rows of metrics."""
-    return [[row["step"], row[name]] for row in rows if row.get(name) is not None]
-
-
-def _curves(rows: list[dict[str, Any]]) -> list[str]:
-    found = {name for row in rows for name in row if name.startswith("val_")}
-    return [*_CURVES, *sorted(found)]
-
-
 def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     """Result of an equal trial of another study, kept as that of `trial` too; None if there is none.
 
@@ -222,6 +215,7 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
         if trial.same_settings(result) and trial.same_images(result):
             result |= {"arm": trial.arm}
             write_json(trial.file, result)
+            log.info("%s, seed %d: taken from another study", trial.arm, trial.seed)
             return result
     return None
 
@@ -236,11 +230,6 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
             yield from (result for result in found if result["seed"] == seed)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error!r}; leave it out") from None
-
-
-def write_results(results: Iterable[dict[str, Any]], file: Path) -> None:
-    """Write the results of trials as JSON lines, which `take_result` reads: a study's results in one small file."""
-    write_file(file, "".join(json.dumps(result, separators=(",", ":")) + "\n" for result in results))
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

@@ -22,24 +22,19 @@ from mvlm.studies.study import read_study
 STUDY = Path(__file__).parents[3] / "studies/objectives.toml"
 
 
-@pytest.mark.parametrize("seeds, found", [(1, "no arm differs beyond its interval"), (2, "ITC +0.001 [0.001, 0.001]")])
-def test_one_seed_makes_no_difference_certain(seeds, found):
-    """The bootstrap of one value gives that value, with no width."""
-    row = Comparison(seeds, 1.0, 0.0, 0.001, Interval(0.001, 0.001), None, 0.0, 0.0)
-    assert answer(read_study(STUDY), "masked_nats", {"ITC": row}) == f"masked_nats: {found}"
-
-
 @pytest.mark.parametrize(
-    "over_seeds, over_images, found",
+    "seeds, over_seeds, over_images, found",
     [
-        (Interval(-1, 5), Interval(1, 3), "no arm differs beyond its interval"),
-        (Interval(1, 3), Interval(-1, 5), "no arm differs beyond its interval"),
-        (Interval(0.5, 3.5), Interval(1, 3), "ITC +2 [0.5, 3.5]"),
-        (Interval(-3, -1), Interval(-5, -2), "ITC +2 [-5, -1]"),
+        (2, (-1, 5), (1, 3), "no arm differs beyond its interval"),
+        (2, (1, 3), (-1, 5), "no arm differs beyond its interval"),
+        (2, (0.5, 3.5), (1, 3), "ITC +2 [0.5, 3.5]"),
+        (2, (-3, -1), (-5, -2), "ITC +2 [-5, -1]"),
+        (2, (1, 1), None, "ITC +2 [1, 1]"),
+        (1, (1, 1), None, "no arm differs beyond its interval"),  # of one value, the interval has no width
     ],
 )
-def test_an_arm_differs_if_neither_interval_contains_0(over_seeds, over_images, found):
-    row = Comparison(2, 1.0, 0.0, 2.0, over_seeds, over_images, 0.0, 0.0)
+def test_an_arm_differs_if_neither_interval_contains_0(seeds, over_seeds, over_images, found):
+    row = Comparison(seeds, 1.0, 0.0, 2.0, Interval(*over_seeds), over_images and Interval(*over_images), 0.0, 0.0)
     assert answer(read_study(STUDY), "ir.r1", {"ITC": row}) == f"ir.r1: {found}"
 
 
@@ -81,17 +76,16 @@ def test_a_figure_that_is_not_finite_is_said_to_be_so() -> None:
     trial = result(3, [0] * 6) | {"arm": "high rates", "figures": figures}
     with pytest.raises(ConfigError, match="high rates, seed 3: wanted a finite gain_text_nats, found none"):
         figure(trial, "gain_text_nats")
-    with pytest.raises(ConfigError, match="measures: wanted a figure of"):
-        figure(trial, "gain_txt_nats")
+    for measure in ("gain_txt_nats", "ir.r2", "ir", ""):
+        with pytest.raises(ConfigError, match="measures: wanted a figure of"):
+            figure(trial, measure)
 
 
-@pytest.mark.slow
 def test_equal_trials_differ_by_exactly_zero() -> None:
     trials = [result(s, [s, 0, 1, 0, 2, 0], gain=0.1 * s) for s in range(3)]
     for measure in ("ir.r1", "gain_text_nats"):
         found = compare(trials, trials, measure)
-        assert (found.difference, found.paired, *found.over_seeds) == (0, 0, 0, 0)
-    assert compare(trials, trials, "ir.r1").over_images == (0, 0)
+        assert (found.difference, found.paired, *found.over_seeds, *(found.over_images or ())) in ((0,) * 4, (0,) * 6)
 
 
 @pytest.mark.parametrize("seeds", [2, 5, 9, 40])
@@ -116,9 +110,3 @@ def test_recalls_count_the_queries_that_they_name() -> None:
     assert query_hits(trial, "tr.r10").tolist() == [100, 100, 0]
     assert query_hits(trial, "unseen.ir.r10").tolist() == [100, 100, 0, 100]  # captions of the images 1 and 2
     assert query_hits(trial, "unseen.tr.r5").tolist() == [100, 0]
-
-
-@pytest.mark.parametrize("measure", ["ir.r2", "ir", "", "gain"])
-def test_an_unknown_measure_is_refused(measure: str) -> None:
-    with pytest.raises(ConfigError, match="measures: wanted a figure of `mvlm eval retrieval`"):
-        figure(result(0, [0] * 6), measure)

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,12 +98,14 @@ def test_table_and_page_say_what_was_run(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_study_runs_nothing_and_writes_the_same(finished: Path, scenes, monkeypatch) -> None:
-    before = (finished / "study.csv").read_bytes()
+def test_a_finished_study_runs_nothing_and_writes_the_same(finished: Path, scenes, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(finished, tmp_path / "own")
+    left = tmp_path / "own/trials/same/seed_0/run/checkpoints/step_00000002"  # by a kill after the result
+    left.mkdir(parents=True)
     monkeypatch.setattr(studies, "run_trial", None)  # a call would fail
-    run_study(study(), scenes, finished)
-    assert (finished / "study.csv").read_bytes() == before
-    assert not list(finished.rglob("checkpoints"))
+    run_study(study(), scenes, tmp_path / "own")
+    assert (tmp_path / "own/study.csv").read_bytes() == (finished / "study.csv").read_bytes()
+    assert not list((tmp_path / "own").rglob("checkpoints"))
 
 
 @pytest.mark.slow
@@ -158,80 +161,66 @@ def test_a_result_older_than_a_setting_had_its_default(finished: Path, scenes, t
 
 
 @pytest.mark.slow
-def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "copy")
-    changed = study(arms={"base": {"clip_norm": 0.5}})
-    with pytest.raises(RunError, match=r"seed_0/result\.json: wanted .* found one with another clip_norm; choose"):
-        run_study(changed, scenes, tmp_path / "copy")
-    for change, name in (({"rerank": 4}, "rerank"), ({"arms": {"base": {"fraction": 0.5}}}, "samples")):
-        with pytest.raises(RunError, match=f"found one with another {name}; choose"):
-            run_study(study(**change), scenes, tmp_path / "copy")
-    file = next((tmp_path / "copy").rglob("result.json"))
-    file.write_text(json.dumps({"format_version": 1}))
-    with pytest.raises(RunError, match="wanted the result of a trial, got KeyError"):
-        run_study(study(), scenes, tmp_path / "copy")
-
-
-def test_a_fraction_is_drawn_from_all_training_images(two_splits_of_one_image, tmp_path: Path) -> None:
-    """The whole has every test image in train, so its fraction has about as many of them."""
-    view = open_dataset(studies.training_data(0.5, two_splits_of_one_image, tmp_path), "train")
-    assert view.description["rejected"] == {"not in the fraction": 40 - len(view)}
-    assert 10 <= len(view) <= 30
-
-
-@pytest.fixture
-def two_splits_of_one_image(tmp_path: Path) -> Path:
-    """40 training and 40 test samples, all with one image."""
-    image = png(scene(0)[0])
-    with ShardWriter(tmp_path / "one", name="one", source="tests", licence="CC0", attribution="", recipe={}) as writer:
-        for split in ("train", "test"):
-            for i in range(40):
-                assert writer.add(f"{split}{i:03d}", image, [f"number {i}"], {}, split=split) is None
-    return tmp_path / "one"
+def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, monkeypatch) -> None:
+    """Before a trial is run, but for a figure that no trial has: that is known after the first."""
+    copy, other = shutil.copytree(finished, tmp_path / "copy"), tmp_path / "other"
+    other.mkdir()
+    (other / "dataset.json").write_text("{}")
+    broken = shutil.copytree(finished, tmp_path / "broken")
+    next(broken.rglob("result.json")).write_text('{"format_version": 1}')
+    base = {"arms": {"base": {}}}
+    refused: list[Any] = [
+        ({"arms": {"base": {"clip_norm": 0.5}}}, copy, {}, RunError, "found one with another clip_norm"),
+        ({"rerank": 4}, copy, {}, RunError, "found one with another rerank"),
+        ({"arms": {"base": {"fraction": 0.5}}}, copy, {}, RunError, "found one with another samples"),
+        ({}, broken, {}, RunError, "wanted the result of a trial, got KeyError"),
+        ({}, other, {}, RunError, "that of a study, found dataset"),
+        ({}, tmp_path / "new", {"reuse": [finished / "study.csv"]}, RunError, "study.csv: wanted results of trials"),
+        ({}, tmp_path / "new", {"checkpoint": trained}, ConfigError, "set initial_model in its settings"),
+        ({"seeds": [0], "measures": ["no.figure"], **base}, tmp_path / "new", {}, ConfigError, "measures: wanted"),
+    ]  # fmt: skip
+    for changes, out, options, error, words in refused:
+        with pytest.raises(error, match=words):
+            run_study(study(**changes), scenes, out, **options)
+    assert len(list((tmp_path / "new").rglob("result.json"))) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each rank would take another trial, and wait for the others in it
+    with pytest.raises(ConfigError, match="study: wanted one process, found ranks of torchrun; give --jobs N"):
+        cli.run_command(["study", "studies/smoke.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.slow
-def test_flops_of_an_arm_are_those_of_its_own_tokenizer(scenes, tmp_path: Path) -> None:
-    arms = {"base": {}, "few": {"model": {"vocab_size": 262}}}  # hardly a merge, so captions have more tokens
-    both = {t.arm: t.flops for t in plan_trials(study(arms=arms, seeds=[0]), scenes, tmp_path)}
-    (alone,) = plan_trials(study(arms={"few": arms["few"]}, base="few", seeds=[0]), scenes, tmp_path)
-    assert both["few"] == alone.flops
-
-
-def test_an_arm_without_itm_is_ranked_by_itc(scenes, tmp_path: Path) -> None:
-    arms = {"base": {}, "no ITM": {"itm_weight": 0.0}}
-    trials = plan_trials(study(seeds=[0], arms=arms, base="base", rerank=5), scenes, tmp_path)
-    assert {t.arm: t.rerank for t in trials} == {"base": 5, "no ITM": 0}
-
-
-@pytest.mark.slow
-def test_a_trial_that_continues_a_model_without_itm_is_ranked_by_itc(scenes, tmp_path: Path) -> None:
+def test_a_trial_without_itm_is_ranked_by_itc_and_counts_the_time_of_a_process_that_was_stopped(
+    scenes, tmp_path: Path
+) -> None:
+    """Also one that continues a model that was trained without."""
     without = study().settings | {"itm_weight": 0.0}
+    arms = {"base": {}, "no ITM": {"itm_weight": 0.0}}
+    planned = plan_trials(study(seeds=[0], arms=arms, rerank=5), scenes, tmp_path / "arms")
+    assert {t.arm: t.rerank for t in planned} == {"base": 5, "no ITM": 0}
     (start,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=without), scenes, tmp_path / "start")
     pretrain(start.config)  # pyright: ignore[reportArgumentType]
+    metrics = start.config.out / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row | {"seconds": row["seconds"] + 1000}) + "\n" for row in lines))
     settings = without | {"initial_model": str(start.config.out)}
     (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
+    assert trial.files == {"initial_model": load_model(start.config.out, "cpu").sha256}
     result = run_trial(trial)
     assert result is not None
     assert result["figures"]["reranked"] == 0
-
-
-@pytest.mark.slow
-def test_a_trials_time_has_that_of_a_process_that_was_stopped(scenes, tmp_path: Path) -> None:
-    (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}), scenes, tmp_path)
-    pretrain(trial.config)  # pyright: ignore[reportArgumentType]
-    metrics = trial.config.out / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    metrics.write_text("".join(json.dumps(row | {"seconds": row["seconds"] + 1000}) + "\n" for row in lines))
-    result = run_trial(trial)
-    assert result is not None
-    assert 1000 < result["seconds"] < 1300
+    stopped = run_trial(start)
+    assert stopped is not None
+    assert 1000 < stopped["seconds"] < 1300
 
 
 @pytest.mark.slow
 def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) -> None:
-    trials = {t.arm: t for t in plan_trials(study(), scenes, tmp_path) if t.seed == 0}
+    """An arm has the FLOPs of its own tokenizer: with hardly a merge, captions have more tokens."""
+    few = {"few": {"model": {"vocab_size": 262}}}
+    trials = {t.arm: t for t in plan_trials(study(arms=study().arms | few, seeds=[0]), scenes, tmp_path)}
     flops = {arm: trial.flops or 0 for arm, trial in trials.items()}
+    (alone,) = plan_trials(study(arms=few, base="few", seeds=[0]), scenes, tmp_path)
+    assert flops["few"] == alone.flops
     step = flops["base"] / 2
     bought = {t.arm: t for t in plan_trials(study(budget={"flops": 10.5 * step}), scenes, tmp_path) if t.seed == 0}
     assert bought["base"].config.max_steps == 10
@@ -240,12 +229,6 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     assert 0 < cheap <= 10.5 * step < cheap + flops["no MIM"] / 2
     with pytest.raises(ConfigError, match="budget: wanted enough for one step"):
         plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
-
-
-def test_a_log_may_lie_in_a_study_s_folder(scenes, tmp_path: Path) -> None:
-    (tmp_path / "log.txt").write_text("")
-    with pytest.raises(ConfigError, match="measures: wanted a figure"):
-        run_study(study(measures=["no.figure"], seeds=[0], arms={"base": {}}), scenes, tmp_path)
 
 
 def test_an_arm_that_diverges_does_not_stop_the_others(scenes, tmp_path: Path, monkeypatch) -> None:
@@ -265,52 +248,24 @@ def test_an_arm_that_diverges_does_not_stop_the_others(scenes, tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_results_to_reuse_are_checked(finished: Path, scenes, tmp_path: Path, monkeypatch, caplog) -> None:
-    with pytest.raises(RunError, match=r"study.csv: wanted results of trials, trials.jsonl, got .*; leave it out"):
-        run_study(study(), scenes, tmp_path / "one", reuse=[finished / "study.csv"])
+def test_results_are_not_taken_from_the_study_itself(finished: Path, scenes, tmp_path: Path, monkeypatch) -> None:
+    """Equal arms are all run. A place that does not exist gives nothing."""
     monkeypatch.setattr(studies, "run_trial", lambda trial: None)  # each is asked to stop
-    with caplog.at_level("INFO"):
-        run_study(study(), scenes, tmp_path / "two", reuse=[tmp_path / "gone"])
-    assert f"{tmp_path}/gone: no results to take, there is no such place" in caplog.text
     shutil.copytree(finished, tmp_path / "own")
     (tmp_path / "own/trials/same/seed_0/result.json").unlink()
-    run_study(study(), scenes, tmp_path / "own", reuse=[tmp_path / "own/trials.jsonl"])
-    assert not (tmp_path / "own/trials/same/seed_0/result.json").exists()  # not taken from its own equal arm
+    assert (
+        run_study(study(), scenes, tmp_path / "own", reuse=[tmp_path / "own/trials.jsonl", tmp_path / "gone"]) is None
+    )
+    assert not (tmp_path / "own/trials/same/seed_0/result.json").exists()
 
 
-@pytest.mark.slow
-def test_checkpoints_that_a_kill_left_behind_a_result_are_removed(finished: Path, scenes, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "own")
-    left = tmp_path / "own/trials/same/seed_0/run/checkpoints/step_00000002"
-    left.mkdir(parents=True)
-    run_study(study(), scenes, tmp_path / "own")
-    assert not left.parent.exists()
-
-
-def test_a_study_of_pretraining_takes_no_checkpoint(scenes, trained, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="begins from random weights; set initial_model in its settings"):
-        plan_trials(study(), scenes, tmp_path, trained)
-    settings = study().settings | {"initial_model": str(trained)}
-    (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
-    assert trial.files == {"initial_model": load_model(trained, "cpu").sha256}
-
-
-def test_ranks_of_torchrun_are_refused(monkeypatch, tmp_path: Path) -> None:
-    """Each rank would take another trial, and wait for the others in it."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="study: wanted one process, found ranks of torchrun; give --jobs N"):
-        cli.run_command(["study", "studies/smoke.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
-
-
-def test_a_folder_of_other_files_is_refused(scenes, tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text("{}")
-    with pytest.raises(RunError, match="that of a study, found dataset"):
-        run_study(study(), scenes, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
-
-
-@pytest.mark.slow
-def test_a_wrong_measure_is_known_after_the_first_trial(scenes, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"measures: wanted a figure of .*, got 'ir.r11'"):
-        run_study(study(measures=["ir.r1", "ir.r11"]), scenes, tmp_path)
-    assert len(list(tmp_path.rglob("result.json"))) == 1
+def test_a_fraction_is_drawn_from_all_training_images(tmp_path: Path) -> None:
+    """The whole has every test image in train, so its fraction has about as many of them."""
+    image, one = png(scene(0)[0]), tmp_path / "one"
+    with ShardWriter(one, name="one", source="tests", licence="CC0", attribution="", recipe={}) as writer:
+        for i in range(80):
+            split = ("train", "test")[i % 2]
+            assert writer.add(f"{split}{i:03d}", image, [f"number {i}"], {}, split=split) is None
+    view = open_dataset(studies.training_data(0.5, one, tmp_path), "train")
+    assert view.description["rejected"] == {"not in the fraction": 40 - len(view)}
+    assert 10 <= len(view) <= 30
