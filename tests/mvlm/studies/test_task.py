@@ -107,8 +107,13 @@ def test_mistakes_are_refused_before_a_trial_is_run(questions, trained, tmp_path
 def test_a_trial_that_has_begun_from_another_model_is_not_continued(questions, trained, tmp_path, monkeypatch) -> None:
     """It has no result yet, and its run would go on from the weights of the first model."""
     (trial,) = plan_trials(study(arms={"full": {}}), questions, tmp_path / "study", trained)
+
+    def stopped(config: FinetuneConfig) -> str:
+        finetune(config)
+        return "SIGTERM"
+
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "finetune", lambda config: "SIGTERM")
+        patch.setattr(trials, "finetune", stopped)
         assert run_trial(trial) is None
     assert not trial.file.exists()
     with pytest.raises(RunError, match="seed_0: the trial has begun from another pretrained model"):
