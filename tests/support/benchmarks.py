@@ -8,11 +8,7 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm_benchmarks.clock import Prepare, Results, Step, Timing
-from mvlm_benchmarks.kernels.compare import prepare
 from mvlm_benchmarks.kernels.inputs import Case, Inputs
-from mvlm_benchmarks.kernels.measure import Outcome
-from mvlm_benchmarks.kernels.peers import Peer
-from mvlm_benchmarks.kernels.reference import CaseData
 
 
 @dataclass
@@ -59,11 +55,6 @@ def toy_case(**changes: Any) -> Case:
         "minimum": (8000, 8000), "flops": (1000, 3000),
     }  # fmt: skip
     return Case(**(values | changes))
-
-
-def check_peer(peer: Peer, case: Case) -> dict[str, Outcome]:
-    """The peer's outcomes at a case on the CPU, by pass."""
-    return prepare(peer, CaseData.make(case, "cpu"), FakeClock()).outcomes
 
 
 def micro_config(**changes: Any) -> MaskVLMConfig:
