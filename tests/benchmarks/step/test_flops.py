@@ -65,7 +65,7 @@ def test_fast_has_at_most_079_of_the_baseline_and_drop_masked_066(counts) -> Non
 
 @pytest.mark.parametrize("name", ["timm+decoder-layer", "fast"])
 def test_fake_tensors_give_the_count_of_real_ones(name) -> None:
-    """Captions have one length, so that ITM's negatives have the mean length. By the kernels: on a CPU torch would pad."""
+    """Captions of one length: ITM's negatives have the mean length. By the kernels, because torch pads on a CPU."""
     config = micro_config(image_layers=2, cross_layers=2, decoder_layers=2)
     lengths = np.full(3, 9)
     found = flops.gflop_per_pair(config, lengths, name)
