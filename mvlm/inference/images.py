@@ -21,7 +21,7 @@ from mvlm.model.encoders import patchify, unpatchify
 from mvlm_dataloading.images.colours import BAND, RgbRows
 from mvlm_dataloading.images.decode import check_memory, check_size, decode
 from mvlm_dataloading.images.limits import ImageLimits, ImageRefusedError
-from mvlm_dataloading.loader.resize import Resize
+from mvlm_dataloading.loader.pixels import Resize
 
 GREY = 190  # of masked patches
 LIMITS = ImageLimits()

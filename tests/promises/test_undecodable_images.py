@@ -187,6 +187,14 @@ def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenize
 
 
 @pytest.mark.slow
+def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
+    """With three of four damaged, the first substitute often is, before it is known."""
+    loader = load(damaged_dataset(tmp_path / "data", 4, [0, 1, 3]), tokenizer, batch_size=2, max_bad_fraction=0.9)
+    assert {i for i, _, _ in stream(loader, 20)} == {2}
+    assert loader.skipped == 3
+
+
+@pytest.mark.slow
 def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, tokenizer):
     """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
     bad, epochs = {2, 7}, 8
@@ -302,7 +310,7 @@ def test_a_lack_of_memory_marks_no_image(train_split, tokenizer, monkeypatch, ca
     """DALI then refuses good images. A short lack is survived, a long one ends with DALI's error."""
     wanted = stream(load(train_split, tokenizer), 2)
     loader = load(train_split, tokenizer, prefetch_batches=0)
-    left, read = [failures], segment.Segment.next
+    left, read = [failures], segment.DecodedSegment.next
 
     def fail(self):
         if left[0] > 0:
@@ -310,7 +318,7 @@ def test_a_lack_of_memory_marks_no_image(train_split, tokenizer, monkeypatch, ca
             raise RuntimeError("CUDA allocation failed: out of memory")
         return read(self)
 
-    monkeypatch.setattr(segment.Segment, "next", fail)
+    monkeypatch.setattr(segment.DecodedSegment, "next", fail)
     if ends:
         with pytest.raises(RuntimeError, match="CUDA allocation failed"):
             stream(loader, 1)

@@ -10,7 +10,6 @@ Each stage is a contender of `worker`. The time that a stage adds is its time pe
 stage.
 """
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ import numpy as np
 from mvlm_dataloading import Loader, LoaderWork, open_dataset, train_tokenizer
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.loader.augment import Augment, draw_parameters
-from mvlm_dataloading.loader.crop import CropGeometry, CropWindows, FileEnds
-from mvlm_dataloading.loader.pipeline import build_pipeline, executor_arguments
-from mvlm_dataloading.loader.resize import Resize
-from mvlm_dataloading.loader.sampler import SampleOrder, index_folder, write_index_views
+from mvlm_dataloading.loader.pipeline import build_pipeline, executor_arguments, index_views
+from mvlm_dataloading.loader.pixels import CropGeometry, CropWindows, FileEnds, Resize
+from mvlm_dataloading.loader.sampler import SampleOrder
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
@@ -52,21 +50,20 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         """Positions of batch k's samples in the drawn arrays, int64 (B,)."""
         return (int(k) * batch + np.arange(batch)) % count
 
-    with tempfile.TemporaryDirectory(dir=index_folder()) as folder:
-        tars, indices = write_index_views(Path(folder), dataset, ids)
-        if stage == "augment":
-            drawn = draw_parameters(augment, 0, epochs, ids, size)
-            pipeline = build_pipeline(
-                tars,
-                indices,
-                lambda k: crop_uniforms[rows(k)],
-                CropGeometry(image_size=size),
-                batch_size=batch,
-                num_threads=THREADS,
-                file_ends=FileEnds(),
-                augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
-            )
-        else:
+    if stage == "augment":
+        drawn = draw_parameters(augment, 0, epochs, ids, size)
+        pipeline = build_pipeline(
+            dataset,
+            ids,
+            lambda k: crop_uniforms[rows(k)],
+            CropGeometry(image_size=size),
+            batch_size=batch,
+            num_threads=THREADS,
+            file_ends=FileEnds(),
+            augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
+        )
+    else:
+        with index_views(dataset, ids) as (tars, indices):
             pipeline = _partial_pipeline(stage, tars, indices, lambda k: crop_uniforms[rows(k)], batch, size)
     while True:
         yield pipeline.run()

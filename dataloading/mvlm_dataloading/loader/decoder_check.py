@@ -23,9 +23,8 @@ from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.randomness import Purpose, uniforms
 
-from .crop import CropGeometry
 from .pipeline import Decoding, build_pipeline
-from .sampler import index_folder, write_index_views
+from .pixels import CropGeometry
 
 log = logging.getLogger(__name__)
 
@@ -106,16 +105,16 @@ def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarr
     ids = np.arange(len(dataset))
     draws = uniforms(Purpose.CROP, 0, 0, ids, 4)
     batch_size = 8
-    with tempfile.TemporaryDirectory(prefix="mvlm-index-", dir=index_folder()) as views:
-        pipeline = build_pipeline(
-            *write_index_views(Path(views), dataset, ids),
-            lambda batch: draws[(int(batch) * batch_size + np.arange(batch_size)) % len(ids)],
-            CropGeometry(image_size=224),
-            batch_size=batch_size,
-            num_threads=2,
-            device_id=device_id,
-            decoding=decoding,
-        )
+    pipeline = build_pipeline(
+        dataset,
+        ids,
+        lambda batch: draws[(int(batch) * batch_size + np.arange(batch_size)) % len(ids)],
+        CropGeometry(image_size=224),
+        batch_size=batch_size,
+        num_threads=2,
+        device_id=device_id,
+        decoding=decoding,
+    )
     batches = []
     for _ in range(len(ids) // batch_size):
         images = pipeline.run()[0]

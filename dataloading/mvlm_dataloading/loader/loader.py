@@ -4,7 +4,6 @@ Shape legend: B batch, S image side, T packed tokens.
 """
 
 import logging
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +14,13 @@ from mvlm_dataloading.masking import Masking
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
 from .augment import Augment
-from .batch_stream import BatchStream, MaskDrawer, raw_batches
-from .crop import CropGeometry
+from .batches import Batches, Prefetcher
 from .decoder_check import choose_device
-from .reader import Reader
+from .masking import MaskDrawer
+from .pixels import CropGeometry
+from .reader import Progress, Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, text_hash
-from .sampler import ORDER_VERSION, check_ranks
+from .sampler import ORDER_VERSION
 from .segment import RawBatch, ReaderConfig
 from .text import CaptionReader, can_use_stored_tokens
 
@@ -113,7 +113,16 @@ class Loader:
         work: LoaderWork | None = None,
         per_image: int | None = None,
     ):
-        check_ranks(batch_size, rank, world_size, train)
+        if batch_size < 1:
+            raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
+        if batch_size % world_size:
+            raise ValueError(
+                f"wanted a global batch_size divisible by world_size, got {batch_size} for {world_size} ranks"
+            )
+        if world_size > 1 and not train:
+            raise ValueError(f"wanted world_size 1 with train=False, got {world_size}; run evaluation on one rank")
         augment, work = augment or Augment(), work or LoaderWork()
         self.masking = masking or Masking()
         self.masking.check_image_size(image_size)
@@ -152,12 +161,8 @@ class Loader:
             images=None if per_image is None else dataset.first_of_image(),
             per_image=per_image or 1,
         )
-        # Progress of the batches yielded. Prefetched batches do not count.
-        self._position = 0  # in the sample order, over all ranks
-        self._bad: frozenset[int] = frozenset()  # ids of undecodable images
-        self._samples_seen = 0  # number of samples read when `_bad` was counted
-        self._stream: BatchStream | None = None
-        self._finalizer: weakref.finalize | None = None
+        self._progress = Progress()  # after the batches yielded. Prefetched batches do not count.
+        self._stream: Prefetcher[tuple[Batch, Masks, Progress]] | None = None
 
     @property
     def seed(self) -> int:
@@ -165,11 +170,11 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        return self._position // len(self.dataset)
+        return self._progress.position // len(self.dataset)
 
     @property
     def skipped(self) -> int:
-        return len(self._bad)
+        return len(self._progress.bad)
 
     def __iter__(self) -> Iterator[tuple[Batch, Masks]]:
         if not self.train:
@@ -181,27 +186,29 @@ class Loader:
             if loaded is None:
                 self.close()
                 return
-            self._position, self._bad, self._samples_seen = loaded.position, loaded.bad, loaded.samples_seen
+            batch, masks, self._progress = loaded
             self.step += 1
-            yield loaded.batch, loaded.masks
+            yield batch, masks
 
     def raw_batches(self) -> Iterator[RawBatch]:
         """Images, captions and metadata of one pass as stored, without tokens and masks. For `train=False`."""
-        reader = Reader(self.dataset, self._config, 0, frozenset(), 0)
-        return raw_batches(reader, max(1, self._prefetch_batches))
+        reader = Reader(self.dataset, self._config, Progress())
+        stream = Prefetcher(reader.next, max(1, self._prefetch_batches), reader.close)
+        try:
+            while (raw := stream.get()) is not None:
+                yield raw
+        finally:
+            stream.close()
 
     def close(self) -> None:
         """Stop the thread and release the data. Another iteration continues after the last batch yielded."""
-        if self._finalizer is not None:
-            self._finalizer.detach()
-            self._finalizer = None
         if self._stream is not None:
             self._stream.close()
             self._stream = None
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
-        epoch, position = divmod(self._position, len(self.dataset))
+        epoch, position = divmod(self._progress.position, len(self.dataset))
         shared = self._config.images is not None
         text = text_hash(
             self.tokenizer.fingerprint, self.text_length, self.masking, self._config.geometry.image_size, shared
@@ -214,8 +221,8 @@ class Loader:
             "fingerprint": self.dataset.fingerprint,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
-            "skipped": sorted(self._bad),
-            "met": self._samples_seen,
+            "skipped": sorted(self._progress.bad),
+            "met": self._progress.samples_seen,
             "order": ORDER_VERSION,
             "pictures": pixel_hash(self._config),
             "text": text,
@@ -241,33 +248,27 @@ class Loader:
             log.warning("the data order keeps the seed %d of the resumed run; %d is ignored", state["seed"], self.seed)
             self._config = replace(self._config, seed=state["seed"])
         same_data = state["fingerprint"] == self.dataset.fingerprint
-        self._bad = frozenset(state["skipped"] if same_data else ())
-        self._samples_seen = state["met"] if same_data else 0
+        bad, samples_seen = (frozenset(state["skipped"]), state["met"]) if same_data else (frozenset(), 0)
+        self._progress = Progress(0, bad, samples_seen)
         self.step = state["step"]
         self._seek(state["epoch"] * len(self.dataset) + min(state["position"], len(self.dataset) - 1))
 
     def _seek(self, position: int) -> None:
         self.close()
-        self._position = position
+        self._progress = self._progress._replace(position=position)
 
-    def _open_stream(self) -> BatchStream:
+    def _open_stream(self) -> "Prefetcher[tuple[Batch, Masks, Progress]]":
         config = self._config
-        captions = CaptionReader(
-            self.dataset,
-            self.tokenizer,
-            self.text_length,
-            config.seed,
-            first=not config.train,
-            stored=config.stored_tokens,
-        )
-        stream = BatchStream(
-            Reader(self.dataset, config, self._position, self._bad, self._samples_seen),
-            captions,
+        batches = Batches(
+            reader := Reader(self.dataset, config, self._progress),
+            CaptionReader(
+                self.dataset,
+                self.tokenizer,
+                self.text_length,
+                config.seed,
+                first=not config.train,
+                stored=config.stored_tokens,
+            ),
             MaskDrawer(self.masking, config.geometry.image_size, self.tokenizer, config.seed),
-            pin=config.device_id is not None,
-            prefetch_batches=self._prefetch_batches,
-            images=config.images,
         )
-        # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.
-        self._finalizer = weakref.finalize(self, stream.close)
-        return stream
+        return Prefetcher(batches.next, self._prefetch_batches, reader.close)

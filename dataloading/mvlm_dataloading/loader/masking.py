@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.masking import Masking
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
+from mvlm_dataloading.tokenizer import Tokenizer
 
 DEFAULT = Masking()
 Int64 = NDArray[np.int64]
@@ -33,12 +34,6 @@ class TokenMask(NamedTuple):
     """int64 (M,), ascending."""
     weights: Float32
     """float32 (M,)."""
-
-
-def check_token_ratio(ratio: float) -> None:
-    """Check that a ratio is in [0, 1]. Raises ValueError."""
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
 
 
 def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int, masking: Masking = DEFAULT) -> Int64:
@@ -113,12 +108,13 @@ def draw_token_masks(
     *,
     ratio: float | None = 0.3,
     starts: NDArray[np.bool_] | None = None,
-) -> Int64:
-    """Masked positions in the packed tokens: int64 (M,), ascending.
+) -> TokenMask:
+    """Masked positions in the packed tokens.
 
     Sample b has `lengths[b]` tokens including [CLS] and [SEP]. Of its n = lengths[b] - 2 ordinary tokens, exactly
-    max(1, round(ratio n)) are masked, halves rounded to even. Without a ratio, 1 to n are masked, each number as likely
-    as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019). [CLS] and [SEP] are never masked.
+    max(1, round(ratio n)) are masked, halves rounded to even, and count 1 each. Without a ratio, 1 to n are masked,
+    each number k as likely as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019), and count
+    n/k each. [CLS] and [SEP] are never masked.
 
     With `starts`, all tokens of a word are masked or none (whole word masking), and n is the number of words. A word
     whose other pieces are shown can be guessed without the image (ViLT, Kim et al., ICML 2021).
@@ -130,32 +126,14 @@ def draw_token_masks(
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
-    return draw_weighted_token_masks(seed, epoch, sample_ids, lengths, ratio=ratio, starts=starts).ids
-
-
-def draw_weighted_token_masks(
-    seed: int,
-    epoch: Any,
-    sample_ids: Any,
-    lengths: Any,
-    *,
-    ratio: float | None = 0.3,
-    starts: NDArray[np.bool_] | None = None,
-) -> TokenMask:
-    """The token mask of `draw_token_masks`, with weights.
-
-    With a ratio, all weights are 1. Without, each token of k masked units of n has weight n/k.
-
-    Raises:
-        ValueError: as `draw_token_masks`.
-    """
     rows, positions, unit = _units(lengths, starts)
     numbers = np.bincount(rows, minlength=len(lengths))  # (B,), units of each caption
     if ratio is None:
         counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, numbers)
-    else:
-        check_token_ratio(ratio)
+    elif 0 <= ratio <= 1:
         counts = np.maximum(1, np.rint(ratio * numbers)).astype(np.int64)  # rint rounds halves to even, like `round`
+    else:
+        raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
     tokens = _choose_units(seed, epoch, sample_ids, rows, counts)[unit]
     of = rows[unit[tokens]]
     weights = np.ones(len(of)) if ratio is not None else numbers[of] / counts[of]
@@ -189,3 +167,36 @@ def _choose_units(seed: int, epoch: Any, sample_ids: Any, rows: Int64, counts: I
     # Captions keep their extent in `by_key`, so `place` is also the rank by key: take the first counts[b] of each.
     chosen[by_key[place < counts[rows]]] = True
     return chosen
+
+
+class MaskDrawer:
+    """Draws the masks of batches.
+
+    Args:
+        masking: what is masked of images of the side `image_size`.
+        tokenizer: tells the words of captions.
+        seed: of the draws.
+    """
+
+    def __init__(self, masking: Masking, image_size: int, tokenizer: Tokenizer, seed: int) -> None:
+        self._masking, self._image_size, self._seed = masking, image_size, seed
+        self._word_starts = tokenizer.word_starts() if masking.whole_word_masking else None
+        """True for each token of the vocabulary that starts a word, (V,); None to mask tokens one by one."""
+
+    def __call__(
+        self, image_epochs: Int64, images: Int64, text_epochs: Int64, texts: Int64, tokens: Int64, lengths: Int64
+    ) -> dict[str, NDArray]:
+        """Fields of `Masks`, of images and of captions by their ids, with the captions' packed tokens and lengths."""
+        masking, sizes = self._masking, {"image_size": self._image_size, "masking": self._masking}
+        drawn: dict[str, NDArray] = {}
+        if masking.image_masking == "fixed":
+            drawn["patch_ids"] = draw_patch_masks(self._seed, image_epochs, images, **sizes)
+        else:
+            found = draw_variable_patch_masks(self._seed, image_epochs, images, **sizes)
+            drawn["patch_ids"], drawn["patch_weights"] = found
+        ratio = masking.text_mask_ratio if masking.text_masking == "fixed" else None
+        starts = None if self._word_starts is None else self._word_starts[tokens]
+        drawn["token_ids"], weights = draw_token_masks(
+            self._seed, text_epochs, texts, lengths, ratio=ratio, starts=starts
+        )
+        return drawn | ({"token_weights": weights} if masking.text_masking == "variable" else {})

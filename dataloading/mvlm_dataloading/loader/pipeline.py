@@ -3,20 +3,29 @@
 Shape legend: B batch, S image side, H and W of the image as stored.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, KINDS, Int64
+from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import need
 
 from .augment import AugmentParameters, apply_augmentations
-from .crop import CropGeometry, CropWindows, FileEnds
-from .resize import Resize
+from .pixels import CropGeometry, CropWindows, FileEnds, Resize
+
+# Bytes that views of a segment take, many times over: a page for each of its thousand runs, and 150 for each sample.
+_ROOM_FOR_VIEWS = 64 << 20
 
 # A black PNG of one pixel.
 _BLACK = bytes.fromhex(
@@ -36,9 +45,41 @@ class Decoding(StrEnum):
     """On the GPU, the whole image, which is then cropped."""
 
 
+@contextmanager
+def index_views(dataset: Dataset, ids: Int64) -> Iterator[tuple[list[str], list[str]]]:
+    """Paths of tars and of their indices, with which DALI's reader delivers the samples `ids` in this order.
+
+    The reader accepts index lines in any order and repeated, and the same tar several times. The indices are there
+    inside the `with` block. They lie in memory if it has room: a segment has hundreds, which DALI reads once, and on a
+    disk each costs up to a millisecond, while the loader waits.
+    """
+    memory = Path("/dev/shm")
+    try:
+        room = shutil.disk_usage(memory).free if os.access(memory, os.W_OK | os.X_OK) else 0
+    except OSError:  # there is no such folder
+        room = 0
+    shard = dataset.shard_of(ids)
+    # The reader chooses components by extension and decodes by content, so any extension of the right kind will do.
+    parts = [(KINDS[kind][0], *(values.tolist() for values in dataset.locate(kind, ids))) for kind in KINDS]
+    cuts = np.flatnonzero(np.diff(shard)) + 1
+    tars, indices = [], []
+    place = str(memory) if room >= _ROOM_FOR_VIEWS else None
+    with tempfile.TemporaryDirectory(prefix="mvlm-index-", dir=place) as folder:
+        for begin, end in pairwise([0, *cuts.tolist(), len(ids)]):
+            lines = [
+                " ".join(f"{name} {offset[k]} {size[k]} {k}.{name}" for name, offset, size in parts if size[k] >= 0)
+                for k in range(begin, end)
+            ]
+            path = Path(folder, f"{begin}.idx")
+            path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+            tars.append(str(dataset.tars[shard[begin]]))
+            indices.append(str(path))
+        yield tars, indices
+
+
 def build_pipeline(
-    tars: Sequence[str],
-    indices: Sequence[str],
+    dataset: Dataset,
+    ids: Int64,
     crop_uniforms: Callable[[int], NDArray[np.float64]],
     geometry: CropGeometry | None,
     *,
@@ -52,7 +93,7 @@ def build_pipeline(
     file_ends: FileEnds | None = None,
     images_into: Callable[[int], NDArray[np.uint8]] | None = None,
 ) -> Any:
-    """Build an `nvidia.dali.Pipeline` that cycles through the samples of the index views, in their order.
+    """Build an `nvidia.dali.Pipeline` that cycles through the samples `ids` of a data set, in their order.
 
     Each `run()` returns, in this order:
 
@@ -76,27 +117,23 @@ def build_pipeline(
         images_into: number of images -> array (B, 3, S, S) that they are written to, in place of the first output. On a
             CPU, without `augment` and strips.
     """
-    need("nvidia.dali.fn")
-    dali = need("nvidia.dali")
-    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=file_ends is not None or augment is not None)
-    pipeline = define(_graph)(
-        dali=dali,
-        reader={"paths": list(tars), "index_paths": list(indices)},
-        crop_uniforms=crop_uniforms,
-        geometry=geometry,
-        device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
-        augment=augment,
-        tokens=tokens,
-        file_ends=file_ends,
-        images_into=images_into,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=device_id,
-        seed=0,
-        **executor_arguments(device_id, prefetch),
-    )
-    pipeline.build()
-    return pipeline
+    with index_views(dataset, ids) as (tars, indices):
+        return _built(
+            _graph,
+            enable_conditionals=file_ends is not None or augment is not None,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=device_id,
+            prefetch=prefetch,
+            reader={"paths": tars, "index_paths": indices},
+            crop_uniforms=crop_uniforms,
+            geometry=geometry,
+            device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
+            augment=augment,
+            tokens=tokens,
+            file_ends=file_ends,
+            images_into=images_into,
+        )
 
 
 def build_augment_pipeline(
@@ -114,18 +151,32 @@ def build_augment_pipeline(
         images: batch number k -> B images, uint8 (S, S, 3).
         augment: batch number k -> fields of `AugmentParameters`.
     """
-    dali = need("nvidia.dali")
-    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=True)
-    pipeline = define(_augment_graph)(
-        dali=dali,
-        images=images,
-        augment=augment,
+    return _built(
+        _augment_graph,
+        enable_conditionals=True,
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=None,
-        seed=0,
-        **executor_arguments(None, 1),
+        prefetch=1,
+        images=images,
+        augment=augment,
     )
+
+
+def _built(
+    graph: Any,
+    *,
+    enable_conditionals: bool,
+    batch_size: int,
+    num_threads: int,
+    device_id: int | None,
+    prefetch: int,
+    **inputs: Any,
+) -> Any:
+    need("nvidia.dali.fn")
+    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=enable_conditionals)
+    executor = {"batch_size": batch_size, "num_threads": num_threads, "device_id": device_id, "seed": 0}
+    pipeline = define(graph)(dali=need("nvidia.dali"), **inputs, **executor, **executor_arguments(device_id, prefetch))
     pipeline.build()
     return pipeline
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,9 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
 
 from .augment import Augment
-from .buffers import BufferPool
-from .crop import FileEnds
-from .kept import KeptSegment, KeptSplit, keep_split
-from .sampler import SampleOrder, check_bad_fraction, substitute_sample
-from .segment import RawBatch, ReaderConfig, Segment
+from .pixels import BufferPool, FileEnds
+from .sampler import SampleOrder, substitute_sample
+from .segment import DecodedSegment, KeptSegment, KeptSplit, RawBatch, ReaderConfig, Segment, keep_split
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +34,31 @@ COLLECT_EVERY_SEGMENTS = 8
 TRIM_EVERY_SAMPLES = 4096
 
 
-class Reader:
-    """Batches that start at a position of the sample order. Endless in training, else one pass.
+class Progress(NamedTuple):
+    """How far a reader has come, after the last batch."""
 
-    Attributes:
-        position: position in the sample order after the last batch, over all ranks.
-        bad: ids of the undecodable images found so far.
-        samples_seen: samples read by this rank, including those counted in the resumed state.
+    position: int = 0
+    """In the sample order, over all ranks."""
+    bad: frozenset[int] = frozenset()
+    """Ids of the undecodable images found so far."""
+    samples_seen: int = 0
+    """Samples read by this rank when `bad` was counted, those before a resume included."""
+
+
+class Reader:
+    """Batches from a progress on. Endless in training, else one pass.
 
     Raises:
-        DataError: the resumed state already has too many undecodable images.
+        DataError: the progress already has too many undecodable images.
     """
 
-    def __init__(self, dataset: Dataset, config: ReaderConfig, position: int, bad: frozenset[int], samples_seen: int):
-        self.position, self.bad, self.samples_seen = position, bad, samples_seen
-        self._dataset, self._config = dataset, config
+    def __init__(self, dataset: Dataset, config: ReaderConfig, progress: Progress):
+        self.progress, self.config = progress, config
+        self._dataset = dataset
         self._order = SampleOrder(
             dataset.shard_sizes, config.seed, shuffle=config.train, images=config.images, per_image=config.per_image
         )
-        self._segment: Segment | KeptSegment | None = None
+        self._segment: Segment | None = None
         # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
         # fetched for all ranks' samples, so there the limit counts those.
         self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
@@ -62,7 +67,7 @@ class Reader:
         self._kept: KeptSplit | None = None
         # A pass reads each image once. On a GPU decoding takes no time from the CPU's cores.
         local = config.device_id is None and dataset.remote is None
-        self._may_keep = config.keep_bytes > 0 and config.train and local and not bad
+        self._may_keep = config.keep_bytes > 0 and config.train and local and not progress.bad
         self._file_ends = FileEnds()
         self._samples_since_trim = self._closed_segments = 0
         self._fetching: threading.Thread | None = None
@@ -70,13 +75,13 @@ class Reader:
 
     def next(self) -> RawBatch | None:
         """The next batch; None at the end of a pass."""
-        if not self._config.train and self.position >= len(self._dataset):
+        if not self.config.train and self.progress.position >= len(self._dataset):
             return None
         again = False
         while True:
             if self._segment is None or self._segment.exhausted:
                 self._close_segment()  # first, because two pipelines need twice the memory
-                self._segment = self._open_segment_at(self.position)
+                self._segment = self._open_next_segment()
             try:
                 batch, valid = self._segment.next()
                 break
@@ -92,8 +97,8 @@ class Reader:
                 self._close_segment()
         if not valid.all():
             self._replace(batch, np.flatnonzero(~valid))
-        self.position += len(batch.ids) * self._config.world_size
-        self.samples_seen += len(batch.ids)
+        position, bad, seen = self.progress
+        self.progress = Progress(position + len(batch.ids) * self.config.world_size, bad, seen + len(batch.ids))
         self._samples_since_trim += len(batch.ids)
         if self._samples_since_trim >= TRIM_EVERY_SAMPLES:
             self._trim_memory()
@@ -109,37 +114,35 @@ class Reader:
 
     # Segments
 
-    def _open_segment_at(self, position: int) -> Segment | KeptSegment:
+    def _open_next_segment(self) -> Segment:
+        config, position = self.config, self.progress.position
         if self._may_keep:  # here, because this may run on a thread
-            self._kept = keep_split(self._dataset, self._config, self._config.keep_bytes)
+            self._kept = keep_split(self._dataset, config)
             self._may_keep = False
-        count = self._segment_batches * self._config.batch_size
+        count = self._segment_batches * config.batch_size
         if 2 * count <= self._max_samples:
             self._segment_batches *= 2
         ids, epochs = self._samples(position, count)
         if self._kept is not None:
-            return KeptSegment(self._kept, ids, epochs, self._config, self._buffers)
+            return KeptSegment(self._kept, self._dataset, ids, epochs, config, config.rank_batch, self._buffers)
         if self._dataset.remote is not None:
-            self._fetch_shards(ids, position + count, self._segment_batches * self._config.batch_size)
-        return self._open_segment(ids, epochs, self._config, self._config.rank_batch, self._file_ends, prefetch=2)
+            self._fetch_shards(ids, position + count, self._segment_batches * config.batch_size)
+        return self._decoded(ids, epochs, config, config.rank_batch, self._file_ends, prefetch=2)
 
-    def _open_segment(
+    def _decoded(
         self, ids: Int64, epochs: Int64, config: ReaderConfig, batch: int, ends: FileEnds | None, prefetch: int
-    ) -> Segment:
-        dataset = self._dataset
-        dataset.check_shards(np.unique(dataset.shard_of(ids)).tolist())
-        return Segment(dataset, ids, epochs, config, batch, self._buffers, file_ends=ends, prefetch=prefetch)
+    ) -> DecodedSegment:
+        self._dataset.check_shards(np.unique(self._dataset.shard_of(ids)).tolist())
+        arguments = self._dataset, ids, epochs, config, batch, self._buffers
+        return DecodedSegment(*arguments, file_ends=ends, prefetch=prefetch)
 
     def _read_once(self, ids: Int64, epochs: Int64, config: ReaderConfig) -> RawBatch:
         """One batch of the samples `ids` by a pipeline of its own, files with odd ends included.
 
         Raises RuntimeError if an image cannot be decoded.
         """
-        segment = self._open_segment(ids, epochs, config, len(ids), None, prefetch=1)
-        try:
+        with contextlib.closing(self._decoded(ids, epochs, config, len(ids), None, prefetch=1)) as segment:
             batch, _ = segment.next()
-        finally:
-            segment.close()  # DALI never frees a pipeline that is not closed
         batch.encoded = lambda row: self._dataset.image_bytes(int(ids[row]))  # the pipeline's own copy is gone
         return batch
 
@@ -156,20 +159,20 @@ class Reader:
     def _trim_memory(self) -> None:
         self._samples_since_trim = 0
         self._dataset.index.release()
-        if self._config.device_id is None and self._kept is None:
+        if self.config.device_id is None and self._kept is None:
             with contextlib.suppress(AttributeError):  # only glibc has this function
                 ctypes.CDLL(None).malloc_trim(0)
 
     def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
         """Ids and epochs of this rank's share of `count` ordered samples. Known bad samples are replaced."""
         ids, epochs = self._ordered_samples(position, count)
-        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
+        for row in np.flatnonzero(np.isin(ids, list(self.progress.bad))):
             ids[row] = self._substitute(int(epochs[row]), int(ids[row]))
         return ids, epochs
 
     def _ordered_samples(self, position: int, count: int) -> tuple[Int64, Int64]:
         """Ids and epochs of this rank's share of `count` ordered samples, bad ones included."""
-        config = self._config
+        config = self.config
         if not config.train:
             count = min(count, len(self._dataset) - position)
         ids, epochs = self._order(position, count)
@@ -187,7 +190,7 @@ class Reader:
         shards = np.unique(self._dataset.shard_of(ids)).tolist()
         remote.release_except(shards)
         remote.fetch(shards)
-        if not self._config.train and next_position >= len(self._dataset):
+        if not self.config.train and next_position >= len(self._dataset):
             return
         following = np.unique(self._dataset.shard_of(self._samples(next_position, next_count)[0])).tolist()
 
@@ -203,13 +206,13 @@ class Reader:
     # Undecodable images
 
     def _substitute(self, epoch: int, i: int) -> int:
-        return substitute_sample(self._config.seed, epoch, i, len(self._dataset), self.bad)
+        return substitute_sample(self.config.seed, epoch, i, len(self._dataset), self.progress.bad)
 
     def _replace(self, batch: RawBatch, rows: Int64) -> None:
         """Fill rows whose files have odd ends: with the sample itself if it decodes, else with a substitute."""
-        if found := self._undecodable(np.array(sorted({*batch.ids[rows].tolist()} - self.bad), np.int64)):
+        if found := self._undecodable(np.array(sorted({*batch.ids[rows].tolist()} - self.progress.bad), np.int64)):
             self._mark_bad(found)
-        good = rows[[i not in self.bad for i in batch.ids[rows].tolist()]]
+        good = rows[[i not in self.progress.bad for i in batch.ids[rows].tolist()]]
         for i in np.unique(batch.ids[good]).tolist():
             if not self._file_ends.allowed:
                 log.warning("images with bytes after their end, such as %s: they are used", self._dataset.where(i))
@@ -219,9 +222,9 @@ class Reader:
         ):
             if source is not None:
                 batch.replace_row(row, source, k)
-            elif (i := int(batch.ids[row])) not in self.bad:
+            elif (i := int(batch.ids[row])) not in self.progress.bad:
                 self._mark_bad([i])
-        for row in (row for row in rows.tolist() if int(batch.ids[row]) in self.bad):
+        for row in (row for row in rows.tolist() if int(batch.ids[row]) in self.progress.bad):
             self._substitute_row(batch, row)
 
     def _read_several(self, ids: Int64, epochs: Int64) -> list[tuple[RawBatch | None, int]]:
@@ -229,7 +232,7 @@ class Reader:
         if not len(ids):
             return []
         with contextlib.suppress(RuntimeError):
-            several = self._read_once(ids, epochs, self._config)
+            several = self._read_once(ids, epochs, self.config)
             return [(several, k) for k in range(len(ids))]
         return [(self._read_single(i, epoch), 0) for i, epoch in zip(ids.tolist(), epochs.tolist(), strict=True)]
 
@@ -237,7 +240,7 @@ class Reader:
         """Fill a row whose sample is bad with a substitute that decodes."""
         epoch = int(batch.epochs[row])
         # For the ordered sample. The row may hold a substitute, and one for that would depend on when it was found bad.
-        ordered = int(self._ordered_samples(self.position, self._config.batch_size)[0][row])
+        ordered = int(self._ordered_samples(self.progress.position, self.config.batch_size)[0][row])
         while True:
             i = self._substitute(epoch, ordered)
             if (single := self._read_single(i, epoch)) is not None:
@@ -251,7 +254,7 @@ class Reader:
             self._dataset.remote.fetch([int(self._dataset.shard_of(i))])
         with contextlib.suppress(RuntimeError):
             self._decode_whole(np.array([i]))
-            return self._read_once(np.array([i]), np.array([epoch]), self._config)
+            return self._read_once(np.array([i]), np.array([epoch]), self.config)
 
     def _decode_whole(self, ids: Int64) -> None:
         """Decode the whole images of the samples `ids`. Raises RuntimeError if one cannot be decoded.
@@ -259,7 +262,7 @@ class Reader:
         In a truncated file, a crop above the cut still decodes. Decoding the whole image gives the same verdict in
         every epoch, on every rank and in every batch.
         """
-        config = replace(self._config, geometry=replace(self._config.geometry, random=False), augment=Augment())
+        config = replace(self.config, geometry=replace(self.config.geometry, random=False), augment=Augment())
         self._read_once(ids, np.zeros_like(ids), config)
 
     def _undecodable(self, ids: Int64) -> list[int]:
@@ -284,15 +287,29 @@ class Reader:
         dataset = self._dataset
         for i in found:
             dataset.image_bytes(i)  # tells a failing disk or a truncated shard from a bad image: reading raises
-        if found and not self._config.train:
+        if found and not self.config.train:
             raise DataError(
                 f"{dataset.where(found[0])}: wanted an image, found one that cannot be decoded; remove the sample"
             )
         for i in found:
             log.warning("skipped an image that cannot be decoded: %s", dataset.where(i))
-        self.bad = self.bad | set(found)
+        self.progress = self.progress._replace(bad=self.progress.bad | set(found))
         self._stop_if_too_many_bad()
 
     def _stop_if_too_many_bad(self) -> None:
-        config = self._config
-        check_bad_fraction(self._dataset, self.bad, self.samples_seen, config.max_bad_fraction, config.world_size)
+        """Raise DataError, with the places of 20 images, if more than `max_bad_fraction` of them is undecodable.
+
+        The share is taken of the samples that this rank has seen, or of its share of the split if that is larger. A
+        rank sees a random share of the bad images, so with several ranks the limit has a margin of four standard
+        deviations.
+        """
+        (_, bad, samples_seen), ranks, limit = self.progress, self.config.world_size, self.config.max_bad_fraction
+        size = len(self._dataset)
+        seen = min(size, max(size / ranks, samples_seen))
+        allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)
+        if len(bad) > min(allowed, size - 1):  # one has to be good, to take the place of the others
+            listed = "; ".join(self._dataset.where(i) for i in sorted(bad)[:20])
+            raise DataError(
+                f"{self._dataset.folder}: wanted at most {limit:.0%} undecodable images, found {len(bad)} of "
+                f"{seen:.0f}; build the data set again without them: {listed}"
+            )

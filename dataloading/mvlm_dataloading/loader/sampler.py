@@ -1,4 +1,4 @@
-"""Sample order, an endless stream that is a pure function of (seed, position); and its index views for DALI.
+"""Sample order: an endless stream that is a pure function of (seed, position).
 
 Every sample comes once per epoch. A batch is a slice of the stream, so the order does not depend on the batch size, and
 a batch may begin in one epoch and end in the next.
@@ -6,31 +6,19 @@ a batch may begin in one epoch and end in the next.
 Shape legend: S shards, n samples of a slice.
 """
 
-import os
-import shutil
 from collections.abc import Set
 from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mvlm_dataloading.dataset.dali_index import KINDS
-from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.randomness import Purpose, hash64
-
-Int64 = NDArray[np.int64]
 
 RUN_LENGTH = 16
 """Consecutive samples from one shard: long enough for sequential reads, short enough to mix shards well."""
 
 GROUP = 32
 """Number of shards that are mixed with each other. It bounds the cache that a remote data set needs."""
-
-# Bytes that views of a segment take, many times over: a page for each of its thousand runs, and 150 for each sample.
-_ROOM_FOR_VIEWS = 64 << 20
 
 ORDER_VERSION = 1
 """Increment when a change of this file changes the order. A loader refuses the states of another version."""
@@ -135,18 +123,6 @@ class SampleOrder:
         return ids[by_image][rows], starts[firsts]
 
 
-def check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> None:
-    """ValueError for batches that cannot be dealt to the ranks, or an evaluation on several."""
-    if batch_size < 1:
-        raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
-    if batch_size % world_size:
-        raise ValueError(f"wanted a global batch_size divisible by world_size, got {batch_size} for {world_size} ranks")
-    if world_size > 1 and not train:
-        raise ValueError(f"wanted world_size 1 with train=False, got {world_size}; run evaluation on one rank")
-
-
 def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set[int]) -> int:
     """Substitute of a bad sample: the first good one in a sequence drawn from (seed, epoch, sample id).
 
@@ -163,61 +139,3 @@ def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set
         if candidate not in bad:
             return candidate
         attempt += 1
-
-
-def check_bad_fraction(dataset: Dataset, bad: Set[int], samples_seen: int, limit: float, ranks: int) -> None:
-    """Raise DataError, with the places of 20 images, if more than a share `limit` of the images is undecodable.
-
-    The share is taken of the samples that a rank has seen, or of its share of the split if that is larger. A rank sees
-    a random share of the bad images, so with several ranks the limit has a margin of four standard deviations.
-    """
-    seen = min(len(dataset), max(len(dataset) / ranks, samples_seen))
-    allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)
-    if len(bad) > min(allowed, len(dataset) - 1):  # one has to be good, to take the place of the others
-        listed = "; ".join(dataset.where(i) for i in sorted(bad)[:20])
-        raise DataError(
-            f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
-            f"found {len(bad)} of {seen:.0f}; build the data set again without them: {listed}"
-        )
-
-
-def index_folder() -> str | None:
-    """A folder in memory for index views if it has room, else None, for that of temporary files.
-
-    A segment has hundreds of views, which DALI reads once. On a disk each costs up to a millisecond, while the loader
-    waits.
-    """
-    memory = Path("/dev/shm")
-    try:
-        room = shutil.disk_usage(memory).free if os.access(memory, os.W_OK | os.X_OK) else 0
-    except OSError:  # there is no such folder
-        room = 0
-    return str(memory) if room >= _ROOM_FOR_VIEWS else None
-
-
-def write_index_views(folder: Path, dataset: Dataset, ids: Int64) -> tuple[list[str], list[str]]:
-    """Write indices to `folder` with which DALI's reader delivers the samples `ids` in this order.
-
-    The reader accepts index lines in any order and repeated, and the same tar several times.
-
-    Returns:
-        Paths of the tars and of their indices, for the reader's arguments.
-    """
-    shard = dataset.shard_of(ids)
-    # The reader chooses components by extension and decodes by content, so any extension of the right kind will do.
-    parts = [
-        (KINDS[kind][0], *(values.tolist() for values in dataset.locate(kind, ids)))
-        for kind in ("image", "text", "meta", "tokens")
-    ]
-    cuts = np.flatnonzero(np.diff(shard)) + 1
-    tars, indices = [], []
-    for begin, end in pairwise([0, *cuts.tolist(), len(ids)]):
-        path = folder / f"{begin}.idx"
-        lines = [
-            " ".join(f"{name} {offset[k]} {size[k]} {k}.{name}" for name, offset, size in parts if size[k] >= 0)
-            for k in range(begin, end)
-        ]
-        path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
-        tars.append(str(dataset.tars[shard[begin]]))
-        indices.append(str(path))
-    return tars, indices

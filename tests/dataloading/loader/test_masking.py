@@ -1,16 +1,12 @@
+"""Masks of patches and of tokens: counts, weights, words, and fairness, by loops over pixels and tokens."""
+
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 
 from mvlm_dataloading import Masking
-from mvlm_dataloading.loader.masking import (
-    draw_patch_masks,
-    draw_token_masks,
-    draw_variable_patch_masks,
-    draw_weighted_token_masks,
-)
+from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks
 
 
 def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list[int]]:
@@ -29,8 +25,7 @@ def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list
 def test_patch_masks_are_an_exact_number_of_whole_blocks(image_size, patch, block, ratio, blocks):
     masking = Masking(patch_size=patch, mask_block=block, image_mask_ratio=ratio)
     ids = draw_patch_masks(3, 1, np.arange(200), image_size=image_size, masking=masking)
-    assert ids.dtype == np.int64
-    assert ids.shape == (200, blocks * (block // patch) ** 2)
+    assert (ids.dtype, ids.shape) == (np.int64, (200, blocks * (block // patch) ** 2))
     table = patches_of_blocks(image_size, patch, block)
     for row in ids.tolist():
         assert row == sorted(set(row))
@@ -48,80 +43,64 @@ def test_every_set_of_blocks_is_equally_likely():
     assert 62 < ((counts - draws / 126) ** 2 / (draws / 126)).sum() < 188
 
 
-@pytest.mark.parametrize("sizes", [(100, 16, 32), (96, 16, 64), (96, 12, 32), (96, 0, 32)])
-def test_mask_sizes_that_do_not_fit_are_named(sizes):
-    image_size, patch, block = sizes
-    with pytest.raises(ValueError, match=r"mask_block|patch_size"):
-        draw_patch_masks(0, 0, [0], image_size=image_size, masking=Masking(patch_size=patch, mask_block=block))
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        ({"image_size": 100}, "mask_block"),
+        ({"mask_block": 64}, "mask_block"),
+        ({"patch_size": 12}, "patch_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"image_mask_ratio": 0.01}, "image_mask_ratio"),
+        ({"image_mask_ratio": 1.2}, "image_mask_ratio"),
+        ({"text_mask_ratio": 1.2}, "text_mask_ratio"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(settings, word):
+    with pytest.raises(ValueError, match=word):
+        draw_patch_masks(0, 0, [0], image_size=settings.pop("image_size", 96), masking=Masking(**settings))
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.2])
-def test_a_mask_ratio_that_masks_nothing_or_too_much_is_refused(ratio):
-    with pytest.raises(ValueError, match="image_mask_ratio"):
-        draw_patch_masks(0, 0, [0], image_size=96, masking=Masking(image_mask_ratio=ratio))
-
-
-def test_token_masks_hold_the_exact_number_of_ordinary_tokens():
-    lengths = np.array([3, 4, 5, 7, 12, 17, 24, 40, 3])
-    ids = draw_token_masks(7, 2, np.arange(9), lengths)
-    assert ids.dtype == np.int64
-    assert ids.tolist() == sorted(set(ids.tolist()))
-    begin = 0
-    for length in lengths.tolist():
-        inside = [i for i in ids.tolist() if begin <= i < begin + length]
-        assert len(inside) == max(1, round(0.3 * (length - 2)))
-        assert begin not in inside  # [CLS]
-        assert begin + length - 1 not in inside  # [SEP]
-        begin += length
-
-
-def test_mask_counts_round_halves_to_even():
-    for ordinary, wanted in ((5, 2), (15, 4), (25, 8)):  # 1.5, 4.5, 7.5
-        assert len(draw_token_masks(0, 0, [0], [ordinary + 2])) == wanted == round(0.3 * ordinary)
+@pytest.mark.parametrize("settings", [{"lengths": [5, 2]}, {"lengths": [5, 5], "ratio": 1.2}])
+def test_captions_and_ratios_that_cannot_be_masked_are_refused(settings):
+    with pytest.raises(ValueError, match="wanted"):
+        draw_token_masks(0, 0, [0, 1], **settings)
 
 
 def test_every_token_is_equally_likely():
     draws = 6000
-    ids = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 12))
-    places = ids % 12
-    counts = np.bincount(places, minlength=12)[1:11]
-    assert counts.sum() == 3 * draws
-    assert np.abs(counts - 0.3 * draws).max() < 5 * np.sqrt(draws * 0.3 * 0.7)
-
-
-def test_captions_without_an_ordinary_token_are_refused():
-    with pytest.raises(ValueError, match="got one of 2"):
-        draw_token_masks(0, 0, [0, 1], [5, 2])
+    ids, _ = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 12))
+    counts = np.bincount(ids % 12, minlength=12)
+    assert (counts[0], counts[11], counts.sum()) == (0, 0, 3 * draws)  # [CLS], [SEP]
+    assert np.abs(counts[1:11] - 0.3 * draws).max() < 5 * np.sqrt(draws * 0.3 * 0.7)
 
 
 def test_masks_depend_on_the_sample_and_not_on_the_batch():
     samples, epochs = np.arange(40), np.arange(40) // 25
     lengths = 3 + samples % 9
     patches = draw_patch_masks(1, epochs, samples, image_size=96)
-    tokens = np.split(
-        draw_token_masks(1, epochs, samples, lengths),
-        np.cumsum(np.maximum(1, np.rint(0.3 * (lengths - 2))))[:-1].astype(int),
-    )
+    starts = np.random.default_rng(2).random(lengths.sum()) < 0.5
     begins = np.cumsum(lengths) - lengths
-    for i in np.random.default_rng(0).permutation(40):
-        one = slice(i, i + 1)
-        assert np.array_equal(draw_patch_masks(1, epochs[one], samples[one], image_size=96)[0], patches[i])
-        alone = draw_token_masks(1, int(epochs[i]), samples[one], lengths[one])
-        assert np.array_equal(alone, tokens[i] - begins[i])
-
-
-def test_masks_change_with_seed_epoch_and_sample():
+    for settings in ({}, {"ratio": None}, {"starts": starts}):
+        tokens, weights = draw_token_masks(1, epochs, samples, lengths, **settings)
+        for i in np.random.default_rng(0).permutation(40):
+            one, own = slice(i, i + 1), (tokens >= begins[i]) & (tokens < begins[i] + lengths[i])
+            if "starts" in settings:
+                settings = {"starts": starts[begins[i] : begins[i] + lengths[i]]}
+            alone = draw_token_masks(1, int(epochs[i]), samples[one], lengths[one], **settings)
+            assert np.array_equal(alone.ids, tokens[own] - begins[i])
+            assert np.array_equal(alone.weights, weights[own])
+            assert np.array_equal(draw_patch_masks(1, epochs[one], samples[one], image_size=96)[0], patches[i])
     draws = [draw_patch_masks(s, e, [i], image_size=224).tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
+    assert len(set(draws)) == 20
+    draws = [draw_token_masks(s, e, [i], [99]).ids.tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
     assert len(set(draws)) == 20
 
 
-SIZES: dict[str, Any] = {"image_size": 96}
-
-
 def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_patches():
-    ids, weights = draw_variable_patch_masks(3, 1, range(200), **SIZES)
+    ids, weights = draw_variable_patch_masks(3, 1, range(200), image_size=96)
+    fixed = draw_patch_masks(3, 1, range(200), image_size=96, masking=Masking(image_mask_ratio=5 / 9))
     assert ids.shape == weights.shape == (200, 36)
-    for row, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+    for i, (row, weight) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
         number = sum(w > 0 for w in weight)
         masked = row[:number]
         assert masked == sorted(set(masked))
@@ -129,29 +108,17 @@ def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_p
         blocks = {(p // 6 // 2, p % 6 // 2) for p in masked}
         assert number == 4 * len(blocks)
         assert weight == [np.float32(9 / len(blocks))] * number + [0.0] * (36 - number)
+        assert len(blocks) != 5 or masked == fixed[i].tolist()  # the mask of a ratio with that count
 
 
-def test_a_variable_mask_with_the_count_of_a_ratio_is_the_mask_of_the_ratio():
-    ids, weights = draw_variable_patch_masks(3, 1, range(200), **SIZES)
-    fixed = draw_patch_masks(3, 1, range(200), **SIZES, masking=Masking(image_mask_ratio=5 / 9))
-    rows = [i for i in range(200) if (weights[i] > 0).sum() == 20]
-    assert rows
-    assert all(ids[i, :20].tolist() == fixed[i].tolist() for i in rows)
-
-
-def test_every_number_of_masked_blocks_is_equally_likely():
-    _, weights = draw_variable_patch_masks(0, 0, range(18000), **SIZES)
-    counts = np.bincount((weights > 0).sum(1) // 4, minlength=10)
-    assert counts[0] == 0
-    assert abs(counts[1:] - 2000).max() < 5 * 2000**0.5
-
-
-def test_every_number_of_masked_tokens_is_equally_likely():
-    lengths = [9] * 14000
-    masked = draw_weighted_token_masks(0, 0, range(14000), lengths, ratio=None)
-    counts = np.bincount(np.bincount(masked.ids // 9, minlength=14000), minlength=8)
-    assert counts[0] == counts[8:].sum() == 0
-    assert abs(counts[1:8] - 2000).max() < 5 * 2000**0.5
+def test_every_number_of_masked_blocks_and_of_masked_tokens_is_equally_likely():
+    _, weights = draw_variable_patch_masks(0, 0, range(18000), image_size=96)
+    blocks = np.bincount((weights > 0).sum(1) // 4, minlength=10)
+    masked = draw_token_masks(0, 0, range(18000), [11] * 18000, ratio=None)
+    tokens = np.bincount(np.bincount(masked.ids // 11, minlength=18000), minlength=10)
+    for counts in (blocks, tokens):
+        assert (len(counts), counts[0]) == (10, 0)
+        assert abs(counts[1:] - 2000).max() < 5 * 2000**0.5
 
 
 def test_weighted_loss_of_variable_masks_is_that_of_masked_diffusion():
@@ -162,7 +129,7 @@ def test_weighted_loss_of_variable_masks_is_that_of_masked_diffusion():
     """
     n, c = 5, [0.0, 3.0, 1.0, 4.0, 1.5, 9.0]
     draws = 40000
-    masked = draw_weighted_token_masks(1, 0, range(draws), [n + 2] * draws, ratio=None)
+    masked = draw_token_masks(1, 0, range(draws), [n + 2] * draws, ratio=None)
     count = np.bincount(masked.ids // (n + 2), minlength=draws)
     found = (masked.weights * np.array(c)[count[masked.ids // (n + 2)]]).sum() / draws
     t = (np.arange(20000) + 0.5) / 20000
@@ -173,37 +140,26 @@ def test_weighted_loss_of_variable_masks_is_that_of_masked_diffusion():
     assert found == pytest.approx(integral, rel=0.02)
 
 
-def test_without_a_ratio_every_number_of_masked_tokens_is_equally_likely():
-    lengths = np.full(6000, 8)  # six ordinary tokens
-    chosen = draw_token_masks(3, 1, np.arange(6000), lengths, ratio=None)
-    counts = np.bincount(np.bincount(chosen // 8, minlength=6000), minlength=7)
-    assert counts[0] == 0
-    assert counts.sum() == 6000
-    assert np.abs(counts[1:] - 1000).max() < 5 * np.sqrt(1000)
-    assert not set((chosen % 8).tolist()) & {0, 7}
-    # A sample's mask does not depend on the batch, and differs between epochs.
-    alone = draw_token_masks(3, 1, np.array([17]), np.array([8]), ratio=None)
-    assert alone.tolist() == (chosen[chosen // 8 == 17] - 8 * 17).tolist()
-    assert draw_token_masks(3, 2, np.arange(6000), lengths, ratio=None).tolist() != chosen.tolist()
-
-
-def words_of(starts: np.ndarray, begin: int, length: int) -> list[list[int]]:
+def words_of(starts: np.ndarray | None, begin: int, length: int) -> list[list[int]]:
     """Positions of each word of the caption at `begin`, by a loop over its ordinary tokens."""
     words: list[list[int]] = []
     for i in range(begin + 1, begin + length - 1):
-        if not words or starts[i]:
+        if not words or starts is None or starts[i]:
             words.append([])
         words[-1].append(i)
     return words
 
 
-@pytest.mark.parametrize("ratio", [None, 0.3])
-def test_whole_words_are_masked_or_none_of_their_tokens(ratio):
-    """Shares, counts and weights are those of words; special tokens start none."""
+@pytest.mark.parametrize("ratio", [None, 0.3, 0.5])
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_an_exact_number_of_tokens_or_whole_words_is_masked(ratio, whole_words):
+    """Shares, counts and weights are those of words; special tokens start none. Halves are rounded to even."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 14, size=300)
-    starts = rng.random(lengths.sum()) < 0.5
-    masked = draw_weighted_token_masks(4, 1, range(300), lengths, ratio=ratio, starts=starts)
+    starts = rng.random(lengths.sum()) < 0.5 if whole_words else None
+    masked = draw_token_masks(4, 1, range(300), lengths, ratio=ratio, starts=starts)
+    assert (masked.ids.dtype, masked.weights.dtype) == (np.int64, np.float32)
+    assert masked.ids.tolist() == sorted(set(masked.ids.tolist()))
     begin, counts = 0, set()
     for length in lengths.tolist():
         words = words_of(starts, begin, length)
@@ -214,10 +170,8 @@ def test_whole_words_are_masked_or_none_of_their_tokens(ratio):
         n, k = len(words), len(chosen)
         counts.add((n, k))
         if ratio is not None:
-            assert k == max(1, round(0.3 * n))
-            assert set(masked.weights[inside]) == {1.0}
-        else:
-            assert set(masked.weights[inside]) == {np.float32(n / k)}
+            assert k == max(1, round(ratio * n))
+        assert set(masked.weights[inside]) == {np.float32(n / k) if ratio is None else 1.0}
         begin += length
     assert ratio is not None or {(5, k) for k in (1, 2, 3, 4, 5)} <= counts
 
@@ -225,17 +179,9 @@ def test_whole_words_are_masked_or_none_of_their_tokens(ratio):
 def test_every_word_is_equally_likely_whatever_its_length():
     draws = 6000
     starts = np.tile([True, True, False, False, True, True, False, True], draws)  # of [CLS] and [SEP] nothing is read
-    ids = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 8), ratio=0.25, starts=starts)
+    ids, _ = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 8), ratio=0.25, starts=starts)
     counts = np.bincount(ids % 8, minlength=8)
     assert counts[1] == counts[2] == counts[3]
     assert counts[5] == counts[6]
-    first = counts[[1, 4, 5]]
-    assert first.sum() == draws  # round(0.25 * 3) of 3 words
-    assert np.abs(first - draws / 3).max() < 5 * np.sqrt(draws * 2 / 9)
-
-
-def test_masks_of_words_that_are_tokens_are_masks_of_tokens():
-    lengths = 3 + np.arange(40) % 9
-    starts = np.ones(lengths.sum(), bool)
-    same = draw_token_masks(1, 0, np.arange(40), lengths, starts=starts)
-    assert same.tolist() == draw_token_masks(1, 0, np.arange(40), lengths).tolist()
+    assert counts[[1, 4, 5]].sum() == draws  # round(0.25 * 3) of 3 words
+    assert np.abs(counts[[1, 4, 5]] - draws / 3).max() < 5 * np.sqrt(draws * 2 / 9)

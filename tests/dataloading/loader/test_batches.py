@@ -1,0 +1,144 @@
+"""Batches: their content, and the thread that makes them in advance."""
+
+import gc
+import itertools
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm_dataloading.loader.batches import Prefetcher
+from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks
+from mvlm_dataloading.randomness import text_hash
+from support.loaders import make_loader, rows, take
+
+
+def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
+    batch, masks = take(make_loader(train_split, tokenizer), 1)[0]
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 64, 64))
+    assert batch.tokens.dtype == batch.image_id.dtype == batch.text_id.dtype == batch.sample_id.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert (batch.cu_seqlens[0], batch.cu_seqlens[-1]) == (0, len(batch.tokens))
+    assert batch.max_length == batch.cu_seqlens.diff().max() <= 12
+    # round(0.6 * 4) blocks of 4 patches
+    assert (masks.patch_ids.dtype, masks.patch_ids.shape) == (torch.int64, (8, 2 * 4))
+    for row in rows([(batch, masks)]):
+        i, (image_id, text_id) = row["sample"], row["ids"]
+        known = {tuple(tokenizer.encode([c], 12)[0].tolist()): text_hash(c) for c in train_split.captions(i)}
+        assert known[tuple(row["tokens"])] == text_id
+        assert image_id == train_split.image_id(i)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "variable"])
+def test_masks_are_those_of_the_mask_functions(train_split, tokenizer, kind):
+    for batch, masks in take(make_loader(train_split, tokenizer, image_masking=kind, text_masking=kind), 3):
+        of = (5, 0, batch.sample_id.numpy())
+        tokens, weights = draw_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=0.3 if kind == "fixed" else None)
+        assert np.array_equal(masks.token_ids, tokens)
+        if kind == "fixed":
+            assert np.array_equal(masks.patch_ids, draw_patch_masks(*of, image_size=64))
+            assert masks.token_weights is masks.patch_weights is None
+        else:
+            patches, patch_weights = draw_variable_patch_masks(*of, image_size=64)
+            assert np.array_equal(masks.patch_ids, patches)
+            assert np.array_equal(masks.patch_weights, patch_weights)
+            assert np.array_equal(masks.token_weights, weights)
+
+
+@pytest.mark.parametrize("per_image", [None, 1])
+def test_whole_words_of_captions_are_masked(train_split, tokenizer, per_image):
+    """Words are told from the captions, not from tokens."""
+    several = 0
+    for row in rows(take(make_loader(train_split, tokenizer, whole_word_masking=True, per_image=per_image), 5)):
+        spans = [range(1 + a, 1 + b) for _, a, b in tokenizer.words(tokenizer.decode(row["tokens"]))]
+        chosen = [span for span in spans if set(row["masked"]) & set(span)]
+        assert row["masked"] == [i for span in chosen for i in span]
+        assert len(chosen) == max(1, round(0.3 * len(spans)))
+        several += any(len(span) > 1 for span in chosen)
+    assert several
+
+
+@pytest.mark.slow
+def test_captions_are_drawn_evenly(train_split, tokenizer):
+    i = 2  # has three captions
+    texts = [text_hash(caption) for caption in train_split.captions(i)]
+    found = rows(take(make_loader(train_split, tokenizer, batch_size=60, image_size=32), 60))
+    drawn = Counter(texts.index(row["ids"][1]) for row in found if row["sample"] == i)
+    assert min(drawn[k] for k in range(3)) > 8  # 20 expected, standard deviation 3.7
+
+
+def test_batches_do_not_change_while_the_loader_continues(train_split, tokenizer):
+    loader = make_loader(train_split, tokenizer)
+    held = take(loader, 10)
+    copies = [batch.images.clone() for batch, _ in held]
+    take(loader, 30)
+    del loader
+    assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(held, copies, strict=True))
+
+
+def threads() -> int:
+    return sum(thread.name == "mvlm-loader" for thread in threading.enumerate())
+
+
+@pytest.mark.slow
+def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split, tokenizer):
+    loader = make_loader(train_split, tokenizer)
+    first = rows(take(loader, 1))
+    assert threads() == 1
+    loader.close()
+    assert threads() == 0
+    assert rows(take(loader, 1)) != first  # the loader continues
+    assert threads() == 1
+    del loader
+    gc.collect()
+    assert threads() == 0
+    assert len(list(make_loader(train_split, tokenizer, batch_size=32, train=False))) == 2
+    assert threads() == 0
+
+
+def test_prefetcher_yields_in_order_and_stays_within_its_depth():
+    made, ended, numbers = [], [], itertools.count()
+    ahead = Prefetcher(lambda: made.append(next(numbers)) or f"result {made[-1]}", 3, lambda: ended.append(True))
+    deadline = time.monotonic() + 5
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2]
+    assert [ahead.get() for _ in range(20)] == [f"result {k}" for k in range(20)]
+    assert not ended
+    ahead.close()
+    ahead.close()
+    assert (len(made) <= 23, ended, threads()) == (True, [True], 0)
+
+
+def test_prefetcher_waits_for_the_result_that_is_being_made():
+    inside, go, made = threading.Event(), threading.Event(), []
+    ahead = Prefetcher(lambda: inside.set() or made.append(go.wait(5)), 1, lambda: None)
+    assert inside.wait(5)
+    threading.Timer(0.05, go.set).start()
+    ahead.close()
+    assert made == [True]
+
+
+@pytest.mark.parametrize("depth", [0, 5])
+def test_prefetcher_ends_and_raises_in_turn_and_repeatedly(depth):
+    results, failing = iter(["a", None, None, None]), iter(["a", "b"])
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    ahead = Prefetcher(lambda: next(results), depth, lambda: None)
+    assert [ahead.get() for _ in range(4)] == ["a", None, None, None]
+    ahead = Prefetcher(lambda: next(failing, None) or fail(), depth, lambda: None)
+    assert [ahead.get(), ahead.get()] == ["a", "b"]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            ahead.get()
+    if depth:  # else the caller would wait for ever
+        ahead = Prefetcher(lambda: None, depth, fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            ahead.get()
+    assert threads() == 0
