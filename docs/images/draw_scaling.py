@@ -12,7 +12,8 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.cluster_plan import NODES, ClusterSetting, rank_step_cost, rank_step_record, scaling
+from mvlm.costs.cluster_plan import NODES, ClusterSetting, scaling
+from mvlm.costs.step_cost import step_cost
 
 HERE = Path(__file__).parent
 SETTING = ClusterSetting(
@@ -32,7 +33,7 @@ def before(ranks: int, computing: float) -> float:
 def main() -> None:
     """Write the drawing."""
     mpl.rcParams["svg.hashsalt"] = "scaling"
-    rows = scaling(SETTING, rank_step_cost(SETTING), rank_step_record(SETTING))
+    rows = scaling(SETTING, step_cost(SETTING.model, SETTING.shape))
     gpus = [row.ranks for row, _ in rows]
     computing = rows[0][1].forward + rows[0][1].backward
     figure, axes = plt.subplots(figsize=(7, 3.2))

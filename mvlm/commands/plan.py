@@ -55,6 +55,11 @@ def plan(
             f"plan: wanted --gpu one of {', '.join(NODES)}, --parallel ddp or fsdp, --mfu in (0, 1], --accumulate "
             f"at least 1, --batch-size at least 0; got {gpu}, {parallel}, {mfu}, {accumulate}, {batch_size}"
         )
+    if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf or not 0 <= inter_node < math.inf:
+        raise ConfigError(
+            f"plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got {epochs}, {loader_rate} "
+            f"and {inter_node}"
+        )
     per_node, nodes = parse_gpus(gpus)
     model = MaskVLMConfig.preset(preset)
     model = replace(model, image_size=image_size or model.image_size, text_length=text_length or model.text_length)
@@ -70,11 +75,6 @@ def plan(
         mfu=mfu,
         inter_node=inter_node * 1e9,
     )
-    if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf or not 0 <= inter_node < math.inf:
-        raise ConfigError(
-            f"plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got {epochs}, {loader_rate} "
-            f"and {inter_node}"
-        )
     if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
         raise ConfigError(f"evaluation: wanted images, captions and candidates, as in 5000 25000 256, got {evaluation}")
     if task:
@@ -84,20 +84,10 @@ def plan(
             raise ConfigError("plan: wanted no --loader-rate with --task, whose plan has no loader; leave it out")
         if setting.sharded:
             raise ConfigError("plan: wanted --parallel ddp with --task, which plans DDP; leave --parallel out")
-        if setting.batch_size % (setting.ranks * accumulate):
-            raise ConfigError(
-                f"batch_size: wanted a multiple of {setting.ranks} GPUs x {accumulate} microbatches, got "
-                f"{setting.batch_size}"
-            )
         print(format_task_plan(task, setting, parse_count(data), epochs))
     else:
         print(format_plan(setting, parse_count(data), epochs, loader_rate))
     if evaluation:
-        from mvlm.costs.evaluation_cost import EvaluationShape, format_evaluation
-        from mvlm.costs.step_cost import TOKENS
-        from mvlm_kernels.hardware import GPUS
+        from mvlm.costs.evaluation_cost import format_evaluation
 
-        images, captions, candidates = evaluation
-        tokens = min(TOKENS, setting.model.text_length)
-        shape = EvaluationShape(images=images, captions=captions, candidates=candidates, tokens=tokens)
-        print(format_evaluation(setting.model, shape, GPUS[gpu].flops, setting.ranks, mfu))
+        print(format_evaluation(setting, *evaluation))

@@ -1,28 +1,18 @@
 """Cluster plan: memory, time and traffic of a pretraining step on many GPUs, and its text.
 
-FLOPs and memory are counted (`mvlm.costs.step_cost`) and collectives recorded (`mvlm.costs.recorded_step`) while the
-real step runs on fake tensors. Rates are those of data sheets and of the settings. No GPU has timed this.
+FLOPs and memory are counted while the real step runs on fake tensors (`mvlm.costs.step_cost`). What ranks exchange
+follows from the sizes of the model and the batch. Rates are those of data sheets and of the settings. The latencies of
+rings and trees are those by which NCCL chooses between them (its source, src/graph/tuning.cc). No GPU has timed this.
 
-Shape legend: W GPUs, n pairs of a GPU.
+Shape legend: W GPUs, A microbatches of a GPU, b pairs of a microbatch, n = A b pairs of a GPU.
 """
 
+import math
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.recorded_step import (
-    MESSAGE,
-    Links,
-    RecordedStep,
-    StepTimes,
-    logit_work,
-    record_step,
-    rescaled,
-    step_times,
-)
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.distributed.loss_shares import MAX_LOGITS
 from mvlm.errors import ConfigError
@@ -62,6 +52,55 @@ NODES = {
 }
 
 
+class Protocol(NamedTuple):
+    """Seconds of one of NCCL's protocols, which trades bandwidth for latency."""
+
+    bandwidth: float
+    """Part of a link's rate that it uses."""
+    start: float
+    """Start of a collective."""
+    ring: tuple[float, float]
+    """A hop of a ring, in a node and between nodes."""
+    tree: tuple[float, float]
+    """A hop of a tree, in a node and between nodes."""
+
+
+PROTOCOLS = (
+    Protocol(0.25, 6.6e-6, (1.08e-6, 2.7e-6), (1.08e-6, 5.0e-6)),  # LL
+    Protocol(0.92, 14.0e-6, (1.9e-6, 4.0e-6), (1.25e-6, 8.5e-6)),  # LL128
+    Protocol(1.0, 8.4e-6, (3.4e-6, 14.0e-6), (4.0e-6, 14.0e-6)),  # Simple, which also carries an all-to-all
+)
+SIMPLE = PROTOCOLS[-1]
+MESSAGE = 2e-6
+"""Seconds that each message of an all-to-all takes, whatever its size: an assumption, not from NCCL's model."""
+BUCKET = 25 << 20
+"""Bytes of a bucket of gradients: DDP's default."""
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind and size."""
+
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
+    label: str
+    """Their content."""
+    size: float
+    """Bytes of each: of one rank's part in an all-gather and a reduce-scatter, of what an all-to-all brings, else of
+    all."""
+    ranks: int
+    """Ranks of a group."""
+    calls: int = 1
+    across: bool = False
+    """The group has one rank in each node."""
+    senders: int = 0
+    """Other ranks from which an all-to-all brings anything."""
+
+    @property
+    def received(self) -> float:
+        """Bytes that enter a rank. An all-reduce is a reduce-scatter and an all-gather, as in a ring."""
+        parts = {"all-reduce": 2 / self.ranks, "all-to-all": 1 / self.ranks}.get(self.kind, 1)
+        return self.calls * self.size * (self.ranks - 1) * parts
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSetting:
     """Model, cluster and settings of a planned run."""
@@ -78,7 +117,6 @@ class ClusterSetting:
     """FSDP2 instead of DDP."""
     mfu: float = 0.4
     """Model FLOPs utilization during forward and backward, in (0, 1]."""
-
     inter_node: float = 0.0
     """Bytes per second, each way, from a GPU to other nodes; 0: those of the node's data sheet."""
 
@@ -93,10 +131,53 @@ class ClusterSetting:
         return self.batch_size // (self.ranks * self.accumulate)
 
     @property
-    def links(self) -> Links:
-        """Links of the cluster."""
-        node = NODES[self.gpu]
-        return Links(self.per_node, self.nodes, node.intra_node, self.inter_node or node.inter_node)
+    def shape(self) -> StepShape:
+        """The step of one GPU. ConfigError if the batch does not divide evenly among GPUs and microbatches."""
+        parts = self.ranks * self.accumulate
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"batch_size: wanted a multiple of {self.ranks} GPUs x {self.accumulate} microbatches = {parts}, "
+                f"got {self.batch_size}"
+            )
+        return StepShape(
+            pairs=self.pairs,
+            ranks=self.ranks,
+            microbatches=self.accumulate,
+            tokens=min(TOKENS, self.model.text_length),
+            longest=min(LONGEST, self.model.text_length),
+            checkpointed=self.checkpointed,
+        )
+
+    @property
+    def between_nodes(self) -> float:
+        """Bytes per second, each way, from a GPU to other nodes."""
+        return self.inter_node or NODES[self.gpu].inter_node
+
+    def seconds(self, moved: Collective) -> float:
+        """Time on the network."""
+        if moved.ranks == 1:
+            return 0.0
+        intra_node = NODES[self.gpu].intra_node
+        here = 1 if moved.across else min(moved.ranks, self.per_node)
+        nodes = moved.ranks // here
+        if moved.kind == "all-to-all":
+            far = 1 - (here - 1) / (moved.ranks - 1)  # of what comes from others, if all ranks are equally likely
+            others = moved.received / moved.calls
+            carried = max(others * (1 - far) / intra_node, others * far / self.between_nodes)
+            hop = SIMPLE.ring[1] if nodes > 1 else SIMPLE.ring[0]
+            return moved.calls * (SIMPLE.start + hop + moved.senders * MESSAGE + carried)
+        in_parts = moved.kind != "all-reduce"
+        passes, size = (1, moved.size * moved.ranks) if in_parts else (2, moved.size)
+        # Rings in parallel use all adapters of a node, and each passes all but a rank's own part over every link.
+        far = 0.0 if nodes == 1 else (1 - 1 / moved.ranks) / (here * self.between_nodes)
+        carried = passes * size * max((1 - 1 / here) / intra_node, far)
+        times = []
+        for protocol in PROTOCOLS:
+            hops = [(moved.ranks - nodes) * protocol.ring[0] + (nodes - 1) * protocol.ring[1]]
+            if not in_parts:
+                hops.append((here - 1) * protocol.tree[0] + math.log2(nodes) * protocol.tree[1])
+            times.append(protocol.start + passes * min(hops) + carried / protocol.bandwidth)
+        return moved.calls * min(times)
 
 
 MOST_GPUS = 1_000_000
@@ -121,35 +202,6 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
-def rank_step_cost(setting: ClusterSetting) -> StepCost:
-    """Count one rank's step. ConfigError if the batch does not divide evenly among ranks and microbatches."""
-    parts = setting.ranks * setting.accumulate
-    if setting.batch_size % parts:
-        raise ConfigError(
-            f"batch_size: wanted a multiple of {setting.ranks} GPUs x {setting.accumulate} microbatches = {parts}, "
-            f"got {setting.batch_size}"
-        )
-    return step_cost(setting.model, _shape(setting, setting.ranks))
-
-
-def _shape(setting: ClusterSetting, ranks: int) -> StepShape:
-    return StepShape(
-        pairs=setting.pairs,
-        ranks=ranks,
-        microbatches=setting.accumulate,
-        tokens=min(TOKENS, setting.model.text_length),
-        longest=min(LONGEST, setting.model.text_length),
-        checkpointed=setting.checkpointed,
-    )
-
-
-def rank_step_record(setting: ClusterSetting) -> RecordedStep:
-    """Record the collectives of one rank's step, on at least two nodes so that every collective occurs."""
-    nodes = max(2, setting.nodes)
-    shape = _shape(setting, setting.per_node * nodes)
-    return record_step(setting.model, shape, "fsdp" if setting.sharded else "ddp", nodes)
-
-
 def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     """Bytes of one GPU by part. Weights and moments of AdamW are in fp32; Muon has one moment of most weights.
 
@@ -162,14 +214,62 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
         config = setting.model
         outside = 4 * config.width * (2 * config.vocab_size + config.patch_values + 4 * config.width)
         rows["gathered parameters"] = outside + 2 * 4 * 16 * config.width**2
-    rows |= {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
-    return rows
+    return rows | {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
 
 
-def most_logits(setting: ClusterSetting) -> int:
-    """Bound of ITC's logits in memory at a time. One GPU without microbatches makes no blocks of them."""
-    alone = setting.ranks == setting.accumulate == 1
-    return max(MAX_LOGITS, setting.batch_size**2 if alone else 0)
+def collectives(setting: ClusterSetting, parameters: int) -> list[Collective]:
+    """Collectives of one GPU's step, in bf16 where features and embeddings travel; all pairs are equally likely drawn.
+
+    Of gradients, the last of the list are those that are reduced last.
+    """
+    model, ranks, repeats, pairs = setting.model, setting.ranks, setting.accumulate, setting.pairs
+    own, width = repeats * pairs, model.width
+    senders = round((ranks - 1) * (1 - (1 - 1 / ranks) ** pairs))
+    image, text = 2 * pairs * (1 + model.num_patches) * width, 2 * pairs * min(TOKENS, model.text_length) * width
+    return [
+        Collective("all-gather", "ids and draws", 3 * 8 * own, ranks),
+        Collective("all-gather", "ids and draws", 2 * 4 * own, ranks),
+        Collective("all-gather", "embeddings", 2 * 2 * model.itc_width * own, ranks),
+        Collective("reduce-scatter", "embeddings", 2 * 4 * model.itc_width * own, ranks),  # their gradients, in fp32
+        Collective("all-to-all", "features", image, ranks, 2 * repeats, senders=senders),
+        Collective("all-to-all", "features", text, ranks, 2 * repeats, senders=senders),
+        Collective("all-reduce", "losses and counts", 2 * 8, ranks),
+        Collective("all-reduce", "losses and counts", 7 * 4, ranks),
+        *(_sharded if setting.sharded else _replicated)(setting, parameters),
+    ]
+
+
+def _replicated(setting: ClusterSetting, parameters: int) -> list[Collective]:
+    """Gradients with DDP, in buckets of mean size. Tokens' embedding and the LM head have one each."""
+    buckets = 2 + math.ceil(4 * (parameters - 2 * setting.model.vocab_size * setting.model.width) / BUCKET)
+    return [Collective("all-reduce", "gradients", 4 * parameters / buckets, setting.ranks, buckets)]
+
+
+def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
+    """Parameters and gradients with FSDP2: sharded in a node, a block at a time, and replicated on every node.
+
+    A block's parameters are gathered for each of its calls and again for each backward pass. Both losses that use a
+    cross block call it twice, once for its keys and values.
+    """
+    model, repeats = setting.model, setting.accumulate
+    plain, crossing = (k * model.width**2 + m * model.width for k, m in ((12, 13), (16, 19)))
+    encoders, cross, decoder = model.image_layers + model.text_layers, 2 * model.cross_layers, model.decoder_layers
+    outside = parameters - encoders * plain - (cross + decoder) * crossing
+    once = repeats == 1
+    gathers = [  # parameters, and how often they are gathered
+        (outside, 1 if once else 2 * repeats + 1),
+        (plain, repeats * encoders * (2 if once else 3)),
+        (crossing, repeats * (8 * cross + 4 * decoder)),
+    ]
+    reduced = parameters - outside + (0 if once else cross * crossing)
+    calls = encoders + 2 * decoder + (2 if once else 4) * cross
+    gradients = [(reduced / calls, repeats * calls), (outside, repeats)]
+    part = 4 / setting.per_node
+    found = [Collective("all-gather", "parameters", part * x, setting.per_node, calls) for x, calls in gathers]
+    for x, calls in gradients:
+        found.append(Collective("reduce-scatter", "gradients", part * x, setting.per_node, calls))
+        found.append(Collective("all-reduce", "gradients", part * x, setting.nodes, calls, across=True))
+    return found
 
 
 class PlannedStep(NamedTuple):
@@ -178,21 +278,16 @@ class PlannedStep(NamedTuple):
     forward: float
     backward: float
     logits: float
-    """ITC's logits and the draws from them, which grow with the global batch."""
-    times: StepTimes
-    """The step without its logits, whose work is not overlapped with anything here."""
+    """ITC's logits and the draws from them, which grow with the global batch. Nothing here overlaps with them."""
+    network: dict[str, float]
+    """Collectives, by what they carry."""
+    waiting: dict[str, float]
+    """What nothing hides of them, the largest first."""
 
     @property
     def step(self) -> float:
         """All of it."""
-        return self.times.step + self.logits
-
-    @property
-    def others(self) -> dict[str, float]:
-        """Seconds that are neither forward nor backward, by what they are, the largest first."""
-        found = {"logits of ITC and draws": self.logits}
-        found |= {f"waiting for {name}": time for name, time in self.times.waiting.items()}
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        return self.forward + self.backward + self.logits + sum(self.waiting.values())
 
     @property
     def computing(self) -> float:
@@ -200,83 +295,65 @@ class PlannedStep(NamedTuple):
         return (self.forward + self.backward) / self.step
 
 
-def planned_step(setting: ClusterSetting, cost: StepCost, record: RecordedStep, batch: float = 1.0) -> PlannedStep:
-    """Seconds of one step. `cost` and `record` may be of another number of GPUs.
+OVERLAP = {
+    "ids and draws": 1 / 6,
+    "embeddings": 1 / 60,
+    "features": 1 / 6,
+    "losses and counts": 1 / 6,
+    "gradients": 0.4,
+    "parameters": 1.0,
+}
+"""Part of forward and backward beside which collectives run, by what they carry: in the FLOPs of `base`, those of MLM
+for embeddings, of MIM for features, of the encoders' backward pass for gradients."""
 
-    batch: pairs of a GPU, as a multiple of those of `cost` and `record`.
-    """
+
+def planned_step(setting: ClusterSetting, cost: StepCost) -> PlannedStep:
+    """Seconds of one step. `cost` may be of another number of GPUs with as many pairs on each."""
     gpu = GPUS[setting.gpu]
-    forward, backward = (batch * flops / (gpu.flops * setting.mfu) for flops in (cost.forward, cost.backward))
-    scaled = rescaled(record, setting.ranks, setting.per_node, setting.pairs, batch)
-    times = step_times(scaled, setting.links, forward + backward)
-    pairs = max(1, round(setting.pairs * setting.accumulate * batch))
-    work = _logit_work(setting.model, pairs, setting.ranks)
-    logits = work.flops / NODES[setting.gpu].fp32 + work.moved / gpu.bandwidth
-    return PlannedStep(forward, backward, logits, times)
+    forward, backward = (flops / (gpu.flops * setting.mfu) for flops in (cost.forward, cost.backward))
+    repeats = setting.accumulate
+    moved, computing = collectives(setting, cost.parameters), forward + backward
+    network = {label: 0.0 for _, label, *_ in moved}
+    for x in moved:
+        network[x.label] += setting.seconds(x)
+    # What nothing can hide: the last gradients, and the counts that follow the backward pass.
+    last = moved[-2:] if setting.sharded else moved[-1:]
+    least = {"gradients": sum(setting.seconds(x) / x.calls for x in last)}
+    least["losses and counts"] = network["losses and counts"] / 2
+    if repeats > 1:  # gradient caching: ITC follows the encoders at once, and ITM of the first microbatch follows ITC
+        least["embeddings"], least["ids and draws"] = network["embeddings"], network["ids and draws"] / 2
+        least["features"] = network["features"] / (2 * repeats)
+    beside = {label: part * computing for label, part in OVERLAP.items()}
+    if not setting.sharded:  # DDP reduces gradients in the backward pass of the last microbatch
+        beside["gradients"] /= repeats
+    waiting = {label: max(least.get(label, 0), time - beside[label]) for label, time in network.items()}
+    found = {label: time for label, time in sorted(waiting.items(), key=lambda item: -item[1]) if time > 0}
+    return PlannedStep(forward, backward, _logit_seconds(setting), dict(network), found)
 
 
-_logit_work = cache(logit_work)
+def _logit_seconds(setting: ClusterSetting) -> float:
+    """Work on ITC's logits, in both directions, and on the draws from them: products in fp32, and traffic of memory."""
+    own, every, width = setting.batch_size // setting.ranks, setting.batch_size, setting.model.itc_width
+    rows = max(1, min(own, most_logits(setting) // every))
+    products, values = (6, 210) if rows == own else (8, 222)  # backward computes blocks of logits again
+    flops, moved = 2 * products * width, 4 * (values + products * width / rows)  # of one logit
+    return own * every * (flops / NODES[setting.gpu].fp32 + moved / GPUS[setting.gpu].bandwidth)
 
 
-def wider(setting: ClusterSetting, nodes: int) -> ClusterSetting:
-    """The setting on another number of nodes, with as many pairs on each GPU."""
-    each = setting.batch_size // setting.ranks
-    return replace(setting, nodes=nodes, batch_size=each * setting.per_node * nodes)
+def most_logits(setting: ClusterSetting) -> int:
+    """Bound of ITC's logits in memory at a time. One GPU without microbatches makes no blocks of them."""
+    alone = setting.ranks == setting.accumulate == 1
+    return max(MAX_LOGITS, setting.batch_size**2 if alone else 0)
 
 
-def scaling(
-    setting: ClusterSetting, cost: StepCost, record: RecordedStep, most: int = 4096
-) -> list[tuple[ClusterSetting, PlannedStep]]:
+def scaling(setting: ClusterSetting, cost: StepCost, most: int = 4096) -> list[tuple[ClusterSetting, PlannedStep]]:
     """Weak scaling over doubling numbers of nodes, to `most` GPUs: the pairs of a GPU stay constant."""
-    rows, nodes = [], 1
+    rows, nodes, own = [], 1, setting.batch_size // setting.nodes
     while setting.per_node * nodes <= most:
-        row = wider(setting, nodes)
-        rows.append((row, planned_step(row, cost, record)))
+        row = replace(setting, nodes=nodes, batch_size=own * nodes)
+        rows.append((row, planned_step(row, cost)))
         nodes *= 2
     return rows
-
-
-ENOUGH = 0.9
-"""Part of a step that is to be computing."""
-
-
-class Limits(NamedTuple):
-    """Changes that take a step below `ENOUGH`, each alone. None: no such change, or the step is below already."""
-
-    inter_node: float | None
-    """Bytes per second between nodes."""
-    straggler: float | None
-    """How much slower one GPU is, as a part of the step: all wait for it."""
-    pairs: int | None
-    """Pairs of a GPU, a power of two times those of the plan."""
-    gpus: int | None
-    """Number of GPUs, with the same pairs on each; those of the plan if its step is below already."""
-    gpus_by: str
-    """Largest part of the step of so many GPUs that is not computing, in words."""
-
-
-def limits(setting: ClusterSetting, cost: StepCost, record: RecordedStep) -> Limits:
-    """Find the changes that take the planned step below `ENOUGH`; numbers of GPUs up to those of `scaling`."""
-
-    def computing(changed: ClusterSetting, batch: float = 1.0) -> float:
-        return planned_step(changed, cost, record, batch).computing
-
-    planned = planned_step(setting, cost, record)
-    now = planned.computing
-    if now < ENOUGH:
-        return Limits(None, None, None, setting.ranks, next(iter(planned.others)))
-    below = next((found for found in scaling(setting, cost, record) if found[1].computing < ENOUGH), None)
-    gpus, by = (below[0].ranks, next(iter(below[1].others))) if below else (None, "")
-    rate = setting.links.inter_node
-    rates = [rate * 0.9**k for k in range(60)] if setting.nodes > 1 else []
-    batches = [0.5**k for k in range(1, 12) if setting.pairs * 0.5**k >= 1]
-    return Limits(
-        next((slow for slow in rates if computing(replace(setting, inter_node=slow)) < ENOUGH), None),
-        now / ENOUGH - 1,
-        next((round(setting.pairs * part) for part in batches if computing(setting, part) < ENOUGH), None),
-        gpus,
-        by,
-    )
 
 
 def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
@@ -287,14 +364,13 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         epochs: passes over it.
         loader_rate: measured pairs per second of one node's loader; 0 for not measured.
     """
-    cost, record = rank_step_cost(setting), rank_step_record(setting)
-    node, gpu, links = NODES[setting.gpu], GPUS[setting.gpu], setting.links
-    planned = planned_step(setting, cost, record)
+    cost = step_cost(setting.model, setting.shape)
+    node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
+    planned, moved = planned_step(setting, cost), collectives(setting, cost.parameters)
     step = planned.step
     steps = pairs * epochs / setting.batch_size
     per_second = setting.batch_size / step
     own, length = setting.batch_size // setting.ranks, setting.model.text_length
-    waiting = sorted(planned.times.waiting.items(), key=lambda item: -item[1])
     lines = [
         f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), "
         f"{setting.batch_size:,} pairs per step: {own} per GPU in microbatches of {setting.pairs}, "
@@ -309,10 +385,13 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         f"  {'forward':<34}{1e3 * planned.forward:10.1f}",
         f"  {'backward':<34}{1e3 * planned.backward:10.1f}",
         f"  {'logits of ITC and draws':<34}{1e3 * planned.logits:10.1f}",
-        *(f"  {'waiting for ' + name:<34}{1e3 * time:10.1f}" for name, time in waiting),
+        *(f"  {'waiting for ' + name:<34}{1e3 * time:10.1f}" for name, time in planned.waiting.items()),
         f"  {'step':<34}{1e3 * step:10.1f}",
         "",
-        *_traffic(setting, record, planned.times.network),
+        "Collectives of a step   calls   received per GPU, MB   on the network, ms",
+        *(f"  {label:<22}{sum(x.calls for x in moved if x.label == label):5}"
+          f"{sum(x.received for x in moved if x.label == label) / 1e6:22.2f}{1e3 * time:21.1f}"
+          for label, time in planned.network.items()),
         "",
         f"{per_second:,.0f} pairs/s; {steps:,.0f} steps, {steps * step / 3600:,.1f} hours",
         f"The loader of each node has to deliver {per_second / setting.nodes:,.0f} pairs/s"
@@ -322,21 +401,18 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         "More nodes, same pairs per GPU",
         *(f"  {row.ranks:6,} GPUs {row.batch_size:10,} pairs {1e3 * at.step:8.1f} ms, "
           f"{100 * at.computing:3.0f} % computing, {100 * at.logits / at.step:3.0f} % logits, "
-          f"{100 * sum(at.times.waiting.values()) / at.step:3.0f} % waiting"
-          for row, at in scaling(setting, cost, record)),
-        "",
-        f"Below {ENOUGH:.0%} computing, if one of these changes",
-        *_limits(setting, limits(setting, cost, record)),
+          f"{100 * sum(at.waiting.values()) / at.step:3.0f} % waiting"
+          for row, at in scaling(setting, cost)),
         "",
         "Assumed",
         f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source})",
-        f"  {links.intra_node / GB:.0f} GB/s to GPUs of a node, {links.inter_node / GB:.0f} GB/s to other nodes, "
+        f"  {node.intra_node / GB:.0f} GB/s to GPUs of a node, {setting.between_nodes / GB:.0f} GB/s to other nodes, "
         "each way",
         f"  ({node.source})",
         f"  latencies of rings and trees as in NCCL's own model; {1e6 * MESSAGE:.0f} us a message of an all-to-all",
-        "  collectives run one after another, in the order in which the recorded step queues them",
+        "  collectives hidden as far as the FLOPs beside them in `base` last, each kind for itself",
         "  all pairs equally likely as negatives; every GPU as fast as the others",
-        "  operations, activations and collectives recorded, not measured, for the fast implementation, with captions",
+        "  operations and activations counted, not measured, for the fast implementation, with captions",
         f"  of {min(TOKENS, length)} tokens (at most {min(LONGEST, length)}) and the dtypes of CUDA's autocast; "
         "logits at the rate of memory, and in fp32",
         "  not counted in memory: allocator overhead, CUDA context, NCCL buffers, kernel workspace",
@@ -355,30 +431,3 @@ def memory_table(setting: ClusterSetting, cost: StepCost) -> list[str]:
         *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
         f"  {'all':<34}{total / GB:10.2f}   of {room / GB:.0f}{fits}",
     ]
-
-
-def _traffic(setting: ClusterSetting, record: RecordedStep, network: dict[str, float]) -> list[str]:
-    """Table of the collectives of a step, by content."""
-    here = rescaled(record, setting.ranks, setting.per_node, setting.pairs)
-    calls = Counter(x.label for x in here.collectives)
-    return [
-        "Collectives of a step   calls   received per GPU, MB   on the network, ms",
-        *(f"  {label:<22}{number:5}{here.received(label) / 1e6:22.2f}{1e3 * network.get(label, 0):21.1f}"
-          for label, number in calls.most_common()),
-    ]  # fmt: skip
-
-
-def _limits(setting: ClusterSetting, found: Limits) -> list[str]:
-    """Changes that would break the plan, a line each."""
-    rate = setting.links.inter_node / GB
-    lines = []
-    if found.inter_node is not None:
-        lines.append(f"  links between nodes: {found.inter_node / GB:.1f} GB/s for each GPU instead of {rate:.0f}")
-    if found.straggler is not None:
-        lines.append(f"  a straggler: one GPU {found.straggler:.0%} slower than the others, for which all wait")
-    if found.pairs is not None:
-        lines.append(f"  small batches: {found.pairs} pairs in a microbatch instead of {setting.pairs}")
-    if found.gpus is not None:
-        more = f"more GPUs: {found.gpus:,}" if found.gpus > setting.ranks else "it is already"
-        lines.append(f"  {more}, mainly by {found.gpus_by}")
-    return lines or ["  nothing that this model knows"]

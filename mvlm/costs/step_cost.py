@@ -14,17 +14,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore  # torch has no public name for it
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
-from mvlm.costs.recording import recorded_world
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
 from mvlm.distributed.exchange import plan_exchange
 from mvlm.distributed.global_batch import backward_global
@@ -196,6 +198,15 @@ def _choices_of_a_gpu() -> Iterator[None]:
 
 def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL) -> StepCost:
     """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
+    with fake_step(config, shape, weights) as (model, step):
+        return counted(model, step, drawn_tokens(config, shape), shape.gpu)
+
+
+@contextlib.contextmanager
+def fake_step(
+    config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL
+) -> Iterator[tuple[MaskVLM, Callable[[], object]]]:
+    """Context with a model of fake tensors and a step of rank 0, whose collectives move nothing."""
     with torch.device("meta"):
         model = MaskVLM(config)
     model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
@@ -203,8 +214,11 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
         checkpoint_activations(model)
     numbers = uniform_draws(shape)
     world = World(0, shape.ranks, 0, CPU)
-    group = recorded_world(shape.ranks) if shape.ranks > 1 else contextlib.nullcontext()
-    with group, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
+    with (
+        simulated_ranks(shape.ranks),
+        patch.object(HostNumbers, "read", lambda _: numbers),
+        FakeTensorMode(),
+    ):
         give_fake_tensors(model)
         micro = [fake_microbatch(config, shape.pairs, shape.tokens, shape.longest) for _ in range(shape.microbatches)]
 
@@ -225,10 +239,26 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
                 autocast=lambda: autocast_of(shape),
             )
 
-        return counted(model, step, drawn_tokens(config, shape), shape.gpu)
+        yield model, step
 
 
-def counted(model: nn.Module, step: Callable[[], None], rows: int, gpu: bool) -> StepCost:
+@contextlib.contextmanager
+def simulated_ranks(ranks: int) -> Iterator[None]:
+    """Process group of W ranks, of which this process is the first, that moves nothing. None for one rank.
+
+    RuntimeError inside a process group.
+    """
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def counted(model: nn.Module, step: Callable[[], object], rows: int, gpu: bool) -> StepCost:
     """Count a step of a model of fake tensors, or of a task around it; called inside FakeTensorMode.
 
     Args:

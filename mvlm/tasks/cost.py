@@ -10,13 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.costs.cluster_plan import GB, ClusterSetting, memory_table
-from mvlm.costs.recording import Collective
+from mvlm.costs.cluster_plan import GB, ClusterSetting, Collective, memory_table
 from mvlm.costs.step_cost import (
     LONGEST,
     TOKENS,
     StepCost,
-    StepShape,
     autocast_of,
     counted,
     fake_microbatch,
@@ -43,15 +41,7 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
 
     ConfigError for an unknown task, or one that gives no example to plan with.
     """
-    kind, config = find_task(task), setting.model
-    shape = StepShape(
-        pairs=setting.pairs,
-        ranks=setting.ranks,
-        microbatches=setting.accumulate,
-        tokens=min(TOKENS, config.text_length),
-        longest=min(LONGEST, config.text_length),
-        checkpointed=setting.checkpointed,
-    )
+    kind, config, shape = find_task(task), setting.model, setting.shape
     if kind.whole_batch:
         return step_cost(config, shape, WEIGHTS)
     with torch.device("meta"):
@@ -89,7 +79,7 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
     repeats = 1 if find_task(task).whole_batch else setting.accumulate
     flops = repeats * (cost.forward + cost.backward)
     computing = flops / (gpu.flops * setting.mfu)
-    reduced = setting.links.seconds(Collective("all-reduce", "gradients", 4 * cost.parameters, setting.ranks))
+    reduced = setting.seconds(Collective("all-reduce", "gradients", 4 * cost.parameters, setting.ranks))
     step, steps = computing + reduced, samples * epochs / setting.batch_size
     length = setting.model.text_length
     return "\n".join(

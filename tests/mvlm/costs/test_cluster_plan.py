@@ -1,30 +1,37 @@
-"""Arithmetic of the cluster plan by hand, and its output against docs/guides/many_gpus.md."""
+"""Arithmetic of the cluster plan by hand and against the collectives of the code, and its output in the guide."""
 
+import math
 import re
 import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mvlm import cli
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.cluster_plan import (
+    BUCKET,
+    MESSAGE,
+    SIMPLE,
     ClusterSetting,
+    Collective,
+    collectives,
     format_plan,
     gpu_memory,
-    limits,
     most_logits,
     parse_count,
     parse_gpus,
     planned_step,
-    rank_step_cost,
     scaling,
 )
-from mvlm.costs.recorded_step import RecordedStep, logit_work
-from mvlm.costs.recording import Collective, Event
-from mvlm.costs.step_cost import StepCost
+from mvlm.costs.step_cost import MemoryTracker, StepCost, StepShape, drawn_tokens, fake_step
 from mvlm.errors import ConfigError
+from mvlm.model.maskvlm import MaskVLM
+from support.models import micro_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 FOUND = StepCost(
@@ -51,99 +58,135 @@ def test_one_gpu_without_microbatches_has_the_logits_of_all_pairs_at_once():
     assert {most_logits(other) for other in others} == {16 * 1024**2}  # the blocks of docs/explain/global_batch.md
 
 
-def record(gradients: float = 4e9, gathered: float = 1e6) -> RecordedStep:
-    """A gather that is waited for at once, in the middle of forward, and gradients that are reduced at the end."""
-    moved = [
-        Collective("all-gather", "embeddings", round(gathered), 128),
-        Collective("all-reduce", "gradients", round(gradients), 128),
-    ]
-    events = [Event("start", 10, False, 0), Event("wait", 10, False, 0), Event("start", 90, False, 1)]
-    return RecordedStep(moved, events, 100)
+def test_seconds_of_collectives_by_hand():
+    """Links of 450 GB/s in a node and 50 GB/s between nodes; rings and trees of NCCL's three protocols."""
+    large = Collective("all-gather", "embeddings", 10**9 // 8, 128)  # 16 GB for each, through eight adapters of a node
+    wanted = 16e9 * 127 / 128 / 400e9 + 8.4e-6 + 15 * 14e-6 + 112 * 3.4e-6
+    assert setting().seconds(large) == pytest.approx(wanted)
+    small = Collective("all-gather", "embeddings", 8, 128)
+    assert setting().seconds(small) == pytest.approx(6.6e-6 + 15 * 2.7e-6 + 112 * 1.08e-6, rel=1e-3)
+    tree = 6.6e-6 + 2 * (7 * 1.08e-6 + math.log2(16) * 5e-6)
+    assert setting().seconds(Collective("all-reduce", "", 28, 128)) == pytest.approx(tree, rel=1e-3)
+    twice = Collective("all-reduce", "gradients", 10**10, 8, calls=2)
+    wanted = 2 * (2 * 1e10 * 7 / 8 / 450e9 + 8.4e-6 + 2 * 7 * 3.4e-6)
+    assert setting(nodes=1).seconds(twice) == pytest.approx(wanted)
+    across = Collective("all-reduce", "gradients", 10**9, 16, across=True)
+    assert setting(inter_node=25e9).seconds(across) == pytest.approx(2 * 1e9 * 15 / 16 / 25e9, rel=0.02)
+    # Of 127 others 7 are in the node. What comes from the others enters through the rank's own adapter.
+    moved = Collective("all-to-all", "features", 128 * 10**6, 128, senders=80)
+    wanted = SIMPLE.start + SIMPLE.ring[1] + 80 * MESSAGE + 127e6 * (120 / 127) / 50e9
+    assert setting().seconds(moved) == pytest.approx(wanted)
+    assert setting().seconds(Collective("all-reduce", "gradients", 10**9, 1, across=True)) == 0
+
+
+class Moved(MemoryTracker):
+    """Bytes of this rank in each collective: of what it gives to a gather, else of what it gets."""
+
+    def __init__(self, drawn_tokens: int) -> None:
+        super().__init__(drawn_tokens)
+        self.found: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            of = args[name == "allgather_base"]
+            self.found[name, sum(x.nbytes for x in (of if isinstance(of, list) else [of]))] += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "microbatches"), [(8, 1), (64, 2), (512, 1)])
+def test_planned_collectives_are_those_of_the_step(ranks, microbatches):
+    """All but the gradients, recorded while the real step runs among simulated ranks. Each feature is drawn once."""
+    model = micro_config(image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
+    shape = StepShape(pairs=64, ranks=ranks, microbatches=microbatches)
+    with fake_step(model, shape) as (_, step), Moved(drawn_tokens(model, shape)) as moved:
+        step()
+    plan = setting(model=model, nodes=ranks // 8, batch_size=64 * ranks * microbatches, accumulate=microbatches)
+    planned = Counter()
+    for x in collectives(plan, 0):
+        name = {"all-gather": "allgather_base", "reduce-scatter": "reduce_scatter_base", "all-reduce": "allreduce"}
+        if x.label not in ("gradients", "features"):
+            planned[name[x.kind], x.size] += x.calls
+    exact = Counter({key: calls for key, calls in moved.found.items() if key[0] != "alltoall_base"})
+    assert exact == planned
+    features = [x for x in collectives(plan, 0) if x.label == "features"]
+    real = {size: calls for (name, size), calls in moved.found.items() if name == "alltoall_base"}
+    assert sum(real.values()) == sum(x.calls for x in features)
+    assert sum(size * calls for size, calls in real.items()) == pytest.approx(
+        sum(x.size * x.calls for x in features), rel=0.05
+    )
+    assert not torch.distributed.is_initialized()
+
+
+def test_each_gradient_is_reduced_once_and_shards_are_gathered_in_a_node():
+    model = micro_config()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MaskVLM(model).parameters())
+    whole = [x for x in collectives(setting(model=model), parameters) if x.label == "gradients"]
+    assert sum(x.size * x.calls for x in whole) == pytest.approx(4 * parameters)
+    assert max(x.size for x in whole) <= BUCKET
+    shards = collectives(setting(model=model, sharded=True), parameters)
+    for kind, ranks in (("reduce-scatter", 8), ("all-reduce", 16)):
+        parts = [x for x in shards if x.label == "gradients" and x.kind == kind]
+        assert sum(x.size * x.calls for x in parts) == pytest.approx(4 * parameters / 8)
+        assert {x.ranks for x in parts} == {ranks}
+    gathered = [x for x in shards if x.label == "parameters"]
+    assert {x.ranks for x in gathered} == {8}
+    assert sum(x.size * x.calls for x in gathered) >= 2 * 4 * parameters / 8 * 0.5
+
+
 def test_planned_step_by_hand():
-    planned = planned_step(setting(mfu=0.5), FOUND, record())
+    plan = setting(mfu=0.5)
+    planned = planned_step(plan, FOUND)
     assert planned.forward == pytest.approx(1e14 / (0.5 * 989e12))
     assert planned.backward == pytest.approx(2e14 / (0.5 * 989e12))
+    moved = {x.label: x for x in collectives(plan, FOUND.parameters)}
+    gradients = plan.seconds(moved["gradients"])
+    assert planned.network["gradients"] == pytest.approx(gradients)
+    assert planned.waiting["gradients"] == pytest.approx(gradients / moved["gradients"].calls)  # the last bucket
+    slow = planned_step(replace(plan, inter_node=1e9), FOUND)
     computing = planned.forward + planned.backward
-    # The gather of 128 MB enters a node through eight adapters. The all-reduce of 4 GB begins with a tenth of the
-    # computation left.
-    links = setting().links
-    gather, reduction = (links.seconds(x) for x in record().collectives)
-    assert gather == pytest.approx(128e6 * 127 / 128 / (0.92 * 400e9) + 14e-6 + 15 * 4e-6 + 112 * 1.9e-6)
-    assert planned.times.waiting == pytest.approx({"embeddings": gather} if reduction < 0.1 * computing else {})
-    late = planned_step(setting(mfu=0.5), FOUND, record(gradients=4e10))
-    (_, reduction) = (links.seconds(x) for x in record(gradients=4e10).collectives)
-    assert late.times.waiting == pytest.approx({"embeddings": gather, "gradients": reduction - 0.1 * computing})
-    work = logit_work(setting().model, 100, 128)
-    assert planned.logits == pytest.approx(work.flops / 67e12 + work.moved / 3.35e12)
-    assert planned.step == pytest.approx(computing + sum(planned.times.waiting.values()) + planned.logits)
+    assert slow.waiting["gradients"] == pytest.approx(slow.network["gradients"] - 0.4 * computing)
+    # 100 x 12,800 logits in one block: six products of 256 in fp32, and 210 values, with all embeddings six times.
+    count = 100 * 12800
+    wanted = count * (6 * 2 * 256 / 67e12 + 4 * (210 + 6 * 256 / 100) / 3.35e12)
+    assert planned.logits == pytest.approx(wanted)
+    assert planned.step == pytest.approx(computing + sum(planned.waiting.values()) + planned.logits)
     assert planned.computing == pytest.approx(computing / planned.step)
 
 
-@pytest.mark.slow
-def test_half_the_pairs_take_half_the_computation_and_as_long_for_gradients():
-    slow = record(gradients=1e11)
-    whole, half = (planned_step(setting(), FOUND, slow, batch) for batch in (1.0, 0.5))
-    assert half.forward == pytest.approx(whole.forward / 2)
-    assert half.times.network["gradients"] == pytest.approx(whole.times.network["gradients"])
-    assert half.times.waiting["gradients"] > whole.times.waiting["gradients"]
-
-
-@pytest.mark.slow
 def test_scaling_keeps_the_pairs_of_a_gpu():
-    rows = scaling(setting(), FOUND, record(), most=1024)
+    rows = scaling(setting(), FOUND, most=1024)
     assert [(row.ranks, row.batch_size) for row, _ in rows] == [(8 * 2**k, 800 * 2**k) for k in range(8)]
     shares = [step.computing for _, step in rows]
     assert shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.slow
-def test_limits_are_where_the_step_falls_below_nine_tenths():
-    found = limits(setting(batch_size=16384), FOUND, record())
-    assert found.inter_node is not None
-    for rate, enough in ((found.inter_node, False), (found.inter_node / 0.9, True)):
-        step = planned_step(setting(inter_node=rate, batch_size=16384), FOUND, record())
-        assert (step.computing >= 0.9) == enough
-    computing = planned_step(setting(batch_size=16384), FOUND, record()).computing
-    assert found.straggler == pytest.approx(computing / 0.9 - 1)
-    assert found.pairs is not None
-    for pairs, enough in ((found.pairs, False), (2 * found.pairs, True)):
-        assert (planned_step(setting(batch_size=16384), FOUND, record(), pairs / 128).computing >= 0.9) == enough
-    wide = record(gathered=2e7)
-    found = limits(setting(batch_size=16384), FOUND, wide)
-    assert found.gpus is not None
-    for gpus, enough in ((found.gpus, False), (found.gpus // 2, True)):
-        step = planned_step(setting(nodes=gpus // 8, batch_size=128 * gpus), FOUND, wide)
-        assert (step.computing >= 0.9) == enough
-        named = step.logits if found.gpus_by == "logits of ITC and draws" else step.times.waiting[found.gpus_by[12:]]
-        assert named == max(step.logits, *step.times.waiting.values())
-
-
-@pytest.mark.slow
-def test_a_step_that_is_below_already_names_only_the_number_of_gpus():
-    found = limits(setting(inter_node=1e8), FOUND, record(gradients=1e11))
-    assert (found.inter_node, found.straggler, found.pairs) == (None, None, None)
-    assert found.gpus_by == "waiting for gradients"
-    assert found.gpus == setting().ranks
-
-
-def test_parse_gpus_and_parse_count_refuse_other_forms():
-    assert (parse_gpus(("8", "x", "16")), parse_gpus(("4X2",)), parse_gpus(("8",))) == ((8, 16), (4, 2), (8, 1))
-    assert (parse_count("400M"), parse_count("3.2k"), parse_count("7")) == (400_000_000, 3200, 7)
-    for words in (("8 x 16",), ("8x16",), ("8 X 16",), ("8", "x16"), (" 8x ", "16")):
+def test_parse_gpus_and_parse_count():
+    for words in (("8", "x", "16"), ("8 x 16",), ("8x16",), ("8 X 16",), ("8", "x16"), (" 8x ", "16")):
         assert parse_gpus(words) == (8, 16)
-    for words in (("8", "16x"), ("8", "16"), ("8 16",), ("1 6 x 2",), ("",), ("0", "x", "4"), ("eight",), ("9" * 20,)):
-        with pytest.raises(ConfigError, match="gpus: wanted GPUs per node x nodes"):
-            parse_gpus(words)
-    for text in ("400X", "0", "-3", "M"):
-        with pytest.raises(ConfigError, match="data: wanted a number of pairs"):
-            parse_count(text)
-    with pytest.raises(ConfigError, match="wanted a multiple of 128 GPUs x 3 microbatches = 384, got 12800"):
-        rank_step_cost(setting(accumulate=3))
-    with pytest.raises(ConfigError, match="wanted --gpu one of A100, H100, H200, B200"):
-        cli.run_command(["plan", "--gpus", "8", "--data", "1M", "--gpu", "H1000"])
+    assert parse_gpus(("8",)) == (8, 1)
+    assert (parse_count("400M"), parse_count("3.2k"), parse_count("7")) == (400_000_000, 3200, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        *((("--gpus", *x), "gpus") for x in (("8", "16x"), ("8", "16"), ("1 6 x 2",), ("0", "x", "4"), ("9" * 20,))),
+        *((("--data", data), "data") for data in ("400X", "0", "M")),
+        (("--accumulate", "3"), "batch_size"),
+        (("--gpu", "H1000"), "--gpu"),
+        (("--epochs", "-1"), "--epochs"),
+        (("--epochs", "nan"), "--epochs"),
+        (("--loader-rate", "-5"), "--loader-rate"),
+        (("--inter-node", "inf"), "--inter-node"),
+        (("--evaluation", "5000", "0", "256"), "evaluation"),
+    ],
+)  # fmt: skip
+def test_refusals(words, setting):
+    with pytest.raises(ConfigError, match=setting):
+        cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])
 
 
 @pytest.mark.slow
@@ -157,16 +200,6 @@ def test_page_shows_the_output_of_mvlm_plan(capsys):
     for ours, theirs in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
         a, b = (float(x.replace(",", "")) for x in (ours, theirs))
         assert a == pytest.approx(b, rel=0.03, abs=1.01 if "." not in ours else 0.06), (ours, theirs)
-
-
-@pytest.mark.parametrize(
-    "words", [("--epochs", "-1"), ("--epochs", "nan"), ("--loader-rate", "-5"), ("--inter-node", "inf")]
-)
-def test_plan_refuses_epochs_and_rates_out_of_range(words):
-    with pytest.raises(
-        ConfigError, match="plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got"
-    ):
-        cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])
 
 
 @pytest.mark.slow
