@@ -45,10 +45,16 @@ from mvlm.runs.folder import RunFolder
 from mvlm.runs.history import History
 from mvlm.training.cuda_graphs import CudaGraphs
 from mvlm.training.loggers import LogSinks
-from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
+from mvlm.training.metrics import (
+    MetricsBuffer,
+    MetricsLogger,
+    SkippedUpdates,
+    finite_on_all_ranks,
+    full_tensor,
+    gradient_norms,
+)
 from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
 from mvlm.training.stopping import StopRequest, Watchdog
-from mvlm.training.update_guard import SkippedUpdates, finite_on_all_ranks
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
 
