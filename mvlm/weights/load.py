@@ -6,24 +6,166 @@ values in one tensor, it maps to that tensor and one of its thirds.
 
 The encoders compute what the models of these libraries compute, with the LayerNorm eps of a ViT (1e-6) and of RoBERTa
 (1e-5). BERT's eps is 1e-12; features of MiniLM differ by less than 0.002.
+
+Sources are state dicts and safetensors files. Nothing is unpickled.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
 from mvlm.files import is_finite
 from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.weights.source import BERT, ROBERTA, TEXT_FAMILIES, Source, read_source, split_prefix
 
 log = logging.getLogger(__name__)
+
+Source = Mapping[str, Tensor] | str | Path
+"""A state dict, a .safetensors file, or a folder with a model.safetensors."""
+Tower = Literal["image", "text"]
+"""The encoder that is looked for in a source."""
+
+PARTS: dict[Tower, tuple[str, ...]] = {
+    "image": ("vision_config", "image_config", "encoder"),
+    "text": ("text_config", "decoder"),
+}
+"""Where the config.json of a model that contains an encoder keeps that encoder's settings."""
+BERT, ROBERTA = "bert", "roberta"
+TEXT_FAMILIES = {
+    **dict.fromkeys(
+        ("bert", "electra", "ernie", "splinter", "big_bird", "dpr", "chinese_clip_text_model", "align_text_model"), BERT
+    ),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "data2vec-text", "bridgetower_text_model"), ROBERTA),
+}
+"""model_type in transformers of text encoders that compute what ours does -> the one whose positions they have."""
+EXACT_GELU = ("gelu", "gelu_python")
+"""Names in transformers of the GELU that our encoders compute."""
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+"""Names of its approximation by tanh. Values differ by less than 0.0005."""
+
+
+def read_source(source: Source, tower: Tower, heads: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read all tensors of a source by name, for one of the encoders, with a number of attention heads.
+
+    Returns the tensors, and the encoder's settings in the config.json beside them, none if there is no such file.
+    RunError for a file that is missing or is not safetensors, or beside which a config.json says that its model
+    computes something else.
+    """
+    if isinstance(source, Mapping):
+        return dict(source), {}
+    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    if path.suffix != ".safetensors":
+        raise RunError(
+            f"{path}: wanted a .safetensors file; another kind may run code when it is read, so convert it first"
+        )
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        index = path.with_name(path.name + ".index.json")
+        if index.is_file():
+            raise RunError(
+                f"{path}: wanted one safetensors file, found {index.name} of several; join them: load the model in "
+                f'transformers and save it with save_pretrained(..., max_shard_size="100GB")'
+            ) from None
+        raise RunError(f"{path}: wanted a safetensors file, found none") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: wanted a safetensors file, got one that cannot be read: {error}") from None
+    return tensors, _checked_settings(path.parent / "config.json", tower, heads)
+
+
+def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
+    """Settings of an encoder in a config.json, if there is one, after a check of what the tensors do not show."""
+    if not path.is_file():
+        return {}
+    try:
+        config = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(f"{path}: wanted the configuration of the weights beside it, got {error}; remove it") from None
+    if "num_attention_heads" not in config:
+        config = next((part for name in PARTS[tower] if isinstance(part := config.get(name), dict)), config)
+    (_check_text if tower == "text" else _check_image)(path, config)
+    found = config.get("num_attention_heads")
+    if found is None:
+        log.warning(
+            "%s: wanted num_attention_heads, to compare it with the model's %d, found none; set --model.heads to the "
+            "source's",
+            path,
+            heads,
+        )
+    elif found != heads:
+        raise RunError(
+            f"{path}: wanted num_attention_heads {heads}, as in the model, got {found!r}: with other heads the same "
+            f"weights compute something else; set --model.heads {found}"
+        )
+    activation = config.get("hidden_act", "gelu")
+    if activation in TANH_GELU:
+        log.warning("%s: wanted hidden_act gelu, got %s; features will differ slightly", path, activation)
+    elif activation not in EXACT_GELU:
+        raise RunError(f"{path}: wanted hidden_act gelu, got {activation!r}; take weights that were trained with it")
+    return config
+
+
+def _check_image(path: Path, config: Mapping[str, Any]) -> None:
+    """RunError for a ViT of timm with rotary positions, which may store no tensor of them."""
+    architecture = str(config.get("architecture"))
+    if "rope" in architecture:
+        raise RunError(
+            f"{path}: wanted a ViT with added positions alone, got {architecture}, which also rotates queries and "
+            f"keys; take another source"
+        )
+
+
+def _check_text(path: Path, config: Mapping[str, Any]) -> None:
+    """RunError for a text model that computes something else with tensors of the same names and shapes."""
+    kind = config.get("model_type")
+    if kind is not None and str(kind) not in TEXT_FAMILIES:
+        raise RunError(
+            f"{path}: wanted a model_type of {', '.join(TEXT_FAMILIES)}, got {kind!r}; give weights of another model a "
+            f"folder of their own, and the state dict of a BERT or RoBERTa under another name to load_hf_bert or "
+            f"load_hf_roberta"
+        )
+    if config.get("is_decoder"):
+        raise RunError(
+            f"{path}: wanted an encoder, got is_decoder {config['is_decoder']!r}, where no word sees the words after "
+            f"it; take another source"
+        )
+    if config.get("rescale_embeddings"):
+        raise RunError(
+            f"{path}: wanted word embeddings as they are stored, got rescale_embeddings "
+            f"{config['rescale_embeddings']!r}, which multiplies them by the root of the width; take another source"
+        )
+    pad = config.get("pad_token_id", 0)
+    if TEXT_FAMILIES.get(str(kind)) == ROBERTA and (not isinstance(pad, int) or pad < 0):
+        raise RunError(f"{path}: wanted pad_token_id, after which positions start, got {pad!r}; correct it")
+
+
+def split_prefix(tensors: Mapping[str, Tensor], anchor: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Find a model inside another one, by the prefix that its tensor `anchor` has (`vit.`, `roberta.`, `module.`).
+
+    Returns the tensors with this prefix, without it in their names, and the other tensors. Of a model inside another
+    one with the same tensor, the outer one is taken. If no tensor is called `anchor`, all are returned as they are.
+    RunError for several models side by side, such as a student and its teacher.
+    """
+    prefixes = sorted((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), key=len)
+    prefix = prefixes[0] if prefixes else ""
+    if beside := [other for other in prefixes if not other.startswith(prefix)]:
+        raise RunError(
+            f"{anchor}: wanted one encoder, found several, {', '.join((prefix, *beside))}; "
+            f"give the state dict or file of one of them alone"
+        )
+    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return inside, {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -36,50 +178,39 @@ ROBERTA_FIRST_POSITION = 2
 
 def timm_names(layers: int) -> dict[str, SourceName]:
     """Table of our names -> timm's, for all tensors of the image encoder."""
+    modules = {"attention.out": "attn.proj", "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}
+    modules |= {name: name for name in ("norm1", "norm2")}
     names: dict[str, SourceName] = {
-        "patch_projection.weight": "patch_embed.proj.weight",
-        "patch_projection.bias": "patch_embed.proj.bias",
-        "mask_token": "mask_token",
-        "cls_token": "cls_token",
-        "position": "pos_embed",
-        "norm.weight": "norm.weight",
-        "norm.bias": "norm.bias",
-    }
-    modules = {
-        "attention.out": "attn.proj",
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "mlp.up": "mlp.fc1",
-        "mlp.down": "mlp.fc2",
-    }
+        **{name: name for name in ("mask_token", "cls_token")}, "position": "pos_embed",
+        **_of_modules({"patch_projection": "patch_embed.proj", "norm": "norm"}),
+        **_of_modules({f"blocks.{i}.{a}": f"blocks.{i}.{b}" for i in range(layers) for a, b in modules.items()}),
+    }  # fmt: skip
     for kind in ("weight", "bias"):
         for i in range(layers):
             for third, part in enumerate(("query", "key", "value")):
                 names[f"blocks.{i}.attention.{part}.{kind}"] = (f"blocks.{i}.attn.qkv.{kind}", third)
-            names |= {f"blocks.{i}.{a}.{kind}": f"blocks.{i}.{b}.{kind}" for a, b in modules.items()}
     return names
 
 
 def hf_vit_names(layers: int) -> dict[str, SourceName]:
     """Table of our names -> those of transformers' ViT, for all tensors of the image encoder."""
-    names: dict[str, SourceName] = {
-        "patch_projection.weight": "embeddings.patch_embeddings.projection.weight",
-        "patch_projection.bias": "embeddings.patch_embeddings.projection.bias",
-        "mask_token": "embeddings.mask_token",
-        "cls_token": "embeddings.cls_token",
-        "position": "embeddings.position_embeddings",
-        "norm.weight": "layernorm.weight",
-        "norm.bias": "layernorm.bias",
-    }
     modules = {
         "attention.query": "attention.q_proj", "attention.key": "attention.k_proj",
         "attention.value": "attention.v_proj",
         "attention.out": "attention.o_proj", "norm1": "layernorm_before", "norm2": "layernorm_after",
         "mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2",
     }  # fmt: skip
-    for kind in ("weight", "bias"):
-        names |= {f"blocks.{i}.{a}.{kind}": f"layers.{i}.{b}.{kind}" for i in range(layers) for a, b in modules.items()}
-    return names
+    return {
+        **{name: f"embeddings.{name}" for name in ("mask_token", "cls_token")},
+        "position": "embeddings.position_embeddings",
+        **_of_modules({"patch_projection": "embeddings.patch_embeddings.projection", "norm": "layernorm"}),
+        **_of_modules({f"blocks.{i}.{a}": f"layers.{i}.{b}" for i in range(layers) for a, b in modules.items()}),
+    }
+
+
+def _of_modules(modules: Mapping[str, str]) -> dict[str, SourceName]:
+    """Table of the weights and biases of modules."""
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias") for ours, theirs in modules.items()}
 
 
 def current_vit_name(name: str) -> str:
@@ -98,22 +229,18 @@ def current_vit_name(name: str) -> str:
 
 def bert_names(layers: int) -> dict[str, SourceName]:
     """Table of our names -> those of transformers' BERT and RoBERTa, for all tensors of the text encoder."""
-    names: dict[str, SourceName] = {
-        "words.weight": "embeddings.word_embeddings.weight",
-        "position": "embeddings.position_embeddings.weight",
-        "norm.weight": "embeddings.LayerNorm.weight",
-        "norm.bias": "embeddings.LayerNorm.bias",
-    }
     modules = {
         "attention.query": "attention.self.query", "attention.key": "attention.self.key",
         "attention.value": "attention.self.value", "attention.out": "attention.output.dense",
         "norm1": "attention.output.LayerNorm", "mlp.up": "intermediate.dense", "mlp.down": "output.dense",
         "norm2": "output.LayerNorm",
     }  # fmt: skip
-    for kind in ("weight", "bias"):
-        for i in range(layers):
-            names |= {f"blocks.{i}.{a}.{kind}": f"encoder.layer.{i}.{b}.{kind}" for a, b in modules.items()}
-    return names
+    return {
+        "words.weight": "embeddings.word_embeddings.weight",
+        "position": "embeddings.position_embeddings.weight",
+        **_of_modules({"norm": "embeddings.LayerNorm"}),
+        **_of_modules({f"blocks.{i}.{a}": f"encoder.layer.{i}.{b}" for i in range(layers) for a, b in modules.items()}),
+    }
 
 
 def join_qkv_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ def resized_tensors(model: MaskVLM, wanted: MaskVLM) -> dict[str, Tensor]:
     fresh = wanted.text_encoder.position.detach().to(text.device)
     tensors[IMAGE] = resize_positions(image, wanted.config.image_size // wanted.config.patch_size)
     if text.shape[1:] == fresh.shape[1:]:
-        tensors[TEXT] = extend_positions(text, fresh)
+        length = min(len(text), len(fresh))
+        tensors[TEXT] = torch.cat([text[:length], fresh[length:].to(text.dtype)])
     for name, old in ((IMAGE, image), (TEXT, text)):
         if tensors[name].shape != old.shape:
             log.info("%s: resized from %s to %s", name, tuple(old.shape), tuple(tensors[name].shape))
@@ -78,9 +79,3 @@ def resized_config(
     return replace(
         before, image_size=image_size, text_length=before.text_length if text_length is None else text_length
     )
-
-
-def extend_positions(old: Tensor, fresh: Tensor) -> Tensor:
-    """Positions (L, C) with the shape of `fresh`: the first rows of `old`, and rows of `fresh` where `old` has none."""
-    length = min(len(old), len(fresh))
-    return torch.cat([old[:length], fresh[length:].to(old.dtype)])

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import mvlm.weights as weights
 from mvlm.config.model import MaskVLMConfig
-from mvlm.model.encoders import resize_positions
 from mvlm.model.maskvlm import MaskVLM
 from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, old_vit_names, timm_vit
 from support.models import micro_batch, micro_model
@@ -62,14 +61,6 @@ def test_layer_scale_is_folded_into_the_weights():
     torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
 
 
-def test_layer_scale_of_8_bit_floats_is_folded_in_32_bits():
-    theirs, model = timm_vit(init_values=0.5), micro_model(3, dtype=torch.float32)
-    tensors = {name: t.to(torch.float8_e4m3fn) for name, t in theirs.state_dict().items()}
-    weights.load_timm_vit(model, tensors)
-    scale, weight = (tensors[f"blocks.1.{name}"].double() for name in ("ls2.gamma", "mlp.fc2.weight"))
-    assert torch.equal(model.image_encoder.blocks[1].mlp.down.weight, (scale[:, None] * weight).float())
-
-
 def test_positions_of_patches_alone_leave_zero_for_cls():
     """DeiT III and others add positions to patches alone."""
     theirs, model = timm_vit(no_embed_class=True), micro_model(3)
@@ -89,15 +80,6 @@ def test_positions_of_another_resolution_are_interpolated_as_in_timm():
     wanted = resample_abs_pos_embed(theirs.pos_embed.detach().float(), [4, 4], num_prefix_tokens=1)[0]
     torch.testing.assert_close(model.image_encoder.position.detach(), wanted, rtol=0, atol=1e-6)
     assert report.resized == ["position (50, 16) to (17, 16)"]
-
-
-def test_resized_positions_of_a_linear_ramp_are_a_linear_ramp():
-    """Bicubic interpolation of a plane, away from the border, is the plane at the new pixels' centres."""
-    ramp = torch.arange(16.0).repeat(16, 1).double()  # (row, column): the column
-    found = resize_positions(torch.cat([torch.full((1, 1), 7.0).double(), ramp.reshape(-1, 1)]), 32)
-    assert found[0, 0] == 7
-    middle = found[1:].reshape(32, 32)[8:24, 8:24]
-    assert np.allclose(middle.numpy(), np.tile((np.arange(8, 24) + 0.5) / 2 - 0.5, (16, 1)), atol=1e-2)
 
 
 @pytest.mark.parametrize("old_names", [False, True])

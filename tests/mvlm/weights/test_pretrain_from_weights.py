@@ -1,9 +1,7 @@
-"""Runs that start from pretrained encoders, and the commands and code of docs/guides/weights.md."""
+"""Runs that start from pretrained encoders."""
 
-import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +15,6 @@ from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
-
-PAGE = Path(__file__).parents[3] / "docs" / "guides" / "weights.md"
 
 
 @pytest.mark.slow
@@ -110,27 +106,6 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
     shutil.copytree(tmp_path / "second/checkpoints/step_00000001", tmp_path / "second/checkpoints/step_00000002")
     (tmp_path / "second/checkpoints/step_00000002/tokenizer.json").write_text("{")
     pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
-
-
-def test_an_initial_model_takes_no_other_weights_and_no_tokenizer(tmp_path):
-    with pytest.raises(ConfigError, match="wanted no further weights and no tokenizer, got text_weights, tokenizer"):
-        pretrain_config(
-            tmp_path, tmp_path, initial_model=tmp_path, text_weights=tmp_path / "a", tokenizer=tmp_path / "b"
-        )
-
-
-def test_the_commands_of_the_page_on_weights_parse(monkeypatch):
-    import mvlm.training.run
-    from mvlm import cli
-
-    block, further = re.findall(r"^```sh\nmvlm (.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    seen = []
-    monkeypatch.setattr(mvlm.training.run, "pretrain", seen.append)
-    for command in (block, further):
-        cli.run_command(command.split())
-    assert seen[1].initial_model == Path("runs/demo")
-    assert (seen[0].image_weights, seen[0].text_weights) == (Path("vit.safetensors"), Path("roberta.safetensors"))
-    assert seen[0].lr_encoder == 1e-5
 
 
 def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, scenes, tmp_path):
