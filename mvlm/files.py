@@ -127,15 +127,11 @@ def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
         if name in found and found[name] != shape
     ]
     if wrong:
-        raise other_tensors(where, wrong[:3], f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-
-
-def other_tensors(where: Path, wrong: list[str], more: str) -> RunError:
-    """The error for tensors that are not those of a model: the differences `wrong`, and words for `more` of them."""
-    return RunError(
-        f"{where}: wanted the tensors of this model's architecture, found others: {'; '.join(wrong)}{more}; "
-        f"use a checkpoint or a model configuration that fits"
-    )
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RunError(
+            f"{where}: wanted the tensors of this model's architecture, found others: {'; '.join(wrong[:3])}{more}; "
+            f"use a checkpoint or a model configuration that fits"
+        )
 
 
 def check_types(wanted: Mapping[str, Tensor], found: Mapping[str, set[torch.dtype]], where: Path) -> None:

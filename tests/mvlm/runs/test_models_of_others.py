@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -17,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.shapes import stored_sizes, tensor_shapes
+from mvlm.model.shapes import check_sizes, stored_sizes
 from mvlm.runs.checkpoint import read_folder_shapes, read_tensors, verify_checkpoint
 from mvlm.runs.load import load_model
 from mvlm_dataloading import DataError
-from support.commands import assert_refused
 from support.folders import checkpoint_contents
 from support.forgery import change_tensors, sign
 from support.models import micro_config
@@ -117,64 +114,6 @@ def test_settings_that_no_model_has_are_refused(copy, form, change, word):
     refuse(folder, f"{settings_file(folder)}: ", word)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", '"text"', "[" * 100_000])
-@pytest.mark.parametrize("form", FORMS)
-def test_settings_that_are_no_object_are_refused(copy, form, text):
-    folder = copy(form)
-    settings_file(folder).write_text(text)
-    refuse(folder, f"{settings_file(folder)}: wanted the")
-
-
-MEASURE = """
-import json, resource, sys, time
-from pathlib import Path
-from mvlm.runs.load import load_model
-
-def memory(name):  # MB
-    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1e3
-
-good, *others = sys.argv[1:]
-load_model(good, "cpu")  # imports what it needs
-limit = int(memory("VmSize") * 1e6) + (1 << 31)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # a mistake takes no more of the machine
-for folder in others:
-    started, before, found = time.process_time(), memory("VmRSS"), "none"
-    try:
-        load_model(folder, "cpu")
-    except Exception as error:
-        found = type(error).__name__
-    print(json.dumps([found, time.process_time() - started, memory("VmHWM") - before]))
-"""
-
-
-def test_settings_of_huge_models_take_no_memory_and_no_time(trained, portable, tmp_path):
-    """In a process of its own."""
-    big = [change for change in SETTINGS if next(iter(change.values())) in (10**6, 10**9, 2 * 10**9, 16 * 10**8)]
-    folders = []
-    for source, change in product((trained / "checkpoints/step_00000002", portable), big):
-        folders.append(Path(shutil.copytree(source, tmp_path / str(len(folders)))))
-        set_settings(folders[-1], **change)
-        if source != portable:
-            sign(folders[-1])
-    words = [sys.executable, "-c", MEASURE, *map(str, (portable, *folders))]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == len(folders) == 20
-    for folder, (error, seconds, megabytes) in zip(folders, rows, strict=True):
-        settings = settings_file(folder).read_text()
-        assert error == "RunError", settings
-        assert seconds < 1, settings
-        assert megabytes < 100, settings
-
-
-def test_the_command_line_names_the_file_of_the_model(copy, run_mvlm):
-    folder = copy("exported")
-    set_settings(folder, vocab_size=10**9)
-    outcome = run_mvlm("fill", "--checkpoint", folder, "--image", "none.png", "--caption", "a [MASK]")
-    assert_refused(outcome, f"{folder}/config.json: ", "vocab_size")
-    assert "batch-size" not in outcome.err[0]
-
-
 ARCHITECTURES = [*product((False, True), ("pre", "post"), ("softmax", "sigmoid"), (0, 1))]
 
 
@@ -184,7 +123,10 @@ def test_the_shapes_of_a_configuration_are_those_of_its_network(pooling, norm, f
         text_pooling=pooling, cross_norm=norm, contrastive=form, image_layers=1 + added, decoder_layers=1, text_layers=3
     )  # fmt: skip
     shapes = {name: tuple(tensor.shape) for name, tensor in MaskVLM(config).state_dict().items()}
-    assert dict(tensor_shapes(config)) == shapes
+    check_sizes(config, shapes, Path("model.json"), Path("model"))
+    for name, shape in list(shapes.items())[::30]:
+        with pytest.raises(RunError):
+            check_sizes(config, shapes | {name: (*shape, 1)}, Path("model.json"), Path("model"))
     assert stored_sizes(shapes).items() <= config.to_dict().items()
 
 
@@ -379,15 +321,6 @@ def test_a_manifest_with_odd_values_is_refused(copy, name):
         message = str(caught.value)
         assert message.startswith(f"{file}: wanted a readable manifest, found ")
         assert word in message
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "[" * 100_000])
-def test_a_manifest_that_is_no_object_is_refused_in_words(copy, text):
-    folder = copy("checkpoint")
-    (folder / "manifest.json").write_text(text)
-    with pytest.raises(RunError, match="wanted a readable manifest, found ") as caught:
-        verify_checkpoint(folder)
-    assert "Error" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["model.json", SHARD])
