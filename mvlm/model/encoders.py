@@ -1,7 +1,7 @@
 """The encoders: a ViT for images, a RoBERTa for text, and the cross-modality encoders; and the grid of patches.
 
 The ViT (pre-norm, as in timm) and the RoBERTa (post-norm, as in transformers) compute the same as those libraries on
-the same weights (tests/mvlm/model/test_encoders.py). A block of a cross-modality encoder attends to its own stream, and
+the same weights (tests/mvlm/weights/test_load.py). A block of a cross-modality encoder attends to its own stream, and
 to the other encoder's output. Patches are cut, joined and masked here; the loader draws the masks.
 
 Shape legend: B batch, N patches, K masked or visible patches, L rows, M rows of the other stream, T packed rows,

@@ -1,6 +1,7 @@
 """The fast implementation: the losses and gradients of `mvlm.model.plain`, with about a fifth less work.
 
-Nothing is approximated. Work is skipped if its result is unused or already known:
+`Implementation` says what the functions of both take and return. Nothing is approximated. Work is skipped if its
+result is unused or already known:
 
 - Padding: text is packed in the encoder, in both cross-modality encoders, and at the LM head.
 - Each encoder runs once, over unmasked and masked inputs together (not with `drop_masked`). Patches are projected once.
@@ -52,23 +53,13 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     patches = project_patches(model, batch.images)
     v, vm = encode_images(model, patches, masks.patch_ids if images else None)
     w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
-    partner_image, partner_text = v, w
-    if weights.mlm > 0 and model.config.mask_partner:
-        partner_image = vm
-    if weights.mim > 0 and model.config.mask_partner:
-        partner_text = wm
-    assert partner_image is not None
-    assert partner_text is not None
-    caches = make_caches(v, w)
-    partners = PairCaches(
-        caches.image if partner_image is v else KeyValueCache(partner_image),
-        caches.text if partner_text is w else _text_cache(partner_text),
-    )
-    return Streams(v, vm, w, wm, partner_image, partner_text, caches, partners)
+    caches = partners = make_caches(v, w)
+    if model.config.mask_partner and vm is not None and wm is not None:
+        partners = make_caches(vm, wm)
+    return Streams(v, vm, w, wm, caches, partners)
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-    """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
     text = encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length)
     return encode_patches(model, project_patches(model, batch.images)), text
 
@@ -90,7 +81,6 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
-    """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
     model.check_captions(tokens, cu_seqlens, max_length)
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
     return PackedText(model.text_encoder.run(tokens, packing.position, attend_self(packing)), packing)
@@ -143,9 +133,9 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: Tensor | None) -> 
 
 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens, weighted if the masks have weights; its accuracy: scalars."""
     assert streams.masked_text is not None
-    image = streams.partner_caches.image if streams.partner_caches else KeyValueCache(streams.partner_image)
+    assert streams.partner_caches is not None
+    image = streams.partner_caches.image
     ids, targets, weights = masked_tokens(batch, masks).with_shares()
     x = masked_token_features(model, streams.masked_text, image, ids)  # (M, C)
     head = model.language_head
@@ -169,9 +159,9 @@ def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyVal
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-    """MIM, a scalar: the mean over the batch's B x K masked patches, weighted if the masks have weights."""
     assert streams.masked_image is not None
-    text = streams.partner_caches.text if streams.partner_caches else _text_cache(streams.partner_text)
+    assert streams.partner_caches is not None
+    text = streams.partner_caches.text
     encoder, head = model.image_encoder, model.pixel_head
     weights = masks.patch_weights
     loss = linear_pixel_loss(
@@ -214,11 +204,6 @@ def fuse_pairs(
     caches: PairCaches | None = None,
     max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[CLS] of both cross-modality encoders, image and text (R, C) each, for pairs of an image and a caption.
-
-    Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given, are
-    those of v and text; `max_rows` is a bound of the rows of the R captions together.
-    """
     caches = caches or make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     pair_packing, rows = packing.select(texts, room_for(packing, texts, max_rows, compute_dtype(v)))

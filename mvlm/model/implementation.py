@@ -39,15 +39,11 @@ class Streams(NamedTuple):
     """w, features of the unmasked captions."""
     masked_text: PackedText | None
     """wm, features of the masked captions; None if no objective needs them."""
-    partner_image: Tensor
-    """(B, 1+N, C), features of the images from which masked captions are rebuilt: `image`, or `masked_image` with
-    `MaskVLMConfig.mask_partner`."""
-    partner_text: PackedText
-    """Features of the captions from which masked images are rebuilt: `text`, or `masked_text` with `mask_partner`."""
     caches: PairCaches | None = None
     """Caches of `image` and `text`; None from an implementation without caches."""
     partner_caches: PairCaches | None = None
-    """Caches of `partner_image` and `partner_text`; None from an implementation without caches."""
+    """Caches of the images from which masked captions are rebuilt, and of the captions from which masked images are:
+    `caches`, or those of the masked ones with `MaskVLMConfig.mask_partner`. None as for `caches`."""
 
 
 def needs_masked(config: MaskVLMConfig, weights: LossWeights) -> tuple[bool, bool]:
@@ -78,11 +74,11 @@ class Implementation(Protocol):
     def language_loss(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
     ) -> tuple[Tensor, Tensor]:
-        """MLM and its accuracy, scalars: means over the masked tokens of the batch."""
+        """MLM and its accuracy, scalars: means over the batch's masked tokens, weighted if the masks have weights."""
         ...
 
     def image_loss(self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-        """MIM, a scalar: the mean over the masked patches of the batch."""
+        """MIM, a scalar: the mean over the batch's masked patches, weighted if the masks have weights."""
         ...
 
     def conditioned_similarity(self, pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:

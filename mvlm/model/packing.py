@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import chosen_precision
@@ -203,16 +202,3 @@ class PackedText(NamedTuple):
     def padded(self) -> tuple[Tensor, Tensor]:
         """Features (B, L, C), zeros for padding, and the key mask bool (B, L), True = a token."""
         return self.packing.pad(self.rows), self.packing.key_mask
-
-
-def pack(x: Tensor, lengths: Tensor) -> PackedText:
-    """Pack padded captions (R, L, C) of lengths int (R,).
-
-    The host does not know the sum of the lengths, so R*L rows are returned; those after the last caption are ignored.
-    """
-    number, longest, _ = x.shape
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (R+1,)
-    index = torch.arange(number * longest, device=x.device)
-    caption = torch.searchsorted(cu_seqlens[1:].long(), index, right=True).clamp(max=number - 1)
-    rows = caption * longest + (index - cu_seqlens[caption]).clamp(max=longest - 1)
-    return PackedText(x.flatten(0, 1).index_select(0, rows), Packing(cu_seqlens, longest, number * longest))

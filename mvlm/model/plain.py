@@ -1,6 +1,7 @@
 """The plain implementation: one training step as the method states it, each stream encoded separately.
 
-It is the specification; `mvlm.model.fast` has to give the same losses and gradients.
+It is the specification; `mvlm.model.fast` has to give the same losses and gradients. `Implementation` says what the
+functions of both take and return.
 
 Shape legend: B batch, N patches, T packed tokens, L tokens of the longest caption, M masked tokens, K masked patches,
 C width, R pairs of an image and a text.
@@ -23,15 +24,11 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     images, texts = needs_masked(model.config, weights)
     image, text = encode_unmasked(model, batch)
     masked_image = encode_masked_image(model, batch, masks.patch_ids) if images else None
-    masked_text = encode_masked_text(model, batch, masks.token_ids) if texts else None
-    partner_image, partner_text = image, text
-    if weights.mlm > 0 and model.config.mask_partner:
-        assert masked_image is not None
-        partner_image = masked_image
-    if weights.mim > 0 and model.config.mask_partner:
-        assert masked_text is not None
-        partner_text = masked_text
-    return Streams(image, masked_image, text, masked_text, partner_image, partner_text)
+    masked_text = None
+    if texts:
+        hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)  # (T,)
+        masked_text = model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length)
+    return Streams(image, masked_image, text, masked_text)
 
 
 def encode_masked_image(model: MaskVLMNetwork, batch: Batch, patch_ids: Tensor) -> Tensor:
@@ -42,42 +39,35 @@ def encode_masked_image(model: MaskVLMNetwork, batch: Batch, patch_ids: Tensor) 
     return encoder(images, masked_patches(patch_ids, patches))
 
 
-def encode_masked_text(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor) -> PackedText:
-    """Encode captions of which the tokens at the packed positions token_ids int64 (M,) are masked."""
-    hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)  # (T,)
-    return model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length)
-
-
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-    """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
     image = model.image_encoder(batch.images)
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
-    """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
     return model.encode_text_packed(tokens, cu_seqlens, max_length)
 
 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
-    """MLM and its accuracy, scalars: means over the batch's M masked tokens, weighted if the masks have weights."""
     assert streams.masked_text is not None
     wm, key_mask = streams.masked_text.padded()  # (B, L, C), (B, L)
     ids, targets, weights = masked_tokens(batch, masks)
-    logits = model.fill_mask(streams.partner_image, wm, key_mask, batch.cu_seqlens, ids)  # (M, V)
+    image = streams.masked_image if model.config.mask_partner else streams.image
+    assert image is not None
+    logits = model.fill_mask(image, wm, key_mask, batch.cu_seqlens, ids)  # (M, V)
     return losses.masked_language_loss(logits, targets, weights), losses.correct_top1(logits, targets).mean()
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-    """MIM, a scalar: the mean over the batch's B x K masked patches, weighted if the masks have weights."""
     assert streams.masked_image is not None
-    w, key_mask = streams.partner_text.padded()  # (B, L, C), (B, L)
+    text = streams.masked_text if model.config.mask_partner else streams.text
+    assert text is not None
+    w, key_mask = text.padded()  # (B, L, C), (B, L)
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
     return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids), masks.patch_weights)
 
 
 def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
-    """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
     return pooling.similarity(v, texts)
 
 
@@ -90,10 +80,6 @@ def fuse_pairs(
     caches: PairCaches | None = None,
     max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[CLS] of both cross-modality encoders, image and text (R, C) each, for pairs of an image and a caption.
-
-    Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
-    """
     w, key_mask = text.padded()
     # index_select, not v[images]: on a CPU the backward of indexing adds up repeated rows in thread order.
     return model.fuse(v.index_select(0, images), w.index_select(0, texts), key_mask[texts])
