@@ -8,10 +8,10 @@ Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b p
 patches, L tokens a caption may have, C width, E contrastive width, Q rows of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +88,42 @@ def sharded_contrastive_loss(
         bias: (1,), for the sigmoid loss; None for InfoNCE.
         shared_positives: take all pairs with the same image or caption text as right answers, which share the target.
     """
-    image, text = embeddings.image, embeddings.text
+    indices, sums = layout.own_indices(embeddings.image.device), []
     all_images, all_texts = embeddings.arrive()
-    shared = shared_positives
-    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, bias, sampling, layout, 0, elements, shared)
-    text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements, shared)
-    loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
+    for direction, (own, others) in enumerate(((embeddings.image, all_texts), (embeddings.text, all_images))):
+
+        def block(rows: Tensor, of: Tensor, others: Tensor = others, direction: int = direction):
+            """Loss, number of correct rows, and drawn columns int64 (Q,), of rows (Q, E) with global indices (Q,)."""
+            logits = contrastive_logits(rows, others, log_scale)  # (Q, G)
+            if shared_positives:
+                found = shared_contrastive_sums(logits, sampling.matches(of))
+            else:
+                found = contrastive_sums(logits, of, bias)
+            # The draw last: backward computes the block again only as far as the loss.
+            return *found, sampling.draw(logits, of, direction)
+
+        parts = _in_blocks(block, own, indices, max(1, elements // len(others)))
+        losses, correct, columns = zip(*parts, strict=True)
+        sums.append((_sum(losses), _sum(correct), torch.cat(columns)))
+    (image_loss, image_correct, texts), (text_loss, text_correct, images) = sums
+    loss, accuracy = (x / (2 * layout.total) for x in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
+
+
+def _in_blocks(block: Callable[[Tensor, Tensor], Any], rows: Tensor, indices: Tensor, size: int) -> list[Any]:
+    """Values of `block` for rows and their global indices, `size` rows at a time.
+
+    If these are several blocks, backward computes each again. Kept logits would make n x G elements, which grows with
+    the ranks.
+    """
+    blocks = list(zip(rows.split(size), indices.split(size), strict=True))
+    if len(blocks) == 1:
+        return [block(*blocks[0])]
+    return [checkpoint(block, own, of, use_reentrant=False) for own, of in blocks]
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum()
 
 
 def sharded_conditioned_loss(
@@ -117,67 +146,12 @@ def sharded_conditioned_loss(
             computes each again.
     """
     _, texts = embeddings.arrive()
-    indices = layout.own_indices(image.device)
 
     def block(rows: Tensor, of: Tensor) -> Tensor:
         return conditioned_loss(similarity(rows, texts), log_scale, bias, of)
 
     size = max(1, elements // (len(texts) * image.shape[2]))
-    blocks = list(zip(image.split(size), indices.split(size), strict=True))
-    if len(blocks) == 1:
-        return block(image, indices) / layout.total
-    parts = [checkpoint(block, rows, of, use_reentrant=False) for rows, of in blocks]
-    return torch.stack(parts).sum() / layout.total  # pyright: ignore[reportArgumentType]
-
-
-def _rows(
-    own: Tensor,
-    others: Tensor,
-    log_scale: Tensor,
-    bias: Tensor | None,
-    sampling: NegativeSampling | None,
-    layout: GlobalBatchLayout,
-    direction: int,
-    elements: int,
-    shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction of ITC: logits of own (n, E) with others (G, E).
-
-    Returns the summed loss, the number of rows nearest to their partner, and a drawn column for each row,
-    int64 (n,); without sampling, its own.
-    """
-    indices = layout.own_indices(own.device)
-    size = max(1, elements // len(others))
-    blocks = list(zip(own.split(size), indices.split(size), strict=True))
-    if len(blocks) == 1:
-        return _block(own, indices, others, log_scale, bias, sampling, direction, shared)
-    # Backward computes a block's logits again. Kept ones would make n x G elements, which grows with the ranks.
-    parts = [
-        checkpoint(_block, rows, of, others, log_scale, bias, sampling, direction, shared, use_reentrant=False)
-        for rows, of in blocks
-    ]
-    losses, correct, columns = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
-    return torch.stack(losses).sum(), torch.stack(correct).sum(), torch.cat(columns)
-
-
-def _block(
-    own: Tensor,
-    indices: Tensor,
-    others: Tensor,
-    log_scale: Tensor,
-    bias: Tensor | None,
-    sampling: NegativeSampling | None,
-    direction: int,
-    shared: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
-    logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    if shared and sampling is not None:
-        sums = shared_contrastive_sums(logits, sampling.matches(indices))
-    else:
-        sums = contrastive_sums(logits, indices, bias)
-    # The draw last: backward computes the block again only as far as the loss.
-    return *sums, indices if sampling is None else sampling.draw(logits, indices, direction)
+    return _sum(_in_blocks(block, image, layout.own_indices(image.device), size)) / layout.total
 
 
 Microbatch = tuple[Batch, Masks]

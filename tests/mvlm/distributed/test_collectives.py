@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, Pending, start_gather
+from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, start_gather
 from support.models import normal
 
 
@@ -95,13 +95,6 @@ def test_a_world_of_one_gathers_nothing():
     (found * 3).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == torch.full((4, 5), 3.0).tolist()
-
-
-def test_pending_result_is_made_once():
-    made = []
-    pending = Pending(None, lambda: made.append(1) or torch.zeros(2))
-    assert pending.wait() is pending.wait()
-    assert made == [1]
 
 
 def test_owner_and_position_against_a_loop():

@@ -207,22 +207,6 @@ def test_the_first_failure_is_told_to_all_other_ranks(store):
         assert not first.stop_requested(False)
 
 
-def test_a_failure_of_this_rank_is_no_news(store):
-    failing, other = of_rank(1), of_rank(2)
-    with pytest.raises(KeyboardInterrupt):
-        fail(failing, KeyboardInterrupt())
-    with other:
-        assert other.failure() == "rank 1: KeyboardInterrupt"
-    assert failing.failure() is None
-
-
-def test_an_exit_that_another_rank_asked_for_is_no_failure(store):
-    with pytest.raises(SystemExit):
-        fail(of_rank(1), SystemExit(2))
-    with of_rank(0) as other:
-        assert other.failure() is None
-
-
 def test_a_stop_of_one_rank_is_one_of_all(store):
     with of_rank(0) as first, of_rank(1) as second:
         assert not first.stop_requested(False)
@@ -237,20 +221,6 @@ def test_an_attempt_does_not_see_the_notices_of_the_one_before(store, monkeypatc
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with of_rank(0) as other:
         assert other.failure() is None
-
-
-def test_notices_are_read_at_most_once_a_second(store, monkeypatch):
-    monkeypatch.setattr(coordination, "POLL_SECONDS", 1.0)
-    clock = [100.0]
-    monkeypatch.setattr(coordination.time, "monotonic", lambda: clock[0])
-    with of_rank(0) as other:
-        assert other.failure() is None
-        with pytest.raises(ValueError, match="x"):
-            fail(of_rank(1), ValueError("x"))
-        clock[0] = 100.9
-        assert other.failure() is None
-        clock[0] = 101.0
-        assert other.failure() == "rank 1: ValueError: x"
 
 
 def test_a_world_of_one_sends_nothing():

@@ -25,7 +25,7 @@ from mvlm.distributed.loss_shares import Embeddings, sharded_conditioned_loss
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.model import plain
-from mvlm.model.packing import pack
+from mvlm.model.packing import PackedText, Packing
 from support.models import micro_batch, micro_model
 
 EXACT = 1e-10
@@ -179,21 +179,6 @@ def test_one_rank_with_one_microbatch_has_the_models_losses_and_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_microbatches_in_one_process_equal_the_whole_batch(plan):
-    """Four microbatches of two pairs against the whole batch."""
-    batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 3, 11))
-    model, same = micro_model(), micro_model()
-    losses = model(batch, masks, seed=1, step=2)
-    losses.total.backward()
-    micro = [RANKS.piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
-    found = backward_global(parallelize(same, ALONE), micro, ALONE, seed=1, step=2, plan=plan)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
-    for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_pair_without_an_admissible_negative_has_no_weight(plan):
     """Pair 0 has no admissible negative in the batch, and the others have one: weights differ by microbatch."""
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 3, 11))
@@ -251,13 +236,10 @@ def test_microbatches_of_different_sizes_are_refused():
 def test_fused_pairs_ignore_rows_after_the_last_caption():
     model = micro_model()
     batch, _ = micro_batch((7, 3, 12))
-    w, exists = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
-    text = pack(w, batch.cu_seqlens.diff())
-    assert text.rows.shape == (36, 16)
-    assert torch.equal(text.packing.cu_seqlens, batch.cu_seqlens)
-    spoilt = text._replace(rows=torch.cat([text.rows[:22], torch.full((14, 16), float("nan"), dtype=w.dtype)]))
-    assert torch.equal(spoilt.padded()[0], w)
-    assert torch.equal(spoilt.padded()[1], exists)
+    text = model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
+    rows = torch.cat([text.rows, torch.full((14, 16), float("nan"), dtype=text.rows.dtype)])
+    spoilt = PackedText(rows, Packing(batch.cu_seqlens, batch.max_length, 36))
+    assert all(map(torch.equal, spoilt.padded(), text.padded()))
     rows = torch.tensor([2, 0, 1])
     v = model.encode_image(batch.images)
     wanted = plain.fuse_pairs(model, v, text, rows, rows)

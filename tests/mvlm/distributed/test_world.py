@@ -27,14 +27,6 @@ world.close()
 """
 
 
-def test_a_gpu_has_its_number(monkeypatch):
-    """torch.cuda.set_device takes no device without one."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(distributed, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert distributed.join_ranks().device == torch.device("cuda", 3)
-
-
 def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     world = distributed.join_ranks("cpu")
@@ -92,8 +84,3 @@ def test_attempt_does_not_see_the_store_of_the_attempt_before(monkeypatch, caplo
             seen.append(store.add("arrived", 1))
     assert seen == [1, 2, 1, 2]
     assert ("cannot replace a node that is lost" in caplog.text) == (nodes > 1)
-
-
-def test_without_torchruns_store_torch_makes_its_own(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    assert distributed.attempt_store(timedelta(seconds=20)) is None
