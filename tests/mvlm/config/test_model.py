@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mvlm.config.model import PRESETS, MaskVLMConfig
+from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Loader, Masking
@@ -46,22 +46,6 @@ def test_base_has_the_papers_sizes():
     assert (base.mask_block, base.image_mask_ratio, base.text_mask_ratio) == (32, 0.6, 0.3)
     assert base.cross_norm == "post"
     assert (base.num_patches, base.patch_values) == (196, 768)
-
-
-def test_small_and_tiny_differ_from_base_in_size():
-    small, tiny = MaskVLMConfig.preset("small"), MaskVLMConfig.preset("tiny")
-    assert (small.image_size, small.width, small.heads, small.image_layers, small.cross_layers) == (224, 384, 6, 12, 3)
-    assert (tiny.image_size, tiny.patch_size, tiny.width, tiny.heads, tiny.vocab_size) == (96, 16, 192, 3, 2048)
-    assert (tiny.image_layers, tiny.text_layers, tiny.cross_layers, tiny.decoder_layers) == (6, 6, 2, 2)
-    assert tiny.text_length == 24
-    assert tiny.num_patches == 36
-    # The width of a head is 64 everywhere.
-    assert {MaskVLMConfig.preset(name).width / MaskVLMConfig.preset(name).heads for name in PRESETS} == {64}
-
-
-def test_fields_of_a_preset_can_be_changed():
-    assert MaskVLMConfig.preset("tiny", text_length=30).text_length == 30
-    assert MaskVLMConfig.preset("tiny", text_length=30).width == 192
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -137,49 +135,6 @@ def test_a_setting_without_a_flag_is_taken_from_a_file_alone(name, tmp_path) -> 
     assert found == values | {"seed": 4}
     with pytest.raises(ConfigError, match=name.replace("_", "-")):
         parse_config([*words, f"--{name.replace('_', '-')}", "5"])
-
-
-NEW_SETTING = """
-import sys
-from importlib.util import find_spec, module_from_spec
-from pathlib import Path
-
-spec = find_spec("mvlm.config.groups")
-source = Path(spec.origin).read_text()
-lines = {"DataSettings": "data_extra: Annotated[int, AT_LEAST_1] = 3", "LoggingSettings": "log_extra: int = 4"}
-for group, line in lines.items():
-    end = source.index("\\n\\n", source.index(f"class {group}:")) + 2
-    source = source[:end] + f"    {line}\\n" + source[end:]
-module = module_from_spec(spec)
-sys.modules["mvlm.config.groups"] = module
-exec(compile(source, spec.origin, "exec"), module.__dict__)
-for name in ("run", "pretrain", "finetune", "recipes"):
-    del sys.modules[f"mvlm.config.{name}"]  # imports the changed module when it is needed
-
-from mvlm.commands.pretrain import parse_config
-from mvlm.config.json_files import config_json, differing_settings, run_config
-from mvlm.errors import ConfigError
-
-arguments = ["tiny", "--data", "data", "--out", "out"]
-before = parse_config(arguments)
-after = parse_config([*arguments, "--data-extra", "5", "--log-extra", "6"])
-assert (before.data_extra, before.log_extra, after.data_extra, after.log_extra) == (3, 4, 5, 6)
-assert (config_json(after)["data_extra"], config_json(after)["log_extra"]) == (5, 6)
-assert run_config(config_json(after), "config.json") == after
-assert differing_settings(config_json(before), config_json(after)) == [("data_extra", 3, 5)]
-try:
-    parse_config([*arguments, "--data-extra", "0"])
-except ConfigError as error:
-    print(error)
-"""
-
-
-@pytest.mark.slow
-def test_a_setting_is_added_by_one_line_in_its_group() -> None:
-    """The command line, config.json, the range check and the resume check follow from the line."""
-    done = subprocess.run([sys.executable, "-c", NEW_SETTING], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("data_extra must be at least 1, got 0")
 
 
 @pytest.mark.parametrize(

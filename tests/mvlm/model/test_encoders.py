@@ -1,14 +1,13 @@
 # torch and transformers type the children of a module as Tensor or Module, whatever they are.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
-"""The encoders against timm's ViT, transformers' RoBERTa and torch's decoder layers with the weights copied over.
+"""Cross-modality encoders against torch's decoder layers with the weights copied over, and the grid of patches.
 
-The grid of patches against loops. All in float64.
+All in float64. tests/mvlm/weights/test_load.py compares the encoders of images and text with those of other libraries.
 """
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -19,14 +18,9 @@ from mvlm.model.encoders import (
     CrossBlock,
     CrossEncoder,
     ImageEncoder,
-    TextEncoder,
-    masked_patches,
     patchify,
-    sine_positions,
     unpatchify,
-    visible_patches,
 )
-from mvlm.model.packing import PackedText, Packing
 from support.models import micro_batch, micro_config, normal
 
 
@@ -35,50 +29,6 @@ def randomize(module: nn.Module) -> nn.Module:
         for seed, parameter in enumerate(module.parameters()):
             parameter.copy_(0.3 * normal(*parameter.shape, seed=100 + seed))
     return module
-
-
-def copy(ours: nn.Module, theirs: nn.Module) -> None:
-    ours.load_state_dict(theirs.state_dict())
-
-
-def test_the_image_encoder_is_timms_vit():
-    from timm.models.vision_transformer import VisionTransformer
-
-    config = micro_config(image_layers=3)
-    theirs = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.image_layers,
-        num_heads=config.heads,
-        num_classes=0,
-    )
-    theirs = randomize(theirs.double())
-    ours = ImageEncoder(config).double()
-    with torch.no_grad():
-        ours.patch_projection.weight.copy_(theirs.patch_embed.proj.weight.flatten(1))
-        ours.patch_projection.bias.copy_(theirs.patch_embed.proj.bias)
-        ours.cls_token.copy_(theirs.cls_token[0, 0])
-        ours.position.copy_(theirs.pos_embed[0])
-        copy(ours.norm, theirs.norm)
-        for block, other in zip(ours.blocks, theirs.blocks, strict=True):
-            parts = (block.attention.query, block.attention.key, block.attention.value)
-            for part, weight, bias in zip(
-                parts, other.attn.qkv.weight.chunk(3), other.attn.qkv.bias.chunk(3), strict=True
-            ):
-                part.weight.copy_(weight)
-                part.bias.copy_(bias)
-            copy(block.attention.out, other.attn.proj)
-            copy(block.norm1, other.norm1)
-            copy(block.norm2, other.norm2)
-            copy(block.mlp.up, other.mlp.fc1)
-            copy(block.mlp.down, other.mlp.fc2)
-
-    images = micro_batch()[0].images
-    mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (config.image_mean, config.image_std))
-    wanted = theirs.forward_features((images.double() / 255 - mean) / std)
-    assert wanted.shape == (5, 17, config.width)
-    torch.testing.assert_close(ours(images), wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])
@@ -114,61 +64,6 @@ def test_cls_is_encoded_where_no_patch_is_visible():
     torch.testing.assert_close(found[:, 1:], (encoder.mask_token + others).expand(len(images), -1, -1))
 
 
-def test_the_text_encoder_is_transformers_roberta():
-    """With padding. RoBERTa's positions begin at 2, after its pad id 1; its one token type adds a constant."""
-    from transformers import RobertaConfig, RobertaModel
-
-    config = micro_config(text_layers=3)
-    theirs = RobertaModel(
-        RobertaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.text_layers,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            max_position_embeddings=config.text_length + 2,
-            type_vocab_size=1,
-            layer_norm_eps=1e-5,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=1,
-        ),
-        add_pooling_layer=False,
-    )
-    theirs = randomize(theirs.double().eval())
-    ours = TextEncoder(config).double()
-    with torch.no_grad():
-        embeddings = theirs.embeddings
-        ours.words.weight.copy_(embeddings.word_embeddings.weight)
-        ours.position.copy_(embeddings.position_embeddings.weight[2:] + embeddings.token_type_embeddings.weight[0])
-        copy(ours.norm, embeddings.LayerNorm)
-        for block, other in zip(ours.blocks, theirs.encoder.layer, strict=True):
-            copy(block.attention.query, other.attention.self.query)
-            copy(block.attention.key, other.attention.self.key)
-            copy(block.attention.value, other.attention.self.value)
-            copy(block.attention.out, other.attention.output.dense)
-            copy(block.norm1, other.attention.output.LayerNorm)
-            copy(block.mlp.up, other.intermediate.dense)
-            copy(block.mlp.down, other.output.dense)
-            copy(block.norm2, other.output.LayerNorm)
-
-    batch, _ = micro_batch()
-    padded = torch.ones(5, 12, dtype=torch.int64)  # 1 is RoBERTa's padding
-    for row, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
-        padded[row, : end - start] = batch.tokens[start:end]
-    packing = Packing(batch.cu_seqlens, batch.max_length, len(batch.tokens))
-    key_mask = packing.key_mask
-    with torch.no_grad():
-        wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
-        found = ours(batch.tokens, packing)
-    assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
-    torch.testing.assert_close(found, wanted[key_mask], rtol=0, atol=1e-10)
-    padded_text, text_mask = PackedText(found, packing).padded()
-    assert text_mask.equal(key_mask)
-    assert padded_text[key_mask].equal(found)
-    assert (padded_text[~key_mask] == 0).all()
-
-
 def test_the_image_encoder_replaces_masked_patches_with_the_mask_token():
     """The result equals that for an image whose patch, once projected, is the mask token."""
     encoder = randomize(ImageEncoder(micro_config()).double())
@@ -184,43 +79,6 @@ def test_the_image_encoder_replaces_masked_patches_with_the_mask_token():
     torch.testing.assert_close(encoder(images, masked), encoder(replaced), rtol=0, atol=1e-10)
 
 
-def test_the_image_encoder_takes_bytes_and_floats_alike():
-    encoder = ImageEncoder(micro_config()).double()
-    images = micro_batch()[0].images
-    found = encoder.normalize(images)
-    assert found.dtype == torch.float64
-    assert torch.equal(encoder.normalize(images.double() / 255), found)
-    for channel, (mean, std) in enumerate(zip((0.5, 0.4, 0.3), (0.5, 0.25, 0.2), strict=True)):
-        wanted = (images[1, channel, 3, 20].item() / 255 - mean) / std
-        assert found[1, channel, 3, 20].item() == pytest.approx(wanted, abs=1e-6)  # mean and std are made in fp32
-
-
-def test_masked_patches_against_a_loop():
-    ids = torch.tensor([[0, 3, 5], [1, 2, 8], [6, 7, 8]])
-    mask = masked_patches(ids, 9)
-    assert mask.dtype == torch.bool
-    assert mask.shape == (3, 9)
-    for row in range(3):
-        for patch in range(9):
-            assert bool(mask[row, patch]) == (patch in ids[row].tolist())
-
-
-def test_visible_patches_are_the_others():
-    patch_ids = torch.tensor([[0, 3, 4], [1, 2, 8]])
-    assert visible_patches(patch_ids, 9).tolist() == [[1, 2, 5, 6, 7, 8], [0, 3, 4, 5, 6, 7]]
-
-
-def test_patchify_against_loops():
-    images = normal(2, 3, 12, 12)
-    rows = patchify(images, 4)
-    assert rows.shape == (2, 9, 48)
-    for b in range(2):
-        for patch in range(9):
-            top, left = patch // 3 * 4, patch % 3 * 4
-            wanted = [images[b, c, top + y, left + x] for c in range(3) for y in range(4) for x in range(4)]
-            assert rows[b, patch].tolist() == wanted
-
-
 def test_patchify_has_the_order_of_a_convolutions_weight():
     images, convolution = normal(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
     assert convolution.bias is not None
@@ -234,30 +92,6 @@ def test_unpatchify_is_the_inverse_of_patchify():
     assert torch.equal(unpatchify(patchify(images, 4), 4), images)
     patches = normal(2, 25, 48, seed=1)
     assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)
-
-
-def test_sine_positions_against_loops():
-    side, width = 3, 16
-    found = sine_positions(side, width)
-    assert found.shape == (9, 16)
-    assert found.dtype == torch.float32
-    for patch in range(9):
-        wanted = []
-        for cell in (patch % 3, patch // 3):  # column, row
-            coordinate = 2 * math.pi * (cell + 0.5) / side
-            for wave in (math.sin, math.cos):
-                wanted += [wave(coordinate / 10_000 ** (i / 4)) for i in range(4)]
-        assert found[patch].tolist() == pytest.approx(wanted, abs=1e-7)
-
-
-def test_sine_positions_are_those_of_places_whatever_the_grid():
-    coarse, fine = sine_positions(2, 32).reshape(2, 2, 32), sine_positions(6, 32).reshape(6, 6, 32)
-    torch.testing.assert_close(fine[1::3, 1::3], coarse)  # of three cells in a row the middle one has the same centre
-
-
-def test_sine_positions_need_a_width_that_four_divides():
-    with pytest.raises(ValueError, match="width: wanted a multiple of 4, got 30"):
-        sine_positions(3, 30)
 
 
 WIDTH, HEADS = 12, 3

@@ -1,37 +1,10 @@
 """Both implementations of the training step against their common interface."""
 
-import inspect
-from typing import get_type_hints
-
 import pytest
 import torch
 
-from mvlm.model.implementation import Implementation
 from mvlm.model.maskvlm import IMPLEMENTATIONS
 from support.models import micro_batch, micro_model
-
-FUNCTIONS = [name for name, member in vars(Implementation).items() if inspect.isfunction(member) and name[0] != "_"]
-
-
-def test_the_interface_has_the_functions_of_a_step() -> None:
-    assert FUNCTIONS == [
-        "encode",
-        "encode_unmasked",
-        "encode_tokens",
-        "language_loss",
-        "image_loss",
-        "conditioned_similarity",
-        "fuse_pairs",
-    ]
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("plan", IMPLEMENTATIONS)
-def test_an_implementation_has_the_parameters_of_the_interface(plan: str, name: str) -> None:
-    wanted, found = getattr(Implementation, name), getattr(IMPLEMENTATIONS[plan], name)
-    _, *parameters = inspect.signature(wanted).parameters.values()  # without self
-    assert list(inspect.signature(found).parameters.values()) == parameters
-    assert get_type_hints(found) == get_type_hints(wanted)
 
 
 @pytest.mark.parametrize("plan", IMPLEMENTATIONS)

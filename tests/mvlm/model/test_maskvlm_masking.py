@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,7 +9,6 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives import losses as objectives
 from mvlm_dataloading import Batch, Masks
 from support.models import micro_batch, micro_model
-from support.reference import Reference
 
 
 @pytest.fixture
@@ -89,70 +87,6 @@ def test_predicted_tokens_do_not_depend_on_masked_tokens(predictions, cross_norm
     assert torch.equal(after["tokens"], before["tokens"])
     for number, row in enumerate(caption_of_masked_tokens(batch, masks).tolist()):
         assert torch.equal(after["logits"][number], before["logits"][number]) == (row != 2)
-
-
-def test_pixels_are_predicted_from_the_unmasked_caption(predictions):
-    """One modality is masked at a time: the caption's tokens matter, their mask does not."""
-    model = micro_model()
-    batch, masks = micro_batch()
-    before = predictions(model, batch, masks)["pixels"]
-    for masked in (True, False):
-        after = predictions(model, change_tokens(batch, masks, masked=masked), masks)["pixels"]
-        for row in range(5):
-            assert torch.equal(after[row], before[row]) == (row != 2)
-    others = masks.token_ids.clone()
-    others[0] = next(t for t in range(1, 6) if t not in masks.token_ids.tolist())
-    assert torch.equal(predictions(model, batch, replace(masks, token_ids=others))["pixels"], before)
-
-
-def test_tokens_are_predicted_from_the_unmasked_image(predictions):
-    model = micro_model()
-    batch, masks = micro_batch()
-    before = predictions(model, batch, masks)["logits"]
-    for masked in (True, False):
-        after = predictions(model, change_pixels(batch, masks, masked=masked), masks)["logits"]
-        for number, row in enumerate(caption_of_masked_tokens(batch, masks).tolist()):
-            assert torch.equal(after[number], before[number]) == (row != 1)
-    others = replace(masks, patch_ids=15 - masks.patch_ids.flip(1))
-    assert not torch.equal(others.patch_ids, masks.patch_ids)
-    assert torch.equal(predictions(model, batch, others)["logits"], before)
-
-
-def test_targets_are_the_masked_tokens_and_pixels(predictions):
-    model = micro_model()
-    batch, masks = micro_batch()
-    found = predictions(model, batch, masks)
-    assert found["tokens"].tolist() == [batch.tokens[t].item() for t in masks.token_ids.tolist()]
-    assert found["target"].shape == found["pixels"].shape == (5, 8, 192)
-    for row in range(5):
-        wanted = Reference(model).patches(batch.images[row].numpy())[masks.patch_ids[row].numpy()]
-        np.testing.assert_allclose(found["target"][row].numpy(), wanted, atol=1e-12)
-
-
-def test_predictions_of_a_pair_do_not_depend_on_other_pairs(predictions):
-    """A pair alone gives the same as in a batch with a longer caption, so padding has no influence."""
-    model = micro_model()
-    batch, masks = micro_batch()
-    together = predictions(model, batch, masks)
-    starts = batch.cu_seqlens.tolist()
-    for row in range(5):
-        a, b = starts[row], starts[row + 1]
-        inside = (masks.token_ids >= a) & (masks.token_ids < b)
-        alone = predictions(
-            model,
-            Batch(
-                images=batch.images[row : row + 1],
-                tokens=batch.tokens[a:b],
-                cu_seqlens=torch.tensor([0, b - a], dtype=torch.int32),
-                max_length=b - a,
-                image_id=batch.image_id[:1],
-                text_id=batch.text_id[:1],
-                sample_id=batch.sample_id[:1],
-            ),
-            Masks(patch_ids=masks.patch_ids[row : row + 1], token_ids=masks.token_ids[inside] - a),
-        )
-        torch.testing.assert_close(alone["logits"], together["logits"][inside], rtol=0, atol=1e-12)
-        torch.testing.assert_close(alone["pixels"][0], together["pixels"][row], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("masked", [False, True])

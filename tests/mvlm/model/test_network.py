@@ -44,24 +44,6 @@ def test_matching_logits_are_single_precision_under_autocast(dtype):
     assert torch.equal(found, model.matching_head(image.float() * text.float()))
 
 
-def test_clamp_temperature_acts_on_the_parameter_and_not_in_the_forward_pass():
-    model = micro_model()
-    batch, masks = micro_batch()
-    for start, end in ((20.0, 0.001), (-5.0, 0.5)):
-        with torch.no_grad():
-            model.log_scale.fill_(start)
-        itc = model(batch, masks).itc
-        itc.backward()
-        assert model.log_scale.grad is not None
-        assert itc.item() == pytest.approx(Reference(model).losses(batch, masks, 0, 0)["itc"], rel=1e-9)
-        model.clamp_temperature()
-        assert 1 / math.exp(model.log_scale.item()) == pytest.approx(end, rel=1e-9)
-    with torch.no_grad():
-        model.log_scale.fill_(math.log(1 / 0.07))
-    model.clamp_temperature()
-    assert model.log_scale.item() == math.log(1 / 0.07)
-
-
 @pytest.mark.parametrize("initialization", ["normal", "xavier"])
 def test_initial_weights_have_the_configured_distribution(initialization):
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.model.packing import Packing, mask_tokens, pad_to_bucket, room_for, round_up
+from mvlm.model.packing import Packing, mask_tokens, pad_to_bucket, room_for
 from support.models import micro_batch
 
 LENGTHS = [[3, 1, 4], [5], [2, 2, 2, 6, 1]]
@@ -81,10 +81,6 @@ def test_the_gradient_of_pad_reaches_every_row_once():
     assert rows.grad[8:].eq(0).all()
 
 
-def test_round_up_gives_the_next_multiple():
-    assert [round_up(n, 16) for n in (1, 16, 17, 32)] == [16, 16, 32, 32]
-
-
 @pytest.mark.slow
 def test_padding_to_buckets_gives_few_shapes():
     """200 batches of 64 captions; each keeps its tokens and masked tokens."""
@@ -100,23 +96,6 @@ def test_padding_to_buckets_gives_few_shapes():
         assert (hidden.token_ids[len(masks.token_ids) :] >= len(batch.tokens)).all()
         shapes.add((len(padded.tokens), len(hidden.token_ids)))
     assert len(shapes) <= 8
-
-
-def test_padded_lists_are_pinned_if_they_were(monkeypatch):
-    """A copy to a GPU from memory that is not pinned waits for the GPU."""
-    batch, masks = micro_batch((5, 9, 4))
-    new_full, pinned = torch.Tensor.new_full, []
-
-    def record(x, size, value, *, pin_memory):
-        pinned.append(pin_memory)
-        return new_full(x, size, value)
-
-    monkeypatch.setattr(torch.Tensor, "new_full", record)
-    for is_pinned in (False, True):
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda *_, is_pinned=is_pinned: is_pinned)
-        pinned.clear()
-        pad_to_bucket(batch, masks, 24)
-        assert pinned == [is_pinned] * 2  # tokens, and masked ones
 
 
 def test_mask_tokens_replaces_them_in_a_copy():

@@ -127,17 +127,6 @@ def test_sigmoid_loss_against_loops(scale):
     assert accuracy == contrastive_loss(logits)[1]
 
 
-def test_gradient_of_the_sigmoid_loss_pushes_each_pair_on_its_own():
-    """sigmoid(x) - 1 for a true pair, sigmoid(x) for another, over the number of pairs."""
-    logits, bias = normal(4, 4).requires_grad_(), torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
-    contrastive_loss(logits, bias)[0].backward()
-    wanted = [[(1 / (1 + math.exp(2 - logits[i, j].item())) - (i == j)) / 4 for j in range(4)] for i in range(4)]
-    assert logits.grad is not None
-    assert bias.grad is not None
-    torch.testing.assert_close(logits.grad, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert bias.grad.item() == pytest.approx(sum(map(sum, wanted)), abs=1e-12)
-
-
 def test_conditioned_loss_against_loops():
     """Two images of a batch of four pairs, at rows 1 and 3."""
     similarity, scale, bias = normal(2, 4), torch.tensor([0.7], dtype=torch.float64), torch.tensor([-1.0])

@@ -59,72 +59,6 @@ def test_matching_pairs_against_a_loop():
     assert list(zip(*(column.tolist() for column in matching_pairs(negatives)), strict=True)) == wanted
 
 
-@pytest.fixture(scope="module")
-def thousand_draws():
-    """Logits, and the columns (direction, step, row) drawn from them in 1,000 steps and both directions."""
-    logits = 1.5 * normal(6, 6, seed=2)
-    logits += 3 * torch.eye(6)  # as in training, the true match is the likeliest
-    columns = np.zeros((2, 1000, 6), int)
-    for step in range(1000):
-        columns[0, step] = draw(logits, 5, step, 0)[0].numpy()
-        columns[1, step] = draw(logits.T, 5, step, 1)[0].numpy()
-    return logits, columns
-
-
-@pytest.mark.slow
-def test_a_drawn_negative_is_never_a_true_match(thousand_draws):
-    _, columns = thousand_draws
-    drawn = {(row, int(column)) for direction in columns for step in direction for row, column in enumerate(step)}
-    assert not drawn & TRUE_MATCHES
-    assert drawn == {(i, j) for i in range(6) for j in range(6)} - TRUE_MATCHES  # every other pair is drawn
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("direction", [0, 1])
-def test_drawn_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, direction):
-    logits, columns = thousand_draws
-    table = (logits if direction == 0 else logits.T).tolist()
-    for row in range(6):
-        allowed = [j for j in range(6) if (row, j) not in TRUE_MATCHES]
-        total = sum(math.exp(table[row][j]) for j in allowed)
-        for j in allowed:
-            p = math.exp(table[row][j]) / total
-            seen = int((columns[direction, :, row] == j).sum())
-            assert abs(seen - 1000 * p) < 4 * math.sqrt(1000 * p * (1 - p)), (row, j, p, seen)
-
-
-@pytest.mark.slow
-def test_the_two_directions_are_drawn_independently():
-    """With the same logits for both, the directions agree as often as two independent draws."""
-    logits = normal(5, 5, seed=3)
-    table = (logits + logits.T).tolist()
-    logits = logits + logits.T
-    agree = np.zeros(5)
-    for step in range(1000):
-        a, b = (draw(logits, 5, step, direction, *distinct(5))[0] for direction in (0, 1))
-        agree += (a == b).numpy()
-    for row in range(5):
-        weights = [math.exp(table[row][j]) for j in range(5) if j != row]
-        p = sum((w / sum(weights)) ** 2 for w in weights)
-        assert abs(agree[row] - 1000 * p) < 4 * math.sqrt(1000 * p * (1 - p))
-
-
-def test_a_draw_is_a_function_of_seed_step_row_and_column():
-    logits = normal(6, 6, seed=4)
-    first = draw(logits, 1, 2, 0)[0]
-    torch.manual_seed(99)
-    torch.rand(5)
-    assert torch.equal(draw(logits, 1, 2, 0)[0], first)
-    # Other rows have no influence.
-    others = logits.clone()
-    others[1:] = normal(5, 6, seed=5)
-    assert draw(others, 1, 2, 0)[0][0] == first[0]
-    for change in ({"seed": 2}, {"step": 3}, {"direction": 1}):
-        settings = {"seed": 1, "step": 2, "direction": 0} | change
-        wide, ids = normal(64, 64, seed=6), distinct(64)
-        assert not torch.equal(draw(wide, **settings, image_id=ids[0], text_id=ids[1])[0], draw(wide, 1, 2, 0, *ids)[0])
-
-
 def test_draws_against_gumbel_argmax_in_python():
     logits = normal(6, 6, seed=7)
     for step in range(5):
@@ -204,41 +138,6 @@ def test_compiled_gumbel_of_a_number_that_changes_is_compiled_twice():
     for step in (1000, 1001, 1002, 5):
         assert torch.equal(compiled(3, step, 1, index, index), gumbel(3, step, 1, index, index))
     assert counter.frame_count == 2
-
-
-def test_gumbel_has_the_gumbel_distribution():
-    """262,144 draws: mean, variance and largest distance to the distribution function within four standard errors."""
-    index = torch.arange(512)
-    noise = gumbel(3, 5, 0, index, index).double().numpy()
-    number, variance = noise.size, math.pi**2 / 6
-    assert abs(noise.mean() - 0.5772156649) < 4 * math.sqrt(variance / number)
-    assert abs(noise.var() - variance) < 4 * variance * math.sqrt(4.4 / number)  # the kurtosis is 5.4
-    ordered = np.sort(noise.ravel())
-    distance = np.abs(np.exp(-np.exp(-ordered)) - (np.arange(number) + 0.5) / number).max()
-    assert distance < 1.95 / math.sqrt(number)  # Kolmogorov and Smirnov, one in a thousand
-
-
-@pytest.mark.parametrize("other", ["row", "column", "seed", "step", "direction"])
-def test_gumbel_of_neighbouring_arguments_is_uncorrelated(other):
-    index = torch.arange(300)
-    settings = {"seed": 3, "step": 5, "direction": 0, "rows": index, "columns": index}
-    moved = {"row": {"rows": index + 1}, "column": {"columns": index + 1}}.get(other) or {other: 7}
-    a, b = (gumbel(**(settings | change)).double().numpy().ravel() for change in ({}, moved))
-    assert not np.array_equal(a, b)
-    correlation = np.corrcoef(a, b)[0, 1]
-    if other in ("row", "column"):  # the same numbers, shifted by one
-        axis = 0 if other == "row" else 1
-        a, b = a.reshape(300, 300), b.reshape(300, 300)
-        kept = slice(1, None), slice(None, -1)
-        assert np.array_equal(a[kept[0]] if axis == 0 else a[:, kept[0]], b[kept[1]] if axis == 0 else b[:, kept[1]])
-    assert abs(correlation) < 4 / 300
-
-
-def test_gumbel_of_a_pair_does_not_depend_on_the_rest_of_the_batch():
-    rows, columns = torch.tensor([4, 0, 9]), torch.tensor([8, 3])
-    index = torch.arange(10)
-    whole = gumbel(1, 2, 0, index, index)
-    assert torch.equal(gumbel(1, 2, 0, rows, columns), whole[rows][:, columns])
 
 
 @pytest.mark.parametrize("step", [0, 7, 2**40])

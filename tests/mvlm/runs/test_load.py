@@ -6,7 +6,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.runs.load import load_model, load_tokenizer_of
@@ -25,14 +24,6 @@ def test_a_run_a_checkpoint_a_folder_and_its_file_are_one_model(trained, portabl
     hashes = {load_model(path, "cpu").sha256 for path in (trained, newest, portable, portable / "model.safetensors")}
     assert len(hashes) == 1
     assert load_model(trained / "checkpoints/step_00000001", "cpu").sha256 not in hashes
-
-
-def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
-    model = load_model(str(trained), torch.device("cpu"), "fp32")
-    network, tokenizer = model.network, model.tokenizer
-    assert (network, tokenizer) == (model.network, model.tokenizer)
-    assert model.precision == "fp32"
-    assert not network.training
 
 
 def test_a_model_without_itm_is_known_by_its_head(trained, portable, without_itm, tmp_path, caplog):

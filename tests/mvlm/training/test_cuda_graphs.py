@@ -5,8 +5,6 @@ What only a device can show, equal losses of captured steps, is in tests/promise
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
-from mvlm.training.cuda_graphs import CudaCapture, CudaGraphs, bucket_of, check_graphs, copy_inputs, static_copy
+from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import make_loader
 from mvlm.training.trainer import Trainer
@@ -105,56 +103,6 @@ def test_replayed_steps_train_as_eager_ones():
 
 
 @pytest.mark.slow
-def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bounded():
-    model = micro_model()
-    recorder = Recorder(model)
-    eager = []
-    step = backward_step(model)
-
-    def counted(*args) -> Losses:
-        eager.append(args)
-        return step(*args)
-
-    graphs = CudaGraphs(counted, model.parameters(), recorder, limit=1)
-    inputs = list(batches(model, [LENGTHS[0], LENGTHS[2]]))
-    assert bucket_of(*inputs[0]) != bucket_of(*inputs[1])
-    for expected_captures, (batch, masks) in zip((0, 1, 1, 1, 1), (*[inputs[0]] * 3, *[inputs[1]] * 2), strict=True):
-        graphs.run(batch, masks, torch.tensor(9))
-        assert graphs.captured == expected_captures
-    assert recorder.replays == 2
-    assert (
-        len(eager) == 1 + 1 + 2 + 2
-    )  # first batch, capture, replays of the recorder, two of the bucket beyond the limit
-
-
-def test_buckets_differ_by_shapes_and_host_numbers():
-    batch, masks = next(iter(batches(micro_model(), [LENGTHS[0]])))
-    bucket = bucket_of(batch, masks)
-    assert bucket == bucket_of(static_copy(batch), static_copy(masks))
-    assert bucket != bucket_of(replace(batch, max_length=batch.max_length + 16), masks)
-    assert bucket != bucket_of(batch, replace(masks, token_ids=masks.token_ids[:-1]))
-    hash(bucket)
-
-
-def test_few_buckets_hold_a_hundred_batches():
-    model = micro_model()
-    draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, 13, (100, 16), generator=draw).tolist()
-    found = {bucket_of(*inputs) for inputs in batches(model, lengths)}
-    assert len(found) <= 8
-
-
-def test_inputs_are_copied_into_the_graphs_own_tensors():
-    first, second = batches(micro_model(), [LENGTHS[0]] * 2)
-    own = static_copy(first[0]), static_copy(first[1])
-    before = [x.data_ptr() for x in (own[0].images, own[0].tokens, own[0].cu_seqlens, own[1].token_ids)]
-    copy_inputs(second, own)
-    assert torch.equal(own[0].images, second[0].images)
-    assert not torch.equal(own[0].images, first[0].images)
-    assert before == [x.data_ptr() for x in (own[0].images, own[0].tokens, own[0].cu_seqlens, own[1].token_ids)]
-
-
-@pytest.mark.slow
 def test_steps_stay_eager_after_a_capture_that_failed(caplog):
     wanted_model, model = micro_model(), micro_model()
     order = [LENGTHS[0]] * 4
@@ -174,63 +122,6 @@ def test_steps_stay_eager_after_a_capture_that_failed(caplog):
         assert torch.equal(a.total, b.total)
 
 
-@pytest.mark.parametrize("fault", ["in the step", "at its end", None])
-def test_a_capture_that_failed_leaves_its_stream_and_the_pool(monkeypatch, fault):
-    """`torch.cuda.graph` itself stays on its stream if the capture cannot be ended."""
-    happened = []
-
-    def set_stream(stream: Any) -> None:
-        happened.append(("stream", stream))
-
-    class Context:
-        def __init__(self, graph, pool, capture_error_mode):
-            happened.append(("begin", pool, capture_error_mode))
-
-        def __enter__(self):
-            set_stream("of the capture")
-
-        def __exit__(self, kind, *_):
-            if kind is not None or fault:
-                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-            set_stream("usual")
-
-    def end(device, pool):
-        if fault == "in the step":
-            raise RuntimeError("not currently recording to this pool")  # the capture itself could be ended
-
-    for name, value in {
-        "CUDAGraph": SimpleNamespace,
-        "graph_pool_handle": lambda: "pool",
-        "graph": Context,
-        "current_stream": lambda: "usual",
-        "set_stream": set_stream,
-        "current_device": lambda: 0,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
-    release = lambda device, pool: happened.append(("release", pool))  # noqa: E731
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
-
-    def step() -> Losses:
-        if fault == "in the step":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return Losses(*torch.zeros(len(Losses._fields)))
-
-    capture = CudaCapture()
-    if fault is None:
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-        capture(step)
-        capture(step)
-        assert [x for x in happened if x[0] == "begin"] == [("begin", "pool", "thread_local")] * 2
-        assert ("release", "pool") not in happened
-    else:
-        with pytest.raises(RuntimeError, match="during capture"):
-            capture(step)
-        assert ("stream", "usual") in happened
-        # A capture that ended has a graph that releases the pool; once more would take it from the other graphs.
-        assert happened.count(("release", "pool")) == (fault == "at its end")
-
-
 def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
     config = pretrain_config(tmp_path, tmp_path, capture="cuda-graphs")
     cuda = World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0))
@@ -242,12 +133,6 @@ def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
     ):
         with pytest.raises(ConfigError, match=f"^capture: {message}; leave --capture cuda-graphs out$"):
             check_graphs(replace(config, **changes), world)
-
-
-@pytest.mark.parametrize("other", [{"plan": "plain"}, {"accumulate": 2}], ids=str)
-def test_graphs_need_the_fast_plan_without_accumulation(other, tmp_path):
-    with pytest.raises(ConfigError, match="capture: wanted --plan fast and --accumulate 1 with cuda-graphs"):
-        pretrain_config(tmp_path, tmp_path, capture="cuda-graphs", **other)
 
 
 @pytest.mark.slow

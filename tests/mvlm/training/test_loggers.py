@@ -11,11 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvlm.errors import ConfigError
-from mvlm.training import loggers
 from mvlm.training.loggers import LogSinks, start_services
 from mvlm.training.run import pretrain
 from support.folders import rows_of
@@ -125,19 +123,6 @@ def test_services_that_started_are_ended_if_another_cannot(scenes, tmp_path, mon
     pretrain(replace(config, log_to=()))
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_that_cannot_start_leaves_no_run(scenes, tmp_path, monkeypatch, without_tensorboard, name):
-    def fails(**_):
-        raise RuntimeError("no login")
-
-    service = SimpleNamespace(init=fails, __spec__=find_spec("json"))
-    monkeypatch.setitem(sys.modules, name, service)
-    config = pretrain_config(scenes, tmp_path / "run", log_to=(name,))
-    with pytest.raises(ConfigError, match=f"--log-to {name}: could not start a run: .*; leave it out"):
-        pretrain(config)
-    pretrain(replace(config, log_to=()))
-
-
 @pytest.mark.slow
 def test_tensorboard_keeps_the_step_that_a_run_continues_from(tmp_path):
     config = pretrain_config(tmp_path / "data", tmp_path)
@@ -177,16 +162,3 @@ def test_full_disk_is_one_warning_a_sink_and_rows_continue(tmp_path, caplog, fil
     assert len(steps) < 42
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [path.name for path in (tmp_path / "strips").iterdir()] == ["step_00000044.png"]
-
-
-def test_strip_is_an_image_in_the_run_folder_and_in_tensorboard(tmp_path, monkeypatch):
-    shown = []
-    board = SimpleNamespace(add_image=lambda *words, **_: shown.append(words[2]), close=lambda: None)
-    monkeypatch.setattr(loggers, "SummaryWriter", lambda *_, **__: board)
-    config = pretrain_config(tmp_path / "data", tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    with LogSinks(config, 0) as sinks:
-        sinks.log_image(pixels, 7)
-    with Image.open(tmp_path / "strips/step_00000007.png") as file:
-        assert (np.array(file) == pixels).all()
-    assert shown == [7]

@@ -11,9 +11,7 @@ from mvlm.distributed.parallel import compile_step, parallelize
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, NonFiniteLossError
 from mvlm.model import fast
-from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives import losses as objectives
-from mvlm.training import trainer
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import make_loader
 from mvlm.training.trainer import Trainer
@@ -43,21 +41,6 @@ def last_row(run: Trainer) -> dict[str, float]:
     return run.metrics.read()[-1]
 
 
-def test_a_step_computes_on_batches_of_few_shapes_and_counts_the_others(start, monkeypatch):
-    run, batches = start()
-    seen, real = [], run.forward_backward
-
-    def few_shapes(loaded, config, world):
-        return [pad_to_bucket(batch, masks, config.model.text_length) for batch, masks in loaded]
-
-    monkeypatch.setattr(trainer, "with_few_shapes", few_shapes)
-    monkeypatch.setattr(run, "forward_backward", lambda micro: seen.append(len(micro[0][0].tokens)) or real(micro))
-    exact = len(next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, ALONE)))[0].tokens)
-    run.one_step(batches)
-    assert seen == [-(-(exact + 1) // 16) * 16]
-    assert run.metrics.tokens == exact
-
-
 @pytest.mark.slow
 def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
     """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
@@ -84,41 +67,6 @@ def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
         moved = before[name] * (1 - peak / 4 * decay) - peak / 4 * g / (np.abs(g) + 1e-8)  # the first step of Adam
         np.testing.assert_allclose(parameter.detach().numpy(), moved, rtol=1e-6, atol=1e-7, err_msg=name)
         assert parameter.grad is None
-
-
-@pytest.mark.slow
-def test_model_gets_seed_step_and_weights(start, monkeypatch):
-    """Seed and step determine ITM's negatives."""
-    run, batches = start(seed=7, mlm_weight=0.5)
-    told, forward = [], run.model.forward
-
-    def listen(batch, masks, **settings):
-        told.append(settings)
-        return forward(batch, masks, **settings)
-
-    monkeypatch.setattr(run.model, "forward", listen)
-    for _ in range(3):
-        run.one_step(batches)
-    same = {"seed": 7, "plan": "fast", "weights": (0.5, 1, 1, 1)}
-    assert told == [same | {"step": step} for step in range(3)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", [1e-3, 1e3])
-def test_gradients_are_clipped_to_the_norm(start, limit, monkeypatch):
-    run, batches = start(clip_norm=limit)
-    norms = []
-
-    def watch(*_):
-        gradients = [p.grad.double() / run.optimizer.grad_scale for p in run.model.parameters() if p.grad is not None]
-        squares = [(gradient**2).sum() for gradient in gradients]
-        norms.append(math.sqrt(sum(squares)))
-
-    monkeypatch.setattr(run.optimizer, "step", watch)
-    run.one_step(batches)
-    row = last_row(run)
-    assert 1e-2 < row["grad_norm"] < 1e3
-    assert norms == [pytest.approx(min(limit, row["grad_norm"]), rel=1e-3)]
 
 
 @pytest.mark.slow
