@@ -187,14 +187,6 @@ def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenize
 
 
 @pytest.mark.slow
-def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
-    """With three of four damaged, the first substitute often is, before it is known."""
-    loader = load(damaged_dataset(tmp_path / "data", 4, [0, 1, 3]), tokenizer, batch_size=2, max_bad_fraction=0.9)
-    assert {i for i, _, _ in stream(loader, 20)} == {2}
-    assert loader.skipped == 3
-
-
-@pytest.mark.slow
 def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, tokenizer):
     """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
     bad, epochs = {2, 7}, 8
