@@ -1,9 +1,7 @@
 """What is masked of image-text pairs: the settings that a loader and a model share. Imports no slow package."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
-
-Self = TypeVar("Self", bound="Masking")
+from typing import Literal, Self
 
 
 # Docstrings are also the text of `mvlm pretrain PRESET --help`.
@@ -63,6 +61,6 @@ class Masking:
         """Patches of one block."""
         return (self.mask_block // self.patch_size) ** 2
 
-    def of_evaluations(self: Self) -> Self:
+    def of_evaluations(self) -> Self:
         """The masking of evaluations: fixed shares, and tokens in place of words, so that figures compare."""
         return replace(self, image_masking="fixed", text_masking="fixed", whole_word_masking=False)

@@ -4,13 +4,11 @@ import re
 from typing import Any
 
 from mvlm_dataloading.scenes.drawing import Artwork
-from mvlm_dataloading.scenes.vocabulary import NOUNS, SHAPES, Kind, plural
+from mvlm_dataloading.scenes.vocabulary import NOUNS, SHAPES, TINTS, plural
 
-TEXTS = [*NOUNS, *(Kind(shape, colour).text for shape, colours in SHAPES.items() for colour in colours)]
+TEXTS = [*NOUNS, *(tint.text for tint in TINTS)]
 ONE_OF = {plural(text): text for text in (*TEXTS, *SHAPES)}
-PLAIN = Artwork(
-    "plain", "licence", "someone", {t: t for t in TEXTS}, dict.fromkeys(TEXTS, b""), dict.fromkeys(TEXTS, (80, 60))
-)
+PLAIN = Artwork("licence", "someone", {t: t for t in TEXTS}, dict.fromkeys(TEXTS, b""), dict.fromkeys(TEXTS, (80, 60)))
 """Artwork without images, all of one shape."""
 
 Object = dict[str, Any]

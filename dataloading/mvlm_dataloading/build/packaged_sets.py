@@ -28,8 +28,8 @@ from pathlib import Path
 
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.sources.drawings.emoji import merge_bases, named_emoji, plain, split_of
-from mvlm_dataloading.sources.drawings.svg import render_svg
+from mvlm_dataloading.sources.emoji import merge_bases, named_emoji, plain, split_of
+from mvlm_dataloading.sources.svg import render_svg
 
 from .shard_writer import ShardWriter
 

@@ -20,18 +20,11 @@ BAND = 1 << 20
 _MOST_PROFILE = 1 << 17  # characters of EXIF data in a text of a PNG
 
 
-def turn(image: Any) -> Any:
-    """A PIL image, turned as its EXIF data say, if they can be read.
+def _turn_of(image: Any) -> Any:
+    """Pillow's transposition that the EXIF data of a loaded image ask for, if they can be read, or None.
 
     Pillow's own function also writes the other EXIF data again, and fails on those that are malformed.
     """
-    image.load()  # a damaged image is an error here; after one below, Pillow would take it for black
-    wanted = _turn_of(image)
-    return image if wanted is None else image.transpose(wanted)
-
-
-def _turn_of(image: Any) -> Any:
-    """Pillow's transposition that the EXIF data of a loaded image ask for, or None."""
     method = need("PIL.Image").Transpose
     turns = {
         2: method.FLIP_LEFT_RIGHT, 3: method.ROTATE_180, 4: method.FLIP_TOP_BOTTOM, 5: method.TRANSPOSE,
@@ -61,7 +54,7 @@ class RgbRows:
     """
 
     def __init__(self, image: Any) -> None:
-        image.load()
+        image.load()  # a damaged image is an error here; later, Pillow would take it for black
         self._image, self._turn = image, _turn_of(image)
         method = need("PIL.Image").Transpose
         self._sideways = self._turn in (method.TRANSPOSE, method.ROTATE_270, method.TRANSVERSE, method.ROTATE_90)

@@ -1,9 +1,7 @@
 """Content of an image file, if it is a regular file of bounded size."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from mvlm_dataloading.files import irregular
@@ -23,21 +21,15 @@ def read_image_file(path: str | Path, max_bytes: int) -> bytes:
     """
     try:
         # Without O_NONBLOCK, a pipe without a writer would block here.
-        with _closed(_opened(path)) as number:
-            known = os.fstat(number)
-            if found := irregular(known):
-                raise _not_regular(found)
-            if known.st_size > max_bytes:
-                raise too_many_bytes(max_bytes, known.st_size)
-            parts, left = [], max_bytes + 1
-            while left and (part := os.read(number, min(left, _BLOCK))):
-                parts.append(part)
-                left -= len(part)
-            if not left:
-                raise too_many_bytes(max_bytes)
-            return b"".join(parts)
-    except (FileNotFoundError, NotADirectoryError):
-        raise _missing() from None
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            return _read(number, max_bytes)
+        finally:
+            os.close(number)
+    except ImageRefusedError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a name may hold a NUL, or not be encodable
+        raise ImageRefusedError("missing", "wanted an image, found no such file; check the path") from None
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise _not_regular("a socket or a device") from None
@@ -47,24 +39,19 @@ def read_image_file(path: str | Path, max_bytes: int) -> bytes:
         ) from None
 
 
-def _opened(path: str | Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except ValueError:  # no name of a file: it holds a NUL, or cannot be encoded
-        raise _missing() from None
-
-
-@contextlib.contextmanager
-def _closed(number: int) -> Iterator[int]:
-    """A file descriptor, closed after the block."""
-    try:
-        yield number
-    finally:
-        os.close(number)
-
-
-def _missing() -> ImageRefusedError:
-    return ImageRefusedError("missing", "wanted an image, found no such file; check the path")
+def _read(number: int, max_bytes: int) -> bytes:
+    known = os.fstat(number)
+    if found := irregular(known):
+        raise _not_regular(found)
+    if known.st_size > max_bytes:
+        raise too_many_bytes(max_bytes, known.st_size)
+    parts, left = [], max_bytes + 1
+    while left and (part := os.read(number, min(left, _BLOCK))):
+        parts.append(part)
+        left -= len(part)
+    if not left:
+        raise too_many_bytes(max_bytes)
+    return b"".join(parts)
 
 
 def too_many_bytes(most: int, size: int | None = None) -> ImageRefusedError:

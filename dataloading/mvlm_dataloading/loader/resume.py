@@ -4,6 +4,7 @@ All randomness is a function of (seed, epoch, sample id), so seed and position i
 on any number of ranks. DALI's own checkpoints are not needed, because its graph draws no random numbers.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -55,12 +56,7 @@ def pixel_hash(config: ReaderConfig) -> str:
         {
             "geometry": geometry,
             # By the names that states have had, with that of colour jitter, which is gone. The geometry has the rest.
-            "augment": {
-                "flip": augment.flip,
-                "operations": augment.operations,
-                "magnitude": augment.magnitude,
-                "jitter": 0.0,
-            },
+            "augment": {name: getattr(augment, name) for name in ("flip", "operations", "magnitude")} | {"jitter": 0.0},
             "train": config.train,
             "decoding": config.decoding,
             "on_gpu": config.device_id is not None,
@@ -106,15 +102,11 @@ def package_versions() -> dict[str, str]:
     found = {}
     for name in (
         "torch",
-        "nvidia-dali-cuda130",
-        "nvidia-dali-cuda120",
-        "nvidia-nvimgcodec-cu13",
-        "nvidia-nvimgcodec-cu12",
+        *(f"nvidia-dali-cuda{n}" for n in (130, 120)),
+        *(f"nvidia-nvimgcodec-cu{n}" for n in (13, 12)),
     ):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -39,15 +39,13 @@ def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -
     if not stored:
         return False
     if stored["fingerprint"] != tokenizer.fingerprint:
-        log.info("%s: stored tokens are from another tokenizer; the loader tokenizes the captions", dataset.folder)
-        return False
-    if stored["max_length"] < length:
-        log.info(
-            "%s: stored captions are truncated to %d tokens, wanted %d; the loader tokenizes the captions",
-            dataset.folder, stored["max_length"], length,
-        )  # fmt: skip
-        return False
-    return True
+        why = "stored tokens are from another tokenizer"
+    elif stored["max_length"] < length:
+        why = f"stored captions are truncated to {stored['max_length']} tokens, wanted {length}"
+    else:
+        return True
+    log.info("%s: %s; the loader tokenizes the captions", dataset.folder, why)
+    return False
 
 
 MAX_REMEMBERED = 65536

@@ -10,7 +10,7 @@ import itertools
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,36 @@ from mvlm_dataloading.build.shard_writer import ShardWriter
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
 
+from . import texts
 from .drawing import Artwork, Painter, openmoji, twemoji
 from .layout import SIDE, Scene, boxes
-from .questions import make_places, make_questions, make_training_places, make_training_questions
-from .texts import Sample, make_captions, make_hypotheses, make_names, make_phrases, make_statements
+from .questions import FAMILIES, make_training_places, make_training_questions, what_is_where
+from .texts import Family, Sample, compose
 from .vocabulary import SPLITS, Vocabulary, vocabulary
 
 log = logging.getLogger(__name__)
 
-Compose = Callable[[str, Vocabulary, int], list[Sample]]
-TASKS: dict[str, Compose] = {
-    "vqa": make_questions,
-    "pairs": make_statements,
-    "entailment": make_hypotheses,
-    "caption": make_captions,
-    "grounding": make_phrases,
-    "names": make_names,
-    "places": make_places,
+TASKS: dict[str, dict[str, Family]] = {
+    "vqa": FAMILIES,
+    "pairs": {
+        "only": texts.statements_of_one_side,
+        "both": texts.statements_of_both,
+        "one": texts.statements_of_exactly_one,
+        "more": texts.statements_of_more,
+        "relation": texts.statements_of_a_side,
+        "same colour": texts.statements_of_a_colour,
+    },
+    "entailment": {
+        "place": texts.hypotheses_of_a_place,
+        "relation": texts.hypotheses_of_a_side,
+        "colour": texts.hypotheses_of_a_colour,
+    },
+    "caption": {"scene": texts.described},
+    "grounding": {"kind": texts.phrases_of_a_kind, "relation": texts.phrases_of_a_side},
+    "names": {"name": texts.one_named},
+    "places": {"place": what_is_where},
 }
-_OF_TRAINING: dict[str, Compose] = {"vqa": make_training_questions, "places": make_training_places}
+_OF_TRAINING = {"vqa": make_training_questions, "places": make_training_places}
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
 _REVISION = 5
 _CHUNK = 64
@@ -99,7 +110,7 @@ def build_scenes(
         ) as writer:
             for split in SPLITS:
                 art = artist if split == "artist" else usual
-                samples = compose_split(task, split, seed, vocabulary(split, art.images), sizes.get(split, test))
+                samples = compose_split(task, split, seed, vocabulary(split), sizes.get(split, test))
                 by_image = [list(same) for _, same in itertools.groupby(samples, key=lambda sample: sample.scenes)]
                 images = _draw_all([same[0].scenes for same in by_image], art, workers)
                 number = 0
@@ -114,8 +125,10 @@ def build_scenes(
 
 def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, count: int) -> list[Sample]:
     """Samples of a task's split before they are drawn, those of one image one after another."""
-    makers = TASKS | _OF_TRAINING if split == "train" else TASKS
-    return makers[task](f"{seed} {task} {split}", vocabulary, count)
+    name = f"{seed} {task} {split}"
+    if split == "train" and task in _OF_TRAINING:
+        return _OF_TRAINING[task](name, vocabulary, count)
+    return compose(TASKS[task], name, vocabulary, count)
 
 
 def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int, image: int) -> dict[str, Any]:
@@ -133,7 +146,9 @@ def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int
     elif task == "entailment":
         found["pairID"] = sample_id
     elif task == "pairs":
-        found["identifier"] = f"{split}-{given['set_id']}-{given.pop('pair')}-0"
+        # The four pairs of a statement follow each other, and are a set.
+        given["set_id"] = number // 4
+        found["identifier"] = f"{split}-{number // 4}-{number % 4}-0"
     elif task == "grounding":
         target = scenes[0]["objects"][given.pop("target")]
         found |= {"id": sample_id, "box": target["box"], "size": [SIDE, SIDE]}

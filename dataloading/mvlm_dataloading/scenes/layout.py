@@ -50,9 +50,6 @@ class Scene:
     objects: tuple[Placed, ...]
     card: int | None = None
 
-    def visible(self) -> list[Placed]:
-        return [one for one in self.objects if one.cell != self.card]
-
     def with_kind(self, number: int, kind: Kind) -> "Scene":
         """The scene with another kind in the place of object `number`: the smallest edit."""
         objects = list(self.objects)

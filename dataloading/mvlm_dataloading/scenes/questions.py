@@ -19,23 +19,6 @@ ANSWERS = 8
 """Possible answers of a question such as "what is left of the dog?"."""
 
 
-def make_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` questions, evenly of the families that the vocabulary allows."""
-    of_colours: dict[str, Family] = {"colour": colour, "same colour": is_same_colour}
-    families: dict[str, Family] = {"exist": exist, "count": number, "relation": relation, "compare": compare}
-    return compose(families | (of_colours if vocabulary.tints else {}), seed, vocabulary, count)
-
-
-def make_training_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """`make_questions` with the further questions of `with_presence`, and about as many scenes with relations alone.
-
-    A relation's answer is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average, with the
-    further ones to 65.
-    """
-    samples = with_presence(make_questions(seed, vocabulary, count), vocabulary)
-    return samples + compose({"relation": relation}, f"{seed} further", vocabulary, count)
-
-
 def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]:
     """Questions in pairs of scenes, each followed by further ones about its scene: "is there a dog?".
 
@@ -167,6 +150,22 @@ def is_same_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     ]
 
 
+FAMILIES: dict[str, Family] = {
+    "exist": exist, "count": number, "relation": relation, "compare": compare, "colour": colour,
+    "same colour": is_same_colour,
+}  # fmt: skip
+
+
+def make_training_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """The questions of all families with those of `with_presence`, and about as many scenes with relations alone.
+
+    A relation's answer is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average, with the
+    further ones to 65.
+    """
+    samples = with_presence(compose(FAMILIES, seed, vocabulary, count), vocabulary)
+    return samples + compose({"relation": relation}, f"{seed} further", vocabulary, count)
+
+
 def _presence(kind: Kind) -> str:
     return f"is there {with_article(kind.text)}?"
 
@@ -191,11 +190,6 @@ PLACES = (
 """Cells of the grid in words."""
 MOST_RELATIONS = 3
 """Most questions of a scene about sides."""
-
-
-def make_places(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` questions, all of whole scenes."""
-    return compose({"place": what_is_where}, seed, vocabulary, count)
 
 
 def make_training_places(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:

@@ -39,7 +39,7 @@ Family = Callable[[random.Random, Vocabulary], list[Sample]]
 
 
 def compose(families: Mapping[str, Family], seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` samples in whole blocks, evenly of all families."""
+    """At least `count` samples in whole blocks, evenly of all families, whose names are part of the seed."""
     made = dict.fromkeys(families, 0)
     samples: list[Sample] = []
     while len(samples) < count:
@@ -92,11 +92,6 @@ def different_pairs(rng: random.Random, answers: Sequence[Any]) -> list[tuple[An
     return list(zip(shuffled[::2], shuffled[1::2], strict=True))
 
 
-def make_captions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """`count` scenes with three to five captions each."""
-    return compose({"scene": described}, seed, vocabulary, count)
-
-
 def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """A scene of one to four kinds, one of them a kind that the split asks about."""
     kind = asked_kind(rng, vocabulary)
@@ -111,11 +106,6 @@ def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     objects = [kind for kind, number in zip(kinds, numbers, strict=True) for _ in range(number)]
     scene = place(rng, objects)
     return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
-
-
-def make_names(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """`count` scenes of one object each, with captions that name it."""
-    return compose({"name": one_named}, seed, vocabulary, count)
 
 
 def one_named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
@@ -161,9 +151,17 @@ def _aligned(one: Placed, other: Placed) -> bool:
     return one.row == other.row or one.column == other.column
 
 
-def make_phrases(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` phrases with an image each; metadata `target` is the number of the object meant."""
-    return compose({"kind": phrases_of_a_kind, "relation": phrases_of_a_side}, seed, vocabulary, count)
+def _told(rng: random.Random, vocabulary: Vocabulary) -> tuple[Kind, str, Kind]:
+    """A noun, the side of another on which a text says that it is, and the other."""
+    subject = rng.choice(vocabulary.subjects)
+    side = rng.choice(vocabulary.sides(subject))
+    return subject, side, rng.choice([kind for kind in vocabulary.anchors if kind != subject])
+
+
+def _side_by_side(rng: random.Random, vocabulary: Vocabulary, subject: Kind, side: str, anchor: Kind) -> Scene:
+    one, other, _ = beside(rng, side)
+    others = fillers(rng, vocabulary, rng.randint(1, 3), {subject.name, anchor.name})
+    return place(rng, [subject, anchor, *others], [one, other])
 
 
 def phrases_of_a_kind(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
@@ -182,9 +180,7 @@ def phrases_of_a_kind(rng: random.Random, vocabulary: Vocabulary) -> list[Sample
 
 def phrases_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """One of two equal nouns, the one on a side of a third object."""
-    subject = rng.choice(vocabulary.subjects)
-    side = rng.choice(vocabulary.sides(subject))
-    anchor = rng.choice([kind for kind in vocabulary.anchors if kind != subject])
+    subject, side, anchor = _told(rng, vocabulary)
     cells = rng.choice(_triples(side))
     others = fillers(rng, vocabulary, rng.randint(0, 2), {subject.name, anchor.name})
     scene = place(rng, [subject, subject, anchor, *others], cells)
@@ -213,12 +209,6 @@ CORNERS = {
 """Cells that have a name."""
 
 
-def make_hypotheses(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` hypotheses with an image each, evenly of the families that the vocabulary allows."""
-    families: dict[str, Family] = {"place": hypotheses_of_a_place, "relation": hypotheses_of_a_side}
-    return compose(families | ({"colour": hypotheses_of_a_colour} if vocabulary.tints else {}), seed, vocabulary, count)
-
-
 def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """Kind of the object in a named place."""
     kind, cell = asked_kind(rng, vocabulary), rng.choice(tuple(CORNERS))
@@ -231,12 +221,8 @@ def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sa
 
 def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """Side of a noun; in the contradicting image the two nouns are exchanged, in the open one a card hides one."""
-    subject = rng.choice(vocabulary.subjects)
-    side = rng.choice(vocabulary.sides(subject))
-    anchor = rng.choice([kind for kind in vocabulary.anchors if kind != subject])
-    one, other, _ = beside(rng, side)
-    others = fillers(rng, vocabulary, rng.randint(1, 3), {subject.name, anchor.name})
-    scene = place(rng, [subject, anchor, *others], [one, other])
+    subject, side, anchor = _told(rng, vocabulary)
+    scene = _side_by_side(rng, vocabulary, subject, side, anchor)
     text = f"the {subject.text} is {SIDES[side]} the {anchor.text}"
     return _three_judged(rng, "relation", text, scene, scene.swapped(0, 1), asked=(0, 1))
 
@@ -266,24 +252,6 @@ def _three_judged(
 
 
 Pair = tuple[Scene, Scene]
-
-
-def make_statements(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
-    """At least `count` pairs of images with a statement. The four of a statement follow each other and share a set."""
-    families: dict[str, Family] = {
-        "only": statements_of_one_side,
-        "both": statements_of_both,
-        "one": statements_of_exactly_one,
-        "more": statements_of_more,
-        "relation": statements_of_a_side,
-    }
-    if vocabulary.tints:
-        families["same colour"] = statements_of_a_colour
-    samples = compose(families, seed, vocabulary, count)
-    return [
-        replace(sample, metadata={**sample.metadata, "set_id": number // 4, "pair": number % 4})
-        for number, sample in enumerate(samples)
-    ]
 
 
 def statements_of_one_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
@@ -330,14 +298,10 @@ def statements_of_more(rng: random.Random, vocabulary: Vocabulary) -> list[Sampl
 
 def statements_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """Side of a noun in both images; in a false pair the two nouns are exchanged in one image."""
-    subject = rng.choice(vocabulary.subjects)
-    side = rng.choice(vocabulary.sides(subject))
-    anchor = rng.choice([kind for kind in vocabulary.anchors if kind != subject])
+    subject, side, anchor = _told(rng, vocabulary)
     found: list[Pair] = []
     for _ in range(2):
-        one, other, _ = beside(rng, side)
-        others = fillers(rng, vocabulary, rng.randint(1, 3), {subject.name, anchor.name})
-        scene = place(rng, [subject, anchor, *others], [one, other])
+        scene = _side_by_side(rng, vocabulary, subject, side, anchor)
         found.append((scene, scene.swapped(0, 1)))
     (first, not_first), (second, not_second) = found
     statement = f"in both images the {subject.text} is {SIDES[side]} the {anchor.text}"

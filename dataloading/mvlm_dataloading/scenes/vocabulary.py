@@ -12,7 +12,6 @@ Each of three things is kept for one split, which measures it:
 
 import hashlib
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 
 _LIST = """
@@ -64,6 +63,10 @@ class Kind:
     @property
     def text(self) -> str:
         return self.name if self.colour is None else f"{self.colour} {self.name}"
+
+
+TINTS = tuple(Kind(shape, colour) for shape, colours in SHAPES.items() for colour in colours)
+"""All shapes in all their colours."""
 
 
 def plural(text: str) -> str:
@@ -132,20 +135,13 @@ class Vocabulary:
         return [side for side in SIDES if self.stands(subject.name, side)]
 
 
-def vocabulary(split: str, drawn: Collection[str]) -> Vocabulary:
-    """Kinds of a split.
-
-    Args:
-        drawn: texts of the kinds that the split's artwork has.
-    """
-    nouns = tuple(Kind(noun) for noun in NOUNS if noun in drawn)
-    tints = tuple(Kind(shape, colour) for shape, colours in SHAPES.items() for colour in colours)
-    tints = tuple(tint for tint in tints if tint.text in drawn)
-    seen = tuple(noun for noun in nouns if not is_unseen(noun.name))
-    unseen = tuple(noun for noun in nouns if is_unseen(noun.name))
-    books = tuple(tint for tint in tints if tint.name == "book")
-    held = tuple(tint for tint in tints if tint.colour in HELD_COLOURS.get(tint.name, ()))
-    plain = tuple(tint for tint in tints if tint not in books and tint not in held)
+def vocabulary(split: str) -> Vocabulary:
+    """Kinds of a split."""
+    seen = tuple(Kind(noun) for noun in NOUNS if not is_unseen(noun))
+    unseen = tuple(Kind(noun) for noun in NOUNS if is_unseen(noun))
+    books = tuple(tint for tint in TINTS if tint.name == "book")
+    held = tuple(tint for tint in TINTS if tint.colour in HELD_COLOURS.get(tint.name, ()))
+    plain = tuple(tint for tint in TINTS if tint not in books and tint not in held)
     if split == "combo":
         return Vocabulary((), held, seen, seen, seen + plain, held_sides=True)
     if split == "concept":

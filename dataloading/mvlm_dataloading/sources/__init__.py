@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @cache
 def all_sources() -> "dict[str, Callable[..., Source]]":
     """The registered sources by their names on the command line. The first call imports all files of this folder."""
-    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         import_module(module.name)
     from .record import SOURCES
 

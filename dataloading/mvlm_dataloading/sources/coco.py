@@ -6,8 +6,8 @@ from typing import Any
 
 from mvlm_dataloading.errors import DataError
 
-from .files import captions_in_cell, read_json, reason_if_outside
-from .record import Record, Source, canonical_split, cut_into_pieces, file_sha256, require_folder, source
+from .files import captions_in_cell, karpathy_images, read_as, read_json, reason_if_outside
+from .record import Record, Source, canonical_split, published, require_folder, source
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
@@ -36,13 +36,13 @@ def coco(root: Path, /, karpathy: Path | None = None, year: int | None = None) -
         for file in files:
             split = canonical_split(_name(file)[0], str(file))
             records.setdefault(split, []).extend(_captions(root, file))
-    return Source(
-        name="coco",
+    return published(
+        "coco",
+        records,
+        files,
         origin="COCO captions, https://cocodataset.org" + (", splits by A. Karpathy" if karpathy else ""),
         licence="annotations CC BY 4.0; each image under its own Flickr licence",
         attribution="COCO Consortium",
-        recipe={"annotations": [file_sha256(file) for file in files]},
-        pieces=cut_into_pieces(records),
     )
 
 
@@ -65,43 +65,36 @@ def _name(file: Path) -> tuple[str, str]:
 
 def _captions(root: Path, file: Path) -> list[Record]:
     """List one record per image, with its captions in the order of the file."""
-    content = read_json(file)
-    try:
+    with read_as(file, "COCO captions (images, annotations)"):
+        content = read_json(file)
         captions: dict[int, list[str]] = {}
         for annotation in content["annotations"]:
             captions.setdefault(annotation["image_id"], []).extend(captions_in_cell(annotation["caption"]))
         licences = {licence["id"]: licence.get("url") for licence in content.get("licenses", ())}
         folder = root / file.stem.removeprefix("captions_")
-        records = []
-        for image in content["images"]:
-            known, licence = captions.get(image["id"], []), licences.get(image.get("license"))
-            records.append(_record(folder, image["file_name"], image["id"], known, licence))
-        return records
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{file}: wanted COCO captions (images, annotations), found {error!r}; download it again"
-        ) from None
+        return [
+            _record(
+                folder,
+                image["file_name"],
+                image["id"],
+                captions.get(image["id"], []),
+                licences.get(image.get("license")),
+            )
+            for image in content["images"]
+        ]
 
 
 def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
-    content = read_json(file)
-    folders = [name for name in _FOLDERS if (root / name).is_dir()]
-    if not folders:
-        require_folder(*(root / name for name in _FOLDERS))
+    images = list(karpathy_images(file))
+    require_folder(*(root / name for name in _FOLDERS))
     records: dict[str, list[Record]] = {}
-    try:
-        for image in content["images"]:
+    for split, captions, image in images:
+        with read_as(file, "Karpathy's dataset_coco.json"):
             name = str(Path(image["filepath"], image["filename"]))
             if not (root / name).parent.is_dir():  # the 2017 download has the images of 2014 under shorter names
                 short = f"{int(image['cocoid']):012d}.jpg"
-                name = next((f"{folder}/{short}" for folder in folders if (root / folder / short).is_file()), name)
-            captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
-            split = canonical_split(image["split"], str(file))
+                name = next((f"{one}/{short}" for one in _FOLDERS if (root / one / short).is_file()), name)
             records.setdefault(split, []).append(_record(root, name, image["cocoid"], captions, None))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{file}: wanted Karpathy's dataset_coco.json, found {error!r}; download it again") from None
     return records
 
 

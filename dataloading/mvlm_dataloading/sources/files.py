@@ -9,14 +9,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import read_regular
 
-from .record import require_file
+from .record import canonical_split, require_file
 
 CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
@@ -24,10 +25,8 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 def read_json(file: Path) -> Any:
     """Content of a JSON file. Raises DataError if the file is missing or is not JSON."""
-    try:
+    with read_as(file, "JSON"):
         return json.loads(require_file(file).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: wanted JSON, found {error}; download it again") from None
 
 
 def read_json_list(file: Path) -> Iterator[Any]:
@@ -200,6 +199,22 @@ def find_file(root: Path, *names: str) -> Path | None:
     return next((path for name in names if (path := root / name).is_file()), None)
 
 
+def split_files(root: Path, splits: Mapping[str, str], *names: str) -> list[tuple[str, str, Path]]:
+    """The published split, ours, and the file of each split that is there.
+
+    Args:
+        names: of a split's file in the releases, relative to `root`, with {0} for the published split.
+
+    Raises:
+        DataError: no file is there.
+    """
+    known = ((part, split, find_file(root, *(name.format(part) for name in names))) for part, split in splits.items())
+    found = [(part, split, file) for part, split, file in known if file is not None]
+    if not found:
+        require_file(root / names[0].format(next(iter(splits))))
+    return found
+
+
 def coco_folder(roots: Iterable[Path], name: str) -> Path:
     """Folder `name`, such as train2014, of COCO's images. DataError if it is in none of the usual places."""
     places = [root / folder / name for root in roots for folder in _COCO_FOLDERS]
@@ -209,6 +224,20 @@ def coco_folder(roots: Iterable[Path], name: str) -> Path:
     return found
 
 
-def wrong_format(file: Path, wanted: str, error: object) -> DataError:
-    """Error for a file whose content is not as published."""
-    return DataError(f"{file}: wanted {wanted}, found {error!r}; download it again")
+@contextmanager
+def read_as(file: Path, wanted: str) -> Iterator[None]:
+    """A block that takes the content of a file apart. DataError where it is not as `wanted`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{file}: wanted {wanted}, found {error!r}; download it again") from None
+
+
+def karpathy_images(file: Path) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
+    """Yield split, captions and the other fields of each image of one of Karpathy's files."""
+    with read_as(file, f"Karpathy's {file.name}"):
+        for image in read_json(file)["images"]:
+            captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
+            yield canonical_split(image["split"], str(file)), captions, image

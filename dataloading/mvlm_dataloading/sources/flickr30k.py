@@ -2,23 +2,27 @@
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
 
-from .files import captions_in_cell, read_json, read_rows, reason_if_outside
+from .files import captions_in_cell, karpathy_images, read_as, read_rows, reason_if_outside
 from .record import (
     Record,
     Source,
     canonical_split,
-    cut_into_pieces,
-    file_sha256,
+    published,
     require_file,
     require_folder,
+    require_one_of,
     safe_key,
     source,
 )
+
+Row = tuple[str, Any, list[str]]
+"""Split, name of the image, and captions."""
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
@@ -39,24 +43,29 @@ def flickr30k(root: Path, /, captions: Path | None = None) -> Source:
     """
     images = image_folder(root)
     if captions is None:
-        places = [folder / name for name in _FILES for folder in (root, images, images.parent)]
-        captions = next((place for place in places if place.is_file()), root / _FILES[0])
+        captions = require_one_of(*(folder / name for name in _FILES for folder in (root, images, images.parent)))
     require_file(captions)
     if captions.suffix == ".json":
-        records = _karpathy(images, captions)
+        with read_as(captions, "Karpathy's dataset_flickr30k.json"):
+            rows = [(split, image["filename"], texts) for split, texts, image in karpathy_images(captions)]
     elif captions.suffix == ".token":
-        records = {"train": _records(images, _token_lines(captions))}
+        rows = _by_image(_token_lines(captions))
     elif _header(captions).startswith("raw,"):
-        records = _annotations(images, captions)
+        rows = _annotations(captions)
     else:
-        records = {"train": _records(images, _table_lines(captions))}
-    return Source(
-        name="flickr30k",
+        rows = _by_image(_table_lines(captions))
+    records: dict[str, list[Record]] = {}
+    for split, name, texts in rows:
+        path, fault = images / str(name), reason_if_outside(str(name))
+        metadata = {"image_id": f"flickr {path.stem}"}
+        records.setdefault(split, []).append(Record(safe_key(path.stem), path, texts, str(path), metadata, fault))
+    return published(
+        "flickr30k",
+        records,
+        [captions],
         origin="Flickr30k, https://shannon.cs.illinois.edu/DenotationGraph",
         licence="images for non-commercial research and education, under the terms of Flickr",
         attribution="Young, Lai, Hodosh and Hockenmaier, 2014",
-        recipe={"annotations": [file_sha256(captions)]},
-        pieces=cut_into_pieces(records),
     )
 
 
@@ -72,76 +81,46 @@ def _header(file: Path) -> str:
         return text.readline(1000)
 
 
-def _karpathy(images: Path, file: Path) -> dict[str, list[Record]]:
-    records: dict[str, list[Record]] = {}
-    try:
-        for image in read_json(file)["images"]:
-            captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
-            records.setdefault(canonical_split(image["split"], str(file)), []).append(
-                _record(images, image["filename"], captions)
-            )
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{file}: wanted Karpathy's dataset_flickr30k.json, found {error!r}; download it again"
-        ) from None
-    return records
+def _annotations(file: Path) -> list[Row]:
+    """Rows of a table with the columns `raw` (a JSON list of captions), `split` and `filename`."""
+    with read_as(file, "columns raw, split and filename"):
+        return [
+            (canonical_split(row["split"], str(file)), row["filename"], captions_in_cell(json.loads(row["raw"])))
+            for row in read_rows(file)
+        ]
 
 
-def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
-    """Records of a table with the columns `raw` (a JSON list of captions), `split` and `filename`."""
-    records: dict[str, list[Record]] = {}
-    for row in read_rows(file):
-        try:
-            captions = captions_in_cell(json.loads(row["raw"]))
-            split = canonical_split(row["split"], str(file))
-            records.setdefault(split, []).append(_record(images, row["filename"], captions))
-        except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"{file}: wanted columns raw, split and filename, found {error!r}; download it again"
-            ) from None
-    return records
+def _by_image(lines: Iterable[tuple[str, str]]) -> list[Row]:
+    """Rows of pairs (image, caption) without splits."""
+    captions: dict[str, list[str]] = {}
+    for name, caption in lines:
+        captions.setdefault(name, []).append(caption)
+    return [("train", name, known) for name, known in captions.items()]
 
 
-def _token_lines(file: Path) -> list[tuple[str, str]]:
+def _lines(file: Path, pattern: str, wanted: str, header: int = 0) -> Iterator[tuple[str, str]]:
+    """Pairs of the first and the last group of each line that is not empty, below a header of so many lines."""
+    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    for number, line in enumerate(lines[header:], 1 + header):
+        if line.strip():
+            match = re.fullmatch(pattern, line, re.DOTALL)
+            if match is None:
+                raise DataError(f"{file} line {number}: wanted {wanted}, found {line[:60]!r}")
+            yield match["image"], match["caption"]
+
+
+def _token_lines(file: Path) -> Iterator[tuple[str, str]]:
     """Pairs (image, caption) from lines `1000092795.jpg#0<tab>caption`."""
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1):
-        if not line.strip():
-            continue
-        name, tab, caption = line.partition("\t")
-        if not tab:
-            raise DataError(f"{file} line {number}: wanted NAME#NUMBER, a tab and a caption, found {line[:60]!r}")
-        found.append((name.partition("#")[0], caption))
-    return found
+    return _lines(file, r"(?P<image>[^#\t]*)[^\t]*\t(?P<caption>.*)", "NAME#NUMBER, a tab and a caption")
 
 
-def _table_lines(file: Path) -> list[tuple[str, str]]:
+def _table_lines(file: Path) -> Iterator[tuple[str, str]]:
     """Pairs (image, caption) from lines `name| number| caption` below a header. One published row lacks a bar.
 
     A table with commas is a CSV file, whose first cell is the name and whose last is the caption.
     """
     if "|" not in _header(file):
-        cells = [list(row.values()) for row in read_rows(file, delimiter=",")]
-        return [(str(row[0]).strip(), str(row[-1] or "").strip()) for row in cells]
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")[1:], 2):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"\s*([^|]+?)\s*[|]\s*(?:(\d+)\s*[|]?\s+|(\d+)\s*[|]\s*)?(.*?)\s*", line)
-        if match is None:
-            raise DataError(f"{file} line {number}: wanted NAME| NUMBER| caption, found {line[:60]!r}")
-        found.append((match[1], match[4]))
-    return found
-
-
-def _records(images: Path, lines: list[tuple[str, str]]) -> list[Record]:
-    captions: dict[str, list[str]] = {}
-    for name, caption in lines:
-        captions.setdefault(name, []).append(caption)
-    return [_record(images, name, known) for name, known in captions.items()]
-
-
-def _record(images: Path, name: Any, captions: list[str]) -> Record:
-    path = images / str(name)
-    metadata = {"image_id": f"flickr {path.stem}"}
-    return Record(safe_key(path.stem), path, captions, str(path), metadata, reason_if_outside(str(name)))
+        cells = (list(row.values()) for row in read_rows(file, delimiter=","))
+        return ((str(row[0]).strip(), str(row[-1] or "").strip()) for row in cells)
+    pattern = r"\s*(?P<image>[^|]+?)\s*[|]\s*(?:\d+\s*[|]?\s+|\d+\s*[|]\s*)?(?P<caption>.*?)\s*"
+    return _lines(file, pattern, "NAME| NUMBER| caption", header=1)

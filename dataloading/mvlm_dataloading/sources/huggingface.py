@@ -96,7 +96,10 @@ def huggingface(
                 f"{path}: wanted rows of {file.split} as the name states, found train in the column split; give "
                 f"--split-column split or --split {file.split}"
             )
-        pieces += _pieces(file, splits, (validation, test))
+        if "train" in splits and (validation or test):
+            splits = {"train", "validation", "test"}
+        shares = (validation, test)
+        pieces += [_RowsPiece(one, file, shares) for one in ("train", "validation", "test") if one in splits]
     return Source(
         name=name,
         origin="rows of Hugging Face datasets",
@@ -202,7 +205,8 @@ class _RowsFile:
         """Yield of every sample its split, the text whose hash assigns it to a share, and its record."""
         last: tuple[str, str, Record] | None = None
         captions: list[str] = []
-        for number, row in enumerate(_rows(self.path, self.columns)):
+        rows = chain.from_iterable(batch.to_pylist() for batch in _batches(self.path, self.columns, _BATCH))
+        for number, row in enumerate(rows):
             where = f"{self.path.name} row {number}"
             key = safe_key(str(row[self.key_column]) if self.key_column else f"{self.number:05d}-{number:08d}")
             split = self.split_of(row[self.split_column]) if self.split_column else self.split
@@ -226,12 +230,6 @@ class _RowsFile:
             last = split, hashed, Record(key, image, captions, where, metadata, fault)
         if last is not None:
             yield last
-
-
-def _pieces(file: _RowsFile, splits: set[str], shares: tuple[float, float]) -> "list[_RowsPiece]":
-    if "train" in splits and any(shares):
-        splits = {"train", "validation", "test"}
-    return [_RowsPiece(split, file, shares) for split in ("train", "validation", "test") if split in splits]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +268,6 @@ def _schema(path: Path) -> list[str]:
             return stream.schema.names
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: wanted a file of rows, found {error}; download or save it again") from None
-
-
-def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    return chain.from_iterable(batch.to_pylist() for batch in _batches(path, columns, _BATCH))
 
 
 def _batches(path: Path, columns: list[str], size: int) -> Iterator[Any]:

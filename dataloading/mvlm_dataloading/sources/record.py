@@ -163,13 +163,37 @@ def source(function: Build) -> Build:
 PIECE_RECORDS = 2048
 
 
-def cut_into_pieces(records: dict[str, list[Record]], size: int = PIECE_RECORDS) -> list[Piece]:
-    """Divide the records of each split into pieces of `size`."""
+def cut_into_pieces(records: dict[str, list[Record]]) -> list[Piece]:
+    """Divide the records of each split into pieces."""
     return [
-        ListedPiece(split, listed[begin : begin + size])
+        ListedPiece(split, listed[begin : begin + PIECE_RECORDS])
         for split, listed in sorted(records.items())
-        for begin in range(0, len(listed), size)
+        for begin in range(0, len(listed), PIECE_RECORDS)
     ]
+
+
+def published(
+    name: str,
+    records: dict[str, list[Record]],
+    files: Sequence[Path],
+    *,
+    origin: str,
+    licence: str,
+    attribution: str,
+    questions: bool = False,
+    **recipe: Any,
+) -> Source:
+    """A source of annotation files, and of records read from them.
+
+    Args:
+        files: the annotation files. Their hashes are in the recipe.
+        questions: of a task: the records of one image come one after another.
+        recipe: further values that determine the content.
+    """
+    if questions:
+        records = {split: with_images_together(listed) for split, listed in records.items()}
+    recipe = {"annotations": [file_sha256(file) for file in files], **recipe}
+    return Source(name, origin, licence, recipe, cut_into_pieces(records), attribution, questions)
 
 
 def with_images_together(records: list[Record]) -> list[Record]:
@@ -290,6 +314,11 @@ def require_file(path: Path) -> Path:
     if not path.is_file():
         raise DataError(f"{path}: wanted a file, found none; give the folder that the data set was unpacked to")
     return path
+
+
+def require_one_of(*paths: Path) -> Path:
+    """The first of the files that exists. Raises DataError for the first one if none does."""
+    return require_file(next((path for path in paths if path.is_file()), paths[0]))
 
 
 def require_folder(*paths: Path) -> Path:

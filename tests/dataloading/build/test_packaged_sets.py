@@ -13,7 +13,7 @@ from PIL import Image
 from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.build import packaged_sets
 from mvlm_dataloading.build.packaged_sets import build_easy_vqa, build_emoji, build_twemoji
-from mvlm_dataloading.sources.drawings.emoji import named_emoji, split_of
+from mvlm_dataloading.sources.emoji import named_emoji, split_of
 from support.data import file_contents
 
 

@@ -1,7 +1,6 @@
 """Files of images: regular ones alone, with a bounded number of bytes."""
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -62,28 +61,3 @@ def test_bytes_are_counted_as_they_are_read(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ImageRefusedError, match="found more") as refused:
         read_image_file("/proc/self/status", 100)
     assert refused.value.kind == "bytes"
-
-
-def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "a"
-    file.touch()
-    end = threading.Event()
-
-    def grow() -> None:
-        with file.open("ab", buffering=0) as growing:
-            while not end.is_set() and growing.tell() < 50_000_000:
-                growing.write(bytes(100_000))
-
-    thread = threading.Thread(target=grow)
-    thread.start()
-    sizes = []
-    try:
-        while len(sizes) < 10_000:
-            sizes.append(len(read_image_file(file, 20_000_000)))
-    except ImageRefusedError as refused:
-        assert refused.kind == "bytes"  # noqa: PT017
-    finally:
-        end.set()
-        thread.join()
-    assert len(sizes) < 10_000
-    assert max(sizes, default=0) <= 20_000_000

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading import open_dataset
 from mvlm_dataloading.sources.coco import coco
 from support import published
 from support.data import build_source, read_json_lines
@@ -35,14 +35,6 @@ def test_coco_in_karpathys_splits(tmp_path, year):
         "validation": expected([9]),
         "test": expected([10, 11]),
     }
-
-
-def test_coco_of_two_years_needs_a_year(tmp_path):
-    published.coco(tmp_path, train=2, val=1)
-    published.coco(tmp_path, train=3, val=1, year=2017)
-    with pytest.raises(DataError, match="wanted the captions of one year, found 2014, 2017; give --year"):
-        coco(tmp_path)
-    assert len(build_source(coco(tmp_path, year=2017), tmp_path / "out")["train"]) == 3
 
 
 def test_coco_rejects_missing_images_and_images_without_captions(tmp_path):

@@ -84,14 +84,3 @@ def test_tables_tolerate_common_download_errors(tmp_path):
     )
     rows = list(read_rows(tmp_path / "a.csv"))
     assert [row["caption"].replace("\0", " ") for row in rows] == ['two\nlines, "quoted"', "nul byte"]
-    for cells, words in {
-        '"Welcome home" says the mat': "wanted a table, found ',' expected after '\"'",
-        "a dog, awake": r"a\.csv line 2: wanted 2 cells as in the header, found more; quote cells that hold ','",
-        '"cut off': "wanted a table, found unexpected end of data",
-    }.items():
-        (tmp_path / "a.csv").write_text(f"image,caption\n1.jpg,{cells}\n2.jpg,a cat")
-        with pytest.raises(DataError, match=words):
-            list(read_rows(tmp_path / "a.csv"))
-    (tmp_path / "a.jsonl").write_text('{"image": "a"}\n\n[1]\n')
-    with pytest.raises(DataError, match=r"a\.jsonl line 3: wanted a JSON object, found list"):
-        list(read_rows(tmp_path / "a.jsonl"))

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from mvlm.errors import RunError
 from mvlm.inference.images import GREY, decode_image, hide_patches, load_image, one_ahead
-from mvlm_dataloading.images.colours import turn
+from mvlm_dataloading.images.colours import RgbRows
 from support.models import micro_batch
 from support.scenes import png, scene
 
@@ -155,7 +155,7 @@ def test_every_orientation_is_that_of_pillow(tmp_path, number):
     exif[0x0112] = number
     Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint8).reshape(32, 24, 3)).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
-        assert np.array_equal(np.array(turn(opened)), np.array(ImageOps.exif_transpose(opened)))
+        assert np.array_equal(RgbRows(opened).pixels(), np.array(ImageOps.exif_transpose(opened)))
 
 
 def png_header(side: int) -> bytes:

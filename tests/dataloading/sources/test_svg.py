@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mvlm_dataloading.sources.drawings.svg import render_cutout, render_svg
+from mvlm_dataloading.sources.svg import render_cutout, render_svg
 
 PAGE = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:x="http://www.w3.org/1999/xlink" viewBox="0 0 8 8">{}</svg>'
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
-from mvlm_dataloading.sources.drawings.emoji import named_emoji, plain, split_of
-from mvlm_dataloading.sources.drawings.iconify import concept, iconify, words_of
+from mvlm_dataloading.sources.emoji import named_emoji, plain, split_of
+from mvlm_dataloading.sources.iconify import concept, iconify, words_of
 
 
 def square(x: int) -> dict[str, Any]:
@@ -145,30 +145,6 @@ def test_held_out_artists_are_never_trained_on(tmp_path: Path, prefix: str) -> N
     with pytest.raises(DataError, match=f"{prefix} is held out to measure transfer, and never trained on"):
         iconify(path)
     assert {split for split, _ in records(path, evaluation_only=True).values()} <= {"seen", "validation", "test"}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ([], "wanted a collection of Iconify"),
-        ({"prefix": "p"}, "wanted a collection of Iconify"),
-        ({"prefix": "p", "icons": {"a": {"width": 2}}}, "wanted a collection of Iconify"),
-        ({"prefix": "p", "icons": {"a": {"body": 3}}}, "is no text"),
-        ({"prefix": "p", "icons": {"1": square(1)}}, "wanted icons with names of words, found none"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        iconify(write(tmp_path, content))
-
-
-def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing"):
-        iconify(tmp_path / "nothing.json")
-    path = write(tmp_path)
-    path.with_name("info.json").write_text("{")
-    with pytest.raises(DataError, match=r"info\.json: wanted JSON"):
-        iconify(path)
 
 
 @pytest.mark.parametrize("beside", [{"chars": {"1f408": "home"}, "info": INFO}, {"info": INFO | {"name": "Others"}}])

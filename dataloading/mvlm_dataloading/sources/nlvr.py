@@ -9,28 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import (
-    captions_in_cell,
-    files_under,
-    find_file,
-    read_rows,
-    reason_if_outside,
-    wrong_format,
-)
-from mvlm_dataloading.sources.record import (
-    ImageStrip,
-    Record,
-    Source,
-    cut_into_pieces,
-    file_sha256,
-    source,
-    with_images_together,
-)
+
+from .files import captions_in_cell, files_under, read_as, read_rows, reason_if_outside, split_files
+from .record import ImageStrip, Record, Source, published, source
 
 _PERMUTATIONS = 6
 _BOXES = ((0, 0, 100, 100), (150, 0, 250, 100), (300, 0, 400, 100))
 """Boxes in an image of NLVR, 400 x 100 pixels."""
-_LABELS = {"true": "true", "false": "false"}
+_SPLITS = {"train": "train", "dev": "validation"}
 NO_LABEL = "label is neither true nor false"
 
 
@@ -53,14 +39,19 @@ def nlvr2(root: Path, /, images: Path | None = None, side: int = 384) -> Source:
     """
     _check_side(side)
     folder = images or (root / "images" if (root / "images").is_dir() else root)
-    records: dict[str, list[Record]] = {}
-    files = []
-    for published, split in {"train": "train", "dev": "validation", "test1": "test", "test2": "test2"}.items():
-        file = find_file(root, f"{published}.json", f"data/{published}.json", f"nlvr2/data/{published}.json")
-        if file is not None:
-            files.append(file)
-            records[split] = with_images_together([_pair(folder, published, row, side, file) for row in _rows(file)])
-    return _source("nlvr2", root / "train.json", files, records, "CC BY 4.0; each image under its own licence", side)
+    files = split_files(
+        root, _SPLITS | {"test1": "test", "test2": "test2"}, "{0}.json", "data/{0}.json", "nlvr2/data/{0}.json"
+    )
+    return published(
+        "nlvr2",
+        {split: [_pair(folder, part, row, side, file) for row in _rows(file)] for part, split, file in files},
+        [file for *_, file in files],
+        origin="NLVR2, https://lil.nlp.cornell.edu/nlvr",
+        licence="CC BY 4.0; each image under its own licence",
+        attribution="Suhr et al., 2019",
+        questions=True,
+        side=side,
+    )
 
 
 @source
@@ -83,44 +74,27 @@ def nlvr(root: Path, /, side: int = 100, permutations: int = _PERMUTATIONS) -> S
     _check_side(side)
     if not 1 <= permutations <= _PERMUTATIONS:
         raise DataError(f"permutations: wanted 1 to {_PERMUTATIONS}, got {permutations}")
-    records: dict[str, list[Record]] = {}
-    files = []
-    for published, split in {"train": "train", "dev": "validation", "test": "test", "hidden": "hidden"}.items():
-        file = find_file(root, f"{published}/{published}.json", f"nlvr/{published}/{published}.json")
-        if file is not None:
-            files.append(file)
-            count = permutations if split == "train" else 1
-            rows = [one for row in _with_folders(file) for one in _boxes(file, published, row, side, count)]
-            records[split] = with_images_together(rows)
-    recipe = {"permutations": permutations}
-    return _source("nlvr", root / "train/train.json", files, records, "CC BY 4.0", side, **recipe)
+    files = split_files(root, _SPLITS | {"test": "test", "hidden": "hidden"}, "{0}/{0}.json", "nlvr/{0}/{0}.json")
+    records = {}
+    for part, split, file in files:
+        count = permutations if split == "train" else 1
+        records[split] = [one for row in _with_folders(file) for one in _boxes(file, part, row, side, count)]
+    return published(
+        "nlvr",
+        records,
+        [file for *_, file in files],
+        origin="NLVR, https://lil.nlp.cornell.edu/nlvr",
+        licence="CC BY 4.0",
+        attribution="Suhr, Lewis, Yeh and Artzi, 2017",
+        questions=True,
+        side=side,
+        permutations=permutations,
+    )
 
 
 def _check_side(side: int) -> None:
     if not 16 <= side <= 4096:
         raise DataError(f"side: wanted 16 to 4096 pixels, got {side}")
-
-
-def _source(
-    name: str,
-    missing: Path,
-    files: list[Path],
-    records: dict[str, list[Record]],
-    licence: str,
-    side: int,
-    **recipe: Any,
-) -> Source:
-    if not files:
-        raise DataError(f"{missing}: wanted a file, found none; give the folder that the data set was unpacked to")
-    return Source(
-        name=name,
-        origin=f"{name.upper()}, https://lil.nlp.cornell.edu/nlvr",
-        licence=licence,
-        attribution="Suhr et al., 2019" if name == "nlvr2" else "Suhr, Lewis, Yeh and Artzi, 2017",
-        recipe={"annotations": [file_sha256(file) for file in files], "side": side, **recipe},
-        pieces=cut_into_pieces(records),
-        questions=True,
-    )
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -137,41 +111,30 @@ def _with_folders(file: Path) -> Iterator[dict[str, Any]]:
         yield {"directory": folders.get(f"{file.stem}-{row.get('identifier')}-0", ""), **row}
 
 
-def _pair(folder: Path, published: str, row: dict[str, Any], side: int, file: Path) -> Record:
-    try:
+def _pair(folder: Path, part: str, row: dict[str, Any], side: int, file: Path) -> Record:
+    with read_as(file, "rows with sentence, label, identifier and, in train, directory"):
         identifier = str(row["identifier"])
-        name, _, _ = identifier.rpartition("-")
-        set_id = "-".join(identifier.split("-")[:2])
-        inside = f"{published}/{row['directory']}" if published == "train" else published
+        inside = f"{part}/{row['directory']}" if part == "train" else part
         text = captions_in_cell(row["sentence"])
-    except KeyError as error:
-        raise wrong_format(file, "rows with sentence, label, identifier and, in train, directory", error) from None
+    name, _, _ = identifier.rpartition("-")
     paths = tuple(folder / inside / f"{name}-img{k}.png" for k in (0, 1))
-    metadata, fault = _truth(row, 2, identifier, set_id, f"nlvr2 {name}")
+    metadata, fault = _truth(row, 2, identifier, "-".join(identifier.split("-")[:2]), f"nlvr2 {name}")
     if identifier.count("-") != 3:
         fault = "identifier is not split-set-pair-sentence"
-    return Record(
-        identifier,
-        ImageStrip(paths, side),
-        text,
-        str(paths[0]),
-        metadata,
-        reason_if_outside(f"{inside}/{name}") or fault,
-    )
+    fault = reason_if_outside(f"{inside}/{name}") or fault
+    return Record(identifier, ImageStrip(paths, side), text, str(paths[0]), metadata, fault)
 
 
-def _boxes(file: Path, published: str, row: dict[str, Any], side: int, count: int) -> Iterator[Record]:
-    try:
+def _boxes(file: Path, part: str, row: dict[str, Any], side: int, count: int) -> Iterator[Record]:
+    with read_as(file, "rows with sentence, label, identifier n-m and directory"):
         number, place = str(row["identifier"]).split("-")
         directory, text = str(row["directory"]), captions_in_cell(row["sentence"])
-    except (KeyError, ValueError) as error:
-        raise wrong_format(file, "rows with sentence, label, identifier n-m and directory", error) from None
     for k in range(count):
-        name = f"images/{directory}/{published}-{number}-{place}-{k}.png"
+        name = f"images/{directory}/{part}-{number}-{place}-{k}.png"
         path = file.parent / name
         # In NLVR2's form, split-set-pair-sentence: the four images of a sentence are pairs of one set.
-        identifier = f"{published}-{number}-{place}-0" if k == 0 else f"{published}-{number}-{place}p{k}-0"
-        metadata, fault = _truth(row, 3, identifier, f"{published}-{number}", f"nlvr {path.stem}")
+        identifier = f"{part}-{number}-{place}-0" if k == 0 else f"{part}-{number}-{place}p{k}-0"
+        metadata, fault = _truth(row, 3, identifier, f"{part}-{number}", f"nlvr {path.stem}")
         strip = ImageStrip((path,) * 3, side, _BOXES, "PNG")
         yield Record(identifier, strip, text, str(path), metadata, reason_if_outside(name) or fault)
 
@@ -180,6 +143,7 @@ def _truth(
     row: dict[str, Any], images: int, identifier: str, set_id: str, image_id: str
 ) -> tuple[dict[str, Any], str | None]:
     """Metadata of a row, and its fault if it has no label."""
-    label = _LABELS.get(str(row.get("label")).strip().lower())
-    metadata = {"images": images, "identifier": identifier, "set_id": set_id, "label": label, "image_id": image_id}
-    return metadata, None if label else NO_LABEL
+    label = str(row.get("label")).strip().lower()
+    known = label if label in ("true", "false") else None
+    metadata = {"images": images, "identifier": identifier, "set_id": set_id, "label": known, "image_id": image_id}
+    return metadata, None if known else NO_LABEL

@@ -2,13 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mvlm_dataloading import DataError, open_dataset
-from mvlm_dataloading.sources.tasks.visual_genome_qa import visual_genome_qa
-from mvlm_dataloading.sources.tasks.vqa_v2 import vqa_v2
+from mvlm_dataloading import open_dataset
+from mvlm_dataloading.sources.vqa_v2 import vqa_v2
 from support import published, published_tasks
 from support.data import build_source, read_json_lines
 
@@ -113,61 +111,3 @@ def test_bad_rows_are_rejected_with_their_reasons(tmp_path):
         ("103001", "image file is missing"),
         ("103002", "image file is missing"),
     ]
-
-
-def test_files_that_are_missing_or_of_another_kind_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"v2_OpenEnded_mscoco_train2014_questions\.json: wanted a file, found none"):
-        vqa_v2(tmp_path)
-    published_tasks.vqa_v2(tmp_path)
-    for name in ("train2014_questions", "test2015_questions", "test-dev2015_questions"):
-        (tmp_path / f"v2_OpenEnded_mscoco_{name}.json").unlink()
-    assert {piece.split for piece in vqa_v2(tmp_path).pieces} == {"validation"}
-    (tmp_path / "val2014").rename(tmp_path / "images")
-    with pytest.raises(DataError, match=r"val2014: wanted the folder of COCO's images, found none; .*--images"):
-        vqa_v2(tmp_path)
-    (tmp_path / "images").rename(tmp_path / "val2014")
-    with pytest.raises(DataError, match="held-out: wanted 0 or more images"):
-        vqa_v2(tmp_path, held_out=-1)
-    published.write_json(tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": []})
-    published.write_json(
-        tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": [{"question_id": [1]}]}
-    )
-    (tmp_path / "test2015").mkdir(exist_ok=True)
-    with pytest.raises(DataError, match="wanted VQA v2's questions and annotations, found TypeError"):
-        vqa_v2(tmp_path)
-    for name in ("test2015", "test-dev2015"):
-        (tmp_path / f"v2_OpenEnded_mscoco_{name}_questions.json").unlink()
-    published.write_json(tmp_path / "none.json", [7])
-    with pytest.raises(DataError, match=r"none\.json: wanted questions or images of val2014, found none"):
-        vqa_v2(tmp_path, minival=tmp_path / "none.json")
-    val = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
-    val.rename(tmp_path / "moved")
-    wishes: list[dict[str, Any]] = [{"held_out": 2}, {"minival": tmp_path / "none.json"}]
-    for settings in wishes:
-        with pytest.raises(DataError, match=r"val2014_questions\.json: wanted a file, found none"):
-            vqa_v2(tmp_path, **settings)
-    (tmp_path / "moved").rename(val)
-    published.write_json(tmp_path / "v2_mscoco_val2014_annotations.json", {"questions": []})
-    with pytest.raises(DataError, match="wanted VQA v2's annotations, found another format"):
-        vqa_v2(tmp_path)
-    (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
-    with pytest.raises(DataError, match=r"v2_mscoco_val2014_annotations\.json: wanted a file, found none"):
-        vqa_v2(tmp_path)
-
-
-def test_visual_genome_qa(tmp_path):
-    published_tasks.visual_genome_qa(tmp_path)
-    published.write_json(tmp_path / "image_data.json", [{"image_id": 2407001, "coco_id": 77, "flickr_id": None}])
-    found = build_source(visual_genome_qa(tmp_path), tmp_path / "out")["train"]
-    assert list(found) == [f"vg{986000 + n}" for n in range(7)]  # the eighth has no answer
-    dataset = open_dataset(tmp_path / "out", "train")
-    facts = dataset.metadata(2)
-    assert (facts["question_id"], facts["image_id"], facts["coco_id"]) == ("vg 986002", "visual-genome 2407001", 77)
-    assert (facts["answer"], facts["answers"][0]) == ("Dark Blue.", {"answer": "dark blue", "answer_id": 1})
-    assert len({one["answer_id"] for one in facts["answers"]}) == 10
-    assert dataset.image_bytes(2) == (tmp_path / "VG_100K/2407001.jpg").read_bytes()
-    assert read_json_lines(tmp_path / "out/rejected.jsonl")[0]["reason"] == "question has no answers"
-    pieces = visual_genome_qa(tmp_path, validation=0.5).pieces
-    images = {p.split: {r.metadata["image_id"] for r in p.records(1)} for p in pieces}
-    assert images["train"].isdisjoint(images["validation"])
-    assert len(set().union(*images.values())) == 4

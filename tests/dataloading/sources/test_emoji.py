@@ -1,6 +1,6 @@
 import pytest
 
-from mvlm_dataloading.sources.drawings.emoji import base_of, captions_of, group_of, merge_bases, named_emoji, split_of
+from mvlm_dataloading.sources.emoji import base_of, captions_of, group_of, merge_bases, named_emoji, split_of
 
 
 @pytest.mark.parametrize(

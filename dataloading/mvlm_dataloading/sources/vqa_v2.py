@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import captions_in_cell, coco_folder, find_file, read_json, wrong_format
-from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, source, with_images_together
+
+from .files import captions_in_cell, coco_folder, find_file, read_as, read_json
+from .record import Record, Source, published, require_one_of, source
 
 _SPLITS = {"train2014": "train", "val2014": "validation", "test2015": "test"}
 _FOLDERS = ("", "questions", "Questions", "annotations", "Annotations")
@@ -44,18 +45,18 @@ def vqa_v2(root: Path, /, images: Path | None = None, held_out: int = 0, minival
     chosen = None if minival is None else _chosen(minival)
     records: dict[str, list[Record]] = {}
     used = [] if minival is None else [minival]
-    for published, split in _SPLITS.items():
-        questions = _find(root, f"v2_OpenEnded_mscoco_{published}_questions.json")
+    for part, split in _SPLITS.items():
+        questions = _find(root, f"v2_OpenEnded_mscoco_{part}_questions.json")
         if questions is None:
             continue
         files = [questions]
         if split != "test":
-            files.append(_need(root, f"v2_mscoco_{published}_annotations.json"))
+            files.append(_need(root, f"v2_mscoco_{part}_annotations.json"))
         elif dev := _find(root, "v2_OpenEnded_mscoco_test-dev2015_questions.json"):
             files.append(dev)
         used += files
-        listed = _records(coco_folder([images or root, root], published), published, *files)
-        if published == "val2014" and (held_out or chosen is not None):
+        listed = _records(coco_folder([images or root, root], part), part, *files)
+        if part == "val2014" and (held_out or chosen is not None):
             validation = chosen if chosen is not None else _smallest(listed, held_out)
             for record in listed:
                 inside = record.metadata["question_id"] in validation or record.metadata["image_id"] in validation
@@ -68,14 +69,15 @@ def vqa_v2(root: Path, /, images: Path | None = None, held_out: int = 0, minival
         _need(root, "v2_OpenEnded_mscoco_val2014_questions.json")
     if not records:
         _need(root, "v2_OpenEnded_mscoco_train2014_questions.json")
-    return Source(
-        name="vqa-v2",
+    return published(
+        "vqa-v2",
+        records,
+        used,
         origin="VQA v2, https://visualqa.org",
         licence="questions and answers CC BY 4.0; each image under its own Flickr licence",
         attribution="Goyal, Khot, Summers-Stay, Batra and Parikh, 2017; COCO Consortium",
-        recipe={"annotations": [file_sha256(file) for file in used], "held_out": held_out},
-        pieces=cut_into_pieces({split: with_images_together(listed) for split, listed in records.items()}),
         questions=True,
+        held_out=held_out,
     )
 
 
@@ -84,25 +86,22 @@ def _find(root: Path, name: str) -> Path | None:
 
 
 def _need(root: Path, name: str) -> Path:
-    found = _find(root, name)
-    if found is None:
-        raise DataError(f"{root / name}: wanted a file, found none; give the folder that the data set was unpacked to")
-    return found
+    return require_one_of(*(root / folder / name for folder in _FOLDERS))
 
 
-def _records(folder: Path, published: str, questions: Path, other: Path | None = None) -> list[Record]:
+def _records(folder: Path, part: str, questions: Path, other: Path | None = None) -> list[Record]:
     """A record for each question, and for each annotation without a question. `other`: annotations, or test-dev."""
-    test = published == "test2015"
+    test = part == "test2015"
     paths: dict[int, Path] = {}
     known: dict[tuple[str, Any], dict[str, Any]] = {}  # equal answers are one object: a third of the memory
     asked: set[Any] = set()
     found = []
-    try:
+    with read_as(questions, "VQA v2's questions and annotations"):
         dev = {row["question_id"] for row in _rows(other, "questions")} if test and other else set()
         annotations, surplus = ({}, []) if test or other is None else _by_question(_rows(other, "annotations"))
         for row in _rows(questions, "questions"):
             number, image = row["question_id"], int(row["image_id"])
-            path = paths.setdefault(image, folder / f"COCO_{published}_{image:012d}.jpg")
+            path = paths.setdefault(image, folder / f"COCO_{part}_{image:012d}.jpg")
             metadata = {"question_id": number, "image_id": f"coco {image}"}
             fault = None
             if test:
@@ -116,10 +115,6 @@ def _records(folder: Path, published: str, questions: Path, other: Path | None =
         for number, fault in [*orphans, *((number, "question has two annotations") for number in surplus)]:
             metadata = {"question_id": number, "image_id": ""}
             found.append(Record(str(int(number)), None, (), str(other), metadata, fault))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise wrong_format(questions, "VQA v2's questions and annotations", error) from None
     return found
 
 
@@ -155,10 +150,8 @@ def _smallest(records: Iterable[Record], count: int) -> set[str]:
 
 def _chosen(file: Path) -> set[Any]:
     """Question ids, or `image_id`s, that a file chooses for validation."""
-    content = read_json(file)
-    try:
+    with read_as(file, "a list of questions, or Karpathy's dataset_coco.json"):
+        content = read_json(file)
         if isinstance(content, dict):
             return {f"coco {int(image['cocoid'])}" for image in content["images"] if image["split"] == "val"}
         return {int(row["question_id"] if isinstance(row, dict) else row) for row in content}
-    except (KeyError, TypeError, ValueError) as error:
-        raise wrong_format(file, "a list of questions, or Karpathy's dataset_coco.json", error) from None

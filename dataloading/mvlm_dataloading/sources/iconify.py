@@ -15,24 +15,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.record import (
-    Record,
-    Source,
-    check_shares,
-    file_sha256,
-    require_file,
-    safe_key,
-    source,
-    split_by_hash,
-)
 
 from .emoji import named_emoji, plain, split_of
-from .svg import render_svg, rendered_pieces
+from .files import read_as, read_json
+from .record import Record, Source, check_shares, file_sha256, require_file, safe_key, source, split_by_hash
+from .svg import RenderedPiece
 
 HELD_OUT = ("twemoji", "noto", "noto-v1")
 """Collections for evaluation alone: transfer to artists that no model was trained on is measured with them."""
@@ -41,16 +32,8 @@ STYLES = frozenset((
     "sharp", "solid", "thin", "twotone",
 ))  # fmt: skip
 _REVISION = 2  # increment when captions, images or splits change
+_PIECE = 256  # drawings
 _SIDE = 16  # of an icon without sizes, as Iconify has it
-
-
-@dataclass(frozen=True, slots=True)
-class Icon:
-    """An icon and its names."""
-
-    name: str
-    svg: str
-    aliases: tuple[str, ...]
 
 
 @source
@@ -89,25 +72,19 @@ def iconify(
     emoji = _emoji_names(content.get("chars") or _beside(collection, "chars.json"), content)
     train = "seen" if evaluation_only else "train"
     records: dict[str, list[Record]] = {"test": [], train: [], "validation": []}
-    for icon in icons_of(content):
-        if icon.name in emoji:
-            codepoints, captions, base = emoji[icon.name]
+    for icon, svg, aliases in _icons(content):
+        if icon in emoji:
+            codepoints, captions, base = emoji[icon]
             split = split_of(codepoints)
         else:
-            captions = _captions(icon)
-            base = concept(icon.name)
+            words = dict.fromkeys(words_of(name) for name in (icon, *aliases))  # its own name first
+            captions = [caption for caption in words if re.search(r"[^\W\d_]{3}", caption)]  # with three letters
+            base = concept(icon)
             split = split_by_hash(base, validation, test)
-        if not captions:
-            continue
-        metadata = {
-            "name": icon.name,
-            "base": base,
-            "collection": prefix,
-            "licence": licence,
-            "attribution": author,
-        }
-        record = Record(safe_key(f"{prefix}-{icon.name}"), icon.svg.encode(), captions, icon.name, metadata)
-        records[train if split == "train" else split].append(record)
+        if captions:
+            metadata = {"name": icon, "base": base, "collection": prefix, "licence": licence, "attribution": author}
+            record = Record(safe_key(f"{prefix}-{icon}"), svg.encode(), captions, icon, metadata)
+            records[train if split == "train" else split].append(record)
     if not any(records.values()):
         raise DataError(f"{collection}: wanted icons with names of words, found none; give a collection of Iconify")
     return Source(
@@ -126,12 +103,16 @@ def iconify(
             "licence": licence,
             "attribution": author,
         },
-        pieces=rendered_pieces(records, size, _render),
+        pieces=[
+            RenderedPiece(split, listed[begin : begin + _PIECE], size)
+            for split, listed in records.items()
+            for begin in range(0, len(listed), _PIECE)
+        ],
     )
 
 
-def icons_of(content: dict[str, Any]) -> Iterator[Icon]:
-    """Yield the icons of a collection by name, without hidden ones."""
+def _icons(content: dict[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield name, SVG and plain aliases of each icon of a collection by name, without hidden ones."""
     synonyms: dict[str, list[str]] = {}
     aliases = content.get("aliases") or {}
     for alias in sorted(aliases):
@@ -148,7 +129,7 @@ def icons_of(content: dict[str, Any]) -> Iterator[Icon]:
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
             f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
         )
-        yield Icon(name, svg, tuple(synonyms.get(name, ())))
+        yield name, svg, synonyms.get(name, [])
 
 
 def _icon_of(name: str, aliases: dict[str, dict[str, Any]]) -> str | None:
@@ -173,12 +154,6 @@ def concept(name: str) -> str:
     return " ".join(word for word in words if word not in STYLES) or " ".join(words)
 
 
-def _captions(icon: Icon) -> list[str]:
-    """Different captions of an icon, its own name first. A caption has a word of three letters."""
-    found = dict.fromkeys(words_of(name) for name in (icon.name, *icon.aliases))
-    return [caption for caption in found if re.search(r"[^\W\d_]{3}", caption)]
-
-
 def _emoji_names(chars: dict[str, str], content: dict[str, Any]) -> dict[str, tuple[str, list[str], str]]:
     """Code points, captions and concept in the emoji data set of each icon that is an emoji.
 
@@ -198,27 +173,19 @@ def _emoji_names(chars: dict[str, str], content: dict[str, Any]) -> dict[str, tu
 
 
 def _read(collection: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(collection.read_text(encoding="utf-8"))
+    with read_as(collection, "a collection of Iconify (prefix, icons with bodies)"):
+        content = read_json(collection)
         bodies = [icon["body"] for icon in content["icons"].values()]
         parents = [entry["parent"] for entry in (content.get("aliases") or {}).values()]
         if not all(isinstance(value, str) for value in (content["prefix"], *bodies, *parents)):
             raise TypeError("prefix, a body or a parent is no text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{collection}: wanted a collection of Iconify (prefix, icons with bodies), got {error!r}; "
-            "give icons.json of a package @iconify-json/NAME"
-        ) from None
     return content
 
 
 def _beside(collection: Path, name: str) -> dict[str, Any]:
     """A JSON object in a file beside the collection; empty without the file."""
     file = collection.with_name(name)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise DataError(f"{file}: wanted JSON, got {error}; fetch the package again or remove the file") from None
+    found = read_json(file) if file.exists() else {}
     if not isinstance(found, dict):
         raise DataError(f"{file}: wanted a JSON object, got {type(found).__name__}")
     return found
@@ -229,7 +196,3 @@ def _text(info: Any, *path: str) -> str:
     for key in path:
         info = info.get(key) if isinstance(info, dict) else None
     return info if isinstance(info, str) else ""
-
-
-def _render(svg: bytes, size: int) -> bytes:
-    return render_svg(svg.decode(), size)

@@ -1,1 +1,0 @@
-"""Drawings and their names: emoji and icons, from files of packages. SVGs are rendered."""

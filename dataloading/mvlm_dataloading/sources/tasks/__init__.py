@@ -1,1 +1,0 @@
-"""Published data sets of downstream tasks. A sample is one question; questions about an image share its bytes."""
