@@ -34,7 +34,9 @@ def doctor(
     from dataclasses import replace
 
     from mvlm.commands.machine_check import examine
+    from mvlm.config.pretrain import PretrainConfig
     from mvlm.config.recipes import finetune_defaults
+    from mvlm.device import choose_device
     from mvlm.errors import ConfigError
     from mvlm.tasks import task_names
 
@@ -42,18 +44,21 @@ def doctor(
         raise ConfigError("wanted --checkpoint and --image-size with --task alone; name the task, or leave them out")
     if batch_size is not None and data is None:
         raise ConfigError("wanted --batch-size with --data alone, as there is no trial without data; leave it out")
-    finetuning = None
+    run = None
     if task:
         if task not in task_names() or checkpoint is None or data is None:
             raise ConfigError(
                 f"task: wanted one of {', '.join(task_names())} with --checkpoint and --data, got {task} with "
                 f"{checkpoint} and {data}"
             )
-        finetuning = finetune_defaults(task, checkpoint, data, out)
-        batch = finetuning.batch_size if batch_size is None else batch_size
-        finetuning = replace(finetuning, image_size=image_size, device=device, batch_size=batch)
+        run = replace(finetune_defaults(task, checkpoint, data, out), image_size=image_size)
+    elif data is not None:
+        run = PretrainConfig.preset(preset, data=data, out=out)
+    if run is not None:
+        batch = run.batch_size if batch_size is None else batch_size
+        run = replace(run, device=device, batch_size=batch, eval_every_steps=0)
     states = []
-    for finding in examine(preset, data, out, batch_size, device, finetuning):
+    for finding in examine(preset, run, out, choose_device(device)):
         states.append(finding.state)
         print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
     if "red" in states:

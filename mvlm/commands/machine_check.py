@@ -6,25 +6,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.run import RunConfig
-from mvlm.device import autocast, choose_device, has_fast_bf16, mean_seconds
+from mvlm.device import has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError, is_out_of_memory
 from mvlm.model import attention_backends as backends
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.tasks import finetune
+from mvlm.training import run as pretraining
 from mvlm.training.metrics import memory_mb
-from mvlm.training.optimizer import make_optimizer
-from mvlm.training.run import choose_tokenizer, fit_to_tokenizer, make_loader
 from mvlm_dataloading import DataError, open_dataset
 
 SLOW_DISK_MB_PER_S = 50.0
@@ -39,43 +36,31 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(
-    preset: str,
-    data: Path | None,
-    out: Path,
-    batch_size: int | None,
-    device: str,
-    finetuning: FinetuneConfig | None = None,
-) -> Iterator[Finding]:
+def examine(preset: str, run: RunConfig | None, out: Path, device: torch.device) -> Iterator[Finding]:
     """Yield all findings as they are made. No file is left in `out`.
 
     Args:
-        finetuning: the run of a trial of fine-tuning instead of pretraining.
+        preset: model whose attention is looked at.
+        run: run to try, of pretraining or of fine-tuning. None: no trial.
     """
     yield versions()
-    chosen = choose_device(device)
-    yield from graphics(chosen)
-    yield from kernels(chosen)
-    yield from attention(MaskVLMConfig.preset(preset), chosen)
+    yield from graphics(device)
+    yield from kernels(device)
+    yield from attention(MaskVLMConfig.preset(preset), device)
     yield disk(out)
-    if data is None:
+    if run is None:
         yield Finding("amber", "shards", "not checked: --data FOLDER checks them, and tries memory and speed")
         return
-    found = shards(data)
+    found = shards(run.data)
     yield found
     if found.state == "red":
         return
-    config = PretrainConfig.preset(preset, data=data, out=out)
     try:
-        yield from trial(config, batch_size, chosen) if finetuning is None else finetuning_trial(finetuning, chosen)
+        yield from trial(run, device)
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        yield Finding(
-            "red",
-            "memory",
-            f"a batch of {batch_size or (finetuning or config).batch_size} does not fit; lower --batch-size",
-        )
+        yield Finding("red", "memory", f"a batch of {run.batch_size} does not fit; lower --batch-size")
 
 
 def versions() -> Finding:
@@ -215,79 +200,46 @@ def shards(data: Path | str) -> Finding:
     return Finding("green", "shards", f"{counts} pairs; the first shard's sha256 is that of dataset.json")
 
 
-def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) -> Iterator[Finding]:
+def trial(run: RunConfig, device: torch.device) -> Iterator[Finding]:
     """Run a few steps of the loader alone and of the model alone, for memory, speed and the slower of the two."""
-    world = World(rank=0, size=1, local_rank=0, device=device)
+    kind: Any = finetune if isinstance(run, FinetuneConfig) else pretraining
     try:
-        config = replace(config, batch_size=config.batch_size if batch_size is None else batch_size)
-        dataset = open_dataset(config.data, "train")
-        tokenizer = choose_tokenizer(config, dataset)
-        config = replace(config, model=fit_to_tokenizer(config, tokenizer))
-        batches = iter(make_loader(dataset, tokenizer, config, world))
+        trainer = kind.build_trainer(kind.open_inputs(run), World(rank=0, size=1, local_rank=0, device=device), "")
+        batches = iter(trainer.loader)
         batch, masks = next(batches)
     except (ConfigError, DataError, RunError, ValueError, ImportError) as error:
         yield Finding("red", "trial", str(error))
         return
-    loader_speed = config.batch_size / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
-    batch, masks = batch.to(device), masks.to(device)
-    model = MaskVLM(config.model).to(device)
-    optimizer = make_optimizer(model, config, device)
+    micro = [(batch.to(device), masks.to(device))]
 
     def step() -> None:
-        with autocast(device, config.precision):
-            losses = model(batch, masks, plan=config.plan)
-        losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step()
-    model_speed = config.batch_size / mean_seconds(step, device, TIMED_STEPS)
-    parameters = sum(p.numel() for p in model.parameters())
-    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
-    yield from _figures(config, device, loader_speed, model_speed, memory_mb(device), parameters, moments)
-
-
-def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[Finding]:
-    """Run a few steps of fine-tuning, for memory, speed and the slower of loader and model."""
-    from mvlm.tasks.cost import try_steps
+        trainer.forward_backward(micro)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
 
     try:
-        found = try_steps(config, device)
-    except (ConfigError, DataError, RunError, ValueError, ImportError) as error:
-        yield Finding("red", "trial", str(error))
-    else:
-        yield from _figures(config, device, *found)
-
-
-def _figures(
-    config: RunConfig,
-    device: torch.device,
-    loader: float,
-    model: float,
-    memory: float,
-    parameters: int,
-    moments: int | None = None,
-) -> Iterator[Finding]:
-    """Memory in MB, and pairs per second of the loader and the model alone, as findings.
-
-    `moments` are the bytes of the optimizer's state; by default AdamW's of all parameters.
-    """
-    moments = 8 * parameters if moments is None else moments
-    if device.type == "cuda":
-        where, kept, of = "at the peak on the GPU", 8 * parameters + moments, "weights, gradients and moments"
-    else:  # `memory_mb` is the memory at this moment, and the step has freed its gradients
-        where, kept, of = "of the process", 4 * parameters + moments, "weights and moments"
+        loader = run.batch_size / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
+        step()
+        model = run.batch_size / mean_seconds(step, device, TIMED_STEPS)
+    finally:
+        trainer.loader.close()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    kept, of = 4 * parameters, "weights and moments"
+    kept += sum(value.nbytes for state in trainer.optimizer.state.values() for value in state.values())
+    where = "of the process"
+    if device.type == "cuda":  # on a CPU it is the memory at this moment, and the step has freed its gradients
+        where, kept, of = "at the peak on the GPU", kept + 4 * parameters, "weights, gradients and moments"
     yield Finding(
         "green",
         "memory",
-        f"{memory:.0f} MB {where}, {kept / 1e6:.0f} MB of it {of} "
-        f"({parameters / 1e6:.1f} M parameters), at {config.batch_size} pairs",
+        f"{memory_mb(device):.0f} MB {where}, {kept / 1e6:.0f} MB of it {of} "
+        f"({parameters / 1e6:.1f} M parameters), at {run.batch_size} pairs",
     )
-    hours = config.max_steps * config.batch_size / min(loader, model) / 3600
+    hours = run.max_steps * run.batch_size / min(loader, model) / 3600
     limit = "loader" if loader < model else "model"
     yield Finding(
         "amber" if limit == "loader" else "green",
         "speed",
         f"loader alone {loader:.0f} pairs/s, model alone {model:.0f} pairs/s: the {limit} is the limit; "
-        f"{config.max_steps} steps would take about {hours:.1f} h",
+        f"{run.max_steps} steps would take about {hours:.1f} h",
     )

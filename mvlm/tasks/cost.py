@@ -1,15 +1,13 @@
-"""Memory and time of fine-tuning: counted on fake tensors for a cluster, and timed on this machine.
+"""Memory and time of fine-tuning on a cluster, counted on fake tensors.
 
 Shape legend: B pairs of a microbatch.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mvlm.config.finetune import FinetuneConfig
 from mvlm.costs.cluster_plan import GB, ClusterSetting, Collective, memory_table
 from mvlm.costs.step_cost import (
     LONGEST,
@@ -21,19 +19,13 @@ from mvlm.costs.step_cost import (
     give_fake_tensors,
     step_cost,
 )
-from mvlm.device import mean_seconds
 from mvlm.distributed.parallel import checkpoint_activations
-from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
-from mvlm.tasks.finetune import build_trainer, open_inputs
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.retrieval import WEIGHTS
 from mvlm.tasks.task import TaskOptions
-from mvlm.training.metrics import memory_mb
 from mvlm_kernels.hardware import GPUS
-
-TIMED_STEPS = 3
 
 
 def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
@@ -104,40 +96,3 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
             "  not counted: optimizer step, loader, evaluation, checkpoints, allocator overhead",
         ]
     )
-
-
-class Trial(NamedTuple):
-    """A few steps of fine-tuning on this machine."""
-
-    loader: float
-    """Samples per second of the loader alone."""
-    model: float
-    """Samples per second of the model alone."""
-    memory_mb: float
-    """Peak of tensors on a GPU, or resident memory of the process on a CPU."""
-    parameters: int
-
-
-def try_steps(config: FinetuneConfig, device: torch.device) -> Trial:
-    """Time the loader alone and the steps alone. It writes nothing.
-
-    ConfigError, RunError and DataError as `mvlm.tasks.finetune.finetune`; errors of memory (`is_out_of_memory`).
-    """
-    trainer = build_trainer(open_inputs(config), World(rank=0, size=1, local_rank=0, device=device), "")
-    batches = iter(trainer.loader)
-    batch, masks = next(batches)
-    micro = [(batch.to(device), masks.to(device))]
-
-    def step() -> None:
-        trainer.forward_backward(micro)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-
-    try:
-        loader = len(batch.sample_id) / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
-        step()
-        model = len(batch.sample_id) / mean_seconds(step, device, TIMED_STEPS)
-    finally:
-        trainer.loader.close()
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    return Trial(loader, model, memory_mb(device), parameters)
