@@ -39,19 +39,7 @@ _MODULES = {
     "load_model": "mvlm.runs.load",
     "pretrain": "mvlm.training.run",
 }
-__all__ = [
-    "ConfigError",
-    "DataError",
-    "FinetuneConfig",
-    "MaskVLM",
-    "MaskVLMConfig",
-    "PretrainConfig",
-    "RunError",
-    "TrainedModel",
-    "finetune",
-    "load_model",
-    "pretrain",
-]
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from typing import NoReturn
 
 from mvlm.commands import data, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
@@ -138,36 +139,29 @@ def main() -> None:
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
         sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
     except (ConfigError, RunError, DataError) as error:
-        print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except ImportError as error:
-        message = advise_install(error)
-        if message is None:
-            raise
-        print(f"mvlm: {message}", file=sys.stderr)
-        sys.exit(2)
+        _end(" ".join(str(error).split()))
     except (NonFiniteLossError, LostRankError) as error:
-        print(f"mvlm: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (MemoryError, OSError, RuntimeError) as error:
+        _end(str(error), 1)
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             reason = " ".join(str(error).split()) or type(error).__name__
-            message = f"wanted memory, found too little ({reason}); free some, or lower --batch-size where there is one"
-        elif not isinstance(error, OSError):
-            raise
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"wanted room to write, found none ({error}); free some space and try again"
-        elif error.filename is not None:
+            _end(f"wanted memory, found too little ({reason}); free some, or lower --batch-size where there is one")
+        if isinstance(error, ImportError) and (advice := advise_install(error)):
+            _end(advice)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _end(f"wanted room to write, found none ({error}); free some space and try again")
+        if isinstance(error, OSError) and error.filename is not None:
             what = f"could not be read or written ({error.strerror})"
-            message = f"{error.filename}: {what}; check the path and its permissions"
-        else:
-            raise
-        print(f"mvlm: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("mvlm: interrupted", file=sys.stderr)
-        sys.exit(130)
+            _end(f"{error.filename}: {what}; check the path and its permissions")
+        raise
+
+
+def _end(message: str, code: int = 2) -> NoReturn:
+    print(f"mvlm: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ early; exit code 1.
 """
 
 import errno
+import operator
+from typing import Any
 
 from mvlm_dataloading.errors import MissingPackageError
 
@@ -35,6 +37,29 @@ class LostRankError(RuntimeError):
 
 class NonFiniteLossError(RuntimeError):
     """Too many updates in a row were skipped: a loss or gradient was NaN or infinite."""
+
+
+def whole_number(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
+    """The value as an int. ConfigError if it is no whole number in the range; a bool is none."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ConfigError(f"{name}: wanted a whole number, got {shown(value)}")
+    if (least is not None and found < least) or (most is not None and found > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ConfigError(f"{name}: wanted {wanted}, got {found}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A short value as it is written in Python; of any other value its type."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        written = repr(value)
+        if len(written) <= 40:
+            return written
+    return f"a {type(value).__name__}"
 
 
 _TOO_LITTLE_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

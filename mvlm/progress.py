@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,16 +15,32 @@ SECONDS_BETWEEN_LINES = 20.0
 """Without a terminal, lines are at least this far apart."""
 
 
-class TrainingProgress:
+class _Bar:
+    """A context that shows a bar, if there is one."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class TrainingProgress(_Bar):
     """A context that shows rows of metrics while training runs from step `first` to step `last`.
 
     With `shown=False`, as on all ranks but the first, it shows nothing.
     """
 
     def __init__(self, first: int, last: int, shown: bool = True) -> None:
+        super().__init__()
         self._last, self._shown = last, shown
         self._last_line = -float("inf")
-        self._bar: Progress | None = None
         if shown and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("step"),
@@ -36,15 +52,6 @@ class TrainingProgress:
             )
             self._task = self._bar.add_task("", total=last, completed=first)
 
-    def __enter__(self) -> "TrainingProgress":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
     def show(self, row: dict[str, Any]) -> None:
         """Show a row of metrics. Without a terminal, print a line every 20 seconds, at evaluations and at the end."""
         if self._bar:
@@ -53,17 +60,14 @@ class TrainingProgress:
         now = time.monotonic()
         if not self._shown:
             return
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._last or _evaluated(row):
+        evaluated = "tr_r1" in row or any(name.startswith("val_") for name in row)
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._last or evaluated:
             self._last_line = now
             try:
                 print(f"step {row['step']}/{self._last}  {describe_row(row)}", flush=True)
             except OSError as error:  # a full disk, or a closed pipe: no reason to lose a run
                 log.warning("could not write to standard output: %s; nothing more is shown, training continues", error)
                 _discard_output(sys.stdout)
-
-
-def _evaluated(row: dict[str, Any]) -> bool:
-    return "tr_r1" in row or any(name.startswith("val_") for name in row)
 
 
 def _discard_output(stream: TextIO) -> None:
@@ -74,7 +78,7 @@ def _discard_output(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-class WorkProgress:
+class WorkProgress(_Bar):
     """A context that shows how much of some work is done, with its rate and the time left.
 
     Args:
@@ -83,24 +87,15 @@ class WorkProgress:
     """
 
     def __init__(self, unit: str, short: bool = False) -> None:
+        super().__init__()
         self._unit = unit
         self._start = time.monotonic()
         self._first: int | None = None
         self._last_line = self._start if short else -float("inf")
         self._silent = short
-        self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(file=sys.stdout))
             self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> "WorkProgress":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def show(self, done: int, total: int, count: int) -> None:
         """Show that `done` of `total` parts and `count` units are done.

@@ -73,29 +73,6 @@ def grouped_bootstrap(
     return _percentiles(means)
 
 
-def ratio_of_medians(
-    values: Sequence[Sequence[float]], others: Sequence[Sequence[float]], seed: int = 0, resamples: int = 1000
-) -> tuple[float, Interval]:
-    """The median over rounds of median(values) / median(others), and its 95 % interval.
-
-    The bootstrap draws rounds, and values within each drawn round: what is measured in one round belongs together.
-
-    Args:
-        values, others: those of each round, the same rounds in both. Each round has at least one of each.
-    """
-    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(values, others, strict=True)]
-    ratio = float(np.median([np.median(a) / np.median(b) for a, b in pairs]))
-    rng = np.random.default_rng(seed)
-
-    def medians(of_round: np.ndarray) -> np.ndarray:  # (n,) -> (resamples,)
-        return np.median(of_round[rng.integers(len(of_round), size=(resamples, len(of_round)))], axis=1)
-
-    resampled = np.stack([medians(a) / medians(b) for a, b in pairs])  # (rounds, resamples)
-    rounds = rng.integers(len(pairs), size=(len(pairs), resamples))
-    low, high = _percentiles(np.median(np.take_along_axis(resampled, rounds, axis=0), axis=0))
-    return ratio, Interval(min(low, ratio), max(high, ratio))
-
-
 def mean_interval(values: Sequence[float]) -> Interval:
     """95 % interval of the mean of independent values by Student's t, such as figures of several seeds.
 

@@ -7,8 +7,9 @@ therefore taken within each round.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mvlm.statistics import ratio_of_medians
+import numpy as np
 
+RESAMPLES = 1000
 NO_DIFFERENCE, FASTER, SLOWER, ONE_CALL = "no difference", "faster", "slower", "one call says nothing"
 
 
@@ -37,11 +38,23 @@ class Ratio(NamedTuple):
 
 
 def ratio(times: Sequence[Sequence[float]], others: Sequence[Sequence[float]], seed: int = 0) -> Ratio:
-    """The median over rounds of median(times) / median(others), with its interval.
+    """The median over rounds of median(times) / median(others), and its 95 % interval.
+
+    The bootstrap draws rounds, and calls within each drawn round: what is measured in one round belongs together.
 
     Args:
         times, others: calls of each round, the same rounds in both. Each round has at least one call of each.
         seed: of the resampling. Equal arguments give equal intervals.
     """
-    value, (low, high) = ratio_of_medians(times, others, seed)
-    return Ratio(value, low, high, known=len(times) > 1 or max(len(times[0]), len(others[0])) > 1)
+    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(times, others, strict=True)]
+    value = float(np.median([np.median(a) / np.median(b) for a, b in pairs]))
+    rng = np.random.default_rng(seed)
+
+    def medians(of_round: np.ndarray) -> np.ndarray:  # (n,) -> (RESAMPLES,)
+        return np.median(of_round[rng.integers(len(of_round), size=(RESAMPLES, len(of_round)))], axis=1)
+
+    resampled = np.stack([medians(a) / medians(b) for a, b in pairs])  # (rounds, RESAMPLES)
+    rounds = rng.integers(len(pairs), size=(len(pairs), RESAMPLES))
+    low, high = np.percentile(np.median(np.take_along_axis(resampled, rounds, axis=0), axis=0), (2.5, 97.5)).tolist()
+    known = len(times) > 1 or max(len(times[0]), len(others[0])) > 1
+    return Ratio(value, min(low, value), max(high, value), known)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import mvlm
-from mvlm.inference.overlay import draw_overlay
-from mvlm.inference.reconstruction import Reconstruction
+from mvlm.inference.attention_maps import draw_overlay
+from mvlm.inference.masked import Reconstruction
 from mvlm_dataloading import open_dataset
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ from PIL import Image
 from mvlm.app.gallery import Found, Gallery
 from mvlm.app.visitors import MAX_BYTES
 from mvlm.errors import ConfigError
+from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.images import rgb_image
-from mvlm.inference.overlay import draw_overlay
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading.images.limits import ImageLimits
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -123,12 +122,6 @@ def one_line(box: str) -> str:
     return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", message).replace("Argument helptext: ", "")
 
 
-def check_one_process(command: str, advice: str) -> None:
-    """Raise ConfigError if torchrun started several ranks for a command whose work they cannot share."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"{command}: wanted one process, found ranks of torchrun; {advice}")
-
-
 def check_result_file(out: Path | None) -> None:
     """Raise ConfigError unless `out` is None, a new file, an empty one, or an evaluation's figures, to be replaced."""
 
@@ -140,6 +133,15 @@ def check_result_file(out: Path | None) -> None:
         return isinstance(found, dict) and "checkpoint" in found and "format_version" not in found
 
     check_replaced(out, "the figures of an earlier evaluation", is_result)
+
+
+def report_figures(figures: dict[str, Any], out: Path | None, **further: Any) -> None:
+    """Print figures as JSON, and write them to `out`, if it is given, with `further` values behind them."""
+    from mvlm_dataloading.files import write_json
+
+    print(json.dumps(figures, indent=1))
+    if out is not None:
+        write_json(out, figures | further)
 
 
 def check_page(out: Path | None, flag: str = "out") -> None:
@@ -167,10 +169,6 @@ def read_json(content: bytes) -> Any:
 
 
 def check_no_input(out: Path | None, *others: Path | None, flag: str = "out") -> None:
-    """Raise ConfigError if `out`, of a flag, is a folder, or one of the other files that a command reads or writes."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise ConfigError(f"{flag}: wanted a file, got the folder {out}; name a file in it")
-    if any(file is not None and out.resolve() == file.resolve() for file in others):
+    """Raise ConfigError if `out`, of a flag, is one of the other files that a command reads or writes."""
+    if out is not None and any(file is not None and out.resolve() == file.resolve() for file in others):
         raise ConfigError(f"{flag}: wanted another file than the others, got {out}")

@@ -28,8 +28,9 @@ def _evaluation(
     splits: Sequence[str],
     out: Path | None,
     device: str,
-    sizes: tuple[int | None, int | None],
-    settings: dict[str, Any],
+    image_size: int | None,
+    text_length: int | None,
+    **settings: Any,
 ) -> "Iterator[tuple[World, TrainedModel, dict[str, Dataset], Workspace]]":
     """Context with the ranks, the model, the splits that there are among `splits`, and the workspace of the work.
 
@@ -51,7 +52,6 @@ def _evaluation(
                     "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
                 )
             check_result_file(out)
-            image_size, text_length = sizes
             model = load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
             first = open_dataset(data, splits[0])
             others = {name: open_dataset(data, name) for name in splits[1:] if name in first.splits}
@@ -109,11 +109,12 @@ def eval_retrieval(
     if rerank is not None and rerank < 0:
         raise ConfigError(f"rerank: wanted at least 0, got {rerank}")
     sizes = image_size, text_length
-    with _evaluation(checkpoint, data, (split, "train"), out, device, sizes, {"rerank": rerank}) as opened:
+    with _evaluation(checkpoint, data, (split, "train"), out, device, *sizes, rerank=rerank) as opened:
         world, model, splits, workspace = opened
         rerank = default_rerank(model.network) if rerank is None else rerank
-        found = model.evaluate(splits[split], splits.get("train"), rerank, workspace)
-        made_by = {
+        figures = {
+            **{"checkpoint": str(checkpoint), "data": str(data), "split": split},
+            **model.evaluate(splits[split], splits.get("train"), rerank, workspace).figures,
             "model": model.sha256,  # of the sizes that it was evaluated at, too
             "fingerprint": splits[split].fingerprint,
             "rerank": rerank,
@@ -121,10 +122,9 @@ def eval_retrieval(
             "machine": describe_machine(world.device, world.size),
             "versions": package_versions(),
         }
-        figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **found.figures, **made_by}
-        if world.first and out is not None:
-            write_json(out, figures)
         if world.first:
+            if out is not None:
+                write_json(out, figures)
             print(format_table(figures))
 
 
@@ -153,15 +153,16 @@ def eval_grounding(
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
+    from mvlm.commands.arguments import report_figures
     from mvlm.tasks.grounding import evaluate_grounding
 
-    sizes, settings = (image_size, text_length), {"task": "grounding"}
-    with _evaluation(checkpoint, data, (split, "validation"), out, device, sizes, settings) as opened:
+    sizes = image_size, text_length
+    with _evaluation(checkpoint, data, (split, "validation"), out, device, *sizes, task="grounding") as opened:
         world, model, splits, workspace = opened
         figures, records = evaluate_grounding(model, splits[split], splits.get("validation"), layer, workspace)
-        head = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
+        about = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
         if world.first:
-            _report(head | figures, records, out)
+            report_figures(about | figures, out, records=records)
 
 
 def eval_task(task: str) -> Callable[..., None]:
@@ -179,7 +180,7 @@ def eval_task(task: str) -> Callable[..., None]:
         iterations: int | None = None,
         choose_by: Literal["itm", "likelihood"] | None = None,
     ) -> None:
-        from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file
+        from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file, report_figures
         from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
         from mvlm.errors import ConfigError
         from mvlm.tasks.evaluate import evaluate_task
@@ -205,7 +206,8 @@ def eval_task(task: str) -> Callable[..., None]:
             kind = run_on_all_ranks(world, lambda: find_task(task))
             figures, records = evaluate_task(checkpoint, data, split, world.device, world, kind, **given)
             if world.first:
-                _report({"checkpoint": str(checkpoint), "data": str(data), **figures, **given}, records, out)
+                about = {"checkpoint": str(checkpoint), "data": str(data)}
+                report_figures({**about, **figures, **given}, out, records=records)
                 if predictions is not None:
                     dataset = open_dataset(data, split)
                     write_predictions(predictions, task, records, [dataset.metadata(i) for i in range(len(dataset))])
@@ -228,17 +230,6 @@ def eval_task(task: str) -> Callable[..., None]:
     return evaluate
 
 
-def _report(figures: dict[str, Any], records: list[dict[str, Any]], out: Path | None) -> None:
-    """Print the figures, and write them with the records to `out`."""
-    import json
-
-    from mvlm_dataloading.files import write_json
-
-    print(json.dumps(figures, indent=1))
-    if out is not None:
-        write_json(out, {**figures, "records": records})
-
-
 def score(
     task: str, predictions: Path, references: Path, /, other: Path | None = None, out: Path | None = None
 ) -> None:
@@ -254,15 +245,9 @@ def score(
         other: Another model's predictions: adds the paired difference, its interval and McNemar's p-value.
         out: JSON file for the figures. Default: print them only.
     """
-    import json
-
-    from mvlm.commands.arguments import check_no_input, check_result_file
+    from mvlm.commands.arguments import check_no_input, check_result_file, report_figures
     from mvlm.tasks.score import score
 
     check_no_input(out, predictions, references, other)
     check_result_file(out)
-    text = json.dumps(score(task, predictions, references, other), indent=1)
-    print(text)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+    report_figures(score(task, predictions, references, other), out)

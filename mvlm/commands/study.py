@@ -1,5 +1,6 @@
 """`mvlm study`: an experiment over several settings and seeds."""
 
+import os
 from pathlib import Path
 
 # Commands import what they need when they run, so that --help and errors are immediate.
@@ -33,7 +34,6 @@ def study(
             result.
         partial: Write table and page of the trials that are finished, and run none.
     """
-    from mvlm.commands.arguments import check_one_process
     from mvlm.errors import ConfigError
     from mvlm.studies.run import report_finished, run_jobs, run_study
     from mvlm.studies.study import read_study
@@ -43,7 +43,10 @@ def study(
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise ConfigError(f"part: wanted i/n with 1 <= i <= n, such as 1/4, got {part!r}")
     # Each rank would take another trial, and wait for the others in it.
-    check_one_process("study", "give --jobs N, or --part i/n to each GPU")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "study: wanted one process, found ranks of torchrun; give --jobs N, or --part i/n to each GPU"
+        )
     if jobs < 1:
         raise ConfigError(f"jobs: wanted at least 1, got {jobs}")
     description = read_study(file)

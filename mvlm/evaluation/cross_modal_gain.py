@@ -67,8 +67,6 @@ def cross_modal_gain(
     Args:
         features: `encode_split` of the same model and dataset.
         draws: Masks drawn for each sample.
-        precision: auto, bf16 or fp32.
-        workspace: default: one in memory.
     """
     workspace = workspace or Workspace()
     partner = wrong_partners(len(dataset), image=features.image)

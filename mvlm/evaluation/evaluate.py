@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
-from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, encode_split, rank_all, rank_by_itc, recall, recall_intervals
+from mvlm.evaluation.retrieval import (
+    DIRECTIONS,
+    Ranks,
+    encode_split,
+    find_candidates,
+    rank_all,
+    recall,
+    recall_intervals,
+)
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
@@ -67,14 +75,7 @@ def evaluate(
     unseen = None if unseen is None else unseen[images]
     owner = torch.searchsorted(images, features.owner)  # among the different images
     figures = {
-        "tr": recall(tr.itm),
-        "ir": recall(ir.itm),
-        "tr_95": recall_intervals(tr.itm, torch.arange(len(images))),
-        "ir_95": recall_intervals(ir.itm, owner),
-        "n_images": len(images),
-        "n_texts": len(features.captions),
-        "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
-        "itm": {"tr": recall(tr.itm_alone), "ir": recall(ir.itm_alone)} if k else None,
+        **_recall_of_images(torch.ones(len(images), dtype=torch.bool), tr, ir, owner, k),
         "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, owner, k),
         "reranked": min(k, len(images)),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
@@ -122,7 +123,7 @@ def evaluate_briefly(
         features = encode_split(model, split, tokenizer, precision, workspace)
         found = {}
         for direction in DIRECTIONS:
-            ranks = rank_by_itc(features, direction, workspace)
+            ranks = find_candidates(features, direction, 1, workspace, torch.device("cpu")).ranks.tensor
             found |= {f"{direction}_{name}": value for name, value in recall(ranks).items()}
         gain = cross_modal_gain(model, split, features, tokenizer, 1, precision, workspace)
     finally:

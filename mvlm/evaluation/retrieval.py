@@ -98,12 +98,7 @@ def encode_split(
     precision: str = "auto",
     workspace: Workspace | None = None,
 ) -> EncodedSplit:
-    """Encode all images and captions of `dataset`, in batches of `BATCH` that the ranks of the workspace share.
-
-    Args:
-        precision: auto, bf16 or fp32.
-        workspace: default: one in memory.
-    """
+    """Encode all images and captions of `dataset`, in batches of `BATCH` that the ranks of the workspace share."""
     workspace, config = workspace or Workspace(), model.config
     captions, owner, first = [], [], []
     image = first_samples(dataset.metadata(i) for i in range(len(dataset)))
@@ -228,8 +223,6 @@ def rank_all(
         features: `encode_split` of the same model.
         k: Candidates of each query for ITM to re-rank. 0 leaves ITM out, for a model that was trained without it: all
             ranks are then those of ITC.
-        precision: auto, bf16 or fp32.
-        workspace: default: one in memory.
         answers: True if the answers of all queries are wanted. False leaves those of queries without a right candidate
             as ITC ranks them. The ranks are the same.
     """
@@ -238,22 +231,16 @@ def rank_all(
     found = [find_candidates(features, direction, number, workspace, device) for direction in DIRECTIONS]
     if k == 0:
         return {each.direction: _ranks_of_itc(model, each) for each in found}
-    pairs = torch.cat([pairs_to_judge(candidates, features, answers) for candidates in found]).unique()  # sorted
+    judged = [each.pairs(features)[each.right(features).any(1) | answers].flatten() for each in found]
+    pairs = torch.cat(judged).unique()  # sorted
     log_odds = score_pairs(model, features, pairs, precision, workspace)
     return {each.direction: _rerank(model, each, features, pairs, log_odds, answers) for each in found}
 
 
-@torch.no_grad()
-def rank_by_itc(features: EncodedSplit, direction: str, workspace: Workspace | None = None) -> Tensor:
-    """The field `itc` of the ranks of one direction, without the work of ITM."""
-    return find_candidates(features, direction, 1, workspace or Workspace()).ranks.tensor
-
-
 def find_candidates(
-    features: EncodedSplit, direction: str, k: int, workspace: Workspace, device: torch.device | None = None
+    features: EncodedSplit, direction: str, k: int, workspace: Workspace, device: torch.device
 ) -> Candidates:
-    """The k most similar gallery rows of every query, in blocks of queries on the device, by default the CPU."""
-    device = device or torch.device("cpu")
+    """The k most similar gallery rows of every query, in blocks of queries on the device."""
     images = features.different
     queries, gallery = features.image_embedding.index_select(0, images), features.text_embedding
     query_owner, gallery_owner = images, features.owner
@@ -292,17 +279,9 @@ def best_rank(scores: Tensor, right: Tensor) -> Tensor:
     return (~(scores < best - TIE) & ~right).sum(dim=1)
 
 
-def pairs_to_judge(found: Candidates, features: EncodedSplit, answers: bool = True) -> Tensor:
-    """Pairs of candidates, int64 (up to queries x K,); without `answers`, of queries with a right candidate alone."""
-    pairs = found.pairs(features)
-    return (pairs if answers else pairs[found.right(features).any(1)]).flatten()
-
-
-def score_pairs(
-    model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision: str, workspace: Workspace | None = None
-) -> Tensor:
+def score_pairs(model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision: str, workspace: Workspace) -> Tensor:
     """ITM's log-odds of a match, float32 (P,), for pairs int64 (P,), rising: image x number of captions + caption."""
-    workspace, device = workspace or Workspace(), _device(model)
+    device = _device(model)
     log_odds = workspace.array("log_odds", (len(pairs),), torch.float32)
 
     def score(batch: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Maps of the patches that each word of a text attends to, and of their effect on what a model says about both.
+"""Maps of the patches that each word of a text attends to, and of their effect on what a model says about both; drawn.
 
 Text attends to the image in every cross-attention layer of the text's cross-modality encoder. The weights are the
 softmax of its scores. GradCAM weights them by their effect on a score of the pair (Selvaraju et al. 2017), as ITM's
@@ -16,15 +16,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mvlm.inference.encode import image_features, text_features
-from mvlm.inference.texts import checked_texts
+from mvlm.inference.images import ImageLike, load_image
 from mvlm.model.encoders import CrossEncoder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Tokenizer
+
+COLOURS = np.array([(48, 18, 59), (70, 107, 227), (40, 187, 236), (49, 242, 153), (162, 252, 60), (237, 208, 58),
+                    (251, 128, 34), (208, 48, 5), (122, 4, 3)], np.float32)  # fmt: skip
+"""Colours of low to high weight, evenly spaced on matplotlib's `turbo`."""
+LABEL = 18  # pixels below a panel
 
 
 class AttentionMaps(NamedTuple):
@@ -125,26 +132,6 @@ def word_maps(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     return rows.detach().float().cpu().unflatten(-1, (side, side))
 
 
-def attention_maps(network: MaskVLM, tokenizer: Tokenizer, pixels: Tensor, text: str) -> AttentionMaps:
-    """Maps of one image uint8 (3, S, S) and a text, in float32 whatever the model's precision.
-
-    Raises:
-        ConfigError: the text cannot be used.
-    """
-    (text,) = checked_texts([text], tokenizer, network.config.text_length)
-    v = image_features(network, pixels[None], "fp32").v
-    w = text_features(network, [text], tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
-    log_odds, layers, cams = matching_gradcam(network, v, w)
-    spans = [("[CLS]", 0, 1), *word_spans(tokenizer, text)]
-    places = [(start, stop) for _, start, stop in spans]
-    return AttentionMaps(
-        [word for word, _, _ in spans],
-        word_maps(torch.stack([layer.weights[0] for layer in layers]), places),
-        word_maps(torch.stack([cam[0] for cam in cams]), places),
-        log_odds.item(),
-    )
-
-
 @torch.enable_grad()
 def matching_gradcam(
     network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor | None = None
@@ -165,3 +152,47 @@ def matching_gradcam(
 def resize_map(heat: Tensor, side: int) -> Tensor:
     """A map (rows, columns) at `side` x `side` pixels, bilinear."""
     return F.interpolate(heat[None, None].float(), size=(side, side), mode="bilinear", align_corners=False)[0, 0]
+
+
+def draw_overlay(image: ImageLike, heat: Tensor, *, side: int = 224, strength: float = 0.5) -> Image.Image:
+    """One map over its image, scaled from its smallest to its largest weight.
+
+    Args:
+        heat: float (rows, columns), over the whole image.
+        side: side of the square result, in pixels.
+        strength: share of the colours in the result, 0 to 1.
+    """
+    pixels = load_image(image, side).permute(1, 2, 0).numpy()
+    return Image.fromarray(_blend(pixels, heat, side, strength))
+
+
+def draw_words(
+    image: ImageLike, found: AttentionMaps, maps: Tensor | None = None, *, side: int = 160, columns: int = 6
+) -> Image.Image:
+    """The image, and beside it a panel for each word.
+
+    Args:
+        found: maps of the image, from `TrainedModel.attention`.
+        maps: (words, rows, columns) to draw. Default: `found.relevance`.
+    """
+    maps = found.relevance if maps is None else maps
+    pixels = load_image(image, side).permute(1, 2, 0).numpy()
+    panels = [pixels, *(_blend(pixels, heat, side, 0.5) for heat in maps)]
+    columns = min(columns, len(panels))
+    sheet = Image.new("RGB", (columns * side, -(-len(panels) // columns) * (side + LABEL)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (panel, label) in enumerate(zip(panels, ["image", *found.words], strict=True)):
+        x, y = number % columns * side, number // columns * (side + LABEL)
+        sheet.paste(Image.fromarray(panel), (x, y))
+        draw.text((x + 3, y + side + 2), label[: max(1, side // 7)], fill="black")
+    return sheet
+
+
+def _blend(pixels: NDArray[np.uint8], heat: Tensor, side: int, strength: float) -> NDArray[np.uint8]:
+    low, high = heat.min(), heat.max()
+    scaled = torch.zeros_like(heat) if high <= low else (heat - low) / (high - low)
+    level = resize_map(scaled, side).clamp(0, 1).numpy() * (len(COLOURS) - 1)  # (side, side)
+    lower = np.minimum(level.astype(np.int64), len(COLOURS) - 2)
+    share = (level - lower)[..., None]
+    colours = COLOURS[lower] * (1 - share) + COLOURS[lower + 1] * share
+    return np.round((1 - strength) * pixels + strength * colours).astype(np.uint8)

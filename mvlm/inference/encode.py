@@ -45,13 +45,6 @@ def eval_loader(
     )
 
 
-def encode_captions(model: MaskVLM, captions: list[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Features (B, L, C) of B captions and their key mask bool (B, L), True = a token; L is the model's text length."""
-    device, length = next(model.parameters()).device, model.config.text_length
-    tokens, starts = packed_tokens(captions, tokenizer, length)
-    return model.encode_text(tokens.to(device), starts.to(device), length)
-
-
 def packed_tokens(captions: list[str], tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
     """Packed tokens int64 (T,) of B captions, truncated to `length` tokens each, and their bounds int32 (B+1,)."""
     tokens, lengths = tokenizer.encode(captions, length)

@@ -6,6 +6,7 @@ Shape legend: B batch, n images, S image side, H and W of an image as given, K m
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,8 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mvlm.errors import RunError
-from mvlm.inference.arguments import shown
+from mvlm.errors import RunError, shown
 from mvlm.model.encoders import patchify, unpatchify
 from mvlm_dataloading.images.colours import BAND, RgbRows
 from mvlm_dataloading.images.decode import check_memory, check_size, decode
@@ -47,20 +47,24 @@ def load_image(image: ImageLike, side: int, name: str | None = None) -> Tensor:
     Raises:
         RunError: the image is missing, is not a whole image, or is beyond `LIMITS`.
     """
-    if isinstance(image, Tensor):
-        _check_dense(image, name or "image")
-    if isinstance(image, np.ndarray | Tensor):
+    with _refusals(image, name):
+        if not isinstance(image, np.ndarray | Tensor):
+            return torch.from_numpy(_squeezed(_decoded(image, name, LIMITS, 3 * side), side))
+        if isinstance(image, Tensor):
+            _check_dense(image, name or "image")
         height, width = _size_of(image)
-        try:
-            check_size(width, height, LIMITS)
-            check_memory(width, height, 3 * side * height, LIMITS)
-        except ImageRefusedError as refused:
-            raise RunError(f"{name or 'image'}: {refused}") from None
+        check_size(width, height, LIMITS)
+        check_memory(width, height, 3 * side * height, LIMITS)
         return torch.from_numpy(Resize(side, 1, planes=True)([_as_rgb(image, name or "image")])[0])
+
+
+@contextmanager
+def _refusals(image: object, name: str | None) -> Iterator[None]:
+    """Context in which the refusal of an image is a RunError that names it."""
     try:
-        return torch.from_numpy(_squeezed(_decoded(image, name, LIMITS, 3 * side), side))
+        yield
     except ImageRefusedError as refused:
-        raise RunError(f"{_name_of(image, name)}: {refused}") from None
+        raise RunError(f"{name or (image if isinstance(image, str | Path) else 'image')}: {refused}") from None
 
 
 def _squeezed(rows: RgbRows, side: int) -> NDArray[np.uint8]:
@@ -124,30 +128,22 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def decode_image(
-    image: str | Path | bytes | Image.Image,
-    name: str | None = None,
-    limits: ImageLimits = LIMITS,
+    image: str | Path | bytes | Image.Image, name: str | None = None, limits: ImageLimits = LIMITS
 ) -> NDArray[np.uint8]:
     """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image. RunError as for `load_image`."""
-    try:
+    with _refusals(image, name):
         return _decoded(image, name, limits).pixels()
-    except ImageRefusedError as refused:
-        raise RunError(f"{_name_of(image, name)}: {refused}") from None
 
 
 def rgb_image(
-    image: str | Path | bytes | Image.Image,
-    name: str | None = None,
-    limits: ImageLimits = LIMITS,
+    image: str | Path | bytes | Image.Image, name: str | None = None, limits: ImageLimits = LIMITS
 ) -> Image.Image:
     """A path, an encoded file or a PIL image as a PIL image in RGB, turned and on white. RunError as for `load_image`.
 
     It takes less memory than `decode_image`, and `load_image` takes it without a copy.
     """
-    try:
+    with _refusals(image, name):
         return _decoded(image, name, limits).image()
-    except ImageRefusedError as refused:
-        raise RunError(f"{_name_of(image, name)}: {refused}") from None
 
 
 def _decoded(image: object, name: str | None, limits: ImageLimits, further: int = 0) -> RgbRows:
@@ -159,10 +155,6 @@ def _decoded(image: object, name: str | None, limits: ImageLimits, further: int 
             f"convert it"
         )
     return decode(image, limits, further=further, may_shrink=True)
-
-
-def _name_of(image: object, name: str | None) -> str:
-    return name or (str(image) if isinstance(image, str | Path) else "image")
 
 
 def _size_of(pixels: NDArray[Any] | Tensor) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from mvlm.errors import ConfigError
-from mvlm.inference.arguments import shown, whole_number
+from mvlm.errors import ConfigError, shown, whole_number
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.captions import clean_line
 
@@ -14,13 +14,22 @@ MAX_CHARACTERS = 100_000
 """Longest text that is tokenized. A text that fits a model has a few hundred characters."""
 
 
-def each_text(texts: Texts) -> Iterator[str]:
-    """The texts one by one. A single text is a sequence of one. ConfigError for another value."""
+def each_text(texts: Texts, name: str = "texts") -> Iterator[str]:
+    """The texts one by one. A single text is a sequence of one. ConfigError, with the name, for another value."""
     if isinstance(texts, str):
         return iter([texts])
     if isinstance(texts, bytes | bytearray | Mapping) or not isinstance(texts, Iterable):
-        raise ConfigError(f"texts: wanted a text or a sequence of texts, got {shown(texts)}")
+        raise ConfigError(f"{name}: wanted a text or a sequence of texts, got {shown(texts)}")
     return iter(texts)
+
+
+def list_of_texts(name: str, values: Any) -> list[str]:
+    """Several strings as a list. One string is a list of one. ConfigError for other values."""
+    found = list(each_text(values, name))
+    for number, value in enumerate(found):
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: wanted texts, got {shown(value)} as number {number}")
+    return found
 
 
 def text_batches(

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.errors import ConfigError
+from mvlm.device import chosen_precision
+from mvlm.errors import ConfigError, whole_number
 from mvlm.evaluation.evaluate import Evaluation, default_rerank, evaluate
 from mvlm.evaluation.workspace import Workspace
 from mvlm.files import new_folder
-from mvlm.inference.arguments import list_of_texts, one_text, whole_number
-from mvlm.inference.attention_maps import AttentionMaps, attention_maps
+from mvlm.inference.attention_maps import AttentionMaps, matching_gradcam, word_maps, word_spans
 from mvlm.inference.encode import (
     BATCH,
     ImageFeatures,
@@ -34,16 +34,31 @@ from mvlm.inference.encode import (
     rerank_scores,
     text_features,
 )
-from mvlm.inference.fill_mask import FilledText, fill_text
-from mvlm.inference.images import ImageLike, Images, each_image, is_single_image, load_batches, load_image
-from mvlm.inference.reconstruction import Reconstruction, reconstruct_image
-from mvlm.inference.texts import Texts, each_text, text_batches
+from mvlm.inference.images import (
+    ImageLike,
+    Images,
+    each_image,
+    hide_patches,
+    is_single_image,
+    load_batches,
+    load_image,
+)
+from mvlm.inference.masked import (
+    FilledText,
+    Guess,
+    Reconstruction,
+    fill_mask,
+    hidden_patches,
+    reconstruct,
+    tokens_with_masks,
+)
+from mvlm.inference.texts import Texts, checked_texts, each_text, list_of_texts, text_batches
+from mvlm.model.encoders import masked_patches
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import TOKENIZER_FILE, write_model
 from mvlm.progress import WorkProgress
 from mvlm_dataloading import Dataset, Tokenizer
-
-PRECISIONS = ("auto", "bf16", "fp32")
+from mvlm_dataloading.loader.masking import draw_patch_masks
 
 
 class Matches(NamedTuple):
@@ -116,9 +131,8 @@ class TrainedModel:
     def __init__(
         self, network: MaskVLM, tokenizer: Tokenizer, precision: str = "auto", source: Path | None = None
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision: wanted {', '.join(PRECISIONS)}, got {precision!r}")
         self.network, self.tokenizer, self.precision, self.source = network.eval(), tokenizer, precision, source
+        chosen_precision(self.device, precision)  # raises for an unknown one
 
     @property
     def device(self) -> torch.device:
@@ -247,10 +261,32 @@ class TrainedModel:
         Args:
             text: text with [MASK] for every token to guess, such as "a [MASK] heart".
             top: guesses for each [MASK].
-            steps: steps in which [MASK]s are replaced, the most probable first; later guesses see earlier ones.
+            steps: steps in which [MASK]s are replaced, an equal number in each, rounded up: those whose first guess is
+                the most probable. Later guesses see earlier ones.
         """
-        pixels = load_image(image, self.network.config.image_size)
-        return fill_text(self.network, self.tokenizer, text, pixels, top, self.precision, steps)
+        top, steps = whole_number("top", top, 1, self.tokenizer.vocab_size), whole_number("steps", steps)
+        tokens = tokens_with_masks(text, self.tokenizer, self.network.config.text_length)
+        pixels = load_image(image, self.network.config.image_size)[None]
+        ids = (tokens == self.tokenizer.mask_id).nonzero()[:, 0]
+        steps = min(steps, len(ids))
+        guesses, probabilities = torch.zeros(len(ids), top, dtype=torch.int64), torch.zeros(len(ids), top)
+        left = torch.arange(len(ids))  # numbers of the [MASK]s that are not filled in yet
+        for step in range(steps):
+            length, places = [len(tokens)], ids[left]
+            found = fill_mask(self.network, self.tokenizer, pixels, tokens, length, places, top, self.precision)
+            order = found[1][:, 0].sort(descending=True, stable=True).indices
+            number = -(-len(left) // (steps - step))
+            surest, rest = order[:number], order[number:].sort().values
+            guesses[left[surest]], probabilities[left[surest]] = found[0][surest], found[1][surest]
+            tokens[ids[left[surest]]] = found[0][surest, 0]
+            left = left[rest]
+        return FilledText(
+            self.tokenizer.decode(tokens.tolist()),
+            [
+                [Guess(self.tokenizer.decode([token]), p) for token, p in zip(row, chances, strict=True)]
+                for row, chances in zip(guesses.tolist(), probabilities.tolist(), strict=True)
+            ],
+        )
 
     def reconstruct(
         self,
@@ -268,16 +304,39 @@ class TrainedModel:
                 mask as in training, drawn from `seed`.
             steps: steps in which patches are rebuilt, those first that continue the patches beside them best.
         """
-        pixels = load_image(image, self.network.config.image_size)
-        return reconstruct_image(self.network, self.tokenizer, pixels, text, hide, seed, self.precision, steps)
+        config = self.network.config
+        seed, steps = whole_number("seed", seed, None), whole_number("steps", steps)
+        texts = checked_texts([text], self.tokenizer, config.text_length)
+        pixels, side = load_image(image, config.image_size)[None], config.image_size // config.patch_size
+        if hide is None:
+            drawn = draw_patch_masks(seed, 0, [0], image_size=config.image_size, masking=config)
+            ids = torch.from_numpy(drawn)  # (1, K)
+        else:
+            ids = hidden_patches(hide, side)
+        masked = hide_patches(pixels, ids, config.patch_size)
+        rebuilt = reconstruct(self.network, self.tokenizer, pixels, texts, ids, self.precision, steps)
+        hidden = masked_patches(ids, config.num_patches).unflatten(1, (side, side))[0].numpy()
+        image, masked, rebuilt = (x[0].permute(1, 2, 0).numpy() for x in (pixels, masked, rebuilt))
+        return Reconstruction(image, masked, rebuilt, hidden)
 
     def attention(self, image: ImageLike, text: str) -> AttentionMaps:
         """Weights of each word of a text over the patches of an image: by layer and head, and by GradCAM on ITM.
 
-        `mvlm.inference.overlay` draws them.
+        In float32 whatever the model's precision. `mvlm.inference.attention_maps` draws them.
         """
-        one_text("text", text)
-        return attention_maps(self.network, self.tokenizer, load_image(image, self.network.config.image_size), text)
+        texts = checked_texts([text], self.tokenizer, self.network.config.text_length)
+        pixels = load_image(image, self.network.config.image_size)
+        v = image_features(self.network, pixels[None], "fp32").v
+        w = text_features(self.network, texts, self.tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
+        log_odds, layers, cams = matching_gradcam(self.network, v, w)
+        spans = [("[CLS]", 0, 1), *word_spans(self.tokenizer, texts[0])]
+        places = [(start, stop) for _, start, stop in spans]
+        return AttentionMaps(
+            [word for word, _, _ in spans],
+            word_maps(torch.stack([layer.weights[0] for layer in layers]), places),
+            word_maps(torch.stack([cam[0] for cam in cams]), places),
+            log_odds.item(),
+        )
 
     def evaluate(
         self,

@@ -17,11 +17,10 @@ from mvlm.evaluation.cross_modal_gain import partners_of
 from mvlm.evaluation.evaluate import RERANK, unseen_images
 from mvlm.evaluation.retrieval import EncodedSplit, rank_all
 from mvlm.evaluation.workspace import Workspace
+from mvlm.inference.attention_maps import draw_words
 from mvlm.inference.encode import eval_loader
-from mvlm.inference.fill_mask import fill_mask
 from mvlm.inference.images import hide_patches, load_image
-from mvlm.inference.overlay import draw_words
-from mvlm.inference.reconstruction import reconstruct
+from mvlm.inference.masked import fill_mask, reconstruct
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.report.html import data_uri

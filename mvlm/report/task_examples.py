@@ -23,10 +23,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from mvlm.errors import RunError
-from mvlm.inference.attention_maps import gradcam, recorded_attention, word_maps, word_spans
+from mvlm.inference.attention_maps import draw_overlay, gradcam, recorded_attention, word_maps, word_spans
 from mvlm.inference.encode import packed_tokens
 from mvlm.inference.images import decode_image, load_image
-from mvlm.inference.overlay import draw_overlay
 from mvlm.objectives.losses import at_least_float32
 from mvlm.report.html import data_uri, render
 from mvlm.tasks.caption import Captioning

@@ -9,9 +9,8 @@ import torch
 from mvlm.config.json_files import read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import ConfigError, RunError, shown
 from mvlm.files import check_finite, load_weights, read_shapes
-from mvlm.inference.arguments import shown
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, download

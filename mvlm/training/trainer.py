@@ -25,7 +25,7 @@ from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
-from mvlm.inference.reconstruction import reconstruction_strip
+from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.packing import eager_buckets, pad_to_bucket
 from mvlm.objectives.losses import Losses, LossWeights, loss_weights
 from mvlm.progress import TrainingProgress

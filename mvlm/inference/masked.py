@@ -1,6 +1,7 @@
-"""Masked images, rebuilt from their visible patches and captions.
+"""Masked tokens and patches, predicted from the rest of an image and its caption.
 
-Shape legend: B batch, S image side, K masked patches, P patch side.
+Shape legend: B batch, S image side, T packed tokens, L tokens of a caption, M masked tokens, K masked patches, P patch
+side.
 """
 
 from typing import Any, NamedTuple
@@ -11,17 +12,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.errors import ConfigError
-from mvlm.inference.arguments import whole_number
-from mvlm.inference.encode import encode_captions, eval_loader
+from mvlm.errors import ConfigError, shown
+from mvlm.inference.encode import eval_loader, packed_tokens
 from mvlm.inference.images import hide_patches
-from mvlm.inference.texts import checked_texts
+from mvlm.inference.texts import MAX_CHARACTERS, check_unicode
 from mvlm.model.encoders import masked_patches, patchify, unpatchify, visible_patches
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Dataset, Tokenizer
-from mvlm_dataloading.loader.masking import draw_patch_masks
+from mvlm_dataloading.captions import clean_line
 
 STRIP_IMAGES = 8
+
+
+class Guess(NamedTuple):
+    """A token in the place of a [MASK]."""
+
+    token: str
+    probability: float
+
+
+class FilledText(NamedTuple):
+    """A text whose [MASK]s are filled in."""
+
+    text: str
+    """The text with the likeliest token in each place."""
+    guesses: list[list[Guess]]
+    """For each [MASK], the likeliest tokens, best first."""
 
 
 class Reconstruction(NamedTuple):
@@ -35,6 +52,67 @@ class Reconstruction(NamedTuple):
     """Visible patches as they are, hidden ones as the model draws them."""
     hidden: NDArray[np.bool_]
     """(rows, columns) of patches, True = hidden."""
+
+
+def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """Tokens int64 (L,) of a caption in which every "[MASK]" is one token to guess; L is at most `length`.
+
+    The other tokens are those that the caption has with a word in the place of [MASK].
+
+    Raises:
+        ConfigError: the caption is no text, has no [MASK], or is too long.
+    """
+    if not isinstance(caption, str):
+        raise ConfigError(f"caption: wanted one text, a str, got {shown(caption)}")
+    check_unicode(caption, "caption")
+    if len(caption) > MAX_CHARACTERS:
+        raise ConfigError(f"caption: wanted at most {MAX_CHARACTERS} characters, found {len(caption)}; shorten it")
+    between = clean_line(caption).split("[MASK]")
+    if len(between) == 1:
+        raise ConfigError(f'caption: wanted at least one [MASK], got {caption!r}; write it as in "flag of [MASK]"')
+    # Parts are tokenized one by one, so their number is looked at before.
+    inner = tokenizer.encode_masked(between) if len(between) <= length else []
+    found = 2 + max(len(inner), len(between) - 1)
+    if found > length:
+        raise ConfigError(
+            f"caption: wanted at most {length} tokens, [CLS] and [SEP] included, found {found}; shorten the caption"
+        )
+    return torch.tensor([tokenizer.cls_id, *inner, tokenizer.sep_id])
+
+
+@torch.no_grad()
+def fill_mask(
+    model: MaskVLM,
+    tokenizer: Tokenizer,
+    images: Tensor,
+    tokens: Tensor,
+    lengths: list[int],
+    token_ids: Tensor,
+    top: int = 1,
+    precision: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Guess masked tokens from the rest of each caption and from its image.
+
+    Args:
+        images: uint8 (B, 3, S, S).
+        tokens: Packed captions, int64 (T,).
+        lengths: Tokens of each caption.
+        token_ids: Positions in `tokens` to mask, int64 (M,).
+        top: Guesses for each masked token.
+
+    Returns:
+        The `top` likeliest token ids of the tokenizer, int64 (M, top), and their probabilities (M, top), on the CPU.
+    """
+    device = next(model.parameters()).device
+    starts = torch.tensor([0, *np.cumsum(lengths)], device=device)
+    hidden = mask_tokens(tokens.to(device), token_ids.to(device), model.config.mask_token_id)
+    with autocast(device, precision):
+        v = model.encode_image(images.to(device))
+        wm, key_mask = model.encode_text(hidden, starts, max(lengths))
+        logits = model.fill_mask(v, wm, key_mask, starts, token_ids.to(device)).float()
+    logits = logits[:, : tokenizer.vocab_size]  # the LM head may be larger than the tokenizer's vocabulary
+    found = logits.softmax(-1).topk(top, dim=-1)
+    return found.indices.cpu(), found.values.cpu()
 
 
 @torch.no_grad()
@@ -53,7 +131,6 @@ def reconstruct(
         images: uint8 (B, 3, S, S).
         captions: One for each image.
         patch_ids: Masked patches, int64 (B, K).
-        precision: auto, bf16 or fp32.
         steps: Steps in which the patches are rebuilt, an equal number in each, rounded up. Later ones see the earlier
             ones. A predicted pixel has no probability, so those come first that continue the patches beside them best
             (`border_errors`).
@@ -63,14 +140,13 @@ def reconstruct(
     """
     config, device = model.config, next(model.parameters()).device
     images, patch_ids = images.to(device), patch_ids.to(device)
-    if steps < 1:
-        raise ConfigError(f"steps: wanted at least 1, got {steps}")
     mean, std = (
         torch.tensor(values, device=device).repeat_interleave(config.patch_size**2)
         for values in (config.image_mean, config.image_std)
     )
+    tokens, starts = packed_tokens(captions, tokenizer, config.text_length)
     with autocast(device, precision):
-        w, key_mask = encode_captions(model, captions, tokenizer)
+        w, key_mask = model.encode_text(tokens.to(device), starts.to(device), config.text_length)
     patches, steps = patchify(images, config.patch_size), min(steps, patch_ids.shape[1])
     for step in range(steps):
         hidden = masked_patches(patch_ids, config.num_patches)
@@ -120,44 +196,6 @@ def border_errors(patches: Tensor, known: Tensor, pixels: Tensor, patch_ids: Ten
         total = total + (edge - across).abs().mean((-1, -2)) * seen
         count = count + seen
     return torch.where(count > 0, total / count.clamp(min=1), float("inf"))
-
-
-def reconstruct_image(
-    model: MaskVLM,
-    tokenizer: Tokenizer,
-    image: Tensor,
-    text: str,
-    hide: NDArray[Any] | Tensor | None = None,
-    seed: int = 0,
-    precision: str = "auto",
-    steps: int = 1,
-) -> Reconstruction:
-    """Rebuild hidden patches of one image uint8 (3, S, S) from its visible patches and a text.
-
-    Args:
-        hide: bool (h, w) over the whole image, True = hidden: every patch that it touches. None: a mask as in training,
-            drawn from `seed`.
-        steps: steps in which the patches are rebuilt (`reconstruct`).
-
-    Raises:
-        ConfigError: nothing is hidden, `hide` is not bool (h, w), or the text cannot be used.
-    """
-    config = model.config
-    seed, steps = whole_number("seed", seed, None), whole_number("steps", steps)
-    (text,) = checked_texts([text], tokenizer, config.text_length)
-    ids = _drawn_patches(model, seed) if hide is None else hidden_patches(hide, config.image_size // config.patch_size)
-    masked = hide_patches(image[None], ids, config.patch_size)[0]
-    rebuilt = reconstruct(model, tokenizer, image[None], [text], ids, precision, steps)[0]
-    side = config.image_size // config.patch_size
-    hidden = masked_patches(ids, config.num_patches).unflatten(1, (side, side))[0].numpy()
-    image, masked, rebuilt = (pixels.permute(1, 2, 0) for pixels in (image, masked, rebuilt))
-    return Reconstruction(image.numpy(), masked.numpy(), rebuilt.numpy(), hidden)
-
-
-def _drawn_patches(model: MaskVLM, seed: int) -> Tensor:
-    """Masked patches int64 (1, K) of one image, as in training."""
-    config = model.config
-    return torch.from_numpy(draw_patch_masks(seed, 0, [0], image_size=config.image_size, masking=config))
 
 
 def hidden_patches(hide: NDArray[Any] | Tensor, side: int) -> Tensor:
