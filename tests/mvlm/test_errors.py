@@ -52,17 +52,6 @@ def test_a_name_of_the_face_without_its_package_says_what_to_install(monkeypatch
         _ = mvlm.load_model
 
 
-def test_a_module_that_is_none_of_ours_keeps_its_error(run_mvlm, monkeypatch):
-    assert advise_install(ModuleNotFoundError("no", name="mvlm_of_nobody")) is None
-
-    def fail(_):
-        raise ModuleNotFoundError("No module named 'x'", name="x")
-
-    monkeypatch.setattr("mvlm.cli.run_command", fail)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'x'"):
-        run_mvlm("pretrain")
-
-
 def test_a_package_that_is_too_old_is_not_called_missing():
     """Else the advice installs what is there."""
     old = ModuleNotFoundError("no", name="onnxscript._framework_apis.torch_2_11")

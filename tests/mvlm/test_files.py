@@ -7,29 +7,17 @@ import os
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from mvlm.errors import RunError
 from mvlm.files import (
     FLOATS,
-    check_folder,
     copy_into,
     is_finite,
-    load_weights,
     new_folder,
     read_safetensors,
     write_safetensors,
 )
 from support.folders import forbid
-
-
-def test_check_folder_says_what_is_there(tmp_path):
-    check_folder(tmp_path, "a run")
-    with pytest.raises(RunError, match="wanted a run, found no such folder; check the path"):
-        check_folder(tmp_path / "none", "a run")
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="wanted a run, found a file; check the path"):
-        check_folder(tmp_path / "file", "a run")
 
 
 def test_safetensors_survive_the_disk_and_others_are_refused(tmp_path):
@@ -91,14 +79,6 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(kind):
             assert not is_finite(tensor)
     assert not is_finite(torch.tensor([math.inf, -math.inf], dtype=kind))
     assert is_finite(torch.empty(0, dtype=kind))
-
-
-def test_load_weights_reads_a_safetensors_file(tmp_path):
-    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    write_safetensors(tmp_path / "model.safetensors", model.state_dict())
-    load_weights(other, tmp_path / "model.safetensors")
-    assert torch.equal(other.weight, model.weight)
-    assert torch.equal(other.bias, model.bias)
 
 
 def test_a_new_folder_is_made_beside_what_a_killed_process_left(tmp_path):

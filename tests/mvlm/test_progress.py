@@ -23,14 +23,6 @@ ROW: dict[str, Any] = {
 EVALUATION = {"tr_r1": 12.34, "ir_r1": 9.87, "gain_text_nats": 0.456, "gain_pixels_pct": 1.26}
 
 
-def test_describe_row_has_losses_and_speed():
-    assert describe_row(ROW) == "mlm 5.250  mim 0.500  itc 2.000  itm 0.625  42 pairs/s"
-
-
-def test_describe_row_leaves_out_missing_losses():
-    assert describe_row(ROW | {"itc": None, "itm": None}) == "mlm 5.250  mim 0.500  42 pairs/s"
-
-
 def test_describe_row_has_undecodable_images_and_evaluations():
     text = describe_row(ROW | {"skipped": 2} | EVALUATION)
     assert text.endswith("42 pairs/s  2 undecodable images  validation R@1 12.3 / 9.9  gain 0.46 nats, 1.3 %")

@@ -7,7 +7,7 @@ from dataclasses import is_dataclass
 import pytest
 
 from mvlm.cli import COMMANDS, PARSE_THEMSELVES, run_command
-from mvlm.commands.arguments import RENAMED, check_renamed, deferred, one_line, parse
+from mvlm.commands.arguments import RENAMED, check_renamed, one_line
 from mvlm.errors import ConfigError
 from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
@@ -17,55 +17,40 @@ PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["bench", "setp"], "unknown command 'bench setp'; did you mean `mvlm bench step`?"),
-        (["bench", "step", "--batches", "3"], "--batches"),
-        (["pretrain", "tiny", "--data", "none"], "Missing from mvlm pretrain tiny: --out PATH"),
+        (["pretrain"], "wanted a preset"),
+        (["pretrain", "--data", "d"], "wanted a preset"),
+        (["pretrain", "hgue", "--data", "d", "--out", "o"], "preset"),
+        (["pretrain", "--config"], "--config"),
+        (["pretrain", "tiny", "--data", "none"], "--out PATH"),
+        (["pretrain", "tiny", "--dat", "x"], "Unrecognized options: --dat x; "),
         ([*PRETRAIN, "--bacth-size", "3"], "--bacth-size"),
-        (
-            ["pretrain", "tiny", "--dat", "x"],
-            "Unrecognized options: --dat x; Missing from mvlm pretrain tiny: --data PATH",
-        ),
-        ([*PRETRAIN, "--batch-size", "0"], "batch_size must be at least 1, got 0; see `mvlm pretrain tiny --help`"),
+        ([*PRETRAIN, "--batch-size", "0"], "batch_size"),
         ([*PRETRAIN, "--batch-size", "abc"], "--batch-size: wanted a whole number, got 'abc'"),
-        ([*PRETRAIN, "--batch-size", "1.5"], "--batch-size: wanted a whole number, got '1.5'"),
         ([*PRETRAIN, "--lr-end", "x"], "--lr-end: wanted a number, got 'x'"),
-        ([*PRETRAIN, "--batch-size", "1"], "batch_size: wanted at least 2"),
+        ([*PRETRAIN, "--model.image-size", "100"], "image_size"),
+        ([*PRETRAIN, "--plan", "slow"], "--plan"),
         (["embed", "--data"], "data: wanted a value behind it, found none; see `mvlm embed --help`"),
-        ([*PRETRAIN, "--model.image-size", "100"], "mask_block must divide image_size: wanted a divisor of 100"),
-        ([*PRETRAIN, "--plan", "slow"], "invalid choice 'slow' for argument '--plan'. Expected one of"),
-        (["data", "emoji"], "Missing from mvlm data emoji: OUT"),
-        (["bench"], "unknown command 'bench'; wanted one of: bench kernels, bench step, bench data, bench run"),
-        (["pretrain", "--config"], "got --config with no file after it"),
+        (["data", "emoji"], "OUT"),
+        (["report"], "RUN"),
+        (["eval", "retrieval", "--chekpoint", "c", "--data", "d"], "--checkpoint"),
+        (["bench"], "bench step"),
+        (["bench", "setp"], "did you mean `mvlm bench step`?"),
+        (["bench", "step", "--batches", "3"], "--batches"),
+        (["pretrain", "tiny", "--eval-pictures", "64"], "--eval-pictures is now --eval-images"),
+        (["pretrain", "base", "--eval_pictures=64"], "--eval-pictures is now --eval-images"),
+        (["pretrain", "tiny", "--self-attention", "products"], "is now --self-attention math"),
+        (["pretrain", "tiny", "--cross-attention=products"], "is now --cross-attention math"),
+        (["bench", "data", "--pictures", "30"], "--pictures is now --images"),
     ],
 )
-def test_wrong_arguments_are_one_line(words, message, capsys):
+def test_wrong_arguments_are_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         run_command(words)
     assert message in str(caught.value)
     assert not {"\n", "│", "─"} & set(str(caught.value))
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["pretrain", "tiny", "--eval-pictures", "64"], "--eval-pictures is now --eval-images"),
-        (["pretrain", "base", "--eval_pictures=64"], "--eval-pictures is now --eval-images"),
-        (
-            ["pretrain", "tiny", "--self-attention", "products"],
-            "--self-attention products is now --self-attention math",
-        ),
-        (
-            ["pretrain", "tiny", "--cross-attention=products"],
-            "--cross-attention products is now --cross-attention math",
-        ),
-        (["bench", "data", "--pictures", "30"], "--pictures is now --images; see `mvlm bench data --help`"),
-    ],
-)
-def test_a_renamed_flag_is_refused_with_its_new_name(run_mvlm, words, message):
-    outcome = run_mvlm(*words)
-    assert (outcome.code, len(outcome.err)) == (2, 1)
-    assert outcome.err[0].startswith(f"mvlm: {message}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", RENAMED)
@@ -85,18 +70,6 @@ def test_flags_of_other_commands_are_not_renamed():
     check_renamed(["--pictures", "3", "--self-attention", "products"], "mvlm report")
     check_renamed(["--self-attention", "math", "--pictures"], "mvlm pretrain tiny")
     check_renamed([], "mvlm pretrain tiny")
-
-
-def test_a_bound_command_is_called_with_the_parsed_arguments():
-    def command(one: int, /, *, two: str = "b") -> None:
-        """Does something."""
-        calls.append((one, two))
-
-    calls = []
-    ready = parse(deferred(command), ["1", "--two", "c"], prog="x")
-    assert calls == []
-    ready()
-    assert calls == [(1, "c")]
 
 
 def test_help_is_printed_and_exits_with_0(capsys):

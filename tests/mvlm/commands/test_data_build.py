@@ -1,7 +1,6 @@
 """`mvlm data ...` commands that build shards, and wrong arguments of all `mvlm data` commands."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from mvlm.cli import COMMANDS
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.data import command_of
 from mvlm_dataloading import open_dataset
-from mvlm_dataloading.build import packaged_sets
 from mvlm_dataloading.sources import all_sources
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support.commands import assert_refused
@@ -26,20 +24,6 @@ from support.commands import assert_refused
 def test_a_built_data_set_names_its_options(data_set):
     recipe = json.loads((data_set / "dataset.json").read_text())["recipe"]
     assert (recipe["shard_bytes"], recipe["max_pixels"], recipe["revision"]) == (20000, 50_000_000, 3)
-
-
-def test_data_emoji_builds_the_emoji_data_set(run_mvlm, scenes, tmp_path, monkeypatch):
-    calls = []
-
-    def build(out, size, **_):
-        calls.append((out, size))
-        shutil.copytree(scenes, out)
-
-    monkeypatch.setattr(packaged_sets, "build_emoji", build)
-    outcome = run_mvlm("data", "emoji", tmp_path / "emoji", "--size", 64)
-    assert outcome.code == 0
-    assert calls == [(tmp_path / "emoji", 64)]
-    assert outcome.out == [f"{tmp_path / 'emoji'}: 32 train, 8 validation, 8 test"]
 
 
 @pytest.mark.parametrize("column, words", [("split", []), ("part", ["--split-column", "part"])])

@@ -1,15 +1,11 @@
 """`mvlm data check`, `merge`, `index` and `view`, on intact and broken data sets and on a full disk."""
 
 import errno
-import json
-import os
 import shutil
-import tarfile
 
 import pytest
 
 from mvlm.commands.data import processes
-from support import published
 from support.commands import assert_refused
 from support.data import file_contents
 
@@ -58,50 +54,6 @@ def test_check_finds_a_missing_shard_of_a_view(view, data_set, run_data):
     assert len(outcome.err) == 1
     assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in outcome.err[0]
     assert "problems" in "\n".join(outcome.out)
-
-
-def test_a_damaged_header_in_a_tar_ends_every_command_with_its_name_and_place(tmp_path, run_data):
-    path = tmp_path / "tars" / "train.tar"
-    path.parent.mkdir()
-    with tarfile.open(path, "w") as tar:
-        for i in range(12):
-            image = published.encoded(published.make_image(i))
-            published.add_members(tar, [(f"{i}.jpg", image), (f"{i}.txt", b"words")])
-    assert run_data("index", path.parent).code == 0
-    with tarfile.open(path) as tar:
-        at = tar.getmember("3.jpg").offset
-    with path.open("r+b") as file:
-        file.seek(at + 150)
-        file.write(b"\xff" * 4)
-    for index in (path.with_suffix(".idx"), path.parent / "train.index"):
-        os.utime(index)
-    found = f"a damaged header at byte {at}"
-    outcome = run_data("check", path.parent)
-    assert outcome.code == 2
-    assert any(line.startswith("problem: ") and "train.tar" in line and found in line for line in outcome.out)
-    (path.parent / "dataset.json").unlink()
-    assert_refused(run_data("index", path.parent), "train.tar", found)
-    outcome = run_data("webdataset", tmp_path / "out", "--train", path, "--workers", 1)
-    assert outcome.code == 2
-    assert "train.tar" in outcome.err[-1]
-    assert found in outcome.err[-1]
-    assert not (tmp_path / "out").exists()
-
-
-def test_check_of_a_pipe_in_place_of_a_tar_ends_at_once(data_set, run_data):
-    (data_set / "train-000000.tar").unlink()
-    os.mkfifo(data_set / "train-000000.tar")
-    outcome = run_data("check", data_set)
-    assert outcome.code == 2
-    assert "train-000000.tar: wanted a file, found a pipe" in outcome.err[-1]
-
-
-def test_check_of_a_wrong_description_is_one_line(data_set, run_data):
-    file = data_set / "dataset.json"
-    kept = json.loads(file.read_text())
-    for name, value in (("rejected", "x"), ("splits", {}), ("splits", {"../x": kept["splits"]["train"]})):
-        file.write_text(json.dumps(kept | {name: value}))
-        assert_refused(run_data("check", data_set), "dataset.json: wanted the description of a data set, found ")
 
 
 def test_index_repairs_the_index_of_another_tar(data_set, run_data):

@@ -100,20 +100,6 @@ def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (("--split", "tset"), "wanted the split tset, found test, train"),
-        (("--out", "{other}"), "out: wanted a new file or the figures of an earlier evaluation"),
-    ],
-)
-def test_a_mistake_on_all_ranks_is_one_line(tuned, questions, tmp_path, on_two_ranks, words, message):
-    (tmp_path / "notes.txt").write_text("my notes")
-    words = [word.replace("{other}", str(tmp_path / "notes.txt")) for word in words]
-    assert message in refusal(on_two_ranks("eval", "vqa", "--checkpoint", tuned, "--data", questions, *CPU, *words))
-
-
-@pytest.mark.slow
 def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_two_ranks):
     answers = [{"answer": "red", "answer_id": number} for number in range(1, 11)]
     with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:

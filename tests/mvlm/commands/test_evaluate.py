@@ -33,16 +33,6 @@ def test_evaluation_on_an_undecodable_image_is_refused(run_mvlm, scenes_copy, tm
     assert folder_hash(tmp_path) == before
 
 
-def test_evaluation_on_a_missing_split_is_refused(run_mvlm, scenes, trained):
-    words = ("--checkpoint", trained, "--data", scenes, "--split", "tset")
-    assert_refused(run_mvlm("eval", "retrieval", *words), "wanted the split tset, found test, train, validation")
-
-
-def test_evaluation_without_candidates_is_refused(run_mvlm, trained, scenes):
-    outcome = run_mvlm("eval", "retrieval", "--checkpoint", trained, "--data", scenes, "--rerank", -1)
-    assert_refused(outcome, "rerank: wanted at least 0, got -1")
-
-
 @pytest.mark.slow
 def test_a_model_without_itm_is_ranked_by_itc(run_mvlm, scenes, without_itm, tmp_path):
     out = tmp_path / "test.json"
@@ -76,15 +66,3 @@ def test_earlier_figures_and_empty_or_cut_files_are_replaced(run_mvlm, trained, 
     words = ("--checkpoint", trained, "--data", scenes, "--out", out)
     assert run_mvlm("eval", "retrieval", *words).code == 0
     assert json.loads(out.read_text())["checkpoint"] == str(trained)
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_scores_do_not_overwrite_what_they_are_of(run_mvlm, tmp_path, number):
-    files = [tmp_path / name for name in ("mine.jsonl", "truth.jsonl", "other.jsonl")]
-    for file in files:
-        file.write_text('{"pairID": 1, "label": "neutral"}\n')
-    words = ("--other", files[2], "--out", tmp_path / "x" / ".." / files[number].name)
-    (tmp_path / "x").mkdir()
-    outcome = run_mvlm("score", "entailment", *files[:2], *words)
-    assert_refused(outcome, "out: wanted another file than the others")
-    assert [file.read_text() for file in files] == ['{"pairID": 1, "label": "neutral"}\n'] * 3

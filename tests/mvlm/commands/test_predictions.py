@@ -50,9 +50,7 @@ def test_new_and_empty_files_and_earlier_predictions_of_the_task_are_taken(run_m
 
 
 def test_a_folder_and_the_file_of_the_figures_are_refused(run_mvlm, tmp_path):
-    assert_refused(
-        evaluate(run_mvlm, tmp_path, "vqa", tmp_path), f"predictions: wanted a file, got the folder {tmp_path}"
-    )
+    assert_refused(evaluate(run_mvlm, tmp_path, "vqa", tmp_path), "predictions: wanted a file, got the folder")
     for same in (tmp_path / "out.json", tmp_path / "x" / ".." / "out.json"):
         outcome = evaluate(run_mvlm, tmp_path, "vqa", same, "--out", tmp_path / "out.json")
         assert_refused(outcome, "predictions: wanted another file than the others, got")
@@ -60,15 +58,15 @@ def test_a_folder_and_the_file_of_the_figures_are_refused(run_mvlm, tmp_path):
 
 
 def test_scores_replace_earlier_scores_alone(run_mvlm, tmp_path):
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text('{"pairID": 1, "label": "neutral", "gold_label": "neutral"}\n')
-    notes, out = tmp_path / "notes.txt", tmp_path / "out.json"
-    notes.write_text("my notes")
-    words = ("score", "entailment", lines, lines, "--out")
-    assert_refused(
-        run_mvlm(*words, notes), "out: wanted a new file or the figures of an earlier evaluation", str(notes)
-    )
-    assert notes.read_text() == "my notes"
+    lines = '{"pairID": 1, "label": "neutral", "gold_label": "neutral"}\n'
+    files = [tmp_path / name for name in ("mine.jsonl", "truth.jsonl", "other.jsonl", "notes.txt")]
+    for file in files:
+        file.write_text(lines)
+    words = ("score", "entailment", *files[:2], "--other", files[2], "--out")
+    for file in files:
+        assert_refused(run_mvlm(*words, file), "out: wanted")
+        assert file.read_text() == lines
+    assert_refused(run_mvlm(*words, tmp_path / "x/../truth.jsonl"), "out: wanted")
     for _ in range(2):
-        assert run_mvlm(*words, out).code == 0
-    assert json.loads(out.read_text())["accuracy"] == 100
+        assert run_mvlm(*words, tmp_path / "out.json").code == 0
+    assert json.loads((tmp_path / "out.json").read_text())["accuracy"] == 100

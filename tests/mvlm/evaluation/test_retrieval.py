@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
 from torch import nn
 
 from mvlm.evaluation import retrieval
@@ -19,7 +18,6 @@ from mvlm.evaluation.retrieval import (
     best_rank,
     encode_split,
     rank_all,
-    rank_by_itc,
     recall,
     recall_intervals,
 )
@@ -107,7 +105,7 @@ def by_hand(image, text, owner, log_odds, scale, direction, k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["tr", "ir"])
-@pytest.mark.parametrize("k", [1, 4, 12, 1000])
+@pytest.mark.parametrize("k", [0, 1, 4, 12, 1000])
 def test_ranks_against_brute_force(direction, k):
     """70 images with one to four captions each; more queries than a block holds, more pairs than a batch."""
     rng = np.random.default_rng(0)
@@ -118,46 +116,20 @@ def test_ranks_against_brute_force(direction, k):
     log_odds[owner, np.arange(len(owner))] += 3
     model = Lookup(log_odds, scale=2.5)
     found = rank_all(model, features_of(image, text, owner), k, "fp32")[direction]  # pyright: ignore[reportArgumentType]
-    wanted = by_hand(image, text, owner, log_odds, 2.5, direction, k)
+    wanted = by_hand(image, text, owner, log_odds if k else 0 * log_odds, 2.5, direction, k or 1000)
     itc, itm, top, score, alone = map(list, zip(*wanted, strict=True))
+    if k == 0:  # ITM's head is not asked: a model that was trained without ITM has random weights there
+        alone = itc
+        assert not model.batches
     assert found.itc.tolist() == itc
-    assert rank_by_itc(features_of(image, text, owner), direction).tolist() == found.itc.tolist()
     assert found.itm.tolist() == itm
     assert found.itm_alone.tolist() == alone
     assert found.top.tolist() == top
     np.testing.assert_allclose(found.score.numpy(), score, rtol=1e-6)
-    assert max(len(images) for images, _ in model.batches) <= 512  # bounded memory
+    assert max((len(images) for images, _ in model.batches), default=0) <= 512  # bounded memory
     if 1 < k < 1000:
         assert found.itm.tolist() != found.itc.tolist()
         assert found.itm.tolist() != found.itm_alone.tolist()
-
-
-@pytest.mark.parametrize("direction", ["tr", "ir"])
-def test_no_candidates_for_itm_leave_the_order_of_itc(direction):
-    """ITM's head is not asked: a model that was trained without ITM has random weights there."""
-    rng = np.random.default_rng(3)
-    owner = [i for i in range(70) for _ in range(1 + i % 2)]
-    image, text = rng.normal(size=(70, 5)), rng.normal(size=(len(owner), 5))
-    model = Lookup(rng.normal(size=(70, len(owner))), scale=2.5)
-    found = rank_all(model, features_of(image, text, owner), 0, "fp32")[direction]  # pyright: ignore[reportArgumentType]
-    wanted = by_hand(image, text, owner, np.zeros((70, len(owner))), 2.5, direction, 1000)
-    itc, _, top, score, _ = map(list, zip(*wanted, strict=True))
-    assert found.itc.tolist() == found.itm.tolist() == found.itm_alone.tolist() == itc
-    assert found.top.tolist() == top
-    np.testing.assert_allclose(found.score.numpy(), score, rtol=1e-6)
-    assert not model.batches
-
-
-@pytest.mark.parametrize("direction", ["tr", "ir"])
-def test_re_ranking_leaves_right_answers_below_the_candidates_where_they_are(direction):
-    """Right answers below the first k keep their rank, even if the matching head would put them first."""
-    rng = np.random.default_rng(1)
-    image, text = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
-    sure = 1000 * np.eye(30)
-    model = Lookup(sure)
-    found = rank_all(model, features_of(image, text, list(range(30))), 10, "fp32")[direction]  # pyright: ignore[reportArgumentType]
-    for itc, itm in zip(found.itc.tolist(), found.itm.tolist(), strict=True):
-        assert itm == (0 if itc < 10 else itc)
 
 
 def test_a_pair_is_judged_once_for_both_directions_and_an_images_pairs_lie_together():
@@ -213,52 +185,6 @@ def test_a_split_without_any_right_candidate_is_ranked_by_itc():
     assert found["tr"].itm.tolist() == found["tr"].itc.tolist() == [2, 2, 2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("captions", [1, 3])
-def test_recall_of_random_embeddings_is_chance(captions):
-    """400 images: recall is within four standard errors of the probability of a hit by chance."""
-    rng = np.random.default_rng(3)
-    owner = [i for i in range(400) for _ in range(captions)]
-    image, text = rng.normal(size=(400, 16)), rng.normal(size=(len(owner), 16))
-    model = Lookup(rng.normal(size=(400, len(owner))))
-    for direction in ("tr", "ir"):
-        found = rank_all(model, features_of(image, text, owner), 16, "fp32")[direction]  # pyright: ignore[reportArgumentType]
-        queries, gallery = (400, len(owner)) if direction == "tr" else (len(owner), 400)
-        answers = captions if direction == "tr" else 1
-        for ranks in (found.itc, found.itm):
-            for k in (1, 5, 10):
-                misses = [(gallery - answers - i) / (gallery - i) for i in range(k)]
-                p = 1 - math.prod(misses)
-                # captions of one image are not independent queries, so the images are counted
-                error = math.sqrt(p * (1 - p) / min(queries, 400))
-                assert abs(recall(ranks)[f"r{k}"] / 100 - p) < 4 * error + 5e-5, (direction, k)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("right_answers", [1, 5])
-def test_recall_and_rank_are_those_of_torchmetrics(right_answers):
-    """Per query: a hit among the first K, and the reciprocal of the place of the first right answer."""
-    metrics = pytest.importorskip("torchmetrics.functional.retrieval")
-    generator = torch.Generator().manual_seed(right_answers)
-    scores = torch.rand(60, 40, generator=generator, dtype=torch.float64)
-    right = torch.zeros(60, 40, dtype=torch.bool)
-    right.scatter_(1, torch.rand(60, 40, generator=generator).topk(right_answers).indices, True)
-    ranks = best_rank(scores, right)
-    found = recall(ranks)
-    for k in (1, 5, 10):
-        hits = [float(metrics.retrieval_hit_rate(s, r, top_k=k)) for s, r in zip(scores, right, strict=True)]
-        assert found[f"r{k}"] == pytest.approx(100 * np.mean(hits), abs=0.005 + 1e-9)
-    reciprocal = [float(metrics.retrieval_reciprocal_rank(s, r)) for s, r in zip(scores, right, strict=True)]
-    assert (1 / (1 + ranks.double())).tolist() == pytest.approx(reciprocal, rel=1e-6)
-
-
-def test_ties_count_as_wrong_answers_before_the_right_one():
-    scores = torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.9, 0.2, 0.9, 0.9], [0.1, 0.3, 0.2, 0.3]])
-    right = torch.tensor([[True, False, False, False], [True, False, True, False], [False, False, True, False]])
-    assert best_rank(scores, right).tolist() == [2, 1, 2]
-    assert best_rank(torch.zeros(3, 10), torch.eye(3, 10).bool()).tolist() == [9, 9, 9]
-
-
 def test_scores_that_differ_by_rounding_alone_are_a_tie():
     """Sums of the same numbers in another order, as a matrix product adds up its columns."""
     products = torch.rand(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
@@ -271,17 +197,6 @@ def test_scores_that_differ_by_rounding_alone_are_a_tie():
     assert best_rank(scores, torch.tensor([[True, False]]).expand(50, 2)).tolist() == [0] * 50
     infinite = torch.tensor([[torch.inf, torch.inf, 0.0], [-torch.inf, -torch.inf, 0.0]])
     assert best_rank(infinite, torch.tensor([[True, False, False]]).expand(2, 3)).tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("direction", ["tr", "ir"])
-@pytest.mark.parametrize("k", [1, 3, 50])
-def test_no_query_finds_its_answer_among_equal_wrong_ones(direction, k):
-    """Each image and each caption is there twice, so that every right answer has a wrong one that is equal to it."""
-    image = np.tile(np.random.default_rng(0).normal(size=(25, 64)), (2, 1))
-    model = Lookup(np.tile(np.eye(25), (2, 2)))
-    found = rank_all(model, features_of(image, image, list(range(50))), k, "fp32")[direction]  # pyright: ignore[reportArgumentType]
-    for field in ("itc", "itm", "itm_alone"):
-        assert int(getattr(found, field).min()) >= 1, field
 
 
 def test_a_model_whose_scores_are_nan_finds_nothing():
@@ -386,25 +301,3 @@ def test_intervals_of_captions_are_those_of_drawn_images():
         expected = np.percentile([100 * np.mean(ranks[queries] < k) for queries in drawn], (2.5, 97.5))
         width = expected[1] - expected[0]
         assert np.abs(np.array(found[f"r{k}"]) - expected).max() < 0.08 * width
-
-
-def test_intervals_of_single_queries_are_scipys():
-    ranks = np.random.default_rng(5).integers(0, 15, 400)
-    found = recall_intervals(torch.from_numpy(ranks), torch.arange(400))
-    for k in (1, 5, 10):
-        expected = bootstrap((100.0 * (ranks < k),), np.mean, n_resamples=9999, method="percentile", rng=1)
-        ends = np.array(expected.confidence_interval)
-        assert np.abs(np.array(found[f"r{k}"]) - ends).max() < 0.5, (k, found, ends)  # one query is 0.25
-
-
-def test_images_without_a_query_are_not_drawn():
-    ranks = torch.tensor([0, 3, 0, 20])
-    assert recall_intervals(ranks, torch.tensor([7, 2, 7, 90])) == recall_intervals(ranks, torch.tensor([1, 0, 1, 2]))
-
-
-def test_equal_queries_have_an_interval_of_no_width():
-    assert recall_intervals(torch.zeros(9, dtype=torch.long), torch.arange(9)) == {
-        "r1": [100.0, 100.0],
-        "r5": [100.0, 100.0],
-        "r10": [100.0, 100.0],
-    }

@@ -59,12 +59,6 @@ def test_rows_of_an_array_are_written_and_read(tmp_path, dtype, shape):
         assert torch.equal(array.tensor[3:], rows[3:])
 
 
-def test_rows_that_another_process_wrote_are_read(tmp_path):
-    mine, others = (StoredArray(tmp_path / "array", (4,), torch.float32) for _ in range(2))
-    others.write(1, torch.tensor([5.0, 6.0]))
-    assert mine.tensor.tolist() == [0, 5, 6, 0]
-
-
 def test_a_full_disk_is_an_error_of_the_system(tmp_path, file_limit):
     with file_limit(1000), pytest.raises(OSError, match="File too large"):
         StoredArray(tmp_path / "array", (1000,), torch.float32).write(0, torch.ones(1000))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.inference.encode import encode_captions, eval_loader, image_features, match_log_odds, text_features
+from mvlm.inference.encode import eval_loader, image_features, match_log_odds, text_features
 from support.models import micro_model
 from support.scenes import scene
 
@@ -12,19 +12,6 @@ from support.scenes import scene
 @pytest.fixture(scope="module")
 def model():
     return micro_model(dtype=torch.float32).eval()
-
-
-def test_encoded_captions_are_padded_to_the_models_length(model, tokenizer):
-    captions = ["red top left on white", "blue", "a square, green bottom right on black, " * 5]
-    with torch.no_grad():
-        w, key_mask = encode_captions(model, captions, tokenizer)
-    assert w.shape == (3, 12, 16)
-    assert key_mask.shape == (3, 12)
-    for row, caption in enumerate(captions):
-        length = len(tokenizer.encode([caption], 12)[0])
-        assert key_mask[row].tolist() == [column < length for column in range(12)]
-        assert (w[row, length:] == 0).all()
-    assert key_mask[2].all()
 
 
 def test_eval_loader_yields_uncropped_images_and_first_captions_in_order(model, heldout_split, tokenizer):

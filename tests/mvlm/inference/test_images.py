@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from mvlm.errors import RunError
 from mvlm.inference.images import GREY, decode_image, hide_patches, load_image, one_ahead
+from mvlm.model.encoders import patchify
 from mvlm_dataloading.images.colours import RgbRows
 from support.models import micro_batch
 from support.scenes import png, scene
@@ -82,49 +82,32 @@ def test_a_transparent_grey_of_16_bits_becomes_white(tmp_path):
     assert (found[:, :, 17:] == 255).all()
 
 
-@pytest.mark.parametrize("content, message", [(None, "found no such file"), (b"", "could not"), (b"text", "could not")])
-def test_a_file_that_is_not_an_image_is_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(RunError, match=rf"a\.png: wanted an image, {message}"):
-        load_image(tmp_path / "a.png", 32)
-
-
-def test_a_truncated_image_and_a_folder_are_refused(tmp_path):
-    content = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(RunError, match=r"a\.png: wanted an image, could not read it: it is truncated"):
-        load_image(tmp_path / "a.png", 32)
-    with pytest.raises(RunError, match="wanted an image file, found a folder"):
-        load_image(tmp_path, 32)
+def test_what_is_no_whole_image_is_refused(tmp_path):
+    whole = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for name, content in {"empty.png": b"", "text.png": b"text", "cut.png": whole[: len(whole) // 2]}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("none.png", "empty.png", "text.png", "cut.png", "folder.png"):
+        with pytest.raises(RunError, match=f"{name}: wanted an image"):
+            load_image(tmp_path / name, 32)
 
 
 def test_hidden_patches_are_grey_and_the_others_unchanged():
     batch, masks = micro_batch()
-    shown = hide_patches(batch.images, masks.patch_ids, 8)
-    for row in range(5):
-        for patch in range(16):
-            area = (
-                row,
-                slice(None),
-                slice(patch // 4 * 8, patch // 4 * 8 + 8),
-                slice(patch % 4 * 8, patch % 4 * 8 + 8),
-            )
-            if patch in masks.patch_ids[row].tolist():
-                assert (shown[area] == GREY).all()
-            else:
-                assert torch.equal(shown[area], batch.images[area])
+    shown, given = (patchify(x, 8) for x in (hide_patches(batch.images, masks.patch_ids, 8), batch.images))
+    for row, hidden in enumerate(masks.patch_ids.tolist()):
+        others = [patch for patch in range(16) if patch not in hidden]
+        assert (shown[row, hidden] == GREY).all()
+        assert torch.equal(shown[row, others], given[row, others])
 
 
-def test_an_image_is_turned_as_its_exif_data_say(tmp_path):
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:8] = 255  # a white strip on top
+@pytest.mark.parametrize("number", range(1, 9))
+def test_every_orientation_is_that_of_pillow(tmp_path, number):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
-    found = load_image(tmp_path / "a.jpg", 32).float()
-    assert found[:, :, 26:].min() > 200
-    assert found[:, :, :20].max() < 50
+    exif[0x0112] = number
+    Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint8).reshape(32, 24, 3)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert np.array_equal(decode_image(tmp_path / "a.png"), np.array(ImageOps.exif_transpose(opened)))
 
 
 @pytest.mark.parametrize("tag, value", [(0x0100, TiffImagePlugin.IFDRational(1, 3)), (0x011A, -3)])
@@ -147,32 +130,6 @@ def test_an_image_with_a_malformed_tag_beside_its_orientation_is_turned(tmp_path
     with Image.open(tmp_path / "odd.jpg") as opened, pytest.raises((TypeError, struct.error)):
         ImageOps.exif_transpose(opened)
     assert torch.equal(load_image(tmp_path / "odd.jpg", 32), load_image(tmp_path / "good.jpg", 32))
-
-
-@pytest.mark.parametrize("number", range(1, 9))
-def test_every_orientation_is_that_of_pillow(tmp_path, number):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint8).reshape(32, 24, 3)).save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as opened:
-        assert np.array_equal(RgbRows(opened).pixels(), np.array(ImageOps.exif_transpose(opened)))
-
-
-def png_header(side: int) -> bytes:
-    """The beginning of a PNG of this size, with no pixels."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    head = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 100) + b"IDAT"
-
-
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
-    for side in (12_000, 30_000):  # the second is above Pillow's limit too
-        (tmp_path / "bomb.png").write_bytes(png_header(side) + bytes(100))
-        with pytest.raises(RunError, match=r"bomb.png: wanted at most 100000000 pixels, found"):
-            load_image(tmp_path / "bomb.png", 32)
-    (tmp_path / "small.png").write_bytes(png_header(100) + bytes(100))
-    with pytest.raises(RunError, match=r"small.png: wanted an image, could not read it"):
-        load_image(tmp_path / "small.png", 32)
 
 
 def test_loading_is_one_batch_ahead_and_an_error_reaches_the_caller():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.evaluation.retrieval import encode_split, rank_by_itc, recall
+from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.portable.clip_benchmark import register
 from mvlm.portable.clip_model import create_clip_model
 from mvlm.runs.load import load_model
@@ -64,7 +64,7 @@ def test_retrieval_figures_are_ours(run_benchmark, trained, tmp_path, capsys):
     found = run_benchmark(tmp_path / "retrieval", "zeroshot_retrieval", "--recall_k", "1", "5", "10")
     features = encode_split(model.network, split, model.tokenizer)
     for direction, theirs in (("tr", "text"), ("ir", "image")):
-        ours = recall(rank_by_itc(features, direction))
+        ours = recall(rank_all(model.network, features, 0)[direction].itc)
         assert {f"r{k}": round(100 * found[f"{theirs}_retrieval_recall@{k}"], 2) for k in (1, 5, 10)} == ours
         assert 0 < ours["r5"] < 100  # so a mistake would show
 
