@@ -11,7 +11,6 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from mvlm.errors import RunError
 from mvlm.inference.images import GREY, decode_image, hide_patches, load_image, one_ahead
 from mvlm.model.encoders import patchify
-from mvlm_dataloading.images.colours import RgbRows
 from support.models import micro_batch
 from support.scenes import png, scene
 
