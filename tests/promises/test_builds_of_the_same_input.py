@@ -11,7 +11,7 @@ from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
-from support.data import file_contents, killed_before_assembly, write_tar
+from support.data import file_contents, write_tar
 
 build = functools.partial(build_shards, workers=0)
 
@@ -42,15 +42,6 @@ def test_other_images_or_captions_make_another_data_set(tmp_path):
             build(folder(moved), tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
         build(folder(moved), tmp_path / "out")
-
-
-def test_a_killed_build_does_not_resume_with_other_captions(tmp_path):
-    published.folder(tmp_path / "images")
-    with killed_before_assembly():
-        build(folder(tmp_path / "images"), tmp_path / "out")
-    (tmp_path / "images/a/2.txt").write_text("another\n")
-    with pytest.raises(DataError, match="wanted an unfinished build of this input"):
-        build(folder(tmp_path / "images"), tmp_path / "out")
 
 
 def test_an_image_that_was_missing_makes_another_data_set(tmp_path):

@@ -4,15 +4,13 @@ import itertools
 import json
 import os
 import shutil
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from mvlm_dataloading import DataError, Loader, LoaderWork, open_dataset
+from mvlm_dataloading import DataError, Loader, open_dataset
 from mvlm_dataloading.dataset.folders import RemoteFolder
-from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.loader import reader, sampler
 from support.data import cache_bytes, limit_cache
 from support.hub import serve_hub
@@ -101,18 +99,6 @@ def test_several_epochs_from_a_web_server_through_a_small_cache(
     assert not list(data_cache.glob("*/*.part"))
 
 
-def test_remote_shards_are_fetched_ahead_of_use(web, data_cache, tokenizer, small_segments):
-    loader = open_loader(open_dataset(web, "train"), tokenizer, work=LoaderWork(prefetch_batches=0))
-    batch, _ = next(iter(loader))
-    for thread in threading.enumerate():
-        if thread.name == "mvlm-fetching":
-            thread.join(10)
-    here = {path.name for path in data_cache.glob("*/*.tar")}
-    in_use = {loader.dataset.tars[int(loader.dataset.shard_of(i))].name for i in batch.sample_id.tolist()}
-    assert in_use < here
-    loader.close()
-
-
 def test_a_remote_cache_that_is_too_small_is_refused(served, web, data_cache, tokenizer, monkeypatch):
     limit_cache(monkeypatch, served, 1.5)
     with pytest.raises(DataError, match=r"wanted room for \d+ bytes more.*; raise MVLM_CACHE_GB"):
@@ -121,17 +107,6 @@ def test_a_remote_cache_that_is_too_small_is_refused(served, web, data_cache, to
         monkeypatch.setenv("MVLM_CACHE_GB", size)
         with pytest.raises(DataError, match=f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got '{size}'"):
             open_dataset(web, "train")
-
-
-def test_a_failed_fetch_is_retried(served, web, data_cache, tokenizer):
-    names = ["/train.index", *sorted(f"/{path.name}" for path in served.glob("*.tar"))]
-    FolderHandler.fail += ["/dataset.json", *names, *names]
-    dataset = open_dataset(web, "train")
-    assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(served, "train"), tokenizer, 6))
-    assert not FolderHandler.fail
-    FolderHandler.fail += ["/dataset.json"] * 4
-    with pytest.raises(DataError, match=r"dataset\.json: wanted to read or write it, found that 4 attempts failed"):
-        open_dataset(web, "train")
 
 
 def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tokenizer):
@@ -173,24 +148,6 @@ def test_a_damaged_cached_index_is_fetched_again(served, web, data_cache, tokeni
         found = batches(open_dataset(web, "train"), tokenizer, 6)
         assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
         assert path.read_bytes() == content
-
-
-def test_an_index_that_arrives_short_is_fetched_again(served, web, data_cache, tokenizer, monkeypatch):
-    """Some servers end a connection early without an error."""
-    cut = [200, 5000]
-
-    def shorten(remote: str, local: str) -> None:
-        get(remote, local)
-        if remote.endswith(".index") and cut:
-            os.truncate(local, cut.pop())
-
-    filesystem = open_remote_cache(web).remote.filesystem  # fsspec has one for all that read this server
-    get = filesystem.get_file
-    monkeypatch.setattr(filesystem, "get_file", shorten)
-    dataset = open_dataset(web, "train")
-    assert not cut
-    assert dataset.keys.tolist() == open_dataset(served, "train").keys.tolist()
-    assert not list(data_cache.glob("*/*.part"))
 
 
 def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, data_cache, tokenizer):

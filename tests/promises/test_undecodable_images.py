@@ -373,26 +373,3 @@ def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(tmp_pa
     known = of_all_ranks(dataset, tokenizer, None, 10)
     with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 40 of 400"):
         of_all_ranks(dataset, tokenizer, known, 1)
-
-
-@pytest.mark.slow
-def test_samples_seen_by_a_rank_continue_from_its_state(tmp_path, tokenizer):
-    """30 % are bad, which is noticed within the first epoch, whether the run resumes after each batch or never."""
-    dataset = bad_percent(tmp_path / "data", 30)
-
-    def run(each: int) -> None:
-        state = None
-        for _ in range(10 // each):
-            loader = load(dataset, tokenizer, batch_size=40, rank=3, world_size=8)
-            if state is not None:
-                loader.load_state_dict(state)
-            stream(loader, each)
-            state = loader.state_dict()
-            loader.close()
-
-    found = []
-    for each in (10, 1):
-        with pytest.raises(DataError, match="wanted at most 5% undecodable images") as error:
-            run(each)
-        found.append(str(error.value))
-    assert found[0] == found[1]

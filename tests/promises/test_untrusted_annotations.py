@@ -15,7 +15,7 @@ from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.sources.visual_genome import visual_genome
-from mvlm_dataloading.sources.webdataset import cc3m, webdataset
+from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
 from support.data import build_source, keys_of, read_json_lines
 
@@ -143,41 +143,6 @@ def test_only_strings_are_captions_in_every_source(tmp_path):
         first = next(record for piece in source.pieces if piece.split == "train" for record in piece.records(1))
         assert list(first.captions) == [f"part {k} of picture 0" for k in (1, 2, 3, 0)][: len(first.captions)]
         assert len(first.captions) == (4 if source.name == "visual-genome" else 0)
-
-
-@pytest.mark.parametrize(
-    "open_source, message",
-    [
-        (lambda at: coco(at), "annotations: wanted a folder, found none"),
-        (lambda at: coco(at, at / "k.json"), "k.json: wanted a file, found none"),
-        (lambda at: visual_genome(at), "VG_100K_2 .*wanted a folder, found none"),
-        (lambda at: cc3m([at]), "wanted a tar or a folder of tars, found none"),
-        (lambda at: huggingface(at), "wanted parquet files or a folder of save_to_disk, found none"),
-        (lambda at: folder(at / "no"), "no: wanted a folder, found none"),
-        (lambda at: folder(at, test=1.5), "wanted shares from 0 to 1 that sum to at most 1, got 0.0 and 1.5"),
-    ],
-)
-def test_missing_files_columns_and_arguments_are_named(tmp_path, open_source, message):
-    with pytest.raises(DataError, match=message) as error:
-        open_source(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "wanted JSON, found"),
-        ("[]", "wanted Karpathy's dataset_coco.json, found TypeError"),
-        ('{"images": [{"filepath": "train2014"}]}', "wanted Karpathy's dataset_coco.json, found KeyError"),
-        ('{"images": [{"filepath": "train2014", "filename": "a.jpg", "split": "trial", "cocoid": 1, "sentences": []}]}',
-         "wanted a split named .*, found 'trial'"),
-    ],
-)  # fmt: skip
-def test_malformed_annotations_are_refused(tmp_path, text, message):
-    (tmp_path / "train2014").mkdir()
-    (tmp_path / "dataset_coco.json").write_text(text)
-    with pytest.raises(DataError, match=message):
-        coco(tmp_path, tmp_path / "dataset_coco.json")
 
 
 @pytest.mark.parametrize("number", ["a", 1e999, None, [1], {}])

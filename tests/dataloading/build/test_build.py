@@ -58,16 +58,6 @@ def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_data_set_is_not_built_again(tmp_path):
-    out = build_records(tmp_path / "out", ONE)
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    build_records(out, ONE)
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(DataError, match="min_side"):
-        build_records(out, ONE, min_side=20)
-
-
-@pytest.mark.slow
 def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path):
     """The plan of an unfinished build, with the fields of version 0.1.0. Only its hash of the records is not here."""
     with killed_before_assembly():

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, build_part, build_shards, merge_parts, open_dataset
-from mvlm_dataloading.build import part as part_module
 from mvlm_dataloading.build.part import parse_part
 from mvlm_dataloading.dataset import folders
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
@@ -129,25 +128,6 @@ def test_missing_and_unfitting_parts_are_refused(source, tmp_path):
             refused()
     assert not out.exists()
     assert (tmp_path / "mine" / "text").read_text() == "precious"
-
-
-def test_a_part_is_resumed_where_it_ended(source, tmp_path):
-    part = build_part(source, tmp_path / "part", (1, 1), OPTIONS, workers=0)
-    (part / "pieces" / "000003").rename(part / "pieces" / "000003.12345678.tmp")  # as if it had been killed there
-    seen = []
-    build_part(source, part, (1, 1), OPTIONS, workers=0, progress=seen.append)
-    assert (seen[0].pieces, seen[0].records) == (4, 0)
-    assert (seen[-1].pieces, seen[-1].of_pieces, seen[-1].records) == (5, 5, 2)
-    assert sorted(path.name for path in (part / "pieces").iterdir()) == [f"{i:06d}" for i in range(5)]
-
-
-def test_nodes_that_do_not_share_the_folder_are_noticed(source, tmp_path, monkeypatch):
-    """A cluster of one core is played: it says that it has written the pieces, and they are nowhere."""
-    monkeypatch.setattr(part_module, "ray_cores", lambda: 1)
-    monkeypatch.setattr(part_module, "write_pieces_on_ray", lambda place, options, tasks: iter([(len(tasks), 9)]))
-    monkeypatch.setattr(part_module, "LISTING_S", 0.0)
-    with pytest.raises(DataError, match="wanted a folder that all nodes of the cluster share, found 5 of 5 new pieces"):
-        build_shards(source, tmp_path / "out", OPTIONS, executor="ray")
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b", "1.5/2"])

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 from typing import Any
 
@@ -190,22 +189,6 @@ def test_captions_without_a_token_cost_a_sample_only_if_no_other_is_left(tmp_pat
         file = tar.extractfile(name)
         assert file is not None
         assert np.frombuffer(file.read(), "<i4").tolist() == [4, 2, 5, 5, 3, 3, 2, 5, 3]
-
-
-def test_groups_of_large_files_are_small(tmp_path):
-    """A worker holds a group's files at once. A file that is too large is not read, and takes no room."""
-    records = []
-    for i, size in enumerate((0, 20, 20, 80, 20, 0, 0)):
-        path = tmp_path / f"{i}.jpg"
-        published.write_image(path, i)
-        if size:
-            os.truncate(path, size << 20)  # decoders ignore what is behind the image
-        records.append(Record(f"k{i}", path, ["a"], ""))
-    groups: list[int] = []
-    write_piece(ListedPiece("train", records), tmp_path / "000000", BuildOptions(quality=90), {}, groups.append)
-    assert groups == [3, 4]
-    lines = read_json_lines(tmp_path / "000000/samples.jsonl")
-    assert [line.get("reason") for line in lines] == [*3 * [None], "image file is too large", *3 * [None]]
 
 
 def test_two_processes_may_write_a_piece_at_once(tmp_path):

@@ -13,10 +13,8 @@ from mvlm_dataloading import (
     DataError,
     Loader,
     Masking,
-    ViewOptions,
     build_shards,
     check_shards,
-    make_view,
     open_dataset,
     rebuild_indices,
 )
@@ -132,17 +130,6 @@ def test_published_splits_of_questions_stay_as_they_are(tmp_path):
     ]
     with pytest.raises(DataError, match="drop-duplicates: wanted a data set with a sample per image"):
         build(tmp_path / "third", {"train": records}, drop_duplicates=True)
-
-
-def test_views_that_choose_other_questions_have_other_fingerprints(tmp_path):
-    out = build(tmp_path / "out", {"train": questions(tmp_path / "images", images=2)})
-    chosen = {}
-    for words in ("question [01]", "question [02]"):
-        make_view(tmp_path / words[-3:], [out], ViewOptions(match=words))
-        chosen[words] = open_dataset(tmp_path / words[-3:], "train")
-    first, second = chosen.values()
-    assert len(first) == len(second) == 4
-    assert first.fingerprint != second.fingerprint
 
 
 def test_evaluation_splits_of_any_name_are_kept_out_of_training(tmp_path):

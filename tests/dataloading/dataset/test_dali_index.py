@@ -1,9 +1,8 @@
 import random
-import tracemalloc
 
 import pytest
 
-from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, parse_index, read_head
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, parse_index
 
 
 def by_words(text: str) -> list[dict]:
@@ -72,23 +71,3 @@ def test_index_columns_match_the_lines(rows):
 def test_malformed_index_lines_are_refused(line, message):
     with pytest.raises(ValueError, match=message):
         parse_index(f"v1.2 2\njpg 1 2 b.jpg\n{line}\n".encode())
-
-
-@pytest.mark.parametrize(
-    "text, wanted", [(b"v1.2 2\na\nb\n", ("v1.2 2", 2)), (b"v1.2 2\na\nb", ("v1.2 2", 2)), (b"", ("", 0))]
-)
-def test_read_head_gives_first_line_and_line_count(text, wanted):
-    assert read_head(text) == wanted
-
-
-@pytest.mark.slow
-def test_parsing_an_index_takes_a_few_times_its_size():
-    """An index of a million samples has 90 MB."""
-    text = make(20000).encode()
-    tracemalloc.start()
-    index = parse_index(text)
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(index) == 20000
-    assert kept < 3 * len(text)
-    assert peak < 12 * len(text)

@@ -1,6 +1,5 @@
 """The cache of remote data: locks, room, retries and files, with a local web server."""
 
-import errno
 import hashlib
 import json
 import os
@@ -10,16 +9,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
 from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
-from support.data import cache_bytes, limit_cache, write_dataset
+from support.data import cache_bytes, limit_cache
 from support.faults.faulty_proxy import serve_faulty
-from support.web_server import FolderHandler, serve
+from support.web_server import FolderHandler
 
 
 def shards_of(folder: Path) -> list[dict]:
@@ -129,13 +127,6 @@ def test_a_shard_held_by_one_process_is_not_removed_by_another(served, opened, d
     two.release_except([])
 
 
-def test_the_tokenizer_of_another_split_is_that_of_the_training_captions(tmp_path, data_cache):
-    folder = write_dataset(tmp_path / "data", 6, splits=("train", "test"))
-    with serve(folder) as url:
-        found = tokenizer_for(open_dataset(url, "test"), 300)
-    assert found.fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
-
-
 def test_reading_captions_does_not_hold_shards(served, web, opened):
     """Training a tokenizer on all captions works with room for two shards, and fetched shards stay held."""
     other = opened(2.2)
@@ -150,45 +141,6 @@ def test_reading_captions_does_not_hold_shards(served, web, opened):
     dataset.remote.release_except([])
     other.fetch([2])
     other.release_except([])
-
-
-def test_a_shard_being_fetched_counts_in_the_cache_size(served, opened, data_cache, monkeypatch):
-    """One job is fetching a shard when another makes room for its own. Both would exceed the limit."""
-    one, two = opened(1.5), opened(1.5)
-    begun, go_on = threading.Event(), threading.Event()
-    get = one.remote.get
-
-    def slowly(name: str, to: Path, sha256: str) -> None:
-        with open(to, "wb"):  # as fsspec does
-            begun.set()
-        assert go_on.wait(60)
-        get(name, to, sha256)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(one, "remote", SimpleNamespace(get=slowly))
-        thread = threading.Thread(target=one.fetch, args=([0],))
-        thread.start()
-        assert begun.wait(60)
-        try:
-            with pytest.raises(DataError, match="wanted room"):
-                two.fetch([1])
-        finally:
-            go_on.set()
-            thread.join()
-    first = shards_of(served)[0]["tar"]
-    assert [path.name for path in data_cache.glob("*/*.tar*") if path.suffix != ".lock"] == [first]
-    one.release_except([])
-    two.fetch([1])
-    two.release_except([])
-
-
-def test_a_cached_file_may_vanish_while_room_is_made(opened, monkeypatch):
-    """It vanishes between the listing and the stat, as when another job removes it."""
-    cached, listed = opened(1.5), Path.glob
-    gone = [cached.folder / "train-000009.tar", cached.folder / "train-000009.tar.part"]
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*listed(self, pattern), *gone])
-    cached.fetch([0])
-    cached.release_except([])
 
 
 HAMMER = """
@@ -270,16 +222,3 @@ def test_a_cache_that_cannot_be_written_is_named(web, data_cache):
     data_cache.write_text("a file")
     with pytest.raises(DataError, match=f"{data_cache}: wanted a cache folder that can be written.*; set MVLM_CACHE"):
         open_dataset(web, "train")
-
-
-def test_a_full_disk_is_said_at_once(web, data_cache):
-    dataset, tried = open_dataset(web, "train"), []
-    assert dataset.remote is not None
-
-    def full(path: str) -> None:
-        tried.append(path)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(DataError, match="wanted room for it"):
-        dataset.remote.remote.attempt("train-000000.tar", full)
-    assert len(tried) == 1

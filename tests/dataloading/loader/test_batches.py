@@ -1,9 +1,7 @@
 """Batches: their content, and the thread that makes them in advance."""
 
 import gc
-import itertools
 import threading
-import time
 from collections import Counter
 
 import numpy as np
@@ -97,30 +95,6 @@ def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split
     assert threads() == 0
     assert len(list(make_loader(train_split, tokenizer, batch_size=32, train=False))) == 2
     assert threads() == 0
-
-
-def test_prefetcher_yields_in_order_and_stays_within_its_depth():
-    made, ended, numbers = [], [], itertools.count()
-    ahead = Prefetcher(lambda: made.append(next(numbers)) or f"result {made[-1]}", 3, lambda: ended.append(True))
-    deadline = time.monotonic() + 5
-    while len(made) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert made == [0, 1, 2]
-    assert [ahead.get() for _ in range(20)] == [f"result {k}" for k in range(20)]
-    assert not ended
-    ahead.close()
-    ahead.close()
-    assert (len(made) <= 23, ended, threads()) == (True, [True], 0)
-
-
-def test_prefetcher_waits_for_the_result_that_is_being_made():
-    inside, go, made = threading.Event(), threading.Event(), []
-    ahead = Prefetcher(lambda: inside.set() or made.append(go.wait(5)), 1, lambda: None)
-    assert inside.wait(5)
-    threading.Timer(0.05, go.set).start()
-    ahead.close()
-    assert made == [True]
 
 
 @pytest.mark.parametrize("depth", [0, 5])

@@ -78,20 +78,6 @@ def test_a_pass_in_order_yields_whole_images_and_first_captions(train_split, tok
     assert [row["pixels"] for row in other] == [row["pixels"] for row in found]
 
 
-def test_a_reader_that_delivers_other_samples_is_noticed(train_split, tokenizer, monkeypatch):
-    build = "mvlm_dataloading.loader.segment.build_pipeline"
-    from mvlm_dataloading.loader.pipeline import build_pipeline
-
-    def build_reversed(dataset, ids, *arguments, **settings):
-        return build_pipeline(dataset, np.concatenate([ids[:8], ids[8:16][::-1], ids[16:]]), *arguments, **settings)
-
-    monkeypatch.setattr(build, build_reversed)
-    loader = make_loader(train_split, tokenizer, prefetch_batches=0)
-    take(loader, 1)
-    with pytest.raises(AssertionError, match="from DALI's reader"):
-        take(loader, 1)
-
-
 def test_loader_reads_folders_with_blanks_and_non_ascii_names_and_leaves_no_index_views(
     tmp_path, tokenizer, monkeypatch
 ):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 
 import pytest
 
@@ -131,17 +130,6 @@ def test_other_data_and_other_states_are_refused(train_split, waves, tokenizer):
     assert (report.exact_pixels, report.exact_text, report.same_data) == (False, False, False)
     assert (loader.state_dict()["position"], loader.state_dict()["skipped"]) == (32, [])
     assert len(take(loader, 2)) == 2
-
-
-@pytest.mark.slow
-def test_loader_state_ignores_prefetched_batches(train_split, tokenizer):
-    for prefetch in (0, 1, 7):
-        loader = load(train_split, tokenizer, prefetch_batches=prefetch)
-        for k in range(1, 10):
-            take(loader, 1)
-            time.sleep(0.02)  # lets the thread prefetch
-            state = loader.state_dict()
-            assert state["epoch"] * 60 + state["position"] == 8 * k
 
 
 def test_merge_states_has_the_bad_images_of_all_ranks_and_the_samples_of_all():

@@ -1,8 +1,6 @@
 """Segments: splits kept in memory, strips of images, images of several samples, and the memory that segments free."""
 
-import gc
 import io
-import weakref
 from itertools import chain, islice
 from typing import Any
 
@@ -103,37 +101,6 @@ def test_a_split_with_an_undecodable_image_is_not_kept(tmp_path, tokenizer, kept
     ours, others = (make_loader(dataset, tokenizer, keep_mb=keep, max_bad_fraction=0.1) for keep in (10, 0))
     assert_same(ours, others, 10)
     assert (ours.skipped, others.skipped, kept) == (1, 1, [False])
-
-
-@pytest.mark.slow
-def test_closed_segments_free_memory_without_the_garbage_collector(train_split, tokenizer, monkeypatch):
-    pipelines, draws = [], []
-    build, draw = segment_module.build_pipeline, segment_module.uniforms
-
-    def build_recorded(*args, **settings):
-        pipelines.append(build(*args, **settings))
-        return pipelines[-1]
-
-    def draw_recorded(*args):
-        drawn = draw(*args)
-        draws.append(weakref.ref(drawn))
-        return drawn
-
-    monkeypatch.setattr(segment_module, "build_pipeline", build_recorded)
-    monkeypatch.setattr(segment_module, "uniforms", draw_recorded)
-    monkeypatch.setattr("mvlm_dataloading.loader.reader.MAX_SEGMENT_SAMPLES", 32)
-    gc.collect()
-    gc.disable()
-    try:
-        loader = make_loader(train_split, tokenizer, prefetch_batches=0)
-        take(loader, 10)
-        # `_pipe` is DALI's: the C++ pipeline.
-        assert [pipeline._pipe is None for pipeline in pipelines] == [True, True, False]
-        assert [drawn() is None for drawn in draws] == [True, True, False]
-        loader.close()
-        assert (pipelines[-1]._pipe, draws[-1]()) == (None, None)
-    finally:
-        gc.enable()
 
 
 # Strips

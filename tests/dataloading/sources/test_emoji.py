@@ -1,6 +1,6 @@
 import pytest
 
-from mvlm_dataloading.sources.emoji import base_of, captions_of, group_of, merge_bases, named_emoji, split_of
+from mvlm_dataloading.sources.emoji import base_of, captions_of, merge_bases, named_emoji, split_of
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,6 @@ def test_emoji_that_differ_in_skin_tone_alone_have_one_base():
     assert count > 3900
     assert [bare for bare, names in bases.items() if len(names) > 1] == []
     assert 1800 < len(bases) < 2000
-
-
-def test_emoji_groups_by_code_point():
-    assert group_of("1F1E9-1F1EA") == "flag"
-    assert group_of("0023-FE0F-20E3") == "keycap"
-    assert group_of("1F600") == "emoticons"
-    assert group_of("1F680") == "transport and maps"
-    assert group_of("1F951") == group_of("1F335") == "symbols and pictographs"
-    assert group_of("2764") == "signs"
 
 
 @pytest.mark.slow

@@ -140,13 +140,6 @@ def test_tars_that_are_damaged_or_hold_nothing_are_refused_with_the_place(tmp_pa
     refuse(write_tar(tmp_path / "sound.tar", [("1.wav", b"sound"), ("1.lab", b"words")]), r"sound\.tar")
 
 
-def test_a_build_warns_of_a_tar_that_was_cut(tmp_path, caplog):
-    path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 // 512 * 512])
-    build(path)
-    assert "cut" in caplog.text
-
-
 def test_a_tar_that_cannot_be_read_just_now_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     """A disk's error is not damage: the same command again has all samples."""
     path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2))

@@ -78,15 +78,6 @@ def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
         webdataset([tmp_path], validation=[tmp_path / "part.1.tar.gz"])
 
 
-def test_sbu(tmp_path):
-    published.img2dataset(tmp_path / "sbu")
-    (tmp_path / "sbu/00001.parquet").unlink()  # without its table, failed links are unknown
-    found = build_source(cc3m([tmp_path / "sbu"], name="sbu"), tmp_path / "out")
-    assert open_dataset(tmp_path / "out", "train").description["name"] == "sbu"
-    assert [*found["train"].values()] == [published.captions(i)[:1] for i in (0, 1, 2, 3, 5, 6, 7, 8)]
-    assert [line["key"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")] == ["000000004"]
-
-
 def test_webdataset_of_other_tools(tmp_path):
     jpegs = [published.encoded(published.make_image(i)) for i in range(6)]
     with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as tar:
