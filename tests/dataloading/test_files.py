@@ -135,15 +135,6 @@ def make_device(path: Path) -> None:
 ODD = {"a pipe": make_pipe, "a socket": make_socket, "a device": make_device, "a folder": Path.mkdir}
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_only_regular_files_are_opened(tmp_path, kind):
-    """A pipe would be waited for; /dev/zero never ends."""
-    ODD[kind](tmp_path / "x")
-    for read in (open_regular, read_regular):
-        with pytest.raises(DataError, match=f"x: wanted a file, found {kind}; "):
-            read(tmp_path / "x")
-
-
 def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"")
     status = os.stat(tmp_path / "x")

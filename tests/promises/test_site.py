@@ -100,16 +100,12 @@ def test_commands_and_settings_are_made_from_the_code() -> None:
     commands = site_pages.commands()
     listed = [*COMMANDS, *(f"bench {name}" for name in BENCHMARKS)]
     assert re.findall(r"^## mvlm (.*)$", commands, re.MULTILINE) == listed
-    assert "| `--short-side INT` | Downscale images to this short side, in pixels." in commands
     settings = site_pages.configuration()
     for name in [field.name for field in fields(FinetuneConfig) if field.name != "model"]:
         assert f"| `--{name.replace('_', '-')}`, " in settings or f"| `{name}`, " in settings
     for field in fields(MaskVLMConfig):
         flag = f"| `--model.{field.name.replace('_', '-')}`, "
         assert flag in settings or f"| `model.{field.name}`, " in settings
-    assert "| `max_bad_steps`, int at least 0 | 10 |" in settings
-    assert "| `--log-to`, any of wandb or trackio | none |" in settings
-    assert "| `--batch-size`, int at least 1 | 128 (tiny), 512 (small, base) |" in settings
     assert "<!-- generated: commands -->" in (ROOT / "docs/reference/commands.md").read_text()
     assert "<!-- generated: configuration -->" in (ROOT / "docs/reference/configuration.md").read_text()
 

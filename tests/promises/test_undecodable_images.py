@@ -63,34 +63,6 @@ def test_substitutes_do_not_depend_on_the_batch_size(damaged, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", [1, 6, 13])
-def test_resume_with_undecodable_images_is_exact(damaged, tokenizer, batches):
-    whole = stream(load(damaged, tokenizer), 25)
-    loader = load(damaged, tokenizer)
-    stream(loader, batches)
-    state = json.loads(json.dumps(loader.state_dict()))
-    assert len(state["skipped"]) == loader.skipped
-    resumed = load(damaged, tokenizer)
-    resumed.load_state_dict(state)
-    assert resumed.skipped == loader.skipped
-    assert stream(resumed, 25 - batches) == whole[10 * batches :]
-    assert resumed.skipped == 4
-
-
-@pytest.mark.slow
-def test_ranks_that_know_other_undecodable_images_see_what_one_rank_sees(damaged, tokenizer):
-    wanted = stream(load(damaged, tokenizer), 16)
-    loaders = [load(damaged, tokenizer, rank=rank, world_size=2) for rank in range(2)]
-    shares = [stream(loader, 5) for loader in loaders]
-    assert len({tuple(loader.state_dict()["skipped"]) for loader in loaders}) == 2
-    for loader, share in zip(loaders, shares, strict=True):
-        share += stream(loader, 11)
-    for step in range(16):
-        rows = [row for share in shares for row in share[5 * step : 5 * step + 5]]
-        assert rows == wanted[10 * step : 10 * step + 10]
-
-
-@pytest.mark.slow
 def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog):
     """The guard takes such a file for a damaged one, the decoder does not."""
     kinds = {"JPEG": ".jpg", "PNG": ".png"}
@@ -128,7 +100,7 @@ def truncated(request, tmp_path):
         if i in (5, 17):
             image = image[: int(len(image) * (0.9 if i == 5 else 0.97))]
         elif i % 4 == 0:
-            image += getattr(request, "param", b"")
+            image += request.param
         members += [(f"{i:02d}.jpg", image), (f"{i:02d}.txt", b"a wave")]
     write_tar(tmp_path / "train-000.tar", members)
     rebuild_indices(tmp_path)
@@ -136,40 +108,24 @@ def truncated(request, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_truncated_image_is_bad_whatever_its_crop(truncated, tokenizer, caplog):
-    settings = {"batch_size": 8, "max_bad_fraction": 0.2}
-    for seed in range(4):
-        loader = load(truncated, tokenizer, **settings, seed=seed)
-        wanted = [i for i, _, _ in stream(loader, 12)]  # four epochs
-        loader.close()
-        assert loader.state_dict()["skipped"] == [5, 17]
-        assert not {5, 17} & set(wanted)
-        ranks = [load(truncated, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
-        shares = [[i for i, _, _ in stream(loader, 12)] for loader in ranks]
-        for loader in ranks:
-            loader.close()
-        assert [i for step in range(12) for share in shares for i in share[4 * step : 4 * step + 4]] == wanted
-    assert "bytes after their end" not in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("truncated", [b"\0"], indirect=True)
-def test_bytes_after_the_end_of_other_images_hide_no_truncated_one(truncated, tokenizer, caplog):
+@pytest.mark.parametrize("truncated", [b"", b"\0"], indirect=True)
+def test_a_truncated_image_is_bad_whatever_its_crop(truncated, tokenizer):
     """Uninterrupted, resumed after each of some steps, and on two ranks: the same samples with the same pixels."""
     settings = {"batch_size": 4, "max_bad_fraction": 0.2}
     for seed in range(2):
         loader = load(truncated, tokenizer, **settings, seed=seed)
         wanted = stream(loader, 12)
         assert loader.state_dict()["skipped"] == [5, 17]
+        assert not {5, 17} & {i for i, _, _ in wanted}
         for step in (1, 3, 7):
             first, again = (load(truncated, tokenizer, **settings, seed=seed) for _ in range(2))
             stream(first, step)
-            again.load_state_dict(first.state_dict())
+            again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert again.skipped == first.skipped
             assert stream(again, 12 - step) == wanted[4 * step :]
         ranks = [load(truncated, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
         shares = [stream(rank, 12) for rank in ranks]
         assert [row for step in range(12) for share in shares for row in share[2 * step : 2 * step + 2]] == wanted
-    assert "bytes after their end" in caplog.text
 
 
 @pytest.mark.slow

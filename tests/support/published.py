@@ -44,6 +44,14 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+def hub_rows(count: int) -> list[dict[str, Any]]:
+    """Rows of a table as the Hugging Face hub has them."""
+    return [
+        {"image": {"bytes": encoded(make_image(i)), "path": f"{i}.jpg"}, "caption": captions(i), "id": f"row {i}"}
+        for i in range(count)
+    ]
+
+
 def coco(root: Path, train: int = 8, val: int = 4, year: int = 2014) -> None:
     """train2014, val2014, their annotations, and Karpathy's splits: of val, one is restval, one val, the rest test."""
     karpathy = []

@@ -9,18 +9,13 @@ from pathlib import Path
 
 
 class FolderHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder's files. Records requests, and fails once for each path in `fail`."""
+    """Serves a folder's files, and records requests."""
 
     asked: list[str] = []  # noqa: RUF012
-    fail: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
         type(self).asked.append(self.path)
-        if self.path in self.fail:
-            self.fail.remove(self.path)
-            self.send_error(503)
-        else:
-            super().do_GET()
+        super().do_GET()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -30,7 +25,6 @@ class FolderHandler(http.server.SimpleHTTPRequestHandler):
 def serve(folder: Path) -> Iterator[str]:
     """Serve a folder on a free port. Yields the URL."""
     FolderHandler.asked.clear()
-    FolderHandler.fail.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(FolderHandler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

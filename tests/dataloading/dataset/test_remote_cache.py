@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,10 +175,12 @@ def test_jobs_can_share_a_remote_cache(served, web, data_cache, monkeypatch):
     shards = json.dumps(shards_of(served))
     command = [sys.executable, "-c", HAMMER, web, str(data_cache), str(size)]
     jobs = [subprocess.Popen([*command, str(seed), shards], stderr=subprocess.PIPE, text=True) for seed in range(3)]
+    while any(job.poll() is None for job in jobs):
+        assert cache_bytes(data_cache) <= size  # with those that are being fetched
+        time.sleep(0.005)
     for job in jobs:
         _, errors = job.communicate(timeout=60)
         assert job.returncode == 0, errors
-    assert cache_bytes(data_cache) <= size
 
 
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/o/n", "https://h/x", "http://h/x"])

@@ -31,7 +31,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/part").symlink_to(tmp_path / "rows")
-    parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows/train.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(published.hub_rows(2)), tmp_path / "rows/train.parquet")
     assert len(build_source(huggingface(tmp_path / "linked"), tmp_path / "rows-out")["train"]) == 2
 
 
@@ -52,14 +52,6 @@ def test_a_folder_inside_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         files_under(tmp_path / "images")
     shutil.rmtree(tmp_path / "images" / "b")
     assert files_under(tmp_path / "images")
-
-
-def hub_rows(count: int) -> list[dict]:
-    return [
-        {"image": {"bytes": published.encoded(published.make_image(i)), "path": f"{i}.jpg"},
-         "caption": published.captions(i), "id": f"row {i}"}
-        for i in range(count)
-    ]  # fmt: skip
 
 
 def test_a_long_json_list_is_read_in_chunks(tmp_path, monkeypatch):

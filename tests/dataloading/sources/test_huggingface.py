@@ -29,16 +29,8 @@ def flattened(count: int, each: int = 5) -> list[dict]:
     ]
 
 
-def hub_rows(count: int) -> list[dict]:
-    return [
-        {"image": {"bytes": published.encoded(published.make_image(i)), "path": f"{i}.jpg"},
-         "caption": published.captions(i), "id": f"row {i}"}
-        for i in range(count)
-    ]  # fmt: skip
-
-
 def test_parquet_of_the_hub(tmp_path):
-    rows = hub_rows(5)
+    rows = published.hub_rows(5)
     (tmp_path / "data").mkdir()
     for name, part in (("train-00000-of-00002", rows[:2]), ("train-00001-of-00002", rows[2:4]), ("test", rows[4:])):
         parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"data/{name}.parquet")
@@ -51,7 +43,7 @@ def test_parquet_of_the_hub(tmp_path):
 
 
 def test_another_split_is_another_data_set(tmp_path):
-    parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(published.hub_rows(2)), tmp_path / "rows.parquet")
     build_source(huggingface(tmp_path / "rows.parquet", split="train"), tmp_path / "out")
     with pytest.raises(DataError):
         build_source(huggingface(tmp_path / "rows.parquet", split="test"), tmp_path / "out")
@@ -59,7 +51,7 @@ def test_another_split_is_another_data_set(tmp_path):
 
 def test_a_column_of_splits_decides_over_the_name_of_the_file(tmp_path):
     splits = ["train", "val", "test", "restval", None, ""]
-    rows = [{**row, "split": split} for row, split in zip(hub_rows(6), splits, strict=True)]
+    rows = [{**row, "split": split} for row, split in zip(published.hub_rows(6), splits, strict=True)]
     file = write(tmp_path / "rows/test-0.parquet", rows)
     found = build_source(huggingface(file, key_column="id", split_column="split"), tmp_path / "out")
     assert {split: [*part] for split, part in found.items()} == {
@@ -70,7 +62,7 @@ def test_a_column_of_splits_decides_over_the_name_of_the_file(tmp_path):
 
 
 def test_shares_divide_the_train_rows_of_a_column_of_splits(tmp_path):
-    rows = [{**row, "part": "dev" if i < 3 else "train"} for i, row in enumerate(hub_rows(40))]
+    rows = [{**row, "part": "dev" if i < 3 else "train"} for i, row in enumerate(published.hub_rows(40))]
     file = write(tmp_path / "rows/0.parquet", rows)
     source = huggingface(file, key_column="id", split_column="part", test=0.3)
     found = {piece.split: [record.where for record in piece.records(1 << 20)] for piece in source.pieces}
@@ -87,20 +79,22 @@ def test_any_word_of_a_file_or_folder_name_states_the_split(tmp_path):
     }
     for split, paths in names.items():
         for path in paths:
-            write(tmp_path / f"rows/{path}.parquet", [{**hub_rows(1)[0], "caption": split}])
+            write(tmp_path / f"rows/{path}.parquet", [{**published.hub_rows(1)[0], "caption": split}])
     pieces = huggingface(tmp_path / "rows").pieces
     assert len(pieces) == 8
     for piece in pieces:
         assert [list(record.captions) for record in piece.records(1 << 20)] == [[piece.split]]
-    write(tmp_path / "pets-test/0.parquet", hub_rows(1))  # the given folder states it too
-    write(tmp_path / "pets-test/train.parquet", hub_rows(1))
+    write(tmp_path / "pets-test/0.parquet", published.hub_rows(1))  # the given folder states it too
+    write(tmp_path / "pets-test/train.parquet", published.hub_rows(1))
     assert [piece.split for piece in huggingface(tmp_path / "pets-test").pieces] == ["test", "train"]
 
 
 @pytest.mark.parametrize("stored, split", [(None, "test"), ("train", "train")])
 def test_the_folder_of_save_to_disk_states_the_split_that_was_not_stored(tmp_path, stored, split):
     """A column of splits is read there too."""
-    table = pyarrow.Table.from_pylist([{**row, "split": None if i else "val"} for i, row in enumerate(hub_rows(70))])
+    table = pyarrow.Table.from_pylist(
+        [{**row, "split": None if i else "val"} for i, row in enumerate(published.hub_rows(70))]
+    )
     (tmp_path / "pets-test").mkdir()
     with ipc.new_stream(tmp_path / "pets-test/data.arrow", table.schema) as stream:
         stream.write_table(table)
@@ -137,7 +131,7 @@ def test_rows_of_one_key_are_one_sample_with_all_captions(tmp_path):
 
 def test_builds_of_an_earlier_version_are_not_resumed(tmp_path):
     """It assigned rows to splits by their numbers, and its recipe had no revision of the rows."""
-    file = write(tmp_path / "0.parquet", hub_rows(3))
+    file = write(tmp_path / "0.parquet", published.hub_rows(3))
     source = huggingface(file)
     earlier = {name: value for name, value in source.recipe.items() if name != "rows_revision"}
     build_source(replace(source, recipe=earlier), tmp_path / "out")

@@ -78,6 +78,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
         published.coco, lambda p: coco(with_file(p, "annotations/captions_train2014.json", {"images": 3})), "train2014"
     ),
     "other splits": (published.coco, lambda p: coco(p, with_file(p, "k.json", {"images": [{}]}) / "k.json"), "k.json"),
+    "no such splits": (published.coco, lambda p: coco(p, p / "k.json"), "k.json"),
+    "splits of another name": (
+        lambda p: (p / "train2014").mkdir(),
+        lambda p: coco(p, with_file(p, "k.json", {"images": [
+            {"filepath": "train2014", "filename": "a.jpg", "split": "trial", "cocoid": 1, "sentences": []}
+        ]}) / "k.json"), "trial",
+    ),
     # of Flickr30k
     "nothing": (published.flickr30k, lambda p: flickr30k(p, p / "none.json"), "none.json"),
     "a row without a split": (
@@ -195,6 +202,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
         published_tasks.vqa_v2, lambda p: vqa_v2(without(p, ANNOTATIONS.format("val2014"))),
         ANNOTATIONS.format("val2014"),
     ),
+    "no folders of images": (None, lambda p: visual_genome(p), "VG_100K_2"),
     "no regions": (published.visual_genome, lambda p: visual_genome(without(p, "region_descriptions.json")), "region"),
     "other regions": (
         published.visual_genome, lambda p: visual_genome(with_file(p, "region_descriptions.json", [{"id": 1}])), "reg"
@@ -216,7 +224,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
     # of icons
     "no icons": (None, lambda p: iconify(p / "none.json"), "none.json"),
     "a small size": (None, lambda p: iconify(icons(p, ICON), size=8), "size"),
-    "held-out artists": (None, lambda p: iconify(icons(p, ICON | {"prefix": "noto"})), "--evaluation-only"),
     "other information": (None, lambda p: iconify(icons(p, ICON, info="{")), "info.json"),
     "no names of words": (None, lambda p: iconify(icons(p, {"prefix": "p", "icons": {"1": {"body": ""}}})), "names"),
     **{

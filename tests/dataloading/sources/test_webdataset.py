@@ -11,7 +11,7 @@ import pytest
 from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.build.build import build_part
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.webdataset import cc3m, tar_pieces, webdataset
+from mvlm_dataloading.sources.webdataset import cc3m, webdataset
 from support import published
 from support.data import build_source, read_json_lines
 
@@ -161,7 +161,7 @@ def test_a_blank_text_does_not_hide_the_caption_in_the_metadata(tmp_path):
 def test_a_tar_of_an_evaluation_split_is_not_taken_for_training_too(tmp_path, suffix):
     """All of its images would be left out of training. Its name, its place and its packing may differ."""
     for number, name in enumerate(("a", "b")):
-        write_images(tmp_path / f"{name}.tar", name, range(3 * number, 3 * number + 3))
+        write_tar(tmp_path / f"{name}.tar", [f"{name}{i}" for i in range(3)], first=3 * number)
     one, two, copy = tmp_path / "a.tar", tmp_path / "b.tar", tmp_path / f"copy.tar{suffix}"
     copy.write_bytes(gzip.compress(one.read_bytes()) if suffix else one.read_bytes())
     with pytest.raises(DataError, match=r"a\.tar: wanted each file once, found it twice"):
@@ -176,19 +176,3 @@ def test_a_tar_of_an_evaluation_split_is_not_taken_for_training_too(tmp_path, su
     if suffix:
         found = build_source(webdataset([one, two], test=[copy]), tmp_path / "out")
         assert {split: len(part) for split, part in found.items()} == {"train": 3, "test": 3}
-
-
-def test_tars_of_equal_size_beginning_and_end_are_no_copies(tmp_path):
-    for split, mark in (("train", b"1"), ("test", b"2")):
-        embedding = bytes(100_000) + mark + bytes(100_000)
-        write_images(tmp_path / f"{split}.tar", "a", range(2), ("a0.npy", embedding))
-    pieces, _ = tar_pieces({split: [tmp_path / f"{split}.tar"] for split in ("train", "test")})
-    assert pieces[0].fingerprint[1:] == pieces[1].fingerprint[1:]
-
-
-def write_images(path: Path, name: str, numbers: Iterable[int], *first: tuple[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        published.add_members(tar, list(first))
-        for i in numbers:
-            image = published.encoded(published.make_image(i))
-            published.add_members(tar, [(f"{name}{i}.jpg", image), (f"{name}{i}.txt", b"words")])

@@ -41,16 +41,6 @@ def named(dataset: str, numbers) -> list[str]:
     return [f"{dataset}{i:03d}" for i in numbers]
 
 
-def test_a_view_of_everything_is_the_data_set(one, tmp_path):
-    make_view(tmp_path / "view", [one])
-    for split in ("train", "test"):
-        view, whole = open_dataset(tmp_path / "view", split), open_dataset(one, split)
-        assert view.keys.tolist() == whole.keys.tolist()
-        for i in range(len(whole)):
-            assert view.image_bytes(i) == whole.image_bytes(i)
-            assert view.captions(i) == whole.captions(i)
-
-
 def test_a_view_selects_by_size_words_and_patterns(one, tmp_path):
     choices = [
         ("side", ViewOptions(max_aspect=1.4), named("one", range(11))),  # (60 + i) / 50

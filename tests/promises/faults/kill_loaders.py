@@ -1,13 +1,12 @@
-"""Loading that is killed and resumed, and loading on several ranks: the batches must equal those of one process.
+"""Loading that is killed and resumed: the batches must equal those of an undisturbed process.
 
     python tests/promises/faults/kill_loaders.py [--kills 50]
 
-One process imports everything and forks those that load, because an import takes longer than a trial. Prints a line for
-each part. The exit code is 1 if batches differ.
+One process imports everything and forks those that load, because an import takes longer than a trial. Prints a line.
+The exit code is 1 if batches differ.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -28,15 +27,6 @@ from support.faults.kill_command import run_kills
 BATCH = 8
 
 
-def make_loader(
-    dataset: Dataset, tokenizer: Tokenizer, batch: int = BATCH, rank: int = 0, world_size: int = 1
-) -> Loader:
-    return Loader(
-        dataset, tokenizer, batch_size=batch, image_size=32, text_length=12, seed=11,
-        work=LoaderWork(num_threads=1), augment=Augment(operations=2, flip=0.5), rank=rank, world_size=world_size,
-    )  # fmt: skip
-
-
 def hashes(batch, masks) -> list[str]:
     """Sample id of each row, and a hash of its image, tokens and masks."""
     found, cuts = [], batch.cu_seqlens.tolist()
@@ -48,14 +38,12 @@ def hashes(batch, masks) -> list[str]:
     return found
 
 
-def wait(pids: list[int]) -> None:
-    for pid in pids:
-        assert ended_well(pid), "a loading process failed"
-
-
 def load_until_killed(dataset: Dataset, tokenizer: Tokenizer, folder: Path, steps: int | None) -> None:
     """Append the hashes of each batch to `log`, then write the loader's state, as training writes checkpoints."""
-    loader = make_loader(dataset, tokenizer)
+    loader = Loader(
+        dataset, tokenizer, batch_size=BATCH, image_size=32, text_length=12, seed=11, work=LoaderWork(num_threads=1),
+        augment=Augment(operations=2, flip=0.5),
+    )  # fmt: skip
     state = folder / "state.json"
     if state.exists():
         loader.load_state_dict(json.loads(state.read_text()))
@@ -75,8 +63,10 @@ def read_log(folder: Path) -> list[tuple[int, list[str]]]:
     return [(int(words[0]), words[1:]) for words in lines if len(words) == 1 + BATCH]
 
 
-def kill(dataset: Dataset, tokenizer: Tokenizer, folder: Path, kills: int, rng: random.Random) -> str | None:
-    """Kill `kills` loading processes. Returns the difference from an undisturbed process, or None."""
+def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
+    """Kill `kills` loading processes. Returns the first difference from an undisturbed process, or None."""
+    dataset = open_dataset(write_waves(folder / "data"), "train")
+    tokenizer = train_tokenizer(dataset.captions(0), 300)
     killed, undisturbed = folder / "killed", folder / "undisturbed"
     killed.mkdir()
     undisturbed.mkdir()
@@ -92,7 +82,8 @@ def kill(dataset: Dataset, tokenizer: Tokenizer, folder: Path, kills: int, rng: 
         os.waitpid(pid, 0)
     steps = max([step for step, _ in read_log(killed)], default=0) + 3
     for where in (killed, undisturbed):
-        wait([in_child(lambda where=where: load_until_killed(dataset, tokenizer, where, steps))])
+        pid = in_child(lambda where=where: load_until_killed(dataset, tokenizer, where, steps))
+        assert ended_well(pid), "a loading process failed"
     wanted = dict(read_log(undisturbed))
     found = read_log(killed)
     print(f"{kills} kills within {steps} batches, {len(found) - steps} of them made twice")
@@ -106,44 +97,6 @@ def kill(dataset: Dataset, tokenizer: Tokenizer, folder: Path, kills: int, rng: 
         if sorted(ids[begin : begin + len(dataset)]) != list(range(len(dataset))):
             return f"the epoch from sample {begin} on does not have every sample once"
     return None if steps > 3 else "no batch was made before a kill"
-
-
-def ranks(dataset: Dataset, tokenizer: Tokenizer, out: Path) -> str | None:
-    """Compare 2 and 4 ranks, and 1 -> 4 -> 2 ranks within an epoch, with one rank. Returns the difference, or None."""
-
-    def run(name: str, world_size: int, state: dict | None, steps: int) -> tuple[list[str], dict]:
-        """Load `steps` batches a rank. Returns all rows in global order, and the state after them."""
-
-        def work(rank: int) -> None:
-            loader = make_loader(dataset, tokenizer, rank=rank, world_size=world_size)
-            if state is not None:
-                loader.load_state_dict(state)
-            rows = [hashes(*pair) for pair in itertools.islice(loader, steps)]
-            loader.close()
-            (out / f"{name}-{rank}").write_text(json.dumps([rows, loader.state_dict()]))
-
-        wait([in_child(lambda rank=rank: work(rank)) for rank in range(world_size)])
-        parts = [json.loads((out / f"{name}-{rank}").read_text()) for rank in range(world_size)]
-        return [row for step in range(steps) for rows, _ in parts for row in rows[step]], parts[0][1]
-
-    per_epoch = len(dataset) // BATCH
-    wanted, _ = run("one", 1, None, 2 * per_epoch)
-    for world_size in (2, 4):
-        if run(f"of{world_size}", world_size, None, 2 * per_epoch)[0] != wanted:
-            return f"{world_size} ranks load other rows than one"
-    rows, state = run("first", 1, None, 2)
-    for world_size, steps in ((4, 2), (2, per_epoch)):
-        more, state = run(f"then{world_size}", world_size, state, steps)
-        rows += more
-    print(f"2 and 4 ranks over {len(wanted)} samples; 1 -> 4 -> 2 ranks over {len(rows)}")
-    return None if rows == wanted[: len(rows)] else "1 -> 4 -> 2 ranks load other rows than one"
-
-
-def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
-    """Returns the first difference from an undisturbed process, or None."""
-    dataset = open_dataset(write_waves(folder / "data"), "train")
-    tokenizer = train_tokenizer(dataset.captions(0), 300)
-    return kill(dataset, tokenizer, folder, kills, rng) or ranks(dataset, tokenizer, folder)
 
 
 if __name__ == "__main__":
