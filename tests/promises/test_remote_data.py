@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -126,16 +125,6 @@ def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tok
         tar.write_bytes(content)
         for index in (tar.with_suffix(".idx"), served / "train.index"):
             os.utime(index)
-
-
-def test_the_index_of_a_split_is_fetched_once_for_a_machine(served, web, data_cache, tokenizer):
-    """Eight processes' worth of openings at the same time, here threads; no DALI index is fetched."""
-    with ThreadPoolExecutor(8) as threads:
-        opened = list(threads.map(lambda _: open_dataset(web, "train"), range(8)))
-    assert FolderHandler.asked.count("/train.index") == 1
-    assert not [path for path in FolderHandler.asked if path.endswith(".idx")]
-    assert len({dataset.fingerprint for dataset in opened} | {open_dataset(served, "train").fingerprint}) == 1
-    assert opened[3].index.path == opened[5].index.path == next(data_cache.glob("*/train.index"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Builds: equal bytes, resuming after a kill, locks, crashes of the decoder, and a full disk."""
 
-import fcntl
 import json
 import os
 import resource
@@ -136,15 +135,6 @@ def test_a_build_into_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
         build_records(tmp_path / "volume", ONE)
     assert [path.name for path in tmp_path.iterdir()] == ["volume"]
     build_records(tmp_path / "volume" / "set", ONE)
-
-
-def test_two_builds_of_a_folder_at_once_are_refused(tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    with (tmp_path / ".out.partial/lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
-            build_records(tmp_path / "out", ONE)
-    build_records(tmp_path / "out", ONE)
 
 
 def test_a_build_without_a_usable_record_is_refused(tmp_path):

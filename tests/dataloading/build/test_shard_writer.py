@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.build.image_check import ImageDecoder
 from mvlm_dataloading.dataset.description import already_written
 from support import published
-from support.data import file_contents, make_image, shard_writer, write_dataset
+from support.data import build_records, file_contents, make_image, make_record, shard_writer, write_dataset
+from support.hostile_images import png
 
 
 def test_shard_writer_files_and_description(tmp_path):
@@ -92,14 +92,6 @@ def test_shards_keep_to_their_size_and_have_the_indices_of_wds2idx(waves, tmp_pa
         assert (tmp_path / "made.idx").read_bytes() == tar.with_suffix(".idx").read_bytes()
 
 
-def huge_png() -> bytes:
-    """The header of a 60,000 x 60,000 image before a small one's data."""
-    data = bytearray(published.encoded(Image.new("L", (8, 8)), "PNG"))
-    data[16:24] = (60_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
 def test_shard_writer_rejects_and_counts_bad_samples(tmp_path):
     good, key, undecodable = make_image(3), "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -", "image cannot be decoded"
     gif = published.encoded(Image.new("RGB", (8, 8)), "GIF")
@@ -112,7 +104,7 @@ def test_shard_writer_rejects_and_counts_bad_samples(tmp_path):
         ("cut", good[: len(good) // 2], ["a"], undecodable),
         ("empty", b"", ["a"], undecodable),
         ("gif", gif, ["a"], "image format is GIF, not JPEG, PNG or WebP"),
-        ("bomb", huge_png(), ["a"], "image has too many pixels"),
+        ("bomb", png(60_000, 60_000, 0), ["a"], "image has too many pixels"),
         *((odd, good, ["a"], key) for odd in ("a.b", "a/b", "a b", "", "é", "x" * 81)),
         ("odd-texts", make_image(0), ["ok", "\ud800x"], None),
     ]  # fmt: skip
@@ -181,8 +173,9 @@ def test_another_thread_may_abandon_what_was_written(tmp_path):
 def test_a_second_writer_of_a_folder_is_refused_and_the_first_goes_on(tmp_path):
     with shard_writer(tmp_path / "out") as writer:
         writer.add("a", make_image(0), ["one"])
-        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
-            shard_writer(tmp_path / "out")
+        for second in (shard_writer, lambda out: build_records(out, {"train": [make_record("a", make_image(0))]})):
+            with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
+                second(tmp_path / "out")
         writer.add("b", make_image(1), ["two"])
     assert len(open_dataset(tmp_path / "out", "train")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm_dataloading.loader.batches import Prefetcher
 from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks
 from mvlm_dataloading.randomness import text_hash
 from support.loaders import make_loader, rows, take
@@ -94,25 +93,4 @@ def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split
     gc.collect()
     assert threads() == 0
     assert len(list(make_loader(train_split, tokenizer, batch_size=32, train=False))) == 2
-    assert threads() == 0
-
-
-@pytest.mark.parametrize("depth", [0, 5])
-def test_prefetcher_ends_and_raises_in_turn_and_repeatedly(depth):
-    results, failing = iter(["a", None, None, None]), iter(["a", "b"])
-
-    def fail() -> None:
-        raise OSError("the disk is gone")
-
-    ahead = Prefetcher(lambda: next(results), depth, lambda: None)
-    assert [ahead.get() for _ in range(4)] == ["a", None, None, None]
-    ahead = Prefetcher(lambda: next(failing, None) or fail(), depth, lambda: None)
-    assert [ahead.get(), ahead.get()] == ["a", "b"]
-    for _ in range(2):
-        with pytest.raises(OSError, match="the disk is gone"):
-            ahead.get()
-    if depth:  # else the caller would wait for ever
-        ahead = Prefetcher(lambda: None, depth, fail)
-        with pytest.raises(OSError, match="the disk is gone"):
-            ahead.get()
     assert threads() == 0

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import open_dataset
 from mvlm_dataloading.loader.pipeline import build_pipeline
 from mvlm_dataloading.loader.pixels import CropGeometry
-from support.data import make_captions, make_image, shard_writer
+from support.data import make_captions
 
 
 def run(dataset, ids, draws, geometry):
@@ -61,21 +60,6 @@ def test_crops_follow_the_formula_and_pixels_match_pillow(train_split, scale, ra
         worst = max(worst, np.abs(np.array(wanted).transpose(2, 0, 1) - images[i].astype(float)).mean())
     # Rounding in two resizers, and for JPEG and WebP in two decoders: well under a level on average.
     assert worst < 1.0
-
-
-def test_grey_transparent_and_cmyk_images_become_rgb(tmp_path):
-    kinds = [("L", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")]
-    with shard_writer(tmp_path / "d") as writer:
-        for mode, kind in kinds:
-            file = io.BytesIO()
-            Image.open(io.BytesIO(make_image(4))).convert(mode).save(file, kind)
-            assert writer.add(f"{mode}-{kind}", file.getvalue(), ["x"]) is None
-    dataset = open_dataset(tmp_path / "d", "train")
-    images, *_ = run(dataset, np.arange(7), np.zeros((7, 4)), CropGeometry(image_size=32, random=False))
-    plain = Image.open(io.BytesIO(make_image(4))).resize((32, 32), Image.Resampling.BILINEAR)
-    for (mode, kind), image in zip(kinds, images, strict=True):
-        expected = np.array(plain).transpose(2, 0, 1) if mode not in ("L", "LA", "1") else image[:1]
-        assert np.abs(image.astype(float) - expected).mean() < 12, (mode, kind)
 
 
 def test_dali_follows_indices_that_permute_select_and_repeat(train_split):

@@ -1,5 +1,4 @@
-"""Pixels on the CPU: resizing, also while the interpreter exits, and recycled buffers. `test_pipeline.py` compares
-with Pillow."""
+"""Pixels on the CPU: resizing by several threads, and recycled buffers. `test_pipeline.py` compares with Pillow."""
 
 import os
 

@@ -103,12 +103,6 @@ def test_images_of_other_formats_are_listed_as_rejected(tmp_path):
     assert reasons == {name: f"image format is {kind}, not JPEG, PNG or WebP" for name, kind in kinds.items()}
 
 
-def table_of(tmp_path, text: str, name: str = "t.csv"):
-    published.folder(tmp_path / "images", sidecars=False)
-    (tmp_path / name).write_text(text)
-    return tmp_path / "images", tmp_path / name
-
-
 def test_every_spelling_of_a_file_is_one_image(tmp_path):
     published.folder(tmp_path / "images", sidecars=False)
     accent = "caf\u00e9.jpg"
@@ -125,8 +119,10 @@ def test_every_spelling_of_a_file_is_one_image(tmp_path):
 
 def test_a_row_of_json_may_leave_out_a_caption_that_is_null(tmp_path):
     lines = ['{"image": "a/0.jpg", "caption": "x"}', '{"image": "a/0.jpg"}', '{"image": "b/1.jpg", "caption": ["y"]}']
-    images, table = table_of(tmp_path, "\n".join(lines), "t.jsonl")
-    assert list(build_source(folder(images, table), tmp_path / "out")["train"].values()) == [["x"], ["y"]]
+    published.folder(tmp_path / "images", sidecars=False)
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    found = build_source(folder(tmp_path / "images", tmp_path / "t.jsonl"), tmp_path / "out")
+    assert list(found["train"].values()) == [["x"], ["y"]]
 
 
 @pytest.mark.parametrize("table", [False, True])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -77,79 +78,59 @@ def without(name: str) -> Edit:
     return edit
 
 
-RUNS = pytest.mark.parametrize("run_kernel", [run_total, run_transposed, run_product])
+def replaced(pattern: str, new: str) -> Edit:
+    """The text with every place that the pattern matches replaced."""
+
+    def edit(text: str) -> str:
+        out = re.sub(pattern, new, text)
+        assert out != text, f"no {pattern} to replace"
+        return out
+
+    return edit
+
+
+def without_the_last_wait(text: str) -> str:
+    head, _, tail = text.rpartition("wgmma.wait_group.sync.aligned")
+    return head + tail.partition(";")[2]
+
+
+RUNS = [run_total, run_transposed, run_product]
 
 
 @pytest.mark.usefixtures("arch")
-@RUNS
+@pytest.mark.parametrize("run_kernel", [*RUNS, partial(run_product, stages=1)])
 def test_kernels_with_barriers_are_clean(run_kernel: Callable[..., set[str]]) -> None:
     assert not run_kernel()
 
 
 @pytest.mark.usefixtures("arch")
-@RUNS
+@pytest.mark.parametrize("run_kernel", RUNS)
 def test_missing_barrier_is_a_race(run_kernel: Callable[..., set[str]]) -> None:
     assert "race" in run_kernel(without("bar.sync"))
 
 
-@pytest.mark.usefixtures("arch")
-def test_missing_wait_for_copies() -> None:
-    assert "async" in run_product(without("cp.async.wait_group"))
+FURTHER = replaced(r"(st\.shared\S*\s+\[\s*)(%r\d+)(?:\s*\+\s*\d+)?\s*\]", r"\1\2 + 1048576 ]")
+ON_BOTH = [
+    (run_product, without("cp.async.wait_group"), "async"),
+    (partial(run_product, stages=5), replaced(r"cp\.async\.wait_group\s+\d+", "cp.async.wait_group \t5"), "async"),
+    (run_total, without("st.shared"), "uninitialised"),
+    (run_total, FURTHER, "out-of-bounds"),
+]
+ON_SM_90 = [  # sm_80 has neither an asynchronous proxy nor wgmma
+    (run_product, without("wgmma.wait_group"), "async"),
+    (run_product, without_the_last_wait, "async"),
+    (partial(run_product, stages=1), without("fence.proxy.async"), "proxy"),
+    *([(run_product, without("fence.proxy.async"), "copy-proxy")] if FENCES_COPIES else []),
+]
 
 
-@pytest.mark.usefixtures("arch")
-def test_wait_for_too_few_copies() -> None:
-    def later(text: str) -> str:
-        out = re.sub(r"cp\.async\.wait_group\s+(\d+)", lambda m: f"cp.async.wait_group \t{int(m[1]) + 2}", text)
-        assert out != text
-        return out
-
-    assert "async" in run_product(later, stages=5)
-
-
-@pytest.mark.usefixtures("arch")
-@pytest.mark.parametrize("arch", ["sm_90"], indirect=True)  # sm_80 has neither an asynchronous proxy nor wgmma
-def test_missing_wait_for_products() -> None:
-    assert "async" in run_product(without("wgmma.wait_group"))
-
-
-@pytest.mark.usefixtures("arch")
-@pytest.mark.parametrize("arch", ["sm_90"], indirect=True)
-@pytest.mark.skipif(not FENCES_COPIES, reason="this Triton puts no fence there")
-def test_copied_operand_without_a_proxy_fence() -> None:
-    assert "copy-proxy" in run_product(without("fence.proxy.async"))
-
-
-@pytest.mark.usefixtures("arch")
-@pytest.mark.parametrize("arch", ["sm_90"], indirect=True)
-def test_stored_operand_without_a_proxy_fence() -> None:
-    assert "proxy" in run_product(without("fence.proxy.async"), stages=1)
-    assert not run_product(stages=1)
-
-
-@pytest.mark.usefixtures("arch")
-@pytest.mark.parametrize("arch", ["sm_90"], indirect=True)
-def test_accumulators_read_before_the_last_products_are_waited_for() -> None:
-    def edit(text: str) -> str:
-        head, _, tail = text.rpartition("wgmma.wait_group.sync.aligned")
-        return head + tail.partition(";")[2]
-
-    assert run_product(edit) == {"async"}
-
-
-@pytest.mark.usefixtures("arch")
-def test_load_of_shared_memory_that_nobody_wrote() -> None:
-    assert "uninitialised" in run_total(without("st.shared"))
-
-
-@pytest.mark.usefixtures("arch")
-def test_store_past_the_end_of_shared_memory() -> None:
-    def further(text: str) -> str:
-        out = re.sub(r"(st\.shared\S*\s+\[\s*)(%r\d+)(?:\s*\+\s*\d+)?\s*\]", r"\1\2 + 1048576 ]", text)
-        assert out != text
-        return out
-
-    assert "out-of-bounds" in run_total(further)
+@pytest.mark.parametrize(
+    "arch, run_kernel, edit, kind",
+    [(arch, *case) for arch in ("sm_80", "sm_90") for case in ON_BOTH + (ON_SM_90 if arch == "sm_90" else [])],
+    indirect=["arch"],
+)
+def test_a_planted_fault_is_found(arch: str, run_kernel: Callable[..., set[str]], edit: Edit, kind: str) -> None:
+    assert kind in run_kernel(edit)
 
 
 @pytest.mark.usefixtures("arch")
