@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import DataError, build_shards, check_shards, files, open_dataset, rebuild_indices
-from mvlm_dataloading.files import open_regular, opened_unchanged, read_regular
+from mvlm_dataloading.files import open_regular, read_regular
 from mvlm_dataloading.sources.tar_samples import read_samples
 from mvlm_dataloading.sources.webdataset import webdataset
 from mvlm_dataloading.tools.view import make_view
@@ -217,21 +217,6 @@ def replace(path: Path) -> None:
 
 
 CHANGES = [truncate, overwrite, append, replace, Path.unlink]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change):
-    write_old_tar(tmp_path / "x.tar", 3)
-    with opened_unchanged(tmp_path / "x.tar") as file:
-        file.read()
-
-    def read() -> None:
-        with opened_unchanged(tmp_path / "x.tar"):
-            change(tmp_path / "x.tar")
-            raise ValueError("of what was read, which is not the fault of the file")
-
-    with pytest.raises(DataError, match=r"x\.tar: wanted a file that stays as it is while it is read"):
-        read()
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -4,7 +4,6 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import read_json_lines
-from support.hostile_images import chunk, png
+from support.hostile_images import chunk, peak_memory, png, reset_peak
 
 GOOD = "accepted"
 
@@ -161,12 +160,6 @@ CAPTIONS: dict[str, tuple[list[str], Any]] = {
 }
 
 
-def peak_since_reset() -> int:
-    """Peak memory of this process in bytes since the peak was last reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10
-
-
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory) -> dict[str, Any]:
     """Results of a build of all records; keys are their positions in the two tables above."""
@@ -188,12 +181,11 @@ def zoo(tmp_path_factory) -> dict[str, Any]:
         Record("nul", out / "a\0b.jpg", ["a"], "file name with a nul"),
         Record("null", None, ["a"], "no picture"),
     ]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_since_reset()
+    before = reset_peak()
     build_shards(
         Source("zoo", "", "", {}, [ListedPiece("train", records)]), out, BuildOptions(max_pixels=1_000_000), workers=0
     )
-    grown = peak_since_reset() - before
+    grown = peak_memory() - before
     rejected = {line["where"]: line["reason"] for line in read_json_lines(out / "rejected.jsonl")}
     return {"cases": cases, "out": out, "rejected": rejected, "grown": grown, "dataset": open_dataset(out, "train")}
 

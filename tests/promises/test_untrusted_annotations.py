@@ -84,21 +84,6 @@ def test_flickr30k_annotations_cannot_name_files_outside_the_folder(tmp_path, su
     assert reasons == 3 * ["image is outside the folder"]
 
 
-def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp_path):
-    """Visual Genome numbers its images, and the splits of save_to_disk are folders."""
-    published.visual_genome(tmp_path / "genome")
-    file = tmp_path / "genome/region_descriptions.json"
-    images = json.loads(file.read_text())
-    images[0]["id"] = "../../secret"
-    file.write_text(json.dumps(images))
-    with pytest.raises(DataError, match=r"region_descriptions\.json: wanted"):
-        visual_genome(tmp_path / "genome")
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["../genome"]}')
-    with pytest.raises(DataError, match=r"saved: wanted splits that are folders in it, found '\.\./genome'"):
-        huggingface(tmp_path / "saved")
-
-
 @pytest.mark.slow
 def test_only_strings_are_captions_in_every_source(tmp_path):
     """Nulls, numbers and objects are skipped in every format that can hold them."""

@@ -39,6 +39,17 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def peak_memory() -> int:
+    """Peak memory of this process in bytes, since `reset_peak` or from its start."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+
+
+def reset_peak() -> int:
+    """Let the peak be what the process has now. Returns that, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)

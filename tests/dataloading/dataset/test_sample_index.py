@@ -97,11 +97,8 @@ def test_samples_are_located_one_by_one_and_together(folder):
 def test_an_index_of_another_length_version_or_kind_is_refused(folder, change, message):
     path = folder / "train.index"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=f"{path}: .*{message}.*; write it again"):
         map_index(path, "write it again").check_all()
-    assert str(caught.value).startswith(f"{path}: wanted ")
-    assert str(caught.value).endswith("; write it again")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_change_of_any_byte_is_noticed(folder):

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from mvlm_dataloading.images.colours import BAND
 from mvlm_dataloading.images.decode import check_image, decode
 from mvlm_dataloading.images.headers import read_image_header
 from mvlm_dataloading.images.limits import MAX_BLOCKS, MAX_SCANS, ImageLimits, ImageRefusedError
-from support.hostile_images import animated_gif, chunk, directory, encoded, jpeg, png, segment
+from support.hostile_images import animated_gif, chunk, directory, encoded, jpeg, peak_memory, png, reset_peak, segment
 
 LIMITS = ImageLimits()
 
@@ -202,10 +201,6 @@ def test_malformed_exif_data_are_left_out() -> None:
         assert decode(content, LIMITS).height == 8
 
 
-def peak() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-
-
 @pytest.mark.parametrize(
     "kind, options",
     [
@@ -218,8 +213,7 @@ def test_decoding_takes_no_more_memory_than_the_header_says(kind: str, options: 
     side = 2500
     content = encoded(noise(side // 5, side // 5).resize((side, side), Image.Resampling.NEAREST), kind, **options)
     stated = read_image_header(content).memory()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) << 10
+    before = reset_peak()
     rows = decode(content, LIMITS)
     assert sum(rows.rows(*band).nbytes for band in rows.bands()) == 3 * side**2
-    assert peak() - before < stated + 24 * BAND
+    assert peak_memory() - before < stated + 24 * BAND

@@ -32,9 +32,9 @@ def originals(squares, ids) -> list[Image.Image]:
     return [Image.open(io.BytesIO(squares.image_bytes(int(i)))).convert("RGB") for i in ids]
 
 
-def through_the_graph(squares, ids, drawn: AugmentParameters) -> np.ndarray:
-    """uint8 (n, S, S, 3)."""
-    pipeline = build_pipeline(
+def graph(squares, ids, drawn: AugmentParameters, **settings):
+    """The pipeline that loads these samples whole, augmented as drawn."""
+    return build_pipeline(
         squares,
         ids,
         lambda _: np.zeros((len(ids), 4)),
@@ -43,9 +43,13 @@ def through_the_graph(squares, ids, drawn: AugmentParameters) -> np.ndarray:
         num_threads=1,
         augment=lambda _: drawn.rows(np.arange(len(ids))),
         file_ends=FileEnds(),
-        prefetch=1,
+        **settings,
     )
-    return np.array(pipeline.run()[0].as_tensor()).transpose(0, 2, 3, 1)
+
+
+def through_the_graph(squares, ids, drawn: AugmentParameters) -> np.ndarray:
+    """uint8 (n, S, S, 3)."""
+    return np.array(graph(squares, ids, drawn, prefetch=1).run()[0].as_tensor()).transpose(0, 2, 3, 1)
 
 
 @pytest.mark.slow
@@ -54,20 +58,8 @@ def through_the_graph(squares, ids, drawn: AugmentParameters) -> np.ndarray:
 def test_gpu_graphs_can_be_defined(squares, monkeypatch, decoding, augment):
     """DALI checks devices and types while a graph is defined, which needs no GPU."""
     monkeypatch.setattr("nvidia.dali.Pipeline.build", lambda _: None)
-    ids = np.arange(8)
-    drawn = draw_parameters(augment, 3, np.zeros(8, np.int64), ids, SIDE)
-    build_pipeline(
-        squares,
-        ids,
-        lambda _: np.zeros((8, 4)),
-        CropGeometry(image_size=SIDE),
-        batch_size=8,
-        num_threads=1,
-        device_id=0,
-        decoding=decoding,
-        augment=lambda _: drawn.rows(ids),
-        file_ends=FileEnds(),
-    )
+    drawn = draw_parameters(augment, 3, np.zeros(8, np.int64), np.arange(8), SIDE)
+    graph(squares, np.arange(8), drawn, device_id=0, decoding=decoding)
 
 
 def only(monkeypatch, name: str, magnitude: int) -> tuple[np.ndarray, AugmentParameters]:
@@ -88,23 +80,28 @@ def chooser(k: int):
     return keys
 
 
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+def matrix_of(name: str, level: float, side: int) -> np.ndarray:
+    """The documented geometric operation around the centre, (3, 3)."""
+    centre = np.array([[1, 0, side / 2], [0, 1, side / 2], [0, 0, 1]])
+    angle, shift = np.radians(30 * level), 150 / 331 * side * level
+    matrix = {
+        "shear_x": [[1, 0.3 * level, 0], [0, 1, 0], [0, 0, 1]],
+        "shear_y": [[1, 0, 0], [0.3 * level, 1, 0], [0, 0, 1]],
+        "translate_x": [[1, 0, shift], [0, 1, 0], [0, 0, 1]],
+        "translate_y": [[1, 0, 0], [0, 1, shift], [0, 0, 1]],
+        "rotate": [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]],
+    }[name]
+    return centre @ matrix @ np.linalg.inv(centre)
+
+
 def pillow(name: str, image: Image.Image, sign: int, magnitude: int) -> Image.Image:
     """The documented operation, computed by Pillow."""
     level = sign * magnitude / 30
-    centre = SIDE / 2
-    if name in ("shear_x", "shear_y", "rotate"):
-        angle = np.radians(30 * level)
-        linear = {
-            "shear_x": [[1, 0.3 * level], [0, 1]],
-            "shear_y": [[1, 0], [0.3 * level, 1]],
-            "rotate": [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]],
-        }[name]
-        (a, b), (d, e) = linear
-        rows = (a, b, centre - a * centre - b * centre, d, e, centre - d * centre - e * centre)
-        return affine(image, rows)
-    if name.startswith("translate"):
-        shift = 150 / 331 * SIDE * level
-        return affine(image, (1, 0, shift, 0, 1, 0) if name == "translate_x" else (1, 0, 0, 0, 1, shift))
+    if name in GEOMETRIC:
+        return affine(image, matrix_of(name, level, SIDE)[:2].ravel().tolist())
     enhance = {"colour": "Color", "contrast": "Contrast", "brightness": "Brightness", "sharpness": "Sharpness"}
     if name in enhance:
         return getattr(ImageEnhance, enhance[name])(image).enhance(1 + 0.9 * level)
@@ -225,22 +222,8 @@ def test_geometric_operations_compose_in_the_order_drawn():
         first, second = sorted(range(len(OPERATIONS)), key=lambda k, base=base: int(hash64(base, k)))[:2]
         wanted = np.eye(3)
         for k in (first, second):
-            if 1 <= k <= 5:
-                wanted = wanted @ matrix_of(k, (-20 if signs[i, k] < 0.5 else 20) / 30, 64)
+            if OPERATIONS[k] in GEOMETRIC:
+                wanted = wanted @ matrix_of(OPERATIONS[k], (-20 if signs[i, k] < 0.5 else 20) / 30, 64)
         assert np.allclose(wanted[:2], drawn.matrix[i], atol=1e-4)
-        pairs += 1 <= first <= 5 and 1 <= second <= 5
+        pairs += {OPERATIONS[first], OPERATIONS[second]} <= {*GEOMETRIC}
     assert pairs > 15  # 20 of 182 samples, 33 expected
-
-
-def matrix_of(k: int, level: float, side: int) -> np.ndarray:
-    centre = np.array([[1, 0, side / 2], [0, 1, side / 2], [0, 0, 1]])
-    angle, matrix = np.radians(30 * level), np.eye(3)
-    if k == 1:
-        matrix[0, 1] = 0.3 * level
-    elif k == 2:
-        matrix[1, 0] = 0.3 * level
-    elif k == 5:
-        matrix[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    else:
-        matrix[k - 3, 2] = 150 / 331 * side * level
-    return centre @ matrix @ np.linalg.inv(centre)

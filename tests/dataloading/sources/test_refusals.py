@@ -207,6 +207,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
     "other regions": (
         published.visual_genome, lambda p: visual_genome(with_file(p, "region_descriptions.json", [{"id": 1}])), "reg"
     ),
+    "an image outside of VG": (
+        published.visual_genome,
+        lambda p: visual_genome(with_file(p, "region_descriptions.json", [{"id": "../../secret", "regions": []}])),
+        "reg",
+    ),
     "other answers of VG": (
         published_tasks.visual_genome_qa, lambda p: visual_genome_qa(with_file(p, "question_answers.json", [[]])), "qu"
     ),

@@ -50,12 +50,14 @@ def test_a_nested_drawing_never_shows_a_file(secret: Path) -> None:
     assert Image.open(io.BytesIO(png)).convert("RGB").getpixel((8, 8)) == (255, 255, 255)
 
 
-def test_text_that_is_no_xml_is_refused() -> None:
-    with pytest.raises(ValueError, match="wanted an SVG"):
-        render_svg("<svg", 16)
-
-
-@pytest.mark.parametrize("element", ['<path d=""/>', '<path d="M0 0h4v4h-4z" fill="#fff"/>'])
-def test_a_blank_drawing_is_refused(element: str) -> None:
-    with pytest.raises(ValueError, match="the drawing is blank"):
-        render_svg(PAGE.format(element), 16)
+@pytest.mark.parametrize(
+    "svg, message",
+    [
+        ("<svg", "wanted an SVG"),
+        (PAGE.format('<path d=""/>'), "blank"),
+        (PAGE.format('<path d="M0 0h4v4h-4z" fill="#fff"/>'), "blank"),
+    ],
+)
+def test_what_shows_nothing_is_refused(svg: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render_svg(svg, 16)

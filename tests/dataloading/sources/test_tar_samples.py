@@ -14,12 +14,7 @@ from mvlm_dataloading.sources.tar_samples import read_samples
 from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
 from support.data import captions_by_key, read_json_lines
-
-
-def peak_since_reset() -> int:
-    """Peak memory of this process in bytes since the peak was last reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10
+from support.hostile_images import peak_memory, reset_peak
 
 
 def write_tar(path: Path, members: Sequence[tuple[tarfile.TarInfo | str, bytes]], mode: Any = "w") -> Path:
@@ -187,10 +182,9 @@ def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
         file.truncate(end + 512 + (200 << 20))
         file.seek(0, 2)
         file.write(bytes(1024))
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_since_reset()
+    before = reset_peak()
     out = build(path, max_image_bytes=1 << 20)
-    assert peak_since_reset() - before < 100 << 20
+    assert peak_memory() - before < 100 << 20
     assert reasons(out) == {"huge.tar:b": "image file is too large"}
 
 

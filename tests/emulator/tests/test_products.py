@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Matrix products of emulated kernels, against float64: tensor-core fragments, pipelines, attention."""
+"""Matrix products of emulated kernels, against float64: tensor-core fragments and pipelines."""
 
 import pytest
 import torch
@@ -92,43 +92,3 @@ def test_matrix_product_for_any_number_of_threads_in_lockstep(lockstep: int) -> 
         with recorded(lockstep=size):
             matmul[3, 2](a, b, c, 144, 80, 64, 64, 1, 80, 1, 80, 1, BM=64, BN=64, BK=32, PRECISION="ieee")
     assert torch.equal(*results)
-
-
-@triton.jit
-def attention(q, k, v, out, L, scale, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
-    m, d = tl.arange(0, M), tl.arange(0, D)
-    x = tl.load(q + m[:, None] * D + d[None, :])
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, D), tl.float32)
-    for n0 in tl.range(0, L, N, num_stages=STAGES):
-        n = n0 + tl.arange(0, N)
-        y = tl.load(k + n[:, None] * D + d[None, :], mask=(n < L)[:, None], other=0.0)
-        s = tl.dot(x, tl.trans(y)) * scale
-        s = tl.where((n < L)[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp(s - new[:, None])
-        shrink = tl.exp(top - new)
-        total = total * shrink + tl.sum(p, 1)
-        z = tl.load(v + n[:, None] * D + d[None, :], mask=(n < L)[:, None], other=0.0)
-        acc = tl.dot(p.to(z.dtype), z, acc * shrink[:, None])
-        top = new
-    tl.store(out + m[:, None] * D + d[None, :], acc / total[:, None])
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("arch")
-@pytest.mark.parametrize("stages", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("width", [32, 64, 128])
-def test_attention_in_one_pass(dtype: torch.dtype, width: int, stages: int) -> None:
-    keys = 150
-    q, k, v = (
-        rand(64, width, dtype=dtype),
-        rand(keys, width, dtype=dtype, seed=1),
-        rand(keys, width, dtype=dtype, seed=2),
-    )
-    out = torch.zeros(64, width)
-    attention[(1,)](q, k, v, out, keys, width**-0.5, M=64, N=32, D=width, STAGES=stages)
-    wanted = torch.softmax(q.double() @ k.double().T * width**-0.5, 1) @ v.double()
-    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)

@@ -33,7 +33,6 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
     upstream: ClassVar[str]
     choose: ClassVar[Callable[[str, str], str | None]]
     happened: ClassVar[Counter[str]]
-    delay_s: ClassVar[float]
     over: ClassVar[threading.Event]
 
     def forward(self) -> None:
@@ -56,7 +55,7 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         if fault == "delay":
-            time.sleep(kind.delay_s)
+            time.sleep(0.05)
         self._answer(content, fault)
 
     def _answer(self, content: bytes, fault: str | None) -> None:
@@ -96,18 +95,10 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serve_faulty(
-    upstream: str, choose: Callable[[str, str], str | None], delay_s: float = 0.05
-) -> Iterator[tuple[str, Counter[str]]]:
+def serve_faulty(upstream: str, choose: Callable[[str, str], str | None]) -> Iterator[tuple[str, Counter[str]]]:
     """Serve `upstream` through a proxy. Yields its address, and a count of the faults that happen."""
     over, happened = threading.Event(), Counter[str]()
-    names = {
-        "upstream": upstream,
-        "choose": staticmethod(choose),
-        "happened": happened,
-        "delay_s": delay_s,
-        "over": over,
-    }
+    names = {"upstream": upstream, "choose": staticmethod(choose), "happened": happened, "over": over}
     server = _Server(("127.0.0.1", 0), type("Proxy", (FaultyProxy,), names))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -19,13 +19,6 @@ BESIDE = {
 """Files of an sdist beside the packages. setuptools writes PKG-INFO and setup.cfg."""
 
 
-def tracked_files(root: Path = ROOT) -> set[str]:
-    """Paths of the packages' tracked files, relative to the repository."""
-    folders = [folder + package for package, folder in FOLDERS.items()]
-    done = subprocess.run(["git", "-C", root, "ls-files", *folders], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
-
-
 def wheel_faults(wheel: Path, tracked: set[str]) -> list[str]:
     """Files that a wheel lacks or has too many; its `.dist-info` is setuptools' own."""
     wanted = {
@@ -57,7 +50,9 @@ def main(folder: str, tag: str = "") -> None:
     wheels, sdists = list(Path(folder).glob("*.whl")), list(Path(folder).glob("*.tar.gz"))
     if [len(wheels), len(sdists)] != [1, 1]:
         sys.exit(f"{folder}: wanted one wheel and one sdist, found {len(wheels)} and {len(sdists)}")
-    tracked = tracked_files()
+    folders = [folder + package for package, folder in FOLDERS.items()]
+    done = subprocess.run(["git", "-C", ROOT, "ls-files", *folders], capture_output=True, text=True, check=True)
+    tracked = set(done.stdout.split())
     faults = wheel_faults(wheels[0], tracked) + sdist_faults(sdists[0], tracked)
     if faults:
         sys.exit("\n".join(faults))
