@@ -67,21 +67,6 @@ def test_the_layout_is_the_documented_one(folder):
     assert key_at == len(content)
 
 
-def test_samples_are_located_one_by_one_and_together(folder):
-    index = map_index(folder / "train.index")
-    wanted = [
-        (number, *map(int, line[1:3]), line[3][:-4]) for number, lines in enumerate(lines_of(folder)) for line in lines
-    ]
-    ids = np.random.default_rng(0).permutation(np.repeat(np.arange(12), 2))
-    shards, (offsets, sizes) = index.shard_of(ids), index.locate("image", ids)
-    for row, i in enumerate(ids.tolist()):
-        assert (shards[row], offsets[row], sizes[row], index.key(i)) == wanted[i]
-        assert (index.shard_of(i), *index.locate("image", i)) == wanted[i][:3]
-    assert index.locate("image", ids.reshape(4, 6))[0].tolist() == offsets.reshape(4, 6).tolist()
-    index.release()
-    assert index.key(11) == wanted[11][3]
-
-
 @pytest.mark.parametrize(
     "change, message",
     [

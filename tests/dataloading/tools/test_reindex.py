@@ -27,23 +27,6 @@ from support import published
 from support.data import build_scripts, exchange_texts, keys_of, problems_of, write_tar
 
 
-@pytest.mark.slow
-def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
-    out = build_scripts(tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in out.glob("*.i*x")}
-    assert len(before) == 6
-    for path in out.glob("*.i*x"):
-        path.unlink()
-    with pytest.raises(DataError, match="wanted the index of"):
-        open_dataset(out, "train")
-    rebuild_indices(out)
-    assert {path.name: path.read_bytes() for path in out.glob("*.i*x")} == before
-    for path in out.glob("*.index"):
-        path.unlink()
-    rebuild_indices(out, without_tars=True)
-    assert {path.name: path.read_bytes() for path in out.glob("*.i*x")} == before
-
-
 def test_the_indices_of_splits_are_written_from_dali_indices(tmp_path, monkeypatch):
     """Of a view always, of a data folder without reading a tar if that is asked for."""
     out, view = build_scripts(tmp_path / "out"), tmp_path / "view"
