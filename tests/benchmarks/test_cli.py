@@ -9,7 +9,6 @@ import pytest
 
 from mvlm import cli
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile
 
 BENCHES = ("kernels", "step", "data", "run")
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -66,15 +65,6 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_bench(timed, tmp_
     (tmp_path / "a.rounds.csv").write_text("boxing,rounds\n1,12\n")
     refused(re.escape("a.rounds.csv"), "step", "--csv", tmp_path / "a.csv")
     assert not timed
-
-
-def test_known_charts_and_an_earlier_table_of_rounds_are_accepted(timed, tmp_path):
-    for name in ("new.svg", "new.PNG", "new.pdf"):
-        cli.run_command(["bench", "step", "--plot", str(tmp_path / name)])
-    about = dict.fromkeys(MACHINE_COLUMNS, "x") | {"versions": {}}
-    RowFile(tmp_path / "a.rounds.csv", about, ("round", "seconds")).append([{"round": 0, "seconds": 1.5}])
-    cli.run_command(["bench", "step", "--csv", str(tmp_path / "a.csv")])
-    assert timed == ["step"] * 4
 
 
 def test_a_missing_package_of_the_extra_is_named(timed, monkeypatch):

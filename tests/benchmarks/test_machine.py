@@ -3,7 +3,6 @@
 import subprocess
 
 import pytest
-import torch
 
 from mvlm_benchmarks import machine
 from mvlm_kernels.hardware import GPUS, peak_rates
@@ -26,15 +25,6 @@ def test_roofline_is_the_slower_of_memory_and_products() -> None:
     assert found == pytest.approx({"forward": 1.0, "backward": 100.0, "both": 101.0})
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 20)])
-def test_driver_version_is_empty_without_nvidia_smi(monkeypatch, error) -> None:
-    def run(*_, **__):
-        raise error
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert machine.driver_version() == ""
-
-
 def test_source_commit_is_that_of_the_checkout(tmp_path, monkeypatch) -> None:
     def git(*words: str) -> str:
         return subprocess.run(
@@ -54,14 +44,3 @@ def test_source_commit_is_that_of_the_checkout(tmp_path, monkeypatch) -> None:
     assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), False)
     (package / "__init__.py").write_text("x = 1\n")
     assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), True)
-
-
-def test_a_processor_is_told_from_others_of_its_name(monkeypatch, tmp_path) -> None:
-    info = tmp_path / "cpuinfo"
-    facts = ("cpu family\t: 26", "model\t\t: 2", "model name\t: AMD EPYC", "stepping\t: 1", "flags\t: fpu avx512_bf16")
-    info.write_text("".join(f"{line}\n" for line in ("processor\t: 0", *facts)) * 2)
-    monkeypatch.setattr(machine, "Path", lambda _: info)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found = machine.describe("cpu", [])["device"]
-    assert found == "AMD EPYC, family 26, model 2, stepping 1, AVX512 with bf16, 2 threads"

@@ -14,6 +14,7 @@ from mvlm_dataloading import Dataset, Tokenizer, open_dataset, tokenizer_for
 from support.commands import Outcome
 from support.forked_ranks import Outcomes, forked_ranks
 from support.models import MICRO, pretrain_config
+from support.questions import write_questions
 from support.scenes import write_scenes
 
 
@@ -62,6 +63,12 @@ def without_itm(tmp_path_factory, scenes) -> Path:
     out = tmp_path_factory.mktemp("without-itm") / "run"
     pretrain(pretrain_config(scenes, out, itm_weight=0.0, max_steps=1))
     return out
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    """Questions about coloured squares and their grounds. Read only."""
+    return write_questions(tmp_path_factory.mktemp("questions") / "data")
 
 
 @pytest.fixture

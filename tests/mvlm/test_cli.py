@@ -2,10 +2,8 @@
 
 import mmap
 import os
-import re
 import subprocess
 import sys
-from importlib import metadata
 
 import pytest
 import torch
@@ -13,9 +11,7 @@ import torch
 from mvlm import cli
 from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
 from mvlm_dataloading import DataError
-from support.commands import MICRO_FLAGS, assert_refused, run_python
-from support.folders import folder_hash
-from support.scenes import missing_shard
+from support.commands import assert_refused, run_python
 
 
 @pytest.mark.parametrize(
@@ -72,19 +68,6 @@ def test_another_error_keeps_its_traceback(run_mvlm, monkeypatch, error):
         run_mvlm("pretrain")
 
 
-def test_version_is_that_of_the_package(run_mvlm):
-    outcome = run_mvlm("--version")
-    assert (outcome.code, outcome.out) == (0, [f"mvlm {metadata.version('mvlm')}"])
-
-
-def test_help_of_a_first_word_lists_its_commands_alone(run_mvlm):
-    lines = run_mvlm("eval", "--help").out
-    listed = [line.split()[:3] for line in lines if line.startswith("  mvlm ")]
-    assert listed == [["mvlm", *name.split()] for name in cli.COMMANDS if name.startswith("eval ")]
-    assert "Evaluation" in lines
-    assert "Training" not in lines
-
-
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_usage_lists_every_command(run_mvlm, words):
     outcome = run_mvlm(*words)
@@ -135,15 +118,3 @@ def test_a_reader_that_ends_early_is_no_error():
             [sys.executable, "-m", "mvlm", "--help"], stdout=pipe, stderr=subprocess.PIPE, check=False
         )
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-@pytest.mark.slow
-def test_python_m_mvlm_is_the_same_program(scenes_copy, tmp_path):
-    """`python -m mvlm`, with broken data: nothing but one line is on the error stream, no warning either."""
-    missing_shard(scenes_copy, "train")
-    before = folder_hash(tmp_path)
-    done = run_python("-m", "mvlm", "pretrain", "tiny", "--data", scenes_copy, "--out", tmp_path / "run", *MICRO_FLAGS)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert re.fullmatch(r"mvlm: \S+/train-000000.tar: wanted a shard that .*\n", done.stderr)
-    assert folder_hash(tmp_path) == before

@@ -19,11 +19,17 @@ def test_the_default_device_is_the_gpu_if_there_is_one(monkeypatch, available):
     assert choose_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["cuda", "gpu"])
-def test_a_device_that_is_not_here_is_refused(monkeypatch, name):
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        *((lambda name=name: choose_device(name), "device") for name in ("cuda", "gpu")),
+        *((lambda name=name: autocast(CPU, name), "precision") for name in ("fp16", "bfloat16", "BF16", "")),
+    ],
+)
+def test_a_device_that_is_not_here_and_an_unknown_precision_are_refused(monkeypatch, call, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device"):
-        choose_device(name)
+    with pytest.raises(ConfigError, match=name):
+        call()
 
 
 @pytest.mark.parametrize(
@@ -77,10 +83,3 @@ def test_deterministic_kernels_on_a_gpu_leave_out_cudnn_attention_and_restore_th
     with deterministic_kernels(torch.device("cuda")):
         assert settings() == (True, True, False, False)
     assert settings() == before == (False, False, True, True)
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bfloat16", "BF16", ""])
-def test_an_unknown_precision_is_refused(precision) -> None:
-    """It would compute in float32 and say nothing."""
-    with pytest.raises(ConfigError, match=f"precision: wanted auto, bf16 or fp32, got '{precision}'"):
-        autocast(CPU, precision)

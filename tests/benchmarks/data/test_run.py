@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks import machine
-from mvlm_benchmarks.data import photos, report, run, start_up
+from mvlm_benchmarks.data import photos, run, start_up
 from mvlm_benchmarks.data.process import LoaderProcess, group_cpu_seconds
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.data import make_image
@@ -121,34 +120,6 @@ def test_run_prints_and_writes_every_measurement(tmp_path, photographs, monkeypa
     assert all(row["figures"].startswith("loader only, no model") for row in rows)
 
 
-class Uneven(FakeProcess):
-    """A contender whose rate is another one in every turn; to it, that of ours has the given ratios."""
-
-    ratios = (9.0, 2.0, 1.5, 1.6, 3.0, 1.4, 1.7, 1.8)  # the warm-up's first
-
-    def turn(self, batches: int) -> dict[str, Any]:
-        self.turns.append(batches)
-        machine = 1 + len(self.turns) / 10  # the machine's speed, which falls out of a ratio
-        self.rates.append(300 * machine / (1 if self.name == "ours" else self.ratios[len(self.turns) - 1]))
-        self.cpu_ms.append(1.0)
-        return {}
-
-
-def test_a_ratio_has_an_interval_over_the_rounds(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(run, "LoaderProcess", Uneven)
-    ours, pil = run.measure_recipe(["ours", "pil"], "crop", tmp_path, SETTINGS | {"rounds": 7})
-    assert [ours[name] for name in ("ours_over", "ours_over_low", "ours_over_high")] == [1, 1, 1]
-    ratios = np.sort(Uneven.ratios[1:])
-    assert pil["ours_over"] == np.median(ratios) == 1.7
-    # The median of seven drawn rounds is below the second ratio in 1 of 100 cases, and at or below it in 10.
-    assert (pil["ours_over_low"], pil["ours_over_high"]) == (ratios[1], ratios[-2]) == (1.5, 2.0)
-    file = report.write([ours, pil], {}, {}, machine.describe("cpu", []), tmp_path, tmp_path, None)[0]
-    with file.open() as lines:
-        written = list(csv.DictReader(lines))
-    assert [row["ours_over_high"] for row in written] == ["1.0", "2.0"]
-    assert "1.70x (1.50 to 2.00)" in report.table([ours, pil], "crop")
-
-
 @pytest.fixture
 def few(tmp_path) -> Path:
     """A data set of one image."""
@@ -168,26 +139,6 @@ def test_wrong_arguments_are_config_errors(tmp_path, few) -> None:
     with pytest.raises(ConfigError, match="batch: wanted at most 1"):
         run.run(few, 1, tmp_path, batch=4)
     assert not (tmp_path / "photos").exists()
-
-
-@pytest.mark.parametrize("alive", [(), ("stage:decode", "stage:resize", "stage:augment", "stage:hand-over")])
-def test_all_other_measurements_are_written_if_ours_has_no_figure(tmp_path, few, monkeypatch, capsys, alive) -> None:
-    class Dead(FakeProcess):
-        rates_of: ClassVar[dict[str, float]] = {name: FakeProcess.rates_of[name] for name in ("pil", *alive)}
-
-    monkeypatch.setattr(run, "LoaderProcess", Dead)
-    (tmp_path / "step.json").write_text(json.dumps({"rows": [{"contender": "fast", "pairs_per_s": 5.0}]}))
-    run.run(
-        few, 1, tmp_path, ["ours", "pil"], ["crop"], batch=1, rounds=2, soak_samples=10, step=tmp_path / "step.json",
-        json_file=tmp_path / "all.json",
-    )  # fmt: skip
-    text = (tmp_path / "all.json").read_text()
-    assert "NaN" not in text
-    written = json.loads(text)
-    assert [row["images_per_s"] for row in written["rows"]] == [None, 100]
-    assert written["memory"] == {"text": "memory: no figure, the loader ended: not installed here"}
-    assert "step" not in written
-    assert ("bottleneck: resize" if alive else "bottleneck: unknown") in capsys.readouterr().out
 
 
 def test_a_loader_that_dies_has_no_figure_and_the_others_go_on(tmp_path, monkeypatch) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from mvlm.model.maskvlm import MaskVLM
-from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.gpu import compiled, correct, kernels, step
 from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.stage import Stage
@@ -68,16 +67,6 @@ def test_stage_says_whether_it_is_complete(tmp_path, monkeypatch) -> None:
     assert rows_of(tmp_path / "correct.csv") == []
 
 
-@pytest.mark.parametrize("rehearse, status", [(True, "ok"), (False, "missing")])
-def test_no_collected_test_is_no_success_on_a_gpu(tmp_path, monkeypatch, rehearse, status) -> None:
-    (tmp_path / "python").write_text("#!/bin/sh\necho '5 deselected'; exit 5\n")
-    (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(correct, "GPU_TESTS", ("tests/kernels/test_gpu.py",))
-    row = correct.run_tests(Stage("correct", tmp_path, Budget(60), rehearse))
-    assert (row["status"], row["note"]) == (status, "5 deselected")
-
-
 @pytest.mark.parametrize("module, cases", [(correct, "small_cases"), (kernels, "cases")])
 @pytest.mark.slow
 def test_a_wrong_value_of_ours_stops_the_stage(module, cases, tmp_path, monkeypatch) -> None:
@@ -109,38 +98,6 @@ def test_wrong_losses_stop_the_stage(module, tmp_path, monkeypatch) -> None:
     assert [row["status"] for row in rows] == (
         [] if module is step else ["missing", "ok", "ok", "WRONG"]
     )  # the whole step takes too long here
-
-
-@pytest.mark.slow
-def test_kernels_names_the_case_that_failed(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "cases", lambda *_: [GOOD, toy("broken", ours=fails)])
-    code, summary = run_stage(kernels, tmp_path)
-    assert (code, summary["ended"]) == (0, "incomplete: toy broken error")
-    assert summary["finished"] == ["toy good"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("built", [True, False])
-def test_step_times_ours_without_the_baseline(built, tmp_path, monkeypatch) -> None:
-    """Its libraries are not installed, or of another version, of which it cannot be built."""
-    find, make = step.importlib.util.find_spec, step.make_contenders
-
-    def make_contenders(names, *arguments, **options):
-        return fails() if step.BASELINE in names else make(names, *arguments, **options)
-
-    if built:
-        monkeypatch.setattr(step, "make_contenders", make_contenders)
-    else:
-        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == "timm" else find(name))
-    code, summary = run_stage(step, tmp_path)
-    assert (code, summary["finished"]) == (0, ["rounds", "categories"])
-    assert summary["without_result"] == {"timm+roberta": "error" if built else "missing"}
-    rows = rows_of(tmp_path / "step.csv")
-    assert rows[0]["note"].startswith("missing: ")
-    assert sorted(row["contender"] for row in rows[1:]) == ["fast", "fast", "plain", "plain"]
-    shares = rows_of(tmp_path / "categories.csv")
-    assert sum(float(row["pct"]) for row in shares) == pytest.approx(100)
-    assert "matrix products" in {row["category"] for row in shares}
 
 
 def test_eager_step_beside_a_graph_writes_new_gradients_as_training_does() -> None:

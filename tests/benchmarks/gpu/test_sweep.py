@@ -2,25 +2,20 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import mvlm_kernels
 from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.clock import Timing
-from mvlm_benchmarks.gpu import small_calls, sweep
+from mvlm_benchmarks.gpu import sweep
 from mvlm_benchmarks.gpu.stage import Stage
 from mvlm_benchmarks.gpu.variants import TILES, Options, Target, launches_of, targets_of, variants
 from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.results import MACHINE_COLUMNS
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention import tiles
 from support.benchmarks import FakeClock, toy_case
-from support.stages import run_stage
 
 
 def test_targets_are_the_kernels_that_the_cases_launch() -> None:
@@ -92,57 +87,6 @@ def test_a_variant_that_is_right_and_faster_wins_and_a_wrong_one_is_a_row(tmp_pa
     ]  # fmt: skip
 
 
-def test_a_variant_that_is_faster_by_chance_does_not_win(tmp_path, monkeypatch) -> None:
-    """It is as fast as the default when both are timed again."""
-    lucky = iter([10.0, 9.0, 11.0])
-    found, _ = swept(tmp_path, monkeypatch, lambda x, factor: x * factor, lambda _: next(lucky, 10.0))
-    assert (found["winner"], found["ratio"]) == ({}, 1.0)
-    assert sweep.TURNS_AGAIN >= 7
-
-
 def test_a_default_that_is_wrong_stops_the_sweep(tmp_path, monkeypatch) -> None:
     with pytest.raises(sweep.WrongValue, match="slow, with its default options: output is off"):
         swept(tmp_path, monkeypatch, lambda x, factor: x * 2.01, lambda _: 10.0)
-
-
-@pytest.mark.slow
-def test_winners_of_attention_are_a_table_that_launchers_read(tmp_path, monkeypatch) -> None:
-    """A winner is in the table if it wins in all cases of its key. Other keys and architectures are unchanged."""
-    case = next(case for case in small_cases(torch.bfloat16) if case.op == "cross_attention")
-    targets = targets_of(case, case.make("meta"), 90)
-    monkeypatch.setattr(sweep, "chosen_cases", lambda *_: [case])
-    monkeypatch.setattr(sweep, "compile_variants", lambda stage: {})
-    other = targets[1]._replace(key="short_q_forward/16bit/128/128")
-    monkeypatch.setattr(sweep, "targets_of", lambda *_: [targets[0], targets[0], targets[1], other, other])
-    won = iter([{"num_warps": 2}, {"num_warps": 2}, {"num_stages": 3}, {"num_warps": 2}, {}])
-    monkeypatch.setattr(sweep, "sweep_target", lambda *_: {"winner": next(won), "ratio": 0.5, "said": ""})
-    assert run_stage(sweep, tmp_path)[0] == 0
-    before = json.loads((Path(mvlm_kernels.__file__).parent / "configs" / "cross_attention.json").read_text())
-    table = json.loads((tmp_path / "configs" / "cross_attention.json").read_text())
-    added = {targets[0].key: {"num_warps": 2}, targets[1].key: {"num_stages": 3}}
-    assert table == before | {"sm_90": before["sm_90"] | added}
-    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path / "configs"))
-    tiles.meta.__wrapped__.cache_clear()
-    try:
-        now = {target.kernel: target.options for target in targets_of(case, case.make("meta"), 90)}
-    finally:
-        tiles.meta.__wrapped__.cache_clear()
-    for target, winner in zip(targets, added.values(), strict=False):
-        assert now[target.kernel] == target.options | winner != target.options
-
-
-@pytest.mark.parametrize("kernel", ["short_kv_backward", "short_q_backward", "long_kv_backward"])
-def test_a_profile_of_a_kernel_runs_one_case_that_launches_it(kernel: str) -> None:
-    (case,) = small_calls.chosen_cases("cross_attention", kernel, False, torch.bfloat16)
-    assert kernel in {launch.kernel.__name__ for launch in launches_of(case, case.make("meta"), 90)}
-    assert len(small_calls.chosen_cases("", "", False, torch.bfloat16)) == len(small_cases(torch.bfloat16))
-
-
-@pytest.mark.slow
-def test_small_calls_print_a_line_for_a_case_and_fail_for_a_wrong_value(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["small_calls", "--rehearse", "--op", "place_tokens"])
-    assert small_calls.main() == 0
-    assert capsys.readouterr().out == "place_tokens, B2 width 40, half of 9 masked: ok\n"
-    monkeypatch.setattr(small_calls, "small_cases", lambda _: [toy_case(op="place_tokens", ours=lambda x, factor: x)])
-    assert small_calls.main() == 1
-    assert "place_tokens, 1000: WRONG: " in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from mvlm_benchmarks.kernels.attention_cases import attention_cases
 from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import ours
@@ -66,19 +65,3 @@ def test_seeds_change_values_and_nothing_else(case) -> None:
         assert a.shape == b.shape
         assert torch.equal(a, b) == (id(a) not in values)
         assert torch.equal(a, c)
-
-
-def test_cases_of_a_training_step_are_there_and_core_cases_come_first() -> None:
-    found = cases(256, BF16)
-    shapes = [f"{case.op} {case.shape}" for case in found]
-    assert len(set(shapes)) == len(shapes)
-    for wanted in (
-        "B512 H12 D64 197x197", "B512 H12 D64 32x32, packed self-attention of captions",
-        "B256 H12 D64 1x32, captions as keys, packed, 3 query sequences per key sequence on average, drawn",
-        "half of 196 masked, parameters in float32", "l1, uint8 images, parameters in float32",
-    ):  # fmt: skip
-        assert any(wanted in shape for shape in shapes)
-    core = [case.core for case in found]
-    assert core == sorted(core, reverse=True)
-    (left,) = [case.shape for case in attention_cases(2, BF16) if case.left_to_torch]
-    assert "197x197" in left

@@ -159,32 +159,6 @@ def test_cheat_would_be_timed_without_its_check(cheat, checks) -> None:
     assert rows[0]["us"] is not None
 
 
-def test_output_kept_for_an_unmodified_tensor_is_computed_in_every_call() -> None:
-    """A cheat that also looks at the tensor's version finds nothing kept: each timed call is honest work."""
-    kept, computed = {}, []
-
-    def function(x):
-        key = x.data_ptr(), x._version
-        if key not in kept:
-            computed.append(1)
-            kept[key] = x.detach() * 2
-        return kept[key] + (x - x.detach())
-
-    class Clock(FakeClock):
-        def time(self, steps, prepare):
-            for number in (0, 1, 0, 1):
-                prepare(number)
-                before = len(computed)
-                steps[number]()
-                timed.append(len(computed) - before)
-            return super().time(steps, prepare)
-
-    timed: list[int] = []
-    data = reference.CaseData.make(TOY, "cpu")
-    measure.LocalContender(data, [function] * 2, Clock()).time("forward")
-    assert timed == [1, 1, 1, 1]
-
-
 def test_graph_that_computes_nothing_is_wrong() -> None:
     class Clock(FakeClock):
         def graph(self, make_steps):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from mvlm_benchmarks.ceilings import MemoryRates
 from mvlm_benchmarks.clock import Refused
 from mvlm_benchmarks.kernels.checks import check_kernels
 from mvlm_benchmarks.kernels.compare import Ceilings, bench_case, rows_of
@@ -82,10 +81,6 @@ def test_a_contender_without_a_right_result_says_why_and_does_not_stop_the_other
     assert [row["us"] for row in rows["good"]] == [10.0] * 3
 
 
-def test_peer_of_other_ops_is_no_contender() -> None:
-    assert set(compared(Peer("other", {"another_op": lambda inputs: torch.neg}))) == {"ours"}
-
-
 def test_a_contender_that_fails_later_has_no_figure() -> None:
     """While its second pass is timed, in the checks after it is timed, or in a second round."""
     clock = FakeClock()
@@ -113,12 +108,6 @@ def test_a_contender_that_fails_later_has_no_figure() -> None:
     assert [(row["status"], row["us"], row["vs_ours"]) for row in rows["good"]] == [("ok", 10.0, None)] * 3
 
 
-def test_op_that_this_version_lacks_is_missing_and_its_peers_are_timed() -> None:
-    rows = compared(GOOD, case=toy_case(ours=None))
-    assert {row["status"] for row in rows["ours"]} == {"missing"}
-    assert [row["us"] for row in rows["good"]] == [10.0] * 3
-
-
 def test_results_of_ours_that_differ_between_repeats_are_wrong() -> None:
     calls = []
 
@@ -133,35 +122,14 @@ def test_results_of_ours_that_differ_between_repeats_are_wrong() -> None:
     assert "of 5 equal, the first that differs: 1" in rows["noisy too"][0]["repeats"]
 
 
-def test_failed_graph_capture_is_a_note() -> None:
-    rows = compared(clock=FakeClock(graph_error="capture failed"))["ours"]
-    assert {(row["status"], row["us"], row["graph_us"]) for row in rows} == {("ok", 10.0, None)}
-    assert rows[0]["note"] == "graph: RuntimeError: capture failed"
-
-
-def test_failing_reference_is_an_error_of_every_contender() -> None:
-    rows = compared(GOOD, case=toy_case(reference=lambda **_: refuses(0)))
-    assert {row["status"] for found in rows.values() for row in found} == {"error"}
-    assert set(rows) == {"ours", "good"}
-
-
 def test_contenders_take_turns_and_medians_are_reported() -> None:
     """Two contenders, three rounds: each round is ours forward, backward, both, then good's; the middle one counts."""
     readings: list[float] = [10, 20, 30, 40, 50, 60, 1, 2, 3, 4, 5, 6, 11, 21, 31, 41, 51, 61]
     rows = compared(GOOD, clock=FakeClock(readings), rounds=3)
     assert [row["us"] for row in rows["ours"]] == [10, 20, 30]
     assert [row["us"] for row in rows["good"]] == [40, 50, 60]
-    assert [(row["us_p20"], row["us_p80"]) for row in rows["good"]] == [(39, 41), (49, 51), (59, 61)]
     assert [row["vs_ours"] for row in rows["good"]] == [4.0, 2.5, 2.0]
     assert [row["verdict"] for row in rows["good"]] == ["slower"] * 3
-    assert [(row["peak_mb"], row["graph_us"]) for row in rows["good"]] == [(1.5, 5.0)] * 3
-
-
-def test_difference_within_the_noise_is_said_to_be_none() -> None:
-    """Two rounds: good's backward is as fast as ours on average, its other passes twice as slow in both rounds."""
-    rows = compared(GOOD, clock=FakeClock([10, 20, 30, 20, 22, 60, 10, 20, 30, 20, 18, 60]), rounds=2)["good"]
-    assert [row["verdict"] for row in rows] == ["slower", "no difference", "slower"]
-    assert (rows[1]["vs_ours_low"], rows[1]["vs_ours_high"]) == (0.9, 1.1)
 
 
 def test_rates_and_roofline_match_a_count_by_hand() -> None:
@@ -179,17 +147,6 @@ def test_rates_and_roofline_match_a_count_by_hand() -> None:
     # The table's operations are bfloat16's: float32 has no roofline in it; nor has an unknown machine.
     for rows in (of_ours(Ceilings(Gpu(1e9, 1e9, "")), TOY), of_ours(Ceilings())):
         assert all(row["roofline_pct"] is None for row in rows)
-    # Against what this machine reached: 0.8 GB/s over a copy of 1.6, a read of 2 and a triad of 0.8.
-    row = of_ours(Ceilings(measured=MemoryRates(copy=1.6e9, read=2e9, triad=0.8e9), gemm_us=7.0))[0]
-    assert (row["copy_pct"], row["read_pct"], row["triad_pct"], row["gemm_us"]) == (50.0, 40.0, 100.0, 7.0)
-
-
-def test_a_peer_has_no_bound_of_a_pass_where_our_forward_does_the_work_of_backward() -> None:
-    """One product forward and two backward take a peer as long as our three forward, and its forward less time."""
-    fused = toy_case(dtype=torch.float16, flops=(3000, 0))
-    rows = compared(GOOD, case=fused, ceilings=Ceilings(Gpu(1e9, 0.3e9, "")))
-    bounded = {name: [row["roofline_pct"] is not None for row in found] for name, found in rows.items()}
-    assert bounded == {"ours": [True] * 3, "good": [False, False, True]}
 
 
 def test_kernels_of_another_implementation_are_refused() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm_benchmarks.step.activations import peak_mb, replay
+from mvlm_benchmarks.step.activations import peak_mb
 from mvlm_kernels import cross_attention
 
 KILO = 1000 * 1000 * 4 / 1e6
@@ -45,25 +45,3 @@ def test_peak_leaves_out_gradients_while_activations_are_alive() -> None:
     found = peak_mb(lambda: second(first(x)).sum().backward(), parameters, "cpu")
     assert found < 10 * 10 * 1000 * 4 / 1e6  # activations of 0.04 MB each, and none of the 4 MB gradients
     assert all(p.grad is None for p in parameters)
-
-
-def event(number: int, size: int, address: int, device: int = 0) -> dict[str, int]:
-    return {"Ev Idx": number, "Bytes": size, "Addr": address, "Device Type": device}
-
-
-def test_replay_of_allocations_and_frees() -> None:
-    events = [
-        event(0, 100, 1),
-        event(1, 50, 2),
-        event(2, -100, 1),
-        event(3, 30, 1),  # the same address again
-        event(4, -999, 7),  # was there before
-        event(5, 1000, 3, device=1),  # another device's
-        event(6, 500, 4),  # a gradient: stays to the end
-        event(7, -50, 2),
-    ]
-    assert replay(events, gradients={4}) == 150
-    assert replay(events[::-1], gradients={4}) == 150
-    assert replay(events, gradients=set()) == 580
-    # An address at which a gradient ends up may have held something else before.
-    assert replay([event(0, 70, 4), event(1, -70, 4), event(2, 10, 4)], gradients={4}) == 70

@@ -53,7 +53,6 @@ def test_run_writes_figures_of_every_contender(micro, tmp_path) -> None:
     ]
     assert all(name in files["plot"].read_text() for name in EAGER)
     timed = list(csv.DictReader((tmp_path / "s.rounds.csv").read_text().splitlines()))
-    assert [row["round"] for row in timed] == [str(n) for n in range(3) for _ in EAGER]
     fast = sorted(4 / float(row["seconds"]) for row in timed if row["contender"] == "fast")
     assert fast[1] == pytest.approx(rows[EAGER.index("fast")]["pairs_per_s"])
 
@@ -71,28 +70,6 @@ def test_step_changes_no_weight_and_leaves_no_gradient() -> None:
         assert contender.optimizer is not None
         assert len(contender.optimizer.state) == len(list(contender.module.parameters()))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-
-
-def test_only_the_fast_implementation_gets_rounded_totals() -> None:
-    """As in training in bf16 on a CPU."""
-    torch.manual_seed(0)
-    model = MaskVLM(MICRO)
-    seen: dict[str, int] = {}
-
-    def record(name: str) -> Losses:
-        def module(batch, masks, **settings) -> Losses:
-            seen[name] = len(batch.tokens)
-            return model(batch, masks, **settings)
-
-        return contenders.compute_losses(name, module, inputs)
-
-    inputs = contenders.make_inputs(model, caption_lengths(3, 12, 8), torch.device("cpu"), buckets=64)
-    losses = {name: record(name) for name in (*contenders.IMPLEMENTATIONS, "fast-compiled")}
-    total = len(inputs.batch.tokens)
-    rounded = -(-(total + 1) // 16) * 16
-    assert seen == {"plain": total, "fast": rounded, "drop_masked": rounded, "fast-compiled": rounded}
-    for found, wanted in zip(losses["fast"], losses["plain"], strict=True):
-        assert abs(found - wanted) <= 1e-5 * abs(wanted)
 
 
 def off_by_one_per_cent(losses: Losses, term: str) -> Losses:
@@ -116,18 +93,6 @@ def test_contender_with_wrong_losses_is_not_timed(micro, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", compiled)
     with pytest.raises(AssertionError, match=r"timm\+roberta-compiled: itm is .*; nothing was timed"):
         run.run("tiny", 4, 1, ("timm+roberta-compiled",), precision="fp32", device="cpu", optimizer=False)
-
-
-@pytest.mark.slow
-def test_contender_that_cannot_be_compiled_is_reported_and_not_timed(micro, monkeypatch) -> None:
-    def call(*_, **__):
-        raise RuntimeError("no compiler\nhere")
-
-    monkeypatch.setattr(torch, "compile", lambda module: call)
-    names = ("timm+roberta-compiled", "timm+roberta", "plain")
-    result = run.run("tiny", 4, 1, names, precision="fp32", device="cpu", optimizer=False)
-    assert [row["contender"] for row in result["rows"]] == ["timm+roberta", "plain"]
-    assert result["not_timed"] == [{"contender": "timm+roberta-compiled", "note": "RuntimeError: no compiler here"}]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm_benchmarks import budget
 from mvlm_benchmarks.step import report, timing
 from mvlm_benchmarks.step.timing import WARM_UP, measure_rounds
 from mvlm_kernels.hardware import GPUS
@@ -58,22 +57,6 @@ def test_contender_without_memory_is_left_out_and_the_others_go_on(inputs, when)
     assert hungry.calls == when
     assert len(rows[1]["seconds"]) == 3
     assert [row["note"] for row in timed if row["contender"] == "hungry"][-1] == "OutOfMemoryError: CUDA out of memory"
-
-
-@pytest.mark.parametrize("seconds, rounds, used", [(20, 1, 18), (1, 1, 18), (25, 2, 24)])
-def test_no_round_starts_that_would_end_after_the_budget(inputs, monkeypatch, seconds, rounds, used) -> None:
-    """A round takes 6 s, and there are two for warm-up. One timed round is always made."""
-    now = [0.0]
-    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
-
-    class Slow(Step):
-        def update(self) -> None:
-            now[0] += 3
-
-    limit = budget.Budget(seconds)
-    rows, _ = measure([Slow("a"), Slow("b")], inputs, 10, limit)
-    assert [len(row["seconds"]) for row in rows] == [rounds, rounds]
-    assert limit.used == used
 
 
 def test_ratios_are_medians_of_rounds_against_the_fastest_baseline() -> None:

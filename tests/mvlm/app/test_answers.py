@@ -51,12 +51,6 @@ def test_a_text_and_an_image_are_answered_together(gallery, model, heldout_split
     assert [found.image for found in gallery.search("a red square", images[3])] == wanted[:12]
 
 
-def test_the_example_of_a_gallery_is_one_of_its_images(gallery, heldout_split) -> None:
-    found = gallery.example()
-    assert found.image in [heldout_split.image_bytes(i) for i in range(8)]
-    assert len(found.caption.split()) >= 3
-
-
 def test_each_mask_has_rows_of_guesses(model, image) -> None:
     text, rows = answers.fill(model, image, "a [MASK] [MASK]")
     expected = model.fill("a [MASK] [MASK]", image, 5)
@@ -85,12 +79,6 @@ def test_patches_are_read_as_they_were_written(model) -> None:
             answers.read_patches(model, other)
 
 
-def test_words_have_an_overlay_each(model, image) -> None:
-    shown = answers.look(model, image, "a circle")
-    assert [word for _, word in shown] == ["the whole text", *model.attention(image, "a circle").words[1:]]
-    assert {each.size for each, _ in shown} == {(answers.SIDE, answers.SIDE)}
-
-
 def test_hidden_patches_are_rebuilt_under_both_texts(model, image) -> None:
     hidden = answers.hide_part(model, "left half")
     right, wrong = answers.rebuild(model, image, hidden, "a circle", "a square")
@@ -99,25 +87,6 @@ def test_hidden_patches_are_rebuilt_under_both_texts(model, image) -> None:
         np.testing.assert_array_equal(np.asarray(shown.resize(small.shape[:2], Image.Resampling.NEAREST)), small)
     again, same = answers.rebuild(model, image, hidden, "a circle", " ")
     np.testing.assert_array_equal(np.asarray(again), np.asarray(same))
-
-
-def test_parts_hide_their_share_of_the_patches(model) -> None:
-    hidden = {part: answers.hide_part(model, part) for part in answers.PARTS}
-    half = len(hidden["nothing"]) // 2
-    assert not hidden["nothing"].any()
-    for part, where in (
-        ("left half", np.s_[:, :half]), ("right half", np.s_[:, half:]),
-        ("top half", np.s_[:half]), ("bottom half", np.s_[half:]),
-    ):  # fmt: skip
-        assert hidden[part].mean() == 0.5
-        assert hidden[part][where].all()
-
-
-def test_the_scattered_part_is_that_of_training(model) -> None:
-    config = model.network.config
-    hidden = answers.hide_part(model, answers.PARTS[-1])
-    assert abs(hidden.mean() - config.image_mask_ratio) <= (config.mask_block / config.image_size * 4) ** 2 / 2
-    assert 0 < hidden.sum() < hidden.size
 
 
 def test_a_click_changes_the_patch_under_it_and_no_other(model) -> None:
@@ -129,14 +98,6 @@ def test_a_click_changes_the_patch_under_it_and_no_other(model) -> None:
     assert not before.any()
     assert not answers.toggle_patch(after, [1.5 * patch, 0.5 * patch]).any()
     assert answers.toggle_patch(before, [answers.SIDE, answers.SIDE])[-1, -1]  # on the very edge
-
-
-def test_hidden_patches_are_drawn_grey(model, image) -> None:
-    hidden = answers.hide_part(model, "left half")
-    drawn = np.asarray(answers.draw_hidden(image, hidden))
-    third = answers.SIDE // 3
-    assert (np.median(drawn[:, :third], axis=(0, 1)) == 128).all()
-    assert answers.draw_hidden(None, hidden) is None
 
 
 def test_questions_that_cannot_be_answered_are_refused(gallery, model, image) -> None:
@@ -158,12 +119,6 @@ def test_questions_that_cannot_be_answered_are_refused(gallery, model, image) ->
     ):
         with pytest.raises(ConfigError, match=f"^{name}: wanted "):
             ask()
-
-
-def test_texts_and_lines_lose_their_blanks() -> None:
-    assert check_text("  a cat ") == "a cat"
-    assert check_lines(" a cat \n\n a dog", "labels") == ["a cat", "a dog"]
-    assert check_lines(None, "labels") == []
 
 
 def test_a_good_image_comes_as_it_is_and_others_are_refused(tmp_path: Path, heldout_split) -> None:

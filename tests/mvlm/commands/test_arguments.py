@@ -7,7 +7,6 @@ from dataclasses import is_dataclass
 import pytest
 
 from mvlm.cli import COMMANDS, PARSE_THEMSELVES, run_command
-from mvlm.commands.arguments import RENAMED, check_renamed, one_line
 from mvlm.errors import ConfigError
 from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
@@ -53,38 +52,6 @@ def test_wrong_arguments_are_one_line(words, message, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", RENAMED)
-def test_the_new_name_of_a_renamed_flag_is_a_flag_of_the_command(command, capsys):
-    words = command.split()[1:] + {"mvlm pretrain": ["tiny"], "mvlm finetune": ["vqa"]}.get(command, [])
-    with pytest.raises(SystemExit, match="0"):
-        run_command([*words, "--help"])
-    text = capsys.readouterr().out
-    for old, new in RENAMED[command].items():
-        flag, _, value = new.partition(" ")
-        line = next(line for line in text.splitlines() if line.strip("│ ").startswith(flag))
-        assert value in line
-        assert old.split()[0] not in text or " " in old
-
-
-def test_flags_of_other_commands_are_not_renamed():
-    check_renamed(["--pictures", "3", "--self-attention", "products"], "mvlm report")
-    check_renamed(["--self-attention", "math", "--pictures"], "mvlm pretrain tiny")
-    check_renamed([], "mvlm pretrain tiny")
-
-
-def test_help_is_printed_and_exits_with_0(capsys):
-    for words, text in (
-        (["pretrain", "tiny", "--help"], "--batch-size INT"),
-        (["fill", "--help"], "Guess the [MASK] tokens"),
-    ):
-        with pytest.raises(SystemExit, match="0"):
-            run_command(words)
-        assert text in capsys.readouterr().out
-    for words, text in ((["data", "--help"], "mvlm data view"), (["bench", "-h"], "mvlm bench step")):
-        run_command(words)
-        assert text in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "command",
     [*(command for name, command in COMMANDS.items() if name not in PARSE_THEMSELVES), *BENCHMARKS.values()],
@@ -96,21 +63,3 @@ def test_help_of_a_command_describes_every_flag(command):
         if not is_dataclass(parameter.default):  # the fields of options have docstrings of their own
             assert re.search(rf"^ +{name}: \S", doc, re.MULTILINE), name
     assert "picture" not in doc
-
-
-def test_an_error_box_of_several_parts_becomes_one_line():
-    box = """\
-╭─ Required options ───╮
-│ Missing from x:      │
-│     --out PATH       │
-│ ──────────────────── │
-│ Unrecognized options:│
-│     --two            │
-│ ──────────────────── │
-│ For full helptext, … │
-╰──────────────────────╯
-"""
-    assert one_line(box) == "Unrecognized options: --two; Missing from x: --out PATH"
-    plain = box.replace("╭─ Required", "Required").translate(str.maketrans("─│╭╮╰╯", "-     "))
-    assert one_line(plain) == one_line(box)
-    assert one_line("title\n\x1b[31m│ red │\x1b[0m\n") == "red"

@@ -33,17 +33,6 @@ def test_evaluation_on_an_undecodable_image_is_refused(run_mvlm, scenes_copy, tm
     assert folder_hash(tmp_path) == before
 
 
-@pytest.mark.slow
-def test_a_model_without_itm_is_ranked_by_itc(run_mvlm, scenes, without_itm, tmp_path):
-    out = tmp_path / "test.json"
-    outcome = run_mvlm("eval", "retrieval", "--checkpoint", without_itm, "--data", scenes, "--out", out)
-    assert not any("ITM" in line for line in outcome.out)
-    figures = json.loads(out.read_text())
-    assert (figures["rerank"], figures["reranked"], figures["itm"]) == (0, 0, None)
-    assert figures["tr"] == figures["itc"]["tr"]
-    assert figures["ir"] == figures["itc"]["ir"]
-
-
 @pytest.mark.parametrize("task", ["retrieval", "grounding", "vqa"])
 def test_a_file_that_is_no_result_is_not_overwritten(run_mvlm, run_copy, scenes, tmp_path, task):
     (tmp_path / "list.json").write_text("[1]")

@@ -1,10 +1,7 @@
 """`mvlm export`: its formats, and what is refused."""
 
-import json
-
 import pytest
 
-from mvlm.portable import programs as module
 from support.commands import assert_refused
 
 HUB_FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
@@ -12,21 +9,6 @@ HUB_FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 def names(path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
-
-
-def test_programs_are_listed_with_their_differences(run_mvlm, trained, tmp_path, monkeypatch):
-    def write(network, out, format):
-        for name in ("image_encoder", "text_encoder", "matching_head"):
-            (out / f"{name}.{format}").write_bytes(b"program")
-        return {f"{name}.{format}": 2e-7 for name in ("image_encoder", "text_encoder", "matching_head")}
-
-    monkeypatch.setattr(module, "write_programs", write)  # tests/mvlm/portable makes real ones
-    outcome = run_mvlm("export", trained, tmp_path / "out", "--format", "pt2")
-    assert outcome.out[0] == "image_encoder.pt2: largest difference from the network 2.0e-07"
-    assert outcome.out[-1] == str(tmp_path / "out")
-    programs = [f"{name}.pt2" for name in ("image_encoder", "matching_head", "text_encoder")]
-    assert names(tmp_path / "out") == sorted([*programs, "preprocess.json", "tokenizer.json"])
-    assert json.loads((tmp_path / "out/preprocess.json").read_text())["format"] == "pt2"
 
 
 @pytest.mark.slow

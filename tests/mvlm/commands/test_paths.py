@@ -1,7 +1,6 @@
 """Paths given to commands: missing data, runs and devices, wrong kinds, other architectures."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from mvlm.runs.checkpoint import sha256
 from support.commands import MICRO_FLAGS, assert_refused
 from support.folders import folder_hash
-from support.scenes import made_up_run, png, scene
+from support.scenes import png, scene
 
 PRETRAIN = f"pretrain tiny {' '.join(MICRO_FLAGS)} --data"
 
@@ -85,9 +84,3 @@ def test_a_checkpoint_of_another_architecture_is_refused(run_mvlm, scenes, run_c
     before = folder_hash(tmp_path)
     assert_refused(run_mvlm(*words.format(data=scenes).split()), "model.json", "24")
     assert folder_hash(tmp_path) == before
-
-
-def test_a_comparison_below_a_file_is_refused(run_mvlm, tmp_path):
-    (tmp_path / "file").write_text("a file")
-    outcome = run_mvlm("report", *(made_up_run(tmp_path / name) for name in "ab"), "--out", tmp_path / "file/x")
-    assert re.match(rf"mvlm: {tmp_path}/file.*: could not be read or written", outcome.err[-1])

@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-from mvlm.model import fast
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
-from mvlm.training.trainer import Trainer
 from mvlm_dataloading import open_dataset
 from support.commands import MICRO_FLAGS, assert_refused
 from support.folders import folder_hash
@@ -106,39 +104,6 @@ def test_settings_out_of_their_ranges_are_refused(run_mvlm, scenes, tmp_path, wo
     outcome = run_mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS, *words.split())
     assert_refused(outcome, name)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_exits_with_1(run_mvlm, scenes, tmp_path, monkeypatch):
-    loss = fast.linear_pixel_loss
-    monkeypatch.setattr(fast, "linear_pixel_loss", lambda *inputs, **more: loss(*inputs, **more) + float("nan"))
-    outcome = run_mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS, "--max-steps", 12)
-    assert outcome.code == 1
-    assert len(outcome.err) == 1
-    assert outcome.err[0].startswith("mvlm: step 11: mim is nan; the update was not made (11 in a row, ")
-
-
-@pytest.mark.slow
-def test_resuming_is_the_same_command_with_resume(run_mvlm, scenes, tmp_path, monkeypatch):
-    words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS, "--max-steps", 4)
-    one_step = Trainer.one_step
-
-    def stop(run, batches):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return one_step(run, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "one_step", stop)
-        assert run_mvlm(*words, "--checkpoint-every-steps", 2).code == 130
-    outcome = run_mvlm(*words, "--resume")
-    assert outcome.code == 0
-    assert outcome.err == [
-        "data resumed: same samples in the same order, same pixels, captions and masks",
-        f"resuming from {tmp_path}/run/checkpoints/step_00000002",
-    ]
-    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
-    assert load_model(tmp_path / "run").network.config.width == 16
 
 
 @pytest.mark.slow

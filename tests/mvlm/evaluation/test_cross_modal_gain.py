@@ -9,15 +9,13 @@ import torch
 from mvlm.evaluation import cross_modal_gain as gains
 from mvlm.evaluation.cross_modal_gain import (
     cross_modal_gain,
-    partners_of,
     trivial_losses,
     wrong_partners,
 )
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.encode import eval_loader
-from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 from support.models import micro_model
-from support.scenes import png, scene
+from support.scenes import scene
 
 
 @pytest.fixture
@@ -50,37 +48,6 @@ def test_wrong_partners_are_of_the_next_other_image_of_the_cycle(counts):
     alone = np.arange(len(image))
     assert wrong_partners(len(image), image=torch.from_numpy(alone)).tolist() == following
     assert wrong_partners(len(image), image=torch.from_numpy(0 * alone)).tolist() == following  # no image is another
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Dataset:
-    """Four images with a row for each of their three captions."""
-    folder = tmp_path_factory.mktemp("rows") / "data"
-    with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
-        for i in range(12):
-            pixels, caption = scene(i // 3)
-            writer.add(f"{i:02}", png(pixels), [f"{caption} {i}"], {"image_id": i // 3}, split="test")
-    return open_dataset(folder, "test")
-
-
-def test_the_wrong_partner_is_another_image_in_data_with_a_row_for_each_caption(model, rows, tokenizer, monkeypatch):
-    """The rebuilding functions are given no copy of a sample's own image as the wrong one."""
-    features = encode_split(model, rows, tokenizer, "fp32")
-    features.v[:, 0, 0] = torch.arange(12) // 3
-    given = []
-
-    def reconstruct(_, vm, wm, v, w, batch, masks):
-        given.append(v[:, 0, 0].tolist())
-        pixels = model.patch_targets(batch.images, masks.patch_ids) + 1
-        return torch.zeros(len(masks.token_ids), model.config.vocab_size), pixels
-
-    monkeypatch.setattr(gains, "reconstruct", reconstruct)
-    cross_modal_gain(model, rows, features, tokenizer, 1, "fp32")
-    own, wrong = given
-    assert own == [i // 3 for i in range(12)]
-    assert all(a != b for a, b in zip(own, wrong, strict=True))
-    partner = partners_of(rows).tolist()
-    assert [p // 3 for p in partner] == wrong
 
 
 def test_a_model_without_cross_attention_gains_nothing(model, heldout_split, tokenizer):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.inference.attention_maps import AttentionMaps, draw_overlay, draw_words
+from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_model
@@ -132,21 +132,3 @@ def test_the_hottest_patch_is_red_and_the_coldest_dark():
     half = np.array(draw_overlay(WHITE, heat, side=60, strength=0.5)).astype(int)
     assert np.abs(half - np.round((drawn.astype(int) + 255) / 2)).max() <= 1
     assert (np.array(draw_overlay(WHITE, heat, side=60, strength=0.0)) == 255).all()
-
-
-def test_a_map_without_differences_is_drawn():
-    assert len(np.unique(np.array(draw_overlay(WHITE, torch.zeros(4, 4), side=32)).reshape(-1, 3), axis=0)) == 1
-
-
-def test_each_word_has_a_panel():
-    maps = torch.rand(3, 4, 4)
-    found = AttentionMaps(
-        ["[CLS]", "a", "b"], maps[None, None].expand(2, 2, -1, -1, -1), maps[None].expand(2, -1, -1, -1), 0.0
-    )
-    drawn = np.array(draw_words(WHITE, found, side=40, columns=3))
-    assert drawn.shape == (2 * (40 + 18), 3 * 40, 3)  # the image and three words, in two rows
-    assert (drawn[:40, :40] == 255).all()
-    panel = np.array(draw_overlay(WHITE, maps[0], side=40))
-    assert np.array_equal(drawn[:40, 40:80], panel)
-    other = np.array(draw_words(WHITE, found, found.maps * 2 - 1, side=40, columns=4))
-    assert np.abs(other[:40, 40:80].astype(int) - panel).max() <= 1  # a map is scaled, so its unit does not matter

@@ -9,28 +9,8 @@ import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from mvlm.errors import RunError
-from mvlm.inference.images import GREY, decode_image, hide_patches, load_image, one_ahead
-from mvlm.model.encoders import patchify
-from support.models import micro_batch
-from support.scenes import png, scene
-
-
-def test_an_image_of_the_right_size_is_loaded_unchanged(tmp_path):
-    pixels, _ = scene(5)
-    (tmp_path / "a.png").write_bytes(png(pixels))
-    found = load_image(tmp_path / "a.png", 32)
-    assert found.dtype == torch.uint8
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
-
-
-def test_an_image_is_squeezed_to_a_square(tmp_path):
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 30:] = (200, 100, 50)
-    (tmp_path / "a.png").write_bytes(png(wide))
-    found = load_image(tmp_path / "a.png", 32)
-    assert found.shape == (3, 32, 32)
-    assert found[:, :, :12].max() == 0
-    assert found[:, :, 20:].float().mean((1, 2)).tolist() == [200, 100, 50]
+from mvlm.inference.images import decode_image, load_image
+from support.scenes import png
 
 
 def test_transparent_areas_of_an_image_become_white(tmp_path):
@@ -91,15 +71,6 @@ def test_what_is_no_whole_image_is_refused(tmp_path):
             load_image(tmp_path / name, 32)
 
 
-def test_hidden_patches_are_grey_and_the_others_unchanged():
-    batch, masks = micro_batch()
-    shown, given = (patchify(x, 8) for x in (hide_patches(batch.images, masks.patch_ids, 8), batch.images))
-    for row, hidden in enumerate(masks.patch_ids.tolist()):
-        others = [patch for patch in range(16) if patch not in hidden]
-        assert (shown[row, hidden] == GREY).all()
-        assert torch.equal(shown[row, others], given[row, others])
-
-
 @pytest.mark.parametrize("number", range(1, 9))
 def test_every_orientation_is_that_of_pillow(tmp_path, number):
     exif = Image.Exif()
@@ -129,21 +100,3 @@ def test_an_image_with_a_malformed_tag_beside_its_orientation_is_turned(tmp_path
     with Image.open(tmp_path / "odd.jpg") as opened, pytest.raises((TypeError, struct.error)):
         ImageOps.exif_transpose(opened)
     assert torch.equal(load_image(tmp_path / "odd.jpg", 32), load_image(tmp_path / "good.jpg", 32))
-
-
-def test_loading_is_one_batch_ahead_and_an_error_reaches_the_caller():
-    made = []
-
-    def items():
-        for number in range(4):
-            made.append(number)
-            yield number
-        raise RunError("the fifth")
-
-    found = one_ahead(items())
-    assert next(found) == 0
-    assert next(found) == 1
-    assert len(made) <= 3
-    assert [next(found), next(found)] == [2, 3]
-    with pytest.raises(RunError, match="the fifth"):
-        next(found)

@@ -116,14 +116,6 @@ def test_iterables_are_read_as_they_are_needed(model, pixels):
     assert next(texts).shape == (3, 8)
 
 
-def test_progress_is_shown_where_the_number_of_items_is_known(model, pixels, capsys):
-    model.embed_images(pixels, progress=True, batch_size=8)
-    assert "8/8  8 images" in capsys.readouterr().out
-    model.embed_images(iter(pixels), progress=True)
-    model.embed_images(pixels)
-    assert capsys.readouterr().out == ""
-
-
 def log_odds_of(model: TrainedModel, image: np.ndarray, text: str) -> float:
     """ITM's log-odds of one pair alone, by the network."""
     tokens = torch.from_numpy(model.tokenizer.encode([text], 12)[0])

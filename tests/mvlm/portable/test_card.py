@@ -12,7 +12,7 @@ import yaml
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
-from mvlm.portable.hub import line, model_card, origin, recalls
+from mvlm.portable.hub import line, model_card, recalls
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 
@@ -74,23 +74,15 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy, f
     card = card_of(run_copy, figures)
     for said in (
         "| all (8) | image to text | ITC, re-ranked by ITM | 1 | 25.0 | 0.0 to 50.0 | 12.50 |",
-        "| all (12) | text to image | ITC, re-ranked by ITM | 10 | 91.7 | 75.0 to 100.0 | 100.00 |",
-        "| all (8) | image to text | ITC | 1 | 25.0 |  | 12.50 |",
         "| cross-modal gain, text, nats per token | 0.250 | 0.125 to 0.375 |",
-        "constant white 0.9000, training median 0.5000",
         "| licence | CC0 |",
         r"| attribution | drawn by \<nobody\> |",
         "- train: 32 images, 48 captions",
         "Step 2, 16 pairs seen (0.5 epochs)",
-        "| batch_size | 8 |",
         '| optimizer | "adamw" |',
-        "It knows what 32 training images",
-        "The data name no concepts",
-        "pretrained by `mvlm pretrain`. It compares images",
-        "Zero-shot retrieval on the test split",
     ):
         assert said in card
-    for unsaid in ("lr_muon", "/home", "not listed here"):  # AdamW does not read the rate of Muon
+    for unsaid in ("lr_muon", "/home"):  # AdamW does not read the rate of Muon
         assert unsaid not in card
     assert {metric["type"] for metric in metrics_of(card)} == {"recall@1", "recall@5", "recall@10"}
     assert len(recalls(figures)) == 12
@@ -100,25 +92,10 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy, f
 def test_the_card_of_a_model_without_itm_does_not_claim_it(without_itm, tmp_path, figures):
     """Neither in words nor in what the hub reads: a re-ranked figure there is one of ITC."""
     card = card_of(Path(shutil.copytree(without_itm, tmp_path / "run")), figures | {"reranked": 0})
-    first = "It compares images with texts, fills in masked words and rebuilds masked patches of images."
-    assert first in " ".join(card.split())
     assert "model.match" not in card
     assert "re-ranked" not in card
-    assert "`match`, `rerank` and `attention` read a head with random weights" in card
-    assert "| all (8) | image to text | ITC | 1 | 25.0 | 0.0 to 50.0 | 12.50 |" in card
     names = {result["name"] for result in metrics_of(card)}
     assert names == {f"{d}, ITC, recall@{k}" for d in ("image to text", "text to image") for k in (1, 5, 10)}
-
-
-def test_a_start_is_named_by_its_run_or_folder(tmp_path, monkeypatch):
-    for path, name in (
-        ("/home/x/my_run/checkpoints/step_00000002", r"my\_run"),
-        ("/home/x/folder/model.safetensors", "folder"),
-        ("/home/x/my_run", r"my\_run"),
-    ):
-        assert origin({"initial_model": path}) == f"the model {name}"
-    monkeypatch.chdir(tmp_path)
-    assert origin({"checkpoint": "checkpoints/step_00000002"}) == f"the model {line(tmp_path.name)}"
 
 
 def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(run_copy, figures):
@@ -128,57 +105,12 @@ def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(r
     card = card_of(run_copy, figures, without=PRETRAINING_ALONE, checkpoint=start, **read)
     for said in (
         r"fine-tuned by `mvlm finetune retrieval` from the model my\_demo.",
-        "without the head of the task. It compares images",
         r"The data behind the model my\_demo, and their licences, are not listed here",
-        "Step 2, 16 samples seen in this run (0.5 epochs)",
-        "Retrieval on the test split",
         *(f"| {name} | {json.dumps(value)} |" for name, value in read.items()),
     ):
         assert said in card
-    unread = ("mlm_weight", "mim_weight", "itc_weight", "itm_weight", "lr_pixels", "optimizer", "initial_model")
-    for unsaid in (
-        "mvlm pretrain",
-        "zero-shot-retrieval",
-        "Zero-shot",
-        "model-index",
-        "/home",
-        *(f"| {name} |" for name in unread),
-    ):
+    for unsaid in ("mvlm pretrain", "Zero-shot", "model-index", "/home", "| mlm_weight |", "| optimizer |"):
         assert unsaid not in card
-
-
-@pytest.mark.parametrize(
-    ("settings", "able"),
-    [
-        ({"task": "retrieval"}, "compares images with texts and judges whether an image and a text belong together."),
-        ({"task": "caption"}, "fills in masked words."),
-        ({"task": "vqa", "answers": "masked"}, "fills in masked words."),
-        ({"task": "vqa", "answers": "classifier"}, "was trained for that task alone."),
-        ({"task": "retrieval", "freeze": "all"}, "was trained for that task alone."),
-    ],
-)
-def test_the_card_of_a_run_from_random_weights_claims_what_its_task_trains(run_copy, settings, able):
-    card = card_of(run_copy, without=PRETRAINING_ALONE, checkpoint="/home/first", random_weights=True, **settings)
-    assert f"trained by `mvlm finetune {settings['task']}` from random weights." in card
-    assert f"without the head of the task. It {able}\n" in card
-    assert "What the task does not train has random weights" in card
-    assert ("model.similarity" in card) == able.startswith("compares")
-    for unsaid in ("the model first", "fine-tuned", "Fine-tuning"):
-        assert unsaid not in card
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"initial_model": "/home/someone/runs/first"}, "the model first"),
-        ({"image_weights": "vit", "text_weights": "a/bert"}, "the image weights vit and the text weights bert"),
-    ],
-)
-def test_the_card_of_a_continued_run_says_from_what(run_copy, settings, words):
-    card = card_of(run_copy, **settings)
-    assert f"pretrained by `mvlm pretrain` from {words}. It compares images" in card
-    assert f"The data behind {words}, and their licences, are not listed here" in card
-    assert "Step 2, 16 pairs seen in this run" in card
 
 
 def test_figures_are_stated_of_this_model_and_its_data_alone(run_copy, figures):
@@ -201,13 +133,6 @@ def test_figures_are_stated_of_this_model_and_its_data_alone(run_copy, figures):
     card = model_card(run_copy / "checkpoints/step_00000001", first.network, first.sha256)
     assert "| image to text |" in card
     assert "Step 1, 8 pairs seen" in card
-
-
-def test_a_model_that_rebuilds_no_better_than_without_an_image_says_so(run_copy, figures):
-    words = "Masked patches are not rebuilt better than by a predictor that sees no image"
-    for masked_l1, median, said in ((0.31, 0.5, False), (0.6, 0.5, True), (0.6, None, False), (0.95, None, True)):
-        card = card_of(run_copy, figures | {"masked_l1": masked_l1, "masked_l1_train_median": median})
-        assert (words in card) == said
 
 
 def test_a_damaged_evaluation_is_refused(run_copy, figures):

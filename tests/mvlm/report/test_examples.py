@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mvlm.evaluation.cross_modal_gain import partners_of
-from mvlm.evaluation.retrieval import EncodedSplit, Ranks, encode_split
+from mvlm.evaluation.retrieval import EncodedSplit
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.report import examples
 from mvlm.report.html import data_uri
@@ -25,19 +25,6 @@ def model():
 
 def text_of(pieces: list[examples.Example]) -> str:
     return "".join(piece.text for piece in pieces)
-
-
-def test_a_caption_with_its_masked_tokens_and_its_guesses(tokenizer):
-    tokens = torch.from_numpy(tokenizer.encode(["red top left on white"], 12)[0])
-    number = len(tokens) - 2
-    plain = examples.marked_caption(tokenizer, tokens, torch.tensor([], dtype=torch.int64), None)
-    assert text_of(plain).strip() == "red top left on white"
-    masked = torch.tensor([1, number])
-    assert text_of(examples.marked_caption(tokenizer, tokens, masked, None)).count("▢") == 2
-    guesses = torch.tensor([tokens[1].item(), tokens[1].item()])
-    found = [piece for piece in examples.marked_caption(tokenizer, tokens, masked, guesses) if piece.mark]
-    assert [piece.mark for piece in found] == ["right", "wrong"]
-    assert found[0].text == found[1].text == examples.token_text(tokenizer, int(tokens[1]))
 
 
 def scene_uri(number: int) -> str:
@@ -69,44 +56,6 @@ def test_each_sample_is_shown_with_its_own_partner_and_with_one_of_another_image
         assert (original.text, masked.text, original.image) == ("original", "masked", uris[i // 3])
         assert (own.text, wrong.text) == (rows.captions(i)[0], rows.captions(partner[i])[0])
         assert len({panel.image for panel in (original, masked, own, wrong)}) == 4
-
-
-@pytest.mark.parametrize("trained_on", ["all colours", "red alone"])
-def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split, tmp_path, monkeypatch, trained_on):
-    """The best are right and have the highest scores, among images of unseen concepts if there are some."""
-    count = 32 if trained_on == "all colours" else 1  # scene 0 is red
-    train = open_dataset(write_scenes(tmp_path / "train", {"train": count}), "train")
-    features = encode_split(model, heldout_split, tokenizer, "fp32")
-
-    def ranks(number):
-        found = torch.arange(1, number + 1) % 2 * 4  # rank 4, 0, 4, 0, ...
-        return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float(), found)
-
-    monkeypatch.setattr(examples, "rank_all", lambda *_, **__: {"tr": ranks(8), "ir": ranks(12)})
-    found = examples.retrievals(model, heldout_split, train, features)
-    groups = {title.split(":")[0]: (title, group) for title, group in found}
-    shown = {name: [one.rank for one in group] for name, (_, group) in groups.items()}
-    assert shown["Image to text, worst"] == shown["Text to image, worst"] == [5, 5, 5, 5]
-    best = [one.query.text for one in groups["Text to image, best"][1]]
-    right = [features.captions[caption] for caption in (11, 9, 7, 5, 3, 1)]  # the highest score first
-    unseen = [text for text in right if "red" not in text.split()]
-    assert len(unseen) == 4 != len(right)
-    assert best == (right[:4] if trained_on == "all colours" else unseen)
-    assert groups["Text to image, best"][0].endswith(", among unseen concepts") == (trained_on == "red alone")
-    assert set(shown["Image to text, best"]) == {1}
-
-
-def test_a_right_answer_is_marked(heldout_split, model, tokenizer):
-    features = encode_split(model, heldout_split, tokenizer, "fp32")
-    found = examples.retrieval(heldout_split, features, "tr", 1, [2, 0, 1], 1)
-    assert [answer.mark for answer in found.answers] == ["right", "", "right"]  # captions 1 and 2 are image 1's
-    assert [answer.text for answer in found.answers] == [features.captions[t] for t in (2, 0, 1)]
-    assert found.rank == 2
-    assert found.query.image
-    found = examples.retrieval(heldout_split, features, "ir", 4, [0, 3], 1)
-    assert [answer.mark for answer in found.answers] == ["", "right"]
-    assert all(answer.image for answer in found.answers)
-    assert (found.query.text, found.query.image) == (features.captions[4], "")
 
 
 @pytest.mark.slow

@@ -5,17 +5,14 @@ import io
 import json
 import math
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jinja2 import UndefinedError
 from PIL import Image
 
-import mvlm.report
 from mvlm.errors import RunError
 from mvlm.report.html import (
     HEIGHT,
@@ -25,36 +22,12 @@ from mvlm.report.html import (
     nice_range,
     render,
     series,
-    table,
     thumbnail,
     write_page,
 )
 from mvlm.search.index import Hit
-from support.pages import HOSTILE, Page
+from support.pages import Page
 from support.scenes import png
-
-FOLDER = Path(mvlm.report.__file__).parent
-
-
-def test_tables_are_plain_text():
-    found = Page(table(["<a>", "b"], [["1 & 2", "<i>"], ["3", HOSTILE]]))
-    assert found.rows == [["<a>", "b"], ["1 & 2", "<i>"], ["3", HOSTILE]]
-    assert not found.all("i")
-    assert not found.all("script")
-
-
-def test_a_value_that_a_template_lacks_is_an_error():
-    with pytest.raises(UndefinedError, match="header"):
-        render("table.html", rows=[])
-
-
-def test_every_page_carries_its_style_and_loads_nothing():
-    for template in (FOLDER / "templates").glob("*.html"):
-        text = template.read_text()
-        assert not any(word in text for word in ("http", "<script", "<link", "url(", "| safe", "href=")), template
-    css = (FOLDER / "style.css").read_text()
-    assert "url(" not in css
-    assert "@import" not in css
 
 
 def test_the_page_of_a_search_shows_answers_and_escapes_what_others_wrote(tmp_path):
@@ -137,20 +110,13 @@ def test_the_axis_is_round_and_covers_the_values(low, span):
     assert 3 <= round((last - first) / step) + 1 <= 7
 
 
-def test_series_guides_and_names_of_a_chart():
-    """Each series has a line and a key, a guide widens the axis, and names are plain text."""
+def test_names_of_a_chart_are_plain_text():
     name = '<script>alert("1")</script> & co'
     chart = line_chart(name, {name: ([1, 2], [3, 4]), "<b>": ([1, 3], [5, 6])}, {"constant <white>": 9})
     root = parse(chart)
-    assert [(key.text, key.attrib["class"]) for key in root.iter("span")] == [(name, "key0"), ("<b>", "key1")]
-    assert [line.attrib["class"] for line in root.iter("polyline")] == ["line0", "line1"]
-    guide = next(line for line in root.iter("line") if line.attrib["class"] == "guide")
-    assert all(y > float(guide.attrib["y1"]) > 0 for line in polylines(chart) for _, y in line)
+    assert [key.text for key in root.iter("span")] == [name, "<b>"]
     assert "constant <white>" in [t.text for t in root.iter("text")]
     assert not [*root.iter("script"), *root.iter("b")]
-    svg = root.find("svg")
-    assert svg is not None
-    assert svg.attrib["aria-label"] == name
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -161,12 +127,6 @@ def test_chart_points_that_are_not_finite_are_left_out(bad):
         nothing = line_chart("x", lines, {"guide": 1.0})
         assert "no points" in "".join(parse(nothing).itertext())
         assert not polylines(nothing)
-
-
-@pytest.mark.parametrize("xs, ys", [([5], [2.0]), ([1, 2], [0.0, 0.0]), ([1, 2], [-3.0, -3.0])])
-def test_a_chart_of_one_point_or_of_a_constant(xs, ys):
-    (line,) = polylines(line_chart("x", {"x": (xs, ys)}))
-    assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
 
 
 @pytest.mark.parametrize("count", [1, 40, 1999, 2000, 100_000])
@@ -185,16 +145,3 @@ def test_a_history_is_drawn_as_trailing_means_over_all_rows(count):
     spike = [{"step": step, "loss": value} for step, value in enumerate([1, 2, 3e20, *[1] * 60], 1)]
     assert series(spike, "loss", 50)[1][-1] == 1
     assert series([], "loss") == ([], [])
-
-
-@pytest.mark.parametrize(
-    "ends, wanted",
-    [
-        ([0.014, 0.059], ["0.014", "0.0365", "0.059"]),
-        ([1, 4], ["1", "2.5", "4"]),
-        ([1, 123_457], ["1", "61729", "123457"]),
-    ],
-)
-def test_ticks_say_where_they_stand(ends, wanted):
-    texts = parse(line_chart("R@1", {"a": (ends, [3, 4])})).iter("text")
-    assert [text.text for text in texts if text.attrib["y"] == str(HEIGHT - 10)] == wanted

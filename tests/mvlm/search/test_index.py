@@ -18,7 +18,7 @@ import mvlm.search.index as index_module
 from mvlm.errors import ConfigError, RunError
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
-from mvlm.search.index import columns_of, create_index, fields_of, kinds_of, open_index
+from mvlm.search.index import create_index, open_index
 from mvlm.search.query import ImageReader
 from mvlm_dataloading.tools.reindex import rebuild_indices
 from support.packages import needs
@@ -273,25 +273,6 @@ def test_an_interrupted_index_is_made_again(embedded, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             create_index(embedded, place)
     assert create_index(embedded, place).count("images") == 48
-
-
-def test_types_follow_from_all_items_and_odd_values_are_null():
-    items = [
-        {"width": 3, "share": 1, "name": "a", "good": True, "mixed": 1, "tags": ["x"], "id": "taken", "bad name": 1},
-        {"width": 2**70, "share": 0.5, "name": None, "good": False, "mixed": "b", "inner": {"x": 1}},
-        {"name": "c", "width": True, "share": "no"},
-        {},
-    ]
-    fields = fields_of(kinds_of(json.dumps(item) for item in items[:2]))
-    assert [(field.name, str(field.type)) for field in fields] == [
-        ("good", "bool"), ("mixed", "string"), ("name", "string"), ("share", "double"), ("width", "double"),
-    ]  # fmt: skip
-    columns = columns_of([json.dumps(item) for item in items], fields)
-    assert columns["width"].to_pylist() == [3, 2.0**70, None, None]
-    assert columns["share"].to_pylist() == [1.0, 0.5, None, None]
-    assert columns["name"].to_pylist() == ["a", None, "c", None]
-    assert columns["good"].to_pylist() == [True, False, None, None]
-    assert columns["mixed"].to_pylist() == ["1", "b", None, None]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from mvlm.errors import ConfigError
 from mvlm.studies.page import (
@@ -14,7 +13,6 @@ from mvlm.studies.page import (
     answer,
     compare,
     figure,
-    interval_over_seeds,
     query_hits,
 )
 from mvlm.studies.study import read_study
@@ -86,20 +84,6 @@ def test_equal_trials_differ_by_exactly_zero() -> None:
     for measure in ("ir.r1", "gain_text_nats"):
         found = compare(trials, trials, measure)
         assert (found.difference, found.paired, *found.over_seeds, *(found.over_images or ())) in ((0,) * 4, (0,) * 6)
-
-
-@pytest.mark.parametrize("seeds", [2, 5, 9, 40])
-def test_the_interval_over_seeds_is_that_of_scipy(seeds: int) -> None:
-    values = np.random.default_rng(0).normal(2, 3, seeds)
-    wanted = stats.t.interval(0.95, seeds - 1, values.mean(), stats.sem(values))
-    assert interval_over_seeds(values) == pytest.approx(wanted, rel=1e-8)
-    assert interval_over_seeds(values[:1]) == (values[0], values[0])
-
-
-def test_intervals_over_five_seeds_cover_the_truth_in_95_of_100_cases() -> None:
-    cases = np.random.default_rng(5).normal(1, 3, (8000, 5))
-    covered = [low <= 1 <= high for low, high in map(interval_over_seeds, cases)]
-    assert 0.94 < np.mean(covered) < 0.96  # the percentile bootstrap of five values covers 83 %
 
 
 def test_recalls_count_the_queries_that_they_name() -> None:

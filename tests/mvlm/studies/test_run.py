@@ -81,23 +81,6 @@ def test_a_result_on_other_images_is_not_taken(finished: Path, scenes, tmp_path:
 
 
 @pytest.mark.slow
-def test_table_and_page_say_what_was_run(finished: Path) -> None:
-    table = rows(finished)
-    base, cheap = table["base", "ir.r1"], table["no MIM", "ir.r1"]
-    assert base["steps"] == "2"
-    assert 0 < float(cheap["flops"]) < float(base["flops"])
-    assert base["fingerprint"]
-    assert base["machine"]
-    assert base["low_over_seeds_and_images"] != ""
-    assert table["base", "masked_nats"]["low_over_seeds_and_images"] == ""
-    page = (finished / "study.html").read_text()
-    assert "Do &lt;names&gt; matter?" in page
-    assert "Two steps." in page
-    assert "2 seeds an arm, 8 images" in page
-    assert page.count("<polyline") >= 4
-
-
-@pytest.mark.slow
 def test_a_finished_study_runs_nothing_and_writes_the_same(finished: Path, scenes, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(finished, tmp_path / "own")
     left = tmp_path / "own/trials/same/seed_0/run/checkpoints/step_00000002"  # by a kill after the result
@@ -245,18 +228,6 @@ def test_an_arm_that_diverges_does_not_stop_the_others(scenes, tmp_path: Path, m
         run_study(study(seeds=[0], arms={"base": {}, "same": {}}), scenes, tmp_path)
     assert ran == ["base", "same"]
     assert [file.parent.parent.name for file in tmp_path.rglob("result.json")] == ["same"]
-
-
-@pytest.mark.slow
-def test_results_are_not_taken_from_the_study_itself(finished: Path, scenes, tmp_path: Path, monkeypatch) -> None:
-    """Equal arms are all run. A place that does not exist gives nothing."""
-    monkeypatch.setattr(studies, "run_trial", lambda trial: None)  # each is asked to stop
-    shutil.copytree(finished, tmp_path / "own")
-    (tmp_path / "own/trials/same/seed_0/result.json").unlink()
-    assert (
-        run_study(study(), scenes, tmp_path / "own", reuse=[tmp_path / "own/trials.jsonl", tmp_path / "gone"]) is None
-    )
-    assert not (tmp_path / "own/trials/same/seed_0/result.json").exists()
 
 
 def test_a_fraction_is_drawn_from_all_training_images(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import csv
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from mvlm.studies.trial import run_trial
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm_dataloading import DataError, open_dataset
-from support.questions import write_questions
 
 
 def study(**changes) -> Study:
@@ -40,11 +38,6 @@ def study(**changes) -> Study:
         "arms": {"full": {}, "text alone": {"blind": "image"}},
     }
     return Study(**(values | changes))
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> Path:
-    return write_questions(tmp_path_factory.mktemp("questions") / "data")
 
 
 @pytest.mark.slow

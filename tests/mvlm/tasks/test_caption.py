@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.tasks.caption import Captioning, Writer, references
+from mvlm.tasks.caption import Captioning, Writer
 from mvlm.tasks.score import score, write_predictions
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import Dataset, ShardWriter, open_dataset
@@ -163,15 +163,3 @@ def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_ima
     assert np.mean([value for _, _, value, _ in verdicts]) == pytest.approx(figures["cider_d"])
     low, high = figures["cider_d_95"]
     assert low < figures["cider_d"] < high
-
-
-@pytest.mark.parametrize("metadata", [{}, {"image_id": None}, {"image_id": ""}])
-def test_samples_without_an_image_id_are_images_of_their_own(tmp_path, metadata):
-    """Also where the field is there and empty: their interval has a width, and each has its own prediction."""
-    dataset = write(tmp_path / "d", [(i, texts, metadata) for i, texts in enumerate(COCO)])
-    records = [{"sample": i, "caption": text} for i, text in enumerate(WRITTEN)]
-    low, high = Captioning.score(records, dataset)["cider_d_95"]
-    assert low < high
-    write_predictions(tmp_path / "p", "caption", records, [dataset.metadata(i) for i in range(4)])
-    assert [row["image_id"] for row in json.loads((tmp_path / "p").read_text())] == [0, 1, 2, 3]
-    assert references(dataset) == COCO

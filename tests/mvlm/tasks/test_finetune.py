@@ -3,8 +3,6 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +20,14 @@ from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import architecture_of, build_trainer, finetune, open_inputs
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.score import score
-from mvlm.training import run as training_run
-from mvlm.training.run import pretrain, share_cut
-from mvlm.training.trainer import Trainer
+from mvlm.training.run import pretrain
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.folders import reproducible_rows
 from support.forgery import change_tensors, sign
 from support.models import micro_config, pretrain_config
 from support.questions import finetune_config as configured
-from support.questions import write_hypotheses, write_questions
-
-
-@pytest.fixture(scope="session")
-def questions(tmp_path_factory) -> Path:
-    return write_questions(tmp_path_factory.mktemp("questions") / "data")
+from support.questions import write_hypotheses
 
 
 @pytest.mark.slow
@@ -224,26 +215,6 @@ def test_a_folder_with_another_run_is_refused(trained, run_copy, questions, tmp_
         finetune(configured(run_copy, questions, tmp_path / "tuned", resume=True))
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_a_deterministic_run_trains_with_deterministic_kernels(
-    trained, questions, tmp_path, monkeypatch, deterministic
-):
-    """On a CPU they are the usual ones, so the test looks for the context that chooses them."""
-    entered: list[str] = []
-
-    @contextmanager
-    def recorded(device: torch.device) -> Iterator[None]:
-        entered.append(device.type)
-        yield
-        entered.pop()
-
-    monkeypatch.setattr(training_run, "deterministic_kernels", recorded)
-    during: list[list[str]] = []
-    monkeypatch.setattr(Trainer, "train", lambda _: during.append(list(entered)))
-    finetune(configured(trained, questions, tmp_path / "run", deterministic=deterministic))
-    assert (during, entered) == ([["cpu"] if deterministic else []], [])
-
-
 def as_version_0_2_0(run: Path, **others: Any) -> None:
     """Write into the state of a run's checkpoints the options of version 0.2.0, as its runs of entailment have them."""
     for checkpoint in (run / "checkpoints").iterdir():
@@ -301,22 +272,8 @@ def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tm
     assert whole
 
 
-def test_texts_that_are_cut_are_counted(trained, questions, tmp_path, caplog):
-    """Questions about the ground have other lengths than those about an object."""
-    dataset, tokenizer = open_dataset(questions, "train"), load_model(trained).tokenizer
-    lengths = [len(tokenizer.encode([dataset.captions(i)[0]], 99)[0]) for i in range(len(dataset))]
-    for longest in set(lengths):
-        assert share_cut(dataset, tokenizer, longest) == pytest.approx(np.mean([n > longest for n in lengths]))
-    for question_length, cut in ((max(lengths), False), (max(lengths) - 1, True)):
-        caplog.clear()
-        open_inputs(configured(trained, questions, tmp_path / "run", question_length=question_length))
-        assert ("texts have more than" in caplog.text) == cut
-
-
-def test_an_exported_folder_has_no_head_and_says_so(trained, questions, tmp_path, caplog):
+def test_an_exported_folder_has_no_head(trained, questions, tmp_path):
     finetune(configured(trained, questions, tmp_path / "run", "vqa"))
-    with caplog.at_level("INFO", "mvlm"):
-        load_model(tmp_path / "run", "cpu").save(tmp_path / "model")
-    assert "the network without the head of the task vqa" in caplog.text
+    load_model(tmp_path / "run", "cpu").save(tmp_path / "model")
     with pytest.raises(RunError, match="exported folder"):
         load_task(tmp_path / "model")

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,6 @@ import torch
 
 from mvlm.errors import RunError
 from mvlm.runs.load import load_model
-from mvlm.tasks.metrics.vqa import answer_accuracy
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import (
     AnswerTable,
@@ -21,18 +19,11 @@ from mvlm.tasks.vqa import (
     answers_loss,
     likeliest,
     mask_features,
-    with_masks,
 )
 from mvlm.tasks.vqa import questions as task_questions
 from mvlm_dataloading import DataError, ShardWriter, ViewOptions, make_view, open_dataset
 from support.models import micro_batch, micro_model
-from support.questions import write_questions
 from support.scenes import png, scene
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    return write_questions(tmp_path_factory.mktemp("questions") / "data")
 
 
 def make_state(questions, split="train", **options):
@@ -89,15 +80,6 @@ def test_answers_that_the_metric_cannot_compare_are_refused(tmp_path, answers):
         task_questions(open_dataset(ask(tmp_path / "d", answers), "train"))
 
 
-@pytest.mark.parametrize("number", [1, 3, 4])
-def test_too_few_answers_are_told(tmp_path, caplog, number):
-    """The metric compares an answer with three others, so one of fewer than four cannot count in full."""
-    answers = [{"answer": "red", "answer_id": k} for k in range(number)]
-    records = task_questions(open_dataset(ask(tmp_path / "d", answers), "train"))
-    full = answer_accuracy("red", records[0]["answers"]) == 1
-    assert full == (number > 3) == ("1 of 1 questions have too few answers" not in caplog.text)
-
-
 def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
     """Red has most votes of questions 1 to 3, blue of 4 and 5, though green was given to all of them by somebody."""
     votes = [["red"] * 6 + ["green"] * 4] * 3 + [["green"] + ["blue"] * 9] * 2
@@ -115,9 +97,6 @@ def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trai
     """Half of the questions have one answer and an eighth each of the four others, before anything is learned."""
     state = make_state(questions, answers="classifier")
     assert state["means"] == [0.5, 0.125, 0.125, 0.125, 0.125]
-    task = VisualQuestionAnswering(load_model(trained).network, TaskOptions(answers="classifier"), state)
-    probabilities = task.head(torch.randn(3, task.head.dense.in_features)).sigmoid()
-    torch.testing.assert_close(probabilities, torch.tensor([state["means"]] * 3))
     older = VisualQuestionAnswering(
         load_model(trained).network, TaskOptions(answers="classifier"), {"answers": state["answers"]}
     )
@@ -178,20 +157,6 @@ def log_probabilities(model, batch, masks: int, sample: int) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
-def test_masks_stand_behind_the_first_token_of_each_text():
-    batch, _ = micro_batch()
-    for given in (batch, shared(batch)):
-        found, wanted = with_masks(given, 3, 4), []
-        for start, stop in pairwise(given.cu_seqlens.tolist()):
-            cls, *rest = given.tokens[start:stop].tolist()
-            wanted.append([cls, 4, 4, 4, *rest])
-        assert found.tokens.tolist() == [token for text in wanted for token in text]
-        assert found.cu_seqlens.diff().tolist() == [len(text) for text in wanted]
-        assert found.max_length == max(map(len, wanted))
-        if given.caption_of is not None:
-            assert found.sample_tokens == sum(len(wanted[i]) for i in given.caption_of.tolist())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("share", [False, True])
@@ -236,12 +201,3 @@ def test_the_likeliest_answer_of_the_list_is_chosen(parts, tokenizer, monkeypatc
     assert likeliest(model, x, table).tolist() == wanted
     monkeypatch.setattr("mvlm.tasks.vqa.LOGITS_AT_A_TIME", 1)  # a question at a time
     assert likeliest(model, x, table).tolist() == wanted
-
-
-def test_questions_are_cut_behind_the_masks(tokenizer):
-    model = micro_model(text_length=24)
-    task = VisualQuestionAnswering(model, TaskOptions(answers="masked"), {"answers": ANSWERS})
-    task.set_tokenizer(tokenizer)
-    longest = max(len(tokenizer.encode([answer], 40)[0]) for answer in ANSWERS) - 1  # its [SEP] included
-    assert task.masks == longest
-    assert task.loader_options() == {"text_length": 24 - longest}

@@ -11,8 +11,6 @@ from support.commands import assert_refused
 BUILDS = {
     "visual-genome-qa": (published_tasks.visual_genome_qa, "7 train", ["--min-side", "8"]),
     "nlvr2": (published_tasks.nlvr2, "6 test, 6 train, 6 validation", ["--side", "32"]),
-    "nlvr": (published_tasks.nlvr, "4 test, 8 train, 4 validation", ["--permutations", "2"]),
-    "snli-ve": (published_tasks.snli_ve, "6 test, 6 train, 6 validation", []),
 }
 
 
@@ -30,17 +28,6 @@ def test_builds(run_data, tmp_path, name):
     write(tmp_path / "in")
     outcome = run_data(name, tmp_path / "in", tmp_path / "out", *words)
     assert (outcome.code, outcome.out[-1]) == (0, f"{tmp_path / 'out'}: {counts}")
-
-
-def test_questions_are_built_in_parts(run_data, vqa, tmp_path):
-    for part in (1, 2):
-        outcome = run_data("vqa-v2", vqa, tmp_path / f"{part}", "--held-out", 2, "--part", f"{part}/2")
-        assert outcome.code == 0, outcome.err
-    assert run_data("merge", tmp_path / "1", tmp_path / "2", tmp_path / "merged").code == 0
-    outcome = run_data("vqa-v2", vqa, tmp_path / "whole", "--held-out", 2)
-    assert outcome.out[-1] == f"{tmp_path / 'whole'}: 6 test, 18 train, 6 validation"
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
 
 
 TASKS = {
