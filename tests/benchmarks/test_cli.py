@@ -65,9 +65,3 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_bench(timed, tmp_
     (tmp_path / "a.rounds.csv").write_text("boxing,rounds\n1,12\n")
     refused(re.escape("a.rounds.csv"), "step", "--csv", tmp_path / "a.csv")
     assert not timed
-
-
-def test_a_missing_package_of_the_extra_is_named(timed, monkeypatch):
-    find = import_module("importlib.util").find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
-    refused("matplotlib", "kernels")

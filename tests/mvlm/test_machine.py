@@ -3,7 +3,6 @@
 import subprocess
 
 import pytest
-import torch
 
 from mvlm import machine
 
@@ -41,11 +40,3 @@ def test_the_revision_of_a_checkout_says_whether_it_has_changes(tmp_path, monkey
     assert revision() == head
     file.write_text("x = 1\n")
     assert revision() == f"{head}-dirty"
-
-
-def test_a_machine_is_described(monkeypatch):
-    facts = {"model name": "Some CPU", "cpu family": "25", "model": "17", "stepping": "1"}
-    monkeypatch.setattr(machine, "cpu_facts", lambda: facts)
-    found = machine.describe_machine(torch.device("cpu"), ranks=2)
-    assert found["processor"] == "Some CPU, family 25, model 17, stepping 1"
-    assert (found["device"], found["ranks"], found["threads"]) == ("cpu", 2, torch.get_num_threads())

@@ -28,14 +28,6 @@ def test_an_image_finds_itself_first(gallery, heldout_split, image) -> None:
     assert found[0].caption == heldout_split.captions(2)[0]
 
 
-def test_a_text_finds_images_in_the_order_of_itc_and_itm(gallery, model, heldout_split) -> None:
-    text = heldout_split.captions(0)[0]
-    ranking = model.rerank(text, [heldout_split.image_bytes(i) for i in range(8)])
-    assert [hit.image for hit in answers.search(gallery, text, None)] == [
-        heldout_split.image_bytes(i) for i in ranking.order.tolist()
-    ]
-
-
 @pytest.mark.slow
 def test_a_text_and_an_image_are_answered_together(gallery, model, heldout_split) -> None:
     """By the mean of both and ITM with the text: with few images, the image still decides."""

@@ -1,14 +1,9 @@
 """Wrong arguments of commands: one line, exit code 2, and the new name of a renamed flag."""
 
-import inspect
-import re
-from dataclasses import is_dataclass
-
 import pytest
 
-from mvlm.cli import COMMANDS, PARSE_THEMSELVES, run_command
+from mvlm.cli import run_command
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
 PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
 
@@ -50,16 +45,3 @@ def test_wrong_arguments_are_one_line(words, message, capsys, tmp_path, monkeypa
     assert not {"\n", "│", "─"} & set(str(caught.value))
     assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "command",
-    [*(command for name, command in COMMANDS.items() if name not in PARSE_THEMSELVES), *BENCHMARKS.values()],
-)
-def test_help_of_a_command_describes_every_flag(command):
-    """tyro takes the text of a flag from the docstring; a flag without a line there has no text in --help."""
-    doc = command.__doc__ or ""
-    for name, parameter in inspect.signature(command).parameters.items():
-        if not is_dataclass(parameter.default):  # the fields of options have docstrings of their own
-            assert re.search(rf"^ +{name}: \S", doc, re.MULTILINE), name
-    assert "picture" not in doc

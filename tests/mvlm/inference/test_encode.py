@@ -1,27 +1,15 @@
-"""Padded captions, the evaluation loader, and pairs judged by the fast implementation."""
+"""Pairs judged by the fast implementation."""
 
 import pytest
 import torch
 
-from mvlm.inference.encode import eval_loader, image_features, match_log_odds, text_features
+from mvlm.inference.encode import image_features, match_log_odds, text_features
 from support.models import micro_model
 from support.scenes import scene
 
 
-@pytest.fixture(scope="module")
-def model():
-    return micro_model(dtype=torch.float32).eval()
-
-
-def test_masks_of_eval_loader_depend_on_its_seed(model, heldout_split, tokenizer):
-    drawn = [next(iter(eval_loader(heldout_split, model, tokenizer, seed)))[1] for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0].patch_ids, drawn[1].patch_ids)
-    assert torch.equal(drawn[0].token_ids, drawn[1].token_ids)
-    assert not torch.equal(drawn[0].patch_ids, drawn[2].patch_ids)
-
-
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_judged_pairs_are_those_of_the_plain_network_one_by_one(heldout_split, tokenizer, norm):
+def test_judged_pairs_are_those_of_the_plain_network_one_by_one(tokenizer, norm):
     """Images and captions in any order, some of them in several pairs."""
     model = micro_model(dtype=torch.float32, cross_norm=norm).eval()
     pixels = torch.stack([torch.from_numpy(scene(i)[0]).permute(2, 0, 1) for i in range(5)])

@@ -73,9 +73,7 @@ def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, 
     page = Page(write_comparison(runs, tmp_path / "page.html").read_text())
     head = next(row for row in page.rows if row[:2] == ["run", "checkpoint"])
     a, b = (dict(zip(head, row, strict=True)) for row in page.rows if len(row) == len(head) and row[0] in ("a", "b"))
-    assert (a["checkpoint"], a["images"], a["re-ranked"]) == ("a", "413", "32")
-    assert (a["ranked by"], b["ranked by"]) == ("ITC + ITM", "ITC" if other.get("reranked") == 0 else "ITC + ITM")
-    assert b["checkpoint"] == "000400"
+    assert (a["checkpoint"], a["images"], a["re-ranked"], b["checkpoint"]) == ("a", "413", "32", "000400")
     assert ("differ in more than the model" in page.text) == bool(note)
     assert note in page.text
 

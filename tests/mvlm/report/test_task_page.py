@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,27 +106,6 @@ def test_right_examples_are_right_and_wrong_ones_wrong_and_a_hash_chooses_them(r
                 (k for k in keys if right[keys[k]] is kind), key=lambda k: hashlib.sha256(k.encode()).digest()
             )
             assert some == every[:6]
-
-
-def test_confusion_counts_every_sample_once(reported):
-    task, rows = reported.figures["task"], reported.page.rows
-    header = [row for row in rows if row and row[0] == "right \\ predicted"]
-    if task == "caption":
-        assert header == []
-        return
-    labels = header[0][1:]
-    counts = {row[0]: list(map(int, row[1:])) for row in rows[rows.index(header[0]) + 1 :][: len(labels)]}
-    assert list(counts) == labels
-    assert sum(map(sum, counts.values())) == len(reported.split)
-    pairs = Counter(
-        (right_answer(task, reported.split, i), predicted) for i, predicted in enumerate(predictions(reported))
-    )
-    for label in labels:
-        for column, predicted in enumerate(labels):
-            if "other" not in (label, predicted):
-                assert counts[label][column] == pairs[label, predicted]
-    if task == "entailment":
-        assert list(counts.values()) == reported.figures["confusion"]
 
 
 def test_names_are_escaped_and_curves_settings_and_data_are_there(reported):

@@ -79,13 +79,6 @@ def test_a_figure_that_is_not_finite_is_said_to_be_so() -> None:
             figure(trial, measure)
 
 
-def test_equal_trials_differ_by_exactly_zero() -> None:
-    trials = [result(s, [s, 0, 1, 0, 2, 0], gain=0.1 * s) for s in range(3)]
-    for measure in ("ir.r1", "gain_text_nats"):
-        found = compare(trials, trials, measure)
-        assert (found.difference, found.paired, *found.over_seeds, *(found.over_images or ())) in ((0,) * 4, (0,) * 6)
-
-
 def test_recalls_count_the_queries_that_they_name() -> None:
     trial = result(0, [0, 4, 5, 9, 10, 2], unseen=[False, True, True])
     assert query_hits(trial, "ir.r5").tolist() == [100, 100, 0, 0, 0, 100]
