@@ -1,6 +1,5 @@
 """What all benchmarks share: result files, budgets, rates of the machine, the state of a GPU."""
 
-import csv
 import math
 import time
 
@@ -8,26 +7,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from mvlm_benchmarks import budget, ceilings, machine
+from mvlm_benchmarks import budget, ceilings
 from mvlm_benchmarks.budget import Budget
-from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile, save_figure
-
-ABOUT = dict.fromkeys(MACHINE_COLUMNS, "") | {
-    "figures": machine.GPU_FIGURES, "device": "NVIDIA H100", "torch": "2.13", "commit": "abc", "dirty": True,
-    "date": "today", "versions": {"timm": "1.0", "xformers": ""},
-}  # fmt: skip
-
-
-def test_rows_are_in_the_file_with_the_machine_when_append_returns(tmp_path) -> None:
-    path = tmp_path / "new" / "f.csv"
-    file = RowFile(path, ABOUT, ("us", "note", "device"))
-    for count in range(3):
-        file.append([{"us": count}])
-        rows = list(csv.DictReader(path.read_text().splitlines()))
-        assert [row["us"] for row in rows] == [str(n) for n in range(count + 1)]
-        assert [rows[-1][key] for key in ("note", "device", "versions")] == ["", "NVIDIA H100", "timm 1.0"]
-    with pytest.raises(ValueError, match="fields not in fieldnames"):
-        file.append([{"other": 1}])
+from mvlm_benchmarks.results import save_figure
 
 
 def test_equal_figures_give_equal_svg_files(tmp_path) -> None:

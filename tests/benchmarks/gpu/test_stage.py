@@ -100,18 +100,6 @@ def test_wrong_losses_stop_the_stage(module, tmp_path, monkeypatch) -> None:
     )  # the whole step takes too long here
 
 
-def test_eager_step_beside_a_graph_writes_new_gradients_as_training_does() -> None:
-    model = MaskVLM(micro_config())
-    (fast,), inputs = step.contenders_of(model, ("fast",)), step.inputs_of(model, 4)
-    step.new_gradients(fast, inputs)
-    before = [p.grad for p in model.parameters()]
-    step.new_gradients(fast, inputs)
-    after = [p.grad for p in model.parameters()]
-    assert any(grad is not None for grad in before)
-    for first, second in zip(before, after, strict=True):
-        assert first is None or (second is not None and second is not first and torch.equal(first, second))
-
-
 def run(work: Any, out: Path) -> tuple[int, dict[str, Any]]:
     """Exit code and summary of a stage that does `work`."""
     return run_stage(SimpleNamespace(__name__="gpu.correct", run=work), out)

@@ -107,18 +107,3 @@ def test_caption_lengths_are_clamped_gamma_draws() -> None:
     # Gamma(4) with mean 40/3 has variance mean^2 / 4; the clamp moves the mean by little.
     assert abs(found.mean() - 40 / 3) < 0.2
     assert abs(found.std() - 40 / 6) < 0.4
-
-
-def test_padded_batch_holds_the_packed_batch() -> None:
-    batch, masks = make_batch(MICRO, LENGTHS)
-    assert batch.cu_seqlens.tolist() == [0, 7, 13, 25, 33, 42]
-    assert batch.max_length == 12
-    padded = pad_batch(MICRO, batch, masks, torch.zeros(5), torch.zeros(5))
-    assert padded.attention_mask.sum(1).tolist() == LENGTHS.tolist()
-    assert (padded.ids[:, 0] == 0).all()
-    assert (padded.ids == 1).sum() == (padded.attention_mask == 0).sum()
-    hidden = padded.masked_ids == MICRO.mask_token_id
-    assert (hidden == (padded.labels >= 0)).all()
-    assert hidden.sum(1).tolist() == [max(1, round(0.3 * (n - 2))) for n in LENGTHS]
-    assert (padded.labels[hidden] == padded.ids[hidden]).all()
-    assert (padded.masked_patches.sum(1) == masks.patch_ids.shape[1]).all()

@@ -52,14 +52,6 @@ def test_each_mask_has_rows_of_guesses(model, image) -> None:
     assert rows[0][2] == f"{100 * expected.guesses[0][0].probability:.1f} %"
 
 
-def test_labels_are_classified_once(model, image) -> None:
-    chances = answers.classify(model, image, "a circle\na square\na circle", "")
-    expected = model.classify(image, ["a circle", "a square"])
-    assert chances == dict(zip(["a circle", "a square"], expected.probability[0].tolist(), strict=True))
-    labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
-    assert len(answers.classify(model, image, labels, templates)) == 100
-
-
 def test_patches_are_read_as_they_were_written(model) -> None:
     side = model.network.config.image_size // model.network.config.patch_size
     hidden = np.random.default_rng(0).random((side, side)) < 0.5

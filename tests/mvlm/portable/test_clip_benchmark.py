@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.portable.clip_benchmark import register
-from mvlm.portable.clip_model import create_clip_model
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 from support.scenes import COLOURS, GROUNDS, png, scene, write_scenes
@@ -95,14 +93,3 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip_benchmark.models", None)
     with pytest.raises(ConfigError, match="clip_benchmark: wanted the package, which is not installed; pip install"):
         register()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_open_clips_own_classifier_takes_the_model(trained):
-    open_clip = pytest.importorskip("open_clip")
-    trained_model = load_model(trained, "cpu")
-    model, _, tokenizer = create_clip_model(trained_model)
-    templates = [lambda label, template=template: template.replace("{}", label) for template in TEMPLATES]
-    theirs = open_clip.build_zero_shot_classifier(model, tokenizer, LABELS, templates, device="cpu")  # (E, labels)
-    torch.testing.assert_close(theirs.T, trained_model.label_embeddings(LABELS, TEMPLATES))

@@ -47,22 +47,20 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
 
 
 FIGURES = {"checkpoint": "runs/a", "fingerprint": "f", "n_images": 413, "reranked": 32}
-DATA, CANDIDATES = "in their data.", "in their number of re-ranked candidates."
 
 
 @pytest.mark.parametrize(
-    "other, note",
+    "other, marked",
     [
-        ({}, ""),
-        ({"fingerprint": "g"}, DATA),
-        ({"n_images": 20}, DATA),
-        ({"reranked": 0}, CANDIDATES),
-        ({"fingerprint": "g", "reranked": 0}, f"{DATA[:-1]} and {CANDIDATES[9:]}"),
-        ({"fingerprint": None, "reranked": None}, ""),  # of an earlier version
-        ({"fingerprint": "g", "split": "validation"}, ""),
+        ({}, False),
+        ({"fingerprint": "g"}, True),
+        ({"n_images": 20}, True),
+        ({"reranked": 0}, True),
+        ({"fingerprint": None, "reranked": None}, False),  # of an earlier version
+        ({"fingerprint": "g", "split": "validation"}, False),
     ],
 )
-def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, note):
+def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, marked):
     runs = [made_up(tmp_path / "a", 1.5), made_up(tmp_path / "b", 2.5)]
     ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
     common = {"split": "test", "tr": ranks, "ir": ranks, "gain_text_nats": 0.5, "gain_pixels_pct": 4.25}
@@ -74,8 +72,7 @@ def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, 
     head = next(row for row in page.rows if row[:2] == ["run", "checkpoint"])
     a, b = (dict(zip(head, row, strict=True)) for row in page.rows if len(row) == len(head) and row[0] in ("a", "b"))
     assert (a["checkpoint"], a["images"], a["re-ranked"], b["checkpoint"]) == ("a", "413", "32", "000400")
-    assert ("differ in more than the model" in page.text) == bool(note)
-    assert note in page.text
+    assert ("differ in more than the model" in page.text) == marked
 
 
 def test_names_and_settings_are_escaped_and_equal_names_told_apart_by_their_paths(tmp_path):

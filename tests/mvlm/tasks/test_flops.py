@@ -79,3 +79,16 @@ def test_masked_answers_compute_no_padding_and_in_the_last_block_no_word_but_the
     last = padding * 2 * products + (LONGEST - 4) * 12 * products  # keys and values of all tokens, all else of masks
     assert plain - fast > PAIRS * (early + last)
     assert fast < step_flops("vqa", "fast", per_image=per_image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filled", [0, 4])
+def test_questions_about_an_image_share_its_encoding(filled):
+    """With four questions an image, a question costs less than half in both implementations."""
+    for plan in ("plain", "fast"):
+        alone, shared = (step_flops("vqa", plan, n, filled) for n in (1, 4))
+        config = MaskVLMConfig.preset("base")
+        patches = (384 // config.patch_size) ** 2
+        encoder = 3 * 2 * 12 * config.width**2 * config.image_layers * patches  # FLOPs of an image's matrix products
+        assert alone - shared > 0.75 * PAIRS * encoder
+        assert shared < 0.5 * alone
