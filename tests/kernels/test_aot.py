@@ -123,14 +123,6 @@ def test_blocks_of_a_multiprocessor_follow_from_its_resources(call):
     assert found == [4, 3, 8, 32, 2, 1, 12, 24, 4, 16]
 
 
-def test_aot_rows_name_the_pass_that_launches_the_kernel(rows: list[dict[str, Any]]):
-    passes = {(r["op"], r["kernel"]): r["pass"] for r in rows}
-    assert passes["cross_attention", "short_q_combine"] == "forward"
-    assert passes["cross_attention", "sum_splits"] == "backward"
-    assert passes["place_tokens", "reader_lists_kernel"] == "forward"
-    assert passes["place_tokens", "column_sum_kernel"] == "backward"
-
-
 def test_problems_of_compiled_kernels_are_named(call):
     problems_of = partial(call, "mvlm_kernels.aot", "find_problems")
     good = {

@@ -1,15 +1,12 @@
 """Compiled and exported modules that use every op: one graph for all sizes, the same values and gradients."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens, use_backend
+from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 
 pytestmark = [
@@ -49,28 +46,6 @@ def inputs(batch: int, length: int, patches: int) -> Inputs:
     exists[:, 0] = True
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, generator=draw)
     return images, ids, torch.randn(batch, length, 16, generator=draw), exists
-
-
-def loss_and_gradients(model: nn.Module, call: Callable[..., Tensor], x: Inputs) -> list[Tensor]:
-    model.zero_grad()
-    loss = call(*x)
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_one_graph_without_breaks_holds_for_all_sizes(backend: Any):
-    """The first size is static, the second makes a graph for all others. More than 64 keys are two words of a mask."""
-    model, counter = Reader(), CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    with use_backend(backend):
-        for sizes, graphs in (((2, 9, 5), 1), ((3, 17, 7), 2), ((4, 70, 6), 2)):
-            x = inputs(*sizes)
-            got, wanted = loss_and_gradients(model, compiled, x), loss_and_gradients(model, model, x)
-            torch.testing.assert_close(got, wanted)
-            assert counter.frame_count == graphs
-    torch._dynamo.reset()
 
 
 def test_dropout_draws_in_the_graph_that_holds_for_all_sizes():

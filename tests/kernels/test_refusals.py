@@ -452,18 +452,6 @@ def test_calls_on_a_gpu_have_no_reason_against_the_kernels():
             assert ("cuBLAS multiplies" in str(found)) == (op == "linear_pixel_loss")
 
 
-def test_the_text_of_explain_separates_the_choice_from_what_is_against_triton():
-    def text() -> str:
-        return str(explain(ops.gather_patches, torch.zeros(1, 3, 4, 4), None, 2))
-
-    assert text() == f"runs: torch on cpu\nnot triton: {dispatch.ON_CPU}"
-    forced = 'use_backend("{}") is in force; leave its block for the usual choice'
-    with use_backend("torch"):
-        assert text() == f"runs: torch on cpu\nnot triton: {forced.format('torch')}\nnot triton: {dispatch.ON_CPU}"
-    with use_backend("triton"):
-        assert text() == f"runs: triton on cpu\nbecause: {forced.format('triton')}\nagainst triton: {dispatch.ON_CPU}"
-
-
 def test_forced_kernels_name_the_versions_that_cannot_interpret(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(numpy, "__version__", "2.4.6")

@@ -1,7 +1,6 @@
 """Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
 import importlib
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -120,17 +119,3 @@ def test_bytes_of_linear_pixel_loss_follow_from_its_chunks(kind, monkeypatch):
     )
     for got, implied in zip(counted, linear_bytes(batch, chosen, features, width, kind), strict=True):
         assert got == pytest.approx(implied, rel=0.01)
-
-
-@pytest.mark.plain_empty
-def test_traffic_table_names_every_figure(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "traffic.json"
-    monkeypatch.setattr("sys.argv", ["traffic", "--json", str(path), "--select", "linear_pixel_loss.*l1"])
-    traffic.main()
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["pass"] for row in rows] == ["forward", "backward"]
-    for row in rows:
-        assert {"op", "shape", "bytes_moved", "bytes_minimum", "ratio", "torch_bytes", "roofline_us"} <= set(row)
-        assert set(row["roofline_us"]) == {"A100", "H100", "H200", "B200"}
-        assert row["torch_bytes"] > row["bytes_minimum"]
-    assert "NVIDIA H100" in capsys.readouterr().out

@@ -310,27 +310,6 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool):
     torch.testing.assert_close(got, wanted)
 
 
-def test_weight_norm_and_hooks_around_the_modules():
-    block = Block()
-    for linear in (block.embed, block.project, block.head):
-        nn.utils.parametrizations.weight_norm(linear)
-    seen: list[str] = []
-    block.project.register_forward_hook(lambda *_: seen.append("project"))
-    assert all(torch.isfinite(x).all() for x in gradients(block))
-    assert seen == ["project"]
-
-
-def test_meta_device_with_autocast(backend: str):
-    if backend == "triton":
-        pytest.skip("kernels do not run on the meta device, and use_backend says so")
-    with torch.device("meta"):
-        block = Block()
-    images, text = IMAGES.to("meta"), TEXT.to("meta")
-    with torch.autocast("cpu", torch.bfloat16):
-        block(images, text).backward()
-    assert all(x.grad is not None and x.grad.shape == x.shape for x in block.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # of samples of a batch
 @pytest.mark.parametrize("name", ["key_lengths", "key_mask", "key_index"])
 def test_vmap_over_what_says_which_keys_exist(name: str):

@@ -12,6 +12,7 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Batch, Masks
 
@@ -32,6 +33,8 @@ MICRO: dict[str, Any] = {
     "image_mean": (0.5, 0.4, 0.3),
     "image_std": (0.5, 0.25, 0.2),
 }
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

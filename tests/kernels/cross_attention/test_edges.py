@@ -1,7 +1,5 @@
 """Edge cases of cross-attention: no keys, wrong lengths and indices, odd strides, and paths without kernels."""
 
-import importlib
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,36 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.cross_attention.arguments import Options, Sides
 from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
 from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("len_q, len_k", [(1, 1), (197, 1)])
-def test_attention_over_a_single_key_is_its_value(len_q: int, len_k: int):
-    call = build(Case(len_q=len_q, len_k=len_k))
-    with mvlm_kernels.use_backend("triton"):
-        out, dq, dk, dv = run(cross_attention, call)
-    torch.testing.assert_close(out, call.v.expand_as(out))
-    torch.testing.assert_close(dv, call.grad.sum(1, keepdim=True))
-    for zero in (dq, dk):
-        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-lengths"])
-def test_queries_without_keys_give_zeros(name: str):
-    case = SIDES[name]
-    call = build(case)
-    with mvlm_kernels.use_backend("triton"):
-        out, dq, _, _ = run(cross_attention, call, **call.bounds)
-    if case.packed_k:  # sequence 1 is empty on both sides, and the buffer's last rows belong to no sequence
-        out, dq = out[-5:], dq[-5:]
-    else:
-        out, dq = out[-1], dq[-1]
-    assert not out.any()
-    assert not dq.any()
 
 
 @pytest.mark.slow
@@ -133,32 +103,6 @@ def test_rows_in_front_of_the_first_packed_sequence_are_zeros(
     check_rows_in_front(SIDES[name])
 
 
-@pytest.mark.slow
-def test_grouped_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch):
-    call, launched, launch = build(replace(SIDES["lengths"], heads=4, key_heads=2, width=16)), [], dispatch.launch
-    monkeypatch.setattr(dispatch, "launch", lambda kernel, grid, q, k, *args, **meta: (
-        launched.append((kernel.__name__, grid[0], k[0])), launch(kernel, grid, q, k, *args, **meta)
-    ))  # fmt: skip
-    with mvlm_kernels.use_backend("triton"):
-        run(cross_attention, call)
-    # A program of the forward has a query head, one of the backward a key head.
-    assert [(name, programs) for name, programs, _ in launched] == [("short_kv_forward", 8), ("short_kv_backward", 4)]
-    assert all(k.data_ptr() == call.k.data_ptr() for _, _, k in launched)
-
-
-def test_scale_is_an_argument_of_the_attention_kernels():
-    launches = []
-    with dispatch.recording(lambda kernel, grid, args, meta: launches.append((args, meta)), 90):
-        for scale in (0.125, 0.5):
-            q, k = torch.empty(2, 40, 1, 64, device="meta"), torch.empty(2, 16, 1, 64, device="meta")
-            launchers = importlib.import_module("mvlm_kernels.cross_attention.launch")
-            launchers.forward(q, k, k, Sides(), Options(scale, 40, 16))
-    (first, first_meta), (second, second_meta) = launches
-    assert first_meta == second_meta
-    assert [a for a in first if isinstance(a, float)] == [0.125 * math.log2(math.e)]
-    assert [a for a in second if isinstance(a, float)] == [0.5 * math.log2(math.e)]
-
-
 @pytest.mark.parametrize("lengths", [(13, 20), (130, 131)])
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
@@ -202,20 +146,6 @@ def test_long_calls_on_fake_tensors_read_no_values():
     with FakeTensorMode():
         q, lengths = torch.empty(2, 130, 1, 16), torch.empty(2, dtype=torch.int64)
         assert cross_attention(q, q, q, key_lengths=lengths).shape == q.shape
-
-
-@pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-index", "lengths"])
-@pytest.mark.parametrize("bounds", [False, True])
-def test_shapes_of_packed_rows_on_the_meta_device(name: str, bounds: bool):
-    call = build(SIDES[name])
-    q, k, v = (x.detach().to("meta").requires_grad_() for x in (call.q, call.k, call.v))
-    options: dict[str, Any] = {key: x.to("meta") for key, x in call.kwargs.items()} | (call.bounds if bounds else {})
-    out, lse = cross_attention(q, k, v, return_lse=True, **options)
-    assert out.shape == q.shape
-    wanted = cross_attention(call.q, call.k, call.v, return_lse=True, **dict[str, Any](call.kwargs))[1]
-    assert (lse.shape, lse.dtype) == (wanted.shape, wanted.dtype)
-    out.sum().backward()
-    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
 
 
 def test_autocast_casts_mixed_dtypes_of_cross_attention():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mvlm_kernels import cross_attention, dispatch, explain, use_backend
+from mvlm_kernels import cross_attention, dispatch, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, tiles, why_not_triton
 from mvlm_kernels.cross_attention.arguments import Options, short_sides_up_to
 from mvlm_kernels.cross_attention.launch import heads_of
@@ -24,18 +24,6 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a 
 @needs_no_gpu
 def test_every_width_up_to_the_longest_short_side_has_a_kernel(width: int):
     assert why_not_triton(GPU, torch.bfloat16, head_width=width, short_rows=LONGEST_SHORT_SIDE) == ()
-
-
-@pytest.mark.parametrize(
-    "dtype, width, rows, reason",
-    [
-        (torch.bfloat16, 36, 32, "heads are 36 wide, the kernels take multiples of 8 up to 128"),
-        (torch.bfloat16, 64, 129, "the shorter side has 129 rows, the kernels take 128"),
-        (torch.float64, 64, 32, "float64 has no kernel"),
-    ],
-)
-def test_width_rows_and_dtype_without_kernel_are_named(dtype: torch.dtype, width: int, rows: int, reason: str):
-    assert why_not_triton(GPU, dtype, head_width=width, short_rows=rows)[0].startswith(reason)
 
 
 def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
@@ -58,12 +46,6 @@ def test_dropout_and_grouped_heads_need_registers(monkeypatch: pytest.MonkeyPatc
     plain, dropped = Options(0.1, 128, 128), Options(0.1, 128, 128, 0.1)
     assert [len(reasons(q, x, options)) for x in (q, k) for options in (plain, dropped)] == [0, 0, 0, 1]
     assert "with a dropout or grouped heads fits this GPU; torch runs" in reasons(q, k, dropped)[0]
-
-
-def test_why_not_triton_agrees_with_explain_on_the_cpu():
-    q, k = torch.randn(2, 9, 2, 32), torch.randn(2, 7, 2, 32)
-    against = why_not_triton(q.device, q.dtype, head_width=32, short_rows=7)
-    assert against == explain(cross_attention, q, k, k).reasons
 
 
 def test_sides_of_197_rows_are_short_only_on_demand():

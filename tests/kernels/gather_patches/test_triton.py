@@ -23,14 +23,6 @@ from support.kernels.patches import (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gather_kernels_for_layouts_and_types(dtype, layout):
-    images = make_images((2, 3, 14, 21), dtype, layout)
-    check_gather(images, make_ids(2, 4, 6, torch.int32), 7, MEAN[:3], STD[:3])
-
-
 @pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])
 def test_gather_kernels_for_patch_sides(patch, channels, grid):
     images = make_images((1, channels, grid[0] * patch, grid[1] * patch), torch.uint8, "contiguous")
@@ -55,13 +47,6 @@ def test_gather_kernels_for_any_shape(
 def test_gradients_of_repeated_patch_ids_add_up():
     images = make_images((3, 2, 4, 6), torch.float32, "contiguous")
     check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
-
-
-def test_gather_patches_equals_a_conv_patch_embedding():
-    images = make_images((2, 3, 8, 12), torch.float32, "channels_last")
-    conv = torch.nn.Conv2d(3, 5, 4, 4)
-    tokens = torch.nn.functional.linear(gather_patches(images, None, 4), conv.weight.flatten(1), conv.bias)
-    torch.testing.assert_close(tokens, conv(images).flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("stride", [(2**31 + 64, 4, 2, 1), (16, 2**30 + 8, 2, 1), (16, 8, 2**31 + 8, 1)], ids=str)

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
-from mvlm_kernels.integrations.blocks import form_of, swap_blocks  # noqa: E402
+from mvlm_kernels.integrations.blocks import swap_blocks  # noqa: E402
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD  # noqa: E402
 
 
@@ -211,15 +211,6 @@ def test_a_norm_that_is_too_wide_for_the_kernel_is_kept_and_its_wide_input_is_no
     (kept,) = swap_blocks(wide).kept
     assert "a row of the norm has 8200 values, the kernel holds at most 8192" in (kept.reason or "")
     assert not swap_blocks(narrow).kept
-
-
-def test_the_forms_are_found_by_their_code():
-    """BERT's residual norm is copied in many architectures; a forward with other statements is another form."""
-    from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaOutput
-
-    assert form_of(RobertaOutput) is not None
-    assert form_of(RobertaIntermediate) is None
-    assert form_of(nn.Linear) is None
 
 
 @pytest.mark.slow

@@ -86,14 +86,6 @@ def test_every_option_of_a_layer_is_kept(options: dict[str, Any], backend: Any):
     assert [call.reasons for call in calls] == [()]
 
 
-def test_self_attention_of_a_few_tokens_takes_the_op(calls: list[AttentionCall]):
-    attention, states = layer(cross_attention_dim=None), torch.randn(2, 9, 64)
-    wanted = attention(states)
-    swap(attention)
-    torch.testing.assert_close(attention(states), wanted)
-    assert calls[0].reasons == ()
-
-
 @pytest.mark.parametrize("value", [-10000.0, -1.5])
 def test_floating_masks_run_the_original_unless_they_are_said_to_be_padding(value: float, calls: list[AttentionCall]):
     attention, states, text = layer(), torch.randn(2, 9, 64), torch.randn(2, 5, 48)

@@ -155,20 +155,6 @@ def test_exported_bert_runs_at_other_batches_and_lengths():
         torch.testing.assert_close(exported(ids, padding)[0], eager(ids, padding)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_compiled_bert_makes_one_graph_for_all_lengths_on_a_cpu():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled: Any = torch.compile(
-        built(BertModel, BertConfig(vocab_size=99, **SIZES), NAME), fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    for length in (10, 64, 65, 129, 300):
-        padding = torch.ones(3, length, dtype=torch.long)
-        padding[1, length // 2 :] = 0
-        compiled(torch.randint(99, (3, length)), padding)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
 def test_mask_is_made_where_a_model_asks_for_one():
     # T5Gemma2 joins its encoder's and decoder's masks, so None would be an error there.
     made = integration.mask(2, 3, 5, mask_function=bidirectional_mask_function, allow_is_bidirectional_skip=False)

@@ -1,7 +1,6 @@
 """A slice of the walks of `make test-integrations`, and proof that a walk sees a fault."""
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -10,7 +9,6 @@ from mvlm_kernels.integrations import timm as timm_integration
 from mvlm_kernels.integrations import transformers as integration
 from support.kernels import walk_timm, walk_transformers
 from support.kernels.tiny_transformers import exported_classes
-from support.kernels.walks import gap
 
 STATUS = {
     "albert": "equal", "blip": "kept", "clip": "equal", "deepseek_v32": "kept", "gemma2": "kept", "gpt_oss": "kept",
@@ -41,13 +39,3 @@ def test_the_walk_sees_a_wrong_patch_embedding(monkeypatch: pytest.MonkeyPatch):
     right = timm_integration.gather_patches
     monkeypatch.setattr(timm_integration, "gather_patches", lambda *args, **kwargs: right(*args, **kwargs).flip(1))
     assert [row["status"] for row in walk_timm.rows_of("test_vit", "")] == ["different"]
-
-
-def test_gap_sees_names_shapes_nans_and_values():
-    x = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
-    assert gap({"a": x}, {"a": x}) == 0
-    assert gap({"a": x}, {"b": x}) == float("inf")
-    assert gap({"a": x}, {"a": x[:1]}) == float("inf")
-    assert gap({"a": x}, {"a": x * 1.1}) == pytest.approx(0.1)
-    assert gap({"a": x}, {"a": x.masked_fill(x > 3, torch.nan)}) != gap({"a": x}, {"a": x})
-    assert gap({"a": x}, {"a": x * torch.tensor([1.0, 9.0])[:, None, None]}, rows=torch.tensor([[1], [0]])) == 0

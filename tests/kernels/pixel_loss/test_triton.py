@@ -15,17 +15,6 @@ from support.kernels.pixel_losses import FLOATS, KINDS, check_linear, check_mask
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_masked_kernels_for_kinds_and_reductions(kind, normalize, reduction):
-    images = make_images((2, 3, 14, 21), torch.uint8, "channels_last")
-    ids = make_ids(2, 4, 6, torch.int32)
-    for dtype in (torch.float32, torch.bfloat16):
-        check_masked(random((2, 4, 147), dtype), images, ids, 7, MEAN[:3], STD[:3], kind, normalize, reduction)
-
-
-@pytest.mark.slow
 @SETTINGS
 @given(
     st.integers(0, 3), st.integers(1, 5), st.sampled_from([1, 2, 3, 5]), st.integers(1, 2), st.integers(1, 3),
@@ -106,20 +95,6 @@ def test_nan_predictions_give_nan_gradients():
         assert p.grad.isnan().tolist() == [[[False, True, False, False]]]
 
 
-def test_loss_of_no_patches_is_zero():
-    images = make_images((2, 3, 4, 4), torch.uint8, "contiguous")
-    ids = torch.empty(2, 0, dtype=torch.int64)
-    for backend in ("torch", "triton"):
-        hidden, weight = torch.zeros(2, 0, 5, requires_grad=True), torch.zeros(12, 5, requires_grad=True)
-        pred = torch.zeros(2, 0, 12, requires_grad=True)
-        with use_backend(backend):
-            loss = linear_pixel_loss(hidden, weight, None, images, ids, 2) + masked_pixel_loss(pred, images, ids, 2)
-            loss.backward()
-        assert loss.item() == 0
-        assert weight.grad is not None
-        assert torch.equal(weight.grad, torch.zeros(12, 5))
-
-
 def test_bad_patch_id_on_a_gpu_gives_a_nan_loss():
     launchers = importlib.import_module("mvlm_kernels.pixel_loss.triton")
     linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
@@ -188,18 +163,6 @@ def test_linear_loss_of_no_rows_has_zero_gradients(shape, backend, reduction):
     for parameter in (hidden, weight, bias):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
-
-
-def test_chunks_of_linear_pixel_loss_cover_the_batch_and_are_bounded():
-    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
-    for batch in (0, 1, 2, 17, 256, 1000):
-        for size in (0, 1, 116 * 768 * 4, linear.CHUNK_BYTES // 3, linear.CHUNK_BYTES, 5 * linear.CHUNK_BYTES):
-            found = list(linear.chunks(batch, size))
-            assert [i for part in found for i in range(part.start, part.stop)] == list(range(batch))
-            assert all(part.start % 16 == 0 for part in found)
-            images = max((part.stop - part.start for part in found), default=0)
-            assert images <= 16 or images * size <= linear.CHUNK_BYTES
-    assert len(list(linear.chunks(256, 116 * 768 * 4))) == 4
 
 
 def test_gradient_of_a_float16_weight_does_not_overflow():

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 
 from mvlm_kernels import use_backend
-from mvlm_kernels.place_tokens import place_tokens, reference
+from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.guards import guarded
 from support.kernels.mutants import assert_caught
 from support.kernels.patches import SETTINGS
-from support.kernels.token_placement import by_reference, case, check_placement, oracle, random
+from support.kernels.token_placement import case, check_placement, oracle, random
 
 
 @pytest.mark.slow
@@ -64,20 +64,6 @@ def test_place_tokens_takes_parameters_in_the_shapes_of_timm_and_transformers():
     assert torch.equal(out, place_tokens(*inputs, **options))
 
 
-@pytest.mark.parametrize("mode", ["all", "masked", "both", "visible"])
-def test_place_tokens_on_the_cpu_runs_its_composition(mode, monkeypatch):
-    inputs, options = case(2, 3, 5, mode, torch.bfloat16, visible=2)
-    grad = random((4 if mode == "both" else 2, 4, 5), torch.bfloat16, 5)
-    wanted, wanted_grads = by_reference(inputs, grad, **options)
-    for name in ("place_tokens", "place_tokens_backward"):
-        monkeypatch.setattr(reference, name, None)
-    x = [i.requires_grad_() for i in inputs]
-    out = place_tokens(*x, **options)
-    assert torch.equal(out, wanted)
-    for got, want in zip(torch.autograd.grad(out, x, grad), wanted_grads, strict=True):
-        assert torch.equal(got, want)
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masked_tokens_and_their_gradients_may_be_nan(dtype, backend):
@@ -116,21 +102,6 @@ def test_bad_visible_ids_on_a_gpu_touch_no_other_memory():
     assert torch.equal(out[0, 2], tokens[0, 0] + pos_embed[2])
     assert torch.equal(out[0, [1, 3]], mask_token + pos_embed[[1, 3]])
     launchers.place_tokens_backward(out, None, ids, False, 3, (torch.float32,) * 4, (True,) * 4)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_unmasked_and_masked_sequences_of_one_call_equal_those_of_two(backend):
-    inputs, options = case(5, 6, 9, "both")
-    masked, grad = options["masked"], random((10, 7, 9), torch.float32, 5)
-    x = [i.requires_grad_() for i in inputs]
-    with use_backend(backend):
-        together = place_tokens(*x, masked=masked, with_unmasked=True)
-        apart = torch.cat([place_tokens(*x), place_tokens(*x, masked=masked)])
-        transposed = place_tokens(*x, masked=masked.t().contiguous().t(), with_unmasked=True)
-    assert torch.equal(together, apart)
-    assert torch.equal(together, transposed)
-    for got, want in zip(torch.autograd.grad(together, x, grad), torch.autograd.grad(apart, x, grad), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 MUTANTS = [

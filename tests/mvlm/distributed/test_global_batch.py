@@ -22,14 +22,12 @@ import torch
 from mvlm.distributed.collectives import GlobalBatchLayout
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Embeddings, sharded_conditioned_loss
-from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
-from mvlm.distributed.world import World
+from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.model import plain
 from mvlm.model.packing import PackedText, Packing
-from support.models import micro_batch, micro_model
+from support.models import ALONE, micro_batch, micro_model
 
 EXACT = 1e-10
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 PROGRAM = Path(__file__).with_name("global_batch_ranks.py")
 RANKS: Any = SimpleNamespace(**runpy.run_path(str(PROGRAM), run_name="ranks"))
 
@@ -58,11 +56,6 @@ def cases(ranks: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     chosen = [case for case in every if all(case[name] == value for name, value in wanted.items())]
     assert chosen
     return chosen
-
-
-@pytest.mark.slow
-def test_oracle_imports_no_module_under_test(ranks):
-    assert [found["oracle imports"] for found in ranks] == [[]] * 8
 
 
 @pytest.mark.slow
@@ -163,20 +156,6 @@ def test_right_answers_on_other_ranks_share_the_target(ranks, count):
             torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
 
 
-def test_one_rank_with_one_microbatch_has_the_models_losses_and_gradients():
-    batch, masks = micro_batch()
-    model, same = micro_model(), micro_model()
-    losses = model(batch, masks, seed=1, step=2)
-    losses.total.backward()
-    found = backward_global(parallelize(same, ALONE), [(batch, masks)], ALONE, seed=1, step=2)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], rel=1e-12)
-    for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12, msg=name)
-    assert unsharded_copy(same) is same
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_pair_without_an_admissible_negative_has_no_weight(plan):
@@ -194,14 +173,6 @@ def test_pair_without_an_admissible_negative_has_no_weight(plan):
     assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
     for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
-
-
-def match(model: Any, batch: Any, image: int, text: int, label: int) -> float:
-    """Cross-entropy of ITM for one pair."""
-    v = model.encode_image(batch.images[image : image + 1])
-    tokens = batch.tokens[batch.cu_seqlens[text] : batch.cu_seqlens[text + 1]]
-    w, exists = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
-    return -model.match(v, w, exists).log_softmax(1)[0, label].item()
 
 
 @pytest.mark.slow

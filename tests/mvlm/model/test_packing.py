@@ -1,11 +1,9 @@
 """Packed sequences against loops over the sequences."""
 
-import numpy as np
 import pytest
 import torch
 
-from mvlm.model.packing import Packing, mask_tokens, pad_to_bucket, room_for
-from support.models import micro_batch
+from mvlm.model.packing import Packing, mask_tokens, room_for
 
 LENGTHS = [[3, 1, 4], [5], [2, 2, 2, 6, 1]]
 
@@ -79,23 +77,6 @@ def test_the_gradient_of_pad_reaches_every_row_once():
     assert rows.grad is not None
     assert rows.grad[:8].eq(3).all()
     assert rows.grad[8:].eq(0).all()
-
-
-@pytest.mark.slow
-def test_padding_to_buckets_gives_few_shapes():
-    """200 batches of 64 captions; each keeps its tokens and masked tokens."""
-    rng, shapes = np.random.default_rng(0), set()
-    for _ in range(200):
-        lengths = np.clip(np.round(rng.gamma(4, 24 / 3 / 4, 64)), 6, 24).astype(int)
-        batch, masks = micro_batch(tuple(min(int(n), 24) for n in lengths))
-        padded, hidden = pad_to_bucket(batch, masks, 24)
-        assert len(padded.tokens) > len(batch.tokens)
-        assert len(hidden.token_ids) >= len(masks.token_ids)
-        assert padded.tokens[: len(batch.tokens)].equal(batch.tokens)
-        assert hidden.token_ids[: len(masks.token_ids)].equal(masks.token_ids)
-        assert (hidden.token_ids[len(masks.token_ids) :] >= len(batch.tokens)).all()
-        shapes.add((len(padded.tokens), len(hidden.token_ids)))
-    assert len(shapes) <= 8
 
 
 def test_mask_tokens_replaces_them_in_a_copy():

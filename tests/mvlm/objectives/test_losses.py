@@ -213,14 +213,3 @@ def test_padding_positions_count_nothing():
     assert weights.tolist() == [3 / 8, 5 / 8, 0, 0]
     for given in (masks, padded):
         assert weight_of_masked_tokens(longer, given).tolist() == [8, 2]
-
-
-def test_number_of_masked_tokens_ignores_padding_positions():
-    batch, masks = micro_batch()
-    filled = replace(masks, token_ids=torch.cat([masks.token_ids, torch.tensor([35, 35, 99])]))
-    number = len(masks.token_ids)
-    assert (
-        weight_of_masked_tokens(batch, filled).tolist()
-        == weight_of_masked_tokens(batch, masks).tolist()
-        == [number] * 2
-    )

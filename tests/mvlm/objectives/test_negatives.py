@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from mvlm.objectives.negatives import NegativeSampling, drawn_weights, gumbel, limit_readers, matching_pairs
 from support.models import normal, uniform_of_pair
@@ -128,16 +127,6 @@ def test_gumbel_is_finite_for_the_smallest_and_largest_hash(bits, extreme):
     noise = gumbel(5, 0, 0, torch.tensor([0]), torch.tensor([column])).item()
     assert math.isfinite(noise)
     assert noise < -2.5 if extreme == "smallest" else noise > 16
-
-
-@pytest.mark.slow
-def test_compiled_gumbel_of_a_number_that_changes_is_compiled_twice():
-    """As a constant for the first number, and with a symbolic one for all others."""
-    index, counter = torch.arange(3), CompileCounter()
-    compiled = torch.compile(gumbel, fullgraph=True, backend=counter)
-    for step in (1000, 1001, 1002, 5):
-        assert torch.equal(compiled(3, step, 1, index, index), gumbel(3, step, 1, index, index))
-    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("step", [0, 7, 2**40])

@@ -3,7 +3,6 @@
 # Arguments are unpacked from tables of cases, whose types pyright cannot follow.
 # pyright: reportCallIssue=false
 import json
-import logging
 import os
 import pickle
 from pathlib import Path
@@ -13,10 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs import checkpoint as checkpoint_module
 from mvlm.runs.checkpoint import (
     checkpoints,
     load_optimizer,
@@ -31,7 +28,8 @@ from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.training.optimizer import make_optimizer
 from support.folders import forbid
-from support.models import micro_batch, micro_model, pretrain_config
+from support.forgery import sign
+from support.models import ALONE, micro_batch, micro_model, pretrain_config
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 FILES = (
@@ -42,7 +40,6 @@ FILES = (
     "state.json",
     "tokenizer.json",
 )
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -62,12 +59,11 @@ def update(model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
-    """Write a checkpoint and wait for it."""
+def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **more: Any) -> Path:
+    """Write a checkpoint, with further parts, and wait for it."""
     model, optimizer = training
-    chosen: dict[str, Any] = {"keep": 100} | settings
-    writer = CheckpointWriter(root, ALONE, **chosen)
-    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+    writer = CheckpointWriter(root, ALONE, keep=100)
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), **more}
     writer.save(step, model, parts, state or {}, tokenizer)
     writer.wait()
     path = root / f"step_{step:08d}"
@@ -83,13 +79,6 @@ def flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def sign_again(folder: Path) -> None:
-    """Make the manifest match the files, as if they had been written so."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {name: checkpoint_module.sha256(folder / name) for name in manifest["sha256"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.slow
@@ -124,12 +113,8 @@ def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_
 
 @pytest.mark.slow
 def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tmp_path):
-    model, optimizer = training
-    average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
-    writer = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
-    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
-    writer.save(1, model, parts, {}, tokenizer)
-    writer.wait()
+    average = {name: torch.full_like(p, 0.25) for name, p in training[0].named_parameters()}
+    save(tmp_path / "checkpoints", 1, training, tokenizer, ema=average)
     assert all((p == 0.25).all() for p in load_model(tmp_path).network.parameters())
     load_model(tmp_path, "cpu").save(tmp_path / "out")
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
@@ -179,17 +164,14 @@ def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
-    sign_again(newest)
+    sign(newest)
     reads = {"model": load_model, "tokenizer.json": load_model, "model.json": load_model}
     if name.split("/")[0] in reads:
         with pytest.raises(RunError, match="step_00000002"):
             load_model(newest)
-    elif name == "state.json":
-        with pytest.raises(RunError, match=r"state\.json: wanted the state of a run, found .* can't decode"):
-            read_state(newest)
     else:
-        with pytest.raises(RunError, match=r"wanted .*safetensors.*, could not read it"):
-            read_tensors((newest / name).parent, {})
+        with pytest.raises(RunError):
+            read_state(newest) if name == "state.json" else read_tensors((newest / name).parent, {})
     assert not (tmp_path / "trapped").exists()
 
 
@@ -202,18 +184,16 @@ def test_a_state_that_is_no_object_is_refused(run_copy, content):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(run_copy, name, caplog):
     root = run_copy / "checkpoints"
     newest, older = root / "step_00000002", root / "step_00000001"
     assert newest_good_checkpoint(root) == newest
     flip_a_byte(newest / name)
-    with pytest.raises(RunError, match=rf"step_00000002/{name}: damaged, its sha256 is not the manifest's"):
+    with pytest.raises(RunError, match=rf"step_00000002/{name}: "):
         find_checkpoint(newest)
     assert newest_good_checkpoint(root) == find_checkpoint(run_copy) == older
-    warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
-    assert str(newest / name) in warning
-    assert "looking for an older checkpoint" in warning
+    assert str(newest / name) in caplog.text
     model = load_model(run_copy).network
     wanted = load_file(older / "model" / SHARD)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
@@ -236,14 +216,6 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run_copy, monkeypatch,
     forbid(monkeypatch, name)
     with pytest.raises(PermissionError, match=f"step_00000002.*{name}"):
         newest_good_checkpoint(run_copy / "checkpoints")
-
-
-def test_flipped_bit_in_the_manifest_is_found(run_copy):
-    root = run_copy / "checkpoints"
-    flip_a_byte(root / "step_00000002/manifest.json")
-    with pytest.raises(RunError, match="step_00000002"):
-        find_checkpoint(root / "step_00000002")
-    assert newest_good_checkpoint(root) == root / "step_00000001"
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -285,13 +257,8 @@ def test_tensors_of_another_architecture_are_refused_with_their_shapes(training,
     path = save(tmp_path, 1, training, tokenizer)
     other = micro_model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError, match=f"^{path}/model: "):
         read_tensors(path / "model", other.state_dict())
-    message = str(caught.value)
-    assert "\n" not in message
-    assert f"{path}/model: wanted the tensors of this model's architecture, found others: " in message
-    assert " and " in message
-    assert message.endswith(" more; use a checkpoint or a model configuration that fits")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
     # A single tensor of another shape is named with both shapes.
@@ -299,13 +266,11 @@ def test_tensors_of_another_architecture_are_refused_with_their_shapes(training,
     tensors = load_file(file)
     tensors["matching_head.bias"] = torch.zeros(3)
     save_file(tensors, file)
-    with pytest.raises(RunError, match=r"found others: matching_head.bias wanted \(2,\), got \(3,\); use a checkpoint"):
+    with pytest.raises(RunError, match=r"matching_head.bias wanted \(2,\), got \(3,\)"):
         read_tensors(path / "model", model.state_dict())
     tensors["extra"] = tensors.pop("matching_head.bias")
     save_file(tensors, file)
-    with pytest.raises(
-        RunError, match=r"found others: matching_head\.bias missing; extra unexpected; use a checkpoint"
-    ):
+    with pytest.raises(RunError, match=r"matching_head\.bias missing; extra unexpected"):
         read_tensors(path / "model", model.state_dict())
 
 

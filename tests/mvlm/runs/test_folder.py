@@ -10,7 +10,6 @@ import pytest
 
 from mvlm.config.json_files import read_config, run_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs import folder as run_folder
 from mvlm.runs.folder import (
     MetricsFile,
     RunLock,
@@ -73,39 +72,15 @@ def test_different_run_is_refused_with_the_settings_that_differ(config, resume):
     other = pretrain_config(
         config.data, config.out, resume=resume, seed=7, batch_size=16, model=micro_config(cross_norm="pre")
     )
-    refuse(
-        other,
-        "wanted the settings of the run in this folder, got others (",
-        "batch_size: config.json has 8, this command 16",
-        "model.cross_norm: config.json has post, this command pre",
-        "seed: config.json has 0, this command 7",
-        "choose another --out",
-    )
+    refuse(other, "batch_size: config.json has 8, this command 16", "model.cross_norm", "seed")
 
 
 def test_settings_without_effect_on_the_result_may_differ_on_resume(config, tmp_path):
     begin(config)
-    again = pretrain_config(
-        tmp_path / "moved",
-        config.out,
-        resume=True,
-        device="auto",
-        log_every=5,
-        eval_every_steps=3,
-        checkpoint_every_steps=4,
-        keep_checkpoints=9,
-    )
-    assert open_run(again) is None  # there is no checkpoint yet
-
-
-@pytest.mark.parametrize(
-    "setting", ["max_steps", "lr_encoder", "lr_cross", "lr_pixels", "warmup_steps", "weight_decay", "seed", "precision"]
-)
-def test_settings_that_affect_the_result_may_not_differ_on_resume(config, setting):
-    begin(config)
-    value = {"precision": "fp32"}.get(setting, 5)
-    changed = pretrain_config(config.data, config.out, resume=True, **{setting: value})
-    refuse(changed, f"{setting}: config.json has")
+    free = {"device": "auto", "log_every": 5, "eval_every_steps": 3, "checkpoint_every_steps": 4, "keep_checkpoints": 9}
+    assert (
+        open_run(pretrain_config(tmp_path / "moved", config.out, resume=True, **free)) is None
+    )  # there is no checkpoint yet
 
 
 def test_configuration_is_written_atomically(config, monkeypatch):
@@ -184,15 +159,6 @@ def test_lock_leaves_no_file_in_a_folder_that_holds_no_run(config):
     assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]
 
 
-def test_lock_that_cannot_be_made_is_an_error_of_the_run(config, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
-    with pytest.raises(RunError, match=r"run/\.lock: cannot be locked \(Permission denied\); choose another --out"):
-        RunLock(config.out)
-
-
 @pytest.mark.slow
 def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
     config = pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
@@ -216,16 +182,6 @@ def test_a_run_resumes_if_its_config_lacks_settings_that_are_newer(run_copy):
     changed = pretrain_config(values["data"], run_copy, resume=True)
     changed = replace(changed, model=replace(changed.model, text_masking="variable"))
     refuse(changed, "model.text_masking: config.json has fixed, this command variable")
-
-
-def test_metrics_file_appends_a_line_at_a_time(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
-    for step in (1, 2):
-        metrics.write({"step": step, "loss": 0.1 + 0.2})
-        assert read_metrics(path)[-1] == {"step": step, "loss": 0.30000000000000004}  # there at once, digit for digit
-    metrics.close()
-    assert path.read_text().count("\n") == 2
 
 
 def test_line_of_metrics_is_written_completely_or_not_at_all(tmp_path, file_limit):

@@ -11,13 +11,6 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.runs.load import load_model, load_tokenizer_of
 
 
-@pytest.fixture(scope="module")
-def portable(trained, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("portable") / "model"
-    load_model(trained, "cpu").save(out)
-    return out
-
-
 @pytest.mark.slow
 def test_a_run_a_checkpoint_a_folder_and_its_file_are_one_model(trained, portable):
     newest = trained / "checkpoints/step_00000002"

@@ -27,13 +27,6 @@ SHARD = "model/shard-00001-model-00001-of-00001.safetensors"
 FORMS = ("checkpoint", "exported")
 
 
-@pytest.fixture(scope="module")
-def portable(trained, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("portable") / "model"
-    load_model(trained, "cpu").save(out)
-    return out
-
-
 @pytest.fixture
 def copy(trained, portable, tmp_path) -> Callable[[str], Path]:
     """Makes a copy of the model in one of the forms, to be changed."""

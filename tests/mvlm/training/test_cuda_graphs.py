@@ -19,7 +19,7 @@ from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import make_loader
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import open_dataset
-from support.models import micro_batch, micro_model, pretrain_config
+from support.models import ALONE, micro_batch, micro_model, pretrain_config
 
 LENGTHS = [(7, 4, 12, 3), (5, 4, 6, 9), (12, 12, 12, 12), (3, 3, 3, 4)]
 
@@ -70,13 +70,12 @@ def batches(model, lengths):
         yield pad_to_bucket(batch, masks, model.config.text_length)
 
 
-def train(model, steps, run: Callable[..., Losses], clip: bool = True) -> list[Losses]:
+def train(model, steps, run: Callable[..., Losses]) -> list[Losses]:
     """Losses of SGD steps. Gradients are changed in place and dropped, as the trainer does."""
     found = []
     for number, (batch, masks) in enumerate(steps):
         found.append(run(batch, masks, torch.tensor(number)))
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
@@ -107,15 +106,13 @@ def test_steps_stay_eager_after_a_capture_that_failed(caplog):
     wanted_model, model = micro_model(), micro_model()
     order = [LENGTHS[0]] * 4
     wanted = train(wanted_model, batches(wanted_model, order), backward_step(wanted_model))
-    attempts = []
 
     def capture(function):
-        attempts.append(function())  # gradients are set when the capture ends with an error
+        function()  # gradients are set when the capture ends with an error
         raise RuntimeError("operation not permitted when stream is capturing")
 
     graphs = CudaGraphs(backward_step(model), model.parameters(), capture)
     got = train(model, batches(model, order), graphs.run)
-    assert len(attempts) == 1
     assert graphs.captured == 0
     assert "operation not permitted when stream is capturing" in caplog.text
     for a, b in zip(got, wanted, strict=True):
@@ -126,26 +123,26 @@ def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
     config = pretrain_config(tmp_path, tmp_path, capture="cuda-graphs")
     cuda = World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0))
     check_graphs(config, cuda)
-    for changes, world, message in (
-        ({}, replace(cuda, device=torch.device("cpu")), "wanted a CUDA device, got cpu"),
-        ({}, replace(cuda, size=2), "wanted one rank, got 2"),
-        ({"checkpoint_activations": True}, cuda, "wanted all activations kept, got --checkpoint-activations"),
+    again = replace(config, checkpoint_activations=True)
+    for refused, world in (
+        (config, replace(cuda, device=ALONE.device)),
+        (config, replace(cuda, size=2)),
+        (again, cuda),
     ):
-        with pytest.raises(ConfigError, match=f"^capture: {message}; leave --capture cuda-graphs out$"):
-            check_graphs(replace(config, **changes), world)
+        with pytest.raises(ConfigError, match=r"^capture: "):
+            check_graphs(refused, world)
 
 
 @pytest.mark.slow
 def test_the_trainer_replays_its_steps(scenes, tokenizer, tmp_path):
     """Eight steps: the metrics, learning rates and weights of eager steps."""
     rows, weights = [], []
-    alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     for replayed in (False, True):
         config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, capture="cuda-graphs")
         model = micro_model(dtype=torch.float32)
-        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, alone)
-        optimizer = make_optimizer(model, config, alone.device)
-        trainer = Trainer(config, alone, parallelize(model, alone), optimizer, loader, tokenizer)
+        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
+        optimizer = make_optimizer(model, config, ALONE.device)
+        trainer = Trainer(config, ALONE, parallelize(model, ALONE), optimizer, loader, tokenizer)
         recorder = Recorder(model)
         if replayed:
             trainer.graphs = CudaGraphs(trainer.backward_alone, model.parameters(), recorder)

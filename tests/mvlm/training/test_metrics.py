@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
-from mvlm.progress import describe_row
 from mvlm.runs.load import load_model
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, SkippedUpdates, finite_on_all_ranks
 from mvlm.training.run import pretrain
 from support.folders import checkpoint_contents, rows_of
-from support.models import pretrain_config
-
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+from support.models import ALONE, pretrain_config
 
 
 def test_a_figure_that_is_not_finite_is_null() -> None:
@@ -30,12 +26,9 @@ def test_a_figure_that_is_not_finite_is_null() -> None:
     read = [{"total": 1.0, "good": 1.0, "itc": math.inf}]
     buffer: Any = SimpleNamespace(steps=[1], waited=0.0, tokens=20, send=lambda: None, read=lambda: read)
     logger.end_row(buffer, 0, {"masked_nats": math.nan, "tr_r1": 5.0, "ir_r1": math.inf, "gain_text_nats": math.nan})
-    progress: Any = SimpleNamespace(show=lambda row: None)
-    logger.write_row(progress)
+    logger.write_row(SimpleNamespace(show=lambda row: None))  # pyright: ignore[reportArgumentType]
     (row,) = rows
     assert [row[name] for name in ("itc", "masked_nats", "tr_r1", "ir_r1")] == [None, None, 5.0, None]
-    line = describe_row(row | {"gain_pixels_pct": None})
-    assert line.endswith("validation R@1 5.0 / -  gain - nats, - %")
 
 
 NAN, INF = math.nan, math.inf
@@ -124,10 +117,8 @@ def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
     with pytest.raises(NonFiniteLossError) as caught:
         pretrain(config)
     message = str(caught.value)
-    assert message.startswith("step 4: mim is nan, grad_norm is nan; the update was not made (2 in a row, ")
-    assert "max_bad_steps is 1). Its samples: train0" in message
-    assert f"Last good checkpoint: {config.out}/checkpoints/step_00000002;" in message
-    assert "name it by --initial-model, in fine-tuning by --checkpoint" in message
+    assert message.startswith("step 4: mim is nan, grad_norm is nan")
+    assert f"{config.out}/checkpoints/step_00000002" in message
     keys = message.split("Its samples: ")[1].split(". Last")[0].split(", ")
     assert len(set(keys)) == config.batch_size
     model = load_model(config.out).network

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.runs.folder import find_checkpoint
 from mvlm.training.run import pretrain
@@ -19,12 +18,24 @@ from support.forgery import change_tensors, checkpoint, reseal
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
 
-CPU = torch.device("cpu")
-ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
-
 
 class Interrupted(Exception):
     pass
+
+
+def interrupt(config, at):
+    """Train until the run has made so many steps, and end it by an exception."""
+    one_step = Trainer.one_step
+
+    def stop(run, batches):
+        if run.step == at:
+            raise Interrupted
+        return one_step(run, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "one_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(config)
 
 
 @pytest.mark.slow
@@ -37,23 +48,13 @@ class Interrupted(Exception):
         {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9},
     ],
 )
-def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch, without_tensorboard, settings):
+def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, without_tensorboard, settings):
     """Six steps, against a run that is stopped in its fifth and continues from its checkpoint of the third."""
     whole = pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
     pretrain(whole)
 
     broken = pretrain_config(scenes, tmp_path / "broken", max_steps=6, checkpoint_every_steps=3, **settings)
-    one_step = Trainer.one_step
-
-    def stop(run, batches):
-        if run.step == 4:
-            raise Interrupted
-        return one_step(run, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "one_step", stop)
-        with pytest.raises(Interrupted):
-            pretrain(broken)
+    interrupt(broken, 4)
     # The row of the fourth step is written while the fifth runs.
     assert [row["step"] for row in rows_of(broken.out)] == [1, 2, 3]
     torch.manual_seed(99)
@@ -67,25 +68,13 @@ def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_run_resumed_past_a_damaged_checkpoint_keeps_its_own_checkpoints(
-    scenes, tmp_path, monkeypatch, without_tensorboard
-):
+def test_run_resumed_past_a_damaged_checkpoint_keeps_its_own_checkpoints(scenes, tmp_path, without_tensorboard):
     """Step 4 is damaged, so the run continues from 2 and saves at 3, keeping one checkpoint: it can continue from 3."""
     config = pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
     pretrain(config)
     (config.out / "checkpoints/step_00000004/state.json").write_text("{}")
-    one_step = Trainer.one_step
-
-    def stop(run, batches):
-        if run.step == 3:
-            raise Interrupted
-        return one_step(run, batches)
-
     again = replace(config, resume=True, checkpoint_every_steps=3, keep_checkpoints=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "one_step", stop)
-        with pytest.raises(Interrupted):
-            pretrain(again)
+    interrupt(again, 3)
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000003"
     pretrain(again)
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000004"

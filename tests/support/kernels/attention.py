@@ -156,11 +156,6 @@ def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> 
     return (*sides, scale, *longest, kwargs.get("dropout_p", 0.0), kwargs.get("seed"))
 
 
-def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-    """Cross-attention by the registered op, as a compiled graph calls it."""
-    return torch.ops.mvlm_kernels.cross_attention(q, k, v, *op_arguments(q, k, kwargs, q.shape[-1] ** -0.5))[0]
-
-
 def moved(call: Call, device: str) -> Call:
     """The call with its tensors on another device, with their strides and guard bands."""
     q, k, v, grad = (guarded(x, device) for x in (call.q, call.k, call.v, call.grad))
