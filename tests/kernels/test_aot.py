@@ -140,18 +140,6 @@ def test_problems_of_compiled_kernels_are_named(call):
     assert problems_of([good], [good]) == []
 
 
-def test_rows_of_one_identity_are_compared_with_the_most_registers_of_the_table(call):
-    """One case may launch a kernel several times with other sizes, as sums of partial gradients are."""
-    problems_of = partial(call, "mvlm_kernels.aot", "find_problems")
-    row = {
-        "op": "linear_pixel_loss", "kernel": "sum_partials_kernel", "case": "c", "dtype": "float32", "config": "",
-        "arch": "sm_90", "registers": 32, "spill_bytes": 0, "stack": 0, "shared": 0, "matrix_instruction": "",
-    }  # fmt: skip
-    table = [row, row | {"registers": 28}]
-    assert problems_of(table, table) == []
-    assert len(problems_of([row | {"registers": 33}], table)) == 1
-
-
 def test_update_of_the_aot_table_replaces_whole_cases(call):
     def rows(*cases: tuple[str, str, int]) -> list[dict[str, Any]]:
         return [{"op": "o", "case": case, "arch": arch, "registers": n} for case, arch, n in cases]

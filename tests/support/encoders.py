@@ -77,6 +77,14 @@ def normalized(config: MaskVLMConfig, images: torch.Tensor) -> torch.Tensor:
     return (images.double() / 255 - mean) / std
 
 
+def assert_same_image_features(model: MaskVLM, theirs: Any) -> None:
+    """The image encoder and a model of timm give the same features for a batch of images."""
+    images = micro_batch()[0].images
+    with torch.no_grad():
+        wanted, found = theirs.forward_features(normalized(model.config, images)), model.encode_image(images)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
 def assert_same_text_features(model: MaskVLM, theirs: Any, pad: int = 1) -> None:
     """The text encoder and a model of transformers give the same features for a batch of captions."""
     batch = micro_batch()[0]

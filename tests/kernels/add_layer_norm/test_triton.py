@@ -9,7 +9,7 @@ from mvlm_kernels import add_layer_norm, dispatch, use_backend
 from support.kernels.mutants import assert_caught
 from support.kernels.norms import by_op, case, check
 from support.kernels.patches import SETTINGS
-from support.kernels.token_placement import random
+from support.kernels.pixel_losses import random
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -12,7 +12,8 @@ from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.guards import guarded
 from support.kernels.mutants import assert_caught
 from support.kernels.patches import SETTINGS
-from support.kernels.token_placement import case, check_placement, oracle, random
+from support.kernels.pixel_losses import random
+from support.kernels.token_placement import case, check_placement, oracle
 
 
 @pytest.mark.slow

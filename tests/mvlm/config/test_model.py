@@ -38,28 +38,22 @@ def test_presets_have_the_documented_number_of_parameters(name, millions):
     assert round(found / 1e6) == pytest.approx(millions, rel=0.02)
 
 
+LAYERS = [f"{name}_layers" for name in ("image", "text", "cross", "decoder")]
+AT_LEAST_1 = ("heads", "patch_size", "mask_block", "itc_width", *LAYERS)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"mask_block": 24}, "mask_block must divide image_size: wanted a divisor of 32, got 24"),
         ({"patch_size": 12}, "patch_size must divide mask_block: wanted a divisor of 16, got 12"),
         ({"heads": 3}, "heads must divide width: wanted a divisor of 16, got 3"),
-        ({"heads": 0}, "heads must be at least 1, got 0"),
-        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
-        ({"mask_block": 0}, "mask_block must be at least 1, got 0"),
+        *(({name: 0}, f"{name} must be at least 1, got 0") for name in AT_LEAST_1),
         ({"width": -16}, "width must be at least 1, got -16"),
-        ({"image_layers": 0}, "image_layers must be at least 1, got 0"),
-        ({"text_layers": 0}, "text_layers must be at least 1, got 0"),
-        ({"cross_layers": 0}, "cross_layers must be at least 1, got 0"),
-        ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
-        ({"itc_width": 0}, "itc_width must be at least 1, got 0"),
         ({"text_length": 2}, "text_length must be at least 3"),
         ({"cross_norm": "both"}, 'cross_norm must be "post" or "pre", got \'both\''),
         ({"initialization": "zeros"}, 'initialization must be "normal" or "xavier", got \'zeros\''),
-        (
-            {"output_positions": True, "width": 30, "heads": 1},
-            "4 must divide width with output_positions, got a width of 30",
-        ),
+        ({"output_positions": True, "width": 30, "heads": 1}, "4 must divide width with output_positions"),
         ({"mask_token_id": 300}, r"mask_token_id must be in \[0, 300\), got 300"),
         ({"mask_token_id": -1}, r"mask_token_id must be in \[0, 300\), got -1"),
         ({"image_mask_ratio": 0.1}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0.1"),

@@ -8,7 +8,7 @@ import torch
 
 from mvlm.model import fast, plain
 from mvlm.model.fast import encode_masked
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
@@ -234,3 +234,12 @@ def test_masked_images_are_encoded_in_evaluations_as_in_training(drop_masked):
     batch, masks = micro_batch(config=model.config)
     wanted = plain.encode_masked_image(model, batch, masks.patch_ids)
     assert (encode_masked(model, batch, masks)[0] - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("plan", IMPLEMENTATIONS)
+@torch.no_grad()
+def test_unmasked_inputs_are_encoded_alike_with_and_without_the_masked_ones(plan):
+    model, (batch, masks) = micro_model(), micro_batch()
+    streams = IMPLEMENTATIONS[plan].encode(model, batch, masks)
+    image, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)
+    torch.testing.assert_close((image, text.rows), (streams.image, streams.text.rows), rtol=0, atol=1e-12)

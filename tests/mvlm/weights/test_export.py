@@ -7,7 +7,14 @@ import pytest
 import torch
 
 import mvlm.weights as weights
-from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, timm_vit
+from support.encoders import (
+    assert_same_image_features,
+    assert_same_text_features,
+    hf_text,
+    hf_vit,
+    normalized,
+    timm_vit,
+)
 from support.models import micro_batch, micro_model
 
 
@@ -17,14 +24,13 @@ def test_an_exported_image_encoder_computes_the_same_and_loads_back(library):
     if library == "timm":
         tensors, theirs = weights.export_timm_vit(model), timm_vit()
         theirs.load_state_dict(tensors)
-        with torch.no_grad():
-            found = theirs.forward_features(normalized(model.config, images))
+        assert_same_image_features(model, theirs)
     else:
         theirs, tensors = hf_vit(), weights.export_hf_vit(model)
         theirs.load_state_dict(tensors)
         with torch.no_grad():
             found = theirs(normalized(model.config, images)).last_hidden_state
-    torch.testing.assert_close(found, model.encode_image(images).detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(found, model.encode_image(images).detach(), rtol=0, atol=1e-10)
     other = micro_model(4)
     weights.load_image_weights(other, tensors)
     for name, parameter in model.image_encoder.named_parameters():

@@ -14,62 +14,38 @@ from safetensors.torch import load_file, save_file
 import mvlm.weights as weights
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
-from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, old_vit_names, timm_vit
+from support.encoders import (
+    assert_same_image_features,
+    assert_same_text_features,
+    hf_text,
+    hf_vit,
+    normalized,
+    old_vit_names,
+    timm_vit,
+)
 from support.models import micro_batch, micro_model
-
-
-def encode_image(model: MaskVLM, images: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model.encode_image(images)
-
-
-def state(model: MaskVLM) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def assert_unchanged(model: MaskVLM, before: dict[str, torch.Tensor], but: str = "") -> None:
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if not but or but not in name)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.encoder."])
 def test_a_loaded_vit_of_timm_computes_the_same(prefix):
     theirs, model = timm_vit(), micro_model(3)
-    before = state(model)
+    before = {name: t.clone() for name, t in model.state_dict().items() if "image_encoder." not in name}
     tensors = {prefix + name: t for name, t in theirs.state_dict().items()} | {"head.weight": torch.zeros(5, 16)}
     report = weights.load_timm_vit(model, tensors)
-    images = micro_batch()[0].images
-    with torch.no_grad():
-        wanted = theirs.forward_features(normalized(model.config, images))
-    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
-    assert_unchanged(model, before, but="image_encoder.")
+    assert_same_image_features(model, theirs)
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
     assert report.missing == ["mask_token"]
     assert report.unexpected == ["head.weight"]
     assert report.resized == []
     assert len(report.loaded) == len(list(model.image_encoder.parameters())) - 1
-    assert str(report) == (
-        f"image_encoder: {len(report.loaded)} loaded; 1 missing (mask_token); 0 resized; 1 unexpected (head.weight)"
-    )
 
 
-def test_layer_scale_is_folded_into_the_weights():
-    theirs, model = timm_vit(init_values=0.5), micro_model(3)
-    assert any("ls1.gamma" in name for name in theirs.state_dict())
+@pytest.mark.parametrize("changes", [{"init_values": 0.5}, {"no_embed_class": True}], ids=str)
+def test_a_vit_with_layer_scale_or_with_positions_of_patches_alone_computes_the_same(changes):
+    """LayerScale is folded into the weights; DeiT III and others add positions to patches alone, which leaves 0."""
+    theirs, model = timm_vit(**changes), micro_model(3)
     weights.load_timm_vit(model, theirs.state_dict())
-    images = micro_batch()[0].images
-    with torch.no_grad():
-        wanted = theirs.forward_features(normalized(model.config, images))
-    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
-
-
-def test_positions_of_patches_alone_leave_zero_for_cls():
-    """DeiT III and others add positions to patches alone."""
-    theirs, model = timm_vit(no_embed_class=True), micro_model(3)
-    assert theirs.pos_embed.shape == (1, 16, 16)
-    weights.load_timm_vit(model, theirs.state_dict())
-    images = micro_batch()[0].images
-    with torch.no_grad():
-        wanted = theirs.forward_features(normalized(model.config, images))
-    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
+    assert_same_image_features(model, theirs)
 
 
 def test_positions_of_another_resolution_are_interpolated_as_in_timm():
@@ -122,10 +98,7 @@ def test_biases_and_mask_token_of_simmim_are_loaded():
     report = weights.load_timm_vit(model, {f"encoder.{name}": t for name, t in tensors.items()})
     assert report.missing == report.unexpected == []
     assert model.image_encoder.mask_token.tolist() == list(range(16))
-    images = micro_batch()[0].images
-    with torch.no_grad():
-        wanted = theirs.forward_features(normalized(model.config, images))
-    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
+    assert_same_image_features(model, theirs)
 
 
 @pytest.mark.parametrize("kind", ["Roberta", "Bert"])

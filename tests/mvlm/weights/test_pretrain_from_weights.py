@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
 from mvlm.runs.load import load_model
-from mvlm.training.run import make_model
+from mvlm.training.run import make_model, pretrain
 from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
 from support.models import micro_config, pretrain_config
@@ -20,9 +20,6 @@ from support.scenes import write_scenes
 @pytest.mark.slow
 def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_tensorboard, tokenizer):
     """At a learning rate of zero the encoders are unchanged after the run. A missing file leaves no run folder."""
-    import mvlm.training.run
-    from mvlm.runs.load import load_model
-
     save_file({name: t.float() for name, t in timm_vit().state_dict().items()}, tmp_path / "vit.safetensors")
     save_file(
         {name: t.float().contiguous() for name, t in hf_text("Roberta").state_dict().items()},
@@ -30,14 +27,14 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
     )
     files = {"image_weights": tmp_path / "vit.safetensors", "text_weights": tmp_path / "text.safetensors"}
     with pytest.raises(ConfigError, match=r"text_weights: wanted the tokenizer that .* was trained with, found none"):
-        mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "run", **files))
+        pretrain(pretrain_config(scenes, tmp_path / "run", **files))
     assert not (tmp_path / "run").exists()
     tokenizer.save(tmp_path / "tokenizer.json")
     files["tokenizer"] = tmp_path / "tokenizer.json"
     config = pretrain_config(
         scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, **files
     )
-    mvlm.training.run.pretrain(config)
+    pretrain(config)
     model = load_model(tmp_path / "run").network
     theirs = load_file(files["image_weights"])
     assert torch.equal(model.image_encoder.position, theirs["pos_embed"][0])
@@ -47,25 +44,18 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
     # A resumed run reads the checkpoint alone.
     files["image_weights"].unlink()
     files["tokenizer"].unlink()
-    mvlm.training.run.pretrain(
-        pretrain_config(
-            scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, resume=True, **files
-        )
-    )
+    pretrain(replace(config, resume=True))
     with pytest.raises(DataError, match=r"tokenizer.json: "):
-        mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "other", **files))
+        pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     tokenizer.save(files["tokenizer"])
     with pytest.raises(RunError, match="wanted a safetensors file, found none"):
-        mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "other", **files))
+        pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, without_tensorboard):
     """At a learning rate of zero all weights are the trained ones. The tokenizer is the trained model's."""
-    from mvlm.runs.load import load_model
-    from mvlm.training.run import pretrain
-
     pretrain(pretrain_config(scenes, tmp_path / "first"))
     loaded = load_model(tmp_path / "first")
     first, tokenizer = loaded.network, loaded.tokenizer

@@ -10,12 +10,9 @@ from mvlm_kernels.place_tokens import place_tokens, reference
 from support.kernels.accuracy import assert_accurate
 from support.kernels.guards import guarded
 from support.kernels.patches import make_ids
+from support.kernels.pixel_losses import random
 
 NAMES = "tokens", "mask token", "position", "cls token"
-
-
-def random(shape, dtype, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def case(
