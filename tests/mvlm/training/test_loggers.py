@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
 from mvlm.training.loggers import LogSinks, start_services
 from mvlm.training.run import pretrain
@@ -20,6 +21,14 @@ from support.folders import rows_of
 from support.models import pretrain_config
 
 ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
+
+
+def started(tmp_path: Path, name: str) -> PretrainConfig:
+    """Configuration of a run whose service has started."""
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
+    config.out.mkdir()
+    start_services(config)
+    return config
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -31,9 +40,7 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
         finish=lambda: finished.append(True),
     )
     monkeypatch.setitem(sys.modules, name, service)
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
-    config.out.mkdir()
-    start_services(config)
+    config = started(tmp_path, name)
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
     assert (started[0]["project"], started[0]["name"]) == ("mvlm", "run")
@@ -68,9 +75,7 @@ def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorb
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
-    config.out.mkdir()
-    start_services(config)
+    config = started(tmp_path, name)
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
     assert all(file.stat().st_size > 1000 for file in tmp_path.glob(written))
@@ -92,9 +97,7 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
 
     service = SimpleNamespace(init=lambda **_: None, log=fails, finish=fails)
     monkeypatch.setitem(sys.modules, name, service)
-    config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=(name,))
-    config.out.mkdir()
-    start_services(config)
+    config = started(tmp_path, name)
     with LogSinks(config, 0) as sinks:
         for step in (3, 4):
             sinks.log(ROW | {"step": step})
