@@ -102,44 +102,32 @@ def test_fault_of_the_program_is_raised_on_its_rank():
     assert isinstance(second, SystemExit)
 
 
-@pytest.mark.parametrize(
-    "what", ["settings", "saves", "evaluations", "data", "validation", "out", "precision", "nothing"]
-)
+DIFFERENT = {"seed": 5, "checkpoint_every_steps": 3, "eval_every_steps": 2}
+
+
+@pytest.mark.parametrize("what", [*DIFFERENT, "out", "data", "validation", "precision in use", None])
 def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, monkeypatch, what):
     other = write_scenes(tmp_path / "other", {"train": 9, "validation": 3})
 
     def work(world):
-        changed = world.rank == 1
-        out = tmp_path / ("there" if what == "out" and changed else "run")
-        seed = 5 if what == "settings" and changed else 0
-        dataset = open_dataset(other if what == "data" and changed else scenes, "train")
-        every = 3 if what == "saves" and changed else 5
-        evaluate = 2 if what == "evaluations" and changed else 0
-        config = pretrain_config(
-            scenes, out, seed=seed, checkpoint_every_steps=every, eval_every_steps=evaluate, precision="auto"
-        )
-        validation = open_dataset(other if what == "validation" and changed else scenes, "validation")
-        return check_ranks(world, config, dataset, validation)
+        changed = what if world.rank == 1 else None
+        settings = {changed: DIFFERENT[changed]} if changed in DIFFERENT else {}
+        out = tmp_path / ("there" if changed == "out" else "run")
+        data = {split: other if changed == split else scenes for split in ("data", "validation")}
+        config = pretrain_config(scenes, out, precision="auto", **settings)
+        splits = open_dataset(data["data"], "train"), open_dataset(data["validation"], "validation")
+        return check_ranks(world, config, *splits)
 
-    if what == "precision":  # the machine of one rank computes bf16 in hardware
-        monkeypatch.setattr(coordination, "chosen_precision", lambda *_: ("bf16", "fp32")[next(machines)])
-        machines = iter((0, 1))
+    if what == "precision in use":  # the machine of one rank computes bf16 in hardware
+        machines = iter(("bf16", "fp32"))
+        monkeypatch.setattr(coordination, "chosen_precision", lambda *_: next(machines))
     first, second = on_two_ranks(work)
-    if what == "nothing":
+    if what is None:
         assert (first, second) == (None, None)
         return
     assert isinstance(first, RunError)
     assert isinstance(second, SystemExit)
-    wanted = {
-        "settings": "seed: rank 0 has 0, rank 1 has 5",
-        "saves": "checkpoint_every_steps: rank 0 has 5, rank 1 has 3",
-        "evaluations": "eval_every_steps: rank 0 has 0, rank 1 has 2",
-        "precision": "precision in use: rank 0 has ",
-        "data": "data: rank 0 has ",
-        "validation": "validation: rank 0 has ",
-        "out": f"out: rank 0 has {tmp_path}/run",
-    }
-    assert wanted[what] in str(first)
+    assert f"{what}: rank 0 has " in str(first)
 
 
 def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():

@@ -1,6 +1,7 @@
 """The fast implementation against the plain one on the same weights."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -88,34 +89,31 @@ def test_implementations_agree_on_images_without_a_visible_patch(backend):
         assert_implementations_agree(model, batch, replace(masks, patch_ids=every))
 
 
+SOME = [(0, 0, 1, 0), (0, 0, 1, 1), (1, 0, 1, 1), (0, 1, 1, 1), (1, 0, 0, 0), (1, 1, 0, 0), (0.5, 2, 0.25, 3)]
+PARTNERS = {"image_mask_ratio": 0.5, "mask_partner": True}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "weights",
+    "changes, weights, padded",
     [
-        LossWeights(0, 0, 1, 0),
-        LossWeights(0, 0, 1, 1),
-        LossWeights(1, 0, 1, 1),
-        LossWeights(0, 1, 1, 1),
-        LossWeights(1, 0, 0, 0),
-        LossWeights(1, 1, 0, 0),
-        LossWeights(0.5, 2, 0.25, 3),
+        *(({}, weights, False) for weights in SOME),
+        *(
+            (PARTNERS | {"drop_masked": drop}, weights, padded)
+            for drop, weights, padded in product(
+                (False, True), ((1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 1)), (False, True)
+            )
+        ),
+        *(({"drop_masked": drop}, (1, 1, 1, 1), True) for drop in (False, True)),
     ],
     ids=str,
 )
-def test_implementations_agree_on_weights(weights: LossWeights):
-    model = micro_model()
-    assert_implementations_agree(model, *micro_batch(config=model.config), weights=weights)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0, 1, 1, 1), LossWeights(1, 0, 1, 1)], ids=str)
-@pytest.mark.parametrize("drop_masked", [False, True])
-def test_implementations_agree_on_masked_partners(drop_masked: bool, weights: LossWeights, padded: bool):
-    model = micro_model(image_mask_ratio=0.5, mask_partner=True, drop_masked=drop_masked)
+def test_implementations_agree_on_weights_masked_partners_and_padding(changes, weights, padded):
+    model = micro_model(**changes)
     batch, masks = micro_batch(config=model.config)
-    inputs = pad_to_bucket(batch, masks, model.config.text_length) if padded else None
-    assert_implementations_agree(model, batch, masks, fast_inputs=inputs, weights=weights)
+    inputs = pad_to_bucket(batch, masks, model.config.text_length) if padded else (batch, masks)
+    assert (len(inputs[0].tokens) > len(batch.tokens)) == padded
+    assert_implementations_agree(model, batch, masks, fast_inputs=inputs, weights=LossWeights(*weights))
 
 
 @pytest.mark.slow
@@ -159,17 +157,6 @@ def test_implementations_agree_on_weights_of_masks(weighted: bool, padded: bool)
     found, _ = losses_and_gradients(model, batch, masks, "fast")
     assert (abs(found.mlm - paper.mlm) > 1e-3) == weighted
     assert (abs(found.mim - paper.mim) > 1e-3) == weighted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("drop_masked", [False, True])
-def test_a_batch_padded_to_a_bucket_gives_the_same_losses(drop_masked):
-    model = micro_model(drop_masked=drop_masked)
-    batch, masks = micro_batch(config=model.config)
-    padded = pad_to_bucket(batch, masks, model.config.text_length)
-    assert len(padded[0].tokens) > len(batch.tokens)
-    assert len(padded[1].token_ids) > len(masks.token_ids)
-    assert_implementations_agree(model, batch, masks, fast_inputs=padded)
 
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
