@@ -78,12 +78,6 @@ def test_every_output_format_and_a_dynamic_size_are_served(output_format: str):
     torch.testing.assert_close(embed(images), wanted)
 
 
-def test_vit_with_dynamic_image_size_is_served():
-    model, images = small_vit(dynamic_img_size=True), torch.rand(2, 3, 48, 64)
-    wanted = model(images)
-    torch.testing.assert_close(swap_patch_embed(model)(images), wanted)
-
-
 @pytest.mark.parametrize("options", [{"dynamic_img_pad": True}, {"img_size": None}])
 def test_images_that_do_not_divide_are_padded_or_cut_as_before(options: dict[str, Any]):
     torch.manual_seed(0)
@@ -94,18 +88,6 @@ def test_images_that_do_not_divide_are_padded_or_cut_as_before(options: dict[str
     swap(embed, mean=MEAN, std=STD)
     torch.testing.assert_close(embed(images), wanted)
     assert "padded or cut" in embed.why_not_gathered(images)
-
-
-def test_forward_intermediates_and_set_input_size_work_after_a_swap():
-    model, other = small_vit(), swapped_vit()
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(
-        other.forward_intermediates(images, indices=1)[1], model.forward_intermediates(images, indices=1)[1]
-    )
-    for changed in (model, other):
-        changed.set_input_size(img_size=48, patch_size=16)
-    images = torch.rand(2, 3, 48, 48)
-    torch.testing.assert_close(other(images), model(images))
 
 
 def test_a_parametrization_of_the_conv_is_computed_once_a_forward():

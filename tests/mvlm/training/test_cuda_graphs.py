@@ -9,16 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvlm.distributed.parallel import parallelize
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
-from mvlm.training.optimizer import make_optimizer
-from mvlm.training.run import make_loader
-from mvlm.training.trainer import Trainer
-from mvlm_dataloading import open_dataset
 from support.models import ALONE, micro_batch, micro_model, pretrain_config
 
 LENGTHS = [(7, 4, 12, 3), (5, 4, 6, 9), (12, 12, 12, 12), (3, 3, 3, 4)]
@@ -134,23 +129,18 @@ def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_trainer_replays_its_steps(scenes, tokenizer, tmp_path):
+def test_the_trainer_replays_its_steps(start):
     """Eight steps: the metrics, learning rates and weights of eager steps."""
     rows, weights = [], []
     for replayed in (False, True):
-        config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, capture="cuda-graphs")
-        model = micro_model(dtype=torch.float32)
-        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
-        optimizer = make_optimizer(model, config, ALONE.device)
-        trainer = Trainer(config, ALONE, parallelize(model, ALONE), optimizer, loader, tokenizer)
-        recorder = Recorder(model)
+        trainer, batches = start(capture="cuda-graphs")
+        recorder = Recorder(trainer.model)
         if replayed:
-            trainer.graphs = CudaGraphs(trainer.backward_alone, model.parameters(), recorder)
-        batches = iter(loader)
+            trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters(), recorder)
         for _ in range(8):
             trainer.one_step(batches)
         rows.append(trainer.metrics.read())
-        weights.append([p.detach().clone() for p in model.parameters()])
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
         assert (recorder.replays > 1) == replayed
     assert rows[0] == rows[1]
     for p, q in zip(*weights, strict=True):

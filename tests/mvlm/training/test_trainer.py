@@ -7,31 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.distributed.parallel import compile_step, parallelize
+from mvlm.distributed.parallel import compile_step
 from mvlm.errors import ConfigError, NonFiniteLossError
 from mvlm.model import fast
 from mvlm.objectives import losses as objectives
-from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import make_loader
-from mvlm.training.trainer import Trainer
-from mvlm_dataloading import open_dataset
-from support.models import ALONE, micro_model, pretrain_config
-
-
-@pytest.fixture
-def start(scenes, tokenizer, tmp_path):
-    """Function that makes a trainer and its batches."""
-
-    def make(dtype=torch.float32, sizes=None, **changes):
-        config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
-        model = micro_model(dtype=dtype, **(sizes or {}))
-        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
-        run = Trainer(
-            config, ALONE, parallelize(model, ALONE), make_optimizer(model, config, ALONE.device), loader, tokenizer
-        )
-        return run, iter(loader)
-
-    return make
+from support.models import ALONE, micro_model
 
 
 @pytest.mark.slow

@@ -119,14 +119,10 @@ def check(drawn: Drawn, function: Any, lse: bool) -> None:
     leaves = [x.detach().requires_grad_() for x in drawn.tensors]
     options = dict(drawn.options)
     out = function(*leaves, **options, **({"return_lse": True} if lse else {}))
-    found_lse = None
-    if lse:
-        out, found_lse = out
+    out, found_lse = out if lse else (out, None)
     (out * 1).backward(drawn.grad)
-    width = leaves[0].shape[-1]
-    scale = width**-0.5 if options["scale"] is None else options["scale"]
-    seed = options.get("seed", 0)
-    wanted = attend(drawn.sequences, scale, options.get("dropout_p", 0.0), int(seed))
+    scale = leaves[0].shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+    wanted = attend(drawn.sequences, scale, options.get("dropout_p", 0.0), int(options.get("seed", 0)))
     got = {"out": by_sequence(out, drawn.cu_q)}
     for name, leaf, cu in zip(("dq", "dk", "dv"), leaves, (drawn.cu_q, drawn.cu_k, drawn.cu_k), strict=True):
         assert leaf.grad is not None
@@ -136,9 +132,7 @@ def check(drawn: Drawn, function: Any, lse: bool) -> None:
         for n, (a, b) in enumerate(zip(got[name], each, strict=True)):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=f"{name} of sequence {n}, {drawn.what}")
     if found_lse is not None:
-        each = [x.T.numpy() for x in found_lse] if drawn.cu_q is None else by_sequence(found_lse.T, None)
-        if drawn.cu_q is not None:
-            flat = found_lse.T
-            each = [flat[a:b].numpy() for a, b in pairwise(drawn.cu_q)]
+        cu, flat = drawn.cu_q, found_lse.T
+        each = [x.T.numpy() for x in found_lse] if cu is None else [flat[a:b].numpy() for a, b in pairwise(cu)]
         for n, (a, b) in enumerate(zip(each, wanted[1], strict=True)):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=f"lse of sequence {n}, {drawn.what}")
