@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -27,35 +28,25 @@ def log_softmax(row: list[float]) -> list[float]:
     return [x - total for x in row]
 
 
-def test_masked_language_loss_against_loops():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reconstruction_losses_against_loops(weighted):
+    """Means over tokens and patches, by their weights."""
     logits, targets = 3 * normal(7, 11), torch.tensor([0, 10, 4, 4, 7, 2, 9])
-    wanted = sum(-log_softmax(row)[t] for row, t in zip(logits.tolist(), targets.tolist(), strict=True)) / 7
-    assert masked_language_loss(logits, targets).item() == pytest.approx(wanted, abs=1e-12)
-
-
-def test_masked_image_loss_against_loops():
-    pred, target = normal(3, 4, 12), normal(3, 4, 12, seed=1)
-    total = sum(
-        abs(pred[b, k, i].item() - target[b, k, i].item()) for b in range(3) for k in range(4) for i in range(12)
-    )
-    assert masked_image_loss(pred, target).item() == pytest.approx(total / 144, abs=1e-12)
-
-
-def test_weighted_reconstruction_losses_against_loops():
-    logits, targets, weights = 3 * normal(7, 11), torch.tensor([0, 10, 4, 4, 7, 2, 9]), normal(7, seed=2).abs()
+    weights = normal(7, seed=2).abs() if weighted else torch.ones(7)
     terms = [-log_softmax(row)[t] for row, t in zip(logits.tolist(), targets.tolist(), strict=True)]
     wanted = sum(w * x for w, x in zip(weights.tolist(), terms, strict=True)) / sum(weights.tolist())
-    assert masked_language_loss(logits, targets, weights).item() == pytest.approx(wanted, abs=1e-12)
+    given = (weights,) if weighted else ()
+    assert masked_language_loss(logits, targets, *given).item() == pytest.approx(wanted, abs=1e-12)
 
-    pred, target, weights = normal(3, 4, 12), normal(3, 4, 12, seed=1), normal(3, 4, seed=2).abs()
+    pred, target = normal(3, 4, 12), normal(3, 4, 12, seed=1)
+    weights = normal(3, 4, seed=2).abs() if weighted else torch.ones(3, 4)
     total = sum(
         weights[b, k].item() * abs(pred[b, k, i].item() - target[b, k, i].item()) / 12
-        for b in range(3)
-        for k in range(4)
-        for i in range(12)
+        for b, k, i in product(range(3), range(4), range(12))
     )
-    wanted = total / sum(weights.flatten().tolist())
-    assert masked_image_loss(pred, target, weights).item() == pytest.approx(wanted, abs=1e-12)
+    given = (weights,) if weighted else ()
+    found = masked_image_loss(pred, target, *given).item()
+    assert found == pytest.approx(total / sum(weights.flatten().tolist()), abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["mlm", "mim", "itm"])

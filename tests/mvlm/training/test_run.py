@@ -244,14 +244,6 @@ def test_mask_token_of_the_model_is_the_tokenizers(scenes, tmp_path, without_ten
     assert json.loads((config.out / "config.json").read_text())["model"]["mask_token_id"] == 4
 
 
-@pytest.mark.slow
-def test_tokenizer_can_be_given_by_path(scenes, tmp_path, tokenizer, without_tensorboard):
-    tokenizer.save(tmp_path / "words.json")
-    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, tokenizer=tmp_path / "words.json")
-    pretrain(config)
-    assert load_model(config.out).tokenizer.fingerprint == tokenizer.fingerprint
-
-
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
