@@ -30,6 +30,13 @@ def test_attention_kernels_for_types(dtype: torch.dtype, len_q: int, len_k: int)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [8, 16, 40, 64, 80, 104, 128])
+@pytest.mark.parametrize("len_q, len_k", [(35, 19), (9, 131)])
+def test_attention_kernels_for_head_widths(width: int, len_q: int, len_k: int):
+    check_attention(Case(len_q=len_q, len_k=len_k, width=width, heads=2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 def test_attention_kernels_for_lengths_masks_indices_and_packing(case: Case):
     check_attention(case)
@@ -56,7 +63,7 @@ LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
     short=LENGTHS,
     long=st.sampled_from([2, 5, 15, 64, 65, 97, 129, 197]),
     short_keys=st.booleans(),
-    width=st.sampled_from([8, 16, 32, 40, 64, 80, 104, 128]),
+    width=st.sampled_from([32, 64, 80]),
     dtype=st.sampled_from(TYPES),
     batch=st.integers(1, 3),
     readers=st.integers(0, 4),
@@ -67,7 +74,7 @@ LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
     splits=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 def test_attention_kernels_for_any_case(
     short: int, long: int, short_keys: bool, width: int, dtype: torch.dtype, batch: int, readers: int, lengths: bool,
     mask: bool, packed: str, layout: str, splits: bool, seed: int,
