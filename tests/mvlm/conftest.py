@@ -46,6 +46,17 @@ def tokenizer(train_split) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def model(tokenizer):
+    """The micro model with random weights, to be asked. Read only."""
+    import torch
+
+    from mvlm.inference.trained_model import TrainedModel
+    from support.models import micro_model
+
+    return TrainedModel(micro_model(dtype=torch.float32), tokenizer, "fp32")
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory, scenes) -> Path:
     """A run of two steps, with a checkpoint after each. Read only; `run_copy` may be changed."""
     from mvlm.training.run import pretrain

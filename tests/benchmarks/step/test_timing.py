@@ -34,9 +34,9 @@ def inputs(monkeypatch) -> Any:
     return SimpleNamespace(batch=SimpleNamespace(images=torch.zeros(1)))
 
 
-def measure(contenders: list, inputs: Any, rounds: int, budget: Any = None) -> tuple[list[dict], list[dict]]:
+def measure(contenders: list, inputs: Any, rounds: int) -> tuple[list[dict], list[dict]]:
     timed: list[dict] = []
-    return measure_rounds(contenders, inputs, rounds, budget, timed.append), timed
+    return measure_rounds(contenders, inputs, rounds, None, timed.append), timed
 
 
 def test_every_step_is_a_row_and_the_order_rotates(inputs) -> None:

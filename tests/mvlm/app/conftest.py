@@ -1,19 +1,11 @@
-"""A micro model and the images that its page searches."""
+"""The images that the page of a micro model searches."""
 
 import asyncio
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from mvlm.app.gallery import DatasetGallery
-from mvlm.inference.trained_model import TrainedModel
-from support.models import micro_model
-
-
-@pytest.fixture(scope="session")
-def model(tokenizer) -> TrainedModel:
-    return TrainedModel(micro_model(dtype=torch.float32), tokenizer, "fp32")
 
 
 @pytest.fixture(scope="session")

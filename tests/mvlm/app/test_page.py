@@ -21,7 +21,6 @@ import pytest
 import torch
 
 from mvlm.app.gallery import Found, data_of_run, open_gallery
-from mvlm.app.visitors import MAX_BYTES
 from mvlm.errors import ConfigError
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.runs.load import load_model
@@ -185,11 +184,6 @@ def test_a_page_of_other_peoples_images_and_of_a_model_without_itm(model) -> Non
             assert 3 < tokens <= model.network.config.text_length, text
     finally:
         server.close()
-
-
-def test_a_file_over_the_limit_is_refused(url) -> None:
-    refused = Visitor(url).upload("x.png", bytes(MAX_BYTES + 1_000_000))
-    assert (refused.status, refused.text) == (413, "image: wanted at most 20 MB, got more; choose a smaller file")
 
 
 def test_an_address_that_cannot_be_listened_on_is_refused(model) -> None:

@@ -20,11 +20,6 @@ from support.scenes import png, scene
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer) -> TrainedModel:
-    return TrainedModel(micro_model(dtype=torch.float32), tokenizer, "fp32")
-
-
-@pytest.fixture(scope="module")
 def pixels() -> list[np.ndarray]:
     """The eight images of the test split, uint8 (32, 32, 3)."""
     return [scene(3 * i + 1)[0] for i in range(8)]

@@ -15,17 +15,11 @@ import torch
 from mvlm import load_model
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.trained_model import TrainedModel
-from support.models import micro_model
 from support.scenes import png, scene
 
 PIXELS = scene(3)[0]
 IMAGE = png(PIXELS)
 CHW = torch.from_numpy(PIXELS).permute(2, 0, 1).float() / 255
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer) -> TrainedModel:
-    return TrainedModel(micro_model(seed=1, dtype=torch.float32), tokenizer, "fp32")
 
 
 def quantized() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A trained model for the tests of search, and embeddings of the small data set and of a folder of images."""
+"""Embeddings of the small data set and of a folder of images."""
 
 from pathlib import Path
 
@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from mvlm.distributed.world import World
-from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
-from support.models import micro_model
 from support.scenes import png, scene
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def model(tokenizer) -> TrainedModel:
-    return TrainedModel(micro_model(dtype=torch.float32), tokenizer, "fp32")
 
 
 @pytest.fixture(scope="session")

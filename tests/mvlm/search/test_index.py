@@ -70,15 +70,6 @@ def test_a_flat_search_is_a_full_product(index, embedded, kind):
         assert hit.metadata == json.loads(row["metadata"])
 
 
-@pytest.mark.slow
-def test_images_have_their_first_captions(index, embedded):
-    wanted = {row["id"]: row["text"] for row in rows_of(embedded, "texts") if row["id"].endswith("#0")}
-    hits = index.search(queries(1)[0], "images", 1000)
-    assert index.first_captions(hits) == [wanted[f"{hit.id}#0"] for hit in hits]
-    assert index.first_captions([hits[0]._replace(id="it's nobody")]) == [""]
-    assert index.first_captions([]) == []
-
-
 def test_filters_choose_rows_by_metadata(index, embedded):
     rows = rows_of(embedded, "images")
     (query,) = queries(1)
@@ -88,7 +79,9 @@ def test_filters_choose_rows_by_metadata(index, embedded):
         ("base = 'no such colour'", lambda row: False),
     ):
         wanted = {row["id"] for row in rows if keep(row)}
-        assert {hit.id for hit in index.search(query, "images", 1000, where)} == wanted
+        hits = index.search(query, "images", 1000, where)
+        assert {hit.id for hit in hits} == wanted
+        assert index.first_captions([hit._replace(id="it's nobody") for hit in hits]) == [""] * len(wanted)
     for where in ("no_such = 1", "select", "base = ", "drop table images"):
         with pytest.raises(ConfigError, match="where: wanted an SQL condition on the columns key, source") as caught:
             index.search(query, "images", 3, where)

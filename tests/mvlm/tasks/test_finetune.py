@@ -200,8 +200,6 @@ def test_words_of_a_command_that_do_not_fit_are_refused(run_mvlm, tmp_path):
         assert_refused(run_mvlm("eval", "caption", *where, f"--{flag}", 0), f"{flag}: wanted at least 1, got 0")
     assert_refused(run_mvlm("eval", "vqa", *where, "--lengths", 3), "--lengths")
     assert_refused(run_mvlm("finetune", "vqa", "huge", "--out", "run"), "tiny, base", "huge")
-    base, tiny = (" ".join(run_mvlm("finetune", "vqa", *words, "--help").out) for words in (["base"], []))
-    assert ("13900" in base, "13900" in tiny) == (True, False)
 
 
 def test_a_folder_with_another_run_is_refused(trained, run_copy, questions, tmp_path):
