@@ -1,8 +1,4 @@
-"""Ranks and recall against a brute-force count, with a matching head that looks its answers up in a table.
-
-Features of a split against each image and caption alone. Intervals of recalls against a bootstrap that draws images one
-by one, and against scipy's.
-"""
+"""Ranks against a brute-force count, features against each image and caption alone, intervals against drawn images."""
 
 import itertools
 import math

@@ -13,26 +13,6 @@ from mvlm.inference.images import decode_image, load_image
 from support.scenes import png
 
 
-def test_transparent_areas_of_an_image_become_white(tmp_path):
-    clear = np.zeros((32, 32, 4), np.uint8)
-    clear[:, 16:] = (10, 20, 30, 255)
-    clear[:8, 16:, 3] = 0
-    (tmp_path / "a.png").write_bytes(png(clear))
-    found = load_image(tmp_path / "a.png", 32)
-    assert (found[:, :, :16] == 255).all()
-    assert (found[:, :8] == 255).all()
-    assert found[:, 20, 20].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize("mode, value", [("L", 77), ("P", 0), ("1", 1), ("CMYK", (0, 0, 0, 0)), ("I;16", 77 << 8)])
-def test_images_of_other_modes_are_loaded(tmp_path, mode, value):
-    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-    Image.new(mode, (40, 40), value).save(path)
-    found = load_image(path, 16)
-    assert found.shape == (3, 16, 16)
-    assert (found == {"L": 77, "P": 0, "1": 255, "CMYK": 255, "I;16": 77}[mode]).all()
-
-
 @pytest.mark.parametrize("suffix", ["", ".tiff"])
 @pytest.mark.parametrize("scale, kind", [(1, np.float32), (255, np.float32), (255, np.int32), (65535, np.int32)])
 def test_wide_values_are_scaled_and_not_clipped(tmp_path, suffix, scale, kind):
@@ -69,15 +49,6 @@ def test_what_is_no_whole_image_is_refused(tmp_path):
     for name in ("none.png", "empty.png", "text.png", "cut.png", "folder.png"):
         with pytest.raises(RunError, match=f"{name}: wanted an image"):
             load_image(tmp_path / name, 32)
-
-
-@pytest.mark.parametrize("number", range(1, 9))
-def test_every_orientation_is_that_of_pillow(tmp_path, number):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint8).reshape(32, 24, 3)).save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as opened:
-        assert np.array_equal(decode_image(tmp_path / "a.png"), np.array(ImageOps.exif_transpose(opened)))
 
 
 @pytest.mark.parametrize("tag, value", [(0x0100, TiffImagePlugin.IFDRational(1, 3)), (0x011A, -3)])

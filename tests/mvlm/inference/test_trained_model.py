@@ -89,7 +89,8 @@ def test_an_image_in_any_form_has_the_embedding_that_it_has_in_a_data_set(model,
         iter(paths),
     ):
         assert torch.equal(model.embed_images(images), wanted)
-    for image in (paths[2], str(paths[2]), paths[2].read_bytes(), pixels[2], tensors[2]):
+    content = paths[2].read_bytes()
+    for image in (paths[2], str(paths[2]), content, bytearray(content), memoryview(content), pixels[2], tensors[2]):
         torch.testing.assert_close(model.embed_images(image), wanted[2:3], rtol=0, atol=1e-6)
     assert model.embed_images([]).shape == (0, 8)
 

@@ -91,12 +91,6 @@ def test_a_wrong_argument_is_one_line_with_its_name(
     assert "\n" not in str(refused.value)
 
 
-def test_bytes_in_other_forms_are_an_encoded_image(model: TrainedModel) -> None:
-    wanted = model.embed_images(IMAGE)
-    for image in (bytearray(IMAGE), memoryview(IMAGE), [bytearray(IMAGE)]):
-        assert torch.equal(model.embed_images(image), wanted)
-
-
 def test_whole_numbers_of_numpy_and_torch_are_taken(model: TrainedModel) -> None:
     wanted = model.embed_images([IMAGE] * 3)
     assert torch.equal(model.embed_images([IMAGE] * 3, batch_size=np.int64(3)), wanted)

@@ -43,11 +43,7 @@ def test_a_retrieval_run_is_a_model_for_every_other_command(trained, scenes, tmp
 
 
 def test_the_loss_is_that_of_shared_right_answers(trained, tmp_path):
-    """Four images occur twice, the second time with the caption of the next image.
-
-    If matches were an equivalence, equal features would give the loss with one right answer a row. They are not: image
-    0 matches captions 0 and 1, and caption 1 images 0 and 1, but image 1 not caption 0.
-    """
+    """Four images occur twice, the second time with the caption of the next image: matches are no equivalence."""
     texts = [scene(i if i < 32 else i - 31)[1] for i in range(36)]
     data = write_scenes(tmp_path / "data", {"train": 36}, captions=lambda i: [texts[i]])
     model, split = load_model(trained, "cpu", "fp32"), open_dataset(data, "train")
