@@ -247,7 +247,7 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
     # Two steps in turn: the first must not affect the second, at which DDP refuses parameters that the first left out.
     for _ in range(2 if world.size == 2 and (usual or kind == "ddp") else 1):
         model.zero_grad(set_to_none=True)
-        chosen = {"plan": case["plan"], "weights": LossWeights(*weights)}
+        chosen: dict[str, Any] = {"plan": case["plan"], "weights": LossWeights(*weights)}
         losses = backward_global(parallel, micro, world, seed=SEED, step=STEP, **chosen)
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         found["global losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
