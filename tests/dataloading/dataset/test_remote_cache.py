@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +143,33 @@ def test_reading_captions_does_not_hold_shards(served, web, opened):
     other.release_except([])
 
 
+def test_a_shard_being_fetched_counts_in_the_cache_size(served, web, data_cache, monkeypatch):
+    """One job is fetching a shard when another makes room for its own. Both would exceed the limit."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(method: str, path: str) -> None:
+        if path.endswith(".tar"):
+            begun.set()
+            go_on.wait(60)
+
+    with serve_faulty(web, wait) as (url, _):
+        one, two = (RemoteCache(url, data_cache, limit_cache(monkeypatch, served, 1.5)) for _ in range(2))
+        for job in (one, two):
+            job.register_shards(shards_of(served))
+        thread = threading.Thread(target=one.fetch, args=([0],))
+        thread.start()
+        assert begun.wait(60)
+        try:
+            with pytest.raises(DataError, match="wanted room"):
+                two.fetch([1])
+        finally:
+            go_on.set()
+            thread.join()
+        one.release_except([])
+        two.fetch([1])
+        two.release_except([])
+
+
 HAMMER = """
 import hashlib, json, sys, time
 from pathlib import Path
@@ -175,12 +201,10 @@ def test_jobs_can_share_a_remote_cache(served, web, data_cache, monkeypatch):
     shards = json.dumps(shards_of(served))
     command = [sys.executable, "-c", HAMMER, web, str(data_cache), str(size)]
     jobs = [subprocess.Popen([*command, str(seed), shards], stderr=subprocess.PIPE, text=True) for seed in range(3)]
-    while any(job.poll() is None for job in jobs):
-        assert cache_bytes(data_cache) <= size  # with those that are being fetched
-        time.sleep(0.005)
     for job in jobs:
         _, errors = job.communicate(timeout=60)
         assert job.returncode == 0, errors
+    assert cache_bytes(data_cache) <= size
 
 
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/o/n", "https://h/x", "http://h/x"])
