@@ -83,15 +83,6 @@ def test_the_bytes_identify_an_image_whose_image_id_is_empty(metadata):
     assert image_name(metadata) is None
 
 
-def test_fingerprint_follows_the_split_and_its_bytes(tmp_path, waves, train_split):
-    assert open_dataset(waves, "train").fingerprint == train_split.fingerprint
-    assert open_dataset(waves, "test").fingerprint != train_split.fingerprint
-    shutil.copytree(waves, tmp_path / "copy")
-    assert open_dataset(tmp_path / "copy", "train").fingerprint == train_split.fingerprint
-    other = write_dataset(tmp_path / "other", 59, max_shard_bytes=150_000, kinds=("PNG", "JPEG", "WEBP"))
-    assert open_dataset(other, "train").fingerprint != train_split.fingerprint
-
-
 def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
     """Its index selects and permutes samples of the same tar."""
     whole = open_dataset(folder, "train")

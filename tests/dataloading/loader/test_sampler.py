@@ -1,4 +1,4 @@
-"""Sample order against its definition by one sort, in slices and in sets of one image; substitutes of bad samples."""
+"""Sample order against its definition by one sort, in slices and in sets of one image."""
 
 import time
 from itertools import pairwise
@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mvlm_dataloading.loader.sampler import GROUP, RUN_LENGTH, SampleOrder, substitute_sample
+from mvlm_dataloading.loader.sampler import GROUP, RUN_LENGTH, SampleOrder
 from mvlm_dataloading.randomness import Purpose, hash64
 
 
@@ -102,15 +102,3 @@ def test_sample_order_does_not_depend_on_the_slices(shuffle):
         piece = SampleOrder(sizes, 5, shuffle=shuffle)(begin, count)
         assert np.array_equal(piece[0], ids[begin : begin + count])
         assert np.array_equal(piece[1], epochs[begin : begin + count])
-
-
-def test_a_substitute_is_good_and_depends_only_on_the_bad_sample():
-    assert substitute_sample(0, 1, 5, 100, {5}) == substitute_sample(
-        0, 1, 5, 100, {5, 6, 7} - {substitute_sample(0, 1, 5, 100, {5})}
-    )
-    first = substitute_sample(0, 1, 5, 100, set())
-    second = substitute_sample(0, 1, 5, 100, {first})
-    assert first != second
-    assert substitute_sample(0, 1, 5, 100, {second}) == first
-    assert substitute_sample(0, 0, 0, 3, {0, 2}) == 1
-    assert len({substitute_sample(s, e, i, 10**9, set()) for s in (0, 1) for e in (0, 1) for i in (0, 1)}) == 8

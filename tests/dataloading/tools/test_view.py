@@ -285,16 +285,3 @@ def test_malformed_views_are_refused(one, tmp_path):
         with pytest.raises(DataError, match=message):
             make_view(**{"out": tmp_path / "view", "sources": [one], **settings}, options=choice)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "used"]
-
-
-def test_a_fraction_is_a_share_of_what_is_left_without_duplicates(tmp_path):
-    """Every image is there twice. Smaller fractions are parts of larger ones."""
-    once, again = (write(tmp_path / name, range(40), each=200) for name in ("once", "again"))
-    found = []
-    for fraction in (0.2, 0.5, 1.0):
-        options = ViewOptions(fraction=fraction, duplicates="exact")
-        make_view(tmp_path / str(fraction), [once, again], options)
-        found.append(set(keys_of(tmp_path / str(fraction))))
-    assert found[2] == set(named("once", range(40)))
-    assert found[0] < found[1] < found[2]
-    assert 2 <= len(found[0]) <= 16
