@@ -148,7 +148,7 @@ def test_a_shard_being_fetched_counts_in_the_cache_size(served, web, data_cache,
     begun, go_on = threading.Event(), threading.Event()
 
     def wait(method: str, path: str) -> None:
-        if path.endswith(".tar"):
+        if path.endswith("train-000000.tar"):
             begun.set()
             go_on.wait(60)
 
