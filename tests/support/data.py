@@ -130,10 +130,9 @@ def write_shard_by_hand(folder: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def touch_indices(dataset: Dataset) -> None:
-    """Make the indices of a data set as new as its tars. It may have no index of the split."""
+    """Make the indices of a data set as new as its tars."""
     for path in (*(tar.with_suffix(".idx") for tar in dataset.tars), index_path(dataset.folder, dataset.split)):
-        with suppress(FileNotFoundError):
-            os.utime(path)
+        os.utime(path)
 
 
 def write_waves(folder: Path) -> Path:
