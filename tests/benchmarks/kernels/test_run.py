@@ -1,8 +1,11 @@
 """`mvlm bench kernels`: wrong arguments, a run on a CPU, its files and its page."""
 
 import csv
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,9 +68,23 @@ def test_page_names_every_column_and_peer_and_its_commands_are_accepted(monkeypa
     for name in [*report.COLUMNS, *(peer.name for peer in PEERS)]:
         assert f"`{name}`" in PAGE, name
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(line)[1:] for line in "".join(blocks).splitlines()]
+    lines = "".join(blocks).splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("mvlm bench kernels")]
     reached = []
     monkeypatch.setattr(run, "run", lambda *arguments: reached.append(arguments) or [])
     for words in commands:
         cli.run_command(words)
     assert len(reached) == len(commands) >= 3
+
+
+@pytest.mark.slow
+def test_benchmark_entries_run() -> None:
+    words = ["-q", "-p", "no:cacheprovider", "-k", "place_tokens and forward and (eager or liger or ours)"]
+    # Under xdist pytest-benchmark times nothing.
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET" and not n.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/bench_kernels.py", *words],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "benchmark 'place_tokens B2 width 768, half of 196 masked forward': 2 tests" in done.stdout
