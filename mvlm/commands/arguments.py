@@ -169,6 +169,10 @@ def read_json(content: bytes) -> Any:
 
 
 def check_no_input(out: Path | None, *others: Path | None, flag: str = "out") -> None:
-    """Raise ConfigError if `out`, of a flag, is one of the other files that a command reads or writes."""
-    if out is not None and any(file is not None and out.resolve() == file.resolve() for file in others):
+    """Raise ConfigError if `out`, of a flag, is a folder, or one of the other files that a command reads or writes."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise ConfigError(f"{flag}: wanted a file, got the folder {out}; name a file in it")
+    if any(file is not None and out.resolve() == file.resolve() for file in others):
         raise ConfigError(f"{flag}: wanted another file than the others, got {out}")

@@ -35,13 +35,14 @@ def test_bytes_match_a_count_by_hand() -> None:
 
 
 def test_cases_agree_with_those_of_the_kernels() -> None:
-    """At the paper's sizes both packages count the same, where both have the case."""
+    """At the paper's sizes both packages count the same, where both have the pass."""
     here = {(case.op, case.shape): case for case in cases(256, BF16)}
     shared = [theirs for theirs in kernel_cases.cases() if (theirs.op, theirs.shape) in here]
     assert len(shared) >= 10
     for theirs in shared:
         found = here[theirs.op, theirs.shape]
-        assert found.minimum == theirs.minimum(theirs.sizes), theirs.shape
+        forward, backward = theirs.minimum(theirs.sizes)
+        assert found.minimum == (forward, backward or found.minimum[1]), theirs.shape
         assert found.flops == theirs.flops(theirs.sizes), theirs.shape
 
 

@@ -40,14 +40,15 @@ def run(*words: object, **settings: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path):
+def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("mvlm_dataloading.sources.record.PIECE_RECORDS", 7)
     published.folder(tmp_path / "images", 30)
     (tmp_path / "images/a/0.jpg").write_bytes(b"broken")
     whole = folder(tmp_path / "images", test=0.2)
     records = {}
     for piece in whole.pieces:
         records.setdefault(piece.split, []).extend(piece.records(1))
-    source = Source("folder", "", "", whole.recipe, cut_into_pieces(records, 7))
+    source = Source("folder", "", "", whole.recipe, cut_into_pieces(records))
     seen, options = [], BuildOptions(shard_bytes=20_000)
     one = build_shards(source, tmp_path / "one", options, workers=0)
     two = build_shards(source, tmp_path / "two", options, workers=2, progress=seen.append)
@@ -171,6 +172,7 @@ def test_no_image_is_blamed_for_a_killed_worker(tmp_path):
     assert len(open_dataset(tmp_path / "out", "train")) == 12
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "campaign, said",
