@@ -10,7 +10,7 @@ STEPS  ?= 550
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
+.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
@@ -20,35 +20,45 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@sed -n 's/^## /  make /p' Makefile
 
-# The stamp is older than pyproject.toml if a dependency may have changed. Then the packages are brought up to date.
+# A stamp is older than pyproject.toml if a dependency may have changed. Then the packages are brought up to date.
+# .demo and .test are what these two targets need, .installed is everything.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
+	touch $(VENV)/.demo $(VENV)/.test $@
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
-$(DATA)/dataset.json: | $(VENV)/.installed
+$(DATA)/dataset.json: | $(VENV)/.demo
 	$(BIN)/mvlm data emoji $(DATA)
 
 ## demo            build the emoji data set, pretrain on it, evaluate, write a report
-demo: $(VENV)/.installed $(DATA)/dataset.json
+demo: $(VENV)/.demo $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --model.image-size 64 --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
-# JOBS is the number of cores. Each process takes one file of tests at a time, on one thread. There is one process more
-# than cores, because some slow tests wait for processes that they start.
+# JOBS is the number of cores. Each process takes one test at a time, on one thread. There is one process more than
+# cores, because some tests wait for processes that they start.
 JOBS ?= 2
 TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
-## test            run the whole test suite: 15 to 30 minutes on two cores, by their kind
-test: $(VENV)/.installed
-	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+PYTEST = TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
+## test            what a user relies on
+test: $(VENV)/.test
+	$(PYTEST) -m "not extended"
 
-## test-fast       run the tests that are not slow: a minute and a half on two cores
-test-fast: $(VENV)/.installed
-	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+## test-all        `make test`, then the longest combinations, and campaigns of killed processes
+test-all: test
+	$(PYTEST) -m extended
+
+## test-fast       the quick ones, between two edits
+test-fast: $(VENV)/.test
+	$(PYTEST) -m "not slow and not extended"
 
 # Triton compiles kernels in this process and does not interpret them.
 ## test-gpu        run the tests that need a GPU
@@ -178,28 +188,28 @@ FAULTS ?= 1000
 faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
-## faults-data     kill builds of shards at 50 moments (`make test`: 10)
+## faults-data     kill builds of shards at 50 moments (`make test-all`: 10)
 faults-data: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_writers.py --trials 50
 
-## faults-loading  kill 50 loading processes at random moments (`make test`: 10)
+## faults-loading  kill 50 loading processes at random moments (`make test-all`: 10)
 faults-loading: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_loaders.py --kills 50
 
-## faults-embedding kill 20 embedding processes at random moments (`make test`: 4)
+## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 4)
 faults-embedding: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_embedding.py --kills 20
 
-## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test`: 6 and 1)
+## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test-all`: 6 and 1)
 faults-parts: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_parts.py --kills 20 --json benchmarks/results/faults-parts.json
 	$(BIN)/python tests/promises/faults/kill_nodes.py --kills 20 --json benchmarks/results/faults-nodes.json
 
-## faults-network  load 50 epochs from servers that fail in seven ways (`make test`: 8)
+## faults-network  load 50 epochs from servers that fail in seven ways (`make test-all`: 8)
 faults-network: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/bad_network.py --trials 50 --json benchmarks/results/faults-network.json
 
-## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
+## faults-evaluation kill 10 evaluations at random moments (`make test-all`: 3)
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
 

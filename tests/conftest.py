@@ -2,11 +2,12 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from support.kernels.interpreter import patch_once_a_launch
 
@@ -27,42 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 gc.disable()
 
 
-LONGEST = (
-    "promises/faults/test_scripts.py",
-    "mvlm/tasks/test_every_task.py",
-    "kernels/test_aot.py",
-    "mvlm/distributed/test_global_batch.py",
-    "kernels/cross_attention/test_triton.py",
-    "kernels/test_ops.py",
-    "kernels/test_transforms.py",
-    "benchmarks/gpu/test_killed.py",
-    "kernels/test_emulated.py",
-    "mvlm/model/test_fast.py",
-    "promises/faults/test_ranks.py",
-    "benchmarks/data/test_run.py",
-    "promises/test_overfit.py",
-    "mvlm/studies/test_run.py",
-    "promises/test_openmp_teams.py",
-    "kernels/test_traffic.py",
-    "mvlm/distributed/test_parallel.py",
-    "mvlm/training/test_trainer.py",
-    "mvlm/tasks/test_grounding.py",
-    "kernels/test_proof_kit.py",
-    "mvlm/portable/test_programs.py",
-    "kernels/cross_attention/test_mutations.py",
-    "mvlm/app/test_attacks.py",
-    "mvlm/costs/test_step_cost.py",
-    "promises/test_pages.py",
-)
-"""Files whose tests take longer than 15 s of a core. They come first, so that no process ends long after the others."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the longest files to the front, and skip `gpu` tests unless kernels are compiled and there is a device."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    missing = [str(file) for file in places if not file.exists()]
-    assert not missing, f"update LONGEST: {missing}"
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """Skip `gpu` tests unless kernels are compiled and there is a device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -109,11 +76,32 @@ def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def waves(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes what all processes of the suite read: `made_once(name, make)` calls `make(path)` in the first that asks.
+
+    Returns the path, a file or folder of this name. Nobody may change it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made-once"
+    root.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def waves(made_once) -> Path:
     """60 training and 60 test images in several shards, in three formats. Read only."""
     from support.data import write_waves
 
-    return write_waves(tmp_path_factory.mktemp("waves") / "data")
+    return made_once("waves", write_waves)
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"]
 
 
+@pytest.mark.extended
 def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, Any]]):
     attention = {(r["kernel"], r["arch"]) for r in rows if r["op"] == "cross_attention"}
     kernels = (

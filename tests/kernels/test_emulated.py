@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_emulator_and_the_fast_cases_of_every_kernel_pass() -> None:
     """The emulator needs a process that compiles kernels, and this one interprets them."""

@@ -15,10 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mvlm_kernels import cross_attention, dispatch, explain
 from support.kernels.ops import REGISTERED, ROWS, Row, rows
 
-pytestmark = [
-    pytest.mark.plain_empty,
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.plain_empty
 
 
 @pytest.fixture(autouse=True)

@@ -130,6 +130,7 @@ def printed(program: str) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_a_thousand_batches_launch_one_set_of_signatures():
     first_seen = printed(LAUNCHES)

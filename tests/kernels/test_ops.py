@@ -158,7 +158,6 @@ def test_outputs_for_other_strides_are_those_that_a_compiler_is_told(name: str):
 @pytest.mark.slow
 @BACKENDS
 @NAMES
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_one_graph_without_breaks_holds_for_all_sizes(name: str, backend: Any):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

@@ -19,9 +19,9 @@ from support.scenes import write_scenes
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> Path:
+def scenes(made_once) -> Path:
     """A data set of 32 training, 8 validation and 8 test images. Read only; `scenes_copy` may be changed."""
-    return write_scenes(tmp_path_factory.mktemp("scenes") / "data")
+    return made_once("scenes", write_scenes)
 
 
 @pytest.fixture
@@ -57,29 +57,25 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, scenes) -> Path:
+def trained(made_once, scenes) -> Path:
     """A run of two steps, with a checkpoint after each. Read only; `run_copy` may be changed."""
     from mvlm.training.run import pretrain
 
-    out = tmp_path_factory.mktemp("trained") / "run"
-    pretrain(pretrain_config(scenes, out, checkpoint_every_steps=1))
-    return out
+    return made_once("trained", lambda out: pretrain(pretrain_config(scenes, out, checkpoint_every_steps=1)))
 
 
 @pytest.fixture(scope="session")
-def without_itm(tmp_path_factory, scenes) -> Path:
+def without_itm(made_once, scenes) -> Path:
     """A run of one step that was trained without ITM. Read only."""
     from mvlm.training.run import pretrain
 
-    out = tmp_path_factory.mktemp("without-itm") / "run"
-    pretrain(pretrain_config(scenes, out, itm_weight=0.0, max_steps=1))
-    return out
+    return made_once("without-itm", lambda out: pretrain(pretrain_config(scenes, out, itm_weight=0.0, max_steps=1)))
 
 
 @pytest.fixture(scope="session")
-def questions(tmp_path_factory) -> Path:
+def questions(made_once) -> Path:
     """Questions about coloured squares and their grounds. Read only."""
-    return write_questions(tmp_path_factory.mktemp("questions") / "data")
+    return made_once("questions", write_questions)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def test_first_batch_of_a_hundred_thousand_samples_takes_little_processor_time(t
     assert figures["cpu_s"] < 3  # a million samples took 1.5 s, half of which does not depend on their number
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "recipe, least",
     # Measured: 2.6 and 1.7; 1.9. See benchmarks/results.

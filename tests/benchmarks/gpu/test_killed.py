@@ -58,6 +58,7 @@ def ended(summary: Path) -> str:
     return json.loads(summary.read_text())["ended"] if summary.exists() else ""
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_stage_keeps_its_rows(name: str, tmp_path) -> None:

@@ -34,6 +34,7 @@ def counts() -> dict[str, float]:
     return {name: flops.gflop_per_pair(BASE, LENGTHS, name) for name in names}
 
 
+@pytest.mark.extended
 def test_baseline_of_base_matches_a_count_by_hand(counts) -> None:
     """197 positions per image, 30 per caption, and heads on all positions."""
     width, image, text, vocabulary = 768, 197, 30, 50265
@@ -63,6 +64,7 @@ def test_fast_has_at_most_079_of_the_baseline_and_drop_masked_066(counts) -> Non
     assert drop_masked < fast < plain < baseline
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["timm+decoder-layer", "fast"])
 def test_fake_tensors_give_the_count_of_real_ones(name) -> None:
     """Captions of one length: ITM's negatives have the mean length. By the kernels, because torch pads on a CPU."""

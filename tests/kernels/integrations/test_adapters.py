@@ -193,6 +193,7 @@ READABLE = {("vit, patches", "weight norm"), *((name, "merged by peft") for name
 """Layers that are swapped though they are changed: a weight that is computed can be read."""
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["change", "swap"])
 @pytest.mark.parametrize("name", LAYERS)

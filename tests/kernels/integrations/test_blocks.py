@@ -214,7 +214,6 @@ def test_a_norm_that_is_too_wide_for_the_kernel_is_kept_and_its_wide_input_is_no
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracer
 def test_compiled_blocks_have_no_graph_break():
     model = vit(depth=1).eval()
     swap_blocks(model)

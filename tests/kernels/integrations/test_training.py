@@ -118,6 +118,7 @@ def swap_denoiser(model: nn.Module) -> SwapReport:
     return for_diffusers.swap(model, padding_masks=True)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_siglip2_pools_the_same_as_eager_under_a_pixel_mask(calls: list[Attentio
 
 
 @pytest.mark.slow
+@pytest.mark.plain_empty
 def test_compiled_bert_recognises_key_padding(calls: list[AttentionCall]):
     ids = torch.arange(24).view(2, 12)
     padding = (torch.arange(12) < torch.tensor([[12], [6]])).long()
@@ -153,6 +154,22 @@ def test_exported_bert_runs_at_other_batches_and_lengths():
         ids, padding = torch.randint(99, (rows, columns)), torch.ones(rows, columns, dtype=torch.long)
         padding[1, columns // 2 :] = 0
         torch.testing.assert_close(exported(ids, padding)[0], eager(ids, padding)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+@pytest.mark.plain_empty
+def test_compiled_bert_makes_one_graph_for_all_lengths_on_a_cpu():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled: Any = torch.compile(
+        built(BertModel, BertConfig(vocab_size=99, **SIZES), NAME), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for length in (10, 64, 65, 129, 300):
+        padding = torch.ones(3, length, dtype=torch.long)
+        padding[1, length // 2 :] = 0
+        compiled(torch.randint(99, (3, length)), padding)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_mask_is_made_where_a_model_asks_for_one():

@@ -161,7 +161,6 @@ def test_implementations_agree_on_weights_of_masks(weighted: bool, padded: bool)
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
     """`fullgraph` raises at a graph break, such as a copy from the device to the host."""
     model = micro_model(image_layers=1, text_layers=1, cross_layers=2, decoder_layers=1)

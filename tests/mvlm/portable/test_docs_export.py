@@ -46,6 +46,7 @@ def test_commands_of_the_page_run(working_folder, monkeypatch, capsys):
         assert (working_folder / name).stat().st_size > 0
 
 
+@pytest.mark.extended
 def test_examples_of_the_page_run(working_folder, programs, small, capsys):
     pt2, onnx, clip = blocks("python")
     for format in ("pt2", "onnx"):

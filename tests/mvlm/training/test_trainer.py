@@ -107,7 +107,6 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
 
 # Dynamo instantiates an autograd.Function while it traces it.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_steps_equal_eager_steps(start):
     """One graph a step, run by torch's own kernels in float64. Batches of all lengths share a handful of graphs."""
     sizes = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1}
