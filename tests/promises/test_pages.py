@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 SHORTER = {"pretrain": ["--max-steps", "2", "--batch-size", "8"], "doctor": ["--batch-size", "8"]}
 """Arguments that follow those of the page."""
 ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing does
-    r"mvlm bench |python benchmarks/gpu_run.py": "minutes, or a GPU; tests/benchmarks parses them",
+    r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
     r"mvlm finetune vqa .*data/questions": "tests/mvlm/tasks/test_every_task.py",
     r"mvlm pretrain .*--(image-weights|initial-model)": "tests/mvlm/weights/test_pretrain_from_weights.py",

@@ -163,8 +163,8 @@ def _kilobytes(status: str, name: str) -> int:
 
 def main(folder: Path, checkpoint: Path) -> None:
     """Ask about each image through each door, with at most 4 GB of addresses beyond those in use."""
-    from mvlm.commands.predict import fill
     from mvlm.inference.images import decode_image, load_image
+    from mvlm.runs.load import load_model
     from mvlm_dataloading.build.image_check import ImageDecoder, check_header, on_white
     from mvlm_dataloading.options import BuildOptions
 
@@ -174,7 +174,7 @@ def main(folder: Path, checkpoint: Path) -> None:
         Path(files[name]).write_bytes(content)
     good = folder / "good.png"
     good.write_bytes(png(64, 64, 64))
-    decoder = ImageDecoder(50_000_000)
+    decoder, model = ImageDecoder(50_000_000), load_model(checkpoint, "cpu")
 
     def build(path: str) -> None:
         """What a build does before and after DALI decodes an image. ValueError with the reason."""
@@ -186,7 +186,7 @@ def main(folder: Path, checkpoint: Path) -> None:
     doors: dict[str, Callable[[str], object]] = {
         "load_image": lambda path: load_image(path, 64),
         "decode_image": decode_image,
-        "fill": lambda path: fill(checkpoint=checkpoint, image=Path(path), caption="a [MASK]"),
+        "fill": lambda path: model.fill("a [MASK]", path),
     }
     for ask in (*doors.values(), build):
         ask(str(good))  # imports, pools and models

@@ -33,9 +33,9 @@ def started(tmp_path: Path, name: str) -> PretrainConfig:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, without_tensorboard, name):
-    started, logged, finished = [], [], []
+    begun, logged, finished = [], [], []
     service = SimpleNamespace(
-        init=lambda **settings: started.append(settings),
+        init=lambda **settings: begun.append(settings),
         log=lambda numbers, step: logged.append((numbers, step)),
         finish=lambda: finished.append(True),
     )
@@ -43,8 +43,8 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
     config = started(tmp_path, name)
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
-    assert (started[0]["project"], started[0]["name"]) == ("mvlm", "run")
-    assert started[0]["config"]["batch_size"] == 8
+    assert (begun[0]["project"], begun[0]["name"]) == ("mvlm", "run")
+    assert begun[0]["config"]["batch_size"] == 8
     assert logged == [({"loss": 1.5, "skipped": 0}, 3)]
     assert finished == [True]
     assert rows_of(config.out) == [ROW]
