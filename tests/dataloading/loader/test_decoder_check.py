@@ -39,7 +39,8 @@ def test_the_first_way_of_decoding_whose_trial_succeeds_is_chosen(monkeypatch, o
         outcome = next(planned)
         if isinstance(outcome, Exception):
             raise outcome
-        return subprocess.CompletedProcess(command, *outcome, "")
+        code, printed = outcome
+        return subprocess.CompletedProcess(command, code, printed, "")
 
     monkeypatch.setattr(subprocess, "run", run)
     assert decoder_check.choose_decoding.__wrapped__(0) is chosen
