@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.extended]
 def run(script: str, *words: object) -> str:
     """Output of a script that ends well."""
     command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    # Stops a script that hangs. The longest takes 110 s alone on two cores, and up to 400 s beside other processes.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout
 
