@@ -132,7 +132,7 @@ def check(drawn: Drawn, function: Any, lse: bool) -> None:
         for n, (a, b) in enumerate(zip(got[name], each, strict=True)):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=f"{name} of sequence {n}, {drawn.what}")
     if found_lse is not None:
-        cu, flat = drawn.cu_q, found_lse.T
-        each = [x.T.numpy() for x in found_lse] if cu is None else [flat[a:b].numpy() for a, b in pairwise(cu)]
+        rows, cu = found_lse.mT.numpy(), drawn.cu_q  # [..., heads, queries] -> [..., queries, heads]
+        each = rows if cu is None else [rows[a:b] for a, b in pairwise(cu)]
         for n, (a, b) in enumerate(zip(each, wanted[1], strict=True)):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10, err_msg=f"lse of sequence {n}, {drawn.what}")
