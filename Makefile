@@ -110,7 +110,7 @@ test-pythons: $(PYTHONS:%=build/python-%/.installed)
 CASES ?=
 ## emulate         run every kernel as compiled for sm_80 and sm_90, emulated on the CPU: about an hour on two cores
 emulate: $(VENV)/.installed
-	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator -n $(JOBS) -k "$(CASES)"
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator tests/triton_proof -n $(JOBS) -k "$(CASES)"
 
 # The walks take about 20 minutes of one core. Their tables are copied only if there is no fault.
 ## test-integrations  swap the attention of every transformers class, the patch embedding of every timm model

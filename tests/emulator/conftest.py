@@ -1,22 +1,5 @@
-"""Settings of the emulated tests: none is collected in a process that interprets kernels.
-
-`make emulate` runs them. tests/kernels/test_emulated.py runs the fast ones in a process of its own.
-"""
+"""The emulated kernels are not collected in a process that interprets kernels: see tests/triton_proof/conftest.py."""
 
 import os
 
-import pytest
-
-COMPILING = os.environ.get("TRITON_INTERPRET") == "0"
-collect_ignore_glob = [] if COMPILING else ["tests/*"]
-
-
-@pytest.fixture(params=["sm_80", "sm_90"])
-def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both architectures, one after the other, as the target of Triton's compiler."""
-    from emulator.driver import install
-
-    # The kernels of the emulator's own tests do not say whether products and sums are fused, which Triton warns of.
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    install(request.param)
-    return request.param
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["test_*"]

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import torch
 
-from emulator.driver import ARCHS, recorded
 from emulator.library import on_gpu
-from emulator.report import SPACES, Launch
 from mvlm_kernels.cases import Case, cases
+from triton_proof.driver import ARCHS, recorded
+from triton_proof.report import SPACES, Launch
 
 COLUMNS = (
     "case", "kernel", "grid", "shared B", "load B", "sectors/request", "efficiency", "store B", "sectors/request",

@@ -5,20 +5,17 @@ kernels are compiled and emulated. Tiles are chosen as on the emulated GPU, and 
 host, as on a GPU.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from torch import Tensor
 from triton import JITFunction
 
-from emulator.driver import ARCHS, install, settings, uninitialised
-from emulator.machine.layout import PATTERN
 from mvlm_kernels import dispatch, use_backend
+from triton_proof import driver
+from triton_proof.driver import ARCHS, install
 
 
 @contextmanager
@@ -53,46 +50,15 @@ def multiprocessors(count: int) -> Any:
     return patch.object(dispatch, "multiprocessors", lambda device: count)
 
 
-@contextmanager
-def watched_allocations(package: str = "mvlm_kernels") -> Iterator[None]:
-    """Mark what ``package`` allocates inside the block as never written.
-
-    A kernel's load of it before a store is a finding, and :func:`unwritten` counts what nobody stored to.
-    """
-
-    def wrap(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(allocate)
-        def marked(*args: Any, **kwargs: Any) -> Tensor:
-            x = allocate(*args, **kwargs)
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            ours = caller == package or caller.startswith(f"{package}.")
-            return uninitialised(x) if ours and type(x) is Tensor and x.device.type == "cpu" else x
-
-        return marked
-
-    try:
-        with (
-            patch.object(torch, "empty", wrap(torch.empty)),
-            patch.object(torch, "empty_like", wrap(torch.empty_like)),
-            patch.object(Tensor, "new_empty", wrap(Tensor.new_empty)),
-        ):
-            yield
-    finally:
-        settings.unwritten.clear()
+def watched_allocations() -> AbstractContextManager[None]:
+    """As :func:`triton_proof.driver.watched_allocations`, of what the library allocates."""
+    return driver.watched_allocations("mvlm_kernels")
 
 
-def forget_kernels(package: str = "mvlm_kernels") -> None:
-    """Drop the compiled kernels of ``package``, which take some MB each. Triton reads them from its cache again."""
+def forget_kernels() -> None:
+    """Drop the compiled kernels of the library, which take some MB each. Triton reads them from its cache again."""
     for name, module in list(sys.modules.items()):
-        if name == package or name.startswith(f"{package}."):
+        if f"{name}.".startswith("mvlm_kernels."):
             for value in vars(module).values():
                 if isinstance(value, JITFunction):
                     value.device_caches.clear()
-
-
-def unwritten(x: Tensor) -> int:
-    """Number of elements of x that still hold the pattern of memory that nobody wrote."""
-    if not x.numel():
-        return 0
-    raw = x.detach().contiguous().flatten().view(torch.uint8).view(x.numel(), x.element_size())
-    return int((raw == PATTERN).all(1).sum())

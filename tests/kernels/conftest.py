@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.kernels.guards import Poison
+from triton_proof.allocations import Poison
 
 # torch lists the functions that `with torch.device(...)` concerns when it first needs the list. None is replaced yet.
 with torch.device("cpu"):
@@ -15,14 +15,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def poison(request: pytest.FixtureRequest):
     """Fill every buffer that the library allocates with NaN, between NaN guard bands that are checked afterwards."""
     if request.node.get_closest_marker("plain_empty"):
         yield None
         return
-    poison = Poison()
-    monkeypatch.setattr(torch, "empty", poison.wrap(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison.wrap(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison.wrap(torch.Tensor.new_empty))
-    yield poison
+    poison = Poison("mvlm_kernels")
+    with poison.inside():
+        yield poison
     poison.check()

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_emulator_and_the_fast_cases_of_every_kernel_pass() -> None:
     """The emulator needs a process that compiles kernels, and this one interprets them."""
-    command = [sys.executable, "-m", "pytest", "tests/emulator", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/emulator", "tests/triton_proof"]
+    command += ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from emulator.cases import Cases
-from emulator.library import multiprocessors, unwritten
+from emulator.library import multiprocessors
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention.arguments import Sides, longest_sequences, short_side
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.accuracy import assert_accurate
 from support.kernels.attention import SIDES, Case, build, run
+from triton_proof.driver import unwritten
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative RMS error of products of float32 operands, which keep 10 bits of their mantissa (TF32).

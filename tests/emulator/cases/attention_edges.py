@@ -10,10 +10,10 @@ from torch import Tensor
 
 from emulator.cases import Cases
 from emulator.cases.attention import TYPES
-from emulator.driver import changed, recorded
-from emulator.library import multiprocessors, unwritten
+from emulator.library import multiprocessors
 from mvlm_kernels import cross_attention
 from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
+from triton_proof.driver import changed, recorded, unwritten
 
 BF16 = torch.bfloat16
 FAST = {"no-keys-lengths/197x32/0"}

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 
 from emulator.cases import Cases
-from emulator.driver import changed
 from mvlm_kernels import gather_patches
-from support.kernels.guards import guarded
 from support.kernels.patches import LAYOUTS, MEAN, STD, check_gather, make_ids, make_images, patches_oracle
+from triton_proof.allocations import guarded
+from triton_proof.driver import changed
 
 FAST = {"bf16/channels_last/p7", "bad-ids"}
 PIXELS = {"uint8": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

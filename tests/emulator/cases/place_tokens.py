@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from emulator.cases import Cases
-from emulator.driver import changed
 from mvlm_kernels import place_tokens
 from support.kernels.token_placement import case, check_placement
+from triton_proof.driver import changed
 
 BF16 = torch.bfloat16
 TYPES = {

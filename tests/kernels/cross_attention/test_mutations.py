@@ -15,8 +15,8 @@ import pytest
 from mvlm_kernels import cross_attention, dispatch, use_backend
 from support.kernels.attention import SIDES, Case, check_attention, check_rows_in_front
 from support.kernels.combinations import check, draw_call
-from support.kernels.guards import Poison
 from support.kernels.mutants import assert_caught
+from triton_proof.allocations import Poison
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,6 @@ from hypothesis import given
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.gather_patches import gather_patches, reference
-from support.kernels.guards import guarded
 from support.kernels.mutants import assert_caught
 from support.kernels.patches import (
     LAYOUTS,
@@ -21,6 +20,7 @@ from support.kernels.patches import (
     make_images,
     patches_oracle,
 )
+from triton_proof.allocations import guarded
 
 
 @pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])

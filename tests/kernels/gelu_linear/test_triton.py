@@ -9,9 +9,9 @@ import torch
 
 from mvlm_kernels import dispatch, gelu_linear, use_backend
 from support.kernels.accuracy import accurate
-from support.kernels.guards import guarded
 from support.kernels.mutants import assert_caught
 from support.kernels.pixel_losses import random
+from triton_proof.allocations import guarded
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = "output", "dh", "dweight", "dbias", "dh_bias"

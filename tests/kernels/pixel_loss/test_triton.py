@@ -9,9 +9,9 @@ from hypothesis import given
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
-from support.kernels.guards import guarded
 from support.kernels.patches import LAYOUTS, MEAN, SETTINGS, STD, make_ids, make_images
 from support.kernels.pixel_losses import FLOATS, KINDS, check_linear, check_masked, random
+from triton_proof.allocations import guarded
 
 
 @pytest.mark.slow

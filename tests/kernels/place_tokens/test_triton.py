@@ -9,11 +9,11 @@ from hypothesis import given
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.place_tokens import place_tokens
-from support.kernels.guards import guarded
 from support.kernels.mutants import assert_caught
 from support.kernels.patches import SETTINGS
 from support.kernels.pixel_losses import random
 from support.kernels.token_placement import case, check_placement, oracle
+from triton_proof.allocations import guarded
 
 
 @pytest.mark.slow

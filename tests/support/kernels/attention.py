@@ -13,7 +13,7 @@ from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import Sides, longest_sequences
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from support.kernels.accuracy import assert_accurate
-from support.kernels.guards import guarded
+from triton_proof.allocations import guarded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from support.kernels.guards import Poison
+from triton_proof.allocations import Poison
 
 
 def load_again(name: str, path: Path) -> ModuleType:

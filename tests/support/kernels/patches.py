@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mvlm_kernels import gather_patches, use_backend
 from support.kernels.accuracy import accurate
-from support.kernels.guards import guarded
+from triton_proof.allocations import guarded
 
 LAYOUTS = ("contiguous", "channels_last", "expanded", "strided", "transposed")
 MEAN = (0.485, 0.456, 0.406, 0.5, 0.25)

@@ -7,8 +7,8 @@ import torch
 from mvlm_kernels import use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from support.kernels.accuracy import accurate
-from support.kernels.guards import guarded
 from support.kernels.patches import losses_oracle, patches_oracle
+from triton_proof.allocations import guarded
 
 KINDS = ("l1", "mse", "smooth_l1")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -8,9 +8,9 @@ import torch
 from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.place_tokens import place_tokens, reference
 from support.kernels.accuracy import assert_accurate
-from support.kernels.guards import guarded
 from support.kernels.patches import make_ids
 from support.kernels.pixel_losses import random
+from triton_proof.allocations import guarded
 
 NAMES = "tokens", "mask token", "position", "cls token"
 

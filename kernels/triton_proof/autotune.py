@@ -1,0 +1,41 @@
+"""Autotuned kernels under a proof: nothing is timed, and each configuration has its turn."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+
+class Turn:
+    """One run of a test. number: the position of the configuration that all autotuned kernels take, round and round.
+
+    most: the largest number of configurations of a kernel that was launched. taken: by kernel, the configuration.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.most = 1
+        self.taken: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{kernel}: {config}" for kernel, config in self.taken.items())
+
+
+@contextmanager
+def one_configuration(number: int) -> Iterator[Turn]:
+    """Inside the block ``@triton.autotune`` takes the configuration of this number, and times nothing."""
+    from triton.runtime.autotuner import Autotuner
+
+    turn, run = Turn(number), Autotuner.run
+
+    def run_one(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        configs = self.prune_configs(kwargs) if len(self.configs) > 1 else self.configs
+        chosen = configs[number % len(configs)]
+        turn.most = max(turn.most, len(configs))
+        turn.taken[self.base_fn.__name__] = str(chosen)
+        with patch.object(self, "configs", [chosen]):
+            return run(self, *args, **kwargs)
+
+    with patch.object(Autotuner, "run", run_one):
+        yield turn

@@ -1,1 +1,0 @@
-"""Kernels of others, proved: a softmax as in tutorials, and layers of Liger."""
