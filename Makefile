@@ -10,7 +10,7 @@ STEPS  ?= 550
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
+.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations hub emulate proof-gallery faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
@@ -108,6 +108,17 @@ test-pythons: $(PYTHONS:%=build/python-%/.installed)
 
 # CASES is an expression of pytest's -k.
 CASES ?=
+GALLERY = liger-kernel==0.8.5 fla-core==0.6.0 einops
+build/gallery/.installed: pyproject.toml
+	$(PYTHON) -m venv build/gallery
+	build/gallery/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[proof]'
+	build/gallery/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(GALLERY)
+	touch $@
+
+## proof-gallery   prove kernels of other packages, with planted bugs, and write the table of docs/guides/prove_your_kernel.md
+proof-gallery: build/gallery/.installed
+	OMP_NUM_THREADS=1 build/gallery/bin/python examples/proofs/gallery.py --page docs/guides/prove_your_kernel.md
+
 ## emulate         run every kernel as compiled for sm_80 and sm_90, emulated on the CPU: about an hour on two cores
 emulate: $(VENV)/.installed
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator tests/triton_proof -n $(JOBS) -k "$(CASES)"

@@ -102,7 +102,8 @@ def verdict(said: list[str]) -> str:
     if not said:
         return "passes"
     found = sorted({kind for text in said for kind in re.findall(r"^(?:E +)?([a-z-]+): \w+: ", text, re.MULTILINE)})
-    places = sorted({place for text in said for place in re.findall(r"^(?:E)? +at (?:.* < )?(\S+:\d+)", text, re.MULTILINE)})
+    at = re.compile(r"^E? +at (?:.* < )?(\S+:\d+)", re.MULTILINE)
+    places = sorted({place for text in said for place in at.findall(text)})
     kinds = ", ".join(f"`{kind}`" for kind in found) or "wrong values"
     return f"{kinds} at {places[0]}" if places else kinds
 
