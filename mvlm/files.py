@@ -48,12 +48,18 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def lock_folder(folder: Path) -> AbstractContextManager[object]:
-    """Make a folder and lock it. Returns a context that holds the lock. RunError if another process has it."""
+    """Make a folder and lock it. Returns a context that holds the lock, until the process ends, even by kill -9.
+
+    RunError if another process has it, or if nobody can.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    # A file of its own, because NFS locks only files that are open for writing, never folders.
     try:
         return FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise RunError(f"{folder}: wanted a folder that no other process writes to; wait for it or stop it") from None
+    except OSError as error:
+        raise RunError(f"{folder / LOCK}: cannot be locked ({error.strerror}); choose another folder") from None
 
 
 def read_plan(file: Path) -> Any:

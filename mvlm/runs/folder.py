@@ -2,88 +2,50 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from mvlm.config.groups import RunConfig
 from mvlm.config.json_files import config_json
-from mvlm.config.run import RunConfig
 from mvlm.errors import RunError
-from mvlm.files import check_folder
+from mvlm.files import LOCK, check_folder, lock_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
 from mvlm_dataloading.files import aside_of, write_file, write_json
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Paths of a run's files. Nothing is read or made."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
         """Resolved configuration. A folder that has it belongs to a run."""
-        return self.path / "config.json"
-
-    @property
-    def lock(self) -> Path:
-        """Empty file that `RunLock` locks. It stays when the run ends."""
-        return self.path / ".lock"
-
-    @property
-    def metrics(self) -> Path:
+        self.lock = path / LOCK
+        """Empty file that is locked while a process works on the run. It stays when the run ends."""
+        self.metrics = path / "metrics.jsonl"
         """Rows of metrics, one JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def history(self) -> Path:
+        self.history = path / "history.jsonl"
         """Processes that trained the run, with their steps, and hashes of what was saved (`mvlm.runs.history`)."""
-        return self.path / "history.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
+        self.checkpoints = path / "checkpoints"
         """Folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def evaluation(self) -> Path:
+        self.evaluation = path / "eval" / "test.json"
         """Figures on the test split."""
-        return self.path / "eval" / "test.json"
-
-    @property
-    def grounding(self) -> Path:
+        self.grounding = path / "eval" / "grounding.json"
         """Figures of the pointing game, if it was played."""
-        return self.path / "eval" / "grounding.json"
-
-    @property
-    def evaluation_files(self) -> Path:
+        self.evaluation_files = path / ".evaluation"
         """Folder of the features of an evaluation during training, while it lasts."""
-        return self.path / ".evaluation"
-
-    @property
-    def strips(self) -> Path:
+        self.strips = path / "strips"
         """Folder of reconstruction strips."""
-        return self.path / "strips"
-
-    @property
-    def tensorboard(self) -> Path:
+        self.tensorboard = path / "tensorboard"
         """Folder of TensorBoard events."""
-        return self.path / "tensorboard"
-
-    @property
-    def report(self) -> Path:
+        self.report = path / "report.html"
         """HTML report on the run."""
-        return self.path / "report.html"
-
-    @property
-    def comparison(self) -> Path:
+        self.comparison = path / "compare.html"
         """HTML comparison of this run with others."""
-        return self.path / "compare.html"
 
     def stalled(self, rank: int) -> Path:
         """Stacks of a rank's threads, written when the watchdog ends it."""
@@ -106,22 +68,9 @@ class RunLock:
     """
 
     def __init__(self, out: Path) -> None:
-        # First, so that a folder of other files gets no lock file.
-        check_usable(out)
+        check_usable(out)  # first, so that a folder of other files gets no lock file
         self._folder, self._made = RunFolder(out), not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        # A separate lock file, because NFS locks only files that are open for writing, never folders.
-        lock = RunFolder(out).lock
-        self._lock = FileLock(lock, timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise RunError(
-                f"{out}: wanted a run folder that no other process uses, found it in use; "
-                f"wait for that run, stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise RunError(f"{lock}: cannot be locked ({error.strerror}); choose another --out") from None
+        self._held = lock_folder(out)
 
     def __enter__(self) -> "RunLock":
         return self
@@ -132,7 +81,7 @@ class RunLock:
             if self._made:
                 with suppress(OSError):  # another process uses the folder
                     self._folder.path.rmdir()
-        self._lock.release()
+        self._held.__exit__(None, None, None)
 
 
 def check_usable(out: Path) -> None:
@@ -220,16 +169,18 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl up to `last_step`. A broken line, which a crash may leave, is skipped."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line. Other lines, such as the beginning that a kill may leave, are skipped."""
+    for line in file.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            found = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            continue
-        if last_step is None or row["step"] <= last_step:
-            rows.append(row)
-    return rows
+        if isinstance(found, dict):
+            yield found
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl up to `last_step`. Lines that are none are skipped."""
+    rows = [row for row in json_lines(path) if isinstance(row.get("step"), int)]
+    return rows if last_step is None else [row for row in rows if row["step"] <= last_step]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mvlm.machine import code_revision, describe_machine, package_versions
-from mvlm.runs.folder import RunFolder
+from mvlm.runs.folder import RunFolder, json_lines
 from mvlm_dataloading.files import sha256, sync
 
 START, SAVE = "start", "save"
@@ -90,16 +90,11 @@ def prefix_hash(file: Path, count: int) -> str:
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """Read the events of a history. Lines that are none, such as the beginning that a kill may leave, are skipped."""
-    events = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        wanted = FIELDS.get(str(event.get("event"))) if isinstance(event, dict) else None
-        if wanted is None or not all(isinstance(event.get(name), kind) for name, kind in wanted.items()):
-            continue
-        if event["event"] == SAVE or event["machine"].keys() >= MACHINE:
-            events.append(event)
-    return events
+    """Read the events of a history. Lines that are none are skipped."""
+
+    def is_event(line: dict[str, Any]) -> bool:
+        wanted = FIELDS.get(str(line.get("event")))
+        complete = wanted is not None and all(isinstance(line.get(name), kind) for name, kind in wanted.items())
+        return complete and (line["event"] == SAVE or line["machine"].keys() >= MACHINE)
+
+    return [line for line in json_lines(file) if is_event(line)]

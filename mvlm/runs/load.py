@@ -13,8 +13,7 @@ from mvlm.errors import ConfigError, RunError, shown
 from mvlm.files import check_finite, load_weights, read_shapes
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, download
-from mvlm.model.shapes import check_sizes
+from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, check_sizes, download
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, log_unfinished
 from mvlm.weights.resize import resized_model

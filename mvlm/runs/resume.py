@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mvlm.config.groups import RunConfig
 from mvlm.config.json_files import check_removed, config_json, differing_settings, read_config, with_defaults
-from mvlm.config.run import RunConfig
 from mvlm.errors import RunError
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, step_of, verify_checkpoint
 from mvlm.runs.folder import RunFolder, check_usable, read_metrics

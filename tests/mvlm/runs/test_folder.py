@@ -64,6 +64,9 @@ def test_a_folder_that_cannot_hold_the_run_is_refused_and_left_as_it_is(config, 
     begin(config)
     for refused, words in ((other, "other files"), (file, "found a file"), (config, "--resume")):
         refuse(refused, words, "choose another --out")
+    with pytest.raises(RunError, match="wanted an empty folder or a run, found other files"):
+        RunLock(other.out)
+    assert [path.name for path in other.out.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -106,7 +109,7 @@ def test_run_folder_belongs_to_one_process(config):
     """A second lock is refused, by this process and by a forked one, until the first is released."""
     with RunLock(config.out):
         before = folder_hash(config.out)
-        with pytest.raises(RunError, match=r"run: wanted a run folder that no other process uses, found it in use"):
+        with pytest.raises(RunError, match="run: wanted a folder that no other process"):
             RunLock(config.out)
         process = os.fork()
         if process == 0:
@@ -145,20 +148,6 @@ def test_lock_of_a_killed_process_is_free_even_if_a_child_lives_on(config):
         os.kill(child, signal.SIGKILL)
 
 
-def test_folder_with_only_the_lock_file_counts_as_empty(config):
-    with RunLock(config.out):
-        begin(config)
-    assert sorted(path.name for path in config.out.iterdir()) == [".lock", "config.json"]
-
-
-def test_lock_leaves_no_file_in_a_folder_that_holds_no_run(config):
-    config.out.mkdir()
-    (config.out / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(RunError, match="wanted an empty folder or a run, found other files"):
-        RunLock(config.out)
-    assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]
-
-
 @pytest.mark.slow
 def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
     config = pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
@@ -192,17 +181,11 @@ def test_line_of_metrics_is_written_completely_or_not_at_all(tmp_path, file_limi
     with file_limit(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
         metrics.write({"step": 2})
     assert path.read_text() == '{"step": 1}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        metrics.write({"step": 2, "loss": float("nan")})
     metrics.write({"step": 3})
     metrics.close()
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
-
-
-def test_metrics_file_refuses_nan(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        metrics.write({"step": 1, "loss": float("nan")})
-    metrics.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_metrics_file_drops_later_rows_and_a_broken_line_on_resume(tmp_path):
