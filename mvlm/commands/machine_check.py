@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.groups import RunConfig
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.run import RunConfig
 from mvlm.device import has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError, is_out_of_memory

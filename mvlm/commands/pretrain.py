@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from mvlm.commands.arguments import parse
-from mvlm.config.groups import groups_of
+from mvlm.config.groups import RunConfig, groups_of
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import NO_FLAG
-from mvlm.config.run import RunConfig
 from mvlm.errors import ConfigError
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -4,9 +4,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mvlm.config.groups import settings
+from mvlm.config.groups import RunConfig, settings
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, NO_FLAG
-from mvlm.config.run import RunConfig
 
 
 @settings(resume_may_change=False)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from mvlm.config.finetune import FinetuneConfig, TaskOptions
-from mvlm.config.groups import resume_may_change
+from mvlm.config.groups import RunConfig, resume_may_change
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.errors import ConfigError, RunError
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -91,19 +90,15 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{file}: wanted the configuration of a run, found no such file; check the path") from None
-    except IsADirectoryError:
-        raise RunError(f"{file}: wanted the configuration of a run, found a folder; name a config.json") from None
+        version = values["format_version"]
     except OSError as error:
-        raise RunError(f"{file}: wanted the configuration of a run, could not read it ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise RunError(f"{file}: wanted the configuration of a run, found no JSON; name a run's config.json") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{file}: wanted the configuration of a run, found other JSON; name a run's config.json")
-    version = values.get("format_version")
-    if version is None:
-        raise RunError(f"{file}: wanted the configuration of a run, found one without format_version; name a run")
+        raise RunError(
+            f"{file}: wanted the configuration of a run, could not read it ({error.strerror}); check the path"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunError(
+            f"{file}: wanted the configuration of a run, found no JSON with a format_version; name a run's config.json"
+        ) from None
     if version == 2:
         values = upgrade_version_2(values)
     elif version != FORMAT_VERSION:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm.config.groups import CaptureSettings, MuonSettings, ObjectiveSettings, WeightSettings
+from mvlm.config.groups import CaptureSettings, MuonSettings, ObjectiveSettings, RunConfig, WeightSettings
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.run import RunConfig
 from mvlm.errors import ConfigError
 
 # Chosen on two CPU cores, with images of 64 pixels, for a run of five minutes. docs/evidence/lab_log.md has the other

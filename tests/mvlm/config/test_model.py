@@ -62,6 +62,7 @@ AT_LEAST_1 = ("heads", "patch_size", "mask_block", "itc_width", *LAYERS)
         ({"contrastive": "hinge"}, 'contrastive must be "softmax" or "sigmoid", got \'hinge\''),
         ({"text_masking": "none"}, 'text_masking must be "fixed" or "variable", got \'none\''),
         ({"image_masking": "variable", "drop_masked": True}, "image_masking: wanted fixed with drop_masked"),
+        ({"temperature": 0.51}, r"temperature must be in \[0.001, 0.5\], got 0.51"),
         ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
         ({"image_mask_ratio": math.nan}, "image_mask_ratio must be a finite number, got nan"),
         ({"image_mean": (0.5, math.inf, 0.5)}, "image_mean must be a finite number, got inf"),

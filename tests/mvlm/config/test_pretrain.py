@@ -57,10 +57,17 @@ def test_every_seed_that_torch_takes_is_valid(seed):
         *(({name: math.inf}, f"{name} must be a finite number, got inf") for name in FLOATS),
         ({"crop_scale": (0.5, math.nan)}, "crop_scale must be a finite number, got nan"),
         ({"plan": "quick"}, 'plan must be "fast" or "plain", got \'quick\''),
+        ({"plan": None}, 'plan must be "fast" or "plain", got None'),
+        ({"flip": 1.1}, r"flip must be in \[0, 1\], got 1.1"),
+        ({"lr_end": 10**400}, "lr_end must be a finite number, got 10{400}"),
+        ({"batch_size": 8.5}, "batch_size must be an integer, got 8.5"),
+        ({"crop_scale": (0.5,)}, r"crop_scale must have 2 values, got \(0.5,\)"),
+        ({"log_to": "wandb"}, "log_to must be a tuple, got 'wandb'"),
         *(({name: -1}, f"{name} must be at least 0, got -1") for name in NOT_NEGATIVE),
     ],
 )
 def test_invalid_settings_of_a_run_are_refused(changes, message):
+    pretrain_config(Path("data"), Path("out"), flip=1.0, beta2=0.0, randaugment=14)  # the ends of ranges are valid
     with pytest.raises(ConfigError, match=message):
         pretrain_config(Path("data"), Path("out"), **changes)
 
