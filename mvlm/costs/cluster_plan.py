@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
-from mvlm.distributed.loss_shares import MAX_LOGITS
+from mvlm.distributed.global_batch import MAX_LOGITS
 from mvlm.errors import ConfigError
 from mvlm_kernels.hardware import GPUS
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.cluster_plan import ClusterSetting
 from mvlm.costs.step_cost import TOKENS, MemoryTracker, fake_microbatch, give_fake_tensors
-from mvlm.model.fast import encode_masked, encode_patches, encode_tokens, match_pairs, project_patches, reconstruct
+from mvlm.model.fast import encode_masked, encode_patches, encode_tokens, fuse_pairs, project_patches, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing, round_up_length
 from mvlm_kernels.hardware import GPUS
@@ -63,7 +63,7 @@ def evaluation_cost(config: MaskVLMConfig, pairs_of_an_image: float, tokens: int
         # With the right partner; once more with a wrong one.
         rebuilt = count(rows, lambda: reconstruct(model, own, texts, own, texts, batch, masks))
         rows, ids = PAIRS * tokens, torch.empty(PAIRS, dtype=torch.int64)
-        pair = count(rows, lambda: match_pairs(model, v, w, ids, ids, rows))
+        pair = count(rows, lambda: model.matching_logits(*fuse_pairs(model, v, w, ids, ids, max_rows=rows)))
     return EvaluationCost(
         image // SAMPLES, caption // SAMPLES, pair // PAIRS, DRAWS * (masked + 2 * rebuilt) // SAMPLES
     )

@@ -4,9 +4,9 @@ from functools import cache
 
 import torch
 
+from mvlm.config.groups import RunConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.distributed.world import World
 from mvlm.objectives.losses import LossWeights, loss_weights
 from mvlm_kernels.hardware import peak_rates

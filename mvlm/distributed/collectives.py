@@ -228,10 +228,10 @@ def lane_of(device: torch.device) -> Lane:
 
 
 class HostNumbers:
-    """Integers on their way from the device to the host."""
+    """Numbers on their way from the device to the host."""
 
     def __init__(self, x: Tensor) -> None:
-        """Start to copy x int64 (..., K), after the device's current work."""
+        """Start to copy x (..., K), after the device's current work."""
         self._copy, self._event = x, None
         if x.is_cuda:
             self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

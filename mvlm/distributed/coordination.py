@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from mvlm.config.groups import resume_may_change
-from mvlm.config.run import RunConfig
+from mvlm.config.groups import RunConfig, resume_may_change
 from mvlm.device import chosen_precision
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError, RunError
@@ -98,16 +97,25 @@ def check_same(
 def joined_ranks(device: str) -> Iterator[World]:
     """Context with the ranks that torchrun started, or with a world of one. LostRankError if another rank is gone."""
     world = join_ranks(device)
-    try:
+    with naming_lost_ranks(world, lambda: None, "Start all ranks again"):
         yield world
+    world.close()
+
+
+@contextmanager
+def naming_lost_ranks(world: World, failure: Callable[[], str | None], advice: str) -> Iterator[None]:
+    """Context that raises LostRankError where a collective fails without another rank.
+
+    Args:
+        failure: asked what that rank has said; None if nothing.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if world.size == 1 or not is_lost_rank(error):
             raise
-        raise LostRankError(
-            f"rank {world.rank} lost another rank and ends too ({str(error).splitlines()[0]}); that rank's log says "
-            f"why. Start all ranks again"
-        ) from error
-    world.close()
+        reason = failure() or f"{str(error).splitlines()[0]}; that rank's log says why"
+        raise LostRankError(f"rank {world.rank} lost another rank and ends too ({reason}). {advice}") from error
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

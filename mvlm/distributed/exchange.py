@@ -1,6 +1,6 @@
 """Exchange of features: each rank receives those of the images and captions that its own pairs drew as negatives.
 
-The numbers of rows (`mvlm.distributed.exchange`) are known on the device first; the host reads them after it has
+The numbers of rows are known on the device first; the host reads them after it has
 queued other work.
 
 Shape legend: W ranks, b pairs of a microbatch, n pairs of a rank, G pairs of the global batch, M rows of this rank, S
@@ -119,12 +119,6 @@ def rows_of_sequences(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
     number = torch.arange(total, device=starts.device)
     sequence = torch.searchsorted(ends, number, right=True)
     return (starts + lengths - ends).index_select(0, sequence) + number
-
-
-def negatives_of_all(draws: Tensor, sampling: NegativeSampling, layout: GlobalBatchLayout) -> Negatives:
-    """Gather the draws int64 (n, 2) of every rank: negatives of all G pairs."""
-    texts, images = start_gather(draws.int(), layout).wait().long().unbind(1)
-    return sampling.limited(texts, images)
 
 
 class RowExchange(Journey):
@@ -249,7 +243,8 @@ class FeatureExchange:
         self._lane = lane_of(image.device)
         inputs = (draws, sampling.image_id, sampling.text_id, lengths, image, self._text, own_starts)
         with self._lane.after(self._lane.mark(), *inputs):
-            self._negatives = negatives_of_all(draws, sampling, layout)
+            drawn_texts, drawn_images = start_gather(draws.int(), layout).wait().long().unbind(1)
+            self._negatives = sampling.limited(drawn_texts, drawn_images)
             self._plans = [
                 plan_exchange(self._negatives, lengths, own_starts, number, layout)
                 for number in range(layout.microbatches)

@@ -1,44 +1,320 @@
 """Losses and gradients of one step over the global batch: W ranks with A microbatches of b pairs each.
 
 They equal those of one rank with all W A b pairs (docs/explain/global_batch.md). Each rank computes its share of every
-loss; the shares of all ranks and microbatches add up to the loss. With A = 1, forward and backward are one
-autograd graph. With more microbatches the step uses gradient caching (`mvlm.distributed.global_batch`).
+loss from each of its microbatches; the shares of all ranks and microbatches add up to the loss. The contrastive logits,
+from which ITM's negatives are drawn too, are computed in blocks of rows. With A = 1, forward and backward are one
+autograd graph. With more microbatches the step uses gradient caching (`backward_cached`).
 
-Shape legend: W ranks, A microbatches, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs, E contrastive
-width.
+Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs, N
+patches, L tokens a caption may have, C width, E contrastive width, Q rows of a block.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
-from mvlm.distributed.exchange import FeatureExchange
-from mvlm.distributed.loss_shares import (
-    OBJECTIVES,
-    SHARE_NAMES,
-    Embeddings,
-    GlobalStep,
-    Microbatch,
-    contrastive_shares,
-    feature_exchange,
-    idle_parameters,
-    image_share,
-    language_shares,
-    matching_shares,
-    scaled_total,
-)
+from mvlm.device import compute_dtype
+from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, Pending, start_gather
+from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
-from mvlm.model.implementation import ALL
+from mvlm.model.implementation import ALL, Implementation, Streams, needs_masked
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
-from mvlm.model.packing import PackedText
-from mvlm.objectives.losses import Losses, LossWeights, weight_of_masked_tokens
+from mvlm.model.network import MaskVLMNetwork
+from mvlm.model.packing import PackedText, Packing
+from mvlm.objectives.losses import (
+    Losses,
+    LossWeights,
+    conditioned_loss,
+    contrastive_logits,
+    contrastive_sums,
+    matching_loss,
+    shared_contrastive_sums,
+    weight_of_masked_tokens,
+)
+from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_rows, matching_weights
 from mvlm_dataloading import Batch, Masks
+
+MAX_LOGITS = 1 << 24
+"""Largest number of logits in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block of rows
+reads the embeddings of all pairs again."""
+
+
+class Embeddings:
+    """This rank's embeddings of unit length, image and text (n, E) each, and those of all ranks on their way here.
+
+    They are gathered in one collective, in the dtype in which the step computes.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
+        self.image, self.text = image, text
+        both = torch.cat([image, text], dim=1)  # (n, 2 E)
+        self._all = InFlight(both, Gather(both, layout, compute_dtype(both)))
+        self._arrived: tuple[Tensor, Tensor] | None = None
+
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        """Images and captions of all ranks, (G, E) each, with gradients."""
+        if self._arrived is None:
+            image, text = self._all.arrive().chunk(2, dim=1)
+            self._arrived = image, text
+        return self._arrived
+
+
+def sharded_contrastive_loss(
+    embeddings: Embeddings,
+    log_scale: Tensor,
+    sampling: NegativeSampling,
+    layout: GlobalBatchLayout,
+    elements: int = MAX_LOGITS,
+    bias: Tensor | None = None,
+    shared_positives: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute this rank's shares of ITC and of its accuracy, and draw negatives for its pairs.
+
+    The rank computes the logits of its own images with all captions, and of its own captions with all images. The
+    shares of all ranks add up to `objectives.losses.contrastive_loss` of the global batch. The draws int64 (n, 2) are
+    the global indices of a caption for each image and of an image for each caption.
+
+    Args:
+        elements: most logits in memory at a time.
+        bias: (1,), for the sigmoid loss; None for InfoNCE.
+        shared_positives: take all pairs with the same image or caption text as right answers, which share the target.
+    """
+    indices, sums = layout.own_indices(embeddings.image.device), []
+    all_images, all_texts = embeddings.arrive()
+    for direction, (own, others) in enumerate(((embeddings.image, all_texts), (embeddings.text, all_images))):
+
+        def block(rows: Tensor, of: Tensor, others: Tensor = others, direction: int = direction):
+            """Loss, number of correct rows, and drawn columns int64 (Q,), of rows (Q, E) with global indices (Q,)."""
+            logits = contrastive_logits(rows, others, log_scale)  # (Q, G)
+            if shared_positives:
+                found = shared_contrastive_sums(logits, sampling.matches(of))
+            else:
+                found = contrastive_sums(logits, of, bias)
+            # The draw last: backward computes the block again only as far as the loss.
+            return *found, sampling.draw(logits, of, direction)
+
+        parts = _in_blocks(block, own, indices, max(1, elements // len(others)))
+        losses, correct, columns = zip(*parts, strict=True)
+        sums.append((_sum(losses), _sum(correct), torch.cat(columns)))
+    (image_loss, image_correct, texts), (text_loss, text_correct, images) = sums
+    loss, accuracy = (x / (2 * layout.total) for x in (image_loss + text_loss, image_correct + text_correct))
+    return loss, accuracy, torch.stack([texts, images], dim=1)
+
+
+def _in_blocks(block: Callable[[Tensor, Tensor], Any], rows: Tensor, indices: Tensor, size: int) -> list[Any]:
+    """Values of `block` for rows and their global indices, `size` rows at a time.
+
+    If these are several blocks, backward computes each again. Kept logits would make n x G elements, which grows with
+    the ranks.
+    """
+    blocks = list(zip(rows.split(size), indices.split(size), strict=True))
+    if len(blocks) == 1:
+        return [block(*blocks[0])]
+    return [checkpoint(block, own, of, use_reentrant=False) for own, of in blocks]
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum()
+
+
+def sharded_conditioned_loss(
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    embeddings: Embeddings,
+    log_scale: Tensor,
+    layout: GlobalBatchLayout,
+    elements: int = MAX_LOGITS,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Compute this rank's share of `objectives.losses.conditioned_loss`: its own images with all captions.
+
+    Captions travel as embeddings, so features of images never do.
+
+    Args:
+        similarity: gives the cosines (Q, G) of features (Q, 1+N, C) and embeddings of captions (G, E).
+        image: features (n, 1+N, C) of the own images.
+        elements: largest number of values of queries in memory at a time. If that makes several blocks, backward
+            computes each again.
+    """
+    _, texts = embeddings.arrive()
+
+    def block(rows: Tensor, of: Tensor) -> Tensor:
+        return conditioned_loss(similarity(rows, texts), log_scale, bias, of)
+
+    size = max(1, elements // (len(texts) * image.shape[2]))
+    return _sum(_in_blocks(block, image, layout.own_indices(image.device), size)) / layout.total
+
+
+Microbatch = tuple[Batch, Masks]
+Shares = dict[str, Tensor]
+"""Shares of losses and accuracies by name: scalars."""
+OBJECTIVES = ("mlm", "mim", "itc", "itm")
+"""Losses that add up to the total."""
+SHARE_NAMES = (*OBJECTIVES, "mlm_accuracy", "itc_accuracy", "itm_accuracy")
+
+
+class GlobalStep(NamedTuple):
+    """Values that all parts of one training step share."""
+
+    layout: GlobalBatchLayout
+    world: World
+    implementation: Implementation
+    autocast: Callable[[], AbstractContextManager[object]]
+    seed: int
+    """Seed of ITM's negatives."""
+    step: int | Tensor
+    """Number of the update; with the seed it determines the negatives."""
+    ids: Pending
+    """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
+    masked_tokens: Pending
+    """Sum of the weights of the masked tokens of the global batch, and their number: float64 (2,) on the device."""
+    weights: LossWeights
+    """Weights of the losses. An objective of weight 0 is not computed."""
+    shared_positives: bool = False
+    """ITC takes all pairs with the same image or caption text as right answers."""
+
+    @property
+    def sampling(self) -> NegativeSampling:
+        """Sampling of ITM's negatives."""
+        image_id, text_id, _ = self.ids.wait().unbind(1)
+        return NegativeSampling(image_id, text_id, self.seed, self.step)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 (G,), number of tokens of each caption of the global batch."""
+        return self.ids.wait()[:, 2]
+
+
+def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Parameter]:
+    """Parameters that no loss of some weight uses."""
+    matching = weights.itm > 0
+    users: list[tuple[nn.Module, bool]] = [
+        (model.image_projection, weights.contrasts),
+        (model.text_projection, weights.contrasts),
+        (model.matching_head, matching),
+        *([] if model.text_pooling is None else [(model.text_pooling, weights.contrasts)]),
+        (model.text_cross, matching or weights.mlm > 0),
+        (model.language_head, weights.mlm > 0),
+        (model.image_cross, matching or weights.mim > 0),
+        (model.image_decoder, weights.mim > 0),
+        (model.pixel_head, weights.mim > 0),
+    ]
+    idle = [parameter for module, used in users if not used for parameter in module.parameters()]
+    scale = [model.log_scale] if model.logit_bias is None else [model.log_scale, model.logit_bias]
+    idle += [] if weights.contrasts else scale
+    masked_images, _ = needs_masked(model.config, weights)
+    return idle if masked_images else [*idle, model.image_encoder.mask_token]
+
+
+def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
+    """Shares of MLM and its accuracy, from one microbatch."""
+    if not step.weights.mlm:
+        return {}
+    mlm, accuracy = step.implementation.language_loss(model, streams, batch, masks)
+    # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
+    # not be the loss of the global batch: each is weighted by its number, or by the weights of its tokens.
+    own, total = (x.to(mlm.dtype) for x in (weight_of_masked_tokens(batch, masks), step.masked_tokens.wait()))
+    return {"mlm": mlm * own[0] / total[0], "mlm_accuracy": accuracy * own[1] / total[1]}
+
+
+def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
+    """Share of MIM, from one microbatch. All have equally many masked patches, or weights of equal sum."""
+    if not step.weights.mim:
+        return {}
+    mim = step.implementation.image_loss(model, streams, batch, masks)
+    return {"mim": mim / (step.layout.ranks * step.layout.microbatches)}
+
+
+def contrastive_shares(
+    model: MaskVLMNetwork, image: Tensor | None, embeddings: Embeddings, step: GlobalStep
+) -> tuple[Shares, Tensor]:
+    """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives.
+
+    image (n, 1+N, C): the own features, for a model with text-conditioned pooling; others do not read them.
+    """
+    share, accuracy, draws = sharded_contrastive_loss(
+        embeddings,
+        model.log_scale,
+        step.sampling,
+        step.layout,
+        bias=model.logit_bias,
+        shared_positives=step.shared_positives,
+    )
+    if model.text_pooling is not None:
+        assert image is not None
+        similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)
+        pooled = sharded_conditioned_loss(
+            similarity, image, embeddings, model.log_scale, step.layout, bias=model.logit_bias
+        )
+        share = (share + pooled) / 2
+    return {"itc": share, "itc_accuracy": accuracy}, draws
+
+
+def matching_shares(
+    model: MaskVLMNetwork, image: Tensor, text: PackedText, arrived: Arrived, microbatch: int, step: GlobalStep
+) -> Shares:
+    """Shares of ITM and its accuracy, from one microbatch and the features of its negatives, which have arrived.
+
+    image (b, 1+N, C) and text are its own features. The loss is a weighted mean; the weights of the pairs of the whole
+    batch add up to its denominator.
+    """
+    theirs, ours = arrived.text.packing, text.packing
+    # What has arrived comes first, because the own captions may end in padding rows.
+    bounds = torch.cat([theirs.cu_seqlens, ours.cu_seqlens[1:] + theirs.total])
+    packing = Packing(bounds, max(theirs.max_length, ours.max_length), theirs.total + ours.total)
+    rows = step.layout.indices(microbatch, image.device)
+    own = Negatives(*(x.index_select(0, rows) for x in arrived.negatives))
+    drawn = own._replace(texts=arrived.text_place, images=arrived.image_place)
+    pairs = matching_pairs(drawn, len(arrived.image), len(theirs))
+    fused = step.implementation.fuse_pairs(
+        model,
+        torch.cat([arrived.image.to(image.dtype), image]),
+        PackedText(torch.cat([arrived.text.rows.to(text.rows.dtype), text.rows]), packing),
+        pairs.images,
+        pairs.texts,
+        None,
+        matching_rows(ours.total, arrived.drawn_rows),
+    )
+    loss, accuracy = matching_loss(model.matching_logits(*fused), pairs.labels, pairs.weights)
+    # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
+    # Its float64 is for tests in float64: weights are counted exactly in any dtype.
+    share = (pairs.weights.double().sum() / matching_weights(arrived.negatives).double().sum()).to(loss.dtype)
+    return {"itm": loss * share, "itm_accuracy": accuracy * share}
+
+
+def feature_exchange(draws: Tensor, image: Tensor, texts: list[PackedText], step: GlobalStep) -> FeatureExchange:
+    """Exchange of features in the dtype in which the step computes: called under its autocast."""
+    return FeatureExchange(draws, step.sampling, step.lengths, image, texts, step.layout, compute_dtype(image))
+
+
+def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the losses' shares times W, to call backward on, and all shares (7,), without weights.
+
+    The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of SHARE_NAMES; a
+    missing one is 0.
+    """
+    weights = step.weights._asdict()
+    losses = [weights[name] * shares[name] for name in OBJECTIVES if name in shares]
+    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to those that this pass
+    # does not use: with several microbatches, the last pass computes no ITC and no ITM.
+    alone = step.layout.microbatches == 1
+    idle = idle_parameters(model, step.weights if alone else step.weights.reconstructing())
+    # Nor does it use the biases of keys if ITM alone reads a last block: the fast implementation needs no keys there.
+    idle += [encoder.layers[-1].self_attention.key.bias for encoder in (model.image_cross, model.text_cross)]
+    # FSDP2 waits for none. In a block that is not called, it has left its parameters sharded.
+    idle = [parameter for parameter in idle if not isinstance(parameter, DTensor)]
+    dtype = losses[0].dtype if losses else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=step.world.device)
+    unused = sum((p.flatten()[:0].sum() for p in idle), zero)
+    found = torch.stack([shares.get(name, zero).detach() for name in SHARE_NAMES])
+    return step.world.size * torch.stack([zero, *losses]).sum() + unused, found
 
 
 def backward_global(
@@ -77,16 +353,7 @@ def backward_global(
     masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
     shared = GlobalStep(
-        layout,
-        world,
-        IMPLEMENTATIONS[plan],
-        autocast,
-        seed,
-        step,
-        ids,
-        counted,
-        weights,
-        shared_positives,
+        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, ids, counted, weights, shared_positives
     )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared))

@@ -64,15 +64,13 @@ def parallelize(
     model: nn.Module,
     world: World,
     kind: Literal["ddp", "fsdp"] = "ddp",
-    *,
     nodes: int | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Parallel:
     """Prepare a model for `backward_global`. It is on its rank's device and has the same weights on every rank.
 
     With "fsdp" the parameters become DTensors in place: make the optimizer afterwards. They are sharded over the ranks
-    of a node and replicated on each node (HSDP). A block's parameters are gathered when it is called, in `dtype` if
-    given, and freed afterwards. Gradients are reduced in the parameters' own dtype.
+    of a node and replicated on each node (HSDP). A block's parameters are gathered when it is called, and
+    freed afterwards. Gradients are reduced in the parameters' own dtype.
 
     Args:
         nodes: number of nodes; by default as torchrun started them.
@@ -88,9 +86,7 @@ def parallelize(
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
     # Do not cast inputs: autocast decides the residual stream's dtype.
-    precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False
-    )
+    precision = MixedPrecisionPolicy(reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh, mp_policy=precision)

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from mvlm.device import choose_device
 
 log = logging.getLogger(__name__)
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,10 @@ class World:
             dist.destroy_process_group()
 
 
-def join_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+def join_ranks(device: str = "auto") -> World:
     """Join the ranks that torchrun started, or return a world of one. ConfigError if this machine has no such device.
 
-    Gloo carries tensors on the CPU, NCCL those on a GPU. A collective that takes longer than the time-out raises.
+    Gloo carries tensors on the CPU, NCCL those on a GPU. A collective that takes longer than `TIMEOUT` raises.
     """
     chosen = choose_device(device)
     if chosen.type == "cuda":  # with its number, which torch.cuda.set_device needs
@@ -82,12 +83,11 @@ def join_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         torch.cuda.set_device(chosen)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, store=attempt_store(timeout), rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=attempt_store(), rank=rank, world_size=size, timeout=TIMEOUT)
     return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
 
 
-def attempt_store(timeout: timedelta) -> PrefixStore | None:
+def attempt_store() -> PrefixStore | None:
     """Store in which the ranks of this attempt find each other; None if torch makes one for them.
 
     torchrun (torch 2.13) gives every attempt the same store, which still has the addresses of ranks that have ended.
@@ -101,5 +101,5 @@ def attempt_store(timeout: timedelta) -> PrefixStore | None:
             "node (docs/guides/many_gpus.md)"
         )
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+    store = dist.TCPStore(address, port, timeout=TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
     return PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

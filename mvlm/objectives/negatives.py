@@ -1,6 +1,6 @@
 """Hard negatives for ITM, drawn from the contrastive logits.
 
-`MaskVLM.forward` draws them for one rank, `mvlm.distributed.loss_shares` for the global batch; both by
+`MaskVLM.forward` draws them for one rank, `mvlm.distributed.global_batch` for the global batch; both by
 `NegativeSampling.draw`.
 
 Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank,
@@ -116,10 +116,6 @@ class NegativeSampling(NamedTuple):
         of row i. Each pair matches itself."""
         return (self.image_id[rows, None] == self.image_id) | (self.text_id[rows, None] == self.text_id)
 
-    def admissible(self, rows: Tensor) -> Tensor:
-        """Admissible negatives of the pairs rows int64 (Q,): bool (Q, G), True = column j is a mismatch for row i."""
-        return ~self.matches(rows)
-
     def draw(self, logits: Tensor, rows: Tensor, direction: int) -> Tensor:
         """Draw one column per row, with probability softmax(logits) over the admissible ones (Gumbel-argmax).
 
@@ -128,7 +124,7 @@ class NegativeSampling(NamedTuple):
         own index.
         """
         columns = torch.arange(logits.shape[1], device=logits.device)
-        admissible = self.admissible(rows)
+        admissible = ~self.matches(rows)  # (Q, G), True = column j is a mismatch for row i
         scores = logits.detach() + gumbel(self.seed, self.step, direction, rows, columns)
         drawn = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
         return torch.where(admissible.any(dim=1), drawn, rows)

@@ -25,6 +25,9 @@ Inputs = TypeVar("Inputs", Batch, Masks)
 MAX_GRAPHS = 8
 """Most graphs at a time. Each keeps a copy of the gradients and its inputs; they share all other memory."""
 
+Bucket = tuple[Any, ...]
+"""What all steps of one graph share: shapes of the tensors of the batch and its masks, and their numbers on the host,
+such as the longest caption."""
 Step = Callable[[Batch, Masks, Tensor], Losses]
 """step(batch, masks, number): sets the gradients and returns the losses, detached scalars. number: that of the update,
 int64 () on the device."""
@@ -80,7 +83,8 @@ class CudaGraphs:
 
     def run(self, batch: Batch, masks: Masks, number: Tensor) -> Losses:
         """Run a step: set the parameters' gradients, and return the losses, detached scalars."""
-        bucket = bucket_of(batch, masks)
+        values = [getattr(part, field.name) for part in (batch, masks) for field in fields(part)]
+        bucket: Bucket = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in values)
         graph = self._graphs.get(bucket)
         if graph is None and bucket in self._seen and len(self._graphs) < self._limit:
             graph = self._try_to_capture(bucket, batch, masks, number)
@@ -90,14 +94,16 @@ class CudaGraphs:
         if graph is None:
             self._seen.add(bucket)
             return self._step(batch, masks, number)
-        copy_inputs((batch, masks), (graph.batch, graph.masks))
+        for new, own in ((batch, graph.batch), (masks, graph.masks)):
+            for name, value in tensors_of(new).items():
+                getattr(own, name).copy_(value, non_blocking=True)
         graph.number.copy_(number)
         graph.replay()
         for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
             parameter.grad = gradient
         return Losses(*(loss.clone() for loss in graph.losses))  # the next step overwrites those of the graph
 
-    def _try_to_capture(self, bucket: "Bucket", batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
+    def _try_to_capture(self, bucket: Bucket, batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
         own_batch, own_masks, own_number = static_copy(batch), static_copy(masks), number.clone()
         for parameter in self._parameters:
             parameter.grad = None  # backward then writes a gradient instead of adding to it
@@ -112,15 +118,6 @@ class CudaGraphs:
         gradients = [p.grad for p in self._parameters]
         self._graphs[bucket] = graph = _Graph(own_batch, own_masks, own_number, replay, losses, gradients)
         return graph
-
-
-class Bucket(NamedTuple):
-    """Properties that all steps of one graph share."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    """Shapes of the tensors of the batch and its masks."""
-    numbers: tuple[int, ...]
-    """Their numbers on the host, such as the longest caption, in the order of the fields."""
 
 
 class _Graph(NamedTuple):
@@ -171,21 +168,6 @@ def tensors_of(inputs: Batch | Masks) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def bucket_of(batch: Batch, masks: Masks) -> Bucket:
-    """The bucket of a batch."""
-    values = [getattr(part, field.name) for part in (batch, masks) for field in fields(part)]
-    shapes = tuple(tuple(x.shape) for x in values if isinstance(x, Tensor))
-    return Bucket(shapes, tuple(x for x in values if not isinstance(x, Tensor)))
-
-
 def static_copy(inputs: Inputs) -> Inputs:
     """A copy whose tensors keep their memory while later inputs are copied into them."""
     return replace(inputs, **{name: x.clone() for name, x in tensors_of(inputs).items()})
-
-
-def copy_inputs(source: tuple[Batch, Masks], to: tuple[Batch, Masks]) -> None:
-    """Copy the tensors of a batch and its masks into others of the same shapes. The host waits for nothing."""
-    for new, own in zip(source, to, strict=True):
-        targets = tensors_of(own)
-        for name, value in tensors_of(new).items():
-            targets[name].copy_(value, non_blocking=True)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from mvlm.config.run import RunConfig
+from mvlm.config.groups import RunConfig
 from mvlm.errors import ConfigError
 from mvlm.runs.folder import MetricsFile, RunFolder
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.costs.mfu import ModelFlopsUtilization
+from mvlm.distributed.collectives import HostNumbers
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
 from mvlm.progress import TrainingProgress
@@ -32,7 +33,7 @@ class MetricsBuffer:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._rows: list[Tensor] = []
-        self._sent: tuple[Tensor, Any] | None = None
+        self._sent: HostNumbers | None = None
         self.steps: list[int] = []
         self.samples: list[list[int]] = []
         """Sample ids of each step's batch, on this rank."""
@@ -53,14 +54,7 @@ class MetricsBuffer:
 
     def send(self) -> None:
         """Start the transfer to the host. It is queued after the device's current work."""
-        rows = torch.stack(self._rows)  # (steps, names)
-        if not rows.is_cuda:
-            self._sent = (rows, None)
-            return
-        copy = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._sent = (copy, event)
+        self._sent = HostNumbers(torch.stack(self._rows))  # (steps, names)
 
     def read(self) -> list[dict[str, float]]:
         """Return the scalars of each step. Waits for the device if the transfer has not finished."""
@@ -69,10 +63,7 @@ class MetricsBuffer:
         if self._sent is None:
             self.send()
         assert self._sent is not None
-        rows, event = self._sent
-        if event is not None:
-            event.synchronize()
-        return [dict(zip(self._names, row, strict=True)) for row in rows.tolist()]
+        return [dict(zip(self._names, row, strict=True)) for row in self._sent.read()]
 
 
 def finite_on_all_ranks(world: World, loss: Tensor, gradient_norm: Tensor) -> Tensor:
@@ -225,10 +216,12 @@ class MetricsLogger:
         # The first count of FLOPs takes seconds, which are no training: the clock is stopped meanwhile.
         self._row_started = time.perf_counter()
         elapsed, self._clock_zero = now - self._clock_zero, self._clock_zero + self._row_started - now
+        peaks = {"lr": config.lr_cross, "lr_encoder": config.lr_encoder}
+        if isinstance(config, PretrainConfig):
+            peaks["lr_pixels"] = config.lr_pixels
+            peaks |= {"lr_muon": config.lr_muon} if config.optimizer == "muon" else {}
         host = {
-            "lr": config.lr_cross * factor,
-            "lr_encoder": config.lr_encoder * factor,
-            **{name: rate * factor for name, rate in _rates_of_pretraining(config).items()},
+            **{name: peak * factor for name, peak in peaks.items()},
             "pairs_per_s": rate,
             "data_wait_s": buffer.waited / steps,
             "seconds": elapsed,
@@ -254,10 +247,3 @@ class MetricsLogger:
         if self._sinks is not None:
             self._sinks.log(row)
         progress.show(row)
-
-
-def _rates_of_pretraining(config: RunConfig) -> dict[str, float]:
-    """Peak learning rates that pretraining alone has."""
-    if not isinstance(config, PretrainConfig):
-        return {}
-    return {"lr_pixels": config.lr_pixels} | ({"lr_muon": config.lr_muon} if config.optimizer == "muon" else {})

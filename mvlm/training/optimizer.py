@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.device import chosen_precision
 from mvlm.model.network import PIXEL_MODULES
 
@@ -79,7 +79,9 @@ class GuardedMuon(GuardedAdamW):
         directions = torch.stack([self._momentum(p).to(self.precision) for p in parameters])
         updates = orthogonalize(directions).float() * (rate * max(1, rows / columns) ** 0.5)
         for parameter, update in zip(parameters, updates, strict=True):
-            _shard(parameter).mul_(1 - rate * group["weight_decay"]).sub_(_shard_of(update, parameter))
+            if isinstance(parameter, DTensor):  # all ranks have the same update, so none is sent
+                update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            _shard(parameter).mul_(1 - rate * group["weight_decay"]).sub_(_shard(update))
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         """Put a gradient into the mean of gradients. Returns Nesterov's mix of both, the whole matrix on every rank."""
@@ -136,13 +138,6 @@ def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _shard_of(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a matrix that this rank has of a parameter. All ranks have the same matrix, so none is sent."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    return _shard(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
-
-
 def peak_rate(name: str, config: PretrainConfig) -> float:
     """Peak learning rate of the model's parameter with this name."""
     if name.startswith(("image_encoder.", "text_encoder.")):
@@ -174,12 +169,7 @@ def make_optimizer(
         peak = lr_muon if lr_muon is not None and muon else rate(name, config)
         groups.setdefault((peak, matrix, muon), []).append(parameter)
     settings: Any = [
-        {
-            "params": parameters,
-            "peak": peak,
-            "weight_decay": config.weight_decay if matrix else 0.0,
-            "muon": muon,
-        }
+        {"params": parameters, "peak": peak, "weight_decay": config.weight_decay if matrix else 0.0, "muon": muon}
         for (peak, matrix, muon), parameters in groups.items()
     ]
     kind = GuardedAdamW if lr_muon is None else GuardedMuon

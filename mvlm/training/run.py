@@ -14,14 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mvlm.config.model import MaskVLMConfig
+from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
-from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
+from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
-from mvlm.errors import ConfigError, LostRankError
+from mvlm.errors import ConfigError
 from mvlm.files import copy_into
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
@@ -93,7 +92,8 @@ def do_run(
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
         else:
             record_start(trainer)
-            with naming_lost_ranks(trainer):
+            advice = "Continue from the last checkpoint with --resume"
+            with naming_lost_ranks(world, trainer.notices.failure, advice):
                 trainer.train()
         reason = trainer.stop.reason
     # Before the process group. If DDP's reducer were the last to hold the group, its destructor could wait for a thread
@@ -151,23 +151,6 @@ def record_start(trainer: Trainer) -> None:
     history.start(trainer.step, world.device, world.size, precision, data, config.log_every)
 
 
-@contextmanager
-def naming_lost_ranks(trainer: Trainer) -> Iterator[None]:
-    """Context that raises LostRankError where a collective fails without another rank."""
-    try:
-        yield
-    except RuntimeError as error:
-        world = trainer.world
-        if world.size == 1 or not is_lost_rank(error):
-            raise
-        failure = trainer.notices.failure()
-        reason = f"{str(error).splitlines()[0]}; that rank's log says why" if failure is None else failure
-        raise LostRankError(
-            f"rank {world.rank} lost another rank after step {trainer.step} and ends too ({reason}). "
-            f"Continue from the last checkpoint with --resume"
-        ) from error
-
-
 def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """Open the training split and, if the run evaluates, the validation split, after checks of what needs no data."""
     notice = config.preemption_file
@@ -185,7 +168,11 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     """Open data and tokenizer, and check everything that can be checked before there is a folder."""
     dataset, validation = open_splits(config)
     tokenizer = choose_tokenizer(config, dataset)
-    config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: wanted at least the tokenizer's {tokenizer.vocab_size}, got {config.model.vocab_size}"
+        )
+    config = replace(config, model=replace(config.model, mask_token_id=tokenizer.mask_id))
     warn_of_cut_texts(dataset, tokenizer, config.model.text_length, "--model.text-length")
     check_attention(config)
     weights = config.initial_model or config.image_weights or config.text_weights
@@ -246,15 +233,6 @@ def _own_tokenizer(config: PretrainConfig) -> Tokenizer | None:
         with suppress(DataError):  # damaged; an older one is resumed then
             return load_tokenizer(checkpoint / TOKENIZER)
     return None
-
-
-def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMConfig:
-    """Model configuration with the tokenizer's [MASK]. ConfigError if the tokenizer has more tokens than the model."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: wanted at least the tokenizer's {tokenizer.vocab_size}, got {config.model.vocab_size}"
-        )
-    return replace(config.model, mask_token_id=tokenizer.mask_id)
 
 
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world: World, **further: Any) -> Loader:
@@ -333,14 +311,9 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
 
 def warn_of_cut_texts(dataset: Dataset, tokenizer: Tokenizer, longest: int, flag: str) -> None:
     """Log the share of a split's texts that are cut to `longest` tokens, if it is 1 % or more; `flag` raises that."""
-    if (cut := share_cut(dataset, tokenizer, longest)) >= 0.01:
+    texts = [dataset.captions(i)[0] for i in range(min(len(dataset), 1000))]
+    _, lengths = tokenizer.encode(texts, longest + 1)
+    if (cut := float((lengths > longest).mean())) >= 0.01:
         log.warning(
             "%.0f %% of the first 1,000 texts have more than %d tokens and are cut; raise %s", 100 * cut, longest, flag
         )
-
-
-def share_cut(dataset: Dataset, tokenizer: Tokenizer, longest: int) -> float:
-    """Share of a split's first 1,000 texts with more than `longest` tokens."""
-    texts = [dataset.captions(i)[0] for i in range(min(len(dataset), 1000))]
-    _, lengths = tokenizer.encode(texts, longest + 1)
-    return float((lengths > longest).mean())

@@ -83,11 +83,9 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         message = (
             f"mvlm: {self.reason}: finishing the step and saving; Ctrl-C once more, or SIGTERM after "
-            f"{SAME_REQUEST_SECONDS:.0f} seconds, ends at once\n"
+            f"{SAME_REQUEST_SECONDS:.0f} seconds, ends at once"
         )
-        # Not by logging: the signal may have interrupted a log call, which holds a lock.
-        with contextlib.suppress(OSError):  # Ctrl-C also ends a `| tee`; the run must be saved without it
-            os.write(2, message.encode())
+        _write(message)
 
 
 EXIT_CODE = 3
@@ -166,6 +164,6 @@ class Watchdog:
 
 
 def _write(message: str) -> None:
-    """Write a line to stderr, whatever locks other threads hold."""
-    with contextlib.suppress(OSError):
+    """Write a line to stderr, whatever locks are held: a signal may have interrupted a log call, which holds one."""
+    with contextlib.suppress(OSError):  # Ctrl-C also ends a `| tee`; the run must be saved without it
         os.write(2, (message + "\n").encode())

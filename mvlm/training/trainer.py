@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.device import autocast
 from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
-from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.loss_shares import Microbatch
+from mvlm.distributed.global_batch import Microbatch, backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
@@ -250,19 +249,23 @@ class Trainer:
         """Figures on the validation split, by the averaged weights if the run keeps them; none if a rank is to stop."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
-            model = unsharded_copy(self.model)
-            figures = {}
-            with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
-                figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
-            if not figures:
-                return {}
-            image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)
-        if sinks is not None:
-            sinks.log_image(image, self.step)
-        figure = (figures["tr_r1"] + figures["ir_r1"]) / 2
+            figures, figure = self.figures(validation, sinks)
         if figure > (self.best["figure"] if self.best else -math.inf):  # never for NaN
             self.best = {"step": self.step, "figure": figure}
         return figures
+
+    def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
+        """Figures with the weights as they are, and the one by which they are chosen; none, and NaN, to stop."""
+        model = unsharded_copy(self.model)
+        figures = {}  # stays empty if a rank is to stop
+        with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
+            figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
+        if not figures:
+            return {}, math.nan
+        image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)
+        if sinks is not None:
+            sinks.log_image(image, self.step)
+        return figures, (figures["tr_r1"] + figures["ir_r1"]) / 2
 
     def may_go_on(self) -> bool:
         """Report progress of an evaluation. False if this or another rank is asked to stop."""

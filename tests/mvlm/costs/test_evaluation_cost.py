@@ -5,7 +5,7 @@ import torch
 
 from mvlm.costs.evaluation_cost import PAIRS, evaluation_cost
 from mvlm.costs.flops import counter
-from mvlm.model.fast import match_pairs
+from mvlm.model.fast import fuse_pairs
 from mvlm.model.packing import PackedText, Packing
 from support.models import micro_config, micro_model
 
@@ -20,7 +20,9 @@ def test_flops_of_a_pair_are_those_of_a_real_batch(norm):
     images, pairs = PAIRS // 30, torch.arange(PAIRS)
     text = PackedText(torch.randn(9 * PAIRS, 16), Packing(9 * torch.arange(PAIRS + 1).int(), 16, 9 * 256))
     with torch.no_grad(), counter() as real:
-        match_pairs(model, torch.randn(images, 17, 16), text, pairs % images, pairs, 9 * PAIRS)
+        model.matching_logits(
+            *fuse_pairs(model, torch.randn(images, 17, 16), text, pairs % images, pairs, max_rows=9 * PAIRS)
+        )
     assert found.pair == real.get_total_flops() // PAIRS
 
 

@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.loss_shares import Embeddings, sharded_contrastive_loss
+from mvlm.distributed.global_batch import Embeddings, backward_global, sharded_contrastive_loss
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.objectives import negatives

@@ -95,14 +95,3 @@ def test_a_world_of_one_gathers_nothing():
     (found * 3).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == torch.full((4, 5), 3.0).tolist()
-
-
-def test_owner_and_position_against_a_loop():
-    """Block k of b pairs is microbatch k // W of rank k % W."""
-    for layout in (GlobalBatchLayout(0, 3, 2, 4), GlobalBatchLayout(2, 5, 1, 2), GlobalBatchLayout(0, 1, 3, 2)):
-        for index in range(layout.total):
-            block, within = divmod(index, layout.pairs)
-            microbatch, rank = divmod(block, layout.ranks)
-            number = torch.tensor(index)
-            assert int(layout.owner(number)) == rank
-            assert int(layout.position(number)) == microbatch * layout.pairs + within

@@ -20,11 +20,9 @@ import pytest
 import torch
 
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.loss_shares import Embeddings, sharded_conditioned_loss
+from mvlm.distributed.global_batch import Embeddings, backward_global, sharded_conditioned_loss
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.model import plain
-from mvlm.model.packing import PackedText, Packing
 from support.models import ALONE, micro_batch, micro_model
 
 EXACT = 1e-10
@@ -168,19 +166,6 @@ def test_microbatches_of_different_sizes_are_refused():
         backward_global(parallel, [micro_batch((5, 6)), micro_batch((5, 6, 7))], ALONE, seed=0, step=0)
     with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[\] pairs"):
         backward_global(parallel, [], ALONE, seed=0, step=0)
-
-
-def test_fused_pairs_ignore_rows_after_the_last_caption():
-    model = micro_model()
-    batch, _ = micro_batch((7, 3, 12))
-    text = model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
-    rows = torch.cat([text.rows, torch.full((14, 16), float("nan"), dtype=text.rows.dtype)])
-    spoilt = PackedText(rows, Packing(batch.cu_seqlens, batch.max_length, 36))
-    assert all(map(torch.equal, spoilt.padded(), text.padded()))
-    rows = torch.tensor([2, 0, 1])
-    v = model.encode_image(batch.images)
-    wanted = plain.fuse_pairs(model, v, text, rows, rows)
-    assert all(map(torch.equal, plain.fuse_pairs(model, v, spoilt, rows, rows), wanted))
 
 
 @pytest.mark.slow

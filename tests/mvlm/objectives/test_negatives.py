@@ -30,7 +30,7 @@ def draw(
 
 
 def admissible(image_id: Tensor, text_id: Tensor) -> Tensor:
-    return NegativeSampling(image_id, text_id, 0, 0).admissible(torch.arange(len(image_id)))
+    return ~NegativeSampling(image_id, text_id, 0, 0).matches(torch.arange(len(image_id)))
 
 
 def distinct(number: int) -> tuple[Tensor, Tensor]:

@@ -50,12 +50,8 @@ def test_bf16_steps_on_a_cpu_see_few_totals_and_little_padding(configuration):
         ({}, World(rank=0, size=1, local_rank=0, device=torch.device("cuda"))),
     ],
 )
-def test_other_steps_get_their_batches_as_they_are(configuration, changes, world):
+def test_other_steps_and_those_of_fine_tuning_get_their_batches_as_they_are(configuration, tmp_path, changes, world):
     loaded = [micro_batch()]
     assert with_few_shapes(loaded, configuration(**changes), world) is loaded
-
-
-def test_a_step_of_fine_tuning_gets_its_batches_as_they_are(tmp_path):
-    loaded = [micro_batch()]
-    config = finetune_config(tmp_path, tmp_path, tmp_path / "run", precision="bf16")
-    assert with_few_shapes(loaded, config, ALONE) is loaded
+    tuning = finetune_config(tmp_path, tmp_path, tmp_path / "run", precision="bf16")
+    assert with_few_shapes(loaded, tuning, ALONE) is loaded

@@ -1,7 +1,6 @@
 """Whole runs of a micro model: files, metrics, checkpoints, evaluations, faults."""
 
 import json
-import re
 import shutil
 import weakref
 from contextlib import ExitStack
@@ -19,10 +18,9 @@ from mvlm.runs.load import load_model
 from mvlm.training import trainer as train
 from mvlm.training.run import build_trainer, do_run, make_loader, open_inputs, pretrain
 from mvlm.training.trainer import Trainer
-from mvlm_dataloading import DataError, open_dataset, tokenizer_for
+from mvlm_dataloading import open_dataset, tokenizer_for
 from support.folders import LOSSES, checkpoint_contents, losses_of, rows_of
 from support.models import ALONE, micro_config, pretrain_config
-from support.scenes import overwrite, write_scenes
 
 
 @pytest.fixture
@@ -179,27 +177,6 @@ def test_notice_of_preemption_from_before_the_run_is_refused(scenes, tmp_path):
     with pytest.raises(ConfigError, match=r"preemption_file: .*stop exists before the run starts; remove"):
         pretrain(config)
     assert not config.out.exists()
-
-
-@pytest.mark.slow
-def test_images_that_cannot_be_decoded_are_skipped_and_counted(tmp_path, caplog, without_tensorboard):
-    data = write_scenes(tmp_path / "data", {"train": 40})
-    overwrite(open_dataset(data, "train"), "image", [10, 17])  # of images that occur once. 5 % of 40 is 2
-    config = pretrain_config(data, tmp_path / "run", max_steps=6)
-    pretrain(config)
-    skipped = [row["skipped"] for row in rows_of(config.out)]
-    assert skipped == sorted(skipped)
-    assert skipped[-1] == 2  # six batches of 8 are more than an epoch
-    assert len(re.findall("skipped an image that cannot be decoded: .*train-000000.tar", caplog.text)) == 2
-
-
-@pytest.mark.slow
-def test_too_many_images_that_cannot_be_decoded_stop_the_run(tmp_path, without_tensorboard):
-    data = write_scenes(tmp_path / "data", {"train": 40})
-    overwrite(open_dataset(data, "train"), "image", [10, 17, 20])
-    config = pretrain_config(data, tmp_path / "run", max_steps=6)
-    with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 3 of 40"):
-        pretrain(config)
 
 
 @pytest.mark.parametrize("steps", [pytest.param(2, marks=pytest.mark.slow), 0])
