@@ -149,35 +149,21 @@ def matching_gradcam(
     return log_odds.detach(), layers, gradcam(layers, log_odds)
 
 
-def resize_map(heat: Tensor, side: int) -> Tensor:
-    """A map (rows, columns) at `side` x `side` pixels, bilinear."""
-    return F.interpolate(heat[None, None].float(), size=(side, side), mode="bilinear", align_corners=False)[0, 0]
-
-
-def draw_overlay(image: ImageLike, heat: Tensor, *, side: int = 224, strength: float = 0.5) -> Image.Image:
+def draw_overlay(image: ImageLike, heat: Tensor, *, side: int = 224) -> Image.Image:
     """One map over its image, scaled from its smallest to its largest weight.
 
     Args:
         heat: float (rows, columns), over the whole image.
         side: side of the square result, in pixels.
-        strength: share of the colours in the result, 0 to 1.
     """
     pixels = load_image(image, side).permute(1, 2, 0).numpy()
-    return Image.fromarray(_blend(pixels, heat, side, strength))
+    return Image.fromarray(_blend(pixels, heat, side))
 
 
-def draw_words(
-    image: ImageLike, found: AttentionMaps, maps: Tensor | None = None, *, side: int = 160, columns: int = 6
-) -> Image.Image:
-    """The image, and beside it a panel for each word.
-
-    Args:
-        found: maps of the image, from `TrainedModel.attention`.
-        maps: (words, rows, columns) to draw. Default: `found.relevance`.
-    """
-    maps = found.relevance if maps is None else maps
+def draw_words(image: ImageLike, found: AttentionMaps, *, side: int = 160, columns: int = 6) -> Image.Image:
+    """The image, and beside it a panel for each word with its relevance, as `TrainedModel.attention` found it."""
     pixels = load_image(image, side).permute(1, 2, 0).numpy()
-    panels = [pixels, *(_blend(pixels, heat, side, 0.5) for heat in maps)]
+    panels = [pixels, *(_blend(pixels, heat, side) for heat in found.relevance)]
     columns = min(columns, len(panels))
     sheet = Image.new("RGB", (columns * side, -(-len(panels) // columns) * (side + LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -188,11 +174,12 @@ def draw_words(
     return sheet
 
 
-def _blend(pixels: NDArray[np.uint8], heat: Tensor, side: int, strength: float) -> NDArray[np.uint8]:
+def _blend(pixels: NDArray[np.uint8], heat: Tensor, side: int) -> NDArray[np.uint8]:
     low, high = heat.min(), heat.max()
     scaled = torch.zeros_like(heat) if high <= low else (heat - low) / (high - low)
-    level = resize_map(scaled, side).clamp(0, 1).numpy() * (len(COLOURS) - 1)  # (side, side)
+    resized = F.interpolate(scaled[None, None].float(), (side, side), mode="bilinear", align_corners=False)[0, 0]
+    level = resized.clamp(0, 1).numpy() * (len(COLOURS) - 1)  # (side, side)
     lower = np.minimum(level.astype(np.int64), len(COLOURS) - 2)
     share = (level - lower)[..., None]
     colours = COLOURS[lower] * (1 - share) + COLOURS[lower + 1] * share
-    return np.round((1 - strength) * pixels + strength * colours).astype(np.uint8)
+    return np.round(0.5 * pixels + 0.5 * colours).astype(np.uint8)

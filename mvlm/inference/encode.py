@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.model.fast import encode_patches, encode_tokens, match_pairs, project_patches
+from mvlm.model.fast import encode_patches, encode_tokens, fuse_pairs, project_patches
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
 from mvlm_dataloading import Augment, Dataset, Loader, Tokenizer
@@ -112,7 +112,8 @@ def match_log_odds(
     if rows is None:
         rows = int(w.packing.lengths.cpu()[texts.cpu()].sum())
     with autocast(device, precision):
-        logits = match_pairs(model, v, w, images.to(device), texts.to(device), rows).float()
+        fused = fuse_pairs(model, v, w, images.to(device), texts.to(device), max_rows=rows)
+        logits = model.matching_logits(*fused).float()
     return logits[:, 1] - logits[:, 0]
 
 

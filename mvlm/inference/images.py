@@ -127,12 +127,10 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield cast(T, item)
 
 
-def decode_image(
-    image: str | Path | bytes | Image.Image, name: str | None = None, limits: ImageLimits = LIMITS
-) -> NDArray[np.uint8]:
+def decode_image(image: str | Path | bytes | Image.Image, name: str | None = None) -> NDArray[np.uint8]:
     """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image. RunError as for `load_image`."""
     with _refusals(image, name):
-        return _decoded(image, name, limits).pixels()
+        return _decoded(image, name, LIMITS).pixels()
 
 
 def rgb_image(

@@ -3,8 +3,8 @@
 `add_norm` is the sum and the norm at the end of a sub-layer, in one op. Attention's projections can also be called one
 by one.
 
-The plain implementation calls `attend`; the fast one `mvlm_kernels.cross_attention`, which on a CPU computes the same.
-The feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
+The plain implementation calls `attend_heads`; the fast one `mvlm_kernels.cross_attention`, which on a CPU computes the
+same. The feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
 
 Shape legend: B batch, L rows, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mvlm.device import compute_dtype
 from mvlm.model.packing import Packing
+from mvlm.objectives.losses import at_least_float32
 from mvlm_kernels import add_layer_norm, gelu_linear
 from mvlm_kernels.cross_attention import attend_heads
 
@@ -83,14 +84,6 @@ def add_norm(
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Attention: softmax(q k^T / sqrt(D)) v. SDPA computes it, or two matrix products where those are faster on a CPU.
-
-    q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. Returns (B, H, Lq, D).
-    """
-    return attend_heads(q, k, v, key_mask)
-
-
 class Attention(nn.Module):
     """Multi-head attention with projections. Keys and values come from the queries' stream or from another one."""
 
@@ -118,7 +111,7 @@ class Attention(nn.Module):
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Projected q (B, Lq, C), k and v (B, Lk, C) -> what the heads read (B, Lq, C), before the last projection."""
-        heads = attend(self._split(q), self._split(k), self._split(v), key_mask)  # (B, H, Lq, D)
+        heads = attend_heads(*map(self._split, (q, k, v)), key_mask)  # (B, H, Lq, D)
         return heads.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -139,7 +132,7 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """(..., C) -> queries (..., H, D)."""
-        return self._project(x, (self.query,)).squeeze(-3)
+        return self.query(x).unflatten(-1, (self.heads, -1))
 
     def project_out(self, heads: Tensor) -> Branch:
         """Output projection: heads (..., H, D) -> (..., C)."""
@@ -148,14 +141,10 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
         """(..., C) -> (..., len(layers), H, D), by one matrix product."""
         # One wide product in place of two or three narrow ones; the concatenation copies only weights.
-        if len(layers) == 1:
-            y = layers[0](x)
-        else:
-            dtype = compute_dtype(x)
-            weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
-            bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
-            y = F.linear(x, weight, bias)
-        return y.unflatten(-1, (len(layers), self.heads, -1))
+        dtype = compute_dtype(x)
+        weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
+        bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
+        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
 
     def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Branch:
         """Attention of each sequence's first row to all of its rows, projected, without keys and values.
@@ -222,8 +211,7 @@ class TextPooling(Attention):
 
     def cosine(self, pooled: Tensor, texts: Tensor) -> Tensor:
         """Cosine of texts (G, E) and the projection of pooled (B, G, C): (B, G), in fp32 or float64."""
-        wide = torch.float64 if texts.dtype == torch.float64 else torch.float32
-        return (F.normalize(self.out(pooled).to(wide), dim=-1) * texts.to(wide)).sum(-1)
+        return (F.normalize(at_least_float32(self.out(pooled)), dim=-1) * at_least_float32(texts)).sum(-1)
 
 
 Attend = Callable[[Attention, Tensor], Branch]
@@ -240,16 +228,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        h, bias = self._expand(x)
+        h, bias = project(self.up, x)  # (..., 4C)
         return gelu_linear(h, self.down.weight, self.down.bias, h_bias=bias)
 
     def branch(self, x: Tensor) -> Branch:
         """Output (..., C) for `add_norm`: with the last bias, or apart from it if `add_norm` adds it."""
         if not adds_bias_later(x.device):
             return Branch(self(x))
-        h, bias = self._expand(x)
+        h, bias = project(self.up, x)  # (..., 4C)
         return Branch(gelu_linear(h, self.down.weight, h_bias=bias), self.down.bias)
-
-    def _expand(self, x: Tensor) -> Branch:
-        """(..., C) -> (..., 4C)."""
-        return project(self.up, x)

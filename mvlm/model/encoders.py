@@ -346,10 +346,8 @@ def sine_positions(side: int, width: int) -> Tensor:
 
     The first half of the channels tells the column, the second the row: the sines and then the cosines of the
     coordinate times width / 4 frequencies from 1 to 1/10,000. Coordinates of the image's edges are 0 and 2 pi, so a
-    place has the same embedding whatever the grid. ValueError if 4 does not divide the width.
+    place has the same embedding whatever the grid. 4 divides the width.
     """
-    if width % 4:
-        raise ValueError(f"width: wanted a multiple of 4, got {width}")
     quarter = width // 4
     frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     coordinates = 2 * math.pi * (torch.arange(side, dtype=torch.float64) + 0.5) / side

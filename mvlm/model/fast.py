@@ -205,7 +205,7 @@ def fuse_pairs(
     max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     caches = caches or make_caches(v, text)
-    packing = _with_rounded_length(text.packing)
+    packing = text.packing.with_rounded_length()
     pair_packing, rows = packing.select(texts, room_for(packing, texts, max_rows, compute_dtype(v)))
     image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
     caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
@@ -264,23 +264,7 @@ def _encode_pairs(
 
 
 def make_caches(v: Tensor, text: PackedText) -> PairCaches:
-    return PairCaches(KeyValueCache(v), _text_cache(text))
-
-
-def _text_cache(text: PackedText) -> KeyValueCache:
-    return KeyValueCache(text.rows, _with_rounded_length(text.packing))
-
-
-def _with_rounded_length(packing: Packing) -> Packing:
-    """The layout with its longest length rounded up, so that few shapes occur."""
-    return packing.with_max_length(round_up_length(packing.max_length))
-
-
-def match_pairs(
-    model: MaskVLMNetwork, v: Tensor, w: PackedText, images: Tensor, texts: Tensor, max_rows: int
-) -> Tensor:
-    """ITM logits (R, 2), column 1 = match. The arguments are those of `fuse_pairs`."""
-    return model.matching_logits(*fuse_pairs(model, v, w, images, texts, max_rows=max_rows))
+    return PairCaches(KeyValueCache(v), KeyValueCache(text.rows, text.packing.with_rounded_length()))
 
 
 def encode_masked(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Tensor, PackedText]:

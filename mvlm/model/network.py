@@ -145,10 +145,6 @@ class MaskVLMNetwork(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             return self.matching_head(at_least_float32(image) * at_least_float32(text))
 
-    def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
-        """ITM logits (B, 2), column 1 = match, from features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
-        return self.matching_logits(*self.fuse(v, w, key_mask))
-
     def fill_mask(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
         """LM logits (M, V) of the tokens token_ids int64 (M,), given as packed positions.
 

@@ -166,8 +166,9 @@ class Packing:
         """The inverse of `pad`: (B, L, ...) -> (T, ...). Padding rows are zero."""
         return self.layout.unpad(x)
 
-    def with_max_length(self, length: int) -> "Packing":
-        """The same layout with another L, at least the rows of the longest sequence."""
+    def with_rounded_length(self) -> "Packing":
+        """The same layout with L rounded up, so that few shapes occur."""
+        length = round_up_length(self.max_length)
         return self if length == self.max_length else Packing(self.cu_seqlens, length, self.total)
 
     def select(self, sequences: Tensor, capacity: int) -> tuple["Packing", Tensor]:

@@ -23,20 +23,16 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     """Encode the unmasked and the masked images and captions, each in a pass of its own."""
     images, texts = needs_masked(model.config, weights)
     image, text = encode_unmasked(model, batch)
-    masked_image = encode_masked_image(model, batch, masks.patch_ids) if images else None
-    masked_text = None
+    masked_image = masked_text = None
+    if images and model.config.drop_masked:
+        visible = visible_patches(masks.patch_ids, model.config.num_patches)
+        masked_image = model.image_encoder.forward_visible(batch.images, visible)
+    elif images:
+        masked_image = model.image_encoder(batch.images, masked_patches(masks.patch_ids, model.config.num_patches))
     if texts:
         hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)  # (T,)
         masked_text = model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length)
     return Streams(image, masked_image, text, masked_text)
-
-
-def encode_masked_image(model: MaskVLMNetwork, batch: Batch, patch_ids: Tensor) -> Tensor:
-    """Encode images of which the patches patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
-    encoder, images, patches = model.image_encoder, batch.images, model.config.num_patches
-    if model.config.drop_masked:
-        return encoder.forward_visible(images, visible_patches(patch_ids, patches))
-    return encoder(images, masked_patches(patch_ids, patches))
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:

@@ -125,10 +125,7 @@ WHITE = np.full((32, 32, 3), 255, np.uint8)
 def test_the_hottest_patch_is_red_and_the_coldest_dark():
     heat = torch.full((4, 4), 0.2)
     heat[1, 3], heat[3, 0] = 0.9, 0.1
-    drawn = np.array(draw_overlay(WHITE, heat, side=60, strength=1.0))
+    drawn = 2 * np.array(draw_overlay(WHITE, heat, side=60)).astype(int) - 255  # half of it is the image
     assert drawn.shape == (60, 60, 3)
-    assert np.abs(drawn[22, 52].astype(int) - (122, 4, 3)).max() <= 2
-    assert np.abs(drawn[52, 7].astype(int) - (48, 18, 59)).max() <= 2
-    half = np.array(draw_overlay(WHITE, heat, side=60, strength=0.5)).astype(int)
-    assert np.abs(half - np.round((drawn.astype(int) + 255) / 2)).max() <= 1
-    assert (np.array(draw_overlay(WHITE, heat, side=60, strength=0.0)) == 255).all()
+    assert np.abs(drawn[22, 52] - (122, 4, 3)).max() <= 4
+    assert np.abs(drawn[52, 7] - (48, 18, 59)).max() <= 4

@@ -118,7 +118,7 @@ def log_odds_of(model: TrainedModel, image: np.ndarray, text: str) -> float:
     with torch.no_grad():
         v = model.network.encode_image(torch.from_numpy(image).permute(2, 0, 1)[None])
         w, mask = model.network.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
-        logits = model.network.match(v, w, mask)[0].double().numpy()
+        logits = model.network.matching_logits(*model.network.fuse(v, w, mask))[0].double().numpy()
     return logits[1] - logits[0]
 
 

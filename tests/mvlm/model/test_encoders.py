@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.model.attention import Residual
 from mvlm.model.encoders import (
     CrossBlock,
     CrossEncoder,
@@ -79,14 +78,6 @@ def test_the_image_encoder_replaces_masked_patches_with_the_mask_token():
     torch.testing.assert_close(encoder(images, masked), encoder(replaced), rtol=0, atol=1e-10)
 
 
-def test_patchify_has_the_order_of_a_convolutions_weight():
-    images, convolution = normal(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
-    assert convolution.bias is not None
-    wanted = convolution(images).flatten(2).transpose(1, 2)
-    found = patchify(images, 4) @ convolution.weight.flatten(1).T + convolution.bias
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-
-
 def test_unpatchify_is_the_inverse_of_patchify():
     images = normal(2, 3, 20, 20)
     assert torch.equal(unpatchify(patchify(images, 4), 4), images)
@@ -130,33 +121,18 @@ def streams():
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("masks", ["none", "own", "other", "both"])
-def test_a_cross_block_is_torchs_decoder_layer(streams, norm, masks):
-    x, memory, own, other = streams
-    own = own if masks in ("own", "both") else None
-    other = other if masks in ("other", "both") else None
-    block = randomize(CrossBlock(WIDTH, HEADS, norm).double())
-    layer = decoder_layer(block, norm)
-    wanted = layer(
-        x,
-        memory,
-        tgt_key_padding_mask=None if own is None else ~own,
-        memory_key_padding_mask=None if other is None else ~other,
-    )
-    found, y = block(
-        Residual(x), lambda attention, y: attention(y, y, own), lambda attention, y: attention(y, memory, other)
-    )
-    found = found + y if norm == "pre" else found
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_a_cross_encoder_is_its_blocks_in_turn(streams, norm):
+def test_a_cross_encoder_is_torchs_decoder_layers_in_turn(streams, norm, masks):
     """With pre-norm, a last LayerNorm follows."""
     x, memory, own, other = streams
+    own, other = own if masks in ("own", "both") else None, other if masks in ("other", "both") else None
+    hidden = {
+        "tgt_key_padding_mask": None if own is None else ~own,
+        "memory_key_padding_mask": None if other is None else ~other,
+    }
     encoder = randomize(CrossEncoder(WIDTH, HEADS, 3, norm).double())
     wanted = x
     for block in encoder.blocks:
-        wanted = decoder_layer(block, norm)(wanted, memory, tgt_key_padding_mask=~own, memory_key_padding_mask=~other)
+        wanted = decoder_layer(block, norm)(wanted, memory, **hidden)
     if norm == "pre":
         mean = wanted.mean(-1, keepdim=True)
         variance = ((wanted - mean) ** 2).mean(-1, keepdim=True)

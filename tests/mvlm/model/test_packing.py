@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvlm.model.packing import Packing, mask_tokens, room_for
+from mvlm.model.packing import Packing, room_for
 
 LENGTHS = [[3, 1, 4], [5], [2, 2, 2, 6, 1]]
 
@@ -27,20 +27,10 @@ def test_pad_and_unpad_against_loops(lengths, tail):
         assert (padded[b, length:] == 0).all()
         assert packing.key_mask[b].tolist() == [j < length for j in range(max(lengths) + 2)]
         assert packing.sequence_of_row[start : start + length].tolist() == [b] * length
+        assert packing.position[start : start + length].tolist() == list(range(length))
         start += length
     assert packing.sequence_of_row[start:].tolist() == [len(lengths)] * tail
     assert packing.unpad(padded)[:start].equal(rows[:start])
-
-
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_indices_and_positions_of_packed_rows_against_a_loop(index):
-    lengths = [3, 1, 4, 2]
-    packing = Packing(torch.tensor([0, 3, 4, 8, 10], dtype=index), 6, 10)
-    assert packing.layout.padded_index.tolist() == [
-        6 * b + position for b, n in enumerate(lengths) for position in range(n)
-    ]
-    assert packing.position.tolist() == [position for n in lengths for position in range(n)]
-    assert packing.key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]
 
 
 @pytest.mark.parametrize("tail", [0, 3])
@@ -68,10 +58,3 @@ def test_room_for_drawn_sequences_is_an_upper_bound_where_their_total_is_not_kno
     """A meta tensor has no numbers, so nothing can be read from it."""
     packing, _ = make([30, 5, 9], 3)
     assert room_for(packing, torch.empty(3, dtype=torch.long, device="meta"), max_rows, torch.bfloat16) == wanted
-
-
-def test_mask_tokens_replaces_them_in_a_copy():
-    tokens = torch.tensor([2, 11, 12, 3, 2, 13, 3])
-    hidden = mask_tokens(tokens, torch.tensor([1, 5]), 4)
-    assert hidden.tolist() == [2, 4, 12, 3, 2, 4, 3]
-    assert tokens.tolist() == [2, 11, 12, 3, 2, 13, 3]
