@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.shapes import check_sizes, stored_sizes
+from mvlm.model.pretrained import check_sizes, stored_sizes
 from mvlm.runs.checkpoint import read_folder_shapes, read_tensors, verify_checkpoint
 from mvlm.runs.load import load_model
 from mvlm_dataloading import DataError

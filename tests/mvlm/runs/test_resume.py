@@ -15,8 +15,7 @@ from mvlm.runs.history import read_history
 from mvlm.runs.resume import checkpoint_to_resume, missing_rows, open_run, rows_due
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
-from mvlm.verify.claims import read_claims, wrong_rows
-from mvlm.verify.verify import verify_run
+from mvlm.verify.verify import read_claims, verify_run, wrong_rows
 from support.folders import checkpoint_contents, folder_hash, reproducible_rows
 from support.forgery import change_rows, checkpoint, copy_run
 from support.models import pretrain_config
