@@ -183,8 +183,7 @@ def eval_task(task: str) -> Callable[..., None]:
         from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file, report_figures
         from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
         from mvlm.errors import ConfigError
-        from mvlm.tasks.evaluate import evaluate_task
-        from mvlm.tasks.registry import find_task
+        from mvlm.tasks.evaluate import evaluate_task, find_task
         from mvlm.tasks.score import are_predictions, write_predictions
         from mvlm_dataloading import open_dataset
 

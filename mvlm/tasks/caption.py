@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mvlm.errors import ConfigError
 from mvlm.model.attention import Residual
 from mvlm.model.encoders import KeyValueCache
-from mvlm.model.fast import encode_patches, encode_rows, encode_tokens, masked_token_features, project_patches
+from mvlm.model.fast import encode_patches, encode_rows, masked_token_features, project_patches
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.objectives.losses import at_least_float32
@@ -248,6 +248,4 @@ class Writer:
         """Features of the captions as they are."""
         tokens, kept = self._tokens()
         bounds = F.pad((self.lengths + 2).cumsum(0), (1, 0)).int()
-        if self.plan == "plain":
-            return self.model.encode_text_packed(tokens[kept], bounds, tokens.shape[1])
-        return encode_tokens(self.model, tokens[kept], bounds, tokens.shape[1])
+        return IMPLEMENTATIONS[self.plan].encode_tokens(self.model, tokens[kept], bounds, tokens.shape[1])

@@ -22,7 +22,7 @@ from mvlm.costs.step_cost import (
 from mvlm.distributed.parallel import checkpoint_activations
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.evaluate import find_task
 from mvlm.tasks.retrieval import WEIGHTS
 from mvlm.tasks.task import TaskOptions
 from mvlm_kernels.hardware import GPUS

@@ -7,28 +7,27 @@ Run folder, checkpoints, resume, guards, ranks, averaged weights, loggers and wa
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
-from mvlm.distributed.loss_shares import Microbatch
+from mvlm.distributed.global_batch import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.shapes import check_sizes
+from mvlm.model.pretrained import check_sizes
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import load_model, read_architecture
-from mvlm.tasks.evaluate import predict_split
-from mvlm.tasks.registry import described_task, find_task
+from mvlm.tasks.evaluate import described_task, find_task, predict_split
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task, TaskLosses
 from mvlm.training.loggers import LogSinks
@@ -63,10 +62,8 @@ class FineTuner(Trainer):
     model: Task
     task_file: str | None = None
     """Hash of the file of the user's own task, as it was when this process read it. None for a task of the library."""
-
-    def set_targets(self, targets: Sequence[Tensor]) -> None:
-        """Set the training split's targets, from `Task.targets`."""
-        self._targets = [x.to(self.device) for x in targets]
+    targets: Sequence[Tensor]
+    """Targets of the training split (`Task.targets`), on the device."""
 
     def forward_backward(self, microbatches: list[Microbatch]) -> Any:
         """Compute the task's loss on the global batch, and the parameters' gradients."""
@@ -78,7 +75,7 @@ class FineTuner(Trainer):
         for place, (batch, masks) in enumerate(microbatches):
 
             def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
-                targets = [x[batch.sample_id] for x in self._targets]
+                targets = [x[batch.sample_id] for x in self.targets]
                 with autocast(self.device, self.config.precision):
                     return task.losses_of_step(batch, masks, targets, self.config.plan)
 
@@ -119,29 +116,18 @@ class FineTuner(Trainer):
             )  # fmt: skip
         super().restore(checkpoint)
 
-    def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
-        """Score the validation split, with the averaged weights if the run keeps them. Returns the figures."""
-        self.watchdog.beat("the evaluation")
-        with self.average.applied() if self.average is not None else nullcontext():
-            figures = self.figures(validation)
-        if not figures:
-            return {}
-        figure = figures[self.model.main]
-        if figure > (self.best["figure"] if self.best else -math.inf):  # never for NaN
-            self.best = {"step": self.step, "figure": figure}
-        return {f"val_{self.model.main}": figure}
-
-    def figures(self, validation: Dataset) -> dict[str, Any]:
-        """Figures on the validation split with the weights as they are; none if a rank is to stop."""
+    def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
+        """The task's main figure on the validation split; none, and NaN, if a rank is to stop."""
         precision, plan = self.config.precision, self.config.plan
         task = unsharded_copy(self.model, self.new_task)
+        found = {}  # stays empty if a rank is to stop
         if isinstance(task, Retrieval):
-            found = {}  # stays empty if a rank is to stop
             with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
                 found = task.evaluate(validation, self.tokenizer, precision, workspace)
-            return found
-        records = predict_split(task, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
-        return {} if records is None else task.score(records, validation)
+        else:
+            records = predict_split(task, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+            found = {} if records is None else task.score(records, validation)
+        return ({f"val_{task.main}": found[task.main]}, found[task.main]) if found else ({}, math.nan)
 
     def new_task(self) -> Task:
         """A task with this one's options and state, and with weights of its own."""
@@ -222,7 +208,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), config.options, kind.make_state(inputs.dataset, config.options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
-    freeze(task, config.freeze)
+    encoders = [model.image_encoder, model.text_encoder]
+    for module in {"none": [], "encoders": encoders, "all": [model]}[config.freeze]:
+        module.requires_grad_(False)
     if config.checkpoint_activations:
         checkpoint_activations(task)
     together = config.questions_per_image
@@ -233,19 +221,12 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
-    trainer.set_targets(task.targets(inputs.dataset))
+    trainer.targets = [x.to(world.device) for x in task.targets(inputs.dataset)]
     trainer.task_file = sha256(Path(config.task)) if config.task.endswith(".py") else None
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s; the pretrained model is not read", checkpoint)
     return trainer
-
-
-def freeze(task: Task, what: str) -> None:
-    """Freeze the encoders ("encoders"), everything but the head ("all"), or nothing ("none")."""
-    encoders: list[nn.Module] = [task.model.image_encoder, task.model.text_encoder]
-    for module in {"none": [], "encoders": encoders, "all": [task.model]}[what]:
-        module.requires_grad_(False)
 
 
 def peak_rate(name: str, config: FinetuneConfig) -> float:

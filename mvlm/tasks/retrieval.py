@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.device import autocast
-from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.loss_shares import Microbatch
+from mvlm.distributed.global_batch import Microbatch, backward_global
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError

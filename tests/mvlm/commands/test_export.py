@@ -26,7 +26,6 @@ def test_folders_for_mvlm_and_for_the_hub(run_mvlm, trained, tmp_path, words):
         ("{run} out --format onnx --dry-run", "--dry-run"),
         ("{run} out --format hub --push-to demo", "push-to"),
         ("{run} out --format hub --data nowhere", "nowhere"),
-        ("none out", "none"),
         *((f"{{run}} full --format {format}", "full") for format in ("safetensors", "pt2", "onnx", "hub")),
     ],
 )

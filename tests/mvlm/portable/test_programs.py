@@ -46,7 +46,7 @@ def test_programs_equal_the_plain_model_at_shapes_that_they_were_not_traced_with
             with torch.no_grad():
                 v = network.encode_image(pixels[b : b + 1])
                 w, key_mask = network.encode_text(torch.tensor(row), torch.tensor([0, len(row)]).int(), len(row))
-                logits = network.match(v, w, key_mask)[0]
+                logits = network.matching_logits(*network.fuse(v, w, key_mask))[0]
             for got, wanted in (
                 (image_features[b], v[0]),
                 (image_embedding[b], network.embed_image(v)[0]),

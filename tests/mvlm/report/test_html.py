@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvlm.errors import RunError
+from mvlm.evaluation.evaluate import figures_of
 from mvlm.report.figures import curves
 from mvlm.report.html import (
     HEIGHT,
     WIDTH,
-    figures_of,
     line_chart,
     nice_range,
     render,

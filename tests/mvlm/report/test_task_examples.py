@@ -10,7 +10,7 @@ from mvlm.errors import RunError
 from mvlm.model.attention import Attention, Branch
 from mvlm.report.task_examples import confusion, majority, task_maps
 from mvlm.runs.load import load_model
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.evaluate import find_task
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Batch, ShardWriter, open_dataset

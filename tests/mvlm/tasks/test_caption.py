@@ -74,7 +74,7 @@ def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, iterat
         assert likelihoods[row] == pytest.approx(mean, rel=1e-9)
         tokens = torch.tensor([tokenizer.cls_id, *words, tokenizer.sep_id])
         w, mask = model.encode_text(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
-        no, yes = model.match(model.encode_image(images[of : of + 1]), w, mask)[0].tolist()
+        no, yes = model.matching_logits(*model.fuse(model.encode_image(images[of : of + 1]), w, mask))[0].tolist()
         assert odds[row] == pytest.approx(yes - no, rel=1e-9)
 
 

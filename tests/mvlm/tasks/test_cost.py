@@ -8,7 +8,7 @@ import torch
 from mvlm.costs.cluster_plan import ClusterSetting
 from mvlm.costs.flops import counter
 from mvlm.tasks.cost import task_step_cost
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.evaluate import find_task
 from mvlm.tasks.task import TaskOptions
 from support.commands import assert_refused
 from support.models import micro_batch, micro_config, micro_model

@@ -16,9 +16,8 @@ from mvlm.inference.encode import eval_loader
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.tasks import evaluate as evaluation
-from mvlm.tasks.evaluate import evaluate_task, join_records, share
+from mvlm.tasks.evaluate import evaluate_task, find_task, join_records, load_task, share
 from mvlm.tasks.finetune import finetune
-from mvlm.tasks.registry import find_task, load_task
 from mvlm.tasks.task import Task, TaskOptions
 from mvlm.training.run import pretrain
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer, ViewOptions, make_view, open_dataset

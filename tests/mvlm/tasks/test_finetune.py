@@ -16,9 +16,8 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.runs.checkpoint import read_state, sha256
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.evaluate import evaluate_task, load_task
 from mvlm.tasks.finetune import architecture_of, build_trainer, finetune, open_inputs
-from mvlm.tasks.registry import load_task
 from mvlm.tasks.score import score
 from mvlm.training.run import pretrain
 from mvlm_dataloading import DataError, ShardWriter, open_dataset

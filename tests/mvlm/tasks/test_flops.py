@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import MemoryTracker, StepShape, fake_microbatch, give_fake_tensors
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.evaluate import find_task
 from mvlm.tasks.task import TaskOptions, weighted_cross_entropy
 from mvlm.tasks.vqa import mask_features
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from mvlm.errors import ConfigError, RunError
 from mvlm.runs.folder import find_checkpoint
 from mvlm.tasks import task_names
+from mvlm.tasks.evaluate import find_task, load_task
 from mvlm.tasks.finetune import finetune
-from mvlm.tasks.registry import find_task, load_task
 from mvlm_dataloading import ShardWriter
 from support.commands import assert_refused
 from support.questions import finetune_config as configured

@@ -12,8 +12,8 @@ from mvlm.inference.encode import eval_loader
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
+from mvlm.tasks.evaluate import load_task
 from mvlm.tasks.finetune import finetune
-from mvlm.tasks.registry import load_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import open_dataset
