@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-from mvlm.files import is_finite
+from mvlm.files import is_finite, read_safetensors
 from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
 
@@ -68,19 +66,13 @@ def read_source(source: Source, tower: Tower, heads: int) -> tuple[dict[str, Ten
         raise RunError(
             f"{path}: wanted a .safetensors file; another kind may run code when it is read, so convert it first"
         )
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        index = path.with_name(path.name + ".index.json")
-        if index.is_file():
-            raise RunError(
-                f"{path}: wanted one safetensors file, found {index.name} of several; join them: load the model in "
-                f'transformers and save it with save_pretrained(..., max_shard_size="100GB")'
-            ) from None
-        raise RunError(f"{path}: wanted a safetensors file, found none") from None
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: wanted a safetensors file, got one that cannot be read: {error}") from None
-    return tensors, _checked_settings(path.parent / "config.json", tower, heads)
+    index = path.with_name(path.name + ".index.json")
+    if index.is_file() and not path.is_file():
+        raise RunError(
+            f"{path}: wanted one safetensors file, found {index.name} of several; join them: load the model in "
+            f'transformers and save it with save_pretrained(..., max_shard_size="100GB")'
+        )
+    return read_safetensors(path), _checked_settings(path.parent / "config.json", tower, heads)
 
 
 def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
@@ -93,7 +85,13 @@ def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
         raise RunError(f"{path}: wanted the configuration of the weights beside it, got {error}; remove it") from None
     if "num_attention_heads" not in config:
         config = next((part for name in PARTS[tower] if isinstance(part := config.get(name), dict)), config)
-    (_check_text if tower == "text" else _check_image)(path, config)
+    if tower == "text":
+        _check_text(path, config)
+    elif "rope" in str(config.get("architecture")):  # whose rotary positions may be no tensor
+        raise RunError(
+            f"{path}: wanted a ViT with added positions alone, got {config['architecture']}, which also rotates "
+            f"queries and keys; take another source"
+        )
     found = config.get("num_attention_heads")
     if found is None:
         log.warning(
@@ -113,16 +111,6 @@ def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
     elif activation not in EXACT_GELU:
         raise RunError(f"{path}: wanted hidden_act gelu, got {activation!r}; take weights that were trained with it")
     return config
-
-
-def _check_image(path: Path, config: Mapping[str, Any]) -> None:
-    """RunError for a ViT of timm with rotary positions, which may store no tensor of them."""
-    architecture = str(config.get("architecture"))
-    if "rope" in architecture:
-        raise RunError(
-            f"{path}: wanted a ViT with added positions alone, got {architecture}, which also rotates queries and "
-            f"keys; take another source"
-        )
 
 
 def _check_text(path: Path, config: Mapping[str, Any]) -> None:
@@ -385,13 +373,10 @@ def _load_image_encoder(
             report.resized.append(f"position {tuple(tensor.flatten(0, -2).shape)} to {tuple(resized.shape)}")
         return resized
 
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.flatten()
-
     convert = {
         "patch_projection.weight": lambda tensor: tensor.flatten(1),
-        "mask_token": flat,
-        "cls_token": flat,
+        "mask_token": torch.flatten,
+        "cls_token": torch.flatten,
         "position": position,
     }
     return _load(model.image_encoder, report, found, rest, names, encoder_prefixes, convert)

@@ -107,9 +107,9 @@ def test_files_that_are_missing_or_not_safetensors_are_refused(tmp_path):
     broken.write_bytes(b"no tensors here, but enough bytes for a header")
     for path, message in (
         (pickled, "vit.pth: wanted a .safetensors file; another kind may run code when it is read"),
-        (broken, "broken.safetensors: wanted a safetensors file, got one that cannot be read"),
-        (tmp_path / "none.safetensors", "none.safetensors: wanted a safetensors file, found none"),
-        (tmp_path, "model.safetensors: wanted a safetensors file, found none"),
+        (broken, "broken.safetensors: wanted a safetensors file, could not read it"),
+        (tmp_path / "none.safetensors", "none.safetensors: wanted a safetensors file, could not read it"),
+        (tmp_path, "model.safetensors: wanted a safetensors file, could not read it"),
     ):
         with pytest.raises(RunError, match=message):
             weights.load_image_weights(model, path)

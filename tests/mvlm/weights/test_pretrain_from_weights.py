@@ -48,7 +48,7 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
     with pytest.raises(DataError, match=r"tokenizer.json: "):
         pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     tokenizer.save(files["tokenizer"])
-    with pytest.raises(RunError, match="wanted a safetensors file, found none"):
+    with pytest.raises(RunError, match="wanted a safetensors file, could not read it"):
         pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
 
