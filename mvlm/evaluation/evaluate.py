@@ -1,10 +1,15 @@
 """Evaluation without training: retrieval, cross-modal gain, and the trivial predictors to compare with."""
 
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from mvlm.errors import RunError
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
 from mvlm.evaluation.retrieval import (
     DIRECTIONS,
@@ -132,22 +137,52 @@ def evaluate_briefly(
     return found
 
 
+@contextmanager
+def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dict[str, Any]]:
+    """The figures that a command wrote to a file.
+
+    Raises:
+        RunError: there is no such file, it is something else, or it lacks a figure that is read inside the `with`
+            block.
+    """
+    if not file.is_file():
+        raise RunError(f"{file}: wanted the run's evaluation, found none; first run `{command}`")
+    try:
+        yield json.loads(file.read_text())
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise RunError(
+            f"{file}: wanted the figures that `{command}` writes, got {error!r}; evaluate the run again"
+        ) from None
+
+
+def recall_rows(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, list[str]]]:
+    """Recalls that `mvlm eval retrieval` found: queries, their part of the figures, how they are ranked, six cells.
+
+    The cells are R@1, R@5 and R@10 from image to text, then from text to image, in per cent.
+    """
+    for queries, part in (("all", figures), ("unseen concepts", figures["unseen"])):
+        if part is not None:
+            ways = [("re-ranked by ITC + ITM", part), ("by ITM alone", part.get("itm")), ("ITC alone", part["itc"])]
+            for how, found in ways if figures.get("reranked") != 0 else ways[2:]:  # without ITM all ranks are ITC's
+                if found is not None:  # a file of an earlier version has no ranks by ITM alone
+                    cells = [f"{found[way][r]:.1f}" for way in DIRECTIONS for r in ("r1", "r5", "r10")]
+                    yield queries, part, how, cells
+
+
 def format_table(figures: dict[str, Any]) -> str:
     """Recall, cross-modal gain and masked losses, as `mvlm eval retrieval` prints them."""
-    parts = [(f"all {figures['n_images']} images, {figures['n_texts']} captions", figures)]
-    if figures["unseen"]:
-        parts.append((f"{figures['unseen']['n_images']} images of unseen concepts", figures["unseen"]))
     lines = [f"{'':<38}  image to text          text to image", f"{'':<38}" + "    R@1    R@5   R@10 " * 2]
-    for name, part in parts:
-        ways = [("re-ranked by ITC + ITM", part), ("by ITM alone", part["itm"]), ("ITC alone", part["itc"])]
-        for how, found in ways if part["itm"] else ways[2:]:  # without ITM all ranks are ITC's
-            cells = "".join(
-                "".join(f"{found[direction][r]:7.1f}" for r in ("r1", "r5", "r10")) for direction in ("tr", "ir")
-            )
-            lines.append(
-                f"{name + ', ' + how:<38}{cells}" if len(name + how) < 36 else f"{name}, {how}\n{'':<38}{cells}"
-            )
-    lines += [_describe_intervals(name, part) for name, part in parts]
+    intervals = {}
+    for queries, part, how, cells in recall_rows(figures):
+        images = part["n_images"]
+        name = (
+            f"all {images} images, {part['n_texts']} captions" if part is figures else f"{images} images of {queries}"
+        )
+        row = "".join(f"{cell:>7}" for cell in cells)
+        lines.append(f"{name + ', ' + how:<38}{row}" if len(name + how) < 36 else f"{name}, {how}\n{'':<38}{row}")
+        ends = {way: "{:.1f} to {:.1f}".format(*part[f"{way}_95"]["r1"]) for way in DIRECTIONS}
+        intervals[name] = f"R@1 of {name}, 95 %: {ends['tr']} image to text, {ends['ir']} text to image"
+    lines += intervals.values()
     text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
     lines += [
         f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
@@ -157,12 +192,6 @@ def format_table(figures: dict[str, Any]) -> str:
         f"masked tokens              {figures['masked_nats']:.3f} nats per token",
     ]
     return "\n".join(lines)
-
-
-def _describe_intervals(name: str, part: dict[str, Any]) -> str:
-    """95 % intervals of the R@1 of one group of images, in words."""
-    ends = {way: "{:.1f} to {:.1f}".format(*part[f"{way}_95"]["r1"]) for way in ("tr", "ir")}
-    return f"R@1 of {name}, 95 %: {ends['tr']} image to text, {ends['ir']} text to image"
 
 
 def describe_trivial_losses(figures: dict[str, Any]) -> str:

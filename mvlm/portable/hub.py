@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mvlm.config.groups import resume_may_change
 from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.evaluate import describe_trivial_losses
+from mvlm.evaluation.evaluate import describe_trivial_losses, figures_of
 from mvlm.files import check_folder
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE
@@ -282,8 +282,7 @@ def _evaluation(file: Path) -> dict[str, Any] | None:
     """The figures of a run's evaluation; None if it has not been evaluated, or was evaluated on a task."""
     if not file.is_file():
         return None
-    try:
-        figures = json.loads(file.read_text())
+    with figures_of(file) as figures:
         if "task" in figures and "itc" not in figures:
             return None
         recalls(figures)
@@ -293,8 +292,4 @@ def _evaluation(file: Path) -> dict[str, Any] | None:
         for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
             _, _ = map(float, figures[name])
         str(figures["split"])
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
-        raise RunError(
-            f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
-        ) from None
     return figures

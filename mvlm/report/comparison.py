@@ -9,25 +9,21 @@ from markupsafe import Markup
 
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
+from mvlm.evaluation.evaluate import figures_of
 from mvlm.files import check_folder
-from mvlm.report.html import figures_of, line_chart, series, table, write_page
+from mvlm.report.figures import EVALUATION_CURVES, RECALLS, RUN_CURVES
+from mvlm.report.html import line_chart, series, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
 
 LAST_ROWS = 20  # the final losses are means over this many rows
 MOST_RUNS = 6  # style.css has six colours
 CURVES = {
     "loss": "loss",
-    "mlm": "MLM, nats per masked token",
-    "mim": "MIM, L1 of masked pixels",
-    "itc": "ITC, nats",
-    "itm": "ITM, nats",
+    **RUN_CURVES,
     "grad_norm": "gradient norm before clipping",
     "temperature": "ITC temperature",
     "pairs_per_s": "pairs/s",
-    "tr_r1": "validation image to text R@1 by ITC, %",
-    "ir_r1": "validation text to image R@1 by ITC, %",
-    "gain_text_nats": "validation gain, text, nats per token",
-    "gain_pixels_pct": "validation gain, pixels, %",
+    **EVALUATION_CURVES,
 }
 
 ALIKE = {
@@ -85,10 +81,6 @@ def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "model"} | model
 
 
-def format_number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}g}"
-
-
 def values_of(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if row.get(name) is not None]
 
@@ -101,8 +93,8 @@ def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
         last = [values_of(rows, name)[-LAST_ROWS:] for name in names]
         speed = values_of(rows, "pairs_per_s")
         counts = [str(rows[-1].get(name, "")) for name in ("step", "skipped", "bad_steps")]
-        means = [format_number(fmean(values)) if values else "" for values in last]
-        cells.append([run, *counts, *means, format_number(median(speed), 3) if speed else ""])
+        means = [f"{fmean(values):.4g}" if values else "" for values in last]
+        cells.append([run, *counts, *means, f"{median(speed):.3g}" if speed else ""])
     return table(["run", "steps", "undecodable images", "skipped updates", *names, "pairs/s"], cells)
 
 
@@ -116,7 +108,7 @@ def evaluations(folders: dict[str, RunFolder]) -> tuple[Markup | None, list[str]
             if "task" in figures and "tr" not in figures:  # `mvlm report RUN` has a page for the task's figures
                 continue
             recalls = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
-            gains = [format_number(figures[gain]) for gain in ("gain_text_nats", "gain_pixels_pct")]
+            gains = [f"{figures[gain]:.4g}" for gain in ("gain_text_nats", "gain_pixels_pct")]
             ranked_by = "ITC" if figures.get("reranked") == 0 else "ITC + ITM"
             counts = [str(figures.get(count, "")) for count in ("n_images", "reranked")]
             checkpoint = Path(figures.get("checkpoint", "")).name
@@ -124,22 +116,16 @@ def evaluations(folders: dict[str, RunFolder]) -> tuple[Markup | None, list[str]
             splits.setdefault(figures["split"], []).append(figures)
     if not cells:
         return None, []
-    ranks = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10)]
-    header = ["run", "checkpoint", "split", "images", "ranked by", "re-ranked", *ranks]
+    header = ["run", "checkpoint", "split", "images", "ranked by", "re-ranked", *RECALLS]
     found = table([*header, "gain, text, nats", "gain, pixels, %"], cells)
-    return found, [note for split, rows in splits.items() if (note := note_of(split, rows))]
-
-
-def note_of(split: str, rows: list[dict[str, Any]]) -> str:
-    """Sentence on what the figures of one split differ in besides the model; empty if they are alike."""
-    differing = [
-        what
-        for what, keys in ALIKE.items()
-        if any(len({str(row[key]) for row in rows if key in row}) > 1 for key in keys)
-    ]
-    if not differing:
-        return ""
-    return f"Rows of the split {split} differ in more than the model: in their {' and '.join(differing)}."
+    notes = []
+    for split, rows in splits.items():
+        given = {what: [{str(row[key]) for row in rows if key in row} for key in keys] for what, keys in ALIKE.items()}
+        if differing := [what for what, values in given.items() if any(len(each) > 1 for each in values)]:
+            notes.append(
+                f"Rows of the split {split} differ in more than the model: in their {' and '.join(differing)}."
+            )
+    return found, notes
 
 
 def differences(configs: dict[str, dict[str, Any]]) -> Markup | None:

@@ -7,8 +7,8 @@ from typing import Any
 from markupsafe import Markup
 
 from mvlm.errors import RunError
-from mvlm.evaluation.evaluate import describe_trivial_losses
-from mvlm.report.html import figures_of, line_chart, series, table
+from mvlm.evaluation.evaluate import describe_trivial_losses, figures_of, recall_rows
+from mvlm.report.html import line_chart, series, table
 
 NAMES = {
     "accuracy": "accuracy, %",
@@ -37,26 +37,27 @@ RUN_CURVES = {
     "itc": "ITC, nats",
     "itm": "ITM, nats",
 }
+EVALUATION_CURVES = {
+    "tr_r1": "validation image to text R@1 by ITC, %",
+    "ir_r1": "validation text to image R@1 by ITC, %",
+    "gain_text_nats": "validation gain, text, nats per token",
+    "gain_pixels_pct": "validation gain, pixels, %",
+}
+RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5, 10)]
+"""Headings of six recalls."""
 TASK_CURVES = {"loss": "loss", "accuracy": "accuracy of training batches, 0 to 1"}
 
 
 def recalls(figures: dict[str, Any]) -> Markup:
     """A table of R@1, R@5 and R@10 in both directions, with chance."""
-    rows = []
-    for name, part in (("all", figures), ("unseen concepts", figures["unseen"])):
-        if part is None:
-            continue
-        ranked = (("re-ranked by ITC + ITM", part), ("by ITM alone", part.get("itm")), ("ITC alone", part["itc"]))
-        for how, found in ranked if figures.get("reranked") != 0 else ranked[2:]:  # without ITM all ranks are ITC's
-            if found is None:  # of an earlier version
-                continue
-            cells = [f"{found[direction][r]:.1f}" for direction in ("tr", "ir") for r in ("r1", "r5", "r10")]
-            rows.append([f"{name}: {part['n_images']} images, {part['n_texts']} captions", how, *cells])
+    rows = [
+        [f"{queries}: {part['n_images']} images, {part['n_texts']} captions", how, *cells]
+        for queries, part, how, cells in recall_rows(figures)
+    ]
     # with all captions of an image right
     chance = [f"{min(100, 100 * k / figures['n_images']):.2f}" for k in (1, 5, 10)]
     rows.append(["chance", "", *chance, *chance])
-    names = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5, 10)]
-    return table(["queries", "ranked by", *names], rows)
+    return table(["queries", "ranked by", *RECALLS], rows)
 
 
 def objectives(figures: dict[str, Any]) -> Markup:
@@ -205,9 +206,8 @@ def curves(rows: Sequence[dict[str, Any]], window: int, of_task: bool = False) -
     charts.append(line_chart("gradient norm before clipping", {"grad_norm": series(rows, "grad_norm", window)}))
     if not of_task and any("tr_r1" in row for row in rows):
         recall = {"image to text": series(rows, "tr_r1"), "text to image": series(rows, "ir_r1")}
-        text, pixels = ({"gain": series(rows, name)} for name in ("gain_text_nats", "gain_pixels_pct"))
         charts.append(line_chart("validation R@1 by ITC, %", recall))
         charts.append(line_chart("validation masked L1", {"masked L1": series(rows, "masked_l1")}))
-        charts.append(line_chart("validation gain, text, nats per token", text, {"no gain": 0}))
-        charts.append(line_chart("validation gain, pixels, %", pixels, {"no gain": 0}))
+        for name in ("gain_text_nats", "gain_pixels_pct"):
+            charts.append(line_chart(EVALUATION_CURVES[name], {"gain": series(rows, name)}, {"no gain": 0}))
     return charts

@@ -2,10 +2,8 @@
 
 import base64
 import io
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from mvlm.errors import RunError
 from mvlm.inference.images import decode_image
 
 WIDTH, HEIGHT = 460, 210  # of a chart, in pixels
@@ -66,24 +63,6 @@ def thumbnail(image: Path | bytes, longest: int = 160) -> str:
     small = Image.fromarray(decode_image(image))
     small.thumbnail((longest, longest))
     return data_uri(small)
-
-
-@contextmanager
-def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dict[str, Any]]:
-    """The figures that a command wrote to a file.
-
-    Raises:
-        RunError: there is no such file, it is something else, or it lacks a figure that is read inside the `with`
-            block.
-    """
-    if not file.is_file():
-        raise RunError(f"{file}: wanted the run's evaluation, found none; first run `{command}`")
-    try:
-        yield json.loads(file.read_text())
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise RunError(
-            f"{file}: wanted the figures that `{command}` writes, got {error!r}; evaluate the run again"
-        ) from None
 
 
 def line_chart(

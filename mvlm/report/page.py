@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.config.json_files import read_config
-from mvlm.evaluation.evaluate import default_rerank
+from mvlm.evaluation.evaluate import default_rerank, figures_of
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.evaluation.workspace import open_workspace
 from mvlm.files import check_folder
 from mvlm.inference.trained_model import hash_of
 from mvlm.report import examples, figures
 from mvlm.report.comparison import flat_settings, metrics_of
-from mvlm.report.html import figures_of, write_page
+from mvlm.report.html import write_page
 from mvlm.report.task_examples import MOST_WORDS, SHOWN, confusion, judged, majority, task_examples
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.tasks import task_names
-from mvlm.tasks.registry import load_task
+from mvlm.tasks.evaluate import load_task
 from mvlm_dataloading import Dataset, open_dataset
 
 

@@ -353,29 +353,21 @@ def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBa
 
 
 def kinds_in(file: Path) -> dict[str, set[str]]:
-    """`kinds_of` the metadata in a Parquet file of embeddings."""
-    batches = pq.ParquetFile(file).iter_batches(columns=["metadata"])
-    return kinds_of(text for batch in batches for text in batch["metadata"].to_pylist())
-
-
-def kinds_of(metadata: Iterable[str]) -> dict[str, set[str]]:
-    """Fields of items, JSON objects, that can be columns, with the kinds of their values.
+    """Fields of the metadata in a Parquet file of embeddings that can be columns, with the kinds of their values.
 
     These are the names of Python's types, and "fraction" for a number that a double holds and an int64 does not.
     """
     found: dict[str, set[str]] = {}
-    for text in metadata:
+    batches = pq.ParquetFile(file).iter_batches(columns=["metadata"])
+    for text in (text for batch in batches for text in batch["metadata"].to_pylist()):
         for name, value in json.loads(text).items():
-            if isinstance(value, bool | int | float | str) and _can_be_column(name):
+            # A plain name, that no other column has, nor the engine's (`_distance`).
+            plain = re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII) and name.lower() not in RESERVED
+            if plain and isinstance(value, bool | int | float | str):
                 number = isinstance(value, int | float)
                 fraction = number and _as_int64(value) is None and _as_double(value) is not None
                 found.setdefault(name, set()).add("fraction" if fraction else type(value).__name__)
     return found
-
-
-def _can_be_column(name: str) -> bool:
-    """True for a plain name that no other column has, nor the engine's (`_distance`)."""
-    return re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII) is not None and name.lower() not in RESERVED
 
 
 def fields_of(kinds: dict[str, set[str]]) -> list[pa.Field]:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError
+from mvlm.report.figures import EVALUATION_CURVES
 from mvlm.report.html import line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
 from mvlm.studies.study import Study
@@ -69,7 +70,8 @@ def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comp
         mean=float(ours.mean()),
         spread=_deviation(ours),
         difference=float(differences.mean()),
-        over_seeds=interval_over_seeds(differences),
+        # One seed alone has an interval without width.
+        over_seeds=mean_interval(differences.tolist()) if len(pairs) > 1 else Interval(*2 * differences.tolist()),
         over_images=over_images,
         paired=_deviation(differences),
         unpaired=float(np.hypot(_deviation(ours), _deviation(theirs))),
@@ -119,13 +121,6 @@ def image_of_query(result: Result, measure: str) -> NDArray[np.int64]:
     return images[np.array(ranks["unseen"], bool)[images]] if "unseen" in where else images
 
 
-def interval_over_seeds(values: Floats) -> Interval:
-    """95 % interval of the mean of values (S,) by Student's t. One value alone has an interval without width."""
-    if len(values) == 1:
-        return Interval(float(values[0]), float(values[0]))
-    return mean_interval(values.tolist())
-
-
 def _deviation(values: Floats) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
@@ -135,12 +130,6 @@ COLUMNS = (
     "high_over_seeds", "low_over_seeds_and_images", "high_over_seeds_and_images", "sd_paired", "sd_unpaired", "steps",
     "flops", "fingerprint", "commit", "machine",
 )  # fmt: skip
-_TITLES = {
-    "tr_r1": "validation image to text R@1 by ITC, %",
-    "ir_r1": "validation text to image R@1 by ITC, %",
-    "gain_text_nats": "validation gain, text, nats per token",
-    "gain_pixels_pct": "validation gain, pixels, %",
-}
 
 
 def comparisons(study: Study, results: Sequence[Result]) -> dict[str, dict[str, Comparison]]:
@@ -270,8 +259,9 @@ def _flops(result: Result, form: str) -> str:
 def charts(arms: dict[str, list[Result]]) -> list[Markup]:
     """Charts of the evaluations during training, against steps and against FLOPs: means over seeds, a line an arm."""
     found = []
-    of_tasks = {name for results in arms.values() for r in results for name in r["curves"]} - set(_TITLES)
-    for name, title in (_TITLES | {name: f"validation {name[4:]}" for name in sorted(of_tasks)}).items():
+    of_tasks = {name for results in arms.values() for r in results for name in r["curves"]} - set(EVALUATION_CURVES)
+    titles = EVALUATION_CURVES | {name: f"validation {name[4:]}" for name in sorted(of_tasks)}
+    for name, title in titles.items():
         series = {arm: mean_curve([r["curves"].get(name, []) for r in results]) for arm, results in arms.items()}
         if not any(xs for xs, _ in series.values()):
             continue

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model

@@ -13,28 +13,25 @@ from typing import Any
 import torch
 
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.groups import resume_may_change
+from mvlm.config.groups import RunConfig, resume_may_change
 from mvlm.config.json_files import config_json, without_removed
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.run import RunConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
 from mvlm.files import read_plan
 from mvlm.machine import code_revision, processor_name
+from mvlm.report.figures import EVALUATION_CURVES
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.evaluate import evaluate_task, find_task
 from mvlm.tasks.finetune import finetune
-from mvlm.tasks.registry import find_task
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from mvlm_dataloading.files import sha256, write_json
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-_CURVES = ("tr_r1", "ir_r1", "gain_text_nats", "gain_pixels_pct")
-"""Figures of the evaluations of pretraining. Those of a task begin with `val_`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +161,10 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "seconds": round(rows[-1]["seconds"] + time.perf_counter() - trained, 1),
         "figures": figures,
         "ranks": ranks,
-        "curves": {n: [[row["step"], row[n]] for row in rows if row.get(n) is not None] for n in (*_CURVES, *of_tasks)},
+        "curves": {
+            n: [[row["step"], row[n]] for row in rows if row.get(n) is not None]
+            for n in (*EVALUATION_CURVES, *of_tasks)
+        },
     }
     write_json(trial.file, result)
     remove_checkpoints(trial)

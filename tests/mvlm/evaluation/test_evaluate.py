@@ -145,7 +145,9 @@ def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_s
             for embed, features in ((model.embed_image, v), (model.embed_text, [features for features, _ in w]))
         )
         similarity = image @ text.T
-        log_odds = torch.stack([torch.cat([model.match(x, *y).diff(dim=1)[:, 0] for y in w]) for x in v])
+        log_odds = torch.stack(
+            [torch.cat([model.matching_logits(*model.fuse(x, *y)).diff(dim=1)[:, 0] for y in w]) for x in v]
+        )
     right = owner == torch.arange(8)[:, None]
     for way, s, odds, r in (("tr", similarity, log_odds, right), ("ir", similarity.T, log_odds.T, right.T)):
         itc, itm = [], []
