@@ -158,7 +158,7 @@ class Connection(H11Protocol):
         self._unsent = 0
         others = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
         if len(others) > MAX_CONNECTIONS:
-            min([each for each in others if each.gives_way] or [self], key=lambda each: each._opened).end()
+            min([each for each in others if each.gives_way] or [self], key=lambda each: each._opened).transport.abort()
         self._watch = self.loop.call_later(1.0, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -175,10 +175,6 @@ class Connection(H11Protocol):
         """True if it is idle, or waits for answers."""
         return not self.is_busy or self.scope["path"].endswith("/queue/data")
 
-    def end(self) -> None:
-        """Close the connection at once."""
-        self.transport.abort()
-
     def _look(self) -> None:
         now = self.loop.time()
         unsent = self.transport.get_write_buffer_size()
@@ -188,7 +184,7 @@ class Connection(H11Protocol):
         if self.is_busy:
             self._since = now
         if now - self._since > HEADER_SECONDS or now - self._flowing > WRITE_SECONDS:
-            self.end()
+            self.transport.abort()
         else:
             self._watch = self.loop.call_later(1.0, self._look)
 

@@ -38,8 +38,7 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
     """
     import tyro
 
-    check_renamed(words, prog)
-    check_removed(words, prog)
+    check_old_flags(words, prog)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -52,30 +51,23 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
     return parsed
 
 
-def check_renamed(words: Sequence[str], prog: str) -> None:
-    """ConfigError for a flag, or a value of a flag, that has a new name."""
-    renamed = {}
+def check_old_flags(words: Sequence[str], prog: str) -> None:
+    """ConfigError for a flag, or a value of a flag, that has a new name, and for that of a setting that is gone."""
+    renamed, gone = {}, {}
     for command, names in RENAMED.items():
         if f"{prog} ".startswith(f"{command} "):  # the prog of `pretrain` ends in the preset
             renamed |= names
+    if f"{prog} ".startswith(("mvlm pretrain ", "mvlm finetune ", "mvlm eval ")):
+        from mvlm.config.json_files import REMOVED
+
+        gone = {f"--{name.replace('_', '-')}": setting.last for name, setting in REMOVED.items()}
     for word, following in pairwise([*words, ""]):
         flag, _, value = word.partition("=")
         flag = flag.replace("_", "-")  # tyro takes both
         for old in (flag, f"{flag} {value or following}"):
             if old in renamed:
                 raise ConfigError(f"{old} is now {renamed[old]}; see `{prog} --help`")
-
-
-def check_removed(words: Sequence[str], prog: str) -> None:
-    """ConfigError for a flag of a setting that is gone."""
-    if not f"{prog} ".startswith(("mvlm pretrain ", "mvlm finetune ", "mvlm eval ")):
-        return
-    from mvlm.config.json_files import REMOVED
-
-    flags = {f"--{name.replace('_', '-')}": gone.last for name, gone in REMOVED.items()}
-    for word in words:
-        flag = word.partition("=")[0].replace("_", "-")
-        if (last := flags.get(flag.replace("--no-", "--").replace(".no-", "."))) is not None:
+        if last := gone.get(flag.replace("--no-", "--").replace(".no-", ".")):
             raise ConfigError(f"{flag} is gone: mvlm {last} is the last version that has it; see `{prog} --help`")
 
 
@@ -169,10 +161,6 @@ def read_json(content: bytes) -> Any:
 
 
 def check_no_input(out: Path | None, *others: Path | None, flag: str = "out") -> None:
-    """Raise ConfigError if `out`, of a flag, is a folder, or one of the other files that a command reads or writes."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise ConfigError(f"{flag}: wanted a file, got the folder {out}; name a file in it")
-    if any(file is not None and out.resolve() == file.resolve() for file in others):
+    """Raise ConfigError if `out`, of a flag, is one of the other files that a command reads or writes."""
+    if out is not None and any(file is not None and out.resolve() == file.resolve() for file in others):
         raise ConfigError(f"{flag}: wanted another file than the others, got {out}")

@@ -17,6 +17,7 @@ PRETRAIN = f"pretrain tiny {' '.join(MICRO_FLAGS)} --data"
     ("words", "message"),
     [
         (f"{PRETRAIN} none --out run", "none: wanted a data folder"),
+        (f"{PRETRAIN} {{data}} --out run --tokenizer none.json", "none.json"),
         (f"{PRETRAIN} {{data}} --out file/x/y", "file/x/y: could not be read or written"),
         ("pretrain --config none --out run", "none: wanted the configuration"),
         ("pretrain --config empty --out run", "empty: wanted the configuration"),
