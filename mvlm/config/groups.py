@@ -41,14 +41,9 @@ def groups_of(config: type) -> list[type]:
     return [base for base in reversed(config.__mro__) if base in _RESUME_MAY_CHANGE]
 
 
-def names_in(group: type) -> list[str]:
-    """Names of a group's settings."""
-    return list(group.__annotations__)
-
-
 def resume_may_change(name: str) -> bool:
     """True if a resumed run may change this setting. Model settings may never change."""
-    return any(may and name in names_in(group) for group, may in _RESUME_MAY_CHANGE.items())
+    return any(may and name in group.__annotations__ for group, may in _RESUME_MAY_CHANGE.items())
 
 
 @settings(resume_may_change=True)  # `data` may move; the loader compares fingerprints of the data themselves

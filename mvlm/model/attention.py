@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Projected q (B, Lq, C), k and v (B, Lk, C) -> what the heads read (B, Lq, C), before the last projection."""
-        heads = attend_heads(*map(self._split, (q, k, v)), key_mask)  # (B, H, Lq, D)
+        heads = attend_heads(self._split(q), self._split(k), self._split(v), key_mask)  # (B, H, Lq, D)
         return heads.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -126,12 +127,6 @@ def nice_range(low: float, high: float) -> tuple[float, float, float]:
     return math.floor(low / step) * step, math.ceil(high / step) * step, step
 
 
-def trailing_mean(values: Sequence[float], last: int, window: int) -> float:
-    """The mean of up to `window` values, of which the last has the index `last`."""
-    # Not by a running sum: after one huge value it would have lost all smaller ones.
-    return math.fsum(values[max(0, last + 1 - window) : last + 1]) / min(last + 1, window)
-
-
 def series(rows: Sequence[Mapping[str, Any]], name: str, window: int = 1) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, where it was computed; values are trailing means over `window` of them.
 
@@ -142,4 +137,5 @@ def series(rows: Sequence[Mapping[str, Any]], name: str, window: int = 1) -> tup
     drawn = list(range(0, len(kept), max(1, len(kept) // POINTS)))
     if drawn and drawn[-1] < len(kept) - 1:
         drawn.append(len(kept) - 1)
-    return [kept[i]["step"] for i in drawn], [trailing_mean(values, i, window) for i in drawn]
+    # Not by a running sum: after one huge value it would have lost all smaller ones.
+    return [kept[i]["step"] for i in drawn], [fmean(values[max(0, i + 1 - window) : i + 1]) for i in drawn]

@@ -66,7 +66,7 @@ class CheckpointWriter:
         if world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         self._thread: threading.Thread | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
         self._refused: list[Path] = []
         self.newest: Path | None = None
         """The newest checkpoint that was finished."""
@@ -95,12 +95,12 @@ class CheckpointWriter:
         `model.config` is written too.
         """
         self.wait()
-        copies = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-        copies = self._copy(copies)
-        split = {part: {name: copies[f"{part}/{name}"] for name in tensors} for part, tensors in parts.items()}
+        copies = {part: self._copy(part, tensors) for part, tensors in parts.items()}
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         generators = generator_states(self._world.device)
         length = self._history.metrics_bytes() if self._history is not None else 0  # of now: training goes on
-        arguments = (step, split, generators, model.config.to_dict(), state, tokenizer, length)
+        arguments = (step, copies, generators, model.config.to_dict(), state, tokenizer, length)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"save-{step}", daemon=True)
         self._thread.start()
 
@@ -122,18 +122,16 @@ class CheckpointWriter:
         if kind is None or (self._group is None and not issubclass(kind, KeyboardInterrupt)):
             self.wait()
 
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to memory, into buffers that every save reuses. They are pinned for tensors of a GPU."""
+    def _copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy to memory, into buffers that every save reuses. Those of a GPU are pinned, and still arriving."""
         copies = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):  # the copy must stay a DTensor, so that each rank writes its own shard
                 copies[name] = tensor.detach().to("cpu", copy=True)
                 continue
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[name] = self._buffers[name].copy_(tensor.detach(), non_blocking=True)
-        if self._world.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            if (part, name) not in self._buffers:
+                self._buffers[part, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = self._buffers[part, name].copy_(tensor.detach(), non_blocking=True)
         return copies
 
     def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer, length: int) -> None:

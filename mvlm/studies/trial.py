@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import RunConfig, resume_may_change
-from mvlm.config.json_files import config_json, without_removed
+from mvlm.config.json_files import config_json, with_defaults, without_removed
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
@@ -252,19 +252,9 @@ def settings_said(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]
     """
     if isinstance(config, FinetuneConfig):
         settings = {name: value for name, value in settings.items() if not name.startswith("model.")}
-    return defaults_of(config) | without_removed(settings)
-
-
-def defaults_of(config: RunConfig) -> dict[str, Any]:
-    """Defaults of the settings of `settings_of` that have one."""
-    names = settings_of(config).keys()
-    found = {field.name: field.default for field in fields(config)}
-    found |= {f"model.{field.name}": field.default for field in fields(config.model)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in found.items()
-        if name in names and value is not MISSING
-    }
+    defaults = with_defaults({"model": {}}, type(config))
+    defaults |= {f"model.{name}": value for name, value in defaults["model"].items()}
+    return {name: defaults[name] for name in settings_of(config) if name in defaults} | without_removed(settings)
 
 
 def made_by() -> dict[str, Any]:

@@ -324,17 +324,13 @@ def with_few_shapes(loaded: list[tuple[Batch, Masks]], config: RunConfig, world:
     generates code for each shape of a matrix product and keeps it for 1,024 of them: for the demo 40 products of a step
     were new, and 18 ms of it. In fp32 it is another library that multiplies.
     """
-    buckets = _buckets(config, world)
+    alone = world.size == config.accumulate == 1 and isinstance(config, PretrainConfig)
+    buckets = _COARSE if config.fixed_shapes else 0
+    if not buckets and alone and config.plan == "fast":
+        buckets = eager_buckets(world.device, config.precision)
     if not buckets:
         return loaded
     return [pad_to_bucket(batch, masks, config.model.text_length, buckets) for batch, masks in loaded]
-
-
-def _buckets(config: RunConfig, world: World) -> int:
-    if config.fixed_shapes:
-        return _COARSE
-    alone = world.size == config.accumulate == 1 and isinstance(config, PretrainConfig)
-    return eager_buckets(world.device, config.precision) if alone and config.plan == "fast" else 0
 
 
 IN_MEMORY = 1 << 30

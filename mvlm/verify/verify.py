@@ -22,6 +22,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, deterministic_kernels
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError, RunError
+from mvlm.evaluation.evaluate import figures_of
 from mvlm.files import check_folder
 from mvlm.machine import describe_machine, package_versions
 from mvlm.model.pretrained import check_sizes
@@ -140,17 +141,13 @@ def read_claims(path: Path, data: Path | None) -> Claims:
 
 def _read_figures(file: Path) -> dict[str, Any]:
     """Figures on the test split. RunError for a file that no evaluation writes."""
-    try:
-        found = json.loads(file.read_text())
-        assert isinstance(found, dict)
+    with figures_of(file) as found:
         good = {
             "rerank": _is_count(found["rerank"], least=0),  # 0: a model without ITM
             "precision": found["precision"] in ("fp32", "bf16"),
             "machine": _is_count(found["machine"]["threads"]),
             "versions": isinstance(found["versions"], dict),
         }
-    except (ValueError, AssertionError, KeyError, TypeError, RecursionError) as error:
-        good = {repr(error): False}
     if wrong := [name for name, fine in good.items() if not fine]:
         raise RunError(f"{file}: wanted the figures of `mvlm eval retrieval`, got another {wrong[0]}; evaluate again")
     return found
@@ -205,13 +202,8 @@ def wrong_rows(claims: Claims) -> Iterator[str]:
         yield "rows were added after the last checkpoint"
 
 
-def wrong_checkpoints(claims: Claims) -> Iterator[str]:
-    """Hash the files of every kept checkpoint, and compare manifest, step and data."""
-    for path in claims.kept:
-        yield from (f"{path.name}: {problem}" for problem in _problems_of(path, claims))
-
-
-def _problems_of(path: Path, claims: Claims) -> Iterator[str]:
+def wrong_parts(path: Path, claims: Claims) -> Iterator[str]:
+    """Hash the files of a checkpoint, and compare manifest, step and data."""
     step = step_of(path)
     try:
         verify_checkpoint(path)
@@ -399,7 +391,8 @@ def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: 
     claims = read_claims(path, data)
     yield (same := Check("data: hashes and fingerprints are those of the run", list(wrong_data(claims))))
     yield Check("rows of metrics: hashes are those of the history", list(wrong_rows(claims)))
-    yield (sound := Check("checkpoints: hashes are those of the history", list(wrong_checkpoints(claims))))
+    problems = [f"{path.name}: {problem}" for path in claims.kept for problem in wrong_parts(path, claims)]
+    yield (sound := Check("checkpoints: hashes are those of the history", problems))
     if sound.problems or same.problems:  # a replay would only say the same
         return
     replay = Replay(claims, device)

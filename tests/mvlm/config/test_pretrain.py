@@ -12,7 +12,7 @@ import torch
 
 from mvlm.cli import run_command
 from mvlm.config.finetune import FinetuneConfig
-from mvlm.config.groups import groups_of, names_in, resume_may_change
+from mvlm.config.groups import groups_of, resume_may_change
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import NO_FLAG
@@ -80,7 +80,7 @@ def test_compile_is_refused_with_what_it_cannot_compile(changes) -> None:
 
 @pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
 def test_every_setting_but_the_model_belongs_to_one_group(kind) -> None:
-    grouped = [name for group in groups_of(kind) for name in names_in(group)]
+    grouped = [name for group in groups_of(kind) for name in group.__annotations__]
     assert sorted([*grouped, "model"]) == sorted(field.name for field in fields(kind))
 
 

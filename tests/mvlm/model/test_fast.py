@@ -219,6 +219,7 @@ def test_masked_images_are_encoded_in_evaluations_as_in_training(drop_masked):
     model = micro_model(drop_masked=drop_masked)
     batch, masks = micro_batch(config=model.config)
     wanted = plain.encode(model, batch, masks).masked_image
+    assert wanted is not None
     assert (encode_masked(model, batch, masks)[0] - wanted).abs().max() < 1e-12
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mvlm.commands.evaluate import eval_retrieval
 from mvlm.training.run import pretrain
-from mvlm.verify import verify_run
+from mvlm.verify.verify import verify_run
 from support.forgery import copy_run, short_run
 
 
