@@ -60,50 +60,30 @@ def caption_of_masked_tokens(batch: Batch, masks: Masks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_predicted_pixels_do_not_depend_on_masked_pixels(predictions, cross_norm):
+@pytest.mark.parametrize(
+    ("change", "predicted", "target", "changed"),
+    [(change_pixels, "pixels", "target", 1), (change_tokens, "logits", "tokens", 2)],
+)
+def test_predictions_do_not_depend_on_what_is_masked(predictions, cross_norm, change, predicted, target, changed):
+    """What is visible matters, but only to the predictions of its own image or caption."""
     model = micro_model(cross_norm=cross_norm)
     batch, masks = micro_batch()
+    own = (torch.arange(5) if predicted == "pixels" else caption_of_masked_tokens(batch, masks)) == changed
     before = predictions(model, batch, masks)
-    after = predictions(model, change_pixels(batch, masks, masked=True), masks)
-    assert torch.equal(after["pixels"], before["pixels"])
-    assert (after["target"][1] != before["target"][1]).any(-1).all()
-    # Visible pixels matter, but only to their own image.
-    after = predictions(model, change_pixels(batch, masks, masked=False), masks)
-    assert torch.equal(after["target"], before["target"])
-    for row in range(5):
-        assert torch.equal(after["pixels"][row], before["pixels"][row]) == (row != 1)
-
-
-@pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_predicted_tokens_do_not_depend_on_masked_tokens(predictions, cross_norm):
-    model = micro_model(cross_norm=cross_norm)
-    batch, masks = micro_batch()
-    before = predictions(model, batch, masks)
-    after = predictions(model, change_tokens(batch, masks, masked=True), masks)
-    assert torch.equal(after["logits"], before["logits"])
-    changed = after["tokens"] != before["tokens"]
-    assert changed.tolist() == (caption_of_masked_tokens(batch, masks) == 2).tolist()
-    after = predictions(model, change_tokens(batch, masks, masked=False), masks)
-    assert torch.equal(after["tokens"], before["tokens"])
-    for number, row in enumerate(caption_of_masked_tokens(batch, masks).tolist()):
-        assert torch.equal(after["logits"][number], before["logits"][number]) == (row != 2)
+    after = predictions(model, change(batch, masks, masked=True), masks)
+    assert torch.equal(after[predicted], before[predicted])
+    assert torch.equal((after[target] != before[target]).reshape(len(own), -1).any(1), own)
+    after = predictions(model, change(batch, masks, masked=False), masks)
+    assert torch.equal(after[target], before[target])
+    assert torch.equal((after[predicted] != before[predicted]).reshape(len(own), -1).any(1), own)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_masked_captions_see_the_masked_pixels_only_of_an_unmasked_partner(predictions, masked):
+@pytest.mark.parametrize(("change", "predicted"), [(change_pixels, "logits"), (change_tokens, "pixels")])
+def test_masked_inputs_see_what_is_masked_only_of_an_unmasked_partner(predictions, masked, change, predicted):
     model = micro_model(image_mask_ratio=0.5, mask_partner=masked)
-    batch, masks = micro_batch()
-    before = predictions(model, batch, masks)["logits"]
-    after = predictions(model, change_pixels(batch, masks, masked=True), masks)["logits"]
+    batch, masks = micro_batch(config=model.config)
+    before = predictions(model, batch, masks)[predicted]
+    after = predictions(model, change(batch, masks, masked=True), masks)[predicted]
     assert torch.equal(before, after) == masked
-    assert not torch.equal(before, predictions(model, change_pixels(batch, masks, masked=False), masks)["logits"])
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_masked_images_see_the_masked_tokens_only_of_an_unmasked_partner(predictions, masked):
-    model = micro_model(mask_partner=masked)
-    batch, masks = micro_batch()
-    before = predictions(model, batch, masks)["pixels"]
-    after = predictions(model, change_tokens(batch, masks, masked=True), masks)["pixels"]
-    assert torch.equal(before, after) == masked
-    assert not torch.equal(before, predictions(model, change_tokens(batch, masks, masked=False), masks)["pixels"])
+    assert not torch.equal(before, predictions(model, change(batch, masks, masked=False), masks)[predicted])
