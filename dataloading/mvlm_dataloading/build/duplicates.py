@@ -30,6 +30,7 @@ REPEATED_NEARLY = "image is a near-duplicate"
 MAX_DISTANCE = 3
 """Maximum number of differing bits, of 64, between the hashes of near-duplicates."""
 MAX_ASPECT_CHANGE = 1.1
+"""Maximum quotient of the aspect ratios of near-duplicates."""
 _BANDS = MAX_DISTANCE + 1
 _ROWS = 2048
 
@@ -111,7 +112,7 @@ def drop_leaks(
     exact = {image.sha256: image for image in reversed(known)}
     hashed = [image for image in known if image.phash is not None]
     train = [(i, image) for i, image in left if image.split == "train"]
-    near = near_known(*_hashes(image for _, image in train), *_hashes(hashed), MAX_ASPECT_CHANGE)
+    near = near_known(*_hashes(image for _, image in train), *_hashes(hashed))
     lines = []
     for (i, image), j in zip(train, near.tolist(), strict=True):
         if image.sha256 in exact:
@@ -145,7 +146,7 @@ def drop_repeats(
             elif images[i].phash is not None:
                 rest.append(i)
         nearest: dict[int, int] = {}
-        for a, b in near_pairs(*_hashes(images[i] for i in rest), MAX_ASPECT_CHANGE):
+        for a, b in near_pairs(*_hashes(images[i] for i in rest)):
             nearest[rest[b]] = min(rest[a], nearest.get(rest[b], rest[a]))
         for j, i in sorted(nearest.items()):
             lines.append(_line(images[j], "near", images[i]))
@@ -164,15 +165,11 @@ def _line(image: ImageFacts, kind: str, of: ImageFacts) -> dict[str, Any]:
     return {"key": image.key, "split": image.split, "kind": kind, "of": f"{of.split}/{of.key}"}
 
 
-def near_pairs(hashes: UInt64, aspects: Float64, max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
-    """Pairs i < j of near hashes (n,), which differ in at most MAX_DISTANCE bits. Each once, in no fixed order.
+def near_pairs(hashes: UInt64, aspects: Float64) -> Iterator[tuple[int, int]]:
+    """Pairs i < j of near hashes (n,) of images with similar aspect ratios (n,). Each once, in no fixed order.
 
     Among equal hashes only the pairs with the first image of a similar aspect ratio are yielded: a thousand copies give
     a thousand pairs, not half a million.
-
-    Args:
-        aspects: aspect ratios of the images (n,).
-        max_aspect_ratio: maximum quotient of two similar ones, at least 1. Pairs of others are left out.
 
     Two near hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. Only hashes that share a band are
     compared, and a pair is yielded for the first band that it shares.
@@ -181,23 +178,23 @@ def near_pairs(hashes: UInt64, aspects: Float64, max_aspect_ratio: float) -> Ite
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1)))[:-1])
     shapes: list[float] = aspects.tolist()
     for same in members:
-        yield from _within(same, shapes, max_aspect_ratio)
+        yield from _within(same, shapes)
     for one, other in _near_values(values):
         for i in members[one]:
             for j in members[other]:
-                if _similar(shapes[i], shapes[j], max_aspect_ratio):
+                if _similar(shapes[i], shapes[j]):
                     yield (int(i), int(j)) if i < j else (int(j), int(i))
 
 
-def _similar(one: float, other: float, max_aspect_ratio: float) -> bool:
-    return max(one, other) <= max_aspect_ratio * min(one, other)
+def _similar(one: float, other: float) -> bool:
+    return max(one, other) <= MAX_ASPECT_CHANGE * min(one, other)
 
 
-def _within(same: Int64, shapes: list[float], max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
+def _within(same: Int64, shapes: list[float]) -> Iterator[tuple[int, int]]:
     """Each image of equal hashes with the first one of a similar shape. First ones of few shapes are kept."""
     firsts: list[int] = []
     for j in same.tolist():
-        known = next((i for i in firsts if _similar(shapes[i], shapes[j], max_aspect_ratio)), None)
+        known = next((i for i in firsts if _similar(shapes[i], shapes[j])), None)
         if known is None:
             firsts.append(j)
         else:
@@ -221,14 +218,8 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
                 yield from zip(one[new].tolist(), other[new].tolist(), strict=True)
 
 
-def near_known(
-    hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64, max_aspect_ratio: float
-) -> Int64:
-    """Position of the first near hash in `known` (m,) with a similar aspect ratio, for each hash; -1 if absent: (n,).
-
-    Args:
-        max_aspect_ratio: maximum quotient of two similar aspect ratios, at least 1.
-    """
+def near_known(hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64) -> Int64:
+    """Position of the first near hash in `known` (m,) with a similar aspect ratio, for each hash; -1 if absent: (n,)."""
     found = np.full(len(hashes), len(known), np.int64)
     for band in range(_BANDS):
         shift = np.uint64(16 * band)
@@ -241,7 +232,7 @@ def near_known(
             candidates = order[begin[i] : end[i]]
             ratio = known_aspects[candidates] / aspects[i]
             near = np.bitwise_count(known[candidates] ^ hashes[i]) <= MAX_DISTANCE
-            near &= np.maximum(ratio, 1 / ratio) <= max_aspect_ratio
+            near &= np.maximum(ratio, 1 / ratio) <= MAX_ASPECT_CHANGE
             if near.any():
                 found[i] = min(found[i], candidates[near].min())
     return np.where(found < len(known), found, -1)
