@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import open_regular, require_regular
@@ -200,10 +201,7 @@ def check_size(tar: Path, size: int) -> os.stat_result:
 
 
 def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
-    """Compare an index with a tar at the shard's first, middle and last sample.
-
-    Args:
-        source: the file that the index was read from, for the message.
+    """Compare an index, which was read from `source`, with a tar at the shard's first, middle and last sample.
 
     Raises:
         DataError: a component is not where the index says.
@@ -302,6 +300,25 @@ def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
             f"{where()}: wanted metadata as a JSON object, found {type(metadata).__name__}; remove the sample"
         )
     return metadata
+
+
+def split_stored_tokens(content: bytes, count: int, where: str) -> list[NDArray[np.int32]]:
+    """The tokens of each caption in a `.tok` component, which holds a count and the tokens, per caption.
+
+    Raises:
+        DataError: the component does not hold `count` captions.
+    """
+    words = np.frombuffer(content[: len(content) // 4 * 4], "<i4")
+    found, at = [], 0
+    while at < len(words) and 0 <= words[at] < len(words) - at:
+        found.append(words[at + 1 : at + 1 + words[at]])
+        at += 1 + int(words[at])
+    if at != len(words) or len(content) % 4 or len(found) != count:
+        raise DataError(
+            f"{where}: wanted stored tokens of {count} captions, found {len(content)} bytes that hold {len(found)}; "
+            "write the tokens again"
+        )
+    return found
 
 
 def image_identity(metadata: dict[str, Any], image: Callable[[], bytes]) -> int:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvlm_dataloading.dataset.dali_index import Int64
-from mvlm_dataloading.dataset.dataset import Dataset, image_identity, parse_captions, parse_metadata
+from mvlm_dataloading.dataset.dataset import (
+    Dataset,
+    image_identity,
+    parse_captions,
+    parse_metadata,
+    split_stored_tokens,
+)
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import Purpose, hash64, text_hash
 from mvlm_dataloading.tokenizer import Tokenizer
@@ -65,16 +71,7 @@ class CaptionReader:
     A caption without a token, of which a tokenizer may see nothing, gives its turn to the next one in the list.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: Tokenizer,
-        length: int,
-        seed: int,
-        *,
-        first: bool,
-        stored: bool,
-    ):
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, length: int, seed: int, *, first: bool, stored: bool):
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
         self._first, self._stored = first, stored
         self._room = MAX_CAPTIONS if not first and len(dataset) <= MAX_REMEMBERED else 0
@@ -158,22 +155,3 @@ class CaptionReader:
         if len(tokens) > self._length:
             tokens = np.concatenate([tokens[: self._length - 1], tokens[-1:]])
         return tokens
-
-
-def split_stored_tokens(content: bytes, count: int, where: str) -> list[np.ndarray]:
-    """Split a `.tok` component into the int32 tokens of each caption. It holds a count and the tokens, per caption.
-
-    Raises:
-        DataError: the component does not hold `count` captions.
-    """
-    words = np.frombuffer(content[: len(content) // 4 * 4], "<i4")
-    found, at = [], 0
-    while at < len(words) and 0 <= words[at] < len(words) - at:
-        found.append(words[at + 1 : at + 1 + words[at]])
-        at += 1 + int(words[at])
-    if at != len(words) or len(content) % 4 or len(found) != count:
-        raise DataError(
-            f"{where}: wanted stored tokens of {count} captions, found {len(content)} bytes that hold {len(found)}; "
-            "write the tokens again"
-        )
-    return found

@@ -20,7 +20,7 @@ from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_whit
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, script_of
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
-from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
+from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata, split_stored_tokens
 from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
@@ -74,14 +74,11 @@ class Findings:
 def check_shards(
     folder: Path, *, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Findings]:
-    """Check every shard of every split.
+    """Findings by split, of every shard.
 
     Args:
         workers: number of worker processes; 0 works in this process.
         progress: called with the number of samples done and the total.
-
-    Returns:
-        Findings by split.
 
     Raises:
         DataError: the folder is not a data set, or its stored tokenizer is missing.
@@ -121,7 +118,7 @@ def check_shards(
 
 
 def _opening_problems(folder: Path, split: str) -> list[str]:
-    """The problem for which `open_dataset` refuses the split, or a wrong fingerprint: a list of one line, or empty."""
+    """The problem for which `open_dataset` refuses the split, or a wrong fingerprint."""
     try:
         dataset = open_dataset(folder, split)
     except DataError as error:
@@ -183,7 +180,7 @@ def _read_through(
 
 
 def _index_problem(task: _Task, text: bytes) -> str | None:
-    """Compare a shard's part of the split's index with the DALI index `text`. Returns the problem, or None."""
+    """The problem of a shard's part of the split's index, which should list what the DALI index `text` does."""
     path = index_path(task.folder, task.split)
     if not path.is_file():
         return None
@@ -246,26 +243,15 @@ def _check_samples(
         found.words += [len(caption.split()) for caption in captions]
         found.scripts.update(map(script_of, captions))
         if task.vocab_size is not None:
-            problem = _token_problem(parts.get("tok"), len(captions), task.vocab_size)
-            if problem is not None:
-                found.problems.append(f"{where}: {problem}")
-
-
-def _token_problem(tokens: bytes | None, captions: int, vocab_size: int) -> str | None:
-    """Check a `.tok` component: per caption a count n and n ids, int32. Returns its problem, or None."""
-    if tokens is None or len(tokens) % 4:
-        return f"wanted token ids as int32, found {'none' if tokens is None else f'{len(tokens)} bytes'}"
-    numbers = np.frombuffer(tokens, "<i4")
-    at = count = 0
-    while at < len(numbers):
-        length = int(numbers[at])
-        ids = numbers[at + 1 : at + 1 + length]
-        if length < 3 or len(ids) != length:
-            return f"wanted a caption's token ids, found a count of {length} before {len(numbers) - at - 1} numbers"
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            return f"wanted token ids below {vocab_size}, found {int(ids.min())} to {int(ids.max())}"
-        at, count = at + 1 + length, count + 1
-    return None if count == captions else f"wanted token ids of {captions} captions, found those of {count}"
+            try:
+                tokens = split_stored_tokens(parts.get("tok", b""), len(captions), where)
+            except DataError as error:
+                found.problems.append(str(error))
+                continue
+            if any(len(ids) < 3 or ids.min() < 0 or ids.max() >= task.vocab_size for ids in tokens):
+                found.problems.append(
+                    f"{where}: wanted captions of 3 token ids or more, from 0 to {task.vocab_size - 1}, found others"
+                )
 
 
 _SHEET = (8, 6)  # images across and down

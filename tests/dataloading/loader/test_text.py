@@ -9,8 +9,8 @@ import tokenizers
 import torch
 
 from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, open_dataset, rebuild_indices
+from mvlm_dataloading.dataset.dataset import split_stored_tokens
 from mvlm_dataloading.loader import text as text_module
-from mvlm_dataloading.loader.text import split_stored_tokens
 from mvlm_dataloading.randomness import Purpose, hash64, text_hash
 from support.data import make_captions, make_image, write_shard_by_hand, write_tar
 from support.loaders import rows
