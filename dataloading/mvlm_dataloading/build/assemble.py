@@ -82,7 +82,8 @@ def assemble(assembly: Assembly) -> Counter[str]:
     final.mkdir(exist_ok=True)
     written, rejected = _read_pieces(assembly)
     images, plan = written.images, assembly.plan
-    dropped = _repeated_keys(images)
+    first: dict[str, int] = {}
+    dropped = {i: REPEATED_KEY for i, image in enumerate(images) if first.setdefault(image.key, i) != i}
     questions = "questions" in plan["recipe"]
     evaluation = [image for folder in plan["evaluation_sets"] for image in evaluation_images(Path(folder))]
     duplicates = drop_leaks(images, evaluation, dropped, own_splits=not questions)
@@ -121,8 +122,7 @@ def _why_none(assembly: Assembly, rejected: list[dict[str, Any]]) -> str:
         more = f" and {len(others)} more" if others else ""
         return f"no image and no caption in {first}{more}; name the files that hold them"
     first, reasons = rejected[0], dict(Counter(line["reason"] for line in rejected).most_common(5))
-    remedy = _REMEDIES.get(first["reason"], "")
-    return f"rejected: {reasons}, the first {first['where']}: {first['reason']}{remedy}"
+    return f"rejected: {reasons}, the first {first['where']}: {first['reason']}{_REMEDIES.get(first['reason'], '')}"
 
 
 @dataclass(slots=True)
@@ -158,17 +158,8 @@ def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
     return written, rejected
 
 
-def _repeated_keys(images: list[ImageFacts]) -> dict[int, str]:
-    first: dict[str, int] = {}
-    return {i: REPEATED_KEY for i, image in enumerate(images) if first.setdefault(image.key, i) != i}
-
-
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
-    """Put the tars that keep all samples into place, rewrite the others, and number both by split.
-
-    Returns:
-        The field `splits` of dataset.json.
-    """
+    """Put the tars that keep all samples into place, rewrite the others. Returns the field `splits` of dataset.json."""
     samples_of: dict[tuple[int, int], list[int]] = {}
     for i, tar in enumerate(written.tars):
         samples_of.setdefault(tar, []).append(i)

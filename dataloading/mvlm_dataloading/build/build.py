@@ -100,9 +100,8 @@ def build_shards(
             require_free_folder(out)
         own = LocalFolder(partial, gives_away=True) if isinstance(partial, Path) else RemoteFolder(partial)
         if isinstance(own, LocalFolder) and not own.has("plan.json"):
-            empty_folder(
-                own.folder
-            )  # of what a `ShardWriter` left, or a build that was killed before it wrote its plan
+            # What a `ShardWriter` left, or a build that was killed before it wrote its plan.
+            empty_folder(own.folder)
         _begin(own, plan, options, WHOLE)
         write_part(source, own, options, WHOLE, workers, executor, progress)
         _finish(work, [own], *read_parts([own]), out)
@@ -271,8 +270,7 @@ def _remove(partial: Path | str) -> None:
 def _writing(place: Path | str) -> Iterator[Path]:
     """A context in which this process alone writes an unfinished build. Yields its folder on this machine.
 
-    Raises:
-        DataError: another process writes it, or the disk is full.
+    Raises DataError if another process writes it, or if the disk is full.
     """
     try:
         with lock_folder(working_folder(place)):

@@ -55,21 +55,17 @@ class ImageFacts:
 
 def parse_image_facts(key: str, split: str, metadata: Mapping[str, Any]) -> ImageFacts:
     """The facts that a build stores in `<key>.json`. Raises KeyError, TypeError or ValueError if they are missing."""
-    known = metadata["phash"]
     width, height = int(metadata["width"]), int(metadata["height"])
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height}")
-    phash = None if known is None else int(known, 16)
+    phash = None if metadata["phash"] is None else int(metadata["phash"], 16)
     return ImageFacts(key, split, width, height, bytes.fromhex(metadata["sha256"]), phash)
 
 
 def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     """Facts of a sample, from its metadata. They are computed for shards of other tools, which lack them.
 
-    The hash of a transparent image is that of the image on white, as in a build.
-
-    Raises:
-        DataError: the image cannot be decoded.
+    The hash of a transparent image is that of the image on white, as in a build. DataError if it cannot be decoded.
     """
     key, split, metadata = dataset.keys[i], dataset.split, dataset.metadata(i)
     try:
@@ -130,7 +126,6 @@ def drop_repeats(
     """Find the images that repeat an earlier one of their split. Returns a line of duplicates.jsonl for each.
 
     Args:
-        dropped: position -> reason, for the images that are already dropped.
         drop, drop_near: add exact duplicates, or near-duplicates, to `dropped`.
     """
     lines = []
@@ -219,7 +214,7 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
 
 
 def near_known(hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64) -> Int64:
-    """Position of the first near hash in `known` (m,) with a similar aspect ratio, for each hash; -1 if absent: (n,)."""
+    """Position of the first near hash in `known` (m,) of similar aspect ratio, for each hash; -1 if absent: (n,)."""
     found = np.full(len(hashes), len(known), np.int64)
     for band in range(_BANDS):
         shift = np.uint64(16 * band)

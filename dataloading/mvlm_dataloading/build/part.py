@@ -74,10 +74,6 @@ def write_part(
 ) -> None:
     """Write the pieces of a part that are not finished yet. The caller has written its plan and holds its lock.
 
-    Args:
-        part: number of the part, from 1, and number of parts.
-        workers: number of processes on this machine, one per core by default; 0 works in this process.
-
     Raises:
         DataError: worker processes keep dying, or the nodes of a Ray cluster have written to disks of their own.
     """
@@ -105,10 +101,8 @@ def write_part(
         _wait_for_files(folder, {number for number, _ in tasks})
     if records:
         seconds = time.monotonic() - start
-        rate = records / seconds / cores
-        log.info(
-            "%s: %d records in %.1f s, %.1f a second and core on %d cores", folder.url, records, seconds, rate, cores
-        )
+        speed = records / seconds / cores
+        log.info("%s: %d records in %.1f s, %.1f a second and core", folder.url, records, seconds, speed)
 
 
 def _wait_for_files(folder: LocalFolder | RemoteFolder, pieces: set[int]) -> None:
@@ -201,10 +195,8 @@ def claim_working_folder(place: Path | str, plan: dict[str, Any]) -> None:
     write_file(file, wanted)
 
 
-def parse_part(text: str | None) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """Number of a part and number of parts, from `i/n`. Raises DataError."""
-    if text is None:
-        return WHOLE
     words = text.split("/")
     if len(words) == 2 and all(word.isdecimal() for word in words) and 1 <= int(words[0]) <= int(words[1]):
         return int(words[0]), int(words[1])

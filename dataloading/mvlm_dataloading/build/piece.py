@@ -23,7 +23,7 @@ from mvlm_dataloading.captions import clean_captions
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.record import KEY_PATTERN, ImageStrip, Piece, Record
+from mvlm_dataloading.sources.record import BAD_KEY, KEY_PATTERN, ImageStrip, Piece, Record
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
@@ -41,7 +41,7 @@ from .image_check import (
     read_header,
     read_image,
 )
-from .shard_writer import Shard, pack_tokens
+from .shard_writer import Shard, components_of_sample, pack_tokens
 
 CRASHED = "the decoder dies on the image"
 _GROUP, _GROUP_BYTES = 64, 32 << 20
@@ -66,7 +66,7 @@ def write_piece(
     Args:
         crashes: numbers, within the piece, of records that killed a decoder alone ("fatal") or as part of a batch
             ("suspect").
-        report: called after each group of records, with its length.
+        report: called with numbers of records done.
     """
     # Another process may be writing the piece too, on another machine: one that has lost its build and does not know.
     aside = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -131,18 +131,19 @@ class _PieceWriter:
                 closing.close()
 
     def _check(self, number: int, record: Record) -> _Candidate | str:
-        """Check a record without decoding. Returns a candidate, or the reason for the rejection."""
+        """The candidate of a record, which is not decoded here, or the reason for its rejection."""
         options = self._options
         if record.fault is not None:
             return record.fault
         if not KEY_PATTERN.fullmatch(record.key):
-            return "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
+            return BAD_KEY
         captions = clean_captions(record.captions, options.max_caption_bytes, options.max_captions)
         if isinstance(captions, str):
             return captions
-        image = (
-            _compose(record.image, options) if isinstance(record.image, ImageStrip) else _read(record.image, options)
-        )
+        if record.image is None:
+            return "no image"
+        strip = isinstance(record.image, ImageStrip)
+        image = _compose(record.image, options) if strip else read_image(record.image, options.max_image_bytes)
         if isinstance(image, str):
             return image
         header = check_header(image, options)
@@ -168,8 +169,7 @@ class _PieceWriter:
             if (suspect, one.image) != last:  # questions about an image follow one another
                 last = suspect, one.image
                 if suspect:
-                    alike = [other.number for other in candidates if other.image == one.image]
-                    note.write_text(json.dumps(alike))
+                    note.write_text(json.dumps([other.number for other in candidates if other.image == one.image]))
                     pixels = next(self._decoder([exif_first(one.image)]))
                     note.write_text(together)
                 else:
@@ -192,13 +192,9 @@ class _PieceWriter:
             captions, tokens = pack_tokens(self._tokenizer, captions, options.text_length)
             if not captions:
                 return "caption has no token"
-        metadata = json.dumps({**record.metadata, **facts}, ensure_ascii=False, separators=(",", ":"))
-        parts = [
-            (extension, image),
-            ("txt", "".join(caption + "\n" for caption in captions).encode()),
-            ("json", metadata.encode("utf-8", "replace")),
-            *([] if tokens is None else [("tok", tokens)]),
-        ]
+        parts = components_of_sample(extension, image, captions, {**record.metadata, **facts})
+        if tokens is not None:
+            parts.append(("tok", tokens))
         if self._shard is not None and not self._shard.fits(parts, options.shard_bytes):
             self._close_shard()
         if self._shard is None:
@@ -272,7 +268,7 @@ def _compose(strip: ImageStrip, options: BuildOptions) -> bytes | str:
     """The encoded strip, or the reason for which one of its images cannot be used."""
     contents = []
     for file in strip.files:
-        content = _read(file, options)
+        content = read_image(file, options.max_image_bytes)
         header = content if isinstance(content, str) else check_header(content, options)
         if isinstance(header, str):
             return header
@@ -281,7 +277,3 @@ def _compose(strip: ImageStrip, options: BuildOptions) -> bytes | str:
         return strip.compose(contents, limits_of_build(options.max_pixels))
     except DataError:
         return UNDECODABLE
-
-
-def _read(image: Path | bytes | None, options: BuildOptions) -> bytes | str:
-    return "no image" if image is None else read_image(image, options.max_image_bytes)

@@ -40,7 +40,7 @@ from mvlm_dataloading.dataset.folders import LOCK, empty_folder, lock_folder
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder, sync, write_file
-from mvlm_dataloading.sources.record import KEY_PATTERN
+from mvlm_dataloading.sources.record import BAD_KEY, KEY_PATTERN
 
 from .image_check import prepare_image
 
@@ -57,7 +57,6 @@ class ShardWriter:
         out: folder to create; an empty folder may exist. DataError if it is in use, or if another build has begun it.
         name, source, licence, attribution: copied to `dataset.json`.
         recipe: all values that determine the content (sizes, versions, limits). `already_written` compares them.
-        max_shard_bytes: maximum size of a tar.
 
     Attributes:
         rejected: number of rejected samples by reason.
@@ -119,7 +118,7 @@ class ShardWriter:
         lines = (" ".join(caption.split()) for caption in captions)
         captions = list(dict.fromkeys(line for line in lines if is_visible(line) and _encodes(line)))
         if not KEY_PATTERN.fullmatch(key):
-            return self._reject(key, "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -")
+            return self._reject(key, BAD_KEY)
         if key in self._keys:
             return self._reject(key, "key was used before")
         if not captions:
@@ -130,11 +129,7 @@ class ShardWriter:
 
         self._keys.add(key)
         stored, extension = prepared
-        parts = [
-            (extension, stored),
-            ("txt", "".join(c + "\n" for c in captions).encode()),
-            ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")),
-        ]
+        parts = components_of_sample(extension, stored, captions, metadata or {})
         if split in self._open and not self._open[split].fits(parts, self._max_shard_bytes):
             self._close(split)
         if split not in self._open:
@@ -214,11 +209,9 @@ class Shard:
 
     def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
         """True if the tar with this sample takes at most `max_bytes`. The first sample always fits."""
-        grown = sum(
-            tarfile.BLOCKSIZE + (0 if self._stored(extension, content) else _padded(len(content)))
-            for extension, content in parts
-        )
-        return not self.samples or self.tar.offset + grown <= max_bytes
+        stored = [content for extension, content in parts if not self._stored(extension, content)]
+        blocks = len(parts) + sum(-(-len(content) // tarfile.BLOCKSIZE) for content in stored)
+        return not self.samples or self.tar.offset + blocks * tarfile.BLOCKSIZE <= max_bytes
 
     def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
         components = []
@@ -253,6 +246,14 @@ class Shard:
         return describe_shard(self.path, self.samples)
 
 
+def components_of_sample(
+    extension: str, image: bytes, captions: Sequence[str], metadata: Mapping[str, Any]
+) -> list[tuple[str, bytes]]:
+    """Extension and content of each file of a sample."""
+    described = json.dumps(metadata, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return [(extension, image), ("txt", "".join(caption + "\n" for caption in captions).encode()), ("json", described)]
+
+
 def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> tuple[list[str], bytes]:
     """Captions that have an ordinary token, and their `.tok` component.
 
@@ -263,7 +264,3 @@ def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int
     rows = [(c, n, tokens[end - n : end]) for c, n, end in zip(captions, lengths, ends, strict=True) if n > 2]
     numbers = [number for _, n, ids in rows for number in (n, *ids)]
     return [caption for caption, _, _ in rows], np.array(numbers, "<i4").tobytes()
-
-
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -146,7 +146,7 @@ def _start_worker(function: Callable[..., Any]) -> _Worker:
 
 
 def _worker_main(function: Callable[..., Any], connection: Connection) -> None:
-    """Main function of a worker. Receives tasks, sends progress and results; ends with the connection or the parent."""
+    """Receive tasks, send progress and results; end with the connection or the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.send(("begun", None))
@@ -204,9 +204,6 @@ def write_pieces(
     Args:
         place: folder or URL of the part.
         tasks: pieces, and their numbers in the source.
-
-    Raises:
-        DataError: worker processes keep dying on a piece.
     """
     folder = working_folder(place) / "pieces"
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,8 +261,7 @@ def _crashes(folder: Path, number: int) -> dict[str, list[int]]:
 def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
     """Record which images a worker was decoding when it died, from the folders that it has left.
 
-    Images decoded together become suspects, and the next worker decodes each suspect alone. A suspect that was being
-    decoded alone is fatal, with all records of its image.
+    Images decoded together become suspects, which the next worker decodes alone. One that was decoded alone is fatal.
     """
     crashes = _crashes(folder, number)
     for one in left:
@@ -287,10 +283,6 @@ def write_pieces_on_ray(
     """Write pieces on a Ray cluster. Yields, as tasks end, how many pieces and records have been added.
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one on this machine.
-
-    Raises:
-        DataError: worker processes keep dying on a piece.
-        ImportError: the extra `ray` is missing.
     """
     ray = need("ray", "ray")
     write = ray.remote(num_cpus=1, max_retries=MAX_CRASHES)(_write_chunk)

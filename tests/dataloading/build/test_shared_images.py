@@ -18,6 +18,7 @@ from mvlm_dataloading import (
     open_dataset,
     rebuild_indices,
 )
+from mvlm_dataloading.images.limits import ImageLimits
 from mvlm_dataloading.sources.record import ImageStrip, ListedPiece, Record, Source, with_images_together
 from mvlm_dataloading.tools.reindex import lists_samples_of
 from support import published
@@ -151,7 +152,7 @@ def test_strips(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     pair = ImageStrip((tmp_path / "wide.png", tmp_path / "tall.png"), 32)
     blue = ImageStrip((tmp_path / "turned.png",), 40, kind="PNG")
-    content = blue.compose([blue.files[0].read_bytes()])
+    content = blue.compose([blue.files[0].read_bytes()], ImageLimits())
     assert Image.open(io.BytesIO(content)).getpixel((30, 30)) == (0, 0, 250)
     records = [
         Record("pair", pair, ["two"], ""),
