@@ -20,11 +20,7 @@ _MAX_BYTES = 1 << 30
 
 
 def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) -> dict[str, Any]:
-    """Describe a tar as an entry of `dataset.json`.
-
-    Args:
-        file: the open tar, which is left at its end. Default: it is opened.
-    """
+    """A tar's entry of `dataset.json`. `file`: the open tar, which is left at its end; by default it is opened."""
     if file is None:
         with open_regular(tar) as file:
             return describe_shard(tar, samples, file)
@@ -51,11 +47,7 @@ def write_description(
     tokenizer: str | None = None,
     tokens: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the `dataset.json` of a folder. Returns its content.
-
-    Args:
-        about: has `name`, `source`, `licence` and `attribution`.
-    """
+    """Write the `dataset.json` of a folder. Returns its content. `about`: name, source, licence and attribution."""
     description = {
         "format_version": FORMAT_VERSION,
         **{name: about[name] for name in ("name", "source", "licence", "attribution")},
@@ -114,11 +106,7 @@ def _short(value: Any) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Content of a data folder's `dataset.json`, with every field checked.
-
-    Raises:
-        DataError: the folder or the file is missing, or the file has another format or version.
-    """
+    """Content of a data folder's `dataset.json`, with every field checked. DataError as `parse_description`."""
     file = folder / "dataset.json"
     if not folder.is_dir():
         if re.match(r"[A-Za-z][A-Za-z0-9]+:/", str(folder)):
@@ -163,10 +151,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def parse_description(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a `dataset.json` and check every field that mvlm reads.
-
-    Args:
-        where: the file, for messages.
+    """Parse a `dataset.json`, named `where` in messages, and check every field that mvlm reads.
 
     Raises:
         DataError: it is not JSON, has another version, or a field is missing or impossible.

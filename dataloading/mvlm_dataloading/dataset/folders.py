@@ -95,11 +95,7 @@ class RemoteFolder:
         return [path.removeprefix(f"{self._root}/") for path in found]
 
     def get(self, name: str, to: Path, sha256: str | None = None, *, exact: bool = False) -> None:
-        """Fetch a file, and verify its hash if it is known. A file that does not pass is left at `to`.
-
-        Args:
-            exact: as of `read`.
-        """
+        """Fetch a file, and verify its hash if it is known. A file that does not pass is left at `to`."""
 
         def get(path: str) -> None:
             self.filesystem.get_file(path, str(to))
@@ -185,21 +181,13 @@ def _limits(url: str) -> dict[str, Any]:
 
 
 class LocalFolder:
-    """Files of one folder. Names are relative to it.
-
-    Args:
-        gives_away: `get` moves files instead of copying them.
-
-    Raises:
-        DataError: a file is missing.
-    """
+    """The same of a folder on a disk. With `gives_away`, `get` moves files instead of copying them."""
 
     def __init__(self, folder: Path, *, gives_away: bool = False):
         self.folder, self.url = folder, str(folder)
         self._gives_away = gives_away
 
     def read(self, name: str, *, exact: bool = True) -> bytes:
-        """Content of a file. Always exact."""
         try:
             return (self.folder / name).read_bytes()
         except FileNotFoundError:
@@ -208,11 +196,9 @@ class LocalFolder:
             ) from None
 
     def has(self, name: str) -> bool:
-        """True if the folder has a file of this name."""
         return (self.folder / name).is_file()
 
     def names(self, folder: str) -> list[str]:
-        """Names of all files in a folder and its subfolders. Empty if there is no such folder."""
         return [path.relative_to(self.folder).as_posix() for path in (self.folder / folder).rglob("*")]
 
     def get(self, name: str, to: Path) -> None:
@@ -228,7 +214,6 @@ class LocalFolder:
                 shutil.copyfile(path, aside)
 
     def write(self, name: str, content: bytes) -> None:
-        """Store a file. It appears complete, or not at all, and is on the disk afterwards."""
         write_file(self.folder / name, content)
 
 

@@ -82,7 +82,6 @@ def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
 
 
 def _open_remote(remote: RemoteCache, split: str) -> Dataset:
-    """Open a cached folder. Each shard is compared with the index after it is fetched."""
     description = read_description(remote.folder)
     shards = _shards_of_split(remote.folder, description, split)
     remote.register_shards(shards)
@@ -124,7 +123,7 @@ def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> l
 
 
 def _map(path: Path, split: str, shards: list[dict[str, Any]], hint: str) -> SampleIndex:
-    """Map a split's index. Raises DataError if it is damaged or belongs to other shards."""
+    """Map a split's index. DataError if it is damaged or belongs to other shards."""
     index = map_index(path, hint)
     if index.described != shards_hash(split, shards):
         raise DataError(f"{path}: wanted the index of the shards in dataset.json, found one of other shards; {hint}")
@@ -186,10 +185,6 @@ def _pack(
     Args:
         with_tars: the tars are there too.
         fetch_again: fetches a shard's index, of which the cached one cannot be used.
-
-    Raises:
-        DataError: a shard or an index is missing; a shard has another size than described; an index is malformed,
-            older than its tar, or lists a sample without an image or a caption.
     """
     writer = IndexWriter(file, split, shards)
     for shard in shards:

@@ -105,15 +105,8 @@ class RemoteCache:
     def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:
         """Fetch the index of a split, once for all processes that share the cache.
 
-        Args:
-            name: its file name in the folder.
-            again: fetch it even if it is cached.
-
         Returns:
             Path of the cached file; None if the remote folder has none.
-
-        Raises:
-            DataError: what is fetched is damaged.
         """
         path = self.folder / name
         with FileLock(f"{path}.lock"):

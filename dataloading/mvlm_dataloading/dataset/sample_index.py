@@ -88,7 +88,8 @@ class SampleIndex:
         described: hash of the described shards, see `shards_hash`.
 
     Raises:
-        DataError: the content is no index, is damaged or truncated, or has another version.
+        DataError: the content is no index, is damaged or truncated, or has another version. From all methods: the
+            checksum of what they read is wrong.
     """
 
     def __init__(self, content: "mmap.mmap | bytes | memoryview", path: Path | None = None, hint: str = ""):
@@ -129,11 +130,7 @@ class SampleIndex:
         return np.searchsorted(self.first[1:], ids, side="right")
 
     def locate(self, kind: str, ids: Any) -> tuple[Int64, Int64]:
-        """Offsets and sizes in bytes of a component, int64, of the shape of `ids`. The size is -1 if there is none.
-
-        Raises:
-            DataError: the checksum of a shard's records is wrong.
-        """
+        """Offsets and sizes in bytes of a component, int64, of the shape of `ids`. The size is -1 if there is none."""
         for shard in np.unique(self.shard_of(ids)).tolist():
             self._check(0, shard)
         column = 2 * list(KINDS).index(kind)
@@ -151,7 +148,7 @@ class SampleIndex:
         return key.tobytes().decode(errors="surrogateescape")
 
     def check_all(self) -> None:
-        """Compare all checksums. Raises DataError."""
+        """Compare all checksums."""
         for shard in range(len(self.first) - 1):
             self.shard_content(shard)
             self.release()
@@ -190,7 +187,7 @@ def head_crc(header: bytes | memoryview, table: NDArray) -> int:
 
 
 def map_index(path: Path, hint: str = "") -> SampleIndex:
-    """Map an index file. Raises DataError, see `SampleIndex`."""
+    """Map an index file. DataError as of `SampleIndex`."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             return SampleIndex(b"", path, hint)  # raises; an empty file cannot be mapped
@@ -225,9 +222,6 @@ def fingerprint_of(index: SampleIndex, split: str, shards: Sequence[Mapping[str,
 
     Args:
         shards: the split's shards, as `dataset.json` describes them. None is returned if the index has others.
-
-    Raises:
-        DataError: records or keys are damaged.
     """
     if np.diff(index.first).tolist() != [one["samples"] for one in shards]:
         return None

@@ -90,7 +90,6 @@ class RgbRows:
         return whole
 
     def is_transparent(self) -> bool:
-        """True for an image with a pixel that is not opaque."""
         return any(is_transparent(self._band(first, end)) for first, end in self.bands())
 
     def _band(self, first: int, end: int) -> Any:
@@ -102,11 +101,9 @@ class RgbRows:
 
     def _extremes(self) -> tuple[float, float]:
         np = need("numpy")
-        found = [(float(values.min()), float(values.max())) for values in map(np.asarray, self._all_bands())]
-        return float(np.min([low for low, _ in found])), float(np.max([high for _, high in found]))  # NaN stays NaN
-
-    def _all_bands(self) -> Iterator[Any]:
-        return (self._band(first, end) for first, end in self.bands())
+        bands = (np.asarray(self._band(first, end)) for first, end in self.bands())
+        found = np.array([(float(values.min()), float(values.max())) for values in bands])
+        return float(found[:, 0].min()), float(found[:, 1].max())  # NaN stays NaN
 
 
 def to_rgb(image: Any, extremes: tuple[float, float] | None = None) -> Any:

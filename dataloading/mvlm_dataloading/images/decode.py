@@ -3,6 +3,7 @@
 import io
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,11 @@ def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_sh
     if header.raw_bytes > _DEFLATE * (header.data_bytes + 1):
         raise unreadable(f"{len(content)} bytes cannot hold {header.width} x {header.height} pixels")
     parts = (1, 2, 4, 8) if may_shrink and header.kind == "JPEG" else (1,)
-    needed = [header.memory(part) + further * -(-max(header.width, header.height) // part) for part in parts]
+    needed = {part: header.memory(part) + further * -(-max(header.width, header.height) // part) for part in parts}
     most = limits.max_memory
-    part = next((part for part, bytes_ in zip(parts, needed, strict=True) if most is None or bytes_ <= most), None)
-    if part is None:
-        check_memory(header.width, header.height, needed[0], limits)
-    return header.at(part or 1)
+    part = next((part for part in parts if most is None or needed[part] <= most), 1)
+    check_memory(header.width, header.height, needed[part], limits)
+    return replace(header, part=part)
 
 
 def decode(
@@ -77,7 +77,6 @@ def decode(
 
     Raises:
         ImageRefusedError: the file is no regular one, or is no whole image within the limits.
-        MissingPackageError: Pillow is not installed.
     """
     pil, file = need("PIL.Image"), need("PIL.ImageFile")
     try:

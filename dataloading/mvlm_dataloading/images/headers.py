@@ -46,10 +46,6 @@ class ImageHeader:
         """Bytes that decoding takes at 1 / `part` of the sides."""
         return self.width * self.height * (self.pixel_bytes / part**2 + self.kept_bytes)
 
-    def at(self, part: int) -> "ImageHeader":
-        """The same header, to be decoded at 1 / `part` of the sides."""
-        return self if part == 1 else replace(self, part=part)
-
 
 def read_image_header(content: bytes) -> ImageHeader:
     """Format and size of an encoded image, without decoding.
@@ -108,17 +104,10 @@ def _png(content: bytes) -> ImageHeader:
             if header is not None:
                 raise unreadable("it has two headers")
             width, height, depth, colour = struct.unpack_from(">IIBB", content, at + 8)
-            interlaced = content[at + 20]
-            bits = depth * _CHANNELS.get(colour, 4)
+            interlaced = content[at + 20] != 0
             stored = 1 if colour in (0, 3) and depth <= 8 else 4
-            header = ImageHeader(
-                "PNG",
-                width,
-                height,
-                stored,
-                raw_bytes=_png_bytes(width, height, bits, bool(interlaced)),
-                interlaced=bool(interlaced),
-            )
+            raw_bytes = _png_bytes(width, height, depth * _CHANNELS.get(colour, 4), interlaced)
+            header = ImageHeader("PNG", width, height, stored, raw_bytes=raw_bytes, interlaced=interlaced)
         elif header is None:
             raise unreadable("it has no header")
         elif kind == b"eXIf":

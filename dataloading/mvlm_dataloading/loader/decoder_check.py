@@ -65,21 +65,18 @@ def find_fault(decoding: Decoding, device_id: int | Literal["cpu"]) -> str | Non
         worst = float(json.loads(done.stdout.strip().splitlines()[-1])["worst_difference"])
     except (IndexError, KeyError, TypeError, ValueError):
         return f"the trial gave no result: {done.stdout!r}"
-    # `<=`, so that NaN is a fault too.
-    return (
-        None if worst <= _TOLERANCE else f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one image"
-    )
+    if worst <= _TOLERANCE:  # NaN is a fault too
+        return None
+    return f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one image"
 
 
 def main(device_id: str, decoding: str) -> None:
     """Entry point of the subprocess: print the largest mean difference of an image from the CPU's pixels, as JSON."""
     with tempfile.TemporaryDirectory(prefix="mvlm-decoder-check-") as folder:
         data = _write_images(Path(folder) / "data")
-        pixels = [
-            _decode(data, Decoding.CPU, None),
-            _decode(data, Decoding(decoding), None if device_id == "cpu" else int(device_id)),
-        ]
-    differences = np.abs(pixels[0].astype(np.float64) - pixels[1]).mean(axis=(1, 2, 3))
+        wanted = _decode(data, Decoding.CPU, None)
+        found = _decode(data, Decoding(decoding), None if device_id == "cpu" else int(device_id))
+    differences = np.abs(wanted.astype(np.float64) - found).mean(axis=(1, 2, 3))
     print(json.dumps({"worst_difference": float(differences.max())}))
 
 
@@ -91,10 +88,8 @@ def _write_images(folder: Path) -> Path:
             height, width = 64 + 29 * i, 1000 - 23 * i
             y, x = np.mgrid[0:height, 0:width]
             waves = [127.5 + 120 * np.sin(x / (20 + 7 * i) + y / (30 + 5 * c) + i + 2 * c) for c in range(3)]
-            file = io.BytesIO()
-            pil.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(
-                file, "PNG" if i % 4 == 3 else "JPEG", quality=90
-            )
+            file, kind = io.BytesIO(), "PNG" if i % 4 == 3 else "JPEG"
+            pil.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(file, kind, quality=90)
             writer.add(f"{i:03d}", file.getvalue(), ["waves"])
     return folder
 

@@ -119,16 +119,14 @@ class FileEnds:
         return [np.array(self._passes(np.asarray(file))) for file in files]
 
     def _passes(self, file: NDArray[np.uint8]) -> bool:
-        return _file_has_valid_ends(file) or bool(self.allowed and _digest(file.tobytes()) in self.allowed)
+        first = file[:2].tobytes()
+        if first in FILE_ENDS and FILE_ENDS[first] in (None, file[-2:].tobytes()):
+            return True
+        return bool(self.allowed) and _digest(file.tobytes()) in self.allowed
 
 
 def _digest(file: bytes) -> bytes:
     return hashlib.blake2b(file, digest_size=16).digest()
-
-
-def _file_has_valid_ends(file: NDArray[np.uint8]) -> bool:
-    first = file[:2].tobytes()
-    return first in FILE_ENDS and FILE_ENDS[first] in (None, file[-2:].tobytes())
 
 
 UInt8 = NDArray[np.uint8]
@@ -200,14 +198,11 @@ class BufferPool:
     """Puts uint8 tensors into recycled memory. It is reused when the last reference to a tensor or its views is gone.
 
     A batch of images takes megabytes and stays alive until its consumer drops it. malloc would fragment the heap, and
-    fresh mmap pages cost several times the copy.
-
-    Args:
-        spare: number of idle buffers to keep.
+    fresh mmap pages cost several times the copy. Eight idle buffers are kept.
     """
 
-    def __init__(self, spare: int = 8):
-        self._spare: deque[mmap.mmap] = deque(maxlen=spare)
+    def __init__(self) -> None:
+        self._spare: deque[mmap.mmap] = deque(maxlen=8)
 
     def __len__(self) -> int:
         """Number of idle buffers."""

@@ -112,8 +112,6 @@ class Reader:
         if self._dataset.remote is not None:
             self._dataset.remote.release_except([])
 
-    # Segments
-
     def _open_next_segment(self) -> Segment:
         config, position = self.config, self.progress.position
         if self._may_keep:  # here, because this may run on a thread
@@ -171,7 +169,7 @@ class Reader:
         return ids, epochs
 
     def _ordered_samples(self, position: int, count: int) -> tuple[Int64, Int64]:
-        """Ids and epochs of this rank's share of `count` ordered samples, bad ones included."""
+        """The same with the bad samples in their places."""
         config = self.config
         if not config.train:
             count = min(count, len(self._dataset) - position)
@@ -202,8 +200,6 @@ class Reader:
 
         self._fetching = threading.Thread(target=fetch_ahead, name="mvlm-fetching", daemon=True)
         self._fetching.start()
-
-    # Undecodable images
 
     def _substitute(self, epoch: int, i: int) -> int:
         return substitute_sample(self.config.seed, epoch, i, len(self._dataset), self.progress.bad)
@@ -273,14 +269,12 @@ class Reader:
             self._decode_whole(ids)
         except RuntimeError:
             if len(ids) == 1:
-                return ids.tolist() if self._is_bad(int(ids[0])) else []
+                # If the build's decoder refuses it, too. DALI's refusal may also mean a lack of memory.
+                verdict = next(ImageDecoder(None)([self._dataset.image_bytes(int(ids[0]))]))
+                return ids.tolist() if isinstance(verdict, str) else []
             half = len(ids) // 2
             return self._undecodable(ids[:half]) + self._undecodable(ids[half:])
         return []
-
-    def _is_bad(self, i: int) -> bool:
-        """True if the build's decoder refuses an image, too. DALI's refusal may also mean a lack of memory."""
-        return isinstance(next(ImageDecoder(None)([self._dataset.image_bytes(i)])), str)
 
     def _mark_bad(self, found: list[int]) -> None:
         """Record undecodable images, and stop if there are too many."""

@@ -31,7 +31,7 @@ _BETWEEN = re.compile(rf"(?: is| are)? ({_any_of(list(_SIDE_OF))}) ")
 
 
 def stated_facts(caption: str) -> set[Fact]:
-    """Facts that a caption states. Words that it does not know state nothing."""
+    """Facts that a caption states. Other words state nothing."""
     text = " ".join(re.sub(r"[^\w\s-]", " , ", caption.lower()).split())
     found: set[Fact] = set()
     before: re.Match[str] | None = None

@@ -44,7 +44,10 @@ def nlvr2(root: Path, /, images: Path | None = None, side: int = 384) -> Source:
     )
     return published(
         "nlvr2",
-        {split: [_pair(folder, part, row, side, file) for row in _rows(file)] for part, split, file in files},
+        {
+            split: [_pair(folder, part, row, side, file) for row in read_rows(file, lines=True)]
+            for part, split, file in files
+        },
         [file for *_, file in files],
         origin="NLVR2, https://lil.nlp.cornell.edu/nlvr",
         licence="CC BY 4.0; each image under its own licence",
@@ -97,15 +100,10 @@ def _check_side(side: int) -> None:
         raise DataError(f"side: wanted 16 to 4096 pixels, got {side}")
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that is named .json and has a JSON object on each line."""
-    yield from read_rows(file, lines=True)
-
-
 def _with_folders(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of NLVR. Those of the hidden set name no folder, so it is the one in which their image is."""
     folders: dict[str, str] = {}
-    for row in _rows(file):
+    for row in read_rows(file, lines=True):
         if "directory" not in row and not folders:
             folders = {path.stem: path.parent.name for path in files_under(file.parent / "images")}
         yield {"directory": folders.get(f"{file.stem}-{row.get('identifier')}-0", ""), **row}

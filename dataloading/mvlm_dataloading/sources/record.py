@@ -21,7 +21,6 @@ from mvlm_dataloading.files import open_regular, sha256
 from mvlm_dataloading.images.decode import decode
 from mvlm_dataloading.images.limits import ImageLimits
 
-LIMITS = ImageLimits()
 Box = tuple[int, int, int, int]
 
 
@@ -41,7 +40,7 @@ class ImageStrip:
     kind: str = "JPEG"
     """Format of the strip: JPEG, at quality 90, or PNG."""
 
-    def compose(self, contents: Sequence[bytes], limits: ImageLimits = LIMITS) -> bytes:
+    def compose(self, contents: Sequence[bytes], limits: ImageLimits) -> bytes:
         """Encode the strip from the contents of its files. Images are turned as their EXIF data say.
 
         Raises:
@@ -67,12 +66,12 @@ class ImageStrip:
 
 # DALI takes everything after the first dot of a name as its extension, and splits index lines at blanks.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")
+BAD_KEY = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
 
 # Names of published splits -> ours. COCO's `restval` is used for training, as is standard with Karpathy's splits.
 _SPLITS = {"train": "train", "training": "train", "restval": "train"}
-_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation") | dict.fromkeys(
-    ("test", "testing"), "test"
-)
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+_SPLITS |= dict.fromkeys(("test", "testing"), "test")
 EVALUATION_SPLITS = ("validation", "test")
 """Evaluation splits that every data set may have. A data set may have more: see `is_evaluation`."""
 

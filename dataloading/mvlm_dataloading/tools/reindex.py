@@ -40,9 +40,9 @@ class TarIndex:
     unreadable: list[str]
     """Index lines of samples whose captions or metadata cannot be read."""
     captions: int
-    """Number of captions of the usable samples."""
+    """Of the usable samples."""
     left_out: Counter[str]
-    """Number of unusable samples by reason."""
+    """Unusable samples by reason."""
 
 
 def index_tar(tar: Path, *, unseen: bool = False, file: BufferedReader | None = None) -> TarIndex:
@@ -182,10 +182,7 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
         shards = [shard for part in description["splits"].values() for shard in part["shards"]]
         if not without_tars and not any("index" in shard for shard in shards):  # a shard of a view has an index
             for shard in shards:
-                tar, _ = shard_paths(folder, shard)
-                with _opened(tar) as file:
-                    found = _index_described(tar, shard["samples"], file)
-                _write_dali_index(tar, found)
+                _index_described(shard_paths(folder, shard)[0], shard["samples"])
         for name in description["splits"]:
             write_index(folder, name)
         return description
@@ -195,17 +192,18 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
     return _describe(folder, tars, split)
 
 
-def _index_described(tar: Path, samples: int, file: BufferedReader) -> TarIndex:
-    """Index an open tar, which must have as many samples as described."""
-    found = index_tar(tar, file=file)
-    if len(found.lines) < samples:
-        found = index_tar(tar, unseen=True, file=file)  # written by an earlier version, perhaps
+def _index_described(tar: Path, samples: int) -> None:
+    """Write the DALI index of a tar, which must have as many samples as described."""
+    with _opened(tar) as file:
+        found = index_tar(tar, file=file)
+        if len(found.lines) < samples:
+            found = index_tar(tar, unseen=True, file=file)  # written by an earlier version, perhaps
     if len(found.lines) != samples:
         raise DataError(
             f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "
             f"data set again"
         )
-    return found
+    _write_dali_index(tar, found)
 
 
 def _write_dali_index(tar: Path, found: TarIndex) -> None:

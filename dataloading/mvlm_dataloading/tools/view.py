@@ -19,12 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.build.duplicates import (
-    ImageFacts,
-    drop_leaks,
-    drop_repeats,
-    image_facts,
-)
+from mvlm_dataloading.build.duplicates import ImageFacts, drop_leaks, drop_repeats, image_facts
 from mvlm_dataloading.build.image_check import ImageDecoder, size_fault
 from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
@@ -114,7 +109,7 @@ def make_view(
             for name in ("name", "source", "licence", "attribution")
         }
         about["name"] = f"view of {about['name']}"
-        recipe = {**asdict(options), "sources": [one.get("name") for one in known], "weights": list(weights)}
+        recipe = {**asdict(options), "sources": [one.get("name") for one in known], "weights": weights}
         recipe["depth"] = 1 + max(map(_depth, known))
         if recipe["max_aspect"] == float("inf"):
             recipe["max_aspect"] = None  # JSON has no infinity
@@ -140,11 +135,7 @@ def _asks(source: Path) -> bool:
 
 
 def _select(sources: Sequence[Path], options: ViewOptions) -> tuple[list[_Row], list[ImageFacts], Counter[str]]:
-    """Choose samples by all options except `leaks`, `duplicates` and `fraction`.
-
-    Returns:
-        The chosen samples; the other evaluation images; number of rejections by reason.
-    """
+    """Samples chosen by all options but `leaks`, `duplicates` and `fraction`; other evaluation images; rejections."""
     decoder = ImageDecoder()
     rows: list[_Row] = []
     evaluation: list[ImageFacts] = []

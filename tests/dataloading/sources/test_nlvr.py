@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import open_dataset
+from mvlm_dataloading.images.limits import ImageLimits
 from mvlm_dataloading.sources.nlvr import nlvr, nlvr2
 from mvlm_dataloading.sources.record import ImageStrip
 from support import published_tasks
@@ -76,7 +77,7 @@ def test_nlvr_boxes_become_three_images(tmp_path):
     assert [facts[name] for name in ("set_id", "images", "label")] == ["train-0", 3, "true"]
     with pytest.raises(ValueError, match=r"wanted an image with the part .*, found one of 200 x 100"):
         ImageStrip((Path("a"), Path("b")), 50, ((0, 0, 100, 100), (150, 0, 250, 100))).compose(
-            [encoded(make_image(0).resize((200, 100)), "PNG")] * 2
+            [encoded(make_image(0).resize((200, 100)), "PNG")] * 2, ImageLimits()
         )
     whole = np.asarray(Image.open(tmp_path / "train/images/0/train-0-0-1.png"), int)
     wanted = np.concatenate([whole[:, 0:100], whole[:, 150:250], whole[:, 300:400]], 1)
