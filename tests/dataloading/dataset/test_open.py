@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,14 +132,6 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(folder):
         write_index(folder, "train")
     assert (folder / "train.index").read_bytes() == before
     assert not list(folder.glob(".*"))
-
-
-def test_the_command_suggested_for_a_missing_index_works(unindexed):
-    index = unindexed / IDX
-    index.unlink()
-    command = [sys.executable, "-m", "wds2idx", str(index.with_suffix(".tar")), str(index)]
-    subprocess.run(command, check=True, capture_output=True)
-    open_dataset(unindexed, "train")
 
 
 @pytest.mark.parametrize(

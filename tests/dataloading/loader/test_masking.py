@@ -121,25 +121,6 @@ def test_every_number_of_masked_blocks_and_of_masked_tokens_is_equally_likely():
         assert abs(counts[1:] - 2000).max() < 5 * 2000**0.5
 
 
-def test_weighted_loss_of_variable_masks_is_that_of_masked_diffusion():
-    """Mean over draws of the weighted sum of losses that depend on the number masked, against the integral over t.
-
-    c(k) is the loss of each of k masked tokens. With each of n tokens masked with probability t, the expected sum of
-    losses over t, integrated over t, is the sum of c.
-    """
-    n, c = 5, [0.0, 3.0, 1.0, 4.0, 1.5, 9.0]
-    draws = 40000
-    masked = draw_token_masks(1, 0, range(draws), [n + 2] * draws, ratio=None)
-    count = np.bincount(masked.ids // (n + 2), minlength=draws)
-    found = (masked.weights * np.array(c)[count[masked.ids // (n + 2)]]).sum() / draws
-    t = (np.arange(20000) + 0.5) / 20000
-    binomial = [1, 5, 10, 10, 5, 1]
-    expected = sum(binomial[k] * t**k * (1 - t) ** (n - k) * k * c[k] for k in range(1, n + 1))
-    integral = (expected / t).mean()
-    assert integral == pytest.approx(sum(c), rel=1e-6)
-    assert found == pytest.approx(integral, rel=0.02)
-
-
 def words_of(starts: np.ndarray | None, begin: int, length: int) -> list[list[int]]:
     """Positions of each word of the caption at `begin`, by a loop over its ordinary tokens."""
     words: list[list[int]] = []

@@ -6,7 +6,6 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mvlm_dataloading.scenes.build import TASKS, compose_split, metadata_of
@@ -137,44 +136,6 @@ def test_a_relation_needs_the_place_of_its_objects(split: str) -> None:
     for question, metadata in relations:
         names = [one["name"] for one in metadata["scene"]["objects"]]
         assert len([name for name in names if name in answers[question]]) == 2, (question, metadata)
-
-
-def chance(task: str, split: str) -> np.ndarray:
-    """Chance at each question of a split: 1 / number of its labels."""
-    labels = defaultdict(set)
-    for text, metadata in rows(task, split):
-        labels[text].add(label(task, metadata))
-    return np.array([1 / len(labels[text]) for text, _ in rows(task, split)])
-
-
-def by_table(texts: list[str], labels: list[str], asked: list[str]) -> list[str]:
-    """The most common label of a text, or of its first word if it was never seen."""
-    table = defaultdict(Counter)
-    for text, known in zip(texts, labels, strict=True):
-        table[text][known] += 1
-        table[text.split()[0]][known] += 1
-    return [(table.get(text) or table[text.split()[0]]).most_common(1)[0][0] for text in asked]
-
-
-def by_words(texts: list[str], labels: list[str], asked: list[str]) -> list[str]:
-    """The labels of a classifier of words and of pairs of words."""
-    text_features = pytest.importorskip("sklearn.feature_extraction.text")
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    words = text_features.CountVectorizer(binary=True, ngram_range=(1, 2))
-    return linear_model.RidgeClassifier().fit(words.fit_transform(texts), labels).predict(words.transform(asked))
-
-
-@pytest.mark.parametrize("guess", [by_table, pytest.param(by_words, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("task", BALANCED)
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_guesses_from_training_texts_stay_at_chance(guess, task: str, split: str) -> None:
-    """Their accuracy is not above the 97.5 % quantile of guesses."""
-    texts, labels = zip(*((text, label(task, m)) for text, m in rows(task, "train")), strict=True)
-    guesses = guess(texts, labels, [text for text, _ in rows(task, split)])
-    right = np.array([g == label(task, m) for g, (_, m) in zip(guesses, rows(task, split), strict=True)])
-    chances = chance(task, split)
-    deviation = np.sqrt((chances * (1 - chances)).sum()) / len(chances)
-    assert right.mean() <= chances.mean() + 1.96 * deviation
 
 
 def kinds_of(task: str, split: str) -> set[tuple[str, str | None]]:

@@ -1,6 +1,6 @@
 import pytest
 
-from mvlm_dataloading.sources.emoji import base_of, captions_of, merge_bases, named_emoji, split_of
+from mvlm_dataloading.sources.emoji import base_of, captions_of, merge_bases, named_emoji
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,3 @@ def test_emoji_that_differ_in_skin_tone_alone_have_one_base():
     assert count > 3900
     assert [bare for bare, names in bases.items() if len(names) > 1] == []
     assert 1800 < len(bases) < 2000
-
-
-@pytest.mark.slow
-def test_a_tenth_of_the_emoji_is_test_and_a_tenth_validation():
-    counts = {"train": 0, "validation": 0, "test": 0}
-    for codepoints, *_ in named_emoji():
-        counts[split_of(codepoints)] += 1
-    assert counts == {"train": 3165, "validation": 375, "test": 413}
