@@ -10,7 +10,7 @@ STEPS  ?= 550
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations hub emulate proof-gallery faults faults-data faults-loading \
+.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations hub emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
@@ -196,16 +196,12 @@ format: $(VENV)/.installed
 # A trial takes about 3 s.
 FAULTS ?= 1000
 ## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page
+faults: faults-data faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test-all`: 10)
 faults-data: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_writers.py --trials 50
-
-## faults-loading  kill 50 loading processes at random moments (`make test-all`: 10)
-faults-loading: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/kill_loaders.py --kills 50
 
 ## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 4)
 faults-embedding: $(VENV)/.installed

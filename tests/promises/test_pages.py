@@ -38,7 +38,6 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
     r"mvlm finetune vqa .*data/questions": "tests/mvlm/tasks/test_every_task.py",
     r"mvlm pretrain .*--(image-weights|initial-model)": "tests/mvlm/weights/test_pretrain_from_weights.py",
-    r"python tests/promises/faults/kill_loaders.py": "tests/promises/faults/test_scripts.py",
     r"torchrun ": "tests/promises/faults/test_ranks.py starts ranks",
 }
 FILES_ELSEWHERE = {

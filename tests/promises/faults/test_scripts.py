@@ -40,10 +40,6 @@ def test_killed_embeddings_and_two_ranks_write_the_files_of_one_process():
     assert "2 ranks: the same files" in out
 
 
-def test_killed_loaders_yield_the_batches_of_an_undisturbed_one():
-    assert "10 kills within" in run("kill_loaders", "--kills", 10)
-
-
 def test_remote_data_is_right_or_ends_in_an_error_with_the_url():
     assert '"loaded": 6, "ended in DataError": 2' in run("bad_network", "--trials", 8)
 
