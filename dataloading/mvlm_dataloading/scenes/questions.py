@@ -1,9 +1,8 @@
 """Questions about scenes: in pairs of scenes that differ in one object, and about what is where.
 
 Every family of pairs makes blocks in which each question has each of its answers equally often. A guess from the text
-alone is therefore right at chance in every split, for every question by itself. The training split gets two kinds of
-further questions, because few others name a given noun: scenes with relations, and "is there a dog?" for each kind that
-is in only one scene of a pair.
+alone is therefore right at chance in every split, for every question by itself. The training split gets further
+questions, because few others name a given noun.
 
 Questions about what is on a place of the image, or on a side of another object, teach which word belongs to which
 patch. The answers of such a text are not balanced.
@@ -23,8 +22,7 @@ def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]
     """Questions in pairs of scenes, each followed by further ones about its scene: "is there a dog?".
 
     A kind is asked about if it is in one scene of the pair and not in the other, so each question has both answers
-    equally often. A question that the pair has already is not repeated. Among 8,000 questions, a noun is asked about 4
-    times (the median of 144 nouns), with the further ones 34 times.
+    equally often. Among 8,000 questions, a noun is asked about 4 times (the median), with the further ones 34 times.
     """
     found = []
     for pair in zip(samples[::2], samples[1::2], strict=True):

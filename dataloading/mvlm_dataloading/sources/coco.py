@@ -24,9 +24,6 @@ def coco(root: Path, /, karpathy: Path | None = None, year: int | None = None) -
         karpathy: Karpathy's dataset_coco.json, which gives the splits train (with restval), validation and test for
             the images of either year. Default: train and val of the year become train and validation.
         year: 2014 or 2017, needed if the annotations of both are there.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     if karpathy is not None:
         files, records = [karpathy], _karpathy(root, karpathy)

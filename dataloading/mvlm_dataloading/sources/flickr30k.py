@@ -37,9 +37,6 @@ def flickr30k(root: Path, /, captions: Path | None = None) -> Source:
         captions: dataset_flickr30k.json (Karpathy's splits), flickr_annotations_30k.csv (the same as a table),
             results_20130124.token or results.csv (both without splits: everything becomes train). Default: the first
             of them in ROOT.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     images = image_folder(root)
     if captions is None:

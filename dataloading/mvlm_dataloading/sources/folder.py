@@ -67,7 +67,7 @@ def folder(
         name: Name to state in dataset.json.
 
     Raises:
-        DataError: the folder or the table is missing, the table lacks a column, or a split has an unknown name.
+        DataError: the table lacks a column, or a split has an unknown name.
     """
     check_shares(validation, test)
     require_folder(images)

@@ -66,9 +66,8 @@ def huggingface(
         name: Name to state in dataset.json.
 
     Raises:
-        DataError: no rows are found, a column is missing, or a row has no key or an unknown split. `split` and
-            `split_column` are both given. Neither is given, and a file that states an evaluation split has rows of
-            train in its column `split`.
+        DataError: a column is missing, or a row has no key or an unknown split; `split` and `split_column` are both
+            given; neither is, and a file that states an evaluation split has rows of train in its column `split`.
     """
     check_shares(validation, test)
     if split and split_column:

@@ -1,8 +1,7 @@
 """Icons of a collection in Iconify's JSON format, the common form of some 200 open icon sets.
 
 https://iconify.design/docs/types/iconify-json.html describes it: `icons` maps names to SVG bodies, and `aliases` names
-to icons. npm's packages `@iconify-json/*` have a collection each, as `icons.json` with `info.json` (author, licence)
-and `chars.json` (code points) beside it.
+to icons. npm's packages `@iconify-json/*` have `info.json` (author, licence) and `chars.json` (code points) beside it.
 
 A caption is the name of an icon in words, and the names of its aliases are further captions. A mirrored or turned alias
 is left out. Icons that are drawn in one colour are black on white.
@@ -53,8 +52,7 @@ def iconify(
         evaluation_only: Name the training split `seen`, so that no run can be trained on it.
 
     Raises:
-        DataError: the file is missing or no such collection, or it is held out and evaluation_only is False.
-        ImportError: a package of the extra `demo` is missing.
+        DataError: the collection is held out and evaluation_only is False.
     """
     require_file(collection)
     check_shares(validation, test)

@@ -33,9 +33,6 @@ def nlvr2(root: Path, /, images: Path | None = None, side: int = 384) -> Source:
         root: Folder with train.json, dev.json and test1.json.
         images: Folder with train, dev and test1. Default: ROOT/images, or ROOT.
         side: Side in pixels to which each image is resized.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     _check_side(side)
     folder = images or (root / "images" if (root / "images").is_dir() else root)
@@ -70,9 +67,6 @@ def nlvr(root: Path, /, side: int = 100, permutations: int = _PERMUTATIONS) -> S
         root: Unpacked download with train, dev and test.
         side: Side in pixels to which each box is resized. As published: 100.
         permutations: Orders of the boxes, of six, that a training sentence is shown with. Evaluation takes the first.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     _check_side(side)
     if not 1 <= permutations <= _PERMUTATIONS:

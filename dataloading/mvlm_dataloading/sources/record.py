@@ -153,7 +153,8 @@ def source(function: Build) -> Build:
     """Register a function as a source, with its name in hyphens as the name of `mvlm data NAME`.
 
     Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
-    with a line for each parameter under `Args:`, but for `Raises:`.
+    with a line for each parameter under `Args:`, but for `Raises:`. Every source raises DataError for a file or folder
+    that is missing or has another format.
     """
     SOURCES[function.__name__.replace("_", "-")] = function
     return function

@@ -28,9 +28,6 @@ def snli_ve(root: Path, /, images: Path | None = None) -> Source:
     Args:
         root: Folder with snli_ve_train.jsonl, snli_ve_dev.jsonl and snli_ve_test.jsonl.
         images: Folder of Flickr30k's images. Default: ROOT/flickr30k-images.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     folder = image_folder(images or root)
     files = split_files(root, _SPLITS, "snli_ve_{0}.jsonl", "data/snli_ve_{0}.jsonl")

@@ -26,9 +26,6 @@ def visual_genome(root: Path, /, validation: float = 0.0, test: float = 0.0) -> 
         root: Unpacked download with region_descriptions.json, VG_100K and VG_100K_2.
         validation: Share of the images for validation, chosen by a hash of the id. None are published as such.
         test: Share of the images for test, chosen by a hash of the id.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     return _source(
         "visual-genome",
@@ -54,9 +51,6 @@ def visual_genome_qa(root: Path, /, validation: float = 0.0, test: float = 0.0) 
         root: Unpacked download with question_answers.json, VG_100K and VG_100K_2.
         validation: Share of the images for validation, chosen by a hash of the id.
         test: Share of the images for test, chosen by a hash of the id.
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     return _source(
         "visual-genome-qa",

@@ -36,9 +36,6 @@ def vqa_v2(root: Path, /, images: Path | None = None, held_out: int = 0, minival
             the others too.
         minival: Validate on the questions that this file chooses from val2014, and train on the others too: a list of
             questions (LXMERT's minival.json) or of their ids, or Karpathy's dataset_coco.json (the images of its val).
-
-    Raises:
-        DataError: a file or folder is missing, or has another format.
     """
     if held_out < 0 or (held_out and minival):
         raise DataError(f"held-out: wanted 0 or more images, or --minival instead, got {held_out} and {minival}")

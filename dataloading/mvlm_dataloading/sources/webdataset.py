@@ -53,9 +53,6 @@ def cc3m(train: Sequence[Path], validation: Sequence[Path] = (), *, name: Litera
         train: Folders of img2dataset's tars and tables: 00000.tar with 00000.parquet, and so on.
         validation: Folders of the validation split.
         name: Which of the two lists it is: dataset.json states its origin and licence.
-
-    Raises:
-        DataError: a folder is missing or holds no tar.
     """
     origin, licence, attribution = _LISTS[name]
     pieces, recipe = tar_pieces({"train": train, "validation": validation})
@@ -95,12 +92,7 @@ def webdataset(
 def tar_pieces(
     splits: Mapping[str, Sequence[Path]], caption_field: str = "caption", prefix_keys: bool = False
 ) -> tuple["list[TarPiece]", dict[str, Any]]:
-    """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe.
-
-    Raises:
-        DataError: a tar or a folder is missing, a tar is given twice, or a folder of `train` has tars of an evaluation
-            split.
-    """
+    """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe."""
     pieces: list[TarPiece] = []
     given = [path for paths in splits.values() for path in paths]
     several = sum(bool(paths) for paths in splits.values()) > 1
@@ -150,7 +142,7 @@ def _refuse_evaluation_tars(paths: Sequence[Path], folders: list[list[Path]]) ->
 
 
 def _with_key_prefixes(paths: Sequence[Path], folders: list[list[Path]], prefix_keys: bool) -> list[tuple[Path, str]]:
-    """Find a prefix for the keys of each tar. It is empty unless another tar has some of the same first keys.
+    """The tars, each with a prefix for its keys, which is empty unless another tar has some of the same first keys.
 
     If folders have keys in common (img2dataset numbers each folder from 0), the prefix is the number of the folder. If
     tars of one folder have keys in common, it is the tar's name. With `prefix_keys` it is both. It depends only on the
@@ -210,26 +202,22 @@ class TarPiece:
     def label(self) -> str:
         return f"{self.split} {self.path.name}"
 
-    def samples(self, max_bytes: int) -> Iterator[TarSample]:
-        """The samples of the tar, as `read_samples` gives them."""
-        return read_samples(self.path, max_bytes, self.fingerprint)
-
     def records(self, max_bytes: int) -> Iterator[Record]:
         sidecar = _read_sidecar(self.path.with_suffix(".parquet"), self.table_sha256)
         found: set[str] = set()
-        for sample in self.samples(max_bytes):
+        for sample in read_samples(self.path, max_bytes, self.fingerprint):
             found.add(sample.key)
-            yield self.record(sample, sidecar)
+            yield self._record(sample, sidecar.get(sample.key, {}))
         for key, row in sidecar.items():
             if key not in found and row.get("status") not in (None, "success"):
                 yield self._refusal(key, "image was not downloaded")
 
-    def record(self, sample: TarSample, sidecar: dict[str, dict[str, Any]]) -> Record:
-        """The record of a sample. `sidecar` is img2dataset's table, by key."""
+    def _record(self, sample: TarSample, row: dict[str, Any]) -> Record:
+        """The record of a sample. `row`: its row of img2dataset's table."""
         if sample.fault is not None:
             return self._refusal(sample.key, sample.fault)
         image = next((sample.parts[extension] for extension in IMAGE_EXTENSIONS if extension in sample.parts), None)
-        captions, fault = self._captions(sample, sidecar.get(sample.key, {}))
+        captions, fault = self._captions(sample, row)
         metadata = _describe(sample.parts.get("json"), self.prefix)
         where = f"{self.path}:{sample.key}"
         return Record(safe_key(self.prefix + sample.key), image, captions, where, metadata, fault)
