@@ -66,8 +66,7 @@ def command_of(function: "Callable[..., Source]") -> Callable[..., None]:
 
 def build_source(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
     from mvlm.progress import WorkProgress
-    from mvlm_dataloading.build.build import build_part, build_shards
-    from mvlm_dataloading.build.part import parse_part
+    from mvlm_dataloading.build.build import build_part, build_shards, parse_part
 
     part = None if common.part is None else parse_part(common.part)
     with WorkProgress("samples") as counting:

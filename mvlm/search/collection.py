@@ -26,7 +26,7 @@ from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
-from mvlm_dataloading.images.files import read_image_file
+from mvlm_dataloading.images.decode import read_image_file
 from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
 

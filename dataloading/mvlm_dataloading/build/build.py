@@ -1,27 +1,32 @@
 """Building a data set from a source: on one machine, in parts on several, resumed after a kill.
 
-    .OUT.partial/             the unfinished data set
-        plan.json, pieces/    part 1/1 of it, if this machine builds all (see `part`)
-        lock                  flock: exclusive while a process builds
-        final/                the data set; renamed to OUT when it is complete
+    PART/plan.json        name, origin, recipe, splits and labels of all pieces of the data set, and which part this is
+    PART/tokenizer.json   with --tokenizer
+    PART/pieces/000002/   one folder per finished piece (see `piece`)
+    PART/lock             flock: exclusive while a process writes the part
+    .OUT.partial/         the unfinished data set: part 1/1 of it, if this machine builds all
+        final/            the data set; renamed to OUT when it is complete
 
-The tar of a record depends on the source and the options alone. Every step either renames a finished result or can be
-repeated. A build that was killed at any moment and resumed therefore gives the same bytes as an uninterrupted one, and
-so do parts that were built anywhere and merged.
+Piece k belongs to part k mod n + 1 of n. The tar of a record depends on the source and the options alone. Every step
+either renames a finished result or can be repeated. A build that was killed at any moment and resumed therefore gives
+the same bytes as an uninterrupted one, and so do parts that were built anywhere and merged.
 
 OUT and the parts may be at a URL (s3://, gs://, hf://). The unfinished data set is then in MVLM_CACHE/builds, and
 dataset.json is the last file that OUT gets.
 """
 
 import errno
+import hashlib
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mvlm_dataloading.dataset.description import (
     already_written,
@@ -33,6 +38,7 @@ from mvlm_dataloading.dataset.description import (
 from mvlm_dataloading.dataset.folders import (
     LocalFolder,
     RemoteFolder,
+    discard,
     empty_folder,
     is_remote,
     lock_folder,
@@ -40,29 +46,34 @@ from mvlm_dataloading.dataset.folders import (
     open_folder,
 )
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import place_folder
+from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 from mvlm_dataloading.tokenizer import load_tokenizer
 
 from .assemble import REPEATED_KEY, Assembly, assemble
-from .part import (
-    WHOLE,
-    BuildProgress,
-    Executor,
-    claim_working_folder,
-    make_plan,
-    read_parts,
-    start_or_resume,
-    write_part,
-)
-from .workers import working_folder
+from .workers import finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
 
 log = logging.getLogger(__name__)
 
 # Increment when equal input gives other samples. Data sets of an older revision are then refused, not reused.
 _REVISION = 3
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Executor = Literal["processes", "ray"]
+LISTING_S = 90.0
+"""Longest time that a network disk hides new files from other machines."""
+# Fields of plan.json that version 0.1.0 wrote too.
+_ESSENTIAL = ("name", "recipe", "pieces")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    """Progress of a build."""
+
+    pieces: int
+    of_pieces: int
+    records: int
+    """Records processed by this run. Pieces of earlier runs do not count."""
 
 
 def build_shards(
@@ -102,9 +113,9 @@ def build_shards(
         if isinstance(own, LocalFolder) and not own.has("plan.json"):
             # What a `ShardWriter` left, or a build that was killed before it wrote its plan.
             empty_folder(own.folder)
-        _begin(own, plan, options, WHOLE)
-        write_part(source, own, options, WHOLE, workers, executor, progress)
-        _finish(work, [own], *read_parts([own]), out)
+        _begin(own, plan, options, (1, 1))
+        _write_part(source, own, options, (1, 1), workers, executor, progress)
+        _finish(work, [own], *_read_parts([own]), out)
         _remove(partial)
     return Path(out)
 
@@ -136,7 +147,7 @@ def build_part(
         require_free_folder(out)
     with _writing(out) as work:
         _begin(folder, plan, options, part)
-        write_part(source, folder, options, part, workers, executor, progress)
+        _write_part(source, folder, options, part, workers, executor, progress)
     if not isinstance(out, Path):
         shutil.rmtree(work, ignore_errors=True)
     return Path(out)
@@ -154,7 +165,7 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Path:
     """
     out = _place(out)
     folders = [open_folder(_place(part)) for part in parts]
-    plan, owner = read_parts(folders)
+    plan, owner = _read_parts(folders)
     if _hashes(plan["evaluation_sets"]) != plan["recipe"]["against"]:
         raise DataError(
             f"{', '.join(plan['evaluation_sets'])}: wanted the data sets of --against as the parts were built with, "
@@ -166,7 +177,7 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Path:
     with _writing(_beside(out)) as work:
         if isinstance(out, Path):
             require_free_folder(out)
-        start_or_resume(LocalFolder(work), plan, "merged")
+        _start_or_resume(LocalFolder(work), plan, "merged")
         _finish(work, folders, plan, owner, out)
         shutil.rmtree(work, ignore_errors=True)
     return Path(out)
@@ -175,7 +186,7 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Path:
 def _planned(
     source: Source, options: BuildOptions | None, evaluation_sets: Sequence[Path]
 ) -> tuple[BuildOptions, dict[str, Any]]:
-    """Check the options, and make the plan with everything that determines the data set's bytes."""
+    """Check the options, and make the plan: all that determines the data set's bytes and that a merge has to know."""
     options = options or BuildOptions()
     options.check()
     if source.questions and options.drop_duplicates:
@@ -193,7 +204,17 @@ def _planned(
         given["tokenizer"] = file_sha256(options.tokenizer)
     given |= {"questions": True} if source.questions else {}
     fixed = {"revision": _REVISION, **source.recipe, "records": records_sha256(source.pieces)}
-    return options, make_plan(source, {**fixed, **given, "against": _hashes(evaluation_sets)}, evaluation_sets)
+    plan = {
+        "name": source.name,
+        "recipe": {**fixed, **given, "against": _hashes(evaluation_sets)},
+        "pieces": [piece.label for piece in source.pieces],
+        "splits": [piece.split for piece in source.pieces],
+        "source": source.origin,
+        "licence": source.licence,
+        "attribution": source.attribution,
+        "evaluation_sets": [str(Path(folder).resolve()) for folder in evaluation_sets],
+    }
+    return options, json.loads(json.dumps(plan))  # as a merge reads it
 
 
 def _hashes(evaluation_sets: Sequence[Path]) -> list[str]:
@@ -231,8 +252,14 @@ def _is_finished(out: Path | str, plan: dict[str, Any]) -> bool:
 def _begin(
     folder: LocalFolder | RemoteFolder, plan: dict[str, Any], options: BuildOptions, part: tuple[int, int]
 ) -> None:
-    claim_working_folder(folder.url, plan)
-    start_or_resume(folder, plan, f"{part[0]}/{part[1]}")
+    """Write the plan of a part, or compare the one that is there. The caller holds the lock."""
+    if is_remote(folder.url):  # what this machine keeps may be of another plan
+        work = working_folder(folder.url)
+        file, wanted = work / "plan.sha256", hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        if not file.is_file() or file.read_text() != wanted:
+            empty_folder(work)
+            write_file(file, wanted)
+    _start_or_resume(folder, plan, f"{part[0]}/{part[1]}")
     if options.tokenizer is not None and not folder.has("tokenizer.json"):
         folder.write("tokenizer.json", options.tokenizer.read_bytes())
 
@@ -282,3 +309,119 @@ def _writing(place: Path | str) -> Iterator[Path]:
             f"{place}: wanted room to write, found none ({error.strerror}); free some space and give the same command "
             "again, finished pieces are kept there"
         ) from None
+
+
+def _write_part(
+    source: Source,
+    folder: LocalFolder | RemoteFolder,
+    options: BuildOptions,
+    part: tuple[int, int],
+    workers: int | None,
+    executor: Executor,
+    progress: Callable[[BuildProgress], None],
+) -> None:
+    """Write the pieces of a part that are not finished yet. The caller has written its plan and holds its lock."""
+    pieces = working_folder(folder.url) / "pieces"
+    pieces.mkdir(parents=True, exist_ok=True)
+    for left in pieces.glob("*.tmp"):
+        discard(left)
+    for left in pieces.glob("*.old"):
+        shutil.rmtree(left, ignore_errors=True)
+    mine, finished = range(part[0] - 1, len(source.pieces), part[1]), finished_pieces(folder)
+    tasks = [(number, source.pieces[number]) for number in mine if number not in finished]
+    if executor == "ray":
+        cores = min(ray_cores(), len(tasks))
+        events = write_pieces_on_ray(folder.url, options, tasks)
+    else:
+        cores = min(len(os.sched_getaffinity(0)) if workers is None else workers, len(tasks))
+        events = write_pieces(folder.url, options, tasks, cores)
+        cores = max(cores, 1)
+    done, records, start = len(mine) - len(tasks), 0, time.monotonic()
+    progress(BuildProgress(done, len(mine), records))
+    for more_pieces, more_records in events:
+        done, records = done + more_pieces, records + more_records
+        progress(BuildProgress(done, len(mine), records))
+    if executor == "ray":
+        _wait_for_files(folder, {number for number, _ in tasks})
+    if records:
+        seconds = time.monotonic() - start
+        speed = records / seconds / cores
+        log.info("%s: %d records in %.1f s, %.1f a second and core", folder.url, records, seconds, speed)
+
+
+def _wait_for_files(folder: LocalFolder | RemoteFolder, pieces: set[int]) -> None:
+    """Wait until this machine sees pieces that others have written. Network disks keep old listings for a while."""
+    deadline = time.monotonic() + LISTING_S
+    while missing := pieces - finished_pieces(folder):
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"{folder.url}: wanted a folder that all nodes of the cluster share, found {len(missing)} of "
+                f"{len(pieces)} new pieces missing on this machine; name a shared folder or a URL"
+            )
+        time.sleep(0.5)
+
+
+def _start_or_resume(folder: LocalFolder | RemoteFolder, plan: dict[str, Any], part: str) -> None:
+    """Compare the plan in `folder` with this one, or write it if there is none. DataError if it is of another part."""
+    state = {**plan, "part": part}
+    if folder.has("plan.json"):
+        try:
+            found = json.loads(folder.read("plan.json"))
+        except ValueError:
+            found = {}
+        found.pop("evaluation_sets", None)  # the recipe has their hashes; they may have been moved
+        if not set(_ESSENTIAL) <= found.keys() or any(state.get(name) != value for name, value in found.items()):
+            raise DataError(
+                f"{folder.url}: wanted an unfinished build of this input with these options, found another "
+                f"one; finish it with its own command, or remove the folder to start over"
+            )
+        log.info("%s: resuming where the last run ended", folder.url)
+    folder.write("plan.json", json.dumps(state).encode())
+
+
+def _read_parts(parts: Sequence[LocalFolder | RemoteFolder]) -> tuple[dict[str, Any], list[int]]:
+    """The plan that all parts have, and for each piece the number of the part that has it, from 0."""
+    if not parts:
+        raise DataError("parts: wanted the folders of all parts and that of the data set, found none of the parts")
+    plans, names, moved = [], [], []
+    for part in parts:
+        if not part.has("plan.json"):
+            raise DataError(
+                f"{part.url}: wanted a part of a build, found none; `mvlm data NAME ... --part i/n` writes it"
+            )
+        plans.append(json.loads(part.read("plan.json")))
+        names.append(plans[-1].pop("part"))
+        moved.append(plans[-1].pop("evaluation_sets"))  # machines may have them under several paths
+        if plans[-1] != plans[0]:
+            raise DataError(
+                f"{part.url}: wanted the same input and options as {parts[0].url}, found others; "
+                "build all parts with the same command but for --part, on the same files"
+            )
+    owner: dict[int, int] = {}
+    for number, part in enumerate(parts):
+        for piece in finished_pieces(part):
+            owner.setdefault(piece, number)
+    count, of_parts = len(plans[0]["pieces"]), int(names[0].split("/")[1])
+    missing = {f"{i % of_parts + 1}/{of_parts}" for i in range(count) if i not in owner}
+    if missing:
+        raise DataError(
+            f"{plans[0]['name']}: wanted all {count} pieces, found {len(owner)}; name or finish the parts "
+            f"{', '.join(sorted(missing))} with the commands that began them"
+        )
+    hashes = plans[0]["recipe"]["against"]
+    found = [_first_there(places, wanted) for places, wanted in zip(zip(*moved, strict=True), hashes, strict=True)]
+    return {**plans[0], "evaluation_sets": found}, [owner[i] for i in range(count)]
+
+
+def _first_there(places: Sequence[str], wanted: str) -> str:
+    """The first of the folders of a data set that is here with its hash; the first of all if none is."""
+    files = {place: Path(place) / "dataset.json" for place in places}
+    return next((p for p, file in files.items() if file.is_file() and file_sha256(file) == wanted), places[0])
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Number of a part and number of parts, from `i/n`. Raises DataError."""
+    words = text.split("/")
+    if len(words) == 2 and all(word.isdecimal() for word in words) and 1 <= int(words[0]) <= int(words[1]):
+        return int(words[0]), int(words[1])
+    raise DataError(f"part: wanted i/n with i from 1 to n, such as 3/8, got {text!r}")

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import MissingPackageError, need
-from mvlm_dataloading.images.decode import check_image, decode
-from mvlm_dataloading.images.files import read_image_file
+from mvlm_dataloading.images.decode import check_image, decode, read_image_file
 from mvlm_dataloading.images.limits import ImageLimits, ImageRefusedError
 from mvlm_dataloading.options import MAX_PIXELS, BuildOptions, ViewOptions
 from mvlm_dataloading.sources.record import TOO_LARGE

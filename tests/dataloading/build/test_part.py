@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, build_part, build_shards, merge_parts, open_dataset
-from mvlm_dataloading.build.part import parse_part
+from mvlm_dataloading.build.build import parse_part
 from mvlm_dataloading.dataset import folders
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published

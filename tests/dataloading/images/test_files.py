@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mvlm_dataloading.images.files import read_image_file
+from mvlm_dataloading.images.decode import read_image_file
 from mvlm_dataloading.images.limits import ImageRefusedError
 from support.hostile_images import places
 
