@@ -61,24 +61,18 @@ def _name(file: Path) -> tuple[str, str]:
 
 
 def _captions(root: Path, file: Path) -> list[Record]:
-    """List one record per image, with its captions in the order of the file."""
+    """A record for each image."""
     with read_as(file, "COCO captions (images, annotations)"):
         content = read_json(file)
         captions: dict[int, list[str]] = {}
         for annotation in content["annotations"]:
             captions.setdefault(annotation["image_id"], []).extend(captions_in_cell(annotation["caption"]))
         licences = {licence["id"]: licence.get("url") for licence in content.get("licenses", ())}
-        folder = root / file.stem.removeprefix("captions_")
-        return [
-            _record(
-                folder,
-                image["file_name"],
-                image["id"],
-                captions.get(image["id"], []),
-                licences.get(image.get("license")),
-            )
-            for image in content["images"]
-        ]
+        folder, records = root / file.stem.removeprefix("captions_"), []
+        for image in content["images"]:
+            number, licence = image["id"], licences.get(image.get("license"))
+            records.append(_record(folder, image["file_name"], number, captions.get(number, []), licence))
+        return records
 
 
 def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:

@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -199,32 +200,25 @@ def _write_indices(
 ) -> dict[str, dict[str, Any]]:
     """Write an index for each tar with a chosen sample. `rows` are ordered by source, split and tar."""
     splits: dict[str, dict[str, Any]] = {}
-    begin = 0
-    while begin < len(rows):
-        source, dataset = rows[begin].source, rows[begin].dataset
-        shard, end = int(dataset.shard_of(rows[begin].number)), begin
-        while end < len(rows) and rows[end].dataset is dataset and dataset.shard_of(rows[end].number) == shard:
-            end += 1
-        known = dataset.description["splits"][dataset.split]["shards"][shard]
+    tar_of = groupby(rows, lambda row: (row.source, row.dataset, int(row.dataset.shard_of(row.number))))
+    for (source, dataset, shard), group in tar_of:
+        known = dataset.shards[shard]
         tar, index = shard_paths(dataset.folder, known)
         lines = read_regular(index).decode(errors="surrogateescape").splitlines()[1:]
         first = int(dataset.index.first[shard])
         chosen, captions = [], 0
-        for row in rows[begin:end]:
-            copies = 1
-            if not is_evaluation(dataset.split):
-                whole, part = divmod(weights[source], 1.0)
-                copies = int(whole) + (_hash_share(options, "weight", dataset, row.number) < part)
+        for row in group:
+            whole, part = (1.0, 0.0) if is_evaluation(dataset.split) else divmod(weights[source], 1.0)
+            copies = int(whole) + (_hash_share(options, "weight", dataset, row.number) < part)
             chosen += [lines[row.number - first]] * copies
             captions += len(dataset.captions(row.number)) * copies
-        begin = end
         if not chosen:
             continue
         earlier = len(splits[dataset.split]["shards"]) if dataset.split in splits else 0
         name = f"{dataset.split}-{earlier:06d}.idx"
         content = format_index(chosen).encode("utf-8", "surrogateescape")
         (folder / name).write_bytes(content)
-        shard = {
+        described = {
             "tar": os.path.relpath(tar.parent.resolve() / tar.name, out),
             "index": name,
             "samples": len(chosen),
@@ -232,5 +226,5 @@ def _write_indices(
             "sha256": known["sha256"],
             "index_sha256": hashlib.sha256(content).hexdigest(),
         }
-        add_shard(splits, dataset.split, shard, captions)
+        add_shard(splits, dataset.split, described, captions)
     return splits
