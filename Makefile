@@ -205,7 +205,7 @@ faults-data: $(VENV)/.installed
 
 ## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 4)
 faults-embedding: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/kill_embedding.py --kills 20
+	$(BIN)/python tests/promises/faults/kill_work.py embedding --kills 20
 
 ## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test-all`: 6 and 1)
 faults-parts: $(VENV)/.installed
@@ -218,7 +218,7 @@ faults-network: $(VENV)/.installed
 
 ## faults-evaluation kill 10 evaluations at random moments (`make test-all`: 3)
 faults-evaluation: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
+	$(BIN)/python tests/promises/faults/kill_work.py evaluation --kills 10
 
 # The model of `make tasks-smoke` is the demo's, or that of RUN=FOLDER. Where there is none, the demo's steps make it. Interrupted, they go
 # on with `make demo`: make would remove the file.
@@ -307,7 +307,7 @@ faults-page: $(VENV)/.installed
 
 ## faults-studies  kill 10 studies at random moments
 faults-studies: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/kill_studies.py --kills 10
+	$(BIN)/python tests/promises/faults/kill_work.py study --kills 10
 
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks

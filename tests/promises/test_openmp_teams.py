@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from mvlm_dataloading import open_dataset
-from support.data import damage_images, wave_tokenizer, write_dataset
+from support.data import damage_images
 from support.shapes import copy_shapes
 
 TEAM = 64
@@ -31,25 +31,6 @@ torch.zeros(1 << 24).add_(1)  # the training step's own team
 before = threads()
 assert before >= alone + {TEAM} - 1, (alone, before)
 """
-_LOADERS = """
-from mvlm_dataloading import Augment, Loader, LoaderWork, load_tokenizer, open_dataset
-
-loaders = []
-for train in (True, False):
-    loader = Loader(
-        open_dataset(sys.argv[1], "train" if train else "test"), load_tokenizer(sys.argv[2]), batch_size=20,
-        image_size=224, text_length=16, seed=0, train=train, augment=Augment(operations=2) if train else None,
-        work=LoaderWork(max_bad_fraction=0.5),
-    )
-    loaders.append(loader)
-    batches = iter(loader)
-    for _ in range(4):
-        next(batches)
-assert loaders[0].skipped == 1  # a batch into which a substitute was copied
-print(threads() - before)
-"""
-
-
 _RUN = f"""
 import threading, time
 from dataclasses import replace
@@ -66,10 +47,10 @@ def watch():
 most, ended = [0], threading.Event()
 watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
-data, out = Path(sys.argv[1]), Path(sys.argv[2])
+data, damaged, out = map(Path, sys.argv[1:])
 model = MaskVLMConfig.preset("tiny", image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
-for randaugment, keep_mb in ((0, 512), (2, 0)):
-    recipe = PretrainConfig.preset("tiny", data=data, out=out / str(randaugment))
+for folder, randaugment, keep_mb in ((data, 0, 512), (damaged, 2, 0)):
+    recipe = PretrainConfig.preset("tiny", data=folder, out=out / str(randaugment))
     most[0], before = 0, threads()
     pretrain(replace(
         recipe, model=model, max_steps=4, warmup_steps=1, batch_size=20, eval_every_steps=2, checkpoint_every_steps=2,
@@ -89,22 +70,16 @@ assert most[0] - before >= {TEAM} - 1, most[0] - before
 
 @pytest.mark.slow
 def test_a_run_opens_no_second_openmp_team(tmp_path):
-    """Two runs of one process, with evaluations, checkpoints and averaged weights, with and without kept images."""
-    data = copy_shapes(tmp_path / "data")
-    command = [sys.executable, "-c", _TEAM + _RUN, str(data), str(tmp_path / "runs")]
+    """Two runs of one process, with evaluations, checkpoints and averaged weights, with and without kept images.
+
+    The second has an image that cannot be decoded, in whose place another is copied.
+    """
+    data, damaged = (copy_shapes(tmp_path / name) for name in ("data", "damaged"))
+    damage_images(open_dataset(damaged, "train"), [3])
+    command = [sys.executable, "-c", _TEAM + _RUN, data, damaged, tmp_path / "runs"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "skipped an image that cannot be decoded" in done.stderr
     more = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("more threads:")]
     assert len(more) == 2
     assert max(more) < TEAM - 1, done.stdout
-
-
-@pytest.mark.slow
-def test_loader_threads_open_no_openmp_team(tmp_path):
-    wave_tokenizer().save(tmp_path / "tokenizer.json")
-    data = write_dataset(tmp_path / "data", 80, splits=("train", "test"), kinds=("JPEG",), size=(224, 224))
-    damage_images(open_dataset(data, "train"), [3])
-    command = [sys.executable, "-c", _TEAM + _LOADERS, str(data), str(tmp_path / "tokenizer.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) < TEAM - 1, done.stdout

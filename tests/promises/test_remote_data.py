@@ -140,12 +140,7 @@ def test_a_damaged_cached_index_is_fetched_again(served, web, data_cache, tokeni
 
 
 def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, data_cache, tokenizer):
-    url, _ = old_web
-    found = batches(open_dataset(url, "train"), tokenizer, 6)
-    assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
-
-
-def test_a_damaged_cached_dali_index_is_fetched_again(served, old_web, data_cache, tokenizer):
+    """A damaged one in the cache is fetched again."""
     web, _ = old_web
     open_dataset(web, "train")
     first, *_, last = sorted(data_cache.glob("*/*.idx"))

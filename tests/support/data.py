@@ -132,7 +132,8 @@ def write_shard_by_hand(folder: Path, members: list[tuple[str, bytes]]) -> None:
 def touch_indices(dataset: Dataset) -> None:
     """Make the indices of a data set as new as its tars."""
     for path in (*(tar.with_suffix(".idx") for tar in dataset.tars), index_path(dataset.folder, dataset.split)):
-        os.utime(path)
+        if path.exists():  # a folder has indices of its splits, of its tars, or both
+            os.utime(path)
 
 
 def write_waves(folder: Path) -> Path:

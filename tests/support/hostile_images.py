@@ -41,7 +41,12 @@ def png(
 
 def peak_memory() -> int:
     """Peak memory of this process in bytes, since `reset_peak` or from its start."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A number of bytes that the system states of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) << 10
 
 
 def reset_peak() -> int:
@@ -140,25 +145,14 @@ def places(folder: Path) -> Iterator[tuple[str, str]]:
 
 def measured(ask: Callable[[], object]) -> dict[str, Any]:
     """Seconds on the clock and of the processor, bytes of memory above those before, and the error of a call."""
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _kilobytes(status.read_text(), "VmRSS")
-    begin, worked, told = time.perf_counter(), time.process_time(), None
+    before, told = reset_peak(), None
+    begin, worked = time.perf_counter(), time.process_time()
     try:
         ask()
     except Exception as error:
         told = [type(error).__name__, str(error)]
     waited, worked = time.perf_counter() - begin, time.process_time() - worked
-    return {
-        "waited": waited,
-        "seconds": worked,
-        "bytes": (_kilobytes(status.read_text(), "VmHWM") - before) << 10,
-        "error": told,
-    }
-
-
-def _kilobytes(status: str, name: str) -> int:
-    return int(status.split(f"{name}:")[1].split()[0])
+    return {"waited": waited, "seconds": worked, "bytes": peak_memory() - before, "error": told}
 
 
 def main(folder: Path, checkpoint: Path) -> None:
@@ -190,8 +184,7 @@ def main(folder: Path, checkpoint: Path) -> None:
     }
     for ask in (*doors.values(), build):
         ask(str(good))  # imports, pools and models
-    status = Path("/proc/self/status").read_text()
-    limit = (_kilobytes(status, "VmSize") << 10) + (4 << 30)
+    limit = _status("VmSize") + (4 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for door, ask in doors.items():
         for name, path in files.items():

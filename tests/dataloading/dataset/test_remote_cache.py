@@ -3,9 +3,8 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,10 @@ import pytest
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
 from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
+from mvlm_dataloading.files import sha256
 from support.data import cache_bytes, limit_cache
 from support.faults.faulty_proxy import serve_faulty
+from support.faults.forks import in_child, wait
 from support.web_server import FolderHandler
 
 
@@ -170,40 +171,31 @@ def test_a_shard_being_fetched_counts_in_the_cache_size(served, web, data_cache,
         two.release_except([])
 
 
-HAMMER = """
-import hashlib, json, sys, time
-from pathlib import Path
-from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.dataset.remote_cache import RemoteCache
-
-url, cache, size, seed, shards = *sys.argv[1:5], json.loads(sys.argv[5])
-cached = RemoteCache(url, Path(cache), int(size))
-cached.register_shards(shards)
-for turn in range(10):
-    number = (turn * 7 + int(seed) * 3) % len(shards)
-    while True:
-        try:
-            cached.fetch([number])
-            break
-        except DataError:  # the other jobs hold all the room
-            cached.release_except([])
-            time.sleep(0.01)
-    tar = cached.folder / shards[number]["tar"]
-    assert hashlib.sha256(tar.read_bytes()).hexdigest() == shards[number]["sha256"]
-    cached.release_except([number])
-"""
+def fetch_in_turns(cached: RemoteCache, shards: list[dict], seed: int) -> None:
+    """Fetch, verify and release shards, in an order that depends on the seed."""
+    cached.register_shards(shards)
+    for turn in range(10):
+        number = (turn * 7 + seed * 3) % len(shards)
+        while True:
+            try:
+                cached.fetch([number])
+                break
+            except DataError:  # the other jobs hold all the room
+                cached.release_except([])
+                time.sleep(0.01)
+        assert sha256(cached.folder / shards[number]["tar"]) == shards[number]["sha256"]
+        cached.release_except([number])
 
 
 @pytest.mark.slow
 def test_jobs_can_share_a_remote_cache(served, web, data_cache, monkeypatch):
-    """Three processes fetch, verify and release shards concurrently, with room for three."""
-    size = limit_cache(monkeypatch, served, 3.2)
-    shards = json.dumps(shards_of(served))
-    command = [sys.executable, "-c", HAMMER, web, str(data_cache), str(size)]
-    jobs = [subprocess.Popen([*command, str(seed), shards], stderr=subprocess.PIPE, text=True) for seed in range(3)]
-    for job in jobs:
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == 0, errors
+    """Three processes work concurrently, with room for three shards."""
+    size, shards = limit_cache(monkeypatch, served, 3.2), shards_of(served)
+    jobs = [
+        in_child(lambda seed=seed: fetch_in_turns(RemoteCache(web, data_cache, size), shards, seed))
+        for seed in range(3)
+    ]
+    assert [wait(job, 60) for job in jobs] == [0, 0, 0]
     assert cache_bytes(data_cache) <= size
 
 

@@ -28,15 +28,15 @@ def test_every_kind_of_fault_ends_well(tmp_path):
 
 
 def test_killed_evaluations_and_four_ranks_find_the_figures_of_one_process():
-    out = run("kill_evaluation", "--kills", 3)
+    out = run("kill_work", "evaluation", "--kills", 3)
     assert int(out.split()[0]) >= 3  # the last evaluation may be killed more often than asked for
     assert "one of two ranks killed: the other ends" in out
     assert "2 and 4 ranks: the same figures" in out
 
 
 def test_killed_embeddings_and_two_ranks_write_the_files_of_one_process():
-    out = run("kill_embedding", "--kills", 4)
-    assert "4 kills over" in out
+    out = run("kill_work", "embedding", "--kills", 4)
+    assert int(out.split()[0]) >= 4
     assert "2 ranks: the same files" in out
 
 
