@@ -142,8 +142,10 @@ class _PieceWriter:
             return captions
         if record.image is None:
             return "no image"
-        strip = isinstance(record.image, ImageStrip)
-        image = _compose(record.image, options) if strip else read_image(record.image, options.max_image_bytes)
+        if isinstance(record.image, ImageStrip):
+            image = _compose(record.image, options)
+        else:
+            image = read_image(record.image, options.max_image_bytes)
         if isinstance(image, str):
             return image
         header = check_header(image, options)

@@ -128,7 +128,7 @@ def test_each_augmentation_matches_pillow(squares, magnitude):
     found = through_the_graph(squares, ids, drawn).astype(int)
     signs = {name: {1} if name in UNSIGNED else {-1, 1} for name in OPERATIONS}
     seen = {name: set() for name in OPERATIONS}
-    for image, original, epoch, i in zip(found, originals(squares, ids), epochs, ids, strict=True):
+    for image, original, epoch, i in zip(found, originals(squares, ids), epochs.tolist(), ids.tolist(), strict=True):
         name, *_ = drawn_operations(3, epoch, i)
         tries = {sign: np.asarray(pillow(name, original, sign, magnitude), int) for sign in signs[name]}
         sign, wanted = min(tries.items(), key=lambda item: np.abs(item[1] - image).mean())
