@@ -132,4 +132,5 @@ def test_near_pairs_match_a_loop_over_all_pairs():
     for i, j in enumerate(first.tolist()):
         near = [k for k in range(60) if int(values[60 + i] ^ values[k]).bit_count() <= MAX_DISTANCE]
         assert j == (near[0] if near else -1)
-    assert (near_known(values, ones, values, 2 * ones) == -1).all()
+    for own, known in ((1, 2), (2, 1)):  # twice as wide, or as high
+        assert (near_known(values, own * ones, values, known * ones) == -1).all()
