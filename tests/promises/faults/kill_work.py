@@ -122,7 +122,7 @@ def embeddings(folder: Path, kills: int, rng: random.Random) -> None:
 
 
 def evaluations(folder: Path, kills: int, rng: random.Random) -> None:
-    """The figures must be the same. Every third evaluation is shared by two ranks.
+    """The figures must be the same. Every other evaluation is shared by two ranks.
 
     Of two more, one rank is killed, and the other has to end by itself.
     """
@@ -146,7 +146,7 @@ def evaluations(folder: Path, kills: int, rng: random.Random) -> None:
         eval_retrieval(checkpoint=folder / "model", data=data, out=out, rerank=8, device="cpu")
 
     work = Killed(folder, evaluate, figures)
-    work.kill(kills, rng, (1, 1, 2))
+    work.kill(kills, rng, (2, 1))
     for rank in (0, 1):
         name = f"without-{rank}"
         pids = work.start(name, 2)
