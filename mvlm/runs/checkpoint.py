@@ -258,9 +258,12 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 def read_state(folder: Path) -> dict[str, Any]:
     """Read state.json of a verified checkpoint. RunError if it is no JSON object."""
     try:
-        return dict(json.loads((folder / STATE).read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
+        state = json.loads((folder / STATE).read_text())
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{folder / STATE}: wanted the state of a run, found {error}; restore it") from None
+    if not isinstance(state, dict):
+        raise RunError(f"{folder / STATE}: wanted the state of a run, found {type(state).__name__}; restore it")
+    return state
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
