@@ -7,7 +7,7 @@ from mvlm_kernels.cross_attention import attention_probabilities, cross_attentio
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
-from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from mvlm_kernels.pixel_loss import masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ __all__ = [
     "explain",
     "gather_patches",
     "gelu_linear",
-    "linear_pixel_loss",
     "masked_pixel_loss",
     "pack_key_mask",
     "place_tokens",

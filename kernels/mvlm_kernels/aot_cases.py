@@ -19,7 +19,6 @@ from mvlm_kernels.cross_attention.launch import backward, forward
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from mvlm_kernels.gather_patches.triton import gather_patches
 from mvlm_kernels.gelu_linear.triton import gelu, gelu_backward
-from mvlm_kernels.pixel_loss.linear import linear_pixel_loss, linear_pixel_loss_backward
 from mvlm_kernels.pixel_loss.triton import masked_pixel_loss, masked_pixel_loss_backward
 from mvlm_kernels.place_tokens.triton import place_tokens, place_tokens_backward
 
@@ -162,24 +161,6 @@ def masked_pixel_loss_cases() -> Cases:
         yield f"bf16/mse/p{patch_size}/normalized", partial(both, images, torch.bfloat16, patch_size, "mse", True)
 
 
-def linear_pixel_loss_cases() -> Cases:
-    """What ``masked_pixel_loss`` has not."""
-    images = torch.empty(64, 3, 224, 224, dtype=torch.uint8, device="meta")
-    ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
-    values = torch.empty(3, device="meta")
-
-    def both(kind: str, reduce: bool) -> None:
-        hidden = torch.empty(64, 116, 768, dtype=torch.bfloat16, device="meta")
-        weight = torch.empty(768, 768, device="meta")
-        loss, slope = linear_pixel_loss(
-            hidden, weight, weight[0], images, ids, 16, values, values, kind, False, reduce, True
-        )
-        linear_pixel_loss_backward(loss, slope, hidden, weight, (True, True, True))
-
-    yield "bf16/l1", partial(both, "l1", True)
-    yield "bf16/mse/rows", partial(both, "mse", False)
-
-
 def place_tokens_cases() -> Cases:
     def both(mode: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
         count = 49 if mode == "visible" else 196
@@ -244,7 +225,6 @@ CASES: dict[str, Callable[[], Cases]] = {
     "cross_attention": cross_attention_cases,
     "gather_patches": gather_patches_cases,
     "masked_pixel_loss": masked_pixel_loss_cases,
-    "linear_pixel_loss": linear_pixel_loss_cases,
     "place_tokens": place_tokens_cases,
     "add_layer_norm": add_layer_norm_cases,
     "gelu_linear": gelu_linear_cases,

@@ -19,7 +19,7 @@ from mvlm_kernels.cross_attention import cross_attention
 from mvlm_kernels.dispatch import use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
-from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from mvlm_kernels.pixel_loss import masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -221,41 +221,6 @@ def _eager_loss(pred: Tensor, images: Tensor, ids: Tensor, kind: str, normalize:
     return loss(pred.float(), target)
 
 
-def _linear(kind: str) -> Case:
-    def inputs(sizes: Sizes, device: str):
-        bf16: Any = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
-        leaves = [torch.zeros(sizes["B"], MASKED, WIDTH, **bf16), torch.zeros(FEATURES, WIDTH, **bf16)]
-        leaves.append(torch.zeros(FEATURES, **bf16))
-        return leaves, _images(sizes["B"], device, torch.uint8), patch_ids(sizes["B"], MASKED, device)
-
-    def run(sizes: Sizes, device: str):
-        leaves, images, ids = inputs(sizes, device)
-        return leaves, lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, PATCH, mean=MEAN, std=STD, kind=kind)  # pyright: ignore
-
-    def eager(sizes: Sizes, device: str):
-        leaves, images, ids = inputs(sizes, device)
-        linear = torch.nn.functional.linear
-        return leaves, lambda h, w, b: _eager_loss(linear(h, w, b), images, ids, kind, False)
-
-    def minimum(sizes: Sizes) -> tuple[int, int]:
-        rows = sizes["B"] * MASKED
-        parameters = 2 * FEATURES * (WIDTH + 1)
-        slope = rows * FEATURES * (1 if kind == "l1" else 2)
-        hidden = 2 * rows * WIDTH
-        forward = hidden + parameters + rows * FEATURES + 4 * rows + slope + 4
-        return forward, slope + 4 + 2 * hidden + 2 * parameters - 2 * FEATURES
-
-    def flops(sizes: Sizes) -> tuple[int, int]:
-        product = 2 * sizes["B"] * MASKED * FEATURES * WIDTH
-        return product, 2 * product
-
-    def implied(sizes: Sizes) -> tuple[int, int]:
-        return linear_bytes(sizes["B"], MASKED, FEATURES, WIDTH, kind)
-
-    name = f"B256 116 rows of 768 -> 768, {kind}, uint8 images"
-    return Case("linear_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum, flops, implied)
-
-
 def _place(mode: str, parameter_dtype: torch.dtype = torch.bfloat16) -> Case:
     def inputs(sizes: Sizes, device: str):
         batch, patches = sizes["B"], sizes["N"]
@@ -307,33 +272,6 @@ def _place(mode: str, parameter_dtype: torch.dtype = torch.bfloat16) -> Case:
     what += ", fp32 parameters" if parameter_dtype == torch.float32 else ""
     samples = {"B": (2, 4), "N": (4, 8)}
     return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, eager, minimum)
-
-
-def linear_bytes(batch: int, chosen: int, features: int, width: int, kind: str) -> tuple[int, int]:
-    """Bytes of (forward, backward) of ``linear_pixel_loss``, to the last thousandth, from its chunks.
-
-    Its matrix products are cuBLAS's, which the interpreter cannot count. A product counts as reading its operands and
-    writing its result once, like every torch op; what of it stays in the L2 cache is not taken off.
-
-    batch: B. chosen: K. features: C*P*P. width: D. For bfloat16 operands, uint8 images, int32 ids, a mean loss and all
-    three gradients.
-    """
-    from mvlm_kernels.pixel_loss.linear import chunks
-    from mvlm_kernels.pixel_loss.triton import losses_of
-
-    rows, count = batch * chosen, len(list(chunks(batch, 4 * chosen * features)))
-    pixels, weight = rows * features, features * width
-    slope = pixels if kind == "l1" else 2 * pixels
-    product = 2 * rows * width + 2 * count * weight + 4 * pixels
-    programs = losses_of(rows, features, True)  # each reads the bias and writes a sum, which is read again
-    forward = product + 4 * pixels + pixels + 4 * rows + slope + programs * (2 * features + 2 * 4) + 4
-    # L1 decodes its bytes; the other kinds saved their slopes in hidden's type.
-    backward = slope + 2 * pixels if kind == "l1" else 0
-    backward += 4 * weight + 2 * pixels + 2 * count * weight + 2 * rows * width  # weight scaled, hidden's gradient
-    # The weight's gradient: zeros, a product and a sum for each chunk, the factor, the cast.
-    backward += 4 * weight + 2 * pixels + 2 * rows * width + count * 16 * weight + 8 * weight + 6 * weight
-    backward += 2 * pixels + 4 * features + count * 16 * features + 14 * features  # the bias's, in the same way
-    return forward, backward
 
 
 class _Used(torch.autograd.Function):
@@ -414,8 +352,6 @@ def cases() -> list[Case]:
         _gather(torch.bfloat16),
         _masked("l1", False),
         _masked("mse", True),
-        _linear("l1"),
-        _linear("mse"),
         _place("masked"),
         _place("masked", torch.float32),
         _place("both", torch.float32),

@@ -57,8 +57,8 @@ class Explanation:
 
 
 _forced: Backend | None = None
-# Of each public op: the function that lists the reasons against Triton, and what runs without any.
-_reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[Refusal]], str]] = {}
+# Of each public op: the function that lists the reasons against Triton.
+_reason_functions: dict[Callable[..., Any], Callable[..., Sequence[Refusal]]] = {}
 
 # Kernel -> its options, by `override_launch`; and of every choice of options the kernel and the other arguments, by
 # `recording_choices`.
@@ -103,29 +103,26 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         given = getattr(op, "__name__", type(op).__name__)
         hint = "; a layer calls an op: explain that" if isinstance(op, torch.nn.Module) else ""
         raise ValueError(f"op must be one of {names}, got {given}{hint}")
-    reason_function, covered = _reason_functions[op]
     call = inspect.signature(op).bind(*args, **kwargs)
     call.apply_defaults()
-    reasons = reason_function(**call.arguments)
+    reasons = _reason_functions[op](**call.arguments)
     device = next(x.device for x in call.arguments.values() if isinstance(x, torch.Tensor))
     if _forced is not None:
         in_block = refusal(f'use_backend("{_forced}") is in force', "leave its block for the usual choice")
         return Explanation(_forced, (in_block, *reasons), device)
     if reasons:
         return Explanation("torch", tuple(reasons), device)
-    return Explanation("triton", (covered,), device)
+    return Explanation("triton", ("the fused kernel covers this call",), device)
 
 
-def explained_by(
-    reason_function: Callable[..., Sequence[Refusal]], covered: str = "the fused kernel covers this call"
-) -> Callable[[Op], Op]:
+def explained_by(reason_function: Callable[..., Sequence[Refusal]]) -> Callable[[Op], Op]:
     """Decorator of a public op. reason_function checks a call and lists all reasons against Triton.
 
-    It gets every argument of the op by its name, defaults included. ``covered`` says what runs without a reason.
+    It gets every argument of the op by its name, defaults included.
     """
 
     def register(op: Op) -> Op:
-        _reason_functions[op] = reason_function, covered
+        _reason_functions[op] = reason_function
         return op
 
     return register

@@ -6,8 +6,7 @@ The interpreter runs the kernels on small inputs, and every load and store is co
 share an address count once, as in hardware, and masked lanes do not count. Bytes grow linearly in each sampled size
 (batch, patches), so samples at two values of each size give the count at the paper's sizes. Sizes that kernels tile
 over are not reduced. The minimum reads each input once and writes each output once; tensors that forward saves for
-backward count as outputs. The matrix products of ``linear_pixel_loss`` are cuBLAS's, so its count is computed from its
-chunks, and a test compares that with what its launchers do at a small shape.
+backward count as outputs.
 """
 
 import argparse

@@ -131,14 +131,13 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     pixels = torch.zeros(2, 100, 768, dtype=dtype, device=device)
     patches = torch.zeros(2, 196, 768, dtype=dtype, device=device)
     row = torch.zeros(768, dtype=dtype, device=device)
-    weight = torch.zeros(768, 768, device=device)  # (3*16*16, C): the pixel head, whose parameters are in fp32
+    weight = torch.zeros(768, 768, device=device)  # parameters are in fp32
     q, k = (torch.zeros(2, length, 12, 64, dtype=dtype, device=device) for length in (197, 40))
     calls = {
         ops.add_layer_norm: (patches, patches, row, row),
         ops.cross_attention: (q, k, k),
         ops.gather_patches: (images, ids, 16),
         ops.gelu_linear: (patches, weight, weight[0]),
-        ops.linear_pixel_loss: (pixels, weight, weight[0], images, ids, 16),
         ops.masked_pixel_loss: (pixels, images, ids, 16),
         ops.place_tokens: (patches, row, torch.zeros(197, 768, dtype=dtype, device=device), row),
     }

@@ -52,24 +52,6 @@ def cross_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *res
     return products * cross_attention(q, k, v, *sides) // 2
 
 
-def linear_pixel_loss(hidden: Tensor, weight: Tensor, *_: Any, out_val: Any = None) -> int:
-    """Forward of mvlm_kernels.linear_pixel_loss, one product: hidden (B, K, C), weight (3*P*P, C)."""
-    return 2 * hidden.numel() * weight.shape[0]
-
-
-def linear_pixel_loss_backward(
-    grad: Tensor,
-    slope: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    need_dhidden: bool,
-    need_dweight: bool,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return (need_dhidden + need_dweight) * linear_pixel_loss(hidden, weight)
-
-
 class _Raw:
     """A formula that takes the operator's arguments themselves. torch's counter passes shapes to a plain function."""
 
@@ -94,8 +76,6 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     },
     ours.cross_attention: _Raw(cross_attention),
     ours.cross_attention_backward: _Raw(cross_attention_backward),
-    ours.linear_pixel_loss: _Raw(linear_pixel_loss),
-    ours.linear_pixel_loss_backward: _Raw(linear_pixel_loss_backward),
 }
 
 

@@ -10,7 +10,7 @@ result is unused or already known:
 - ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
   partner runs once per image or caption, not once per pair.
 - The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute only
-  masked rows. The full logits never exist in memory. On a GPU, neither do all predicted pixels.
+  masked rows. The full logits never exist in memory, and predicted pixels only until their loss is known.
 
 In this order: the encoders, the losses, pairs, answers of a trained model (matches of pairs, and reconstructions of
 masked inputs), and the attention of all of them. `attend_self` and `attend_cross` make the functions that a block calls
@@ -44,7 +44,7 @@ from mvlm.model.packing import (
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import LossWeights, masked_tokens, weighted_mean
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
+from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 
 
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
@@ -162,12 +162,10 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     assert streams.masked_image is not None
     assert streams.partner_caches is not None
     text = streams.partner_caches.text
-    encoder, head = model.image_encoder, model.pixel_head
+    encoder = model.image_encoder
     weights = masks.patch_weights
-    loss = linear_pixel_loss(
-        masked_patch_features(model, streams.masked_image, text, masks),  # (B, K, C)
-        head.weight,
-        head.bias,
+    loss = masked_pixel_loss(
+        model.pixel_head(masked_patch_features(model, streams.masked_image, text, masks)),  # (B, K, 3*P*P)
         batch.images,
         masks.patch_ids,
         model.config.patch_size,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
+from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 from support.faults.forks import ended_well, in_ranks
 
@@ -58,7 +58,7 @@ class Reader(nn.Module):
         return place_tokens(patches, self.mask[0], self.positions, self.cls[0])
 
     def loss(self, x: Tensor, images: Tensor) -> Tensor:
-        return linear_pixel_loss(x[:, 1:], self.head.weight, self.head.bias, images, None, 8, kind="mse")
+        return masked_pixel_loss(self.head(x[:, 1:]), images, None, 8, kind="mse")
 
 
 def gradients(model: nn.Module, rows: slice = slice(0, 4)) -> dict[str, Tensor]:

@@ -66,11 +66,10 @@ def test_gather_patches_of_layouts_and_types(dtype: torch.dtype, layout: str):
 def test_pixel_losses_of_every_kind(kind: str, normalize: bool, reduction: str):
     images, ids = make_images((2, 3, 32, 48), torch.uint8, "channels_last"), make_ids(2, 4, 6)
     options = {"kind": kind, "normalize": normalize, "reduction": reduction, "device": DEVICE}
-    random = pixel_losses.random
     for dtype in HALVES:
-        pixel_losses.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
-        hidden, weight, bias = (random(s, dtype, i, 0.05) for i, s in enumerate([(2, 4, 96), (768, 96), (768,)]))
-        pixel_losses.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_losses.check_masked(
+            pixel_losses.random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options
+        )
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])

@@ -17,7 +17,6 @@ from mvlm_kernels import (
     cross_attention,
     gather_patches,
     gelu_linear,
-    linear_pixel_loss,
     masked_pixel_loss,
     place_tokens,
     use_backend,
@@ -88,22 +87,13 @@ def steps() -> Iterator[tuple[str, Step]]:
     masked = torch.rand(8, 196, device=DEVICE) < 0.6
     # Tensors, because a sequence would be copied to the device, which a capture cannot contain.
     norm: Any = {"mean": torch.tensor(MEAN[:3], device=DEVICE), "std": torch.tensor(STD[:3], device=DEVICE)}
-    hidden, head = (8, 116, 768), [(768, 768), (768,)]
     yield (
         "gather_patches",
         Step(lambda x: gather_patches(x, ids, 16, **norm), leaves((8, 3, 224, 224), dtype=torch.float32), data=[ids]),
     )
     yield (
         "masked_pixel_loss",
-        Step(lambda p: masked_pixel_loss(p, images, ids, 16, **norm), leaves(hidden), data=[images, ids]),
-    )
-    yield (
-        "linear_pixel_loss",
-        Step(
-            lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 16, **norm),
-            leaves(hidden, *head),
-            data=[images, ids],
-        ),
+        Step(lambda p: masked_pixel_loss(p, images, ids, 16, **norm), leaves((8, 116, 768)), data=[images, ids]),
     )
     yield (
         "place_tokens",
@@ -119,8 +109,7 @@ def steps() -> Iterator[tuple[str, Step]]:
 
 NAMES = (
     "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "dropout",
-    "packed queries", "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens", "add_layer_norm",
-    "gelu_linear",
+    "packed queries", "gather_patches", "masked_pixel_loss", "place_tokens", "add_layer_norm", "gelu_linear",
 )  # fmt: skip
 
 

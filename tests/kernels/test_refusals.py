@@ -42,17 +42,13 @@ VALID: dict[str, dict[str, Any]] = {
     "cross_attention": {"q": Q, "k": K, "v": V},
     "gather_patches": {"images": PIXELS, "patch_ids": IDS, "patch_size": 8},
     "masked_pixel_loss": {"pred": rand(2, 3, 192), "images": PIXELS, "patch_ids": IDS, "patch_size": 8},
-    "linear_pixel_loss": {
-        "hidden": rand(2, 3, 16), "weight": rand(192, 16), "bias": None, "images": PIXELS, "patch_ids": IDS,
-        "patch_size": 8,
-    },
     "place_tokens": {
         "tokens": rand(2, 16, 8), "mask_token": rand(8), "pos_embed": rand(17, 8), "cls_token": rand(8),
     },
     "add_layer_norm": {"x": rand(2, 16, 8), "y": rand(2, 16, 8), "weight": rand(8), "bias": rand(8)},
     "gelu_linear": {"h": rand(2, 16, 8), "weight": rand(8, 8), "bias": rand(8)},
 }  # fmt: skip
-HEAD, TOKENS, NORM = VALID["linear_pixel_loss"], VALID["place_tokens"]["tokens"], VALID["add_layer_norm"]["x"]
+TOKENS, NORM = VALID["place_tokens"]["tokens"], VALID["add_layer_norm"]["x"]
 POSITIONS, PRED = VALID["place_tokens"]["pos_embed"], VALID["masked_pixel_loss"]["pred"]
 
 
@@ -131,13 +127,6 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
         *each("kind", "l2"),
         *each("reduction", "sum"),
         *each("normalize_target", True, images=PIXELS[:, :1], patch_size=1, pred=rand(2, 3, 1)),
-    ],
-    "linear_pixel_loss": [
-        *each("hidden", [1.0], HEAD["hidden"][0], HEAD["hidden"].int()),
-        *each("weight", None, HEAD["weight"].T, HEAD["weight"].half(), HEAD["weight"].to("meta")),
-        *each("bias", rand(16), rand(192).half(), [1.0], rand(192).to("meta")),
-        *each_of_values("patch_ids", IDS + 11),
-        *each("kind", "l2"),
     ],
     "place_tokens": [
         *each("tokens", TOKENS.int(), [1.0], TOKENS[0], TOKENS[:, :15]),
@@ -415,4 +404,3 @@ def test_calls_on_a_gpu_have_no_reason_against_the_kernels():
             found = explain(getattr(ops, op), **given)
             assert found.backend == "triton"
             assert str(found).startswith("runs: triton on cuda")
-            assert ("cuBLAS multiplies" in str(found)) == (op == "linear_pixel_loss")

@@ -1,16 +1,13 @@
 """Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
-import importlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from mvlm_kernels import cases, dispatch, traffic, use_backend
 from mvlm_kernels.cache_model import Cache, caching
-from mvlm_kernels.cases import linear_bytes
 from mvlm_kernels.cross_attention.arguments import invert_key_index
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
@@ -73,49 +70,3 @@ def test_readers_of_a_key_sequence_find_it_in_cache():
             moved.append(cache.bytes / fewest)
     assert moved[0] <= 1.1
     assert moved[1] > 1.7
-
-
-@pytest.mark.slow
-@pytest.mark.plain_empty
-@pytest.mark.parametrize("kind", ["l1", "mse"])
-def test_bytes_of_linear_pixel_loss_follow_from_its_chunks(kind, monkeypatch):
-    """The launchers run by themselves: interpreted kernels and torch ops are counted, autograd is not."""
-    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
-    batch, chosen, width, patch = 6, 11, 70, 7
-    features = 3 * patch**2
-    multiplied, zeros = [], torch.zeros(features * width)
-
-    def product(a, b, dtype):
-        """A GPU's product of bfloat16 operands, which gives float32 itself. The CPU has none, so only bytes count."""
-        multiplied.append(2 * a.numel() + 2 * b.numel() + len(a) * b.shape[1] * dtype.itemsize)
-        return zeros[: len(a) * b.shape[1]].view(len(a), b.shape[1])
-
-    launch_kernel = dispatch.launch
-
-    def launch_uncounted(*args, **kwargs):
-        with _disable_current_modes():  # the interpreter copies tensors with torch ops
-            launch_kernel(*args, **kwargs)
-
-    monkeypatch.setattr(dispatch, "launch", launch_uncounted)
-    monkeypatch.setattr(linear, "product", product)
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * chosen * features * 4)  # chunks of four images and of two
-    monkeypatch.setattr(linear, "CHUNK_IMAGES", 1)
-    bf16 = torch.bfloat16
-    hidden, weight = torch.zeros(batch, chosen, width, dtype=bf16), torch.zeros(features, width, dtype=bf16)
-    bias, images = torch.zeros(features, dtype=bf16), torch.zeros(batch, 3, 28, 28, dtype=torch.uint8)
-    ids = torch.arange(chosen, dtype=torch.int32).expand(batch, chosen).contiguous()
-
-    def count(launch):
-        multiplied.clear()
-        with traffic.counting() as kernels, traffic.TorchTraffic() as other:
-            launch()
-        return kernels.bytes + other.bytes + sum(multiplied)
-
-    saved = []
-    options = None, None, kind, False, True, True
-    counted = (
-        count(lambda: saved.extend(linear.linear_pixel_loss(hidden, weight, bias, images, ids, patch, *options))),
-        count(lambda: linear.linear_pixel_loss_backward(saved[0], saved[1], hidden, weight, (True, True, True))),
-    )
-    for got, implied in zip(counted, linear_bytes(batch, chosen, features, width, kind), strict=True):
-        assert got == pytest.approx(implied, rel=0.01)

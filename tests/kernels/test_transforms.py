@@ -15,7 +15,6 @@ from mvlm_kernels import (
     cross_attention,
     gather_patches,
     gelu_linear,
-    linear_pixel_loss,
     masked_pixel_loss,
     use_backend,
 )
@@ -49,7 +48,6 @@ NAMES = (
     "attention",
     "patches",
     "loss",
-    "linear loss",
     "tokens, masked",
     "tokens, visible",
     "norm",
@@ -279,16 +277,14 @@ def test_vmap_over_what_says_which_keys_exist(name: str):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("outside", [False, True])
-def test_gradients_around_vmap_of_the_pixel_losses(linear: bool, outside: bool):
+def test_gradients_around_vmap_of_the_pixel_loss(outside: bool):
     """`outside`: plain autograd around vmap; else torch.func.grad."""
     images = torch.randint(0, 256, (3, 2, 3, 8, 8), dtype=torch.uint8, generator=G)
-    x = rand(3, 2, 2, 5) if linear else rand(3, 2, 2, 48)
-    weight = rand(48, 5)
+    x = rand(3, 2, 2, 48)
 
     def loss(x: Tensor, images: Tensor) -> Tensor:
-        return linear_pixel_loss(x, weight, None, images, IDS, 4) if linear else masked_pixel_loss(x, images, IDS, 4)
+        return masked_pixel_loss(x, images, IDS, 4)
 
     def total(x: Tensor) -> Tensor:
         return torch.func.vmap(loss)(x, images).sum()

@@ -27,7 +27,7 @@ def outputs():
         mk.cross_attention(q, k, v, key_lengths=torch.tensor([7, 3])),
         mk.gather_patches(images, ids, 4, mean=[0.5] * 3, std=[0.5] * 3),
         mk.masked_pixel_loss(pred, images, ids, 4),
-        mk.linear_pixel_loss(pred, weight, None, images, ids, 4, kind="mse"),
+        mk.masked_pixel_loss(pred @ weight.T, images, ids, 4, kind="mse"),
         mk.place_tokens(tokens, row, positions, row, masked=masked),
     ]
     leaves = [q, k, v, pred, weight, tokens, row, positions]

@@ -27,14 +27,12 @@ def cases(batch: int, dtype: torch.dtype) -> list[Case]:
         _gather(batch, dtype, dtype),
         _masked_loss(batch, dtype, "l1", False, core=True),
         _masked_loss(batch, dtype, "mse", True),
-        _linear_loss(batch, dtype, "l1", core=True),
-        _linear_loss(batch, dtype, "mse"),
         _place(batch, dtype, "masked", core=True),
         _place(batch, dtype, "visible"),
         *layer_cases(batch, dtype),
     ]
     if dtype.itemsize == 2:  # as in training, where autocast leaves parameters in float32
-        found += [_linear_loss(batch, dtype, "l1", torch.float32), _place(batch, dtype, "masked", torch.float32)]
+        found.append(_place(batch, dtype, "masked", torch.float32))
     return sorted(found, key=lambda case: not case.core)
 
 
@@ -52,7 +50,6 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *(attention_case(shape, dtype, heads=1) for shape in shapes),
         _gather(2, dtype, dtype, sizes=SMALL),
         _masked_loss(2, dtype, "mse", False, sizes=SMALL),
-        _linear_loss(2, dtype, "mse", sizes=SMALL),
         _place(2, dtype, "masked", sizes=SMALL),
         add_layer_norm_case(37, dtype, SMALL.width),
         gelu_linear_case(37, dtype, SMALL.width),
@@ -124,42 +121,6 @@ def _masked_loss(
     minimum = pred + count + slope + batch * masked * 4 + 4, slope + 4 + pred
     shape = f"B{batch} {masked} patches of {features}, {kind}{', normalised' if normalize else ''}, uint8 images"
     return Case("masked_pixel_loss", shape, dtype, make, mvlm_kernels.masked_pixel_loss, reference, minimum, core=core)
-
-
-def _linear_loss(
-    batch: int, dtype: torch.dtype, kind: Any, parameters: torch.dtype | None = None, *, core: bool = False,
-    sizes: Sizes = PAPER,
-) -> Case:  # fmt: skip
-    """linear_pixel_loss. parameters: dtype of weight and bias, if it is not that of the states."""
-    weights, masked, features, width = parameters or dtype, sizes.masked, sizes.features, sizes.width
-
-    def make(device: str, seed: int = 0) -> Inputs:
-        random = RandomInputs(device, dtype, seed, sizes)
-        leaves = {
-            "hidden": random.normal(batch, masked, width),
-            "weight": random.normal(features, width, scale=0.5 * width**-0.5, dtype=weights),
-            # The bias keeps predictions away from the pixels, so that rounding cannot flip the sign of an L1 term.
-            "bias": random.far_from_pixels(features, dtype=weights).requires_grad_()
-            if kind == "l1"
-            else random.normal(features, dtype=weights),
-        }
-        fixed = {"images": random.images(batch, torch.uint8), "patch_ids": random.patch_ids(batch, masked)}
-        return Inputs(leaves, {**fixed, "patch_size": sizes.patch, "mean": MEAN, "std": STD, "kind": kind})
-
-    def reference(hidden, weight, bias, images: Tensor, patch_ids: Tensor, patch_size: int, **_: Any) -> Tensor:
-        target = images, patch_ids, patch_size, *_channels(images)
-        return pixels.linear_pixel_loss(hidden, weight, bias, *target, kind, False, True)[0]
-
-    rows, item = batch * masked, dtype.itemsize
-    matrix, hidden = weights.itemsize * features * (width + 1), item * rows * width
-    slope = rows * features * (1 if kind == "l1" else item)
-    forward = hidden + matrix + rows * features + 4 * rows + slope + 4
-    # Backward reads the weight but not the bias, and writes the gradients of both.
-    minimum = forward, slope + 4 + 2 * hidden + 2 * matrix - weights.itemsize * features
-    product = 2 * rows * features * width
-    shape = f"B{batch} {masked} rows of {width} -> {features}, {kind}, uint8 images{_parameters(parameters)}"
-    ours, flops, product_sizes = mvlm_kernels.linear_pixel_loss, (product, 2 * product), (rows, features, width)
-    return Case("linear_pixel_loss", shape, dtype, make, ours, reference, minimum, flops, core, product_sizes)
 
 
 def place_reference(

@@ -11,7 +11,6 @@ per call, minimum and median over rounds. Prefer the minimum: other processes ca
 """
 
 import argparse
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -30,13 +29,11 @@ from mvlm_kernels import (
     dispatch,
     gather_patches,
     gelu_linear,
-    linear_pixel_loss,
     masked_pixel_loss,
     place_tokens,
     registration,
     use_backend,
 )
-from mvlm_kernels.pixel_loss.linear import product
 
 CALLS = 400
 """Consecutive calls of one contender in a round."""
@@ -80,27 +77,20 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     floats = torch.zeros(2, 3, 224, 224, dtype=bf16, requires_grad=True)
     ids = torch.arange(116, dtype=torch.int32).expand(2, 116).contiguous()
     pred = torch.zeros(2, 116, 768, dtype=bf16, requires_grad=True)
-    features = torch.zeros(2, 116, 16, dtype=bf16, requires_grad=True)  # narrow, because products are computed
-    weight = torch.zeros(768, 16, dtype=bf16, requires_grad=True)
-    bias = torch.zeros(768, dtype=bf16, requires_grad=True)
     tokens = torch.zeros(2, 196, 768, dtype=bf16, requires_grad=True)
     row = torch.zeros(768, dtype=bf16, requires_grad=True)
     positions = torch.zeros(197, 768, dtype=bf16, requires_grad=True)
     masked = torch.zeros(2, 196, dtype=torch.bool)
     mean, std = [0.5] * 3, [0.25] * 3
 
-    losses = [((), f32), ((2, 116, 768), torch.int8)]
     attention = empty_op("attention", 4, [((2, 197, 12, 64), bf16), ((2, 12, 197), f32)])
     gather = empty_op("gather", 2, [((2, 116, 768), bf16)])
-    masked_loss = empty_op("masked_loss", 3, losses)
-    linear_loss = empty_op("linear_loss", 5, losses)
+    masked_loss = empty_op("masked_loss", 3, [((), f32), ((2, 116, 768), torch.int8)])
     place = empty_op("place", 5, [((2, 197, 768), bf16)])
     stream = torch.zeros(2, 4, 16, requires_grad=True)
     branch = torch.zeros(2, 4, 16, dtype=bf16, requires_grad=True)
     small = torch.zeros(16, 16, dtype=bf16, requires_grad=True)
     short = torch.zeros(16, dtype=bf16, requires_grad=True)
-    chunk, columns = features.detach().flatten(0, 1), weight.detach().T
-    multiply = functools.partial(product, chunk, columns, f32)
     plain_branch, plain_small, plain_short = branch.detach(), small.detach(), short.detach()
     norm = empty_op("norm", 5, [((2, 4, 16), f32), ((2, 4, 16), bf16), ((8,), f32), ((8,), f32)])
     activation = empty_op("activation", 2, [((2, 4, 16), bf16)])
@@ -116,10 +106,6 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         "masked_pixel_loss": (
             lambda: masked_pixel_loss(pred, images, ids, 16, mean=mean, std=std),
             lambda: masked_loss(pred, images, ids),
-        ),
-        "linear_pixel_loss": (  # the product is torch's in both
-            lambda: linear_pixel_loss(features, weight, bias, images, ids, 16, mean=mean, std=std),
-            lambda: (multiply(), linear_loss(features, weight, bias, images, ids)),
         ),
         "place_tokens": (
             lambda: place_tokens(tokens, row, positions, row, masked=masked),

@@ -110,7 +110,7 @@ def _with_images(gather: Function, inputs: Inputs) -> Function:
     return lambda: gather(images)
 
 
-def _pixel_loss(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+def masked_loss_eager(inputs: Inputs) -> Function:
     """Loss of predictions (B, K, F) by torch's loss function, with the target in float32."""
     fixed = inputs.fixed
     images, kind = fixed["images"], fixed["kind"]
@@ -125,16 +125,6 @@ def _pixel_loss(inputs: Inputs) -> Callable[[Tensor], Tensor]:
         return loss(pred.float(), target)
 
     return compute
-
-
-def masked_loss_eager(inputs: Inputs) -> Function:
-    return _pixel_loss(inputs)
-
-
-def linear_loss_eager(inputs: Inputs) -> Function:
-    loss = _pixel_loss(inputs)
-    # As autocast does, which leaves parameters in float32.
-    return lambda hidden, weight, bias: loss(F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)))
 
 
 def place_eager(inputs: Inputs) -> Function:
@@ -201,7 +191,6 @@ EAGER: dict[str, Builder] = {
     "cross_attention": attention.eager,
     "gather_patches": gather_eager,
     "masked_pixel_loss": masked_loss_eager,
-    "linear_pixel_loss": linear_loss_eager,
     "place_tokens": place_eager,
     "add_layer_norm": layers.norm_eager,
     "gelu_linear": layers.gelu_eager,
@@ -211,7 +200,6 @@ LIGER: dict[str, Builder] = {
     "cross_attention": attention.liger,
     "gather_patches": _not_in("liger-kernel", "has no kernel that reads images"),
     "masked_pixel_loss": _not_in("liger-kernel", "has losses over tokens and preferences, none over pixels"),
-    "linear_pixel_loss": _not_in("liger-kernel", "fuses a linear layer with losses over tokens, not over pixels"),
     "place_tokens": _not_in("liger-kernel", "has no kernel that inserts tokens or adds a position embedding"),
     "add_layer_norm": layers.norm_liger,
     "gelu_linear": _not_in("liger-kernel", "fuses GELU with a gate, not with the linear layer behind it"),

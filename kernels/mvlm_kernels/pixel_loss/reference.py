@@ -1,7 +1,7 @@
-"""Specification of ``masked_pixel_loss`` and ``linear_pixel_loss`` in plain torch, and their implementation on the CPU.
+"""Specification of ``masked_pixel_loss`` in plain torch, and its implementation on the CPU.
 
-Legend: B batch, K predicted patches, F = C*P*P pixels of a patch, D width of the hidden states.
-Slope: the derivative of a pixel's loss by its prediction, before any scaling. The ops save it for the backward pass:
+Legend: B batch, K predicted patches, F = C*P*P pixels of a patch.
+Slope: the derivative of a pixel's loss by its prediction, before any scaling. The op saves it for the backward pass:
 for L1 as a sign byte (-1, 0, 1, and -128 for NaN), else in the prediction's dtype. Unscaled it is of the order of 1, so
 float16 neither underflows nor overflows. The backward pass applies 1/F, the mean and the incoming gradient in float32.
 """
@@ -51,8 +51,13 @@ def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
     return torch.where(size < 1, 0.5 * difference.square(), size - 0.5)
 
 
+def slope_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the saved slope, of predictions in ``dtype``."""
+    return torch.int8 if kind == "l1" else dtype
+
+
 def encode_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """Derivative of :func:`pixel_loss` in its saved form: int8 for L1, else ``dtype``.
+    """Derivative of :func:`pixel_loss` in its saved form, of predictions in ``dtype``.
 
     loss: (B, K), used only to detect NaN.
     """
@@ -101,62 +106,9 @@ def decode_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
     return values.masked_fill_(slope == NAN_SIGN, float("nan"))
 
 
-def slope_factor(grad: Tensor, slope: Tensor) -> Tensor:
-    """Factor from slope (B, K, F) to the gradient of the predictions: () or (B, K, 1), in grad's dtype."""
-    rows = slope.shape[0] * slope.shape[1] if grad.ndim == 0 else 1
-    factor = grad / (max(1, rows) * slope.shape[2])
-    return factor if grad.ndim == 0 else factor[:, :, None]
-
-
 def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     """grad (scalar of the mean loss, or (B, K)), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
+    rows = slope.shape[0] * slope.shape[1] if grad.ndim == 0 else 1
+    factor = grad / (max(1, rows) * slope.shape[2])
     # In place, so that the product is taken in the wider dtype of the two and rounded once.
-    return decode_slope(slope, dtype).mul_(slope_factor(grad, slope))
-
-
-def linear_pixel_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    images: Tensor,
-    patch_ids: Tensor | None,
-    patch_size: int,
-    mean: Tensor | None,
-    std: Tensor | None,
-    kind: Kind,
-    normalize_target: bool,
-    reduce: bool,
-    with_slope: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """:func:`masked_pixel_loss` of hidden @ weight.T + bias, for hidden (B, K, D), weight (F, D), bias (F,) or None.
-
-    The parameters are cast to hidden's dtype, as autocast does.
-    """
-    pred = torch.nn.functional.linear(
-        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    )  # (B, K, F)
-    return masked_pixel_loss(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope)
-
-
-def linear_pixel_loss_backward(
-    grad: Tensor, slope: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its tensor's dtype, empty where not needed.
-
-    Products are taken in hidden's dtype, as in nn.Linear's backward. float16 states take float32 products, because sums
-    of unscaled slopes could overflow in float16.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32) if hidden.dtype == torch.float16 else hidden.dtype
-    factor = slope_factor(grad, slope)
-    pred_grad = decode_slope(slope, dtype)
-    if factor.ndim:
-        pred_grad, factor = pred_grad.mul_(factor), factor.new_ones(())
-    pred_grad = pred_grad.flatten(0, 1)  # (B*K, F), times factor
-    hidden_grad, weight_grad, bias_grad = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    if needs[0]:
-        hidden_grad = (pred_grad @ weight.to(dtype)).mul_(factor).reshape(hidden.shape).to(hidden.dtype)
-    if needs[1]:
-        weight_grad = (pred_grad.T @ hidden.to(dtype).flatten(0, 1)).mul_(factor).to(weight.dtype)
-    if needs[2]:
-        bias_grad = pred_grad.sum(dim=0, dtype=grad.dtype).mul_(factor).to(weight.dtype)
-    return hidden_grad, weight_grad, bias_grad
+    return decode_slope(slope, dtype).mul_(factor if grad.ndim == 0 else factor[:, :, None])

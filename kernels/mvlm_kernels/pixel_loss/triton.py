@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-"""Triton kernels of ``masked_pixel_loss`` and their launchers. ``linear_pixel_loss`` uses them in ``linear.py``.
+"""Triton kernels of ``masked_pixel_loss`` and their launchers.
 
 Forward: a program owns a few patches, reads their predictions and pixels once, and writes the slope (the derivative by
 the prediction, a sign byte for L1) and one loss for each patch, or for the mean only their sum. One program adds the
@@ -16,6 +16,7 @@ from torch import Tensor
 from mvlm_kernels import dispatch
 from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.language import SIZES, accumulator, cast, load_patches, pixel_source, row_grid, widen
+from mvlm_kernels.pixel_loss.reference import slope_dtype
 
 EPS = tl.constexpr(1e-6)
 loss_dtype = cache(compute_dtype)
@@ -78,14 +79,14 @@ def normalized_by_moments(tiles, F: tl.constexpr, BLOCK_F: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def loss_kernel(
-    pred_ptr, bias_ptr, loss_ptr, slope_ptr, stride_pr, stride_pf,
+    pred_ptr, loss_ptr, slope_ptr, stride_pr, stride_pf,
     images, norm, ids_ptr, stride_kb, stride_kk, rows, K, num_patches, grid_w,
     C: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, NORMALIZE_TARGET: tl.constexpr, REDUCE: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Losses and slopes of BLOCK_R patches.
 
-    bias (C*P*P,), or None, is added to pred. loss: with REDUCE one sum for each program, else (B*K,). slope: contiguous
+    loss: with REDUCE one sum for each program, else (B*K,). slope: contiguous
     (B*K, C*P*P), or None. The arguments from images on are those of ``pixel_source``.
     """
     F: tl.constexpr = C * P * P
@@ -106,8 +107,6 @@ def loss_kernel(
         inside = (row < rows)[:, None] & (f < F)
         # A bad id has no readable pixel: its target is NaN, and so are its loss and its gradient.
         pred = widen(preds[i // BLOCK_F], ACC)
-        if bias_ptr is not None:
-            pred += widen(tl.load(bias_ptr + f, mask=f < F, other=0.0), ACC)
         loss, slope = loss_and_slope(pred - targets[i // BLOCK_F], KIND)
         losses += tl.where(inside, loss, 0.0)
         if slope_ptr is not None:
@@ -135,25 +134,19 @@ def scale_slope_kernel(
     slope_ptr, grad_ptr, out_ptr, rows, divisor, stride_g,
     F: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """out = slope * grad / divisor, both (rows, F) and contiguous. grad is (rows,), or None for 1."""
+    """out = slope * grad / divisor, both (rows, F) and contiguous. grad (rows,)."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     at = (row.to(tl.int64) * F)[:, None]
     slopes = ()
     for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         slopes += (tl.load(slope_ptr + at + f, mask=(row < rows)[:, None] & (f < F), other=0),)
-    factor = tl.full((BLOCK_R,), 1.0, ACC)
-    if grad_ptr is not None:
-        factor = widen(tl.load(grad_ptr + row.to(tl.int64) * stride_g, mask=row < rows, other=0.0), ACC)
+    factor = widen(tl.load(grad_ptr + row.to(tl.int64) * stride_g, mask=row < rows, other=0.0), ACC)
     factor = (factor / divisor)[:, None]
     for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         value = cast(decode_slope(slopes[i // BLOCK_F], ACC) * factor, out_ptr.dtype.element_ty)
         tl.store(out_ptr + at + f, value, mask=(row < rows)[:, None] & (f < F))
-
-
-def new_slope(rows: tuple[int, int, int], kind: str, like: Tensor) -> Tensor:
-    return like.new_empty(*rows, dtype=torch.int8 if kind == "l1" else like.dtype)
 
 
 def total(losses: Tensor, divisor: int) -> Tensor:
@@ -164,40 +157,6 @@ def total(losses: Tensor, divisor: int) -> Tensor:
         ACC=accumulator(losses.dtype), BLOCK=8192, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-def write_losses(
-    pred: Tensor,
-    bias: Tensor | None,
-    images: Tensor,
-    patch_ids: Tensor | None,
-    patch_size: int,
-    mean: Tensor | None,
-    std: Tensor | None,
-    kind: str,
-    normalize_target: bool,
-    reduce: bool,
-    losses: Tensor,
-    slope: Tensor | None,
-) -> None:
-    """Launch ``loss_kernel``.
-
-    pred (B, K, F) of any strides; bias (F,), contiguous, is added to it; losses of :func:`losses_of` elements; slope
-    (B, K, F) contiguous, or None.
-    """
-    source = pixel_source(images, patch_ids, patch_size, mean, std)
-    rows = pred.flatten(0, 1)
-    grid, tile = row_grid(*rows.shape)
-    dispatch.launch(
-        loss_kernel, grid, rows, bias, losses, slope, *rows.stride(), *source,
-        C=images.shape[1], P=patch_size, KIND=kind, NORMALIZE_TARGET=normalize_target, REDUCE=reduce,
-        ACC=accumulator(losses.dtype), **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def losses_of(rows: int, features: int, reduce: bool) -> int:
-    """Number of losses that ``loss_kernel`` writes: one for each row, or to reduce them one for each program."""
-    return row_grid(rows, features)[0][0] if reduce else rows
 
 
 def masked_pixel_loss(
@@ -213,36 +172,31 @@ def masked_pixel_loss(
     with_slope: bool,
 ) -> tuple[Tensor, Tensor]:
     """pred (B, K, F), images (B, C, H, W), both of any strides -> loss (scalar or (B, K)), slope (B, K, F) or empty."""
-    batch, chosen, features = pred.shape
-    rows = batch * chosen
+    rows = pred.flatten(0, 1)
+    grid, tile = row_grid(*rows.shape)
     # In its final shape: autograd forbids to write to a view that a Function made.
-    shape = losses_of(rows, features, reduce) if reduce else (batch, chosen)
+    shape = grid if reduce else pred.shape[:2]
     losses = pred.new_empty(shape, dtype=loss_dtype(pred.dtype, images.dtype))
-    slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, pred)
-    write_losses(
-        pred, None, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, losses,
-        slope if with_slope else None,
-    )  # fmt: skip
-    return (total(losses, rows) if reduce else losses), slope
-
-
-def scaled_slope(slope: Tensor, grad: Tensor | None, divisor: int, dtype: torch.dtype) -> Tensor:
-    """slope (B, K, F) * grad / divisor in ``dtype``. grad is a scalar, (B, K) of any strides, or None for 1."""
-    out, rows = slope.new_empty(slope.shape, dtype=dtype), slope.shape[0] * slope.shape[1]
-    grid, tile = row_grid(rows, slope.shape[2])
-    stride = 0
-    if grad is not None and grad.ndim:
-        grad = grad.flatten()
-        stride = grad.stride(0)
+    slope = pred.new_empty(pred.shape if with_slope else (0, 0, 0), dtype=slope_dtype(kind, pred.dtype))
     dispatch.launch(
-        scale_slope_kernel, grid, slope, grad, out, rows, divisor, stride,
-        F=slope.shape[2], ACC=accumulator(dtype, *(() if grad is None else (grad.dtype,))),
-        **tile, enable_fp_fusion=True,
+        loss_kernel, grid, rows, losses, slope if with_slope else None, *rows.stride(),
+        *pixel_source(images, patch_ids, patch_size, mean, std),
+        C=images.shape[1], P=patch_size, KIND=kind, NORMALIZE_TARGET=normalize_target, REDUCE=reduce,
+        ACC=accumulator(losses.dtype), **tile, enable_fp_fusion=True,
     )  # fmt: skip
-    return out
+    return (total(losses, len(rows)) if reduce else losses), slope
 
 
 def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     """grad (scalar or (B, K) of any strides), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
     batch, chosen, features = slope.shape
-    return scaled_slope(slope, grad, features * (1 if grad.ndim else max(1, batch * chosen)), dtype)
+    grid, tile = row_grid(batch * chosen, features)
+    out, divisor, stride = slope.new_empty(slope.shape, dtype=dtype), features * max(1, batch * chosen), 0
+    if grad.ndim:
+        grad, divisor = grad.flatten(), features
+        stride = grad.stride(0)
+    dispatch.launch(
+        scale_slope_kernel, grid, slope, grad, out, batch * chosen, divisor, stride,
+        F=features, ACC=accumulator(dtype, grad.dtype), **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out

@@ -55,22 +55,6 @@ def patches(seed: int) -> None:
     pixel_losses.check_masked(pred, images, ids, side, mean, None, kind, normalize, reduction)
 
 
-def linear(seed: int) -> None:
-    draw = random.Random(seed)
-    batch, channels, side = draw.randint(1, 3), draw.randint(1, 4), draw.choice([1, 2, 3, 8])
-    count, width, strided = draw.randint(-1, 9), draw.choice([1, 5, 16, 33, 64, 80]), draw.random() < 0.5
-    dtype, features = draw.choice([BF16, F16]), channels * side**2
-    images = make_images((batch, channels, 2 * side, 2 * side), torch.uint8, draw.choice(LAYOUTS))
-    ids = None if count < 0 else make_ids(batch, count, 4)
-    values = pixel_losses.random
-    hidden = values((batch, 4 if count < 0 else count, width * (1 + strided)), dtype)[..., :: 1 + strided]
-    weight = values((width, features), dtype, 1, 0.3).T if strided else values((features, width), dtype, 1, 0.3)
-    bias = values((features,), dtype, 2) if draw.random() < 0.5 else None
-    kind, normalize = draw.choice(pixel_losses.KINDS), features > 1 and draw.random() < 0.5
-    reduction = draw.choice(["mean", "none"])
-    pixel_losses.check_linear(hidden, weight, bias, images, ids, side, None, None, kind, normalize, reduction)
-
-
 def placement(seed: int) -> None:
     draw = random.Random(seed)
     batch, count, width = draw.randint(0, 20), draw.randint(0, 9), draw.choice([1, 3, 65, 128, 200])
@@ -97,7 +81,7 @@ def placement(seed: int) -> None:
 
 def cases() -> Cases:
     for name, draw, count in (
-        ("attention", attention, 60), ("patches", patches, 40), ("linear", linear, 25), ("placement", placement, 25),
+        ("attention", attention, 60), ("patches", patches, 40), ("placement", placement, 25),
     ):  # fmt: skip
         for seed in range(count):
             yield f"{name}/{seed}", partial(draw, seed)

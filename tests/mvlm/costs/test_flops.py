@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mvlm.costs.flops import counter
-from mvlm_kernels import cross_attention, linear_pixel_loss
+from mvlm_kernels import cross_attention
 
 
 def counted(step) -> int:
@@ -72,18 +72,3 @@ def test_cross_attention_counts_only_the_gradients_it_needs(needs, products) -> 
     """dP is needed for either; then one product for dQ, or one each for dK and dV."""
     q, k, v = (leaf(2, 5, 3, 32).requires_grad_(need) for need in (needs[0], needs[1], needs[1]))
     assert counted(lambda: cross_attention(q, k, v).sum().backward()) == products * 2 * 2 * 5 * 5 * 3 * 32
-
-
-def test_linear_pixel_loss_counts_the_products_of_the_pixel_head() -> None:
-    hidden, weight, bias = leaf(2, 3, 16), leaf(3 * 8 * 8, 16), leaf(3 * 8 * 8)
-    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    ids = torch.tensor([[0, 1, 2], [1, 2, 3]])
-    product = 2 * 2 * 3 * 16 * 192
-
-    def loss() -> torch.Tensor:
-        return linear_pixel_loss(hidden, weight, bias, images, ids, 8)
-
-    assert counted(loss) == product
-    assert counted(lambda: loss().backward()) == 3 * product
-    weight.requires_grad_(False)
-    assert counted(lambda: loss().backward()) == 2 * product

@@ -74,13 +74,13 @@ def poison(monkeypatch):
     """Function that makes the masked-image loss NaN at the calls with the given numbers, from 1."""
 
     def at(*calls: int) -> None:
-        loss, made = fast.linear_pixel_loss, []
+        loss, made = fast.masked_pixel_loss, []
 
         def broken(*inputs, **settings):
             made.append(1)
             return loss(*inputs, **settings) * (NAN if len(made) in calls else 1)
 
-        monkeypatch.setattr(fast, "linear_pixel_loss", broken)
+        monkeypatch.setattr(fast, "masked_pixel_loss", broken)
 
     return at
 

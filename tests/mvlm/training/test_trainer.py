@@ -59,7 +59,7 @@ def test_temperature_is_clamped_after_each_step(start, value, end):
     "term, module, function",
     [
         ("mlm", fast, "linear_cross_entropy"),
-        ("mim", fast, "linear_pixel_loss"),
+        ("mim", fast, "masked_pixel_loss"),
         ("itc", objectives, "contrastive_loss"),
         ("itm", objectives, "matching_loss"),
     ],

@@ -109,13 +109,13 @@ def log_samples(file: Path) -> None:
 
 def nan_loss(step: int, steps: int) -> None:
     """Make the masked-image loss NaN at `steps` steps from `step` on."""
-    loss, calls = fast.linear_pixel_loss, [0]
+    loss, calls = fast.masked_pixel_loss, [0]
 
     def broken(*inputs: Any, **settings: Any) -> Any:
         calls[0] += 1
         return loss(*inputs, **settings) * (math.nan if step <= calls[0] < step + steps else 1.0)
 
-    patch.object(fast, "linear_pixel_loss", broken).start()
+    patch.object(fast, "masked_pixel_loss", broken).start()
 
 
 def kill(number: int = signal.SIGKILL) -> Callable[[], None]:

@@ -16,7 +16,6 @@ from mvlm_kernels import (
     cross_attention,
     gather_patches,
     gelu_linear,
-    linear_pixel_loss,
     masked_pixel_loss,
     place_tokens,
 )
@@ -111,10 +110,6 @@ def loss_in_torch(pred: Tensor, *, images: Tensor, patch_ids: Any, kind: str = "
     return size.mean() if reduction == "mean" else size.mean(2)
 
 
-def linear_loss_in_torch(h: Tensor, w: Tensor, b: Tensor, **constants: Any) -> Tensor:
-    return loss_in_torch(F.linear(h, w, b), **constants)
-
-
 def norm_in_torch(x: Tensor, y: Tensor, w: Tensor, b: Tensor, y_bias: Any = None, post_norm: bool = False) -> Any:
     total = x + y if y_bias is None else x + y + y_bias
     normalised = F.layer_norm(total, total.shape[-1:], w, b, 1e-5)
@@ -143,13 +138,9 @@ def rows(number: int = 0) -> dict[str, Row]:
     placed = (rand(batch, patches, 12), rand(12), rand(1 + patches, 12), rand(12))
     norm = (rand(batch, count, 8), rand(batch, count, 8), rand(8), rand(8))
     pixels: dict[str, Any] = {"images": images, "patch_ids": ids}
-    head = (rand(batch, count, 16), rand(48, 16), rand(48))
 
     def loss(pred: Tensor, *, images: Tensor, patch_ids: Any, **options: Any) -> Tensor:
         return masked_pixel_loss(pred, images, patch_ids, 4, **options)
-
-    def linear(h: Tensor, w: Tensor, b: Tensor, *, images: Tensor, patch_ids: Any, **options: Any) -> Tensor:
-        return linear_pixel_loss(h, w, b, images, patch_ids, 4, **options)
 
     def gather(x: Tensor, *, patch_ids: Any = None, size: int = 4, **options: Any) -> Tensor:
         return gather_patches(x, patch_ids, size, **options)
@@ -190,10 +181,6 @@ def rows(number: int = 0) -> dict[str, Row]:
         "loss": Row("masked_pixel_loss", loss, loss_in_torch, (rand(batch, count, 48),), {**pixels, "kind": "mse"}),
         "loss, l1 of each patch": Row(
             "masked_pixel_loss", loss, loss_in_torch, (rand(batch, count, 48),), {**pixels, "reduction": "none"},
-        ),
-        "linear loss": Row("linear_pixel_loss", linear, linear_loss_in_torch, head, {**pixels, "kind": "mse"}),
-        "linear loss, l1 of each patch": Row(
-            "linear_pixel_loss", linear, linear_loss_in_torch, head, {**pixels, "reduction": "none"},
         ),
         "tokens": Row("place_tokens", place_tokens, placed_in_torch, placed, {}),
         "tokens, masked": Row("place_tokens", place_tokens, placed_in_torch, placed, {"masked": masked}),

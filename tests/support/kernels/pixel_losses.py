@@ -1,11 +1,11 @@
-"""Oracles and checks of the two pixel losses, for interpreted and compiled kernels."""
+"""Oracles and checks of the pixel loss, for interpreted and compiled kernels."""
 
 from typing import Any
 
 import torch
 
 from mvlm_kernels import use_backend
-from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from mvlm_kernels.pixel_loss import masked_pixel_loss
 from support.kernels.accuracy import accurate
 from support.kernels.patches import losses_oracle, patches_oracle
 from triton_proof.allocations import guarded
@@ -58,40 +58,3 @@ def check_masked(
     # Slopes are differences of numbers of about 4 (a normalised target), scaled by the divisor of the loss.
     terms = 8.0 * float(grad.abs().max()) / pred.shape[2] if grad.numel() else 0.0
     accurate("pred gradient", p_grad, torch_grad, wanted_grad, 0 if kind == "l1" else terms)
-
-
-def check_linear(
-    hidden, weight, bias, images, ids, patch, mean=None, std=None, kind: Any = "l1", normalize=False,
-    reduction: Any = "mean", device="cpu",
-):  # fmt: skip
-    results = {}
-    parameters = [hidden, weight] + ([] if bias is None else [bias])
-    grad = incoming(hidden.shape[:2], reduction)
-    for backend in ("triton", "torch"):
-        at = device if backend == "triton" else "cpu"
-        x = [guarded(p, at).requires_grad_() for p in parameters]
-        with use_backend(backend):
-            loss = linear_pixel_loss(
-                x[0], x[1], None if bias is None else x[2], guarded(images, at),
-                None if ids is None else guarded(ids, at), patch, mean=mean, std=std, kind=kind,
-                normalize_target=normalize, reduction=reduction,
-            )  # fmt: skip
-            loss.backward(grad.to(loss))
-        results[backend] = [loss.detach().cpu(), *(p.grad.cpu() for p in x if p.grad is not None)]
-    h, w = hidden.double().numpy(), weight.double().numpy()
-    pred = h @ w.T + (0 if bias is None else bias.double().numpy())
-    losses, slope = losses_oracle(pred, patches_oracle(images, ids, patch, mean, std), kind, normalize)
-    g = pred_gradient_oracle(slope, grad, reduction).reshape(-1, w.shape[0])
-    wanted = [
-        losses.sum() / max(1, losses.size) if reduction == "mean" else losses,
-        (g @ w).reshape(h.shape),
-        g.T @ h.reshape(-1, h.shape[2]),
-        g.sum(axis=0),
-    ]
-    # The loss is float32, but its error is that of products of narrower operands.
-    bounds = [2e-3 if hidden.dtype in (torch.bfloat16, torch.float16) else None, None, None, None]
-    names = "loss", "hidden gradient", "weight gradient", "bias gradient"
-    for name, got, same, want, bound in zip(
-        names, results["triton"], results["torch"], wanted, bounds, strict=bias is not None
-    ):
-        accurate(name, got, same, torch.as_tensor(want), 4.0 if name == "loss" else 0.0, bound)
