@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
-from mvlm_kernels.cross_attention import attention_probabilities, cross_attention, pack_key_mask
+from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Explanation",
     "add_layer_norm",
-    "attention_probabilities",
     "cross_attention",
     "explain",
     "gather_patches",

@@ -23,7 +23,7 @@ _OF_TORCH = {
     "key_padding_mask": "pass key_mask=~key_padding_mask, in which True = the key exists",
     "attn_mask": "keys may be masked (key_mask, key_lengths), single scores may not: use scaled_dot_product_attention",
     "is_causal": "there are no causal masks: use scaled_dot_product_attention",
-    "need_weights": "mvlm_kernels.attention_probabilities computes the weights",
+    "need_weights": "they are (scale * q @ k^T - lse).exp() of the op's log-sum-exp, return_lse=True",
 }
 """Arguments of ``nn.MultiheadAttention`` that :class:`CrossAttention` lacks, and what to do instead."""
 

@@ -107,31 +107,6 @@ def reference_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def reference_probabilities(
-    q: Tensor, k: Tensor, lse: Tensor | None, sides: Sides, scale: float, len_q: int, len_k: int
-) -> Tensor:
-    """Specification of :func:`mvlm_kernels.attention_probabilities`: (B, H, len_q, len_k), float32 or float64.
-
-    lse: natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); None: it is computed.
-    """
-    cu_seqlens_q, key_index = sides.cu_seqlens_q, sides.key_index
-    if q.dtype == torch.bfloat16:  # a product in bf16 would round the scores, as no kernel does
-        q, k = q.float(), k.float()
-    k, _, exists = _keys(k, k, sides, len_k)
-    if key_index is not None:
-        k, exists = k[key_index.long()], exists[key_index.long()]
-    s = _scores(_padded(q, cu_seqlens_q, len_q), _for_each_head(k, q.shape[-2]), exists, scale)
-    if lse is None:
-        lse = s.logsumexp(-1)
-    elif cu_seqlens_q is not None:
-        lse = _padded(lse.T, cu_seqlens_q, len_q).transpose(1, 2)
-    p = _probabilities(s, lse)
-    if cu_seqlens_q is None:
-        return p
-    inside = torch.arange(len_q, device=q.device) < cu_seqlens_q.diff()[:, None]  # (B, len_q), True = a query
-    return p * inside[:, None, :, None]
-
-
 def pack_key_mask(mask: Tensor) -> Tensor:
     """Pack a key mask into bits: bool (B', Lk), True = the key exists -> int64 (B', ceil(Lk / 64)).
 
@@ -191,11 +166,11 @@ def existing(length: int, key_lengths: Tensor | None, key_mask: Tensor | None) -
     return exists if key_mask is None else exists & key_mask
 
 
-def _keys(k: Tensor, v: Tensor, sides: Sides, longest: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _keys(k: Tensor, v: Tensor, sides: Sides) -> tuple[Tensor, Tensor, Tensor]:
     """k and v as (B', Lk, H, D) with zeros where no key exists, and exists (B', Lk), True = the key exists."""
     lengths, cu_seqlens = sides.key_lengths, sides.cu_seqlens_k
     if cu_seqlens is not None:
-        k, v = _padded(k, cu_seqlens, longest), _padded(v, cu_seqlens, longest)
+        k, v = _padded(k, cu_seqlens), _padded(v, cu_seqlens)
         lengths = cu_seqlens.diff()
     if lengths is None and sides.key_mask is None:
         return k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
@@ -205,16 +180,15 @@ def _keys(k: Tensor, v: Tensor, sides: Sides, longest: int | None = None) -> tup
     return k.where(exists[..., None, None], zero), v.where(exists[..., None, None], zero), exists
 
 
-def _padded(x: Tensor, cu_seqlens: Tensor | None, longest: int | None = None) -> Tensor:
+def _padded(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Packed (T, ...) -> (B, longest, ...), zeros past each sequence's end. Returns a dense x unchanged.
 
-    longest: of the sequences; None reads it from cu_seqlens, which on a GPU waits for the device.
+    Reads the longest length, which on a GPU waits for the device.
     """
     if cu_seqlens is None:
         return x
     lengths = cu_seqlens.diff().long()
-    if longest is None:
-        longest = int(lengths.max()) if len(lengths) else 0
+    longest = int(lengths.max()) if len(lengths) else 0
     row = torch.arange(longest, device=x.device)
     inside = row < lengths[:, None]  # (B, longest)
     rows = torch.where(inside, cu_seqlens[:-1, None].long() + row, 0)
