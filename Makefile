@@ -340,7 +340,7 @@ aot: $(TRITONS:%=build/triton-%/.installed)
 
 ## traffic         count the bytes that the kernels move, against the fewest possible
 traffic: $(VENV)/.installed
-	$(BIN)/python -m mvlm_kernels.traffic --json benchmarks/results/traffic.json
+	$(BIN)/python -m mvlm_benchmarks.kernels.traffic --json benchmarks/results/traffic.json
 
 ## clean           remove everything that make made, the virtual environment and data included
 clean:

@@ -17,14 +17,11 @@ from pathlib import Path
 
 NAME = "mvlm_kernels"
 SOURCE = Path(__file__).parent / NAME
-# Modules that compile, count or list kernels for measurements, and name other modules in strings.
+# Modules that compile or list kernels for measurements, and name other modules in strings.
 LEFT_OUT = {
     "aot.py",
     "aot_cases.py",
-    "cache_model.py",
-    "cases.py",
     "hardware.py",
-    "traffic.py",
 }
 CARD = """---
 library_name: kernels

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests TRITON_INTERPRET=0 python -m emulator.counters sm_80 [--select REGEX] [--inefficient]
 
-The cases are those of :mod:`mvlm_kernels.cases`, at the paper's shapes but for a small batch. A Markdown table has one
+The cases are those of `mvlm bench kernels` for one image. A Markdown table has one
 row a launch: grid, bytes asked for and sectors (32 bytes) a request of global memory, passes over the banks of shared
 memory against the fewest possible, warp instructions, and operations of the tensor cores. There are no caches: every
 request counts. A full request of 16 bytes a lane touches 16 sectors.
@@ -15,7 +15,10 @@ from collections.abc import Iterator
 import torch
 
 from emulator.library import on_gpu
-from mvlm_kernels.cases import Case, cases
+from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.inputs import Case
+from mvlm_benchmarks.kernels.peers import ours
+from mvlm_benchmarks.kernels.reference import as_results
 from triton_proof.driver import ARCHS, recorded
 from triton_proof.report import SPACES, Launch
 
@@ -26,14 +29,12 @@ COLUMNS = (
 
 
 def launches_of(case: Case, arch: str) -> list[Launch]:
-    """Launches of the forward and the backward pass of a case with a batch of the larger sample size."""
-    # A case that is counted whole has no sample sizes.
-    sizes = {name: case.samples.get(name, (n, n))[1] if name.startswith("B") else n for name, n in case.sizes.items()}
+    """Launches of the forward and the backward pass of a case."""
     with on_gpu(arch), recorded(checks=False) as launches:
-        leaves, op = case.run(sizes, "cpu")
-        out = op(*leaves)
-        if leaves:
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        inputs = case.make("cpu")
+        outs = as_results(ours(case, inputs)(*inputs.leaves.values()))
+        if inputs.leaves:
+            torch.autograd.grad(outs, list(inputs.leaves.values()), [torch.ones_like(out) for out in outs])
     return launches
 
 
@@ -51,8 +52,8 @@ def table(arch: str, select: str, inefficient: bool) -> Iterator[str]:
     """Lines of the table. inefficient: each row is followed by the source lines that read or write badly."""
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
-    for case in cases():
-        if re.search(select, f"{case.op} {case.shape}"):
+    for case in cases(1, torch.bfloat16):
+        if case.has_kernels and not case.left_to_torch and re.search(select, f"{case.op} {case.shape}"):
             for launch in launches_of(case, arch):
                 yield row(case, launch)
                 if inefficient:

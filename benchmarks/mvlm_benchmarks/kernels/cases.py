@@ -27,12 +27,12 @@ def cases(batch: int, dtype: torch.dtype) -> list[Case]:
         _gather(batch, dtype, dtype),
         _masked_loss(batch, dtype, "l1", False, core=True),
         _masked_loss(batch, dtype, "mse", True),
-        _place(batch, dtype, "masked", core=True),
-        _place(batch, dtype, "visible"),
+        place_case(batch, dtype, "masked", core=True),
+        place_case(batch, dtype, "visible"),
         *layer_cases(batch, dtype),
     ]
     if dtype.itemsize == 2:  # as in training, where autocast leaves parameters in float32
-        found.append(_place(batch, dtype, "masked", torch.float32))
+        found += [place_case(batch, dtype, mode, torch.float32) for mode in ("masked", "both")]
     return sorted(found, key=lambda case: not case.core)
 
 
@@ -50,7 +50,7 @@ def small_cases(dtype: torch.dtype) -> list[Case]:
         *(attention_case(shape, dtype, heads=1) for shape in shapes),
         _gather(2, dtype, dtype, sizes=SMALL),
         _masked_loss(2, dtype, "mse", False, sizes=SMALL),
-        _place(2, dtype, "masked", sizes=SMALL),
+        place_case(2, dtype, "masked", sizes=SMALL),
         add_layer_norm_case(37, dtype, SMALL.width),
         gelu_linear_case(37, dtype, SMALL.width),
     ]
@@ -130,6 +130,7 @@ def place_reference(
     cls_token: Tensor,
     masked: Tensor | None = None,
     visible_ids: Tensor | None = None,
+    with_unmasked: bool = False,
 ) -> Tensor:
     """place_tokens in plain torch: choose a token for each patch, put [CLS] in front, add the position embeddings."""
     batch, width = len(tokens), tokens.shape[2]
@@ -139,14 +140,18 @@ def place_reference(
     else:
         assert masked is not None
         x = torch.where(masked[:, :, None], fill, tokens)
+    if with_unmasked:
+        batch, x = 2 * batch, torch.cat([tokens, x])
     return torch.cat([cls_token.expand(batch, 1, width), x], dim=1) + pos_embed
 
 
-def _place(
+def place_case(
     batch: int, dtype: torch.dtype, mode: str, parameters: torch.dtype | None = None, *, core: bool = False,
     sizes: Sizes = PAPER,
 ) -> Case:  # fmt: skip
     """place_tokens. mode: `masked` has a token for every patch, half of them masked; `visible` for a quarter only.
+
+    `both`: as `masked`, and the sequences without a mask, as in a step.
 
     parameters: dtype of mask token, [CLS] and position embeddings, if it is not that of the tokens.
     """
@@ -164,16 +169,18 @@ def _place(
         if mode == "visible":
             return Inputs(leaves, {"visible_ids": random.patch_ids(batch, visible)})
         masked = torch.zeros(batch, patches, dtype=torch.bool, device=device)
-        return Inputs(leaves, {"masked": masked.scatter(1, random.patch_ids(batch, patches // 2).long(), True)})
+        masked = masked.scatter(1, random.patch_ids(batch, patches // 2).long(), True)
+        return Inputs(leaves, {"masked": masked, "with_unmasked": mode == "both"})
 
     row = dtype.itemsize * width
-    read = visible if mode == "visible" else patches // 2
+    read = {"visible": visible, "masked": patches // 2, "both": patches}[mode]
     written = visible if mode == "visible" else patches
     index = batch * (read * 4 if mode == "visible" else patches)
     wide = width * (parameters or dtype).itemsize  # of a row of a parameter, and of the output
-    vectors, whole = wide * (patches + 3), batch * (1 + patches) * wide
+    vectors, whole = wide * (patches + 3), batch * (1 + patches) * wide * (2 if mode == "both" else 1)
     minimum = batch * read * row + index + vectors + whole, whole + index + batch * written * row + vectors
     tokens = f"{visible} of {patches} visible" if mode == "visible" else f"half of {patches} masked"
+    tokens = f"unmasked and {tokens}" if mode == "both" else tokens
     shape = f"B{batch} width {width}, {tokens}{_parameters(parameters)}"
     return Case("place_tokens", shape, dtype, make, mvlm_kernels.place_tokens, place_reference, minimum, core=core)
 

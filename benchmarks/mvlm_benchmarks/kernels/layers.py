@@ -34,8 +34,8 @@ def layer_cases(batch: int, dtype: torch.dtype) -> list[Case]:
     ]
 
 
-def add_layer_norm_case(rows: int, dtype: torch.dtype, width: int = WIDTH) -> Case:
-    """x + y in float32, and its LayerNorm in the case's dtype, as between two layers of a block."""
+def add_layer_norm_case(rows: int, dtype: torch.dtype, width: int = WIDTH, post_norm: bool = False) -> Case:
+    """x + y + y_bias in float32, and its LayerNorm in the case's dtype, as between two layers of a block."""
 
     def make(device: str, seed: int = 0) -> Inputs:
         random = RandomInputs(device, dtype, seed)
@@ -44,20 +44,25 @@ def add_layer_norm_case(rows: int, dtype: torch.dtype, width: int = WIDTH) -> Ca
             "y": random.normal(rows, width),
             "weight": random.normal(width, dtype=torch.float32),
             "bias": random.normal(width, dtype=torch.float32),
+            "y_bias": random.normal(width, dtype=torch.float32),
         }
-        return Inputs(leaves, {"eps": EPS, "out_dtype": dtype})
+        return Inputs(leaves, {"eps": EPS, "out_dtype": dtype, "post_norm": post_norm})
 
-    def reference(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any) -> Any:
-        total = x + y
-        return total, F.layer_norm(total, (width,), weight, bias, eps)
+    def reference(
+        x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, y_bias: Tensor, eps: float, out_dtype: Any, post_norm: bool
+    ) -> Any:
+        total = x + y + y_bias
+        normalised = F.layer_norm(total, (width,), weight, bias, eps)
+        return (normalised if post_norm else total), normalised
 
     item, elements = dtype.itemsize, rows * width
-    moments, vectors = 8 * rows, 8 * width
+    both = 4 if post_norm and item < 4 else 0  # bytes of a value of the norm in float32
+    moments, vectors = 8 * rows, 4 * width
     minimum = (
-        elements * (4 + item + 4 + item) + moments + vectors,
-        elements * (4 + item + 4 + 4 + item) + moments + vectors + 4 * width,
+        elements * (4 + item + 4 + both + item) + moments + 3 * vectors,
+        elements * (4 + item + 4 + 4 + item) + moments + 4 * vectors,
     )
-    shape = f"{rows} rows of {width}, residual in float32"
+    shape = f"{rows} rows of {width}, residual in float32{', post-norm' if post_norm else ''}"
     ours = getattr(mvlm_kernels, "add_layer_norm", None)
     return Case("add_layer_norm", shape, dtype, make, ours, reference, minimum)
 
@@ -145,12 +150,17 @@ def cross_entropy_quack(inputs: Inputs) -> Function:
 
 
 def norm_eager(inputs: Inputs) -> Function:
-    """The chain of torch ops that autocast runs: add, LayerNorm in float32, cast."""
-    eps, dtype = inputs.fixed["eps"], inputs.fixed["out_dtype"]
+    """The chain of torch ops that autocast runs: the linear layer's bias, add, LayerNorm in float32, cast."""
+    return _norm_chain(inputs, lambda x, weight, bias, eps: F.layer_norm(x, (WIDTH,), weight, bias, eps))
 
-    def compute(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + y
-        return total, F.layer_norm(total, (WIDTH,), weight, bias, eps).to(dtype)
+
+def _norm_chain(inputs: Inputs, layer_norm: Function) -> Function:
+    eps, dtype, post_norm = (inputs.fixed[name] for name in ("eps", "out_dtype", "post_norm"))
+
+    def compute(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, y_bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + (y + y_bias.to(y))
+        normalised = layer_norm(total, weight, bias, eps)
+        return (normalised if post_norm else total), normalised.to(dtype)
 
     return compute
 
@@ -160,13 +170,7 @@ def norm_liger(inputs: Inputs) -> Function:
     from liger_kernel.transformers.functional import liger_layer_norm  # pyright: ignore[reportMissingImports]
 
     _require_cuda(inputs)
-    eps, dtype = inputs.fixed["eps"], inputs.fixed["out_dtype"]
-
-    def compute(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + y
-        return total, liger_layer_norm(total, weight, bias, eps).to(dtype)
-
-    return compute
+    return _norm_chain(inputs, liger_layer_norm)
 
 
 def gelu_eager(inputs: Inputs) -> Function:

@@ -145,7 +145,10 @@ def place_eager(inputs: Inputs) -> Function:
             assert masked is not None
             weight = masked[:, :, None].to(tokens.dtype)
             x = tokens * (1 - weight) + mask_token * weight
-        return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1) + pos_embed
+        sequences = batch
+        if inputs.fixed.get("with_unmasked"):
+            sequences, x = 2 * batch, torch.cat([tokens.to(x), x])
+        return torch.cat([cls_token.expand(sequences, 1, -1), x], dim=1) + pos_embed
 
     return place
 

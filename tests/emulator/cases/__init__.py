@@ -1,8 +1,8 @@
 """Cases of the emulated kernels: in each module of this folder ``cases()`` yields (label, call).
 
 A call runs an op inside :func:`emulator.library.on_gpu` and asserts its values. Labels in ``FAST`` of a module run in
-every suite, all others in `make emulate`. To add an op, add a module here, or a case to :mod:`mvlm_kernels.cases`: all
-of those are emulated by :mod:`emulator.cases.counted`.
+every suite, all others in `make emulate`. To add an op, add a module here, or a case to ``small_cases`` of
+:mod:`mvlm_benchmarks.kernels.cases`: all of those are emulated by :mod:`emulator.cases.counted`.
 """
 
 import importlib

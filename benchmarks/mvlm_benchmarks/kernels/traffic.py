@@ -1,0 +1,272 @@
+"""Count the bytes that each kernel moves, the fewest bytes possible, and the bytes of the eager torch composition.
+
+    python -m mvlm_benchmarks.kernels.traffic [--json FILE] [--select REGEX]
+
+The interpreter runs the kernels on a few images, and every load and store is counted. Lanes of one instruction that
+share an address count once, as in hardware, and masked lanes do not count. Bytes grow linearly with the images, so
+counts at two batches give that of 256 images. Sizes that kernels tile over are not reduced.
+
+That is what memory moves where a kernel touches each byte once. Where several programs read the same rows, it depends
+on the order of programs and on the size of the cache: the case with `key_index` is counted whole, through a
+:class:`Cache` that is scaled down with it.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import unittest.mock
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Triton decides at import whether it interprets, and torch may have imported it already.
+if os.environ.get("TRITON_INTERPRET") != "1" and __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.execv(sys.executable, [sys.executable, "-m", "mvlm_benchmarks.kernels.traffic", *sys.argv[1:]])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mvlm_benchmarks.kernels.attention_cases import Shape, attention_case
+from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.inputs import Case, Inputs, RandomInputs
+from mvlm_benchmarks.kernels.layers import WIDTH, add_layer_norm_case
+from mvlm_benchmarks.kernels.peers import EAGER, ours
+from mvlm_kernels import gelu_linear, use_backend
+from mvlm_kernels.hardware import GPUS
+
+BF16 = torch.bfloat16
+BATCH, SAMPLES = 256, (1, 2)
+"""Images of the table, and of the counts."""
+ROW_SAMPLES = (6, 8)
+"""Images of the counts of ops on rows, whose programs walk: more rows than an H100 has programs for at once."""
+SECTOR = 32
+"""Bytes of a sector, the smallest unit that memory moves: CUDA C++ programming guide, device memory accesses."""
+L2, SHARE = 50_000_000, 192
+"""Bytes of an H100's second-level cache (its architecture's white paper). The indexed case has as small a share of them
+as its keys are of those of 256 images with 12 heads."""
+
+Access = Callable[[Any, Any, int, bool], None]
+"""Account for one load or store: numpy arrays of byte addresses and of which are accessed, the item's size, write."""
+
+
+def counted(batch: int) -> list[Case]:
+    """Cases of equal rows whose work is all in kernels, and GELU without the products, which are torch's."""
+    found = [
+        case
+        for case in cases(batch, BF16)
+        if case.has_kernels and not case.left_to_torch and case.op != "gelu_linear"
+        and not re.search("captions|packed|key_index|577", case.shape)
+    ]  # fmt: skip
+    return [*found, add_layer_norm_case(2 * batch * 197, BF16, post_norm=True), _gelu(batch)]
+
+
+def samples_of(case: Case) -> tuple[int, int]:
+    return ROW_SAMPLES if case.op in ("add_layer_norm", "gelu_linear") else SAMPLES
+
+
+def _gelu(batch: int) -> Case:
+    """bfloat16 rows with a float32 bias in front of the GELU. A weight of one row stands for the linear layer."""
+    rows, width = 197 * batch, 4 * WIDTH
+
+    def make(device: str, seed: int = 0) -> Inputs:
+        random = RandomInputs(device, BF16, seed)
+        leaves = {"h": random.normal(rows, width), "h_bias": random.normal(width, dtype=torch.float32)}
+        return Inputs({**leaves, "weight": random.normal(1, width)}, {})
+
+    def reference(h: Tensor, h_bias: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(F.gelu(h + h_bias), weight.to(h))
+
+    values, vectors = rows * width, 4 * width
+    minimum = 4 * values + vectors, 8 * values + 2 * vectors
+    return Case("gelu_linear", f"{rows} rows of {width}, without products", BF16, make, gelu_linear, reference, minimum)
+
+
+def _gelu_eager(inputs: Inputs) -> Any:
+    return lambda h, h_bias, weight: F.gelu(h + h_bias.to(h))
+
+
+def indexed() -> Case:
+    """Three captions to an image, read by key_index. Its backward is two kernels that read every input."""
+    return attention_case(Shape(24, 32, 8, 197, index="drawn"), BF16, heads=2)
+
+
+class Counter:
+    """Sum of the bytes moved."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def access(self, addresses: Any, mask: Any, itemsize: int, write: bool) -> None:
+        import numpy as np
+
+        self.bytes += int(np.unique(addresses[mask]).size) * itemsize
+
+    def flush(self) -> None:
+        pass
+
+
+class Cache(Counter):
+    """Bytes between a GPU's second-level cache and memory. The sectors used last stay; written ones go when evicted.
+
+    Programs run one after another in their order, and a GPU runs hundreds at once: the model holds for rows whose
+    programs are close to each other, or far apart. Only grids of one dimension run in a GPU's order here: the
+    interpreter's last dimension runs fastest. size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.capacity = size // SECTOR
+        self.sectors: OrderedDict[int, bool] = OrderedDict()  # sector -> True if it was written
+
+    def access(self, addresses: Any, mask: Any, itemsize: int, write: bool) -> None:
+        import numpy as np
+
+        first = addresses[mask].astype(np.int64)
+        for sector in np.unique([first // SECTOR, (first + itemsize - 1) // SECTOR]).tolist():
+            written = self.sectors.pop(sector, None)
+            if written is None and not write:
+                self.bytes += SECTOR
+            self.sectors[sector] = write or bool(written)
+            if len(self.sectors) > self.capacity:
+                self.bytes += SECTOR * self.sectors.popitem(last=False)[1]
+
+    def flush(self) -> None:
+        """Write every written sector back."""
+        self.bytes += SECTOR * sum(self.sectors.values())
+        self.sectors.clear()
+
+
+@contextmanager
+def counting(counter: Counter) -> Iterator[Counter]:
+    """Count the bytes that interpreted kernels load and store inside the block."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self, ptrs, mask, *rest):
+        value = load(self, ptrs, mask, *rest)
+        counter.access(ptrs.data, mask.data, value.data.dtype.itemsize, False)
+        return value
+
+    def counted_store(self, ptrs, value, mask, *rest):
+        counter.access(ptrs.data, mask.data, np.dtype(_get_np_dtype(ptrs.get_element_ty())).itemsize, True)
+        return store(self, ptrs, value, mask, *rest)
+
+    patched = {"create_masked_load": counted_load, "create_masked_store": counted_store}
+    with unittest.mock.patch.multiple(InterpreterBuilder, **patched):
+        yield counter
+    counter.flush()
+
+
+class TorchTraffic(TorchDispatchMode):
+    """Count the bytes that a composition of torch ops moves: each op reads its inputs and writes its outputs once.
+
+    Views and allocations are free. An expanded dimension counts once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        aliased = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
+        if not any(aliased) and not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
+            given = {name: x for name, x in (kwargs or {}).items() if name != "out"}  # written, not read
+            for x in tree_leaves((args, given, out)):
+                if isinstance(x, Tensor):
+                    elements = math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s != 0)
+                    self.bytes += elements * x.element_size()
+        return out
+
+
+def passes(case: Case, build: Callable[[Inputs], Any], count: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of (forward, backward), by two contexts that `count` makes."""
+    inputs = case.make("cpu")
+    leaves, call = list(inputs.leaves.values()), build(inputs)
+    with count() as forward:
+        out = call(*leaves)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    gradients = [torch.ones_like(x) for x in outs]
+    with count() as backward:
+        if leaves:
+            torch.autograd.grad(outs, leaves, gradients, allow_unused=True)
+    return forward.bytes, backward.bytes
+
+
+def measure(case: Case, new: Callable[[], Counter] = Counter) -> tuple[int, int]:
+    """(forward, backward) bytes of the kernels, interpreted."""
+    with use_backend("triton"):
+        return passes(case, lambda inputs: ours(case, inputs), lambda: counting(new()))
+
+
+def extrapolated(few: tuple[int, ...], more: tuple[int, ...], samples: tuple[int, int]) -> tuple[int, ...]:
+    """Bytes of both passes at the table's batch, from those at two batches."""
+    first, second = samples
+    return tuple(round(a + (BATCH - first) * (b - a) / (second - first)) for a, b in zip(few, more, strict=True))
+
+
+def rows(select: str = "") -> list[dict[str, Any]]:
+    """One row for each pass of each case whose "op shape" matches the regex."""
+    found = []
+    for number, case in enumerate([*counted(BATCH), indexed()]):
+        if not re.search(select, f"{case.op} {case.shape}"):
+            continue
+        eager = _gelu_eager if case.op == "gelu_linear" else EAGER[case.op]
+        if "key_index" in case.shape:
+            moved, by_torch = measure(case, lambda: Cache(L2 // SHARE)), passes(case, eager, TorchTraffic)
+        else:
+            samples = samples_of(case)
+            few, more = (counted(batch)[number] for batch in samples)
+            moved = extrapolated(measure(few), measure(more), samples)
+            by_torch = extrapolated(passes(few, eager, TorchTraffic), passes(more, eager, TorchTraffic), samples)
+        columns = zip(("forward", "backward"), moved, case.minimum, by_torch, case.flops, strict=True)
+        for name, count, minimum, composed, flops in columns:
+            if not count:  # a pass without a kernel
+                continue
+            roofline = {g: round(1e6 * max(minimum / gpu.bandwidth, flops / gpu.flops), 1) for g, gpu in GPUS.items()}
+            found.append(
+                {
+                    "op": case.op, "pass": name, "shape": case.shape, "bytes_moved": count, "bytes_minimum": minimum,
+                    "ratio": round(count / minimum, 4), "torch_bytes": composed, "roofline_us": roofline,
+                }
+            )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mvlm_benchmarks.kernels.traffic", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--select", default="", help='regex on "op shape"')
+    arguments = parser.parse_args()
+    table = rows(arguments.select)
+    gpus = " ".join(f"{name:>6}" for name in GPUS)
+    print(f"{'op':18} {'pass':9} {'MB moved':>9} {'minimum':>8} {'ratio':>6} {'torch':>8}  {gpus}  shape (GPUs: us)")
+    for row in table:
+        times = " ".join(f"{t:6.1f}" for t in row["roofline_us"].values())
+        megabytes = [row[k] / 1e6 for k in ("bytes_moved", "bytes_minimum", "torch_bytes")]
+        print(
+            f"{row['op']:18} {row['pass']:9} {megabytes[0]:9.1f} {megabytes[1]:8.1f} {row['ratio']:6.3f} "
+            f"{megabytes[2]:8.1f}  {times}  {row['shape']}"
+        )
+    for name, gpu in GPUS.items():
+        print(f"{name}: {gpu.bandwidth / 1e12} TB/s, {gpu.flops / 1e12:.0f} bfloat16 TFLOPS ({gpu.source})")
+    if arguments.json:
+        sources = {name: gpu.source for name, gpu in GPUS.items()}
+        arguments.json.write_text(json.dumps({"rows": table, "sources": sources}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm_benchmarks.kernels import traffic
+from mvlm_benchmarks.kernels.cases import place_case
+from mvlm_benchmarks.kernels.inputs import Sizes
+from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels.cross_attention.arguments import invert_key_index
+
+CASES = [case for case in traffic.counted(2) if case.op != "place_tokens"]
+FEW = Sizes(side=64, patch=16, masked=8, width=768)
+"""Tokens are counted at a few positions: each has programs of its own."""
+
+
+@pytest.fixture(autouse=True)
+def _few_multiprocessors(monkeypatch):
+    """Few enough for rows past one wave."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 4)
+
+
+def check(moved, case):
+    for bytes_moved, fewest, bound in zip(moved, case.minimum, (1.05, 1.10), strict=True):
+        assert bytes_moved <= bound * fewest
+    assert case.minimum[0] <= moved[0] * 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.op} {case.shape}" for case in CASES])
+def test_kernels_move_few_bytes_beyond_the_minimum(case):
+    check(traffic.measure(case), case)
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("mode", ["masked", "both", "visible"])
+def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode):
+    few, more, whole = (
+        place_case(batch, torch.bfloat16, mode, torch.float32, sizes=FEW) for batch in (1, 2, traffic.BATCH)
+    )
+    check(traffic.extrapolated(traffic.measure(few), traffic.measure(more), (1, 2)), whole)
+
+
+def test_two_batches_give_the_bytes_of_a_large_one():
+    assert traffic.extrapolated((110, 7), (120, 7), (1, 2)) == (110 + 255 * 10, 7)
+
+
+def test_cache_keeps_the_sectors_used_last_and_writes_back_what_was_written():
+    cache = traffic.Cache(3 * 32)
+    everything = np.ones(1, dtype=bool)
+
+    def access(sector: int, *, write: bool = False) -> int:
+        before = cache.bytes
+        cache.access(np.array([sector * 32 + 4]), everything, 4, write)
+        return cache.bytes - before
+
+    assert [access(s) for s in (1, 2, 1, 3)] == [32, 32, 0, 32]
+    assert access(4, write=True) == 0  # evicts 2, which nobody wrote; a store reads nothing
+    assert [access(s) for s in (1, 3, 4)] == [0, 0, 0]
+    assert [access(s) for s in (5, 6, 7)] == [32, 32, 64]  # the last one evicts 4
+    cache.access(np.array([94, 500]), np.array([True, False]), 4, False)
+    assert cache.bytes == 32 * 7 + 32 * 2  # across a border: two sectors; a masked lane: none
+    before = cache.bytes
+    access(9, write=True)
+    cache.flush()
+    assert cache.bytes == before + 32
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+def test_readers_of_a_key_sequence_find_it_in_cache(monkeypatch):
+    """Walked in the order of key_index; in the order of the batch, every reader fetches its images again."""
+    case = traffic.indexed()
+    inputs = case.make("cpu")
+    q, k, v = inputs.leaves.values()
+    index = inputs.fixed["key_index"]
+    order, spans = invert_key_index(index, len(k))
+    moved = []
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
+    with use_backend("triton"):
+        for walked in (order, torch.arange(len(index))):
+            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1], 0.0, None)
+            with traffic.counting(traffic.Cache(traffic.L2 // traffic.SHARE)) as cache, torch.no_grad():
+                torch.ops.mvlm_kernels.cross_attention(q, k, v, *sides)
+            moved.append(cache.bytes / case.minimum[0])
+    assert moved[0] <= 1.1
+    assert moved[1] > 1.5 * moved[0]
