@@ -57,8 +57,8 @@ class Explanation:
 
 
 _forced: Backend | None = None
-# Of each public op: the function that lists the reasons against Triton.
-_reason_functions: dict[Callable[..., Any], Callable[..., Sequence[Refusal]]] = {}
+# Of each public op: the functions of its arguments that list the reasons against Triton, and that check a call.
+_explained: dict[Callable[..., Any], tuple[Callable[..., Sequence[Refusal]], Callable[..., Any] | None]] = {}
 
 # Kernel -> its options, by `override_launch`; and of every choice of options the kernel and the other arguments, by
 # `recording_choices`.
@@ -98,14 +98,17 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     bad arguments, but does not read lengths and ids. Under ``use_backend("triton")`` it lists the reasons against
     Triton, and does not raise them.
     """
-    if op not in _reason_functions:
-        names = ", ".join(sorted(f.__name__ for f in _reason_functions))
+    if op not in _explained:
+        names = ", ".join(sorted(f.__name__ for f in _explained))
         given = getattr(op, "__name__", type(op).__name__)
         hint = "; a layer calls an op: explain that" if isinstance(op, torch.nn.Module) else ""
         raise ValueError(f"op must be one of {names}, got {given}{hint}")
     call = inspect.signature(op).bind(*args, **kwargs)
     call.apply_defaults()
-    reasons = _reason_functions[op](**call.arguments)
+    reasons_of, check = _explained[op]
+    if check is not None:
+        check(**_named(check, call.arguments))
+    reasons = reasons_of(**_named(reasons_of, call.arguments))
     device = next(x.device for x in call.arguments.values() if isinstance(x, torch.Tensor))
     if _forced is not None:
         in_block = refusal(f'use_backend("{_forced}") is in force', "leave its block for the usual choice")
@@ -115,14 +118,24 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return Explanation("triton", ("the fused kernel covers this call",), device)
 
 
-def explained_by(reason_function: Callable[..., Sequence[Refusal]]) -> Callable[[Op], Op]:
-    """Decorator of a public op. reason_function checks a call and lists all reasons against Triton.
+def _named(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function has by name; all of them for one that takes keywords."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: arguments[name] for name in parameters}
 
-    It gets every argument of the op by its name, defaults included.
+
+def explained_by(
+    reasons_of: Callable[..., Sequence[Refusal]], check: Callable[..., Any] | None = None
+) -> Callable[[Op], Op]:
+    """Decorator of a public op. reasons_of lists all reasons against Triton of a call that `check` has checked.
+
+    Both take some of the op's arguments, by the op's names.
     """
 
     def register(op: Op) -> Op:
-        _reason_functions[op] = reason_function
+        _explained[op] = reasons_of, check
         return op
 
     return register

@@ -50,11 +50,6 @@ def _check(
     return out_dtype
 
 
-def _explain(x: Tensor, post_norm: bool, **call: Any) -> tuple[Refusal, ...]:
-    _check(x, **call)
-    return _reasons(x)
-
-
 def _reasons(x: Tensor) -> tuple[Refusal, ...]:
     """Every reason against the kernels."""
     found = dispatch.device_reasons(x.device)
@@ -66,7 +61,7 @@ def _reasons(x: Tensor) -> tuple[Refusal, ...]:
     return found
 
 
-@dispatch.explained_by(_explain)
+@dispatch.explained_by(_reasons, _check)
 def add_layer_norm(
     x: Tensor,
     y: Tensor | None,

@@ -1,7 +1,5 @@
 """Gathering of normalised patches from images; see :func:`gather_patches`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,12 +19,24 @@ from mvlm_kernels.gather_patches import reference
 __all__ = ["gather_patches"]
 
 
-def _explain(**call: Any) -> tuple[Refusal, ...]:
-    _checked(**call)
-    return _why_not_triton(call["images"], call["patch_size"])
+def _checked(
+    images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues, std: ChannelValues,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
+    """Check the arguments, and return mean and std as tensors, and the dtype of the result."""
+    check_patch_ids(patch_ids, images, check_images(images, patch_size))
+    if dtype is None:
+        dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    return *channel_tensors(mean, std, images, dtype), dtype
 
 
-@dispatch.explained_by(_explain)
+def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
+    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+
+
+@dispatch.explained_by(_why_not_triton, _checked)
 def gather_patches(
     images: Tensor,
     patch_ids: Tensor | None,
@@ -64,23 +74,6 @@ def gather_patches(
     means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
     call = _direct if registration.called_directly(images) else _forward_op
     return call(images, patch_ids, patch_size, means, stds, dtype)
-
-
-def _checked(
-    images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues, std: ChannelValues,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
-    """Check the arguments, and return mean and std as tensors, and the dtype of the result."""
-    check_patch_ids(patch_ids, images, check_images(images, patch_size))
-    if dtype is None:
-        dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    return *channel_tensors(mean, std, images, dtype), dtype
-
-
-def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
-    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:

@@ -44,8 +44,7 @@ def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None
         check_device(name, x, h.device)
 
 
-def _explain(h: Tensor, **call: Any) -> tuple[Refusal, ...]:
-    _check(h, **call)
+def _reasons_of_call(h: Tensor) -> tuple[Refusal, ...]:
     return (*_reasons(h), _TRANSFORMED) if registration.transformed() else _reasons(h)
 
 
@@ -56,7 +55,7 @@ def _reasons(h: Tensor) -> tuple[Refusal, ...]:
     return found
 
 
-@dispatch.explained_by(_explain)
+@dispatch.explained_by(_reasons_of_call, _check)
 def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None) -> Tensor:
     """Second half of a feed-forward layer: ``linear(gelu(h + h_bias), weight, bias)`` with the exact GELU.
 

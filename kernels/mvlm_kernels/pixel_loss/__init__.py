@@ -3,7 +3,7 @@
 It saves one slope per pixel for the backward: F * d(loss of its patch) / d(prediction), with F = C*P*P pixels.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,12 +29,34 @@ __all__ = ["masked_pixel_loss"]
 Reduction = Literal["mean", "none"]
 
 
-def _explain(pred: Tensor, **call: Any) -> tuple[Refusal, ...]:
-    _checked(pred, **call)
-    return _reasons(call["images"], call["patch_size"])
+def _checked(
+    pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues,
+    std: ChannelValues, kind: str, normalize_target: bool, reduction: str,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Check the arguments, and return mean and std as tensors."""
+    if not isinstance(pred, Tensor):
+        raise ValueError(f"pred must be a tensor, got {type(pred).__name__}")
+    chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
+    wanted = images.shape[0], chosen, images.shape[1] * patch_size**2
+    if pred.shape != wanted:
+        raise ValueError(f"pred must have shape (B, K, C*P*P) = {wanted}, got {tuple(pred.shape)}")
+    if pred.dtype not in FLOATS:
+        raise ValueError(f"pred must be float16, bfloat16, float32 or float64, got {pred.dtype}")
+    check_device("pred", pred, images.device)
+    if kind not in ("l1", "mse", "smooth_l1"):
+        raise ValueError(f'kind must be "l1", "mse" or "smooth_l1", got {kind!r}')
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if normalize_target and wanted[2] < 2:
+        raise ValueError("normalize_target must be False for patches of one value, whose variance is undefined")
+    return channel_tensors(mean, std, images, pred.dtype)
 
 
-@dispatch.explained_by(_explain)
+def _reasons(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
+    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+
+
+@dispatch.explained_by(_reasons, _checked)
 def masked_pixel_loss(
     pred: Tensor,
     images: Tensor,
@@ -77,33 +99,6 @@ def masked_pixel_loss(
         pred, images, patch_ids, patch_size, means, stds, kind, normalize_target,
         reduction == "mean", torch.is_grad_enabled() and (pred.requires_grad or registration.transformed()),
     )[0]  # fmt: skip
-
-
-def _checked(
-    pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues,
-    std: ChannelValues, kind: str, normalize_target: bool, reduction: str,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Check the arguments, and return mean and std as tensors."""
-    if not isinstance(pred, Tensor):
-        raise ValueError(f"pred must be a tensor, got {type(pred).__name__}")
-    chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
-    wanted = images.shape[0], chosen, images.shape[1] * patch_size**2
-    if pred.shape != wanted:
-        raise ValueError(f"pred must have shape (B, K, C*P*P) = {wanted}, got {tuple(pred.shape)}")
-    if pred.dtype not in FLOATS:
-        raise ValueError(f"pred must be float16, bfloat16, float32 or float64, got {pred.dtype}")
-    check_device("pred", pred, images.device)
-    if kind not in ("l1", "mse", "smooth_l1"):
-        raise ValueError(f'kind must be "l1", "mse" or "smooth_l1", got {kind!r}')
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
-    if normalize_target and wanted[2] < 2:
-        raise ValueError("normalize_target must be False for patches of one value, whose variance is undefined")
-    return channel_tensors(mean, std, images, pred.dtype)
-
-
-def _reasons(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
-    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
 _INSTEAD = "gather_patches for the target and a loss of torch"

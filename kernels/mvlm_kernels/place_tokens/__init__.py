@@ -13,55 +13,8 @@ from mvlm_kernels.place_tokens import cpu, reference
 __all__ = ["place_tokens"]
 
 
-def _explain(tokens: Tensor, **call: Any) -> tuple[Refusal, ...]:
-    _checked(tokens, **call)
+def _reasons(tokens: Tensor) -> tuple[Refusal, ...]:
     return dispatch.device_reasons(tokens.device)
-
-
-@dispatch.explained_by(_explain)
-def place_tokens(
-    tokens: Tensor,
-    mask_token: Tensor,
-    pos_embed: Tensor,
-    cls_token: Tensor,
-    *,
-    masked: Tensor | None = None,
-    visible_ids: Tensor | None = None,
-    with_unmasked: bool = False,
-) -> Tensor:
-    """Input sequence of a masked vision transformer: [CLS], tokens or mask tokens, plus position embeddings.
-
-    ``out[:, 0] = cls_token + pos_embed[0]``; ``out[:, 1+n] = (tokens[:, n] or mask_token) + pos_embed[1+n]``. Tokens
-    are read once, in place.
-
-    Args:
-        tokens: floating, of any strides: (B, N, C), one token per patch, or with visible_ids (B, K, C).
-        mask_token, cls_token: (C,) or (1, 1, C), floating.
-        pos_embed: (1+N, C) or (1, 1+N, C), floating; the row of [CLS] is first.
-        masked: bool (B, N), True = the patch is replaced by the mask token; None replaces no patch. The kernels read a
-            column at a time: a mask with strides (1, B), such as the transpose of an (N, B) mask, saves them a copy.
-        visible_ids: int32 or int64 (B, K), the patches of the given tokens, distinct within a row. All other patches
-            become mask tokens (MAE's decoder input). Not together with masked.
-        with_unmasked: also return the sequences in which no patch is masked, in front of the masked ones and in one
-            pass over the tokens. Needs masked.
-
-    Returns:
-        (B, 1+N, C), or (2B, 1+N, C) with_unmasked; contiguous, in the dtype that torch promotes the four tensors to:
-        float32 for bfloat16 tokens with float32 parameters, as under autocast. Sums are in float32 (float64 for
-        float64) and round once.
-
-    Differentiable in the four tensors. Gradients of the three parameters are summed over the batch in a fixed order,
-    without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
-    MVLM_KERNELS_DEBUG=1. Without the check a bad or repeated id leaves its row of the gradient undefined; nothing is
-    read or written out of bounds.
-
-    Raises:
-        ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
-            with_unmasked without masked.
-    """
-    rows = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
-    call = _direct if registration.called_directly(*rows) else _forward_op
-    return call(*rows, masked, visible_ids, with_unmasked)
 
 
 def _checked(
@@ -120,8 +73,54 @@ def _row(name: str, x: Tensor, width: int) -> Tensor:
     return x[0, 0] if x.ndim == 3 else x
 
 
+@dispatch.explained_by(_reasons, _checked)
+def place_tokens(
+    tokens: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    cls_token: Tensor,
+    *,
+    masked: Tensor | None = None,
+    visible_ids: Tensor | None = None,
+    with_unmasked: bool = False,
+) -> Tensor:
+    """Input sequence of a masked vision transformer: [CLS], tokens or mask tokens, plus position embeddings.
+
+    ``out[:, 0] = cls_token + pos_embed[0]``; ``out[:, 1+n] = (tokens[:, n] or mask_token) + pos_embed[1+n]``. Tokens
+    are read once, in place.
+
+    Args:
+        tokens: floating, of any strides: (B, N, C), one token per patch, or with visible_ids (B, K, C).
+        mask_token, cls_token: (C,) or (1, 1, C), floating.
+        pos_embed: (1+N, C) or (1, 1+N, C), floating; the row of [CLS] is first.
+        masked: bool (B, N), True = the patch is replaced by the mask token; None replaces no patch. The kernels read a
+            column at a time: a mask with strides (1, B), such as the transpose of an (N, B) mask, saves them a copy.
+        visible_ids: int32 or int64 (B, K), the patches of the given tokens, distinct within a row. All other patches
+            become mask tokens (MAE's decoder input). Not together with masked.
+        with_unmasked: also return the sequences in which no patch is masked, in front of the masked ones and in one
+            pass over the tokens. Needs masked.
+
+    Returns:
+        (B, 1+N, C), or (2B, 1+N, C) with_unmasked; contiguous, in the dtype that torch promotes the four tensors to:
+        float32 for bfloat16 tokens with float32 parameters, as under autocast. Sums are in float32 (float64 for
+        float64) and round once.
+
+    Differentiable in the four tensors. Gradients of the three parameters are summed over the batch in a fixed order,
+    without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
+    MVLM_KERNELS_DEBUG=1. Without the check a bad or repeated id leaves its row of the gradient undefined; nothing is
+    read or written out of bounds.
+
+    Raises:
+        ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
+            with_unmasked without masked.
+    """
+    rows = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
+    call = _direct if registration.called_directly(*rows) else _forward_op
+    return call(*rows, masked, visible_ids, with_unmasked)
+
+
 def _backend(tokens: Tensor) -> Any:
-    if dispatch.choose(dispatch.device_reasons(tokens.device)) == "torch":
+    if dispatch.choose(_reasons(tokens)) == "torch":
         return cpu if tokens.device.type == "cpu" else reference
     from mvlm_kernels.place_tokens import triton
 
