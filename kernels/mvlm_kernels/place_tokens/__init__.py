@@ -8,7 +8,7 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import FLOATS, check_device, check_id_values, check_ids
 from mvlm_kernels.dispatch import Refusal
-from mvlm_kernels.place_tokens import cpu, reference
+from mvlm_kernels.place_tokens import reference
 
 __all__ = ["place_tokens"]
 
@@ -121,7 +121,7 @@ def place_tokens(
 
 def _backend(tokens: Tensor) -> Any:
     if dispatch.choose(_reasons(tokens)) == "torch":
-        return cpu if tokens.device.type == "cpu" else reference
+        return reference
     from mvlm_kernels.place_tokens import triton
 
     return triton

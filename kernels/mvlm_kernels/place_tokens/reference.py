@@ -1,12 +1,20 @@
-"""Specification of ``place_tokens`` in plain torch, and its implementation on a GPU without the kernels.
+"""``place_tokens`` and its gradient in torch ops, where no kernel runs.
 
 Legend: B batch, N patches, K visible patches, C width. ``masked`` (B, N): True = replaced by the mask token.
+Three things are slow on a CPU and avoided here:
+
+- Fresh memory: almost no temporaries are made.
+- float32 copies of 16-bit tensors: torch's ``+`` and ``sum`` of 16-bit operands compute in float32 and round once.
+- ``where``, ``gather`` and ``scatter``, which handle one element at a time: values move by rows, or by vectorised
+  operations on their bits.
 """
 
 import torch
 from torch import Tensor
 
 from mvlm_kernels.arguments import compute_dtype
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def output_dtype(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> torch.dtype:
@@ -24,7 +32,7 @@ def place_tokens(
     cls_token: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
-    both: bool = False,
+    both: bool,
 ) -> Tensor:
     """[CLS], then each patch's token or the mask token, plus the position embeddings: (B, 1+N, C).
 
@@ -32,20 +40,26 @@ def place_tokens(
 
     tokens (B, N, C), or (B, K, C) with visible_ids (B, K); mask_token and cls_token (C,); pos_embed (1+N, C).
     """
-    parameters = mask_token, pos_embed, cls_token
-    if both:
-        return torch.cat([place_tokens(tokens, *parameters, m, None, False) for m in (None, masked)])
-    dtype = output_dtype(tokens, *parameters)
-    wide = compute_dtype(dtype)
-    batch, num_patches = tokens.shape[0], pos_embed.shape[0] - 1
-    patches, mask, positions = tokens.to(wide), mask_token.to(wide), pos_embed.to(wide)
+    dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
+    batch, _, width = tokens.shape
+    positions = pos_embed.to(dtype)
+    out = tokens.new_empty(batch * (2 if both else 1), positions.shape[0], width, dtype=dtype)
+    out[:, 0] = cls_token.to(dtype) + positions[0]
+    patches, without_token = out[:, 1:], mask_token.to(dtype) + positions[1:]
     if visible_ids is not None:
-        index = visible_ids.long()[:, :, None].expand_as(patches)
-        patches = mask.expand(batch, num_patches, -1).scatter(1, index, patches)  # (B, N, C)
-    elif masked is not None:
-        patches = torch.where(masked[:, :, None], mask, patches)
-    first = (cls_token.to(wide) + positions[0]).expand(batch, 1, -1)
-    return torch.cat([first, patches + positions[1:]], dim=1).to(dtype)  # (B, 1+N, C)
+        patches.copy_(without_token.expand_as(patches))
+        placed = tokens.flatten(0, 1) + positions.index_select(0, visible_ids.flatten() + 1)
+        out.flatten(0, 1).index_put_((_rows_of(visible_ids, out.shape[1]),), placed)
+        return out
+    torch.add(tokens, positions[1:], out=patches[:batch])
+    if both:
+        patches[batch:] = patches[:batch]
+        patches = patches[batch:]
+    if masked is not None:
+        bits, other = patches.view(_INTEGERS[dtype.itemsize]), without_token.view(_INTEGERS[dtype.itemsize])
+        # A select by bits: ((x ^ other) & kept) ^ other is x if kept has all bits set, and other if it has none.
+        bits.bitwise_xor_(other).bitwise_and_(_kept_bits(masked, bits.dtype)).bitwise_xor_(other)
+    return out
 
 
 def place_tokens_backward(
@@ -61,38 +75,58 @@ def place_tokens_backward(
 
     grad: of the output's shape. needs: four booleans. A gradient that is not needed is an empty tensor.
     """
+    # The halves of both are summed apart, in a wide type, so that their sum rounds once.
+    unmasked, wide = None, compute_dtype(grad.dtype) if both else grad.dtype
     if both:
-        wide = compute_dtype(grad.dtype)
-        wide_types = (wide, wide, wide, wide)
-        unmasked, others = (
-            place_tokens_backward(g, m, None, False, num_tokens, wide_types, needs)
-            for g, m in zip(grad.chunk(2), (None, masked), strict=True)
-        )
-        first, second, third, fourth = ((a + b).to(dtype) for a, b, dtype in zip(unmasked, others, dtypes, strict=True))
-        return first, second, third, fourth
-    wide = compute_dtype(grad.dtype)
-    patches = grad[:, 1:].to(wide)  # (B, N, C)
-    zero = patches.new_zeros(())
-    token_grad = mask_grad = positions = None
-    index = None if visible_ids is None else visible_ids.long()[:, :, None].expand(-1, -1, patches.shape[2])
+        unmasked, grad = grad.chunk(2)
+    batch, length, width = grad.shape
+    rows = grad.flatten(0, 1)
+    token_grad = mask_grad = pos_grad = cls_grad = None
     if needs[0]:
-        if index is not None:
-            token_grad = patches.gather(1, index)  # (B, K, C)
+        if visible_ids is not None:
+            token_grad = rows.index_select(0, _rows_of(visible_ids, length)).view(batch, num_tokens, width)
         else:
-            token_grad = patches.where(~masked[:, :, None], zero) if masked is not None else patches.clone()
-        assert token_grad.shape[1] == num_tokens
+            token_grad = grad[:, 1:].clone() if masked is None else _zero_where(masked, grad[:, 1:])
+        if unmasked is not None:
+            token_grad += unmasked[:, 1:]
     if needs[1]:
-        if index is not None:
-            mask_grad = patches.scatter(1, index, 0.0).sum(dim=(0, 1))
-        elif masked is not None:
-            mask_grad = patches.where(masked[:, :, None], zero).sum(dim=(0, 1))
-        else:
-            mask_grad = patches.new_zeros(patches.shape[2])
-    if needs[2] or needs[3]:
-        positions = grad.sum(dim=0, dtype=wide)  # (1+N, C)
-    grads = token_grad, mask_grad, positions, None if positions is None else positions[0].clone()
+        filled = masked
+        if visible_ids is not None:
+            filled = visible_ids.new_ones(batch, length - 1, dtype=torch.bool).scatter_(1, visible_ids.long(), False)
+        if filled is None:
+            mask_grad = grad.new_zeros(width)
+        elif grad.device.type == "cpu":
+            b, n = filled.nonzero().unbind(1)
+            mask_grad = rows.index_select(0, b * length + 1 + n).sum(0)
+        else:  # where counting the masked patches would wait for the device
+            mask_grad = _zero_where(~filled, grad[:, 1:]).sum((0, 1))
+    if needs[2]:
+        pos_grad = grad.sum(0, dtype=wide)
+        if unmasked is not None:
+            pos_grad += unmasked.sum(0, dtype=wide)
+    if needs[3]:
+        cls_grad = grad[:, 0].sum(0, dtype=wide) if pos_grad is None else pos_grad[0].clone()
+        if unmasked is not None and pos_grad is None:
+            cls_grad += unmasked[:, 0].sum(0, dtype=wide)
     first, second, third, fourth = (
-        g.to(dtype).contiguous() if need and g is not None else grad.new_empty(0, dtype=dtype)
-        for g, dtype, need in zip(grads, dtypes, needs, strict=True)
+        grad.new_empty(0, dtype=dtype) if g is None else g.to(dtype).contiguous()
+        for g, dtype in zip((token_grad, mask_grad, pos_grad, cls_grad), dtypes, strict=True)
     )
     return first, second, third, fourth
+
+
+def _rows_of(visible_ids: Tensor, length: int) -> Tensor:
+    """Rows (B * K,) of the visible patches among the B * length rows of all sequences."""
+    begin = torch.arange(visible_ids.shape[0], device=visible_ids.device) * length + 1
+    return (visible_ids + begin[:, None]).flatten()
+
+
+def _kept_bits(masked: Tensor, integer: torch.dtype) -> Tensor:
+    """(B, N, 1): all bits set for tokens that stay, no bit for masked ones. A product with 0 would keep a NaN."""
+    return (masked.to(integer) - 1)[:, :, None]
+
+
+def _zero_where(masked: Tensor, x: Tensor) -> Tensor:
+    """x (B, N, C) with zeros where masked (B, N) is True."""
+    integer = _INTEGERS[x.dtype.itemsize]
+    return (x.view(integer) & _kept_bits(masked, integer)).view(x.dtype)

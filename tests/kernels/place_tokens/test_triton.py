@@ -122,7 +122,7 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-CPU_MUTANTS = [
+TORCH_MUTANTS = [
     ("positions.index_select(0, visible_ids.flatten() + 1)", "positions.index_select(0, visible_ids.flatten())"),
     ("out[:, 0] = cls_token.to(dtype) + positions[0]", "out[:, 0] = cls_token.to(dtype)"),
     ("bits.bitwise_xor_(other).bitwise_and_", "bits.bitwise_and_"),
@@ -155,9 +155,9 @@ def test_broken_sum_of_columns_is_caught(tmp_path, poison):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old, new", CPU_MUTANTS, ids=[new[:40] for _, new in CPU_MUTANTS])
+@pytest.mark.parametrize("old, new", TORCH_MUTANTS, ids=[new[:40] for _, new in TORCH_MUTANTS])
 def test_broken_place_composition_is_caught(old, new, tmp_path, poison):
-    assert_caught("mvlm_kernels.place_tokens.cpu", old, new, tmp_path, poison, exercise)
+    assert_caught("mvlm_kernels.place_tokens.reference", old, new, tmp_path, poison, exercise)
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def placed_in_torch(
     batch, count = len(tokens), len(positions) - 1
     patches = tokens
     if visible_ids is not None:
-        chosen = F.one_hot(visible_ids.long(), count).to(tokens.dtype)  # (B, K, N)
+        chosen = (visible_ids[..., None] == torch.arange(count)).to(tokens.dtype)  # (B, K, N)
         patches = torch.einsum("bkn,bkc->bnc", chosen, tokens)
         masked = chosen.sum(1) == 0
     found = [patches] if with_unmasked else []

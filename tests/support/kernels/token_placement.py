@@ -1,13 +1,15 @@
 """Inputs of place_tokens, an oracle in loops, and the check of all implementations."""
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 
 from mvlm_kernels import dispatch, use_backend
-from mvlm_kernels.place_tokens import place_tokens, reference
+from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.accuracy import assert_accurate
+from support.kernels.ops import placed_in_torch
 from support.kernels.patches import make_ids
 from support.kernels.pixel_losses import random
 from triton_proof.allocations import guarded
@@ -63,23 +65,22 @@ def oracle(inputs, grad, masked=None, visible_ids=None, with_unmasked=False):
     return out, grads
 
 
-def by_reference(inputs, grad, masked=None, visible_ids=None, with_unmasked=False):
-    """Output and gradients of the four inputs by the specification."""
-    tokens, mask_token, pos_embed, cls_token = inputs
-    out = reference.place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
-    dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype
-    needs = True, True, True, True
-    grad = grad.to(out.dtype)
-    arguments = masked, visible_ids, with_unmasked, tokens.shape[1], dtypes, needs
-    return out, reference.place_tokens_backward(grad, *arguments)
+def by_autograd(inputs, grad, **options):
+    """Output and gradients of the four inputs in plain torch, computed in float32 (float64) and rounded once."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs))
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x.detach().to(wide).requires_grad_() for x in inputs]
+    out = placed_in_torch(*leaves, **options)
+    grads = torch.autograd.grad(out, leaves, grad.to(dtype).to(wide), allow_unused=True, materialize_grads=True)
+    return out.detach().to(dtype), [g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
 def check_placement(inputs, options, device="cpu", grad=None):
-    """Compare the kernels and the CPU's composition with the oracle, within the error of the reference."""
+    """Compare the kernels and the composition of torch ops with the oracle, within the error of plain torch."""
     if grad is None:
         sequences = len(inputs[0]) * (2 if "with_unmasked" in options else 1)
         grad = random((sequences, *inputs[2].shape), torch.float64, 5)
-    same, same_grads = by_reference(inputs, grad, **options)
+    same, same_grads = by_autograd(inputs, grad, **options)
     grad = grad.to(same.dtype)
     out, grads = oracle(inputs, grad, **options)
     backends: tuple[dispatch.Backend, ...] = ("triton", "torch")
