@@ -115,7 +115,7 @@ def masked_loss_eager(inputs: Inputs) -> Function:
     fixed = inputs.fixed
     images, kind = fixed["images"], fixed["kind"]
     ids, mean, std = _ids_and_channels(inputs, torch.float32)
-    loss = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+    loss = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
 
     def compute(pred: Tensor) -> Tensor:
         target = _select(_patchify(_normalize(images, mean, std, torch.float32)), ids)  # (B, K, F)

@@ -43,8 +43,8 @@ def _checked(
     if pred.dtype not in FLOATS:
         raise ValueError(f"pred must be float16, bfloat16, float32 or float64, got {pred.dtype}")
     check_device("pred", pred, images.device)
-    if kind not in ("l1", "mse", "smooth_l1"):
-        raise ValueError(f'kind must be "l1", "mse" or "smooth_l1", got {kind!r}')
+    if kind not in ("l1", "mse"):
+        raise ValueError(f'kind must be "l1" or "mse", got {kind!r}')
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     if normalize_target and wanted[2] < 2:
@@ -78,7 +78,7 @@ def masked_pixel_loss(
         patch_ids: (B, K) int32 or int64, numbers of the predicted patches in row-major order; None: all, K = N.
         patch_size: side P of a square patch in pixels; it divides H and W.
         mean, std: normalisation of the pixels before the loss, as in :func:`mvlm_kernels.gather_patches`.
-        kind: "l1", "mse", or "smooth_l1" with beta 1.
+        kind: "l1" or "mse".
         normalize_target: MAE's target, (x - mean) / sqrt(var + 1e-6) over each patch, with the unbiased variance
             (facebookresearch/mae, models_mae.py, forward_loss).
         reduction: "mean" over all pixels of all K patches, or "none" for the mean of each patch.

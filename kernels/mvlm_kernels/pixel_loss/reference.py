@@ -14,7 +14,7 @@ from torch import Tensor
 from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.gather_patches.reference import gather_patches
 
-Kind = Literal["l1", "mse", "smooth_l1"]
+Kind = Literal["l1", "mse"]
 EPS = 1e-6
 NAN_SIGN = -128
 
@@ -42,13 +42,7 @@ def pixel_targets(
 
 def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
     """Loss of each pixel, from prediction minus target of any shape."""
-    if kind == "l1":
-        return difference.abs()
-    if kind == "mse":
-        return difference.square()
-    # smooth_l1 with beta = 1, as torch.nn.functional.smooth_l1_loss
-    size = difference.abs()
-    return torch.where(size < 1, 0.5 * difference.square(), size - 0.5)
+    return difference.abs() if kind == "l1" else difference.square()
 
 
 def slope_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
@@ -68,8 +62,7 @@ def encode_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtyp
         if difference.device.type != "cpu" or bool(loss.isnan().any()):
             sign = sign.masked_fill(difference.isnan(), NAN_SIGN)
         return sign.to(torch.int8)
-    # clamp keeps NaN
-    return (2 * difference if kind == "mse" else difference.clamp(-1, 1)).to(dtype)
+    return (2 * difference).to(dtype)
 
 
 def masked_pixel_loss(

@@ -26,17 +26,12 @@ loss_dtype = cache(compute_dtype)
 def loss_and_slope(difference, KIND: tl.constexpr):
     """Loss of each pixel and its derivative. A NaN difference gives NaN in both."""
     # Neither comparison holds for NaN, so the sign of NaN is the difference itself: NaN.
-    size = tl.abs(difference)
-    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     if KIND == "l1":
-        loss = size
-        slope = sign
-    elif KIND == "mse":
+        loss = tl.abs(difference)
+        slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    else:
         loss = difference * difference
         slope = 2 * difference
-    else:
-        loss = tl.where(size < 1, 0.5 * difference * difference, size - 0.5)
-        slope = tl.where(size < 1, difference, sign)
     return loss, slope
 
 

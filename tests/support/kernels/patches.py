@@ -79,11 +79,8 @@ def losses_oracle(pred: np.ndarray, target: np.ndarray, kind: str, normalize: bo
             d = pred[b, k] - wanted
             if kind == "l1":
                 loss[b, k], slope[b, k] = np.abs(d).mean(), np.sign(d)
-            elif kind == "mse":
-                loss[b, k], slope[b, k] = (d * d).mean(), 2 * d
             else:
-                loss[b, k] = np.where(np.abs(d) < 1, d * d / 2, np.abs(d) - 0.5).mean()
-                slope[b, k] = np.clip(d, -1, 1)
+                loss[b, k], slope[b, k] = (d * d).mean(), 2 * d
     return loss, slope
 
 

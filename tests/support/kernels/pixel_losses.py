@@ -10,7 +10,7 @@ from support.kernels.accuracy import accurate
 from support.kernels.patches import losses_oracle, patches_oracle
 from triton_proof.allocations import guarded
 
-KINDS = ("l1", "mse", "smooth_l1")
+KINDS = ("l1", "mse")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
