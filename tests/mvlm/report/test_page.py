@@ -64,9 +64,11 @@ def test_a_report_is_one_page_that_needs_nothing_from_elsewhere_and_escapes_what
 
 def test_a_report_has_the_figures_charts_settings_and_data_of_the_run(reported, page):
     _, _, figures, _ = reported
-    for way in ("tr", "ir"):
-        for k in ("r1", "r5", "r10"):
-            assert f"{figures[way][k]:.1f}" in page.text
+    head = next(place for place, row in enumerate(page.rows) if row[:1] == ["queries"])
+    recalls = dict(zip(page.rows[head], page.rows[head + 1], strict=True))
+    for way, direction in (("tr", "image to text"), ("ir", "text to image")):
+        for k in (1, 5, 10):
+            assert recalls[f"{direction} R@{k}"] == f"{figures[way][f'r{k}']:.1f}"
     assert f"{figures['gain_text_nats']:.2f} nats per token" in page.text
     # four losses, the rate, the gradient norm; at evaluations R@1, masked L1 and two gains
     assert len(page.all("svg")) == 10
