@@ -40,7 +40,7 @@ class Batch(_ToDevice):
     """int64 (B,), the sample's position in the split. With seed and epoch, it determines all random draws."""
     image_of: Tensor | None = None
     """int64 (B,), the row in `images` of each sample's image, in a batch that has each image and each caption once
-    (`Loader`, `share`). `images` then has I rows and `cu_seqlens` U captions, I and U at most B. None: row b is of
+    (`Loader`, `per_image`). `images` then has I rows and `cu_seqlens` U captions, I and U at most B. None: row b is of
     sample b."""
     caption_of: Tensor | None = None
     """int64 (B,), the caption of each sample, as `image_of`."""

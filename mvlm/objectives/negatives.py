@@ -1,7 +1,7 @@
 """Hard negatives for ITM, drawn from the contrastive logits.
 
-`MaskVLM.forward` draws them for one rank, `mvlm.distributed.global_batch` for the global batch; both by
-`NegativeSampling.draw`.
+`MaskVLM.forward` draws them for one rank; with several ranks or microbatches `mvlm.distributed` does for the global
+batch, where `negatives_of_all` also limits the readers of a row. Both by `NegativeSampling.draw`.
 
 Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank,
 R rows, C columns.

@@ -60,6 +60,9 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
     assert found.seeds == 3
     assert found.difference == pytest.approx(100 / 6)
     assert found.mean == pytest.approx(np.mean([400 / 6, 400 / 6, 500 / 6]))
+    assert found.over_images is not None
+    assert found.over_images.low >= 0
+    assert found.over_images.high > 0
     assert found.paired == pytest.approx(0)
     ranks = [400 / 6, 400 / 6, 500 / 6]
     assert found.unpaired == pytest.approx(np.sqrt(2 * np.var(ranks, ddof=1)))
