@@ -99,7 +99,7 @@ def place_tokens_backward(
             b, n = filled.nonzero().unbind(1)
             mask_grad = rows.index_select(0, b * length + 1 + n).sum(0)
         else:  # where counting the masked patches would wait for the device
-            mask_grad = _zero_where(~filled, grad[:, 1:]).sum((0, 1))
+            mask_grad = _sum_where(filled, grad[:, 1:])
     if needs[2]:
         pos_grad = grad.sum(0, dtype=wide)
         if unmasked is not None:
@@ -130,3 +130,8 @@ def _zero_where(masked: Tensor, x: Tensor) -> Tensor:
     """x (B, N, C) with zeros where masked (B, N) is True."""
     integer = _INTEGERS[x.dtype.itemsize]
     return (x.view(integer) & _kept_bits(masked, integer)).view(x.dtype)
+
+
+def _sum_where(masked: Tensor, x: Tensor) -> Tensor:
+    """Sum (C,) of the rows of x (B, N, C) where masked (B, N) is True."""
+    return _zero_where(~masked, x).sum((0, 1))

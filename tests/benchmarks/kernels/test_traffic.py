@@ -28,14 +28,12 @@ def check(moved, case):
 
 
 @pytest.mark.slow
-@pytest.mark.plain_empty
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.op} {case.shape}" for case in CASES])
 def test_kernels_move_few_bytes_beyond_the_minimum(case):
     check(traffic.measure(case), case)
 
 
 @pytest.mark.slow
-@pytest.mark.plain_empty
 @pytest.mark.parametrize("mode", ["masked", "both", "visible"])
 def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode):
     few, more, whole = (
@@ -70,7 +68,6 @@ def test_cache_keeps_the_sectors_used_last_and_writes_back_what_was_written():
 
 
 @pytest.mark.slow
-@pytest.mark.plain_empty
 def test_readers_of_a_key_sequence_find_it_in_cache(monkeypatch):
     """Walked in the order of key_index; in the order of the batch, every reader fetches its images again."""
     case = traffic.indexed()
