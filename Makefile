@@ -71,7 +71,7 @@ TRITONS ?= 3.6.0 3.9.0
 build/triton-%/.installed: pyproject.toml
 	$(PYTHON) -m venv build/triton-$*
 	build/triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable . "triton==$*" \
-	    "$(if $(filter 3.6.%,$*),numpy<2.4,numpy)" pytest hypothesis "transformers>=5.24,<5.25" timm diffusers
+	    "$(if $(filter 3.6.%,$*),numpy<2.4,numpy)" pytest hypothesis "transformers>=5.24,<5.25" timm
 	touch $@
 
 ## test-triton     run the kernels' tests with the oldest and the newest supported Triton

@@ -86,26 +86,11 @@ def transformers_bert() -> Pair:
     return calls[0], calls[1]
 
 
-def diffusers_block() -> Pair:
-    """Transformer block of diffusers of width 320 with 5 heads: 256 image tokens that attend to 77 of text, batch 2."""
-    from diffusers.models.attention import BasicTransformerBlock
-
-    from mvlm_kernels.integrations.diffusers import swap
-
-    block = BasicTransformerBlock(320, 5, 64, cross_attention_dim=768)
-    other = copy.deepcopy(block)
-    swap(other)
-    x, text = torch.randn(2, 256, 320), torch.randn(2, 77, 768)
-    calls = [lambda layer=given: layer(x, encoder_hidden_states=text) for given in (block, other)]
-    return calls[0], calls[1]
-
-
 MODELS: dict[str, Callable[[], Pair]] = {
     "torch: block": torch_block,
     "timm: patch embedding": lambda: timm_vit(True),
     "timm: ViT": lambda: timm_vit(False),
     "transformers: BERT": transformers_bert,
-    "diffusers: block": diffusers_block,
 }
 
 
@@ -144,7 +129,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['model']:24}{row['ratio']:6.2f} ({row['low']:.2f} to {row['high']:.2f})")
     if arguments.json is not None:
-        machine = describe("cpu", ["timm", "transformers", "diffusers"])
+        machine = describe("cpu", ["timm", "transformers"])
         write_json(arguments.json, {"machine": machine, "rounds": arguments.rounds, "rows": rows})
 
 

@@ -15,7 +15,6 @@ PAGES = {
     "torch": ["torch: block"],
     "timm": ["timm: patch embedding", "timm: ViT"],
     "transformers": ["transformers: BERT"],
-    "diffusers": ["diffusers: block"],
 }
 """Rows of the result file that a page quotes, in the page's order."""
 MEASURED = json.loads((ROOT / "benchmarks/results/swapped-amd-epyc.json").read_text())

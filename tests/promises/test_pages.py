@@ -208,7 +208,7 @@ PAGES = [
     Page("docs/guides/tasks.md", demo),
     Page("docs/guides/weights.md", needs="timm", prints=re.escape(LOADED)),
     Page("docs/explain/loader.md", shapes, prints="same samples in the same order, same pixels, captions and masks"),
-    *(Page(f"docs/guides/kernels_in_{library}.md", needs=library) for library in ("timm", "transformers", "diffusers")),
+    *(Page(f"docs/guides/kernels_in_{library}.md", needs=library) for library in ("timm", "transformers")),
     Page("examples/kernels_in_torch.py", prints="not triton: the tensors are on the CPU",
          holds=lambda names: max(names["differences"].values()) < 1e-5 and len(names["differences"]) == 3),
     Page("examples/kernels_in_timm.py", needs="timm", prints=r"swapped: patch_embed (.*\n)*after undo: PatchEmbed",
@@ -216,8 +216,6 @@ PAGES = [
     Page("examples/kernels_in_transformers.py", needs="transformers", prints="SDPA: the mask is not plain key padding",
          # BERT's masks are padding, GPT-2's are causal.
          holds=lambda names: names["fused"] == [2, 0] and max(names["differences"]) < 1e-5),
-    Page("examples/kernels_in_diffusers.py", needs="diffusers", prints="3 calls of 256 queries and 7 keys: by the op",
-         holds=lambda names: len(names["report"].swapped) == len(names["calls"]) == 8 and names["difference"] < 1e-4),
     Page("examples/training_loop.py", demo, "--steps 12 --batch-size 8 --width 32", prints=LOSSES,
          holds=lambda names: sum(names["history"][-3:]) < sum(names["history"][:3])),
     Page("examples/training_loop.py", other_masks, "--steps 1 --batch-size 8 --width 32 --out own",

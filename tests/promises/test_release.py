@@ -67,7 +67,7 @@ def test_a_tag_of_another_version_and_a_folder_without_distributions_are_refused
 
 def test_floors_are_those_of_pyproject(tmp_path: Path):
     lowest = lowest_versions()
-    assert set(lowest) == {"torch", "triton", "numpy", "timm", "transformers", "diffusers"}
+    assert set(lowest) == {"torch", "triton", "numpy", "timm", "transformers"}
     for requirement in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][EXTRA]]:
         name, _, rest = requirement.partition(">=")
         assert lowest[name] == rest.partition(";")[0].partition(",")[0].strip()

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("diffusers")
-
-from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 
 from mvlm_kernels import use_backend  # noqa: E402
-from mvlm_kernels.integrations import diffusers as for_diffusers  # noqa: E402
 from mvlm_kernels.integrations import timm as for_timm  # noqa: E402
 from mvlm_kernels.integrations import transformers as for_transformers  # noqa: E402
 from mvlm_kernels.integrations.blocks import swap_blocks  # noqa: E402
@@ -118,11 +114,6 @@ def bert() -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**BERT), add_pooling_layer=False).eval()
 
 
-def denoiser() -> nn.Module:
-    torch.manual_seed(0)
-    return BasicTransformerBlock(64, 2, 32, cross_attention_dim=48)
-
-
 class Kind(NamedTuple):
     """A model: how it is built, swapped by its library's integration, and called on (images or states, tokens)."""
 
@@ -138,13 +129,6 @@ def draw(low: int, *shape: int) -> Tensor:
 EXISTS = (torch.arange(7) < torch.tensor([[7], [4]])).long()
 VISION = Kind(vit, for_timm.swap, lambda model, x: model(x))
 TEXT = Kind(bert, for_transformers.swap, lambda model, _: model(draw(50, 2, 7), EXISTS)[0])
-DIFFUSION = Kind(
-    denoiser,
-    for_diffusers.swap,
-    lambda model, x: model(
-        x.flatten(1).unflatten(1, (48, 64)), encoder_hidden_states=x[:, :, :5, :16].transpose(1, 2).flatten(2)
-    ),
-)
 
 
 def swap(kind: Kind, model: nn.Module) -> list[str]:
@@ -177,7 +161,6 @@ LAYERS = {
     "vit, MLP": (VISION, ("fc1", "fc2"), "Linear"),
     "bert, attention": (TEXT, ("query", "value"), None),
     "bert, outputs": (TEXT, ("output.dense",), None),
-    "diffusers, attention": (DIFFUSION, ("to_q", "to_k", "to_v", "to_out.0"), None),
 }
 """Kind of model, layers, and a word of the reason why a part is kept if they are changed first: None if all swap."""
 CHANGES: dict[str, Change] = {

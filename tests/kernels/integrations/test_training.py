@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")
-pytest.importorskip("diffusers")
 
-from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel  # noqa: E402
 
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
-from mvlm_kernels.integrations import diffusers as for_diffusers  # noqa: E402
 from mvlm_kernels.integrations import timm as for_timm  # noqa: E402
 from mvlm_kernels.integrations import transformers as for_transformers  # noqa: E402
 from mvlm_kernels.integrations.calls import SwapReport, recorded_calls  # noqa: E402
@@ -67,20 +64,6 @@ class Captioner(nn.Module):
         return self.text(ids, encoder_hidden_states=image, encoder_attention_mask=exists.long(), labels=ids).loss
 
 
-class Denoiser(nn.Module):
-    """A transformer block of diffusers: an image's tokens that read a padded text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = BasicTransformerBlock(64, 2, 32, cross_attention_dim=48)
-
-    def forward(self) -> Tensor:
-        noisy, text = torch.randn(4, 30, 64), torch.randn(4, 9, 48)
-        bias = (~padding(4, 9)).float()[:, None] * -10000.0
-        out = self.block(noisy, encoder_hidden_states=text, encoder_attention_mask=bias)
-        return (out - text.mean((1, 2), keepdim=True)).square().mean()
-
-
 def trained(build: Callable[[], nn.Module], swap: Callable[[nn.Module], SwapReport] | None) -> list[float]:
     torch.manual_seed(0)
     model = build().train()
@@ -114,10 +97,6 @@ def both(swap: Callable[[nn.Module], SwapReport]) -> Callable[[nn.Module], SwapR
     return swap_both
 
 
-def swap_denoiser(model: nn.Module) -> SwapReport:
-    return for_diffusers.swap(model, padding_masks=True)
-
-
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.plain_empty
@@ -130,9 +109,8 @@ def swap_denoiser(model: nn.Module) -> SwapReport:
         (Bert, both(for_transformers.swap), 2 * STEPS),
         (Captioner, for_transformers.swap, 2 * STEPS),
         (Captioner, both(for_transformers.swap), 2 * STEPS),
-        (Denoiser, swap_denoiser, 2 * STEPS),
     ],
-    ids=["vit", "vit-blocks", "bert", "bert-blocks", "captioner", "captioner-blocks", "denoiser"],
+    ids=["vit", "vit-blocks", "bert", "bert-blocks", "captioner", "captioner-blocks"],
 )
 def test_losses_of_fifty_steps_are_equal(build: Callable[[], nn.Module], swap: Any, fused: int | None):
     wanted = trained(build, None)
