@@ -10,7 +10,7 @@ STEPS  ?= 550
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations hub emulate proof-gallery faults faults-data \
+.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
@@ -133,10 +133,6 @@ test-integrations: $(VENV)/.installed
 	    --csv build/walks/integrations-transformers.csv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
 	cp build/walks/*.csv benchmarks/results/
-
-## hub             build the kernels for the Kernel Hub of Hugging Face: build/hub
-hub: $(VENV)/.installed
-	$(BIN)/python kernels/build_for_hub.py build/hub
 
 build/release/.installed:
 	$(PYTHON) -m venv build/release
