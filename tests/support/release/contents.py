@@ -1,6 +1,6 @@
 """Check of built distributions against the tracked files: `python -m support.release.contents dist [TAG]`.
 
-A wheel holds every tracked file of the four packages and nothing else. An sdist also holds what a build needs.
+A wheel holds every tracked file of the packages and nothing else. An sdist also holds what a build needs.
 """
 
 import subprocess
@@ -11,7 +11,13 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-FOLDERS = {"mvlm": "", "mvlm_kernels": "kernels/", "mvlm_dataloading": "dataloading/", "mvlm_benchmarks": "benchmarks/"}
+FOLDERS = {
+    "mvlm": "",
+    "mvlm_kernels": "kernels/",
+    "triton_proof": "kernels/",
+    "mvlm_dataloading": "dataloading/",
+    "mvlm_benchmarks": "benchmarks/",
+}
 """Package -> folder that it lies in, with a slash."""
 BESIDE = {
     "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg",
