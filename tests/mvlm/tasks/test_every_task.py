@@ -193,8 +193,11 @@ def wide(scenes, tmp_path_factory) -> Path:
     return out
 
 
+HARD = ("masked", "pairs", "caption")  # these take 20 to 50 seconds each
+
+
 @pytest.mark.slow
-@every_form
+@pytest.mark.parametrize("form", [pytest.param(x, marks=[pytest.mark.extended] * (x in HARD)) for x in FORMS])
 def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_path, form, without_tensorboard):
     """All are right; with the images shuffled, figures fall to those of a model that was trained without images."""
     name = FORMS[form][0]
