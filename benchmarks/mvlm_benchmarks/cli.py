@@ -179,7 +179,7 @@ def _check_outputs(
     for file in (json, csv, plot):
         if file is not None and not next(path for path in file.absolute().parents if path.exists()).is_dir():
             raise ConfigError(f"wanted a file in a folder for the results, got {file}; name another one")
-    if plot is not None and plot.suffix.lower() not in (".svg", ".png", ".pdf"):
+    if plot is not None and (plot.is_dir() or plot.suffix.lower() not in (".svg", ".png", ".pdf")):
         raise ConfigError(f"plot: wanted a file that ends in .svg, .png or .pdf, got {plot}")
 
 
