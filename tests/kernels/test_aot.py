@@ -82,6 +82,7 @@ def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, A
     assert attention == {(k, a) for k in (*kernels, "sum_splits") for a in ("sm_80", "sm_90", "sm_100")}
 
 
+@pytest.mark.extended
 def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
     assert all(r["spill_bytes"] == 0 for r in rows)
     for r in rows:

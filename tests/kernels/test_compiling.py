@@ -48,6 +48,7 @@ def inputs(batch: int, length: int, patches: int) -> Inputs:
     return images, ids, torch.randn(batch, length, 16, generator=draw), exists
 
 
+@pytest.mark.extended
 def test_dropout_draws_in_the_graph_that_holds_for_all_sizes():
     model, counter = Reader(dropout=0.5), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

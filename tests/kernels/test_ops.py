@@ -22,7 +22,10 @@ from support.kernels.ops import REGISTERED, ROWS, Row, distinct, loss_and_gradie
 
 pytestmark = pytest.mark.plain_empty
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
-NAMES = pytest.mark.parametrize("name", ROWS)
+LONG = "attention, long keys"  # its graphs take half a minute to trace
+NAMES = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] * (name == LONG)) for name in ROWS]
+)
 
 
 @pytest.mark.slow

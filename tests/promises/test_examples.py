@@ -16,6 +16,7 @@ from support.demo_folder import write_demo_folder
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_the_study_compares_its_arms(tmp_path, monkeypatch, capsys, without_tensorboard):
     monkeypatch.chdir(write_demo_folder(tmp_path))

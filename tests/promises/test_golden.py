@@ -52,6 +52,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_golden_losses(tmp_path):
     golden: dict[str, Any] = json.loads(GOLDEN.read_text())

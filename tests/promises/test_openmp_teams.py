@@ -68,6 +68,7 @@ assert most[0] - before >= {TEAM} - 1, most[0] - before
 """
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_a_run_opens_no_second_openmp_team(tmp_path):
     """Two runs of one process, with evaluations, checkpoints and averaged weights, with and without kept images.

@@ -35,6 +35,7 @@ LAYERS = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layer
 MODEL = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier", **LAYERS)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_fine_tuned_retrieval_learns_16_pairs_by_heart(tmp_path, without_tensorboard):
     data = write_mosaics(tmp_path / "data", 16)
@@ -49,6 +50,7 @@ def test_fine_tuned_retrieval_learns_16_pairs_by_heart(tmp_path, without_tensorb
         assert recall(ranks.itc)["r1"] == recall(ranks.itm)["r1"] == recall(ranks.itm_alone)["r1"] == 100
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_a_small_model_overfits_32_pairs(tmp_path, without_tensorboard):
     settings = {"max_steps": 250, "batch_size": 32, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}

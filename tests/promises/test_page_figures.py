@@ -31,6 +31,7 @@ def tables() -> ModuleType:
     return module
 
 
+@pytest.mark.extended
 def test_tables_are_those_of_the_committed_results(tables):
     found = [page for page in tables.pages() if tables.TABLE.search(page.read_text())]
     assert ROOT / "README.md" in found

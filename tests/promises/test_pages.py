@@ -188,6 +188,7 @@ class Page(NamedTuple):
     leaves: str = ""  # files
     prints: str = ""  # a regular expression that is found in the output
     holds: Callable[[dict[str, Any]], bool | None] = lambda names: None  # of the names; False is a failure
+    extended: bool = False  # only in `make test-all`
 
 
 FEW = "--steps 2 --batch-size 8"
@@ -199,7 +200,7 @@ PAGES = [
          prints=r"\['.*', '.*', '.*'\]\n.* of Burundi\n(.*\n)*.*CPU"),
     Page("docs/start/first_run.md", shapes, holds=guide_holds,
          leaves="runs/guide/eval/test.json runs/guide/report.html"),
-    Page("docs/guides/training.md", shapes,
+    Page("docs/guides/training.md", shapes, extended=True,
          leaves="runs/mine/compare.html runs/again/metrics.jsonl portable/model.safetensors"),
     Page("docs/guides/data.md", downloads, prints=r"torch.Size\(\[4, 3, 224, 224\]\)", holds=data_holds),
     Page("docs/guides/python.md", demo, leaves="words.png rebuilt.png demo-model/tokenizer.json",
@@ -256,7 +257,9 @@ ALL = PAGES + [Page(file) for file in sorted(OTHERS) if any(language == "python"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ALL, ids=lambda page: page.file)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.extended] * page.extended, id=page.file) for page in ALL]
+)
 def test_code_runs(page: Page, tmp_path, monkeypatch, capsys, without_tensorboard) -> None:
     if page.needs:
         pytest.importorskip(page.needs)

@@ -78,6 +78,7 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_several_epochs_from_a_web_server_through_a_small_cache(
     served, web, data_cache, tokenizer, monkeypatch, small_segments

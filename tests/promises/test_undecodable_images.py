@@ -303,6 +303,7 @@ def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int)
     return states[0] | {"skipped": known, "met": states[0]["epoch"] * len(dataset) + states[0]["position"]}
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_ranks_that_resume_see_what_uninterrupted_ranks_see(tmp_path, tokenizer):
     """4 % are bad and 5 % are allowed: a rank must not count what the others found against its own samples."""
@@ -314,6 +315,7 @@ def test_ranks_that_resume_see_what_uninterrupted_ranks_see(tmp_path, tokenizer)
     assert end["skipped"] == [i for i in range(400) if i % 100 < 4]
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(tmp_path, tokenizer):
     dataset = bad_percent(tmp_path / "data", 10)

@@ -72,6 +72,7 @@ def failures(report: Path) -> dict[str, str]:
     return {f"{case.get('classname')}::{case.get('name')}": "".join(case.itertext()).strip() for case in cases}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("proof", PROOFS)
 def test_softmax_of_tutorials_is_proved(proof: str) -> None:
     done = run(proof, EXAMPLES, "test_row_softmax.py")
@@ -99,7 +100,7 @@ def test_planted_bugs_are_found(proof: str, tmp_path: Path) -> None:
         assert says[PROOFS.index(proof)] in text, bug
 
 
-@pytest.mark.parametrize("proof", PROOFS)
+@pytest.mark.parametrize("proof", [pytest.param("interpreted", marks=pytest.mark.extended), "sm_90"])
 def test_each_configuration_of_an_autotuned_kernel_is_proved(proof: str, tmp_path: Path) -> None:
     """The kernel is wrong in its third configuration alone."""
     (tmp_path / "test_tuned.py").write_text(TUNED)
@@ -110,7 +111,7 @@ def test_each_configuration_of_an_autotuned_kernel_is_proved(proof: str, tmp_pat
     assert "BLOCK: 128" in found["test_tuned::test_each_configuration[64]"]
 
 
-@pytest.mark.parametrize("proof", PROOFS)
+@pytest.mark.parametrize("proof", [pytest.param("interpreted", marks=pytest.mark.extended), "sm_90"])
 def test_findings_are_told_once_with_a_remedy(proof: str, tmp_path: Path) -> None:
     (tmp_path / "test_strange.py").write_text(STRANGE)
     report = tmp_path / "report.xml"

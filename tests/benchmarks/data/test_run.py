@@ -90,6 +90,7 @@ class FakeProcess(LoaderProcess):
         pass
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_run_prints_and_writes_every_measurement(tmp_path, photographs, monkeypatch, capsys) -> None:
     monkeypatch.setattr(run, "LoaderProcess", FakeProcess)

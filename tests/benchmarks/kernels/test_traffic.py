@@ -27,6 +27,7 @@ def check(moved, case):
     assert case.minimum[0] <= moved[0] * 1.001
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.op} {case.shape}" for case in CASES])
 def test_kernels_move_few_bytes_beyond_the_minimum(case):

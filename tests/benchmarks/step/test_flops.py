@@ -57,6 +57,7 @@ def test_baseline_of_base_matches_a_count_by_hand(counts) -> None:
     assert counts["timm+roberta"] == pytest.approx(wanted / 1e9, rel=1e-12)
 
 
+@pytest.mark.extended
 def test_fast_has_at_most_079_of_the_baseline_and_drop_masked_066(counts) -> None:
     baseline, plain, fast, drop_masked = counts.values()
     assert fast / baseline <= 0.79

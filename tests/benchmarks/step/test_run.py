@@ -26,6 +26,7 @@ def micro(monkeypatch) -> None:
     monkeypatch.setattr(MaskVLMConfig, "preset", classmethod(lambda cls, name, **changes: MICRO))
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_run_writes_figures_of_every_contender(micro, tmp_path) -> None:
     files = {"json": tmp_path / "new/s.json", "csv": tmp_path / "s.csv", "plot": tmp_path / "s.svg"}

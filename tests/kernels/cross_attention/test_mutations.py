@@ -138,6 +138,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_broken_attention_kernel_is_caught(
     mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison

@@ -128,6 +128,7 @@ def test_siglip2_pools_the_same_as_eager_under_a_pixel_mask(calls: list[Attentio
     assert fused(calls) == 2  # the encoder's two layers; the head has torch's own attention
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.plain_empty
 def test_compiled_bert_recognises_key_padding(calls: list[AttentionCall]):

@@ -69,7 +69,7 @@ def test_attacks_of_a_kind_fail(page, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extended)])
 def test_a_page_that_is_ended_leaves_no_upload(trained, tmp_path, number) -> None:
     page = Page(trained, tmp_path)
     assert page.target.visitor().upload("x.png", png()).status == 200
@@ -79,6 +79,7 @@ def test_a_page_that_is_ended_leaves_no_upload(trained, tmp_path, number) -> Non
     assert page.log.read_text() == ""
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_a_page_for_the_network_has_the_names_that_it_is_given(trained, tmp_path) -> None:
     page = Page(trained, tmp_path, "--host", "0.0.0.0", "--allow-host", "proxy.example")

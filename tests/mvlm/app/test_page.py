@@ -237,6 +237,7 @@ def test_what_visitors_send_is_kept_below_the_folder_that_the_user_names(
     assert os.environ["GRADIO_TEMP_DIR"] == (str(tmp_path / given) if given else "")
 
 
+@pytest.mark.extended
 def test_an_address_of_ipv6(model) -> None:
     from mvlm.app.page import build_page
     from mvlm.app.server import start

@@ -189,6 +189,7 @@ def test_refusals(words, setting):
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_page_shows_the_output_of_mvlm_plan(capsys):
     """Figures within 3 %: a better kernel may change them a little, an error changes them more."""

@@ -51,6 +51,7 @@ def allocated(shape: StepShape, path) -> int:
     return peak
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "changes",
     [{}, {"bf16": False}, {"checkpointed": True}, {"microbatches": 2, "bf16": False}],

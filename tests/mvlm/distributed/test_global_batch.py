@@ -48,6 +48,7 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(8)]
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_every_combination_agrees_with_one_rank_on_the_whole_batch(ranks, world):
@@ -62,6 +63,7 @@ def test_every_combination_agrees_with_one_rank_on_the_whole_batch(ranks, world)
             assert case["global gradients"] < EXACT, case
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatches", ["1", "2"])
 def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(ranks, microbatches):
@@ -74,6 +76,7 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(ranks, microbat
         assert case["repeats"]
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
 def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
@@ -85,6 +88,7 @@ def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
         assert case["updated"] < EXACT
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_logits_in_memory_are_bounded(ranks, count):
@@ -96,6 +100,7 @@ def test_logits_in_memory_are_bounded(ranks, count):
         assert gradient == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_right_answers_on_other_ranks_share_the_target(ranks, count):

@@ -21,7 +21,7 @@ from support.models import pretrain_config
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(scope="module", params=["adamw", pytest.param("muon", marks=pytest.mark.extended)])
 def runs(request, scenes, tmp_path_factory) -> tuple[Path, Path]:
     """Runs of four steps: one process, and two ranks with FSDP2 and two microbatches each."""
     folder, optimizer = tmp_path_factory.mktemp("runs"), request.param

@@ -160,6 +160,7 @@ def test_implementations_agree_on_weights_of_masks(weighted: bool, padded: bool)
 
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
+@pytest.mark.extended
 @pytest.mark.slow
 def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
     """`fullgraph` raises at a graph break, such as a copy from the device to the host."""
@@ -180,6 +181,7 @@ def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
         assert (p.grad - wanted_gradients[name]).abs().max() <= 1e-12 * largest, name
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_the_fast_step_on_interpreted_kernels_gives_the_same():
     """Forward and backward of every op of a step, in fp32."""

@@ -149,6 +149,7 @@ def test_captions_above_the_text_length_are_refused(plan, padded):
     torch.testing.assert_close(found, model(*short).total, rtol=1e-12, atol=0)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_gradients_at_the_size_of_the_demo_are_equal_bit_for_bit():
     """Rows that ITM reads more than once add up their gradients in a fixed order, also on two threads.

@@ -16,6 +16,7 @@ STUDY = read_study(Path(__file__).parents[3] / "studies" / "objective_now.toml")
 SMALL = {"model": MICRO, "batch_size": 8, "warmup_steps": 1, "eval_every_steps": 2, "device": "cpu"}
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_every_arm_trains(scenes, tmp_path, without_tensorboard):
     """Each with losses of its own: an arm whose setting nobody reads would have those of another."""

@@ -58,6 +58,7 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_an_arm_that_differs_in_its_name_alone_differs_by_nothing(finished: Path) -> None:
     table = rows(finished)
@@ -91,6 +92,7 @@ def test_a_finished_study_runs_nothing_and_writes_the_same(finished: Path, scene
     assert not list((tmp_path / "own").rglob("checkpoints"))
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_parts_on_one_folder_make_the_study(finished: Path, scenes, tmp_path: Path) -> None:
     small = study(arms={"base": {}, "same": {}})
@@ -171,6 +173,7 @@ def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, m
         cli.run_command(["study", "studies/smoke.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_a_trial_without_itm_is_ranked_by_itc_and_counts_the_time_of_a_process_that_was_stopped(
     scenes, tmp_path: Path

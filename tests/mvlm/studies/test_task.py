@@ -40,6 +40,7 @@ def study(**changes) -> Study:
     return Study(**(values | changes))
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_trials_of_a_task_are_fine_tuned_and_evaluated_on_all_splits(questions, trained, tmp_path) -> None:
     assert run_study(study(), questions, tmp_path / "study", checkpoint=trained) == tmp_path / "study" / "study.html"

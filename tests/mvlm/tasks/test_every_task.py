@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise, product
@@ -37,6 +38,13 @@ FURTHER = {
     "retrieval": ("retrieval", {}),
     "questions of an image": ("vqa", {"answers": "masked", "questions_per_image": 2, "crop_scale": (0.6, 1.0)}),
 }
+
+
+def some_in_test(forms: Iterable[str], *kept: str) -> list[Any]:
+    """Parameters: the forms `kept` run in `make test`, and all of them in `make test-all`."""
+    return [pytest.param(form, marks=[] if form in kept else pytest.mark.extended) for form in forms]
+
+
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -157,7 +165,7 @@ def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*FORMS, *FURTHER])
+@pytest.mark.parametrize("form", some_in_test([*FORMS, *FURTHER], "classifier", "retrieval"))
 def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, without_tensorboard):
     settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4, "checkpoint_every_steps": 2}
     for name in ("whole", "cut"):
@@ -193,11 +201,8 @@ def wide(scenes, tmp_path_factory) -> Path:
     return out
 
 
-HARD = ("masked", "pairs", "caption")  # these take 20 to 50 seconds each
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [pytest.param(x, marks=[pytest.mark.extended] * (x in HARD)) for x in FORMS])
+@pytest.mark.parametrize("form", some_in_test(FORMS, "entailment"))
 def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_path, form, without_tensorboard):
     """All are right; with the images shuffled, figures fall to those of a model that was trained without images."""
     name = FORMS[form][0]
@@ -227,7 +232,18 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form, parallel",
-    [("pairs", "ddp"), ("caption", "ddp"), ("masked", "fsdp"), ("questions of an image", "ddp"), ("retrieval", "ddp")],
+    [
+        ("pairs", "ddp"),
+        *(
+            pytest.param(form, parallel, marks=pytest.mark.extended)
+            for form, parallel in (
+                ("caption", "ddp"),
+                ("masked", "fsdp"),
+                ("questions of an image", "ddp"),
+                ("retrieval", "ddp"),
+            )
+        ),
+    ],
 )
 def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ranks):
     """With FSDP each rank holds half of the weights, and a checkpoint has its parts; an evaluation takes them whole."""

@@ -102,6 +102,7 @@ def test_frozen_weights_stay(trained, questions, tmp_path, frozen, changed):
     assert after.get_parameter("head.answers.weight").abs().sum() > 0
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "task, changes", [("vqa", {"answers": "masked", "question_length": 20}), ("caption", {"seed": 3})]

@@ -59,6 +59,7 @@ def step_flops(name: str, plan: str, per_image: int = 1, filled: int = 0) -> int
     return tracker.flops
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATES)
 def test_a_fast_step_computes_no_padding(name):
@@ -69,6 +70,7 @@ def test_a_fast_step_computes_no_padding(name):
     assert step_flops(name, "plain") - step_flops(name, "fast") > padding
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("per_image", [1, 4])
 def test_masked_answers_compute_no_padding_and_in_the_last_block_no_word_but_the_masked_ones(per_image):
@@ -81,6 +83,7 @@ def test_masked_answers_compute_no_padding_and_in_the_last_block_no_word_but_the
     assert fast < step_flops("vqa", "fast", per_image=per_image)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("filled", [0, 4])
 def test_questions_about_an_image_share_its_encoding(filled):

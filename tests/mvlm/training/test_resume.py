@@ -43,9 +43,10 @@ def interrupt(config, at):
     "settings",
     [
         {},
-        {"itc_weight": 0.0, "itm_weight": 0.0},  # parameters without a state of the optimizer
-        {"optimizer": "muon"},
-        {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9},
+        # These have parameters without a state of the optimizer.
+        pytest.param({"itc_weight": 0.0, "itm_weight": 0.0}, marks=pytest.mark.extended),
+        pytest.param({"optimizer": "muon"}, marks=pytest.mark.extended),
+        pytest.param({"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9}, marks=pytest.mark.extended),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, without_tensorboard, settings):

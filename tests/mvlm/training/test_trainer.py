@@ -106,6 +106,7 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
 
 
 # Dynamo instantiates an autograd.Function while it traces it.
+@pytest.mark.extended
 @pytest.mark.slow
 def test_compiled_steps_equal_eager_steps(start):
     """One graph a step, run by torch's own kernels in float64. Batches of all lengths share a handful of graphs."""

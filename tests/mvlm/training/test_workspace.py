@@ -36,7 +36,7 @@ def folders(monkeypatch) -> list[Path | None]:
     return opened
 
 
-@pytest.mark.parametrize("task", [None, "retrieval"])
+@pytest.mark.parametrize("task", [pytest.param(None, marks=pytest.mark.extended), "retrieval"])
 def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, tmp_path, folders, monkeypatch, task):
     # Two ranks add in another order than one. In bf16 that is far more than the tolerance below.
     settings = {"max_steps": 2, "eval_every_steps": 1, "log_every": 1, "precision": "fp32"}
@@ -69,6 +69,7 @@ def test_features_stay_in_memory_if_the_disk_has_no_room(scenes, tmp_path, folde
     assert folders == [None]
 
 
+@pytest.mark.extended
 def test_a_stop_leaves_no_files_and_those_of_a_kill_are_removed(scenes, tmp_path, folders, monkeypatch):
     out = tmp_path / "run"
     left = RunFolder(out).evaluation_files

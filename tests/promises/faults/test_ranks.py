@@ -35,10 +35,12 @@ def trial() -> Iterator[Callable[[str], None]]:
         yield do
 
 
+@pytest.mark.extended
 def test_torchrun_restarts_a_run_after_a_worker_is_killed(trial):
     trial("worker killed")
 
 
+@pytest.mark.extended
 def test_a_node_that_is_killed_is_replaced(trial):
     trial("node killed")
 
@@ -48,11 +50,13 @@ def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
     trial(f"{ranks}, {parallel}")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_can_be_resumed(trial, ranks):
     trial(f"last save, {ranks}")
 
 
+@pytest.mark.extended
 def test_sharded_weights_and_their_average_resume_exactly_and_equal_those_of_ddp(trial):
     trial("average")
 
@@ -61,11 +65,13 @@ def test_the_average_of_sharded_weights_is_evaluated_during_training(trial):
     trial("evaluated average")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_bf16_learns_the_same_on_two_ranks_as_on_one(trial, parallel):
     trial(f"bf16, {parallel}")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("rank, end", [(0, "hangs"), (1, "ends")])
 def test_a_rank_that_fails_between_two_exchanges_ends_the_others_within_seconds(trial, rank, end):
     trial(f"failed rank, {rank}, {end}")
