@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Use of a trained model": {
         "app": predict.app,
+        "predict": predict.predict,
         "fill": predict.fill,
         "reconstruct": predict.reconstruct,
         "embed": embed.embed,

@@ -1,4 +1,4 @@
-"""`mvlm reconstruct`, `mvlm fill` and `mvlm app`: questions to a trained model, in the terminal or on a web page."""
+"""`mvlm predict`, `reconstruct`, `fill` and `app`: questions to a trained model, in the terminal or on a web page."""
 
 import contextlib
 import os
@@ -9,6 +9,59 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 # Commands import what they need when they run, so that --help and errors are immediate.
+
+
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    /,
+    *,
+    text: tuple[str, ...] = (),
+    out: Path | None = None,
+    task: Path | None = None,
+    image_column: str = "image",
+    text_column: str = "text",
+    device: str = "auto",
+    precision: str = "auto",
+) -> None:
+    """Ask a fine-tuned model about new images: answers, entailment, captions, or what a task of your own predicts.
+
+    Without --out each prediction is a line. An image that cannot be used has an error in place of one.
+
+    Args:
+        run: Fine-tuned run, or one of its checkpoints.
+        images: Image files, folders of images, or tables (.csv, .tsv, .jsonl) whose rows name an image, relative to the
+            table, and a text.
+        text: Questions, hypotheses or statements, asked of each image.
+        out: File to write the predictions to: .json, .jsonl or .parquet.
+        task: Python file of the task, if it is your own.
+        image_column: Column of a table with the image; a list of images for a task with several a sample.
+        text_column: Column of a table with the text.
+        device: auto, cpu or cuda.
+        precision: auto, bf16 or fp32.
+    """
+    from mvlm.commands.arguments import check_no_input
+    from mvlm.errors import ConfigError
+    from mvlm.tasks.evaluate import load_model
+    from mvlm.tasks.predict import FORMATS, predicted, questions_of, write_rows
+
+    if out is not None and (out.suffix not in FORMATS or out.is_dir()):
+        raise ConfigError(f"out: wanted a file that ends in {', '.join(FORMATS)}, got {out}")
+    check_no_input(out, *images)
+    if not images:
+        raise ConfigError("images: wanted image files, folders or tables, got none")
+    model = load_model(run, device, precision, task=task)
+    together = model.task_for("predict").loader_options().get("strip", 1)
+    rows = []
+    for row in predicted(model, questions_of(images, text, together, image_column, text_column)):
+        rows.append(row)
+        if out is None:
+            values = [" ".join(value) if isinstance(value, list) else str(value) for value in row.values()]
+            print("\t".join(values), flush=True)
+    if out is not None:
+        write_rows(rows, out)
+        wrong = sum("error" in row for row in rows)
+        print(f"{out}: {len(rows) - wrong:,} predictions" + (f", {wrong:,} images left out" if wrong else ""))
 
 
 def reconstruct(

@@ -23,6 +23,7 @@ from mvlm.errors import ConfigError, whole_number
 from mvlm.evaluation.evaluate import Evaluation, default_rerank, evaluate
 from mvlm.evaluation.workspace import Workspace
 from mvlm.files import new_folder
+from mvlm.inference.answers import Strips, TaskWithHead, predictions
 from mvlm.inference.attention_maps import AttentionMaps, matching_gradcam, word_maps, word_spans
 from mvlm.inference.encode import (
     BATCH,
@@ -127,11 +128,19 @@ class TrainedModel:
     """auto, bf16 or fp32 (`mvlm.device.autocast`)."""
     source: Path | None
     """Checkpoint or exported folder that it was loaded from, if any."""
+    task: TaskWithHead | None
+    """The task that it was fine-tuned for, with its head; None without one."""
 
     def __init__(
-        self, network: MaskVLM, tokenizer: Tokenizer, precision: str = "auto", source: Path | None = None
+        self,
+        network: MaskVLM,
+        tokenizer: Tokenizer,
+        precision: str = "auto",
+        source: Path | None = None,
+        task: TaskWithHead | None = None,
     ) -> None:
         self.network, self.tokenizer, self.precision, self.source = network.eval(), tokenizer, precision, source
+        self.task = task
         chosen_precision(self.device, precision)  # raises for an unknown one
 
     @property
@@ -254,6 +263,53 @@ class TrainedModel:
         texts = (template.replace("{}", label) for label in labels for template in templates)
         embeddings = self.embed_texts(texts).unflatten(0, (len(labels), len(templates)))  # (m, templates, E)
         return F.normalize(embeddings.mean(1), dim=-1)
+
+    def predict(
+        self, images: Strips, texts: Texts | None = None, *, batch_size: int = BATCH, truncate: bool = False
+    ) -> list[dict[str, Any]]:
+        """What the model was fine-tuned to say of n samples: fields as in `mvlm eval TASK --predictions`, by sample.
+
+        {"answer": ...} of vqa, {"label": ...} of entailment and pairs, {"caption": ...} of caption.
+
+        Args:
+            images: one image with each of several texts, several images with one text, or as many images as texts. A
+                task with n images a sample takes a list of n images, or an iterable of such lists.
+            texts: questions, hypotheses or statements; None for captions.
+            truncate: cut texts to the model's length, as evaluation does, instead of an error.
+
+        Raises:
+            ConfigError: the model has no head (`mvlm finetune` trains one), or a text is refused.
+        """
+        task = self.task_for("predict")
+        batch_size = whole_number("batch_size", batch_size)
+        return list(predictions(task, self.tokenizer, images, texts, batch_size, truncate, self.precision))
+
+    def answer(self, image: ImageLike, question: str) -> str:
+        """The answer to a question about an image, of a model that was fine-tuned for vqa."""
+        self.task_for("answer", "vqa")
+        return self.predict(image, question)[0]["answer"]
+
+    def entails(self, image: ImageLike, text: str) -> str:
+        """entailment, neutral or contradiction: what an image says of a text, fine-tuned for entailment."""
+        self.task_for("entails", "entailment")
+        return self.predict(image, text)[0]["label"]
+
+    def caption(self, image: ImageLike) -> str:
+        """A caption of an image, of a model that was fine-tuned for caption."""
+        self.task_for("caption", "caption")
+        return self.predict(image)[0]["caption"]
+
+    def task_for(self, what: str, name: str | None = None) -> TaskWithHead:
+        """The task, for a method or command `what`. ConfigError if there is none with predictions, or not `name`'s."""
+        task = self.task
+        if task is None or task.name == "retrieval" or name not in (None, task.name):
+            found = "one without a task's head" if task is None else f"one of {task.name}"
+            wanted = name or "TASK"
+            raise ConfigError(
+                f"{what}: wanted a model that was fine-tuned for {name or 'a task with predictions'}, got {found}; "
+                f"`mvlm finetune {wanted}` makes one"
+            )
+        return task
 
     def fill(self, text: str, image: ImageLike, top: int = 5, steps: int = 1) -> FilledText:
         """Guess the [MASK] tokens of a text from the rest of it and from its image.

@@ -29,28 +29,9 @@ def load_model(
     image_size: int | None = None,
     text_length: int | None = None,
 ) -> TrainedModel:
-    """Load a trained model and its tokenizer.
-
-    The weights are the averaged ones (EMA) if the run kept them. Of a fine-tuned run, the network without the task's
-    head, which is logged.
-    A warning is logged if the model was trained without ITM.
-
-    Args:
-        path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
-            the Hugging Face hub, if there is no folder `owner` here.
-        device: auto (the GPU if there is one), cpu, cuda, or a `torch.device`.
-        precision: auto, bf16 or fp32 (`mvlm.device.autocast`).
-        image_size: side of images in pixels, for which position embeddings are resized. Default: as trained.
-        text_length: longest text in tokens, at most the trained one. Default: as trained.
-
-    Raises:
-        RunError: there is no such model, or it is damaged or of another kind; its settings, weights and tokenizer do
-            not fit each other; or its weights are not finite. Sizes are compared before a network is made.
-        PermissionError: a file of its checkpoint may not be read.
-        ConfigError: there is no such device, precision or size.
-    """
+    """As `mvlm.tasks.evaluate.load_model`, without the head of a fine-tuned run."""
     chosen = device if isinstance(device, torch.device) else choose_device(device)
-    folder, exported = _find_model(path)
+    folder, exported = find_model(path)
     if not exported:
         log_unfinished(Path(path), folder)
     config, tokenizer = read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)
@@ -59,10 +40,7 @@ def load_model(
     else:
         # A fine-tuned run keeps the network as the part `model` of its task.
         weights = folder / (EMA if (folder / EMA).is_dir() else MODEL)
-        task = read_state(folder).get("task")
-        prefix = "model." if task else ""
-        if task:
-            log.info("%s: the network without the head of the task %s", path, task["name"])
+        prefix = "model." if read_state(folder).get("task") else ""
     shapes = read_shapes(weights) if exported else read_folder_shapes(weights, prefix)
     check_sizes(config, shapes, folder / (CONFIG_FILE if exported else MODEL_CONFIG), weights)
     network = MaskVLM(config)
@@ -71,10 +49,15 @@ def load_model(
     else:
         read_tensors(weights, network.state_dict(), prefix)
         check_finite(network.state_dict(), weights)
-    if not network.matching_is_trained:
-        log.warning("%s: trained without ITM, so its matches and re-rankings mean nothing", path)
+    warn_without_itm(network, path)
     network = resized_model(network, image_size, text_length, trained=True)
     return TrainedModel(network.to(chosen), tokenizer, precision, folder)
+
+
+def warn_without_itm(network: MaskVLM, path: Path | str) -> None:
+    """Log a warning if the network was trained without ITM."""
+    if not network.matching_is_trained:
+        log.warning("%s: trained without ITM, so its matches and re-rankings mean nothing", path)
 
 
 def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMConfig, Tokenizer]:
@@ -103,7 +86,7 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
 
     RunError if there is no such model, or its tokenizer is damaged.
     """
-    folder, _ = _find_model(path)
+    folder, _ = find_model(path)
     return _read_tokenizer(folder)
 
 
@@ -120,7 +103,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         raise RunError(str(error)) from None
 
 
-def _find_model(source: Path | str) -> tuple[Path, bool]:
+def find_model(source: Path | str) -> tuple[Path, bool]:
     """Folder of the model that `source` names, and True if it is a portable one, False if it is a checkpoint."""
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(f"path: wanted a path or an id of the hub as a text, got {shown(source)}")

@@ -71,6 +71,7 @@ class Captioning(Task):
 
     name = "caption"
     main = "cider_d"
+    reads_texts = False
     unused = (
         "image_encoder.mask_token", "image_cross", "image_decoder", "pixel_head", "image_projection",
         "text_projection", "log_scale", "matching_head",

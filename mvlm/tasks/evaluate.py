@@ -1,6 +1,7 @@
 """The tasks by name, tasks loaded from finished runs, their predictions on a split, and their figures."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,23 +12,26 @@ from typing import Any
 import torch
 
 from mvlm.config.json_files import task_options
-from mvlm.device import autocast, chosen_precision
+from mvlm.device import autocast, choose_device, chosen_precision
 from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import ALONE, SAME_WORK, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.encode import BATCH, eval_loader
-from mvlm.inference.trained_model import hash_of
+from mvlm.inference.trained_model import TrainedModel, hash_of
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import WEIGHTS_FILE, check_sizes
 from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
-from mvlm.runs.folder import find_checkpoint
-from mvlm.runs.load import read_architecture
+from mvlm.runs.folder import find_checkpoint, log_unfinished
+from mvlm.runs.load import find_model, read_architecture, warn_without_itm
+from mvlm.runs.load import load_model as load_network
 from mvlm.tasks import task_names
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
+
+log = logging.getLogger(__name__)
 
 
 def find_task(name: str) -> type[Task]:
@@ -113,6 +117,52 @@ def load_task(
     check_finite(task.state_dict(), folder)
     task.set_tokenizer(tokenizer)
     return task.to(device).eval(), tokenizer
+
+
+def load_model(
+    path: Path | str,
+    device: torch.device | str = "auto",
+    precision: str = "auto",
+    image_size: int | None = None,
+    text_length: int | None = None,
+    task: Path | str | None = None,
+) -> TrainedModel:
+    """Load a trained model and its tokenizer, and of a fine-tuned run its task with the head.
+
+    The weights are the averaged ones (EMA) if the run kept them. A warning is logged if the model was trained without
+    ITM, and a line if it comes without the head that its run has.
+
+    Args:
+        path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
+            the Hugging Face hub, if there is no folder `owner` here.
+        device: auto (the GPU if there is one), cpu, cuda, or a `torch.device`.
+        precision: auto, bf16 or fp32 (`mvlm.device.autocast`).
+        image_size: side of images in pixels, for which position embeddings are resized. Default: as trained. A model of
+            another size has no head.
+        text_length: longest text in tokens, at most the trained one. Default: as trained. As for `image_size`.
+        task: the Python file that defines the run's task, if it is your own: a checkpoint names no code to run.
+
+    Raises:
+        RunError: there is no such model, or it is damaged or of another kind; its settings, weights and tokenizer do
+            not fit each other; or its weights are not finite. Sizes are compared before a network is made.
+        PermissionError: a file of its checkpoint may not be read.
+        ConfigError: there is no such device, precision or size, or no such file of a task.
+    """
+    kind = None if task is None else find_task(str(task))
+    folder, exported = find_model(path)
+    described = None if exported else described_task(folder)
+    if kind is not None and described is None:
+        raise RunError(f"{path}: wanted a run of the task {kind.name}, found a model without a task")
+    heads = task_names() if kind is None else (kind.name,)
+    if described is None or (kind is None and described["name"] not in heads) or image_size or text_length:
+        if described is not None:
+            log.info("%s: the network without the head of the task %s", path, described["name"])
+        return load_network(path, device, precision, image_size, text_length)
+    chosen = device if isinstance(device, torch.device) else choose_device(device)
+    log_unfinished(Path(path), folder)
+    loaded, tokenizer = load_task(folder, chosen, kind)
+    warn_without_itm(loaded.model, path)
+    return TrainedModel(loaded.model, tokenizer, precision, folder, loaded)
 
 
 @torch.no_grad()

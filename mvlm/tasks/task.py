@@ -74,6 +74,8 @@ class Task(nn.Module):
     whole_batch: ClassVar[bool] = False
     """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
     `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
+    reads_texts: ClassVar[bool] = True
+    """False if it predicts from the image alone."""
     shares: ClassVar[bool] = False
     """True if the task takes batches that have each image and each text once, as `fuse` does (`Batch.image_of`)."""
     unused: ClassVar[tuple[str, ...]] = (
