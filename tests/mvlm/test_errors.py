@@ -38,7 +38,7 @@ def test_a_command_without_its_package_is_refused_in_one_line(run_mvlm, monkeypa
 
 def test_a_name_of_the_face_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    for name in [name for name in sys.modules if name.startswith("mvlm.runs")]:
+    for name in [name for name in sys.modules if name.startswith(("mvlm.runs", "mvlm.tasks"))]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"mvlm\.load_model: wanted the package safetensors, .*'mvlm\[train\]'"):
         _ = mvlm.load_model

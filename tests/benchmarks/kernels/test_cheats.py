@@ -101,7 +101,8 @@ CHEATS = {  # cheat -> what the row says
     kept_output: ("REFUSED", "after new values were written into the inputs, the result 1 of 2 is off"),
     kept_gradient: ("WRONG", "the timed result of inputs 2 is off"),
     changed_input: ("REFUSED", "the inputs were changed"),
-    lambda: doubling(on_another_thread): ("WRONG", "the timed result of inputs 1 is off by inf"),
+    # The other thread may have written a part when the result is looked at.
+    lambda: doubling(on_another_thread): ("WRONG", "the timed result of inputs 1 is off by"),
     patched_timer: ("REFUSED", "time.perf_counter was replaced"),
 }
 
