@@ -48,7 +48,7 @@ TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
 PYTEST = TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
-## test            what a user relies on
+## test            what a user relies on: about ten minutes on two cores
 test: $(VENV)/.test
 	$(PYTEST) -m "not extended"
 
