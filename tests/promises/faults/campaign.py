@@ -143,7 +143,7 @@ def lost_rank(campaign: Campaign, out: Path, draw: random.Random) -> str:
     codes = campaign.run(out, ranks=2, faults={rank: fault}, stall_minutes=(4 if place == "stalled" else 30) / 60)
     require(0 not in codes, f"ended with {codes}: {end_of_log(out)}")
     if place == "killed":
-        require_log(out, f"mvlm: rank {1 - rank} lost another rank after step ")
+        require_log(out, f"mvlm: rank {1 - rank} lost another rank and ends too (")
     campaign.require_resume(out, 2)
     return f"rank {rank} {place}"
 
