@@ -26,7 +26,8 @@ def predict(
 ) -> None:
     """Ask a fine-tuned model about new images: answers, entailment, captions, or what a task of your own predicts.
 
-    Without --out each prediction is a line. An image that cannot be used has an error in place of one.
+    Without --out each prediction is a line. An image that cannot be used is named, and has an error in place of a
+    prediction in the file.
 
     Args:
         run: Fine-tuned run, or one of its checkpoints.
@@ -41,7 +42,7 @@ def predict(
         precision: auto, bf16 or fp32.
     """
     from mvlm.commands.arguments import check_no_input
-    from mvlm.errors import ConfigError
+    from mvlm.errors import ConfigError, RunError
     from mvlm.tasks.evaluate import load_model
     from mvlm.tasks.predict import FORMATS, predicted, questions_of, write_rows
 
@@ -55,12 +56,14 @@ def predict(
     rows = []
     for row in predicted(model, questions_of(images, text, together, image_column, text_column)):
         rows.append(row)
-        if out is None:
+        if out is None and "error" not in row:  # which has been logged
             values = [" ".join(value) if isinstance(value, list) else str(value) for value in row.values()]
             print("\t".join(values), flush=True)
+    wrong = sum("error" in row for row in rows)
+    if wrong == len(rows):
+        raise RunError(f"images: wanted one that can be used, found none of {wrong}; check the files")
     if out is not None:
         write_rows(rows, out)
-        wrong = sum("error" in row for row in rows)
         print(f"{out}: {len(rows) - wrong:,} predictions" + (f", {wrong:,} images left out" if wrong else ""))
 
 

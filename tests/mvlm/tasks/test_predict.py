@@ -178,6 +178,7 @@ def test_a_task_of_the_users_own_names_its_file(trained, asked, tmp_path, run_mv
     file = image_files(tmp_path / "images", asked / "entailment", 1)[0]
     words = ("predict", tmp_path / "run", file, "--text", "it rains", "--device", "cpu")
     assert run_mvlm(*words).code == 2
+    assert run_mvlm("predict", tmp_path / "run", own, *words[3:], "--task", own).code == 2  # no image
     done = run_mvlm(*words, "--task", own)
     assert done.code == 0
     assert done.out[-1].split("\t")[-1] in ("contradiction", "neutral", "entailment")
