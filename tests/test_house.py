@@ -111,6 +111,7 @@ def test_every_room_has_a_floor(package: str) -> None:
     assert rooms - {"__init__"} <= set().union(*FLOORS[package])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_go_down(package: str) -> None:
     """Or stay on a floor. Lazy imports and those for types count too."""

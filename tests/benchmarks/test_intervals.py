@@ -25,6 +25,7 @@ def test_interval_contains_the_true_ratio_about_as_often_as_it_says() -> None:
     assert equal.count(NO_DIFFERENCE) >= 176
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, covered", [(7, 0.88), (11, 0.94)])
 def test_an_interval_of_few_rounds_of_one_call_is_a_little_narrow(number: int, covered: float) -> None:
     """docs/evidence/loader.md states how narrow."""

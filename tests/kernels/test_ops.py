@@ -220,6 +220,7 @@ def test_modes_and_subclasses_see_the_op_and_get_the_same_bits(name: str):
                 assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
 
 
+@pytest.mark.slow
 @NAMES
 def test_a_tensor_left_over_from_a_transform_takes_the_op(name: str):
     row = ROWS[name]
@@ -232,6 +233,7 @@ def test_a_tensor_left_over_from_a_transform_takes_the_op(name: str):
     assert all(torch.equal(x, y) for x, y in zip(tree_leaves(got), tree_leaves(wanted), strict=True))
 
 
+@pytest.mark.slow
 @NAMES
 def test_autocast_is_the_same_with_and_without_the_dispatcher(name: str):
     row = ROWS[name].cast(torch.float32)

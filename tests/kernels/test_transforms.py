@@ -195,6 +195,7 @@ def test_second_derivative_by_the_weight_of_gelu_linear_where_h_is_constant(back
         penalized(lambda w: ours(h, w, None), [leaf], [leaf])
 
 
+@pytest.mark.slow
 @OPS
 def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
     skip_without_kernel(op, backend)

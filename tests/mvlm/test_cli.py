@@ -97,6 +97,7 @@ def test_a_mistake_is_answered_without_importing_torch():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_path_at_home_is_not_a_folder_named_tilde(tmp_path):
     """A shell leaves the ~ of `--out=~/run`."""
     environment = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -201,6 +201,7 @@ def test_malformed_exif_data_are_left_out() -> None:
         assert decode(content, LIMITS).height == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
     [

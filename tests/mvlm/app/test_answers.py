@@ -21,6 +21,7 @@ def image(heldout_split) -> Image.Image:
     return Image.open(io.BytesIO(heldout_split.image_bytes(2))).convert("RGB")
 
 
+@pytest.mark.slow
 def test_an_image_finds_itself_first(gallery, heldout_split, image) -> None:
     found = answers.search(gallery, "  ", image)
     assert len(found) == 8

@@ -87,6 +87,7 @@ def gate(page) -> Any:
     return gate_at(page, "127.0.0.1")
 
 
+@pytest.mark.slow
 def test_every_route_of_gradio_is_needed_or_does_not_exist(page, gate) -> None:
     from mvlm.app.server import gradio_app
 

@@ -8,6 +8,7 @@ from mvlm.errors import ConfigError
 PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, message",
     [

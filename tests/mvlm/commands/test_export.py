@@ -18,6 +18,7 @@ def test_folders_for_mvlm_and_for_the_hub(run_mvlm, trained, tmp_path, words):
     assert names(tmp_path / "out") == (HUB_FILES if words else HUB_FILES[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,6 +13,7 @@ from support.scenes import png, scene
 PRETRAIN = f"pretrain tiny {' '.join(MICRO_FLAGS)} --data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -116,6 +116,7 @@ def test_help_of_fine_tuning_shows_what_it_takes(capsys) -> None:
     assert len(shown) <= 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["max_bad_steps", "stall_minutes", "model.itc_width", "model.mask_token_id"])
 def test_a_setting_without_a_flag_is_taken_from_a_file_alone(name, tmp_path) -> None:
     from mvlm.commands.pretrain import parse_config

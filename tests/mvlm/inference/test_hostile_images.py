@@ -32,6 +32,7 @@ def found(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_each_is_refused_within_a_second_and_bounded_memory(found: list[dict[str, Any]]) -> None:
     assert len(found) > 3 * len(contents())
     for one in found:

@@ -79,6 +79,7 @@ def test_implementations_agree(case, sizes, lengths, duplicates):
     assert_implementations_agree(model, with_duplicates(batch) if duplicates else batch, masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_implementations_agree_on_images_without_a_visible_patch(backend):
     """`drop_masked` then encodes [CLS] alone."""

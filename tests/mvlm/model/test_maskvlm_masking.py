@@ -59,6 +59,7 @@ def caption_of_masked_tokens(batch: Batch, masks: Masks) -> torch.Tensor:
     return torch.tensor([int((batch.cu_seqlens[1:] <= t).sum()) for t in masks.token_ids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
 @pytest.mark.parametrize(
     ("change", "predicted", "target", "changed"),

@@ -70,6 +70,7 @@ def metrics_of(card: str) -> list[dict[str, Any]]:
     return [metric for result in model["results"] for metric in result["metrics"]]
 
 
+@pytest.mark.slow
 def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy, figures):
     card = card_of(run_copy, figures)
     for said in (
@@ -89,6 +90,7 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy, f
     assert "| lr_muon | 0.03 |" in card_of(run_copy, optimizer="muon", lr_muon=0.03)
 
 
+@pytest.mark.slow
 def test_the_card_of_a_model_without_itm_does_not_claim_it(without_itm, tmp_path, figures):
     """Neither in words nor in what the hub reads: a re-ranked figure there is one of ITC."""
     card = card_of(Path(shutil.copytree(without_itm, tmp_path / "run")), figures | {"reranked": 0})
@@ -113,6 +115,7 @@ def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(r
         assert unsaid not in card
 
 
+@pytest.mark.slow
 def test_figures_are_stated_of_this_model_and_its_data_alone(run_copy, figures):
     first = load_model(run_copy / "checkpoints/step_00000001", "cpu")
     tuned = {"task": "vqa", "split": "test", "checkpoint": "runs/demo", "accuracy": 60.0, "records": []}
@@ -135,6 +138,7 @@ def test_figures_are_stated_of_this_model_and_its_data_alone(run_copy, figures):
     assert "Step 1, 8 pairs seen" in card
 
 
+@pytest.mark.slow
 def test_a_damaged_evaluation_is_refused(run_copy, figures):
     for content in (
         [1], "text", {}, figures | {"tr": {}}, figures | {"tr_95": None}, figures | {"gain_text_nats_95": [1]},

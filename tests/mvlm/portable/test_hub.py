@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
 
 
+@pytest.mark.slow
 def test_an_upload_is_one_commit_of_the_folder_and_loads_again(trained, tmp_path):
     with serve_model_hub() as hub:
         load_model(trained, "cpu").export(tmp_path / "out", "hub", hub_id="someone/demo")

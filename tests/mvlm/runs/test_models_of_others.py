@@ -86,6 +86,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SETTINGS, ids=str)
 def test_settings_that_are_not_those_of_the_weights_are_refused_before_a_network_is_made(copy, monkeypatch, change):
     folders = {form: copy(form) for form in FORMS}
@@ -110,6 +111,7 @@ def test_settings_that_no_model_has_are_refused(copy, form, change, word):
 ARCHITECTURES = [*product((False, True), ("pre", "post"), ("softmax", "sigmoid"), (0, 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling, norm, form, added", ARCHITECTURES)
 def test_the_shapes_of_a_configuration_are_those_of_its_network(pooling, norm, form, added):
     config = micro_config(
@@ -139,6 +141,7 @@ def test_weights_that_are_no_floats_are_refused(copy, form, kind, number):
     refuse(folder, "floats", {b"I32": "torch.int32", b"U32": "torch.uint32"}[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["log_scale", "text_encoder.words.weight", "image_decoder.blocks.1.norm3.bias"])
@@ -156,6 +159,7 @@ def test_weights_that_are_not_finite_are_refused(copy, form, name, value):
         refuse(folder, "finite", name, load=MaskVLM.from_pretrained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_of_other_floats_are_loaded_as_they_are(copy, form, kind):

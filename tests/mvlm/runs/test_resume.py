@@ -64,6 +64,7 @@ EDITS = {
 """What happens to the metrics of a run of three steps -> the step that it resumes from, and what is said."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_a_run_resumes_where_its_rows_reach(cut, name, caplog):
     edit, step, said = EDITS[name]
@@ -108,6 +109,7 @@ def test_a_damaged_checkpoint_and_missing_rows_are_both_passed_over(cut, caplog)
     assert "up to the checkpoint of step 2, found none of step 2; they are made again, after step 1" in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_between_those_that_are_due_are_missed_too(scenes, tmp_path, monkeypatch, without_tensorboard, caplog):
     """A stop after the third step has a row, though rows are due every second step."""
     config = pretrain_config(scenes, tmp_path / "run", max_steps=6, log_every=2, checkpoint_every_steps=2)

@@ -45,6 +45,7 @@ def test_a_process_that_fails_is_named(python) -> None:
         run_jobs(["study.toml"], (1, 1), 3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_each_process_once(tmp_path) -> None:
     """A terminal sends SIGINT to the whole group of processes. A trial that got a second signal would not save."""
     program = tmp_path / "python"

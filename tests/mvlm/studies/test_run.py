@@ -217,6 +217,7 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
         plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_does_not_stop_the_others(scenes, tmp_path: Path, monkeypatch) -> None:
     ran = []
 

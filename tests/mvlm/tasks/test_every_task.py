@@ -264,6 +264,7 @@ def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ran
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @every_form
 def test_a_weighted_view_has_the_targets_of_each_sample_twice(trained, data, tmp_path, form):
     """Those with ids are not scored: two predictions for one id are not those of a benchmark."""

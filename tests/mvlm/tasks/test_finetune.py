@@ -44,6 +44,7 @@ def test_first_loss_is_that_of_the_answers_frequencies(trained, questions, tmp_p
     assert "temperature" not in row
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_without_its_pretrained_model(run_copy, questions, tmp_path):
     """Also if the newest of its own checkpoints is damaged."""
     settings: dict[str, Any] = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "log_every": 1}
@@ -184,6 +185,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, message", REFUSED)
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     trained, questions, scenes, tmp_path, changes, message
@@ -202,6 +204,7 @@ def test_words_of_a_command_that_do_not_fit_are_refused(run_mvlm, tmp_path):
     assert_refused(run_mvlm("finetune", "vqa", "huge", "--out", "run"), "tiny, base", "huge")
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run_is_refused(trained, run_copy, questions, tmp_path):
     with pytest.raises(RunError, match="pretraining run"):
         load_task(trained)
@@ -254,6 +257,7 @@ def test_a_run_with_an_option_that_is_gone_is_refused(trained, questions, tmp_pa
             call()
 
 
+@pytest.mark.slow
 def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tmp_path, monkeypatch):
     """Of any share of the words, so that some captions are fully masked, as generation begins."""
     pretraining = micro_config(whole_word_masking=True, image_masking="variable")
@@ -270,6 +274,7 @@ def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tm
     assert whole
 
 
+@pytest.mark.slow
 def test_an_exported_folder_has_no_head(trained, questions, tmp_path):
     finetune(configured(trained, questions, tmp_path / "run", "vqa"))
     load_model(tmp_path / "run", "cpu").save(tmp_path / "model")

@@ -54,6 +54,7 @@ def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvl
     assert "found one of counting; name that task, or the file that defines it" in other.err[-1]
 
 
+@pytest.mark.slow
 def test_a_head_with_buffers_and_tied_weights_is_averaged_and_loaded(trained, counts, tmp_path):
     """Only parameters are averaged, each by one name. All else is that of the model after the last step."""
     linear = "nn.Linear(3 * model.config.width, 1)"

@@ -74,6 +74,7 @@ def test_other_data_are_refused(tmp_path, records, message):
         Pairs.labelled(write(tmp_path / "data", records))
 
 
+@pytest.mark.slow
 def test_other_numbers_of_images_labels_in_another_order_and_augmentations_are_refused(
     trained, data, tmp_path, run_mvlm
 ):

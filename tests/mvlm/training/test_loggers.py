@@ -105,6 +105,7 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
     assert [row["step"] for row in rows_of(config.out)] == [3, 4]
 
 
+@pytest.mark.slow
 def test_services_that_started_are_ended_if_another_cannot(scenes, tmp_path, monkeypatch, without_tensorboard):
     """W&B writes into the run's folder before the run has a config.json."""
     finished = []

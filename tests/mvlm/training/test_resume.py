@@ -119,6 +119,7 @@ def test_resume_with_another_tokenizer_is_refused(scenes, tmp_path, train_split,
     assert folder_hash(config.out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "ema"])
 def test_resume_from_weights_that_are_not_finite_is_refused(scenes, tmp_path, part, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", ema_decay=0.9, checkpoint_every_steps=1)
@@ -143,6 +144,7 @@ def test_resume_of_another_architecture_is_refused(scenes, run_copy):
     assert folder_hash(run_copy) == before
 
 
+@pytest.mark.slow
 def test_the_time_of_a_run_has_the_steps_between_its_last_row_and_a_stop(
     scenes, tmp_path, monkeypatch, without_tensorboard
 ):

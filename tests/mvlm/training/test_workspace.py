@@ -36,6 +36,7 @@ def folders(monkeypatch) -> list[Path | None]:
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [pytest.param(None, marks=pytest.mark.extended), "retrieval"])
 def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, tmp_path, folders, monkeypatch, task):
     # Two ranks add in another order than one. In bf16 that is far more than the tolerance below.
@@ -62,6 +63,7 @@ def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, t
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_features_stay_in_memory_if_the_disk_has_no_room(scenes, tmp_path, folders, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, 2 * NEEDED))

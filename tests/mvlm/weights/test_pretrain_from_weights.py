@@ -112,6 +112,7 @@ def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, sce
         make_model(pretrain_config(scenes, tmp_path / "run", model=wider, initial_model=trained), fresh=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])
 def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, scenes, tmp_path, change):
     model = replace(load_model(trained).network.config, **change)
