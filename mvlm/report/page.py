@@ -60,8 +60,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
 
 def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tuple[Dataset, dict[str, Any]]:
     """The split of the examples, and values of the sections on retrieval, masked inputs and embeddings."""
-    words = f"--checkpoint {folder.path} --data {data or config['data']} --out {folder.evaluation}"
-    with figures_of(folder.evaluation, f"mvlm eval retrieval {words}") as found:
+    with figures_of(folder.evaluation, folder.evaluation_command(data or config["data"])) as found:
         tables = {
             "recalls": figures.recalls(found),
             "objectives": figures.objectives(found),
@@ -101,7 +100,7 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tu
     """The split of the examples, and values of the sections on a task's figures and samples."""
     name = (read_state(find_checkpoint(folder.path)).get("task") or {}).get("name", config["task"])
     file = folder.evaluation
-    command = f"mvlm eval {config['task']} --checkpoint {folder.path} --data {data or config['data']} --out {file}"
+    command = folder.evaluation_command(data or config["data"], config["task"])
     found = figures.read_evaluation(file, name, command)
     evaluations = {file.stem: found, **figures.other_evaluations(file, name)}
     given = {option: found[option] for option in figures.OPTIONS if option in found}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +51,11 @@ class RunFolder:
     def stalled(self, rank: int) -> Path:
         """Stacks of a rank's threads, written when the watchdog ends it."""
         return self.path / f"stalled_rank_{rank:05d}.txt"
+
+    def evaluation_command(self, data: Path, task: str = "retrieval", split: str = "test") -> str:
+        """The command that writes the figures that `mvlm report` reads."""
+        words = ["mvlm", "eval", task, "--checkpoint", self.path, "--data", data, "--out", self.evaluation]
+        return shlex.join(map(str, words if split == "test" else [*words, "--split", split]))
 
 
 def find_run(source: Path) -> RunFolder | None:

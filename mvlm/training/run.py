@@ -6,6 +6,8 @@ loader and the model that they build are below.
 
 import gc
 import logging
+import shlex
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -24,6 +26,7 @@ from mvlm.errors import ConfigError
 from mvlm.files import copy_into
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.progress import format_duration
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
@@ -34,7 +37,7 @@ from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
 from mvlm.weights.load import load_image_weights, load_text_weights
-from mvlm.weights.resize import resized_tensors
+from mvlm.weights.resize import log_sizes, resized_tensors
 from mvlm_dataloading import (
     Augment,
     DataError,
@@ -85,16 +88,18 @@ def do_run(
 
     Returns what asked it to stop, as `pretrain`.
     """
+    began = time.monotonic()
     world = join_ranks(config.device)
     kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
-        if trainer.complete:
-            log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
-        else:
+        first_step = trainer.step
+        if not trainer.complete:
             record_start(trainer)
             advice = "Continue from the last checkpoint with --resume"
             with naming_lost_ranks(world, trainer.notices.failure, advice):
                 trainer.train()
+        if trainer.complete and world.first:
+            _log_end(trainer, trainer.step - first_step, time.monotonic() - began)
         reason = trainer.stop.reason
     # Before the process group. If DDP's reducer were the last to hold the group, its destructor could wait for a thread
     # that waits for the GIL, and the rank would never end (torch 2.13, gloo).
@@ -102,6 +107,18 @@ def do_run(
     gc.collect()  # what a cycle of objects still holds
     world.close()
     return reason
+
+
+def _log_end(trainer: Trainer, steps: int, seconds: float) -> None:
+    """Log that the run is complete, how long this process took for its `steps`, and what can be done next."""
+    config, splits = trainer.config, trainer.loader.dataset.splits
+    split = next((name for name in ("test", "validation") if name in splits), splits[0])
+    log.info(
+        "%s is complete: %d of %d steps, %d of them in %s; next: %s, and then mvlm report %s",
+        config.out, trainer.step, config.max_steps, steps, format_duration(seconds),
+        RunFolder(config.out).evaluation_command(config.data, getattr(config, "task", "retrieval"), split),
+        shlex.quote(str(config.out)),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -192,7 +209,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     assert isinstance(config, PretrainConfig)
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
-    model = make_model(config, fresh=not checkpoint).to(world.device)
+    model = make_model(config, fresh=not checkpoint, say_sizes=world.first).to(world.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.capture == "compile":
@@ -283,8 +300,10 @@ def check_attention(config: RunConfig) -> None:
     choose_for_model(config.model, device, dtype, config.self_attention, config.cross_attention)
 
 
-def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
+def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> MaskVLM:
     """Make the model. A fresh one has the weights that the settings name: of a trained model, or of encoders.
+
+    `say_sizes` logs which sizes differ from the trained model's.
 
     RunError if they do not fit, ConfigError if the architecture differs from the trained model's.
     """
@@ -302,6 +321,8 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
                 raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
         # The trained model's own masking need not fit the new size: this run has its own.
         copy_into(model.state_dict(), resized_tensors(trained, model), config.initial_model)
+        if say_sizes:
+            log_sizes(trained.config, config.model)
     if fresh and config.image_weights is not None:
         load_image_weights(model, config.image_weights)
     if fresh and config.text_weights is not None:

@@ -26,7 +26,7 @@ def resized_model(
 
     Positions of the image are interpolated on their grid (bicubic, as in timm); [CLS] keeps its own. Positions of the
     text are the first ones; those past the pretrained length start from random values, as in pretraining. The log says
-    what was resized.
+    which sizes change.
 
     Args:
         image_size: side in pixels; None for the model's.
@@ -48,13 +48,14 @@ def resized_model(
     position = model.image_encoder.position
     resized = MaskVLM(config).to(position.device, position.dtype)
     resized.load_state_dict(resized_tensors(model, resized))
+    log_sizes(before, config)
     for name, parameter in model.named_parameters():
         resized.get_parameter(name).requires_grad_(parameter.requires_grad)
     return resized.train(model.training)
 
 
 def resized_tensors(model: MaskVLM, wanted: MaskVLM) -> dict[str, Tensor]:
-    """All tensors of a model, its positions resized to the sizes of the model `wanted`. The log says what was resized.
+    """All tensors of a model, its positions resized to the sizes of the model `wanted`.
 
     Tensors of another architecture keep their shapes.
     """
@@ -65,10 +66,17 @@ def resized_tensors(model: MaskVLM, wanted: MaskVLM) -> dict[str, Tensor]:
     if text.shape[1:] == fresh.shape[1:]:
         length = min(len(text), len(fresh))
         tensors[TEXT] = torch.cat([text[:length], fresh[length:].to(text.dtype)])
-    for name, old in ((IMAGE, image), (TEXT, text)):
-        if tensors[name].shape != old.shape:
-            log.info("%s: resized from %s to %s", name, tuple(old.shape), tuple(tensors[name].shape))
     return tensors
+
+
+def log_sizes(before: MaskVLMConfig, after: MaskVLMConfig) -> None:
+    """Log which sizes of a model's inputs change."""
+    for name, unit in (("image_size", "pixels"), ("text_length", "tokens")):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            log.info(
+                "%s: %d %s, where the model was trained with %d; position embeddings are resized", name, new, unit, old
+            )
 
 
 def resized_config(

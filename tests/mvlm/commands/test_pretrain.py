@@ -1,6 +1,7 @@
 """`mvlm pretrain`: broken data, folders that are in use, settings, resuming, and repeating a run."""
 
 import json
+import shlex
 
 import pytest
 
@@ -32,7 +33,9 @@ def test_pretraining_skips_a_few_undecodable_images_and_stops_at_many(run_mvlm, 
         "pretrain", "tiny", "--data", scenes_copy, "--out", tmp_path / "one", *MICRO_FLAGS, "--max-steps", 5
     )
     assert outcome.code == 0
-    assert [line.split(":")[0] for line in outcome.err] == ["skipped an image that cannot be decoded"]
+    skipped, end = outcome.err
+    assert skipped.split(":")[0] == "skipped an image that cannot be decoded"
+    assert end.startswith(f"{tmp_path / 'one'} is complete: 5 of 5 steps, 5 of them in ")
     assert read_metrics(tmp_path / "one/metrics.jsonl")[-1]["skipped"] == 1
 
     overwrite(open_dataset(scenes_copy, "train"), "image", [9])
@@ -48,12 +51,19 @@ def test_pretraining_skips_a_few_undecodable_images_and_stops_at_many(run_mvlm, 
 
 @pytest.mark.slow
 def test_a_refused_run_leaves_its_folder_free(run_mvlm, scenes, tmp_path):
-    """Settings that are found wrong only when the run is put together; the corrected command is given then."""
+    """Settings that are found wrong only when the run is put together; the corrected command is given then.
+
+    It ends with the command that evaluates the run.
+    """
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS)
     outcome = run_mvlm(*words, "--accumulate", 3)
     assert_refused(outcome, "batch_size: wanted a multiple of 1 ranks x 3 microbatches = 3, got 8")
     assert not list(tmp_path.rglob("*.json*"))
-    assert run_mvlm(*words, "--accumulate", 2).code == 0
+    outcome = run_mvlm(*words, "--accumulate", 2)
+    assert outcome.code == 0
+    command = outcome.err[-1].partition("; next: ")[2].partition(", and then ")[0]
+    assert run_mvlm(*shlex.split(command)[1:]).code == 0
+    assert (tmp_path / "run/eval/test.json").is_file()
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, without_tensorboard):
+def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, without_tensorboard, caplog):
     """At a learning rate of zero all weights are the trained ones. The tokenizer is the trained model's."""
     pretrain(pretrain_config(scenes, tmp_path / "first"))
     loaded = load_model(tmp_path / "first")
@@ -71,7 +71,9 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, with
 
     # Images of another size: the positions are resized, all else stays.
     small = micro_config(image_size=micro_config().image_size // 2)
-    pretrain(pretrain_config(other, tmp_path / "small", model=small, **settings))
+    with caplog.at_level("INFO"):
+        pretrain(pretrain_config(other, tmp_path / "small", model=small, **settings))
+    assert caplog.text.count("image_size: 16 pixels, where the model was trained with 32") == 1
     resized = load_model(tmp_path / "small").network
     changed = [n for n, t in first.state_dict().items() if not torch.equal(t, resized.state_dict().get(n, t[:0]))]
     assert changed == ["image_encoder.position"]
