@@ -34,27 +34,27 @@ Images = ImageLike | Iterable[ImageLike]
 T = TypeVar("T")
 
 
-def load_image(image: ImageLike, side: int, name: str | None = None) -> Tensor:
+def load_image(image: ImageLike, side: int, name: str | None = None, limits: ImageLimits = LIMITS) -> Tensor:
     """An image as uint8 (3, S, S), squeezed to a square of `side` pixels, turned as its EXIF data say.
 
     The resize is the loader's (bilinear, antialiased), so a PNG has the pixels that it has in a data set. Transparent
     areas become white, as where a data set is built; in tars that are used in place they are not. A JPEG that would
-    take more memory than `LIMITS` allow is decoded at 1/2, 1/4 or 1/8 of its sides.
+    take more memory than `limits` allow is decoded at 1/2, 1/4 or 1/8 of its sides.
 
     Args:
         name: noun for the image in an error. Default: its path, or "image".
 
     Raises:
-        RunError: the image is missing, is not a whole image, or is beyond `LIMITS`.
+        RunError: the image is missing, is not a whole image, or is beyond `limits`.
     """
     with _refusals(image, name):
         if not isinstance(image, np.ndarray | Tensor):
-            return torch.from_numpy(_squeezed(_decoded(image, name, LIMITS, 3 * side), side))
+            return torch.from_numpy(_squeezed(_decoded(image, name, limits, 3 * side), side))
         if isinstance(image, Tensor):
             _check_dense(image, name or "image")
         height, width = _size_of(image)
-        check_size(width, height, LIMITS)
-        check_memory(width, height, 3 * side * height, LIMITS)
+        check_size(width, height, limits)
+        check_memory(width, height, 3 * side * height, limits)
         return torch.from_numpy(Resize(side, 1, planes=True)([_as_rgb(image, name or "image")])[0])
 
 

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.images import LIMITS, load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.build.image_check import EXTENSIONS
 from mvlm_dataloading.captions import clean_line
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
@@ -29,8 +30,10 @@ from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.images.decode import read_image_file
 from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
+from mvlm_dataloading.sources.folder import LISTED
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+STORED = replace(LIMITS, kinds=tuple(EXTENSIONS))
+"""Limits of an image in a folder: the formats are those that a data set of the folder would have."""
 MAX_SIDECAR = 1 << 20  # bytes
 
 
@@ -165,7 +168,7 @@ class FolderCollection:
             str(self.paths[i]).encode()
         except UnicodeEncodeError:
             raise RunError(f"{self.paths[i]}: wanted a file name in UTF-8, found other bytes; rename it") from None
-        return self.item(i), load_image(self.paths[i], side)
+        return self.item(i), load_image(self.paths[i], side, limits=STORED)
 
 
 Collection = DataCollection | FolderCollection
@@ -208,7 +211,7 @@ def open_collection(path: Path | str, splits: list[str] | None = None) -> Collec
     if splits:
         raise RunError(f"{path}: wanted a data set, which has splits, found a folder of images; leave out the splits")
     folder = Path(path).resolve()
-    paths = [file for file in files_under(folder) if file.suffix.lower() in IMAGE_EXTENSIONS]
+    paths = [file for file in files_under(folder) if file.suffix.lower() in LISTED]
     if not paths:
         raise RunError(f"{path}: wanted a data set or a folder of images, found no image in it; check the path")
     return FolderCollection(folder, paths)

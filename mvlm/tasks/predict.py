@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.encode import BATCH
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.search.collection import IMAGE_EXTENSIONS
 from mvlm_dataloading.files import replaced, write_file, write_json
 from mvlm_dataloading.sources.files import files_under, read_rows
+from mvlm_dataloading.sources.folder import LISTED
 
 log = logging.getLogger(__name__)
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -60,7 +60,7 @@ def questions_of(
                 for line in [str(text)] if text is not None else texts or (None,):
                     yield Question(files, line)
         elif path.is_dir():
-            found = [file for file in files_under(path) if file.suffix.lower() in IMAGE_EXTENSIONS]
+            found = [file for file in files_under(path) if file.suffix.lower() in LISTED]
             if not found:
                 raise RunError(f"{path}: wanted a folder of images, found no image in it; check the path")
             images += found

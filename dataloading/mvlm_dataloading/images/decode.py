@@ -110,6 +110,8 @@ def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_sh
     if len(content) > limits.max_bytes:
         raise too_many_bytes(limits.max_bytes, len(content))
     header = read_image_header(content)
+    if header.kind not in limits.kinds:
+        raise ImageRefusedError("format", f"wanted {', '.join(limits.kinds)}, found {header.kind}; convert it")
     check_size(header.width, header.height, limits)
     if header.raw_bytes > _DEFLATE * (header.data_bytes + 1):
         raise unreadable(f"{len(content)} bytes cannot hold {header.width} x {header.height} pixels")

@@ -17,6 +17,8 @@ class ImageLimits:
     """Longer side: as long as a JPEG can have."""
     max_memory: int | None = 400_000_000
     """Bytes that decoding and resizing it take, its file not counted; None for as many as `max_pixels` allow."""
+    kinds: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    """Formats, named as `ImageHeader.kind`."""
 
 
 MAX_BLOCKS = 1_000

@@ -1,16 +1,18 @@
 """Published files: where they lie, and readers of annotations in JSON, large JSON lists, CSV and JSONL.
 
 In JSON lists, CSV and JSONL, invalid UTF-8 bytes are read as lone surrogates (surrogateescape). `clean_captions` drops
-captions that contain one.
+captions that contain one. The log names the first line of a table with such bytes.
 """
 
 import csv
 import json
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mvlm_dataloading.files import read_regular
 
 from .record import canonical_split, require_file
 
+log = logging.getLogger(__name__)
 CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 
@@ -70,6 +73,8 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
     """Yield the rows of a table: `.jsonl` or `.ndjson` with one object per line, else CSV or TSV with a header.
 
     Args:
+        delimiter: what separates cells. Default: the comma (of .tsv the tab), the semicolon or the tab, whichever the
+            header has most of.
         lines: one JSON object per line, whatever the name of the file.
 
     Raises:
@@ -78,7 +83,8 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
     with require_file(file).open("rb") as start:
         if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{file}: wanted a table in UTF-8, found UTF-16; save it as UTF-8")
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        text = _lines_of(opened, file)
         if lines or file.suffix.lower() in (".jsonl", ".ndjson"):
             for number, line in enumerate(text, 1):
                 if not line.strip():
@@ -93,7 +99,13 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
             return
         csv.field_size_limit(1 << 24)
         line = 0
-        delimiter = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
+        header = next(text, "")
+        text = chain([header], text)
+        if delimiter is None:
+            usual = "\t" if file.suffix.lower() == ".tsv" else ","
+            delimiter = max((usual, ",", ";", "\t"), key=header.count)
+            if delimiter != usual:
+                log.info("%s: cells are separated by %r, as in the header", file, delimiter)
         try:
             # Rows may contain NUL bytes: `clean_captions` removes them. Without `strict`, a cell with a stray quote
             # would take in the rows after it.
@@ -114,6 +126,20 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
                 f"{file} line {line + 1}: wanted a table, found {error}; a quote within a cell is written twice, in a "
                 f"cell that is quoted"
             ) from None
+
+
+def _lines_of(text: Iterable[str], file: Path) -> Iterator[str]:
+    """The lines of a table. A warning names the first that is not UTF-8."""
+    said = False
+    for number, line in enumerate(text, 1):
+        if not (said or line.isascii()) and re.search("[\udc80-\udcff]", line):
+            log.warning(
+                "%s line %d: wanted UTF-8, found other bytes, as in a table that a spreadsheet saved in Latin-1; "
+                "captions with such letters are rejected: save it as CSV UTF-8",
+                file, number,
+            )  # fmt: skip
+            said = True
+        yield line
 
 
 def files_under(folder: Path) -> list[Path]:

@@ -28,8 +28,8 @@ from .record import (
 )
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# Listed too, so that such files are rejected with a reason and not passed over in silence.
-_OTHER_IMAGES = (".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
+LISTED = (*IMAGE_EXTENSIONS, ".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
+"""Names of images. Those of other formats are rejected with a reason, and not passed over in silence."""
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _MAX_TEXT = 1 << 22
 
@@ -104,7 +104,7 @@ def _split_of_folder(images: Path, name: str) -> str | None:
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
     # `published_files` sorts, so the order does not depend on the file system.
-    paths = [path for path in published_files(images) if path.suffix.lower() in IMAGE_EXTENSIONS + _OTHER_IMAGES]
+    paths = [path for path in published_files(images) if path.suffix.lower() in LISTED]
     return [(_with_text_file(images, path), None) for path in paths]
 
 

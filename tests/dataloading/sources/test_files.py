@@ -76,3 +76,21 @@ def test_tables_tolerate_common_download_errors(tmp_path):
     )
     rows = list(read_rows(tmp_path / "a.csv"))
     assert [row["caption"].replace("\0", " ") for row in rows] == ['two\nlines, "quoted"', "nul byte"]
+
+
+@pytest.mark.parametrize("name, between", [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ","), ("a.tsv", ";")])
+def test_tables_of_spreadsheets_are_read_by_their_header(tmp_path, caplog, name, between):
+    """Cells may hold what separates others elsewhere. The log says what was found."""
+    lines = [f"Datei{between}Text", f'a.jpg{between}"a; b, c"', f'b.jpg{between}"un café"']
+    file = tmp_path / name
+    file.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8", newline="")
+    with caplog.at_level("INFO"):
+        rows = list(read_rows(file))
+    assert rows == [{"Datei": "a.jpg", "Text": "a; b, c"}, {"Datei": "b.jpg", "Text": "un café"}]
+    assert repr(between) in caplog.text
+    file.write_bytes("\r\n".join([*lines, lines[-1]]).encode("cp1252"))
+    assert list(read_rows(file))[-1]["Text"] == "un caf\udce9"
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"{file} line 3: wanted UTF-8, found other bytes, as in a table that a spreadsheet saved in Latin-1; captions "
+        "with such letters are rejected: save it as CSV UTF-8"
+    ]

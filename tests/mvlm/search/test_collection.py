@@ -6,6 +6,9 @@ import pytest
 from mvlm.errors import RunError
 from mvlm.search.collection import FolderCollection, open_collection
 from mvlm_dataloading import DataError
+from mvlm_dataloading.sources.folder import folder
+from support import published
+from support.data import build_source
 from support.scenes import scene
 
 
@@ -34,6 +37,21 @@ def test_captions_of_a_folder_are_lines_as_in_a_data_set(pictures):
         assert isinstance(found, FolderCollection)
         (item,) = [item for item in map(found.item, range(10)) if item.id == "3.png"]
         assert (item.captions, item.metadata) == (captions, {"number": 3})
+
+
+def test_a_folder_has_the_images_that_a_data_set_of_it_has(tmp_path):
+    """Formats follow from the contents, and what is left out has a reason."""
+    kinds = {"a.jpg": "JPEG", "b.GIF": "GIF", "c.bmp": "BMP", "d.tiff": "TIFF", "e.png": "GIF", "f.jfif": "JPEG"}
+    for i, (name, kind) in enumerate(kinds.items()):
+        published.make_image(i).save(tmp_path / name, kind)
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    found = open_collection(tmp_path)
+    assert isinstance(found, FolderCollection)
+    reasons = {found.id(i): found.why_left_out(i) for i in range(len(found))}
+    left_out = {name for name, reason in reasons.items() if f"found {kinds[name]}; convert" in reason}
+    assert left_out == {name for name, kind in kinds.items() if kind != "JPEG"}
+    taken = reasons.keys() - left_out
+    assert {name[0] for name in taken} == {key[0] for key in build_source(folder(tmp_path), tmp_path / "out")["train"]}
 
 
 def test_a_collection_opens_again_from_its_source(scenes, pictures):
