@@ -2,7 +2,11 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 # Controls of writing direction (marks, embeddings, overrides, isolates) reorder or hide text.
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -36,6 +40,43 @@ def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | 
 def clean_line(text: str) -> str:
     """A text on one line: white space and control characters become single blanks, those of direction are removed."""
     return " ".join(_CONTROL.sub(" ", _BIDI.sub("", text)).split())
+
+
+def same_words(text: str) -> str:
+    """A text for comparison: texts that differ in blanks or case alone are equal."""
+    return " ".join(text.split()).casefold()
+
+
+def first_captions(captions: Iterable[str]) -> list[int]:
+    """Number of the first caption with the words of each, by `same_words`."""
+    known: dict[str, int] = {}
+    return [known.setdefault(same_words(caption), i) for i, caption in enumerate(captions)]
+
+
+class Repeats(NamedTuple):
+    """Captions whose words another image has too, and the R@1 of a perfect model if exact pairs alone were right."""
+
+    captions: int
+    image_to_text: float
+    """Per cent of the images that have a caption of their own: a tie is no success."""
+    text_to_image: float
+    """Per cent of the captions that one image alone has."""
+
+
+def repeats(words: ArrayLike, images: ArrayLike) -> Repeats:
+    """Count repeated captions.
+
+    Args:
+        words: int (T,), equal for captions of equal words.
+        images: int (T,), image of each caption.
+    """
+    words, images = np.asarray(words), np.asarray(images)
+    different = np.unique(np.stack([words, images], axis=1), axis=0)
+    found, owners = np.unique(different[:, 0], return_counts=True)
+    alone = owners[np.searchsorted(found, words)] == 1
+    with_own = len(np.unique(images[alone])) / max(1, len(np.unique(images)))
+    shares = (round(100 * share, 2) for share in (with_own, float(alone.mean()) if len(alone) else 0.0))
+    return Repeats(int((~alone).sum()), *shares)
 
 
 def is_visible(text: str) -> bool:

@@ -22,34 +22,47 @@ from mvlm.model.fast import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.statistics import grouped_bootstrap
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
+from mvlm_dataloading.captions import first_captions
 from mvlm_dataloading.dataset.dataset import first_samples
 from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks
 
 RESAMPLES = 1000
 
 
-def wrong_partners(number: int, seed: int = 0, image: Tensor | None = None) -> Tensor:
-    """A wrong partner for each sample, int64 (number,): the next one of another image in a random cycle over all.
+def wrong_partners(number: int, seed: int = 0, image: Tensor | None = None, words: Tensor | None = None) -> Tensor:
+    """A wrong partner for each sample, int64 (number,): the next with another image and caption in a random cycle.
 
-    Without repeated images each sample is a partner once. With one sample, the partner is the sample itself.
+    Without repeated images and captions each sample is a partner once. A sample without such a partner has the next
+    one of another image, or else the next one; with one sample that is the sample itself.
 
     Args:
         image: int64 (number,), equal for samples of one image. Default: each sample has its own.
+        words: int64 (number,), equal for samples whose captions have equal words. Default: all differ.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(number))
     following = torch.empty_like(order)
     following[order] = order.roll(-1)
     partner = following
-    if image is not None and bool((image != image[:1]).any()):
-        while bool((same := image[partner] == image).any()):
+    image, words = (torch.arange(number) if label is None else label for label in (image, words))
+    sizes = [_group_sizes(label) for label in (image, words, image * (1 + words.max()) + words)]
+    unlike = sizes[0] + sizes[1] - sizes[2] < number  # (number,), True = some sample differs in both
+    for chosen, labels in ((sizes[0] < number, [image]), (unlike, [image, words])):
+        while bool((same := chosen & torch.stack([x[partner] == x for x in labels]).any(0)).any()):
             partner = torch.where(same, following[partner], partner)
     return partner
 
 
+def _group_sizes(label: Tensor) -> Tensor:
+    """Number of samples with the label of each, int64 (number,)."""
+    _, group, sizes = label.unique(return_inverse=True, return_counts=True)
+    return sizes[group]
+
+
 def partners_of(split: Dataset) -> Tensor:
-    """Wrong partners of the samples of a split, of other images by their metadata."""
+    """Wrong partners of the samples of a split: of other images by their metadata, with other first captions."""
     images = first_samples(split.metadata(i) for i in range(len(split)))
-    return wrong_partners(len(split), image=torch.tensor(images))
+    words = first_captions(split.captions(i)[0] for i in range(len(split)))
+    return wrong_partners(len(split), image=torch.tensor(images), words=torch.tensor(words))
 
 
 @torch.no_grad()
@@ -69,7 +82,7 @@ def cross_modal_gain(
         draws: Masks drawn for each sample.
     """
     workspace = workspace or Workspace()
-    partner = wrong_partners(len(dataset), image=features.image)
+    partner = wrong_partners(len(dataset), image=features.image, words=features.words[features.first])
     sums = workspace.array("gain", (len(dataset), 5), torch.float64)
 
     def work(start: int, stop: int) -> Iterator[None]:

@@ -23,6 +23,7 @@ from mvlm.evaluation.retrieval import (
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading.captions import repeats
 
 RERANK = 32
 """Candidates of each query that ITM re-ranks by default."""
@@ -83,6 +84,7 @@ def evaluate(
         **_recall_of_images(torch.ones(len(images), dtype=torch.bool), tr, ir, owner, k),
         "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, owner, k),
         "reranked": min(k, len(images)),
+        "repeats": repeats(features.words, features.owner)._asdict(),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
         "seconds": round(time.perf_counter() - started, 1),
@@ -182,7 +184,7 @@ def format_table(figures: dict[str, Any]) -> str:
         lines.append(f"{name + ', ' + how:<38}{row}" if len(name + how) < 36 else f"{name}, {how}\n{'':<38}{row}")
         ends = {way: "{:.1f} to {:.1f}".format(*part[f"{way}_95"]["r1"]) for way in DIRECTIONS}
         intervals[name] = f"R@1 of {name}, 95 %: {ends['tr']} image to text, {ends['ir']} text to image"
-    lines += intervals.values()
+    lines += [*intervals.values(), *describe_repeats(figures)]
     text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
     lines += [
         f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
@@ -192,6 +194,18 @@ def format_table(figures: dict[str, Any]) -> str:
         f"masked tokens              {figures['masked_nats']:.3f} nats per token",
     ]
     return "\n".join(lines)
+
+
+def describe_repeats(figures: dict[str, Any]) -> list[str]:
+    """A sentence on repeated captions; none without any, and for figures of an earlier version."""
+    found = figures.get("repeats")
+    if not found or not found["captions"]:
+        return []
+    return [
+        f"{found['captions']} of {figures['n_texts']} captions have the words of another image's caption. Equal words "
+        f"are one answer; if only exact pairs were right, R@1 could be at most {found['image_to_text']:.1f} % image to "
+        f"text and {found['text_to_image']:.1f} % text to image."
+    ]
 
 
 def describe_trivial_losses(figures: dict[str, Any]) -> str:

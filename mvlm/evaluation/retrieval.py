@@ -4,11 +4,12 @@ ITM learns to distinguish true pairs from negatives that are drawn from ITC's ow
 log-ratio of the two distributions (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate
 is therefore the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the
 two as well; ALBEF ranks candidates by ITM alone, and `Ranks` has these ranks too. TR retrieves captions for an image;
-any of the image's captions is a right answer. IR retrieves images for a caption. Samples with the same `image_id` in
-their metadata, as those of data with a row for each caption, are one image here, with the captions of all. Memory is
-bounded: similarities are computed for one block of queries at a time. They are float64 products. Those of equal
-embeddings may still differ in the last bits, because a matrix product adds up its columns in different orders. Scores
-that are closer than `TIE` are therefore equal.
+any of the image's captions is a right answer. IR retrieves images for a caption. Captions that differ in blanks or case
+alone are one answer: every image that has it is right, and the gallery has the first of them. Samples with the same
+`image_id` in their metadata, as those of data with a row for each caption, are one image here, with the captions of
+all. Memory is bounded: similarities are computed for one block of queries at a time. They are float64 products. Those
+of equal embeddings may still differ in the last bits, because a matrix product adds up its columns in different orders.
+Scores that are closer than `TIE` are therefore equal.
 
 A pair that is a candidate in both directions is judged once. Pairs are sorted by image, so a batch has few images, and
 keys and values of each are computed once for all of its pairs. A query that has no right candidate keeps its rank by
@@ -20,6 +21,7 @@ Q queries of a block, G gallery size, K candidates that are re-ranked, P differe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -40,6 +42,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing
 from mvlm.statistics import grouped_bootstrap
 from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading.captions import first_captions
 from mvlm_dataloading.dataset.dataset import first_samples
 
 
@@ -70,6 +73,29 @@ class EncodedSplit:
     def different(self) -> Tensor:
         """Images without repetitions, int64 (up to I,), rising: the queries of image to text, the gallery of texts."""
         return (self.image == torch.arange(len(self.image))).nonzero()[:, 0]
+
+    @cached_property
+    def words(self) -> Tensor:
+        """For each caption the first with its words, int64 (T,)."""
+        return torch.tensor(first_captions(self.captions))
+
+    @property
+    def different_captions(self) -> Tensor:
+        """Captions without repetitions, int64 (up to T,), rising: the gallery of image to text."""
+        return (self.words == torch.arange(len(self.words))).nonzero()[:, 0]
+
+    @cached_property
+    def _known(self) -> Tensor:
+        return (self.owner * len(self.captions) + self.words).unique()  # sorted
+
+    def right(self, images: Tensor, captions: Tensor) -> Tensor:
+        """True where the image has the caption's words, bool of the broadcast shape of `images` and `captions`, int64.
+
+        `images` are numbers as in `image`.
+        """
+        known, words = self._known.to(images.device), self.words.to(captions.device)
+        pairs = images * len(self.captions) + words[captions]
+        return known[torch.searchsorted(known, pairs).clamp_(max=len(known) - 1)] == pairs
 
     def images(self, rows: Tensor, device: torch.device) -> Tensor:
         """Features (R, 1+N, C) of the images `rows`, int64 (R,) on the CPU."""
@@ -165,7 +191,7 @@ class Ranks:
     """Results of ranking: for each query, the rank of its best right answer and its top answers.
 
     Queries of image to text are the images `EncodedSplit.different`, those of text to image all captions.
-    A rank is the number of wrong answers before the best right one; 0 = first.
+    A rank is the number of different wrong answers before the best right one; 0 = first.
     """
 
     itc: Tensor
@@ -203,7 +229,7 @@ class Candidates:
     def right(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
         """True for candidates that are right answers, bool (queries, K)."""
         pairs = self.pairs(features, queries)
-        return features.owner[pairs % len(features.captions)] == pairs // len(features.captions)
+        return features.right(pairs // len(features.captions), pairs % len(features.captions))
 
 
 @torch.no_grad()
@@ -241,13 +267,13 @@ def find_candidates(
     features: EncodedSplit, direction: str, k: int, workspace: Workspace, device: torch.device
 ) -> Candidates:
     """The k most similar gallery rows of every query, in blocks of queries on the device."""
-    images = features.different
-    queries, gallery = features.image_embedding.index_select(0, images), features.text_embedding
-    query_owner, gallery_owner = images, features.owner
+    asked, answers = features.different, features.different_captions
+    queries, gallery = features.image_embedding, features.text_embedding
     if direction == "ir":
-        queries, gallery, query_owner, gallery_owner = gallery, queries, gallery_owner, query_owner
-    gallery, gallery_owner = gallery.double().to(device), gallery_owner.to(device)
-    number, k = len(queries), min(k, len(gallery))
+        asked, answers = torch.arange(len(features.captions)), asked
+        queries, gallery = gallery, queries
+    gallery, among = gallery.index_select(0, answers).double().to(device), answers.to(device)
+    number, k = len(asked), min(k, len(answers))
     found = Candidates(
         direction,
         workspace.array(f"{direction}.ranks", (number,), torch.int64),
@@ -258,11 +284,12 @@ def find_candidates(
     def work(start: int, stop: int) -> Iterator[None]:
         for begin in range(start, stop, QUERIES_PER_BLOCK):
             block = slice(begin, min(begin + QUERIES_PER_BLOCK, stop))
-            similarity = queries[block].double().to(device) @ gallery.T  # (Q, G)
-            right = query_owner[block, None].to(device) == gallery_owner  # (Q, G)
+            similarity = queries.index_select(0, asked[block]).double().to(device) @ gallery.T  # (Q, G)
+            query = asked[block, None].to(device)
+            right = features.right(query, among) if direction == "tr" else features.right(among, query)  # (Q, G)
             best = similarity.topk(k, dim=1)
             found.ranks.write(begin, best_rank(similarity, right))
-            found.rows.write(begin, best.indices if direction == "tr" else images[best.indices.cpu()])
+            found.rows.write(begin, answers[best.indices.cpu()])
             found.similarity.write(begin, best.values)
             yield
 

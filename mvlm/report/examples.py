@@ -237,7 +237,7 @@ def retrieval(
     """One query with its first answers; `wrong_before` wrong answers rank above the best right one."""
 
     def mark(image: int, caption: int) -> str:
-        return "right" if int(features.owner[caption]) == image else ""
+        return "right" if features.right(torch.tensor(image), torch.tensor(caption)) else ""
 
     if direction == "tr":
         asked = Example(split.captions(query)[0], thumbnail(split, query))
@@ -333,33 +333,32 @@ def principal_components(embeddings: Tensor) -> tuple[Tensor, float]:
 def confusions(split: Dataset, features: EncodedSplit) -> list[Confusion]:
     """Captions whose most similar wrong image beats their own by most; a caption is shown once.
 
-    An image that has the same caption is not a wrong one.
+    An image that has a caption of the same words is not a wrong one.
     """
     images, texts, owner = features.image_embedding.double(), features.text_embedding.double(), features.owner
     repeated = features.image != torch.arange(len(images))
-    with_caption: dict[str, list[int]] = {}
-    for caption, image in zip(features.captions, owner.tolist(), strict=True):
-        with_caption.setdefault(caption, []).append(image)
     margins, wrongs = [], []
     for start in range(0, len(texts), BLOCK):
         similarity = texts[start : start + BLOCK] @ images.T  # (block, n)
         own = similarity.gather(1, owner[start : start + BLOCK, None])[:, 0]
         similarity[:, repeated] = float("-inf")
-        for row, caption in enumerate(features.captions[start : start + BLOCK]):
-            similarity[row, with_caption[caption]] = float("-inf")
+        asked = torch.arange(start, start + len(similarity))[:, None]
+        similarity[features.right(torch.arange(len(images)), asked)] = float("-inf")
         best = similarity.max(1)
         margins.append(best.values - own)
         wrongs.append(best.indices)
     margin, wrong = torch.cat(margins), torch.cat(wrongs)
-    found: dict[str, Confusion] = {}
+    found: dict[int, Confusion] = {}
     for i in margin.argsort(descending=True, stable=True).tolist():
         if margin[i] <= 0 or len(found) == CONFUSIONS:
             break
-        caption, own, other = features.captions[i], int(owner[i]), int(wrong[i])
-        if caption not in found:
+        words, own, other = int(features.words[i]), int(owner[i]), int(wrong[i])
+        if words not in found:
             similarity = float(texts[i] @ images[own])
             own_image, wrong_image = _image(split, own, mark="right"), _image(split, other, mark="wrong")
-            found[caption] = Confusion(caption, own_image, wrong_image, similarity, similarity + float(margin[i]))
+            found[words] = Confusion(
+                features.captions[i], own_image, wrong_image, similarity, similarity + float(margin[i])
+            )
     return list(found.values())
 
 

@@ -74,16 +74,16 @@ def objectives(figures: dict[str, Any]) -> Markup:
     return table(["objective", "figure", "baseline"], rows)
 
 
-def unseen_note(figures: dict[str, Any]) -> str:
-    """An explanation of the rows of unseen concepts; empty if all images or none are of unseen concepts."""
+def unseen_note(figures: dict[str, Any]) -> list[str]:
+    """An explanation of the rows of unseen concepts; none if all images or none are of unseen concepts."""
     unseen = figures["unseen"]
     if unseen is None or unseen["n_images"] == figures["n_images"]:
-        return ""
+        return []
     known = figures["n_images"] - unseen["n_images"]
-    return (
+    return [
         f"{known} of {figures['n_images']} images show a concept that training images show too; many of them differ "
         f"from one only in skin tone. The rows of unseen concepts count the others."
-    )
+    ]
 
 
 def pointing_game(file: Path, model: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.config.json_files import read_config
-from mvlm.evaluation.evaluate import default_rerank, figures_of
+from mvlm.evaluation.evaluate import default_rerank, describe_repeats, figures_of
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.evaluation.workspace import open_workspace
 from mvlm.files import check_folder
@@ -64,7 +64,7 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
         tables = {
             "recalls": figures.recalls(found),
             "objectives": figures.objectives(found),
-            "unseen_note": figures.unseen_note(found),
+            "notes": [*figures.unseen_note(found), *describe_repeats(found)],
             "split": found["split"],
             "checkpoint": found["checkpoint"],
         }

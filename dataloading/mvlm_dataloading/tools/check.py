@@ -18,14 +18,15 @@ import numpy as np
 
 from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
-from mvlm_dataloading.captions import is_visible, script_of
+from mvlm_dataloading.captions import is_visible, repeats, same_words, script_of
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
-from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata, split_stored_tokens
+from mvlm_dataloading.dataset.dataset import image_name, parse_captions, parse_metadata, split_stored_tokens
 from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.files import opened_unchanged, read_regular
+from mvlm_dataloading.randomness import text_hash
 
 from .reindex import index_tar
 
@@ -55,6 +56,8 @@ class Findings:
     """Number of captions of each sample whose captions and metadata can be parsed."""
     words: list[int] = field(default_factory=list)
     """Number of words of each caption."""
+    texts: list[tuple[int, int]] = field(default_factory=list)
+    """Hashes of each caption's words and of its image's name."""
     scripts: Counter[str] = field(default_factory=Counter)
     """Number of captions by script."""
     formats: Counter[str] = field(default_factory=Counter)
@@ -230,7 +233,7 @@ def _check_samples(
             found.image_bytes.append(len(image))
         try:
             captions = parse_captions(parts.get("txt", b""), lambda where=where: where)
-            parse_metadata(parts.get("json", b""), lambda where=where: where)
+            metadata = parse_metadata(parts.get("json", b""), lambda where=where: where)
         except DataError as error:
             found.problems.append(str(error))
             continue
@@ -241,6 +244,8 @@ def _check_samples(
             )
         found.captions.append(len(captions))
         found.words += [len(caption.split()) for caption in captions]
+        name = text_hash(image_name(metadata) or key)
+        found.texts += [(text_hash(same_words(caption)), name) for caption in captions]
         found.scripts.update(map(script_of, captions))
         if task.vocab_size is not None:
             try:
@@ -268,6 +273,7 @@ def findings_table(folder: Path, found: dict[str, Findings]) -> str:
     row("images", lambda f: f"{len(f.sizes):,}")
     row("captions", lambda f: f"{sum(f.captions):,}")
     row("captions per image", lambda f: _range(f.captions))
+    row("repeated captions", _repeated)
     row("words per caption", lambda f: _range(f.words))
     row("short side, pixels", lambda f: _range([min(size) for size in f.sizes]))
     row("long side, pixels", lambda f: _range([max(size) for size in f.sizes]))
@@ -283,6 +289,11 @@ def findings_table(folder: Path, found: dict[str, Findings]) -> str:
     rejected = read_description(folder).get("rejected", {})
     text += [f"rejected: {count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1])]
     return "\n".join(text)
+
+
+def _repeated(found: Findings) -> str:
+    count, *most = repeats(*np.reshape(found.texts, (-1, 2)).T)
+    return f"{count:,}" + (" (R@1 of exact pairs at most {:.1f} / {:.1f} %)".format(*most) if count else "")
 
 
 def _range(values: Sequence[float], digits: int = 0) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import DataError, Loader, check_shards, make_view, open_dataset, rebuild_indices
+from mvlm_dataloading import DataError, Loader, ShardWriter, check_shards, make_view, open_dataset, rebuild_indices
 from mvlm_dataloading.tools.check import contact_sheet, findings_table
 from support import published
 from support.data import build_scripts, problems_of, state_fingerprint, write_tar
+from support.scenes import png, scene
 
 
 def damage(path: Path, old: bytes, new: bytes, after: bytes = b"") -> None:
@@ -44,6 +45,16 @@ def test_check_reports_statistics(tmp_path):
     image = np.asarray(published.make_image(90), float)  # 72 x 54
     assert np.abs(first[53 : 53 + 54, 44 : 44 + 72] - image).mean() < 2
     assert (first[:50] == 255).all()
+
+
+def test_check_counts_repeated_captions(tmp_path):
+    rows = [("a", "A red  star"), ("a", "one"), ("b", "a red star"), ("c", "two"), ("c", "three"), ("d", "four")]
+    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
+        for i, (image, caption) in enumerate(rows):
+            writer.add(str(i), png(scene(i)[0]), [caption], {"image_id": image}, split="test")
+    text = findings_table(tmp_path / "d", check_shards(tmp_path / "d", workers=0))
+    (line,) = [line.split(maxsplit=2) for line in text.splitlines() if line.startswith("repeated captions")]
+    assert line[2] == "2 (R@1 of exact pairs at most 75.0 / 66.7 %)"
 
 
 WEBP = published.encoded(published.make_image(0), "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0", icc_profile=b"abc")

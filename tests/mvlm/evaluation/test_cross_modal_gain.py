@@ -50,6 +50,22 @@ def test_wrong_partners_are_of_the_next_other_image_of_the_cycle(counts):
     assert wrong_partners(len(image), image=torch.from_numpy(0 * alone)).tolist() == following  # no image is another
 
 
+@pytest.mark.parametrize("texts", [5, 2, 1], ids=["some repeat", "most repeat", "all are equal"])
+def test_wrong_partners_have_other_words_where_there_are_any(texts):
+    rng = np.random.default_rng(texts)
+    image, words = rng.integers(20, size=40), rng.integers(texts, size=40)
+    words[image == 0] = words[0]
+    words[0], image[0] = words[1], image[1]
+    following = wrong_partners(40).tolist()
+    for i, partner in enumerate(wrong_partners(40, image=torch.from_numpy(image), words=torch.from_numpy(words))):
+        walk = [following[i]]
+        while walk[-1] != i:
+            walk.append(following[walk[-1]])
+        others = [p for p in walk if image[p] != image[i]]
+        unlike = [p for p in others if words[p] != words[i]]
+        assert partner == (unlike or others)[0]
+
+
 def test_a_model_without_cross_attention_gains_nothing(model, heldout_split, tokenizer):
     """With its output at zero, the right and the wrong partner make no difference."""
     with torch.no_grad():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mvlm.evaluation.evaluate import evaluate_briefly, unseen_images
+from mvlm.evaluation.evaluate import evaluate_briefly, format_table, unseen_images
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.report.examples import retrievals
@@ -83,6 +83,17 @@ def test_samples_of_one_image_id_are_one_image(model, tmp_path, tokenizer, train
     for _, found in retrievals(model, test, train, encode_split(model, test, tokenizer, "fp32"), 4):
         for each in found:
             assert len({answer.image or answer.text for answer in each.answers}) == len(each.answers)  # none twice
+
+
+@pytest.mark.slow
+def test_repeated_captions_are_said_and_are_right_answers(tmp_path, trained):
+    with ShardWriter(tmp_path / "d", name="x", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(6):
+            writer.add(f"{i}", png(scene(i)[0]), ["A red square" if i % 2 else "a  red square"], {}, split="test")
+    figures = trained.evaluate(open_dataset(tmp_path / "d", "test"), None, 4).figures
+    assert figures["tr"] == figures["ir"] == {"r1": 100, "r5": 100, "r10": 100}
+    assert figures["repeats"] == {"captions": 6, "image_to_text": 0, "text_to_image": 0}
+    assert "6 of 6 captions have the words of another" in format_table(figures)
 
 
 @pytest.mark.slow

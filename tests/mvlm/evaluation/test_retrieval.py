@@ -56,7 +56,9 @@ def _judged_by_table(monkeypatch):
     monkeypatch.setattr(retrieval, "match_log_odds", judge)
 
 
-def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> EncodedSplit:
+def features_of(
+    image: np.ndarray, text: np.ndarray, owner: list[int], captions: list[str] | None = None
+) -> EncodedSplit:
     """Features that carry numbers, with these embeddings; captions are 3 to 6 tokens long."""
     lengths = 3 + torch.arange(len(text)) % 4
     return EncodedSplit(
@@ -68,22 +70,22 @@ def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> Encode
         image=torch.arange(len(image)),
         owner=torch.tensor(owner),
         first=torch.tensor([owner.index(i) for i in range(len(image))]),
-        captions=[f"caption {t}" for t in range(len(text))],
+        captions=captions or [f"caption {t}" for t in range(len(text))],
     )
 
 
-def by_hand(image, text, owner, log_odds, scale, direction, k):
+def by_hand(image, text, owner, log_odds, scale, direction, k, words):
     """For every query: its rank by similarity, its rank after re-ranking, the first answers with their score, and its
     rank if ITM alone orders the candidates."""
     found = []
     for query in range(len(image) if direction == "tr" else len(text)):
-        gallery = range(len(text) if direction == "tr" else len(image))
+        gallery = [words.index(word) for word in dict.fromkeys(words)] if direction == "tr" else range(len(image))
 
         def pair(answer, query=query):
             return (query, answer) if direction == "tr" else (answer, query)
 
         similarity = {a: float(image[pair(a)[0]] @ text[pair(a)[1]]) for a in gallery}
-        right = {a for a in gallery if owner[pair(a)[1]] == pair(a)[0]}
+        right = {a for a in gallery if (pair(a)[0], words[pair(a)[1]]) in zip(owner, words, strict=True)}
         best = max(similarity[a] for a in right)
         itc = sum(similarity[a] >= best for a in gallery if a not in right)
         candidates = sorted(gallery, key=lambda a: -similarity[a])[:k]
@@ -101,9 +103,11 @@ def by_hand(image, text, owner, log_odds, scale, direction, k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["tr", "ir"])
-@pytest.mark.parametrize("k", [0, 1, 4, 12, 1000])
-def test_ranks_against_brute_force(direction, k):
-    """70 images with one to four captions each; more queries than a block holds, more pairs than a batch."""
+@pytest.mark.parametrize("k, different", [(0, 0), (1, 0), (4, 0), (12, 0), (1000, 0), (0, 40), (12, 40)])
+def test_ranks_against_brute_force(direction, k, different):
+    """70 images with one to four captions each; more queries than a block holds, more pairs than a batch.
+
+    Captions repeat, in other blanks and case, where few are `different`."""
     rng = np.random.default_rng(0)
     owner = [i for i in range(70) for _ in range(1 + i % 4)]
     image, text = rng.normal(size=(70, 5)), rng.normal(size=(len(owner), 5))
@@ -111,8 +115,10 @@ def test_ranks_against_brute_force(direction, k):
     log_odds = 3 * rng.normal(size=(70, len(owner)))
     log_odds[owner, np.arange(len(owner))] += 3
     model = Lookup(log_odds, scale=2.5)
-    found = rank_all(model, features_of(image, text, owner), k, "fp32")[direction]  # pyright: ignore[reportArgumentType]
-    wanted = by_hand(image, text, owner, log_odds if k else 0 * log_odds, 2.5, direction, k or 1000)
+    words = (rng.integers(different, size=len(owner)) if different else np.arange(len(owner))).tolist()
+    captions = [f"Caption {word}" if t % 2 else f" caption  {word}" for t, word in enumerate(words)]
+    found = rank_all(model, features_of(image, text, owner, captions), k, "fp32")[direction]  # pyright: ignore[reportArgumentType]
+    wanted = by_hand(image, text, owner, log_odds if k else 0 * log_odds, 2.5, direction, k or 1000, words)
     itc, itm, top, score, alone = map(list, zip(*wanted, strict=True))
     if k == 0:  # ITM's head is not asked: a model that was trained without ITM has random weights there
         alone = itc
