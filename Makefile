@@ -10,7 +10,7 @@ STEPS  ?= 550
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
+.PHONY: help demo test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
         check docs docs-links \
@@ -59,6 +59,15 @@ test-all: test
 ## test-fast       the quick ones, between two edits
 test-fast: $(VENV)/.test
 	$(PYTEST) -m "not slow and not extended"
+
+# What trains or computes with a model, on a processor without bf16 products and in bf16 there.
+TRAINED = tests/mvlm/training tests/mvlm/model tests/mvlm/objectives tests/mvlm/distributed tests/mvlm/runs \
+          tests/mvlm/tasks tests/mvlm/evaluation tests/mvlm/inference tests/mvlm/weights
+NARROW  = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+## test-precisions run the training tests as on a processor with AVX2 alone, in fp32 and in bf16
+test-precisions: $(VENV)/.test
+	$(NARROW) $(PYTEST) -m "not extended" $(TRAINED)
+	$(NARROW) TEST_PRECISION=bf16 $(PYTEST) -m "not extended" $(TRAINED)
 
 # Triton compiles kernels in this process and does not interpret them.
 ## test-gpu        run the tests that need a GPU

@@ -28,6 +28,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 gc.disable()
 
 
+def pytest_configure() -> None:
+    """TEST_PRECISION=bf16: what computes in the precision of the machine takes bf16, in hardware or not."""
+    if os.environ.get("TEST_PRECISION") == "bf16":
+        import torch
+
+        torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
+        torch.cpu._is_avx512_bf16_supported = lambda: True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests unless kernels are compiled and there is a device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -26,6 +26,11 @@ LONG = "attention, long keys"  # its graphs take half a minute to trace
 NAMES = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.extended] * (name == LONG)) for name in ROWS]
 )
+FIRST = {row.op: name for name, row in reversed(ROWS.items())}.values()
+FIRST_NAMES = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.extended] * (name not in FIRST)) for name in ROWS]
+)
+"""One row of each op in `make test`: for what takes a compiler seconds."""
 
 
 @pytest.mark.slow
@@ -123,8 +128,8 @@ def registered_calls(row: Row) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", [False, True])
-@NAMES
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.extended)])
+@FIRST_NAMES
 def test_ops_of_both_passes_pass_opcheck(name: str, mixed: bool):
     """Schema, fake tensors and tracing, in float64 and in the types of autocast."""
     row = ROWS[name].mixed() if mixed else ROWS[name]
@@ -160,7 +165,7 @@ def test_outputs_for_other_strides_are_those_that_a_compiler_is_told(name: str):
 
 @pytest.mark.slow
 @BACKENDS
-@NAMES
+@FIRST_NAMES
 def test_one_graph_without_breaks_holds_for_all_sizes(name: str, backend: Any):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
