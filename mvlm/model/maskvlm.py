@@ -3,7 +3,8 @@
 Shape legend: B batch, E contrastive width.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {"plain": plain, "fast": fast}
 """Implementations of the training step, by the value of `plan` in calls, configurations and on the command line."""
 
 
+class Features(NamedTuple):
+    """What a step has computed of its batch, before its losses: the input of `own_loss` of `MaskVLM.forward`."""
+
+    streams: Streams
+    """Features of all patches and tokens, before the two streams are fused."""
+    image: Tensor | None
+    """Contrastive embeddings of the images (B, E), of unit length; None if neither ITC nor ITM has a weight."""
+    text: Tensor | None
+    """Contrastive embeddings of the captions (B, E), likewise."""
+
+
 class MaskVLM(MaskVLMNetwork, HubMixin):
     """MaskVLM: the network with its four losses, `from_pretrained` and `save_pretrained`."""
 
@@ -34,6 +46,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         step: int | Tensor = 0,
         weights: LossWeights = ALL,
         plan: Literal["plain", "fast"] = "plain",
+        own_loss: Callable[[Features], Tensor] | None = None,
     ) -> Losses:
         """Compute the four losses of one batch, on one rank and without microbatches.
 
@@ -46,6 +59,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if
                 ITM has a weight.
             plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
+            own_loss: a further loss of what the step has computed, a scalar that is added to the total.
 
         ValueError for an unknown plan, and in training for masks or captions other than the configuration's loader has.
         """
@@ -55,6 +69,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             check_inputs(self.config, batch, masks)
         implementation = IMPLEMENTATIONS[plan]
         streams = implementation.encode(self, batch, masks, weights)
+        image = text = None
         zero = losses.at_least_float32(self.log_scale.new_zeros(()))
         mlm = mim = itc = itm = mlm_accuracy = itc_accuracy = itm_accuracy = zero
         if weights.mlm > 0:
@@ -73,6 +88,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             if weights.itm > 0:
                 itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
         total = weights.total((mlm, mim, itc, itm))
+        if own_loss is not None:
+            total = total + own_loss(Features(streams, image, text))
         return Losses(mlm, mim, itc, itm, total, mlm_accuracy, itc_accuracy, itm_accuracy)
 
     def _matching(
@@ -98,7 +115,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
 def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
     """Raise ValueError for a batch and masks of a loader that does not mask as configured, as far as shapes tell.
 
-    Evaluations may mask otherwise, and so may whoever gives the weights of the masked patches.
+    Evaluations may mask otherwise, and so may whoever gives the weights of the masked patches, `Masks.patch_weights`.
     """
     given: dict[str, tuple[bool, Tensor | None]] = {
         "masks.patch_weights": (config.image_masking == "variable", masks.patch_weights),
@@ -113,7 +130,7 @@ def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
     if masks.patch_weights is None and number != config.masked_patches:
         raise ValueError(
             f"masks.patch_ids: wanted {config.masked_patches} of {config.num_patches} patches of each image, as "
-            f"configured, got {number}; {_ADVICE}"
+            f"configured, got {number}; {_ADVICE}, or give masks.patch_weights (B, {number}) for a number of your own"
         )
 
 

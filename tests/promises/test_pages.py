@@ -113,7 +113,9 @@ def data_holds(names: dict[str, Any]) -> None:
         for name, of in described.items()
     }
     mine, again, mix, half = (counts.pop(name) for name in ("mine", "mine-again", "mix", "half"))
+    asked = counts.pop("questions")
     assert sum(mine) == sum(again) == 20
+    assert asked == tuple(2 * number for number in mine)
     assert 0 < half[0] < mix[0]
     assert counts == {
         "coco": (9, 1, 2), "coco-of-parts": (9, 1, 2), "cc3m": (8, 4), "flickr30k": (4, 1, 1), "visual-genome": (6,),
@@ -145,6 +147,11 @@ def python_holds(names: dict[str, Any]) -> None:
     assert len(names["filled"].guesses[0]) == 3
     assert names["found"].words == ["[CLS]", "a", "red", "cat"]
     assert names["network"] is names["model"].network
+
+
+def changed_methods_hold(names: dict[str, Any]) -> None:
+    assert names["masked"] == [11, 17, 23]  # of 36 patches
+    assert names["words"].head.weight.grad.any()
 
 
 def own_masks_hold(names: dict[str, Any]) -> None:
@@ -205,6 +212,7 @@ PAGES = [
     Page("docs/guides/data.md", downloads, prints=r"torch.Size\(\[4, 3, 224, 224\]\)", holds=data_holds),
     Page("docs/guides/python.md", demo, leaves="words.png rebuilt.png demo-model/tokenizer.json",
          holds=python_holds),
+    Page("docs/guides/change_the_method.md", demo, holds=changed_methods_hold),
     Page("docs/guides/search.md", demo, needs="lancedb", leaves="embedded/embedding.json cats.html cats.json"),
     Page("docs/guides/tasks.md", demo),
     Page("docs/guides/weights.md", needs="timm", prints=re.escape(LOADED)),
@@ -217,6 +225,8 @@ PAGES = [
     Page("examples/kernels_in_transformers.py", needs="transformers", prints="SDPA: the mask is not plain key padding",
          # BERT's masks are padding, GPT-2's are causal.
          holds=lambda names: names["fused"] == [2, 0] and max(names["differences"]) < 1e-5),
+    Page("examples/losses_in_transformers.py", words="--steps 12 --batch-size 16", needs="transformers",
+         holds=lambda names: sum(names["history"][-1].values()) < 0.9 * sum(names["history"][0].values())),
     Page("examples/training_loop.py", demo, "--steps 12 --batch-size 8 --width 32", prints=LOSSES,
          holds=lambda names: sum(names["history"][-3:]) < sum(names["history"][:3])),
     Page("examples/training_loop.py", other_masks, "--steps 1 --batch-size 8 --width 32 --out own",

@@ -164,7 +164,7 @@ def add_members(tar: tarfile.TarFile, members: list[tuple[str, bytes]]) -> None:
 
 
 def folder(root: Path, count: int = 6, *, sidecars: bool = True) -> None:
-    """Images in two folders, with captions in text files, in captions.csv and in captions.jsonl."""
+    """Images in two folders, with captions in text files and in captions.csv and .jsonl, and questions.csv."""
     names = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(count)]
     for i, name in enumerate(names):
         write_image(root / name, i)
@@ -173,6 +173,11 @@ def folder(root: Path, count: int = 6, *, sidecars: bool = True) -> None:
     with (root / "captions.csv").open("w", newline="") as file:
         rows = [[name, caption] for i, name in enumerate(names) for caption in captions(i)]
         csv.writer(file).writerows([["image", "caption"], *rows])
+    with (root / "questions.csv").open("w", newline="") as file:
+        rows = [
+            [name, asked, f"{asked[:4]} {i}"] for i, name in enumerate(names) for asked in ("what is it?", "whose?")
+        ]
+        csv.writer(file).writerows([["image", "question", "answer"], *rows])
     with (root / "captions.jsonl").open("w") as file:
         for i, name in enumerate(names):
             split = ("train", "val", "test")[i % 3]

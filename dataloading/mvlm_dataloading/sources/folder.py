@@ -4,6 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,16 @@ def folder(
     stems = Counter(record.key for record, _ in found)
     records: dict[str, list[Record]] = {}
     for record, split in found:
-        split = split or _split_of_folder(images, record.where)
-        split = split or split_by_hash(record.key, validation, test)  # of the stem: a.jpg and a.png stay together
+        split = split or split_of_image(images, record.where, validation, test)
         own = record if stems[record.key] == 1 else replace(record, key=safe_key(record.where))
         records.setdefault(split, []).append(own)
     return Source(name=name, origin=str(images.name), licence=licence, recipe=recipe, pieces=cut_into_pieces(records))
+
+
+def split_of_image(images: Path, name: str, validation: float, test: float) -> str:
+    """Split of an image that no table puts into one: that of its folder's name, or by a hash of its own name."""
+    # Of the stem, so that a.jpg and a.png stay together.
+    return _split_of_folder(images, name) or split_by_hash(_key(name), validation, test)
 
 
 def _split_of_folder(images: Path, name: str) -> str | None:
@@ -125,36 +131,50 @@ def _with_text_file(images: Path, path: Path) -> Record:
 def _table(
     images: Path, file: Path, image_column: str, caption_column: str, split_column: str | None
 ) -> list[tuple[Record, str | None]]:
-    if file.suffix.lower() not in _TABLES:
-        raise DataError(f"{file}: wanted a table with the ending {', '.join(_TABLES)}, found {file.suffix or 'none'}")
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
-    columns: set[str] = set()
-    for row in read_rows(file):
-        columns |= row.keys()  # a row of JSON may leave out what is null
-        missing = [name for name in (image_column, caption_column) if name not in columns]
-        if missing or image_column not in row:
-            raise DataError(
-                f"{file}: wanted a column named {[*missing, image_column][0]}, found {', '.join(map(str, row))}; name "
-                f"the columns with --image-column and --caption-column"
-            )
-        name = _name_here(images, str(row[image_column]))
+    columns = {"image": image_column, "caption": caption_column}
+    for name, row, split in table_rows(images, file, columns, split_column):
         captions.setdefault(name, []).extend(captions_in_cell(row.get(caption_column)))
+        splits[name] = split or splits.get(name)
+    return [(_record(images, name, known, reason_if_outside(name)), splits[name]) for name, known in captions.items()]
+
+
+def table_rows(
+    images: Path, file: Path, columns: Mapping[str, str], split_column: str | None = None
+) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """Name of the image relative to the folder, row, and the row's split or None, for each row of a table.
+
+    Args:
+        columns: Names of the wanted columns, by what they hold: `image` first. In a .jsonl a row may leave out others.
+        split_column: Column of splits. Default: split, or Split, if it is there.
+
+    Raises:
+        DataError: the file is no table, it lacks a column, or an image has two splits.
+    """
+    if file.suffix.lower() not in _TABLES:
+        raise DataError(f"{file}: wanted a table with the ending {', '.join(_TABLES)}, found {file.suffix or 'none'}")
+    splits: dict[str, str] = {}
+    known: set[str] = set()
+    for row in read_rows(file):
+        known |= row.keys()  # a row of JSON may leave out what is null
+        missing = [name for name in columns.values() if name not in known]
+        if missing or columns["image"] not in row:
+            raise DataError(
+                f"{file}: wanted a column named {[*missing, columns['image']][0]}, found {', '.join(map(str, row))}; "
+                f"name the columns with {' and '.join(f'--{flag}-column' for flag in columns)}"
+            )
+        name = _name_here(images, str(row[columns["image"]]))
         split = row.get(split_column) if split_column else next((row[c] for c in row if c.lower() == "split"), None)
-        if split:
-            found = canonical_split(str(split), str(file))
-            if splits.setdefault(name, found) != found:
-                raise DataError(
-                    f"{file}: wanted one split for {name}, found {splits[name]} and {found}; correct the table"
-                )
-    if split_column and columns and split_column not in columns:
+        found = canonical_split(str(split), str(file)) if split else None
+        if found and splits.setdefault(name, found) != found:
+            raise DataError(f"{file}: wanted one split for {name}, found {splits[name]} and {found}; correct the table")
+        yield name, row, found
+    if split_column and known and split_column not in known:
         raise DataError(
-            f"{file}: wanted a column named {split_column}, found {', '.join(sorted(columns))}; name it with "
+            f"{file}: wanted a column named {split_column}, found {', '.join(sorted(known))}; name it with "
             f"--split-column"
         )
-    return [
-        (_record(images, name, known, reason_if_outside(name)), splits.get(name)) for name, known in captions.items()
-    ]
 
 
 def _name_here(images: Path, name: str) -> str:
@@ -170,6 +190,9 @@ def _name_here(images: Path, name: str) -> str:
 
 
 def _record(images: Path, name: str, captions: list[str], fault: str | None) -> Record:
-    """A record whose key is the name without its extension."""
-    key = safe_key(name if Path(name).suffix.lower() not in IMAGE_EXTENSIONS else name[: -len(Path(name).suffix)])
-    return Record(key, images / name, captions, name, {"file": name}, fault)
+    return Record(_key(name), images / name, captions, name, {"file": name}, fault)
+
+
+def _key(name: str) -> str:
+    """Key of an image: its name without the extension."""
+    return safe_key(name if Path(name).suffix.lower() not in IMAGE_EXTENSIONS else name[: -len(Path(name).suffix)])

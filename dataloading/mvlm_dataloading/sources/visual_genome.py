@@ -7,10 +7,9 @@ from typing import Any
 
 from .files import captions_in_cell, read_as, read_json_list
 from .record import Record, Source, check_shares, published, require_folder, source, split_by_hash
-from .vqa_v2 import NO_ANSWERS
+from .vqa_v2 import NO_ANSWERS, as_of_ten_people
 
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
-ANNOTATORS = 10
 
 
 @source
@@ -111,7 +110,7 @@ def _questions(image: dict[str, Any]) -> Iterator[Row]:
             "question_id": f"vg {int(row['qa_id'])}",
             "image_id": f"visual-genome {number}",
             "answer": published_answer,
-            "answers": [{"answer": answer, "answer_id": annotator} for annotator in range(1, ANNOTATORS + 1)],
+            "answers": as_of_ten_people(answer),
         }
         fault = None if answer else NO_ANSWERS
         yield number, f"vg{int(row['qa_id'])}", captions_in_cell(row["question"]), metadata, fault

@@ -18,6 +18,11 @@ _FOLDERS = ("", "questions", "Questions", "annotations", "Annotations")
 NO_ANSWERS = "question has no answers"
 
 
+def as_of_ten_people(answer: str) -> list[dict[str, Any]]:
+    """The `answers` of a question that has one: the metric compares an answer with those of three other people."""
+    return [{"answer": answer, "answer_id": person} for person in range(1, 11)]
+
+
 @source
 def vqa_v2(root: Path, /, images: Path | None = None, held_out: int = 0, minival: Path | None = None) -> Source:
     """VQA v2, for the task vqa: train2014, val2014 and, without answers, test2015.

@@ -8,6 +8,7 @@ from mvlm_dataloading import open_dataset
 from mvlm_dataloading.sources.files import read_json_list
 from mvlm_dataloading.sources.flickr30k import flickr30k
 from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.questions import questions
 from mvlm_dataloading.sources.record import safe_key
 from support import published
 from support.data import build_source, read_json_lines
@@ -28,6 +29,29 @@ def test_folder_with_a_table(tmp_path):
     found = build_source(folder(tmp_path / "images", tmp_path / "images/captions.jsonl"), tmp_path / "jsonl")
     assert {split: len(part) for split, part in found.items()} == {"test": 2, "train": 2, "validation": 2}
     assert {**found["train"], **found["validation"], **found["test"]} == names
+
+
+def test_questions_have_the_split_of_their_image(tmp_path):
+    published.folder(tmp_path / "images", 20)
+    build_source(folder(tmp_path / "images", validation=0.3, test=0.2), tmp_path / "images-alone")
+    table = tmp_path / "images/questions.csv"
+    table.write_text(table.read_text() + "a/0.jpg,again?, \n../x.jpg,where?,there\nz.jpg,no file?,no\n")
+    asked = build_source(questions(tmp_path / "images", table, validation=0.3, test=0.2), tmp_path / "asked")
+    keys = [key for split in asked.values() for key in split]
+    assert sorted(map(int, keys)) == list(range(1, 41))
+    for split, samples in asked.items():
+        images, dataset = (open_dataset(tmp_path / name, split) for name in ("images-alone", "asked"))
+        assert len(dataset) == 2 * len(images)
+        facts = [dataset.metadata(i) for i in range(len(dataset))]
+        assert {one["image_id"] for one in facts} == {images.metadata(i)["file"] for i in range(len(images))}
+        for one in facts:
+            row = int(one["question_id"])
+            assert samples[str(row)] == [("what is it?", "whose?")[(row - 1) % 2]]
+            answers = {answer["answer"] for answer in one["answers"]}
+            assert (answers, len(one["answers"])) == ({f"{('what', 'whos')[(row - 1) % 2]} {(row - 1) // 2}"}, 10)
+    rejected = {line["key"]: line["reason"] for line in read_json_lines(tmp_path / "asked/rejected.jsonl")}
+    reasons = ("question has no answers", "image is outside the folder", "image file is missing")
+    assert rejected == dict(zip(("41", "42", "43"), reasons, strict=True))
 
 
 def test_splits_by_hash_depend_on_the_name_alone(tmp_path):

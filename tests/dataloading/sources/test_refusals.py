@@ -16,6 +16,7 @@ from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.iconify import iconify
 from mvlm_dataloading.sources.nlvr import nlvr, nlvr2
+from mvlm_dataloading.sources.questions import questions
 from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.sources.snli_ve import snli_ve
 from mvlm_dataloading.sources.visual_genome import visual_genome, visual_genome_qa
@@ -176,6 +177,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
         lambda p: [cc3m([p / "t"]), (p / "t/00000.parquet").write_bytes(b"x")][0], "00000.parquet",
     ),
     # of tasks
+    "no column of answers": (None, lambda p: questions(p, csv(p, "image,question\na.jpg,why?\n")), "--answer-column"),
     "no questions": (None, lambda p: vqa_v2(p), QUESTIONS.format("train2014")),
     "no images": (published_tasks.vqa_v2, _vqa_without_images, "--images"),
     "held out below 0": (published_tasks.vqa_v2, lambda p: vqa_v2(p, held_out=-1), "held-out"),

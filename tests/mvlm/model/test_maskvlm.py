@@ -10,12 +10,12 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.maskvlm import Features, MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch
 from support.models import micro_batch, micro_model
-from support.reference import Reference
+from support.reference import Reference, unit
 
 
 def with_true_matches(batch: Batch) -> Batch:
@@ -103,6 +103,33 @@ def test_the_total_is_the_weighted_sum_of_the_losses():
     wanted = 0.5 * alone.mlm.item() + 2 * alone.mim.item() + alone.itc.item() / 4 + 3 * alone.itm.item()
     assert found.total.item() == pytest.approx(wanted, abs=1e-12)
     assert [x.item() for x in found[:4]] == [x.item() for x in alone[:4]]
+
+
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+def test_a_loss_of_ones_own_gets_the_embeddings_and_is_added_to_the_total(plan):
+    model, inputs = micro_model(), micro_batch()
+    seen = []
+
+    def own_loss(features: Features) -> torch.Tensor:
+        assert features.image is not None
+        assert features.text is not None
+        seen.append(features)
+        return 3 * (features.image[0] @ features.text[1])
+
+    alone, found = model(*inputs, plan=plan), model(*inputs, plan=plan, own_loss=own_loss)
+    reference, starts = Reference(model), inputs[0].cu_seqlens.tolist()
+    image = reference.image(inputs[0].images[0].numpy())
+    text = reference.text(inputs[0].tokens[starts[1] : starts[2]].tolist())
+    image_embedding, text_embedding = (
+        unit(reference.linear(name, x[0])) for name, x in (("image_projection", image), ("text_projection", text))
+    )
+    wanted = 3 * image_embedding @ text_embedding
+    assert found.total.item() == pytest.approx(alone.total.item() + wanted, abs=1e-9)
+    assert [x.item() for x in found[:4]] == [x.item() for x in alone[:4]]
+    np.testing.assert_allclose(seen[0].streams.image[0].detach(), image, atol=1e-9)
+    assert (
+        model(*inputs, plan=plan, weights=LossWeights(1, 0, 0, 0), own_loss=lambda x: 2 * (x.image is None)).total > 2
+    )
 
 
 def test_losses_are_single_precision_under_autocast():
