@@ -16,6 +16,11 @@ OTHER_FORWARD = refusal(
     "it has a forward of its own, as hooks of accelerate put on", "remove it, swap, put it on again"
 )
 
+ELSEWHERE = (
+    "mvlm_kernels.integrations.transformers swaps the attention of transformers' models, .timm the patch embedding of "
+    "timm's, .blocks the layers of others"
+)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -50,9 +55,10 @@ class SwapReport:
         """Parts that were left as they were; each has a reason."""
         return tuple(part for part in self.parts if part.reason is not None)
 
-    def undo(self) -> None:
-        """Put the original parts back. Parameters keep their present values."""
+    def undo(self) -> tuple[Part, ...]:
+        """Put the original parts back, and return them. Parameters keep their present values."""
         self.restore()
+        return self.swapped
 
     def __str__(self) -> str:
         lines = [
@@ -60,7 +66,7 @@ class SwapReport:
             + (f": {part.reason}" if part.reason else "")
             for part in self.parts
         ]
-        return "\n".join(lines or ["nothing to swap"])
+        return "\n".join(lines or [f"nothing to swap: {ELSEWHERE}"])
 
 
 @dataclass(frozen=True)

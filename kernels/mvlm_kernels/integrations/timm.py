@@ -5,6 +5,7 @@ print(swap(model, mean=mean, std=std))  # what was swapped, and what not and why
 model(images)                           # uint8 images; `undo()` of the report puts everything back
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mvlm_kernels import dispatch, gather_patches
+from mvlm_kernels import dispatch, gather_patches, registration
 from mvlm_kernels.dispatch import Refusal, refusal
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
 
@@ -33,6 +34,7 @@ class GatherPatchEmbed(PatchEmbed):
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    range_is_known: bool = False
 
     def why_not_gathered(self, images: Tensor) -> Refusal | None:
         """Reason why the original forward runs for these images; None if the patches are gathered."""
@@ -53,6 +55,7 @@ class GatherPatchEmbed(PatchEmbed):
             raise ValueError(f"images must have shape (B, {channels or 'C'}, H, W), got {tuple(x.shape)}")
         if self.strict_img_size and self.img_size is not None and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
+        self._check_range(x)
         dtype = dispatch.autocast_dtype(x.device)
         if self.why_not_gathered(x) is not None:
             own = next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
@@ -67,6 +70,26 @@ class GatherPatchEmbed(PatchEmbed):
             if self.output_fmt != Format.NHWC:
                 tokens = nchw_to(tokens.permute(0, 3, 1, 2), self.output_fmt).contiguous()  # models call view on it
         return self.norm(tokens)
+
+    def _check_range(self, x: Tensor) -> None:
+        """Warn once of floating images that :func:`swap` normalises and that are not in 0..1: normalised before, say.
+
+        On a GPU, whose host would wait for the numbers, the first images alone are looked at.
+        """
+        normalises = self.mean is not None or self.std is not None
+        if self.range_is_known or not normalises or not x.is_floating_point() or not x.numel():
+            return
+        if not registration.called_directly(x) or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        low, high = (float(value) for value in x.detach().aminmax())
+        outside = low < 0 or high > 1
+        self.range_is_known = outside or x.is_cuda
+        if outside:
+            warnings.warn(
+                f"images must be uint8, or floating in 0..1, got values in [{low:.3g}, {high:.3g}]: since "
+                "swap(mean, std) the model normalises them itself; leave out the normalisation before it",
+                stacklevel=2,
+            )
 
     def _by_original_forward(self, x: Tensor, patch_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
         if patch_ids is not None and not self.flatten:
@@ -137,10 +160,13 @@ def swap(
     """Make every patch embedding of a timm model a :class:`GatherPatchEmbed`, in place.
 
     The modules stay the same objects: parameters, hooks and the state dict do not change. mean, std: one value for each
-    channel, in the units of pixels in 0..1. The report lists each module that is a ``PatchEmbed`` or is named
-    ``patch_embed``.
+    channel, in the units of pixels in 0..1; ValueError for those of pixels in 0..255. The report lists each module that
+    is a ``PatchEmbed`` or is named ``patch_embed``.
     """
     values = tuple(None if x is None else tuple(float(v) for v in x) for x in (mean, std))
+    for name, given in zip(("mean", "std"), values, strict=True):
+        if given is not None and max(given, default=0) > 1:
+            raise ValueError(f"{name} must be that of pixels in 0..1, got {given}; divide those of 0..255 by 255")
     parts: list[Part] = []
     swapped: list[GatherPatchEmbed] = []
     for path, module in model.named_modules():
@@ -158,6 +184,7 @@ def swap(
         for embed in swapped:
             if isinstance(embed, GatherPatchEmbed):
                 del embed.mean, embed.std
+                vars(embed).pop("range_is_known", None)
                 cast(Any, embed).__class__ = PatchEmbed
 
     return SwapReport(parts, restore)

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.dispatch import Refusal, refusal
-from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, Part, SwapReport, kernel_reasons, record, recording
+from mvlm_kernels.integrations.calls import (
+    ALREADY_SWAPPED,
+    ELSEWHERE,
+    Part,
+    SwapReport,
+    kernel_reasons,
+    record,
+    recording,
+)
 
 NAME = "sdpa_mvlm"
 
@@ -107,7 +115,7 @@ def configs_of(model: torch.nn.Module) -> Iterator[tuple[str, Any, list[Any]]]:
             _, _, owners = found.setdefault(id(module.config), (path, module.config, []))
             owners.append(module)
     if not found:
-        raise ValueError(f"model must hold a transformers PreTrainedModel, got {type(model).__name__}")
+        raise ValueError(f"model must hold a transformers PreTrainedModel, got {type(model).__name__}; {ELSEWHERE}")
     yield from found.values()
 
 

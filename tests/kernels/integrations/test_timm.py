@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_swapped_patch_embed_gives_the_same_features():
     ids = torch.tensor([[3, 0, 15], [7, 8, 1]])
     chosen = tokens.gather(1, ids[:, :, None].expand(-1, -1, 24))
     torch.testing.assert_close(model.patch_embed(images, ids), chosen)
-    report.undo()
+    assert report.undo() == report.swapped
     assert type(model.patch_embed) is timm.layers.PatchEmbed
     torch.testing.assert_close(model(normalised(images)), wanted)
 
@@ -143,7 +144,27 @@ def test_embeddings_that_cannot_be_swapped_are_kept_with_a_reason():
     assert "swapped already" in str(swap(model))
 
 
+def test_floats_that_were_normalised_before_are_warned_of_once():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    model = swap_patch_embed(small_vit(), mean=MEAN, std=STD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images)
+        model(images / 255)
+        swapped_vit()(normalised(images))  # which normalises nothing
+        torch.func.vmap(model.patch_embed)(normalised(images)[None])  # whose values cannot be read
+    with pytest.warns(UserWarning, match="the model normalises them itself"):
+        model(normalised(images))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(normalised(images))
+
+
 def test_refusals():
+    for values in ({"mean": (123.7, 116.3, 103.5)}, {"std": (58.4, 57.1, 57.4)}):
+        with pytest.raises(ValueError, match=f"{next(iter(values))} must be that of pixels in 0..1"):
+            swap(small_vit(), **values)
+    assert "integrations.transformers" in str(swap(nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="model must have a patch_embed, got Linear"):
         swap_patch_embed(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="cannot be swapped: it is swapped already"):
