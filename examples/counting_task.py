@@ -3,10 +3,11 @@
     mvlm finetune examples/counting_task.py --checkpoint runs/demo --data data/counts --out runs/counting
     mvlm eval examples/counting_task.py --checkpoint runs/counting --data data/counts
 
-A sample's caption names what is counted; its metadata holds `count`.
+A sample's caption names what is counted; its metadata holds `count`, and `image_id` if an image has several questions.
 """
 
 from collections.abc import Sequence
+from statistics import fmean, mode
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.statistics import grouped_bootstrap
+from mvlm.tasks.metrics import percent_interval
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset
+from mvlm_dataloading.dataset.dataset import image_name
 
 
 def counts(dataset: Dataset) -> list[int]:
@@ -33,6 +35,7 @@ class Counting(Task):
 
     name = "counting"
     main = "accuracy"
+    bootstrapped_over = "images"
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)
@@ -63,7 +66,13 @@ class Counting(Task):
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Share of right counts in per cent, with its 95 % interval."""
-        right = [float(r["count"] == wanted) for r, wanted in zip(records, counts(dataset), strict=True)]
-        interval = grouped_bootstrap(right, [str(i) for i in range(len(right))])
-        return {"accuracy": 100 * sum(right) / len(right), "accuracy_95": [100 * x for x in interval]}
+        """Share of right counts in per cent, with its 95 % interval, and that of the most frequent count."""
+        wanted = counts(dataset)
+        right = [float(r["count"] == count) for r, count in zip(records, wanted, strict=True)]
+        # Answers about one image are not independent: images are drawn, each with all of its questions.
+        images = [image_name(dataset.metadata(i)) or dataset.keys[i] for i in range(len(dataset))]
+        return {
+            "accuracy": 100 * fmean(right),
+            "accuracy_95": percent_interval(right, images),
+            "majority": 100 * wanted.count(mode(wanted)) / len(wanted),
+        }

@@ -19,7 +19,7 @@ from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.tasks import task_names
-from mvlm.tasks.evaluate import load_task
+from mvlm.tasks.evaluate import find_task, load_task
 from mvlm_dataloading import Dataset, open_dataset
 
 
@@ -103,6 +103,7 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tu
     command = folder.evaluation_command(data or config["data"], config["task"])
     found = figures.read_evaluation(file, name, command)
     evaluations = {file.stem: found, **figures.other_evaluations(file, name)}
+    own = name not in task_names()
     given = {option: found[option] for option in figures.OPTIONS if option in found}
     split = open_dataset(data or Path(str(found.get("data", config["data"]))), found["split"])
     sections: dict[str, Any] = {
@@ -116,8 +117,11 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tu
         "most_words": MOST_WORDS,
         "shown": SHOWN,
         "verdicts": None,
+        "without_baseline": own and "majority" not in found,
+        # Figures of an earlier version do not say it.
+        "over": found.get("bootstrapped_over") or ("" if own else find_task(name).bootstrapped_over),
     }
-    if name not in task_names():  # code of a task of the user's own is not run here
+    if own:  # code of a task of the user's own is not run here
         return split, sections
     task, tokenizer = load_task(folder.path, "cpu", **given)
     now = hash_of(task.config, tokenizer, task)

@@ -2,8 +2,9 @@
 
 Trials of two arms with the same seed see the same samples, crops and masks in the same order. Their difference is
 therefore taken seed by seed. Two 95 % intervals are given: over seeds, by Student's t, which says whether other runs
-would agree; and over seeds and test images, by the bootstrap, which says whether other runs on other images would. A
-figure that is not a recall is not a mean over queries, and has only the first.
+would agree; and over seeds and test images, which says whether other runs on other images would. The second is that of
+the bootstrap, widened where the first reaches further: few drawn seeds spread too little. A figure that is not a recall
+is not a mean over queries, and has only the first.
 
 Shape legend: S seeds, Q queries, I images.
 """
@@ -20,13 +21,15 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError
-from mvlm.report.figures import EVALUATION_CURVES
+from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.report.html import line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
 from mvlm.studies.study import Study
 from mvlm_dataloading.files import write_file
 
 RESAMPLES = 4000
+FEW_SEEDS = 3
+"""A study of fewer seeds is said to have too few: with 2, Student's t wants 12.7 standard errors."""
 Floats = NDArray[np.float64]
 Result = dict[str, Any]
 """What a trial found: the content of its result.json."""
@@ -45,7 +48,7 @@ class Comparison(NamedTuple):
     over_seeds: Interval
     """Interval of the difference, by Student's t; without width for one seed."""
     over_images: Interval | None
-    """Interval of the difference, by drawing seeds and images; None for a figure that is not a recall."""
+    """Interval of the difference, by drawing seeds and images, with `over_seeds` inside; None for no recall."""
     paired: float
     """Standard deviation of the differences over seeds."""
     unpaired: float
@@ -61,21 +64,28 @@ def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comp
     pairs = [(result, partners[result["seed"]]) for result in arm if result["seed"] in partners]
     ours, theirs = (np.array([figure(r, measure) for r in side]) for side in zip(*pairs, strict=True))
     differences = ours - theirs
+    # One seed alone has an interval without width.
+    over_seeds = mean_interval(differences.tolist()) if len(pairs) > 1 else Interval(*2 * differences.tolist())
     over_images = None
     if is_recall(measure):
         per_query = np.stack([query_hits(a, measure) - query_hits(b, measure) for a, b in pairs])  # (S, Q)
-        over_images = grouped_bootstrap(per_query, image_of_query(pairs[0][0], measure).tolist(), resamples=RESAMPLES)
+        over_images = with_images(over_seeds, per_query, image_of_query(pairs[0][0], measure))
     return Comparison(
         seeds=len(pairs),
         mean=float(ours.mean()),
         spread=_deviation(ours),
         difference=float(differences.mean()),
-        # One seed alone has an interval without width.
-        over_seeds=mean_interval(differences.tolist()) if len(pairs) > 1 else Interval(*2 * differences.tolist()),
+        over_seeds=over_seeds,
         over_images=over_images,
         paired=_deviation(differences),
         unpaired=float(np.hypot(_deviation(ours), _deviation(theirs))),
     )
+
+
+def with_images(over_seeds: Interval, values: Floats, images: NDArray[np.int64]) -> Interval:
+    """Interval over seeds and images, of values (S, Q) and the image of each query (Q,); `over_seeds` lies in it."""
+    drawn = grouped_bootstrap(values, images.tolist(), resamples=RESAMPLES)
+    return Interval(min(drawn.low, over_seeds.low), max(drawn.high, over_seeds.high))
 
 
 def figure(result: Result, measure: str) -> float:
@@ -186,16 +196,16 @@ def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Pat
 
 
 def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
-    """One sentence on a measure: the arms that differ from their partners, by the ends of both intervals.
+    """One sentence on a measure: the arms that differ from their partners, by their widest interval.
 
-    With few seeds either interval may be the wider one. One seed alone has no spread, and says nothing of other seeds.
+    One seed alone has no spread, and says nothing of other seeds.
     """
     apart = []
     for arm, c in rows.items():
-        intervals = [i for i in (c.over_images, c.over_seeds if c.seeds > 1 else None) if i is not None]
-        if study.partner(arm) == arm or not intervals:
+        interval = c.over_images or (c.over_seeds if c.seeds > 1 else None)
+        if study.partner(arm) == arm or interval is None:
             continue
-        low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+        low, high = interval
         if low > 0 or high < 0:
             against = "" if study.partner(arm) == study.base else f" against {study.partner(arm)}"
             apart.append(f"{arm}{against} {c.difference:+.3g} [{low:.3g}, {high:.3g}]")
@@ -257,10 +267,11 @@ def _flops(result: Result, form: str) -> str:
 
 
 def charts(arms: dict[str, list[Result]]) -> list[Markup]:
-    """Charts of the evaluations during training, against steps and against FLOPs: means over seeds, a line an arm."""
+    """Charts of losses and evaluations in training, against steps and FLOPs: means over seeds, a line an arm."""
     found = []
-    of_tasks = {name for results in arms.values() for r in results for name in r["curves"]} - set(EVALUATION_CURVES)
-    titles = EVALUATION_CURVES | {name: f"validation {name[4:]}" for name in sorted(of_tasks)}
+    known = RUN_CURVES | TASK_CURVES | EVALUATION_CURVES
+    of_tasks = {name for results in arms.values() for r in results for name in r["curves"]} - set(known)
+    titles = known | {name: f"validation {name[4:]}" for name in sorted(of_tasks)}
     for name, title in titles.items():
         series = {arm: mean_curve([r["curves"].get(name, []) for r in results]) for arm, results in arms.items()}
         if not any(xs for xs, _ in series.values()):
@@ -285,6 +296,7 @@ def limits(study: Study, arms: dict[str, list[Result]]) -> str:
     """The limits of a study, from its size: what it can and cannot show."""
     any_result = next(iter(arms.values()))[0]
     seeds = min(len(found) for found in arms.values())
+    few = f" {seeds} seeds are too few: their intervals are wide, so take 5." if seeds < FEW_SEEDS else ""
     what = f"Preset {study.preset}" if study.preset else f"Task {study.task}"
     numbers = sorted({found[0]["steps"] for found in arms.values()})  # of a budget of FLOPs, each arm has its own
     steps = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
@@ -293,7 +305,7 @@ def limits(study: Study, arms: dict[str, list[Result]]) -> str:
         tested = f"{len(any_result['ranks']['tr']['itm'])} images of the split {study.split}"
     return (
         f"{what}, {steps} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
-        f"{tested}. Intervals over seeds are Student's, so they allow for the few runs; no interval allows for the "
-        f"number of comparisons. A difference that its interval separates from zero holds for this model, data and "
+        f"{tested}.{few} Intervals over seeds are Student's, so they allow for the few runs; no interval allows for "
+        f"the number of comparisons. A difference that its interval separates from zero holds for this model, data and "
         f"budget; larger ones may differ. {study.limits}"
     ).strip()

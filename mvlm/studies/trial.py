@@ -4,10 +4,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mvlm.device import choose_device
 from mvlm.errors import RunError
 from mvlm.files import read_plan
 from mvlm.machine import code_revision, processor_name
-from mvlm.report.figures import EVALUATION_CURVES
+from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
@@ -32,6 +33,7 @@ from mvlm_dataloading.files import sha256, write_json
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
+CURVE_POINTS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,11 +166,20 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "curves": {
             n: [[row["step"], row[n]] for row in rows if row.get(n) is not None]
             for n in (*EVALUATION_CURVES, *of_tasks)
-        },
+        }
+        | {n: loss_curve(rows, n) for n in (*RUN_CURVES, *TASK_CURVES)},
     }
     write_json(trial.file, result)
     remove_checkpoints(trial)
     return result
+
+
+def loss_curve(rows: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
+    """Up to `CURVE_POINTS` points of a figure of training steps: the last step of each equal part, and its mean."""
+    kept = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    size = -(-len(kept) // CURVE_POINTS) or 1
+    parts = [kept[i : i + size] for i in range(0, len(kept), size)]
+    return [[part[-1][0], float(f"{fmean(value for _, value in part):.5g}")] for part in parts]
 
 
 def remove_checkpoints(trial: Trial) -> None:

@@ -70,6 +70,7 @@ class Captioning(Task):
     """Captions of images, by the pretrained text decoder and a predictor of lengths."""
 
     name = "caption"
+    bootstrapped_over = "images"
     main = "cider_d"
     reads_texts = False
     unused = (

@@ -16,6 +16,7 @@ class Entailment(LabelTask):
     """Classification of a hypothesis and its image into three labels."""
 
     name = "entailment"
+    bootstrapped_over = "images"
     labels = ENTAILMENT_LABELS
 
     @classmethod

@@ -258,6 +258,8 @@ def evaluate_task(
     check_same(world, {**about, **task.options.plain(), **used}, SAME_WORK)
     if isinstance(task, Retrieval):
         return {**about, **task.evaluate(dataset, tokenizer, precision, Workspace(None, world))}, []
+    if task.bootstrapped_over:
+        about["bootstrapped_over"] = task.bootstrapped_over
     records = predict_split(task, dataset, tokenizer, precision, world=world)
     assert records is not None
     return {**about, **run_on_all_ranks(world, lambda: task.score(records, dataset))}, records

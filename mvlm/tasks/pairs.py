@@ -19,6 +19,7 @@ class Pairs(LabelTask):
     """Judgement of a statement about n images: true or false."""
 
     name = "pairs"
+    bootstrapped_over = "sets of images"
     labels = ("false", "true")
 
     @classmethod

@@ -71,6 +71,8 @@ class Task(nn.Module):
     """Name on the command line."""
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
+    bootstrapped_over: ClassVar[str] = ""
+    """What the intervals of `score` are bootstrapped over, such as images: its figures and the report say so."""
     whole_batch: ClassVar[bool] = False
     """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
     `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
@@ -158,7 +160,10 @@ class Task(nn.Module):
 
     @classmethod
     def score(cls, records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Figures of the records of a split, `{"sample": id, **prediction}`, one for each sample, in order."""
+        """Figures of the records of a split, `{"sample": id, **prediction}`, one for each sample, in order.
+
+        An interval is `NAME_95`. `majority` is the baseline: the main figure of the most frequent right answer alone.
+        """
         raise NotImplementedError
 
     @classmethod

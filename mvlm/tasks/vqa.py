@@ -205,6 +205,7 @@ class VisualQuestionAnswering(Task):
     """Answers to questions about images, in one of two forms: classifier, masked."""
 
     name = "vqa"
+    bootstrapped_over = "images"
     main = "accuracy"
     shares = True
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from mvlm.errors import ConfigError
+from mvlm.statistics import mean_interval
+from mvlm.studies import page
 from mvlm.studies.page import (
     Comparison,
     Interval,
@@ -16,6 +18,7 @@ from mvlm.studies.page import (
     query_hits,
 )
 from mvlm.studies.study import read_study
+from mvlm.studies.trial import loss_curve
 
 STUDY = Path(__file__).parents[3] / "studies/objectives.toml"
 
@@ -23,15 +26,14 @@ STUDY = Path(__file__).parents[3] / "studies/objectives.toml"
 @pytest.mark.parametrize(
     "seeds, over_seeds, over_images, found",
     [
-        (2, (-1, 5), (1, 3), "no arm differs beyond its interval"),
         (2, (1, 3), (-1, 5), "no arm differs beyond its interval"),
-        (2, (0.5, 3.5), (1, 3), "ITC +2 [0.5, 3.5]"),
-        (2, (-3, -1), (-5, -2), "ITC +2 [-5, -1]"),
+        (2, (1, 3), (0.5, 3.5), "ITC +2 [0.5, 3.5]"),
+        (2, (-3, -1), (-5, -1), "ITC +2 [-5, -1]"),
         (2, (1, 1), None, "ITC +2 [1, 1]"),
         (1, (1, 1), None, "no arm differs beyond its interval"),  # of one value, the interval has no width
     ],
 )
-def test_an_arm_differs_if_neither_interval_contains_0(seeds, over_seeds, over_images, found):
+def test_an_arm_differs_if_its_widest_interval_leaves_0_out(seeds, over_seeds, over_images, found):
     row = Comparison(seeds, 1.0, 0.0, 2.0, Interval(*over_seeds), over_images and Interval(*over_images), 0.0, 0.0)
     assert answer(read_study(STUDY), "ir.r1", {"ITC": row}) == f"ir.r1: {found}"
 
@@ -70,6 +72,42 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
     assert gain.over_images is None
     assert gain.difference == pytest.approx(0.5 + 0.1 / 3)
     assert gain.paired == pytest.approx(np.std([0.5, 0.6, 0.5], ddof=1))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("most", [3, 12], ids=["alike", "better for one arm"])
+def test_the_interval_over_images_is_never_narrower_than_that_over_seeds(seeds: int, most: int) -> None:
+    rng = np.random.default_rng(seeds)
+    trials = [[result(s, rng.integers(0, end, size=6).tolist()) for s in range(seeds)] for end in (3, most)]
+    found = compare(trials[1], trials[0], "ir.r1")
+    assert found.over_images is not None
+    assert found.over_images.low <= found.over_seeds.low < found.over_seeds.high <= found.over_images.high
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.05, 0.15, 0.5], ids=["seeds matter less", "as much", "more than images"])
+def test_the_interval_over_images_holds_the_truth_in_95_of_100_studies(seeds: int, spread: float, monkeypatch) -> None:
+    monkeypatch.setattr(page, "RESAMPLES", 200)
+    rng, covered, number = np.random.default_rng(seeds), 0, 200
+    for _ in range(number):
+        values = rng.normal(size=60) + spread * rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, 60))  # around 0
+        found = page.with_images(mean_interval(values.mean(1).tolist()), values, np.arange(60))
+        covered += found.low <= 0 <= found.high
+    assert covered / number > 0.91  # less than that by chance in one of 100, if it is 0.95
+
+
+def test_the_curve_of_a_loss_has_few_points_which_are_means() -> None:
+    values = np.random.default_rng(0).random(1001)
+    rows = [{"step": step, "itc": None if step == 3 else float(x)} for step, x in enumerate(values, 1)]
+    found = loss_curve(rows, "itc")
+    assert 50 < len(found) <= 64
+    steps, kept = [step for step, _ in found], np.delete(values, 2)
+    assert (steps[0], steps[-1], sorted(steps)) == (17, 1001, steps)
+    for (start, _), (step, mean) in zip([(1, 0), *found], found, strict=False):
+        np.testing.assert_allclose(mean, kept[max(0, start - 1) : step - 1].mean(), rtol=1e-4)
+    assert loss_curve(rows[:5], "itc") == [[s, pytest.approx(values[s - 1], rel=1e-4)] for s in (1, 2, 4, 5)]
+    assert loss_curve(rows, "mlm") == []
 
 
 def test_a_figure_that_is_not_finite_is_said_to_be_so() -> None:

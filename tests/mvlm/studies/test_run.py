@@ -50,6 +50,9 @@ def finished(scenes, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study")
     page = run_study(study(), scenes, out)
     assert page == out / "study.html"
+    text = page.read_text()
+    assert "MLM, nats per masked token; x: steps" in text
+    assert "2 seeds are too few" in text
     return out
 
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.report.page import write_report
 from mvlm.runs.folder import find_checkpoint
 from mvlm.tasks import task_names
 from mvlm.tasks.evaluate import find_task, load_task
 from mvlm.tasks.finetune import finetune
-from mvlm_dataloading import ShardWriter
+from mvlm_dataloading import ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.questions import finetune_config as configured
 from support.scenes import png, scene
@@ -43,15 +44,38 @@ def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvl
     assert done.code == 0, done.err
     assert run_mvlm("finetune", EXAMPLE, *words, *settings, "--resume").code == 0
     options = ["--checkpoint", tmp_path / "run", "--data", counts, "--device", "cpu"]
-    found = run_mvlm("eval", EXAMPLE, *options, "--out", tmp_path / "eval.json")
+    found = run_mvlm("eval", EXAMPLE, *options, "--out", tmp_path / "run/eval/test.json")
     assert found.code == 0, found.err
-    written = json.loads((tmp_path / "eval.json").read_text())
+    written = json.loads((tmp_path / "run/eval/test.json").read_text())
     assert written["task"] == "counting"
     assert len(written["records"]) == 16
+    # The page is written without the code, from the figures.
+    page = write_report(tmp_path / "run").read_text()
+    assert "bootstrapped over images." in page
+    assert "baseline: always the majority" in page
+    assert "No baseline" not in page
+    less = {name: x for name, x in written.items() if name not in ("majority", "bootstrapped_over")}
+    (tmp_path / "run/eval/test.json").write_text(json.dumps(less))
+    page = write_report(tmp_path / "run").read_text()
+    assert "bootstrapped over images" not in page
+    assert "No baseline" in page
     # A checkpoint names no code to run: its task has to be named, and be the right one.
     other = run_mvlm("eval", "entailment", *options)
     assert other.code == 2
     assert "found one of counting; name that task, or the file that defines it" in other.err[-1]
+
+
+def test_the_example_bootstraps_over_images_and_has_a_baseline(tmp_path):
+    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(18):
+            metadata = {"count": i // 9, "image_id": i // 9} if i < 16 else {"count": 2}
+            writer.add(f"{i:02}", png(scene(i)[0]), ["how many?"], metadata, split="test")
+    dataset = open_dataset(tmp_path / "d", "test")
+    found = find_task(str(EXAMPLE)).score([{"sample": i, "count": 0} for i in range(18)], dataset)
+    assert found["accuracy"] == found["majority"] == 50
+    # Of 4 images one is right. Each is drawn whole, so with a chance of 0.3 it is never drawn.
+    assert found["accuracy_95"][0] == 0
+    assert found["accuracy_95"][1] > 90
 
 
 @pytest.mark.slow
