@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,36 @@ def check_lines(text: str | None, name: str) -> list[str]:
 def search(gallery: Gallery, text: str | None, image: Image.Image | None) -> list[Found]:
     """Images that fit a text, an image, or both."""
     return gallery.search(check_text(text) if (text or "").strip() else None, image)
+
+
+def about_task(model: TrainedModel) -> str:
+    """What the model was fine-tuned for, and where that is asked, in a sentence."""
+    if model.task is None:
+        return (
+            "This model has no task's head, as after pretraining: it answers no questions, judges no statements and "
+            "writes no captions. `mvlm finetune vqa`, `entailment` or `caption` trains a head; a task of your own is "
+            "shown with `--task FILE`."
+        )
+    where = "The tab Ask has its answers" if images_of_task(model) else "`mvlm eval retrieval` measures it"
+    return f"This model was fine-tuned for {model.task.name}. {where}; the other tabs ask the network without its head."
+
+
+def images_of_task(model: TrainedModel) -> int:
+    """Images of a sample of the model's task; 0 without a task that predicts."""
+    if model.task is None or model.task.name == "retrieval":
+        return 0
+    return model.task.loader_options().get("strip", 1)
+
+
+def ask(model: TrainedModel, *given: Any) -> str:
+    """What the model's task says of its images, and of the text behind them if it reads one."""
+    count = images_of_task(model)
+    images = [_given(image) for image in given[:count]]
+    texts = [check_text(text) for text in given[count:]]
+    (found,) = model.predict(images[0] if count == 1 else images, texts[0] if texts else None)
+    if len(found) == 1:
+        return str(*found.values())
+    return "\n".join(f"{name}: {value}" for name, value in found.items())
 
 
 def fill(model: TrainedModel, image: Image.Image | None, text: str | None) -> tuple[str, list[list[str]]]:

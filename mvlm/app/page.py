@@ -84,8 +84,10 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
     first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
     with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as blocks:
         page = Page(blocks, Uploads(Path(blocks.GRADIO_CACHE)), Visitors(), ThreadPoolExecutor(1, "mvlm-answer"))
-        gr.Markdown(f"# {html.escape(name)}")
+        gr.Markdown(f"# {html.escape(name)}\n\n{html.escape(answers.about_task(model), quote=False)}")
         with gr.Tabs():
+            if answers.images_of_task(model):
+                _ask_tab(page, model, image, caption)
             if gallery:
                 _search_tab(page, gallery, caption)
             _fill_tab(page, model, image, first_word)
@@ -104,6 +106,34 @@ def _shown(image: bytes) -> Image.Image:
     shown = rgb_image(image)
     shown.thumbnail((2 * TALL, 2 * TALL))
     return shown
+
+
+QUESTIONS = {
+    "vqa": ("Ask a question about an image.", "Question"),
+    "entailment": ("Does an image entail a statement, contradict it, or neither (neutral)?", "Statement"),
+    "caption": ("Describe an image.", ""),
+    "pairs": ("Is a statement true of these images?", "Statement"),
+}
+"""What the tab of a task says, and the label of its text."""
+
+
+def _ask_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:
+    task = model.task
+    assert task is not None
+    about, label = QUESTIONS.get(task.name, (f"Ask the task {html.escape(task.name)}.", "Text"))
+    count = answers.images_of_task(model)
+    length = task.loader_options().get("text_length", task.config.text_length)
+    with gr.Tab("Ask"):
+        gr.Markdown(about)
+        with gr.Row():
+            pictures = [image_upload(page.uploads, image if count == 1 else None) for _ in range(count)]
+            with gr.Column():
+                begin = shortened(text, model.tokenizer, length)
+                query = gr.Textbox(begin, label=label, max_length=MAX_CHARACTERS, visible=task.reads_texts)
+                button = gr.Button("Ask", variant="primary")
+                answer = gr.Textbox(label="Answer", interactive=False)
+        inputs = [*pictures, query] if task.reads_texts else pictures
+        _on(page, [button.click, query.submit], partial(answers.ask, model), inputs, answer)
 
 
 def _search_tab(page: Page, gallery: Gallery, text: str) -> None:

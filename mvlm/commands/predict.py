@@ -173,9 +173,10 @@ def app(
     host: str = "127.0.0.1",
     port: int = 7860,
     allow_host: tuple[str, ...] = (),
+    task: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Open a local web page of a trained model: search, fill, rebuild, where it looks, classify.
+    """Open a local web page of a trained model: ask its task, search, fill, rebuild, where it looks, classify.
 
     Args:
         source: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.
@@ -184,6 +185,7 @@ def app(
         host: Address to listen on. Others can reach the page only if you give 0.0.0.0.
         port: Port to listen on.
         allow_host: Further names under which browsers reach this machine, such as that of a proxy. Others are refused.
+        task: Python file of the run's task, if it is your own.
         device: auto, cpu or cuda.
     """
     from mvlm.errors import ConfigError
@@ -191,14 +193,15 @@ def app(
     if data is not None and index is not None:
         raise ConfigError("index: wanted --data or --index, got both; leave one out")
     with _ended_by_sigterm(), _temporary_uploads():
+        from mvlm.app.answers import about_task
         from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
         from mvlm.app.page import build_page  # fails without gradio, before anything is loaded
         from mvlm.app.server import check_address, start
-        from mvlm.runs.load import load_model
         from mvlm.search.index import open_index
+        from mvlm.tasks.evaluate import load_model
 
         check_address(host, port)
-        model = load_model(source, device)
+        model = load_model(source, device, task=task)
         data = data or data_of_run(Path(source))
         if index is not None:
             gallery = IndexGallery(model, open_index(index), index)
@@ -209,7 +212,7 @@ def app(
         page = build_page(model, gallery, Path(source).name)
         server = start(page, host, port, allow_host)
         try:
-            print(f"{server.url}  (Ctrl-C ends it)", flush=True)
+            print(f"{server.url}  (Ctrl-C ends it)\n{about_task(model)}", flush=True)
             server.wait()
         except KeyboardInterrupt:
             pass

@@ -156,7 +156,8 @@ def load_model(
     heads = task_names() if kind is None else (kind.name,)
     if described is None or (kind is None and described["name"] not in heads) or image_size or text_length:
         if described is not None:
-            log.info("%s: the network without the head of the task %s", path, described["name"])
+            advice = "" if described["name"] in heads else "; name the file that defines it with task"
+            log.info("%s: the network without the head of the task %s%s", path, described["name"], advice)
         return load_network(path, device, precision, image_size, text_length)
     chosen = device if isinstance(device, torch.device) else choose_device(device)
     log_unfinished(Path(path), folder)

@@ -1,16 +1,38 @@
 """The images that the page of a micro model searches."""
 
 import asyncio
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from mvlm.app.gallery import DatasetGallery
+from mvlm.config.finetune import TaskOptions
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.tasks.evaluate import find_task
 
 
 @pytest.fixture(scope="session")
 def gallery(model, heldout_split) -> DatasetGallery:
     return DatasetGallery(model, heldout_split, "scenes")
+
+
+@pytest.fixture(scope="session")
+def answering(model) -> Callable[[str], TrainedModel]:
+    """Function that gives a copy of the micro model the head of a task, all with random weights."""
+
+    def make(name: str) -> TrainedModel:
+        network, kind = copy.deepcopy(model.network), find_task(name)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            task = kind(network, TaskOptions(), {} if name == "retrieval" else kind.example(1)[0])
+            for parameter in task.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+        task.set_tokenizer(model.tokenizer)
+        return TrainedModel(network, model.tokenizer, "fp32", task=task.eval())
+
+    return make
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -44,6 +44,27 @@ def test_a_text_and_an_image_are_answered_together(gallery, model, heldout_split
     assert [found.image for found in gallery.search("a red square", images[3])] == wanted[:12]
 
 
+@pytest.mark.parametrize("name, count", [("vqa", 1), ("entailment", 1), ("caption", 1), ("pairs", 2)])
+def test_a_task_is_asked_as_the_model_is(answering, image, name, count) -> None:
+    model = answering(name)
+    assert answers.images_of_task(model) == count
+    assert f"fine-tuned for {name}. The tab Ask" in answers.about_task(model)
+    texts = [] if name == "caption" else ["a red square"]
+    (wanted,) = model.predict(image if count == 1 else [image, image], *texts)
+    assert answers.ask(model, *[image] * count, *texts) == next(iter(wanted.values()))
+    with pytest.raises(ConfigError, match=r"^image: wanted "):
+        answers.ask(model, *[None] * count, *texts)
+    for text in (" ", "a" * 10**7, "a " * 400) if texts else ():
+        with pytest.raises(ConfigError, match=r"^text"):
+            answers.ask(model, *[image] * count, text)
+
+
+def test_models_without_predictions_have_no_tab(answering, model) -> None:
+    assert answers.images_of_task(model) == answers.images_of_task(answering("retrieval")) == 0
+    assert "`mvlm finetune vqa`" in answers.about_task(model)
+    assert "`mvlm eval retrieval`" in answers.about_task(answering("retrieval"))
+
+
 def test_each_mask_has_rows_of_guesses(model, image) -> None:
     text, rows = answers.fill(model, image, "a [MASK] [MASK]")
     expected = model.fill("a [MASK] [MASK]", image, 5)

@@ -23,9 +23,10 @@ import torch
 from mvlm.app.gallery import Found, data_of_run, open_gallery
 from mvlm.errors import ConfigError
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.load import load_model
+from mvlm.tasks.evaluate import load_model
 from support.commands import assert_refused
 from support.packages import needs
+from support.page_attacks import judge_sentence
 from support.scenes import png
 from support.visitor import Visitor
 
@@ -38,7 +39,14 @@ pytestmark = [
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"
 RUN = os.environ.get("APP_RUN")
-TABS = {"Search": "Search", "Fill": "Fill", "Rebuild": "Rebuild", "Where it looks": "Look", "Classify": "Classify"}
+TABS = {
+    "Ask": "Ask",
+    "Search": "Search",
+    "Fill": "Fill",
+    "Rebuild": "Rebuild",
+    "Where it looks": "Look",
+    "Classify": "Classify",
+}
 
 
 def free_port() -> int:
@@ -48,7 +56,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def url(model, gallery) -> Iterator[str]:
+def url(answering, gallery) -> Iterator[str]:
+    model = answering("vqa")
     if RUN:
         model = load_model(RUN)
         data = data_of_run(Path(RUN))
@@ -83,6 +92,7 @@ def open_page(browser: Any, url: str, width: int, scheme: str = "light") -> tupl
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     tab.goto(url)
+    tab.get_by_role("tab", name="Search", exact=True).click()
     tab.get_by_role("button", name="Search", exact=True).wait_for()
     return tab, requests, errors
 
@@ -91,6 +101,7 @@ def answer_of(tab: Any, name: str) -> Any:
     """An element that is there when the tab of this name has answered."""
     panel = tab.get_by_role("tabpanel").filter(visible=True)
     return {
+        "Ask": panel.locator("textarea[disabled]:not(:placeholder-shown)").first,
         "Search": panel.locator("button.thumbnail-item img").first,
         "Fill": panel.get_by_text(" %").filter(visible=True).first,
         "Rebuild": panel.locator("img").nth(3),
@@ -102,6 +113,8 @@ def answer_of(tab: Any, name: str) -> Any:
 def test_every_tab_answers_and_nothing_comes_from_elsewhere(browser, url) -> None:
     tab, requests, errors = open_page(browser, url, 1000)
     for name, button in TABS.items():
+        if name == "Ask" and tab.get_by_role("tab", name=name, exact=True).count() == 0:
+            continue  # of a pretraining run
         tab.get_by_role("tab", name=name, exact=True).click()
         tab.get_by_role("button", name=button, exact=True).click()
         answer_of(tab, name).wait_for()
@@ -110,6 +123,19 @@ def test_every_tab_answers_and_nothing_comes_from_elsewhere(browser, url) -> Non
             tab.screenshot(path=IMAGES / f"app-{button.lower()}.png", full_page=True)
     assert errors == []
     assert [request for request in requests if not request.startswith((url, "data:", "blob:"))] == []
+
+
+def test_a_task_is_asked_about_uploads_alone(url, answering, gallery) -> None:
+    visitor, model, image = Visitor(url), answering("vqa"), gallery.example().image
+    answered, said = visitor.ask("Ask", [visitor.uploaded("x.png", image), "a circle?"])
+    assert (answered, json.loads(said)) == (True, [model.answer(image, "a circle?")])
+    other = Visitor(url).uploaded("x.png", image)
+    for values in ([other, "a"], [{"path": "/etc/passwd"}, "a"], [None, "a"], [visitor.uploaded("x.png", image), " "],
+                   [visitor.uploaded("x.png", image), "a " * 400], [visitor.uploaded("x.png", image), 5]):  # fmt: skip
+        answered, said = visitor.ask("Ask", values)
+        assert not answered
+        assert "wanted " in said
+        assert judge_sentence(said) is None
 
 
 def test_a_click_hides_a_patch(browser, url) -> None:
@@ -179,6 +205,8 @@ def test_a_page_of_other_peoples_images_and_of_a_model_without_itm(model) -> Non
         assert "Where it looks" not in {c["props"].get("label") for c in config["components"]}
         texts = [c["props"]["value"] for c in config["components"] if c["props"].get("label") == "Text"]
         assert len(texts) == 3  # of Search, Fill and Rebuild
+        assert "Ask" not in visitor.labels.values()
+        assert "trains a head" in str(config["components"])
         for text in texts:
             tokens = len(model.tokenizer.encode([text.replace("[MASK]", "a")], 500)[0])
             assert 3 < tokens <= model.network.config.text_length, text
@@ -221,7 +249,7 @@ def test_what_visitors_send_is_kept_below_the_folder_that_the_user_names(
 ) -> None:
     used = []
 
-    def load(*_: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:
         used.append(Path(os.environ["GRADIO_TEMP_DIR"]))
         (used[0] / "upload").write_text("an image")
         raise ConfigError("enough")
@@ -230,7 +258,7 @@ def test_what_visitors_send_is_kept_below_the_folder_that_the_user_names(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "default"))
     (tmp_path / "default").mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / given) if given else "")
-    monkeypatch.setattr("mvlm.runs.load.load_model", load)
+    monkeypatch.setattr("mvlm.tasks.evaluate.load_model", load)
     assert_refused(run_mvlm("app", tmp_path, "--port", free_port()), "enough")
     assert [path.parent for path in used] == [parent]
     assert list(parent.iterdir()) == []
