@@ -186,9 +186,7 @@ def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "")
     check_removed(values, where, prefix)
     for name in values:
         if name not in types:
-            near = difflib.get_close_matches(name, types, 1)
-            hint = f"; did you mean {near[0]}?" if near else "; remove it"
-            raise ConfigError(f"{where}: unknown {what} {name!r}{hint}")
+            raise ConfigError(f"{where}: unknown {what} {name!r}{_meant(name, kind)}")
     missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
     if missing:
         raise ConfigError(f"{where}: wanted the {what}s {', '.join(missing)}, found none")
@@ -197,6 +195,17 @@ def _from_json(kind: type, values: Any, where: str, what: str, prefix: str = "")
         return kind(**checked)
     except ConfigError as error:  # of a range, or of settings that do not fit each other
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _meant(name: str, kind: type) -> str:
+    """A hint for the unknown setting `name` of a dataclass: the nearest name, or where else it is a setting."""
+    known = {f.name: f.name for f in fields(kind)}
+    if "model" in known:
+        known = {f.name: f"model.{f.name}" for f in fields(MaskVLMConfig)} | known
+    elif name in PretrainConfig.__dataclass_fields__:
+        return "; it is a setting of the run, not of the model"
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {known[near[0]]}?" if near else "; remove it"
 
 
 def _checked(wanted: Any, value: Any, where: str) -> Any:

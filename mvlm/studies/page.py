@@ -21,6 +21,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError
+from mvlm.evaluation.retrieval import DIRECTIONS, RECALLS_AT
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.report.html import line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
@@ -28,6 +29,17 @@ from mvlm.studies.study import Study
 from mvlm_dataloading.files import write_file
 
 RESAMPLES = 4000
+MEASURES = {
+    *("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1", "masked_l1_white", "masked_l1_train_median"),
+    *(
+        f"{queries}{ranked_by}{way}.r{k}"
+        for queries in ("", "unseen.")
+        for ranked_by in ("", "itc.", "itm.")
+        for way in DIRECTIONS
+        for k in RECALLS_AT
+    ),
+}
+"""Figures of a trial of pretraining that can be compared."""
 FEW_SEEDS = 3
 """A study of fewer seeds is said to have too few: with 2, Student's t wants 12.7 standard errors."""
 Floats = NDArray[np.float64]

@@ -1,5 +1,6 @@
 """`mvlm study`: the trials of a study, one after another or in several processes, then its table and its page."""
 
+import difflib
 import json
 import logging
 import os
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
-from mvlm.studies.page import figure, write_csv, write_study_page
+from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
 from mvlm.studies.trial import Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
+from mvlm.tasks.finetune import untrained_figures
 from mvlm.training.run import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.files import write_file
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CAPTIONS = 512
 """First captions, from which the mean length is estimated that decides the FLOPs of a step."""
+SAMPLES = 8
+"""First samples of a split, on which the names of a task's figures are found."""
 _OF_OTHERS = ("config.json", "dataset.json", "model.safetensors", "checkpoints")
 """Files of a run, a data set, a model: a folder that has one is no study's."""
 
@@ -64,8 +69,9 @@ def run_study(
         raise RunError(f"{out}: wanted a new folder or that of a study, found {found[0]}; choose another one")
     others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
-    for trial in trials:  # before the first minute is spent
-        read_result(trial)
+    finished = [read_result(trial) for trial in trials]  # before the first minute is spent
+    if None in finished:
+        check_measures(study, trials[0])
     number, parts = part
     failed = []
     for trial in trials[number - 1 :: parts]:
@@ -88,7 +94,7 @@ def run_study(
         if result is None:
             log.info("stopped; the same command continues")
             return None
-        for measure in study.measures:  # a mistake is known after the first trial, and not after the last
+        for measure in study.measures:  # one that this arm does not have is known now, and not after the last trial
             figure(result, measure)
     if failed:
         raise RunError(f"{out}: wanted finite losses, found others in {'; '.join(failed)}; leave these arms out")
@@ -97,6 +103,23 @@ def run_study(
         log.info("%d of %d trials are finished", len(results), len(trials))
         return None
     return _write(study, results, out)
+
+
+def check_measures(study: Study, trial: Trial) -> None:
+    """Raise ConfigError for a measure that no trial will have.
+
+    Figures of a task are those of its untrained head on a few samples of each split.
+    """
+    known = MEASURES
+    if isinstance(trial.config, FinetuneConfig):
+        few = {split: open_dataset(trial.data, split).head(SAMPLES) for split in trial.splits}
+        known = {f"{split}.{name}" for split in few for name in untrained_figures(trial.config, few[split])}
+    for measure in study.measures:
+        first = ".".join(measure.split(".")[:2]) if study.task else measure  # types of questions may be absent here
+        if first not in known:
+            near = difflib.get_close_matches(measure, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"wanted one of {', '.join(sorted(known))}"
+            raise ConfigError(f"measures: wanted figures of `mvlm eval`, got {measure!r}; {hint}")
 
 
 def report_finished(

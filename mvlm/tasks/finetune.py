@@ -22,6 +22,7 @@ from mvlm.distributed.global_batch import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
+from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import check_sizes
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
@@ -227,6 +228,19 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s; the pretrained model is not read", checkpoint)
     return trainer
+
+
+@torch.no_grad()
+def untrained_figures(config: FinetuneConfig, few: Dataset) -> dict[str, Any]:
+    """Figures that an evaluation of the task will have, of random weights on a few samples of a split."""
+    inputs, kind = open_inputs(config), find_task(config.task)
+    task = kind(MaskVLM(inputs.config.model), config.options, kind.make_state(inputs.dataset, config.options)).eval()
+    task.set_tokenizer(inputs.tokenizer)
+    if isinstance(task, Retrieval):
+        return task.evaluate(few, inputs.tokenizer, "fp32", Workspace())
+    records = predict_split(task, few, inputs.tokenizer, "fp32")
+    assert records is not None
+    return task.score(records, few)
 
 
 def peak_rate(name: str, config: FinetuneConfig) -> float:

@@ -13,6 +13,7 @@ from mvlm import cli
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
+from mvlm.studies.page import MEASURES
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
 from mvlm.studies.trial import read_result, run_trial, take_result
@@ -50,6 +51,7 @@ def finished(scenes, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("study")
     page = run_study(study(), scenes, out)
     assert page == out / "study.html"
+    assert page is not None
     text = page.read_text()
     assert "MLM, nats per masked token; x: steps" in text
     assert "2 seeds are too few" in text
@@ -72,6 +74,19 @@ def test_an_arm_that_differs_in_its_name_alone_differs_by_nothing(finished: Path
         assert same["seeds"] == "2"
     assert float(table["other seed", "masked_nats"]["difference"]) != 0
     assert float(table["no MIM", "masked_l1"]["difference"]) != 0
+
+
+def test_measures_are_the_figures_of_a_trial(finished: Path) -> None:
+    def names(figures: dict[str, Any], prefix: str = "") -> set[str]:
+        found = set()
+        for name, value in figures.items():
+            found |= names(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
+        return found
+
+    figures = json.loads(next(finished.glob("trials/base/*/result.json")).read_text())["figures"]
+    recalls = names({way: figures[way] for way in ("tr", "ir", "itc", "itm")})
+    others = {name for name, x in figures.items() if isinstance(x, float)} - {"seconds"}
+    assert recalls | {f"unseen.{name}" for name in recalls} | others == MEASURES
 
 
 @pytest.mark.slow
@@ -150,7 +165,7 @@ def test_a_result_older_than_a_setting_had_its_default(finished: Path, scenes, t
 
 @pytest.mark.slow
 def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, monkeypatch) -> None:
-    """Before a trial is run, but for a figure that no trial has: that is known after the first."""
+    """Before a trial is run."""
     copy, other = shutil.copytree(finished, tmp_path / "copy"), tmp_path / "other"
     other.mkdir()
     (other / "dataset.json").write_text("{}")
@@ -166,11 +181,12 @@ def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, m
         ({}, tmp_path / "new", {"reuse": [finished / "study.csv"]}, RunError, "study.csv: wanted results of trials"),
         ({}, tmp_path / "new", {"checkpoint": trained}, ConfigError, "set initial_model in its settings"),
         ({"seeds": [0], "measures": ["no.figure"], **base}, tmp_path / "new", {}, ConfigError, "measures: wanted"),
+        ({"measures": ["gain_txt_nats"]}, tmp_path / "new", {}, ConfigError, "did you mean gain_text_nats"),
     ]  # fmt: skip
     for changes, out, options, error, words in refused:
         with pytest.raises(error, match=words):
             run_study(study(**changes), scenes, out, **options)
-    assert len(list((tmp_path / "new").rglob("result.json"))) == 1
+    assert not list((tmp_path / "new").rglob("run"))
     monkeypatch.setenv("WORLD_SIZE", "2")  # each rank would take another trial, and wait for the others in it
     with pytest.raises(ConfigError, match="study: wanted one process, found ranks of torchrun; give --jobs N"):
         cli.run_command(["study", "studies/smoke.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")])

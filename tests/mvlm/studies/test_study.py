@@ -70,7 +70,14 @@ CHANGES = (  # old text, new text, what is refused
     ("seed = 100", "seed = ", "wanted a study as TOML"),
     ('measures = ["ir.r1"]', "", "wanted measures, found none"),
     ("mim_weight", "mim_wait", "arm no pixels: unknown setting 'mim_wait'; did you mean mim_weight?"),
-    ("mim_weight = 0.0", "mim_weight = -1.0", "mim_weight"),
+    ("mim_weight = 0.0", "mim_weight = -1.0", "arm no pixels: mim_weight"),
+    (
+        "mim_weight = 0.0",
+        "image_mask_ratio = 0.8",
+        "arm no pixels: unknown setting 'image_mask_ratio'; did you mean model.image_mask_ratio?",
+    ),
+    ("text_mask_ratio = 0.15", "batch_size = 8", "'batch_size'; it is a setting of the run, not of the model"),
+    ("text_mask_ratio = 0.15", "image_mask_ratio = 1.4", "arm narrow text: image_mask_ratio"),
     ("text_mask_ratio", "text_ratio", "arm narrow text: unknown model setting 'text_ratio'"),
 )
 
@@ -82,7 +89,7 @@ def test_a_wrong_study_is_refused_by_name(tmp_path: Path, old: str, new: str, me
     with pytest.raises(ConfigError) as error:
         _configurations(file)
     assert message in str(error.value)
-    assert "objectives" in str(error.value) or message == "mim_weight"
+    assert "objectives" in str(error.value)
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:

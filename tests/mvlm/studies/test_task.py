@@ -91,6 +91,10 @@ def test_mistakes_are_refused_before_a_trial_is_run(questions, trained, tmp_path
         plan_trials(study(), questions, tmp_path)
     with pytest.raises(DataError, match="wanted the split artist, found test, train, validation"):
         plan_trials(study(splits=["artist"], measures=["artist.accuracy"]), questions, tmp_path, trained)
+    for measure in ("test.acuracy", "artist.accuracy", "accuracy"):
+        with pytest.raises(ConfigError, match=f"got '{measure}'; did you mean test.accuracy"):
+            run_study(study(splits=["test"], measures=[measure]), questions, tmp_path, checkpoint=trained)
+    assert not list(tmp_path.rglob("run"))
     (trial,) = plan_trials(study(arms={"full": {}}), questions, tmp_path, trained)
     trial.folder.mkdir(parents=True)
     trial.file.write_text(json.dumps({"format_version": 1, "settings": trial.settings | {"start": "0" * 64}}))
