@@ -12,9 +12,10 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
@@ -46,6 +47,8 @@ class Explanation:
     backend: Backend
     reasons: tuple[str, ...]
     device: torch.device
+    as_if: str = ""
+    """The GPU that was imagined, such as sm_90; empty for the device of the tensors."""
 
     def __str__(self) -> str:
         if self.backend == "torch":
@@ -53,7 +56,8 @@ class Explanation:
         else:
             kinds = ["because", *["against triton"] * (len(self.reasons) - 1)]
         lines = [f"{kind}: {reason}" for kind, reason in zip(kinds, self.reasons, strict=True)]
-        return "\n".join([f"runs: {self.backend} on {self.device}", *lines])
+        where, runs = (self.as_if, "would run") if self.as_if else (self.device, "runs")
+        return "\n".join([f"{runs}: {self.backend} on {where}", *lines])
 
 
 _forced: Backend | None = None
@@ -66,6 +70,7 @@ _options_in_force: dict[str, dict[str, Any]] = {}
 _choices: list[tuple[str, tuple[Any, ...]]] | None = None
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
+# Compute capability that `recording` or `explain(.., as_if=..)` takes for the device's.
 _recorded_arch: int | None = None
 
 
@@ -91,13 +96,19 @@ def forced() -> Backend | None:
     return _forced
 
 
-def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: Callable[..., Any], *args: Any, as_if: str | None = None, **kwargs: Any) -> Explanation:
     """Explain which backend ``op(*args, **kwargs)`` takes. Runs no kernel.
 
     op is a public op of :mod:`mvlm_kernels`. Raises ValueError for any other function, and the op's own ValueError for
     bad arguments, but does not read lengths and ids. Under ``use_backend("triton")`` it lists the reasons against
     Triton, and does not raise them.
+
+    as_if: a GPU, as ``"sm_90"`` for compute capability 9.0: explain the call with its tensors on one, on any machine.
+    Autocast is that of CUDA then, so give tensors in the dtypes that the op is to get. For a moment the whole process
+    takes its GPUs for such ones: run no op in another thread.
     """
+    if as_if is not None:
+        return _explain_as_if(as_if, op, args, kwargs)
     if op not in _explained:
         names = ", ".join(sorted(f.__name__ for f in _explained))
         given = getattr(op, "__name__", type(op).__name__)
@@ -116,6 +127,30 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     if reasons:
         return Explanation("torch", tuple(reasons), device)
     return Explanation("triton", ("the fused kernel covers this call",), device)
+
+
+def _explain_as_if(gpu: str, op: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Explanation:
+    """Explain a call on fake tensors of a GPU, after the checks of the call as it is."""
+    global _recorded_arch
+    name = re.fullmatch(r"sm_(\d{2,3})", gpu)
+    if name is None:
+        raise ValueError(f'as_if must be a GPU such as "sm_90", got {gpu!r}')
+    explain(op, *args, **kwargs)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def moved(x: Any) -> Any:
+        given = isinstance(x, torch.Tensor)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if given else x
+
+    before, _recorded_arch = _recorded_arch, int(name[1])
+    device_reasons.cache_clear()
+    try:
+        with FakeTensorMode():
+            found = explain(op, *map(moved, args), **{key: moved(x) for key, x in kwargs.items()})
+    finally:
+        _recorded_arch = before
+        device_reasons.cache_clear()
+    return replace(found, device=torch.device("cuda"), as_if=gpu)
 
 
 def _named(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +215,8 @@ def device_reasons(device: torch.device) -> tuple[Refusal, ...]:
     if kind == "cuda":
         if torch.version.hip is not None:
             return (refusal("the kernels are for NVIDIA GPUs, and this torch is for AMD's", "torch runs"),)
-        major, minor = torch.cuda.get_device_capability(device.index)
-        if major < 8:
+        if arch(device) < 80:
+            major, minor = divmod(arch(device), 10)
             reason = f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
             return (refusal(reason, "torch runs; use an A100 or a later GPU"),)
         if interpreting():

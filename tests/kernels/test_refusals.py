@@ -195,6 +195,7 @@ def test_a_wrong_input_is_refused_on_one_line_that_names_it(
         (lambda: ops.pack_key_mask(torch.ones(5).bool()), "mask must"),
         (lambda: explain(torch.nn.functional.linear, Q), "op must"),
         (lambda: explain(CrossAttention(64, 4), torch.zeros(2, 3, 64)), "op must"),
+        (lambda: explain(ops.cross_attention, Q, K, V, as_if="H100"), "as_if must"),
         (lambda: use_backend("cuda").__enter__(), "backend must"),  # pyright: ignore[reportArgumentType]
     ],
 )
@@ -397,10 +398,40 @@ def test_calls_on_a_gpu_have_no_reason_against_the_kernels():
     with gpu():
         for op in VALID:
             narrow = torch.bfloat16 if op == "cross_attention" else None
-            given = {
+            given: dict[str, Any] = {
                 name: torch.empty(x.shape, dtype=narrow or x.dtype, device="cuda") if isinstance(x, Tensor) else x
                 for name, x in VALID[op].items()
             }
             found = explain(getattr(ops, op), **given)
             assert found.backend == "triton"
             assert str(found).startswith("runs: triton on cuda")
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_cpu_explains_a_call_as_a_gpu_would(capability: tuple[int, int], dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    calls: dict[str, list[dict[str, Any]]] = {op: [VALID[op]] for op in VALID}
+    shapes = [(9, 5, 64), (197, 128, 128), (200, 300, 64), (9, 5, 36)]
+    calls["cross_attention"] += [
+        {name: torch.zeros(2, length, 2, width) for name, length in (("q", q), ("k", k), ("v", k))}
+        for q, k, width in shapes
+    ]
+    for op, cases in calls.items():
+        for case in cases:
+            given: dict[str, Any] = {
+                name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in case.items()
+            }
+            with gpu(capability):
+                moved: dict[str, Any] = {
+                    name: torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+                    for name, x in given.items()
+                }
+                wanted = explain(getattr(ops, op), **moved)
+            sm = f"sm_{capability[0]}{capability[1]}"
+            here = explain(getattr(ops, op), **given)
+            found = explain(getattr(ops, op), as_if=sm, **given)
+            assert (found.backend, found.reasons) == (wanted.backend, wanted.reasons)
+            assert str(found).startswith(f"would run: {found.backend} on {sm}")
+            assert explain(getattr(ops, op), **given) == here  # nothing is imagined any more
