@@ -114,7 +114,10 @@ def explain(op: Callable[..., Any], *args: Any, as_if: str | None = None, **kwar
         given = getattr(op, "__name__", type(op).__name__)
         hint = "; a layer calls an op: explain that" if isinstance(op, torch.nn.Module) else ""
         raise ValueError(f"op must be one of {names}, got {given}{hint}")
-    call = inspect.signature(op).bind(*args, **kwargs)
+    try:
+        call = inspect.signature(op).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain({op.__name__}, ...) takes the arguments of a call: {error}") from None
     call.apply_defaults()
     reasons_of, check = _explained[op]
     if check is not None:

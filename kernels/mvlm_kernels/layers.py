@@ -19,15 +19,6 @@ from mvlm_kernels.gelu_linear import gelu_linear
 __all__ = ["AddLayerNorm", "CrossAttention", "GeluLinear"]
 
 
-_OF_TORCH = {
-    "key_padding_mask": "pass key_mask=~key_padding_mask, in which True = the key exists",
-    "attn_mask": "keys may be masked (key_mask, key_lengths), single scores may not: use scaled_dot_product_attention",
-    "is_causal": "there are no causal masks: use scaled_dot_product_attention",
-    "need_weights": "they are (scale * q @ k^T - lse).exp() of the op's log-sum-exp, return_lse=True",
-}
-"""Arguments of ``nn.MultiheadAttention`` that :class:`CrossAttention` lacks, and what to do instead."""
-
-
 class CrossAttention(nn.Module):
     """Multi-head attention of a stream to a context by :func:`mvlm_kernels.cross_attention`, with its projections.
 
@@ -108,14 +99,11 @@ class CrossAttention(nn.Module):
 
         Either may be packed (rows, C) with ``cu_seqlens_q`` and ``cu_seqlens_k``. options: of
         :func:`mvlm_kernels.cross_attention`, such as key_lengths, key_mask (True = the key exists), key_index and
-        seed; with return_lse also returns the log-sum-exp. Raises TypeError for an argument of
-        ``nn.MultiheadAttention``, with what to pass instead, and for dropout_p, which is the layer's.
+        seed; with return_lse also returns the log-sum-exp. Raises TypeError for an argument of torch's
+        attention, with what to pass instead, and for dropout_p, which is the layer's.
         """
-        for name in options:
-            if name in _OF_TORCH:
-                raise TypeError(f"{name} is an argument of nn.MultiheadAttention: {_OF_TORCH[name]}")
-            if name == "dropout_p":
-                raise TypeError("dropout_p is an argument of the layer: CrossAttention(..., dropout=...)")
+        if "dropout_p" in options:
+            raise TypeError("dropout_p is an argument of the layer: CrossAttention(..., dropout=...)")
         context = x if context is None else context
         q = self.q(x).unflatten(-1, (self.heads, self.head_width))
         k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))

@@ -79,8 +79,7 @@ def query(
     captions = [hit.text for hit in hits] if of == "texts" else opened.first_captions(hits)
     for number, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1):
         score = "" if hit.score is None else f"  re-ranked {hit.score:.2f}"
-        place = f"{hit.split}/{hit.id}" if hit.split else hit.id
-        print(f"{number:3}  {hit.similarity:.3f}{score}  {place}{'  ' + caption if caption else ''}")
+        print(f"{number:3}  {hit.similarity:.3f}{score}  {hit.name}{'  ' + caption if caption else ''}")
     if not hits:
         print("no answer")
 

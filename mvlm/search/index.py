@@ -58,6 +58,12 @@ class Hit(NamedTuple):
     score: float | None = None
     """ITC logit plus ITM's log-odds, of an answer that was re-ranked."""
 
+    @property
+    def name(self) -> str:
+        """The split, and the image's file where the data set names it (`mvlm data folder` does), else the id."""
+        name = str(self.metadata.get("file") or self.id)
+        return f"{self.split}/{name}" if self.split else name
+
 
 @dataclass
 class SearchIndex:

@@ -1,11 +1,13 @@
 """The ops as layers, against torch's own with the same state dict."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from mvlm_kernels import cross_attention, explain, gelu_linear
 from mvlm_kernels.layers import AddLayerNorm, CrossAttention, GeluLinear
 
 
@@ -35,8 +37,26 @@ def test_attention_that_cannot_be_copied_is_refused():
 
 @pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask", "is_causal", "need_weights", "dropout_p"])
 def test_arguments_that_only_torchs_attention_or_the_layer_has_are_refused(name: str):
+    given: dict[str, Any] = {name: None}
     with pytest.raises(TypeError, match=f"{name} is an argument of "):
-        CrossAttention(32, 4)(torch.randn(2, 9, 32), **{name: None})
+        CrossAttention(32, 4)(torch.randn(2, 9, 32), **given)
+    if name != "dropout_p":
+        q = torch.randn(2, 9, 4, 8)
+        for call in (cross_attention, partial(explain, cross_attention)):
+            with pytest.raises(TypeError, match=f"{name} is an argument of "):
+                call(q, q, q, **given)
+
+
+def test_unknown_and_missing_arguments_name_the_op():
+    q = torch.randn(2, 9, 4, 8)
+    for wrong in (
+        lambda: cross_attention(q, q, q, heads=4),  # type: ignore[call-overload]
+        lambda: explain(cross_attention, q, q, q, heads=4),
+        lambda: explain(cross_attention),
+        lambda: explain(gelu_linear),
+    ):
+        with pytest.raises(TypeError, match=r"cross_attention|gelu_linear"):
+            wrong()
 
 
 def test_log_sum_exp_of_the_layer():

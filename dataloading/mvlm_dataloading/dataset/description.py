@@ -5,13 +5,16 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import open_regular, read_regular, write_file
+from mvlm_dataloading.sources.folder import LISTED
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +121,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         text = read_regular(file, _MAX_BYTES)
     except FileNotFoundError:
+        names = (name.lower() for _, _, names in os.walk(folder) for name in names)
+        has_images = any(name.endswith(LISTED) for name in islice(names, 10_000))
+        advice = f"`mvlm data folder {shlex.quote(str(folder))} OUT` makes a data set of these images"
         raise DataError(
-            f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it"
+            f"{file}: wanted the data set's description, found no such file; "
+            f"{advice if has_images else '`mvlm data` writes it'}"
         ) from None
     return parse_description(text, str(file))
 

@@ -31,6 +31,7 @@ from mvlm_kernels.cross_attention.arguments import (
     invert_key_index,
     key_sequences,
     longest_sequences,
+    refuse_others,
     scale_of,
 )
 from mvlm_kernels.cross_attention.composed import attend_heads
@@ -65,6 +66,7 @@ class _Options(TypedDict, total=False):
 
 
 def _explain(**call: Any) -> tuple[Refusal, ...]:
+    refuse_others(call["others"])
     q, k, v = as_autocast(call["q"], call["k"], call["v"])
     sides = Sides._make(call.get(name) for name in Sides._fields)
     given = call["max_len_q"], call["max_len_k"]
@@ -147,6 +149,7 @@ def cross_attention(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: Literal["auto", "sdpa", "math"] = "auto",
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
@@ -195,9 +198,12 @@ def cross_attention(
         padded rows; :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
+        TypeError: for an argument of torch's attention, with what to pass instead.
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
             indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
+    if others:
+        refuse_others(others)
     q, k, v = as_autocast(q, k, v)
     sides, given = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k), (max_len_q, max_len_k)
     options = _checked(q, k, v, sides, given, scale, dropout_p, seed, backend)

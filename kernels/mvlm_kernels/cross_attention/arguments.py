@@ -3,7 +3,7 @@
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,23 @@ LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
 _INDEX_TYPES = (torch.int32, torch.int64)
 _longest = LONGEST_SHORT_SIDE
+
+
+OF_TORCH = {
+    "key_padding_mask": "pass key_mask=~key_padding_mask, in which True = the key exists",
+    "attn_mask": "keys may be masked (key_mask, key_lengths), single scores may not: use scaled_dot_product_attention",
+    "is_causal": "there are no causal masks: use scaled_dot_product_attention",
+    "enable_gqa": "leave it out, k and v may have fewer heads than q",
+    "need_weights": "they are (scale * q @ k^T - lse).exp() of the op's log-sum-exp, return_lse=True",
+}
+"""Arguments of torch's attentions that the op lacks, and what to do instead."""
+
+
+def refuse_others(given: Iterable[str]) -> None:
+    """Raise TypeError if there are arguments that the op does not have."""
+    for name in given:
+        hint = f"{name} is an argument of torch's attention: {OF_TORCH[name]}" if name in OF_TORCH else None
+        raise TypeError(hint or f"cross_attention() has no argument {name!r}")
 
 
 class Sides(NamedTuple):

@@ -24,6 +24,15 @@ def test_a_url_is_said_to_be_one(place):
         read_description(Path(place))
 
 
+def test_a_folder_of_images_is_said_to_be_one(tmp_path):
+    (tmp_path / "no images").mkdir()
+    with pytest.raises(DataError, match="`mvlm data` writes it"):
+        read_description(tmp_path)
+    (tmp_path / "no images/a.JPG").write_bytes(b"")
+    with pytest.raises(DataError, match=re.escape(f"`mvlm data folder {tmp_path} OUT`")):
+        read_description(tmp_path)
+
+
 def test_already_written_compares_name_and_recipe(tmp_path):
     out = tmp_path / "out"
     assert not already_written(out, name="waves", recipe={"count": 2})

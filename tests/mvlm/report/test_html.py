@@ -34,7 +34,7 @@ from support.scenes import png
 def test_the_page_of_a_search_shows_answers_and_escapes_what_others_wrote(tmp_path):
     hits = [
         Hit("a<b>.png", "test", 0, 3, "<script>alert(1)</script>", 0.51234, {"note": "<i>"}, 2.3456),
-        Hit("c.png", "", 1, 4, "", -0.2, {}),
+        Hit("stra_e_7-02f9", "", 1, 4, "", -0.2, {"file": "straße 7.png"}),
     ]
     image, title = thumbnail(png(np.full((400, 200, 3), 77, np.uint8))), "red & <blue>"
     answers = [(hit, image) for hit in hits]
@@ -42,7 +42,14 @@ def test_the_page_of_a_search_shows_answers_and_escapes_what_others_wrote(tmp_pa
     found = Page(page.read_text())
     assert not found.all("script")
     assert not found.all("i")
-    for text in (title, "a<b>.png (test)", "similarity 0.512, re-ranked 2.35", "similarity -0.200", "note: <i>"):
+    for text in (
+        title,
+        "1. test/a<b>.png",
+        "2. straße 7.png",
+        "similarity 0.512, re-ranked 2.35",
+        "similarity -0.200",
+        "note: <i>",
+    ):
         assert text in found.text
     assert [img["src"] for img in found.all("img")] == [image] * 3
     with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as small:
