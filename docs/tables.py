@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests load this file by its path
@@ -189,16 +190,22 @@ def run_speed() -> str:
 
 
 def study(name: str, arms: str, data: str = "emoji") -> str:
-    """The committed results of a study: R@1 with its difference from the base arm, and the gains.
+    """The committed results of a study: R@1 with its difference from the base arm, by ITC and by ITM alone, and gains.
 
     Args:
         name: of the study's file.
         arms: head of the column of arms.
         data: name of the data set.
     """
-    with (RESULTS / "studies" / f"{data}-{name}.csv").open() as file:
-        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
-    table = [[arms, "seeds", "image to text R@1", "text to image R@1", "text gain, nats", "pixel gain, %"]]
+    file = RESULTS / "studies" / f"{data}-{name}.csv"
+    with file.open() as lines:
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(lines)}
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for line in file.with_suffix(".jsonl").read_text().splitlines():
+        trial = json.loads(line)
+        trials.setdefault(trial["arm"], []).append(trial)
+    head = ["seeds", "image to text R@1", "text to image R@1", "by ITC alone", "by ITM alone", "text gain, nats"]
+    table = [[arms, *head, "pixel gain, %", "masked L1 over the constant's"]]
     for arm in dict.fromkeys(arm for arm, _ in rows):
         cells = []
         for measure in ("tr.r1", "ir.r1"):
@@ -207,11 +214,15 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
             if arm != row["against"]:
                 ends = (float(row[f"{end}_over_seeds_and_images"]) for end in ("low", "high"))
                 cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(float(row["difference"]), *ends)
-        gains = (
-            f"{float(rows[arm, measure]['mean']):.{n}f}"
-            for measure, n in (("gain_text_nats", 2), ("gain_pixels_pct", 1))
-        )
-        table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells, *gains])
+        for kind in ("itc", "itm"):
+            found = [trial["figures"][kind] for trial in trials[arm] if trial["figures"][kind]]
+            r1 = [figures[way]["r1"] for figures in found for way in ("tr", "ir")]
+            cells.append(f"{fmean(r1):.1f}" if r1 else "")
+        for measure, n in (("gain_text_nats", 2), ("gain_pixels_pct", 1)):
+            cells.append(f"{float(rows[arm, measure]['mean']):.{n}f}")
+        rebuilding = [trial["figures"] for trial in trials[arm] if trial["settings"]["mim_weight"] > 0]
+        l1 = [figures["masked_l1"] / figures["masked_l1_train_median"] for figures in rebuilding]
+        table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells, f"{fmean(l1):.2f}" if l1 else ""])
     return markdown(table)
 
 

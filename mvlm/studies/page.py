@@ -25,21 +25,23 @@ from mvlm.evaluation.retrieval import DIRECTIONS, RECALLS_AT
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.report.html import line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
+from mvlm.studies.evidence import PILOT, evidence, seeds_needed
 from mvlm.studies.study import Study
 from mvlm_dataloading.files import write_file
 
 RESAMPLES = 4000
+CUTS = tuple(f"r{k}" for k in RECALLS_AT)
 MEASURES = {
     *("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1", "masked_l1_white", "masked_l1_train_median"),
     *(
-        f"{queries}{ranked_by}{way}.r{k}"
+        f"{queries}{ranked_by}{way}r{k}"
         for queries in ("", "unseen.")
         for ranked_by in ("", "itc.", "itm.")
-        for way in DIRECTIONS
+        for way in ("", *(f"{way}." for way in DIRECTIONS))
         for k in RECALLS_AT
     ),
 }
-"""Figures of a trial of pretraining that can be compared."""
+"""Figures of a trial of pretraining that can be compared. A recall without a direction is the mean of both."""
 FEW_SEEDS = 3
 """A study of fewer seeds is said to have too few: with 2, Student's t wants 12.7 standard errors."""
 Floats = NDArray[np.float64]
@@ -102,6 +104,8 @@ def with_images(over_seeds: Interval, values: Floats, images: NDArray[np.int64])
 
 def figure(result: Result, measure: str) -> float:
     """A trial's figure by its dotted name. ConfigError if there is none."""
+    if len(names := directed(measure)) > 1:
+        return fmean(figure(result, name) for name in names)
     value: Any = result["figures"]
     for name in measure.split("."):
         absent = not isinstance(value, dict) or name not in value
@@ -118,14 +122,30 @@ def figure(result: Result, measure: str) -> float:
     return float(value)
 
 
-def is_recall(measure: str) -> bool:
-    """True for a recall, such as ir.r1, itc.tr.r5 or unseen.ir.r10: a mean over queries."""
+def directed(measure: str) -> list[str]:
+    """A recall without a direction, such as itm.r1, by each direction; any other measure alone."""
     *where, cut = measure.split(".")
-    return bool(where) and where[-1] in ("tr", "ir") and cut in ("r1", "r5", "r10")
+    if cut not in CUTS or (where and where[-1] in DIRECTIONS) or not {*where} <= {"unseen", "itc", "itm"}:
+        return [measure]
+    return [".".join([*where, way, cut]) for way in DIRECTIONS]
+
+
+def is_recall(measure: str) -> bool:
+    """True for a recall, such as ir.r1, itc.tr.r5, unseen.ir.r10 or itm.r1: a mean over queries."""
+    *where, cut = directed(measure)[0].split(".")
+    return bool(where) and where[-1] in DIRECTIONS and cut in CUTS
 
 
 def query_hits(result: Result, measure: str) -> Floats:
-    """100 for each query that a recall counts as found, else 0: (Q,), so that its mean is the recall in per cent."""
+    """100 for each query that a recall counts as found, else 0: (Q,), so that its mean is the recall in per cent.
+
+    Of both directions, one after the other, hits are weighted so that this still holds.
+    """
+    names = directed(measure)
+    if len(names) > 1:
+        each = [query_hits(result, name) for name in names]
+        queries = sum(map(len, each))
+        return np.concatenate([hits * queries / (len(names) * len(hits)) for hits in each])
     *where, cut = measure.split(".")
     ranks = result["ranks"]
     kind = "itc" if "itc" in where else "itm_alone" if "itm" in where else "itm"
@@ -137,6 +157,9 @@ def query_hits(result: Result, measure: str) -> Floats:
 
 def image_of_query(result: Result, measure: str) -> NDArray[np.int64]:
     """The image of each query of a recall: int64 (Q,)."""
+    names = directed(measure)
+    if len(names) > 1:
+        return np.concatenate([image_of_query(result, name) for name in names])
     *where, _ = measure.split(".")
     ranks = result["ranks"]
     images = np.arange(len(ranks["tr"]["itm"])) if where[-1] == "tr" else np.array(ranks["owner"])
@@ -198,6 +221,8 @@ def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Pat
         title=study.question,
         study=study,
         answers=[answer(study, measure, rows) for measure, rows in found.items()],
+        evidence=table(*evidence(study, arms)) if study.preset else None,
+        power=power(study, arms),
         tables=[(measure, comparison_table(study, rows)) for measure, rows in found.items()],
         settings=settings_table(study),
         cost=cost_table(arms),
@@ -222,6 +247,21 @@ def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
             against = "" if study.partner(arm) == study.base else f" against {study.partner(arm)}"
             apart.append(f"{arm}{against} {c.difference:+.3g} [{low:.3g}, {high:.3g}]")
     return f"{measure}: {'; '.join(apart) or 'no arm differs beyond its interval'}"
+
+
+def power(study: Study, arms: dict[str, list[Result]]) -> str:
+    """How many seeds the study needs for the effect that it looks for; empty where it names none."""
+    if not study.effect:
+        return ""
+    needed = {}
+    for arm, results in arms.items():
+        first = sorted(results, key=lambda result: study.seeds.index(result["seed"]))[:PILOT]
+        partners = arms.get(study.partner(arm), [])
+        if study.partner(arm) != arm and {r["seed"] for r in first} <= {r["seed"] for r in partners}:
+            deviation = compare(first, partners, study.primary).paired
+            if len(first) == PILOT:
+                needed[arm] = f"{arm}: {seeds_needed(deviation, study.effect)} (differences of sd {deviation:.2g})"
+    return "; ".join(needed.values())
 
 
 def comparison_table(study: Study, rows: dict[str, Comparison]) -> Markup:

@@ -20,6 +20,7 @@ from mvlm.errors import ConfigError
 
 _FIELDS = {
     "question": str, "preset": str, "task": str, "base": str, "seeds": list, "measures": list, "budget": dict,
+    "primary": str, "effect": float,
     "split": str, "splits": list, "rerank": int, "limits": str, "settings": dict, "arms": dict, "paper": dict,
 }  # fmt: skip
 _REQUIRED = ("question", "base", "seeds", "measures", "budget", "arms")
@@ -51,6 +52,10 @@ class Study:
     """Task to fine-tune, in place of a preset: all arms start from its recipe and from one pretrained model."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of all arms."""
+    primary: str = ""
+    """The measure that answers the question, named before the first trial. The others describe."""
+    effect: float = 0.0
+    """Difference of the primary measure that the study looks for; 0: none is named."""
     split: str = "test"
     """Split that the finished trials are evaluated on."""
     splits: list[str] = field(default_factory=lambda: ["test"])
@@ -80,7 +85,7 @@ def read_study(file: Path) -> Study:
     for name, value in values.items():
         if name not in _FIELDS:
             raise ConfigError(f"{file}: unknown name {name!r}; a study has {', '.join(_FIELDS)}")
-        if not isinstance(value, _FIELDS[name]):
+        if not isinstance(value, _FIELDS[name]) and not (name == "effect" and type(value) is int):
             raise ConfigError(f"{file}: {name}: wanted a {_FIELDS[name].__name__}, got {value!r}")
     missing = [name for name in _REQUIRED if name not in values]
     if missing:
@@ -104,6 +109,10 @@ def _check(study: Study, file: Path) -> None:
         raise ConfigError(f"{file}: seeds: wanted different integers, got {study.seeds}")
     if not study.measures or any(type(name) is not str for name in study.measures):
         raise ConfigError(f"{file}: measures: wanted names of figures, got {study.measures}")
+    if study.primary and study.primary not in study.measures:
+        raise ConfigError(f"{file}: primary: wanted one of the measures, got {study.primary!r}")
+    if study.effect < 0 or (study.effect and not study.primary):
+        raise ConfigError(f"{file}: effect: wanted a positive difference of the primary measure, got {study.effect}")
     amount = next(iter(study.budget.values()), 0)
     number = isinstance(amount, int | float) and not isinstance(amount, bool)
     if len(study.budget) != 1 or not study.budget.keys() <= {"steps", "flops"} or not number or not amount >= 1:

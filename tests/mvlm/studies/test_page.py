@@ -15,6 +15,7 @@ from mvlm.studies.page import (
     answer,
     compare,
     figure,
+    image_of_query,
     query_hits,
 )
 from mvlm.studies.study import read_study
@@ -128,3 +129,6 @@ def test_recalls_count_the_queries_that_they_name() -> None:
     assert query_hits(trial, "tr.r10").tolist() == [100, 100, 0]
     assert query_hits(trial, "unseen.ir.r10").tolist() == [100, 100, 0, 100]  # captions of the images 1 and 2
     assert query_hits(trial, "unseen.tr.r5").tolist() == [100, 0]
+    both = trial | {"figures": {"tr": {"r1": 100 / 3}, "ir": {"r1": 100 / 6}}}  # 1 of 3 images, 1 of 6 captions
+    assert query_hits(both, "r1").mean() == pytest.approx(figure(both, "r1")) == pytest.approx(25)
+    assert image_of_query(both, "r1").tolist() == [0, 1, 2, *OWNER]
