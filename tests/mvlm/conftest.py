@@ -1,5 +1,7 @@
 """Fixtures of the tests of `mvlm`: a small data set on disk, a trained run, the command line, and a full disk."""
 
+import logging
+import os
 import resource
 import shutil
 import sys
@@ -12,7 +14,6 @@ import pytest
 from mvlm import cli
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset, tokenizer_for
 from support.commands import Outcome
-from support.forked_ranks import Outcomes, forked_ranks
 from support.models import MICRO, pretrain_config
 from support.questions import write_questions
 from support.scenes import write_scenes
@@ -100,11 +101,31 @@ def file_limit():
     return limited
 
 
-@pytest.fixture(scope="session")
-def on_two_ranks() -> Iterator[Callable[..., Outcomes]]:
-    """Runs `mvlm WORDS` on two ranks. Returns their exit codes, and what they wrote to stderr."""
-    with forked_ranks() as run:
-        yield run
+@pytest.fixture
+def on_two_ranks(tmp_path_factory) -> Callable[..., tuple[list[int], str]]:
+    """Runs `mvlm WORDS` on two ranks, forked from this process. Returns their exit codes, and what they wrote.
+
+    A rank's own number is in place of "{rank}" in a word.
+    """
+    from support.faults.forks import in_ranks, wait
+
+    log = tmp_path_factory.mktemp("ranks") / "log"
+
+    def run(*words: object) -> tuple[list[int], str]:
+        def work() -> int:
+            logging.basicConfig(stream=sys.stderr, force=True)
+            sys.argv = ["mvlm", *(str(word).replace("{rank}", os.environ["RANK"]) for word in words)]
+            try:
+                cli.main()
+            except SystemExit as stop:
+                return int(stop.code or 0)
+            return 0
+
+        log.write_text("")
+        codes = [wait(pid) for pid in in_ranks(work, 2, log)]
+        return codes, log.read_text(errors="replace")
+
+    return run
 
 
 @pytest.fixture

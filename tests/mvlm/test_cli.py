@@ -11,21 +11,7 @@ import torch
 from mvlm import cli
 from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
 from mvlm_dataloading import DataError
-from support.commands import assert_refused, run_python
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["pretrian", "tiny"], "did you mean `mvlm pretrain`?"),
-        (["eval", "retreival"], "did you mean `mvlm eval retrieval`?"),
-        (["data", "emjoi", "out"], "did you mean `mvlm data emoji`?"),
-        (["eval"], "eval retrieval"),
-        (["zzz"], "wanted one of: data emoji, data cc3m"),
-    ],
-)
-def test_a_mistyped_command_is_refused_with_the_next_one(run_mvlm, words, message):
-    assert_refused(run_mvlm(*words), "unknown command", message)
+from support.commands import assert_refused
 
 
 def raising(error: BaseException):
@@ -84,30 +70,12 @@ def test_help_of_every_command(run_mvlm, command):
     assert len(outcome.out) >= 2
 
 
-def test_a_mistake_is_answered_without_importing_torch():
-    """In a new process: one line, exit code 2, at once."""
-    program = (
-        "import sys, atexit, mvlm.cli\n"
-        "atexit.register(lambda: print(sorted({'torch', 'nvidia.dali', 'tensorboard'} & set(sys.modules))))\n"
-        "mvlm.cli.main()"
-    )
-    done = run_python("-c", program, "pretrain", "hgue", "--data", "d", "--out", "o")
-    assert done.returncode == 2
-    assert done.stderr == "mvlm: unknown preset: wanted one of tiny, small, base, got 'hgue'\n"
-    assert done.stdout == "[]\n"
-
-
-@pytest.mark.slow
-def test_a_path_at_home_is_not_a_folder_named_tilde(tmp_path):
+def test_a_path_at_home_is_not_a_folder_named_tilde(run_mvlm, tmp_path, monkeypatch):
     """A shell leaves the ~ of `--out=~/run`."""
-    environment = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = ["-m", "mvlm", "eval", "retrieval", "--checkpoint=~/run", "--data", "~/data"]
-    done = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert str(tmp_path / "home") in done.stderr
-    assert "~" not in done.stderr
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    outcome = run_mvlm("eval", "retrieval", "--checkpoint=~/run", "--data", "~/data")
+    assert_refused(outcome, str(tmp_path / "home"))
+    assert "~" not in outcome.err[0]
 
 
 def test_a_reader_that_ends_early_is_no_error():

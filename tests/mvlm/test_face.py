@@ -19,9 +19,36 @@ def test_names_of_the_face_are_those_of_their_modules():
         assert found is getattr(import_module(found.__module__), name)
 
 
-def test_importing_the_package_or_a_configuration_imports_nothing_slow():
+IMPORTS = """
+import sys
+def loaded(*names):
+    print(*sorted(set(names) & set(sys.modules)), sep=",")
+import mvlm
+dir(mvlm)
+loaded("torch", "numpy", "mvlm.model", "importlib.metadata")
+mvlm.PretrainConfig
+loaded("torch")
+import mvlm.cli
+assert "data vqa-v2" in mvlm.cli.COMMANDS
+loaded("torch", "numpy", "PIL", "pyarrow", "nvidia.dali")
+try:
+    mvlm.cli.run_command(["pretrain", "hgue", "--data", "d", "--out", "o"])
+except mvlm.ConfigError as error:
+    print(error)
+mvlm.cli.run_command(["score", "entailment", *sys.argv[1:]])
+loaded("torch", "nvidia.dali", "tensorboard", "mvlm.model", "PIL")
+"""
+"""What each step has imported of these slow packages."""
+
+
+def test_imports_and_mistakes_and_scores_need_nothing_slow(tmp_path):
     """In a new process; so it takes milliseconds."""
-    slow = "{'torch', 'numpy', 'mvlm.model', 'importlib.metadata'} & set(sys.modules)"
-    program = f"import sys, mvlm; dir(mvlm); print({slow}); mvlm.PretrainConfig; print('torch' in sys.modules)"
-    done = run_python("-c", program)
-    assert (done.returncode, done.stdout) == (0, "set()\nFalse\n"), done.stderr
+    file = tmp_path / "labels"
+    file.write_text('{"pairID": 1, "label": "neutral", "gold_label": "neutral"}\n')
+    done = run_python("-c", IMPORTS, file, file)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["", "", ""]
+    assert lines[3] == "unknown preset: wanted one of tiny, small, base, got 'hgue'"
+    assert '"accuracy": 100' in done.stdout
+    assert lines[-1] == ""

@@ -11,7 +11,6 @@ import torch
 from mvlm.errors import RunError
 from mvlm.files import (
     FLOATS,
-    copy_into,
     is_finite,
     new_folder,
     read_safetensors,
@@ -42,18 +41,6 @@ def test_the_umask_says_who_may_read_safetensors(tmp_path):
     write_safetensors(tmp_path / "new.safetensors", {"a": torch.ones(2)})
     assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == 0o604
     assert read_safetensors(tmp_path / "new.safetensors")["a"].tolist() == [1, 1]
-
-
-def test_copy_into_copies_nothing_if_something_does_not_fit(tmp_path):
-    wanted = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1), "d": torch.zeros(1)}
-    found = {"a": torch.ones(2), "b": torch.ones(4), "e": torch.ones(1), "f": torch.ones(1)}
-    with pytest.raises(RunError, match="c missing"):
-        copy_into(wanted, found, tmp_path)
-    assert all((tensor == 0).all() for tensor in wanted.values())
-    with pytest.raises(RunError, match=r"found others: b wanted \(3,\), got \(4,\); use a checkpoint"):
-        copy_into({"b": wanted["b"]}, {"b": found["b"]}, tmp_path)
-    copy_into({"a": wanted["a"]}, {"a": found["a"]}, tmp_path)
-    assert (wanted["a"] == 1).all()
 
 
 @pytest.mark.parametrize("kind", FLOATS, ids=str)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,6 @@ def short_run(data: Path, out: Path, **changes: Any) -> PretrainConfig:
     """A run of six steps that keeps its checkpoints of steps 2, 4 and 6."""
     settings: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "checkpoint_every_steps": 2, "keep_checkpoints": 9}
     return pretrain_config(data, out, **(settings | {"model": MODEL, "precision": "fp32"} | changes))
-
-
-def copy_run(run: Path, to: Path) -> Path:
-    """A copy of a run folder, to be changed."""
-    return Path(shutil.copytree(run, to))
 
 
 def checkpoint(run: Path, step: int) -> Path:

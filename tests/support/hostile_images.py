@@ -9,7 +9,6 @@ import os
 import resource
 import socket
 import struct
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -193,7 +192,3 @@ def main(folder: Path, checkpoint: Path) -> None:
             )
     for name in contents():
         print(json.dumps({"door": "build", "name": name, **measured(lambda name=name: build(files[name]))}), flush=True)
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
@@ -104,6 +106,17 @@ def with_weights(batch: Batch, masks: Masks, seed: int = 0) -> Masks:
     patches = torch.from_numpy(np.pad(shares, ((0, 0), (0, 2)))).float()
     tokens = torch.from_numpy(rng.uniform(0.5, 2, len(masks.token_ids))).float()
     return replace(masks, patch_ids=patch_ids, patch_weights=patches, token_weights=tokens)
+
+
+class Largest(TorchDispatchMode):
+    """Context that finds the number of elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
 
 
 def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:

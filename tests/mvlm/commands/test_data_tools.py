@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from support.commands import assert_refused
 from support.data import file_contents
 
 
@@ -36,15 +35,6 @@ def test_a_contact_sheet_that_cannot_be_written_hides_no_finding(data_set, monke
     outcome = run_data("check", data_set)
     assert outcome.code == 2
     assert any(line.startswith("problem: ") and "train.index" in line for line in outcome.out)
-
-
-def test_check_finds_a_missing_shard_of_a_view(view, data_set, run_data):
-    (data_set / "train-000000.tar").unlink()
-    outcome = run_data("check", view)
-    assert outcome.code == 2
-    assert len(outcome.err) == 1
-    assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in outcome.err[0]
-    assert "problems" in "\n".join(outcome.out)
 
 
 def test_index_repairs_the_index_of_another_tar(data_set, run_data):
@@ -85,7 +75,3 @@ def test_data_merge_joins_the_parts_of_a_build(data_set, image_folder, tmp_path,
     outcome = run_data("merge", tmp_path / "part2", tmp_path / "part1", tmp_path / "out")
     assert (outcome.code, outcome.out) == (0, [f"{tmp_path / 'out'}: 6 train"])
     assert file_contents(tmp_path / "out") == file_contents(data_set)
-    assert_refused(run_data("merge", tmp_path / "out"), "parts: wanted the folders of all parts")
-    assert_refused(
-        run_data("folder", image_folder, tmp_path / "x", "--part", "3/2"), "part: wanted i/n with i from 1 to n"
-    )

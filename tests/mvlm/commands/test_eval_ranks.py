@@ -57,9 +57,7 @@ def refusal(outcome: tuple[list[int], str]) -> str:
     return lines[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["model", "data"])
-@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+@pytest.mark.parametrize("task, what", [("vqa", "model"), ("retrieval", "model"), ("retrieval", "data")])
 def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path, on_two_ranks, what, task):
     """A run that still trains has another newest checkpoint for a rank that looks later."""
     first, second = checkpoints(tuned / "checkpoints")
@@ -73,7 +71,6 @@ def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own"]
 
 
-@pytest.mark.slow
 def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_path, on_two_ranks):
     rerank = ("--rerank", "{rank}", "--out", tmp_path / "out.json")
     found = refusal(on_two_ranks("eval", "retrieval", "--checkpoint", trained, "--data", questions, *CPU, *rerank))
@@ -85,9 +82,7 @@ def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_pat
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+@pytest.mark.parametrize("task, rank", [("vqa", 0), ("retrieval", 1)])
 def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ranks, rank, task):
     """The data are missing on the machine of one rank."""
     places = [questions, tmp_path / "nothing"]
@@ -99,7 +94,6 @@ def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ra
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.slow
 def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_two_ranks):
     answers = [{"answer": "red", "answer_id": number} for number in range(1, 11)]
     with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
@@ -112,7 +106,6 @@ def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_tw
     assert "key 64: wanted an image, found one that cannot be decoded" in line
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other_and_a_new_start_has_the_figures_of_one(
     tuned, questions, tmp_path, on_two_ranks, run_mvlm
 ):

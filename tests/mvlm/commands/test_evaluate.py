@@ -1,4 +1,4 @@
-"""`mvlm eval` and `mvlm score`: broken data, wrong arguments, and what must not be overwritten."""
+"""`mvlm eval`: broken data, and what must not be overwritten."""
 
 import json
 
@@ -7,18 +7,7 @@ import pytest
 from mvlm_dataloading import open_dataset
 from support.commands import assert_refused
 from support.folders import folder_hash
-from support.scenes import BROKEN, overwrite
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
-def test_evaluation_on_broken_data_is_refused(run_mvlm, scenes_copy, tmp_path, run_copy, damage, message):
-    damage(scenes_copy, "test")
-    (tmp_path / "test.json").write_text('{"checkpoint": "an earlier one"}')
-    before = folder_hash(tmp_path)
-    words = ("--checkpoint", run_copy, "--data", scenes_copy, "--out", tmp_path / "test.json")
-    assert_refused(run_mvlm("eval", "retrieval", *words), message, str(scenes_copy))
-    assert folder_hash(tmp_path) == before
+from support.scenes import overwrite
 
 
 def test_evaluation_on_an_undecodable_image_is_refused(run_mvlm, scenes_copy, tmp_path, trained):

@@ -25,36 +25,24 @@ def evaluate(run_mvlm, tmp_path: Path, task: str, predictions: Path, *more: obje
 
 
 @pytest.mark.parametrize("task", WRITTEN)
-def test_files_that_are_not_predictions_of_the_task_are_refused(run_mvlm, tmp_path, task):
+def test_only_new_and_empty_files_and_earlier_predictions_of_the_task_are_written(run_mvlm, tmp_path, task):
     others = {"notes": "a note", "numbers": "[1]", "object": '{"a": 1}', "bytes": b"\xff\xfe", "table": "a,b\n"}
     others |= {f"{name} references": text for name, text in REFERENCES.items()}
     for name, content in others.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    before = folder_hash(tmp_path)
-    for name in others:
-        outcome = evaluate(run_mvlm, tmp_path, task, tmp_path / name)
-        assert_refused(outcome, f"predictions: wanted a new file or earlier predictions, got another file, {tmp_path}")
-    assert folder_hash(tmp_path) == before
-
-
-@pytest.mark.parametrize("task", WRITTEN)
-def test_new_and_empty_files_and_earlier_predictions_of_the_task_are_taken(run_mvlm, tmp_path, task):
-    earlier, empty = tmp_path / "earlier", tmp_path / "empty"
     records = [{"sample": 0, "answer": "a\u2028b", "label": "true", "caption": "c"}]
-    write_predictions(earlier, task, records, [{"question_id": 1, "identifier": "a-0-0-0", "image_id": "coco 1"}])
-    empty.touch()
-    for path in (tmp_path / "new" / "file", empty, earlier):
+    samples = [{"question_id": 1, "identifier": "a-0-0-0", "image_id": "coco 1"}]
+    for other in WRITTEN:
+        write_predictions(tmp_path / other, other, records, samples)
+    (tmp_path / "empty").touch()
+    before, out = folder_hash(tmp_path), tmp_path / "out.json"
+    for path in (tmp_path / "new/file", tmp_path / "empty", tmp_path / task):
         assert_refused(evaluate(run_mvlm, tmp_path, task, path), NO_RUN)
-    for other in set(WRITTEN) - {task}:
-        assert_refused(evaluate(run_mvlm, tmp_path, other, earlier), "predictions: wanted a new file or earlier")
-
-
-def test_a_folder_and_the_file_of_the_figures_are_refused(run_mvlm, tmp_path):
-    assert_refused(evaluate(run_mvlm, tmp_path, "vqa", tmp_path), "predictions: wanted a file, got the folder")
-    for same in (tmp_path / "out.json", tmp_path / "x" / ".." / "out.json"):
-        outcome = evaluate(run_mvlm, tmp_path, "vqa", same, "--out", tmp_path / "out.json")
-        assert_refused(outcome, "predictions: wanted another file than the others, got")
-    assert list(tmp_path.iterdir()) == []
+    for name in (*others, *(set(WRITTEN) - {task}), "."):
+        assert_refused(evaluate(run_mvlm, tmp_path, task, tmp_path / name), "predictions: wanted ")
+    for same in (out, tmp_path / "x/../out.json"):
+        assert_refused(evaluate(run_mvlm, tmp_path, task, same, "--out", out), "predictions: wanted another file")
+    assert folder_hash(tmp_path) == before
 
 
 def test_scores_replace_earlier_scores_alone(run_mvlm, tmp_path):

@@ -23,27 +23,24 @@ def test_a_run_configuration_survives_json(preset):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, name",
     [
-        ({"bacth_size": 3}, "config.json: unknown setting 'bacth_size'; did you mean batch_size?"),
-        ({"model": {"widht": 3}}, "config.json: unknown model setting 'widht'; did you mean width?"),
-        ({"max_steps": "ten"}, "config.json: max_steps: wanted int, got 'ten'"),
-        ({"max_steps": 1.5}, "config.json: max_steps: wanted int, got 1.5"),
-        ({"max_steps": True}, "config.json: max_steps: wanted int, got True"),
-        ({"lr_cross": "3e-4"}, "config.json: lr_cross: wanted float, got '3e-4'"),
-        ({"resume": 1}, "config.json: resume: wanted bool, got 1"),
-        ({"data": None}, "config.json: data: wanted Path, got None"),
-        ({"crop_scale": [0.5]}, "config.json: crop_scale: wanted tuple[float, float], got [0.5]"),
-        ({"precision": "fp8"}, "config.json: precision: wanted Literal['auto', 'bf16', 'fp32'], got 'fp8'"),
-        ({"model": [1]}, "config.json: wanted the model settings as a JSON object, got [1]"),
-        ({"batch_size": 0}, "config.json: batch_size must be at least 1, got 0"),
+        ({"bacth_size": 3}, "did you mean batch_size"),
+        ({"model": {"widht": 3}}, "did you mean width"),
+        *(({"max_steps": value}, "max_steps: wanted int") for value in ("ten", 1.5, True)),
+        ({"lr_cross": "3e-4"}, "lr_cross: wanted float"),
+        ({"resume": 1}, "resume: wanted bool"),
+        ({"data": None}, "data: wanted Path"),
+        ({"crop_scale": [0.5]}, "crop_scale"),
+        ({"precision": "fp8"}, "precision"),
+        ({"model": [1]}, "model"),
+        ({"batch_size": 0}, "batch_size"),
     ],
 )
-def test_an_invalid_run_configuration_is_refused(change, message):
+def test_an_invalid_run_configuration_is_refused(change, name):
     values = json.loads(json.dumps(PretrainConfig.preset("tiny", data=Path("data"), out=Path("run")).to_dict()))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"^config.json: .*{name}"):
         run_config(values | change, "config.json")
-    assert str(caught.value) == message
 
 
 def test_a_run_configuration_without_required_settings_is_refused():

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mvlm.distributed import coordination
-from mvlm.distributed.coordination import Notices, StepDecisions, check_ranks, check_same, run_on_all_ranks
+from mvlm.distributed.coordination import Notices, StepDecisions, check_ranks, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading import open_dataset
@@ -137,18 +137,6 @@ def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():
     assert first == second
     assert [row[0] for row in first] == [False, False, True, False, False, False]
     assert not any(row[1] for row in first)
-
-
-def test_ranks_with_different_values_all_end():
-    def work(world):
-        own = {"model": "abc", "rerank": world.rank or None}
-        return check_same(world, own | ({"layer": 2} if world.rank else {}), "ask")
-
-    first, second = on_two_ranks(work)
-    assert isinstance(first, RunError)
-    assert "rerank: rank 0 has None, rank 1 has 1; layer: rank 0 has None, rank 1 has 2" in str(first)
-    assert isinstance(second, SystemExit)
-    assert on_two_ranks(lambda world: check_same(world, {"model": "abc"})) == [None, None]
 
 
 @pytest.fixture

@@ -1,128 +1,259 @@
 """Losses and gradients of several ranks and of accumulated microbatches against one rank on the whole batch.
 
-The ranks are processes of global_batch_ranks.py. The oracle there is the model's own forward on one rank, which
+The ranks are forked from this process. The oracle is the model's own forward on one rank, which
 tests/mvlm/model/test_maskvlm.py compares with the method in numpy.
 """
 
-import json
-import os
-import runpy
-import socket
-import subprocess
-import sys
+import functools
+import itertools
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from mvlm.distributed import global_batch
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.global_batch import Embeddings, backward_global, sharded_conditioned_loss
-from mvlm.distributed.parallel import checkpoint_activations, parallelize
+from mvlm.distributed.global_batch import (
+    Embeddings,
+    backward_global,
+    sharded_conditioned_loss,
+    sharded_contrastive_loss,
+)
+from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
+from mvlm.distributed.world import World, join_ranks
 from mvlm.model import plain
-from support.models import ALONE, micro_batch, micro_model
+from mvlm.objectives import negatives
+from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.negatives import NegativeSampling
+from mvlm.training.metrics import gradient_norms
+from mvlm_dataloading import Batch, Masks
+from support.faults.forks import ended_well, in_ranks
+from support.models import ALONE, Largest, micro_batch, micro_model, normal, with_weights
 
 EXACT = 1e-10
-PROGRAM = Path(__file__).with_name("global_batch_ranks.py")
-RANKS: Any = SimpleNamespace(**runpy.run_path(str(PROGRAM), run_name="ranks"))
+LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
+SEED, STEP = 3, 5
+EVERY = (1.0, 1.0, 1.0, 1.0)
+SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.5, 2.0, 0.25, 3.0))
+"""Weights of mlm, mim, itc and itm."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "sigmoid": {"contrastive": "sigmoid"},
+    "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
+    "text pooling with softmax": {"text_pooling": True},
+    "weighted masks": {},
+    "masked partners": {"mask_partner": True},
+}
+"""Changes of the model, by name. Masks are changed where the name says so."""
+SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    """Results of each of eight ranks in a world of eight, of four in a world of four, and of two in a world of two."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(PROGRAM), str(port), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
+def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
+    """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked tokens a caption."""
+    batch, masks = micro_batch(LENGTHS, seed=1)
+    image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
+    image_id[[5, 13]] = 102
+    text_id[[7, 8, 15]] = 200
+    masks = with_weights(batch, masks) if "weighted" in variant else masks
+    return replace(batch, image_id=image_id, text_id=text_id), masks
+
+
+def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, Masks]:
+    """Pairs first to first + number - 1, as a batch."""
+    starts = batch.cu_seqlens.tolist()
+    rows, begin, end = slice(first, first + number), starts[first], starts[first + number]
+    inside = (masks.token_ids >= begin) & (masks.token_ids < end)
+    own = Masks(
+        patch_ids=masks.patch_ids[rows],
+        token_ids=masks.token_ids[inside] - begin,
+        patch_weights=None if masks.patch_weights is None else masks.patch_weights[rows],
+        token_weights=None if masks.token_weights is None else masks.token_weights[inside],
     )
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(8)]
+    part = Batch(
+        images=batch.images[rows],
+        tokens=batch.tokens[begin:end],
+        cu_seqlens=batch.cu_seqlens[first : first + number + 1] - begin,
+        max_length=max(b - a for a, b in itertools.pairwise(starts[first : first + number + 1])),
+        image_id=batch.image_id[rows],
+        text_id=batch.text_id[rows],
+        sample_id=batch.sample_id[rows],
+    )
+    return part, own
 
 
-@pytest.mark.extended
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_every_combination_agrees_with_one_rank_on_the_whole_batch(ranks, world):
-    """Shardings, microbatches, blocks that are computed again, both implementations, weights and newer objectives.
+def pieces(world: World, number: int, variant: str) -> list[tuple[Batch, Masks]]:
+    """This rank's microbatches of the whole batch."""
+    size = len(LENGTHS) // (world.size * number)
+    return [piece(*whole_batch(variant), (a * world.size + world.rank) * size, size) for a in range(number)]
 
-    Unused parameters get no gradient, as on one rank: `differences` distinguishes None from 0.
+
+class Oracle:
+    """Losses and gradients of one rank on the whole batch, by the model's own forward; weights after an update."""
+
+    def __init__(self, weights: tuple[float, ...], variant: str) -> None:
+        model = micro_model(**SHALLOW, **VARIANTS[variant])
+        losses = model(*whole_batch(variant), seed=SEED, step=STEP, weights=LossWeights(*weights))
+        losses.total.backward()
+        self.losses = [x.item() for x in losses]
+        self.gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        self.norm = torch.nn.utils.get_total_norm([g for g in self.gradients.values() if g is not None])
+        update(model, self.norm)
+        self.updated = {name: p.detach() for name, p in model.named_parameters()}
+
+
+def update(model: Any, norm: Tensor) -> None:
+    """Update the weights with clipped gradients, and clamp the temperature."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, eps=1e-3, fused=True)
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, norm)
+    optimizer.step()
+    model.clamp_temperature()
+
+
+def assert_equal(found: dict[str, Any], wanted: dict[str, Any], case: Any) -> None:
+    """Tensors are equal, and None on both sides or on neither: an unused parameter has no gradient on one rank."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert (tensor is None) == (wanted[name] is None), (name, case)
+        if tensor is not None:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            torch.testing.assert_close(whole, wanted[name], rtol=0, atol=EXACT, msg=f"{name} of {case}")
+
+
+def cases_of(ranks: int) -> list[dict[str, Any]]:
+    """Shardings, microbatches, blocks computed again, both implementations, weights, and newer objectives."""
+    usual: dict[str, Any] = {"again": False, "weights": EVERY, "variant": "paper"}
+    if ranks == 8:
+        return [usual | {"kind": "ddp", "microbatches": 1, "plan": "fast"}]
+    kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
+    every = [
+        usual | {"kind": kind, "microbatches": microbatches, "again": again}
+        for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
+        if not again or ranks == 2 or kind == "hsdp"
+    ]
+    if ranks == 2:
+        # Each with and without microbatches, and each sharding, in turn.
+        others = [{"weights": weights} for weights in SOME] + [
+            {"variant": name} for name in VARIANTS if name != "paper"
+        ]
+        for i, other in enumerate(others):
+            every += [
+                usual | {"kind": kind, "microbatches": 1 + (i + j) % 2} | other
+                for j, kind in enumerate(("ddp", "fsdp"))
+            ]
+    # Both implementations on two ranks. One in each of the other cases, to save time.
+    return [
+        case | {"plan": plan}
+        for case in every
+        for plan in ("plain", "fast")
+        if (ranks == 2 and case["weights"] == EVERY and case["variant"] == "paper" and not case["again"])
+        or (case["kind"] == "ddp" and case["weights"] != EVERY)
+        or (plan == "fast") == (case["microbatches"] == 2)
+    ]
+
+
+FEW = [
+    {"kind": "ddp", "microbatches": 1, "again": False, "weights": EVERY, "variant": "paper", "plan": "fast"},
+    {
+        "kind": "fsdp",
+        "microbatches": 2,
+        "again": True,
+        "weights": SOME[-1],
+        "variant": "weighted masks",
+        "plan": "fast",
+    },
+]
+"""Cases of `make test`."""
+
+
+def check(world: World, case: dict[str, Any], oracle: Oracle) -> None:
+    """Compare losses, gradients, their norm and the weights after an update of two steps in turn with one rank's.
+
+    DDP refuses parameters at its second step that the first one left out.
     """
-    for found in ranks[:world]:
-        assert len(found[str(world)]) == len(RANKS.combinations(world))
-        for case in found[str(world)]:
-            assert max(case["global losses"]) < EXACT, case
-            assert case["global gradients"] < EXACT, case
+    kind, weights = case["kind"], case["weights"]
+    model = micro_model(**SHALLOW, **VARIANTS[case["variant"]])
+    if case["again"]:
+        checkpoint_activations(model)
+    parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
+    micro = pieces(world, case["microbatches"], case["variant"])
+    chosen: dict[str, Any] = {"plan": case["plan"], "weights": LossWeights(*weights)}
+    for _ in range(2 if kind == "ddp" else 1):
+        model.zero_grad(set_to_none=True)
+        losses = backward_global(parallel, micro, world, seed=SEED, step=STEP, **chosen)
+        assert [x.item() for x in losses] == pytest.approx(oracle.losses, abs=EXACT), case
+        assert_equal({name: p.grad for name, p in model.named_parameters()}, oracle.gradients, case)
+    norm, _ = gradient_norms(model)
+    assert norm.item() == pytest.approx(oracle.norm.item(), abs=EXACT), case
+    update(model, norm)
+    assert_equal({name: p.detach() for name, p in unsharded_copy(model).named_parameters()}, oracle.updated, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, cases",
+    [(2, FEW), *(pytest.param(size, cases_of(size), marks=pytest.mark.extended) for size in (2, 4, 8))],
+    ids=["few", "2", "4", "8"],
+)
+def test_every_combination_agrees_with_one_rank_on_the_whole_batch(size, cases):
+    oracles = {(case["weights"], case["variant"]): Oracle(case["weights"], case["variant"]) for case in cases}
+
+    def work() -> None:
+        world = join_ranks("cpu")
+        for number, case in enumerate(cases):
+            # In every second case of few pairs of ITC's logits at a time.
+            few = functools.partial(sharded_contrastive_loss, elements=1 << 20 if number % 2 else 32)
+            with patch.object(global_batch, "sharded_contrastive_loss", few):
+                check(world, case, oracles[case["weights"], case["variant"]])
+        world.close()
+
+    assert [ended_well(pid) for pid in in_ranks(work, size)] == [True] * size
 
 
 @pytest.mark.extended
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatches", ["1", "2"])
-def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(ranks, microbatches):
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
     """At most one reader a row: the loss is another one, and two runs have the same bits."""
-    for found in ranks[:4]:
-        case = found["limited"][microbatches]
-        assert max(case["losses"]) < EXACT
-        assert case["gradients"] < EXACT
-        assert abs(case["itm"] - RANKS.Oracle(RANKS.EVERY).losses[3]) > 1e-3
-        assert case["repeats"]
+    usual = Oracle(EVERY, "paper")
+
+    def work() -> None:
+        world, runs = join_ranks("cpu"), []
+        for _ in range(2):
+            model = micro_model(**SHALLOW)
+            micro = pieces(world, microbatches, "paper")
+            losses = backward_global(parallelize(model, world), micro, world, seed=SEED, step=STEP)
+            assert [x.item() for x in losses] == pytest.approx(oracle.losses, abs=EXACT)
+            runs.append({name: p.grad for name, p in model.named_parameters()})
+        assert_equal(runs[0], oracle.gradients, microbatches)
+        assert all(torch.equal(gradient, runs[1][name]) for name, gradient in runs[0].items() if gradient is not None)
+        world.close()
+
+    with patch.object(negatives, "limit_readers", functools.partial(negatives.limit_readers, most=1)):
+        oracle = Oracle(EVERY, "paper")
+        assert abs(oracle.losses[3] - usual.losses[3]) > 1e-3
+        assert [ended_well(pid) for pid in in_ranks(work, 4)] == [True] * 4
 
 
-@pytest.mark.extended
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
-def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
-    every = [case for found in ranks for world in ("2", "4") for case in found.get(world, [])]
-    chosen = [case for case in every if case["kind"] == kind and "updated" in case]
-    assert chosen
-    for case in chosen:
-        assert abs(case["norm"]) < EXACT
-        assert case["updated"] < EXACT
-
-
-@pytest.mark.extended
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_logits_in_memory_are_bounded(ranks, count):
-    """Of 6 x 6 W logits of a rank, at most 36 are in memory at a time, and the gradient is the same."""
-    for found in ranks[:count]:
-        (blocks, gradient), (everything, wanted) = found[f"{count} logits"]
-        assert blocks <= 36
-        assert everything == 36 * count
-        assert gradient == pytest.approx(wanted, abs=1e-12)
-
-
-@pytest.mark.extended
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4, 8])
-def test_right_answers_on_other_ranks_share_the_target(ranks, count):
-    """ITC whose right answers are all pairs with the row's image or caption, row by row in float64."""
-    images, texts = zip(*map(RANKS.embeddings_of, range(count)), strict=True)
-    image, text = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
-    image_id, text_id = (ids.tolist() for ids in RANKS.shared_ids(count))
-    number, loss = 6 * count, torch.zeros(1, dtype=torch.float64)
-    for logits in (image @ text.T, text @ image.T):
-        for i in range(number):
-            right = [j for j in range(number) if image_id[i] == image_id[j] or text_id[i] == text_id[j]]
-            assert len(right) > 1
-            loss = loss - sum(logits[i].log_softmax(0)[j] for j in right) / len(right) / (2 * number)
-    loss.backward()
-    assert image.grad is not None
-    assert text.grad is not None
-    for size in (0, 1):  # in blocks of rows, and at once
-        found = [each[f"{count} shared"][size] for each in ranks[:count]]
-        assert sum(share for share, _, _ in found) == pytest.approx(loss.item(), abs=1e-12)
-        for place, wanted in ((1, image.grad), (2, text.grad)):
-            gradient = torch.cat([torch.tensor(x[place], dtype=torch.float64) for x in found])
-            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+def test_logits_in_memory_are_bounded():
+    """Of 30 x 30 logits at most 60 are in memory at a time, which is less than all embeddings; same gradients."""
+    gradients, layout = [], GlobalBatchLayout(0, 1, 1, 30)
+    for elements, largest in ((60, 30 * 10), (1 << 20, 30 * 30)):
+        image, text = (normal(30, 5, seed=seed).requires_grad_() for seed in (0, 1))
+        sampling = NegativeSampling(torch.arange(30), torch.arange(30), 0, 0)
+        with Largest() as found:
+            share, *_ = sharded_contrastive_loss(
+                Embeddings(image, text, layout), torch.zeros(1), sampling, layout, elements
+            )
+            share.backward()
+        assert found.elements == largest
+        gradients.append((image.grad, text.grad))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -137,7 +268,7 @@ def test_pair_without_an_admissible_negative_has_no_weight(plan):
     model, same = micro_model(), micro_model()
     losses = model(batch, masks, seed=1, step=2)
     losses.total.backward()
-    micro = [RANKS.piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
+    micro = [piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
     found = backward_global(parallelize(same, ALONE), micro, ALONE, seed=1, step=2, plan=plan)
     assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
     for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
@@ -185,7 +316,7 @@ def test_text_pooling_in_blocks_has_the_loss_and_gradients_of_all_at_once():
         w, _ = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
         layout = GlobalBatchLayout(0, 1, 1, 5)
         embeddings = Embeddings(model.embed_image(v), model.embed_text(w), layout)
-        similarity = partial(plain.conditioned_similarity, model.text_pooling)
+        similarity = functools.partial(plain.conditioned_similarity, model.text_pooling)
         loss = sharded_conditioned_loss(
             similarity, v, embeddings, model.log_scale, layout, elements, bias=model.logit_bias
         )

@@ -2,48 +2,31 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from mvlm.distributed import world as distributed
-
-RANK = """
-import json, sys, torch, torch.distributed as dist
-from mvlm.distributed import world as distributed
-world = distributed.join_ranks("cpu")
-print(json.dumps({
-    "rank": [world.rank, world.size, world.local_rank, world.first, str(world.device)],
-    "sum": world.all_reduce(torch.tensor([1.0 + world.rank, 5.0])).tolist(),
-    "max": world.all_reduce(torch.tensor([world.rank]), dist.ReduceOp.MAX).tolist(),
-    "gather": world.gather_objects({"long": "é" * (1 + 3 * world.rank), "rank": world.rank}),
-}))
-world.close()
-"""
+from support.faults.forks import ended_well, in_ranks
 
 
-@pytest.mark.slow
-def test_two_ranks_reduce_and_gather():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    found = [json.loads(process.communicate(timeout=60)[0]) for process in ranks]
-    for rank, process in enumerate(ranks):
-        assert process.returncode == 0
-        assert found[rank] == {
+def test_two_ranks_reduce_and_gather(tmp_path):
+    def work() -> None:
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
+        world = distributed.join_ranks("cpu")
+        found = {
+            "rank": [world.rank, world.size, world.local_rank, world.first, str(world.device)],
+            "sum": world.all_reduce(torch.tensor([1.0 + world.rank, 5.0])).tolist(),
+            "max": world.all_reduce(torch.tensor([world.rank]), dist.ReduceOp.MAX).tolist(),
+            "gather": world.gather_objects({"long": "é" * (1 + 3 * world.rank), "rank": world.rank}),
+        }
+        (tmp_path / str(world.rank)).write_text(json.dumps(found))
+        world.close()
+
+    assert [ended_well(pid) for pid in in_ranks(work, 2)] == [True, True]
+    for rank in range(2):
+        assert json.loads((tmp_path / str(rank)).read_text()) == {
             "rank": [rank, 2, rank, rank == 0, "cpu"],
             "sum": [3.0, 10.0],
             "max": [1],

@@ -7,6 +7,7 @@ import torch
 from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
+from support.maps import spans_of, written_out
 from support.models import micro_model
 from support.scenes import scene
 
@@ -25,47 +26,17 @@ def model(request, tokenizer) -> TrainedModel:
 
 
 def match_by_hand(model: TrainedModel, pixels: np.ndarray, text: str):
-    """ITM's log-odds and the weights (H, L, M) of each layer, written out in float64."""
-    network = MaskVLM(model.network.config).double()
+    """ITM's log-odds and the weights (H, L, M) of each layer, in float64."""
+    network, weights = MaskVLM(model.network.config).double(), []
     network.load_state_dict(model.network.state_dict())
+    for layer in network.text_cross.layers:
+        layer.cross_attention.forward = written_out(weights, layer.cross_attention)
     tokens = torch.from_numpy(model.tokenizer.encode([text], 40)[0])
     v = network.encode_image(torch.from_numpy(pixels).permute(2, 0, 1)[None].double() / 255)
     w, mask = network.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
-    x, weights = w[0], []
-    for block in network.text_cross.layers:
-
-        def attend(layer, queries, memory, cross=False):
-            q, k, value = (
-                projection(rows).unflatten(-1, (2, -1)).transpose(0, 1)
-                for projection, rows in ((layer.query, queries), (layer.key, memory), (layer.value, memory))
-            )  # (H, rows, D)
-            p = ((q @ k.mT) / q.shape[-1] ** 0.5).softmax(-1)
-            if cross:
-                p.retain_grad()
-                weights.append(p)
-            return layer.out((p @ value).transpose(0, 1).flatten(1))
-
-        y = block.norm1(x) if block.pre else x
-        x = x + attend(block.self_attention, y, y)
-        x = x if block.pre else block.norm1(x)
-        x = x + attend(block.cross_attention, block.norm2(x) if block.pre else x, v[0], cross=True)
-        x = x if block.pre else block.norm2(x)
-        x = x + block.mlp(block.norm3(x) if block.pre else x)
-        x = x if block.pre else block.norm3(x)
-    text_row = network.text_cross.norm(x)[0]
-    image_row = network.image_cross(v, w, None, mask)[0, 0]
-    logits = network.matching_head(image_row * text_row)
+    text_row = network.text_cross(w, v, mask)[0, 0]  # of all rows, where the model computes the first of the last layer
+    logits = network.matching_head(network.image_cross(v, w, None, mask)[0, 0] * text_row)
     return logits[1] - logits[0], weights
-
-
-def spans_of(model: TrainedModel) -> list[tuple[int, int]]:
-    """Tokens of [CLS] and of each word, by encoding the words one by one."""
-    spans, position = [(0, 1)], 1
-    for word in TEXT.split():
-        length = len(model.tokenizer.encode([word], 40)[0]) - 2
-        spans.append((position, position + length))
-        position += length
-    return spans
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +51,10 @@ def test_weights_are_the_softmax_of_the_plain_model(model, pixels):
     assert found.words == ["[CLS]", "red", "top", "left"]
     assert found.weights.shape == (3, 2, 4, 4, 4)
     assert found.log_odds == pytest.approx(log_odds.item(), abs=1e-4)
-    for layer, p in enumerate(weights):
-        rows = torch.stack([p[:, start:stop, 1:].mean(1) for start, stop in spans_of(model)], dim=1)  # (H, words, N)
+    for layer, (p,) in enumerate(weights):
+        rows = torch.stack(
+            [p[:, start:stop, 1:].mean(1) for start, stop in spans_of(model.tokenizer, TEXT)], dim=1
+        )  # (H, words, N)
         np.testing.assert_allclose(found.weights[layer].flatten(2).numpy(), rows.detach().numpy(), rtol=0, atol=1e-6)
         rest = p[:, 0, 0].detach().numpy()  # on the image's [CLS]
         np.testing.assert_allclose(1 - found.weights[layer, :, 0].sum((1, 2)).numpy(), rest, rtol=0, atol=1e-6)
@@ -95,8 +68,8 @@ def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(model, 
     log_odds.backward()
     for layer, p in enumerate(weights):
         assert p.grad is not None
-        cam = (p * p.grad.clamp(min=0)).mean(0).detach()  # (L, M)
-        rows = torch.stack([cam[start:stop, 1:].mean(0) for start, stop in spans_of(model)])
+        cam = (p * p.grad.clamp(min=0))[0].mean(0).detach()  # (L, M)
+        rows = torch.stack([cam[start:stop, 1:].mean(0) for start, stop in spans_of(model.tokenizer, TEXT)])
         scale = rows.abs().max().item()
         np.testing.assert_allclose(found.gradcam[layer].flatten(1).numpy(), rows.numpy(), rtol=0, atol=1e-4 * scale)
     assert torch.equal(found.relevance, found.gradcam[1])

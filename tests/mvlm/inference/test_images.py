@@ -1,12 +1,8 @@
 """Images loaded from files, and images with masked patches."""
 
-import io
-import struct
-
 import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image
 
 from mvlm.errors import RunError
 from mvlm.inference.images import decode_image, load_image
@@ -49,25 +45,3 @@ def test_what_is_no_whole_image_is_refused(tmp_path):
     for name in ("none.png", "empty.png", "text.png", "cut.png", "folder.png"):
         with pytest.raises(RunError, match=f"{name}: wanted an image"):
             load_image(tmp_path / name, 32)
-
-
-@pytest.mark.parametrize("tag, value", [(0x0100, TiffImagePlugin.IFDRational(1, 3)), (0x011A, -3)])
-def test_an_image_with_a_malformed_tag_beside_its_orientation_is_turned(tmp_path, tag, value):
-    """ImageWidth as a fraction, and a negative resolution: what Pillow reads and cannot write again."""
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:8] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "good.jpg", exif=exif, quality=100)
-    found = TiffImagePlugin.ImageFileDirectory_v2()
-    found[0x0112] = 6
-    kind = TiffImagePlugin.TiffTags.RATIONAL if tag == 0x0100 else TiffImagePlugin.TiffTags.SIGNED_RATIONAL
-    found.tagtype[tag] = kind
-    found[tag] = value
-    data = io.BytesIO()
-    data.write(b"Exif\0\0II*\0\x08\0\0\0")
-    data.write(found.tobytes(8))
-    Image.fromarray(pixels).save(tmp_path / "odd.jpg", exif=data.getvalue(), quality=100)
-    with Image.open(tmp_path / "odd.jpg") as opened, pytest.raises((TypeError, struct.error)):
-        ImageOps.exif_transpose(opened)
-    assert torch.equal(load_image(tmp_path / "odd.jpg", 32), load_image(tmp_path / "good.jpg", 32))

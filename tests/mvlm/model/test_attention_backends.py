@@ -9,8 +9,6 @@ import torch
 from mvlm.errors import ConfigError
 from mvlm.model import attention_backends as backends
 from mvlm.model.packing import Packing
-from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention import why_not_triton
 from mvlm_kernels.cross_attention.composed import rule
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -58,22 +56,6 @@ def test_a_backend_that_cannot_run_is_refused_with_the_reason(wanted, device, wi
     monkeypatch.setattr(backends, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=reason):
         backends.choose_backend(wanted, device, torch.bfloat16, width, rows, text=text)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_reasons_against_the_kernels_are_a_constant_for_torch_compile(monkeypatch, dynamic):
-    monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
-    monkeypatch.setattr(dispatch, "arch", lambda _: 90)
-
-    def step(x, longest):
-        against = why_not_triton(GPU, torch.bfloat16, head_width=64, short_rows=min(longest, len(x)))
-        return x - 1 if against else x + 1
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=dynamic)
-    for rows in (3, 40, 5):
-        assert torch.equal(compiled(torch.zeros(rows), 32), torch.ones(rows))
 
 
 def attention_in_loops(q, k, v, q_bounds, k_bounds, key_index):

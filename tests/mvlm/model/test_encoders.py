@@ -17,8 +17,6 @@ from mvlm.model.encoders import (
     CrossBlock,
     CrossEncoder,
     ImageEncoder,
-    patchify,
-    unpatchify,
 )
 from support.models import micro_batch, micro_config, normal
 
@@ -61,28 +59,6 @@ def test_cls_is_encoded_where_no_patch_is_visible():
     encoded = encoder.run(alone, lambda attention, x: attention(x, x)) + first
     torch.testing.assert_close(found[:, :1], encoded)
     torch.testing.assert_close(found[:, 1:], (encoder.mask_token + others).expand(len(images), -1, -1))
-
-
-def test_the_image_encoder_replaces_masked_patches_with_the_mask_token():
-    """The result equals that for an image whose patch, once projected, is the mask token."""
-    encoder = randomize(ImageEncoder(micro_config()).double())
-    images = torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    masked = torch.zeros(2, 16, dtype=torch.bool)
-    masked[0, 5] = masked[1, 0] = masked[1, 15] = True
-    patches = patchify(encoder.normalize(images), 8)
-    weight, bias = encoder.patch_projection.weight, encoder.patch_projection.bias
-    solution = torch.linalg.lstsq(weight, (encoder.mask_token - bias)[:, None]).solution[:, 0]
-    patches[masked] = solution.detach()
-    std, mean = (torch.tensor(v).double().view(3, 1, 1) for v in ((0.5, 0.25, 0.2), (0.5, 0.4, 0.3)))
-    replaced = unpatchify(patches, 8) * std + mean
-    torch.testing.assert_close(encoder(images, masked), encoder(replaced), rtol=0, atol=1e-10)
-
-
-def test_unpatchify_is_the_inverse_of_patchify():
-    images = normal(2, 3, 20, 20)
-    assert torch.equal(unpatchify(patchify(images, 4), 4), images)
-    patches = normal(2, 25, 48, seed=1)
-    assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)
 
 
 WIDTH, HEADS = 12, 3

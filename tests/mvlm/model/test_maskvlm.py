@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -144,22 +143,19 @@ def test_losses_are_single_precision_under_autocast():
         assert getattr(losses, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.03)
 
 
-UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
-    "patches": ({"patch_size": 4}, "masks.patch_ids: wanted 32 of 64 patches of each image, as configured, got 8"),
-    "ratio": ({"image_mask_ratio": 0.25}, "masks.patch_ids: wanted 4 of 16 patches"),
-    "variable": (
-        {"image_masking": "variable", "text_masking": "variable"},
-        "masks.patch_weights, masks.token_weights: wanted a tensor, as configured, got None",
-    ),
-}
-
-
-@pytest.mark.parametrize("changes, message", UNLIKE.values(), ids=UNLIKE)
-def test_masks_of_another_configuration_are_refused_in_training(changes, message):
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"patch_size": 4}, "masks.patch_ids"),
+        ({"image_mask_ratio": 0.25}, "masks.patch_ids"),
+        ({"image_masking": "variable", "text_masking": "variable"}, "masks.patch_weights, masks.token_weights"),
+    ],
+)
+def test_masks_of_another_configuration_are_refused_in_training(changes, name):
     batch, masks = micro_batch()  # 8 of 16 patches
     model = micro_model(**changes)
     for plan in ("plain", "fast"):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=name):
             model(batch, masks, plan=plan)
     if "patch_size" not in changes:
         assert model.eval()(batch, masks).total.isfinite()  # an evaluation chooses its masks

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvlm.objectives import linear_cross_entropy as module
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
+from support.models import Largest
 
 
 def random_inputs(rows: int, width: int = 5, vocabulary: int = 11, dtype: torch.dtype = torch.float64):
@@ -18,34 +18,37 @@ def random_inputs(rows: int, width: int = 5, vocabulary: int = 11, dtype: torch.
     return x, weight, bias, torch.randint(0, vocabulary, (rows,), generator=generator)
 
 
-def in_numpy(x, weight, bias, targets):
-    """Loss, accuracy and the gradients of x, weight and bias, from the definition."""
+def in_numpy(x, weight, bias, targets, weights=None):
+    """Loss, accuracy and the gradients of x, weight and bias, from the definition: a mean, or a sum by weights."""
     x, weight, bias = (t.detach().double().numpy() for t in (x, weight, bias))
     known = [i for i, t in enumerate(targets.tolist()) if t != -100]
     loss, right, dx, dw, db = 0.0, 0, np.zeros_like(x), np.zeros_like(weight), np.zeros_like(bias)
     for i in known:
+        share = 1 / len(known) if weights is None else weights[i].item()
         logits = weight @ x[i] + bias
         right += int(logits.argmax()) == int(targets[i])
         p = np.exp(logits - logits.max())
         p /= p.sum()
-        loss -= np.log(p[targets[i]]) / len(known)
+        loss -= np.log(p[targets[i]]) * share
         p[targets[i]] -= 1
-        dx[i] = p @ weight / len(known)
-        dw += np.outer(p, x[i]) / len(known)
-        db += p / len(known)
+        dx[i] = p @ weight * share
+        dw += np.outer(p, x[i]) * share
+        db += p * share
     return loss, right / len(known), dx, dw, db
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("unknown", [[], [0, 4, 6]])
-def test_linear_cross_entropy_against_numpy(monkeypatch, chunk, unknown):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_linear_cross_entropy_against_numpy(monkeypatch, chunk, unknown, weighted):
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": chunk * 11})
     x, weight, bias, targets = random_inputs(7)
     targets[3:6] = (x @ weight.T + bias).argmax(1)[3:6]  # so that some rows are correct
     targets[unknown] = -100
-    loss, accuracy = linear_cross_entropy(x, weight, bias, targets)
+    weights = torch.tensor([0.5, 2.0, 3.0, 0.0, 1.0, 0.25, 1.5], dtype=torch.float64) if weighted else None
+    loss, accuracy = linear_cross_entropy(x, weight, bias, targets, weights)
     (2.5 * loss).backward()
-    wanted, share, *gradients = in_numpy(x, weight, bias, targets)
+    wanted, share, *gradients = in_numpy(x, weight, bias, targets, weights)
     assert 0 < share < 1
     assert accuracy.item() == pytest.approx(share, rel=1e-15)
     assert not accuracy.requires_grad
@@ -76,44 +79,9 @@ def test_linear_cross_entropy_in_bf16_is_as_exact_as_torch():
     assert errors[0][1] <= 2 * errors[1][1]
 
 
-class Largest(TorchDispatchMode):
-    """Mode that records the number of elements of the largest tensor."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_the_full_logits_never_exist(monkeypatch):
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": 4 * 50})
     x, weight, bias, targets = random_inputs(100, 3, 50)
     with Largest() as largest:
         linear_cross_entropy(x, weight, bias, targets)[0].backward()
     assert largest.elements <= max(4 * 50, x.numel(), weight.numel())
-
-
-@pytest.mark.parametrize("chunk", [2, 100])
-def test_weighted_rows_add_up(monkeypatch, chunk):
-    """With weights the loss is a sum: gradients are those of each row's own loss, times its weight."""
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": chunk * 11})
-    x, weight, bias, targets = random_inputs(7)
-    targets[2] = -100
-    weights = torch.tensor([0.5, 2.0, 3.0, 0.0, 1.0, 0.25, 1.5], dtype=torch.float64)
-    loss, accuracy = linear_cross_entropy(x, weight, bias, targets, weights)
-    (1.5 * loss).backward()
-    rows = [in_numpy(x[i : i + 1], weight, bias, targets[i : i + 1]) for i in range(7) if i != 2]
-    kept = [w for i, w in enumerate(weights.tolist()) if i != 2]
-    np.testing.assert_allclose(loss.item(), sum(w * row[0] for w, row in zip(kept, rows, strict=True)), rtol=1e-13)
-    assert accuracy.item() == pytest.approx(sum(row[1] for row in rows) / 6)
-    for parameter, place in ((weight, 3), (bias, 4)):
-        wanted = sum(w * row[place] for w, row in zip(kept, rows, strict=True))
-        assert parameter.grad is not None
-        np.testing.assert_allclose(parameter.grad.numpy(), 1.5 * wanted, atol=1e-13)
-    assert x.grad is not None
-    assert not x.grad[2].any()
-    np.testing.assert_allclose(x.grad[5].numpy(), 1.5 * 0.25 * rows[4][2][0], atol=1e-13)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvlm.objectives.negatives import NegativeSampling, drawn_weights, gumbel, limit_readers, matching_pairs
+from mvlm.objectives.negatives import NegativeSampling, drawn_weights, gumbel, limit_readers
 from support.models import normal, uniform_of_pair
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -29,33 +29,9 @@ def draw(
     return columns, drawn_weights(columns, rows)
 
 
-def admissible(image_id: Tensor, text_id: Tensor) -> Tensor:
-    return ~NegativeSampling(image_id, text_id, 0, 0).matches(torch.arange(len(image_id)))
-
-
 def distinct(number: int) -> tuple[Tensor, Tensor]:
     """Ids of pairs that share neither image nor caption."""
     return torch.arange(number), torch.arange(number)
-
-
-def test_admissible_negatives_against_loops():
-    image_id, text_id = torch.tensor([1, 2, 1, 3, 4]), torch.tensor([7, 8, 9, 8, 5])
-    found = admissible(image_id, text_id)
-    for i in range(5):
-        for j in range(5):
-            match = image_id[i] == image_id[j] or text_id[i] == text_id[j]
-            assert bool(found[i, j]) == (not match)
-    assert found.any(1).all()
-
-
-def test_matching_pairs_against_a_loop():
-    logits = normal(6, 6, seed=8)
-    negatives = NegativeSampling(IMAGE_ID, TEXT_ID, 3, 4).draw_both(logits)
-    (texts, text_weights), (images, image_weights) = draw(logits, 3, 4, 0), draw(logits.T, 3, 4, 1)
-    wanted = [(i, i, 1, 1.0) for i in range(6)]
-    wanted += [(i, int(texts[i]), 0, float(text_weights[i])) for i in range(6)]
-    wanted += [(int(images[i]), i, 0, float(image_weights[i])) for i in range(6)]
-    assert list(zip(*(column.tolist() for column in matching_pairs(negatives)), strict=True)) == wanted
 
 
 def test_draws_against_gumbel_argmax_in_python():
@@ -158,20 +134,3 @@ def test_draws_of_a_batch_are_limited():
     assert (
         negatives.texts[negatives.text_weights == 0].tolist() == torch.arange(80)[negatives.text_weights == 0].tolist()
     )
-
-
-def test_pairs_of_features_that_come_before_the_own_ones():
-    negatives = NegativeSampling(IMAGE_ID, TEXT_ID, 3, 4).draw_both(normal(6, 6, seed=8))
-    plain, moved = matching_pairs(negatives), matching_pairs(negatives, 10, 20)
-    assert moved.images.tolist() == [i + 10 for i in plain.images[:12].tolist()] + negatives.images.tolist()
-    own = [i + 20 for i in range(6)]
-    assert moved.texts.tolist() == own + negatives.texts.tolist() + own
-
-
-def test_draws_from_equal_logits_do_not_reach_the_limit():
-    """As many draws as 1,024 ranks of 128 pairs make: docs/explain/global_batch.md says at most 9 readers."""
-    for seed in range(20):
-        columns = np.random.default_rng(seed).integers(0, 131072, size=131072)
-        assert np.bincount(columns).max() <= 9
-        if seed == 0:
-            assert torch.equal(limit_readers(torch.from_numpy(columns)), torch.from_numpy(columns))

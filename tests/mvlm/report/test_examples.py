@@ -14,9 +14,9 @@ from mvlm.evaluation.retrieval import EncodedSplit
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.report import examples
 from mvlm.report.html import data_uri
-from mvlm_dataloading import Dataset, ShardWriter, open_dataset
+from mvlm_dataloading import Dataset, open_dataset
 from support.models import micro_model
-from support.scenes import png, scene, write_scenes
+from support.scenes import scene, write_samples, write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,8 @@ def scene_uri(number: int) -> str:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """A row for each caption: three rows an image, and two of the four captions."""
-    folder = tmp_path_factory.mktemp("rows") / "d"
-    with ShardWriter(folder, name="", source="", licence="", attribution="", recipe={}) as writer:
-        for i in range(12):
-            metadata = {"image_id": i // 3}
-            writer.add(f"{i:02}", png(scene(i // 3)[0]), [f"row {i} of {scene(i // 3)[1]}"], metadata, split="test")
-    return open_dataset(folder, "test")
+    samples = [(i // 3, [f"row {i} of {scene(i // 3)[1]}"], {"image_id": i // 3}) for i in range(12)]
+    return write_samples(tmp_path_factory.mktemp("rows") / "d", samples, "test")
 
 
 def test_each_sample_is_shown_with_its_own_partner_and_with_one_of_another_image(model, tokenizer, rows):

@@ -94,38 +94,22 @@ def test_report_can_be_written_elsewhere_and_from_the_data_of_the_evaluation(rep
     assert Page(write_report(copy).read_text()).all("img") == Page(file.read_text()).all("img")
 
 
-def test_figures_of_other_weights_are_said_to_be_so(reported, page, tmp_path):
+def test_a_report_says_which_figures_are_of_other_weights_and_has_the_pointing_game(reported, page, tmp_path):
     run, _, figures, _ = reported
     assert "are not of the model" not in page.text  # figures of an earlier version name no model
-    copy = shutil.copytree(run, tmp_path / "run")
-    own = load_model(run, "cpu").sha256
-    for sha256, said in ((own, False), ("0" * 64, True)):
-        (copy / "eval/test.json").write_text(json.dumps(figures | {"model": sha256}))
-        found = Page(write_report(copy).read_text())
-        assert ("The figures of the next two sections are not of the model" in found.text) == said
-        assert "Zero-shot on the test split" in found.text
-    config = json.loads((copy / "config.json").read_text()) | {"task": "retrieval"}
-    (copy / "config.json").write_text(json.dumps(config))
-    assert "Zero-shot" not in Page(write_report(copy).read_text()).text
-
-
-def test_a_report_has_the_pointing_game_or_the_command_that_plays_it(reported, page, tmp_path):
-    run, _, _, _ = reported
     assert "mvlm eval grounding" in page.text
-    assert "Pointing game" not in page.text
     copy = shutil.copytree(run, tmp_path / "run")
-    figures = POINTING_GAME | {"data": HOSTILE, "above_untrained_95": [1, 2]}
-    (copy / "eval/grounding.json").write_text(json.dumps(figures))
-    text = write_report(copy).read_text()
-    assert "<script" not in text
-    found = Page(text)
-    assert "Pointing game" in found.text
-    assert "The model points better than the untrained one" in found.text
-    assert ["this model", "31.2", "28.0 to 34.5"] in found.rows
-    assert "mvlm eval grounding" not in found.text
-    (copy / "eval/grounding.json").write_text(json.dumps(figures | {"model": "0" * 64}))
-    found = Page(write_report(copy).read_text())
-    assert "These figures are not of the model that the rest of this page shows" in found.text
+    game = POINTING_GAME | {"data": HOSTILE, "above_untrained_95": [1, 2], "model": load_model(run, "cpu").sha256}
+    for sha256, game_of_it in ((game["model"], game), ("0" * 64, game | {"model": "0" * 64})):
+        (copy / "eval/test.json").write_text(json.dumps(figures | {"model": sha256}))
+        (copy / "eval/grounding.json").write_text(json.dumps(game_of_it))
+        found = Page(write_report(copy).read_text())
+        other = sha256 != game["model"]
+        assert ("The figures of the next two sections are not of the model" in found.text) == other
+        assert ("These figures are not of the model that the rest of this page shows" in found.text) == other
+        assert not found.all("script")
+        assert ["this model", "31.2", "28.0 to 34.5"] in found.rows
+        assert "No pointing game was played" not in found.text
 
 
 def test_runs_that_cannot_be_reported_are_refused(reported, trained, tmp_path):

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import RunError
-from mvlm.model.attention import Attention, Branch
 from mvlm.report.task_examples import confusion, majority, task_maps
 from mvlm.runs.load import load_model
 from mvlm.tasks.evaluate import find_task
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
-from mvlm_dataloading import Batch, ShardWriter, open_dataset
+from mvlm_dataloading import Batch
+from support.maps import spans_of, written_out
 from support.pages import Page
-from support.scenes import png, scene
+from support.scenes import write_samples
 
 TEXT, SIDE = "red top left", 4
 FORMS = {
@@ -42,22 +42,6 @@ def made(trained, form: str) -> Any:
     return task.eval()
 
 
-def written_out(seen: list[Tensor], attention: Attention):
-    """Attention of one layer as explicit softmaxes, which are kept with their gradients."""
-
-    def forward(x: Tensor, memory: Tensor, key_mask=None) -> Branch:
-        q, k, v = (
-            projection(rows).unflatten(-1, (2, -1)).transpose(1, 2)
-            for projection, rows in ((attention.query, x), (attention.key, memory), (attention.value, memory))
-        )
-        p = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-        p.retain_grad()
-        seen.append(p)
-        return Branch(attention.out((p @ v).transpose(1, 2).flatten(2)))
-
-    return forward
-
-
 def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
     """The figure whose derivatives make the maps, by other paths than those of `task_maps`."""
     if form == "masked":
@@ -80,16 +64,6 @@ def encoded(task: Any, text: str) -> list[int]:
     return task.tokenizer.encode([text], 12)[0].tolist()
 
 
-def spans(task: Any) -> list[tuple[int, int]]:
-    """Tokens of each word, by encoding the words one by one."""
-    found, position = [], 1
-    for word in TEXT.split():
-        length = len(task.tokenizer.encode([word], 40)[0]) - 2
-        found.append((position, position + length))
-        position += length
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(trained, form, monkeypatch):
@@ -110,7 +84,7 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
     monkeypatch.setattr(layer, "forward", written_out(seen, layer))
     if form == "caption":
         maps = []
-        for start, stop in spans(task):
+        for start, stop in spans_of(task.tokenizer, TEXT)[1:]:
             hidden = tokens.clone()
             hidden[start:stop] = task.config.mask_token_id
             v, bounds = task.model.encode_image(images[None]), torch.tensor([0, length], dtype=torch.int32)
@@ -131,7 +105,8 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
         cam = (p * p.grad.clamp(min=0)).mean(1)  # (n, L, M)
         before = task.masks if form == "masked" else 0
         first = (1, len(encoded(task, predicted)) - 1) if form == "masked" else (0, 1)
-        maps = [cam[:, a:b, 1:].mean(1) for a, b in [first, *((before + a, before + b) for a, b in spans(task))]]
+        words_at = [(before + a, before + b) for a, b in spans_of(task.tokenizer, TEXT)[1:]]
+        maps = [cam[:, a:b, 1:].mean(1) for a, b in [first, *words_at]]
         words = ["[MASK]" if form == "masked" else "[CLS]", *TEXT.split()]
         wanted = score.exp() if form == "masked" else score.sigmoid()
         assert found.probability == pytest.approx(wanted.item(), abs=1e-6)
@@ -162,11 +137,9 @@ def test_texts_that_are_too_long_and_empty_answers_have_maps_and_unknown_answers
 def test_answers_on_which_all_agree_are_labels_as_they_were_written(tmp_path):
     """The metric compares "two" with "two" if all wrote it, and with "2" if they differ."""
     given = [["two"] * 10, ["two"] * 10, ["two"] * 9 + ["three"]]
-    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
-        for i, answers in enumerate(given):
-            rows = [{"answer": answer, "answer_id": k} for k, answer in enumerate(answers)]
-            writer.add(f"test{i}", png(scene(i)[0]), ["how many?"], {"question_id": i, "answers": rows}, split="test")
-    dataset = open_dataset(tmp_path / "d", "test")
+    answers = [[{"answer": answer, "answer_id": k} for k, answer in enumerate(one)] for one in given]
+    samples = [(i, ["how many?"], {"question_id": i, "answers": rows}) for i, rows in enumerate(answers)]
+    dataset = write_samples(tmp_path / "d", samples, "test")
     records = [{"sample": i, "answer": answer} for i, answer in enumerate(["two", "two", "2"])]
     verdicts = VisualQuestionAnswering.judge(records, dataset)
     assert [(v.label, v.score) for v in verdicts] == [("two", 100), ("two", 100), ("2", 100)]

@@ -78,14 +78,6 @@ def test_different_run_is_refused_with_the_settings_that_differ(config, resume):
     refuse(other, "batch_size: config.json has 8, this command 16", "model.cross_norm", "seed")
 
 
-def test_settings_without_effect_on_the_result_may_differ_on_resume(config, tmp_path):
-    begin(config)
-    free = {"device": "auto", "log_every": 5, "eval_every_steps": 3, "checkpoint_every_steps": 4, "keep_checkpoints": 9}
-    assert (
-        open_run(pretrain_config(tmp_path / "moved", config.out, resume=True, **free)) is None
-    )  # there is no checkpoint yet
-
-
 def test_configuration_is_written_atomically(config, monkeypatch):
     """A partial file, left by a full disk or a kill, does not matter; a resumed run writes no other configuration."""
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import check_sizes, stored_sizes
-from mvlm.runs.checkpoint import read_folder_shapes, read_tensors, verify_checkpoint
+from mvlm.runs.checkpoint import read_folder_shapes, read_tensors
 from mvlm.runs.load import load_model
 from mvlm_dataloading import DataError
 from support.folders import checkpoint_contents
@@ -86,7 +85,6 @@ VALUES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", SETTINGS, ids=str)
 def test_settings_that_are_not_those_of_the_weights_are_refused_before_a_network_is_made(copy, monkeypatch, change):
     folders = {form: copy(form) for form in FORMS}
@@ -108,10 +106,14 @@ def test_settings_that_no_model_has_are_refused(copy, form, change, word):
     refuse(folder, f"{settings_file(folder)}: ", word)
 
 
-ARCHITECTURES = [*product((False, True), ("pre", "post"), ("softmax", "sigmoid"), (0, 1))]
+ARCHITECTURES = [
+    (False, "post", "softmax", 0),
+    (True, "pre", "softmax", 1),
+    (True, "post", "sigmoid", 0),
+    (False, "pre", "sigmoid", 1),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pooling, norm, form, added", ARCHITECTURES)
 def test_the_shapes_of_a_configuration_are_those_of_its_network(pooling, norm, form, added):
     config = micro_config(
@@ -132,19 +134,23 @@ def relabel(file: Path, kind: bytes, number: int = 1) -> None:
     file.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"' + kind + b'"', number))
 
 
-@pytest.mark.parametrize("kind", [b"I32", b"U32"])
+@pytest.mark.parametrize("kind, number", [(b"I32", 1), (b"U32", 99)])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("number", [1, 99])
 def test_weights_that_are_no_floats_are_refused(copy, form, kind, number):
     folder = copy(form)
     relabel(weights_file(folder), kind, number)
     refuse(folder, "floats", {b"I32": "torch.int32", b"U32": "torch.uint32"}[kind])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["log_scale", "text_encoder.words.weight", "image_decoder.blocks.1.norm3.bias"])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("log_scale", torch.nan),
+        ("text_encoder.words.weight", torch.inf),
+        ("image_decoder.blocks.1.norm3.bias", -torch.inf),
+    ],
+)
 def test_weights_that_are_not_finite_are_refused(copy, form, name, value):
     folder = copy(form)
 
@@ -159,9 +165,15 @@ def test_weights_that_are_not_finite_are_refused(copy, form, name, value):
         refuse(folder, "finite", name, load=MaskVLM.from_pretrained)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind, form",
+    [
+        (torch.float64, "checkpoint"),
+        (torch.bfloat16, "checkpoint"),
+        (torch.bfloat16, "exported"),
+        (torch.float16, "exported"),
+    ],
+)
 def test_weights_of_other_floats_are_loaded_as_they_are(copy, form, kind):
     """Large ones too, whose sum is above the largest number of the type."""
     folder = copy(form)
@@ -294,30 +306,6 @@ def test_a_tokenizer_that_panics_on_a_text_is_an_error_of_one_line(copy, capfd):
             ask("a" * 28 + "!")
         assert "\n" not in str(caught.value)
     capfd.readouterr()  # Rust's own notice
-
-
-MANIFESTS = {
-    **{f"world_size {value!r}": ({"world_size": value}, "world_size") for value in (-1, 0, "x", 1.5, True, None)},
-    **{name: ({"sha256": {name: "0" * 64}}, name) for name in ("../state.json", "/etc/passwd", "model/../../x", "")},
-    "hashes in a list": ({"sha256": []}, "sha256"),
-    "no version": ({"format_version": None}, "format_version"),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_with_odd_values_is_refused(copy, name):
-    folder, (change, word) = copy("checkpoint"), MANIFESTS[name]
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    if isinstance(change.get("sha256"), dict):
-        change = {"sha256": manifest["sha256"] | change["sha256"]}
-    file.write_text(json.dumps(manifest | change))
-    for read in (verify_checkpoint, load_model):
-        with pytest.raises(RunError) as caught:
-            read(folder)
-        message = str(caught.value)
-        assert message.startswith(f"{file}: wanted a readable manifest, found ")
-        assert word in message
 
 
 @pytest.mark.parametrize("name", ["model.json", SHARD])

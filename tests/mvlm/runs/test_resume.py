@@ -17,7 +17,7 @@ from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
 from mvlm.verify.verify import read_claims, verify_run, wrong_rows
 from support.folders import checkpoint_contents, folder_hash, reproducible_rows
-from support.forgery import change_rows, checkpoint, copy_run
+from support.forgery import change_rows, checkpoint
 from support.models import pretrain_config
 
 
@@ -34,7 +34,7 @@ def whole(scenes, tmp_path_factory):
 @pytest.fixture
 def cut(whole, tmp_path):
     """The run as if it had been killed after its third checkpoint, to be changed and resumed."""
-    out = copy_run(whole.out, tmp_path / "run")
+    out = Path(shutil.copytree(whole.out, tmp_path / "run"))
     shutil.rmtree(checkpoint(out, 4))
     change_rows(out, lambda row: row["step"] < 4)
     return replace(whole, out=out, resume=True)
@@ -150,7 +150,7 @@ def test_a_resume_makes_missing_rows_again_and_the_run_is_sound(whole, cut, with
 
 @pytest.mark.slow
 def test_a_complete_run_says_which_rows_are_missing_and_changes_nothing(whole, tmp_path, caplog):
-    out = copy_run(whole.out, tmp_path / "run")
+    out = Path(shutil.copytree(whole.out, tmp_path / "run"))
     keep_bytes(out, length(out, 2))
     before = folder_hash(out)
     pretrain(replace(whole, out=out, resume=True))

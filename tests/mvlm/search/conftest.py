@@ -3,19 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from mvlm.distributed.world import World
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
+from support.models import ALONE
 from support.scenes import png, scene
-
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def alone() -> World:
-    return ALONE
 
 
 @pytest.fixture(scope="session")

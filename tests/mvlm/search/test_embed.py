@@ -23,7 +23,7 @@ from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm_dataloading import open_dataset
 from support.folders import folder_hash
-from support.models import micro_model
+from support.models import ALONE, micro_model
 
 SPLITS = ["train", "validation", "test"]
 
@@ -60,8 +60,8 @@ def test_the_description_names_model_source_and_counts(model, scenes, embedded):
     ]  # fmt: skip
 
 
-def test_a_folder_of_images_is_embedded(model, pictures, alone, tmp_path):
-    found = embed(model, open_collection(pictures), tmp_path / "out", alone)
+def test_a_folder_of_images_is_embedded(model, pictures, tmp_path):
+    found = embed(model, open_collection(pictures), tmp_path / "out", ALONE)
     assert (found["images"], found["texts"], found["rejected"]) == (10, 10, 0)
     rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
     names = ["0.png", "3.png", "6.png", "9.png", *(f"deep/{i}.png" for i in (1, 2, 4, 5, 7, 8))]
@@ -86,10 +86,10 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "failing, spared", [("write_table", 0), ("write_table", 3), ("join_parts", 1), ("write_json", 1)]
 )
-def test_interrupted_work_continues_with_the_same_files(model, pictures, alone, tmp_path, monkeypatch, failing, spared):
+def test_interrupted_work_continues_with_the_same_files(model, pictures, tmp_path, monkeypatch, failing, spared):
     """In the first part, in the second, while parts are joined, and before the description."""
     monkeypatch.setattr(embedding, "PART", 4)
-    embed(model, open_collection(pictures), tmp_path / "undisturbed", alone)
+    embed(model, open_collection(pictures), tmp_path / "undisturbed", ALONE)
     out, real, written = tmp_path / "out", getattr(embedding, failing), []
     calls = iter(range(spared))
 
@@ -101,25 +101,25 @@ def test_interrupted_work_continues_with_the_same_files(model, pictures, alone, 
     with monkeypatch.context() as patch:
         patch.setattr(embedding, failing, failing_once)
         with pytest.raises(KeyboardInterrupt):
-            embed(model, open_collection(pictures), out, alone)
+            embed(model, open_collection(pictures), out, ALONE)
     assert not (out / "embedding.json").exists()
     before = set((out / "parts").glob("*.parquet"))
     monkeypatch.setattr(embedding, "write_table", lambda path, table: (written.append(path), real_write(path, table)))
-    embed(model, open_collection(pictures), out, alone)
+    embed(model, open_collection(pictures), out, ALONE)
     finished = {path for path in before if path.with_name(path.name.replace("images", "texts")) in before}
     assert not set(written) & finished
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-def test_finished_work_is_not_done_again(model, scenes, embedded, alone, monkeypatch, tmp_path):
+def test_finished_work_is_not_done_again(model, scenes, embedded, monkeypatch, tmp_path):
     out = shutil.copytree(embedded, tmp_path / "out")
     (out / "parts").mkdir()  # a kill between embedding.json and the removal of the parts
     monkeypatch.setattr(embedding, "write_table", None)
-    assert embed(model, open_collection(scenes, SPLITS), out, alone)["images"] == 48
+    assert embed(model, open_collection(scenes, SPLITS), out, ALONE)["images"] == 48
     assert contents(out) == contents(embedded)
 
 
-def test_a_folder_of_something_else_is_refused(model, scenes, embedded, alone, tmp_path, tokenizer):
+def test_a_folder_of_something_else_is_refused(model, scenes, embedded, tmp_path, tokenizer):
     before = contents(embedded)
     other = TrainedModel(micro_model(seed=1, dtype=torch.float32), tokenizer, "fp32")
     for name in ("full/mine.txt", "machine/parts/gear.txt", "file"):
@@ -133,22 +133,22 @@ def test_a_folder_of_something_else_is_refused(model, scenes, embedded, alone, t
         (model, None, tmp_path / "file", "file: wanted a folder for the embeddings, found a file"),
     ):
         with pytest.raises(RunError, match=words):
-            embed(of, open_collection(scenes, splits), out, alone)
+            embed(of, open_collection(scenes, splits), out, ALONE)
     assert contents(embedded) == before
     assert [path.read_text() for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["mine"] * 3
     (tmp_path / "used").mkdir()
     with FileLock(tmp_path / "used" / ".lock"), pytest.raises(RunError, match="that no other process writes to"):
-        embed(model, open_collection(scenes), tmp_path / "used", alone)
-    embed(model, open_collection(scenes, ["test"]), tmp_path / "used", alone)
+        embed(model, open_collection(scenes), tmp_path / "used", ALONE)
+    embed(model, open_collection(scenes, ["test"]), tmp_path / "used", ALONE)
     with FileLock(tmp_path / "used" / ".lock", timeout=0):
         pass  # the lock is free again
 
 
-def test_a_collection_without_a_readable_image_is_refused(model, alone, tmp_path):
+def test_a_collection_without_a_readable_image_is_refused(model, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"x")
     with pytest.raises(RunError, match=r"wanted images to embed, found none"):
-        embed(model, open_collection(tmp_path / "bad"), tmp_path / "out", alone)
+        embed(model, open_collection(tmp_path / "bad"), tmp_path / "out", ALONE)
     assert not (tmp_path / "out" / "embedding.json").exists()
 
 
@@ -162,11 +162,11 @@ BAD_FILES = {  # file -> its content, and what is said of it
 }
 
 
-def test_images_that_cannot_be_used_are_left_out_and_listed(model, pictures, alone, tmp_path):
+def test_images_that_cannot_be_used_are_left_out_and_listed(model, pictures, tmp_path):
     for name, (content, _) in BAD_FILES.items():
         (pictures / name).write_bytes(content)
     (pictures / "0.json").write_text('{"author": "a\\ud83d"}')  # half a letter becomes "?"
-    found = embed(model, open_collection(pictures), tmp_path / "out", alone)
+    found = embed(model, open_collection(pictures), tmp_path / "out", ALONE)
     assert (found["images"], found["rejected"]) == (5, 6)
     rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
     assert [json.loads(row["metadata"]) for row in rows if row["id"] == "0.png"] == [{"author": "a?"}]
@@ -177,13 +177,13 @@ def test_images_that_cannot_be_used_are_left_out_and_listed(model, pictures, alo
         assert words in said[os.path.splitext(name)[0]]
 
 
-def test_a_folder_without_any_part_takes_other_work(model, pictures, alone, tmp_path, monkeypatch):
+def test_a_folder_without_any_part_takes_other_work(model, pictures, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(embedding, "write_table", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            embed(model, open_collection(pictures), tmp_path / "out", alone)
+            embed(model, open_collection(pictures), tmp_path / "out", ALONE)
     (pictures / "3.txt").write_text("another caption")
-    assert embed(model, open_collection(pictures), tmp_path / "out", alone)["images"] == 10
+    assert embed(model, open_collection(pictures), tmp_path / "out", ALONE)["images"] == 10
 
 
 @pytest.fixture
@@ -199,9 +199,7 @@ def automatic(model: TrainedModel, precision: str = "auto") -> TrainedModel:
     return TrainedModel(model.network, model.tokenizer, precision)
 
 
-def test_work_goes_on_in_the_device_and_precision_in_which_it_began(
-    model, machine, pictures, alone, tmp_path, monkeypatch
-):
+def test_work_goes_on_in_the_device_and_precision_in_which_it_began(model, machine, pictures, tmp_path, monkeypatch):
     def stop_at_the_second(path, table):
         if "0000001" in path.name:
             raise KeyboardInterrupt
@@ -211,11 +209,11 @@ def test_work_goes_on_in_the_device_and_precision_in_which_it_began(
     with monkeypatch.context() as patch:
         patch.setattr(embedding, "write_table", stop_at_the_second)
         with pytest.raises(KeyboardInterrupt):
-            embed(automatic(model), collection, begun, alone)
+            embed(automatic(model), collection, begun, ALONE)
     before = folder_hash(begun)
     machine.fast = False
     with pytest.raises(RunError, match=r"precision: found bf16, wanted fp32.*give --device cpu --precision bf16"):
-        embed(automatic(model), collection, begun, alone)
+        embed(automatic(model), collection, begun, ALONE)
     assert folder_hash(begun) == before
     plan = begun / "parts" / "plan.json"
     whole = json.loads(plan.read_text())
@@ -226,29 +224,28 @@ def test_work_goes_on_in_the_device_and_precision_in_which_it_began(
     ):
         plan.write_text(json.dumps(changed))
         with pytest.raises(RunError, match=words):
-            embed(automatic(model, "bf16"), collection, begun, alone)
+            embed(automatic(model, "bf16"), collection, begun, ALONE)
     plan.write_text(json.dumps(whole))
-    found = embed(automatic(model, "bf16"), collection, begun, alone)
+    found = embed(automatic(model, "bf16"), collection, begun, ALONE)
     assert (found["device"], found["precision"], found["images"]) == ("cpu", "bf16", 10)
     machine.fast = True
-    embed(automatic(model), collection, tmp_path / "undisturbed", alone)
+    embed(automatic(model), collection, tmp_path / "undisturbed", ALONE)
     assert {**contents(begun), "parts/plan.json": ""} == {**contents(tmp_path / "undisturbed"), "parts/plan.json": ""}
 
 
-def test_a_finished_embedding_is_left_as_it_is_on_any_machine(model, machine, pictures, alone, tmp_path):
+def test_a_finished_embedding_is_left_as_it_is_on_any_machine(model, machine, pictures, tmp_path):
     collection, out = open_collection(pictures), tmp_path / "out"
-    made = embed(automatic(model), collection, out, alone)
+    made = embed(automatic(model), collection, out, ALONE)
     machine.fast = False
-    assert embed(automatic(model), collection, out, alone) == made
+    assert embed(automatic(model), collection, out, ALONE) == made
     with pytest.raises(RunError, match=r"\(precision: found bf16, wanted fp32\)"):
-        embed(automatic(model, "fp32"), collection, out, alone)
+        embed(automatic(model, "fp32"), collection, out, ALONE)
     old = {name: value for name, value in made.items() if name != "device"} | {"precision": "auto"}
     (out / "embedding.json").write_text(json.dumps(old))  # as an earlier version wrote it
-    assert embed(automatic(model), collection, out, alone) == old
+    assert embed(automatic(model), collection, out, ALONE) == old
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", ["precision", "model", "data"])
+@pytest.mark.parametrize("rank, name", [(0, "precision"), (1, "model"), (0, "data")])
 def test_ranks_that_differ_are_refused(model, pictures, tmp_path, rank, name):
     class Two(World):
         """A rank beside one that computes in another precision, or has another model or other data."""

@@ -21,6 +21,7 @@ from mvlm.search.embed import embed
 from mvlm.search.index import create_index, open_index
 from mvlm.search.query import ImageReader
 from mvlm_dataloading.tools.reindex import rebuild_indices
+from support.models import ALONE
 from support.packages import needs
 from support.scenes import png, scene
 
@@ -117,13 +118,13 @@ def test_an_inverted_file_finds_the_nearest_and_all_that_pass_a_filter(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_column_of_whole_numbers_refuses_others_and_one_of_doubles_takes_both(model, pictures, alone, tmp_path):
+def test_a_column_of_whole_numbers_refuses_others_and_one_of_doubles_takes_both(model, pictures, tmp_path):
     """No number is null in silence."""
     others = Path(shutil.copytree(pictures, tmp_path / "others"))
     for number, path in enumerate(sorted(others.rglob("*.json"))):
         path.write_text(json.dumps({"number": number / 2}))
     for name, folder in (("whole", pictures), ("halves", others)):
-        embed(model, open_collection(folder), tmp_path / name, alone)
+        embed(model, open_collection(folder), tmp_path / name, ALONE)
     index = create_index(tmp_path / "whole", str(tmp_path / "index"))
     with pytest.raises(
         RunError, match=r"wanted whole numbers in the metadata's field 'number', as in .*, found others"
@@ -139,7 +140,7 @@ def test_a_column_of_whole_numbers_refuses_others_and_one_of_doubles_takes_both(
     assert len(both.search(query, "images", 100, "number = 7")) == 1
     for path in sorted(others.rglob("*.json")):
         path.write_text('{"number": 2.0}')
-    embed(model, open_collection(others), tmp_path / "twos", alone)
+    embed(model, open_collection(others), tmp_path / "twos", ALONE)
     index.add(tmp_path / "twos")
     assert len(index.search(query, "images", 100, "number = 2")) == 5
 
@@ -197,14 +198,14 @@ def test_of_two_who_make_an_index_at_once_one_is_refused(embedded, tmp_path, mon
     assert open_index(place).count("images") == 48
 
 
-def test_a_filter_that_does_not_fit_both_tables_removes_nothing(model, pictures, alone, tmp_path):
+def test_a_filter_that_does_not_fit_both_tables_removes_nothing(model, pictures, tmp_path):
     """Only some images have captions and metadata; the filter means the same for both tables."""
     for path in pictures.rglob("*.txt"):
         path.unlink()
     (pictures / "3.json").unlink()
     (query,) = queries(1)
     for captions in (0, 1):
-        embed(model, open_collection(pictures), tmp_path / f"{captions}", alone, "the run")
+        embed(model, open_collection(pictures), tmp_path / f"{captions}", ALONE, "the run")
         index = create_index(tmp_path / f"{captions}", str(tmp_path / f"index-{captions}"))
         assert (index.count("images"), index.count("texts")) == (10, captions)
         assert len(index.search(query, "images", 3)) == 3
@@ -269,7 +270,7 @@ def test_an_interrupted_index_is_made_again(embedded, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def embeddings(model, scenes, alone, tmp_path_factory) -> dict[str, Path]:
+def embeddings(model, scenes, tmp_path_factory) -> dict[str, Path]:
     """Of splits of a data set, of a folder before and after changes, and of tars that each number samples anew."""
     folder = tmp_path_factory.mktemp("embeddings")
     (folder / "tars").mkdir()
@@ -287,7 +288,7 @@ def embeddings(model, scenes, alone, tmp_path_factory) -> dict[str, Path]:
     rebuild_indices(folder / "tars")
 
     def made(name: str, data: Path, splits: list[str] | None = None) -> Path:
-        embed(model, open_collection(data, splits), folder / name, alone, "the run")
+        embed(model, open_collection(data, splits), folder / name, ALONE, "the run")
         return folder / name
 
     found = {"one": made("one", scenes, ["test"]), "two": made("two", scenes, ["validation", "test"])}

@@ -12,7 +12,7 @@ from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm.search.index import create_index
 from mvlm.search.query import ImageReader, query_vector, search
-from support.models import micro_model
+from support.models import ALONE, micro_model
 from support.packages import needs
 from support.scenes import png, scene
 
@@ -20,10 +20,10 @@ pytestmark = needs("lancedb")
 
 
 @pytest.fixture(scope="module")
-def index(model, scenes, tmp_path_factory, alone):
+def index(model, scenes, tmp_path_factory):
     """The test split, whose images all differ."""
     folder = tmp_path_factory.mktemp("search")
-    embed(model, open_collection(scenes, ["test"]), folder / "embedded", alone)
+    embed(model, open_collection(scenes, ["test"]), folder / "embedded", ALONE)
     return create_index(folder / "embedded", str(folder / "index"), "flat")
 
 
@@ -60,7 +60,7 @@ def test_a_text_and_an_image_are_asked_together_by_their_mean(model, index):
     assert [hit.similarity for hit in hits] == pytest.approx((vectors @ wanted).tolist(), abs=1e-6)
 
 
-def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pictures, alone, tmp_path):
+def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pictures, tmp_path):
     other = TrainedModel(micro_model(seed=1, dtype=torch.float32), tokenizer, "fp32")
     image = png(scene(0)[0])
     refused: list[Any] = [
@@ -77,7 +77,7 @@ def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pi
         with pytest.raises(error, match=words):
             search(of, index, text, given, **options)
     assert search(model, index, "red", rerank=3, where="split = 'train'") == []
-    embed(model, open_collection(pictures), tmp_path / "embedded", alone)
+    embed(model, open_collection(pictures), tmp_path / "embedded", ALONE)
     folder = create_index(tmp_path / "embedded", str(tmp_path / "index"))
     (pictures / "6.png").unlink()
     with pytest.raises(RunError, match=r"6.png: wanted the image that was embedded, found none"):

@@ -11,9 +11,8 @@ import torch
 from mvlm.tasks.caption import Captioning, Writer
 from mvlm.tasks.score import score, write_predictions
 from mvlm.tasks.task import TaskOptions
-from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 from support.models import micro_batch, micro_model
-from support.scenes import png, scene
+from support.scenes import write_samples
 
 LENGTHS = [4, 1, 6, 3, 5]
 OF = [0, 0, 2, 1, 2]
@@ -127,14 +126,6 @@ def test_the_loss_is_the_mean_over_captions(model):
     assert found.total.item() == pytest.approx(wanted, rel=1e-9)
 
 
-def write(folder, rows: list[tuple[int, list[str], dict]]) -> Dataset:
-    """Rows of a scene's number, its captions and its metadata."""
-    with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
-        for row, (number, texts, metadata) in enumerate(rows):
-            assert writer.add(f"{row:02}", png(scene(number)[0]), texts, metadata, split="test") is None
-    return open_dataset(folder, "test")
-
-
 @pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
 def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_image(tmp_path, image_id):
     """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
@@ -148,7 +139,7 @@ def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_ima
     (tmp_path / "references.json").write_text(json.dumps({"annotations": annotations}))
     found = {}
     for form, samples in rows.items():
-        dataset = write(tmp_path / form, samples)
+        dataset = write_samples(tmp_path / form, samples, "test")
         records = [{"sample": row, "caption": WRITTEN[i]} for row, (i, _, _) in enumerate(samples)]
         metadata = [dataset.metadata(row) for row in range(len(dataset))]
         write_predictions(tmp_path / f"{form}.json", "caption", records, metadata)

@@ -9,7 +9,7 @@ from mvlm.costs.cluster_plan import ClusterSetting
 from mvlm.costs.flops import counter
 from mvlm.tasks.cost import task_step_cost
 from mvlm.tasks.evaluate import find_task
-from mvlm.tasks.task import TaskOptions
+from mvlm.tasks.task import Task, TaskOptions
 from support.commands import assert_refused
 from support.models import micro_batch, micro_config, micro_model
 
@@ -19,24 +19,39 @@ def setting(image_size: int = 32, **changes) -> ClusterSetting:
     return ClusterSetting(**(values | {"batch_size": 4} | changes))  # pyright: ignore[reportArgumentType]
 
 
+def made(task: str, text_length: int) -> Task:
+    state, _ = find_task(task).example(4)
+    network = micro_model(dtype=torch.float32, text_length=text_length)
+    return find_task(task)(network, TaskOptions(answers="classifier"), state)
+
+
+def real_flops(task: str, lengths: tuple[int, ...], plan: str = "fast") -> int:
+    """FLOPs of a step on four texts of these lengths."""
+    model, most = made(task, max(16, *lengths)), micro_config(text_length=max(16, *lengths))
+    batch, masks = micro_batch(lengths, config=most)
+    if task == "pairs":
+        batch = replace(batch, images=batch.images.repeat(1, 1, 1, 2))
+    with counter() as flops:
+        model.losses_of_step(batch, masks, find_task(task).example(4)[1], plan).total.backward()
+    return flops.get_total_flops()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
 def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
     """The plan's texts have 12 tokens and room for 16. Real steps of 12 and of 16 tokens need less and more."""
     found = task_step_cost(task, setting())
-    real = []
-    for length in (12, 16):
-        state, targets = find_task(task).example(4)
-        network, options = micro_model(dtype=torch.float32, text_length=16), TaskOptions(answers="classifier")
-        model = find_task(task)(network, options, state)
-        batch, masks = micro_batch((length,) * 4, config=micro_config(text_length=16))
-        if task == "pairs":
-            batch = replace(batch, images=batch.images.repeat(1, 1, 1, 2))
-        with counter() as flops:
-            model.losses_of_step(batch, masks, targets, "fast").total.backward()
-        real.append(flops.get_total_flops())
-    assert real[0] <= found.forward + found.backward <= real[1]
-    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert real_flops(task, 4 * (12,)) <= found.forward + found.backward <= real_flops(task, 4 * (16,))
+    assert found.parameters == sum(p.numel() for p in made(task, 16).parameters())
+
+
+@pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
+def test_a_fast_step_computes_no_padding(task):
+    """It saves at least the padded rows of all blocks of the text cross encoder but the last."""
+    lengths, config = (4, 5, 6, 40), micro_config()
+    padding = (2 if task == "pairs" else 1) * sum(40 - length for length in lengths)
+    products = 6 * 14 * config.width**2 * (config.cross_layers - 1)  # FLOPs of a row: queries, keys, values, MLP
+    assert real_flops(task, lengths, "plain") - real_flops(task, lengths) > padding * products
 
 
 @pytest.mark.slow

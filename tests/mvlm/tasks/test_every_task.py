@@ -16,7 +16,6 @@ from mvlm.errors import RunError
 from mvlm.inference.encode import eval_loader
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
-from mvlm.tasks import evaluate as evaluation
 from mvlm.tasks.evaluate import evaluate_task, find_task, join_records, load_task, share
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.task import Task, TaskOptions
@@ -165,7 +164,7 @@ def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", some_in_test([*FORMS, *FURTHER], "classifier", "retrieval"))
+@pytest.mark.parametrize("form", some_in_test([*FORMS, *FURTHER], "retrieval"))
 def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, without_tensorboard):
     settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4, "checkpoint_every_steps": 2}
     for name in ("whole", "cut"):
@@ -179,8 +178,9 @@ def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, wi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["classifier", "retrieval"])
-def test_implementations_and_microbatches_give_the_same_gradients(trained, data, tmp_path, form):
+@pytest.mark.parametrize("form", ["masked", "retrieval"])
+def test_implementations_and_microbatches_give_the_same_gradients(trained, data, tmp_path, form, without_tensorboard):
+    """And accuracy: microbatches have other numbers of masked tokens, and some have none."""
     for plan, accumulate in (("fast", 1), ("plain", 4)):
         finetune(configured(trained, data, tmp_path / plan, form, accumulate=accumulate, plan=plan))
     assert_equal_runs(tmp_path / "fast", tmp_path / "plain", 1e-4)
@@ -190,6 +190,7 @@ def assert_equal_runs(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     for a, b in zip(*(read_metrics(run / "metrics.jsonl") for run in (one, other)), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a.get("accuracy") == pytest.approx(b.get("accuracy"), rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -229,27 +230,16 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
     assert shuffled <= best_without_images(name, dataset) + 5
 
 
+RANKS = {"pairs": "ddp", "caption": "ddp", "masked": "fsdp", "questions of an image": "ddp", "retrieval": "ddp"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "form, parallel",
-    [
-        ("pairs", "ddp"),
-        *(
-            pytest.param(form, parallel, marks=pytest.mark.extended)
-            for form, parallel in (
-                ("caption", "ddp"),
-                ("masked", "fsdp"),
-                ("questions of an image", "ddp"),
-                ("retrieval", "ddp"),
-            )
-        ),
-    ],
-)
-def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ranks):
+@pytest.mark.parametrize("form", some_in_test(RANKS, "pairs"))
+def test_two_ranks_equal_one(trained, data, tmp_path, form, on_two_ranks, without_tensorboard):
     """With FSDP each rank holds half of the weights, and a checkpoint has its parts; an evaluation takes them whole."""
     config = configured(trained, data, tmp_path / "one", form, max_steps=3, eval_every_steps=3)
     finetune(config)
-    two = vars(replace(config, out=tmp_path / "two", parallel=parallel))
+    two = vars(replace(config, out=tmp_path / "two", parallel=RANKS[form]))
     given = [name for name in PASSED if two[name] is not None]
     words = [word for name in given for word in (f"--{name.replace('_', '-')}", two[name])]
     codes, errors = on_two_ranks("finetune", config.task, *words, "--crop-scale", *config.crop_scale)
@@ -285,22 +275,19 @@ def test_a_weighted_view_has_the_targets_of_each_sample_twice(trained, data, tmp
             check(twice, state)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, other", [("classifier", "pairs"), ("entailment", "vqa"), ("pairs", "vqa"), ("caption", "vqa")]
 )
-def test_data_of_another_task_are_refused_before_anything_is_written_or_predicted(
-    trained, data, tmp_path, form, other, monkeypatch
-):
+def test_data_of_another_task_are_refused_before_anything_is_written_or_predicted(trained, data, tmp_path, form, other):
     task, settings = FORMS[form]
     with pytest.raises(DataError):
         finetune(finetune_config(trained, data[other], tmp_path / "run", task, **settings))
     assert not (tmp_path / "run").exists()
-    finetune(configured(trained, data, tmp_path / "run", form))
-    assert len(evaluate_task(tmp_path / "run", data[task], "test")[0]["model"]) == 64
-    monkeypatch.setattr(evaluation, "predict_split", None)
+    kind = find_task(task)
+    state = kind.make_state(open_dataset(data[task], "train"), TaskOptions(**settings))
+    kind.check_split(open_dataset(data[task], "test"), state)
     with pytest.raises(DataError):
-        evaluate_task(tmp_path / "run", data[other], "test")
+        kind.check_split(open_dataset(data[other], "test"), state)
 
 
 def test_records_of_ranks_are_joined_by_id():

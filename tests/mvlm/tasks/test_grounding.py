@@ -13,9 +13,9 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.load import load_model
 from mvlm.tasks.grounding import evaluate_grounding, other_phrases, phrase_maps, phrases_of
-from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading import DataError, open_dataset
 from support.questions import write_phrases
-from support.scenes import png, scene
+from support.scenes import scene, write_samples
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,14 @@ def test_two_ranks_have_the_figures_and_records_of_one_which_the_scorer_reads(
 
 
 def test_boxes_of_texts_are_refused_and_sizes_may_be_written_with_a_point(tmp_path):
-    for name, box in (("bad", ["1", "2", "3", "4"]), ("good", [1.5, 2.0, 3.0, 4.0])):
-        with ShardWriter(tmp_path / name, name="p", source="", licence="", attribution="", recipe={}) as writer:
-            facts = {"box": box, "size": [96.0, 64.0], "image_id": ""}
-            for i in range(2):
-                writer.add(str(i), png(scene(i)[0]), ["a red square"], facts, split="test")
-    with pytest.raises(DataError, match="key 0: wanted `box`"):
-        phrases_of(open_dataset(tmp_path / "bad", "test"))
-    found = phrases_of(open_dataset(tmp_path / "good", "test"))
+    facts = {"size": [96.0, 64.0], "image_id": ""}
+    bad, good = (
+        write_samples(tmp_path / str(box[0]), [(i, ["a red square"], facts | {"box": box}) for i in range(2)])
+        for box in (["1", "2", "3", "4"], [1.5, 2.0, 3.0, 4.0])
+    )
+    with pytest.raises(DataError, match="key 00: wanted `box`"):
+        phrases_of(bad)
+    found = phrases_of(good)
     assert (found.sizes[0], {type(length) for length in found.sizes[0]}) == ([96, 64], {int})
     assert len(set(found.images)) == 2  # an empty `image_id` is none
 

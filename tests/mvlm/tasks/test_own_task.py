@@ -1,15 +1,17 @@
 """A task of the user's own in one file of under 100 lines: trained, evaluated, resumed; and files that are none."""
 
 import hashlib
+import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import mvlm.tasks
 from mvlm.errors import ConfigError, RunError
 from mvlm.report.page import write_report
 from mvlm.runs.folder import find_checkpoint
@@ -35,34 +37,64 @@ def counts(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def in_the_folder(tmp_path, monkeypatch) -> Iterator[Callable[[], Callable[[list[str]], None]]]:
+    """Gives the folder of tasks a second place with the file of the task. Returns what runs `mvlm WORDS` there."""
+
+    def begin() -> Callable[[list[str]], None]:
+        (tmp_path / "tasks").mkdir()
+        (tmp_path / "tasks/counting.py").write_text(EXAMPLE.read_text())
+        monkeypatch.setattr(mvlm.tasks, "__path__", [*mvlm.tasks.__path__, str(tmp_path / "tasks")])
+        monkeypatch.delitem(sys.modules, "mvlm.cli")  # it makes its table of commands when it is imported
+        task_names.cache_clear()
+        return importlib.import_module("mvlm.cli").run_command
+
+    yield begin
+    sys.modules.pop("mvlm.tasks.counting", None)
+    task_names.cache_clear()
+
+
 @pytest.mark.slow
-def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvlm):
+def test_the_example_is_trained_and_evaluated_by_its_file_and_by_its_name(
+    trained, counts, tmp_path, run_mvlm, in_the_folder, capsys
+):
+    """One file in the folder of tasks is all that a new task needs: help, `eval` and the report know its name."""
     assert len(EXAMPLE.read_text().splitlines()) < 100
-    words = ["--checkpoint", trained, "--data", counts, "--out", tmp_path / "run", "--max-steps", 2]
+    run = tmp_path / "run"
+    words = ["--checkpoint", trained, "--data", counts, "--out", run, "--max-steps", 2]
     settings = ["--batch-size", 8, "--device", "cpu", "--warmup-steps", 1]
     done = run_mvlm("finetune", EXAMPLE, *words, *settings)
     assert done.code == 0, done.err
     assert run_mvlm("finetune", EXAMPLE, *words, *settings, "--resume").code == 0
-    options = ["--checkpoint", tmp_path / "run", "--data", counts, "--device", "cpu"]
-    found = run_mvlm("eval", EXAMPLE, *options, "--out", tmp_path / "run/eval/test.json")
+    options = ["--checkpoint", run, "--data", counts, "--device", "cpu"]
+    found = run_mvlm("eval", EXAMPLE, *options, "--out", run / "eval/test.json")
     assert found.code == 0, found.err
-    written = json.loads((tmp_path / "run/eval/test.json").read_text())
-    assert written["task"] == "counting"
-    assert len(written["records"]) == 16
+    by_file = json.loads((run / "eval/test.json").read_text())
     # The page is written without the code, from the figures.
-    page = write_report(tmp_path / "run").read_text()
+    page = write_report(run).read_text()
     assert "bootstrapped over images." in page
     assert "baseline: always the majority" in page
     assert "No baseline" not in page
-    less = {name: x for name, x in written.items() if name not in ("majority", "bootstrapped_over")}
-    (tmp_path / "run/eval/test.json").write_text(json.dumps(less))
-    page = write_report(tmp_path / "run").read_text()
+    less = {name: x for name, x in by_file.items() if name not in ("majority", "bootstrapped_over")}
+    (run / "eval/test.json").write_text(json.dumps(less))
+    page = write_report(run).read_text()
     assert "bootstrapped over images" not in page
     assert "No baseline" in page
     # A checkpoint names no code to run: its task has to be named, and be the right one.
     other = run_mvlm("eval", "entailment", *options)
     assert other.code == 2
-    assert "found one of counting; name that task, or the file that defines it" in other.err[-1]
+    assert "counting" in other.err[-1]
+    written = ["--out", run / "eval/test.json", "--predictions", run / "predictions"]
+    run_command = in_the_folder()
+    for command in (["--help"], ["eval", "counting", *options, *written], ["report", run]):
+        run_command([str(word) for word in command])
+    assert "  mvlm eval counting " in capsys.readouterr().out
+    by_name = json.loads((run / "eval/test.json").read_text())
+    assert (by_file["task"], by_file["records"]) == ("counting", by_name["records"])
+    assert len(by_name["records"]) == 16
+    lines = [json.loads(line) for line in (run / "predictions").read_text().splitlines()]
+    assert lines == [{"id": r["sample"], "count": r["count"]} for r in by_name["records"]]
+    assert "accuracy" in (run / "report.html").read_text()
 
 
 def test_the_example_bootstraps_over_images_and_has_a_baseline(tmp_path):
@@ -96,38 +128,6 @@ def test_a_head_with_buffers_and_tied_weights_is_averaged_and_loaded(trained, co
     assert not torch.equal(found["again.weight"], tensors["again.weight"])  # of the model, and not averaged
     for name in ("head.0.running_mean", "head.0.running_var", "head.1.weight", "model.text_encoder.position"):
         assert torch.equal(found[name], tensors[name]), name
-
-
-@pytest.mark.slow
-def test_one_file_in_the_folder_of_tasks_is_all_that_a_new_task_needs(trained, counts, tmp_path):
-    """Its name is known to the help, `finetune`, `eval` and the report. Here the folder has a second place."""
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/counting.py").write_text(EXAMPLE.read_text())
-    data, run, cpu = ("--data", str(counts)), str(tmp_path / "run"), ("--device", "cpu")
-    steps = ("--max-steps", "2", "--batch-size", "8", "--warmup-steps", "1")
-    evaluated = (*data, *cpu, "--out", f"{run}/eval/test.json", "--predictions", f"{run}/predictions")
-    commands = [
-        ["--help"],
-        ["finetune", "counting", "--checkpoint", str(trained), *data, "--out", run, *steps, *cpu],
-        ["eval", "counting", "--checkpoint", run, *evaluated],
-        ["report", run],
-    ]
-    program = (
-        "import json, sys, mvlm.tasks\n"
-        "mvlm.tasks.__path__.append(sys.argv[1])\n"
-        "from mvlm.cli import run_command\n"
-        "assert 'torch' not in sys.modules\n"
-        "for words in json.loads(sys.argv[2]):\n    run_command(words)\n"
-    )
-    words = [sys.executable, "-c", program, str(tmp_path / "tasks"), json.dumps(commands)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "  mvlm eval counting " in done.stdout
-    found = json.loads(Path(run, "eval/test.json").read_text())
-    assert (found["task"], len(found["records"])) == ("counting", 16)
-    lines = [json.loads(line) for line in Path(run, "predictions").read_text().splitlines()]
-    assert lines == [{"id": r["sample"], "count": r["count"]} for r in found["records"]]
-    assert "accuracy" in Path(run, "report.html").read_text()
 
 
 @pytest.mark.slow

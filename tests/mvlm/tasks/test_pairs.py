@@ -9,9 +9,9 @@ from mvlm.inference.encode import eval_loader
 from mvlm.runs.load import load_model
 from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.task import TaskOptions
-from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading import DataError, open_dataset
 from support.questions import write_statements
-from support.scenes import png, scene
+from support.scenes import write_samples
 
 STATE = {"labels": ["false", "true"], "images": 2}
 
@@ -22,10 +22,7 @@ def data(tmp_path_factory):
 
 
 def write(folder, records):
-    with ShardWriter(folder, name="s", source="", licence="", attribution="", recipe={}) as writer:
-        for i, record in enumerate(records):
-            writer.add(f"{i}", png(scene(i)[0]), ["the left is red"], record)
-    return open_dataset(folder, "train")
+    return write_samples(folder, [(i, ["the left is red"], record) for i, record in enumerate(records)])
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,9 +20,9 @@ from mvlm.tasks.vqa import (
     mask_features,
 )
 from mvlm.tasks.vqa import questions as task_questions
-from mvlm_dataloading import DataError, ShardWriter, ViewOptions, make_view, open_dataset
+from mvlm_dataloading import DataError, ViewOptions, make_view, open_dataset
 from support.models import micro_batch, micro_model
-from support.scenes import png, scene
+from support.scenes import write_samples
 
 
 def make_state(questions, split="train", **options):
@@ -66,27 +65,27 @@ def test_lists_from_elsewhere_are_refused(questions, trained, tmp_path, content,
         VisualQuestionAnswering(load_model(trained).network, TaskOptions(), {"answers": ["red", "red"]})
 
 
-def ask(folder, answers) -> Path:
-    with ShardWriter(folder, name="q", source="", licence="", attribution="", recipe={}) as writer:
-        writer.add("0", png(scene(0)[0]), ["what colour?"], {"question_id": 0, "answers": answers})
-    return folder
+def ask(folder, *answers):
+    """A data set with a question for each of these answers."""
+    return write_samples(folder, [(i, ["what?"], {"question_id": i, "answers": x}) for i, x in enumerate(answers)])
+
+
+def annotators(given: list[str]) -> list[dict]:
+    return [{"answer": answer, "answer_id": n} for n, answer in enumerate(given)]
 
 
 @pytest.mark.parametrize(
     "answers", [["red"], "red", [{"answer": 3}], [{"answer": "red", "answer_id": 1}] * 10, [{"answer": "red"}] * 10]
 )
 def test_answers_that_the_metric_cannot_compare_are_refused(tmp_path, answers):
-    with pytest.raises(DataError, match="key 0: wanted answers"):
-        task_questions(open_dataset(ask(tmp_path / "d", answers), "train"))
+    with pytest.raises(DataError, match="key 00: wanted answers"):
+        task_questions(ask(tmp_path / "d", answers))
 
 
 def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
     """Red has most votes of questions 1 to 3, blue of 4 and 5, though green was given to all of them by somebody."""
     votes = [["red"] * 6 + ["green"] * 4] * 3 + [["green"] + ["blue"] * 9] * 2
-    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
-        for i, given in enumerate(votes):
-            answers = [{"answer": answer, "answer_id": n} for n, answer in enumerate(given)]
-            writer.add(str(i), png(scene(i)[0]), ["what colour?"], {"question_id": i, "answers": answers})
+    ask(tmp_path / "d", *map(annotators, votes))
     assert make_state(tmp_path / "d")["answers"] == ["red", "blue"]
     assert make_state(tmp_path / "d", min_count=2)["answers"] == ["red", "blue"]
     with pytest.raises(DataError, match="found 1"):
@@ -105,14 +104,9 @@ def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trai
 
 def test_targets_are_shares_of_annotators_but_for_a_classifier(trained, tmp_path):
     """Seven of ten say two, two say 2, which is the same, and one says three. Elsewhere most say three."""
-    given = ["two"] * 7 + ["2"] * 2 + ["three"]
-    answers = [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)]
+    answers = annotators(["two"] * 7 + ["2"] * 2 + ["three"])
     assert annotator_shares({"answers": answers}) == {"2": 0.9, "3": 0.1}
-    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
-        writer.add("0", png(scene(0)[0]), ["how many?"], {"question_id": 1, "answers": answers})
-        other = [{"answer": "three" if i else "two", "answer_id": i} for i in range(10)]
-        writer.add("1", png(scene(1)[0]), ["how many?"], {"question_id": 2, "answers": other})
-    dataset = open_dataset(tmp_path / "d", "train")
+    dataset = ask(tmp_path / "d", answers, annotators(["two"] + ["three"] * 9))
     forms: list[tuple[Literal["classifier", "masked"], list[float]]]
     forms = [("masked", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
     for form, values in forms:

@@ -11,12 +11,9 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
-from support.models import ALONE, micro_batch, micro_model, pretrain_config
-
-LENGTHS = [(7, 4, 12, 3), (5, 4, 6, 9), (12, 12, 12, 12), (3, 3, 3, 4)]
+from support.models import ALONE, pretrain_config
 
 
 class Recorder:
@@ -49,69 +46,30 @@ class Recorder:
         return replay, outputs
 
 
-def backward_step(model) -> Callable[..., Losses]:
-    def step(batch, masks, number) -> Losses:
-        losses = model(batch, masks, step=number, plan="fast")
-        losses.total.backward()
-        return Losses(*(loss.detach() for loss in losses))
-
-    return step
-
-
-def batches(model, lengths):
-    for seed, own in enumerate(lengths):
-        batch, masks = micro_batch(own, config=model.config)
-        batch = replace(batch, images=(batch.images + 31 * seed).to(torch.uint8))
-        yield pad_to_bucket(batch, masks, model.config.text_length)
-
-
-def train(model, steps, run: Callable[..., Losses]) -> list[Losses]:
-    """Losses of SGD steps. Gradients are changed in place and dropped, as the trainer does."""
-    found = []
-    for number, (batch, masks) in enumerate(steps):
-        found.append(run(batch, masks, torch.tensor(number)))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p -= 0.5 * p.grad
-                    p.grad = None
-    return found
+def refused(function: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+    function()  # gradients are set when the capture ends with an error
+    raise RuntimeError("operation not permitted when stream is capturing")
 
 
 @pytest.mark.slow
-def test_replayed_steps_train_as_eager_ones():
-    order = [LENGTHS[i] for i in (0, 0, 1, 1, 0, 1, 2, 0, 2, 2, 1, 0)]
-    wanted_model, model = micro_model(), micro_model()
-    wanted = train(wanted_model, batches(wanted_model, order), backward_step(wanted_model))
-    recorder = Recorder(model)
-    graphs = CudaGraphs(backward_step(model), model.parameters(), recorder)
-    got = train(model, batches(model, order), graphs.run)
-    assert recorder.captures == graphs.captured > 1
-    assert recorder.replays > recorder.captures
-    for a, b in zip(got, wanted, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y)  # those of earlier steps too: later replays do not change them
-    for p, q in zip(model.parameters(), wanted_model.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-@pytest.mark.slow
-def test_steps_stay_eager_after_a_capture_that_failed(caplog):
-    wanted_model, model = micro_model(), micro_model()
-    order = [LENGTHS[0]] * 4
-    wanted = train(wanted_model, batches(wanted_model, order), backward_step(wanted_model))
-
-    def capture(function):
-        function()  # gradients are set when the capture ends with an error
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    graphs = CudaGraphs(backward_step(model), model.parameters(), capture)
-    got = train(model, batches(model, order), graphs.run)
-    assert graphs.captured == 0
+def test_a_trainer_that_replays_its_steps_or_may_capture_none_trains_as_an_eager_one(start, caplog):
+    """Eight steps: the metrics, learning rates and weights of eager steps, those of earlier steps too."""
+    rows, weights = [], []
+    for way in ("eager", "replayed", "refused"):
+        trainer, batches = start(capture="cuda-graphs")
+        recorder = Recorder(trainer.model)
+        if way != "eager":
+            capture = recorder if way == "replayed" else refused
+            trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters(), capture)
+        for _ in range(8):
+            trainer.one_step(batches)
+        rows.append(trainer.metrics.read())
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+        assert (recorder.replays > 1) == (way == "replayed")
+    assert rows[0] == rows[1] == rows[2]
+    for p, *others in zip(*weights, strict=True):
+        assert all(torch.equal(p, q) for q in others)
     assert "operation not permitted when stream is capturing" in caplog.text
-    for a, b in zip(got, wanted, strict=True):
-        assert torch.equal(a.total, b.total)
 
 
 def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
@@ -126,22 +84,3 @@ def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
     ):
         with pytest.raises(ConfigError, match=r"^capture: "):
             check_graphs(refused, world)
-
-
-@pytest.mark.slow
-def test_the_trainer_replays_its_steps(start):
-    """Eight steps: the metrics, learning rates and weights of eager steps."""
-    rows, weights = [], []
-    for replayed in (False, True):
-        trainer, batches = start(capture="cuda-graphs")
-        recorder = Recorder(trainer.model)
-        if replayed:
-            trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters(), recorder)
-        for _ in range(8):
-            trainer.one_step(batches)
-        rows.append(trainer.metrics.read())
-        weights.append([p.detach().clone() for p in trainer.model.parameters()])
-        assert (recorder.replays > 1) == replayed
-    assert rows[0] == rows[1]
-    for p, q in zip(*weights, strict=True):
-        assert torch.equal(p, q)

@@ -1,6 +1,6 @@
 """Batches of few shapes: when totals are rounded up, how far, and when they are not."""
 
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,24 +8,17 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.training.trainer import with_few_shapes
-from support.models import ALONE, micro_batch, pretrain_config
+from support.models import ALONE, micro_batch, micro_config, pretrain_config
 from support.questions import finetune_config
 
 
-@pytest.fixture
-def configuration(tmp_path):
-    """Function that makes the configuration of a run in bf16, with captions of at most 24 tokens."""
-
-    def make(**changes):
-        config = pretrain_config(tmp_path / "data", tmp_path / "run", **({"precision": "bf16"} | changes))
-        return replace(config, model=replace(config.model, text_length=24))
-
-    return make
+def configuration(**changes):
+    """Configuration of a run in bf16, with captions of at most 24 tokens."""
+    return pretrain_config(Path(), Path(), **({"precision": "bf16", "model": micro_config(text_length=24)} | changes))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "most"), [({}, 1.06), ({"precision": "fp32", "capture": "compile"}, 1.12)])
-def test_bf16_steps_on_a_cpu_and_compiled_ones_see_few_totals_and_little_padding(configuration, changes, most):
+def test_bf16_steps_on_a_cpu_and_compiled_ones_see_few_totals_and_little_padding(changes, most):
     """200 batches of 64 captions; oneDNN keeps 1,024 products, about 20 for each total."""
     rng, config = np.random.default_rng(0), configuration(**changes)
     tokens, masked, exact, padded = set(), set(), 0, 0
@@ -51,8 +44,8 @@ def test_bf16_steps_on_a_cpu_and_compiled_ones_see_few_totals_and_little_padding
         ({}, World(rank=0, size=1, local_rank=0, device=torch.device("cuda"))),
     ],
 )
-def test_other_steps_and_those_of_fine_tuning_get_their_batches_as_they_are(configuration, tmp_path, changes, world):
+def test_other_steps_and_those_of_fine_tuning_get_their_batches_as_they_are(changes, world):
     loaded = [micro_batch()]
     assert with_few_shapes(loaded, configuration(**changes), world) is loaded
-    tuning = finetune_config(tmp_path, tmp_path, tmp_path / "run", precision="bf16")
+    tuning = finetune_config(Path(), Path(), Path(), precision="bf16")
     assert with_few_shapes(loaded, tuning, ALONE) is loaded

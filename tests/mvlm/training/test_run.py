@@ -3,7 +3,6 @@
 import json
 import shutil
 import weakref
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,22 +12,14 @@ import torch
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.runs.checkpoint_writer import CheckpointWriter
-from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.training import trainer as train
 from mvlm.training.run import build_trainer, do_run, make_loader, open_inputs, pretrain
 from mvlm.training.trainer import Trainer
+from mvlm.verify.verify import threads
 from mvlm_dataloading import open_dataset, tokenizer_for
 from support.folders import LOSSES, checkpoint_contents, losses_of, rows_of
 from support.models import ALONE, micro_config, pretrain_config
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_run_writes_metrics_configuration_checkpoints_and_events(trained, scenes):
@@ -70,18 +61,18 @@ def test_run_writes_metrics_configuration_checkpoints_and_events(trained, scenes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_equal_seeds_give_equal_runs(scenes, tmp_path, two_threads, without_tensorboard, precision):
-    """Digit for digit, with two threads; another seed is another run."""
+def test_equal_seeds_give_equal_runs(scenes, tmp_path, without_tensorboard):
+    """Digit for digit in bf16, with two threads; another seed is another run."""
     runs = {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        config = pretrain_config(scenes, tmp_path / name, max_steps=4, batch_size=16, seed=seed, precision=precision)
+        config = pretrain_config(scenes, tmp_path / name, batch_size=16, seed=seed, precision="bf16")
         torch.manual_seed(len(runs))  # whatever was drawn before
-        pretrain(config)
-        weights = checkpoint_contents(config.out / "checkpoints/step_00000004")
+        with threads(2):
+            pretrain(config)
+        weights = checkpoint_contents(config.out / "checkpoints/step_00000002")
         runs[name] = (losses_of(config.out), weights)
     assert runs["a"] == runs["b"]
-    assert len(runs["a"][0]) == 4
+    assert len(runs["a"][0]) == 2
     for mine, yours in zip(runs["a"][0], runs["c"][0], strict=True):
         assert all(mine[name] != yours[name] for name in LOSSES)
 
@@ -89,7 +80,7 @@ def test_equal_seeds_give_equal_runs(scenes, tmp_path, two_threads, without_tens
 @pytest.mark.slow
 def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
     plain = pretrain_config(scenes, tmp_path / "plain", max_steps=4)
-    watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
+    watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4, eval_images=3)
     pretrain(plain)
     pretrain(watched)
     rows = rows_of(watched.out)
@@ -98,27 +89,16 @@ def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
     figures |= {"gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"}
     for row in rows:
         assert figures < set(row)
-        assert 0 <= row["tr_r1"] <= row["tr_r5"] <= row["tr_r10"] <= row["ir_r10"] == 100  # there are eight images
+        assert 0 <= row["tr_r1"] <= row["tr_r5"] == row["ir_r10"] == 100
+        assert min(abs(row["tr_r1"] - 100 * k / 3) for k in range(4)) < 0.01  # three of the eight images
     others = [row for row in losses_of(plain.out) if row["step"] in (2, 4)]
     assert losses_of(watched.out) == others
-
-
-@pytest.mark.slow
-def test_evaluation_on_the_first_images_alone(scenes, tmp_path):
-    """Recall among three is a multiple of a third; among all it would not be."""
-    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, eval_every_steps=1, eval_images=3)
-    pretrain(config)
-    row = rows_of(config.out)[-1]
-    assert min(abs(row["tr_r1"] - 100 * k / 3) for k in range(4)) < 0.01
-    assert (row["tr_r5"], row["tr_r10"]) == (100, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, steps",
     [
-        ({"checkpoint_every_steps": 2}, [2, 4, 5]),
-        ({"checkpoint_every_steps": 5}, [5]),
         ({"checkpoint_every_steps": 2, "keep_checkpoints": 0}, [2, 4, 5]),
         ({}, [2, 4, 5]),  # a step takes half of ten minutes here
     ],
@@ -148,38 +128,7 @@ def test_checkpoints_are_written_by_steps_or_time_and_at_the_end(
     assert left == [f"step_0000000{step}" for step in ([5] if config.keep_checkpoints else steps)]
 
 
-@pytest.mark.slow
-def test_full_disk_between_checkpoints_does_not_end_the_run(
-    scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
-):
-    """No row of steps 2 and 3 can be written. There is room again when step 5 is made and saved."""
-    config = pretrain_config(scenes, tmp_path / "run", max_steps=5)
-    one_step, full = Trainer.one_step, ExitStack()
-
-    def fill(run, batches):
-        if run.step == 2:
-            full.enter_context(file_limit((config.out / "metrics.jsonl").stat().st_size + 20))
-        if run.step == 4:
-            full.close()
-        return one_step(run, batches)
-
-    monkeypatch.setattr(Trainer, "one_step", fill)
-    with full:
-        pretrain(config)
-    assert [row["step"] for row in rows_of(config.out)] == [1, 4, 5]
-    assert caplog.text.count("could not write metrics.jsonl: [Errno 27] File too large; training continues") == 1
-    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
-
-
-def test_notice_of_preemption_from_before_the_run_is_refused(scenes, tmp_path):
-    (tmp_path / "stop").touch()
-    config = pretrain_config(scenes, tmp_path / "run", preemption_file=tmp_path / "stop")
-    with pytest.raises(ConfigError, match=r"preemption_file: .*stop exists before the run starts; remove"):
-        pretrain(config)
-    assert not config.out.exists()
-
-
-@pytest.mark.parametrize("steps", [pytest.param(2, marks=pytest.mark.slow), 0])
+@pytest.mark.parametrize("steps", [2, 0])
 def test_a_run_frees_its_trainer_before_it_leaves_the_ranks(scenes, trained, tmp_path, monkeypatch, steps):
     """DDP's reducer may not be the last to hold the process group: a rank would wait for ever in its destructor."""
     made: list[weakref.ref[Trainer]] = []
@@ -211,7 +160,6 @@ def test_loader_augments_as_configured(scenes, tmp_path):
         assert all(a.equal(b) for a, b in zip(seen[name][1:], seen["none"][1:], strict=True))
 
 
-@pytest.mark.slow
 def test_mask_token_of_the_model_is_the_tokenizers(scenes, tmp_path, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, model=micro_config(mask_token_id=7))
     pretrain(config)
@@ -227,10 +175,11 @@ def test_mask_token_of_the_model_is_the_tokenizers(scenes, tmp_path, without_ten
         ({"tokenizer": "words.json"}, "model.vocab_size"),
         ({"model": micro_config(vocab_size=100)}, "vocab"),
         ({"cross_attention": "triton", "self_attention": "flash-attn"}, "attention backend"),
+        ({"preemption_file": Path(__file__)}, "preemption_file"),
     ],
 )
 def test_settings_that_do_not_fit_leave_no_folder(scenes, tmp_path, train_split, changes, name):
-    """A tokenizer of more tokens than the model has, a vocabulary without all bytes, a backend for GPUs."""
+    """A tokenizer too large, a vocabulary without all bytes, a backend for GPUs, a notice from before the run."""
     if "tokenizer" in changes:
         changes = {"tokenizer": tmp_path / "words.json"}
         tokenizer_for(train_split, 320).save(changes["tokenizer"])

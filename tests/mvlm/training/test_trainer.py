@@ -53,18 +53,18 @@ def test_temperature_is_clamped_after_each_step(start, value, end):
     assert run.model.log_scale.item() == pytest.approx(end, rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "term, module, function",
+    "term, module, function, spoil",
     [
-        ("mlm", fast, "linear_cross_entropy"),
-        ("mim", fast, "masked_pixel_loss"),
-        ("itc", objectives, "contrastive_loss"),
-        ("itm", objectives, "matching_loss"),
+        ("mlm is nan", fast, "linear_cross_entropy", lambda loss: loss + math.nan),
+        ("mim is inf", fast, "masked_pixel_loss", lambda loss: loss + math.inf),
+        ("itc is nan", objectives, "contrastive_loss", lambda loss: loss + math.nan),
+        ("itm is inf", objectives, "matching_loss", lambda loss: loss + math.inf),
+        # The loss is finite and its gradient is not, by the square root of zero.
+        ("grad_norm is nan", fast, "masked_pixel_loss", lambda loss: loss + (0 * loss).sqrt()),
     ],
 )
-def test_loss_that_is_not_finite_stops_the_run_before_the_update(start, monkeypatch, term, module, function, value):
+def test_what_is_not_finite_stops_the_run_before_the_update(start, monkeypatch, term, module, function, spoil):
     run, batches = start(max_bad_steps=0)
     run.one_step(batches)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -73,36 +73,15 @@ def test_loss_that_is_not_finite_stops_the_run_before_the_update(start, monkeypa
 
     def spoilt(*inputs, **settings):
         found = loss(*inputs, **settings)
-        return (found[0] + value, *found[1:]) if isinstance(found, tuple) else found + value
+        return (spoil(found[0]), *found[1:]) if isinstance(found, tuple) else spoil(found)
 
     monkeypatch.setattr(module, function, spoilt)
     run.one_step(batches)
-    with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made "):
+    with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term}"):
         run.check_skipped_updates(run.metrics)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
     for before, state in zip(moments, run.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[k], v) for k, v in state.items())
-
-
-@pytest.mark.slow
-def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
-    """The loss is finite and its gradient is not, by the square root of zero."""
-    run, batches = start(max_bad_steps=0)
-    parameter = run.model.pixel_head.bias
-    forward = run.model.forward
-
-    def broken(*inputs, **settings):
-        losses = forward(*inputs, **settings)
-        zero = (parameter.sum() * 0).sqrt()
-        return losses._replace(total=losses.total + zero)
-
-    run.model.forward = broken
-    before = parameter.detach().clone()
-    run.one_step(batches)
-    with pytest.raises(NonFiniteLossError, match=r"^step 1: grad_norm is nan; the update was not made "):
-        run.check_skipped_updates(run.metrics)
-    assert torch.equal(parameter, before)
-    assert all(not value.any() for state in run.optimizer.state.values() for value in state.values())
 
 
 # Dynamo instantiates an autograd.Function while it traces it.

@@ -40,7 +40,7 @@ def folders(monkeypatch) -> list[Path | None]:
 @pytest.mark.parametrize("task", [pytest.param(None, marks=pytest.mark.extended), "retrieval"])
 def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, tmp_path, folders, monkeypatch, task):
     # Two ranks add in another order than one. In bf16 that is far more than the tolerance below.
-    settings = {"max_steps": 2, "eval_every_steps": 1, "log_every": 1, "precision": "fp32"}
+    settings = {"max_steps": 1, "warmup_steps": 0, "eval_every_steps": 1, "precision": "fp32"}
 
     def train(out: Path) -> None:
         if task is None:
@@ -50,14 +50,14 @@ def test_many_features_lie_in_files_while_an_evaluation_lasts(trained, scenes, t
 
     left = RunFolder(tmp_path / "files").evaluation_files
     train(tmp_path / "files")
-    assert folders == [left, left]
+    assert folders == [left]
     assert not left.exists()
     assert [ended_well(pid) for pid in in_ranks(lambda: train(tmp_path / "ranks"), 2)] == [True, True]
     assert not RunFolder(tmp_path / "ranks").evaluation_files.exists()
     folders.clear()
     monkeypatch.setattr(trainer, "IN_MEMORY", NEEDED)
     train(tmp_path / "memory")
-    assert folders == [None, None]
+    assert folders == [None]
     assert reproducible_rows(tmp_path / "files") == reproducible_rows(tmp_path / "memory")
     for a, b in zip(reproducible_rows(tmp_path / "files"), reproducible_rows(tmp_path / "ranks"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -1,5 +1,6 @@
 """Fixtures of the tests of `mvlm verify`: an honest run with its evaluation, and one with another seed."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from mvlm.commands.evaluate import eval_retrieval
 from mvlm.training.run import pretrain
 from mvlm.verify.verify import verify_run
-from support.forgery import copy_run, short_run
+from support.forgery import short_run
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def other_run(tmp_path_factory, scenes) -> Path:
 @pytest.fixture
 def run(honest_run, tmp_path) -> Path:
     """A copy of the honest run, to be forged."""
-    return copy_run(honest_run, tmp_path / "run")
+    return Path(shutil.copytree(honest_run, tmp_path / "run"))
 
 
 @pytest.fixture

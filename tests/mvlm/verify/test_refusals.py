@@ -52,29 +52,25 @@ def test_a_swapped_checkpoint(bare_run, other_run, problems):
     assert any(problem.startswith("steps 5 to 6: step_00000006: model/") for problem in found)
 
 
-@pytest.mark.parametrize("step", [3, 6])
-def test_an_edited_row(bare_run, problems, step):
-    """Step 6 is replayed without being asked for; step 3, far from the end, if all steps are."""
+def test_an_edited_row(bare_run, problems):
+    """Of step 3, far from the end: it is replayed if all steps are."""
 
     def edit(row):
-        row["mlm"] -= 0.01 * (row["step"] == step)
+        row["mlm"] -= 0.01 * (row["step"] == 3)
 
     change_rows(bare_run, edit)
-    saved = step + step % 2
-    text = f"rows up to step {saved} are not those that were saved with its checkpoint"
+    text = "rows up to step 4 are not those that were saved with its checkpoint"
     assert text in problems(bare_run)
     reseal(bare_run)
     [found] = problems(bare_run, steps=6)
-    assert found.startswith(f"steps {saved - 1} to {saved}: step {step}: mlm is ")
-    assert len(problems(bare_run)) == (step == 6)
+    assert found.startswith("steps 3 to 4: step 3: mlm is ")
+    assert problems(bare_run) == []
 
 
-@pytest.mark.parametrize("setting, value", [("lr_cross", 3e-3), ("seed", 5), ("mim_weight", 0.5)])
-def test_a_changed_setting(bare_run, problems, setting, value):
+def test_a_changed_setting(bare_run, problems):
     file = bare_run / "config.json"
     settings = json.loads(file.read_text())
-    assert settings[setting] != value
-    file.write_text(json.dumps(settings | {setting: value}))
+    file.write_text(json.dumps(settings | {"mim_weight": 0.5}))
     found = problems(bare_run)
     assert any(problem.startswith("steps 5 to 6: step_00000006: model/") for problem in found)
 

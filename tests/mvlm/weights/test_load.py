@@ -48,16 +48,6 @@ def test_a_vit_with_layer_scale_or_with_positions_of_patches_alone_computes_the_
     assert_same_image_features(model, theirs)
 
 
-def test_positions_of_another_resolution_are_interpolated_as_in_timm():
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    theirs, model = timm_vit(img_size=56), micro_model(3, dtype=torch.float32)
-    report = weights.load_timm_vit(model, theirs.state_dict())
-    wanted = resample_abs_pos_embed(theirs.pos_embed.detach().float(), [4, 4], num_prefix_tokens=1)[0]
-    torch.testing.assert_close(model.image_encoder.position.detach(), wanted, rtol=0, atol=1e-6)
-    assert report.resized == ["position (50, 16) to (17, 16)"]
-
-
 @pytest.mark.parametrize("old_names", [False, True])
 def test_a_loaded_vit_of_transformers_computes_the_same(old_names):
     theirs = hf_vit(use_mask_token=True)
@@ -182,8 +172,3 @@ def test_loaded_weights_of_a_real_bert_give_its_features(tmp_path):
             # BERT's LayerNorm has eps 1e-12, ours 1e-5.
             torch.testing.assert_close(w[number][key_mask[number]], wanted, rtol=0, atol=2e-3)
             assert float(torch.cosine_similarity(w[number, : len(row)], wanted, dim=-1).min()) > 0.99999
-        for module in theirs.modules():
-            if isinstance(module, torch.nn.LayerNorm):
-                module.eps = 1e-5
-        wanted = theirs(input_ids=torch.tensor([rows[1]])).last_hidden_state[0]
-    torch.testing.assert_close(w[1][key_mask[1]], wanted, rtol=0, atol=2e-5)

@@ -54,50 +54,49 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, without_tensorboard, caplog):
+def test_a_run_goes_on_from_a_trained_model_on_other_data(trained, run_copy, tmp_path, without_tensorboard, caplog):
     """At a learning rate of zero all weights are the trained ones. The tokenizer is the trained model's."""
-    pretrain(pretrain_config(scenes, tmp_path / "first"))
-    loaded = load_model(tmp_path / "first")
-    first, tokenizer = loaded.network, loaded.tokenizer
+    first = load_model(trained)
+    before = first.network.state_dict()
     other = write_scenes(tmp_path / "other", captions=lambda i: [f"another text of {i}"])
     still = {"lr_encoder": 0.0, "lr_cross": 0.0, "lr_pixels": 0.0, "weight_decay": 0.0, "max_steps": 1}
-    settings = still | {"initial_model": tmp_path / "first"}
+    settings = still | {"initial_model": run_copy}
     pretrain(pretrain_config(other, tmp_path / "second", **settings))
-    loaded = load_model(tmp_path / "second")
-    second, same = loaded.network, loaded.tokenizer
-    assert same.fingerprint == tokenizer.fingerprint
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(second.state_dict()[name], tensor), name
+    second = load_model(tmp_path / "second")
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    for name, tensor in before.items():
+        assert torch.equal(second.network.state_dict()[name], tensor), name
 
     # Images of another size: the positions are resized, all else stays.
     small = micro_config(image_size=micro_config().image_size // 2)
     with caplog.at_level("INFO"):
         pretrain(pretrain_config(other, tmp_path / "small", model=small, **settings))
     assert caplog.text.count("image_size: 16 pixels, where the model was trained with 32") == 1
-    resized = load_model(tmp_path / "small").network
-    changed = [n for n, t in first.state_dict().items() if not torch.equal(t, resized.state_dict().get(n, t[:0]))]
-    assert changed == ["image_encoder.position"]
+    resized = load_model(tmp_path / "small").network.state_dict()
+    assert [n for n, t in before.items() if not torch.equal(t, resized[n])] == ["image_encoder.position"]
 
     # A model of another architecture leaves no folder.
     deeper = micro_config(image_layers=micro_config().image_layers + 1)
-    with pytest.raises(RunError, match=r"first: wanted the tensors of this model's architecture, found others"):
+    with pytest.raises(RunError, match=r"run: wanted the tensors of this model's architecture, found others"):
         pretrain(pretrain_config(other, tmp_path / "third", model=deeper, **settings))
     assert not (tmp_path / "third").exists()
 
-    # Positions behind the image encoder can be added, but not silently lost.
-    placed = replace(micro_config(), output_positions=True)
-    pretrain(pretrain_config(other, tmp_path / "placed", model=placed, **settings))
-    assert load_model(tmp_path / "placed").network.config.output_positions
-    with pytest.raises(ConfigError, match=r"placed has positions behind .*: wanted --model.output-positions"):
-        pretrain(pretrain_config(other, tmp_path / "lost", **settings | {"initial_model": tmp_path / "placed"}))
-    assert not (tmp_path / "lost").exists()
-
     # A resumed run reads its own checkpoints alone, an older one if the newest is damaged.
-    shutil.rmtree(tmp_path / "first")
-    pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
+    shutil.rmtree(run_copy)
     shutil.copytree(tmp_path / "second/checkpoints/step_00000001", tmp_path / "second/checkpoints/step_00000002")
     (tmp_path / "second/checkpoints/step_00000002/tokenizer.json").write_text("{")
     pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
+
+
+def test_positions_behind_the_image_encoder_can_be_added_and_not_silently_lost(trained, scenes, tmp_path):
+    placed = replace(load_model(trained).network.config, output_positions=True)
+    model = make_model(pretrain_config(scenes, tmp_path / "run", model=placed, initial_model=trained), fresh=True)
+    assert model.config.output_positions
+    model.save_pretrained(tmp_path / "placed")
+    load_model(trained).tokenizer.save(tmp_path / "placed/tokenizer.json")
+    lost = pretrain_config(scenes, tmp_path / "run", initial_model=tmp_path / "placed")
+    with pytest.raises(ConfigError, match=r"output-positions"):
+        make_model(lost, fresh=True)
 
 
 def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, scenes, tmp_path):
@@ -114,7 +113,6 @@ def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, sce
         make_model(pretrain_config(scenes, tmp_path / "run", model=wider, initial_model=trained), fresh=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])
 def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, scenes, tmp_path, change):
     model = replace(load_model(trained).network.config, **change)

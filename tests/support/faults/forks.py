@@ -51,13 +51,17 @@ def in_child(work: Callable[[], object], log: Path | None = None) -> int:
         os._exit(code)
 
 
-def in_ranks(work: Callable[[], object], size: int) -> list[int]:
-    """Fork `size` ranks that can find each other, as torchrun starts them. Returns their ids, by rank."""
+def in_ranks(work: Callable[[], object], size: int, log: Path | None = None) -> list[int]:
+    """Fork `size` ranks that can find each other, as torchrun starts them. Returns their ids, by rank.
+
+    Args:
+        log: file of the output and errors of all.
+    """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     pids = []
     for rank in range(size):
         os.environ["RANK"] = str(rank)
-        pids.append(in_child(work))
+        pids.append(in_child(work, log))
     for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"):
         del os.environ[name]
     return pids
