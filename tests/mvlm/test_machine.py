@@ -2,18 +2,7 @@
 
 import subprocess
 
-import pytest
-
 from mvlm import machine
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    for cached in (machine.code_revision, machine.cpu_facts):
-        cached.cache_clear()
-    yield
-    for cached in (machine.code_revision, machine.cpu_facts):
-        cached.cache_clear()
 
 
 def test_the_revision_of_a_checkout_says_whether_it_has_changes(tmp_path, monkeypatch):
@@ -40,3 +29,4 @@ def test_the_revision_of_a_checkout_says_whether_it_has_changes(tmp_path, monkey
     assert revision() == head
     file.write_text("x = 1\n")
     assert revision() == f"{head}-dirty"
+    machine.code_revision.cache_clear()

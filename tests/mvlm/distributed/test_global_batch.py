@@ -131,30 +131,18 @@ def cases_of(ranks: int) -> list[dict[str, Any]]:
     if ranks == 8:
         return [usual | {"kind": "ddp", "microbatches": 1, "plan": "fast"}]
     kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
+    plans = ("plain", "fast")
     every = [
-        usual | {"kind": kind, "microbatches": microbatches, "again": again}
-        for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
-        if not again or ranks == 2 or kind == "hsdp"
+        usual | {"kind": kind, "microbatches": microbatches, "again": again, "plan": plan}
+        for kind, microbatches, again, plan in itertools.product(kinds, (1, 2), (False, True), plans)
+        if ranks == 2 or (plan == "fast") == (microbatches == 2)
     ]
-    if ranks == 2:
-        # Each with and without microbatches, and each sharding, in turn.
-        others = [{"weights": weights} for weights in SOME] + [
-            {"variant": name} for name in VARIANTS if name != "paper"
-        ]
-        for i, other in enumerate(others):
-            every += [
-                usual | {"kind": kind, "microbatches": 1 + (i + j) % 2} | other
-                for j, kind in enumerate(("ddp", "fsdp"))
-            ]
-    # Both implementations on two ranks. One in each of the other cases, to save time.
-    return [
-        case | {"plan": plan}
-        for case in every
-        for plan in ("plain", "fast")
-        if (ranks == 2 and case["weights"] == EVERY and case["variant"] == "paper" and not case["again"])
-        or (case["kind"] == "ddp" and case["weights"] != EVERY)
-        or (plan == "fast") == (case["microbatches"] == 2)
-    ]
+    others = [{"weights": weights} for weights in SOME] + [{"variant": name} for name in VARIANTS if name != "paper"]
+    if ranks == 2:  # each with both implementations and, in turn, with and without microbatches, and each sharding
+        for i, (other, j) in enumerate(itertools.product(others, (0, 1))):
+            case = {"kind": kinds[j], "microbatches": 1 + (i // 2 + j) % 2, "plan": plans[(i // 2) % 2 - j]}
+            every.append(usual | case | other)
+    return every
 
 
 FEW = [

@@ -1,5 +1,6 @@
 """Fixtures of the tests of portable models: a small model as a folder, and its programs in both formats."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ def small(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory, small) -> Path:
-    """Folder with the exports `pt2` and `onnx` of the small model."""
-    pytest.importorskip("onnxruntime")
-    folder = tmp_path_factory.mktemp("programs")
-    for format in ("pt2", "onnx"):
-        load_model(small, "cpu").export(folder / format, format)
-    return folder
+def programs(made_once, small) -> Callable[[str], Path]:
+    """The folder of the small model's export in a format, `pt2` or `onnx`."""
+
+    def of(format: str) -> Path:
+        if format == "onnx":
+            pytest.importorskip("onnxruntime")
+        return made_once(f"programs-{format}", lambda out: load_model(small, "cpu").export(out, format))
+
+    return of

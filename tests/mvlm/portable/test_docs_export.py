@@ -50,7 +50,7 @@ def test_commands_of_the_page_run(working_folder, monkeypatch, capsys):
 def test_examples_of_the_page_run(working_folder, programs, small, capsys):
     pt2, onnx, clip = blocks("python")
     for format in ("pt2", "onnx"):
-        (working_folder / f"demo-{format}").symlink_to(programs / format)
+        (working_folder / f"demo-{format}").symlink_to(programs(format))
     names: dict = {}
     exec(pt2.replace("64, 64", "32, 32"), names)
     assert names["embedding"].shape == (2, 8)

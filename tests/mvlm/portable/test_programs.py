@@ -27,11 +27,11 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.extended)])
 def test_programs_equal_the_plain_model_at_shapes_that_they_were_not_traced_with(programs, small, format):
     """The plain model encodes packed texts, each judged alone: it shares neither padding nor batches with programs."""
     network = load_model(small, "cpu", "fp32").network
-    image, text, matcher = (load_program(programs / format / f"{part.name}.{format}") for part in parts(network))
+    image, text, matcher = (load_program(programs(format) / f"{part.name}.{format}") for part in parts(network))
     for number, (batch, length) in enumerate(SHAPES):
         rng = np.random.default_rng(number)
         pixels = torch.from_numpy(rng.integers(0, 256, (batch, 3, 32, 32), dtype=np.uint8))
@@ -74,7 +74,7 @@ def test_programs_run_where_mvlm_is_not_installed(programs, small, tmp_path):
     inputs = torch.load({str(tmp_path / "inputs.pt")!r})
     found = {{}}
     for name, given in inputs.items():
-        program = torch.export.load({str(programs / "pt2")!r} + f"/{{name}}.pt2").module()
+        program = torch.export.load({str(programs("pt2"))!r} + f"/{{name}}.pt2").module()
         got = program(**given)
         found[name] = got[0] if isinstance(got, tuple) else got
     torch.save(found, {str(tmp_path / "found.pt")!r})
@@ -89,10 +89,11 @@ def test_programs_run_where_mvlm_is_not_installed(programs, small, tmp_path):
         torch.testing.assert_close(found[part.name], wanted[0] if isinstance(wanted, tuple) else wanted)
 
 
+@pytest.mark.extended
 def test_onnx_names_its_inputs_outputs_and_axes(programs):
     onnx = pytest.importorskip("onnx")
     shapes = {}
-    for file in (programs / "onnx").glob("*.onnx"):
+    for file in programs("onnx").glob("*.onnx"):
         model = onnx.load(file)
         onnx.checker.check_model(model)
         assert {opset.domain for opset in model.opset_import} == {""}
@@ -118,7 +119,7 @@ def test_onnx_names_its_inputs_outputs_and_axes(programs):
 def test_a_program_that_differs_is_found_and_refused(programs, small, tmp_path, monkeypatch):
     network = load_model(small, "cpu", "fp32").network
     inputs = example_inputs(network, 2, 5)["image_encoder"]
-    part, run = parts(network)[0], load_program(programs / "pt2/image_encoder.pt2")
+    part, run = parts(network)[0], load_program(programs("pt2") / "image_encoder.pt2")
     assert difference(part, run, inputs) < 1e-6
     with torch.no_grad():
         network.image_projection.bias[0] += 0.01
@@ -143,16 +144,14 @@ def test_a_part_too_large_for_an_onnx_file_is_refused_before_it_is_traced(small,
 
 
 def test_preprocess_json_describes_the_programs(programs, small):
-    model = load_model(small, "cpu")
-    for format in ("pt2", "onnx"):
-        found = json.loads((programs / format / "preprocess.json").read_text())
-        assert found["model_sha256"] == model.sha256
-        assert found["logit_scale"] == pytest.approx(1 / 0.07)
-        assert (found["image"]["size"], found["text"]["max_length"], found["text"]["cls_id"]) == (32, 12, 2)
-        assert set(found["programs"]) == {"image_encoder", "text_encoder", "matching_head"}
-        for program in found["programs"].values():
-            assert program["largest_difference"] < 1e-4
-            assert (programs / format / program["file"]).is_file()
+    found = json.loads((programs("pt2") / "preprocess.json").read_text())
+    assert found["model_sha256"] == load_model(small, "cpu").sha256
+    assert found["logit_scale"] == pytest.approx(1 / 0.07)
+    assert (found["image"]["size"], found["text"]["max_length"], found["text"]["cls_id"]) == (32, 12, 2)
+    assert set(found["programs"]) == {"image_encoder", "text_encoder", "matching_head"}
+    for program in found["programs"].values():
+        assert program["largest_difference"] < 1e-4
+        assert (programs("pt2") / program["file"]).is_file()
 
 
 def test_tokenizer_json_gives_the_models_ids_and_masks(tokenizer, tmp_path):

@@ -132,15 +132,3 @@ def test_evaluations_that_do_not_fit_are_refused(reported, tmp_path):
             write_report(run)
         assert "\n" not in str(error.value)
         assert folder_hash(run) == before
-
-
-@pytest.mark.parametrize("reported", ["entailment"], indirect=True)
-def test_the_page_has_every_evaluation_of_the_task_and_names_those_of_other_weights(reported, tmp_path):
-    assert "Not of the model" not in reported.page.text
-    run = Path(shutil.copytree(reported.run, tmp_path / "run"))
-    found = json.loads((run / "eval/test.json").read_text())
-    write_json(run / "eval/again.json", found | {"model": "0" * 64})
-    write_json(run / "eval/other.json", {"task": "grounding", "split": "test", "records": []})
-    page = Page(write_report(run).read_text())
-    assert ["", "test", "again"] in page.rows
-    assert "Not of the model that this run has now: again." in page.text
