@@ -26,11 +26,11 @@ def loaded(*names):
 import mvlm
 dir(mvlm)
 loaded("torch", "numpy", "mvlm.model", "importlib.metadata")
-mvlm.PretrainConfig
-loaded("torch")
 import mvlm.cli
 assert "data vqa-v2" in mvlm.cli.COMMANDS
 loaded("torch", "numpy", "PIL", "pyarrow", "nvidia.dali")
+mvlm.PretrainConfig
+loaded("torch")
 try:
     mvlm.cli.run_command(["pretrain", "hgue", "--data", "d", "--out", "o"])
 except mvlm.ConfigError as error:

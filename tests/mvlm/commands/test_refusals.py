@@ -61,7 +61,7 @@ REFUSED = [
     (f"{PRETRAIN} {{data}} --out file/x/y", "file/x/y"),
     (f"{PRETRAIN} {{data}} --out run --accumulate 3", "batch_size"),
     (f"{PRETRAIN} {{data}} --out full", "found other files"),
-    (f"{PRETRAIN} {{data}} --out {{run}}", "--resume"),
+    (f"{PRETRAIN} {{data}} --out {{run}}", "warmup_steps"),
     ("pretrain --config none --out run", "none"),
     ("pretrain --config empty --out run", "empty"),
     ("pretrain --config tuned.json --out run", "fine-tuning"),
@@ -111,7 +111,7 @@ REFUSED = [
     ("data huggingface no out", "no: wanted parquet files"),
     ("data coco {images} out", "annotations"),
     ("data nlvr2 empty out", "train.json"),
-    ("data vqa-v2 empty out --drop-duplicates", "leave the flag out"),
+    ("data vqa-v2 empty out", "empty/v2_OpenEnded"),
 ]
 PRINTS = ("data check", "doctor --preset")
 """Commands that print what they found before the error."""

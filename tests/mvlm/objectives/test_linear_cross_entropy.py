@@ -1,12 +1,15 @@
 """Fused linear layer and cross-entropy against numpy in float64, one row at a time."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
 
-from mvlm.objectives import linear_cross_entropy as module
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from support.models import Largest
+
+module = import_module("mvlm.objectives.linear_cross_entropy")  # the room's face has a function of this name
 
 
 def random_inputs(rows: int, width: int = 5, vocabulary: int = 11, dtype: torch.dtype = torch.float64):

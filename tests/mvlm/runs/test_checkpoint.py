@@ -151,7 +151,7 @@ def test_damage_is_found_and_the_previous_checkpoint_is_used(run_copy, tmp_path,
     assert newest_good_checkpoint(root) == newest
     damage(newest / name)
     for call in (verify_checkpoint, find_checkpoint, load_model):
-        with pytest.raises(RunError, match=f"step_00000002/{'' if name == 'manifest.json' else name}"):
+        with pytest.raises(RunError, match="step_00000002" + ("" if name == "manifest.json" else f"/{name}")):
             call(newest)
     assert newest_good_checkpoint(root) == find_checkpoint(run_copy) == older
     assert str(newest) in caplog.text
@@ -225,7 +225,7 @@ def test_a_manifest_that_cannot_be_read_has_odd_values_or_another_version_is_ref
         manifest |= change if change.keys() <= manifest.keys() else {"sha256": manifest["sha256"] | change}
         file.write_text(json.dumps(manifest))
     for read in (verify_checkpoint, load_model):
-        with pytest.raises(RunError, match=re.escape(word)):
+        with pytest.raises(RunError, match=re.escape(word) or "manifest"):
             read(newest)
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
 
