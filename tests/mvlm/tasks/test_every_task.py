@@ -190,7 +190,7 @@ def assert_equal_runs(one: Path, other: Path, tolerance: float = 1e-5) -> None:
     for a, b in zip(*(read_metrics(run / "metrics.jsonl") for run in (one, other)), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-        assert a.get("accuracy") == pytest.approx(b.get("accuracy"), rel=1e-6)
+        assert (a.get("accuracy") or 0) == pytest.approx(b.get("accuracy") or 0, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
