@@ -206,7 +206,7 @@ faults: faults-data faults-embedding faults-parts faults-network faults-evaluati
 
 ## faults-data     kill builds of shards at 50 moments (`make test-all`: 10)
 faults-data: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/kill_writers.py --trials 50
+	$(BIN)/python tests/promises/faults/kill_writers.py builds --kills 50
 
 ## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 4)
 faults-embedding: $(VENV)/.installed
@@ -214,7 +214,7 @@ faults-embedding: $(VENV)/.installed
 
 ## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test-all`: 6 and 1)
 faults-parts: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/kill_parts.py --kills 20 --json benchmarks/results/faults-parts.json
+	$(BIN)/python tests/promises/faults/kill_writers.py parts --kills 20 --json benchmarks/results/faults-parts.json
 	$(BIN)/python tests/promises/faults/kill_nodes.py --kills 20 --json benchmarks/results/faults-nodes.json
 
 ## faults-network  load 50 epochs from servers that fail in seven ways (`make test-all`: 8)

@@ -1,9 +1,11 @@
-"""Files that the commands `mvlm bench ...` write, which are checked before anything is timed."""
+"""The commands `mvlm bench ...`: what they refuse before anything is timed, and the commands of the pages."""
 
 import re
+import shlex
 import shutil
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,8 @@ from mvlm import cli
 from mvlm.errors import ConfigError
 
 BENCHES = ("kernels", "step", "data", "run")
-RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 
 
 @pytest.fixture
@@ -65,3 +68,40 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_bench(timed, tmp_
     (tmp_path / "a.rounds.csv").write_text("boxing,rounds\n1,12\n")
     refused(re.escape("a.rounds.csv"), "step", "--csv", tmp_path / "a.csv")
     assert not timed
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "kernels": {"ops": (), "peers": (), "out": Path("out")},
+    "step": {"preset": "tiny", "batch": 4, "rounds": 1},
+    "data": {"data": Path("photos"), "images": 1, "out": Path("out")},
+    "run": {"preset": "tiny", "data": Path("data"), "rounds": 1, "steps": 1, "eval_every_steps": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "bench, setting, value",
+    [
+        ("kernels", "ops", ["cross_atention"]), ("kernels", "peers", ["eager", "sdpa"]), ("kernels", "dtype", "int8"),
+        ("kernels", "device", "tpu"), ("kernels", "seconds", 0.0),
+        ("step", "batch", 1), ("step", "rounds", 0), ("step", "contenders", ("timm",)), ("step", "precision", "fp8"),
+        ("step", "preset", "huge"), ("step", "seconds", 0.0), ("step", "device", "tpu"),
+        ("data", "contenders", ["our"]), ("data", "recipes", ["crap"]), ("data", "rounds", 0),
+        ("data", "step", Path("none")), ("data", "batch", 0),
+        ("run", "rounds", -1), ("run", "steps", -1), ("run", "eval_every_steps", -1), ("run", "threads", -1),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused_by_name(tmp_path, monkeypatch, bench, setting, value):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=setting.replace("_", "[-_]")):
+        import_module(f"mvlm_benchmarks.{bench}.run").run(**RUNS[bench] | {setting: value})
+    assert not Path("photos").exists()
+
+
+def test_commands_of_the_pages_are_accepted(timed):
+    """Of their indented and fenced blocks."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    lines = [line for page in pages for line in re.findall(r"^ *mvlm (bench .*)$", page.read_text(), re.MULTILINE)]
+    for line in lines:
+        cli.run_command(shlex.split(line))
+    assert len(timed) == len(lines) > 15
+    assert set(timed) == set(BENCHES)

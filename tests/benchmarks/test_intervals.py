@@ -26,7 +26,7 @@ def test_interval_contains_the_true_ratio_about_as_often_as_it_says() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, covered", [(7, 0.88), (11, 0.94)])
+@pytest.mark.parametrize("number, covered", [(7, 0.88), pytest.param(11, 0.94, marks=pytest.mark.extended)])
 def test_an_interval_of_few_rounds_of_one_call_is_a_little_narrow(number: int, covered: float) -> None:
     """docs/evidence/loader.md states how narrow."""
     random = np.random.default_rng(0)

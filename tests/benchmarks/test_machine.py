@@ -1,7 +1,5 @@
 """The description of the machine, and which GPUs have a roofline."""
 
-import subprocess
-
 import pytest
 
 from mvlm_benchmarks import machine
@@ -23,24 +21,3 @@ def test_only_gpus_of_the_table_have_peak_rates() -> None:
 def test_roofline_is_the_slower_of_memory_and_products() -> None:
     found = machine.roofline_us((3_350_000, 6_700_000), (0, 98_900_000_000), GPUS["H100"])
     assert found == pytest.approx({"forward": 1.0, "backward": 100.0, "both": 101.0})
-
-
-def test_source_commit_is_that_of_the_checkout(tmp_path, monkeypatch) -> None:
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words],
-            check=True, capture_output=True, text=True,
-        ).stdout.strip()  # fmt: skip
-
-    package = tmp_path / "kernels" / "mvlm_kernels"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    monkeypatch.setattr(machine, "source_root", lambda: tmp_path)
-    assert machine.source_commit() == ("", "")
-    git("init", "-q")
-    assert machine.source_commit() == ("", ""), "a package that git does not track is not that repository's"
-    git("add", ".")
-    git("commit", "-qm", "one")
-    assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), False)
-    (package / "__init__.py").write_text("x = 1\n")
-    assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import DataError, build_shards, check_shards, files, open_dataset, rebuild_indices
-from mvlm_dataloading.files import open_regular, read_regular
+from mvlm_dataloading.files import read_regular
 from mvlm_dataloading.sources.tar_samples import read_samples
 from mvlm_dataloading.sources.webdataset import webdataset
 from mvlm_dataloading.tools.view import make_view
@@ -133,17 +133,6 @@ def make_device(path: Path) -> None:
 
 
 ODD = {"a pipe": make_pipe, "a socket": make_socket, "a device": make_device, "a folder": Path.mkdir}
-
-
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"")
-    status = os.stat(tmp_path / "x")
-    (tmp_path / "x").unlink()
-    os.mkfifo(tmp_path / "x")
-    with monkeypatch.context() as earlier:
-        earlier.setattr("mvlm_dataloading.files.os.stat", lambda path: status)
-        with pytest.raises(DataError, match="x: wanted a file, found a pipe"):
-            open_regular(tmp_path / "x")
 
 
 def test_a_file_above_the_limit_is_not_read(tmp_path):

@@ -1,7 +1,6 @@
 """Remote data through local servers, from opening to batches: object stores, the hub and a web server."""
 
 import itertools
-import json
 import os
 import shutil
 
@@ -149,22 +148,3 @@ def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, dat
     last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
     found = batches(open_dataset(web, "train"), tokenizer, 6)
     assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
-
-
-def test_a_cached_dali_index_of_another_tar_is_noticed_and_removed(old_web, data_cache, tokenizer):
-    web, folder = old_web
-    wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
-    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
-    by_count = {}
-    for shard in shards:
-        by_count.setdefault(shard["samples"], []).append((folder / shard["tar"]).with_suffix(".idx"))
-    one, two, *_ = next(paths for paths in by_count.values() if len(paths) > 1)
-    kept = one.read_bytes()
-    try:
-        one.write_bytes(two.read_bytes())
-        for _ in range(2):
-            with pytest.raises(DataError, match=rf"{one.name}: wanted the index of .*; open the data set again, which"):
-                batches(open_dataset(web, "train"), tokenizer, 6)
-    finally:
-        one.write_bytes(kept)
-    assert_equal(batches(open_dataset(web, "train"), tokenizer, 6), wanted)

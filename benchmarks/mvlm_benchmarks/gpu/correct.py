@@ -33,7 +33,7 @@ COLUMNS = ("op", "shape", "check", "status", "note", "seconds")
 CEILING_COLUMNS = ("name", "shape", "dtype", "us", "gb_per_s", "tflops")
 REPEATS, SDPA_REPEATS = 1000, 200
 GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_steps.py", "tests/promises/test_gpu.py",
-             "tests/benchmarks/kernels/test_cheats.py", "tests/benchmarks/test_clock.py")  # fmt: skip
+             "tests/benchmarks/kernels/test_compare.py", "tests/benchmarks/test_clock.py")  # fmt: skip
 
 
 def run(stage: Stage) -> None:

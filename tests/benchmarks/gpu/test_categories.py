@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from mvlm_benchmarks.gpu.categories import OURS, Span, by_category, category_of, our_kernels, profile_call
-
-
-def test_names_of_our_kernels_are_found() -> None:
-    assert {"short_kv_forward", "gather_kernel", "place_backward_kernel", "loss_kernel"} <= our_kernels()
+from mvlm_benchmarks.gpu.categories import OURS, Span, by_category, category_of, profile_call
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from mvlm_benchmarks.gpu.__main__ import main
 from mvlm_benchmarks.gpu.stages import STAGES
 
 ROOT = Path(__file__).parents[3]
@@ -66,12 +68,12 @@ def test_stage_that_ignores_its_budget_is_killed(launcher, monkeypatch, tmp_path
     assert "killed; its rows are in" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_stage_without_a_gpu_says_what_to_do(tmp_path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_run.py"), "correct", "--out", str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("--rehearse runs small shapes on this CPU")
+def test_stage_without_a_gpu_says_what_to_do(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "correct", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--rehearse runs small shapes on this CPU")
 
 
 def test_commands_of_the_page_are_accepted(launcher, monkeypatch, tmp_path) -> None:

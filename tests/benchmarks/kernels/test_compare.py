@@ -1,10 +1,15 @@
-"""Comparison of contenders at a case: missing, wrong and raising ones are reported, and the others continue."""
+"""Contenders at a case: missing, wrong, raising and cheating ones are reported, and the others continue."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mvlm_benchmarks.clock import Refused
-from mvlm_benchmarks.kernels.checks import check_kernels
+from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused
+from mvlm_benchmarks.kernels.checks import check_kernels, relative_error, same_bits
 from mvlm_benchmarks.kernels.compare import Ceilings, bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
 from mvlm_benchmarks.unavailable import Missing, NotApplicable
@@ -28,7 +33,7 @@ GOOD = peer("good", lambda x: x + x)
 
 
 def compared(
-    *peers: Peer, case=TOY, clock: FakeClock | None = None, rounds: int = 1, **options
+    *peers: Peer, case=TOY, clock: FakeClock | CpuClock | None = None, rounds: int = 1, **options
 ) -> dict[str, list[dict]]:
     """Rows of the passes of every contender."""
     rows = rows_of(case, bench_case(case, "cpu", peers, clock or FakeClock(), rounds), **options)
@@ -79,6 +84,112 @@ def test_a_contender_without_a_right_result_says_why_and_does_not_stop_the_other
         if row["status"] != "ok":
             assert all(row[key] is None for key in ("us", "graph_us", "peak_mb", "vs_ours"))
     assert [row["us"] for row in rows["good"]] == [10.0] * 3
+
+
+HONEST_CALLS = 4
+"""More calls than the check before timing makes."""
+
+
+def doubling(forward: Callable, backward: Callable = lambda gradient: gradient * 2) -> Callable:
+    """A function with a forward and a backward pass. `forward` also gets the number of its call, from 1."""
+    calls = itertools.count(1)
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return forward(x, next(calls))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(grads[0])
+
+    return Double.apply
+
+
+def later(cheat: Callable) -> Callable:
+    """Honest until the check before timing is over."""
+    return doubling(lambda x, call: x * 2 if call <= HONEST_CALLS else cheat(x))
+
+
+def keep_output() -> Callable:
+    """An output kept from the first call with the same tensor, which is found by its address."""
+    kept: dict[int, torch.Tensor] = {}
+    return doubling(lambda x, call: kept.setdefault(x.data_ptr(), x * 2).clone())
+
+
+def keep_gradient() -> Callable:
+    kept: dict[str, torch.Tensor] = {}
+    return doubling(lambda x, call: x * 2, lambda gradient: kept.setdefault("first", gradient * 2).clone())
+
+
+def on_another_thread(x: torch.Tensor) -> torch.Tensor:
+    """Work which the timer does not wait for. On a GPU the same is another stream."""
+    out, source = torch.empty_like(x), x.detach()
+    target = out.detach()
+
+    def work() -> None:
+        time.sleep(0.2)  # far longer than a timer needs to stop, also on a busy machine
+        torch.mul(source, 2, out=target)
+
+    threading.Thread(target=work).start()
+    return out
+
+
+@pytest.mark.parametrize(
+    "cheat, status, note",
+    [
+        (later(lambda x: x * 0), "WRONG", "the timed result of inputs 1 is off by 1 of"),
+        (later(torch.empty_like), "WRONG", "the timed result of inputs 1 is off by inf"),
+        (later(on_another_thread), "WRONG", "the timed result of inputs 1 is off by"),
+        (keep_output(), "REFUSED", "after new values were written into the inputs, the result 1 of 2 is off"),
+        (keep_gradient(), "WRONG", "the timed result of inputs 2 is off"),
+        # Inputs that are made easy, so that the next call has nothing to compute.
+        (later(lambda x: (x * 2, x.data.fill_(1))[0]), "REFUSED", "the inputs were changed"),
+    ],
+    ids=["zeros", "unwritten", "on another thread", "kept output", "kept gradient", "changed input"],
+)
+def test_a_contender_that_cheats_has_no_figure(cheat, status, note) -> None:
+    rows = compared(peer("cheat", cheat), clock=CpuClock(0.002), rounds=2)["cheat"]
+    refused = [row for row in rows if row["status"] == status]
+    assert refused, rows
+    assert note in refused[0]["note"]
+    for row in refused:
+        assert all(row[figure] is None for figure in ("us", "gb_per_s", "graph_us", "peak_mb", "vs_ours"))
+
+
+@pytest.mark.gpu
+def test_work_on_another_stream_has_no_figure() -> None:
+    """It begins once the check before timing is over. No stream waits for it."""
+
+    def cheat(x):
+        out, stream = torch.empty_like(x), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(5_000_000)
+            torch.mul(x, 2, out=out)
+        return out
+
+    entries = bench_case(TOY, "cuda", [peer("stream", later(cheat))], CudaClock(5), 1)
+    row = next(row for row in rows_of(TOY, entries) if row["contender"] == "stream")
+    assert row["status"] in ("WRONG", "REFUSED")
+    assert row["us"] is None
+
+
+def test_graph_that_computes_nothing_is_wrong() -> None:
+    class Clock(FakeClock):
+        def graph(self, make_steps):
+            return 1.0, [tuple(torch.full_like(x, float("nan")) for x in step()) for step in make_steps()]
+
+    rows = compared(clock=Clock())["ours"]
+    assert {(row["status"], row["us"], row["graph_us"]) for row in rows} == {("WRONG", None, None)}
+    assert "the graph's result of inputs 1 is off by inf" in rows[0]["note"]
+
+
+def test_errors_are_over_the_largest_wanted_value_and_repeats_are_compared_by_bits() -> None:
+    assert relative_error(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0], dtype=torch.float64)) == 0.25
+    nan = torch.tensor([float("nan"), 0.0])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(nan, torch.tensor([float("nan"), -0.0]))
+    assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
 
 
 def test_a_contender_that_fails_later_has_no_figure() -> None:

@@ -5,13 +5,12 @@ import sys
 import pytest
 import torch
 
-from mvlm_benchmarks.kernels import attention_peers
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.compare import prepare
-from mvlm_benchmarks.kernels.inputs import Case, Inputs
+from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import Outcome
 from mvlm_benchmarks.kernels.peers import PEERS, Peer
-from mvlm_benchmarks.kernels.reference import CaseData, run_reference
+from mvlm_benchmarks.kernels.reference import CaseData
 from support.benchmarks import FakeClock
 
 CASES = cases(2, torch.float32)
@@ -23,10 +22,6 @@ NEEDS_CUDA = Outcome("missing", "needs a CUDA device")
 def outcomes_of(peer: Peer, case: Case) -> set[Outcome]:
     """Outcomes of a peer's passes at a case on the CPU."""
     return set(prepare(peer, CaseData.make(case, "cpu"), FakeClock()).outcomes.values())
-
-
-def of_attention(test):
-    return pytest.mark.parametrize("case", ATTENTION, ids=[case.shape for case in ATTENTION])(test)
 
 
 @pytest.mark.slow
@@ -45,17 +40,3 @@ def test_library_that_is_not_installed_is_missing(name, package, monkeypatch) ->
         monkeypatch.setitem(sys.modules, module, None)
     (outcome,) = outcomes_of(BY_NAME[name], ATTENTION[0])
     assert (outcome.status, package in outcome.note) == ("missing", True)
-
-
-@pytest.mark.slow
-@of_attention
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_gets_arguments_that_compute_the_op(case, monkeypatch) -> None:
-    """Uncompiled and without gradients: FlexAttention does no more on a CPU."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    inputs = case.make("cpu")
-    wanted = run_reference(case, inputs).out
-    plain = Inputs({name: x.detach() for name, x in inputs.leaves.items()}, inputs.fixed)
-    found = attention_peers.flex(plain)(*plain.leaves.values())
-    assert found.is_contiguous()
-    torch.testing.assert_close((found.double(),), wanted, rtol=1e-4, atol=1e-5)

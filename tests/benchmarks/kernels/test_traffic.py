@@ -7,8 +7,7 @@ import torch
 from mvlm_benchmarks.kernels import traffic
 from mvlm_benchmarks.kernels.cases import place_case
 from mvlm_benchmarks.kernels.inputs import Sizes
-from mvlm_kernels import dispatch, use_backend
-from mvlm_kernels.cross_attention.arguments import invert_key_index
+from mvlm_kernels import dispatch
 
 CASES = [case for case in traffic.counted(2) if case.op != "place_tokens"]
 FEW = Sizes(side=64, patch=16, masked=8, width=768)
@@ -34,6 +33,7 @@ def test_kernels_move_few_bytes_beyond_the_minimum(case):
     check(traffic.measure(case), case)
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["masked", "both", "visible"])
 def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode):
@@ -66,23 +66,3 @@ def test_cache_keeps_the_sectors_used_last_and_writes_back_what_was_written():
     access(9, write=True)
     cache.flush()
     assert cache.bytes == before + 32
-
-
-@pytest.mark.slow
-def test_readers_of_a_key_sequence_find_it_in_cache(monkeypatch):
-    """Walked in the order of key_index; in the order of the batch, every reader fetches its images again."""
-    case = traffic.indexed()
-    inputs = case.make("cpu")
-    q, k, v = inputs.leaves.values()
-    index = inputs.fixed["key_index"]
-    order, spans = invert_key_index(index, len(k))
-    moved = []
-    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
-    with use_backend("triton"):
-        for walked in (order, torch.arange(len(index))):
-            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1], 0.0, None)
-            with traffic.counting(traffic.Cache(traffic.L2 // traffic.SHARE)) as cache, torch.no_grad():
-                torch.ops.mvlm_kernels.cross_attention(q, k, v, *sides)
-            moved.append(cache.bytes / case.minimum[0])
-    assert moved[0] <= 1.1
-    assert moved[1] > 1.5 * moved[0]

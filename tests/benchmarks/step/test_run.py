@@ -2,15 +2,11 @@
 
 import csv
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from mvlm import cli
 from mvlm.config.model import MaskVLMConfig
-from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.captions import caption_lengths
@@ -94,29 +90,3 @@ def test_contender_with_wrong_losses_is_not_timed(micro, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", compiled)
     with pytest.raises(AssertionError, match=r"timm\+roberta-compiled: itm is .*; nothing was timed"):
         run.run("tiny", 4, 1, ("timm+roberta-compiled",), precision="fp32", device="cpu", optimizer=False)
-
-
-@pytest.mark.parametrize(
-    "setting, value",
-    [("batch", 1), ("rounds", 0), ("contenders", ("timm",)), ("precision", "fp8"), ("preset", "huge"), ("seconds", 0.0),
-     ("device", "tpu")],
-)  # fmt: skip
-def test_wrong_arguments_are_config_errors(setting, value) -> None:
-    with pytest.raises(ConfigError, match=setting):
-        run.run(**({"preset": "tiny", "batch": 4, "rounds": 1} | {setting: value}))
-
-
-def test_commands_of_the_page_are_accepted(monkeypatch) -> None:
-    page = Path(__file__).parents[3] / "docs" / "evidence" / "step.md"
-    (block,) = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    checked = []
-
-    def check(preset, batch, rounds, names, *, precision, threads, **_) -> None:
-        checked.append(run.check_arguments(batch, rounds, threads, names, precision))
-        MaskVLMConfig.preset(preset)
-
-    monkeypatch.setattr(run, "run", check)
-    for line in block.splitlines():
-        cli.run_command(line.split()[1:])
-    assert checked[0] == contenders.CONTENDERS
-    assert len(checked) == 3

@@ -39,15 +39,6 @@ def measure(contenders: list, inputs: Any, rounds: int) -> tuple[list[dict], lis
     return measure_rounds(contenders, inputs, rounds, None, timed.append), timed
 
 
-def test_every_step_is_a_row_and_the_order_rotates(inputs) -> None:
-    rows, timed = measure([Step("a"), Step("b")], inputs, 3)
-    assert [(row["contender"], row["peak_mb"], len(row["seconds"]), row["loss"]) for row in rows] == [
-        ("a", 7.0, 3, 2.5), ("b", 7.0, 3, 2.5),
-    ]  # fmt: skip
-    assert [f"{row['contender']}{row['round']}" for row in timed] == ["a0", "b0", "b1", "a1", "a2", "b2"]
-    assert [row["seconds"] for row in timed if row["contender"] == "a"] == rows[0]["seconds"]
-
-
 @pytest.mark.parametrize("when", [1, 2, 1 + WARM_UP + 2])
 def test_contender_without_memory_is_left_out_and_the_others_go_on(inputs, when) -> None:
     """In the measurement of its peak, in a warm-up round, and in the second timed round."""

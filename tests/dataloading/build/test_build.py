@@ -1,18 +1,15 @@
 """Builds: equal bytes, resuming after a kill, locks, crashes of the decoder, and a full disk."""
 
-import json
-import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
+from mvlm_dataloading.build import workers
 from mvlm_dataloading.build.piece import CRASHED
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.record import ListedPiece, Source, cut_into_pieces
@@ -26,17 +23,9 @@ from support.data import (
     read_json_lines,
     shard_writer,
 )
+from support.faults.pieces import DEADLY, DeadlyPiece
 
-FAULTS = Path(__file__).parents[2] / "promises" / "faults"
 ONE = {"train": [make_record("a", published.make_image(0))]}
-
-
-def run(*words: object, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python with this process's import path. Files of kill campaigns are in memory."""
-    memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **memory}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **settings)
 
 
 @pytest.mark.slow
@@ -55,28 +44,6 @@ def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatc
     assert file_contents(one) == file_contents(two)
     assert len(open_dataset(one, "train").tars) > 4
     assert (seen[-1].pieces, seen[-1].of_pieces, seen[-1].records) == (5, 5, 30)
-
-
-@pytest.mark.slow
-def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path):
-    """The plan of an unfinished build, with the fields of version 0.1.0. Only its hash of the records is not here."""
-    with killed_before_assembly():
-        build_records(tmp_path / "out", ONE)
-    plan = tmp_path / ".out.partial" / "plan.json"
-    older = {
-        "name": "set",
-        "recipe": {
-            "revision": 3, "max_pixels": 50000000, "min_side": 16, "max_aspect": 10.0, "max_image_bytes": 67108864,
-            "max_caption_bytes": 2000, "shard_bytes": 268435456, "drop_duplicates": False, "text_length": 40,
-            "against": [], "records": json.loads(plan.read_text())["recipe"]["records"],
-        },
-        "pieces": ["train 1 from a to a"],
-    }  # fmt: skip
-    plan.write_text(json.dumps(older))
-    written = (tmp_path / ".out.partial" / "pieces" / "000000" / "000.tar").stat().st_ino
-    build_records(tmp_path / "out", ONE)
-    assert (tmp_path / "out" / "train-000000.tar").stat().st_ino == written
-    assert not (tmp_path / ".out.partial").exists()
 
 
 @pytest.mark.slow
@@ -152,61 +119,49 @@ def test_build_options_out_of_range_are_refused(tmp_path, name, value):
         build_records(tmp_path / "out", ONE, **{name: value})  # pyright: ignore[reportArgumentType]
 
 
+def deadly_pieces(deaths: Path | None) -> list[DeadlyPiece]:
+    """12 images in two pieces, of which two end the process. Of the first there are four samples."""
+    images = [published.encoded(published.make_image(i), "PNG") + DEADLY * (i in (3, 10)) for i in range(12)]
+    records = [make_record(f"k{i:02d}", image) for i, image in enumerate(images)]
+    again = [make_record(f"k03-{n}", images[3], ["another question"]) for n in range(3)]
+    return [
+        DeadlyPiece("train", [*records[:4], *again, *records[4:6]], deaths),
+        DeadlyPiece("train", records[6:], deaths),
+    ]
+
+
 @pytest.mark.slow
-def test_a_crash_of_the_decoder_costs_one_image(tmp_path):
-    done = run(FAULTS / "dying_decoder.py", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+def test_a_crash_of_the_decoder_costs_one_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "MAX_CRASHES", 2)  # one with all images of the group, one with the deadly image alone
+    build_shards(Source("deadly", "", "", {}, deadly_pieces(None)), tmp_path / "out", workers=1)
     assert keys_of(tmp_path / "out") == [f"k{i:02d}" for i in range(12) if i not in (3, 10)]
-    questions = ("k03", "k03-0", "k03-1", "k03-2")  # about the same image
-    assert {
-        line["key"]: line["reason"] for line in read_json_lines(tmp_path / "out" / "rejected.jsonl")
-    } == dict.fromkeys((*questions, "k10"), CRASHED)
+    reasons = {line["key"]: line["reason"] for line in read_json_lines(tmp_path / "out" / "rejected.jsonl")}
+    assert reasons == dict.fromkeys(("k03", "k03-0", "k03-1", "k03-2", "k10"), CRASHED)
 
 
 @pytest.mark.slow
 def test_no_image_is_blamed_for_a_killed_worker(tmp_path):
     """It is killed four times on the same images, as by a machine without memory."""
-    done = run(FAULTS / "dying_decoder.py", tmp_path / "out", "killed")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.deaths").read_text() == "xxxx"
-    assert len(open_dataset(tmp_path / "out", "train")) == 12
+    pieces = deadly_pieces(tmp_path / "deaths")
+    build_shards(Source("deadly", "", "", {}, pieces), tmp_path / "out", workers=1)
+    assert (tmp_path / "deaths").read_text() == "xxxx"
+    assert len(open_dataset(tmp_path / "out", "train")) == 15
 
 
-@pytest.mark.extended
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "campaign, said",
-    [(("kill_writers.py", "--trials", 10), "10 trials over"), (("kill_parts.py", "--kills", 6), "the bytes of one")],
-)
-def test_killed_builds_parts_and_merges_end_with_the_bytes_of_one_build(campaign, said):
-    """`make faults-data` and `make faults-parts` kill more often."""
-    script, *words = campaign
-    done = run(FAULTS / script, *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert said in done.stdout
-    assert script != "kill_writers.py" or done.stdout.count("kill@") >= 5
-
-
-@pytest.mark.slow
-def test_a_build_on_a_full_disk_leaves_no_data_set(tmp_path):
-    """A limit of the system on file sizes stands in for the full disk, in a subprocess."""
+def test_a_build_on_a_full_disk_leaves_no_data_set_and_goes_on_later(tmp_path):
+    """A limit of the system on file sizes stands in for the full disk."""
     published.folder(tmp_path / "images", 12)
-    command = ["-m", "mvlm", "data", "folder", "images", "out", "--workers", "1"]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = run(*command, cwd=tmp_path, preexec_fn=limited)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("mvlm: ")
-    assert "wanted room to write, found none (File too large)" in done.stderr
+    source, limits = folder(tmp_path / "images"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"wanted room to write, found none \(File too large\)"):
+            build_shards(source, tmp_path / "out", workers=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.partial/pieces/*"))
-    done = run(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
-    again = build_shards(folder(tmp_path / "images"), tmp_path / "again", workers=0)
-    assert file_contents(tmp_path / "out") == file_contents(again)
+    again = build_shards(source, tmp_path / "again", workers=0)
+    assert file_contents(build_shards(source, tmp_path / "out", workers=0)) == file_contents(again)
 
 
 SCRIPT = """
@@ -224,6 +179,6 @@ def test_a_script_that_calls_outside_of_its_main_part_is_told_so(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "images/a.png")
     (tmp_path / "images/a.txt").write_text("a black square")
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = run("script.py", cwd=tmp_path)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "DataError: worker processes: wanted a program that they can import" in done.stderr.splitlines()[-1]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.emoji import named_emoji, plain, split_of
-from mvlm_dataloading.sources.iconify import concept, iconify, words_of
+from mvlm_dataloading.sources.iconify import iconify
 
 
 def square(x: int) -> dict[str, Any]:
@@ -87,19 +87,6 @@ def test_styles_of_an_icon_are_in_one_split(tmp_path: Path) -> None:
     assert len({split for split, _ in found.values()}) > 1
     for name, (split, _) in found.items():
         assert split == found[f"{name.removesuffix('-bold')}-bold"][0]
-
-
-@pytest.mark.parametrize(
-    "name, words, base",
-    [
-        ("account-box-outline", "account box outline", "account box"),
-        ("ic_round_home_24px", "ic round home", "ic round home"),
-        ("outline", "outline", "outline"),
-        ("bold-filled", "bold filled", "bold filled"),
-    ],
-)
-def test_words_and_concepts_of_names(name: str, words: str, base: str) -> None:
-    assert (words_of(name), concept(name)) == (words, base)
 
 
 def test_icons_are_rendered_black_on_white_and_files_are_not_read(tmp_path: Path) -> None:

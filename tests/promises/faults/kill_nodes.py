@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kill_writers import contents, source
 
 from support.faults.kill_command import run_kills
-from support.faults.logged_piece import LoggedPiece, readings
+from support.faults.pieces import LoggedPiece, readings
 from support.object_store import serve_s3
 
 OPTIONS = BuildOptions(shard_bytes=40_000, drop_duplicates=True)

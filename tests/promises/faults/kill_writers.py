@@ -1,11 +1,12 @@
 """Builds of shards that are killed at random moments and then run again, compared with an uninterrupted build.
 
-    python tests/promises/faults/kill_writers.py --trials 50
+    python tests/promises/faults/kill_writers.py builds|parts [--kills 50] [--json FILE]
 
-Moments are counted in events: every file that is opened, renamed or removed, every fsync, and every write to a tar,
-which then ends half-way. In a third of the trials the disk is full from that moment on instead. Every tenth trial kills
-a build of several processes once it has written a drawn number of bytes. Each build runs in a fork of this process,
-which has everything imported and no threads.
+`builds` are of one machine; `parts` are three parts that are written at once, and their merge. Moments are counted in
+events: every file that is opened, renamed or removed, every fsync, and every write to a tar, which then ends half-way.
+In a third of the interruptions the disk is full from that moment on instead. Every fourth data set begins with a kill
+of a builder that has two worker processes, without or with them. Each builder runs in a fork of this process, which
+has everything imported and no threads. The exit code is 1 if bytes differ.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,15 +32,16 @@ from PIL import Image
 sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from mvlm_dataloading import open_dataset
-from mvlm_dataloading.build.build import build_shards
+from mvlm_dataloading.build.build import build_part, build_shards, merge_parts
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support.faults.forks import in_child, wait
 from support.faults.kill_command import run_kills
 
-IMAGES = 40
+IMAGES, PARTS = 40, 3
 FINISHED, FULL = 0, 2
+OPTIONS = BuildOptions(shard_bytes=40_000, drop_duplicates=True)
 
 
 def source(folder: Path) -> Source:
@@ -58,9 +61,24 @@ def source(folder: Path) -> Source:
     return Source("kills", "tests", "CC0", {"images": IMAGES}, pieces)
 
 
-def run(folder: Path, out: Path, workers: int) -> None:
-    settings = BuildOptions(shard_bytes=40_000, drop_duplicates=True)
-    build_shards(source(folder), out, settings, workers=workers)
+Stage = dict[str, Callable[[int], object]]
+"""Works that run at once: each writes the folder of its name, by so many worker processes."""
+
+
+def builds(images: Path, base: Path) -> list[Stage]:
+    return [{"out": lambda workers: build_shards(source(images), base / "out", OPTIONS, workers=workers)}]
+
+
+def parts(images: Path, base: Path) -> list[Stage]:
+    def write(number: int, workers: int) -> None:
+        build_part(source(images), base / f"part{number}", (number, PARTS), OPTIONS, workers=workers)
+
+    names = {f"part{number}": number for number in range(1, PARTS + 1)}
+    folders = [base / name for name in reversed(names)]
+    return [
+        {name: partial(write, number) for name, number in names.items()},
+        {"out": lambda workers: merge_parts(folders, base / "out")},
+    ]
 
 
 class Moments:
@@ -113,7 +131,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fork(work: Callable[[], None]) -> int:
+def fork(work: Callable[[], object]) -> int:
     """Run `work` in a fork of this process, in a new process group. Returns its id."""
 
     def disturbed() -> int:
@@ -130,13 +148,18 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def count_events(base: Path, work: Callable[[], None]) -> tuple[int, list[int]]:
+def contents_of_parts(base: Path) -> dict[str, dict[str, str]]:
+    folders = [folder for folder in base.glob("part*/pieces/*") if folder.is_dir()]
+    return {str(folder.relative_to(base)): contents(folder) for folder in folders}
+
+
+def count_events(base: Path, work: Callable[[int], object]) -> tuple[int, list[int]]:
     """Do `work` undisturbed. Returns its number of events, and the numbers of those that concern names."""
 
     def counted() -> None:
         moments = Moments(base, -1, kill)
         moments.install()
-        work()
+        work(0)
         (base.parent / "events").write_text(json.dumps([moments.count, moments.names]))
 
     assert wait(fork(counted)) == FINISHED
@@ -144,30 +167,31 @@ def count_events(base: Path, work: Callable[[], None]) -> tuple[int, list[int]]:
     return count, names
 
 
-def interrupted(images: Path, out: Path, at: int, full: bool) -> int:
-    """Kill a build in one process at an event, or let it find the disk full from there on. Returns its exit code."""
+def start(base: Path, work: Callable[[int], object], at: int | None, full: bool) -> int:
+    """Start a process that is killed at an event, or finds the disk full from there on. Returns its id."""
 
     def no_room() -> None:
         moments.at = moments.count + 1  # the next event fails too
         raise OSError(28, "No space left on device")
 
-    def work() -> None:
-        moments.install()
-        run(images, out, 0)
+    def disturbed() -> None:
+        if at is not None:
+            moments.install()
+        work(0)
 
-    moments = Moments(out.parent, at, no_room if full else kill)
-    return wait(fork(work))
+    moments = Moments(base, at or -1, no_room if full else kill)
+    return fork(disturbed)
 
 
-def kill_builder(images: Path, out: Path, at_bytes: int, group: bool) -> int:
-    """Kill a build of two workers, without or with them (`group`), after `at_bytes` bytes. Returns its exit code."""
-    process = fork(lambda: run(images, out, 2))
+def kill_builder(base: Path, work: Callable[[int], object], at_bytes: int, group: bool) -> int:
+    """Kill a builder of two workers, without or with them (`group`), after `at_bytes` bytes. Returns its exit code."""
+    process = fork(lambda: work(2))
     while True:
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
         try:
-            size = sum(path.stat().st_size for path in out.parent.rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
         except OSError:  # a file was renamed in the meantime
             size = 0
         if size >= at_bytes:
@@ -177,56 +201,72 @@ def kill_builder(images: Path, out: Path, at_bytes: int, group: bool) -> int:
 
 
 def trial(
-    images: Path, base: Path, rng: random.Random, events: int, first: int, total_bytes: int, parallel: bool
-) -> str:
-    """Interrupt a build, run it again, perhaps interrupt it again, until it ends. Returns what was done."""
-    shutil.rmtree(base, ignore_errors=True)
-    base.mkdir()
-    out, story = base / "out", []
-    while True:
-        full = not parallel and rng.random() < 1 / 3
-        if parallel:
-            group = rng.random() < 0.5
-            code = kill_builder(images, out, rng.randrange(1, total_bytes), group)
-            story.append("kill builder and workers" if group else "kill builder")
-        else:
-            at = rng.randrange(1, events + 1) if story else first
-            code = interrupted(images, out, at, full)
-            story.append(f"{'full' if full else 'kill'}@{at}")
-        assert code in (FINISHED, FULL, -signal.SIGKILL), (code, story)
-        assert full or code != FULL, story
-        if out.exists():  # a reader may open the folder once it exists, even if the writer was killed
-            assert len(open_dataset(out, "test")) == 8, story
-        if code == FINISHED:
-            return " ".join(story)
-        if rng.random() < 0.6:  # else interrupt once more
-            assert wait(fork(lambda: run(images, out, 0))) == FINISHED, story
-            return " ".join([*story, "finished"])
+    stages: list[Stage], base: Path, events: dict[str, tuple[int, list[int]]], parallel: int, rng: random.Random
+) -> list[str]:
+    """Do all works, each interrupted and started again until it ends. Returns the interruptions.
+
+    Args:
+        events: what `count_events` gives of each work.
+        parallel: a builder with workers is killed first after at most so many bytes; 0: none is.
+    """
+    story, before = [], {}
+    if parallel:
+        name, group = rng.choice(list(stages[0])), rng.random() < 0.5
+        if kill_builder(base, stages[0][name], rng.randrange(1, parallel), group) == -signal.SIGKILL:
+            story.append(f"{name}: kill builder{' and workers' * group}")
+    for works in stages:
+        waiting = list(works)
+        while waiting:
+            processes = {}
+            for name in waiting:
+                count, names = events[name]
+                # Most events are writes, but most faults concern names.
+                at = rng.choice(names) if rng.random() < 0.5 else rng.randrange(1, count + 1)
+                at, full = at if rng.random() < 0.6 else None, rng.random() < 1 / 3
+                processes[name] = start(base, works[name], at, full), at, FULL if full else -signal.SIGKILL
+            for name, (process, at, interrupted) in processes.items():
+                code = wait(process)
+                assert code == FINISHED or (at and code == interrupted), (name, at, code, story)
+                if code == FINISHED:
+                    waiting.remove(name)
+                else:
+                    story.append(f"{name}: {'full' if code == FULL else 'kill'}@{at}")
+            if (base / "out").exists():  # a reader may open the folder once it exists, even if the writer was killed
+                assert len(open_dataset(base / "out", "test")) == 8, story
+        assert before in ({}, contents_of_parts(base)), "a merge changed a part"
+        before = contents_of_parts(base)
+    return story
 
 
-def run_trials(folder: Path, trials: int, rng: random.Random) -> None:
-    """Interrupt `trials` builds. AssertionError for a data set that differs from that of an uninterrupted one."""
-    images, base = folder / "images", folder / "run"
+def run_trials(works: Callable[[Path, Path], list[Stage]], folder: Path, kills: int, rng: random.Random) -> Any:
+    """Interrupt at least `kills` writers. AssertionError for bytes that are not those of an uninterrupted build."""
+    images, base, whole = (folder / name for name in ("images", "run", "whole"))
     images.mkdir()
     source(images)
-    base.mkdir()
-    events, names = count_events(base, lambda: run(images, base / "out", 0))
-    wanted = contents(base / "out")
+    whole.mkdir()
+    assert wait(fork(lambda: builds(images, whole)[0]["out"](0))) == FINISHED
+    wanted = contents(whole / "out")
     # 40 images: 8 for testing; 2 are damaged, 2 are in the test split, 2 are repeated.
-    samples = [len(open_dataset(base / "out", split)) for split in ("train", "test")]
-    assert samples == [26, 8], samples
-    total_bytes = sum(path.stat().st_size for path in (base / "out").iterdir())
-    for number in range(trials):
-        # Most events are writes, but most faults concern names: the first interruptions are spread over the events that
-        # concern names.
-        first = names[int((number + rng.random()) / trials * len(names))]
-        story = trial(images, base, rng, events, first, total_bytes, parallel=number % 10 == 9)
+    assert [len(open_dataset(whole / "out", split)) for split in ("train", "test")] == [26, 8]
+    size = sum(path.stat().st_size for path in (whole / "out").iterdir())
+    base.mkdir()
+    stages = works(images, base)
+    events = {name: count_events(base, work) for stage in stages for name, work in stage.items()}
+    done = sets = 0
+    while done < kills:
+        shutil.rmtree(base)
+        base.mkdir()
+        story = trial(stages, base, events, size if sets % 4 == 3 else 0, rng)
+        done, sets = done + len(story), sets + 1
         found = contents(base / "out")
         assert found == wanted, (story, found.keys() ^ wanted.keys())
-        assert [path.name for path in base.iterdir()] == ["out"], (story, list(base.iterdir()))
-        print(f"trial {number + 1}: {story}", flush=True)
-    print(f"{trials} trials over {events} events: every data set equals that of an uninterrupted build")
+        assert {path.name for path in base.iterdir()} == set(events), (story, list(base.iterdir()))
+        print(f"data set {sets}: {', '.join(story) or 'undisturbed'}", flush=True)
+    print(f"{done} interruptions over {sets} data sets: the bytes of one uninterrupted build")
+    counts = {name: count for name, (count, _) in events.items()}
+    return {"kills": done, "data_sets": sets, "events": counts, "equal": True}
 
 
 if __name__ == "__main__":
-    sys.exit(run_kills(run_trials, __doc__, "builds to interrupt", 50, "--trials"))
+    kinds = {"builds": builds, "parts": parts}
+    sys.exit(run_kills(partial(run_trials, kinds[sys.argv.pop(1)]), __doc__, "writers to interrupt", 50))

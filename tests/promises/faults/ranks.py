@@ -1,11 +1,16 @@
-"""Trials of test_ranks.py that compare runs on one and two ranks.
+"""Trials of test_ranks.py, of which most compare runs on one and two ranks, and the server that does them.
+
+    echo "1 to 2, ddp" | python tests/promises/faults/ranks.py
 
 Equal means equal to the bit. Tolerances apply only between different numbers of ranks or different shardings of the
 weights, which sum in another order.
 """
 
 import json
+import os
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
+
+import elastic
+
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
 from mvlm.runs.folder import read_metrics
 from support.faults import injections
-from support.faults.campaign import Campaign, end_of_log, file_bytes, require, require_log
+from support.faults.campaign import Campaign, Failed, end_of_log, file_bytes, require, require_log
 from support.faults.forked_runs import MODEL, STEPS
 from support.faults.forks import wait
 from support.folders import LOSSES
@@ -196,4 +205,27 @@ TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     "evaluated average": evaluated,
     **{f"failed rank, {r}, {end}": partial(failed, rank=r, hangs=end == "hangs") for r in (0, 1) for end in ENDS},
     **{f"stopped evaluation, {ranks}": partial(stopped_evaluation, ranks=ranks) for ranks in (1, 2)},
+    **elastic.TRIALS,
 }
+
+
+def main() -> None:
+    """Read names of trials from stdin, one a line. Answer each with a line of JSON: null, or why the trial failed.
+
+    All trials share this process, which has everything imported. Each gets the name of a new folder. All other output
+    goes to stderr.
+    """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    with tempfile.TemporaryDirectory(prefix="mvlm-trials-") as folder:
+        campaign = Campaign(Path(folder))
+        for number, line in enumerate(sys.stdin):
+            try:
+                TRIALS[line.strip()](campaign, Path(folder) / f"trial-{number}")
+                answers.write("null\n")
+            except (Failed, TimeoutError) as error:
+                answers.write(json.dumps(str(error)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-SERVER = Path(__file__).with_name("serve.py")
+SERVER = Path(__file__).with_name("ranks.py")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,10 @@ def test_a_node_that_is_killed_is_replaced(trial):
     trial("node killed")
 
 
-@pytest.mark.parametrize("ranks, parallel", [("1 to 2", "fsdp"), ("2 to 1", "fsdp"), ("2 to 1", "ddp")])
+@pytest.mark.parametrize(
+    "ranks, parallel",
+    [("1 to 2", "fsdp"), ("2 to 1", "fsdp"), pytest.param("2 to 1", "ddp", marks=pytest.mark.extended)],
+)
 def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
     trial(f"{ranks}, {parallel}")
 
@@ -61,6 +64,7 @@ def test_sharded_weights_and_their_average_resume_exactly_and_equal_those_of_ddp
     trial("average")
 
 
+@pytest.mark.extended
 def test_the_average_of_sharded_weights_is_evaluated_during_training(trial):
     trial("evaluated average")
 
@@ -77,6 +81,6 @@ def test_a_rank_that_fails_between_two_exchanges_ends_the_others_within_seconds(
     trial(f"failed rank, {rank}, {end}")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_a_stop_during_an_evaluation_ends_it_and_leaves_a_checkpoint(trial, ranks):
     trial(f"stopped evaluation, {ranks}")

@@ -27,6 +27,11 @@ def test_every_kind_of_fault_ends_well(tmp_path):
     assert figures["failed"] == []
 
 
+def test_killed_builds_parts_and_merges_end_with_the_bytes_of_one_build():
+    assert "the bytes of one uninterrupted build" in run("kill_writers", "builds", "--kills", 10)
+    assert "the bytes of one uninterrupted build" in run("kill_writers", "parts", "--kills", 6)
+
+
 def test_killed_evaluations_and_four_ranks_find_the_figures_of_one_process():
     out = run("kill_work", "evaluation", "--kills", 3)
     assert int(out.split()[0]) >= 3  # the last evaluation may be killed more often than asked for
