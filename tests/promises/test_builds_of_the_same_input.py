@@ -7,7 +7,6 @@ import shutil
 import pytest
 
 from mvlm_dataloading import DataError, build_shards
-from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
@@ -42,17 +41,6 @@ def test_other_images_or_captions_make_another_data_set(tmp_path):
             build(folder(moved), tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
         build(folder(moved), tmp_path / "out")
-
-
-def test_an_image_that_was_missing_makes_another_data_set(tmp_path):
-    """Images that are unpacked later make another data set of the same annotations."""
-    published.coco(tmp_path / "coco")
-    late = tmp_path / "coco/val2014/COCO_val2014_000000000109.jpg"
-    late.rename(tmp_path / "late.jpg")
-    build(coco(tmp_path / "coco"), tmp_path / "out")
-    (tmp_path / "late.jpg").rename(late)
-    with pytest.raises(DataError, match="wanted a new folder or the data set coco"):
-        build(coco(tmp_path / "coco"), tmp_path / "out")
 
 
 def test_tars_of_equal_names_and_sizes_are_told_apart(tmp_path):

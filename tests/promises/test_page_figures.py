@@ -68,6 +68,13 @@ def test_table_of_times_is_that_of_the_result_file() -> None:
     assert f"medians of {MEASURED['rounds']} rounds in turns" in " ".join(text.split())
 
 
+def test_table_of_proofs_has_exactly_the_kernels_that_are_compiled_ahead_of_time() -> None:
+    page = (ROOT / "docs/explain/kernel_proofs.md").read_text()
+    table = re.findall(r"^\| `(\w+)` \|(?: (?:✓|no case|none) \|){5}$", page, re.MULTILINE)
+    compiled = json.loads((ROOT / "benchmarks/results/aot-3.9.json").read_text())["rows"]
+    assert sorted(table) == sorted({row["kernel"] for row in compiled})
+
+
 def test_each_promise_of_a_page_names_a_test() -> None:
     pages = "\n".join(page.read_text() for page in sorted(ROOT.glob("docs/**/*.md")))
     promises = re.findall(r"^\| .* \| `(tests/\S+)::(test_\w+)` \|$", pages, re.MULTILINE)

@@ -31,7 +31,11 @@ from support.scenes import png, scene
 from support.shapes import copy_shapes
 
 ROOT = Path(__file__).parents[2]
-SHORTER = {"pretrain": ["--max-steps", "2", "--batch-size", "8"], "doctor": ["--batch-size", "8"]}
+LAYERS = " ".join(f"--model.{stack}-layers 1" for stack in ("image", "text", "cross", "decoder"))
+SHORTER = {
+    "pretrain": f"--max-steps 2 --batch-size 8 --model.width 32 --model.heads 2 {LAYERS}".split(),
+    "doctor": ["--batch-size", "8"],
+}
 """Arguments that follow those of the page."""
 ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing does
     r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",

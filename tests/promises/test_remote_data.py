@@ -16,14 +16,6 @@ from support.object_store import serve_gcs, serve_s3
 from support.web_server import FolderHandler, serve
 
 
-@pytest.fixture
-def old_web(served, tmp_path):
-    """The same data as earlier versions wrote them: with DALI indices only. Yields the URL and the folder."""
-    shutil.copytree(served, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
-    with serve(tmp_path / "old") as url:
-        yield url, tmp_path / "old"
-
-
 def open_loader(dataset, tokenizer, **settings) -> Loader:
     return Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, **settings)
 
@@ -139,12 +131,13 @@ def test_a_damaged_cached_index_is_fetched_again(served, web, data_cache, tokeni
         assert path.read_bytes() == content
 
 
-def test_folders_of_earlier_versions_open_from_dali_indices(served, old_web, data_cache, tokenizer):
+def test_folders_of_earlier_versions_open_from_dali_indices(served, data_cache, tokenizer, tmp_path):
     """A damaged one in the cache is fetched again."""
-    web, _ = old_web
-    open_dataset(web, "train")
-    first, *_, last = sorted(data_cache.glob("*/*.idx"))
-    first.write_bytes(b"")
-    last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
-    found = batches(open_dataset(web, "train"), tokenizer, 6)
+    shutil.copytree(served, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
+    with serve(tmp_path / "old") as web:
+        open_dataset(web, "train")
+        first, *_, last = sorted(data_cache.glob("*/*.idx"))
+        first.write_bytes(b"")
+        last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
+        found = batches(open_dataset(web, "train"), tokenizer, 6)
     assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))

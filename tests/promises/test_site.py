@@ -134,13 +134,5 @@ def test_the_check_of_the_site_finds_faults(body: str, fault: str, tmp_path: Pat
     assert check_site.check(tmp_path) == []
     (tmp_path / "docs/index.html").write_text(PAGE.format("<a href=x.html#top>x</a>" + body))
     assert check_site.check(tmp_path) == [f"docs/index.html: {fault}"]
-
-
-@pytest.mark.usefixtures("site_folder")
-def test_the_check_of_the_site_finds_a_page_that_nothing_leads_to(tmp_path: Path) -> None:
-    import check_site
-
-    (tmp_path / "docs").mkdir()
-    for name in ("index", "lost"):
-        (tmp_path / f"docs/{name}.html").write_text(PAGE.format(""))
-    assert check_site.check(tmp_path) == ["docs/lost.html: no page leads here"]
+    (tmp_path / "docs/index.html").write_text(PAGE.format(""))
+    assert check_site.check(tmp_path) == ["docs/x.html: no page leads here"]

@@ -88,44 +88,34 @@ def test_a_whole_batch_may_have_bytes_after_the_end(tmp_path, tokenizer):
     assert sorted(i for i, _, _ in found) == list(range(1100))
 
 
-@pytest.fixture
-def truncated(request, tmp_path):
-    """24 JPEGs. Number 5 is truncated at 90 % and 17 at 97 %, so many crops above the cut decode.
+@pytest.mark.slow
+def test_a_truncated_image_is_bad_whatever_its_crop(tmp_path, tokenizer):
+    """Uninterrupted, resumed after some steps, and on two ranks: the same samples with the same pixels.
 
-    The parameter is appended to every fourth file.
+    Number 5 is truncated at 90 % and 17 at 97 %, so many crops above the cut decode. Others have a byte after the end.
     """
     members = []
     for i in range(24):
-        image = make_image(i, kind="JPEG", size=(240, 320))
-        if i in (5, 17):
-            image = image[: int(len(image) * (0.9 if i == 5 else 0.97))]
-        elif i % 4 == 0:
-            image += request.param
-        members += [(f"{i:02d}.jpg", image), (f"{i:02d}.txt", b"a wave")]
+        image = make_image(i, kind="JPEG", size=(240, 320)) + b"\0" * (i % 4 == 0)
+        cut = {5: 0.9, 17: 0.97}.get(i, 1)
+        members += [(f"{i:02d}.jpg", image[: int(len(image) * cut)]), (f"{i:02d}.txt", b"a wave")]
     write_tar(tmp_path / "train-000.tar", members)
     rebuild_indices(tmp_path)
-    return open_dataset(tmp_path, "train")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("truncated", [b"", b"\0"], indirect=True)
-def test_a_truncated_image_is_bad_whatever_its_crop(truncated, tokenizer):
-    """Uninterrupted, resumed after each of some steps, and on two ranks: the same samples with the same pixels."""
+    truncated = open_dataset(tmp_path, "train")
     settings = {"batch_size": 4, "max_bad_fraction": 0.2}
-    for seed in range(2):
-        loader = load(truncated, tokenizer, **settings, seed=seed)
-        wanted = stream(loader, 12)
-        assert loader.state_dict()["skipped"] == [5, 17]
-        assert not {5, 17} & {i for i, _, _ in wanted}
-        for step in (1, 3, 7):
-            first, again = (load(truncated, tokenizer, **settings, seed=seed) for _ in range(2))
-            stream(first, step)
-            again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-            assert again.skipped == first.skipped
-            assert stream(again, 12 - step) == wanted[4 * step :]
-        ranks = [load(truncated, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
-        shares = [stream(rank, 12) for rank in ranks]
-        assert [row for step in range(12) for share in shares for row in share[2 * step : 2 * step + 2]] == wanted
+    loader = load(truncated, tokenizer, **settings)
+    wanted = stream(loader, 12)
+    assert loader.state_dict()["skipped"] == [5, 17]
+    assert not {5, 17} & {i for i, _, _ in wanted}
+    for step in (1, 7):
+        first, again = (load(truncated, tokenizer, **settings) for _ in range(2))
+        stream(first, step)
+        again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert again.skipped == first.skipped
+        assert stream(again, 12 - step) == wanted[4 * step :]
+    ranks = [load(truncated, tokenizer, **settings, rank=rank, world_size=2) for rank in range(2)]
+    shares = [stream(rank, 12) for rank in ranks]
+    assert [row for step in range(12) for share in shares for row in share[2 * step : 2 * step + 2]] == wanted
 
 
 @pytest.mark.slow
@@ -145,10 +135,10 @@ def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenize
 @pytest.mark.slow
 def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, tokenizer):
     """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
-    bad, epochs = {2, 7}, 8
+    bad, epochs = {2, 7}, 6
     dataset = damaged_dataset(tmp_path / "data", 10, bad)
     chains = 0
-    for seed in range(3):
+    for seed in (0, 1):
         at = zip(
             *(part.tolist() for part in SampleOrder(dataset.shard_sizes, seed, shuffle=True)(0, 10 * epochs)),
             strict=True,
@@ -232,16 +222,13 @@ def threads() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["cut", "longer"])
-def test_images_that_are_read_apart_leave_no_pipeline_behind(tmp_path, tokenizer, damage):
+def test_images_that_are_read_apart_leave_no_pipeline_behind(tmp_path, tokenizer):
     """DALI never frees a pipeline that is not closed. Each has threads of its own."""
     with shard_writer(tmp_path / "data") as writer:
         for i in range(60):
-            more = b"\0" * 40 if damage == "longer" else b""
-            writer.add(f"{i}", make_image(i, kind="JPEG") + more, [f"picture {i}"], {"image_id": i})
+            writer.add(f"{i}", make_image(i, kind="JPEG") + b"\0" * 40, [f"picture {i}"], {"image_id": i})
     dataset = open_dataset(tmp_path / "data", "train")
-    if damage == "cut":
-        damage_images(dataset, range(0, 60, 2))
+    damage_images(dataset, range(0, 60, 2))
     loader = load(dataset, tokenizer, batch_size=4, prefetch_batches=0, max_bad_fraction=0.9, num_threads=1)
     batches = iter(loader)
     next(batches)
@@ -276,14 +263,6 @@ def test_a_lack_of_memory_marks_no_image(train_split, tokenizer, monkeypatch, ca
     assert loader.skipped == 0
 
 
-@pytest.mark.slow
-def test_the_limit_of_undecodable_images_holds_for_each_rank(damaged, tokenizer):
-    """A rank has seen half of the samples, so half as many bad ones are too many, plus a margin."""
-    loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
-    with pytest.raises(DataError, match="wanted at most 0% undecodable images, found 1 of 50"):
-        stream(loader, 10)
-
-
 def bad_percent(folder: Path, percent: int) -> Dataset:
     """400 images, of which those whose number modulo 100 is below `percent` are undecodable."""
     return damaged_dataset(folder, 400, [i for i in range(400) if i % 100 < percent], kinds=("JPEG",))
@@ -301,18 +280,6 @@ def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int)
         states.append(json.loads(json.dumps(loader.state_dict())))
     known = sorted(set().union(*(state["skipped"] for state in states)))
     return states[0] | {"skipped": known, "met": states[0]["epoch"] * len(dataset) + states[0]["position"]}
-
-
-@pytest.mark.extended
-@pytest.mark.slow
-def test_ranks_that_resume_see_what_uninterrupted_ranks_see(tmp_path, tokenizer):
-    """4 % are bad and 5 % are allowed: a rank must not count what the others found against its own samples."""
-    dataset = bad_percent(tmp_path / "data", 4)
-    of_all_ranks(dataset, tokenizer, None, 20)  # two epochs
-    half = of_all_ranks(dataset, tokenizer, None, 5)
-    assert len(half["skipped"]) > 5
-    end = of_all_ranks(dataset, tokenizer, half, 15)
-    assert end["skipped"] == [i for i in range(400) if i % 100 < 4]
 
 
 @pytest.mark.extended

@@ -196,30 +196,21 @@ def test_parts_and_their_merge_at_an_object_store(source, whole, bucket, data_ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", ["build_part", "build_shards"])
-def test_work_of_an_abandoned_build_at_a_url_is_not_taken(source, bucket, data_cache, tmp_path, monkeypatch, build):
+def test_work_of_an_abandoned_build_at_a_url_is_not_taken(source, bucket, data_cache, tmp_path, monkeypatch):
     """It is killed when a piece is finished here and not yet there. Then other options are built at the URL."""
     other = BuildOptions(short_side=20, quality=50)
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    def start(options: BuildOptions) -> None:
-        if build == "build_part":
-            build_part(source, f"{bucket}/out", (1, 1), options, workers=0)
-        else:
-            build_shards(source, f"{bucket}/out", options, workers=0)
-
     with monkeypatch.context() as patch:
         patch.setattr(folders.RemoteFolder, "put", killed)
         with pytest.raises(KeyboardInterrupt):
-            start(OPTIONS)
+            build_shards(source, f"{bucket}/out", OPTIONS, workers=0)
     assert list((data_cache / "builds").glob("*/pieces/*/shards.json"))
     for place in ("out", ".out.partial"):
         folders.RemoteFolder(f"{bucket}/{place}").remove()
-    start(other)
-    if build == "build_part":
-        merge_parts([f"{bucket}/out"], f"{bucket}/merged")
+    build_shards(source, f"{bucket}/out", other, workers=0)
     wanted = file_contents(build_shards(source, tmp_path / "wanted", other, workers=0))
-    built = folders.RemoteFolder(f"{bucket}/merged" if build == "build_part" else f"{bucket}/out")
+    built = folders.RemoteFolder(f"{bucket}/out")
     assert {path: built.read(path) for path in wanted} == wanted

@@ -5,15 +5,13 @@ import hashlib
 import io
 import json
 import tarfile
-import threading
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 from wds2idx import IndexCreator
 
 from mvlm_dataloading import DataError, open_dataset
-from mvlm_dataloading.build.image_check import ImageDecoder
 from mvlm_dataloading.dataset.description import already_written
 from support import published
 from support.data import build_records, file_contents, make_image, make_record, shard_writer, write_dataset
@@ -68,16 +66,6 @@ def test_shard_writer_puts_transparent_images_on_white(tmp_path):
         wanted[4, 3] = 0
         assert np.array_equal(np.asarray(stored), wanted)
     assert dataset.image_bytes(1) == opaque
-
-
-def test_shard_writer_stores_webp_files_so_that_their_exif_data_are_found(tmp_path):
-    webp = published.with_exif(published.make_image(1), "WEBP", 6, icc_profile=b"abc")
-    with shard_writer(tmp_path / "out") as writer:
-        assert writer.add("a", webp, ["a"]) is None
-    (pixels,) = ImageDecoder(1 << 20)([open_dataset(tmp_path / "out", "train").image_bytes(0)])
-    wanted = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(webp))), float)
-    assert not isinstance(pixels, str)
-    assert np.abs(pixels - wanted).max() <= 1
 
 
 @pytest.mark.slow
@@ -157,16 +145,6 @@ def test_shard_writer_refuses_a_folder_in_use(tmp_path):
         with pytest.raises(DataError, match="wanted a new or an empty folder, found one in use"):
             refused()
     assert file_contents(out) == {"letter.txt": b"dear"}
-
-
-def test_another_thread_may_abandon_what_was_written(tmp_path):
-    writer = shard_writer(tmp_path / "out")
-    writer.add("a", make_image(0), ["one"])
-    thread = threading.Thread(target=writer.abandon)
-    thread.start()
-    thread.join()
-    assert list(tmp_path.iterdir()) == []
-    assert len(open_dataset(write_dataset(tmp_path / "out", 1), "train")) == 1
 
 
 def test_a_second_writer_of_a_folder_is_refused_and_the_first_goes_on(tmp_path):

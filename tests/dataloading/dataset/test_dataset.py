@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from support.data import (
     make_captions,
     make_image,
     refuse_to_open,
-    shard_writer,
     write_dataset,
     write_shard_by_hand,
 )
@@ -38,49 +36,20 @@ def test_dataset_gives_random_access_to_samples(train_split):
         assert train_split.image_bytes(i) == make_image(i, kind=("PNG", "JPEG", "WEBP")[i % 3])
         assert train_split.keys[i] == f"train{i:04d}"
         assert f"train{i:04d}" in train_split.where(i)
+        assert train_split.image_id(i) == text_hash(train_split.image_bytes(i))
     shards = train_split.shard_of(np.arange(60)).tolist()
     assert shards == sorted(shards)
     assert np.bincount(shards).tolist() == train_split.shard_sizes.tolist()
 
 
-def test_offsets_are_those_of_tarfile(train_split):
-    for number, path in enumerate(train_split.tars):
-        inside = np.flatnonzero(train_split.shard_of(np.arange(60)) == number)
-        with tarfile.open(path) as tar:
-            members = {member.name: (member.offset_data, member.size) for member in tar}
-        for kind, extension in (("text", "txt"), ("meta", "json"), ("image", None)):
-            offsets, sizes = train_split.locate(kind, inside)
-            for i, offset, size in zip(inside.tolist(), offsets, sizes, strict=True):
-                wanted = extension or ("png", "jpg", "webp")[i % 3]
-                assert members[f"{train_split.keys[i]}.{wanted}"] == (offset, size)
-    assert train_split.locate("tokens", 3)[1] == -1
-
-
-def test_image_id_comes_from_the_metadata_or_the_bytes(tmp_path):
-    with shard_writer(tmp_path / "d") as writer:
-        named = {"image_id": 12}
-        for key, i, metadata in (("a", 0, {}), ("b", 0, {}), ("c", 1, {}), ("d", 2, named), ("e", 3, named)):
-            writer.add(key, make_image(i), ["words"], metadata)
-    dataset = open_dataset(tmp_path / "d", "train")
-    ids = [dataset.image_id(i) for i in range(5)]
-    assert ids[0] == ids[1] == text_hash(make_image(0))
-    assert ids[3] == ids[4]
-    assert len(set(ids)) == 3
-
-
-@pytest.mark.parametrize("given, hashed", [(12, "12"), (0, "0"), (1.5, "1.5"), (True, "True"), ("coco 7", "coco 7")])
-def test_the_image_id_of_any_type_is_hashed_as_its_text(given, hashed):
-    wanted = hashlib.blake2b(f"image_id {hashed}".encode(), digest_size=8).digest()
-    found = image_identity({"image_id": given}, lambda: pytest.fail("the image was read"))
-    assert found == int.from_bytes(wanted, "little", signed=True)
-
-
-@pytest.mark.parametrize("metadata", [{}, {"image_id": None}, {"image_id": ""}])
-def test_the_bytes_identify_an_image_whose_image_id_is_empty(metadata):
-    """ITM's negatives are drawn from images of other ids; evaluations take such samples for different images too."""
-    wanted = hashlib.blake2b(b"image", digest_size=8).digest()
-    assert image_identity(metadata, lambda: b"image") == int.from_bytes(wanted, "little", signed=True)
-    assert image_name(metadata) is None
+@pytest.mark.parametrize("given", [12, 0, 1.5, True, "coco 7", None, ""])
+def test_image_id_comes_from_the_metadata_or_the_bytes(given):
+    """By the bytes if it is empty: ITM's negatives are drawn from images of other ids."""
+    hashed = b"image" if given in (None, "") else f"image_id {given}".encode()
+    wanted = int.from_bytes(hashlib.blake2b(hashed, digest_size=8).digest(), "little", signed=True)
+    assert image_identity({"image_id": given}, lambda: b"image") == wanted
+    assert (image_name({"image_id": given}) is None) == (given in (None, ""))
+    assert image_identity({}, lambda: b"image") == text_hash(b"image")
 
 
 def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):

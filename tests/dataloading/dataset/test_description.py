@@ -187,7 +187,7 @@ def test_what_is_no_description_is_refused(text):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_nothing_in_the_place_of_a_field_gives_another_error(data):
     anything = st.recursive(

@@ -32,18 +32,6 @@ def test_what_is_no_regular_file_is_never_read(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == opened
 
 
-def test_a_pipe_with_a_writer_is_not_read(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    writer = os.open(tmp_path / "pipe", os.O_WRONLY)
-    os.write(writer, b"x")
-    with pytest.raises(ImageRefusedError, match="found a pipe"):
-        read_image_file(tmp_path / "pipe", 100)
-    assert os.read(reader, 10) == b"x"
-    for one in (reader, writer):
-        os.close(one)
-
-
 @pytest.mark.parametrize("name", ["gone", "a\0b", "a/b", "\ud800"])
 def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
     (tmp_path / "a").touch()

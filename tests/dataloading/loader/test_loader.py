@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import Augment, open_dataset
+from mvlm_dataloading.loader.masking import draw_token_masks
 from support.data import write_dataset
 from support.loaders import make_loader, rows, take
 
@@ -108,6 +109,12 @@ def test_loader_reads_folders_with_blanks_and_non_ascii_names_and_leaves_no_inde
         ({"rank": 2, "world_size": 2}, "rank"),
         ({"world_size": 2, "train": False}, "world_size"),
         ({"per_image": 0}, "per_image"),
+        ({"image_size": 100}, "mask_block"),
+        ({"mask_block": 48}, "mask_block"),
+        ({"patch_size": 12}, "patch_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"image_mask_ratio": 0.01}, "image_mask_ratio"),
+        ({"image_mask_ratio": 1.2}, "image_mask_ratio"),
     ],
 )
 def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, settings, word):
@@ -115,10 +122,12 @@ def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, se
         make_loader(train_split, tokenizer, **settings)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"flip": 1.5}, {"operations": 15}, {"magnitude": 31}, {"strip": 0}, {"strip": 2, "flip": 0.5}],
-)
-def test_augment_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Augment(**settings)
+def test_augmentations_and_texts_that_do_not_fit_are_refused():
+    for setting, value in (("flip", 1.5), ("operations", 15), ("magnitude", 31), ("strip", 0)):
+        with pytest.raises(ValueError, match=setting):
+            Augment(**{setting: value})
+    with pytest.raises(ValueError, match="strip"):
+        Augment(strip=2, flip=0.5)
+    for lengths, ratio in (([5, 2], 0.3), ([5, 5], 1.2)):  # no word between [CLS] and [SEP]
+        with pytest.raises(ValueError, match="wanted"):
+            draw_token_masks(0, 0, [0, 1], lengths, ratio=ratio)

@@ -43,29 +43,6 @@ def test_every_set_of_blocks_is_equally_likely():
     assert 62 < ((counts - draws / 126) ** 2 / (draws / 126)).sum() < 188
 
 
-@pytest.mark.parametrize(
-    "settings, word",
-    [
-        ({"image_size": 100}, "mask_block"),
-        ({"mask_block": 64}, "mask_block"),
-        ({"patch_size": 12}, "patch_size"),
-        ({"patch_size": 0}, "patch_size"),
-        ({"image_mask_ratio": 0.01}, "image_mask_ratio"),
-        ({"image_mask_ratio": 1.2}, "image_mask_ratio"),
-        ({"text_mask_ratio": 1.2}, "text_mask_ratio"),
-    ],
-)
-def test_masks_that_do_not_fit_are_refused(settings, word):
-    with pytest.raises(ValueError, match=word):
-        draw_patch_masks(0, 0, [0], image_size=settings.pop("image_size", 96), masking=Masking(**settings))
-
-
-@pytest.mark.parametrize("settings", [{"lengths": [5, 2]}, {"lengths": [5, 5], "ratio": 1.2}])
-def test_captions_and_ratios_that_cannot_be_masked_are_refused(settings):
-    with pytest.raises(ValueError, match="wanted"):
-        draw_token_masks(0, 0, [0, 1], **settings)
-
-
 def test_every_token_is_equally_likely():
     draws = 6000
     ids, _ = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 12))

@@ -15,23 +15,6 @@ def overlap(one: list[int], other: list[int]) -> bool:
     return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
 
 
-def test_objects_lie_in_the_image_and_never_overlap() -> None:
-    rng = random.Random(0)
-    for _ in range(300):
-        scene = place(rng, [rng.choice((DOG, CAT)) for _ in range(rng.randint(1, 5))])
-        found = boxes(scene, SHAPES)
-        for number, (x, y, wide, high) in enumerate(found):
-            assert 32 <= max(wide, high) <= 40
-            assert min(x, y) >= 0
-            assert max(x + wide, y + high) <= SIDE
-            assert not any(overlap(found[number], other) for other in found[number + 1 :])
-        assert [
-            high * 80 // wide in (30, 31, 32)
-            for (_, _, wide, high), one in zip(found, scene.objects, strict=True)
-            if one.kind == CAT
-        ].count(False) == 0
-
-
 def test_sides_are_clear_in_pixels() -> None:
     rng = random.Random(0)
     for _ in range(300):

@@ -1,6 +1,5 @@
 """Rows of Hugging Face `datasets`: parquet files and `save_to_disk`."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -127,16 +126,6 @@ def test_rows_of_one_key_are_one_sample_with_all_captions(tmp_path):
     assert found == {"train": {f"image{i}": [f"image {i}, {k}" for k in range(5)] for i in range(20)}}
     rejected = [(line["key"], line["reason"]) for line in read_json_lines(tmp_path / "out/rejected.jsonl")]
     assert rejected == [("image19", "key was used before"), ("image0", "key was used before")]
-
-
-def test_builds_of_an_earlier_version_are_not_resumed(tmp_path):
-    """It assigned rows to splits by their numbers, and its recipe had no revision of the rows."""
-    file = write(tmp_path / "0.parquet", published.hub_rows(3))
-    source = huggingface(file)
-    earlier = {name: value for name, value in source.recipe.items() if name != "rows_revision"}
-    build_source(replace(source, recipe=earlier), tmp_path / "out")
-    with pytest.raises(DataError, match="out: wanted"):
-        build_source(source, tmp_path / "out")
 
 
 @pytest.mark.slow
