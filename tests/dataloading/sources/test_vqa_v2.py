@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import open_dataset
+from mvlm_dataloading.sources.visual_genome import visual_genome_qa
 from mvlm_dataloading.sources.vqa_v2 import vqa_v2
 from support import published, published_tasks
 from support.data import build_source, read_json_lines
@@ -111,3 +112,21 @@ def test_bad_rows_are_rejected_with_their_reasons(tmp_path):
         ("103001", "image file is missing"),
         ("103002", "image file is missing"),
     ]
+
+
+def test_visual_genome_qa(tmp_path):
+    published_tasks.visual_genome_qa(tmp_path)
+    published.write_json(tmp_path / "image_data.json", [{"image_id": 2407001, "coco_id": 77, "flickr_id": None}])
+    found = build_source(visual_genome_qa(tmp_path), tmp_path / "out")["train"]
+    assert list(found) == [f"vg{986000 + n}" for n in range(7)]  # the eighth has no answer
+    dataset = open_dataset(tmp_path / "out", "train")
+    facts = dataset.metadata(2)
+    assert (facts["question_id"], facts["image_id"], facts["coco_id"]) == ("vg 986002", "visual-genome 2407001", 77)
+    assert (facts["answer"], facts["answers"][0]) == ("Dark Blue.", {"answer": "dark blue", "answer_id": 1})
+    assert len({one["answer_id"] for one in facts["answers"]}) == 10
+    assert dataset.image_bytes(2) == (tmp_path / "VG_100K/2407001.jpg").read_bytes()
+    assert read_json_lines(tmp_path / "out/rejected.jsonl")[0]["reason"] == "question has no answers"
+    pieces = visual_genome_qa(tmp_path, validation=0.5).pieces
+    images = {p.split: {r.metadata["image_id"] for r in p.records(1)} for p in pieces}
+    assert images["train"].isdisjoint(images["validation"])
+    assert len(set().union(*images.values())) == 4

@@ -165,16 +165,13 @@ Rows = dict[tuple[str, str], collections.Counter[str]]
 """Numbers of trials that passed and failed, by fault and place."""
 
 
-def trials(numbers: range, seed: int, until: float) -> tuple[Rows, list[dict[str, Any]]]:
-    """Do the trials with these numbers, and start none after `until` (of time.monotonic). Returns the table and the
-    failures."""
+def trials(numbers: range, seed: int) -> tuple[Rows, list[dict[str, Any]]]:
+    """Do the trials with these numbers. Returns the table and the failures."""
     rows: Rows = collections.defaultdict(collections.Counter)
     failures = []
     with tempfile.TemporaryDirectory(prefix="mvlm-faults-") as folder:
         campaign = Campaign(Path(folder))
         for number in numbers:
-            if time.monotonic() > until:
-                break
             draw = random.Random(f"{seed}/{number}")
             kind = list(KINDS)[number % len(KINDS)]
             out = Path(folder) / f"trial-{number}"
@@ -197,13 +194,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the trials")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trial after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     started = time.monotonic()
     shares = [range(k, arguments.count, arguments.jobs) for k in range(arguments.jobs)]
-    work = partial(trials, seed=arguments.seed, until=started + 60 * arguments.minutes)
+    work = partial(trials, seed=arguments.seed)
     # Each in a new interpreter, because every share forks its own runs.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(work, shares) if arguments.jobs > 1 else map(work, shares))

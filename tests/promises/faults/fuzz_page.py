@@ -3,7 +3,7 @@
     python tests/promises/faults/fuzz_page.py [--minutes 10]
 
 Hypothesis makes them from what the page's own JavaScript sends, with parts of it replaced, and from loose bytes. Prints
-a line for each minute. The exit code is 1 if a request did what it must not, and the smallest such one is printed.
+a line for each two hundred. The exit code is 1 if a request did what it must not, and the smallest such one is printed.
 """
 
 import argparse
@@ -34,28 +34,19 @@ STATUSES = {0, 200, 304, 400, 403, 404, 405, 408, 411, 413, 414, 415, 422, 431, 
 GROWTH = 1.10
 """Most that the page's memory may grow, from the first minute on."""
 
-texts = st.one_of(
-    st.text(max_size=30), st.sampled_from(["a [MASK]", "a\nb", "{}", "[MASK] " * 30, "a" * 1500, "\ud800"])
-)
-leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
+texts = st.text(max_size=30) | st.sampled_from(["a [MASK]", "a\nb", "{}", "[MASK] " * 30, "a" * 1500, "\ud800"])
 values = st.recursive(
-    leaves,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )
 known = ["UPLOAD", "EXAMPLE", "FOLDER/secret.png", "FOLDER/pipe", "/etc/passwd", "/dev/zero", "UPLOAD/../x"]
-paths = st.one_of(texts, st.sampled_from(known))
-images = st.one_of(
-    st.none(),
-    st.fixed_dictionaries({"path": st.just("UPLOAD")}),
-    st.fixed_dictionaries({"path": paths}, optional=dict.fromkeys(("meta", "url", "is_stream"), values)),
-    values,
+"""The words in capitals stand for paths of the run (`Fuzzer.names`)."""
+images = values | st.fixed_dictionaries(
+    {"path": texts | st.sampled_from(known)}, optional=dict.fromkeys(("meta", "url", "is_stream"), values)
 )
 questions = st.fixed_dictionaries(
-    {
-        "data": st.one_of(st.lists(st.one_of(images, texts, values), max_size=5), values),
-        "fn_index": st.one_of(st.integers(-1, 12), values),
-    },
+    {"data": st.lists(images | texts, max_size=5) | values, "fn_index": st.integers(-1, 12) | values},
     optional=dict.fromkeys(("event_data", "trigger_id", "session_hash", "event_id", "batched"), values),
 )
 headers = st.dictionaries(
@@ -65,11 +56,9 @@ headers = st.dictionaries(
     max_size=3,
 )  # fmt: skip
 signs = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=60)
-routes = st.one_of(
-    st.sampled_from(["/", "/config", f"{API}/queue/join", f"{API}/queue/data?session_hash=a", f"{API}/upload",
-                     f"{API}/file=UPLOAD", f"{API}/info", f"{API}/heartbeat/a", "/static/x", "/assets/x"]),
-    signs.map(lambda text: f"/{text}"),
-    signs.map(lambda text: f"{API}/file={text}"),
+routes = st.sampled_from(["/", "/config", f"{API}/queue/join", f"{API}/queue/data?session_hash=a", f"{API}/upload",
+                          f"{API}/file=UPLOAD", f"{API}/info", f"{API}/heartbeat/a", "/static/x", "/assets/x"]) | (
+    signs.map("/{}".format) | signs.map(f"{API}/file={{}}".format)
 )  # fmt: skip
 names = st.text(st.characters(exclude_characters='"\r\n'), max_size=40)
 
@@ -78,19 +67,18 @@ class Fuzzer:
     """A page, a visitor, and what has been sent."""
 
     def __init__(self, page: Page) -> None:
-        self.page = page
+        self.page, self.sent = page, 0
         self.visitor = Visitor(page.target.url)
         self.names = {
             "UPLOAD": json.loads(self.visitor.upload("x.png", png()).body)[0],
             "EXAMPLE": self.visitor.examples[0],
             "FOLDER": str(page.target.folder),
         }
-        self.sent = 0
-        self.lines = self.count_lines()
+        self.lines = len(self.terminal().splitlines())
 
-    def count_lines(self) -> int:
-        """Lines that the page has written to its terminal."""
-        return len(self.page.log.read_text("utf-8", "replace").splitlines())
+    def terminal(self) -> str:
+        """What the page has written to its terminal."""
+        return self.page.log.read_text("utf-8", "replace")
 
     def fill_in(self, value: Any) -> Any:
         """The same value with paths of this run."""
@@ -108,8 +96,8 @@ class Fuzzer:
         assert answer.status in STATUSES, f"{answer.status}: {answer.text[:300]}"
         assert answer.seconds < 20, f"{answer.seconds:.0f} s"
         assert answer.status < 400 or not INNARDS.search(answer.text), answer.text[:300]
-        lines, self.lines = self.lines, self.count_lines()
-        assert self.lines - lines <= 1, self.page.log.read_text("utf-8", "replace")[-2000:]
+        lines, self.lines = self.lines, len(self.terminal().splitlines())
+        assert self.lines - lines <= 1, self.terminal()[-2000:]
         assert self.page.process.poll() is None, "the page has ended"
 
     def ask(self, question: dict[str, Any]) -> None:
@@ -121,51 +109,45 @@ class Fuzzer:
             streamed = self.visitor.request("GET", f"{API}/queue/data?session_hash={question['session_hash']}")
             self.check(streamed)
             events = [json.loads(line[5:]) for line in streamed.text.splitlines() if line.startswith("data:")]
-            done = [event for event in events if event["msg"] == "process_completed"]
-            assert len(done) == 1, streamed.text[-300:]
-            if not done[0]["success"]:
-                said = str(done[0]["output"]["error"])
+            (done,) = [event for event in events if event["msg"] == "process_completed"]
+            if not done["success"]:
+                said = str(done["output"]["error"])
                 assert said not in ("None", ""), streamed.text[-300:]
                 assert not INNARDS.search(said), said[:300]
 
+    def fuzz(self, examples: int, number: int) -> None:
+        """Send about four times so many requests."""
+        bodies = st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode())
+        with_body = st.tuples(st.sampled_from(["POST", "PUT"]), st.binary(max_size=100))
+        without = st.tuples(st.sampled_from(["GET", "HEAD", "OPTIONS"]), st.just(b""))
 
-def fuzz(fuzzer: Fuzzer, examples: int, number: int) -> None:
-    """Send about four times so many requests."""
+        def request(method: str, body: bytes, path: str, given_headers: dict[str, str]) -> None:
+            self.check(self.visitor.request(method, self.fill_in(path), body, given_headers, 15))
 
-    def join(body: bytes) -> None:
-        fuzzer.check(fuzzer.visitor.join(body))
+        def send(act: Callable[..., None], *made: st.SearchStrategy[Any]) -> None:
+            @seed(number)
+            @settings(
+                max_examples=examples,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=[
+                    HealthCheck.too_slow,
+                    HealthCheck.data_too_large,
+                    HealthCheck.large_base_example,
+                ],
+                print_blob=False,
+            )
+            @given(st.tuples(*made))
+            def each(drawn: tuple[Any, ...]) -> None:
+                act(*drawn)
 
-    def request(method: str, path: str, given_headers: dict[str, str], body: bytes) -> None:
-        body = body if method in ("POST", "PUT") else b""
-        fuzzer.check(fuzzer.visitor.request(method, fuzzer.fill_in(path), body, given_headers, 15))
+            each()
 
-    def upload(name: str, content: bytes) -> None:
-        fuzzer.check(fuzzer.visitor.upload(name, content))
-
-    methods = st.sampled_from(["GET", "POST", "HEAD", "PUT", "OPTIONS"])
-    bodies = st.one_of(st.binary(max_size=200), values.map(lambda value: json.dumps(value).encode()))
-    options = settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-        print_blob=False,
-    )
-
-    def fuzz_with(act: Callable[..., None], *made: st.SearchStrategy[Any]) -> None:
-        @seed(number)
-        @options
-        @given(st.tuples(*made))
-        def each(drawn: tuple[Any, ...]) -> None:
-            act(*drawn)
-
-        each()
-
-    fuzz_with(fuzzer.ask, questions)
-    fuzz_with(join, bodies)
-    fuzz_with(request, methods, routes, headers, st.binary(max_size=100))
-    fuzz_with(upload, names, st.binary(max_size=300))
+        send(self.ask, questions)
+        send(lambda body: self.check(self.visitor.join(body)), bodies)
+        send(lambda one, *rest: request(*one, *rest), with_body | without, routes, headers)
+        send(lambda *parts: self.check(self.visitor.upload(*parts)), names, st.binary(max_size=300))
 
 
 def main() -> int:
@@ -180,17 +162,14 @@ def main() -> int:
         page = Page(folder / "run", folder)
         try:
             fuzzer = Fuzzer(page)
-            began, printed, first = time.monotonic(), 0.0, None
-            for number in range(10**9):
-                fuzz(fuzzer, 50, chosen.seed + number)
+            began, minutes, first, memory, number = time.monotonic(), 0.0, 0.0, 0.0, chosen.seed
+            while minutes < chosen.minutes:
+                fuzzer.fuzz(50, number)
                 assert fuzzer.visitor.ask("Search", ["a circle", None])[0], "the page does not answer any more"
-                minutes, memory = (time.monotonic() - began) / 60, page.target.memory()
-                if minutes - printed >= 1 or minutes >= chosen.minutes:
-                    print(f"{minutes:.1f} minutes: {fuzzer.sent} requests, {memory:.0f} MB", flush=True)
-                    printed, first = minutes, first or memory
-                if minutes >= chosen.minutes:
-                    break
-            assert first is None or memory <= first * GROWTH, f"memory grew from {first:.0f} to {memory:.0f} MB"
+                minutes, memory, number = (time.monotonic() - began) / 60, page.target.memory(), number + 1
+                print(f"{minutes:.1f} minutes: {fuzzer.sent} requests, {memory:.0f} MB", flush=True)
+                first = first if first or minutes < 1 else memory
+            assert not first or memory <= first * GROWTH, f"memory grew from {first:.0f} to {memory:.0f} MB"
         finally:
             page.kill()
     return 0
