@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,13 @@ from tokenizers import models, pre_tokenizers
 
 from mvlm_dataloading import (
     DataError,
-    Loader,
     Tokenizer,
-    build_shards,
     load_tokenizer,
     open_dataset,
     tokenizer_for,
     train_tokenizer,
 )
-from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.folder import folder
-from support.data import make_captions, make_image, write_dataset
+from support.data import make_captions, write_dataset
 
 CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3
 TRAINED = train_tokenizer(CAPTIONS, 300)
@@ -202,23 +197,6 @@ def test_a_panic_is_an_error_in_threads_too(tmp_path, ask):
     assert tokenizer.encode([CAPTIONS[0]], 9)[1].tolist()[0] > 2
 
 
-@pytest.mark.slow
-def test_builds_and_loaders_with_a_tokenizer_that_panics_are_refused_by_name(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/a.png").write_bytes(make_image(0))
-    (tmp_path / "images/a.txt").write_text(PANICS)
-    path, source = panicking(tmp_path), folder(tmp_path / "images")
-    message = r"panicking\.json: wanted a tokenizer that reads every text"
-    for workers in (0, 1):
-        with pytest.raises(DataError, match=message):
-            build_shards(source, tmp_path / "out", BuildOptions(tokenizer=path), workers=workers)
-        assert not (tmp_path / "out").exists()
-    dataset = open_dataset(build_shards(source, tmp_path / "plain", workers=0), "train")
-    loader = Loader(dataset, load_tokenizer(path), batch_size=1, image_size=32, text_length=8, seed=0)
-    with closing(loader), pytest.raises(DataError, match=message):
-        next(iter(loader))
-
-
 def give_tokenizer(folder: Path) -> Tokenizer:
     """Put a tokenizer into a data folder."""
     own = train_tokenizer(CAPTIONS, 280)
@@ -300,24 +278,6 @@ def test_starts_of_words_and_of_letters_of_scripts_without_blanks_in_pieces(tmp_
     assert dict(zip(wanted, starts.tolist(), strict=False)) == wanted
     tokens = tokenizer.encode([text], 100)[0][1:-1]
     assert [word.tolist() for word in np.split(tokens, np.flatnonzero(starts[tokens])[1:])] == groups
-
-
-def test_letters_of_scripts_without_blanks_start_units_in_byte_level_bpe(tmp_path):
-    """Whole letters, and bytes that begin letters of these scripts alone. Marks beside a letter belong to it."""
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-
-    def spelled(text: str) -> str:
-        ((found, _),) = spell(text)
-        return found
-
-    starts = [" cat", " mat", "猫", "の外", "カー", "แม", "ລ", "ឆ", "မ", "𠀀"]
-    others = ["s", "é", "。", "ー", "\u0e31", "\u1038", "न", "😀"]
-    wanted = {spelled(text): text in starts for text in [*starts, *others]}
-    wanted |= {spelled("猫")[:1]: True, spelled("猫")[:2]: True, spelled("猫")[1:]: False, spelled("。")[:2]: False}
-    wanted |= {spelled("แ")[:2]: True, spelled("แ")[:1]: False, spelled("𠀀")[:2]: True, spelled("😀")[:2]: False}
-    model = models.BPE({token: i for i, token in enumerate(wanted)}, [])
-    tokenizer = stored(tmp_path, model, pre_tokenizers.ByteLevel(), ["[CLS]", "[SEP]", "[PAD]", "[MASK]"])
-    assert dict(zip(wanted, tokenizer.word_starts().tolist(), strict=False)) == wanted
 
 
 MASKED = ["a red heart", "flag of france.", "the cat, a dog", "cat", "two (cat) cat", "cat cat", "it is a cat! dog"]

@@ -1,23 +1,17 @@
 """`mvlm bench data`: its data, the lead of our loader with a margin, and its output with contenders of known rates."""
 
 import csv
-import io
 import json
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.data import photos, run, start_up
-from mvlm_benchmarks.data.process import LoaderProcess, group_cpu_seconds
-from mvlm_dataloading import ShardWriter, open_dataset
+from mvlm_benchmarks.data import photos, run
+from mvlm_benchmarks.data.process import LoaderProcess
+from mvlm_dataloading import ShardWriter
 from support.data import make_image
 
 SETTINGS = {"rounds": 3, "batches": 8, "batch": 32, "size": 224}
@@ -28,25 +22,6 @@ def photographs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "photos"
     photos.build(folder, 160)
     return folder
-
-
-@pytest.mark.slow
-def test_photos_are_distinct_jpegs_of_photographic_size(photographs) -> None:
-    dataset = open_dataset(photographs, "train")
-    files = [dataset.image_bytes(i) for i in range(len(dataset))]
-    assert len(set(files)) == 160
-    assert 30_000 < np.mean([len(file) for file in files]) < 90_000
-    sizes = np.array([sorted(Image.open(io.BytesIO(file)).size) for file in files])
-    assert (np.abs(sizes - [375, 500]) <= 21).all()
-    assert all(file.startswith(b"\xff\xd8") for file in files)
-
-
-@pytest.mark.slow
-def test_first_batch_of_a_hundred_thousand_samples_takes_little_processor_time(tmp_path) -> None:
-    start_up.build(tmp_path / "start", 100_000)
-    figures = start_up.seconds_to_first_batch(tmp_path / "start")
-    assert figures["samples"] == 100_000
-    assert figures["cpu_s"] < 3  # a million samples took 1.5 s, half of which does not depend on their number
 
 
 @pytest.mark.extended
@@ -149,26 +124,3 @@ while read -r turn; do echo '{"seconds": 0.5, "rss_mb": 1}'; done
     assert (dying["status"], dying["note"], dying["images_per_s"]) == ("error", "ended with code 7", None)
     assert alive["status"] == "ok"
     assert alive["images_per_s"] > 0
-
-
-def test_processor_time_of_a_group_includes_the_workers() -> None:
-    reader, writer = os.pipe()
-    leader = os.fork()
-    if not leader:
-        try:
-            os.setsid()
-            os.fork()
-            while time.process_time() < 0.15:
-                pass
-            os.write(writer, f"{time.process_time()}\n".encode())
-            time.sleep(60)
-        finally:
-            os._exit(0)
-    try:
-        with os.fdopen(reader) as lines:
-            printed = sum(float(lines.readline()) for _ in range(2))
-            assert printed <= group_cpu_seconds(leader) < printed + 0.05
-    finally:
-        os.killpg(leader, signal.SIGKILL)
-        os.waitpid(leader, 0)
-        os.close(writer)

@@ -16,9 +16,20 @@ import torch
 
 from mvlm_benchmarks.gpu import correct, kernels
 from mvlm_benchmarks.gpu.processes import run_program
-from mvlm_benchmarks.gpu.stage import Stage
+from mvlm_benchmarks.gpu.stage import Stage, running
 from support.benchmarks import toy_case
-from support.stages import run_stage
+
+
+def run_stage(module: Any, out: Path, seconds: float = 600.0) -> tuple[int, dict[str, Any]]:
+    """Exit code and summary of a stage that is rehearsed in this process."""
+    name = module.__name__.rsplit(".", 1)[1]
+    code = 0
+    try:
+        with running(name, out, seconds, rehearse=True) as stage:
+            module.run(stage)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, json.loads((out / f"{name}.json").read_text())
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mvlm_benchmarks.gpu.variants import launches_of
 from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import ours
@@ -42,6 +43,13 @@ def test_our_ops_pass_their_check(case) -> None:
     assert {o.status for o in outcomes.values()} == {"ok"}, outcomes
     assert tuple(outcomes) == passes_of(case) == (PASSES if data.sets[0].leaves else PASSES[:1])
     assert not data.restore()
+
+
+def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:
+    """The sanitizers and the first checks on a GPU see no other cases."""
+    wanted = {case.op for case in cases(2, torch.bfloat16) if case.has_kernels}
+    launched = {c.op for c in small_cases(torch.bfloat16) if launches_of(c, c.make("meta"), 90)}
+    assert launched == wanted
 
 
 @pytest.mark.parametrize("case", small_cases(FP32) + SMALL, ids=lambda case: f"{case.op} {case.shape}")

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks.captions import caption_lengths
-from mvlm_benchmarks.step import contenders
 from mvlm_benchmarks.step.baselines import Baseline, check_bidirectional
 from mvlm_benchmarks.step.inputs import draw_negatives, make_batch, pad_batch
 from mvlm_benchmarks.step.shared_weights import SharedWeights
@@ -31,29 +29,6 @@ def model() -> MaskVLM:
             if name != "log_scale":
                 parameter.copy_(1 + 0.2 * noise if ".norm" in name and name.endswith("weight") else 0.3 * noise)
     return found
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("contender, fused", [("timm+roberta", True), (contenders.MATH, False)])
-def test_one_baseline_computes_attention_by_plain_products(contender, fused) -> None:
-    ours = MaskVLM(MICRO)
-    inputs = contenders.make_inputs(ours, LENGTHS, torch.device("cpu"))
-    (made,) = contenders.make_contenders((contender,), ours, optimizer=False)
-    with Operations() as seen:
-        made.backward(inputs)
-    assert any("scaled_dot_product" in name for name in seen.names) == fused
 
 
 @pytest.mark.slow

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from mvlm_dataloading import make_view, open_dataset, rebuild_indices
+from mvlm_dataloading import open_dataset
 from mvlm_dataloading.build.duplicates import MAX_DISTANCE, near_known, near_pairs
 from support import published
-from support.data import build_records, keys_of, make_record, read_json_lines, write_tar
+from support.data import build_records, keys_of, make_record, read_json_lines
 
 
 def brighter(image: Image.Image, levels: int) -> Image.Image:
@@ -82,25 +82,6 @@ def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
         assert read[0].metadata(i) == read[1].metadata(i)
     description = json.loads((dropped / "dataset.json").read_text())
     assert description["splits"]["train"]["captions"] == 5
-
-
-def test_a_view_finds_leaks_of_transparent_images_in_tars_used_in_place(tmp_path):
-    """Below its transparent areas the image is black. Its published copy is on white."""
-    image = Image.new("RGBA", (96, 72))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((6, 4, 50, 44), fill=(0, 0, 0, 255))
-    pen.polygon([(40, 66), (60, 30), (90, 60)], fill=(90, 0, 120, 255))
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    (tmp_path / "tars").mkdir()
-    clear, other = published.encoded(image, "PNG"), published.encoded(published.make_image(3))
-    members = [("clear.png", clear), ("clear.txt", b"a"), ("other.png", other), ("other.txt", b"a")]
-    write_tar(tmp_path / "tars" / "train-0.tar", members)
-    rebuild_indices(tmp_path / "tars")
-    built = build_records(tmp_path / "built", {"test": [make_record("white", white.convert("RGB"))]})
-    description = make_view(tmp_path / "view", [tmp_path / "tars", built])
-    assert keys_of(tmp_path / "view") == ["other"]
-    assert description["rejected"] == {"image is a near-duplicate of one in an evaluation split": 1}
 
 
 def test_near_pairs_match_a_loop_over_all_pairs():

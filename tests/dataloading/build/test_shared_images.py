@@ -174,24 +174,3 @@ def test_strips(tmp_path):
     records[0] = Record("pair", ImageStrip(pair.files, 48), ["two"], "")
     with pytest.raises(DataError, match="wanted a new folder or the data set set"):
         build(out, {"train": records})
-
-
-@pytest.mark.parametrize(
-    "order", [["a.jpg", "a.json", "a.txt", "b.jpg", "b.json", "b.txt"], ["a.jpg", "a.txt", "b.txt", "b.jpg"]]
-)
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_linked_image_of_another_tools_tar_is_found_wherever_the_link_stands(tmp_path, order, form):
-    """As `tar --sort=name` writes them: metadata between the link and the text."""
-    image = make_image(0)
-    with tarfile.open(tmp_path / "train-000.tar", "w", format=form) as tar:
-        for name in order:
-            if name == "b.jpg":
-                member = tarfile.TarInfo(name)
-                member.type, member.linkname = tarfile.LNKTYPE, "a.jpg"
-                tar.addfile(member)
-            else:
-                content = image if name == "a.jpg" else b"{}" if name.endswith("json") else name.encode()
-                published.add_members(tar, [(name, content)])
-    rebuild_indices(tmp_path)
-    dataset = open_dataset(tmp_path, "train")
-    assert dataset.image_bytes(1) == dataset.image_bytes(0) == image

@@ -85,19 +85,3 @@ def test_nlvr_boxes_become_three_images(tmp_path):
     few = nlvr(tmp_path, side=50, permutations=1)
     assert sum(len(list(piece.records(1))) for piece in few.pieces if piece.split == "train") == 4
     assert few.recipe != nlvr(tmp_path, side=50).recipe
-
-
-def test_rows_of_the_hidden_set_name_no_folder(tmp_path):
-    published_tasks.nlvr(tmp_path)
-    (tmp_path / "dev").rename(tmp_path / "hidden")
-    for path in [*tmp_path.glob("hidden/images/0/*.png"), tmp_path / "hidden/dev.json"]:
-        path.rename(path.with_name(path.name.replace("dev", "hidden")))
-    (tmp_path / "hidden/images/0").rename(tmp_path / "hidden/images/3")
-    file = tmp_path / "hidden/hidden.json"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    published_tasks.write_lines(
-        file, [{name: row[name] for name in ("sentence", "identifier", "label")} for row in rows]
-    )
-    found = [record for piece in nlvr(tmp_path).pieces if piece.split == "hidden" for record in piece.records(1)]
-    assert [record.key for record in found] == ["hidden-0-0-0", "hidden-0-2-0", "hidden-1-0-0", "hidden-1-2-0"]
-    assert all(isinstance(one.image, ImageStrip) and one.image.files[0].is_file() for one in found)

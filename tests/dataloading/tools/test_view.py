@@ -148,16 +148,6 @@ def test_a_view_drops_duplicates_on_request(tmp_path):
         make_view(tmp_path / choice.duplicates, [first, second], choice)
         assert len(keys_of(tmp_path / choice.duplicates)) == wanted
     assert keys_of(tmp_path / "exact") == [*named("a", range(4)), *named("b", [4, 5])]
-    # Tars of other tools have no hash of the published file, so only the pixels are compared.
-    for tar in second.glob("*.tar"):
-        content = tar.read_bytes().replace(b'"phash"', b'"ahash"')
-        tar.write_bytes(content)
-        tar.with_suffix(".idx").touch()
-        (second / "train.index").touch()
-    make_view(tmp_path / "foreign", [first, second], ViewOptions(duplicates="exact"))
-    assert len(keys_of(tmp_path / "foreign")) == 8
-    make_view(tmp_path / "foreign-near", [first, second], ViewOptions(duplicates="near"))
-    assert len(keys_of(tmp_path / "foreign-near")) == 6
 
 
 def test_questions_about_one_image_are_no_duplicates(tmp_path):
