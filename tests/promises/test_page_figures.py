@@ -60,14 +60,6 @@ def test_times_of_the_page_are_those_of_the_result_file(library: str) -> None:
     assert re.findall(r"(\d\.\d\d) times", section) == [ratios[name] for name in PAGES[library]]
 
 
-def test_table_of_times_is_that_of_the_result_file() -> None:
-    text = (GUIDES / "kernels_in_your_model.md").read_text()
-    for row in MEASURED["rows"]:
-        figures = f"{row['original_ms']:.1f} ms | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
-        assert f"| {figures}" in text, row["model"]
-    assert f"medians of {MEASURED['rounds']} rounds in turns" in " ".join(text.split())
-
-
 def test_table_of_proofs_has_exactly_the_kernels_that_are_compiled_ahead_of_time() -> None:
     page = (ROOT / "docs/explain/kernel_proofs.md").read_text()
     table = re.findall(r"^\| `(\w+)` \|(?: (?:✓|no case|none) \|){5}$", page, re.MULTILINE)

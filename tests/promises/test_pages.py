@@ -15,19 +15,21 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
 from mvlm.cli import COMMANDS, run_command
 from mvlm.commands import data
 from mvlm.config.model import MaskVLMConfig
+from mvlm.model.pretrained import write_model
 from mvlm.runs.load import load_model
 from mvlm.tasks.metrics.vqa import score_answers
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import open_dataset, tokenizer_for
 from support import published, published_tasks
 from support.data import file_contents, wave_tokenizer
-from support.demo_folder import write_demo_folder
-from support.scenes import png, scene
+from support.models import micro_model
+from support.scenes import png, scene, write_scenes
 from support.shapes import copy_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,19 @@ FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
 }
+
+
+def write_demo_folder(folder: Path) -> Path:
+    """A working folder as `make demo` leaves it, with a micro model and small scenes in place of the emoji."""
+    data = write_scenes(folder / "data/emoji")
+    tokenizer = tokenizer_for(open_dataset(data, "train"), 300)
+    run = folder / "runs/demo"
+    run.mkdir(parents=True)
+    write_model(micro_model(dtype=torch.float32, text_length=40), run)
+    tokenizer.save(run / "tokenizer.json")
+    for number, name in enumerate(("cat.png", "dog.png")):
+        (folder / name).write_bytes(png(scene(number)[0]))
+    return folder
 
 
 def nothing(folder: Path, patch: pytest.MonkeyPatch) -> None: ...

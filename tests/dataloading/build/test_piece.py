@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from mvlm_dataloading import BuildOptions, Loader, check_shards, open_dataset
 from mvlm_dataloading.build.piece import write_piece
-from mvlm_dataloading.sources.record import ImageStrip, ListedPiece, Record
+from mvlm_dataloading.sources.record import ListedPiece
 from support import published
 from support.data import build_records, make_record, read_json_lines
 
@@ -105,15 +105,6 @@ def test_transparent_images_are_encoded_on_white(tmp_path, settings):
         assert stored.format == "JPEG"
         wanted = Image.fromarray(on_white(drawing(0)).astype(np.uint8)).resize(stored.size, Image.Resampling.BICUBIC)
         assert np.abs(np.asarray(stored, np.float64) - np.asarray(wanted, np.float64)).mean() < 8  # on black: > 100
-
-
-def test_transparent_images_of_a_strip_are_on_white(tmp_path):
-    (tmp_path / "a.png").write_bytes(published.encoded(drawing(0, (54, 54)), "PNG"))
-    strip = ImageStrip((tmp_path / "a.png", tmp_path / "a.png"), side=54, kind="PNG")
-    out = build_records(tmp_path / "out", {"train": [Record("a", strip, ["two"], "")]})
-    with Image.open(io.BytesIO(open_dataset(out, "train").image_bytes(0))) as stored:
-        wanted = np.concatenate(2 * [on_white(drawing(0, (54, 54)))], axis=1)
-        assert np.abs(np.asarray(stored, np.float64) - wanted).max() <= 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,11 +124,10 @@ def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, se
 
 
 def test_augmentations_and_texts_that_do_not_fit_are_refused():
-    for setting, value in (("flip", 1.5), ("operations", 15), ("magnitude", 31), ("strip", 0)):
-        with pytest.raises(ValueError, match=setting):
-            Augment(**{setting: value})
-    with pytest.raises(ValueError, match="strip"):
-        Augment(strip=2, flip=0.5)
+    wrong: list[dict[str, Any]] = [{"flip": 1.5}, {"operations": 15}, {"magnitude": 31}, {"strip": 0}]
+    for settings in (*wrong, {"strip": 2, "flip": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            Augment(**settings)
     for lengths, ratio in (([5, 2], 0.3), ([5, 5], 1.2)):  # no word between [CLS] and [SEP]
         with pytest.raises(ValueError, match="wanted"):
             draw_token_masks(0, 0, [0, 1], lengths, ratio=ratio)

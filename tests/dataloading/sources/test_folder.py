@@ -116,17 +116,6 @@ def test_captions_in_another_encoding_are_rejected_one_by_one(tmp_path):
     assert list(read_json_list(tmp_path / "list.json")) == ["\udce9", "e"]
 
 
-def test_images_of_other_formats_are_listed_as_rejected(tmp_path):
-    for name in ("a.jpg", "b.GIF", "c.bmp", "d.tiff"):
-        kind = {"a.jpg": "JPEG", "b.GIF": "GIF", "c.bmp": "BMP", "d.tiff": "TIFF"}[name]
-        published.make_image(1).save(tmp_path / name, kind)
-        (tmp_path / name).with_suffix(".txt").write_text("a caption")
-    assert list(build_source(folder(tmp_path), tmp_path / "out")["train"]) == ["a"]
-    reasons = {line["where"]: line["reason"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")}
-    kinds = {"b.GIF": "GIF", "c.bmp": "BMP", "d.tiff": "TIFF"}
-    assert reasons == {name: f"image format is {kind}, not JPEG, PNG or WebP" for name, kind in kinds.items()}
-
-
 def test_every_spelling_of_a_file_is_one_image(tmp_path):
     published.folder(tmp_path / "images", sidecars=False)
     accent = "caf\u00e9.jpg"

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from pyarrow import ipc, parquet
+from pyarrow import parquet
 
-from mvlm_dataloading import DataError
 from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.record import safe_key
 from support import published
@@ -41,13 +40,6 @@ def test_parquet_of_the_hub(tmp_path):
     assert safe_key("row 0") in found["train"]
 
 
-def test_another_split_is_another_data_set(tmp_path):
-    parquet.write_table(pyarrow.Table.from_pylist(published.hub_rows(2)), tmp_path / "rows.parquet")
-    build_source(huggingface(tmp_path / "rows.parquet", split="train"), tmp_path / "out")
-    with pytest.raises(DataError):
-        build_source(huggingface(tmp_path / "rows.parquet", split="test"), tmp_path / "out")
-
-
 def test_a_column_of_splits_decides_over_the_name_of_the_file(tmp_path):
     splits = ["train", "val", "test", "restval", None, ""]
     rows = [{**row, "split": split} for row, split in zip(published.hub_rows(6), splits, strict=True)]
@@ -58,16 +50,6 @@ def test_a_column_of_splits_decides_over_the_name_of_the_file(tmp_path):
         for split, numbers in (("train", (0, 3)), ("validation", (1,)), ("test", (2, 4, 5)))
     }
     assert [piece.split for piece in huggingface(file, split="train").pieces] == ["train"]
-
-
-def test_shares_divide_the_train_rows_of_a_column_of_splits(tmp_path):
-    rows = [{**row, "part": "dev" if i < 3 else "train"} for i, row in enumerate(published.hub_rows(40))]
-    file = write(tmp_path / "rows/0.parquet", rows)
-    source = huggingface(file, key_column="id", split_column="part", test=0.3)
-    found = {piece.split: [record.where for record in piece.records(1 << 20)] for piece in source.pieces}
-    assert found["validation"] == [f"0.parquet row {i}" for i in range(3)]
-    assert min(len(found["train"]), len(found["test"])) >= 4
-    assert sorted(found["train"] + found["test"]) == sorted(f"0.parquet row {i}" for i in range(3, 40))
 
 
 def test_any_word_of_a_file_or_folder_name_states_the_split(tmp_path):
@@ -86,22 +68,6 @@ def test_any_word_of_a_file_or_folder_name_states_the_split(tmp_path):
     write(tmp_path / "pets-test/0.parquet", published.hub_rows(1))  # the given folder states it too
     write(tmp_path / "pets-test/train.parquet", published.hub_rows(1))
     assert [piece.split for piece in huggingface(tmp_path / "pets-test").pieces] == ["test", "train"]
-
-
-@pytest.mark.parametrize("stored, split", [(None, "test"), ("train", "train")])
-def test_the_folder_of_save_to_disk_states_the_split_that_was_not_stored(tmp_path, stored, split):
-    """A column of splits is read there too."""
-    table = pyarrow.Table.from_pylist(
-        [{**row, "split": None if i else "val"} for i, row in enumerate(published.hub_rows(70))]
-    )
-    (tmp_path / "pets-test").mkdir()
-    with ipc.new_stream(tmp_path / "pets-test/data.arrow", table.schema) as stream:
-        stream.write_table(table)
-    state = {"_data_files": [{"filename": "data.arrow"}], "_split": stored}
-    published.write_json(tmp_path / "pets-test/state.json", state)
-    pieces = huggingface(tmp_path / "pets-test", key_column="id").pieces
-    counts = {piece.split: sum(1 for _ in piece.records(1 << 20)) for piece in pieces}
-    assert counts == {"validation": 1, split: 69}
 
 
 def test_rows_of_one_image_stay_in_one_split(tmp_path):

@@ -195,24 +195,6 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
                for shard in part["shards"])  # fmt: skip
 
 
-def test_views_seen_through_links(one, tmp_path):
-    """A link to a view, a view written and read through links, and a view of a linked source."""
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    make_view(tmp_path / "deep" / "er" / "view", [one], ViewOptions(match="number 3"))
-    for link, target in (("link", tmp_path / "deep/er/view"), ("folder", tmp_path / "deep/er"), ("source", one)):
-        (tmp_path / link).symlink_to(target)
-    assert keys_of(tmp_path / "link") == ["one003"]
-    sources = [tmp_path / "source", tmp_path / "link"]
-    make_view(tmp_path / "folder" / "second", sources, ViewOptions(match="number [34]"))
-    for folder in (tmp_path / "folder" / "second", tmp_path / "deep" / "er" / "second"):
-        assert keys_of(folder) == ["one003", "one004", "one003"]
-        assert open_dataset(folder, "train").captions(0) == published.captions(3)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "to-empty").symlink_to(tmp_path / "empty")
-    make_view(tmp_path / "to-empty", [one], ViewOptions(match="number 3"))
-    assert keys_of(tmp_path / "empty") == ["one003"]
-
-
 def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     sets = [
