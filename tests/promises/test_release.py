@@ -3,11 +3,8 @@
 `make lint-workflows` checks the workflows' syntax and their security.
 """
 
-import io
 import re
-import tarfile
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,6 @@ from support.release.versions import EXTRA, lowest_versions
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = PROJECT["version"]
-FILES = {"mvlm/cli.py", "kernels/mvlm_kernels/aot.py", "dataloading/mvlm_dataloading/batch.py"}
 
 
 def test_one_version_everywhere():
@@ -31,32 +27,6 @@ def test_one_version_everywhere():
     assert sections[0] == "Unreleased"
     assert sections[1] == f"{VERSION} - {citation['date-released']}"
     assert citation["version"] == VERSION
-
-
-def write_archive(path: Path, names: set[str]) -> Path:
-    """A wheel or an sdist of empty files."""
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path, "w") as wheel:
-            for name in [*names, "mvlm-1.dist-info/METADATA"]:
-                wheel.writestr(name, "")
-    else:
-        with tarfile.open(path, "w:gz") as sdist:
-            for name in [*names, "mvlm.egg-info/SOURCES.txt"]:
-                sdist.addfile(tarfile.TarInfo(f"mvlm-1/{name}"), io.BytesIO())
-    return path
-
-
-@pytest.mark.parametrize(
-    "name, faults, whole",
-    [
-        ("mvlm.whl", contents.wheel_faults, {"mvlm/cli.py", "mvlm_kernels/aot.py", "mvlm_dataloading/batch.py"}),
-        ("mvlm.tar.gz", contents.sdist_faults, FILES | contents.BESIDE),
-    ],
-)
-def test_a_distribution_holds_the_tracked_files_and_nothing_else(tmp_path: Path, name, faults, whole):
-    assert faults(write_archive(tmp_path / name, whole), FILES) == []
-    found = faults(write_archive(tmp_path / name, whole - {"mvlm/cli.py"} | {"data/a.tar"}), FILES)
-    assert found == [f"{name} lacks mvlm/cli.py", f"{name} holds data/a.tar, which is not wanted"]
 
 
 def test_a_tag_of_another_version_and_a_folder_without_distributions_are_refused(tmp_path: Path):

@@ -1,6 +1,5 @@
 """Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -45,24 +44,3 @@ def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode):
 
 def test_two_batches_give_the_bytes_of_a_large_one():
     assert traffic.extrapolated((110, 7), (120, 7), (1, 2)) == (110 + 255 * 10, 7)
-
-
-def test_cache_keeps_the_sectors_used_last_and_writes_back_what_was_written():
-    cache = traffic.Cache(3 * 32)
-    everything = np.ones(1, dtype=bool)
-
-    def access(sector: int, *, write: bool = False) -> int:
-        before = cache.bytes
-        cache.access(np.array([sector * 32 + 4]), everything, 4, write)
-        return cache.bytes - before
-
-    assert [access(s) for s in (1, 2, 1, 3)] == [32, 32, 0, 32]
-    assert access(4, write=True) == 0  # evicts 2, which nobody wrote; a store reads nothing
-    assert [access(s) for s in (1, 3, 4)] == [0, 0, 0]
-    assert [access(s) for s in (5, 6, 7)] == [32, 32, 64]  # the last one evicts 4
-    cache.access(np.array([94, 500]), np.array([True, False]), 4, False)
-    assert cache.bytes == 32 * 7 + 32 * 2  # across a border: two sectors; a masked lane: none
-    before = cache.bytes
-    access(9, write=True)
-    cache.flush()
-    assert cache.bytes == before + 32

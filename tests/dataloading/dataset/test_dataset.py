@@ -1,7 +1,6 @@
 """Random access to the samples of a split."""
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset
-from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import image_identity, image_name
 from mvlm_dataloading.randomness import text_hash
 from support.data import (
@@ -50,26 +48,6 @@ def test_image_id_comes_from_the_metadata_or_the_bytes(given):
     assert image_identity({"image_id": given}, lambda: b"image") == wanted
     assert (image_name({"image_id": given}) is None) == (given in (None, ""))
     assert image_identity({}, lambda: b"image") == text_hash(b"image")
-
-
-def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
-    """Its index selects and permutes samples of the same tar."""
-    whole = open_dataset(folder, "train")
-    (folder / "train.index").unlink()  # it belongs to another description
-    description = json.loads((folder / "dataset.json").read_text())
-    shards = description["splits"]["train"]["shards"]
-    lines = (folder / "train-000000.idx").read_text().splitlines()[1:]
-    prints = set()
-    for number, order in enumerate([[1, 0], [0, 1], [0], [1, 1]]):
-        (folder / f"view{number}.idx").write_text(format_index([lines[i] for i in order]))
-        shard = shards[0] | {"index": f"view{number}.idx", "samples": len(order)}
-        description["splits"]["train"] |= {"samples": len(order), "shards": [shard]}
-        (folder / "dataset.json").write_text(json.dumps(description))
-        view = open_dataset(folder, "train")
-        assert [view.keys[i] for i in range(len(view))] == [whole.keys[i] for i in order]
-        assert [view.image_bytes(i) for i in range(len(view))] == [whole.image_bytes(i) for i in order]
-        prints.add(view.fingerprint)
-    assert len(prints | {whole.fingerprint}) == 5
 
 
 def test_a_data_set_can_be_pickled(train_split, waves, tmp_path):

@@ -153,6 +153,22 @@ def test_odd_samples_and_empty_shards_are_packed():
     assert index.locate("tokens", 1) == (4096, 8)
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("jpg 1 2 a.jpg txt", "5 words in a line"),
+        ("jpg  1 2 a.jpg", "an empty word"),
+        ("jpg 1 2 a.jpg ", "an empty word"),
+        ("jpg -1 2 a.jpg", "'-1' for a number"),
+        ("jpg 1 0x2 a.jpg", "'0x2' for a number"),
+        ("jpg 1 12345678901234567890 a.jpg", "a number of 20 digits"),
+    ],
+)
+def test_malformed_index_lines_are_refused(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_index(f"v1.2 2\njpg 1 2 b.jpg\n{line}\n".encode())
+
+
 @pytest.mark.parametrize("place", ["513 2", "512 4294967295", f"{512 * 0xFFFFFFFF} 1"])
 def test_places_that_no_tar_has_are_refused(place):
     with pytest.raises(ValueError, match="the text of a sample at an offset or of a size that no tar has"):

@@ -4,7 +4,7 @@ import pytest
 
 from mvlm_dataloading.scenes.build import compose_split, metadata_of
 from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
-from mvlm_dataloading.scenes.vocabulary import NOUNS, SPLITS, plural, vocabulary, with_article
+from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
 from support.scene_oracle import PLAIN
 
 SCENE = {
@@ -75,17 +75,6 @@ def test_facts_of_a_scene() -> None:
         ("object", "dog"), ("count", "dog", 1),
         ("object", "heart"), ("colour", "heart", "red"), ("count", "red heart", 2),
     }  # fmt: skip
-
-
-def test_plurals_and_articles() -> None:
-    wanted = {
-        "fox": "foxes", "bus": "buses", "butterfly": "butterflies", "wolf": "wolves", "toy": "toys",
-        "red heart": "red hearts", "evergreen tree": "evergreen trees", "church": "churches",
-    }  # fmt: skip
-    assert {one: plural(one) for one in wanted} == wanted
-    assert with_article("owl") == "an owl"
-    assert with_article("unicorn") == "a unicorn"
-    assert len({plural(noun) for noun in NOUNS}) == len(set(NOUNS)) == len(NOUNS)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Reading annotation files."""
+"""Reading annotation files, names of splits, and keys."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from mvlm_dataloading import DataError
 from mvlm_dataloading.sources.files import files_under, read_json_list, read_rows
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.huggingface import huggingface
-from mvlm_dataloading.sources.record import safe_key
+from mvlm_dataloading.sources.record import canonical_split, safe_key
 from support import published
 from support.data import build_source
 
@@ -94,3 +94,13 @@ def test_tables_of_spreadsheets_are_read_by_their_header(tmp_path, caplog, name,
         f"{file} line 3: wanted UTF-8, found other bytes, as in a table that a spreadsheet saved in Latin-1; captions "
         "with such letters are rejected: save it as CSV UTF-8"
     ]
+
+
+def test_split_names_and_keys_are_canonical():
+    assert [canonical_split(name, "") for name in ("train", "VAL", " dev", "restval", "test")] == [
+        "train", "validation", "validation", "train", "test",
+    ]  # fmt: skip
+    assert safe_key("0001_a-b") == "0001_a-b"
+    names = ["a/b", "a.b", "a b", "ä", "猫", "", "x" * 81, "a_b.", "\udcff"]
+    assert len({safe_key(name) for name in names} | {"a_b"}) == len(names) + 1
+    assert max(len(safe_key(name)) for name in names) <= 80

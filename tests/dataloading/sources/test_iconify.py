@@ -132,12 +132,3 @@ def test_held_out_artists_are_never_trained_on(tmp_path: Path, prefix: str) -> N
     with pytest.raises(DataError, match=f"{prefix} is held out to measure transfer, and never trained on"):
         iconify(path)
     assert {split for split, _ in records(path, evaluation_only=True).values()} <= {"seen", "validation", "test"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("beside", [{"chars": {"1f408": "home"}, "info": INFO}, {"info": INFO | {"name": "Others"}}])
-def test_files_beside_a_collection_are_part_of_what_is_built(tmp_path: Path, beside: dict[str, Any]) -> None:
-    one = iconify(write(tmp_path / "one", chars={"1f415": "home"}, info=INFO))
-    assert iconify(write(tmp_path / "one", chars={"1f415": "home"}, info=INFO)).recipe == one.recipe
-    other = iconify(write(tmp_path / "two", **{"chars": {"1f415": "home"}} | beside))
-    assert other.recipe != one.recipe

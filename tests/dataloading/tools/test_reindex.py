@@ -19,9 +19,8 @@ from mvlm_dataloading import (
     open_dataset,
     rebuild_indices,
 )
-from mvlm_dataloading.tools.reindex import lists_samples_of
 from support import published
-from support.data import build_scripts, exchange_texts, keys_of, problems_of, write_tar
+from support.data import build_scripts, keys_of, problems_of, write_tar
 
 
 def test_the_indices_of_splits_are_written_from_dali_indices(tmp_path, monkeypatch):
@@ -97,24 +96,6 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
     assert keys_of(tmp_path / "view") == ["a%20name", "é"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
-
-
-def test_an_index_lists_samples_of_its_tars_whoever_made_it(tmp_path):
-    """Built, in place, and as a view that repeats samples. One that gives a sample another's captions does not."""
-    built, tars, view = build_scripts(tmp_path / "built"), tmp_path / "tars", tmp_path / "view"
-    foreign(tars)
-    rebuild_indices(tars)
-    make_view(view, [built, tars], ViewOptions(match="number|red|blanks"), weights=[2.5, 1])
-    shards = [
-        (tar, dataset.index, number)
-        for folder in (built, tars, view)
-        for dataset in [open_dataset(folder, "train")]
-        for number, tar in enumerate(dataset.tars)
-    ]
-    assert len(shards) == 3 + 1 + 4
-    assert all(lists_samples_of(*shard) for shard in shards)
-    exchange_texts(tars / "train.index")
-    assert not lists_samples_of(tars / "train-0.tar", open_dataset(tars, "train").index, 0)
 
 
 def test_a_sample_whose_captions_cannot_be_seen_is_left_out(tmp_path):
