@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-import torch._functorch.config as compiler
 
 from mvlm_benchmarks.clock import (
     CpuClock,
@@ -12,7 +11,6 @@ from mvlm_benchmarks.clock import (
     Refused,
     recording,
     require_own_timers,
-    torch_settings,
 )
 
 
@@ -66,12 +64,3 @@ def test_a_capture_that_failed_leaves_its_stream() -> None:
         torch.ones(3, device="cuda").tolist()  # a capture may not wait for the device
     assert torch.cuda.current_stream() == before
     assert torch.ones(3, device="cuda").tolist() == [1.0] * 3
-
-
-def test_torch_settings_are_restored() -> None:
-    precision, donated = torch.get_float32_matmul_precision(), compiler.donated_buffer
-    with torch_settings("cuda"):
-        assert torch.get_float32_matmul_precision() == "high"
-        assert compiler.donated_buffer is False
-    assert torch.get_float32_matmul_precision() == precision
-    assert compiler.donated_buffer == donated

@@ -5,19 +5,9 @@ import time
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from mvlm_benchmarks import budget, ceilings
 from mvlm_benchmarks.budget import Budget
-from mvlm_benchmarks.results import save_figure
-
-
-def test_equal_figures_give_equal_svg_files(tmp_path) -> None:
-    for name in ("a.svg", "b.svg"):
-        figure = Figure()
-        figure.subplots().plot([1, 2])
-        save_figure(figure, tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_no_case_starts_that_would_end_after_the_budget(monkeypatch) -> None:

@@ -70,13 +70,6 @@ def test_a_side_needs_more_than_a_quarter_of_the_image() -> None:
         assert is_true(("relation", "cat", "right", "dog"), scene) == holds
 
 
-def test_facts_of_a_scene() -> None:
-    assert scene_facts(SCENE["objects"]) == {
-        ("object", "dog"), ("count", "dog", 1),
-        ("object", "heart"), ("colour", "heart", "red"), ("count", "red heart", 2),
-    }  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_of_scenes_state_true_facts_and_all_of_them(split: str) -> None:

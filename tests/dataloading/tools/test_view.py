@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mvlm_dataloading import BuildOptions, DataError, Loader, ViewOptions, build_shards, make_view, open_dataset
+from mvlm_dataloading import BuildOptions, DataError, ViewOptions, build_shards, make_view, open_dataset
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import keys_of
@@ -155,21 +155,6 @@ def test_questions_about_one_image_are_no_duplicates(tmp_path):
                 DataError, match="duplicates: wanted data sets with a sample per image, got one of quest"
             ):
                 make_view(tmp_path / "view", [source], ViewOptions(duplicates=choice))
-
-
-def test_the_loader_reads_a_view(one, two, tmp_path, tokenizer):
-    make_view(tmp_path / "view", [one, two], ViewOptions(match="[05]$"), weights=[1, 2])
-    dataset = open_dataset(tmp_path / "view", "train")
-    # The images of a view in one's order: `two` has each twice.
-    assert dataset.keys.tolist() == named("one", [0, 5, 10, 15]) + named("two", [100, 100, 105, 105])
-    loader = Loader(dataset, tokenizer, batch_size=4, image_size=32, text_length=8, seed=0, train=False)
-    plain = Loader(
-        open_dataset(one, "train"), tokenizer, batch_size=20, image_size=32, text_length=8, seed=0, train=False
-    )
-    ((whole, _),) = list(plain)
-    batches = [batch for batch, _ in loader]
-    assert (batches[0].images.numpy() == whole.images.numpy()[[0, 5, 10, 15]]).all()
-    assert batches[1].image_id[0] == batches[1].image_id[1] != batches[1].image_id[2]
 
 
 def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
