@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvlm.config.pretrain import PretrainConfig
-from support.faults.forked_runs import MODEL
+from support.faults.campaign import MODEL
 from support.models import pretrain_config
 
 

@@ -26,8 +26,7 @@ sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order
 from mvlm.runs.checkpoint import checkpoints
 from mvlm_dataloading.files import write_json
 from support.faults import injections
-from support.faults.campaign import Campaign, Failed, end_of_log, file_bytes, require, require_log
-from support.faults.forked_runs import STEPS
+from support.faults.campaign import STEPS, Campaign, Failed, end_of_log, file_bytes, require, require_log
 
 # One function a kind of fault. Each does one trial in the folder `out`, draws its random choices from `draw`, and
 # returns the place of the fault.

@@ -28,8 +28,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
 from mvlm.runs.folder import read_metrics
 from support.faults import injections
-from support.faults.campaign import Campaign, Failed, end_of_log, file_bytes, require, require_log
-from support.faults.forked_runs import MODEL, STEPS
+from support.faults.campaign import MODEL, STEPS, Campaign, Failed, end_of_log, file_bytes, require, require_log
 from support.faults.forks import wait
 from support.folders import LOSSES
 

@@ -25,7 +25,7 @@ sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order
 
 from mvlm.runs.folder import read_metrics
 from mvlm_dataloading.files import write_json
-from support.faults.forked_runs import run_config, start
+from support.faults.campaign import run_config, start
 from support.faults.forks import wait
 from support.shapes import copy_shapes
 
