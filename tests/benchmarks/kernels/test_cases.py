@@ -1,17 +1,18 @@
-"""The cases: minimum bytes by hand, and inputs that two processes share."""
+"""The cases: minimum bytes by hand, peers that compute them, and inputs that two processes share."""
 
 import pytest
 import torch
 
 from mvlm_benchmarks.gpu.variants import launches_of
 from mvlm_benchmarks.kernels.cases import cases, small_cases
+from mvlm_benchmarks.kernels.compare import prepare
 from mvlm_benchmarks.kernels.measure import LocalContender
-from mvlm_benchmarks.kernels.peers import ours
+from mvlm_benchmarks.kernels.peers import PEERS, ours
 from mvlm_benchmarks.kernels.reference import PASSES, CaseData, passes_of
 from support.benchmarks import FakeClock
 
 BF16, FP32 = torch.bfloat16, torch.float32
-SMALL = cases(1, FP32)
+SMALL, TWO = cases(1, FP32), cases(2, FP32)
 
 
 def test_bytes_match_a_count_by_hand() -> None:
@@ -43,6 +44,16 @@ def test_our_ops_pass_their_check(case) -> None:
     assert {o.status for o in outcomes.values()} == {"ok"}, outcomes
     assert tuple(outcomes) == passes_of(case) == (PASSES if data.sets[0].leaves else PASSES[:1])
     assert not data.restore()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eager", "gather-first", "sdpa-math", "sdpa-flash"])
+@pytest.mark.parametrize("case", TWO, ids=lambda case: f"{case.op} {case.shape}")
+def test_torch_peer_computes_the_op(name, case) -> None:
+    (peer,) = (peer for peer in PEERS if peer.name == name)
+    if case.op in peer.builders:
+        found = prepare(peer, CaseData.make(case, "cpu"), FakeClock()).outcomes
+        assert {outcome.status for outcome in found.values()} == {"ok"}
 
 
 def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:

@@ -76,13 +76,6 @@ def test_check_tells_of_samples_of_other_tools_what_a_build_would_not_write(tmp_
     assert all(part in problem for part, problem in zip(wanted, problems, strict=True))
 
 
-def test_check_counts_transparent_images_of_tars_in_place(tmp_path):
-    clear, opaque = (published.encoded(Image.new("RGBA", (32, 32), (9, 9, 9, a)), "PNG") for a in (0, 255))
-    write_tar(tmp_path / "train-0.tar", [("a.png", clear), ("a.txt", b"a"), ("b.png", opaque), ("b.txt", b"b")])
-    rebuild_indices(tmp_path)
-    assert check_shards(tmp_path, workers=0)["train"].transparent == 1
-
-
 @pytest.mark.parametrize(
     "metadata, good",
     [(b"[" * 100_000, False), (b'{"a": ' + b"9" * 5000 + b"}", False), (b'{"image_id": "\\ud800"}', True)],
