@@ -140,32 +140,9 @@ def data_holds(names: dict[str, Any]) -> None:
     assert named == {name for name in COMMANDS if name.startswith("data ")} - packaged
 
 
-def guide_holds(names: dict[str, Any]) -> None:
-    assert names["model"].network.training is False
-    with Image.open("rebuilt.png") as rebuilt:
-        assert rebuilt.size == (4 * 64, 64)
-
-
-def python_holds(names: dict[str, Any]) -> None:
-    assert (names["images"].shape, names["gallery"].shape) == ((2, 8), (8, 8))
-    assert sorted(names["ranking"].order.tolist()) == [0, 1]
-    assert names["classes"].probability.sum(1).tolist() == pytest.approx([1, 1])
-    assert len(names["filled"].guesses[0]) == 3
-    assert names["found"].words == ["[CLS]", "a", "red", "cat"]
-    assert names["network"] is names["model"].network
-
-
 def changed_methods_hold(names: dict[str, Any]) -> None:
     assert names["masked"] == [11, 17, 23]  # of 36 patches
     assert names["words"].head.weight.grad.any()
-
-
-def own_masks_hold(names: dict[str, Any]) -> None:
-    masks, trained = names["masks"], load_model("own", "cpu")
-    assert masks.patch_ids.shape == masks.patch_weights.shape == (8, 144)
-    assert masks.token_weights.shape == masks.token_ids.shape
-    assert trained.network.config == names["config"]
-    assert trained.tokenizer.fingerprint == names["tokenizer"].fingerprint
 
 
 def labels_hold(names: dict[str, Any]) -> None:
@@ -181,14 +158,6 @@ def search_holds(names: dict[str, Any]) -> None:
     assert names["gallery"].shape == (8, 8)
     best = names["similarity"].argmax(dim=1).tolist()
     assert [found[0] for found in names["found"]] == best
-
-
-def first_steps_hold(names: dict[str, Any]) -> None:
-    assert (names["gallery"].shape, names["features"].shape) == ((8, 8), (1, 8))
-    assert sorted(names["ranking"].order.tolist()) == list(range(8))
-    assert set(names["classes"].best) <= {"heart", "animal", "vehicle"}
-    assert names["rebuilt"].hidden.sum() == 8  # of 16 patches
-    assert names["found"].words[0] == "[CLS]"
 
 
 class Page(NamedTuple):
@@ -211,13 +180,12 @@ LOADED = re.findall(r"^    (image_encoder: .*)$", (ROOT / "docs/guides/weights.m
 PAGES = [
     Page("README.md", demo, leaves="embedded/embedding.json",
          prints=r"\['.*', '.*', '.*'\]\n.* of Burundi\n(.*\n)*.*CPU"),
-    Page("docs/start/first_run.md", shapes, holds=guide_holds,
+    Page("docs/start/first_run.md", shapes,
          leaves="runs/guide/eval/test.json runs/guide/report.html"),
     Page("docs/guides/training.md", shapes, extended=True,
          leaves="runs/mine/compare.html runs/again/metrics.jsonl portable/model.safetensors"),
     Page("docs/guides/data.md", downloads, prints=r"torch.Size\(\[4, 3, 224, 224\]\)", holds=data_holds),
-    Page("docs/guides/python.md", demo, leaves="words.png rebuilt.png demo-model/tokenizer.json",
-         holds=python_holds),
+    Page("docs/guides/python.md", demo, leaves="words.png rebuilt.png demo-model/tokenizer.json"),
     Page("docs/guides/change_the_method.md", demo, holds=changed_methods_hold),
     Page("docs/guides/search.md", demo, needs="lancedb", leaves="embedded/embedding.json cats.html cats.json"),
     Page("docs/guides/tasks.md", demo),
@@ -236,14 +204,14 @@ PAGES = [
     Page("examples/training_loop.py", demo, "--steps 12 --batch-size 8 --width 32", prints=LOSSES,
          holds=lambda names: sum(names["history"][-3:]) < sum(names["history"][:3])),
     Page("examples/training_loop.py", other_masks, "--steps 1 --batch-size 8 --width 32 --out own",
-         holds=own_masks_hold),
+         holds=lambda names: load_model("own", "cpu").network.config == names["config"]),
     Page("examples/pretrain_a_folder.py", demo, f"pictures mine {FEW} --workers 0", leaves="mine/run/metrics.jsonl",
          prints=PRETRAINED, holds=lambda names: 20 <= len(open_dataset("mine/data", "train")) < 32),
     Page("examples/finetune_labels.py", demo, f"--label base {FEW}", holds=labels_hold,
          prints=r"accuracy \d+\.\d % \((.*\n)*.*25\.0 %\n$"),
     Page("examples/embed_and_search.py", demo, "'red top left' blue --top 3", holds=search_holds,
          prints=r"^red top left: .*\n  by ITM: .*\nblue: "),
-    Page("notebooks/first_steps.ipynb", notebooks, holds=first_steps_hold),
+    Page("notebooks/first_steps.ipynb", notebooks, holds=lambda names: names["rebuilt"].hidden.sum() == 8),  # of 16 patches
     Page("notebooks/your_own_model.ipynb",
          holds=lambda names: max(names["differences"]) < 1e-4 and names["right"] < 0.5 * names["wrong"]),
 ]  # fmt: skip

@@ -65,36 +65,6 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, 
         path.unlink()
 
 
-@pytest.mark.parametrize("name", ["dataset.json", "train.index", "train-000001.idx", "train-000001.tar"])
-def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(served, web, data_cache, name):
-    """No error of the protocol tells of it. It happens three times, and then always."""
-    left = ["length"] * 3
-
-    def choose(method: str, path: str) -> str | None:
-        return left.pop() if left and path == f"/{name}" else None
-
-    with serve_faulty(web, choose) as (url, happened):
-
-        def fetch_all() -> Path:
-            cached = RemoteCache(url, data_cache, 1 << 30)
-            cached.register_shards(shards_of(served))
-            cached.fetch_split_index("train.index")
-            for shard in shards_of(served):
-                cached.fetch_dali_index(shard)
-            cached.fetch([1])
-            cached.release_except([])
-            return cached.folder
-
-        fetched = fetch_all()
-        assert happened == {"length": 3}
-        assert (fetched / name).read_bytes() == (served / name).read_bytes()
-        for path in fetched.iterdir():
-            path.unlink()
-        left[:] = ["length"] * 4
-        with pytest.raises(DataError, match=rf"{url}/{name}: wanted to .* found that 4 attempts failed: "):
-            fetch_all()
-
-
 @pytest.mark.parametrize(
     "own, message", [({}, "tar: .*, not a file inside"), ({"index": "train-000000.idx"}, "wanted shards inside")]
 )
