@@ -211,7 +211,8 @@ PAGES = [
          prints=r"accuracy \d+\.\d % \((.*\n)*.*25\.0 %\n$"),
     Page("examples/embed_and_search.py", demo, "'red top left' blue --top 3", holds=search_holds,
          prints=r"^red top left: .*\n  by ITM: .*\nblue: "),
-    Page("notebooks/first_steps.ipynb", notebooks, holds=lambda names: names["rebuilt"].hidden.sum() == 8),  # of 16 patches
+    Page("notebooks/first_steps.ipynb", notebooks,
+         holds=lambda names: names["rebuilt"].hidden.sum() == 8),  # of 16 patches
     Page("notebooks/your_own_model.ipynb",
          holds=lambda names: max(names["differences"]) < 1e-4 and names["right"] < 0.5 * names["wrong"]),
 ]  # fmt: skip

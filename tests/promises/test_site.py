@@ -5,7 +5,6 @@
 
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -85,29 +84,6 @@ def site_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SITE))
     for name in ("site_pages", "check_site"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("site_folder")
-def test_commands_and_settings_are_made_from_the_code() -> None:
-    import site_pages
-
-    from mvlm.cli import COMMANDS
-    from mvlm.config.finetune import FinetuneConfig
-    from mvlm.config.model import MaskVLMConfig
-    from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
-
-    commands = site_pages.commands()
-    listed = [*COMMANDS, *(f"bench {name}" for name in BENCHMARKS)]
-    assert re.findall(r"^## mvlm (.*)$", commands, re.MULTILINE) == listed
-    settings = site_pages.configuration()
-    for name in [field.name for field in fields(FinetuneConfig) if field.name != "model"]:
-        assert f"| `--{name.replace('_', '-')}`, " in settings or f"| `{name}`, " in settings
-    for field in fields(MaskVLMConfig):
-        flag = f"| `--model.{field.name.replace('_', '-')}`, "
-        assert flag in settings or f"| `model.{field.name}`, " in settings
-    assert "<!-- generated: commands -->" in (ROOT / "docs/reference/commands.md").read_text()
-    assert "<!-- generated: configuration -->" in (ROOT / "docs/reference/configuration.md").read_text()
 
 
 PAGE = "<html lang=en><title>t</title><body><h1 id=top>T</h1>{}</body></html>"
