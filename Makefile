@@ -336,7 +336,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
 
-## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU
+## aot             compile every kernel for sm_80, 86, 89, 90, 100 and 120 with both Tritons, without a GPU
 aot: $(TRITONS:%=build/triton-%/.installed)
 	for version in $(TRITONS); do \
 	    build/triton-$$version/bin/python -m mvlm_kernels.aot --jobs $$(nproc) \

@@ -1,4 +1,4 @@
-"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU, and print the cost of the machine code.
+"""Compile every kernel for six architectures without a GPU, and print the cost of the machine code.
 
     python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
@@ -27,9 +27,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +43,10 @@ import torch
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.aot_cases import CASES
+from mvlm_kernels.hardware import MULTIPROCESSORS, blocks, multiprocessor
 
-ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+ARCHS = {f"sm_{arch}": arch for arch in MULTIPROCESSORS}
 """NVIDIA targets, and their compute capability as an int."""
-# Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 MULTIPLYING = ("cross_attention",)
 # Kernels of attention without a matrix product: they sum partial results.
 WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine")
@@ -56,7 +56,7 @@ _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 
 def capability_of(arch: str) -> int:
     """Compute capability of an NVIDIA GPU as an int, such as 89 of "sm_89"."""
-    return ARCHS.get(arch) or int(arch.removeprefix("sm_"))
+    return int(arch.removeprefix("sm_"))
 
 
 @functools.cache
@@ -99,6 +99,30 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
     return compiled
 
 
+def compile_all(launches: Sequence["Launch"], arch: str, jobs: int) -> list[str]:
+    """Compile kernels in `jobs` processes, into the cache where launches on that GPU find them. Returns the failures.
+
+    The processes are forked, so this one must not have used a GPU.
+    """
+    global _waiting
+    _waiting = launches, arch
+    with ProcessPoolExecutor(max(1, min(jobs, len(launches))), mp_context=get_context("fork")) as pool:
+        return [failure for failure in pool.map(_compile_one, range(len(launches))) if failure]
+
+
+_waiting: tuple[Sequence["Launch"], str] = (), ""
+
+
+def _compile_one(number: int) -> str:
+    launches, arch = _waiting
+    _, kernel, args, meta, _ = launches[number]
+    try:
+        compile_launch(kernel, args, meta, arch)
+    except Exception as error:
+        return f"{kernel.__name__}: {type(error).__name__}: {error}".split("\n")[0]
+    return ""
+
+
 def _tool(name: str) -> str:
     import triton
 
@@ -113,28 +137,6 @@ def usage(cubin: bytes) -> dict[str, int]:
             [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-
-
-def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
-    """Blocks that one multiprocessor holds at once, at most.
-
-    By 65,536 registers, given out to warps in units of 256; by warps and blocks; and by shared memory, of which the
-    system keeps 1 KiB a block: CUDA C++ programming guide, technical specifications per compute capability.
-    """
-    most_warps, most_blocks, kilobytes = _OF_A_MULTIPROCESSOR.get(arch, _OF_A_MULTIPROCESSOR["sm_86"])
-    of_a_warp = -(-registers * 32 // 256) * 256
-    return min(65536 // (of_a_warp * warps), most_warps // warps, most_blocks, kilobytes * 1024 // (shared + 1024))
-
-
-_OF_A_MULTIPROCESSOR = {
-    "sm_80": (64, 32, 164),
-    "sm_86": (48, 16, 100),
-    "sm_89": (48, 24, 100),
-    "sm_90": (64, 32, 228),
-    "sm_100": (64, 32, 228),
-    "sm_120": (48, 24, 100),
-}
-"""Most warps and blocks, and KiB of shared memory, of a multiprocessor. Others get the smallest."""
 
 
 def spill_bytes(ptx: str, arch: str) -> int:
@@ -210,7 +212,7 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
         "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
         "stack": used["STACK"],
         "shared": compiled.metadata.shared,
-        "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
+        "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, capability_of(arch)),
         "matrix_instruction": "+".join(sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))),
     }
 
@@ -234,8 +236,9 @@ def find_problems(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None
         name = f"{r['op']} {r['kernel']} {r['case']} {r['arch']}"
         if r["spill_bytes"]:
             found.append(f"{name}: spills {r['spill_bytes']} bytes")
-        if r["shared"] > SHARED_LIMIT[r["arch"]]:
-            found.append(f"{name}: {r['shared']} bytes of shared memory, limit {SHARED_LIMIT[r['arch']]}")
+        most = 1024 * multiprocessor(capability_of(r["arch"])).shared_of_block
+        if r["shared"] > most:
+            found.append(f"{name}: {r['shared']} bytes of shared memory, limit {most}")
         multiplies = r["op"] in MULTIPLYING and r["kernel"] not in WITHOUT_PRODUCTS
         if multiplies and not r["matrix_instruction"]:
             found.append(f"{name}: no tensor-core instruction")

@@ -21,6 +21,7 @@ from mvlm_kernels.gather_patches.triton import gather_patches
 from mvlm_kernels.gelu_linear.triton import gelu, gelu_backward
 from mvlm_kernels.pixel_loss.triton import masked_pixel_loss, masked_pixel_loss_backward
 from mvlm_kernels.place_tokens.triton import place_tokens, place_tokens_backward
+from mvlm_kernels.split_linear.triton import stack_rows
 
 Cases = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -221,6 +222,14 @@ def gelu_linear_cases() -> Cases:
     yield "fp32/3072/fp32-bias", partial(both, 3072, torch.float32, torch.float32)
 
 
+def split_linear_cases() -> Cases:
+    """Gradients of queries, keys and values, and of keys and values alone."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for count in (2, 3):
+            parts = [torch.empty(64 * 197, 768, dtype=dtype, device="meta")] * count
+            yield f"{name}/768/{count}", partial(stack_rows, *parts)
+
+
 CASES: dict[str, Callable[[], Cases]] = {
     "cross_attention": cross_attention_cases,
     "gather_patches": gather_patches_cases,
@@ -228,5 +237,6 @@ CASES: dict[str, Callable[[], Cases]] = {
     "place_tokens": place_tokens_cases,
     "add_layer_norm": add_layer_norm_cases,
     "gelu_linear": gelu_linear_cases,
+    "split_linear": split_linear_cases,
 }
 """By op, in the order of the table."""

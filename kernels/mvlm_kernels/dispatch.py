@@ -8,19 +8,23 @@ CPU tensors can take Triton only in a process started with ``TRITON_INTERPRET=1`
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
 
 Op = TypeVar("Op", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 Backend = Literal["triton", "torch"]
 Refusal = NewType("Refusal", str)
@@ -198,6 +202,49 @@ def choose(reasons: Sequence[Refusal]) -> Backend:
     return "torch" if reasons else "triton"
 
 
+_without_resources: dict[tuple[Any, ...], Refusal] = {}
+
+
+def without_resources(*kind: Any) -> tuple[Refusal, ...]:
+    """The reason against Triton of a kind of call for which this GPU has too little shared memory or registers.
+
+    It is known after the first such call. kind: what that call gave to :func:`run_kernels`.
+    """
+    return (_without_resources[kind],) if kind in _without_resources else ()
+
+
+def run_kernels(kind: tuple[Any, ...], by_triton: Callable[[], Result], by_torch: Callable[[], Result]) -> Result:
+    """Result of the kernels; of torch if Triton cannot launch one for lack of resources, now and for later calls.
+
+    kind: the op, the device, and what else decides about the tiles. Under ``use_backend("triton")`` Triton's error is
+    raised.
+    """
+    try:
+        return by_triton()
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources" or _forced == "triton":
+            raise
+        said = str(error).split("\n")[0]
+        _without_resources[kind] = refusal(f"a kernel does not fit this GPU: {said}", "torch runs; use smaller shapes")
+        warnings.warn(f"{kind[0]}: {_without_resources[kind]}", RuntimeWarning, stacklevel=2)
+    return by_torch()
+
+
+def run(reference: ModuleType, function: str, reasons: Sequence[Refusal], *args: Any) -> Any:
+    """Call a function of an op's reference, or of the module ``triton`` beside it, which has the same functions."""
+    by_torch = getattr(reference, function)
+    if choose(reasons) == "torch":
+        return by_torch(*args)
+    op, device = reference.__name__.split(".")[-2], args[0].device
+    kernels = importlib.import_module(f"mvlm_kernels.{op}.triton")
+    return run_kernels((op, device), lambda: getattr(kernels, function)(*args), lambda: by_torch(*args))
+
+
+def reasons_for(op: str, device: torch.device) -> tuple[Refusal, ...]:
+    """Reasons against Triton that hold for all calls of an op on a device."""
+    return device_reasons(device) + without_resources(op, device)
+
+
 def refuse_if_forced(reason: Refusal) -> None:
     """Raise RuntimeError with the reason if ``use_backend("triton")`` is in force. For calls that have no kernel."""
     if _forced == "triton":
@@ -342,7 +389,7 @@ def multiprocessors(device: torch.device) -> int:
     It is 0 for a CPU, because no grid is too small for the interpreter: launchers then split no work.
     """
     if _recorded_arch is not None:
-        return {80: 108, 90: 132, 100: 148}.get(_recorded_arch, 64)
+        return {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}.get(_recorded_arch, 64)
     return _device_multiprocessors(device.index) if device.type == "cuda" else 0
 
 

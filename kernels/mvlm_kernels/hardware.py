@@ -1,7 +1,8 @@
-"""Peak rates of NVIDIA data-centre GPUs, from their data sheets."""
+"""Peak rates of NVIDIA data-centre GPUs, from their data sheets, and what a multiprocessor holds."""
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,39 @@ def peak_rates(device_name: str) -> Gpu | None:
         return None
     found = re.search(rf"\b({'|'.join(GPUS)})\b", device_name)
     return GPUS[found.group(1)] if found else None
+
+
+class Multiprocessor(NamedTuple):
+    """What one holds at once: most warps, most blocks, and KiB of shared memory for all of them and for one."""
+
+    warps: int
+    blocks: int
+    shared: int
+    shared_of_block: int
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164, 163),
+    86: Multiprocessor(48, 16, 100, 99),
+    89: Multiprocessor(48, 24, 100, 99),
+    90: Multiprocessor(64, 32, 228, 227),
+    100: Multiprocessor(64, 32, 228, 227),
+    120: Multiprocessor(48, 24, 100, 99),
+}
+"""By compute capability: CUDA C++ programming guide, technical specifications. Others get the smallest."""
+
+
+def multiprocessor(arch: int) -> Multiprocessor:
+    """That of a compute capability such as 90."""
+    return MULTIPROCESSORS.get(arch, MULTIPROCESSORS[86])
+
+
+def blocks(registers: int, warps: int, shared: int, arch: int) -> int:
+    """Blocks that one multiprocessor holds at once, at most.
+
+    By 65,536 registers, given out to warps in units of 256; by warps and blocks; and by shared memory, of which the
+    system keeps 1 KiB a block. registers: of a thread. shared: bytes of a block.
+    """
+    most = multiprocessor(arch)
+    of_a_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (of_a_warp * warps), most.warps // warps, most.blocks, most.shared * 1024 // (shared + 1024))

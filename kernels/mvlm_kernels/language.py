@@ -21,6 +21,7 @@ from triton import knobs
 from mvlm_kernels import dispatch
 from mvlm_kernels.arguments import compute_dtype
 from mvlm_kernels.dispatch import ceil_div, power_of_two
+from mvlm_kernels.hardware import blocks
 
 # Triton decides between interpreter and compiler when a kernel is decorated. This constant is read at the same time.
 INTERPRETING: bool = bool(knobs.runtime.interpret)
@@ -79,7 +80,21 @@ def accumulator(*dtypes: torch.dtype) -> tl.dtype:
     return tl.float64 if compute_dtype(*dtypes) == torch.float64 else tl.float32
 
 
-@triton.jit
+def walking(
+    kernel: Any, device: torch.device, rows: int, slices: int = 1, **options: Any
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid (programs along rows, slices) of a kernel whose programs walk over tiles of BLOCK_R rows, and its options.
+
+    As many programs as run at once, at most one a tile. `maxnreg` of the options is the limit of registers that decides
+    how many a multiprocessor holds. The interpreter takes the multiprocessors of an H100.
+    """
+    options = dispatch.overridden(kernel.__name__, options)
+    held = blocks(options["maxnreg"] or 255, options["num_warps"], 0, dispatch.arch(device))
+    programs = max(1, held * (dispatch.multiprocessors(device) or 132) // slices)
+    return (min(ceil_div(rows, options["BLOCK_R"]), programs), slices), options
+
+
+@triton.jit(do_not_specialize=["N"])
 def column_sum_kernel(
     x_ptr, out_ptr, N, C, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip

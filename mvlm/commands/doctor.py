@@ -16,6 +16,7 @@ def doctor(
     task: str = "",
     checkpoint: Path | None = None,
     image_size: int | None = None,
+    warm: bool = False,
 ) -> None:
     """Check this machine: packages, devices, backends, disk. With --data also shards, memory and training speed.
 
@@ -30,10 +31,11 @@ def doctor(
         task: Task of a trial of fine-tuning from --checkpoint, instead of pretraining.
         checkpoint: Pretrained model for the trial of fine-tuning.
         image_size: Side of the images for the trial of fine-tuning. Default: as trained.
+        warm: Compile the kernels of the preset's steps for this GPU, by 12 processes, into Triton's cache.
     """
     from dataclasses import replace
 
-    from mvlm.commands.machine_check import examine
+    from mvlm.commands.machine_check import examine, warm_up
     from mvlm.config.pretrain import PretrainConfig
     from mvlm.config.recipes import finetune_defaults
     from mvlm.device import choose_device
@@ -58,7 +60,8 @@ def doctor(
         batch = run.batch_size if batch_size is None else batch_size
         run = replace(run, device=device, batch_size=batch, eval_every_steps=0)
     states = []
-    for finding in examine(preset, run, out, choose_device(device)):
+    chosen = choose_device(device)
+    for finding in (*([warm_up(preset, chosen)] if warm else []), *examine(preset, run, out, chosen)):
         states.append(finding.state)
         print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
     if "red" in states:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -61,6 +63,17 @@ def examine(preset: str, run: RunConfig | None, out: Path, device: torch.device)
         if not is_out_of_memory(error):
             raise
         yield Finding("red", "memory", f"a batch of {run.batch_size} does not fit; lower --batch-size")
+
+
+def warm_up(preset: str, device: torch.device) -> Finding:
+    """Compile the kernels of a step in processes of their own; red if one fails."""
+    if device.type != "cuda":
+        return Finding("amber", "kernels", "not compiled: there is no GPU, and a CPU runs torch")
+    major, minor = torch.cuda.get_device_capability(device)
+    command = [sys.executable, "-m", "mvlm.costs.step_kernels", "--preset", preset, "--arch", f"sm_{major}{minor}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    said = (done.stdout or done.stderr).strip().splitlines() or ["no output"]
+    return Finding("red", "kernels", said[0]) if done.returncode else Finding("green", "kernels", said[-1])
 
 
 def versions() -> Finding:

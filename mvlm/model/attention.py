@@ -21,6 +21,7 @@ from mvlm.model.packing import Packing
 from mvlm.objectives.losses import at_least_float32
 from mvlm_kernels import add_layer_norm, gelu_linear
 from mvlm_kernels.cross_attention import attend_heads
+from mvlm_kernels.split_linear import split_linear
 
 
 class Residual(NamedTuple):
@@ -122,12 +123,12 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., C) -> queries, keys and values (..., H, D), by one matrix product."""
-        q, k, v = self._project(x, (self.query, self.key, self.value)).unbind(-3)
+        q, k, v = self._project(x, (self.query, self.key, self.value))
         return q, k, v
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> keys and values (..., H, D), by one matrix product."""
-        k, v = self._project(x, (self.key, self.value)).unbind(-3)
+        k, v = self._project(x, (self.key, self.value))
         return k, v
 
     def queries(self, x: Tensor) -> Tensor:
@@ -138,13 +139,17 @@ class Attention(nn.Module):
         """Output projection: heads (..., H, D) -> (..., C)."""
         return project(self.out, heads.flatten(-2))
 
-    def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
-        """(..., C) -> (..., len(layers), H, D), by one matrix product."""
+    def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
+        """(..., C) -> (..., H, D) of each layer, by one matrix product."""
         # One wide product in place of two or three narrow ones; the concatenation copies only weights.
         dtype = compute_dtype(x)
         weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
         bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
-        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
+        if adds_bias_later(x.device):
+            with torch.autocast(x.device.type, enabled=False):
+                parts = split_linear(x.to(dtype), weight, bias, len(layers))
+            return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
+        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1)).unbind(-3)
 
     def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Branch:
         """Attention of each sequence's first row to all of its rows, projected, without keys and values.

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from mvlm_kernels.hardware import blocks
+
 pytestmark = pytest.mark.slow
 TRITON = ".".join(version("triton").split(".")[:2])
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / f"aot-{TRITON}.json"
@@ -23,6 +25,10 @@ SLICE = (
     r"cross_attention/(bfloat16/64/32/(index|splits)|float16/128/128/lengths)$|"
     r"gather_patches/(bf16/p16|uint8-bf16/p14)$|place_tokens/bf16/(visible|both/fp32-parameters)$"
 )
+
+
+# Each family of matrix instructions; sm_120 has the least shared memory.
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 SERVER = """
@@ -63,6 +69,7 @@ def call() -> Iterator[Callable[..., Any]]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     file = tmp_path_factory.mktemp("aot") / "rows.json"
     command = [sys.executable, "-m", "mvlm_kernels.aot", "--select", SLICE, "--json", str(file)]
+    command += [word for arch in ARCHS for word in ("--arch", arch)]
     if TABLE.exists():
         command += ["--against", str(TABLE)]
     done = subprocess.run(
@@ -79,7 +86,7 @@ def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, A
         "short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_combine",
         "short_q_backward_dq", "long_kv_backward",
     )  # fmt: skip
-    assert attention == {(k, a) for k in (*kernels, "sum_splits") for a in ("sm_80", "sm_90", "sm_100")}
+    assert attention == {(k, a) for k in (*kernels, "sum_splits") for a in ARCHS}
 
 
 @pytest.mark.extended
@@ -107,22 +114,21 @@ for launch in aot.recorded("cross_attention", "sm_90", "float32/64/32/lengths"):
     assert sorted(done.stdout.splitlines()) == sorted(f"{name} True True" for name in families)
 
 
-def test_blocks_of_a_multiprocessor_follow_from_its_resources(call):
+def test_blocks_of_a_multiprocessor_follow_from_its_resources():
     """By hand: 128 registers of 4 warps are a quarter of 64 K; 130 round up to 136; 2 of 100 KiB fit into 228."""
     cases = [
-        (128, 4, 0, "sm_90"),
-        (130, 4, 0, "sm_90"),
-        (32, 8, 0, "sm_90"),
-        (32, 1, 0, "sm_90"),
-        (32, 4, 102400, "sm_90"),
-        (32, 4, 102400, "sm_80"),
-        (32, 4, 0, "sm_86"),
-        (32, 1, 0, "sm_89"),
-        (32, 1, 20480, "sm_120"),
-        (32, 1, 0, "sm_75"),
+        (128, 4, 0, 90),
+        (130, 4, 0, 90),
+        (32, 8, 0, 90),
+        (32, 1, 0, 90),
+        (32, 4, 102400, 90),
+        (32, 4, 102400, 80),
+        (32, 4, 0, 86),
+        (32, 1, 0, 89),
+        (32, 1, 20480, 120),
+        (32, 1, 0, 75),
     ]
-    found = [call("mvlm_kernels.aot", "blocks", *case) for case in cases]
-    assert found == [4, 3, 8, 32, 2, 1, 12, 24, 4, 16]
+    assert [blocks(*case) for case in cases] == [4, 3, 8, 32, 2, 1, 12, 24, 4, 16]
 
 
 def test_problems_of_compiled_kernels_are_named(call):

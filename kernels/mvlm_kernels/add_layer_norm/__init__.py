@@ -52,7 +52,7 @@ def _check(
 
 def _reasons(x: Tensor) -> tuple[Refusal, ...]:
     """Every reason against the kernels."""
-    found = dispatch.device_reasons(x.device)
+    found = dispatch.reasons_for("add_layer_norm", x.device)
     if x.shape[-1] > WIDEST:
         reason = f"a row has {x.shape[-1]} values, the kernels hold at most {WIDEST} in registers"
         found = (*found, refusal(reason, "torch runs; use rows of at most that width"))
@@ -108,16 +108,9 @@ def add_layer_norm(
     return (x if y is None else total), normalised
 
 
-def _backend(x: Tensor) -> Any:
-    if dispatch.choose(_reasons(x)) == "torch":
-        return reference
-    from mvlm_kernels.add_layer_norm import triton
-
-    return triton
-
-
 def _forward(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
-    return _backend(x).add_layer_norm(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
+    args = x, y, y_bias, weight, bias, eps, out_dtype, post_norm
+    return dispatch.run(reference, "add_layer_norm", _reasons(x), *args)
 
 
 def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
@@ -131,7 +124,7 @@ def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
 
 def _backward(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
     inputs = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
-    return _backend(total).add_layer_norm_backward(*inputs)
+    return dispatch.run(reference, "add_layer_norm_backward", _reasons(total), *inputs)
 
 
 def _backward_fake(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):

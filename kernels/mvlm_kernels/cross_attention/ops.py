@@ -21,6 +21,13 @@ from mvlm_kernels.cross_attention.arguments import (
 from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 
+_NAME = "cross_attention"
+
+
+def _kernels(q: Tensor, k: Tensor, options: Options) -> tuple[Any, ...]:
+    """The kind of a call that decides about its tiles."""
+    return _NAME, q.device, q.dtype, *(_kind(q, k, options) or ())
+
 
 def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     sides, options = unflattened(flat)
@@ -29,7 +36,10 @@ def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor
     if takes_triton(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
-        return launch.forward(q, k, v, sides, options)
+        args = q, k, v, sides, options
+        return dispatch.run_kernels(
+            _kernels(q, k, options), lambda: launch.forward(*args), lambda: reference_forward(*args)
+        )
     if q.is_meta:  # lengths of packed rows have no values to read
         return _fake(q)
     return reference_forward(q, k, v, sides, options)
@@ -50,7 +60,11 @@ def _backward_implementation(
     if takes_triton(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
-        grads = launch.backward(grad, q, k, v, out, lse, sides, options, need_dq, need_dkv)
+        grads = dispatch.run_kernels(
+            _kernels(q, k, options),
+            lambda: launch.backward(grad, q, k, v, out, lse, sides, options, need_dq, need_dkv),
+            lambda: reference_backward(grad, q, k, v, lse, sides, options),
+        )
     elif q.is_meta:
         return _backward_fake(grad, q, k, v, need_dq, need_dkv)
     else:
@@ -206,7 +220,7 @@ def _takes_triton(device: torch.device, dtype: torch.dtype, width: int, rows: in
 @dispatch.constant_when_compiled
 def _kind_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[Refusal, ...]:
     # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
-    found = dispatch.device_reasons(device)
+    found = dispatch.device_reasons(device) + dispatch.without_resources(_NAME, device, dtype, width, rows, extras)
     return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype), extras)
 
 

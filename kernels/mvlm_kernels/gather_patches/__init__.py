@@ -33,7 +33,7 @@ def _checked(
 
 
 def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
-    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+    return dispatch.reasons_for("gather_patches", images.device) + tile_reasons(images.shape[1], patch_size)
 
 
 @dispatch.explained_by(_why_not_triton, _checked)
@@ -90,11 +90,8 @@ def _forward(
 ) -> Tensor:
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
-        return reference.gather_patches(images, patch_ids, patch_size, mean, std, dtype)
-    from mvlm_kernels.gather_patches import triton
-
-    return triton.gather_patches(images, patch_ids, patch_size, mean, std, dtype)
+    args = images, patch_ids, patch_size, mean, std, dtype
+    return dispatch.run(reference, "gather_patches", _why_not_triton(images, patch_size), *args)
 
 
 def _forward_fake(images, patch_ids, patch_size, mean, std, dtype):

@@ -3,6 +3,9 @@
 Matrix products are torch's. The GELU, its gradient and the gradient of the bias in front are kernels, in ``triton.py``.
 """
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +20,68 @@ from mvlm_kernels.gelu_linear import reference
 __all__ = ["gelu_linear"]
 
 KEPT_ON = ("cpu",)
-"""Device types on which the GELU is saved for backward. Elsewhere it is computed again."""
+"""Device types on which the GELU is always saved for backward. On a GPU it is saved where it fits: see `Room`."""
+SHARE = 0.9
+"""Share of a GPU's memory up to which a step may grow by saved GELUs. The rest is for steps with longer texts, and for
+memory that is free in pieces."""
 
 
 _TRANSFORMED = refusal(
     "transforms of torch.func and dual numbers have no kernel", "torch runs; call it outside of them"
 )
+
+
+class Room:
+    """Room for saved GELUs on one GPU: what earlier steps left free. The first step saves none.
+
+    It is read once a step from the allocator's peak, which waits for nothing.
+    """
+
+    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
+        """read: returns the bytes allocated at the peak so far, and those of the GPU."""
+        self._read, self._lock = read, threading.Lock()
+        self._room = self._held = self._most = self._others = 0
+        self._backward_ran = False
+
+    def take(self, size: int) -> "Held | None":
+        """Bytes of a GELU that is saved from now on, or None if they do not fit."""
+        with self._lock:
+            if self._backward_ran and not self._held:  # the first call of a step
+                peak, total = self._read()
+                self._others = max(self._others, peak - self._most)
+                self._room, self._backward_ran = int(SHARE * total) - self._others, False
+            if self._held + size > self._room:
+                return None
+            self._held += size
+            self._most = max(self._most, self._held)
+        return Held(self, size)
+
+    def give_back(self, size: int) -> None:
+        """Note that a backward pass ran, and the bytes that it no longer needs."""
+        with self._lock:
+            self._held -= size
+            self._backward_ran = True
+
+
+class Held:
+    """Bytes of one saved GELU. They are given back when its backward pass has run, or nobody can run it any more."""
+
+    def __init__(self, room: Room, size: int) -> None:
+        self._room, self._size = room, size
+
+    def release(self) -> None:
+        size, self._size = self._size, 0
+        self._room.give_back(size)
+
+    def __del__(self) -> None:
+        if self._size:
+            self.release()
+
+
+@functools.cache
+def _room(index: int) -> Room:
+    total = torch.cuda.get_device_properties(index).total_memory
+    return Room(lambda: (torch.cuda.max_memory_allocated(index), total))
 
 
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> None:
@@ -49,7 +108,7 @@ def _reasons_of_call(h: Tensor) -> tuple[Refusal, ...]:
 
 
 def _reasons(h: Tensor) -> tuple[Refusal, ...]:
-    found = dispatch.device_reasons(h.device)
+    found = dispatch.reasons_for("gelu_linear", h.device)
     if h.dtype == torch.float64 and h.device.type == "cuda":
         found = (*found, FLOAT64)
     return found
@@ -59,9 +118,9 @@ def _reasons(h: Tensor) -> tuple[Refusal, ...]:
 def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None) -> Tensor:
     """Second half of a feed-forward layer: ``linear(gelu(h + h_bias), weight, bias)`` with the exact GELU.
 
-    On a GPU only h is saved for backward. There one kernel reads h and the gradient once, and writes the gradient of h,
-    the GELU again for the gradient of weight, and the column sums that are the gradient of h_bias. On a CPU a second
-    GELU takes longer than reading it, so the first one is saved too.
+    Backward, one kernel reads h and the gradient once, and writes the gradient of h and the column sums that are the
+    gradient of h_bias. The gradient of weight needs the GELU: it is saved on a CPU, and on a GPU as long as earlier
+    steps left memory free. Elsewhere, and under torch.compile, the kernel writes it again.
 
     Args:
         h: floating (.., C), usually bfloat16 or float16.
@@ -85,20 +144,12 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
     return _GeluLinear.apply(h, weight, bias, h_bias)  # pyright: ignore[reportReturnType]
 
 
-def _backend(h: Tensor) -> Any:
-    if dispatch.choose(_reasons(h)) == "torch":
-        return reference
-    from mvlm_kernels.gelu_linear import triton
-
-    return triton
-
-
 def _gelu(h, h_bias):
-    return _backend(h).gelu(h, h_bias)
+    return dispatch.run(reference, "gelu", _reasons(h), h, h_bias)
 
 
 def _gelu_backward(grad, h, h_bias, again):
-    return _backend(h).gelu_backward(grad, h, h_bias, again)
+    return dispatch.run(reference, "gelu_backward", _reasons(h), grad, h, h_bias, again)
 
 
 def _gelu_backward_fake(grad, h, h_bias, again):
@@ -121,7 +172,10 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
-        keep = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1]
+        keep, ctx.held = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1], None
+        if h.device.type == "cuda" and ctx.needs_input_grad[1] and not torch.compiler.is_compiling():
+            ctx.held = _room(h.device.index).take(activated.nbytes)
+            keep = ctx.held is not None
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
         out = _linear(activated, weight, bias)
         # F.linear may give a view of its product, and autograd forbids to write to a view that a Function made.
@@ -141,6 +195,8 @@ class _GeluLinear(torch.autograd.Function):
         activated = recomputed if activated is None else activated
         dw = (grad.T @ activated.flatten(0, -2)).to(weight.dtype) if trains_weight else None
         db = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        if h.device.type == "cuda" and not torch.compiler.is_compiling():
+            _room(h.device.index).give_back(0) if ctx.held is None else ctx.held.release()
         return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype)
 
 

@@ -6,6 +6,8 @@ writes the gradient of h and the GELU again, and keeps its share of the bias gra
 the shares in the order of the programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,14 +15,17 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.language import accumulator, cast, sum_columns, widen
+from mvlm_kernels.language import accumulator, cast, sum_columns, walking, widen
 
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 4
-PROGRAMS = 8
-"""Programs for each multiprocessor."""
+# Most registers of a thread, and so the programs that a multiprocessor holds. Compiled without a limit (sm_90):
+#     kernel    16 bits  float32
+#     forward   43       52        9 programs by 56
+#     backward  80       96        5 by 96; 6 by 80 would spill 8 bytes on sm_100 and sm_120
+FORWARD, BACKWARD = 56, 96
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def gelu_kernel(
     h_ptr, bias_ptr, out_ptr, R, C, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -38,7 +43,7 @@ def gelu_kernel(
         tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def gelu_backward_kernel(
     grad_ptr, h_ptr, bias_ptr, dh_ptr, out_ptr, partial_ptr, R, C,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -69,22 +74,22 @@ def gelu_backward_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c < C)
 
 
-def _grid(device: torch.device, rows: int, width: int) -> tuple[int, int]:
-    """Programs along rows and columns. The interpreter has no multiprocessors; it takes the grid of an H100."""
-    slices = ceil_div(width, BLOCK_C)
-    wanted = max(1, PROGRAMS * (dispatch.multiprocessors(device) or 132) // slices)
-    return min(ceil_div(rows, BLOCK_R), wanted), slices
+def _walking(kernel: Any, h: Tensor, registers: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid (programs along rows, slices of columns) and options of a kernel that goes over h (.., C)."""
+    return walking(
+        kernel, h.device, h.shape[:-1].numel(), ceil_div(h.shape[-1], BLOCK_C), ACC=accumulator(h.dtype),
+        BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, maxnreg=registers, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def gelu(h: Tensor, h_bias: Tensor | None) -> Tensor:
     """Same contract as :func:`.reference.gelu`."""
     width, rows = h.shape[-1], h.shape[:-1].numel()
     out = h.new_empty(h.shape)
+    grid, options = _walking(gelu_kernel, h, FORWARD)
     dispatch.launch(
-        gelu_kernel, _grid(h.device, rows, width),
-        h.contiguous(), None if h_bias is None else h_bias.contiguous(), out, rows, width,
-        ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+        gelu_kernel, grid, h.contiguous(), None if h_bias is None else h_bias.contiguous(), out, rows, width, **options
+    )
     return out
 
 
@@ -93,15 +98,14 @@ def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None, again: bool) -
     width, rows = h.shape[-1], h.shape[:-1].numel()
     dh, out = h.new_empty(h.shape), h.new_empty(h.shape if again else 0)
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    programs, slices = _grid(h.device, rows, width)
+    grid, options = _walking(gelu_backward_kernel, h, BACKWARD)
     sums = h.new_empty(0 if h_bias is None else width, dtype=wide)
-    partial_sums = None if h_bias is None else h.new_empty((programs, width), dtype=wide)
+    partial_sums = None if h_bias is None else h.new_empty((grid[0], width), dtype=wide)
     dispatch.launch(
-        gelu_backward_kernel, (programs, slices),
+        gelu_backward_kernel, grid,
         grad.contiguous(), h.contiguous(), None if h_bias is None else h_bias.contiguous(), dh,
-        out if again else None, partial_sums, rows, width,
-        ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, enable_fp_fusion=True,
+        out if again else None, partial_sums, rows, width, **options,
     )  # fmt: skip
     if partial_sums is not None:
-        sum_columns(partial_sums, sums, programs, width)
+        sum_columns(partial_sums, sums, grid[0], width)
     return dh, out, sums

@@ -53,7 +53,7 @@ def _checked(
 
 
 def _reasons(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
-    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+    return dispatch.reasons_for("pixel_loss", images.device) + tile_reasons(images.shape[1], patch_size)
 
 
 @dispatch.explained_by(_reasons, _checked)
@@ -108,11 +108,7 @@ def _forward(pred, images, patch_ids, patch_size, mean, std, kind, normalize_tar
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, images.shape[2:].numel() // patch_size**2)
     args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
-    if dispatch.choose(_reasons(images, patch_size)) == "torch":
-        return reference.masked_pixel_loss(*args)
-    from mvlm_kernels.pixel_loss import triton
-
-    return triton.masked_pixel_loss(*args)
+    return dispatch.run(reference, "masked_pixel_loss", _reasons(images, patch_size), *args)
 
 
 def _forward_fake(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
@@ -121,11 +117,8 @@ def _forward_fake(pred, images, patch_ids, patch_size, mean, std, kind, normaliz
 
 
 def _backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
-    if dispatch.choose(dispatch.device_reasons(slope.device)) == "torch":
-        return reference.masked_pixel_loss_backward(grad, slope, dtype)
-    from mvlm_kernels.pixel_loss import triton
-
-    return triton.masked_pixel_loss_backward(grad, slope, dtype)
+    reasons = dispatch.reasons_for("pixel_loss", slope.device)
+    return dispatch.run(reference, "masked_pixel_loss_backward", reasons, grad, slope, dtype)
 
 
 class _PixelLoss(torch.autograd.Function):

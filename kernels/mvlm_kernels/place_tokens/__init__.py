@@ -1,7 +1,5 @@
 """Placement of mask tokens, position embeddings and [CLS] in one pass; see :func:`place_tokens`."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ __all__ = ["place_tokens"]
 
 
 def _reasons(tokens: Tensor) -> tuple[Refusal, ...]:
-    return dispatch.device_reasons(tokens.device)
+    return dispatch.reasons_for("place_tokens", tokens.device)
 
 
 def _checked(
@@ -119,14 +117,6 @@ def place_tokens(
     return call(*rows, masked, visible_ids, with_unmasked)
 
 
-def _backend(tokens: Tensor) -> Any:
-    if dispatch.choose(_reasons(tokens)) == "torch":
-        return reference
-    from mvlm_kernels.place_tokens import triton
-
-    return triton
-
-
 def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
     if visible_ids is None or not dispatch.checks_values(visible_ids.device):
         return
@@ -139,7 +129,8 @@ def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
 
 def _forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
     _check_visible(visible_ids, pos_embed.shape[0] - 1)
-    return _backend(tokens).place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both)
+    args = tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both
+    return dispatch.run(reference, "place_tokens", _reasons(tokens), *args)
 
 
 def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
@@ -149,7 +140,8 @@ def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids,
 
 def _backward(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
     dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
-    return _backend(grad).place_tokens_backward(grad, masked, visible_ids, both, num_tokens, dtypes, tuple(needs))
+    args = grad, masked, visible_ids, both, num_tokens, dtypes, tuple(needs)
+    return dispatch.run(reference, "place_tokens_backward", _reasons(grad), *args)
 
 
 def _backward_fake(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):

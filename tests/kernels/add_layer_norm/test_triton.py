@@ -91,13 +91,13 @@ def exercise():
 
 
 MUTANTS = [
-    ("summed / C", "summed / (C + 1)"),
+    ("tl.sum(summed, axis=1) / C", "tl.sum(summed, axis=1) / (C + 1)"),
     ("tl.where(c < C, parts[i] - mean[:, None], 0.0)", "parts[i] - mean[:, None]"),
     ("norms[i] * along", "norms[i] * one"),
     ("if POST and residual_ptr is not None", "if residual_ptr is not None"),
     ("if not POST and residual_ptr is not None", "if residual_ptr is not None"),
     ("(db[i] + g,)", "(db[i] + norm,)"),
-    ("(dw[i] + g * norm,)", "(dw[i] + g * s,)"),
+    ("(dw[i] + g * norm,)", "(dw[i] + norm,)"),
     ("(dc[i] + ds,)", "(dc[i] + scaled[i],)"),
 ]
 

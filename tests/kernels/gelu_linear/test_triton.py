@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mvlm_kernels import dispatch, gelu_linear, use_backend
+from mvlm_kernels.gelu_linear import Room
 from support.kernels.accuracy import accurate
 from support.kernels.mutants import assert_caught
 from support.kernels.pixel_losses import random
@@ -72,7 +73,7 @@ def test_types_and_biases(types, biases):
 
 
 def test_several_slices_of_columns_and_tiles_of_rows(monkeypatch):
-    """Eight programs along the rows, for thirteen tiles; three slices of columns."""
+    """Four programs along the rows, for thirteen tiles; three slices of columns."""
     check(case(3, 600, 4))
     monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
     check(case(101, 40, 4))
@@ -85,6 +86,21 @@ def test_repeats_and_strides_give_the_same_bits():
     for again in (by_op(inputs, grad, "triton"), by_op(strided, grad, "triton")):
         for a, b in zip(again, wanted, strict=True):
             assert torch.equal(a, b)
+
+
+def test_gelus_are_saved_on_a_gpu_as_far_as_earlier_steps_left_room():
+    peak = [70]
+    room = Room(lambda: (peak[0], 100))
+    assert room.take(5) is None  # nothing is known in the first step
+    room.give_back(0)
+    first, second, third = (room.take(8) for _ in range(3))
+    assert (first and second and True, third) == (True, None)  # 20 of 90 are left
+    first.release()
+    del second  # its graph was dropped without a backward pass
+    peak[0] += 16  # the two that were saved
+    assert room.take(20) is not None
+    peak[0] += 40  # a longer step
+    assert room.take(1) is None
 
 
 def exercise():
