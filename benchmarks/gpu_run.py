@@ -1,8 +1,8 @@
 """Run one stage of the measurements on a GPU: `python benchmarks/gpu_run.py STAGE [--seconds N] [--out FOLDER]`.
 
-Stages: correct, sweep, kernels, step, compiled. Each takes less than ten minutes, and stops itself
-at its budget. Only torch and Triton are needed; what else is missing is named in the results. Rows are on the disk as
-soon as they are measured, so a killed stage keeps them. `--rehearse` runs small shapes on a CPU.
+Each takes less than ten minutes, and stops itself at its budget; `first` has what is worth most of all of them. Only
+torch and Triton are needed; what else is missing is named in the results. Rows are on the disk as soon as they are
+measured, so a killed stage keeps them. `--rehearse` runs small shapes on a CPU.
 
 Kernels and compiled graphs are cached in `build/gpu-cache`, so that a second call compiles nothing.
 """

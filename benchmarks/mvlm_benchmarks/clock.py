@@ -46,8 +46,11 @@ class Timing:
         return cls(statistics.median(calls), fifths[0], fifths[3], tuple(calls))
 
 
-class Busy(Refused):
-    """The device still works when the timer has stopped, or the host was held up while it asked."""
+class Busy(Exception):
+    """The device still works when the timer has stopped, or the host was held up while it asked.
+
+    A figure is not known then. It is no sign of a cheat.
+    """
 
 
 def twice_if_busy(measure: Callable[[], T]) -> T:

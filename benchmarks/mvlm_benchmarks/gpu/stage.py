@@ -22,7 +22,7 @@ COMPLETE, INCOMPLETE, OUT_OF_TIME, RUNNING = "complete", "incomplete", "out of t
 
 
 class WrongValue(Exception):
-    """A result is wrong. The stage stops: figures of a wrong kernel are worth nothing."""
+    """A result of ours is wrong. Figures of a wrong kernel are worth nothing; those of the others stay."""
 
 
 class Stopped(BaseException):
@@ -42,6 +42,8 @@ class Stage:
     budget: Budget
     rehearse: bool
     """Small shapes on a CPU, where Triton interprets the kernels. Figures mean nothing."""
+    quick: bool = False
+    """What is worth most, as a part of stage `first`."""
     about: dict[str, Any] = field(default_factory=dict)
     state: GpuState = field(default_factory=lambda: GpuState("cpu"))
     finished: list[str] = field(default_factory=list)
@@ -109,14 +111,14 @@ class Stage:
 
 
 @contextlib.contextmanager
-def running(name: str, out: Path, seconds: float, rehearse: bool) -> Iterator[Stage]:
+def running(name: str, out: Path, seconds: float, rehearse: bool, quick: bool = False) -> Iterator[Stage]:
     """Run a stage inside the block: start its files, and write how it ended, whatever happens.
 
     Raises:
         SystemExit: 1 after a wrong value or an error, 3 after SIGTERM or SIGINT. All rows are in the files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    stage = Stage(name, out, Budget(seconds), rehearse)
+    stage = Stage(name, out, Budget(seconds), rehearse, quick)
     (out / f"{name}.log").write_text("")
     stage.about = machine.describe(stage.device, DISTRIBUTIONS)
     if rehearse:

@@ -12,9 +12,20 @@ class Plan(NamedTuple):
 
 
 STAGES = {
+    "first": Plan("mvlm_benchmarks.gpu.first", 560, "what is worth most first, part by part, in one archive"),
     "correct": Plan("mvlm_benchmarks.gpu.correct", 360, "values, repeats, captures; ceilings of memory and products"),
     "sweep": Plan("mvlm_benchmarks.gpu.sweep", 240, "tiles and launch options of each kernel; exceptions to the rules"),
     "kernels": Plan("mvlm_benchmarks.gpu.kernels", 400, "every op against every other implementation"),
     "step": Plan("mvlm_benchmarks.gpu.step", 360, "a training step against the baselines; GPU time by category"),
     "compiled": Plan("mvlm_benchmarks.gpu.compiled", 180, "the step with blocks compiled, then as a whole"),
+}
+
+# Of stage `first`, in their order: processes with at most so many seconds. Names of stages are those with --quick.
+PARTS = {
+    "machine": Plan("mvlm_benchmarks.gpu.machine", 80, "ceilings, while all kernels are compiled"),
+    "correct": Plan("mvlm_benchmarks.gpu.correct", 100, "values of every op and of the step's calls"),
+    "step": Plan("mvlm_benchmarks.gpu.step", 160, "steps at 128, 64 and 32 pairs, a CUDA graph, time by category"),
+    "compiled": Plan("mvlm_benchmarks.gpu.compiled", 150, "the peer compiled beside ours"),
+    "kernels": Plan("mvlm_benchmarks.gpu.kernels", 110, "norms, GELU and attention against other libraries"),
+    "profiles": Plan("mvlm_benchmarks.gpu.profiles", 40, "two reports of Nsight Compute"),
 }

@@ -38,6 +38,10 @@ TILES = {  # kernel -> the tile size that may vary: the other sizes hold a whole
     "short_q_forward": "BLOCK_N",
     "short_q_backward": "BLOCK_N",
     "short_q_backward_dq": "BLOCK_N",
+    "add_norm_kernel": "BLOCK_R",
+    "add_norm_backward_kernel": "BLOCK_R",
+    "gelu_kernel": "BLOCK_R",
+    "gelu_backward_kernel": "BLOCK_R",
     "place_kernel": "BLOCK_B",
     "place_backward_kernel": "BLOCK_B",
 }
@@ -133,15 +137,15 @@ def variants(kernel: str, options: Options, few: bool = False) -> list[Options]:
     changes: list[Options] = [{"num_stages": n} for n in (1, 2, 3) if n != stages]
     changes.extend({"num_warps": n} for n in (2, 4, 8) if n != warps)
     # A default with a limit of registers is also tried without it.
-    if options.get("maxnreg"):
-        changes.append({"maxnreg": None})
+    if limit := options.get("maxnreg"):
+        changes.extend({"maxnreg": n} for n in (None, 128, 168) if n != limit)
     else:
         changes.append({"maxnreg": 128})
         changes.append({"num_stages": 2, "maxnreg": 128})
     tile = TILES.get(kernel, "")
     if size := options.get(tile):
         for other in (size // 2, 2 * size):
-            if 16 <= other <= 256 or (tile == "BLOCK_B" and 4 <= other <= 64):
+            if 16 <= other <= 256 or (tile in ("BLOCK_B", "BLOCK_R") and 1 <= other <= 64):
                 changes.append({tile: other})
         if 32 <= 2 * size <= 256 and warps < 8:
             changes.append({tile: 2 * size, "num_warps": 8})

@@ -21,6 +21,7 @@ from mvlm_kernels.pixel_loss import reference as pixels
 def cases(batch: int, dtype: torch.dtype) -> list[Case]:
     """All cases for a batch of `batch` images. The core cases come first, then the others by importance."""
     found = [
+        *layer_cases(batch, dtype),
         *attention_cases(batch, dtype),
         _gather(batch, dtype, torch.uint8, core=True),
         _gather(batch, dtype, torch.uint8, whole=True),
@@ -29,7 +30,6 @@ def cases(batch: int, dtype: torch.dtype) -> list[Case]:
         _masked_loss(batch, dtype, "mse", True),
         place_case(batch, dtype, "masked", core=True),
         place_case(batch, dtype, "visible"),
-        *layer_cases(batch, dtype),
     ]
     if dtype.itemsize == 2:  # as in training, where autocast leaves parameters in float32
         found += [place_case(batch, dtype, mode, torch.float32) for mode in ("masked", "both")]

@@ -105,8 +105,11 @@ def check_kernels(expected: list[str], launched: list[tuple[str, int]]) -> str:
 
     Raises:
         Refused: a kernel did not run, none was expected, or kernels ran on more than one stream.
+        RuntimeError: the profiler is blind.
     """
     names = [name for name, _ in launched]
+    if not names:
+        raise RuntimeError("the profiler saw nothing on the GPU; it may lack libcupti, or the right to count")
     missing = sorted(set(expected) - set(names))
     if missing or not expected:
         raise Refused(

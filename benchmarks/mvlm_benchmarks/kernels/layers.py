@@ -27,14 +27,17 @@ def layer_cases(batch: int, dtype: torch.dtype) -> list[Case]:
     """Cases for `batch` images. A small batch, as on a CPU, gets a small vocabulary too."""
     vocabulary = 50_265 if batch >= 32 else 2_048
     return [
-        add_layer_norm_case(2 * batch * 197, dtype),
-        gelu_linear_case(batch * 197, dtype),
+        add_layer_norm_case(2 * batch * 197, dtype, core=True),
+        add_layer_norm_case(batch * 197, dtype, post_norm=True, core=True),
+        gelu_linear_case(2 * batch * 197, dtype, core=True),
         # Captions have 12 tokens on average, of which 30 % are masked.
         _linear_cross_entropy(round(3.6 * batch), vocabulary, dtype),
     ]
 
 
-def add_layer_norm_case(rows: int, dtype: torch.dtype, width: int = WIDTH, post_norm: bool = False) -> Case:
+def add_layer_norm_case(
+    rows: int, dtype: torch.dtype, width: int = WIDTH, post_norm: bool = False, core: bool = False
+) -> Case:
     """x + y + y_bias in float32, and its LayerNorm in the case's dtype, as between two layers of a block."""
 
     def make(device: str, seed: int = 0) -> Inputs:
@@ -64,35 +67,36 @@ def add_layer_norm_case(rows: int, dtype: torch.dtype, width: int = WIDTH, post_
     )
     shape = f"{rows} rows of {width}, residual in float32{', post-norm' if post_norm else ''}"
     ours = getattr(mvlm_kernels, "add_layer_norm", None)
-    return Case("add_layer_norm", shape, dtype, make, ours, reference, minimum)
+    return Case("add_layer_norm", shape, dtype, make, ours, reference, minimum, core=core)
 
 
-def gelu_linear_case(rows: int, dtype: torch.dtype, width: int = WIDTH) -> Case:
-    """linear(gelu(h)): the second half of a feed-forward layer."""
+def gelu_linear_case(rows: int, dtype: torch.dtype, width: int = WIDTH, core: bool = False) -> Case:
+    """linear(gelu(h + h_bias)): the second half of a feed-forward layer, with its parameters in float32."""
     hidden = 4 * width
 
     def make(device: str, seed: int = 0) -> Inputs:
         random = RandomInputs(device, dtype, seed)
         leaves = {
             "h": random.normal(rows, hidden),
-            "weight": random.normal(width, hidden, scale=hidden**-0.5),
-            "bias": random.normal(width),
+            "weight": random.normal(width, hidden, scale=hidden**-0.5, dtype=torch.float32),
+            "bias": random.normal(width, dtype=torch.float32),
+            "h_bias": random.normal(hidden, dtype=torch.float32),
         }
         return Inputs(leaves, {})
 
-    def reference(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(F.gelu(h), weight, bias)
+    def reference(h: Tensor, weight: Tensor, bias: Tensor, h_bias: Tensor) -> Tensor:
+        return F.linear(F.gelu(h + h_bias), weight, bias)
 
     item, product = dtype.itemsize, 2 * rows * hidden * width
-    matrix = item * width * hidden
+    parameters = 4 * (width * hidden + width + hidden)
     minimum = (
-        item * (rows * (hidden + width) + width) + matrix,
-        item * (rows * (2 * hidden + width) + width) + 2 * matrix,
+        item * rows * (hidden + width) + parameters,
+        item * rows * (2 * hidden + width) + 2 * parameters,
     )
-    shape = f"{rows} rows of {hidden} -> {width}"
+    shape = f"{rows} rows of {hidden} -> {width}, parameters in float32"
     ours = getattr(mvlm_kernels, "gelu_linear", None)
     sizes, flops = (rows, width, hidden), (product, 2 * product)
-    return Case("gelu_linear", shape, dtype, make, ours, reference, minimum, flops, product=sizes)
+    return Case("gelu_linear", shape, dtype, make, ours, reference, minimum, flops, core, product=sizes)
 
 
 def _linear_cross_entropy(rows: int, vocabulary: int, dtype: torch.dtype) -> Case:
@@ -165,6 +169,22 @@ def _norm_chain(inputs: Inputs, layer_norm: Function) -> Function:
     return compute
 
 
+def norm_tri_dao(inputs: Inputs) -> Function:
+    """flash-attn's Triton LayerNorm, which adds the residual in float32 in the same pass. It takes no bias of y."""
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn  # pyright: ignore[reportMissingImports]
+
+    _require_cuda(inputs)
+    eps, dtype, post_norm = (inputs.fixed[name] for name in ("eps", "out_dtype", "post_norm"))
+
+    def compute(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, y_bias: Tensor) -> tuple[Tensor, Tensor]:
+        normalised, total = layer_norm_fn(
+            y + y_bias.to(y), weight, bias, residual=x, eps=eps, prenorm=True, residual_in_fp32=True
+        )
+        return (normalised.float() if post_norm else total), normalised.to(dtype)
+
+    return compute
+
+
 def norm_liger(inputs: Inputs) -> Function:
     """The chain with Liger's LayerNorm. Liger fuses the residual with RMSNorm only."""
     from liger_kernel.transformers.functional import liger_layer_norm  # pyright: ignore[reportMissingImports]
@@ -174,7 +194,8 @@ def norm_liger(inputs: Inputs) -> Function:
 
 
 def gelu_eager(inputs: Inputs) -> Function:
-    return lambda h, weight, bias: F.linear(F.gelu(h), weight, bias)
+    """The chain of torch ops that autocast runs, with parameters cast to the dtype of h."""
+    return lambda h, weight, bias, h_bias: F.linear(F.gelu(h + h_bias.to(h)), weight.to(h), bias.to(h))
 
 
 def _require_cuda(inputs: Inputs) -> None:

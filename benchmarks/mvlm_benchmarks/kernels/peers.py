@@ -228,6 +228,7 @@ PEERS = [
     _attention_peer("xformers", packed_attention.xformers, "xformers"),
     _attention_peer("flash-attn-2", packed_attention.flash_attn_2, "flash-attn"),
     _attention_peer("flash-attn-4", packed_attention.flash_attn_4, "flash-attn-4"),
+    Peer("tri-dao", {"add_layer_norm": layers.norm_tri_dao}, "flash-attn"),
     Peer("liger", LIGER, "liger-kernel"),
     Peer("quack", {"linear_cross_entropy": layers.cross_entropy_quack}, "quack-kernels"),
 ]

@@ -55,13 +55,12 @@ def run_reference(case: Case, inputs: Inputs, seed: int = 0) -> Expected:
     """Run the case's reference, forward and backward, in float64 on the inputs' device. seed: of the gradients."""
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.leaves.items()}
     outs = as_results(case.reference(**leaves, **inputs.fixed))
-    generator = torch.Generator().manual_seed(1 + seed)
+    generator = torch.Generator(outs[0].device).manual_seed(1 + seed)
 
     def incoming(out: Tensor) -> Tensor:
         if out.ndim == 0:
             return torch.tensor(LOSS_SCALE / 2**seed, device=out.device)
-        # Drawn on the CPU, like the inputs.
-        return torch.randn(out.shape, generator=generator).to(out.device, case.dtype)
+        return torch.randn(out.shape, generator=generator, device=out.device).to(case.dtype)
 
     drawn = tuple(incoming(out) for out in outs)
     gradients = torch.autograd.grad(outs, list(leaves.values()), [x.double() for x in drawn]) if leaves else ()

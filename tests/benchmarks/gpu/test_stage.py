@@ -1,11 +1,13 @@
-"""Stages: how they end, that a wrong value stops each of them, and that they need nothing but torch and Triton."""
+"""Stages: how they end, that a failure stays in its row, and that they need nothing but torch and Triton."""
 
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm_benchmarks.gpu import correct, kernels
+from mvlm_benchmarks.budget import Budget
+from mvlm_benchmarks.clock import Busy
+from mvlm_benchmarks.gpu import correct, first, kernels
 from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.stage import Stage, running
+from mvlm_benchmarks.gpu.stages import PARTS
 from support.benchmarks import toy_case
 
 
@@ -44,7 +49,7 @@ def fails(*_: Any, **__: Any) -> Any:
     raise RuntimeError("no kernel image is available")
 
 
-GOOD, NEVER = toy("good"), toy("never")
+GOOD = toy("good")
 BAD = toy("bad", ours=lambda x, factor: x * 2.01)
 
 
@@ -77,17 +82,72 @@ def test_stage_says_whether_it_is_complete(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("module, cases", [(correct, "small_cases"), (kernels, "cases")])
 @pytest.mark.slow
-def test_a_wrong_value_of_ours_stops_the_stage(module, cases, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, cases, lambda *_: [GOOD, BAD, NEVER])
+def test_a_wrong_value_of_ours_is_the_end_of_its_case_alone(module, cases, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, cases, lambda *_: [BAD, GOOD])
+    monkeypatch.setattr(correct, "_further", lambda *_: None)
     code, summary = run_stage(module, tmp_path)
     assert code == 1
     assert summary["ended"].startswith("wrong value: toy bad")
     rows = rows_of(tmp_path / f"{summary['stage']}.csv")
     assert {row["shape"] for row in rows} == {"good", "bad"}
-    if module is kernels:  # what was measured before is kept
+    if module is kernels:
         assert (tmp_path / "kernels.svg").stat().st_size > 0
         figures = json.loads((tmp_path / "kernels.figures.json").read_text())
         assert {row["shape"] for row in figures["rows"]} == {"good"}
+
+
+@pytest.mark.parametrize("error", [Busy("held up"), RuntimeError("the profiler saw nothing on the GPU")])
+def test_a_blind_profiler_and_a_busy_host_are_errors_of_their_row(error, tmp_path, monkeypatch) -> None:
+    def check(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(correct, "small_cases", lambda *_: [GOOD])
+    monkeypatch.setattr(correct, "_further", lambda *_: None)
+    monkeypatch.setattr(correct.LocalContender, "check_kept_results", check)
+    code, summary = run_stage(correct, tmp_path)
+    rows = [(row["check"], row["status"]) for row in rows_of(tmp_path / "correct.csv")]
+    assert rows[:3] == [("values", "ok"), ("kept results", "error"), ("repeats", "ok")]
+    assert (code, summary["without_result"]["ops"]) == (0, "error")
+
+
+@pytest.mark.slow
+def test_every_part_that_had_ended_is_in_the_archive(tmp_path, monkeypatch) -> None:
+    """Stage `first`, killed 20 times. Its parts write a summary here, and half of them fail."""
+    chance, archive = random.Random(0), first.archive
+
+    def part(command, limit, output) -> int:
+        folder, name = Path(command[command.index("--out") + 1]), command[3]
+        time.sleep(chance.uniform(0, 0.004))
+        output.write("x" * 100_000)
+        (folder / f"{name}.json").write_text('{"ended": "complete"}' if chance.random() < 0.5 else "{")
+        return 0
+
+    def archived(out: Path) -> None:
+        archive(out)
+        os.write(writer, b".")
+
+    monkeypatch.setattr(first, "run_program", part)
+    monkeypatch.setattr(first, "archive", archived)
+    for trial in range(20):
+        out, (reader, writer) = tmp_path / f"{trial}", os.pipe()
+        out.mkdir()
+        process = os.fork()
+        if not process:
+            try:
+                first.run(Stage("first", out, Budget(60), rehearse=True))
+            finally:
+                os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader) as reports:
+            time.sleep(chance.uniform(0, 0.03))
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            ended = len(reports.read())
+        if ended:
+            with tarfile.open(out / "first.tar") as tar:
+                names = set(tar.getnames())
+            for name in list(PARTS)[:ended]:
+                assert {f"parts/{name}/{name}.json", f"parts/{name}/output.txt"} <= names
 
 
 def run(work: Any, out: Path) -> tuple[int, dict[str, Any]]:
@@ -147,8 +207,8 @@ class Blocked:
         if name.split(".")[0] in {BLOCKED!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
-from mvlm_benchmarks.gpu.stages import STAGES
-for plan in STAGES.values():
+from mvlm_benchmarks.gpu.stages import PARTS, STAGES
+for plan in (*STAGES.values(), *PARTS.values()):
     assert importlib.import_module(plan.module).run
 import mvlm_benchmarks.gpu.small_calls
 """

@@ -1,0 +1,89 @@
+"""Compile all kernels of the step and of the benchmark's cases, by 12 processes, into Triton's cache.
+
+    python -m mvlm_benchmarks.gpu.warm [--arch sm_90] [--batch 256] [--jobs 12] [--few]
+
+It needs no GPU, and uses none: its processes are forked.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+from mvlm_benchmarks.gpu.processes import run_program
+from mvlm_benchmarks.gpu.stage import Stage
+from mvlm_benchmarks.machine import gpu_arch
+
+
+def warm_up(stage: Stage) -> None:
+    """Compile for the GPU of a stage. A failure is a line of the log: kernels are then compiled when they run."""
+    command = [sys.executable, "-m", "mvlm_benchmarks.gpu.warm", "--batch", str(stage.batch)]
+    command += ["--few", "--jobs", "1"] if stage.rehearse else ["--arch", f"sm_{gpu_arch()}"]
+    with (stage.out / "warm.txt").open("w") as output:
+        code = run_program(command, max(1.0, 0.8 * stage.budget.left), output, {"TRITON_INTERPRET": "0"})
+    last = (stage.out / "warm.txt").read_text().strip().splitlines()[-1:]
+    stage.say(f"warm-up: {last[0] if last else 'no output'}")
+    stage.end_part("warm-up", "ok" if code == 0 else "out of time" if code is None else "error")
+
+
+@contextmanager
+def warming(stage: Stage) -> Iterator[None]:
+    """Compile beside what the block does, and wait for it at the end."""
+    thread = Thread(target=warm_up, args=(stage,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def launches(arch: str, batch: int, few: bool) -> list[Any]:
+    """Distinct launches of the step at all of its batches, and of the cases."""
+    # Imported here: it takes TRITON_INTERPRET out of the environment, and a rehearsed stage interprets kernels.
+    import torch
+
+    from mvlm.config.model import MaskVLMConfig
+    from mvlm.costs.step_kernels import launches_of
+    from mvlm_benchmarks.gpu import variants
+    from mvlm_benchmarks.kernels.cases import cases, small_cases
+    from mvlm_kernels import aot
+
+    config = MaskVLMConfig.preset("tiny" if few else "base", cross_norm="post")
+    found = {}
+    for pairs in (batch,) if few else (32, 64, 128, batch):
+        for launch in launches_of(config, pairs, arch):
+            found.setdefault(aot.signature(launch.kernel, launch.args, launch.meta, arch), launch)
+    dtype = torch.bfloat16
+    for case in [*small_cases(dtype), *([] if few else cases(batch, dtype))]:
+        if not case.has_kernels or case.ours is None:
+            continue
+        try:
+            recorded = variants.launches_of(case, case.make("meta"), aot.capability_of(arch))
+        except RuntimeError:  # left to torch by rule
+            continue
+        for one in recorded:
+            key = aot.signature(one.kernel, one.args, one.meta, arch)
+            found.setdefault(key, aot.Launch(case.shape, one.kernel, one.args, one.meta, one.pass_name))
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--arch", default="sm_90", help="such as sm_90")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--few", action="store_true", help="three kernels, for a rehearsal")
+    options = parser.parse_args()
+    from mvlm_kernels import aot
+
+    found = launches(options.arch, options.batch, options.few)
+    failed = aot.compile_all(found[:3] if options.few else found, options.arch, options.jobs)
+    print(*failed, sep="\n")
+    print(f"{len(found)} kernels for {options.arch}, {len(failed)} of which failed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
