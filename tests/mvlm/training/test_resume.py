@@ -1,6 +1,5 @@
 """Resumed runs against uninterrupted ones, and resumes that are refused."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, tokenizer_for
 from support.folders import checkpoint_contents, folder_hash, reproducible_rows, rows_of
 from support.forgery import change_tensors, checkpoint, reseal
-from support.models import micro_config, pretrain_config
+from support.models import pretrain_config
 from support.scenes import write_scenes
 
 
@@ -113,14 +112,3 @@ def test_resume_from_weights_that_are_not_finite_is_refused(scenes, tmp_path, wi
         with pytest.raises(RunError, match=rf"step_00000001/{part}: .* log_scale"):
             pretrain(replace(config, resume=True))
         assert folder_hash(config.out) == before
-
-
-def test_resume_of_another_architecture_is_refused(scenes, run_copy):
-    file = run_copy / "config.json"
-    config = json.loads(file.read_text())
-    config["model"]["width"] = 24
-    file.write_text(json.dumps(config))
-    before = folder_hash(run_copy)
-    with pytest.raises(RunError, match="wanted the tensors of this model's architecture, found others"):
-        pretrain(pretrain_config(scenes, run_copy, resume=True, model=micro_config(width=24)))
-    assert folder_hash(run_copy) == before

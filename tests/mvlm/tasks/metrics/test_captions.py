@@ -79,15 +79,6 @@ def test_cider_equals_dense_vectors(references):
     assert cider(found, wanted).tolist() == pytest.approx(dense_cider(found, wanted), abs=1e-12)
 
 
-def test_captions_that_copy_and_captions_that_share_nothing():
-    wanted = {"1": ["a red heart left of a circle"], "2": ["the blue dog sits still"]}
-    copies = {image: texts[0] for image, texts in wanted.items()}
-    assert bleu(copies, wanted) == pytest.approx([1, 1, 1, 1])
-    assert cider(copies, wanted).tolist() == pytest.approx([10, 10])
-    assert bleu({"1": "zebra", "2": ""}, wanted) == [0, 0, 0, 0]
-    assert cider({"1": "zebra", "2": ""}, wanted).tolist() == [0, 0]
-
-
 SCENES = {
     "1": {
         "size": [128, 128],
