@@ -57,6 +57,7 @@ def refusal(outcome: tuple[list[int], str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, what", [("vqa", "model"), ("retrieval", "model"), ("retrieval", "data")])
 def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path, on_two_ranks, what, task):
     """A run that still trains has another newest checkpoint for a rank that looks later."""
@@ -106,6 +107,7 @@ def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_tw
     assert "key 64: wanted an image, found one that cannot be decoded" in line
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other_and_a_new_start_has_the_figures_of_one(
     tuned, questions, tmp_path, on_two_ranks, run_mvlm
 ):

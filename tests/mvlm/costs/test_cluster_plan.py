@@ -203,6 +203,7 @@ def test_page_shows_the_output_of_mvlm_plan(capsys):
         assert a == pytest.approx(b, rel=0.03, abs=1.01 if "." not in ours else 0.06), (ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_plan_assumes_no_longer_captions_than_the_model_takes():
     found = format_plan(setting(model=micro_config(text_length=8), nodes=2, batch_size=256), 10**6, 1)
     assert "of 8 tokens (at most 8)" in found
