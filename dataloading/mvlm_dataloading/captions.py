@@ -3,10 +3,13 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike
+from mvlm_dataloading.errors import need
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
 
 # Controls of writing direction (marks, embeddings, overrides, isolates) reorder or hide text.
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -63,13 +66,14 @@ class Repeats(NamedTuple):
     """Per cent of the captions that one image alone has."""
 
 
-def repeats(words: ArrayLike, images: ArrayLike) -> Repeats:
+def repeats(words: "ArrayLike", images: "ArrayLike") -> Repeats:
     """Count repeated captions.
 
     Args:
         words: int (T,), equal for captions of equal words.
         images: int (T,), image of each caption.
     """
+    np = need("numpy")  # `mvlm --help` reads this file, and needs no numpy
     words, images = np.asarray(words), np.asarray(images)
     different = np.unique(np.stack([words, images], axis=1), axis=0)
     found, owners = np.unique(different[:, 0], return_counts=True)
