@@ -74,11 +74,11 @@ def repeats(words: "ArrayLike", images: "ArrayLike") -> Repeats:
         images: int (T,), image of each caption.
     """
     np = need("numpy")  # `mvlm --help` reads this file, and needs no numpy
-    words, images = np.asarray(words), np.asarray(images)
-    different = np.unique(np.stack([words, images], axis=1), axis=0)
+    kinds, owned = np.asarray(words), np.asarray(images)
+    different = np.unique(np.stack([kinds, owned], axis=1), axis=0)
     found, owners = np.unique(different[:, 0], return_counts=True)
-    alone = owners[np.searchsorted(found, words)] == 1
-    with_own = len(np.unique(images[alone])) / max(1, len(np.unique(images)))
+    alone = owners[np.searchsorted(found, kinds)] == 1
+    with_own = len(np.unique(owned[alone])) / max(1, len(np.unique(owned)))
     shares = (round(100 * share, 2) for share in (with_own, float(alone.mean()) if len(alone) else 0.0))
     return Repeats(int((~alone).sum()), *shares)
 
