@@ -26,7 +26,7 @@ from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.report.html import line_chart, table, write_page
 from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
 from mvlm.studies.evidence import PILOT, evidence, seeds_needed
-from mvlm.studies.study import Study
+from mvlm.studies.study import FIGURES, Study
 from mvlm_dataloading.files import write_file
 
 RESAMPLES = 4000
@@ -125,15 +125,15 @@ def figure(result: Result, measure: str) -> float:
 def directed(measure: str) -> list[str]:
     """A recall without a direction, such as itm.r1, by each direction; any other measure alone."""
     *where, cut = measure.split(".")
-    if cut not in CUTS or (where and where[-1] in DIRECTIONS) or not {*where} <= {"unseen", "itc", "itm"}:
+    if cut not in CUTS or (where and where[-1] in DIRECTIONS):
         return [measure]
     return [".".join([*where, way, cut]) for way in DIRECTIONS]
 
 
 def is_recall(measure: str) -> bool:
-    """True for a recall, such as ir.r1, itc.tr.r5, unseen.ir.r10 or itm.r1: a mean over queries."""
+    """True for a recall of pretraining, such as ir.r1, unseen.itc.tr.r5 or itm.r1, of which all ranks are kept."""
     *where, cut = directed(measure)[0].split(".")
-    return bool(where) and where[-1] in DIRECTIONS and cut in CUTS
+    return bool(where) and where[-1] in DIRECTIONS and cut in CUTS and {*where} <= {*FIGURES}
 
 
 def query_hits(result: Result, measure: str) -> Floats:

@@ -22,8 +22,8 @@ from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
-from mvlm.studies.study import Study, slug, trial_config
-from mvlm.studies.trial import Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
+from mvlm.studies.study import Study, slug, stage_config, trial_config
+from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
 from mvlm.tasks.finetune import untrained_figures
 from mvlm.training.run import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
@@ -115,6 +115,14 @@ def check_measures(study: Study, trial: Trial) -> None:
         few = {split: open_dataset(trial.data, split).head(SAMPLES) for split in trial.splits}
         known = {f"{split}.{name}" for split in few for name in untrained_figures(trial.config, few[split])}
     for measure in study.measures:
+        name, _, figure_of = measure.partition(".")
+        if name in study.then:
+            splits = study.then[name].get("splits", ["test"])
+            if figure_of.partition(".")[0] not in splits:
+                raise ConfigError(
+                    f"measures: wanted {name}, one of its splits {', '.join(splits)}, and a figure, got {measure!r}"
+                )
+            continue
         first = ".".join(measure.split(".")[:2]) if study.task else measure  # types of questions may be absent here
         if first not in known:
             near = difflib.get_close_matches(measure, known, 1)
@@ -180,6 +188,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     splits = tuple(study.splits) if study.task else (study.split,)
     evaluated = {split: open_dataset(data, split).fingerprint for split in splits}
+    stages = {name: _stage_data(stage) for name, stage in study.then.items()}
     trials = []
     for seed in study.seeds:
         for arm, (steps, flops) in plans.items():
@@ -200,9 +209,25 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
                 rerank=study.rerank if matches else 0,
                 start=start,
                 files=files[arm],
+                then=tuple(
+                    Stage(
+                        name=name,
+                        config=stage_config(study, name, seed, folder / "run", folder / f"then-{slug(name)}"),
+                        samples=train,
+                        evaluated=tested,
+                    )
+                    for name, (train, tested) in stages.items()
+                ),
             )
             trials.append(trial)
     return trials
+
+
+def _stage_data(stage: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Fingerprints of a stage's training samples and of each split that it is evaluated on."""
+    data = Path(stage["data"])
+    splits = {split: open_dataset(data, split).fingerprint for split in stage.get("splits", ["test"])}
+    return open_dataset(data, "train").fingerprint, splits
 
 
 def training_data(fraction: float, data: Path, out: Path) -> Path:

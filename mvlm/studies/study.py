@@ -21,9 +21,12 @@ from mvlm.errors import ConfigError
 _FIELDS = {
     "question": str, "preset": str, "task": str, "base": str, "seeds": list, "measures": list, "budget": dict,
     "primary": str, "effect": float,
-    "split": str, "splits": list, "rerank": int, "limits": str, "settings": dict, "arms": dict, "paper": dict,
+    "split": str, "splits": list, "rerank": int, "limits": str, "settings": dict, "arms": dict, "then": dict,
+    "paper": dict,
 }  # fmt: skip
 _REQUIRED = ("question", "base", "seeds", "measures", "budget", "arms")
+FIGURES = ("tr", "ir", "itc", "itm", "unseen")
+"""Names under which the figures of a trial are grouped."""
 _OWN = ("data", "out", "resume", "max_steps", "checkpoint", "task")
 """Settings that the study itself sets."""
 
@@ -52,6 +55,9 @@ class Study:
     """Task to fine-tune, in place of a preset: all arms start from its recipe and from one pretrained model."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of all arms."""
+    then: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> a task that each trial's model is then fine-tuned on: its `data`, the `splits` to evaluate it on, and
+    the settings in which it differs from the task's recipe. The name is that of the task, or `task` is."""
     primary: str = ""
     """The measure that answers the question, named before the first trial. The others describe."""
     effect: float = 0.0
@@ -125,6 +131,13 @@ def _check(study: Study, file: Path) -> None:
         fraction = arm.get("fraction", 1.0)
         if type(fraction) not in (int, float) or not 0 < fraction <= 1:
             raise ConfigError(f"{file}: arms.{name}: fraction: wanted more than 0 and at most 1, got {fraction!r}")
+    if study.then and not study.preset:
+        raise ConfigError(f"{file}: then: wanted a preset to pretrain, found none; a task has no further stage")
+    for name, stage in study.then.items():
+        if not isinstance(stage, dict) or "data" not in stage or not isinstance(stage.get("splits", []), list):
+            raise ConfigError(f"{file}: then.{name}: wanted a table with data, and splits as a list, got {stage!r}")
+        if name in FIGURES:
+            raise ConfigError(f"{file}: then.{name}: wanted another name, this is that of a figure")
     for settings, further in ((study.settings, ("seed",)), *((arm, ()) for arm in study.arms.values())):
         own = [name for name in (*_OWN, *further) if name in settings]
         if own:
@@ -174,3 +187,12 @@ def trial_config(
     values = merged(recipe, study.settings, own)
     values |= {"seed": seed + own.get("seed", 0), "max_steps": steps, "resume": True}
     return run_config(values, f"study {study.name}, arm {arm}", kind)
+
+
+def stage_config(study: Study, name: str, seed: int, checkpoint: Path, out: Path) -> FinetuneConfig:
+    """Configuration of a stage of `then`, for the model of a trial. ConfigError as for `trial_config`."""
+    stage = study.then[name]
+    recipe = finetune_defaults(stage.get("task", name), checkpoint, Path(stage["data"]), out).to_dict()
+    own = {key: value for key, value in stage.items() if key not in ("task", "data", "splits")}
+    values = merged(recipe, own) | {"seed": seed, "resume": True}
+    return run_config(values, f"study {study.name}, then {name}", FinetuneConfig)

@@ -37,6 +37,24 @@ CURVE_POINTS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A task that the model of a trial is fine-tuned on, with the same settings in all arms."""
+
+    name: str
+    config: FinetuneConfig
+    samples: str
+    """Fingerprint of its training samples."""
+    evaluated: dict[str, str]
+    """Fingerprint of each split that it is evaluated on."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what it finds, beside the model."""
+        own = settings_of(self.config)
+        return {"samples": self.samples, "evaluated": self.evaluated, **json.loads(json.dumps(own))}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One run of an arm, and where it is kept."""
 
@@ -60,6 +78,7 @@ class Trial:
     """Hash of each file and model that the settings name."""
     evaluated: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each split that it is evaluated on."""
+    then: tuple[Stage, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -75,6 +94,7 @@ class Trial:
         else:
             found["split"] = self.splits[0]
         found |= {"files": self.files} if self.files else {}
+        found |= {"then": {stage.name: stage.settings for stage in self.then}} if self.then else {}
         return found | settings_of(self.config)
 
     def same_settings(self, result: dict[str, Any]) -> bool:
@@ -143,6 +163,14 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
         rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = model.evaluate(dataset, train, rerank)
+    for stage in trial.then:
+        if finetune(stage.config):
+            return None
+        figures[stage.name] = {
+            split: evaluate_task(find_checkpoint(stage.config.out), stage.config.data, split, device,
+                                 kind=find_task(stage.config.task), precision=stage.config.precision)[0]
+            for split in stage.evaluated
+        }  # fmt: skip
     rows = read_metrics(run.metrics)
     of_tasks = sorted({name for row in rows for name in row if name.startswith("val_")})
     result = {
@@ -184,7 +212,8 @@ def loss_curve(rows: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
 
 def remove_checkpoints(trial: Trial) -> None:
     """Remove the checkpoints of a finished trial, if there are any."""
-    shutil.rmtree(RunFolder(trial.config.out).checkpoints, ignore_errors=True)
+    for out in (trial.config.out, *(stage.config.out for stage in trial.then)):
+        shutil.rmtree(RunFolder(out).checkpoints, ignore_errors=True)
 
 
 def _check_begun(trial: Trial) -> None:

@@ -17,6 +17,8 @@ from mvlm.studies.page import MEASURES
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
 from mvlm.studies.trial import read_result, run_trial, take_result
+from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.finetune import finetune
 from mvlm.training.run import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import MICRO
@@ -264,3 +266,30 @@ def test_a_fraction_is_drawn_from_all_training_images(tmp_path: Path) -> None:
     view = open_dataset(studies.training_data(0.5, one, tmp_path), "train")
     assert view.description["rejected"] == {"not in the fraction": 40 - len(view)}
     assert 10 <= len(view) <= 30
+
+
+@pytest.mark.slow
+def test_the_model_of_each_trial_is_fine_tuned_and_evaluated(scenes, questions, tmp_path) -> None:
+    stage = {"data": str(questions), "splits": ["test", "train"], "max_steps": 1, "warmup_steps": 0, "batch_size": 8,
+             "answers": "classifier", "eval_every_steps": 0, "device": "cpu"}  # fmt: skip
+    settings = study().settings | {"eval_every_steps": 0}
+    both = study(
+        arms={"base": {}}, seeds=[1], settings=settings, measures=["ir.r1", "vqa.train.accuracy"], then={"vqa": stage}
+    )
+    assert run_study(both, scenes, tmp_path / "study") is not None
+    (trial,) = plan_trials(both, scenes, tmp_path / "by-hand")
+    pretrain(trial.config)  # pyright: ignore[reportArgumentType]
+    finetune(trial.then[0].config)
+    result = json.loads((tmp_path / "study/trials/base/seed_1/result.json").read_text())
+    for split in ("test", "train"):
+        assert result["figures"]["vqa"][split] == evaluate_task(trial.then[0].config.out, questions, split)[0]
+    assert (
+        rows(tmp_path / "study")["base", "vqa.train.accuracy"]["mean"]
+        == f"{result['figures']['vqa']['train']['accuracy']:.6g}"
+    )
+    assert not list((tmp_path / "study").rglob("checkpoints"))
+    longer = replace(both, then={"vqa": stage | {"max_steps": 2}})
+    with pytest.raises(RunError, match="found one with another then"):
+        run_study(longer, scenes, tmp_path / "study")
+    with pytest.raises(ConfigError, match="wanted vqa, one of its splits test, train, and a figure"):
+        run_study(replace(both, measures=["vqa.artist.accuracy"]), scenes, tmp_path / "other")
