@@ -1,5 +1,8 @@
 """The four objectives (MLM, MIM, ITC, ITM) as functions of tensors, which any model can call.
 
+Features and logits may have any floating dtype, also under autocast. Losses are scalars, in float32, or in float64 of
+float64.
+
 `examples/losses_in_transformers.py` calls them for a ViT and a BERT.
 """
 

@@ -1,4 +1,4 @@
-"""The study and the job of several nodes in examples/; test_pages.py runs the scripts."""
+"""The job of several nodes in examples/; test_pages.py runs the scripts, and tests/walks the study."""
 
 import os
 import shlex
