@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mvlm import cli
+from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
@@ -20,7 +21,7 @@ from mvlm.studies.trial import read_result, run_trial, take_result
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm.training.run import pretrain
-from mvlm_dataloading import ShardWriter, open_dataset
+from mvlm_dataloading import ShardWriter, open_dataset, tokenizer_for
 from support.models import MICRO
 from support.scenes import png, scene
 
@@ -230,6 +231,11 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     (alone,) = plan_trials(study(arms=few, base="few", seeds=[0]), scenes, tmp_path)
     assert flops["few"] == alone.flops
     step = flops["base"] / 2
+    split, config = open_dataset(scenes, "train"), trials["base"].config
+    tokenizer = tokenizer_for(split, MICRO["vocab_size"])
+    longest = config.model.text_length
+    lengths = [len(tokenizer.encode([split.captions(i)[0]], longest)[0]) for i in range(len(split))]
+    assert step == pytest.approx(8 * flops_per_pair(config, sum(lengths) / len(lengths)))  # pyright: ignore[reportArgumentType]
     bought = {t.arm: t for t in plan_trials(study(budget={"flops": 10.5 * step}), scenes, tmp_path) if t.seed == 0}
     assert bought["base"].config.max_steps == 10
     assert bought["no MIM"].config.max_steps > 10
