@@ -35,10 +35,10 @@ def run(stage: Stage) -> None:
             with (folder / "output.txt").open("w") as output:
                 code = run_program(command, seconds + GRACE, output)
             ended = _ended(folder / f"{name}.json", code)
-            stage.say(f"{name}: {ended[:200]}, after {stage.budget.used:.0f} s")
             stage.end_part(name, "ok" if ended == "complete" else ended)
             stage.summary(f"running, or killed, after {name}")
             archive(stage.out)
+            stage.say(f"{name}: {ended[:200]}, after {stage.budget.used:.0f} s")
     finally:
         archive(stage.out)
 
