@@ -19,6 +19,9 @@ def test_crops_of_many_sizes_are_resized_into_an_array_in_their_order(threads):
     assert np.array_equal(images, wanted)
     assert [one.size for one in returned] == [0] * 40
     assert np.array_equal(Resize(16, threads, planes=True)(crops), wanted)
+    one = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)  # has the size already
+    for planes in (True, False):
+        assert np.array_equal(Resize(16, threads, planes=planes)([one])[0], one.transpose(2, 0, 1) if planes else one)
 
 
 def filled(value: int, rows: int = 4) -> torch.Tensor:
