@@ -1,6 +1,13 @@
-"""A time limit that a measurement keeps by not starting its next case."""
+"""A time limit that a measurement keeps by not starting its next case, or by breaking off."""
 
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class OutOfTime(BaseException):
+    """The time is over. No `except Exception` of a library holds it back."""
 
 
 class Budget:
@@ -20,6 +27,24 @@ class Budget:
     def left(self) -> float:
         """Seconds until the limit; infinite without one, never negative."""
         return float("inf") if self._seconds is None else max(0.0, self._seconds - self.used)
+
+    @contextmanager
+    def until(self, end: float) -> Iterator[None]:
+        """Context that raises OutOfTime when `end` seconds are used. Work in C goes on until it returns to Python.
+
+        For the main thread.
+        """
+
+        def over(*_: object) -> None:
+            raise OutOfTime
+
+        before = signal.signal(signal.SIGALRM, over)
+        signal.setitimer(signal.ITIMER_REAL, 0 if end == float("inf") else max(1e-3, end - self.used))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def allows(self) -> bool:
         """True if another case may start: time is left for one as long as the longest so far.

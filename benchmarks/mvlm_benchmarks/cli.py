@@ -32,7 +32,8 @@ def kernels(
             so.
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
         quick: Time only the core shapes, in one short round.
-        seconds: Start no new case that would end later. Cases are timed in the order of their importance.
+        seconds: Start no new case that would end later; on a CPU, break off what does not fit. Cases are timed in the
+            order of their importance.
         json: JSON file for the figures.
     """
     _require("matplotlib")

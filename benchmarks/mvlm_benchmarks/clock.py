@@ -32,18 +32,21 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of a call in microseconds: median, 20th and 80th percentile, and the time of every call."""
+    """Time of a call in microseconds: median, 20th and 80th percentile, the time of every call, and processor time."""
 
     us: float
     p20: float
     p80: float
     calls: tuple[float, ...] = ()
+    cpu_us: float | None = None
+    """Median of the processor time of all threads of this process; None on a GPU."""
 
     @classmethod
-    def of(cls, calls: Sequence[float]) -> "Timing":
-        """Timing of at least two calls, in microseconds."""
+    def of(cls, calls: Sequence[float], cpu: Sequence[float] = ()) -> "Timing":
+        """Timing of at least two calls, in microseconds. cpu: the processor time of each."""
         fifths = statistics.quantiles(calls, n=5)
-        return cls(statistics.median(calls), fifths[0], fifths[3], tuple(calls))
+        cpu_us = statistics.median(cpu) if cpu else None
+        return cls(statistics.median(calls), fifths[0], fifths[3], tuple(calls), cpu_us)
 
 
 class Busy(Exception):
@@ -87,7 +90,7 @@ _TIMERS = (
     (torch.profiler, "profile"),
 )  # fmt: skip
 _ORIGINALS = [getattr(owner, name) for owner, name in _TIMERS]
-_perf_counter = time.perf_counter
+_perf_counter, _process_time = time.perf_counter, time.process_time
 
 
 def require_own_timers() -> None:
@@ -104,7 +107,7 @@ def copied(results: Results) -> Results:
 
 @dataclass(frozen=True)
 class CpuClock:
-    """Wall-clock times of at least five calls, after one call of each step for warm-up."""
+    """Wall-clock and processor times of at least five calls, after one call of each step for warm-up."""
 
     seconds: float
     """Duration of a measurement."""
@@ -114,18 +117,20 @@ class CpuClock:
             prepare(number)
             step()
         times: list[float] = []
+        cpu: list[float] = []
         last: list[Results] = [()] * len(steps)
         end = _perf_counter() + self.seconds
         while len(times) < max(5, len(steps)) or _perf_counter() < end:
             number = len(times) % len(steps)
             prepare(number)
-            start = _perf_counter()
+            start_cpu, start = _process_time(), _perf_counter()
             results = steps[number]()
             times.append(1e6 * (_perf_counter() - start))
+            cpu.append(1e6 * (_process_time() - start_cpu))
             last[number] = copied(results)
             del results
         require_own_timers()
-        return Timing.of(times), last
+        return Timing.of(times, cpu), last
 
     def graph(self, make_steps: Callable[[], Sequence[Step]]) -> tuple[float, list[Results]] | None:
         return None

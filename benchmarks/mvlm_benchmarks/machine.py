@@ -1,5 +1,6 @@
 """Description of the machine and of the revision under test, and the roofline of a GPU."""
 
+import os
 import platform
 import re
 import subprocess
@@ -60,6 +61,13 @@ def _cpu_name() -> str:
     bf16 = ["bf16"] if {"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()) else []
     instructions = [torch.backends.cpu.get_cpu_capability(), *bf16]
     return ", ".join([name, *kind, " with ".join(instructions), f"{torch.get_num_threads()} threads"])
+
+
+def load() -> str:
+    """The load of the machine over the last minute, in words."""
+    processes, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    advice = "; other work takes time: trust the processor time, or wait" if processes > cores / 2 else ""
+    return f"load {processes:.1f} on {cores} cores{advice}"
 
 
 def driver_version() -> str:

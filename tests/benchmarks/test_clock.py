@@ -27,6 +27,8 @@ def test_cpu_clock_reports_microseconds_and_the_last_results_of_each_step() -> N
     assert len(calls) >= 2 + 5
     assert calls == prepared == [n % 2 for n in range(len(calls))]  # steps take turns, each prepared
     assert 2000 <= timing.p20 <= timing.us <= timing.p80
+    assert timing.cpu_us is not None
+    assert 0 < timing.cpu_us < 1000  # asleep, a process takes none
     assert len(timing.calls) == len(calls) - 2  # the first of each is for warm-up
     assert [float(one[0][0]) for one in results] == [0.0, 1.0]
     assert max(float(one[0][1]) for one in results) == len(calls)

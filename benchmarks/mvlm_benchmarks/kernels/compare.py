@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from mvlm_benchmarks.budget import Budget, OutOfTime
 from mvlm_benchmarks.ceilings import MemoryRates, gemm_seconds
 from mvlm_benchmarks.clock import Clock, Refused, Timing
 from mvlm_benchmarks.gpu_state import GpuState
@@ -25,6 +26,9 @@ from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
+LATE = Outcome("not timed", "--seconds were over")
+PREPARED = 0.6
+"""Share of the time left to a case on a CPU after which no contender is prepared. One round and checks follow."""
 
 
 @dataclass
@@ -95,9 +99,15 @@ def bench_case(
     clock: Clock,
     rounds: int,
     state: GpuState | None = None,
+    budget: Budget | None = None,
 ) -> list[Entry]:
-    """Measure all contenders: ours, and the peers that have a builder for the op."""
-    names = passes_of(case)
+    """Measure all contenders: ours, and the peers that have a builder for the op.
+
+    On a CPU a preparation that does not fit into the budget is broken off, such as a compiler's, and rounds are left
+    out. On a GPU a case is finished.
+    """
+    names, limit = passes_of(case), budget if budget is not None and device == "cpu" else Budget()
+    prepared = limit.used + PREPARED * limit.left
     contenders = [ours_as_peer(case), *(peer for peer in peers if case.op in peer.builders)]
     try:
         data = CaseData.make(case, device)
@@ -105,12 +115,21 @@ def bench_case(
         outcome = Outcome("error", f"the float64 reference did not run: {one_line(error)}")
         _free_memory()
         return [Entry(peer.name, dict.fromkeys(names, outcome)) for peer in contenders]
-    entries = [prepare(peer, data, clock) for peer in contenders]
+    entries = []
+    for peer in contenders:
+        try:
+            with limit.until((limit.used + prepared) / 2):  # a slow one leaves as much to the others
+                entries.append(prepare(peer, data, clock))
+        except OutOfTime:
+            entries.append(Entry(peer.name, dict.fromkeys(names, LATE)))
     if device == "cuda" and entries[0].runner is not None and (note := torch_reasons(case, data.sets[0])):
         # A fallback is never timed as ours. The peers have its figures.
         entries[0] = Entry("ours", dict.fromkeys(names, Outcome("torch", f"runs torch: {note}")))
 
-    for _ in range(rounds):
+    start = limit.used
+    for number in range(rounds):
+        if number and limit.left < 2 * (limit.used - start) / number:  # of a round, and of the checks
+            break
         for entry in entries:
             for name in names:
                 if (timing := entry.attempt("time", name)) is not None:
@@ -201,6 +220,7 @@ def rows_of(case: Case, entries: list[Entry], ceilings: Ceilings = Ceilings()) -
                 "us": us,
                 "us_p20": timing.p20 if timing else None,
                 "us_p80": timing.p80 if timing else None,
+                "cpu_us": timing.cpu_us if timing else None,
                 "graph_us": entry.graph_us.get(name) if ok else None,
                 "gb_per_s": rate / 1e9 if rate else None,
                 "roofline_pct": 100 * roofline[name] / us if us and roofline and bounded else None,
@@ -230,7 +250,9 @@ def _ratio(found: list[Timing] | None, others: list[Timing] | None) -> Ratio | N
 
 
 def _median(timings: list[Timing]) -> Timing:
-    return Timing(*(statistics.median(getattr(t, k) for t in timings) for k in ("us", "p20", "p80")))
+    cpu = [t.cpu_us for t in timings if t.cpu_us is not None]
+    us, p20, p80 = (statistics.median(getattr(t, k) for t in timings) for k in ("us", "p20", "p80"))
+    return Timing(us, p20, p80, cpu_us=statistics.median(cpu) if cpu else None)
 
 
 def _rounded(value: Any) -> Any:

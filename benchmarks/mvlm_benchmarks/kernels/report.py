@@ -12,8 +12,8 @@ from mvlm_dataloading.files import write_json
 
 Row = dict[str, Any]
 COLUMNS = (
-    "op", "pass", "shape", "dtype", "contender", "status", "note", "us", "us_p20", "us_p80", "graph_us", "gb_per_s",
-    "roofline_pct", "copy_pct", "read_pct", "triad_pct", "gemm_us", "peak_mb", "vs_ours", "vs_ours_low",
+    "op", "pass", "shape", "dtype", "contender", "status", "note", "us", "us_p20", "us_p80", "cpu_us", "graph_us",
+    "gb_per_s", "roofline_pct", "copy_pct", "read_pct", "triad_pct", "gemm_us", "peak_mb", "vs_ours", "vs_ours_low",
     "vs_ours_high", "verdict", "bytes_minimum", "repeats", "kernels", *gpu_state.COLUMNS,
     *MACHINE_COLUMNS,
 )  # fmt: skip
@@ -27,11 +27,12 @@ ABSENT = ("missing", "not applicable")
 
 def table(rows: list[Row]) -> str:
     """Table of one case: a line per contender, then the reasons for missing figures."""
-    first = rows[0]
-    group = f"{'us':>9} {'x ours':>7}  {'GB/s':>7} {'roof %':>6}"
+    first, on_cpu = rows[0], any(row.get("cpu_us") is not None for row in rows)
+    last = ("cpu_us", "cpu us", 9) if on_cpu else ("roofline_pct", "roof %", 6)
+    group = f"{'us':>9} {'x ours':>7}  {'GB/s':>7} {last[1]:>{last[2]}}"
     lines = ["", f"{first['op']}  {first['shape']}  {first['dtype']}"]
-    lines.append(f"{'':16}" + "".join(f"  {name:^{len(group)}}" for name in PASSES) + f"  {'peak':>8}")
-    lines.append(f"{'contender':16}" + f"  {group}" * len(PASSES) + f"  {'MB':>8}")
+    lines.append(f"{'':16}" + "".join(f"  {name:^{len(group)}}" for name in PASSES) + f"  {'peak':>8}  {'equal to':>8}")
+    lines.append(f"{'contender':16}" + f"  {group}" * len(PASSES) + f"  {'MB':>8}  {'float64':>8}  repeats")
     reasons, absent = [], []
     for contender, passes in groupby(rows, key=lambda row: row["contender"]):
         by_pass = {row["pass"]: row for row in passes}
@@ -40,9 +41,10 @@ def table(rows: list[Row]) -> str:
             continue
         reasons += _reasons(contender, by_pass)
         if any(row["us"] is not None for row in by_pass.values()):
-            cells = "".join(f"  {_cells(by_pass.get(name))}" for name in PASSES)
+            cells = "".join(f"  {_cells(by_pass.get(name), last[0], last[2])}" for name in PASSES)
             peak = by_pass.get("both", by_pass["forward"])["peak_mb"]
-            lines.append(f"{contender:16}{cells}  {_number(peak, 8)}")
+            equal = "NO" if any(row["status"] == "WRONG" for row in by_pass.values()) else "yes"
+            lines.append(f"{contender:16}{cells}  {_number(peak, 8)}  {equal:>8}  {by_pass['forward']['repeats']}")
     if any(row["verdict"] == NO_DIFFERENCE for row in rows):
         reasons.append("  ~ no difference: the 95 % interval of the ratio contains 1")
     if absent:
@@ -50,13 +52,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines + reasons)
 
 
-def _cells(row: Row | None) -> str:
+def _cells(row: Row | None, last: str, width: int) -> str:
     row = row or {}
-    us, ratio, rate, roofline = (
-        _number(row.get(key), width) for key, width in (("us", 9), ("vs_ours", 7), ("gb_per_s", 7), ("roofline_pct", 6))
+    us, ratio, rate, further = (
+        _number(row.get(key), width) for key, width in (("us", 9), ("vs_ours", 7), ("gb_per_s", 7), (last, width))
     )
     mark = "~" if row.get("verdict") == NO_DIFFERENCE else " "
-    return f"{us} {ratio}{mark} {rate} {roofline}"
+    return f"{us} {ratio}{mark} {rate} {further}"
 
 
 def _number(value: float | None, width: int) -> str:

@@ -43,7 +43,8 @@ def run(
         ops, peers: names; empty for all.
         out: folder of the CSV and the plot.
         json: JSON file, or None.
-        seconds: no new case is started when a case as long as the longest would end later. None: no limit.
+        seconds: no new case is started when a case as long as the longest would end later, and on a CPU what does not
+            fit is broken off. None: no limit.
 
     Raises:
         ConfigError: an unknown op, peer, device or dtype, a number of seconds that is not positive, or
@@ -75,6 +76,8 @@ def _time_cases(
     csv_file, plot_file = report.file_names(about, str(chosen[0].dtype).removeprefix("torch."), out)
     table = RowFile(csv_file, about, report.COLUMNS)
     print(heading(about))
+    if device_type == "cpu":
+        print(machine.load())
     try:
         for case_rows in time_cases(chosen, peers, device_type, about["device"], quick, budget):
             table.append(case_rows)
@@ -113,7 +116,7 @@ def time_cases(
         for case in chosen:
             if not budget.allows():
                 return
-            entries = bench_case(case, device_type, peers, clock, 1 if quick else 5, state)
+            entries = bench_case(case, device_type, peers, clock, 1 if quick else 5, state, budget)
             rows = rows_of(case, entries, case_ceilings(case, device_type, gpu, rates))
             del entries
             yield rows

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused
 from mvlm_benchmarks.kernels.checks import check_kernels, relative_error, same_bits
 from mvlm_benchmarks.kernels.compare import Ceilings, bench_case, rows_of
@@ -172,6 +173,19 @@ def test_work_on_another_stream_has_no_figure() -> None:
     row = next(row for row in rows_of(TOY, entries) if row["contender"] == "stream")
     assert row["status"] in ("WRONG", "REFUSED")
     assert row["us"] is None
+
+
+def test_what_does_not_fit_into_the_seconds_is_broken_off() -> None:
+    compared()  # the first calls of a process are slow
+    slow = Peer("slow", {"toy": lambda inputs: time.sleep(30) or (lambda x: x)})
+    start = time.perf_counter()
+    rows = rows_of(TOY, bench_case(TOY, "cpu", [slow, GOOD], FakeClock(), 1, budget=Budget(2)))
+    assert time.perf_counter() - start < 2
+    assert {(row["contender"], row["status"]) for row in rows} == {
+        ("ours", "ok"),
+        ("slow", "not timed"),
+        ("good", "ok"),
+    }
 
 
 def test_graph_that_computes_nothing_is_wrong() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ def test_run_on_a_cpu_writes_csv_plot_and_json(capsys, tmp_path) -> None:
     words += ["--peers", "eager", "gather-first", "liger", "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]
     cli.run_command(["bench", "kernels", *words])
     out = capsys.readouterr().out
+    assert re.search(r"^load \d+\.\d on \d+ cores", out, re.MULTILINE)
+    lines = [line.split() for line in out.splitlines() if line.startswith(("ours ", "eager "))]
+    assert {tuple(line[-5:]) for line in lines} == {("yes", "5", "of", "5", "equal")}
     assert "These are CPU timings of the torch references. No Triton kernel runs" in out
     assert "not applicable: liger: liger-kernel has no kernel that reads images" in out
     paths = [Path(line) for line in out.splitlines() if line.startswith(str(tmp_path))]
@@ -40,6 +44,7 @@ def test_run_on_a_cpu_writes_csv_plot_and_json(capsys, tmp_path) -> None:
         if row["status"] == "ok":
             assert float(row["us_p20"]) <= float(row["us"]) <= float(row["us_p80"])
             assert float(row["gb_per_s"]) > 0
+            assert float(row["cpu_us"]) > 0
         assert row["roofline_pct"] == row["graph_us"] == row["peak_mb"] == ""
 
 
