@@ -100,10 +100,7 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
 
 
 def compile_all(launches: Sequence["Launch"], arch: str, jobs: int) -> list[str]:
-    """Compile kernels in `jobs` processes, into the cache where launches on that GPU find them. Returns the failures.
-
-    The processes are forked, so this one must not have used a GPU.
-    """
+    """Compile into Triton's cache, in `jobs` forks of this process, which has used no GPU. Returns the failures."""
     global _waiting
     _waiting = launches, arch
     with ProcessPoolExecutor(max(1, min(jobs, len(launches))), mp_context=get_context("fork")) as pool:

@@ -206,18 +206,14 @@ _without_resources: dict[tuple[Any, ...], Refusal] = {}
 
 
 def without_resources(*kind: Any) -> tuple[Refusal, ...]:
-    """The reason against Triton of a kind of call for which this GPU has too little shared memory or registers.
-
-    It is known after the first such call. kind: what that call gave to :func:`run_kernels`.
-    """
+    """The reason against Triton of a kind of call that an earlier :func:`run_kernels` found too large for this GPU."""
     return (_without_resources[kind],) if kind in _without_resources else ()
 
 
 def run_kernels(kind: tuple[Any, ...], by_triton: Callable[[], Result], by_torch: Callable[[], Result]) -> Result:
     """Result of the kernels; of torch if Triton cannot launch one for lack of resources, now and for later calls.
 
-    kind: the op, the device, and what else decides about the tiles. Under ``use_backend("triton")`` Triton's error is
-    raised.
+    kind: the op, the device, and what else decides about the tiles. ``use_backend("triton")`` raises Triton's error.
     """
     try:
         return by_triton()

@@ -85,8 +85,7 @@ def walking(
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid (programs along rows, slices) of a kernel whose programs walk over tiles of BLOCK_R rows, and its options.
 
-    As many programs as run at once, at most one a tile. `maxnreg` of the options is the limit of registers that decides
-    how many a multiprocessor holds. The interpreter takes the multiprocessors of an H100.
+    As many programs as run at once by the option `maxnreg`, at most one a tile. The interpreter takes those of an H100.
     """
     options = dispatch.overridden(kernel.__name__, options)
     held = blocks(options["maxnreg"] or 255, options["num_warps"], 0, dispatch.arch(device))

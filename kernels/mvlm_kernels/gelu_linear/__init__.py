@@ -32,10 +32,7 @@ _TRANSFORMED = refusal(
 
 
 class Room:
-    """Room for saved GELUs on one GPU: what earlier steps left free. The first step saves none.
-
-    It is read once a step from the allocator's peak, which waits for nothing.
-    """
+    """Room for saved GELUs on one GPU: what earlier steps left free, by the allocator's peak. The first saves none."""
 
     def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
         """read: returns the bytes allocated at the peak so far, and those of the GPU."""

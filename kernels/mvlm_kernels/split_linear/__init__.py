@@ -1,7 +1,6 @@
 """A linear layer whose output is cut into parts, such as queries, keys and values; see :func:`split_linear`.
 
-Matrix products are torch's. Backward, one kernel puts the gradients of the parts side by side and sums them for the
-bias, where torch stacks them and reads them again.
+Backward, one kernel stacks the gradients of the parts and sums them for the bias. Matrix products are torch's.
 """
 
 from typing import Any
