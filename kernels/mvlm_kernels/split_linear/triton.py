@@ -1,9 +1,5 @@
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-"""Triton kernel of ``split_linear`` and its launcher.
-
-A program owns a slice of the columns of one part, walks over every n-th tile of rows, and keeps its share of the sums
-in registers. A second kernel adds the shares in the order of the programs.
-"""
+"""Triton kernel of ``split_linear`` and its launcher, which walk and sum as those of ``gelu_linear`` do."""
 
 import triton
 import triton.language as tl
