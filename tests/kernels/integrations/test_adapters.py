@@ -97,13 +97,6 @@ def weight_norm(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return model
 
 
-def old_weight_norm(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    for _, _, layer in layers(model, names):
-        with pytest.deprecated_call():
-            nn.utils.weight_norm(layer).weight_g.data.mul_(1.5)
-    return model
-
-
 def vit() -> nn.Module:
     torch.manual_seed(0)
     return timm.models.VisionTransformer(**VIT)
@@ -170,7 +163,6 @@ CHANGES: dict[str, Change] = {
     "merged by peft": merged_by_peft,
     "hooks": hooks,
     "weight norm": weight_norm,
-    "weight norm by a hook": old_weight_norm,
 }
 READABLE = {("vit, patches", "weight norm"), *((name, "merged by peft") for name in LAYERS)}
 """Layers that are swapped though they are changed: a weight that is computed can be read."""

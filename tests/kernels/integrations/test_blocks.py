@@ -93,7 +93,7 @@ def test_a_swapped_model_has_the_same_outputs_and_gradients(name, backend, calls
     x = inputs(model)
     torch.manual_seed(3)
     wanted, gradients = run(model, x)
-    names = list(model.state_dict())
+    names, plain, changed = list(model.state_dict()), copy.deepcopy(model), []
     report = swap_blocks(model)
     assert report.swapped
     assert not report.kept
@@ -101,7 +101,15 @@ def test_a_swapped_model_has_the_same_outputs_and_gradients(name, backend, calls
     with use_backend(backend):
         torch.manual_seed(3)  # dropout draws the same
         output, found = run(model, x)
-    assert calls == expected
+        assert calls == expected
+    with torch.no_grad():  # as training does: a swap keeps nothing of the weights that it has read
+        for parameter in (*model.parameters(), *plain.parameters()):
+            parameter.add_(0.01)
+    for one, kind in ((model, backend), (plain, "torch")):
+        torch.manual_seed(3)
+        with use_backend(kind):
+            changed.append(run(one, x)[0])
+    torch.testing.assert_close(*changed, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
     assert found.keys() == gradients.keys()
     for parameter in gradients:
