@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
-        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-start tasks-table tasks-smoke \
+        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence tasks tasks-start tasks-table \
         check docs docs-links \
         format clean
 
@@ -225,12 +225,6 @@ faults-network: $(VENV)/.installed
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_work.py evaluation --kills 10
 
-# The model of `make tasks-smoke` is the demo's, or that of RUN=FOLDER. Where there is none, the demo's steps make it. Interrupted, they go
-# on with `make demo`: make would remove the file.
-.PRECIOUS: $(RUN)/config.json
-$(RUN)/config.json:
-	$(MAKE) demo
-
 # Trials whose results are committed are not run again. Fluent needs a package of npm, so it is built by hand.
 EVIDENCE := emoji $(if $(wildcard data/fluent/dataset.json),fluent)
 ## evidence       all studies, resumable; PART=i/n runs a part of the trials (an estimated 2.9 hours a data set on two cores)
@@ -296,15 +290,6 @@ data/scenes/places/dataset.json: | $(VENV)/.installed
 
 data/easy-vqa/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data easy-vqa data/easy-vqa
-
-## tasks-smoke    one task on few scenes, from its data to its table, in three minutes
-tasks-smoke: $(VENV)/.installed | $(RUN)/config.json
-	$(BIN)/mvlm data scenes data/ci-scenes --train 128 --validation 32 --test 32 --tasks vqa
-	$(BIN)/mvlm study studies/tasks/smoke.toml --checkpoint $(RUN) --data data/ci-scenes/vqa --out runs/tasks/smoke
-
-## evidence-smoke a short study on DATA, from trials to table and page, in two minutes
-evidence-smoke: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/mvlm study studies/smoke.toml --data $(DATA) --out runs/evidence/smoke --jobs $(JOBS)
 
 ## faults-page     10 minutes of random requests to the page of `mvlm app`
 faults-page: $(VENV)/.installed

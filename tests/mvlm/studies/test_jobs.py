@@ -1,4 +1,4 @@
-"""Processes that share the trials of a study. `make evidence-smoke` runs a study in two of them."""
+"""Processes that share the trials of a study."""
 
 import os
 import signal

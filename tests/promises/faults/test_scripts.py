@@ -20,7 +20,7 @@ def run(script: str, *words: object) -> str:
 
 
 def test_every_kind_of_fault_ends_well(tmp_path):
-    """One trial of each kind; `.ci/run` has 45, and `make faults` a thousand."""
+    """One trial of each kind; `.ci/run` has 18, and `make faults` a thousand."""
     run("campaign", "--count", 9, "--seed", 1, "--json", tmp_path / "faults.json")
     figures = json.loads((tmp_path / "faults.json").read_text())
     assert figures["trials"] == len({row["fault"] for row in figures["rows"]}) == 9
