@@ -48,7 +48,7 @@ TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
 PYTEST = TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist worksteal
-## test            what a user relies on: about ten minutes on two cores
+## test            what a user relies on: about seven minutes on two cores
 test: $(VENV)/.test
 	$(PYTEST) -m "not extended"
 
@@ -58,7 +58,7 @@ test-all: test
 
 ## test-fast       the quick ones, between two edits
 test-fast: $(VENV)/.test
-	$(PYTEST) -m "not slow and not extended"
+	$(PYTEST) -n $(JOBS) -m "not slow and not extended"
 
 # What trains or computes with a model, on a processor without bf16 products and in bf16 there.
 TRAINED = tests/mvlm/training tests/mvlm/model tests/mvlm/objectives tests/mvlm/distributed tests/mvlm/runs \

@@ -257,6 +257,7 @@ def headers_of(content: bytes) -> list[int]:
 TARS = [name for name in BY_HAND if name != "no members"]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(TARS), st.integers(0, 10**6), st.integers(0, BLOCK - 1), st.integers(1, 255))
 @example("plain", 2, 150, 255)

@@ -177,6 +177,7 @@ def test_sigterm_ends_a_stage_with_its_plots_written(tmp_path, monkeypatch) -> N
     assert (tmp_path / "kernels.svg").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_program_and_what_it_started_end_when_its_time_is_over(tmp_path) -> None:
     path = tmp_path / "output"
     with path.open("w") as output:

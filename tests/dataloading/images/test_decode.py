@@ -104,6 +104,7 @@ def test_pixels_sides_and_memory_are_limited_by_the_header() -> None:
     assert kind_of(noise(100, 100), ImageLimits(max_pixels=9_999)) == "pixels"
 
 
+@pytest.mark.slow
 def test_a_jpeg_beyond_the_memory_is_decoded_at_a_part_of_its_sides() -> None:
     small = noise(40, 30).resize((1601, 1200), Image.Resampling.BICUBIC)
     content = encoded(small, "JPEG", quality=95)

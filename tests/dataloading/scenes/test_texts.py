@@ -182,6 +182,7 @@ def test_a_nouns_held_side_is_told_in_split_combo_alone(split: str) -> None:
     assert {held_side(noun) == side for noun, side in told} == {split == "combo"}
 
 
+@pytest.mark.slow
 def test_splits_share_no_scene() -> None:
     for task in TASKS:
         seen: dict[str, str] = {}

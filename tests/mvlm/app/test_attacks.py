@@ -50,6 +50,7 @@ def problems(page: Page, attacks: list[Attack]) -> list[str]:
     return [problem for problem in found if problem is not None]
 
 
+@pytest.mark.slow
 def test_a_tenth_of_the_attacks_fails(page) -> None:
     assert problems(page, FAST) == []
     assert Visitor(page.target.url).ask("Search", ["a circle", None])[0]

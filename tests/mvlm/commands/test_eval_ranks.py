@@ -72,6 +72,7 @@ def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "own"]
 
 
+@pytest.mark.slow
 def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_path, on_two_ranks):
     rerank = ("--rerank", "{rank}", "--out", tmp_path / "out.json")
     found = refusal(on_two_ranks("eval", "retrieval", "--checkpoint", trained, "--data", questions, *CPU, *rerank))

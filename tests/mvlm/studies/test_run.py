@@ -79,6 +79,7 @@ def test_an_arm_that_differs_in_its_name_alone_differs_by_nothing(finished: Path
     assert float(table["no MIM", "masked_l1"]["difference"]) != 0
 
 
+@pytest.mark.slow
 def test_measures_are_the_figures_of_a_trial(finished: Path) -> None:
     def names(figures: dict[str, Any], prefix: str = "") -> set[str]:
         found = set()

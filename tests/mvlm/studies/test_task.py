@@ -86,6 +86,7 @@ def test_a_study_of_retrieval_has_the_recall_of_its_trials(scenes, trained, tmp_
     assert result["figures"]["test"]["mean_r1"] == pytest.approx((found["tr"]["r1"] + found["ir"]["r1"]) / 2)
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused_before_a_trial_is_run(questions, trained, tmp_path) -> None:
     with pytest.raises(ConfigError, match="checkpoint: wanted a pretrained model to fine-tune, found none"):
         plan_trials(study(), questions, tmp_path)

@@ -45,6 +45,7 @@ def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
     assert found.parameters == sum(p.numel() for p in made(task, 16).parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
 def test_a_fast_step_computes_no_padding(task):
     """It saves most products of the padded rows of all blocks of the text cross encoder but the last."""

@@ -82,6 +82,7 @@ def test_resume_with_other_data_is_refused(run_copy, tmp_path):
     assert folder_hash(run_copy) == before
 
 
+@pytest.mark.slow
 def test_resume_with_another_tokenizer_is_refused(scenes, tmp_path, train_split, without_tensorboard):
     """The file has the same name and other contents."""
     words = tmp_path / "words.json"

@@ -128,6 +128,7 @@ def test_checkpoints_are_written_by_steps_or_time_and_at_the_end(
     assert left == [f"step_0000000{step}" for step in ([5] if config.keep_checkpoints else steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 0])
 def test_a_run_frees_its_trainer_before_it_leaves_the_ranks(scenes, trained, tmp_path, monkeypatch, steps):
     """DDP's reducer may not be the last to hold the process group: a rank would wait for ever in its destructor."""

@@ -64,6 +64,7 @@ def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):
     assert found == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
 def test_second_signal_ends_the_process_at_once(number, code):
     """In a forked process, which would wait for a minute."""
