@@ -84,24 +84,24 @@ def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, l
 def exceptions(arch: int) -> dict[str, dict[str, int]]:
     """Tiles that differ from the rules, by key, for a compute capability (90).
 
-    9.x reads the table ``sm_90``, 10.x and 11.x read ``sm_100``, and all others read ``sm_80``. 12.x does too, because
-    those GPUs have 99 KiB of shared memory per block, and the tiles of sm_80 are the smallest.
+    9.x reads the table ``sm_90``, 10.x and 11.x read ``sm_100``, 12.x reads ``sm_120``. All others read ``sm_80``, as
+    do those whose table a file lacks.
     """
-    return _table(_folder())[_table_arch(arch)]
+    found = _table(_folder())
+    return found.get(_table_arch(arch), found["sm_80"])
 
 
 def with_exceptions(arch: int, found: Mapping[str, Mapping[str, int | None]]) -> dict[str, Any]:
     """A copy of the table in which the `found` options of an architecture replace those of the same key."""
     table: dict[str, Any] = {name: dict(rows) for name, rows in _table(_folder()).items()}
-    rows = table[_table_arch(arch)]
+    rows = table.setdefault(_table_arch(arch), dict(table["sm_80"]))
     rows |= {key: {**rows.get(key, {}), **options} for key, options in found.items()}
     return table
 
 
 def _table_arch(arch: int) -> str:
-    if 100 <= arch < 120:
-        return "sm_100"
-    return "sm_90" if 90 <= arch < 100 else "sm_80"
+    first = next((first for first in (120, 100, 90) if arch >= first), 80)
+    return f"sm_{first}"
 
 
 def _folder() -> str:

@@ -77,12 +77,14 @@ def test_strides_of_odd_widths_are_multiples_of_a_vector():
 
 
 def test_tile_tables_are_looked_up_by_architecture(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "cross_attention.json").write_text(
-        '{"sm_80": {"a": {"n": 1}}, "sm_90": {"a": {"n": 2}}, "sm_100": {"a": {"n": 3}}}'
-    )
-    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path))
-    found = [tiles.exceptions(arch)["a"]["n"] for arch in (80, 86, 89, 90, 100, 103, 120)]
-    assert found == [1, 1, 1, 2, 3, 3, 1]
+    table = {f"sm_{first}": {"a": {"n": first}} for first in (80, 90, 100, 120)}
+    for missing, last in ("", 120), ("sm_120", 80):
+        folder = tmp_path / f"without-{missing}"
+        folder.mkdir()
+        (folder / "cross_attention.json").write_text(json.dumps({k: v for k, v in table.items() if k != missing}))
+        monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(folder))
+        found = [tiles.exceptions(arch)["a"]["n"] for arch in (80, 86, 89, 90, 100, 103, 120)]
+        assert found == [80, 80, 80, 90, 100, 100, last]
 
 
 def test_exceptions_replace_fields_of_the_rules_of_attention(tmp_path, monkeypatch: pytest.MonkeyPatch):
