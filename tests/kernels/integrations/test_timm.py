@@ -152,7 +152,8 @@ def test_floats_that_were_normalised_before_are_warned_of_once():
         model(images)
         model(images / 255)
         swapped_vit()(normalised(images))  # which normalises nothing
-        torch.func.vmap(model.patch_embed)(normalised(images)[None])  # whose values cannot be read
+        embed: Any = model.patch_embed
+        torch.func.vmap(embed)(normalised(images)[None])  # whose values cannot be read
     with pytest.warns(UserWarning, match="the model normalises them itself"):
         model(normalised(images))
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def small(tmp_path_factory, tokenizer) -> Path:
 def programs(made_once, small) -> Callable[[str], Path]:
     """The folder of the small model's export in a format, `pt2` or `onnx`."""
 
-    def of(format: str) -> Path:
+    def of(format: Literal["pt2", "onnx"]) -> Path:
         if format == "onnx":
             pytest.importorskip("onnxruntime")
         return made_once(f"programs-{format}", lambda out: load_model(small, "cpu").export(out, format))
