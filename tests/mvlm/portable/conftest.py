@@ -23,7 +23,7 @@ def small(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def programs(made_once, small) -> Callable[[str], Path]:
+def programs(made_once, small) -> Callable[[Literal["pt2", "onnx"]], Path]:
     """The folder of the small model's export in a format, `pt2` or `onnx`."""
 
     def of(format: Literal["pt2", "onnx"]) -> Path:
