@@ -28,6 +28,7 @@ from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.training.optimizer import make_optimizer
+from mvlm_dataloading.files import sha256
 from support.folders import forbid
 from support.forgery import sign
 from support.models import ALONE, micro_batch, micro_model, pretrain_config
@@ -209,7 +210,7 @@ MANIFESTS: list[Any] = [
     ('{"format_version": 1, "sha256": {}}', "version"),
     ({"format_version": None}, "format_version"),
     *(({"world_size": value}, "world_size") for value in (-1, 0, "x", 1.5, True, None)),
-    *(({name: "0" * 64}, name) for name in ("../state.json", "/etc/passwd", "model/../../x", "")),
+    *(({name: ""}, name) for name in ("../outside", "/etc/passwd", "model/../../outside", "")),
 ]
 """Texts of a manifest, or values of one that are changed: its own, or hashes by a path."""
 
@@ -222,7 +223,11 @@ def test_a_manifest_that_cannot_be_read_has_odd_values_or_another_version_is_ref
         file.write_text(change)
     else:
         manifest = json.loads(file.read_text())
-        manifest |= change if change.keys() <= manifest.keys() else {"sha256": manifest["sha256"] | change}
+        if not change.keys() <= manifest.keys():  # a path that leaves the folder, with the right hash
+            (run_copy / "checkpoints/outside").write_bytes(b"")
+            hashes = {name: sha256(newest / name) if name else "0" * 64 for name in change}
+            change = {"sha256": manifest["sha256"] | hashes}
+        manifest |= change
         file.write_text(json.dumps(manifest))
     for read in (verify_checkpoint, load_model):
         with pytest.raises(RunError, match=re.escape(word) or "manifest"):
