@@ -36,7 +36,7 @@ class Room:
 
     def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
         """read: returns the bytes allocated at the peak so far, and those of the GPU."""
-        self._read, self._lock = read, threading.Lock()
+        self._read, self._lock = read, threading.RLock()  # a collection in between may call Held.__del__
         self._room = self._held = self._most = self._others = 0
         self._backward_ran = False
 

@@ -1,6 +1,7 @@
 """Values of gelu_linear: the interpreted kernels and the torch code against loops in float64."""
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,13 @@ def test_broken_kernels_are_caught(old, new, tmp_path, poison):
 
 def test_the_intact_kernels_pass_the_mutation_check():
     exercise()
+
+
+def test_a_saved_gelu_may_be_collected_while_room_is_asked_for():
+    """Python may collect a graph at any moment, also of the thread that asks."""
+    room = Room(lambda: (room.give_back(0), (70, 100))[1])
+    room.give_back(0)
+    asking = threading.Thread(target=room.take, args=(8,), daemon=True)
+    asking.start()
+    asking.join(10)
+    assert not asking.is_alive()
