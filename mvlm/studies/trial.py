@@ -50,8 +50,7 @@ class Stage:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides what it finds, beside the model."""
-        own = settings_of(self.config)
-        return {"samples": self.samples, "evaluated": self.evaluated, **json.loads(json.dumps(own))}
+        return {"samples": self.samples, "evaluated": self.evaluated, **settings_of(self.config)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
