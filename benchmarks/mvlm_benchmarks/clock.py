@@ -30,6 +30,10 @@ class Refused(Exception):
     """The contender tampers with the measurement."""
 
 
+class WrongValue(Exception):
+    """A result differs from the reference. Figures of a wrong kernel are worth nothing; those of the others stay."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Time of a call in microseconds: median, 20th and 80th percentile, the time of every call, and processor time."""
@@ -220,12 +224,17 @@ class CudaClock:
 
     def peak_mb(self, step: Step) -> float | None:
         step()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return cuda_peak_mb(step)
+
+
+def cuda_peak_mb(call: Callable[[], Any]) -> float:
+    """Megabytes (10^6) that a call allocates at its peak on the GPU, above those before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 @contextlib.contextmanager

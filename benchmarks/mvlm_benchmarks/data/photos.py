@@ -1,13 +1,10 @@
 """A data set of realistic JPEGs, made from photographs in scikit-image and scikit-learn.
 
-    python -m mvlm_benchmarks.data.photos OUT [--count N]
-
 Each image is a random crop of one of eleven photographs, resized to about 500 x 375 or 375 x 500, with changed colours
 and some noise, at JPEG quality 80 to 95. All files differ. They have about 60 kB and take as long to decode as
 photographs.
 """
 
-import argparse
 import io
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,18 +62,3 @@ def _find(name: str) -> Path:
     if found is None or found.origin is None:
         raise ConfigError(f"photos: wanted {package}, which is not installed; pip install 'mvlm[bench]'")
     return Path(found.origin).parent / inside
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mvlm_benchmarks.data.photos", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("out", type=Path, help="folder of the shards")
-    parser.add_argument("--count", type=int, default=3000, help="images to make")
-    arguments = parser.parse_args()
-    build(arguments.out, arguments.count)
-    print(arguments.out)
-
-
-if __name__ == "__main__":
-    main()

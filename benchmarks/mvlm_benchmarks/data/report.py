@@ -60,11 +60,8 @@ def write(
     """Write the CSV to `out` and the JSON to `json_file`. Returns the files.
 
     Args:
-        rows: one per contender and recipe.
         stages: recipe -> stage -> figures.
         others: further measurements by name: step, start, memory. The CSV contains only the `text` of each.
-        about: the machine (`machine.describe`).
-        data: folder of the data set. The CSV contains its name.
     """
     files = [out / f"{file_stem('data', data.name, device_name(about))}.csv"]
     lines = list(rows)

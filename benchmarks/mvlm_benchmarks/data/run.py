@@ -59,17 +59,7 @@ def run(
     step: Path | None = None,
     json_file: Path | None = None,
 ) -> list[Path]:
-    """Measure, print tables and write files. Returns the files.
-
-    Args:
-        data: folder of shards. If it does not exist, a data set of `images` photographs is built there.
-        out: folder of the CSV.
-        contenders, recipes: names; empty for all.
-        rounds: turns of each contender. A turn has `batches` batches of `batch` images with sides of `size` pixels.
-        soak_samples: samples of the soak test, which loads them and watches memory; 0 for no soak test.
-        start_up_samples: size of the index for which the time to the first batch is measured; 0 for no measurement.
-        step: JSON file of `mvlm bench step`. The loader is compared with its fastest step.
-        json_file: JSON file, or None.
+    """Measure, print tables and write files. Returns the files. `mvlm_benchmarks.cli.data` describes the arguments.
 
     Raises:
         ConfigError: an unknown contender or recipe, a number below 1, or a `step` file that is no result.

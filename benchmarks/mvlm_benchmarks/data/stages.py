@@ -28,20 +28,24 @@ STAGES = ("read", "decode", "resize", "augment", "hand-over")
 THREADS = 2
 
 
+def our_loader(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Loader:
+    """Our loader as it is measured: captions of at most 40 tokens, and THREADS threads."""
+    dataset = open_dataset(data, "train")
+    tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
+    return Loader(
+        dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0,
+        augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
+        work=LoaderWork(num_threads=THREADS, keep_mb=keep_mb),
+    )  # fmt: skip
+
+
 def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
     """Yield endless results of the loader up to and including `stage`."""
+    if stage == "hand-over":
+        yield from our_loader(data, recipe, batch, size)
+        return
     dataset = open_dataset(data, "train")
     augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
-    if stage == "hand-over":
-        tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
-        settings: dict[str, Any] = {
-            "text_length": 40,
-            "seed": 0,
-            "work": LoaderWork(num_threads=THREADS),
-            "augment": augment,
-        }
-        yield from Loader(dataset, tokenizer, batch_size=batch, image_size=size, **settings)
-        return
     count = len(dataset) // batch * batch
     ids, epochs = SampleOrder(dataset.shard_sizes, 0, shuffle=True)(0, count)
     crop_uniforms = uniforms(Purpose.CROP, 0, epochs, ids, 4)

@@ -1,14 +1,14 @@
 """Time to the first batch of a data set with a million samples.
 
-    python -m mvlm_benchmarks.data.start_up FOLDER [--samples N]
+    python -m mvlm_benchmarks.data.start_up FOLDER
 
-Writes tars of 50 small images each. Their indices list every image many times, so the loader sees N samples. Prints the
-seconds for opening the data, making the loader and getting the first batch. Imports do not count.
+`build` writes tars of 50 small images each, whose indices list every image many times. The command prints the seconds
+for opening the data, making the loader and getting the first batch. Imports do not count.
 """
 
-import argparse
 import hashlib
 import json
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -74,28 +74,9 @@ def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:
     times.append(time.perf_counter())
     spent = time.process_time() - spent
     loader.close()
-    opened, made, first = np.diff(times).tolist()
-    seconds = {
-        "open_s": opened,
-        "make_s": made,
-        "first_batch_s": first,
-        "start_s": opened + made + first,
-        "cpu_s": spent,
-    }
-    return {"samples": len(dataset), **seconds}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mvlm_benchmarks.data.start_up", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("folder", type=Path, help="folder of the data set; written if it does not exist")
-    parser.add_argument("--samples", type=int, default=1_000_000, help="samples in the indices")
-    arguments = parser.parse_args()
-    if not arguments.folder.exists():
-        build(arguments.folder, arguments.samples)
-    print(json.dumps(seconds_to_first_batch(arguments.folder)))
+    seconds = dict(zip(("open_s", "make_s", "first_batch_s"), np.diff(times).tolist(), strict=True))
+    return {"samples": len(dataset), **seconds, "start_s": times[-1] - times[0], "cpu_s": spent}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(seconds_to_first_batch(Path(sys.argv[1]))))

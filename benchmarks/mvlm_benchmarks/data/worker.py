@@ -46,16 +46,9 @@ Batches = Iterator[tuple[Tensor, Any]]
 
 
 def ours(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Batches:
-    from mvlm_dataloading import Loader, LoaderWork, train_tokenizer
-    from mvlm_dataloading.loader.augment import Augment
+    from mvlm_benchmarks.data.stages import our_loader
 
-    dataset = open_dataset(data, "train")
-    tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
-    loader = Loader(
-        dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0,
-        augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
-        work=LoaderWork(num_threads=WORKERS, keep_mb=keep_mb),
-    )  # fmt: skip
+    loader = our_loader(data, recipe, batch, size, keep_mb)
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
     # In training the model normalises uint8 images on the GPU. Here the loader does, as the other contenders do, and on
     # one thread, as their workers do: a second thread of torch spins after each call and takes a core from the loader.

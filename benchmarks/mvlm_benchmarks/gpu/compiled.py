@@ -25,10 +25,6 @@ COLUMNS = ("contender", "batch", "round", "seconds", "loss", "status", "note")
 ROUNDS = 5
 
 
-def eager(model: MaskVLM) -> Contender:
-    return contenders_of(model, ("fast",))[0]
-
-
 def by_region(model: MaskVLM) -> Contender:
     """Both ways into a feed-forward layer: on a GPU, blocks with post-norm call `branch` in place of the module."""
     raise_recompile_limit()  # a step has nine shapes of them
@@ -37,10 +33,6 @@ def by_region(model: MaskVLM) -> Contender:
             module.compile(dynamic=False)
             module.branch = torch.compile(module.branch, dynamic=False)
     return contenders_of(model, ("fast",))[0]
-
-
-def whole(model: MaskVLM) -> Contender:
-    return contenders_of(model, ("fast-compiled",))[0]
 
 
 def peer(model: MaskVLM) -> Contender:
@@ -55,9 +47,11 @@ def peer(model: MaskVLM) -> Contender:
 
 PEER_BLOCKS = ("Block", "RobertaLayer")
 WAYS: dict[str, Callable[[MaskVLM], Contender]] = {
-    "fast": eager, "timm+roberta, blocks compiled": peer, "fast, feed-forward compiled": by_region,
-    "fast, whole step compiled": whole,
-}  # fmt: skip
+    "fast": lambda model: contenders_of(model, ("fast",))[0],
+    "timm+roberta, blocks compiled": peer,
+    "fast, feed-forward compiled": by_region,
+    "fast, whole step compiled": lambda model: contenders_of(model, ("fast-compiled",))[0],
+}
 
 
 def run(stage: Stage) -> None:

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from mvlm_benchmarks.ceilings import ceiling_rows
-from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, torch_settings
+from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, WrongValue, torch_settings
 from mvlm_benchmarks.gpu.processes import run_program
-from mvlm_benchmarks.gpu.stage import Stage, WrongValue
+from mvlm_benchmarks.gpu.stage import Stage
 from mvlm_benchmarks.kernels.attention_peers import cudnn_backend, flash_backend, sdpa
 from mvlm_benchmarks.kernels.cases import cases, small_cases
 from mvlm_benchmarks.kernels.checks import torch_reasons
 from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender
-from mvlm_benchmarks.kernels.measure import WrongValue as WrongTimedValue
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.machine import source_root
@@ -136,7 +135,7 @@ def check_case(case: Case, stage: Stage) -> Iterator[dict[str, Any]]:
             except Refused as error:
                 yield row(name, "REFUSED", str(error))
                 return
-            except WrongTimedValue as error:
+            except WrongValue as error:
                 yield row(name, "WRONG", str(error))
                 return
             except Exception as error:  # a blind profiler or a busy host says nothing about the kernel

@@ -1,8 +1,9 @@
 """Stage `kernels`: every op against every other implementation, the most important cases first."""
 
 from mvlm_benchmarks import machine
+from mvlm_benchmarks.clock import WrongValue
 from mvlm_benchmarks.gpu.correct import is_of_the_step
-from mvlm_benchmarks.gpu.stage import DISTRIBUTIONS, Row, Stage, WrongValue
+from mvlm_benchmarks.gpu.stage import DISTRIBUTIONS, Row, Stage
 from mvlm_benchmarks.kernels import report
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.peers import PEERS

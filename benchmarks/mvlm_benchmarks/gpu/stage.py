@@ -12,6 +12,7 @@ import torch
 
 from mvlm_benchmarks import gpu_state, machine
 from mvlm_benchmarks.budget import Budget
+from mvlm_benchmarks.clock import WrongValue
 from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.results import RowFile
 from mvlm_benchmarks.unavailable import one_line
@@ -19,10 +20,6 @@ from mvlm_dataloading.files import write_json
 
 Row = dict[str, Any]
 COMPLETE, INCOMPLETE, OUT_OF_TIME, RUNNING = "complete", "incomplete", "out of time", "running, or killed"
-
-
-class WrongValue(Exception):
-    """A result of ours is wrong. Figures of a wrong kernel are worth nothing; those of the others stay."""
 
 
 class Stopped(BaseException):

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 
 import torch
 
-from mvlm_benchmarks.clock import CpuClock, CudaClock, torch_settings
+from mvlm_benchmarks.clock import CpuClock, CudaClock, WrongValue, torch_settings
 from mvlm_benchmarks.gpu.processes import run_program
-from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
+from mvlm_benchmarks.gpu.stage import Row, Stage
 from mvlm_benchmarks.gpu.variants import Options, Target, chosen_cases, long_sides, targets_of, variants
 from mvlm_benchmarks.intervals import FASTER, ratio
 from mvlm_benchmarks.kernels.measure import LocalContender, Outcome

@@ -13,12 +13,12 @@ import torch
 
 from mvlm_benchmarks.budget import Budget, OutOfTime
 from mvlm_benchmarks.ceilings import MemoryRates, gemm_seconds
-from mvlm_benchmarks.clock import Clock, Refused, Timing
+from mvlm_benchmarks.clock import Clock, Refused, Timing, WrongValue
 from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.intervals import Ratio, ratio
 from mvlm_benchmarks.kernels.checks import REPEATS, torch_reasons
 from mvlm_benchmarks.kernels.inputs import Case
-from mvlm_benchmarks.kernels.measure import LocalContender, Outcome, WrongValue
+from mvlm_benchmarks.kernels.measure import LocalContender, Outcome
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
 from mvlm_benchmarks.kernels.reference import CaseData, passes_of
 from mvlm_benchmarks.machine import roofline_us

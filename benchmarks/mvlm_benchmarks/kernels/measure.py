@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_benchmarks.clock import Clock, Prepare, Refused, Results, Step, Timing, copied
+from mvlm_benchmarks.clock import Clock, Prepare, Refused, Results, Step, Timing, WrongValue, copied
 from mvlm_benchmarks.kernels.checks import (
     check_kernels,
     difference,
@@ -34,10 +34,6 @@ class Outcome:
     status: str
     """ok, missing, not applicable, torch, error, WRONG or REFUSED."""
     note: str = ""
-
-
-class WrongValue(Exception):
-    """A timed result differs from the reference."""
 
 
 class LocalContender:

@@ -38,13 +38,7 @@ def run(
     """Time all cases, print a table of each, and write CSV, plot and JSON. Returns the files.
 
     Rows are in the CSV as soon as their case is timed. Plot and JSON follow at the end, also after an interruption.
-
-    Args:
-        ops, peers: names; empty for all.
-        out: folder of the CSV and the plot.
-        json: JSON file, or None.
-        seconds: no new case is started when a case as long as the longest would end later, and on a CPU what does not
-            fit is broken off. None: no limit.
+    `mvlm_benchmarks.cli.kernels` describes the arguments.
 
     Raises:
         ConfigError: an unknown op, peer, device or dtype, a number of seconds that is not positive, or

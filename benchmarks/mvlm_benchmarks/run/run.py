@@ -47,14 +47,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure, print a table and write files. Returns the content of the JSON file.
 
-    Args:
-        preset: recipe of `mvlm pretrain`.
-        data: folder of shards with the splits train and validation.
-        rounds: turns of each contender.
-        steps: steps of a turn that count.
-        eval_every_steps: steps between two evaluations of the run, for their share of its time.
-        threads: CPU threads; 0 for torch's default.
-        json, csv: files, or None.
+    `mvlm_benchmarks.cli.run` describes the arguments.
 
     Raises:
         ConfigError: a number is too small, or the recipe does not run here.

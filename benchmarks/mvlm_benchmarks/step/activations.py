@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+
+from mvlm_benchmarks.clock import cuda_peak_mb
 
 Event = dict[str, Any]
 """A memory event in the profiler's trace: Ev Idx, Addr, Bytes (negative for a free), Device Type (0 = CPU)."""
@@ -27,7 +28,8 @@ def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], dev
     parameters = list(parameters)
     backward()  # warm-up: fills caches and compiles
     if device == "cuda":
-        return _cuda_peak(backward)
+        # The warm-up has allocated the gradients. One of this pass counts until it is added to the earlier one.
+        return cuda_peak_mb(backward)
     for parameter in parameters:
         parameter.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
@@ -70,16 +72,3 @@ def replay(events: list[Event], gradients: set[int]) -> int:
         elif size < 0:
             total -= alive.pop(address, 0)
     return peak
-
-
-def _cuda_peak(backward: Callable[[], Any]) -> float:
-    """Peak on a GPU in megabytes.
-
-    An earlier pass has allocated the gradients. A gradient of this pass counts until it is added to the earlier one.
-    """
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    backward()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6

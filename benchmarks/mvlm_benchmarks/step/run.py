@@ -68,14 +68,7 @@ def run(
 ) -> dict[str, Any]:
     """Check all losses, time steps, print tables and write files. Returns the content of the JSON file.
 
-    Args:
-        batch: pairs per step.
-        rounds: number of timed steps of each contender.
-        contenders: names; empty for all.
-        threads: CPU threads; 0 for torch's default.
-        optimizer: include AdamW in the step.
-        json, csv, plot: files, or None. Beside the CSV, NAME.rounds.csv gets every timed step as soon as it is timed.
-        seconds: no round is started that would end after so many. None: no limit.
+    `mvlm_benchmarks.cli.step` describes the arguments.
 
     Raises:
         ConfigError: an unknown preset, contender, device or precision, or a number that is too small.
