@@ -277,7 +277,7 @@ $(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(TASKS_RUN)/.trained
 	$(call scenes_pretraining,scene-words,names,scene-names,400)
 	$(call scenes_pretraining,scene-names,caption,scene-naming,400) --model.output-positions
 	$(BIN)/mvlm finetune vqa --checkpoint runs/tasks/scene-naming --data data/scenes/places --out $(SCENES_RUN) --answers masked \
-	    --question-length 36 --freeze encoders --batch-size 64 --questions-per-image 6 --crop-scale 0.9 1 --lr-cross 6e-4 \
+	    --question-length 36 --train-image frozen --train-text frozen --batch-size 64 --questions-per-image 6 --crop-scale 0.9 1 --lr-cross 6e-4 \
 	    --warmup-steps 30 --max-steps 2500 --keep-images-mb 1024 --eval-every-steps 0 --resume
 	touch $@
 

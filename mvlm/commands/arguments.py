@@ -23,7 +23,11 @@ RENAMED = {
         "--compile": "--capture compile",
         "--cuda-graphs": "--capture cuda-graphs",
     },
-    "mvlm finetune": {"--wandb": "--log-to wandb", "--trackio": "--log-to trackio"},
+    "mvlm finetune": {
+        "--wandb": "--log-to wandb",
+        "--trackio": "--log-to trackio",
+        "--freeze": "--train-image frozen --train-text frozen, and --train-cross frozen for all",
+    },
     "mvlm bench data": {"--pictures": "--images"},
 }
 """Flags, and values of flags, that earlier versions had under another name."""

@@ -28,8 +28,6 @@ class StartSettings:
     each of its images once."""
     random_weights: bool = False
     """Baseline: start from random weights of the pretrained model's architecture."""
-    freeze: Literal["none", "encoders", "all"] = "none"
-    """Weights that stay as they are: none, those of both encoders, or all but the head's."""
 
 
 @settings(resume_may_change=False)

@@ -20,6 +20,7 @@ from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION,
 from mvlm.errors import ConfigError
 
 Kind = TypeVar("Kind", bound=type)
+Learning = Literal["full", "frozen"]
 _RESUME_MAY_CHANGE: dict[type, bool] = {}
 """The groups, and whether a resumed run may change their settings."""
 
@@ -113,6 +114,24 @@ class OptimizerSettings:
 
 
 @settings(resume_may_change=False)
+class PartSettings:
+    """How much of each part of the model learns, at which rate; heads always learn. A resumed run keeps these."""
+
+    train_image: Learning = "full"
+    """Learning of the image encoder. full: all weights. frozen: none."""
+    train_text: Learning = "full"
+    """Learning of the text encoder, as for the image encoder."""
+    train_cross: Learning = "full"
+    """Learning of the cross-modality encoders and the image decoder, as for the image encoder. If all three parts are
+    frozen, fine-tuning trains the task's head alone."""
+    lr_image: Annotated[float, AT_LEAST_0] | None = None
+    """Peak learning rate of the image encoder. Default: that of both encoders. With Muon, its matrices learn at
+    `lr_muon` times `lr_image / lr_cross`."""
+    lr_text: Annotated[float, AT_LEAST_0] | None = None
+    """Peak learning rate of the text encoder, as for the image encoder."""
+
+
+@settings(resume_may_change=False)
 class ComputeSettings:
     """Implementation and precision of a step. A resumed run keeps these."""
 
@@ -188,6 +207,7 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
     LoggingSettings,
     ParallelSettings,
     ComputeSettings,
+    PartSettings,
     OptimizerSettings,
     ScheduleSettings,
     DataSettings,
@@ -205,6 +225,11 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
+
+    @property
+    def all_frozen(self) -> bool:
+        """True if no part of the model learns."""
+        return self.train_image == self.train_text == self.train_cross == "frozen"
 
     @property
     def fixed_shapes(self) -> bool:

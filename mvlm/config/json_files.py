@@ -59,6 +59,8 @@ CAPTURES = {"compile": "compile", "cuda_graphs": "cuda-graphs"}
 _PRETRAINING = {f.name: f.default for f in fields(PretrainConfig) if f.name not in FinetuneConfig.__dataclass_fields__}
 _NOT_OF_TASKS = _PRETRAINING | {"lr_pixels": 0.0, "compile": False, "cuda_graphs": False}
 """Settings that the config.json of a fine-tuning run had, always with these values, although nothing read them."""
+_FROZEN = {"none": (), "encoders": ("image", "text"), "all": ("image", "text", "cross")}
+"""Values of the setting `freeze` of earlier versions, and the parts of the model that each froze."""
 _KEPT = Removed(object(), "")
 _DECODER = Removed("decoder", "0.2.0")
 """The form of vqa that was the default of `answers`. Other tasks do not read that setting."""
@@ -114,9 +116,12 @@ def without_removed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`values` without the settings that are gone and have their default; `prefix` is `model.` for those of a model.
 
     Settings of fine-tuning, which name a `task`, also lose those of pretraining alone that such runs had, and never
-    read. `wandb` and `trackio` become `log_to`; `compile` and `cuda_graphs` become `capture`. Partners masked by the
-    ratios of the masks themselves are `mask_partner`.
+    read. `wandb` and `trackio` become `log_to`; `compile` and `cuda_graphs` become `capture`, `freeze` becomes
+    `train_image` and so on. Partners masked by the ratios of the masks themselves are `mask_partner`.
     """
+    if not prefix and isinstance(values.get("freeze"), str) and values["freeze"] in _FROZEN:
+        values = dict(values)
+        values |= {f"train_{part}": "frozen" for part in _FROZEN[values.pop("freeze")]}
     if "task" in values:
         values = {n: v for n, v in values.items() if n not in _NOT_OF_TASKS or v != _NOT_OF_TASKS[n]}
     if not prefix and any(isinstance(values.get(name), bool) for name in SERVICES):

@@ -48,6 +48,9 @@ class PretrainConfig(CaptureSettings, WeightSettings, MuonSettings, ObjectiveSet
             )
         if self.capture == "compile" and self.checkpoint_activations:
             raise ConfigError("capture: wanted no --checkpoint-activations with compile; leave one of them out")
+        own = [name for name in ("lr_image", "lr_text") if getattr(self, name) is not None]
+        if own and self.optimizer == "muon" and not self.lr_cross:
+            raise ConfigError(f"{own[0]}: wanted lr_cross above 0 with Muon, whose rate it scales, got 0; raise it")
         weights = (self.mlm_weight, self.mim_weight, self.itc_weight, self.itm_weight)
         if not any(weights) or (self.itm_weight and not self.itc_weight):
             raise ConfigError(

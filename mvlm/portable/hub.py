@@ -17,6 +17,7 @@ from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.evaluate import describe_trivial_losses, figures_of
 from mvlm.files import check_folder
+from mvlm.model.adaptation import PARTS
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import HUB_ID, WEIGHTS_FILE
 from mvlm.runs.checkpoint import read_state
@@ -258,7 +259,8 @@ def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
     if config.get("random_weights"):
         masked = config["task"] == "vqa" and config.get("answers") == "masked"
         trained = ("mlm_weight",) if masked else TASK_LOSSES.get(config["task"], ())
-        found = [] if config.get("freeze") == "all" else [name for name in ABILITIES if name in trained]
+        frozen = all(config.get(f"train_{part}") == "frozen" for part in PARTS)
+        found = [] if frozen else [name for name in ABILITIES if name in trained]
     else:
         known = "task" in config or config.get("initial_model") is not None
         found = [name for name in ABILITIES if known or config.get(name) != 0]

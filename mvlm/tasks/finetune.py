@@ -23,6 +23,7 @@ from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsha
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import Workspace
+from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import check_sizes
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
@@ -152,8 +153,11 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
             f"questions_per_image: wanted 1, got {config.questions_per_image}; the task {kind.name} reads each sample "
             f"alone"
         )
-    if config.freeze == "all" and (kind.whole_batch or (config.task == "vqa" and config.answers == "masked")):
-        raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
+    if config.all_frozen and (kind.whole_batch or (config.task == "vqa" and config.answers == "masked")):
+        raise ConfigError(
+            f"train_cross: wanted another value than frozen if both encoders are frozen, as the task {kind.name} has "
+            f"no head to train"
+        )
     architecture, tokenizer = architecture_of(config)
     longest = kind.longest_text(state, config.options, tokenizer, architecture)
     warn_of_cut_texts(dataset, tokenizer, longest, "--question-length")
@@ -175,11 +179,10 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             return found, tokenizer
     loaded = load_model(config.checkpoint)
     pretrained, longest = loaded.network.config, loaded.network.config.text_length
-    if config.freeze != "none" and not config.random_weights and (config.question_length or 0) > longest:
+    if config.train_text != "full" and not config.random_weights and (config.question_length or 0) > longest:
         raise ConfigError(
-            f"question_length: wanted at most the {longest} tokens of the pretrained model if its text encoder is "
-            f"frozen, got {config.question_length}, and nothing would train the further positions; give "
-            f"--question-length {longest}, or --freeze none"
+            f"question_length: wanted at most the {longest} tokens of the pretrained model if nothing trains further "
+            f"positions, got {config.question_length}; give --question-length {longest}, or --train-text full"
         )
     block = pretrained.mask_block
     if config.image_size is not None and config.image_size % block:
@@ -209,9 +212,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), config.options, kind.make_state(inputs.dataset, config.options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
-    encoders = [model.image_encoder, model.text_encoder]
-    for module in {"none": [], "encoders": encoders, "all": [model]}[config.freeze]:
-        module.requires_grad_(False)
+    adapt(model, config)
+    if config.all_frozen:
+        model.requires_grad_(False)
     if config.checkpoint_activations:
         checkpoint_activations(task)
     together = config.questions_per_image

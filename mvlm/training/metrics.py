@@ -217,6 +217,8 @@ class MetricsLogger:
         self._row_started = time.perf_counter()
         elapsed, self._clock_zero = now - self._clock_zero, self._clock_zero + self._row_started - now
         peaks = {"lr": config.lr_cross, "lr_encoder": config.lr_encoder}
+        own = {"lr_image": config.lr_image, "lr_text": config.lr_text}
+        peaks |= {name: peak for name, peak in own.items() if peak is not None}
         if isinstance(config, PretrainConfig):
             peaks["lr_pixels"] = config.lr_pixels
             peaks |= {"lr_muon": config.lr_muon} if config.optimizer == "muon" else {}

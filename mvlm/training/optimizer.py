@@ -138,6 +138,13 @@ def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def own_rate(name: str, config: RunConfig) -> float | None:
+    """`lr_image` or `lr_text`, of a parameter of the encoder that has one; the name may be a task's."""
+    return {"image_encoder": config.lr_image, "text_encoder": config.lr_text}.get(
+        name.removeprefix("model.").split(".")[0]
+    )
+
+
 def peak_rate(name: str, config: PretrainConfig) -> float:
     """Peak learning rate of the model's parameter with this name."""
     if name.startswith(("image_encoder.", "text_encoder.")):
@@ -156,8 +163,8 @@ def make_optimizer(
     """Make the optimizer, with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
 
     Weights of linear layers decay. Biases, norms and embeddings do not. Frozen parameters are left out. `rate` gives
-    the peak learning rate of a parameter by its name. With `--optimizer muon` the matrices of all blocks are a group of
-    their own, with `lr_muon`.
+    the peak learning rate of a parameter by its name, where the settings have no `own_rate`. With `--optimizer muon`
+    the matrices of all blocks are groups of their own, with `lr_muon`.
     """
     lr_muon = config.lr_muon if isinstance(config, PretrainConfig) and config.optimizer == "muon" else None
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
@@ -166,7 +173,11 @@ def make_optimizer(
             continue
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
         muon = lr_muon is not None and parameter.ndim == 2 and ".blocks." in name
-        peak = lr_muon if lr_muon is not None and muon else rate(name, config)
+        own = own_rate(name, config)
+        if lr_muon is not None and muon:
+            peak = lr_muon if own is None else lr_muon * own / config.lr_cross
+        else:
+            peak = rate(name, config) if own is None else own
         groups.setdefault((peak, matrix, muon), []).append(parameter)
     settings: Any = [
         {"params": parameters, "peak": peak, "weight_decay": config.weight_decay if matrix else 0.0, "muon": muon}

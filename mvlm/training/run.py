@@ -24,6 +24,7 @@ from mvlm.distributed.parallel import checkpoint_activations, compile_step, para
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
 from mvlm.files import copy_into
+from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.progress import format_duration
@@ -210,6 +211,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint, say_sizes=world.first).to(world.device)
+    adapt(model, config)
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.capture == "compile":
@@ -319,6 +321,12 @@ def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> 
             own, wanted = getattr(config.model, name), getattr(trained.config, name)
             if own != wanted:  # weights of another meaning would have the same names and shapes
                 raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
+        longest = trained.config.text_length
+        if config.train_text != "full" and config.model.text_length > longest:
+            raise ConfigError(
+                f"model.text_length: wanted at most the {longest} tokens of {config.initial_model} if nothing trains "
+                f"further positions, got {config.model.text_length}; lower it, or give --train-text full"
+            )
         # The trained model's own masking need not fit the new size: this run has its own.
         copy_into(model.state_dict(), resized_tensors(trained, model), config.initial_model)
         if say_sizes:

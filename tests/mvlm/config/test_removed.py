@@ -101,6 +101,17 @@ def test_two_settings_that_became_one_are_read(old, new, tmp_path):
     assert config_json(run_config(values, "config.json")) == config_json(config) | new
 
 
+@pytest.mark.parametrize(
+    "old, frozen", [("none", ()), ("encoders", ("image", "text")), ("all", ("image", "text", "cross"))]
+)
+def test_freeze_became_a_setting_for_each_part(old, frozen, tmp_path, run_mvlm):
+    parts = {f"train_{part}": "frozen" for part in frozen}
+    config = finetune_config(tmp_path / "first", tmp_path / "data", tmp_path / "run", **parts)
+    values = {name: value for name, value in config_json(config).items() if not name.startswith("train_")}
+    assert run_config(values | {"freeze": old}, "config.json", FinetuneConfig) == config
+    assert_refused(run_mvlm("finetune", "vqa", "--freeze", old), "--freeze is now --train-image frozen")
+
+
 def test_the_file_of_a_fine_tuning_run_may_have_what_it_never_read(tmp_path):
     config = finetune_config(tmp_path / "first", tmp_path / "data", tmp_path / "run")
     alone = {

@@ -7,6 +7,7 @@ tests/mvlm/model/test_maskvlm.py compares with the method in numpy.
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,13 +27,15 @@ from mvlm.distributed.global_batch import (
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World, join_ranks
 from mvlm.model import plain
+from mvlm.model.adaptation import adapt
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives import negatives
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm.training.metrics import gradient_norms
 from mvlm_dataloading import Batch, Masks
 from support.faults.forks import ended_well, in_ranks
-from support.models import ALONE, Largest, micro_batch, micro_model, normal, with_weights
+from support.models import ALONE, Largest, micro_batch, micro_model, normal, pretrain_config, with_weights
 
 EXACT = 1e-10
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
@@ -47,8 +50,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text pooling with softmax": {"text_pooling": True},
     "weighted masks": {},
     "masked partners": {"mask_partner": True},
+    "frozen": {},
 }
-"""Changes of the model, by name. Masks are changed where the name says so."""
+"""Changes of the model, by name. Masks are changed, and parts frozen, where the name says so."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
@@ -85,6 +89,13 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
     return part, own
 
 
+def model_of(variant: str) -> MaskVLM:
+    model = micro_model(**SHALLOW, **VARIANTS[variant])
+    parts: dict[str, Any] = {"frozen": {"train_image": "frozen", "train_cross": "frozen"}}.get(variant, {})
+    adapt(model, pretrain_config(Path(), Path(), **parts))
+    return model
+
+
 def pieces(world: World, number: int, variant: str) -> list[tuple[Batch, Masks]]:
     """This rank's microbatches of the whole batch."""
     size = len(LENGTHS) // (world.size * number)
@@ -95,7 +106,7 @@ class Oracle:
     """Losses and gradients of one rank on the whole batch, by the model's own forward; weights after an update."""
 
     def __init__(self, weights: tuple[float, ...], variant: str) -> None:
-        model = micro_model(**SHALLOW, **VARIANTS[variant])
+        model = model_of(variant)
         losses = model(*whole_batch(variant), seed=SEED, step=STEP, weights=LossWeights(*weights))
         losses.total.backward()
         self.losses = [x.item() for x in losses]
@@ -155,6 +166,7 @@ FEW = [
         "variant": "weighted masks",
         "plan": "fast",
     },
+    {"kind": "ddp", "microbatches": 2, "again": True, "weights": SOME[2], "variant": "frozen", "plan": "fast"},
 ]
 """Cases of `make test`."""
 
@@ -165,7 +177,7 @@ def check(world: World, case: dict[str, Any], oracle: Oracle) -> None:
     DDP refuses parameters at its second step that the first one left out.
     """
     kind, weights = case["kind"], case["weights"]
-    model = micro_model(**SHALLOW, **VARIANTS[case["variant"]])
+    model = model_of(case["variant"])
     if case["again"]:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)

@@ -97,12 +97,16 @@ def test_a_run_with_settings_of_another_size_or_weights_that_are_not_finite_is_r
         load_task(out)
 
 
+FROZEN: dict[str, Any] = {"train_image": "frozen", "train_text": "frozen"}
+ALL_FROZEN = FROZEN | {"train_cross": "frozen"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["none", "encoders", "all"])
 def test_frozen_weights_stay(trained, questions, tuned, tmp_path, frozen):
     run = tuned if frozen == "none" else tmp_path / "run"
     if frozen != "none":
-        finetune(configured(trained, questions, run, freeze=frozen))
+        finetune(configured(trained, questions, run, **(FROZEN if frozen == "encoders" else ALL_FROZEN)))
     before, (after, _) = load_model(trained).network.state_dict(), load_task(run)
     moved = {name.split(".")[0] for name, x in after.model.state_dict().items() if not torch.equal(x, before[name])}
     cross = {"image_cross", "text_cross"}
@@ -158,15 +162,15 @@ def test_evaluation_writes_figures_records_and_predictions(trained, tuned, quest
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task": "vqa2"}, "task: wanted one of caption, entailment, pairs, retrieval, vqa"),
     ({"min_count": 20}, "with 20 training questions"),
-    ({"answers": "masked", "freeze": "all"}, "freeze"),
+    ({"answers": "masked", **ALL_FROZEN}, "train_cross"),
     ({"answers": "masked", "question_length": 9}, "question_length"),
-    ({"freeze": "encoders", "question_length": 13}, "question_length"),
+    ({"train_text": "frozen", "question_length": 13}, "question_length"),
     ({"image_size": 40}, "image_size"),
     ({"batch_size": 7, "accumulate": 2}, "multiple of 1 ranks x 2 microbatches"),
     ({"preemption_file": Path(__file__)}, "preemption_file"),
     ({"task": "retrieval"}, "vqa"),
     ({"task": "retrieval", "data": "scenes", "blind": "text"}, "blind"),
-    ({"task": "retrieval", "data": "scenes", "freeze": "all"}, "freeze"),
+    ({"task": "retrieval", "data": "scenes", **ALL_FROZEN}, "train_cross"),
     ({"task": "retrieval", "data": "scenes", "questions_per_image": 2}, "questions_per_image"),
     ({"task": "caption", "data": "scenes", "questions_per_image": 2}, "questions_per_image"),
     ({"task": "caption", "data": "scenes", "blind": "text"}, "blind"),

@@ -73,17 +73,18 @@ def test_weight_average_from_the_first_update_is_torchs_with_the_decay_of_the_up
         assert_equal_averages(average, oracle)
 
 
-@pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_optimizer_decays_only_matrices_and_has_a_rate_for_each_module(cross_norm):
+@pytest.mark.parametrize("cross_norm, own", [("post", {}), ("pre", {}), ("pre", {"lr_image": 2e-6, "lr_text": 0.0})])
+def test_optimizer_decays_only_matrices_and_has_a_rate_for_each_module(cross_norm, own):
     """Weights of linear layers decay, and nothing else. The test knows them by the kind of module, the code by name."""
     model = micro_model(dtype=torch.float32, cross_norm=cross_norm)
-    config = pretrain_config(Path(), Path(), lr_encoder=1e-5, lr_cross=3e-4, lr_pixels=7e-5, weight_decay=0.06)
+    config = pretrain_config(Path(), Path(), lr_encoder=1e-5, lr_cross=3e-4, lr_pixels=7e-5, weight_decay=0.06, **own)
     optimizer = make_optimizer(model, config, torch.device("cpu"))
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     rates = {}
     for name, module in model.named_children():
         pixels = name in ("image_cross", "image_decoder", "pixel_head")
-        rate = 1e-5 if name in ("image_encoder", "text_encoder") else 7e-5 if pixels else 3e-4
+        encoders = {"image_encoder": own.get("lr_image", 1e-5), "text_encoder": own.get("lr_text", 1e-5)}
+        rate = encoders.get(name, 7e-5 if pixels else 3e-4)
         rates |= {id(parameter): rate for parameter in module.parameters()}
     rates[id(model.log_scale)] = 3e-4
 
@@ -143,16 +144,21 @@ def test_updates_are_those_of_torchs_muon(shape):
         assert (a - b).detach().norm() < 0.02 * moved
 
 
-def test_muon_has_the_matrices_of_all_blocks_and_adamw_the_rest():
+@pytest.mark.parametrize("share", [None, 0.1])
+def test_muon_has_the_matrices_of_all_blocks_and_adamw_the_rest(share):
     model = micro_model(dtype=torch.float32)
-    optimizer = make_optimizer(model, muon_config(lr_muon=0.02, weight_decay=0.06), CPU)
+    own = {} if share is None else {"lr_image": share * 3e-4, "lr_cross": 3e-4}
+    optimizer = make_optimizer(model, muon_config(lr_muon=0.02, weight_decay=0.06, **own), CPU)
     names = {id(p): name for name, p in model.named_parameters()}
     muon = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
     blocks = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".blocks." in name]
     assert {id(p) for p in muon} == {id(m.weight) for m in blocks}
     for group in optimizer.param_groups:
         if group["muon"]:
-            assert (group["peak"], group["weight_decay"]) == (0.02, 0.06)
+            assert group["weight_decay"] == 0.06
+            of_image = {names[id(p)].startswith("image_encoder.") for p in group["params"]}
+            assert share is None or len(of_image) == 1
+            assert group["peak"] == pytest.approx(0.002 if share and of_image == {True} else 0.02)
     everything = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(everything) == len(set(everything)) == len(names)
 
