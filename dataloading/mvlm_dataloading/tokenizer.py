@@ -24,8 +24,13 @@ log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
 
-# Names of the special tokens in BERT's and RoBERTa's vocabularies.
-_NAMES = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
+# Names of the special tokens in the vocabularies of BERT, RoBERTa, CLIP and Gemma.
+_NAMES = {
+    "cls": ("[CLS]", "<s>", "<|startoftext|>", "<bos>"),
+    "sep": ("[SEP]", "</s>", "<|endoftext|>", "<eos>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+}
 _UNKNOWN = ("[UNK]", "<unk>")
 
 _BLANK = "\u0120"  # of byte-level BPE
@@ -44,6 +49,7 @@ class Tokenizer:
     Attributes:
         vocab_size, cls_id, sep_id, mask_id, pad_id: ints.
         fingerprint: sha256 of the tokenizer's definition.
+        added: special tokens that the file lacked, by id.
 
     Raises:
         DataError: one of the four special tokens is missing, or two of them are one token. From all methods that read
@@ -56,12 +62,14 @@ class Tokenizer:
         inner.encode_special_tokens = True  # "[MASK]" in a caption is text, not the special token
         self._inner, self._origin = inner, origin
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=0)  # ids may have gaps
+        self.added: dict[int, str] = {}
         ids = {}
-        for kind, names in _NAMES.items():
-            ids[kind] = next((i for i in map(inner.token_to_id, names) if i is not None), None)
+        for kind in _NAMES:
+            ids[kind] = _special_token(inner, kind)
             if ids[kind] is None:
                 raise DataError(
-                    f"{origin}: wanted a {kind} token named {' or '.join(names)}, found none; use another tokenizer"
+                    f"{origin}: wanted a {kind} token named {' or '.join(_NAMES[kind])}, found none; use another "
+                    f"tokenizer"
                 )
         if len({*ids.values()}) < len(ids):
             shared = ", ".join(f"{kind} {i}" for kind, i in ids.items())
@@ -205,6 +213,16 @@ class Tokenizer:
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
 
+def _special_token(inner: Any, kind: str) -> int | None:
+    """Id of a special token of a `tokenizers.Tokenizer`: of one that the file declares, before an ordinary piece.
+
+    MPNet's vocabulary has <s>, and [CLS] as a piece that BERT's had.
+    """
+    found = [i for i in map(inner.token_to_id, _NAMES[kind]) if i is not None]
+    declared = inner.get_added_tokens_decoder()
+    return next((i for i in found if i in declared), found[0] if found else None)
+
+
 @contextlib.contextmanager
 def _errors_of_the_package(origin: str) -> Iterator[None]:
     """Context in which `tokenizers` works on a text. DataError if it fails: the file's rules may not fit every text.
@@ -275,8 +293,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, complete: Sequence[str] = ()) -> Tokenizer:
     """Read a `tokenizer.json`, of ours, BERT, RoBERTa or others.
+
+    Args:
+        complete: special tokens that are added if the file has none: of "cls", "sep", "mask" and "pad".
 
     Raises:
         DataError: the file is missing, is no tokenizer, or has not four special tokens.
@@ -296,7 +317,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(
             f"{path}: wanted a tokenizer.json, found a file that is not one ({error}); give another"
         ) from None
-    return Tokenizer(inner, str(path))
+    missing = [_NAMES[kind][0] for kind in complete if _special_token(inner, kind) is None]
+    inner.add_special_tokens(missing)
+    tokenizer = Tokenizer(inner, str(path))
+    tokenizer.added = {inner.token_to_id(name): name for name in missing}
+    return tokenizer
 
 
 def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:

@@ -28,6 +28,8 @@ class MaskVLMConfig(Masking):
     """Self-attention blocks of the image encoder (ViT, pre-norm)."""
     text_layers: Annotated[int, AT_LEAST_1] = 12
     """Self-attention blocks of the text encoder (RoBERTa, post-norm)."""
+    text_tower: Annotated[str, NO_FLAG] = ""
+    """Configuration of the text tower as JSON, from its folder; empty for an own text encoder."""
     cross_layers: Annotated[int, AT_LEAST_1] = 3
     """Blocks of each of the two cross-modality encoders."""
     decoder_layers: Annotated[int, AT_LEAST_1] = 3

@@ -30,7 +30,7 @@ from mvlm.costs.flops import FORMULAS
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
 from mvlm.distributed.exchange import plan_exchange
 from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
+from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import MaskVLM
@@ -136,11 +136,10 @@ class MemoryTracker(TorchDispatchMode):
 
     def track_blocks(self, model: nn.Module) -> None:
         """Attribute storages to the block that is running when they are made."""
-        for name, module in model.named_modules():
-            if isinstance(module, BLOCKS):
-                child = name.removeprefix("model.").split(".")[0]  # a task has the network as its `model`
-                module.register_forward_pre_hook(lambda *_, child=child: self._running.append(child))
-                module.register_forward_hook(lambda *_: self._leave(), always_call=True)
+        for name, module in named_blocks(model):
+            child = name.removeprefix("model.").split(".")[0]  # a task has the network as its `model`
+            module.register_forward_pre_hook(lambda *_, child=child: self._running.append(child))
+            module.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def _leave(self) -> None:
         self._running.pop()

@@ -19,6 +19,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.encoders import CrossBlock, ImageBlock, TextBlock
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.towers.text import TextTower
 
 BLOCKS = (ImageBlock, TextBlock, CrossBlock)
 T = TypeVar("T")
@@ -87,9 +88,8 @@ def parallelize(
     mesh = _mesh(world, nodes)
     # Do not cast inputs: autocast decides the residual stream's dtype.
     precision = MixedPrecisionPolicy(reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
-    for module in model.modules():
-        if isinstance(module, BLOCKS):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
+    for _, module in named_blocks(model):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
         if isinstance(module, CrossBlock):
             register_fsdp_forward_method(module, "keys_values")  # the fast implementation calls it on its own
     # Parameters outside the blocks, with the temperature and the embeddings, keep their dtype.
@@ -108,13 +108,19 @@ def _mesh(world: World, nodes: int | None) -> DeviceMesh:
     return init_device_mesh(world.device.type, (nodes, world.size // nodes), mesh_dim_names=("replicate", "shard"))
 
 
+def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Blocks of a model by name, those of a tower too: each is sharded, and recomputed, on its own."""
+    of_towers = {block for module in model.modules() if isinstance(module, TextTower) for block in module.blocks}
+    found = model.named_modules()
+    return [(name, module) for name, module in found if isinstance(module, BLOCKS) or module in of_towers]
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Make backward recompute the activations of every block instead of keeping them. Gradients are the same."""
-    for module in model.modules():
-        if isinstance(module, BLOCKS):
-            # `forward`, not the module's call: FSDP2's hooks then stay outside, and gather a block's parameters once
-            # for the recomputation and the backward pass.
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    for _, module in named_blocks(model):
+        # `forward`, not the module's call: FSDP2's hooks then stay outside, and gather a block's parameters once for
+        # the recomputation and the backward pass.
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 MAX_GRAPHS = 64

@@ -41,6 +41,7 @@ from mvlm.model.packing import (
     round_up_length,
     second_of_two,
 )
+from mvlm.model.towers.text import TextTower
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import LossWeights, masked_tokens, weighted_mean
 from mvlm_dataloading import Batch, Masks
@@ -83,7 +84,15 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
     model.check_captions(tokens, cu_seqlens, max_length)
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
-    return PackedText(model.text_encoder.run(tokens, packing.position, attend_self(packing)), packing)
+    return PackedText(run_text_encoder(model, tokens, packing), packing)
+
+
+def run_text_encoder(model: MaskVLMNetwork, tokens: Tensor, packing: Packing) -> Tensor:
+    """Packed tokens int64 (T,) -> features (T, C)."""
+    encoder = model.text_encoder
+    if isinstance(encoder, TextTower):
+        return encoder.packed(tokens, packing)
+    return encoder.run(tokens, packing.position, attend_self(packing))
 
 
 def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: Tensor | None) -> 
     model.check_captions(batch.tokens, batch.cu_seqlens, batch.max_length)
     masked = mask_tokens(batch.tokens, hidden, model.config.mask_token_id)
     tokens, packing = pack_two(batch.tokens, masked, batch.cu_seqlens, round_up_length(batch.max_length))
-    x = model.text_encoder.run(tokens, packing.position, attend_self(packing))
+    x = run_text_encoder(model, tokens, packing)
     first = Packing(batch.cu_seqlens, packing.max_length, len(batch.tokens))
     return PackedText(x[: first.total], first), second_of_two(x, packing)
 

@@ -17,6 +17,7 @@ from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentio
 from mvlm.model.attention import Attention, TextPooling
 from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify
 from mvlm.model.packing import PackedText, Packing
+from mvlm.model.towers.text import TextTower
 from mvlm.objectives.losses import at_least_float32
 
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
@@ -52,7 +53,7 @@ class MaskVLMNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(config)
-        self.text_encoder = TextEncoder(config)
+        self.text_encoder = TextTower(config) if config.text_tower else TextEncoder(config)
         self.image_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
         self.text_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
         self.image_decoder = CrossEncoder(config.width, config.heads, config.decoder_layers, config.cross_norm)
@@ -70,9 +71,13 @@ class MaskVLMNetwork(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Initialise linear weights as configured, embeddings with trunc_normal(0.02), and biases with zero."""
+        """Initialise linear weights as configured, embeddings with trunc_normal(0.02), and biases with zero.
+
+        Modules of towers keep the initial weights of their library.
+        """
+        towers = tuple(f"{name}." for name, module in self.named_children() if isinstance(module, TextTower))
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not name.startswith(towers):
                 nn.init.zeros_(module.bias)
                 # With Xavier the pixels stay at the constant image for hundreds of steps (docs/evidence/lab_log.md).
                 if self.config.initialization == "xavier" and not name.startswith(PIXEL_MODULES):
@@ -80,7 +85,10 @@ class MaskVLMNetwork(nn.Module):
                 else:
                     nn.init.trunc_normal_(module.weight, std=0.02)
         image, text = self.image_encoder, self.text_encoder
-        for embedding in (image.mask_token, image.cls_token, image.position, text.position, text.words.weight):
+        embeddings = [image.mask_token, image.cls_token, image.position]
+        if isinstance(text, TextEncoder):
+            embeddings += [text.position, text.words.weight]
+        for embedding in embeddings:
             nn.init.trunc_normal_(embedding, std=0.02)
 
     def encode_image(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
@@ -182,6 +190,8 @@ class MaskVLMNetwork(nn.Module):
             cross_attention: for attention with text on at least one side, so for the text encoder too.
         """
         for module in self.modules():
+            if isinstance(module, TextTower):
+                module.text_backend = cross_attention
             if isinstance(module, Attention):
                 module.image_backend, module.text_backend = self_attention, cross_attention
 

@@ -24,6 +24,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.model.attention import Attention, Branch
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import TOKENIZER_FILE
+from mvlm.model.towers.text import TextTower
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.files import sha256, write_json
@@ -56,6 +57,9 @@ class TextEmbedder(nn.Module):
         Returns embedding (B, E) of unit length, features (B, L, C). Features of padding have no meaning.
         """
         exists = attention_mask != 0
+        if isinstance(self.encoder, TextTower):
+            features = self.encoder.padded(input_ids, exists)
+            return F.normalize(self.projection(features[:, 0]), dim=-1), features
         position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
         def attend(attention: Attention, rows: Tensor) -> Branch:

@@ -8,6 +8,7 @@ matrix at a time. It cannot skip an update without a host sync, and takes matric
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -138,6 +139,12 @@ def _shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+IN_BLOCK = re.compile(r"\.blocks\.\d|_encoder\.tower\..*\blayers?\.\d")
+"""Names of the parameters of all blocks, of ours and of towers."""
+EMBEDDING_OF_TOWER = re.compile(r"\.tower\..*(embeddings?|relative_attention_bias)\.weight$")
+"""Names of the embeddings of towers. Convolutions of patches are no embeddings."""
+
+
 def own_rate(name: str, config: RunConfig) -> float | None:
     """`lr_image` or `lr_text`, of a parameter of the encoder that has one; the name may be a task's."""
     return {"image_encoder": config.lr_image, "text_encoder": config.lr_text}.get(
@@ -171,8 +178,9 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        muon = lr_muon is not None and parameter.ndim == 2 and ".blocks." in name
+        embedding = name.endswith(("position", "words.weight")) or EMBEDDING_OF_TOWER.search(name)
+        matrix = parameter.ndim >= 2 and not embedding
+        muon = lr_muon is not None and parameter.ndim == 2 and IN_BLOCK.search(name) is not None
         own = own_rate(name, config)
         if lr_muon is not None and muon:
             peak = lr_muon if own is None else lr_muon * own / config.lr_cross

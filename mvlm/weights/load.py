@@ -61,6 +61,12 @@ def read_source(source: Source, tower: Tower, heads: int) -> tuple[dict[str, Ten
     """
     if isinstance(source, Mapping):
         return dict(source), {}
+    path = weights_file(source)
+    return read_safetensors(path), _checked_settings(path.parent / "config.json", tower, heads)
+
+
+def weights_file(source: str | Path) -> Path:
+    """The one safetensors file of a source. RunError for another kind of file, and for several."""
     path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
     if path.suffix != ".safetensors":
         raise RunError(
@@ -72,7 +78,7 @@ def read_source(source: Source, tower: Tower, heads: int) -> tuple[dict[str, Ten
             f"{path}: wanted one safetensors file, found {index.name} of several; join them: load the model in "
             f'transformers and save it with save_pretrained(..., max_shard_size="100GB")'
         )
-    return read_safetensors(path), _checked_settings(path.parent / "config.json", tower, heads)
+    return path
 
 
 def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
@@ -383,6 +389,10 @@ def _load_image_encoder(
 
 
 def _load_text_encoder(model: MaskVLMNetwork, source: Source, family: str | None) -> LoadReport:
+    if model.config.text_tower:
+        raise RunError(
+            "text_encoder: wanted an own text encoder, found a text tower (text_tower); load a model without"
+        )
     tensors, settings = read_source(source, "text", model.config.heads)
     length = model.config.text_length
     found, rest = split_prefix(tensors, "embeddings.word_embeddings.weight")

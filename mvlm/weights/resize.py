@@ -13,6 +13,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.encoders import resize_positions
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.towers.text import TextTower
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def resized_model(
     config = resized_config(before, image_size, text_length)
     if config == before:
         return model
-    if trained and config.text_length > before.text_length:
+    if trained and config.text_length > before.text_length and not config.text_tower:  # which has positions for it
         raise ConfigError(
             f"text_length: wanted at most the {before.text_length} tokens that the model was trained with, got "
             f"{config.text_length}; fine-tune it with --question-length {config.text_length} first"
@@ -60,9 +61,11 @@ def resized_tensors(model: MaskVLM, wanted: MaskVLM) -> dict[str, Tensor]:
     Tensors of another architecture keep their shapes.
     """
     tensors = dict(model.state_dict())
-    image, text = tensors[IMAGE], tensors[TEXT]
-    fresh = wanted.text_encoder.position.detach().to(text.device)
-    tensors[IMAGE] = resize_positions(image, wanted.config.image_size // wanted.config.patch_size)
+    tensors[IMAGE] = resize_positions(tensors[IMAGE], wanted.config.image_size // wanted.config.patch_size)
+    encoder, text = wanted.text_encoder, tensors.get(TEXT)
+    if text is None or isinstance(encoder, TextTower):
+        return tensors
+    fresh = encoder.position.detach().to(text.device)
     if text.shape[1:] == fresh.shape[1:]:
         length = min(len(text), len(fresh))
         tensors[TEXT] = torch.cat([text[:length], fresh[length:].to(text.dtype)])

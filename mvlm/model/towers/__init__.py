@@ -1,0 +1,1 @@
+"""Encoders of other libraries behind the interface of ours."""
