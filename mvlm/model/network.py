@@ -24,8 +24,8 @@ PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
 """Name prefixes of the modules that reconstruct pixels. They have their own learning rate and initialisation."""
 
 SIGMOID_BIAS = -10.0
-"""Initial bias of the sigmoid loss, as in SigLIP. Nearly all pairs of a batch are mismatches, so a loss without it
-starts with large steps."""
+"""Initial bias of the sigmoid loss, as in SigLIP: the log-odds of a match among 22,000 pairs. A pretraining run starts
+with those of its own batch."""
 
 
 class LanguageHead(nn.Module):

@@ -6,6 +6,7 @@ loader and the model that they build are below.
 
 import gc
 import logging
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -311,6 +312,9 @@ def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> 
     """
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
+    if fresh and model.logit_bias is not None:
+        # The log-odds of a match. From another value a short run never comes to it: the bias is one number.
+        torch.nn.init.constant_(model.logit_bias, -math.log(max(1, config.batch_size - 1)))
     if fresh and config.initial_model is not None:
         trained = load_model(config.initial_model, "cpu").network
         if trained.config.output_positions and not config.model.output_positions:

@@ -119,3 +119,9 @@ def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, s
     config = pretrain_config(scenes, tmp_path / "run", model=model, initial_model=trained)
     with pytest.raises(ConfigError, match=f"was trained with {next(iter(change))} .*; use the same"):
         make_model(config, fresh=True)
+
+
+def test_the_sigmoid_loss_starts_at_the_odds_of_a_match_in_a_batch(scenes, tmp_path):
+    config = pretrain_config(scenes, tmp_path / "run", model=micro_config(contrastive="sigmoid"))
+    match = make_model(config, fresh=True).logit_bias.sigmoid().item()
+    assert match == pytest.approx(1 / config.batch_size)
