@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mvlm.errors import ConfigError
@@ -46,12 +47,15 @@ def check_values(config: Any) -> None:
     """Raise ConfigError for a value of a dataclass that the type of its field does not allow.
 
     That is a number that is NaN, infinite, or outside the range of its field; a fraction where the field is an integer;
-    a text that is none of the field's choices; and a tuple of another length.
+    a text that is none of the field's choices; and a tuple of another length. A string becomes a path where the field
+    is one.
     """
     hints, types = get_type_hints(type(config), include_extras=True), get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
         _check_type(field.name, types[field.name], value)
+        if isinstance(value, str) and Path in (types[field.name], *get_args(types[field.name])):
+            object.__setattr__(config, field.name, Path(value))
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         for number in numbers:
             if not abs(number) <= _LARGEST:  # also checked for fields without a range

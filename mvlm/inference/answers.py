@@ -49,7 +49,6 @@ def predictions(
     images: Strips,
     texts: Texts | None,
     batch_size: int,
-    truncate: bool,
     precision: str,
 ) -> Iterator[dict[str, Any]]:
     """A prediction for each sample, in order: `TrainedModel.predict`."""
@@ -61,7 +60,7 @@ def predictions(
     while chunk := list(itertools.islice(rows, batch_size)):
         lines = [line for _, line in chunk]
         if task.reads_texts:
-            lines = checked_texts(lines, tokenizer, length, truncate, first=first)
+            lines = checked_texts(lines, tokenizer, length, truncate=True, first=first)
         before, loaded = loaded, {}
         for number, (sample, _) in enumerate(chunk, first):
             if id(sample) not in loaded:

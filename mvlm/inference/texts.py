@@ -43,8 +43,6 @@ def text_batches(
     batch_size = whole_number("batch_size", batch_size)
     remaining, first = iter(texts), 0
     while batch := list(itertools.islice(remaining, batch_size)):
-        if truncate:  # far beyond the tokens that are left of it
-            batch = [text[:MAX_CHARACTERS] if isinstance(text, str) else text for text in batch]
         yield checked_texts(batch, tokenizer, length, truncate, clean, first)
         first += len(batch)
 
@@ -77,6 +75,7 @@ def checked_texts(
     for number, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise ConfigError(f"text {number}: wanted a string, got {type(text).__name__}")
+        text = text[:MAX_CHARACTERS] if truncate else text  # far beyond the tokens that are left of it
         check_unicode(text, f"text {number}")
         found.append(clean_line(text) if clean else text)
         if not found[-1].strip():

@@ -113,8 +113,8 @@ class TrainedModel:
     Images are what `mvlm.inference.images.ImageLike` lists, one or an iterable of them, or a split of a data set
     (`mvlm_dataloading.Dataset`). Iterables are read as they are needed, so they may be longer than the memory. Texts
     are put on one line with single blanks, as captions are when a data set is built. Those with more tokens than the
-    model takes are refused, unless `truncate` is given; captions of a data set are truncated, as in evaluation. Results
-    are on the CPU.
+    model takes are refused, unless `truncate` is given; captions of a data set, and the texts of a task, are truncated,
+    as in evaluation. Results are on the CPU.
 
     All methods raise RunError for an image that cannot be used, ConfigError for a text or a setting, DataError for a
     broken data set.
@@ -264,9 +264,7 @@ class TrainedModel:
         embeddings = self.embed_texts(texts).unflatten(0, (len(labels), len(templates)))  # (m, templates, E)
         return F.normalize(embeddings.mean(1), dim=-1)
 
-    def predict(
-        self, images: Strips, texts: Texts | None = None, *, batch_size: int = BATCH, truncate: bool = False
-    ) -> list[dict[str, Any]]:
+    def predict(self, images: Strips, texts: Texts | None = None, *, batch_size: int = BATCH) -> list[dict[str, Any]]:
         """What the model was fine-tuned to say of n samples: fields as in `mvlm eval TASK --predictions`, by sample.
 
         {"answer": ...} of vqa, {"label": ...} of entailment and pairs, {"caption": ...} of caption.
@@ -275,14 +273,13 @@ class TrainedModel:
             images: one image with each of several texts, several images with one text, or as many images as texts. A
                 task with n images a sample takes a list of n images, or an iterable of such lists.
             texts: questions, hypotheses or statements; None for captions.
-            truncate: cut texts to the model's length, as evaluation does, instead of an error.
 
         Raises:
             ConfigError: the model has no head (`mvlm finetune` trains one), or a text is refused.
         """
         task = self.task_for("predict")
         batch_size = whole_number("batch_size", batch_size)
-        return list(predictions(task, self.tokenizer, images, texts, batch_size, truncate, self.precision))
+        return list(predictions(task, self.tokenizer, images, texts, batch_size, self.precision))
 
     def answer(self, image: ImageLike, question: str) -> str:
         """The answer to a question about an image, of a model that was fine-tuned for vqa."""

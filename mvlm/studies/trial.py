@@ -143,7 +143,9 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
     """
     run = RunFolder(trial.config.out)
     _check_begun(trial)
-    stopped = pretrain(trial.config) if isinstance(trial.config, PretrainConfig) else finetune(trial.config)
+    # What it could say next is done below, and then its checkpoints are gone.
+    config = trial.config
+    stopped = pretrain(config, False) if isinstance(config, PretrainConfig) else finetune(config, False)
     trained = time.perf_counter()
     checkpoint = find_checkpoint(run.path)
     if stopped or read_state(checkpoint)["step"] < trial.config.max_steps:
@@ -163,7 +165,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = model.evaluate(dataset, train, rerank)
     for stage in trial.then:
-        if finetune(stage.config):
+        if finetune(stage.config, say_next=False):
             return None
         figures[stage.name] = {
             split: evaluate_task(find_checkpoint(stage.config.out), stage.config.data, split, device,

@@ -43,12 +43,12 @@ from mvlm_dataloading.files import sha256
 log = logging.getLogger(__name__)
 
 
-def finetune(config: FinetuneConfig) -> str | None:
+def finetune(config: FinetuneConfig, say_next: bool = True) -> str | None:
     """Start or resume one fine-tuning run. Every file it writes is under `config.out`.
 
-    It returns and raises what `mvlm.training.run.pretrain` does.
+    It takes, returns and raises what `mvlm.training.run.pretrain` does.
     """
-    return do_run(config, open_inputs, build_trainer)
+    return do_run(config, open_inputs, build_trainer, say_next)
 
 
 class StepLosses(NamedTuple):

@@ -92,7 +92,7 @@ def predicted(model: TrainedModel, questions: Iterator[Question]) -> Iterator[di
 def _rows(model: TrainedModel, chunk: Sequence[Question]) -> list[dict[str, Any]]:
     images: Any = [question.images if len(question.images) > 1 else next(iter(question.images)) for question in chunk]
     texts = None if chunk[0].text is None else [q.text or "" for q in chunk]
-    found = model.predict(images, texts, truncate=True)
+    found = model.predict(images, texts)
     return [_named(question) | prediction for question, prediction in zip(chunk, found, strict=True)]
 
 

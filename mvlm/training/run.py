@@ -68,27 +68,29 @@ class RunInputs(NamedTuple):
     tokenizer: Tokenizer
 
 
-def pretrain(config: PretrainConfig) -> str | None:
+def pretrain(config: PretrainConfig, say_next: bool = True) -> str | None:
     """Start or resume one pretraining run. Every file it writes is under `config.out`.
 
-    Returns what asked it to stop, such as SIGTERM, even if that was after the last step; None if nothing did.
+    `say_next` logs the commands that evaluate the complete run. Returns what asked it to stop, such as SIGTERM, even if
+    that was after the last step; None if nothing did.
 
     Raises:
         ConfigError, RunError, DataError: a setting, the run folder or the data are not usable; nothing was changed.
         NonFiniteLossError: too many updates in a row were skipped.
         LostRankError: another process of the run is gone.
     """
-    return do_run(config, open_inputs, build_trainer)
+    return do_run(config, open_inputs, build_trainer, say_next)
 
 
 def do_run(
     config: Config,
     open_inputs: Callable[[Config], RunInputs],
     build_trainer: Callable[[RunInputs, World, str], Trainer],
+    say_next: bool,
 ) -> str | None:
     """Build a run and train to its last step, if it is not complete. The functions are those of `build_run`.
 
-    Returns what asked it to stop, as `pretrain`.
+    `say_next` and what it returns are those of `pretrain`.
     """
     began = time.monotonic()
     world = join_ranks(config.device)
@@ -101,7 +103,7 @@ def do_run(
             with naming_lost_ranks(world, trainer.notices.failure, advice):
                 trainer.train()
         if trainer.complete and world.first:
-            _log_end(trainer, trainer.step - first_step, time.monotonic() - began)
+            _log_end(trainer, trainer.step - first_step, time.monotonic() - began, say_next)
         reason = trainer.stop.reason
     # Before the process group. If DDP's reducer were the last to hold the group, its destructor could wait for a thread
     # that waits for the GIL, and the rank would never end (torch 2.13, gloo).
@@ -111,15 +113,17 @@ def do_run(
     return reason
 
 
-def _log_end(trainer: Trainer, steps: int, seconds: float) -> None:
+def _log_end(trainer: Trainer, steps: int, seconds: float, say_next: bool) -> None:
     """Log that the run is complete, how long this process took for its `steps`, and what can be done next."""
-    config, splits = trainer.config, trainer.loader.dataset.splits
-    split = next((name for name in ("test", "validation") if name in splits), splits[0])
+    config, splits, advice = trainer.config, trainer.loader.dataset.splits, ""
+    if say_next:
+        split = next((name for name in ("test", "validation") if name in splits), splits[0])
+        task = getattr(config, "task", "retrieval")
+        command = RunFolder(config.out).evaluation_command(config.data, task, split)
+        advice = f"; next: {command}, and then mvlm report {shlex.quote(str(config.out))}"
     log.info(
-        "%s is complete: %d of %d steps, %d of them in %s; next: %s, and then mvlm report %s",
-        config.out, trainer.step, config.max_steps, steps, format_duration(seconds),
-        RunFolder(config.out).evaluation_command(config.data, getattr(config, "task", "retrieval"), split),
-        shlex.quote(str(config.out)),
+        "%s is complete: %d of %d steps, %d of them in %s%s",
+        config.out, trainer.step, config.max_steps, steps, format_duration(seconds), advice,
     )  # fmt: skip
 
 

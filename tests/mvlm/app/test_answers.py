@@ -54,7 +54,7 @@ def test_a_task_is_asked_as_the_model_is(answering, image, name, count) -> None:
     assert answers.ask(model, *[image] * count, *texts) == next(iter(wanted.values()))
     with pytest.raises(ConfigError, match=r"^image: wanted "):
         answers.ask(model, *[None] * count, *texts)
-    for text in (" ", "a" * 10**7, "a " * 400) if texts else ():
+    for text in (" ", "a" * 10**7) if texts else ():
         with pytest.raises(ConfigError, match=r"^text"):
             answers.ask(model, *[image] * count, text)
 

@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -65,6 +65,13 @@ def test_invalid_settings_of_a_run_are_refused(changes):
     pretrain_config(Path("data"), Path("out"), flip=1.0, beta2=0.0, randaugment=14)  # the ends of ranges are valid
     with pytest.raises(ConfigError, match=next(iter(changes))):
         pretrain_config(Path("data"), Path("out"), **changes)
+
+
+def test_a_path_may_be_a_string() -> None:
+    given: dict[str, Any] = {"data": "data", "out": "out", "tokenizer": "t.json"}
+    found = PretrainConfig.preset("tiny", **given)
+    assert found == PretrainConfig.preset("tiny", **{name: Path(x) for name, x in given.items()})
+    assert (found.tokenizer, found.initial_model) == (Path("t.json"), None)
 
 
 def test_itm_needs_itc() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +52,14 @@ def study(**changes) -> Study:
 
 @pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("study")
-    page = run_study(study(), scenes, out)
+    out, said = tmp_path_factory.mktemp("study"), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.Logger, "handle", lambda _, record: said.append(record.getMessage()))
+        patch.setattr(logging.Logger, "isEnabledFor", lambda *_: True)
+        page = run_study(study(), scenes, out)
+    ends = [line for line in said if " is complete" in line]
+    assert len(ends) == 8
+    assert "mvlm eval" not in "".join(ends)  # of checkpoints that are removed
     assert page == out / "study.html"
     assert page is not None
     text = page.read_text()
