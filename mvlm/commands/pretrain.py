@@ -1,8 +1,9 @@
 """`mvlm pretrain`: parse the settings; `mvlm.training.run.pretrain` then builds, trains and closes the run."""
 
 from collections.abc import Sequence
-from dataclasses import fields, make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -63,8 +64,29 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     else:
         defaults = PretrainConfig.preset(first, data=tyro.MISSING, out=tyro.MISSING)
         source, rest = first, arguments[1:]
+    defaults = with_tower(defaults, rest)
     description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
     return parse_settings(rest, f"mvlm pretrain {source}", description, defaults, with_model=True)
+
+
+def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
+    """`defaults` with the settings of the image tower that the words name, if it is another one, before other flags."""
+    tower, side = (_value(words, f"--model.{name}") for name in ("image-tower", "image-size"))
+    if not tower or tower == defaults.model.image_tower:
+        return defaults
+    from mvlm.model.towers.timm_tower import tower_settings
+
+    settings = tower_settings(tower, int(side) if side and side.isdecimal() else None)
+    return replace(defaults, model=replace(defaults.model, **settings))
+
+
+def _value(words: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, from FLAG VALUE or FLAG=VALUE; None without it."""
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            return value if equals else following
+    return None
 
 
 def parse_settings(

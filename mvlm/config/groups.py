@@ -279,7 +279,8 @@ class WeightSettings:
     """A trained model of this architecture to go on from, on this run's data: a run, one of its checkpoints or an
     exported folder. Its tokenizer comes with it, and its position embeddings are resized where needed."""
     image_weights: Path | None = None
-    """A safetensors file with a pretrained ViT of timm or transformers, for the image encoder."""
+    """A safetensors file with a pretrained ViT of timm or transformers, for the image encoder. For an image tower, one
+    with timm's names, open_clip's, or those of transformers' CLIP or SigLIP; timm: what timm downloads."""
     text_weights: Path | None = None
     """A safetensors file with a RoBERTa or BERT of transformers, for the text encoder; `tokenizer` must be its own."""
     tokenizer: Path | None = None

@@ -20,12 +20,16 @@ class MaskVLMConfig(Masking):
 
     image_size: Annotated[int, AT_LEAST_1] = 224
     """Side of the square input image."""
+    image_tower: str = ""
+    """Image encoder of another library in place of our ViT: timm:NAME, a VisionTransformer or Eva of timm, such as
+    timm:vit_base_patch16_clip_224.openai. `image_size`, `patch_size`, `image_mean`, `image_std`, `width` and
+    `image_layers` are its own unless they are given."""
     width: Annotated[int, AT_LEAST_1] = 768
     """Feature width of both encoders and of all cross-modality blocks."""
     heads: Annotated[int, AT_LEAST_1] = 12
     """Attention heads; the width of one head is width / heads."""
     image_layers: Annotated[int, AT_LEAST_1] = 12
-    """Self-attention blocks of the image encoder (ViT, pre-norm)."""
+    """Self-attention blocks of the image encoder."""
     text_layers: Annotated[int, AT_LEAST_1] = 12
     """Self-attention blocks of the text encoder (RoBERTa, post-norm)."""
     text_tower: Annotated[str, NO_FLAG] = ""
@@ -40,7 +44,7 @@ class MaskVLMConfig(Masking):
     """Id of [MASK], which replaces masked tokens."""
     text_length: int = 40
     """Longest caption, [CLS] and [SEP] included."""
-    itc_width: Annotated[int, AT_LEAST_1, NO_FLAG] = 256
+    itc_width: Annotated[int, AT_LEAST_1] = 256
     """Width of the contrastive embeddings."""
     temperature: Annotated[float, Range(0.001, 0.5)] = 0.07
     """Initial value of the learned contrastive temperature. SigLIP starts at 0.1."""
@@ -87,6 +91,8 @@ class MaskVLMConfig(Masking):
             raise ConfigError(f"4 must divide width with output_positions, got a width of {self.width}")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
+        if self.image_tower and self.drop_masked:
+            raise ConfigError(f"drop_masked: wanted False with image_tower {self.image_tower}, got True")
         if self.image_masking == "variable" and self.drop_masked:
             raise ConfigError("image_masking: wanted fixed with drop_masked, got variable")
         if min(self.image_std) <= 0:

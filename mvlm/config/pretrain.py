@@ -46,6 +46,8 @@ class PretrainConfig(CaptureSettings, WeightSettings, MuonSettings, ObjectiveSet
                 f"capture: wanted --plan fast and --accumulate 1 with {self.capture}, got --plan {self.plan}, "
                 f"--accumulate {self.accumulate}; change them or leave --capture out"
             )
+        if self.capture != "none" and self.model.image_tower:
+            raise ConfigError(f"capture: wanted none with an image_tower, got {self.capture}; leave --capture out")
         if self.capture == "compile" and self.checkpoint_activations:
             raise ConfigError("capture: wanted no --checkpoint-activations with compile; leave one of them out")
         own = [name for name in ("lr_image", "lr_text") if getattr(self, name) is not None]

@@ -20,8 +20,10 @@ from mvlm.errors import ConfigError
 from mvlm.model.encoders import CrossBlock, ImageBlock, TextBlock
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.towers.text import TextTower
+from mvlm.model.towers.timm_tower import TimmTower
 
 BLOCKS = (ImageBlock, TextBlock, CrossBlock)
+TOWERS = (TextTower, TimmTower)
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 # Buffers (mean and deviation of pixels) never change: DDP need not broadcast them before every step. torch 2.13 renamed
@@ -110,7 +112,7 @@ def _mesh(world: World, nodes: int | None) -> DeviceMesh:
 
 def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Blocks of a model by name, those of a tower too: each is sharded, and recomputed, on its own."""
-    of_towers = {block for module in model.modules() if isinstance(module, TextTower) for block in module.blocks}
+    of_towers = {block for module in model.modules() if isinstance(module, TOWERS) for block in module.blocks}
     found = model.named_modules()
     return [(name, module) for name, module in found if isinstance(module, BLOCKS) or module in of_towers]
 

@@ -39,22 +39,17 @@ class ImageBlock(nn.Module):
         return Residual(x, self.mlp(normalised))
 
 
-class ImageEncoder(nn.Module):
-    """ViT over all patches. A learned mask token stands for each masked patch, as in SimMIM."""
+class BaseImageEncoder(nn.Module):
+    """What every image encoder has: normalised pixels, and sines of places. Subclasses have a `mask_token` (C,)."""
+
+    mask_token: nn.Parameter
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
-        self.patch_projection = nn.Linear(config.patch_values, config.width)
-        self.mask_token = nn.Parameter(torch.zeros(config.width))
-        self.cls_token = nn.Parameter(torch.zeros(config.width))
-        self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.width))
-        self.blocks = nn.ModuleList(ImageBlock(config.width, config.heads) for _ in range(config.image_layers))
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.output_positions: Tensor | None
         self.register_buffer("output_positions", None, persistent=False)
         if config.output_positions:
@@ -67,11 +62,36 @@ class ImageEncoder(nn.Module):
         scale = 255 if images.dtype == torch.uint8 else 1
         return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 
+    def add_output_positions(self, x: Tensor) -> Tensor:
+        """Add sines of row and column to features x (B, 1+N, C), if the configuration says so."""
+        return x if self.output_positions is None else x + self.output_positions.to(x.dtype)
+
     def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """images uint8 or float in 0..1 (B, 3, S, S); masked bool (B, N), True = replaced by the mask token.
 
         Returns features (B, 1+N, C), [CLS] first.
         """
+        raise NotImplementedError
+
+    def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
+        """Encode only the patches visible_ids int64 (B, K) -> (B, 1+N, C), [CLS] first."""
+        raise NotImplementedError
+
+
+class ImageEncoder(BaseImageEncoder):
+    """ViT over all patches. A learned mask token stands for each masked patch, as in SimMIM."""
+
+    def __init__(self, config: MaskVLMConfig) -> None:
+        super().__init__(config)
+        self.patch_size = config.patch_size
+        self.patch_projection = nn.Linear(config.patch_values, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(config.width))
+        self.cls_token = nn.Parameter(torch.zeros(config.width))
+        self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.width))
+        self.blocks = nn.ModuleList(ImageBlock(config.width, config.heads) for _ in range(config.image_layers))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         x = self.run(self.embed(images, masked), lambda attention, y: attention(y, y))
         return self.add_output_positions(x)
 
@@ -95,10 +115,6 @@ class ImageEncoder(nn.Module):
         hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
         x = hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position
         return self.add_output_positions(x)
-
-    def add_output_positions(self, x: Tensor) -> Tensor:
-        """Add sines of row and column to features x (B, 1+N, C), if the configuration says so."""
-        return x if self.output_positions is None else x + self.output_positions.to(x.dtype)
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""

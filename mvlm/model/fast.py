@@ -42,6 +42,7 @@ from mvlm.model.packing import (
     second_of_two,
 )
 from mvlm.model.towers.text import TextTower
+from mvlm.model.towers.timm_tower import TimmTower
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import LossWeights, masked_tokens, weighted_mean
 from mvlm_dataloading import Batch, Masks
@@ -68,6 +69,8 @@ def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, Packed
 def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None = None) -> Tensor:
     """Encode projected patches (B, N, C), of which patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
     encoder, total = model.image_encoder, patches.shape[1]
+    if isinstance(encoder, TimmTower):
+        return encoder.run(patches if patch_ids is None else encoder.hide(patches, masked_patches(patch_ids, total)))
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     if patch_ids is None or not model.config.drop_masked:
         hidden = None if patch_ids is None else masked_patches(patch_ids, total)  # (B, N), True = masked
@@ -98,6 +101,8 @@ def run_text_encoder(model: MaskVLMNetwork, tokens: Tensor, packing: Packing) ->
 def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
     """Images uint8 (B, 3, S, S) -> projected patches (B, N, C)."""
     encoder = model.image_encoder
+    if isinstance(encoder, TimmTower):
+        return encoder.project(images)
     patches = gather_patches(
         images,
         None,
@@ -120,6 +125,9 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
         return encode_patches(model, patches), encode_patches(model, patches, patch_ids)
     encoder, total = model.image_encoder, patches.shape[1]
     hidden = masked_patches(patch_ids, total)  # (B, N), True = masked
+    if isinstance(encoder, TimmTower):
+        v, vm = encoder.run(torch.cat([patches, encoder.hide(patches, hidden)])).chunk(2)
+        return v, vm
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
     v, vm = encoder.add_output_positions(encoder.run(both, attend_self(None))).chunk(2)

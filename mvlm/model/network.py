@@ -18,6 +18,7 @@ from mvlm.model.attention import Attention, TextPooling
 from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.towers.text import TextTower
+from mvlm.model.towers.timm_tower import TimmTower
 from mvlm.objectives.losses import at_least_float32
 
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
@@ -52,7 +53,7 @@ class MaskVLMNetwork(nn.Module):
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = ImageEncoder(config)
+        self.image_encoder = TimmTower(config) if config.image_tower else ImageEncoder(config)
         self.text_encoder = TextTower(config) if config.text_tower else TextEncoder(config)
         self.image_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
         self.text_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
@@ -75,7 +76,9 @@ class MaskVLMNetwork(nn.Module):
 
         Modules of towers keep the initial weights of their library.
         """
-        towers = tuple(f"{name}." for name, module in self.named_children() if isinstance(module, TextTower))
+        towers = tuple(
+            f"{name}." for name, module in self.named_children() if isinstance(module, TimmTower | TextTower)
+        )
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith(towers):
                 nn.init.zeros_(module.bias)
@@ -85,7 +88,9 @@ class MaskVLMNetwork(nn.Module):
                 else:
                     nn.init.trunc_normal_(module.weight, std=0.02)
         image, text = self.image_encoder, self.text_encoder
-        embeddings = [image.mask_token, image.cls_token, image.position]
+        embeddings = [image.mask_token]
+        if isinstance(image, ImageEncoder):
+            embeddings += [image.cls_token, image.position]
         if isinstance(text, TextEncoder):
             embeddings += [text.position, text.words.weight]
         for embedding in embeddings:

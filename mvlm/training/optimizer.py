@@ -141,7 +141,9 @@ def _shard(tensor: Tensor) -> Tensor:
 
 IN_BLOCK = re.compile(r"\.blocks\.\d|_encoder\.tower\..*\blayers?\.\d")
 """Names of the parameters of all blocks, of ours and of towers."""
-EMBEDDING_OF_TOWER = re.compile(r"\.tower\..*(embeddings?|relative_attention_bias)\.weight$")
+EMBEDDING_OF_TOWER = re.compile(
+    r"\.tower\..*(embeddings?|relative_attention_bias)\.weight$|\.module\..*\b(pos_embed|(cls|reg)_token|latent|freqs)$"
+)
 """Names of the embeddings of towers. Convolutions of patches are no embeddings."""
 
 

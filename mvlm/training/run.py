@@ -38,6 +38,7 @@ from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
+from mvlm.weights.image_tower import load_image_tower
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import log_sizes, resized_tensors
 from mvlm_dataloading import (
@@ -325,7 +326,7 @@ def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> 
             raise ConfigError(
                 f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"
             )
-        for name in ("heads", "cross_norm", "image_mean", "image_std"):
+        for name in ("image_tower", "heads", "cross_norm", "image_mean", "image_std"):
             own, wanted = getattr(config.model, name), getattr(trained.config, name)
             if own != wanted:  # weights of another meaning would have the same names and shapes
                 raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
@@ -340,7 +341,7 @@ def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> 
         if say_sizes:
             log_sizes(trained.config, config.model)
     if fresh and config.image_weights is not None:
-        load_image_weights(model, config.image_weights)
+        (load_image_tower if config.model.image_tower else load_image_weights)(model, config.image_weights)
     if fresh and config.text_weights is not None:
         load_text_weights(model, config.text_weights)
     return model

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvlm.errors import ConfigError
 from mvlm.model.network import MaskVLMNetwork
+from mvlm.model.towers.timm_tower import TimmTower
 from mvlm.weights.load import ROBERTA_FIRST_POSITION, SourceName, bert_names, hf_vit_names, timm_names
 
 
@@ -42,6 +44,10 @@ def export_hf_bert(model: MaskVLMNetwork) -> dict[str, Tensor]:
 
 
 def _export_image_encoder(model: MaskVLMNetwork, names: dict[str, SourceName]) -> dict[str, Tensor]:
+    if isinstance(model.image_encoder, TimmTower):
+        raise ConfigError(
+            f"image_tower: wanted our ViT, got {model.config.image_tower}, whose module is model.image_encoder.module"
+        )
     side = model.config.patch_size
     found = _renamed_copies(model.image_encoder, {ours: to for ours, to in names.items() if ours != "mask_token"})
     for ours, shape in (("patch_projection.weight", (-1, 3, side, side)), ("cls_token", (1, 1, -1))):

@@ -385,7 +385,7 @@ def _load_image_encoder(
         "cls_token": torch.flatten,
         "position": position,
     }
-    return _load(model.image_encoder, report, found, rest, names, encoder_prefixes, convert)
+    return copy_encoder(model.image_encoder, report, found, rest, names, encoder_prefixes, convert)
 
 
 def _load_text_encoder(model: MaskVLMNetwork, source: Source, family: str | None) -> LoadReport:
@@ -414,7 +414,7 @@ def _load_text_encoder(model: MaskVLMNetwork, source: Source, family: str | None
 
     encoder_prefixes = ("embeddings.", "encoder.layer.")
     names = bert_names(model.config.text_layers)
-    return _load(model.text_encoder, report, found, rest, names, encoder_prefixes, {"position": position})
+    return copy_encoder(model.text_encoder, report, found, rest, names, encoder_prefixes, {"position": position})
 
 
 def _first_position(settings: Mapping[str, Any], types: int, family: str | None) -> int:
@@ -434,7 +434,7 @@ def _first_position(settings: Mapping[str, Any], types: int, family: str | None)
     return settings.get("pad_token_id", 1) + 1 if named else ROBERTA_FIRST_POSITION
 
 
-def _load(
+def copy_encoder(
     module: nn.Module,
     report: LoadReport,
     found: dict[str, Tensor],

@@ -14,6 +14,7 @@ from mvlm.errors import ConfigError
 from mvlm.model.encoders import resize_positions
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.towers.text import TextTower
+from mvlm.model.towers.timm_tower import MODULE, TimmTower
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,7 @@ def resized_model(
             f"text_length: wanted at most the {before.text_length} tokens that the model was trained with, got "
             f"{config.text_length}; fine-tune it with --question-length {config.text_length} first"
         )
-    position = model.image_encoder.position
-    resized = MaskVLM(config).to(position.device, position.dtype)
+    resized = MaskVLM(config).to(model.log_scale.device, model.log_scale.dtype)
     resized.load_state_dict(resized_tensors(model, resized))
     log_sizes(before, config)
     for name, parameter in model.named_parameters():
@@ -61,14 +61,18 @@ def resized_tensors(model: MaskVLM, wanted: MaskVLM) -> dict[str, Tensor]:
     Tensors of another architecture keep their shapes.
     """
     tensors = dict(model.state_dict())
-    tensors[IMAGE] = resize_positions(tensors[IMAGE], wanted.config.image_size // wanted.config.patch_size)
-    encoder, text = wanted.text_encoder, tensors.get(TEXT)
-    if text is None or isinstance(encoder, TextTower):
+    image, text, side = wanted.image_encoder, wanted.text_encoder, wanted.config.image_size // wanted.config.patch_size
+    if not isinstance(image, TimmTower):
+        tensors[IMAGE] = resize_positions(tensors[IMAGE], side)
+    elif (name := f"{MODULE}pos_embed") in tensors:
+        tensors[name] = image.resized_positions(tensors[name])
+    own = tensors.get(TEXT)
+    if own is None or isinstance(text, TextTower):
         return tensors
-    fresh = encoder.position.detach().to(text.device)
-    if text.shape[1:] == fresh.shape[1:]:
-        length = min(len(text), len(fresh))
-        tensors[TEXT] = torch.cat([text[:length], fresh[length:].to(text.dtype)])
+    fresh = text.position.detach().to(own.device)
+    if own.shape[1:] == fresh.shape[1:]:
+        length = min(len(own), len(fresh))
+        tensors[TEXT] = torch.cat([own[:length], fresh[length:].to(own.dtype)])
     return tensors
 
 
