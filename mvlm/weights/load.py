@@ -370,6 +370,8 @@ def _load_image_encoder(
     names: dict[str, SourceName],
     encoder_prefixes: tuple[str, ...],
 ) -> LoadReport:
+    if model.config.image_tower:
+        raise RunError("image_encoder: wanted our ViT, found an image tower (image_tower); use load_image_tower")
     side = model.config.image_size // model.config.patch_size
     report = LoadReport("image_encoder")
 
