@@ -132,3 +132,33 @@ def test_recalls_count_the_queries_that_they_name() -> None:
     both = trial | {"figures": {"tr": {"r1": 100 / 3}, "ir": {"r1": 100 / 6}}}  # 1 of 3 images, 1 of 6 captions
     assert query_hits(both, "r1").mean() == pytest.approx(figure(both, "r1")) == pytest.approx(25)
     assert image_of_query(both, "r1").tolist() == [0, 1, 2, *OWNER]
+
+
+@pytest.mark.slow
+def test_a_planted_effect_is_found_at_its_size_and_a_planted_null_is_not() -> None:
+    """One arm is the base with the right answers of 3 % of 2,000 images shuffled, one is trained anew, as 8 seeds."""
+    rng = np.random.default_rng(0)
+    images, wrong = 2000, 60
+    easy = rng.beta(3, 2, images)  # how often a model ranks the image's caption first
+    first = rng.random((8, 2, images)) < easy  # of a seed and a direction
+    shuffled, again = first.copy(), rng.random((8, 2, images)) < easy
+    for hits in shuffled:  # a query whose right answer is another pair's finds it as often as by chance
+        hits[:, rng.permutation(images)[:wrong]] = rng.random((2, wrong)) < 1 / images
+
+    def trials(hits: np.ndarray) -> list[dict[str, Any]]:
+        ranks = np.where(hits, 0, 9).tolist()
+        of_figures = [
+            {way: {"r1": 100 * np.mean(x)} for way, x in zip(("tr", "ir"), both, strict=True)} for both in hits
+        ]
+        of_ranks = [
+            {way: {"itm": x, "itm_alone": x} for way, x in zip(("tr", "ir"), both, strict=True)} for both in ranks
+        ]
+        owner = {"owner": list(range(images))}
+        return [{"seed": n, "figures": {"itm": of_figures[n]}, "ranks": of_ranks[n] | owner} for n in range(len(hits))]
+
+    planted = compare(trials(shuffled), trials(first), "itm.r1").over_images
+    null = compare(trials(again), trials(first), "itm.r1").over_images
+    assert planted is not None
+    assert null is not None
+    assert planted.low < -100 * wrong / images * easy.mean() < planted.high < 0
+    assert null.low < 0 < null.high
