@@ -181,9 +181,13 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     lengths: dict[tuple[Any, ...], float] = {}
     plans: dict[str, tuple[int, float | None]] = {}
     files: dict[str, dict[str, str]] = {}
-    for arm in study.arms:
-        config = trial_config(study, arm, 0, data, out, int(study.budget.get("steps", 1_000_000)), checkpoint)
-        plans[arm] = _steps_and_flops(study, config, dataset, lengths)
+    budgets = {arm: settings.get("budget", study.budget) for arm, settings in study.arms.items()}
+    for arm in sorted(study.arms, key=lambda name: "flops_of" in budgets[name]):
+        budget = budgets[arm]
+        if "flops_of" in budget:
+            budget = {"flops": plans[budget["flops_of"]][1]}
+        config = trial_config(study, arm, 0, data, out, int(budget.get("steps", 1_000_000)), checkpoint)
+        plans[arm] = _steps_and_flops(budget, config, dataset, lengths)
         files[arm] = named_files(config)
     start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     splits = tuple(study.splits) if study.task else (study.split,)
@@ -191,7 +195,8 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     stages = {name: _stage_data(stage) for name, stage in study.then.items()}
     trials = []
     for seed in study.seeds:
-        for arm, (steps, flops) in plans.items():
+        for arm in study.arms:
+            steps, flops = plans[arm]
             folder = out / "trials" / slug(arm) / f"seed_{seed}"
             config = trial_config(study, arm, seed, folders[arm], folder / "run", steps, checkpoint)
             # An ITM head that was not trained would only spoil the order of ITC. A task says so itself.
@@ -248,11 +253,11 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
 
 
 def _steps_and_flops(
-    study: Study, config: RunConfig, dataset: Dataset, lengths: dict[tuple[Any, ...], float]
+    budget: dict[str, Any], config: RunConfig, dataset: Dataset, lengths: dict[tuple[Any, ...], float]
 ) -> tuple[int, float | None]:
     """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths of each tokenizer."""
     if not isinstance(config, PretrainConfig):
-        return int(study.budget["steps"]), None
+        return int(budget["steps"]), None
     longest = config.model.text_length
     key = longest, config.model.vocab_size, config.tokenizer, config.initial_model  # what the tokenizer follows from
     if key not in lengths:
@@ -260,9 +265,9 @@ def _steps_and_flops(
         captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
         lengths[key] = float(tokenizer.encode(captions, longest)[1].mean())
     step = flops_per_pair(config, lengths[key]) * config.batch_size
-    steps = int(study.budget.get("steps", study.budget.get("flops", 0) / step))
+    steps = int(budget.get("steps", budget.get("flops", 0) / step))
     if steps < 1:
-        raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}")
+        raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {budget['flops']:.3g}")
     return steps, steps * step
 
 

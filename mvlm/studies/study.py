@@ -1,9 +1,9 @@
 """A study: the TOML file that describes it (docs/guides/studies.md), and the configuration of each of its runs.
 
-An arm is a set of settings that differ from those of the study; names are those of config.json. Two further ones are
-`fraction`, the share of the training samples that the arm sees, and `against`, the arm to compare it with instead of
-the base. A run of an arm with a seed is a trial. Batches are a function of (seed, epoch, sample), so trials of two arms
-with one seed see the same samples in the same order: they are paired.
+An arm is a set of settings that differ from those of the study; names are those of config.json. Three further ones are
+`fraction`, the share of the training samples that the arm sees, `against`, the arm to compare it with instead of the
+base, and `budget`, in place of the study's. A run of an arm with a seed is a trial. Batches are a function of (seed,
+epoch, sample), so trials of two arms with one seed see the same samples in the same order: they are paired.
 """
 
 import tomllib
@@ -27,6 +27,8 @@ _FIELDS = {
 _REQUIRED = ("question", "base", "seeds", "measures", "budget", "arms")
 FIGURES = ("tr", "ir", "itc", "itm", "unseen")
 """Names under which the figures of a trial are grouped."""
+OF_ARMS = ("fraction", "against", "budget")
+"""Names in an arm that are no settings of a run."""
 _OWN = ("data", "out", "resume", "max_steps", "checkpoint", "task")
 """Settings that the study itself sets."""
 
@@ -46,7 +48,8 @@ class Study:
     """Figures to compare: names of `mvlm eval retrieval`'s JSON, joined by dots, such as tr.r1 or gain_text_nats. Of a
     task: a split, and names of `mvlm eval TASK`'s JSON, such as test.accuracy."""
     budget: dict[str, float]
-    """{"steps": number of steps} for all arms, or {"flops": FLOPs}, which buys each arm as many steps as it affords."""
+    """{"steps": number of steps} for all arms, or {"flops": FLOPs}, which buys each arm as many steps as it affords. An
+    arm's own may also be {"flops_of": name of an arm}: the FLOPs that the other arm spends."""
     arms: dict[str, dict[str, Any]]
     """Name of each arm -> the settings in which it differs."""
     preset: str = ""
@@ -119,9 +122,7 @@ def _check(study: Study, file: Path) -> None:
         raise ConfigError(f"{file}: primary: wanted one of the measures, got {study.primary!r}")
     if study.effect < 0 or (study.effect and not study.primary):
         raise ConfigError(f"{file}: effect: wanted a positive difference of the primary measure, got {study.effect}")
-    amount = next(iter(study.budget.values()), 0)
-    number = isinstance(amount, int | float) and not isinstance(amount, bool)
-    if len(study.budget) != 1 or not study.budget.keys() <= {"steps", "flops"} or not number or not amount >= 1:
+    if not _is_amount(study.budget):
         raise ConfigError(f"{file}: budget: wanted {{steps = N}} or {{flops = N}}, got {study.budget}")
     for name, arm in study.arms.items():
         if not isinstance(arm, dict):
@@ -131,6 +132,12 @@ def _check(study: Study, file: Path) -> None:
         fraction = arm.get("fraction", 1.0)
         if type(fraction) not in (int, float) or not 0 < fraction <= 1:
             raise ConfigError(f"{file}: arms.{name}: fraction: wanted more than 0 and at most 1, got {fraction!r}")
+        own = arm.get("budget", study.budget)
+        if not (_is_amount(own) or _is_of_another(own, study.arms)) or (study.task and "steps" not in own):
+            raise ConfigError(
+                f"{file}: arms.{name}: budget: wanted {{steps = N}}, {{flops = N}} or {{flops_of = NAME}} of an arm "
+                f"that has no flops_of itself, got {own!r}"
+            )
     if study.then and not study.preset:
         raise ConfigError(f"{file}: then: wanted a preset to pretrain, found none; a task has no further stage")
     for name, stage in study.then.items():
@@ -145,6 +152,21 @@ def _check(study: Study, file: Path) -> None:
     slugs = {slug(name): name for name in study.arms}
     if len(slugs) < len(study.arms):
         raise ConfigError(f"{file}: arms: wanted names that differ in letters or digits, got {', '.join(study.arms)}")
+
+
+def _is_amount(budget: Any) -> bool:
+    """True for {steps = N} or {flops = N}."""
+    if not isinstance(budget, dict) or len(budget) != 1 or not budget.keys() <= {"steps", "flops"}:
+        return False
+    (amount,) = budget.values()
+    return type(amount) in (int, float) and amount >= 1
+
+
+def _is_of_another(budget: Any, arms: Mapping[str, Any]) -> bool:
+    """True for {flops_of = NAME} of an arm that has an amount."""
+    if not isinstance(budget, dict) or budget.keys() != {"flops_of"} or budget["flops_of"] not in arms:
+        return False
+    return "flops_of" not in arms[budget["flops_of"]].get("budget", {})
 
 
 def slug(name: str) -> str:
@@ -183,7 +205,7 @@ def trial_config(
                 "checkpoint: a study of pretraining begins from random weights; set initial_model in its settings"
             )
         recipe, kind = PretrainConfig.preset(study.preset, data=data, out=out).to_dict(), PretrainConfig
-    own = {name: value for name, value in study.arms[arm].items() if name not in ("fraction", "against")}
+    own = {name: value for name, value in study.arms[arm].items() if name not in OF_ARMS}
     values = merged(recipe, study.settings, own)
     values |= {"seed": seed + own.get("seed", 0), "max_steps": steps, "resume": True}
     return run_config(values, f"study {study.name}, arm {arm}", kind)

@@ -249,6 +249,12 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     assert bought["no MIM"].config.max_steps > 10
     cheap = bought["no MIM"].flops or 0
     assert 0 < cheap <= 10.5 * step < cheap + flops["no MIM"] / 2
+    # An arm's own budget: steps, or the FLOPs of another arm.
+    arms = {"long": {"budget": {"steps": 9}}, "as long": {"mim_weight": 0.0, "budget": {"flops_of": "long"}}}
+    own = {t.arm: t for t in plan_trials(study(arms=study().arms | arms, seeds=[0]), scenes, tmp_path)}
+    assert own["long"].flops == pytest.approx(9 * step)
+    assert own["base"].config.max_steps == 2
+    assert own["as long"].config.max_steps == int(9 * step / (flops["no MIM"] / 2))
     with pytest.raises(ConfigError, match="budget: wanted enough for one step"):
         plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
 
