@@ -283,6 +283,9 @@ class WeightSettings:
     with timm's names, open_clip's, or those of transformers' CLIP or SigLIP; timm: what timm downloads."""
     text_weights: Path | None = None
     """A safetensors file with a RoBERTa or BERT of transformers, for the text encoder; `tokenizer` must be its own."""
+    text_tower: Path | None = None
+    """A folder with a text encoder of transformers and its tokenizer.json, which runs as it is in place of ours: BERT,
+    RoBERTa, XLM-R, DistilBERT, MPNet, ModernBERT, or the text half of CLIP or SigLIP."""
     tokenizer: Path | None = None
     """A tokenizer.json. Default: the data set's own, or else a BPE trained on the training captions."""
 

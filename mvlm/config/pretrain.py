@@ -63,7 +63,15 @@ class PretrainConfig(CaptureSettings, WeightSettings, MuonSettings, ObjectiveSet
                 "batch_size: wanted at least 2, as ITC and ITM compare the pairs of a batch, got 1; raise it, or set "
                 "itc_weight and itm_weight to 0"
             )
-        others = [name for name in ("image_weights", "text_weights", "tokenizer") if getattr(self, name) is not None]
+        if self.capture != "none" and (self.text_tower or self.model.text_tower):
+            raise ConfigError(f"capture: wanted none with a text_tower, got {self.capture}; leave it out")
+        own = [name for name in ("text_weights", "tokenizer") if getattr(self, name) is not None]
+        if self.text_tower is not None and own:
+            raise ConfigError(
+                f"text_tower: wanted no {' and no '.join(own)} with it, as its folder has both; leave one of them out"
+            )
+        names = ("image_weights", "text_weights", "text_tower", "tokenizer")
+        others = [name for name in names if getattr(self, name) is not None]
         if self.initial_model is not None and others:
             raise ConfigError(
                 f"initial_model: wanted no further weights and no tokenizer, got {', '.join(others)}; "

@@ -19,6 +19,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.files import check_fit, load_weights, read_shapes, write_safetensors
 from mvlm.model.network import MaskVLMNetwork
+from mvlm.model.towers.text import tower_layers
 from mvlm_dataloading.files import write_json
 
 if TYPE_CHECKING:
@@ -157,10 +158,16 @@ def check_sizes(config: MaskVLMConfig, found: Mapping[str, Shape], file: Path, w
             f"{file}: wanted the sizes of the weights in {where.name}: {'; '.join(wrong)}; restore the file, or use "
             f"another model"
         )
-    # The file has as many blocks, so the network has no more tensors than a file of its kind. On `meta` they take no
-    # memory, whatever their shapes are.
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in MaskVLMNetwork(config).state_dict().items()}
+    layers = {match[1] for name in found if (match := re.match(r"text_encoder\.tower\.(.*\blayers?\.\d+)\.", name))}
+    try:
+        if config.text_tower and tower_layers(config.text_tower) != len(layers):
+            raise ConfigError(f"text_tower: wanted the {len(layers)} layers of the weights in {where.name}")
+        # The file has as many blocks, so the network has no more tensors than a file of its kind. On `meta` they take
+        # no memory, whatever their shapes are.
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in MaskVLMNetwork(config).state_dict().items()}
+    except ConfigError as error:
+        raise RunError(f"{file}: {error}; restore the file, or use another model") from None
     check_fit(wanted, {name: shape for name, shape in found.items() if name in wanted}, where)
 
 
@@ -182,7 +189,7 @@ def stored_sizes(found: Mapping[str, Shape]) -> dict[str, Any]:
         if block := re.match(r"(\w+)\.blocks\.(\d+)\.", name):
             numbers.setdefault(block[1], set()).add(block[2])
     sizes |= {name: len(numbers[module]) for name, module in BLOCKS.items() if module in numbers}
-    if WORDS in found:
+    if EMBEDDING in found:
         sizes |= {"text_pooling": "text_pooling.out.weight" in found}
         sizes |= {"contrastive": "sigmoid" if "logit_bias" in found else "softmax"}
         sizes |= {"cross_norm": "pre" if "image_cross.norm.weight" in found else "post"}

@@ -81,6 +81,12 @@ def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMCo
     return config, tokenizer
 
 
+def read_config_of(path: Path | str) -> MaskVLMConfig:
+    """Configuration of a trained model; `path` as in `load_model`. RunError if there is none."""
+    folder, exported = find_model(path)
+    return read_model_config(folder / (CONFIG_FILE if exported else MODEL_CONFIG))
+
+
 def load_tokenizer_of(path: Path | str) -> Tokenizer:
     """Load the tokenizer of a trained model, and not its weights. `path` as in `load_model`.
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mvlm.config.groups import RunConfig
+from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
@@ -32,7 +33,7 @@ from mvlm.progress import format_duration
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
-from mvlm.runs.load import load_model, load_tokenizer_of
+from mvlm.runs.load import load_model, load_tokenizer_of, read_config_of
 from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.loggers import check_services, start_services
@@ -41,6 +42,7 @@ from mvlm.training.trainer import Trainer
 from mvlm.weights.image_tower import load_image_tower
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import log_sizes, resized_tensors
+from mvlm.weights.text_tower import load_text_tower, read_text_tower, read_tower_tokenizer
 from mvlm_dataloading import (
     Augment,
     DataError,
@@ -191,6 +193,7 @@ def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:
 def open_inputs(config: PretrainConfig) -> RunInputs:
     """Open data and tokenizer, and check everything that can be checked before there is a folder."""
     dataset, validation = open_splits(config)
+    config = with_text_tower(config)
     tokenizer = choose_tokenizer(config, dataset)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -199,7 +202,7 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     config = replace(config, model=replace(config.model, mask_token_id=tokenizer.mask_id))
     warn_of_cut_texts(dataset, tokenizer, config.model.text_length, "--model.text-length")
     check_attention(config)
-    weights = config.initial_model or config.image_weights or config.text_weights
+    weights = config.initial_model or config.image_weights or config.text_weights or config.text_tower
     if weights and not RunFolder(config.out).config.exists():
         if config.text_weights is not None and config.tokenizer is None and dataset.tokenizer_sha256 is None:
             raise ConfigError(
@@ -234,6 +237,26 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     return trainer
 
 
+def with_text_tower(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with the settings of the model that follow from its text tower, if it has one.
+
+    They come from the run's own config.json, else from the tower's folder or from the initial model.
+    """
+    before = RunFolder(config.out).config
+    if before.is_file():
+        found = read_config(before).get("model") or {}
+    elif config.text_tower is not None:
+        found = read_text_tower(config.text_tower)
+    elif config.initial_model is not None:
+        found = read_config_of(config.initial_model).to_dict()
+    else:
+        return config
+    if not found.get("text_tower"):
+        return config
+    settings = {name: found[name] for name in ("text_tower", "vocab_size", "itc_width") if name in found}
+    return replace(config, model=replace(config.model, **settings))
+
+
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
     """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions.
 
@@ -241,6 +264,8 @@ def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
     """
     if config.initial_model is not None:
         return _own_tokenizer(config) or load_tokenizer_of(config.initial_model)
+    if config.text_tower is not None:
+        return _own_tokenizer(config) or read_tower_tokenizer(config.text_tower)
     if config.tokenizer is not None:
         own = None if config.tokenizer.exists() else _own_tokenizer(config)
         return own or load_tokenizer(config.tokenizer)
@@ -344,6 +369,8 @@ def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> 
         (load_image_tower if config.model.image_tower else load_image_weights)(model, config.image_weights)
     if fresh and config.text_weights is not None:
         load_text_weights(model, config.text_weights)
+    if fresh and config.text_tower is not None:
+        load_text_tower(model, config.text_tower)
     return model
 
 

@@ -59,6 +59,8 @@ def _export_image_encoder(model: MaskVLMNetwork, names: dict[str, SourceName]) -
 
 
 def _export_text_encoder(model: MaskVLMNetwork, first_position: int, token_types: int) -> dict[str, Tensor]:
+    if model.config.text_tower:
+        raise ConfigError("text_tower: wanted our text encoder, got a text tower, which is model.text_encoder.tower")
     found = _renamed_copies(model.text_encoder, bert_names(model.config.text_layers))
     position = found["embeddings.position_embeddings.weight"]
     found["embeddings.position_embeddings.weight"] = F.pad(position, (0, 0, first_position, 0))

@@ -221,6 +221,11 @@ def current_vit_name(name: str) -> str:
     return f"layers.{layer}.{modules.get(module, module)}.{kind}"
 
 
+def current_norm_name(name: str) -> str:
+    """Name of a BERT's tensor. Files of 2018, such as the hub's bert-base-uncased, have TensorFlow's names of norms."""
+    return re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name))
+
+
 def bert_names(layers: int) -> dict[str, SourceName]:
     """Table of our names -> those of transformers' BERT and RoBERTa, for all tensors of the text encoder."""
     modules = {
@@ -398,10 +403,7 @@ def _load_text_encoder(model: MaskVLMNetwork, source: Source, family: str | None
     tensors, settings = read_source(source, "text", model.config.heads)
     length = model.config.text_length
     found, rest = split_prefix(tensors, "embeddings.word_embeddings.weight")
-    # Checkpoints of 2018, such as the hub's bert-base-uncased, have TensorFlow's names of the norms.
-    renamed = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    for old, new in renamed.items():
-        found = {re.sub(rf"(^|\.){re.escape(old)}$", rf"\1{new}", name): tensor for name, tensor in found.items()}
+    found = {current_norm_name(name): tensor for name, tensor in found.items()}
     types = found.pop("embeddings.token_type_embeddings.weight", None)
     found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which old files contain
     report = LoadReport("text_encoder")

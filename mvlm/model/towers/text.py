@@ -109,18 +109,18 @@ class TextTower(nn.Module):
     def padded(self, tokens: Tensor, exists: Tensor) -> Tensor:
         """tokens int64 (B, L), exists bool (B, L), False = padding -> features (B, L, C), any for padding."""
         if self.family.unmasked:
-            settings, length = self.tower.config, tokens.shape[1] - 1
-            tokens = torch.where(exists[:, 1:], tokens[:, 1:], settings.pad_token_id)
-            tokens = F.pad(tokens, (0, settings.max_position_embeddings - length), value=settings.pad_token_id)
-            x = self.tower(input_ids=tokens).last_hidden_state
-            return self.bridge(torch.cat([x[:, -1:], x[:, :length]], dim=1))
+            pad, length = self.tower.config.pad_token_id, tokens.shape[1]
+            places = 1 + self.tower.config.max_position_embeddings
+            tokens = F.pad(torch.where(exists, tokens, pad), (0, places - length), value=pad)
+            x = self.tower(input_ids=tokens[:, 1:]).last_hidden_state
+            return self.finish(torch.cat([x[:, -1:], x], dim=1)[:, :length])
         position = self.first_position + torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = None if self.family.causal else exists.long()  # padding comes last
         x = self.tower(input_ids=tokens, attention_mask=mask, position_ids=position).last_hidden_state
         if self.family.causal:
             end = (exists.sum(1) - 1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
-            x = torch.cat([x.gather(1, end), x[:, 1:]], dim=1)
-        return self.bridge(x)
+            x = torch.where((position == 0).unsqueeze(-1), x.gather(1, end), x)
+        return self.finish(x)
 
     def packed(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Compute `forward` without padding, where the family can."""
@@ -134,26 +134,45 @@ class TextTower(nn.Module):
             packing=packing,
             backend=self.text_backend,
         ).last_hidden_state
-        return self.bridge(x[0])
+        return self.finish(x[0])
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Features of the tower's width -> features (..., C), in the parameters' dtype under autocast too."""
+        return self.bridge(x).to(self.tower.dtype)
 
 
-def build_tower(settings: str) -> tuple[Any, Family]:
-    """The tower of a transformers configuration as JSON, with random weights and without dropout, and its family."""
+def read_settings(settings: str) -> tuple[str, dict[str, Any]]:
+    """model_type and the other settings of a tower, from JSON. ConfigError if they are those of no tower."""
     try:
         values = dict(json.loads(settings))
         kind = values.pop("model_type")
-        family = FAMILIES[kind]
+        FAMILIES[kind]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ConfigError(
             f"text_tower: wanted the configuration of a text encoder of transformers as JSON, its model_type one of "
             f"{', '.join(FAMILIES)}, got {settings[:200]!r}"
         ) from None
-    transformers = need("transformers", "train")
+    return kind, values
+
+
+def tower_layers(settings: str) -> int | None:
+    """Number of layers in the configuration of a tower, before anything is built of it; None if it has none."""
+    _, values = read_settings(settings)
+    return values.get("num_hidden_layers", values.get("n_layers"))
+
+
+def build_tower(settings: str) -> tuple[Any, Family]:
+    """The tower of a transformers configuration as JSON, with random weights and without dropout, and its family."""
+    kind, values = read_settings(settings)
+    family, transformers = FAMILIES[kind], need("transformers", "train")
     if family.packs:
         register_attention()
-    values |= {"attn_implementation": ATTENTION if family.packs else None} | _FIXED
+    known = transformers.AutoConfig.for_model(kind).to_dict()
+    values = {name: value for name, value in values.items() if name in known} | _FIXED
     try:
-        config = transformers.AutoConfig.for_model(kind, **values)
+        config = transformers.AutoConfig.for_model(
+            kind, attn_implementation=ATTENTION if family.packs else None, **values
+        )
         for name in config.to_dict():
             if "dropout" in name:
                 setattr(config, name, 0.0)
