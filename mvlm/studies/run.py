@@ -183,7 +183,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     files: dict[str, dict[str, str]] = {}
     budgets = {arm: settings.get("budget", study.budget) for arm, settings in study.arms.items()}
     for arm in sorted(study.arms, key=lambda name: "flops_of" in budgets[name]):
-        budget = budgets[arm]
+        budget: dict[str, Any] = budgets[arm]
         if "flops_of" in budget:
             budget = {"flops": plans[budget["flops_of"]][1]}
         config = trial_config(study, arm, 0, data, out, int(budget.get("steps", 1_000_000)), checkpoint)
