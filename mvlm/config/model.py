@@ -63,8 +63,9 @@ class MaskVLMConfig(Masking):
     """Add fixed sines of row and column to the features of patches behind the image encoder, as in DETR; not in the
     paper. Without them a small encoder, trained for a short time, loses the places of what it sees."""
     drop_masked: Annotated[bool, NO_FLAG] = False
-    """Encode only the visible patches of masked images, as in MAE. Mask tokens are added after the encoder. Cheaper,
-    but not the paper's method."""
+    """Encode only the visible patches of an image in training, once, for all objectives: ITC, ITM and MLM read them, as
+    in FLIP, and pixels are rebuilt from them, as in MAE, with mask tokens added after the encoder. Cheaper, but not the
+    paper's method. A trained model reads whole images."""
     text_masking: Literal["fixed", "variable"] = "fixed"
     """Share of masked tokens, likewise."""
     mask_partner: bool = False

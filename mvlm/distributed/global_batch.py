@@ -423,8 +423,8 @@ def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step
     gradients = None
     shares = torch.zeros(len(SHARE_NAMES), device=microbatches[0][0].images.device)
     if contrastive:
-        for batch, _ in microbatches:
-            cached.append(parallel(partial(_features_without_graph, batch=batch, step=step), last=False))
+        for batch, masks in microbatches:
+            cached.append(parallel(partial(_features_without_graph, batch=batch, masks=masks, step=step), last=False))
         gradients = _FeatureGradients(parallel, cached, step)
         shares = gradients.compute()
     for number, (batch, masks) in enumerate(microbatches):
@@ -451,10 +451,11 @@ def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step
 
 
 @torch.no_grad()
-def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> Cached:
-    """Features of the unmasked images and captions of one microbatch."""
+def _features_without_graph(model: MaskVLM, batch: Batch, masks: Masks, step: GlobalStep) -> Cached:
+    """Features of the images and captions of one microbatch that ITC and ITM read."""
     with step.autocast():
-        return Cached(*step.implementation.encode_unmasked(model, batch))
+        streams = step.implementation.encode(model, batch, masks, step.weights._replace(mlm=0.0, mim=0.0))
+        return Cached(streams.image, streams.text)
 
 
 class _FeatureGradients:

@@ -153,7 +153,9 @@ def reconstruct(
         with autocast(device, precision):
             shown = unpatchify(patches, config.patch_size)
             if config.drop_masked:  # as in training
-                vm = model.image_encoder.forward_visible(shown, visible_patches(patch_ids, config.num_patches))
+                visible = visible_patches(patch_ids, config.num_patches)
+                vm = model.image_encoder.forward_visible(shown, visible)
+                vm = model.image_encoder.with_mask_tokens(vm, visible)
             else:
                 vm = model.encode_image(shown, hidden)
             predicted = model.reconstruct(vm, w, key_mask, patch_ids).float()  # (B, K, 3*P*P), normalised

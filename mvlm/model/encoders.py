@@ -62,9 +62,15 @@ class BaseImageEncoder(nn.Module):
         scale = 255 if images.dtype == torch.uint8 else 1
         return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 
-    def add_output_positions(self, x: Tensor) -> Tensor:
-        """Add sines of row and column to features x (B, 1+N, C), if the configuration says so."""
-        return x if self.output_positions is None else x + self.output_positions.to(x.dtype)
+    def add_output_positions(self, x: Tensor, visible_ids: Tensor | None = None) -> Tensor:
+        """Add sines of row and column to features x, if the configuration says so.
+
+        x is (B, 1+N, C), or (B, 1+K, C) of the patches visible_ids int64 (B, K).
+        """
+        if self.output_positions is None:
+            return x
+        sines = self.output_positions.to(x.dtype)
+        return x + (sines if visible_ids is None else sines[F.pad(1 + visible_ids, (1, 0))])
 
     def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """images uint8 or float in 0..1 (B, 3, S, S); masked bool (B, N), True = replaced by the mask token.
@@ -74,7 +80,11 @@ class BaseImageEncoder(nn.Module):
         raise NotImplementedError
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
-        """Encode only the patches visible_ids int64 (B, K) -> (B, 1+N, C), [CLS] first."""
+        """Encode only the patches visible_ids int64 (B, K) -> (B, 1+K, C), [CLS] first, without output positions."""
+        raise NotImplementedError
+
+    def with_mask_tokens(self, x: Tensor, visible_ids: Tensor) -> Tensor:
+        """Put the rows x (B, 1+K, C) of `forward_visible` in their places -> (B, 1+N, C)."""
         raise NotImplementedError
 
 
@@ -104,17 +114,19 @@ class ImageEncoder(BaseImageEncoder):
         return torch.cat([cls, x], dim=1) + self.position
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
-        """Encode only the patches visible_ids int64 (B, K), as MAE does (He et al. 2022).
-
-        After the blocks each visible patch returns to its position, mask tokens fill the others, and positions are
-        added to all rows again, as for MAE's decoder. Returns (B, 1+N, C), [CLS] first.
-        """
+        """Encode only the patches visible_ids int64 (B, K), as in MAE (He et al. 2022) and FLIP (Li et al. 2023)."""
         x = self.embed(images)
         index = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1)  # (B, 1+K, 1), [CLS] too, also where no patch is visible
-        x = self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
+        return self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
+
+    def with_mask_tokens(self, x: Tensor, visible_ids: Tensor) -> Tensor:
+        """Put the rows x (B, 1+K, C) of `forward_visible` in their places -> (B, 1+N, C).
+
+        Mask tokens fill the others, and positions are added to all rows again, as for MAE's decoder.
+        """
+        index = F.pad(1 + visible_ids, (1, 0)).unsqueeze(-1)  # (B, 1+K, 1)
         hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
-        x = hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position
-        return self.add_output_positions(x)
+        return self.add_output_positions(hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position)
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""

@@ -4,7 +4,7 @@
 result is unused or already known:
 
 - Padding: text is packed in the encoder, in both cross-modality encoders, and at the LM head.
-- Each encoder runs once, over unmasked and masked inputs together (not with `drop_masked`). Patches are projected once.
+- Each encoder runs once, over unmasked and masked inputs together. Patches are projected once.
 - Keys and values of an encoder's output are computed once per cross-attention layer. The reconstruction and the three
   pairings of ITM share them in place.
 - ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
@@ -29,7 +29,15 @@ from torch import Tensor
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attend, Attention, Branch, Residual, TextPooling
 from mvlm.model.attention_backends import image_attention, text_attention
-from mvlm.model.encoders import CrossBlock, CrossEncoder, KeyValueCache, SelectRows, masked_patches, visible_patches
+from mvlm.model.encoders import (
+    CrossBlock,
+    CrossEncoder,
+    ImageEncoder,
+    KeyValueCache,
+    SelectRows,
+    masked_patches,
+    visible_patches,
+)
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import (
@@ -52,8 +60,10 @@ from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
     images, texts = needs_masked(model.config, weights)
-    patches = project_patches(model, batch.images)
-    v, vm = encode_images(model, patches, masks.patch_ids if images else None)
+    if model.config.drop_masked:
+        v, vm = encode_visible_images(model, batch.images, masks.patch_ids, images)
+    else:
+        v, vm = encode_images(model, project_patches(model, batch.images), masks.patch_ids if images else None)
     w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
     caches = partners = make_caches(v, w)
     if model.config.mask_partner and vm is not None and wm is not None:
@@ -77,11 +87,37 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
         x = encoder.run(place_tokens(patches, *parameters, masked=hidden), attend_self(None))
         return encoder.add_output_positions(x)
     visible = visible_patches(patch_ids, total)  # (B, N-K)
+    return with_mask_tokens(encoder, encode_visible(encoder, select_within(patches, visible), visible), visible)
+
+
+def encode_visible(encoder: ImageEncoder, patches: Tensor, visible: Tensor) -> Tensor:
+    """Encode the projected patches (B, K, C) of the places visible int64 (B, K): (B, 1+K, C), [CLS] first."""
+    placed = place_tokens(
+        patches, encoder.mask_token, encoder.position, encoder.cls_token, visible_ids=visible
+    )  # (B, 1+N, C)
     rows = F.pad(1 + visible, (1, 0))  # [CLS] too, also where no patch is visible
-    x = encoder.run(select_within(place_tokens(patches, *parameters), rows), attend_self(None))  # (B, 1+N-K, C)
+    return encoder.run(select_within(placed, rows), attend_self(None))
+
+
+def with_mask_tokens(encoder: ImageEncoder, x: Tensor, visible: Tensor) -> Tensor:
+    """As `ImageEncoder.with_mask_tokens`: x (B, 1+K, C) and its places visible int64 (B, K) -> (B, 1+N, C)."""
+    placed = place_tokens(x[:, 1:], encoder.mask_token, encoder.position, encoder.cls_token, visible_ids=visible)
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
-    placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
     return encoder.add_output_positions(torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1))
+
+
+def encode_visible_images(
+    model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor, rebuilds: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Encode the visible patches of images once, where patch_ids int64 (B, K) are masked.
+
+    Returns v (B, 1+N-K, C), and vm (B, 1+N, C) with mask tokens in the other places, None unless `rebuilds`.
+    """
+    encoder = model.image_encoder
+    assert isinstance(encoder, ImageEncoder)
+    visible = visible_patches(patch_ids, model.config.num_patches)
+    x = encode_visible(encoder, project_patches(model, images, visible), visible)
+    return encoder.add_output_positions(x, visible), with_mask_tokens(encoder, x, visible) if rebuilds else None
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
@@ -98,19 +134,19 @@ def run_text_encoder(model: MaskVLMNetwork, tokens: Tensor, packing: Packing) ->
     return encoder.run(tokens, packing.position, attend_self(packing))
 
 
-def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
-    """Images uint8 (B, 3, S, S) -> projected patches (B, N, C)."""
+def project_patches(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+    """Images uint8 (B, 3, S, S) -> projected patches (B, N, C), or only those of patch_ids int64 (B, K): (B, K, C)."""
     encoder = model.image_encoder
     if isinstance(encoder, TimmTower):
         return encoder.project(images)
     patches = gather_patches(
         images,
-        None,
+        patch_ids,
         model.config.patch_size,
         mean=encoder.mean.flatten(),
         std=encoder.std.flatten(),
         dtype=compute_dtype(encoder.patch_projection.weight),
-    )  # (B, N, 3*P*P)
+    )
     return encoder.patch_projection(patches)
 
 
@@ -121,8 +157,6 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     """
     if patch_ids is None:
         return encode_patches(model, patches), None
-    if model.config.drop_masked:
-        return encode_patches(model, patches), encode_patches(model, patches, patch_ids)
     encoder, total = model.image_encoder, patches.shape[1]
     hidden = masked_patches(patch_ids, total)  # (B, N), True = masked
     if isinstance(encoder, TimmTower):

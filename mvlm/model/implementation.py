@@ -32,7 +32,7 @@ class Streams(NamedTuple):
     """Outputs of the two encoders for one batch."""
 
     image: Tensor
-    """v (B, 1+N, C), features of the unmasked images, [CLS] first."""
+    """v (B, 1+N, C), features of the unmasked images, [CLS] first; (B, 1+N-K, C) with `MaskVLMConfig.drop_masked`."""
     masked_image: Tensor | None
     """vm (B, 1+N, C), features of the masked images; None if no objective needs them."""
     text: PackedText

@@ -22,13 +22,17 @@ from mvlm_dataloading import Batch, Masks
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
     """Encode the unmasked and the masked images and captions, each in a pass of its own."""
     images, texts = needs_masked(model.config, weights)
-    image, text = encode_unmasked(model, batch)
-    masked_image = masked_text = None
-    if images and model.config.drop_masked:
-        visible = visible_patches(masks.patch_ids, model.config.num_patches)
-        masked_image = model.image_encoder.forward_visible(batch.images, visible)
-    elif images:
-        masked_image = model.image_encoder(batch.images, masked_patches(masks.patch_ids, model.config.num_patches))
+    encoder, total = model.image_encoder, model.config.num_patches
+    masked_text = None
+    if model.config.drop_masked:
+        visible = visible_patches(masks.patch_ids, total)
+        rows = encoder.forward_visible(batch.images, visible)
+        image = encoder.add_output_positions(rows, visible)
+        masked_image = encoder.with_mask_tokens(rows, visible) if images else None
+    else:
+        image = encoder(batch.images)
+        masked_image = encoder(batch.images, masked_patches(masks.patch_ids, total)) if images else None
+    text = model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
     if texts:
         hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)  # (T,)
         masked_text = model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length)

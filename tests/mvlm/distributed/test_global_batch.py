@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text pooling with softmax": {"text_pooling": True},
     "weighted masks": {},
     "masked partners": {"mask_partner": True},
+    "dropped patches": {"drop_masked": True},
     "frozen": {},
 }
 """Changes of the model, by name. Masks are changed, and parts frozen, where the name says so."""
@@ -167,6 +168,7 @@ FEW = [
         "plan": "fast",
     },
     {"kind": "ddp", "microbatches": 2, "again": True, "weights": SOME[2], "variant": "frozen", "plan": "fast"},
+    {"kind": "ddp", "microbatches": 2, "again": False, "weights": EVERY, "variant": "dropped patches", "plan": "fast"},
 ]
 """Cases of `make test`."""
 

@@ -118,7 +118,8 @@ def test_a_reconstruction_is_the_models_prediction_for_each_image_alone(tokenize
         shown = [patch for patch in range(16) if patch not in hidden]
         with torch.no_grad():
             if drop_masked:
-                v = model.image_encoder.forward_visible(image, torch.tensor([shown]))
+                visible = torch.tensor([shown])
+                v = model.image_encoder.with_mask_tokens(model.image_encoder.forward_visible(image, visible), visible)
             else:
                 v = model.encode_image(image, torch.tensor([[patch in hidden for patch in range(16)]]))
             w, everything = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))

@@ -37,7 +37,10 @@ def test_output_positions_are_added_to_the_features_of_patches(drop_masked):
     images = micro_batch()[0].images
     if drop_masked:
         visible = torch.tensor([[0, 3, 5]]).expand(len(images), -1)
-        added = placed.forward_visible(images, visible) - usual.forward_visible(images, visible)
+        rows = usual.forward_visible(images, visible)
+        added = placed.with_mask_tokens(rows, visible) - usual.with_mask_tokens(rows, visible)
+        of_rows = placed.add_output_positions(rows, visible) - rows
+        torch.testing.assert_close(of_rows, added[:, [0, 1, 4, 6]])
     else:
         added = placed(images) - usual(images)
     assert added.shape == (5, 17, config.width)
@@ -53,7 +56,8 @@ def test_output_positions_are_added_to_the_features_of_patches(drop_masked):
 def test_cls_is_encoded_where_no_patch_is_visible():
     encoder = randomize(ImageEncoder(micro_config(drop_masked=True)).double())
     images = micro_batch()[0].images
-    found = encoder.forward_visible(images, torch.zeros(len(images), 0, dtype=torch.int64))
+    nothing = torch.zeros(len(images), 0, dtype=torch.int64)
+    found = encoder.with_mask_tokens(encoder.forward_visible(images, nothing), nothing)
     first, others = encoder.position[0], encoder.position[1:]
     alone = (encoder.cls_token + first).expand(len(images), 1, -1)
     encoded = encoder.run(alone, lambda attention, x: attention(x, x)) + first

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mvlm.model import fast, plain
+from mvlm.model.encoders import masked_patches, patchify, unpatchify
 from mvlm.model.fast import encode_masked
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import pad_to_bucket
@@ -210,3 +211,16 @@ def test_unmasked_inputs_are_encoded_alike_with_and_without_the_masked_ones(plan
     streams = IMPLEMENTATIONS[plan].encode(model, batch, masks)
     image, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)
     torch.testing.assert_close((image, text.rows), (streams.image, streams.text.rows), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", IMPLEMENTATIONS)
+@torch.no_grad()
+def test_no_loss_reads_a_patch_that_is_dropped_but_as_the_pixels_to_rebuild(plan):
+    model = micro_model(drop_masked=True)
+    batch, masks = micro_batch(config=model.config)
+    hidden = masked_patches(masks.patch_ids, model.config.num_patches).unsqueeze(-1)
+    patches = patchify(batch.images, model.config.patch_size)
+    changed = unpatchify(torch.where(hidden, 255 - patches, patches), model.config.patch_size)
+    before, after = (model(replace(batch, images=x), masks, plan=plan) for x in (batch.images, changed))
+    assert after.mim != before.mim
+    torch.testing.assert_close(after._replace(mim=before.mim, total=before.total), before, rtol=0, atol=0)
