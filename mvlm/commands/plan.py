@@ -2,6 +2,9 @@
 
 import math
 
+from mvlm.config.groups import FULL, Learning, PartSettings
+from mvlm.config.ranges import check_values
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -23,6 +26,10 @@ def plan(
     task: str = "",
     image_size: int = 0,
     text_length: int = 0,
+    train_image: Learning = "full",
+    train_text: Learning = "full",
+    train_cross: Learning = "full",
+    lora_rank: int = 8,
 ) -> None:
     """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
 
@@ -43,6 +50,10 @@ def plan(
         task: Plan fine-tuning on this task instead of pretraining.
         image_size: Side of images in pixels. 0: the preset's.
         text_length: Longest text in tokens. 0: the preset's.
+        train_image: Learning of the image encoder: full, lora or frozen.
+        train_text: Learning of the text encoder.
+        train_cross: Learning of the cross-modality encoders and the image decoder.
+        lora_rank: Rank of adapters.
     """
     from dataclasses import replace
 
@@ -74,7 +85,13 @@ def plan(
         sharded=parallel == "fsdp",
         mfu=mfu,
         inter_node=inter_node * 1e9,
+        parts=PartSettings(
+            train_image=train_image, train_text=train_text, train_cross=train_cross, lora_rank=lora_rank
+        ),
     )
+    check_values(setting.parts)
+    if setting.sharded and setting.parts != FULL:
+        raise ConfigError("plan: wanted --parallel ddp with frozen parts or adapters, whose FSDP2 is not counted")
     if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
         raise ConfigError(f"evaluation: wanted images, captions and candidates, as in 5000 25000 256, got {evaluation}")
     if task:

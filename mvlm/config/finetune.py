@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from mvlm.config.groups import RunConfig, settings
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, NO_FLAG
+from mvlm.errors import ConfigError
 
 
 @settings(resume_may_change=False)
@@ -62,6 +63,13 @@ class TaskOptions:
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TaskOptions, StartSettings, RunConfig):
     """Configuration of a fine-tuning run. `model` follows from the checkpoint. ConfigError for invalid settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.random_weights and self.adapted:
+            raise ConfigError(
+                "random_weights: wanted no part with lora, as adapters need weights; leave one of them out"
+            )
 
     @property
     def options(self) -> TaskOptions:

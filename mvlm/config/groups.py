@@ -20,7 +20,7 @@ from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION,
 from mvlm.errors import ConfigError
 
 Kind = TypeVar("Kind", bound=type)
-Learning = Literal["full", "frozen"]
+Learning = Literal["full", "lora", "frozen"]
 _RESUME_MAY_CHANGE: dict[type, bool] = {}
 """The groups, and whether a resumed run may change their settings."""
 
@@ -118,7 +118,8 @@ class PartSettings:
     """How much of each part of the model learns, at which rate; heads always learn. A resumed run keeps these."""
 
     train_image: Learning = "full"
-    """Learning of the image encoder. full: all weights. frozen: none."""
+    """Learning of the image encoder. full: all weights. frozen: none. lora: adapters of low rank beside the frozen
+    weights of its blocks; checkpoints then hold what learns alone, and need the model that the run starts from."""
     train_text: Learning = "full"
     """Learning of the text encoder, as for the image encoder."""
     train_cross: Learning = "full"
@@ -129,6 +130,24 @@ class PartSettings:
     `lr_muon` times `lr_image / lr_cross`."""
     lr_text: Annotated[float, AT_LEAST_0] | None = None
     """Peak learning rate of the text encoder, as for the image encoder."""
+    lora_rank: Annotated[int, AT_LEAST_1] = 8
+    """Rank of the adapters of `lora`."""
+    lora_alpha: Annotated[float, ABOVE_0] = 8.0
+    """The adapters of `lora` are scaled by `lora_alpha / lora_rank`."""
+
+    @property
+    def adapted(self) -> bool:
+        """True if a part learns by adapters."""
+        return "lora" in (self.train_image, self.train_text, self.train_cross)
+
+    @property
+    def all_frozen(self) -> bool:
+        """True if no part of the model learns."""
+        return self.train_image == self.train_text == self.train_cross == "frozen"
+
+
+FULL = PartSettings()
+"""All of a model learns."""
 
 
 @settings(resume_may_change=False)
@@ -225,11 +244,6 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
-
-    @property
-    def all_frozen(self) -> bool:
-        """True if no part of the model learns."""
-        return self.train_image == self.train_text == self.train_cross == "frozen"
 
     @property
     def fixed_shapes(self) -> bool:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from mvlm.config.groups import FULL, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.distributed.global_batch import MAX_LOGITS
@@ -115,6 +116,8 @@ class ClusterSetting:
     checkpointed: bool = False
     sharded: bool = False
     """FSDP2 instead of DDP."""
+    parts: PartSettings = FULL
+    """How much of each part of the model learns; all of it with FSDP2."""
     mfu: float = 0.4
     """Model FLOPs utilization during forward and backward, in (0, 1]."""
     inter_node: float = 0.0
@@ -146,6 +149,7 @@ class ClusterSetting:
             tokens=min(TOKENS, self.model.text_length),
             longest=min(LONGEST, self.model.text_length),
             checkpointed=self.checkpointed,
+            parts=self.parts,
         )
 
     @property
@@ -207,9 +211,9 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
 
     Gradients may be counted twice: as buffers, and in `activations: backward` if they are alive at the peak.
     """
-    weights = 4 * cost.parameters
-    share = weights / setting.per_node if setting.sharded else weights
-    rows = {"parameters": share, "gradients": share, "optimizer (two moments)": 2 * share}
+    ranks = setting.per_node if setting.sharded else 1
+    weights, learned = 4 * cost.parameters / ranks, 4 * cost.trained / ranks
+    rows = {"parameters": weights, "gradients": learned, "optimizer (two moments)": 2 * learned}
     if setting.sharded:  # parameters outside blocks stay gathered through a step; blocks are gathered two at a time
         config = setting.model
         outside = 4 * config.width * (2 * config.vocab_size + config.patch_values + 4 * config.width)
@@ -217,7 +221,7 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     return rows | {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
 
 
-def collectives(setting: ClusterSetting, parameters: int) -> list[Collective]:
+def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
     """Collectives of one GPU's step, in bf16 where features and embeddings travel; all pairs are equally likely drawn.
 
     Of gradients, the last of the list are those that are reduced last.
@@ -235,14 +239,14 @@ def collectives(setting: ClusterSetting, parameters: int) -> list[Collective]:
         Collective("all-to-all", "features", text, ranks, 2 * repeats, senders=senders),
         Collective("all-reduce", "losses and counts", 2 * 8, ranks),
         Collective("all-reduce", "losses and counts", 7 * 4, ranks),
-        *(_sharded if setting.sharded else _replicated)(setting, parameters),
+        *(_sharded if setting.sharded else _replicated)(setting, trained),
     ]
 
 
-def _replicated(setting: ClusterSetting, parameters: int) -> list[Collective]:
+def _replicated(setting: ClusterSetting, trained: int) -> list[Collective]:
     """Gradients with DDP, in buckets of mean size. Tokens' embedding and the LM head have one each."""
-    buckets = 2 + math.ceil(4 * (parameters - 2 * setting.model.vocab_size * setting.model.width) / BUCKET)
-    return [Collective("all-reduce", "gradients", 4 * parameters / buckets, setting.ranks, buckets)]
+    buckets = 2 + max(0, math.ceil(4 * (trained - 2 * setting.model.vocab_size * setting.model.width) / BUCKET))
+    return [Collective("all-reduce", "gradients", 4 * trained / buckets, setting.ranks, buckets)]
 
 
 def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
@@ -312,7 +316,7 @@ def planned_step(setting: ClusterSetting, cost: StepCost) -> PlannedStep:
     gpu = GPUS[setting.gpu]
     forward, backward = (flops / (gpu.flops * setting.mfu) for flops in (cost.forward, cost.backward))
     repeats = setting.accumulate
-    moved, computing = collectives(setting, cost.parameters), forward + backward
+    moved, computing = collectives(setting, cost.trained), forward + backward
     network = {label: 0.0 for _, label, *_ in moved}
     for x in moved:
         network[x.label] += setting.seconds(x)
@@ -366,7 +370,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
     """
     cost = step_cost(setting.model, setting.shape)
     node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
-    planned, moved = planned_step(setting, cost), collectives(setting, cost.parameters)
+    planned, moved = planned_step(setting, cost), collectives(setting, cost.trained)
     step = planned.step
     steps = pairs * epochs / setting.batch_size
     per_second = setting.batch_size / step
@@ -375,7 +379,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), "
         f"{setting.batch_size:,} pairs per step: {own} per GPU in microbatches of {setting.pairs}, "
         + ("FSDP2" if setting.sharded else "DDP"),
-        f"{cost.parameters / 1e6:.1f} M parameters; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP per pair",
+        f"{cost.sizes}; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP per pair",
         "",
         *memory_table(setting, cost),
         f"  of the activations, logits at most {4 * most_logits(setting) / GB:.2f}, embeddings of all "

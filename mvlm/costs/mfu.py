@@ -1,10 +1,11 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
+from dataclasses import fields
 from functools import cache
 
 import torch
 
-from mvlm.config.groups import RunConfig
+from mvlm.config.groups import PartSettings, RunConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
@@ -49,14 +50,16 @@ class ModelFlopsUtilization:
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
     """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
     pairs = config.batch_size // (ranks * config.accumulate)
-    return step_flops(config.model, pairs, max(3, round(tokens)), loss_weights(config)) / pairs
+    parts = PartSettings(**{field.name: getattr(config, field.name) for field in fields(PartSettings)})
+    return step_flops(config.model, pairs, max(3, round(tokens)), loss_weights(config), parts) / pairs
 
 
 @cache  # trials of a study differ in their seeds, which change no count
-def step_flops(model: MaskVLMConfig, pairs: int, tokens: int, weights: LossWeights) -> int:
+def step_flops(model: MaskVLMConfig, pairs: int, tokens: int, weights: LossWeights, parts: PartSettings) -> int:
     """FLOPs of a step of one rank, forward and backward, with captions of so many tokens."""
     from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
     # gpu=False leaves out the padding rows that a GPU computes for captions: useful FLOPs only.
-    found = step_cost(model, StepShape(pairs=pairs, tokens=tokens, longest=model.text_length, gpu=False), weights)
+    shape = StepShape(pairs=pairs, tokens=tokens, longest=model.text_length, gpu=False, parts=parts)
+    found = step_cost(model, shape, weights)
     return found.forward + found.backward

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from mvlm.config.groups import FULL, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
@@ -32,6 +33,7 @@ from mvlm.distributed.exchange import plan_exchange
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
 from mvlm.distributed.world import World
+from mvlm.model.adaptation import adapt
 from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
@@ -97,6 +99,8 @@ class StepShape:
     bf16: bool = True
     gpu: bool = True
     """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
+    parts: PartSettings = FULL
+    """How much of each part of the model learns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,8 @@ class StepCost:
 
     parameters: int
     """Number of parameters."""
+    trained: int
+    """Number of those that learn."""
     forward: int
     """FLOPs of the forward passes. Gradient caching has two per microbatch; both are counted."""
     backward: int
@@ -113,6 +119,12 @@ class StepCost:
     """Peak bytes of the tensors that the step made, gradients included."""
     parts: dict[str, int]
     """Bytes at the peak by origin: blocks of a part of the model, code between blocks, or a backward pass."""
+
+    @property
+    def sizes(self) -> str:
+        """Numbers of parameters in words."""
+        learning = "" if self.trained == self.parameters else f", of which {self.trained / 1e6:.1f} M learn"
+        return f"{self.parameters / 1e6:.1f} M parameters{learning}"
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -208,6 +220,7 @@ def fake_step(
     """Context with a model of fake tensors and a step of rank 0, whose collectives move nothing."""
     with torch.device("meta"):
         model = MaskVLM(config)
+        adapt(model, shape.parts)
     model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
     if shape.checkpointed:
         checkpoint_activations(model)
@@ -271,8 +284,9 @@ def counted(model: nn.Module, step: Callable[[], object], rows: int, gpu: bool) 
             step()
         total, backward = tracker.flops, sum(backward_flops)
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {name: size for name, size in tracker.parts.items() if size}
-    return StepCost(parameters, total - backward, backward, tracker.peak, parts)
+    return StepCost(parameters, trained, total - backward, backward, tracker.peak, parts)
 
 
 def autocast_of(shape: StepShape) -> torch.autocast:
@@ -322,6 +336,6 @@ def give_fake_tensors(module: nn.Module) -> None:
     """Replace parameters and buffers on the meta device by fake tensors that report the CPU as their device."""
     for owner in module.modules():
         for name, value in list(owner.named_parameters(recurse=False)):
-            setattr(owner, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
+            setattr(owner, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype), value.requires_grad))
         for name, value in list(owner.named_buffers(recurse=False)):
             setattr(owner, name, torch.empty(value.shape, dtype=value.dtype))

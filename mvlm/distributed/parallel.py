@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -140,15 +140,14 @@ def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
     model.compile(fullgraph=True, dynamic=False, **settings)
 
 
-def unsharded_copy(model: M, build: Callable[[], M] | None = None) -> M:
+def unsharded_copy(model: M, build: Callable[[], M]) -> M:
     """Return the model itself if its weights are not sharded, else a copy with full weights on every rank.
 
-    The copy is for evaluation only. `build` makes a new model of the same parameters; by default a `MaskVLM`.
+    The copy is for evaluation only. `build` makes a new model of the same parameters.
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model
-    copy: Any = build() if build else MaskVLM(cast(MaskVLM, model).config)
-    copy = copy.to(next(model.parameters()).device)
+    copy = build().to(next(model.parameters()).device)
     with torch.no_grad():
         for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
             ours.data = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs.detach()

@@ -3,21 +3,25 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from mvlm.config.json_files import read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError, shown
-from mvlm.files import check_finite, load_weights, read_shapes
+from mvlm.files import check_finite, copy_into, load_weights, read_shapes
 from mvlm.inference.trained_model import TrainedModel
+from mvlm.model.adaptation import add_adapters, merge_adapters, unmerged
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, check_sizes, download
-from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
+from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, log_unfinished
-from mvlm.weights.resize import resized_model
+from mvlm.weights.resize import resized_model, resized_tensors
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +45,72 @@ def load_model(
         # A fine-tuned run keeps the network as the part `model` of its task.
         weights = folder / (EMA if (folder / EMA).is_dir() else MODEL)
         prefix = "model." if read_state(folder).get("task") else ""
-    shapes = read_shapes(weights) if exported else read_folder_shapes(weights, prefix)
-    check_sizes(config, shapes, folder / (CONFIG_FILE if exported else MODEL_CONFIG), weights)
-    network = MaskVLM(config)
     if exported:
+        check_sizes(config, read_shapes(weights), folder / CONFIG_FILE, weights)
+        network = MaskVLM(config)
         load_weights(network, weights)
     else:
-        read_tensors(weights, network.state_dict(), prefix)
+        network = network_of(folder, config, weights, prefix)
+        read_weights(network, folder, prefix)
         check_finite(network.state_dict(), weights)
     warn_without_itm(network, path)
     network = resized_model(network, image_size, text_length, trained=True)
     return TrainedModel(network.to(chosen), tokenizer, precision, folder)
+
+
+def network_of(folder: Path, config: MaskVLMConfig, weights: Path, prefix: str) -> MaskVLM:
+    """A network for the weights of a checkpoint, with those of the run's start if they are not in it.
+
+    RunError if the settings are not those of the weights, or if the start is not there, or another one.
+    """
+    adapters = read_state(folder).get("adapters")
+    start = adapters["start"] if adapters else None
+    if start is None:
+        shapes = read_folder_shapes(weights, prefix)
+        check_sizes(config, unmerged(shapes), folder / MODEL_CONFIG, weights)
+        return MaskVLM(config)
+    try:
+        check_start(identify(start["path"]), {"adapters": adapters}, folder)
+    except RunError as error:
+        raise RunError(
+            f"{folder}: wanted the model that its adapters belong to at {start['path']} ({error}); put that back"
+        ) from None
+    trained, network = load_model(start["path"], "cpu").network, MaskVLM(config)
+    copy_into(network.state_dict(), resized_tensors(trained, network), Path(start["path"]))
+    return network
+
+
+def read_weights(module: nn.Module, folder: Path, prefix: str = "") -> None:
+    """Read the weights of a checkpoint, averaged ones if it has them, into a network or a task. Adapters are merged.
+
+    Only tensors whose name begins with `prefix` are read; the module has their names without it.
+    """
+    adapters = read_state(folder).get("adapters")
+    if adapters is not None:
+        add_adapters(module, read_folder_shapes(folder / MODEL, prefix), adapters["alpha"])
+    wanted, parts = module.state_dict(), {MODEL: module.state_dict()}
+    if (folder / EMA).is_dir():
+        averages = {name: p.detach() for name, p in module.named_parameters()}
+        # Buffers have no averages, tied weights one of one name.
+        parts = ({} if averages.keys() == wanted.keys() else parts) | {EMA: averages}
+    for part, tensors in parts.items():
+        if adapters is not None:  # what the run froze is not there
+            found = read_folder_shapes(folder / part, prefix)
+            tensors = {name: tensor for name, tensor in tensors.items() if name in found}
+        read_tensors(folder / part, tensors, prefix)
+    merge_adapters(module)
+
+
+def identify(source: Path | str) -> dict[str, str]:
+    """Place of a trained model, absolute, and hash of its weights. `source` and errors as for `load_model`."""
+    folder, exported = find_model(source)
+    return {"path": str(folder.resolve()), "sha256": sha256(folder / (WEIGHTS_FILE if exported else MANIFEST))}
+
+
+def check_start(start: dict[str, str], state: dict[str, Any], checkpoint: Path) -> None:
+    """Raise RunError unless `start`, as `identify` gives it, is the one that the state of a checkpoint names."""
+    if start["sha256"] != state["adapters"]["start"]["sha256"]:
+        raise RunError(f"{start['path']}: wanted the model that {checkpoint} started from, found another; restore it")
 
 
 def warn_without_itm(network: MaskVLM, path: Path | str) -> None:

@@ -20,6 +20,7 @@ from mvlm.costs.step_cost import (
     step_cost,
 )
 from mvlm.distributed.parallel import checkpoint_activations
+from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
 from mvlm.tasks.evaluate import find_task
@@ -45,6 +46,9 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
         give_fake_tensors(model)
         state, targets = kind.example(shape.pairs)
         head = kind(model, TaskOptions(), state)
+        adapt(model, shape.parts)
+        if shape.parts.all_frozen:
+            model.requires_grad_(False)
         batch, masks = fake_microbatch(config, shape.pairs, shape.tokens, shape.longest)
         images = state.get("images", 1)
         if images > 1:  # a strip of images, side by side
@@ -71,15 +75,14 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
     repeats = 1 if find_task(task).whole_batch else setting.accumulate
     flops = repeats * (cost.forward + cost.backward)
     computing = flops / (gpu.flops * setting.mfu)
-    reduced = setting.seconds(Collective("all-reduce", "gradients", 4 * cost.parameters, setting.ranks))
+    reduced = setting.seconds(Collective("all-reduce", "gradients", 4 * cost.trained, setting.ranks))
     step, steps = computing + reduced, samples * epochs / setting.batch_size
     length = setting.model.text_length
     return "\n".join(
         [
             f"fine-tuning on {task}: {setting.ranks} x {setting.gpu}, images of {setting.model.image_size} px, "
             f"{setting.batch_size:,} samples per step in microbatches of {setting.pairs}",
-            f"{cost.parameters / 1e6:.1f} M parameters; "
-            f"{flops * setting.ranks / setting.batch_size / GB:.1f} GFLOP per sample",
+            f"{cost.sizes}; {flops * setting.ranks / setting.batch_size / GB:.1f} GFLOP per sample",
             "",
             *memory_table(setting, cost),
             "",
@@ -90,7 +93,7 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
             "",
             "Assumed",
             f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source}); no GPU has timed this",
-            "  all weights of the network train; the head of the published data set, of vqa the classifier's",
+            "  the head of the published data set, of vqa the classifier's",
             f"  texts of {min(TOKENS, length)} tokens (at most {min(LONGEST, length)})",
             "  gradients are reduced after the backward pass, not during it; exchanged features are not counted",
             "  not counted: optimizer step, loader, evaluation, checkpoints, allocator overhead",

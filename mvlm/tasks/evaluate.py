@@ -20,11 +20,10 @@ from mvlm.evaluation.workspace import ALONE, SAME_WORK, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.trained_model import TrainedModel, hash_of
-from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.pretrained import WEIGHTS_FILE, check_sizes
-from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
+from mvlm.model.pretrained import WEIGHTS_FILE
+from mvlm.runs.checkpoint import MANIFEST, MODEL, read_state
 from mvlm.runs.folder import find_checkpoint, log_unfinished
-from mvlm.runs.load import find_model, read_architecture, warn_without_itm
+from mvlm.runs.load import find_model, network_of, read_architecture, read_weights, warn_without_itm
 from mvlm.runs.load import load_model as load_network
 from mvlm.tasks import task_names
 from mvlm.tasks.retrieval import Retrieval
@@ -106,14 +105,10 @@ def load_task(
             f"or the file that defines it"
         )
     config, tokenizer = read_architecture(folder)
-    check_sizes(config, read_folder_shapes(folder / MODEL, "model."), folder / MODEL_CONFIG, folder / MODEL)
+    network = network_of(folder, config, folder / MODEL, "model.")
     options = replace(task_options(described["options"], described["name"], str(folder)), **changes)
-    task = (kind or find_task(described["name"]))(MaskVLM(config), options, described["state"])
-    averages = {name: p.detach() for name, p in task.named_parameters()} if (folder / EMA).is_dir() else {}
-    if averages.keys() != task.state_dict().keys():  # buffers have no averages, tied weights one of one name
-        read_tensors(folder / MODEL, task.state_dict())
-    if averages:
-        read_tensors(folder / EMA, averages)
+    task = (kind or find_task(described["name"]))(network, options, described["state"])
+    read_weights(task, folder)
     check_finite(task.state_dict(), folder)
     task.set_tokenizer(tokenizer)
     return task.to(device).eval(), tokenizer

@@ -28,7 +28,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import check_sizes
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import load_model, read_architecture
+from mvlm.runs.load import identify, load_model, read_architecture
 from mvlm.tasks.evaluate import described_task, find_task, predict_split
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task, TaskLosses
@@ -137,6 +137,7 @@ class FineTuner(Trainer):
         model = MaskVLM(ours.config)
         model.set_attention(self.config.self_attention, self.config.cross_attention)
         task = type(ours)(model, ours.options, ours.state)
+        adapt(model, self.config)
         task.set_tokenizer(self.tokenizer)
         return task.to(self.device)
 
@@ -208,7 +209,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     assert isinstance(config, FinetuneConfig)
     torch.manual_seed(config.seed)
     kind = find_task(config.task)
-    model = MaskVLM(config.model) if checkpoint else starting_network(config)
+    start = identify(config.checkpoint) if config.adapted else None
+    model = starting_network(config) if not checkpoint or start is not None else MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), config.options, kind.make_state(inputs.dataset, config.options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
@@ -225,11 +227,12 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
+    trainer.start = start
     trainer.targets = [x.to(world.device) for x in task.targets(inputs.dataset)]
     trainer.task_file = sha256(Path(config.task)) if config.task.endswith(".py") else None
     if checkpoint:
         trainer.restore(Path(checkpoint))
-        log.info("resuming from %s; the pretrained model is not read", checkpoint)
+        log.info("resuming from %s%s", checkpoint, "; the pretrained model is not read" if start is None else "")
     return trainer
 
 

@@ -182,7 +182,9 @@ def make_optimizer(
             continue
         embedding = name.endswith(("position", "words.weight")) or EMBEDDING_OF_TOWER.search(name)
         matrix = parameter.ndim >= 2 and not embedding
-        muon = lr_muon is not None and parameter.ndim == 2 and IN_BLOCK.search(name) is not None
+        # An orthogonal update of each factor of an adapter would be no such update of their product.
+        block = IN_BLOCK.search(name) is not None and ".parametrizations." not in name
+        muon = lr_muon is not None and parameter.ndim == 2 and block
         own = own_rate(name, config)
         if lr_muon is not None and muon:
             peak = lr_muon if own is None else lr_muon * own / config.lr_cross

@@ -33,7 +33,7 @@ from mvlm.progress import format_duration
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
-from mvlm.runs.load import load_model, load_tokenizer_of, read_config_of
+from mvlm.runs.load import identify, load_model, load_tokenizer_of, read_config_of
 from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.loggers import check_services, start_services
@@ -219,7 +219,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     assert isinstance(config, PretrainConfig)
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
-    model = make_model(config, fresh=not checkpoint, say_sizes=world.first).to(world.device)
+    start = identify(config.initial_model) if config.adapted and config.initial_model else None
+    fresh = not checkpoint or start is not None
+    model = make_model(config, fresh, say_sizes=world.first).to(world.device)
     adapt(model, config)
     if config.checkpoint_activations:
         checkpoint_activations(model)
@@ -228,6 +230,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     parallel = parallelize(model, world, config.parallel)
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
+    trainer.start = start
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
         trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters())

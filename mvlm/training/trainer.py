@@ -25,6 +25,8 @@ from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.masked import reconstruction_strip
+from mvlm.model.adaptation import adapt, learned
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
 from mvlm.objectives.losses import Losses, LossWeights, loss_weights
 from mvlm.progress import TrainingProgress
@@ -42,6 +44,7 @@ from mvlm.runs.checkpoint import (
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.history import History
+from mvlm.runs.load import check_start
 from mvlm.training.cuda_graphs import CudaGraphs
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import (
@@ -92,6 +95,8 @@ class Trainer:
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
+        self.start: dict[str, str] | None = None
+        """Place and hash of the model whose frozen weights checkpoints leave out (`Start`); None if they have all."""
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 
@@ -256,7 +261,7 @@ class Trainer:
 
     def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
         """Figures with the weights as they are, and the one by which they are chosen; none, and NaN, to stop."""
-        model = unsharded_copy(self.model)
+        model = unsharded_copy(self.model, self.new_model)
         figures = {}  # stays empty if a rank is to stop
         with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
             figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
@@ -267,6 +272,12 @@ class Trainer:
             sinks.log_image(image, self.step)
         return figures, (figures["tr_r1"] + figures["ir_r1"]) / 2
 
+    def new_model(self) -> Any:
+        """A model like this one, with weights of its own."""
+        model = MaskVLM(self.model.config)
+        adapt(model, self.config)
+        return model
+
     def may_go_on(self) -> bool:
         """Report progress of an evaluation. False if this or another rank is asked to stop."""
         self.watchdog.beat("the evaluation")
@@ -276,13 +287,19 @@ class Trainer:
         """Start to write a checkpoint of this step (`mvlm.runs.checkpoint` has the format)."""
         self.watchdog.beat("the previous checkpoint")
         self.check_skipped_updates(self.metrics)  # those of an unfinished row too: a checkpoint has their number
-        parts = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
-        if self.average is not None:
-            parts[EMA] = self.average.tensors
         # Each rank knows the undecodable images of its own batches. A resume may deal the samples out differently.
         loader = merge_states(self.world.gather_objects(self.loader.state_dict()), len(self.loader.dataset))
         state = {"loader": loader, "bad": self.skipped.state(), "best": self.best}
-        self.writer.save(self.step, self.model, parts, state | self.extra_state(), self.tokenizer)
+        if self.config.adapted:
+            state["adapters"] = {"alpha": self.config.lora_alpha, "start": self.start}
+        self.writer.save(self.step, self.model, self.tensors(), state | self.extra_state(), self.tokenizer)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of a checkpoint by part."""
+        parts = {MODEL: self.model.state_dict()} | ({} if self.average is None else {EMA: self.average.tensors})
+        if self.start is not None:
+            parts = {part: learned(self.model, tensors) for part, tensors in parts.items()}
+        return parts | {OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
 
     def extra_state(self) -> dict[str, Any]:
         """Further fields of a checkpoint's state.json: none."""
@@ -294,12 +311,13 @@ class Trainer:
         RunError too for weights that are not finite.
         """
         state = read_state(checkpoint)
-        read_tensors(checkpoint / MODEL, self.model.state_dict())
-        check_finite(self.model.state_dict(), checkpoint / MODEL)
+        if self.start is not None:
+            check_start(self.start, state, checkpoint)
+        parts = self.tensors()
+        for part in [MODEL] + [EMA] * (self.average is not None):
+            read_tensors(checkpoint / part, parts[part])
+            check_finite(parts[part], checkpoint / part)
         load_optimizer(checkpoint / OPTIMIZER, self.model, self.optimizer)
-        if self.average is not None:
-            read_tensors(checkpoint / EMA, self.average.tensors)
-            check_finite(self.average.tensors, checkpoint / EMA)
         set_generators(checkpoint, self.world.rank, self.device)
         self.loader.load_state_dict(state["loader"])
         own = checkpoint / TOKENIZER

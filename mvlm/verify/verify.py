@@ -28,13 +28,10 @@ from mvlm.machine import describe_machine, package_versions
 from mvlm.model.pretrained import check_sizes
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
-    EMA,
     MANIFEST,
     MODEL,
-    OPTIMIZER,
     checkpoint_name,
     checkpoints,
-    optimizer_tensors,
     read_folder_shapes,
     read_state,
     read_tensors,
@@ -264,7 +261,8 @@ class Replay:
         self.claims = claims
         # A run of others must not ask for a network that its weights do not have.
         last = claims.kept[-1] / MODEL
-        check_sizes(claims.config.model, read_folder_shapes(last), claims.run.config, last)
+        if not claims.config.adapted:  # else the model that it starts from is asked
+            check_sizes(claims.config.model, read_folder_shapes(last), claims.run.config, last)
         had_gpu = claims.parts[-1]["machine"]["device"] != "cpu"
         chosen = choose_device("cpu" if device == "auto" and not had_gpu else device)
         self.world = World(rank=0, size=1, local_rank=0, device=chosen)
@@ -291,9 +289,7 @@ class Replay:
             check_machine(str(segment), self.world.device, part["machine"], part["versions"])
         try:
             trainer, rows = self._make(segment)
-            parts = {MODEL: trainer.model.state_dict(), OPTIMIZER: optimizer_tensors(trainer.model, trainer.optimizer)}
-            if trainer.average is not None:
-                parts[EMA] = trainer.average.tensors
+            parts = trainer.tensors()
             claimed = {part: {n: torch.empty_like(t) for n, t in tensors.items()} for part, tensors in parts.items()}
             for part, tensors in claimed.items():
                 read_tensors(last / part, tensors)

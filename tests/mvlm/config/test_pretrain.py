@@ -58,6 +58,10 @@ INVALID: dict[str, tuple[object, ...]] = {
         *({name: -1} for name in NOT_NEGATIVE),
         *({"capture": "compile"} | more for more in ({"accumulate": 2}, {"plan": "plain"})),
         {"capture": "compile", "checkpoint_activations": True},
+        {"train_text": "frozen", "capture": "compile"},
+        {"train_image": "lora"},
+        {"train_cross": "lora", "image_weights": Path("vit"), "text_weights": Path("roberta")},
+        {"lr_image": 1e-4, "optimizer": "muon", "lr_cross": 0.0},
     ],
     ids=str,
 )

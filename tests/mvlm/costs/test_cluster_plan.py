@@ -35,7 +35,12 @@ from support.models import micro_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 FOUND = StepCost(
-    parameters=10**9, forward=10**14, backward=2 * 10**14, peak=3 * 10**9, parts={"image_encoder": 3 * 10**9}
+    parameters=10**9,
+    trained=10**9,
+    forward=10**14,
+    backward=2 * 10**14,
+    peak=3 * 10**9,
+    parts={"image_encoder": 3 * 10**9},
 )
 
 
@@ -47,6 +52,7 @@ def setting(**changes) -> ClusterSetting:
 def test_gpu_memory_by_part():
     rows = gpu_memory(setting(), FOUND)
     assert list(rows.values()) == [4e9, 4e9, 8e9, 3e9]
+    assert list(gpu_memory(setting(), replace(FOUND, trained=10**8)).values()) == [4e9, 0.4e9, 0.8e9, 3e9]
     sharded = gpu_memory(setting(sharded=True), FOUND)
     assert [sharded[name] for name in rows] == [0.5e9, 0.5e9, 1e9, 3e9]
 

@@ -36,7 +36,9 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
     monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
     config = pretrain_config(scenes, tmp_path, max_steps=6)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
-    monkeypatch.setattr(mfu, "step_flops", lambda model, pairs, tokens, weights: pairs * model.image_size * tokens)
+    monkeypatch.setattr(
+        mfu, "step_flops", lambda model, pairs, tokens, weights, parts: pairs * model.image_size * tokens
+    )
     assert found.of_rate(8.0, 5.0) == pytest.approx(8 * 160 / 2000)
     assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 160 / 2000)  # counted once
 

@@ -1,10 +1,12 @@
 """Counts on fake tensors against the allocator's report of real steps, and by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mvlm.config.groups import PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import StepShape, step_cost
 from mvlm.distributed.global_batch import backward_global
@@ -87,6 +89,15 @@ def test_flops_of_an_image_block_by_hand():
     assert two.forward - one.forward == by_hand
     assert two.backward - one.backward == 2 * by_hand
     assert two.parameters - one.parameters == 12 * wide**2 + 13 * wide
+    lora = replace(shape, parts=PartSettings(train_image="lora", lora_rank=2))
+    one, two = step_cost(CONFIG, lora), step_cost(more, lora)
+    added = 2 * (4 * 2 * wide + 2 * 5 * wide)  # A and B of four projections and of two layers
+    assert two.trained - one.trained == added
+    products = 2 * 12 * wide**2 * 2  # B A of each weight, once for masked and whole images
+    assert two.forward - one.forward == by_hand + products
+    assert two.backward - one.backward == 2 * (
+        by_hand + products
+    )  # weights have gradients, which A and B get theirs of
     assert two.parts["image_encoder"] > 1.3 * one.parts["image_encoder"]
 
 

@@ -7,7 +7,6 @@ tests/mvlm/model/test_maskvlm.py compares with the method in numpy.
 import functools
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mvlm.config.groups import PartSettings
 from mvlm.distributed import global_batch
 from mvlm.distributed.collectives import GlobalBatchLayout
 from mvlm.distributed.global_batch import (
@@ -35,7 +35,7 @@ from mvlm.objectives.negatives import NegativeSampling
 from mvlm.training.metrics import gradient_norms
 from mvlm_dataloading import Batch, Masks
 from support.faults.forks import ended_well, in_ranks
-from support.models import ALONE, Largest, micro_batch, micro_model, normal, pretrain_config, with_weights
+from support.models import ALONE, Largest, micro_batch, micro_model, normal, with_weights
 
 EXACT = 1e-10
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
@@ -52,8 +52,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked partners": {"mask_partner": True},
     "dropped patches": {"drop_masked": True},
     "frozen": {},
+    "adapters": {},
 }
-"""Changes of the model, by name. Masks are changed, and parts frozen, where the name says so."""
+"""Changes of the model, by name. Masks are changed where the name says so."""
+PARTS = {
+    "frozen": PartSettings(train_image="frozen", train_cross="frozen"),
+    "adapters": PartSettings(train_image="lora", train_text="frozen", train_cross="lora", lora_rank=2),
+}
+"""How much learns, by the name of a variant."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
@@ -92,8 +98,10 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
 
 def model_of(variant: str) -> MaskVLM:
     model = micro_model(**SHALLOW, **VARIANTS[variant])
-    parts: dict[str, Any] = {"frozen": {"train_image": "frozen", "train_cross": "frozen"}}.get(variant, {})
-    adapt(model, pretrain_config(Path(), Path(), **parts))
+    adapt(model, PARTS.get(variant, PartSettings()))
+    for name, parameter in model.named_parameters():
+        if name.endswith((".weight.0.a", ".weight.0.b")):  # zeros in `b` would give `a` no gradient
+            parameter.data = normal(*parameter.shape)
     return model
 
 
@@ -169,6 +177,7 @@ FEW = [
     },
     {"kind": "ddp", "microbatches": 2, "again": True, "weights": SOME[2], "variant": "frozen", "plan": "fast"},
     {"kind": "ddp", "microbatches": 2, "again": False, "weights": EVERY, "variant": "dropped patches", "plan": "fast"},
+    {"kind": "fsdp", "microbatches": 1, "again": False, "weights": EVERY, "variant": "adapters", "plan": "fast"},
 ]
 """Cases of `make test`."""
 
@@ -193,7 +202,8 @@ def check(world: World, case: dict[str, Any], oracle: Oracle) -> None:
     norm, _ = gradient_norms(model)
     assert norm.item() == pytest.approx(oracle.norm.item(), abs=EXACT), case
     update(model, norm)
-    assert_equal({name: p.detach() for name, p in unsharded_copy(model).named_parameters()}, oracle.updated, case)
+    copy = unsharded_copy(model, lambda: model_of(case["variant"]))
+    assert_equal({name: p.detach() for name, p in copy.named_parameters()}, oracle.updated, case)
 
 
 @pytest.mark.slow

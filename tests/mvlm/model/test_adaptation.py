@@ -1,14 +1,23 @@
-"""Parts of a model that are frozen: nothing of them learns, and the rest as before."""
+"""Parts of a model that are frozen, or learn by adapters: against the whole model, and against peft's LoRA."""
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from mvlm.model.adaptation import PARTS, adapt
+from mvlm.config.groups import PartSettings
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.adaptation import PARTS, Adapter, adapt, learned, merge_adapters
+from mvlm.model.attention import FeedForward
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.tasks.retrieval import Retrieval
+from mvlm.tasks.task import TaskOptions
 from mvlm.training.optimizer import make_optimizer
-from support.models import micro_batch, micro_model, pretrain_config
+from support.models import micro_batch, micro_model, normal, pretrain_config
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -28,3 +37,52 @@ def test_a_frozen_part_has_no_gradients_and_no_state_of_the_optimizer(part):
         frozen = name.split(".")[0] in PARTS[part]
         assert (gradients[1][name] is None) == frozen == (id(parameter) not in moments), name
         assert frozen or torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6), name
+
+
+EVERYWHERE = PartSettings(train_image="lora", train_text="lora", train_cross="lora", lora_rank=3, lora_alpha=5.0)
+
+
+def test_adapters_are_pefts_in_both_implementations_and_are_merged(monkeypatch):
+    """Of every linear layer of every block. peft wraps modules, so its feed-forward layer has to call them."""
+    ours, theirs = micro_model(), micro_model()
+    linear = [n for n, m in ours.named_modules() if isinstance(m, nn.Linear) and ".blocks." in n]
+    adapt(ours, EVERYWHERE)
+    adapters = {
+        n.removesuffix(".parametrizations.weight.0"): m for n, m in ours.named_modules() if isinstance(m, Adapter)
+    }
+    assert sorted(adapters) == sorted(linear)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=5, target_modules=linear), theirs)
+    pairs = {}
+    for seed, (name, adapter) in enumerate(adapters.items()):
+        layer: Any = theirs.get_submodule(name)
+        assert not adapter.b.any()
+        assert adapter.a.std().item() == pytest.approx(layer.lora_A["default"].weight.std().item(), rel=0.5)
+        adapter.b.data += normal(*adapter.b.shape, seed=seed)
+        pairs |= {f"{name}.a": (adapter.a, layer.lora_A["default"].weight)}
+        pairs |= {f"{name}.b": (adapter.b, layer.lora_B["default"].weight)}
+    for own, other in pairs.values():
+        other.data = own.data.clone()
+    ours(*micro_batch(), plan="plain").total.backward()
+    plain = {name: own.grad for name, (own, _) in pairs.items()}
+    ours.zero_grad()
+    total = ours(*micro_batch(), plan="fast").total
+    total.backward()
+    monkeypatch.setattr(FeedForward, "forward", lambda self, x: self.down(F.gelu(self.up(x))))
+    wanted = theirs(*micro_batch(), plan="plain").total
+    wanted.backward()
+    torch.testing.assert_close(total, wanted, rtol=1e-12, atol=0)
+    for name, (own, other) in pairs.items():
+        for found in (own.grad, plain[name]):
+            torch.testing.assert_close(found, other.grad, rtol=1e-8, atol=1e-10, msg=name)
+    monkeypatch.undo()
+    merge_adapters(ours)
+    assert ours.state_dict().keys() == micro_model().state_dict().keys()
+    torch.testing.assert_close(ours(*micro_batch(), plan="fast").total, wanted, rtol=1e-12, atol=0)
+
+
+def test_what_a_tiny_model_learns_for_retrieval_takes_less_than_a_megabyte():
+    parts = PartSettings(train_image="lora", train_text="lora", train_cross="lora", lora_rank=2)
+    with torch.device("meta"):
+        task = Retrieval(MaskVLM(MaskVLMConfig.preset("tiny")), TaskOptions(), {})
+        adapt(task.model, parts)
+    assert sum(tensor.nbytes for tensor in learned(task, task.state_dict()).values()) < 1e6

@@ -12,7 +12,7 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.checkpoint import read_state, sha256
+from mvlm.runs.checkpoint import read_folder_shapes, read_state, sha256
 from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
 from mvlm.tasks.evaluate import evaluate_task, load_task
@@ -115,6 +115,36 @@ def test_frozen_weights_stay(trained, questions, tuned, tmp_path, frozen):
     assert after.get_parameter("head.answers.weight").abs().sum() > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task, data", [("vqa", "questions"), ("retrieval", "scenes")])
+def test_adapters_of_a_task_are_saved_alone_resumed_and_merged(trained, request, tmp_path, task, data):
+    """Decoder and image tower are the pretrained ones. A run from the merged model trains all weights again."""
+    parts: dict[str, Any] = {"task": task, "train_image": "frozen", "train_text": "lora", "train_cross": "lora"}
+    settings: dict[str, Any] = parts | {
+        "max_steps": 2,
+        "checkpoint_every_steps": 1,
+        "ema_decay": 0.5,
+        "eval_every_steps": 2,
+    }
+    places = trained, request.getfixturevalue(data)
+    finetune(configured(*places, tmp_path / "run", **settings))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/checkpoints/step_00000002")
+    finetune(configured(*places, tmp_path / "copy", resume=True, **settings))
+    one, other = (load_task(tmp_path / name)[0].state_dict() for name in ("run", "copy"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    before, after = load_model(trained).network.state_dict(), load_model(tmp_path / "run").network.state_dict()
+    assert all(torch.equal(tensor, one[f"model.{name}"]) for name, tensor in after.items())
+    moved = {name.split(".")[0] for name, x in after.items() if not torch.equal(x, before[name])}
+    projections = (
+        {"image_projection", "text_projection", "matching_head", "log_scale"} if task == "retrieval" else set()
+    )
+    assert moved == {"text_encoder", "image_cross", "text_cross"} | projections
+    shapes = read_folder_shapes(find_checkpoint(tmp_path / "run") / "model")
+    assert not [name for name in shapes if "original" in name or "image_encoder" in name or "decoder" in name]
+    assert all(p.requires_grad for p in load_model(tmp_path / "run").network.parameters())
+
+
 def unanswered(folder: Path, data: Path, splits: dict[str, str]) -> Path:
     """A copy of questions, of which those of the split "validation" have no answers, as VQA v2's test split has none.
 
@@ -162,6 +192,7 @@ def test_evaluation_writes_figures_records_and_predictions(trained, tuned, quest
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task": "vqa2"}, "task: wanted one of caption, entailment, pairs, retrieval, vqa"),
     ({"min_count": 20}, "with 20 training questions"),
+    ({"train_text": "lora", "random_weights": True}, "random_weights"),
     ({"answers": "masked", **ALL_FROZEN}, "train_cross"),
     ({"answers": "masked", "question_length": 9}, "question_length"),
     ({"train_text": "frozen", "question_length": 13}, "question_length"),

@@ -2,15 +2,19 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
+from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.training.run import make_model, pretrain
+from mvlm.verify.verify import verify_run
 from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
 from support.models import micro_config, pretrain_config
@@ -125,3 +129,47 @@ def test_the_sigmoid_loss_starts_at_the_odds_of_a_match_in_a_batch(scenes, tmp_p
     config = pretrain_config(scenes, tmp_path / "run", model=micro_config(contrastive="sigmoid"))
     match = make_model(config, fresh=True).logit_bias.sigmoid().item()
     assert match == pytest.approx(1 / config.batch_size)
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained, run_copy, scenes, tmp_path):
+    """Weights are those of its start plus alpha / rank B A, by numpy. It wants its start, and not another one."""
+    run, copy = tmp_path / "adapted", tmp_path / "copy"
+    parts: dict[str, Any] = {"train_image": "lora", "train_text": "frozen", "train_cross": "lora", "lora_alpha": 4.0}
+    settings: dict[str, Any] = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "ema_decay": 0.5}
+    settings |= {"optimizer": "muon", "checkpoint_activations": True, "initial_model": run_copy, **parts}
+    pretrain(pretrain_config(scenes, run, **settings))
+    shutil.copytree(run, copy)
+    for step in (2, 3):
+        shutil.rmtree(copy / f"checkpoints/step_0000000{step}")
+    pretrain(pretrain_config(scenes, copy, resume=True, **settings))
+    last = "checkpoints/step_00000003"
+    for part in ("model", "ema", "optimizer"):
+        one, other = (load_file(next((folder / last / part).iterdir())) for folder in (run, copy))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    *checks, _ = verify_run(run)  # it was not evaluated
+    assert [check.problems for check in checks] == [[]] * 4
+
+    stored = load_file(next((run / last / "ema").iterdir()))
+    before, after = load_model(trained).network.state_dict(), load_model(run).network.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        factor = f"{name.removesuffix('.weight')}.parametrizations.weight.0"
+        if f"{factor}.a" in stored:
+            wanted = tensor.numpy() + 4 / 8 * stored[f"{factor}.b"].numpy() @ stored[f"{factor}.a"].numpy()
+            np.testing.assert_allclose(after[name].numpy(), wanted, atol=1e-6)
+            assert not torch.equal(after[name], tensor)
+        else:
+            assert torch.equal(after[name], stored.get(name, tensor)), name
+    assert not any("original" in name or name.startswith("text_encoder") for name in stored)
+
+    shutil.move(run_copy, tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=str(run_copy)):
+        load_model(run)
+    pretrain(pretrain_config(scenes, run_copy, max_steps=1, checkpoint_every_steps=1))
+    (run_copy / "checkpoints/step_00000001").rename(run_copy / "checkpoints" / find_checkpoint(trained).name)
+    with pytest.raises(RunError, match="found another"):
+        load_model(run)
+    with pytest.raises(RunError, match="found another"):
+        pretrain(pretrain_config(scenes, copy, resume=True, **settings))
