@@ -180,7 +180,8 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             return found, tokenizer
     loaded = load_model(config.checkpoint)
     pretrained, longest = loaded.network.config, loaded.network.config.text_length
-    if config.train_text != "full" and not config.random_weights and (config.question_length or 0) > longest:
+    fixed = config.train_text != "full" and not config.random_weights and not pretrained.text_tower
+    if fixed and (config.question_length or 0) > longest:
         raise ConfigError(
             f"question_length: wanted at most the {longest} tokens of the pretrained model if nothing trains further "
             f"positions, got {config.question_length}; give --question-length {longest}, or --train-text full"

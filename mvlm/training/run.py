@@ -359,7 +359,8 @@ def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> 
             if own != wanted:  # weights of another meaning would have the same names and shapes
                 raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
         longest = trained.config.text_length
-        if config.train_text != "full" and config.model.text_length > longest:
+        fixed = config.train_text != "full" and not config.model.text_tower
+        if fixed and config.model.text_length > longest:
             raise ConfigError(
                 f"model.text_length: wanted at most the {longest} tokens of {config.initial_model} if nothing trains "
                 f"further positions, got {config.model.text_length}; lower it, or give --train-text full"

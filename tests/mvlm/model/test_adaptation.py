@@ -18,6 +18,7 @@ from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import TaskOptions
 from mvlm.training.optimizer import make_optimizer
 from support.models import micro_batch, micro_model, normal, pretrain_config
+from support.towers import tower_config
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -86,3 +87,16 @@ def test_what_a_tiny_model_learns_for_retrieval_takes_less_than_a_megabyte():
         task = Retrieval(MaskVLM(MaskVLMConfig.preset("tiny")), TaskOptions(), {})
         adapt(task.model, parts)
     assert sum(tensor.nbytes for tensor in learned(task, task.state_dict()).values()) < 1e6
+
+
+def test_adapters_of_a_tower_are_those_of_the_blocks_of_timm():
+    """Of attention and feed-forward. Patch embedding and the bridge to a wider model have none."""
+    model = MaskVLM(tower_config("test_vit4", width=384))
+    wanted = [n for n, m in model.image_encoder.module.blocks.named_modules() if isinstance(m, nn.Linear)]
+    adapt(model, EVERYWHERE)
+    tower = model.image_encoder
+    found = [n for n, m in tower.named_modules() if isinstance(m, Adapter)]
+    assert found == [f"module.blocks.{name}.parametrizations.weight.0" for name in wanted]
+    assert {n.rpartition(".")[2] for n, p in tower.named_parameters() if p.requires_grad} == {"a", "b"}
+    tower(torch.zeros(1, 3, model.config.image_size, model.config.image_size)).sum().backward()
+    assert all(module.b.grad is not None for module in tower.modules() if isinstance(module, Adapter))
