@@ -92,9 +92,9 @@ def test_what_a_tiny_model_learns_for_retrieval_takes_less_than_a_megabyte():
 def test_adapters_of_a_tower_are_those_of_the_blocks_of_timm():
     """Of attention and feed-forward. Patch embedding and the bridge to a wider model have none."""
     model = MaskVLM(tower_config("test_vit4", width=384))
-    wanted = [n for n, m in model.image_encoder.module.blocks.named_modules() if isinstance(m, nn.Linear)]
+    tower: Any = model.image_encoder
+    wanted = [n for n, m in tower.module.blocks.named_modules() if isinstance(m, nn.Linear)]
     adapt(model, EVERYWHERE)
-    tower = model.image_encoder
     found = [n for n, m in tower.named_modules() if isinstance(m, Adapter)]
     assert found == [f"module.blocks.{name}.parametrizations.weight.0" for name in wanted]
     assert {n.rpartition(".")[2] for n, p in tower.named_parameters() if p.requires_grad} == {"a", "b"}
