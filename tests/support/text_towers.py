@@ -20,8 +20,11 @@ SPECIAL = {
 WORDS = ["a", "the", "red", "green", "blue", "square", "circle", "cat", "of", "and", "two", "on", "left"]
 
 
-def text_model(kind: str, **changes: Any) -> Any:
-    """transformers' model of a kind, small, with random weights large enough to matter, in evaluation mode."""
+def text_model(kind: str, vision: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """transformers' model of a kind, small, with random weights large enough to matter, in evaluation mode.
+
+    `vision` has settings of the half for images of a CLIP or SigLIP.
+    """
     import transformers
 
     names = SPECIAL[kind]
@@ -42,7 +45,7 @@ def text_model(kind: str, **changes: Any) -> Any:
             "projection_size": 24,
         }
         images = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        images |= {"image_size": 32, "patch_size": 8}
+        images |= {"image_size": 32, "patch_size": 8, "hidden_act": "gelu"} | (vision or {})
         values = {"text_config": values | changes, "vision_config": images, "projection_dim": 24}
         changes = {}
     torch.manual_seed(1)
@@ -51,7 +54,8 @@ def text_model(kind: str, **changes: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "logit" not in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape) + ("norm" in name.lower()))
+                scale = 1.7 / parameter.shape[-1] ** 0.5
+                parameter.copy_(scale * torch.randn(parameter.shape) + ("norm" in name.lower()))
     return model
 
 

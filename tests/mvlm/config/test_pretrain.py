@@ -121,7 +121,7 @@ def test_help_of_fine_tuning_shows_what_it_takes(capsys) -> None:
     assert len(shown) <= 60
 
 
-@pytest.mark.parametrize("name", ["max_bad_steps", "stall_minutes", "model.itc_width", "model.mask_token_id"])
+@pytest.mark.parametrize("name", ["max_bad_steps", "stall_minutes", "model.mask_token_id"])
 def test_a_setting_without_a_flag_is_taken_from_a_file_alone(name, tmp_path) -> None:
     from mvlm.commands.pretrain import parse_config
     from mvlm.config.json_files import config_json
@@ -129,7 +129,7 @@ def test_a_setting_without_a_flag_is_taken_from_a_file_alone(name, tmp_path) -> 
     config = pretrain_config(Path("data"), Path("out"))
     values = config_json(config)
     part, key = (values["model"], name.removeprefix("model.")) if "." in name else (values, name)
-    part[key] = {"itc_width": 16, "mask_token_id": 7}.get(key, 3)
+    part[key] = {"mask_token_id": 7}.get(key, 3)
     (tmp_path / "config.json").write_text(json.dumps(values))
     words = ["--config", str(tmp_path / "config.json"), "--seed", "4"]
     found = config_json(parse_config(words))

@@ -17,8 +17,10 @@ from mvlm.training.run import make_model, pretrain
 from mvlm.verify.verify import verify_run
 from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
+from support.folders import checkpoint_contents
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
+from support.text_towers import tower_config, write_text_tower
 
 
 @pytest.mark.slow
@@ -90,6 +92,31 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(trained, run_copy, tmp
     shutil.copytree(tmp_path / "second/checkpoints/step_00000001", tmp_path / "second/checkpoints/step_00000002")
     (tmp_path / "second/checkpoints/step_00000002/tokenizer.json").write_text("{")
     pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_text_tower_resumes_to_the_bit_without_its_folder(scenes, tmp_path, without_tensorboard):
+    """It starts from the folder, keeps what it needs, and is verified; another run goes on from its model."""
+    tower = tmp_path / "tower"
+    write_text_tower(tower, "bert")
+    settings = {"text_tower": tower, "model": tower_config(), "max_steps": 2}
+    for name, every in (("whole", 0), ("broken", 1)):
+        pretrain(pretrain_config(scenes, tmp_path / name, checkpoint_every_steps=every, **settings))
+    shutil.rmtree(tmp_path / "broken/checkpoints/step_00000002")
+    shutil.rmtree(tower)
+    torch.manual_seed(99)
+    pretrain(pretrain_config(scenes, tmp_path / "broken", resume=True, **settings))
+    whole, broken = (checkpoint_contents(tmp_path / run / "checkpoints/step_00000002") for run in ("whole", "broken"))
+    assert whole == broken
+    problems = [problem for check in verify_run(tmp_path / "broken") for problem in check.problems]
+    assert [problem for problem in problems if "eval/test.json" not in problem] == []
+
+    still = {"lr_encoder": 0.0, "lr_cross": 0.0, "lr_pixels": 0.0, "weight_decay": 0.0, "max_steps": 1}
+    settings = still | {"model": tower_config(), "initial_model": tmp_path / "whole"}
+    pretrain(pretrain_config(scenes, tmp_path / "second", **settings))
+    first, second = (load_model(tmp_path / run, "cpu").network.state_dict() for run in ("whole", "second"))
+    assert any(".tower." in name for name in first)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_positions_behind_the_image_encoder_can_be_added_and_not_silently_lost(trained, scenes, tmp_path):

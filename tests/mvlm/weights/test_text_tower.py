@@ -14,10 +14,13 @@ from mvlm.model import fast
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm.model.pretrained import check_sizes
-from mvlm.weights.text_tower import read_text_tower, read_tower_tokenizer
+from mvlm.objectives.losses import contrastive_logits
+from mvlm.weights.image_tower import load_image_tower
+from mvlm.weights.text_tower import load_text_tower, read_text_tower, read_tower_tokenizer
 from mvlm_dataloading import Batch, DataError
 from support.models import micro_batch, pretrain_config
 from support.text_towers import SPECIAL, model_with_tower, text_model, tower_config, write_text_tower, write_tokenizer
+from support.towers import tower_config as image_tower_config
 
 CAPTIONS = ["a red square", "cat", "the blue circle and two green square on the left", "a cat of the cat"]
 KINDS = [*SPECIAL]
@@ -88,6 +91,41 @@ def test_captions_have_the_embeddings_of_a_pair(tmp_path, kind, width):
             caption = caption if kind == "clip" else torch.cat([caption[1:], torch.ones(20)])[:20].long()
             wanted = theirs.get_text_features(input_ids=caption[None]).pooler_output[0]
             torch.testing.assert_close(embedding, wanted / wanted.norm(), rtol=0, atol=1e-5)
+
+
+PAIRS = {
+    "clip": ("vit_medium_patch32_clip_224", {"hidden_size": 512, "num_attention_heads": 8, "patch_size": 32}),
+    "siglip": ("vit_base_patch16_siglip_224", {"hidden_size": 768, "num_attention_heads": 12, "patch_size": 16}),
+}
+"""Name of the image half in timm, and its settings in transformers, by kind."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_pair_has_the_logits_of_transformers_at_the_first_step(tmp_path, kind):
+    """Both halves of one folder: the images behind timm's module, the captions behind transformers'."""
+    name, vision = PAIRS[kind]
+    width, side = vision["hidden_size"], 4 * vision["patch_size"]
+    vision |= {"intermediate_size": 4 * width, "image_size": side, "num_hidden_layers": 2}
+    theirs = write_text_tower(tmp_path, kind, text_model(kind, vision, projection_size=width))
+    settings = read_text_tower(tmp_path)
+    settings |= {"heads": 8, "mask_token_id": read_tower_tokenizer(tmp_path).mask_id}
+    contrastive = {"clip": "softmax", "siglip": "sigmoid"}[kind]
+    model = MaskVLM(image_tower_config(name, contrastive=contrastive, **settings)).eval()
+    load_text_tower(model, tmp_path)
+    load_image_tower(model, tmp_path)
+    model, theirs = model.double(), theirs.double()
+    tokens, bounds, longest = packed(tmp_path)
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).double().view(3, 1, 1) for x in (model.config.image_mean, model.config.image_std))
+    with torch.no_grad():
+        text = model.embed_text(model.encode_text(tokens, bounds, longest)[0])
+        logits = contrastive_logits(model.embed_image(model.encode_image(images)), text, model.log_scale)
+        logits = logits if model.logit_bias is None else logits + model.logit_bias
+        for column, caption in zip(logits.T, tokens.tensor_split(bounds[1:-1].long()), strict=True):
+            caption = caption if kind == "clip" else torch.cat([caption[1:], torch.ones(20)])[:20].long()
+            found = theirs(input_ids=caption[None], pixel_values=(images / 255 - mean) / std).logits_per_image
+            torch.testing.assert_close(column, found[:, 0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip", "siglip"])
