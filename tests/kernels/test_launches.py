@@ -34,13 +34,19 @@ post = replace(pre, cross_norm="post")
 models = [model_of(config) for config in (pre, post, replace(post, drop_masked=True))]
 
 
+def rows(low, high):
+    # Only later batches have multiples of 16, of which Triton would make a signature of its own.
+    number = draw.randint(low, high)
+    return number // 16 * 16 if len(seen) > int(sys.argv[2]) and draw.random() < 0.5 else number | 1
+
+
 def ids(*shape, dtype=torch.int64):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def batch(config, pairs=64):
     longest = draw.randint(17, 40)
-    tokens, masked = draw.randint(6 * pairs, longest * pairs), draw.randint(pairs, 4 * pairs)
+    tokens, masked = rows(6 * pairs, longest * pairs), rows(pairs, 4 * pairs)
     sizes.add((tokens, masked))
     images = ids(pairs, 3, config.image_size, config.image_size, dtype=torch.uint8)
     bounds = ids(pairs + 1, dtype=torch.int32)
@@ -69,9 +75,9 @@ print(json.dumps([len(sizes), names, sorted(everything - first), sorted(everythi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches, first", [(24, 12), pytest.param(1000, 30, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("batches, first", [(24, 12), pytest.param(200, 30, marks=pytest.mark.extended)])
 def test_no_kernel_is_compiled_in_the_middle_of_training(batches: int, first: int):
-    """All ops of the step: random batches launch no kernel that the first few have not compiled."""
+    """All ops of the step: random batches launch no kernel that the first few, of odd sizes, have not compiled."""
     words = [sys.executable, "-c", STEPS, str(batches), str(first)]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-4000:]

@@ -191,17 +191,6 @@ def through_the_dispatcher() -> Iterator[None]:
 
 @pytest.mark.slow
 @NAMES
-def test_a_call_through_the_dispatcher_gives_the_same_bits(name: str):
-    row = ROWS[name]
-    with use_backend("triton"):
-        direct = loss_and_gradients(row.ours, row)
-        with through_the_dispatcher():
-            dispatched = loss_and_gradients(row.ours, row)
-    assert all(torch.equal(x, y) for x, y in zip(direct, dispatched, strict=True))
-
-
-@pytest.mark.slow
-@NAMES
 def test_modes_and_subclasses_see_the_op_and_get_the_same_bits(name: str):
     row = ROWS[name]
 

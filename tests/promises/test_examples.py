@@ -9,15 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.studies.study import read_study
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def test_the_study_can_be_read():
-    study = read_study(EXAMPLES / "study.toml")
-    assert study.base in study.arms
-    assert len(study.arms) > 1
 
 
 @pytest.fixture

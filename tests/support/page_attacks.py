@@ -123,13 +123,6 @@ def asked(asker: str, *values: Any, **more: Any) -> Act:
     return act
 
 
-def joined(body: object, **changed: Any) -> Act:
-    """An act: the body of a question, or one of Search with changed parts, that has to be refused at once."""
-    return lambda target, visitor: judge(
-        visitor.join(search(visitor, **changed) if changed else body, 2 * SECONDS), (400, 413)
-    )
-
-
 def search(visitor: Visitor, **changed: Any) -> dict[str, Any]:
     """A good question, but for what is changed."""
     number = visitor.event("Search")["id"]
@@ -210,18 +203,7 @@ def traversals() -> Iterator[Attack]:
         "http://127.0.0.1:1/x", "http%3A%2F%2F127.0.0.1%3A1%2Fx", "file:///etc/passwd", "//etc/passwd", ".", "/",
         "x" * 5000,
     )  # fmt: skip
-    paths = (
-        "/static/../../../../etc/passwd", "/static/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/assets//etc/passwd",
-        "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd", "/svelte/../../etc/passwd", f"{API}/file//etc/passwd",
-        "/static/..\\..\\etc\\passwd", "/assets/%00", "//etc/passwd", "/../etc/passwd",
-    )  # fmt: skip
-    named = {f"file={path[:40]}": requested("GET", f"{API}/file={path}", (404,)) for path in files}
-    return attacks("traversal", named | {path: requested("GET", path, (400, 403, 404)) for path in paths})
-
-
-def devices() -> Iterator[Attack]:
-    paths = ("FOLDER/pipe", "/dev/zero", "/dev/random", "/dev/stdin", "/proc/kmsg", "/dev/tty")
-    return attacks("devices", {path: asked(CHOOSE, "nothing", {"path": path}) for path in paths})
+    return attacks("traversal", {path[:40]: requested("GET", f"{API}/file={path}", (404,)) for path in files})
 
 
 def bodies() -> Iterator[Attack]:
@@ -318,89 +300,10 @@ def texts() -> Iterator[Attack]:
         return "markup came back" if answered or "<img" in said else judge_sentence(said)
 
     acts = {f"Fill: {name}": asked("Fill", IMAGE, text) for name, text in given.items()}
+    labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["{}"] * 11)
+    acts |= {"100 labels x 11 templates": asked("Classify", IMAGE, labels, templates)}
+    acts |= {"300,000 labels": asked("Classify", IMAGE, "a\n" * 300_000, "")}
     return attacks("texts", acts | {"markup comes back as text": markup})
-
-
-def products() -> Iterator[Attack]:
-    labels, templates = "\n".join(f"label {i}" for i in range(100)), "\n".join(f"{'{}'} of {i}" for i in range(100))
-    given = {
-        "100 x 100": (labels, templates), "100 x 11": (labels, "\n".join(["{}"] * 11)), "one label": ("a\na", ""),
-        "101 labels": (f"{labels}\nx", ""), "101 templates": ("a\nb", templates + "\n{}"),
-        "300,000 lines": ("a\n" * 300_000, ""), "no label": ("\n\n", ""),
-        "fields of a template": ("a\nb", "{0.__class__}"),
-    }  # fmt: skip
-    return attacks("labels x templates", {name: asked("Classify", IMAGE, *two) for name, two in given.items()})
-
-
-def origins() -> Iterator[Attack]:
-    foreign = (
-        "http://elsewhere.example", "null", "https://127.0.0.1", "http://127.0.0.1:1", "http://localhost:1",
-        "http://127.0.0.1.elsewhere.example", "file://", "x",
-    )  # fmt: skip
-    hosts = (
-        "elsewhere.example", "169.254.169.254", "127.0.0.1@elsewhere.example", "127.0.0.1,elsewhere.example", "a b",
-        "elsewhere.example:80:80", "[::2]", "x" * 3000,
-    )  # fmt: skip
-
-    def framed(target: Target, visitor: Visitor) -> str | None:
-        headers = visitor.request("GET", "/").headers
-        if headers.get("x-frame-options") != "DENY" or headers.get("x-content-type-options") != "nosniff":
-            return "another site may frame it, or guess types"
-        return None if "frame-ancestors 'none'" in headers.get("content-security-policy", "") else "no frame-ancestors"
-
-    acts: dict[str, Act] = {"framed by another site": framed}
-    for method, path in (("POST", f"{API}/queue/join"), ("POST", f"{API}/upload"), ("GET", "/config")):
-        for origin in foreign:
-            body = b"{}" if method == "POST" else b""
-            acts[f"{method} {path} from {origin}"] = requested(method, path, (403,), body, Origin=origin)
-    acts |= {f"Host: {host[:30]}": requested("GET", "/config", (400,), Host=host) for host in hosts}
-    return attacks("origin and host", acts)
-
-
-def routes_off() -> Iterator[Attack]:
-    read = (
-        "/openapi.json", "/login_check", "/info", "/info/?all_endpoints=true", "/deep_link?session_hash=a",
-        "/proxy=https://x.hf.space/y", "/custom_component/a/client/b/c", "/user", "/token", "/runs",
-        "/run-history/buckets", "/startup-events", "/queue/status", "/dev/reload", "/vibe-code/",
-        "/stream/a/b/1/playlist.m3u8", "/call/x/y", "/mcp", "/heartbeat/a",
-    )  # fmt: skip
-    own = (
-        "/openapi.json", "/docs", "/redoc", "/monitoring", "/monitoring/summary", "/monitoring/x", "/logout",
-        "/robots.txt", "/manifest.json", "/pwa_icon/9999",
-    )  # fmt: skip
-    written = (
-        "/run/predict", "/api/predict", "/call/predict", "/component_server", "/cancel", "/reset", "/process_recording",
-        "/vibe-edit/", "/vibe-code/", "/run-history/connect", "/stream/a", "/stream/a/close",
-    )  # fmt: skip
-    acts = {f"GET {path}": requested("GET", path, (404,)) for path in (*own, *(API + path for path in read))}
-    for path in ("/login", *(API + path for path in written)):
-        acts[f"POST {path}"] = requested("POST", path, (404,), b'{"data": []}', Content_Type="application/json")
-    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "NONSENSE"):
-        acts[f"{method} /"] = requested(method, "/", (400, 404))
-    return attacks("routes that are off", acts)
-
-
-def odd_json() -> Iterator[Attack]:
-    bodies: dict[str, object] = {
-        "nothing": b"", "no JSON": b"{", "a list": [], "null": None, "a number": 5, "no UTF-8": b'"\xff"',
-        "deep": b"[" * 90_000 + b"]" * 90_000, "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
-        "NaN": b'{"data": [NaN]}', "100,000 digits": b'{"fn_index": ' + b"9" * 100_000 + b"}",
-        "keys twice": b'{"data": [], "data": 5, "fn_index": 0, "fn_index": 0, "session_hash": "a"}',
-        "an object of nothing": {},
-    }  # fmt: skip
-    values: dict[str, object] = {
-        "of another kind": "abc", "of null": None, "too few": ["a"], "too many": ["a", None, None],
-        "10,000": [1] * 10_000,
-    }  # fmt: skip
-    numbers = (99, -1, 10**9, 1.5, "0", None, True, [0], {"a": 0}, "__class__")
-    sessions = (None, "", 5, "a" * 10_000, "../x", "a b", "\0", ["a"], {"a": 1})
-    return attacks(
-        "odd JSON",
-        {name: joined(body) for name, body in bodies.items()}
-        | {f"values: {name}": joined(None, data=data) for name, data in values.items()}
-        | {f"question {number!r}": joined(None, fn_index=number) for number in numbers}
-        | {f"session {str(session)[:20]!r}": joined(None, session_hash=session) for session in sessions},
-    )
 
 
 def filenames() -> Iterator[Attack]:
@@ -471,15 +374,6 @@ def forgeries() -> Iterator[Attack]:
     acts |= {f"a stream for {query!r}": requested("GET", f"{API}/queue/data{query}", (404,)) for query in queries}
     acts |= {f"hidden patches {str(x)[:20]!r}": asked("Rebuild", IMAGE, x, "a", "b") for x in patches}
     return attacks("forged session", acts)
-
-
-def clicks() -> Iterator[Attack]:
-    events: tuple[Any, ...] = (
-        None, {}, [], "x", 5, {"index": None}, {"index": []}, {"index": [1]}, {"index": [1, 2, 3]},
-        {"index": ["a", "b"]}, {"index": [10**30, 1]}, {"index": [True, False]}, {"index": {"x": 1}}, {"target": "x"},
-        {"index": [[1], [2]]},
-    )  # fmt: skip
-    return attacks("event data", {str(e)[:40]: asked(CLICK, "0" * 16, IMAGE, event_data=e) for e in events})
 
 
 @contextmanager
@@ -579,8 +473,8 @@ def abandoned() -> Iterator[Attack]:
 
 
 MAKERS = (
-    paths_without_meta, files_with_meta, traversals, bodies, texts, images, products, origins, routes_off, odd_json,
-    filenames, forgeries, clicks, devices, slow_connections, abandoned,
+    paths_without_meta, files_with_meta, traversals, bodies, texts, images, filenames, forgeries,
+    slow_connections, abandoned,
 )  # fmt: skip
 ATTACKS = [attack for maker in MAKERS for attack in maker()]
 KINDS = tuple(dict.fromkeys(attack.kind for attack in ATTACKS))

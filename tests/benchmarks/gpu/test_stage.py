@@ -3,11 +3,9 @@
 import csv
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm_benchmarks.budget import Budget
 from mvlm_benchmarks.clock import Busy
-from mvlm_benchmarks.gpu import correct, first, kernels
+from mvlm_benchmarks.gpu import correct, kernels
 from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.stage import Stage, running
-from mvlm_benchmarks.gpu.stages import PARTS
 from support.benchmarks import toy_case
 
 
@@ -108,46 +104,6 @@ def test_a_blind_profiler_and_a_busy_host_are_errors_of_their_row(error, tmp_pat
     rows = [(row["check"], row["status"]) for row in rows_of(tmp_path / "correct.csv")]
     assert rows[:3] == [("values", "ok"), ("kept results", "error"), ("repeats", "ok")]
     assert (code, summary["without_result"]["ops"]) == (0, "error")
-
-
-@pytest.mark.slow
-def test_every_part_that_had_ended_is_in_the_archive(tmp_path, monkeypatch) -> None:
-    """Stage `first`, killed 20 times. Its parts write a summary here, and half of them fail."""
-    chance, archive = random.Random(0), first.archive
-
-    def part(command, limit, output) -> int:
-        folder, name = Path(command[command.index("--out") + 1]), command[3]
-        time.sleep(chance.uniform(0, 0.004))
-        output.write("x" * 100_000)
-        (folder / f"{name}.json").write_text('{"ended": "complete"}' if chance.random() < 0.5 else "{")
-        return 0
-
-    def archived(out: Path) -> None:
-        archive(out)
-        os.write(writer, b".")
-
-    monkeypatch.setattr(first, "run_program", part)
-    monkeypatch.setattr(first, "archive", archived)
-    for trial in range(20):
-        out, (reader, writer) = tmp_path / f"{trial}", os.pipe()
-        out.mkdir()
-        process = os.fork()
-        if not process:
-            try:
-                first.run(Stage("first", out, Budget(60), rehearse=True))
-            finally:
-                os._exit(1)
-        os.close(writer)
-        with os.fdopen(reader) as reports:
-            time.sleep(chance.uniform(0, 0.03))
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            ended = len(reports.read())
-        if ended:
-            with tarfile.open(out / "first.tar") as tar:
-                names = set(tar.getnames())
-            for name in list(PARTS)[:ended]:
-                assert {f"parts/{name}/{name}.json", f"parts/{name}/output.txt"} <= names
 
 
 def run(work: Any, out: Path) -> tuple[int, dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading.build.duplicates import MAX_DISTANCE
-from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, ImageDecoder, exif_first, perceptual_hash
+from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, ImageDecoder, perceptual_hash
 from support import published
 
 
@@ -26,38 +26,6 @@ def test_decoder_checks_sizes_by_itself():
     shapes = [one if isinstance(one, str) else one.shape for one in found]
     large = TOO_MANY_PIXELS
     assert shapes == [(30, 40, 3), large, (30, 40, 3), large, (40, 30, 3), UNDECODABLE, UNDECODABLE]
-
-
-@pytest.mark.slow
-def test_decoder_splits_long_batches_and_keeps_their_order():
-    images = [
-        published.encoded(published.make_image(i, (20 + i, 20)), "PNG")[: 200 if i % 9 == 4 else None]
-        for i in range(75)
-    ]
-    found = list(ImageDecoder(1 << 20)(images))
-    assert [one if isinstance(one, str) else one.shape[1] for one in found] == [
-        UNDECODABLE if i % 9 == 4 else 20 + i for i in range(75)
-    ]
-
-
-def test_exif_data_of_a_webp_are_moved_only_where_it_is_whole():
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return kind + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
-
-    def webp(*chunks: bytes) -> bytes:
-        body = b"WEBP" + b"".join(chunks)
-        return b"RIFF" + len(body).to_bytes(4, "little") + body
-
-    head, exif, more = chunk(b"VP8X", bytes(10)), chunk(b"EXIF", b"e"), chunk(b"XMP ", b"x")
-    odd, even = chunk(b"VP8L", b"abc"), chunk(b"VP8L", b"ab")
-    assert exif_first(webp(head, odd, exif, more) + b"tail") == webp(head, exif, odd, more) + b"tail"
-    assert exif_first(webp(head, even, odd, even, exif)) == webp(head, exif, even, odd, even)
-    whole = webp(head, odd, exif)
-    for same in (
-        webp(head, even, exif, more), webp(head, exif, odd), webp(head, odd), webp(odd, exif),
-        webp(head, odd, chunk(b"XMP ", exif)), *(whole[:cut] for cut in range(len(whole))), b"noise",
-    ):  # fmt: skip
-        assert exif_first(same) == same
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from mvlm_kernels import use_backend
-from mvlm_kernels.place_tokens import place_tokens, reference
+from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.mutants import assert_caught
 from support.kernels.patches import SETTINGS
 from support.kernels.pixel_losses import random
@@ -92,12 +92,6 @@ def test_place_tokens_on_the_cpu_sums_16_bits_in_float32(mode, width):
     got = torch.autograd.grad(place_tokens(*x, **options), x, grad)
     for a, b in zip(got[1:], oracle(inputs, grad, **options)[1][1:], strict=True):
         torch.testing.assert_close(a.double(), torch.from_numpy(b), rtol=2**-8, atol=0)
-
-
-def test_sum_of_masked_rows_off_the_cpu():
-    x, masked = random((3, 4, 5), torch.float64), torch.rand(3, 4) < 0.5
-    x[~masked] = torch.nan
-    torch.testing.assert_close(reference._sum_where(masked, x), x[masked].sum(0))
 
 
 def test_bad_visible_ids_on_a_gpu_touch_no_other_memory():

@@ -10,11 +10,8 @@ import pytest
 from support.packages import needs
 from support.page_attacks import ATTACKS, KINDS, Attack, png
 from support.page_process import Page
-from support.visitor import Visitor
 
 pytestmark = needs("gradio")
-FAST = [attack for attack in ATTACKS if attack.kind not in ("slow connections", "crowds", "abandoned questions")][::10]
-"""A tenth of them, of every kind but those that need time."""
 GROWTH = 100
 """MB by which a kind of attacks may let the page's memory grow."""
 
@@ -48,12 +45,6 @@ def problems(page: Page, attacks: list[Attack]) -> list[str]:
                 problem = f"{attack.kind}: {attack.name}: {len(lines)} lines on the terminal: {lines[-1][:200]}"
             found.append(problem)
     return [problem for problem in found if problem is not None]
-
-
-@pytest.mark.slow
-def test_a_tenth_of_the_attacks_fails(page) -> None:
-    assert problems(page, FAST) == []
-    assert Visitor(page.target.url).ask("Search", ["a circle", None])[0]
 
 
 @pytest.mark.slow

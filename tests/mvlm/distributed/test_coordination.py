@@ -184,13 +184,3 @@ def test_an_attempt_does_not_see_the_notices_of_the_one_before(store, monkeypatc
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with of_rank(0) as other:
         assert other.failure() is None
-
-
-def test_a_world_of_one_sends_nothing():
-    alone = of_rank(0, size=1)
-    with alone:
-        assert alone.failure() is None
-        assert not alone.stop_requested(False)
-        assert alone.stop_requested(True)
-    with pytest.raises(ValueError, match="x"):
-        fail(alone, ValueError("x"))

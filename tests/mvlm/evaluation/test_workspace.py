@@ -111,26 +111,6 @@ def test_finished_parts_are_not_done_again_by_any_number_of_ranks(tmp_path, rank
     assert torch.equal(found, SQUARES)
 
 
-def test_a_part_that_was_not_finished_is_done_again(tmp_path):
-    def failing(start: int, stop: int) -> Iterator[None]:
-        array.write(start, torch.full((stop - start,), 7))
-        raise KeyboardInterrupt
-        yield
-
-    workspace = Workspace(tmp_path, resumable=True)
-    array = workspace.array("x", (3,), torch.int64)
-    with pytest.raises(KeyboardInterrupt):
-        workspace.share("x", 3, 3, failing)
-    done: list[int] = []
-
-    def work(start: int, stop: int) -> Iterator[None]:
-        done.extend(range(start, stop))
-        yield
-
-    Workspace(tmp_path, resumable=True).share("x", 3, 3, work)
-    assert done == [0, 1, 2]
-
-
 def test_all_ranks_stop_if_one_of_them_is_asked_to(tmp_path):
     class Told(Rank):
         def gather_objects(self, value: Any) -> list[Any]:

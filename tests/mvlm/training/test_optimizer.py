@@ -210,15 +210,3 @@ def test_clipping_scales_the_gradients_that_enter_the_momentum():
         states.append(everything_of(model, optimizer))
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_parameters_without_a_gradient_are_left_alone():
-    model = micro_model(dtype=torch.float32)
-    optimizer = make_optimizer(model, muon_config(), CPU)
-    set_gradients(model)
-    alone = model.get_parameter("image_encoder.blocks.0.attention.query.weight")
-    alone.grad = None
-    before = alone.detach().clone()
-    optimizer.step()
-    assert torch.equal(before, alone)
-    assert not optimizer.state[alone]
