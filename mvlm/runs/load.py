@@ -34,8 +34,20 @@ def load_model(
     text_length: int | None = None,
 ) -> TrainedModel:
     """As `mvlm.tasks.evaluate.load_model`, without the head of a fine-tuned run."""
+    return read_network(*find_model(path), path, device, precision, image_size, text_length)
+
+
+def read_network(
+    folder: Path,
+    exported: bool,
+    path: Path | str,
+    device: torch.device | str,
+    precision: str,
+    image_size: int | None,
+    text_length: int | None,
+) -> TrainedModel:
+    """The model in the folder that `find_model` found for `path`."""
     chosen = device if isinstance(device, torch.device) else choose_device(device)
-    folder, exported = find_model(path)
     if not exported:
         log_unfinished(Path(path), folder)
     config, tokenizer = read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)

@@ -23,8 +23,14 @@ from mvlm.inference.trained_model import TrainedModel, hash_of
 from mvlm.model.pretrained import WEIGHTS_FILE
 from mvlm.runs.checkpoint import MANIFEST, MODEL, read_state
 from mvlm.runs.folder import find_checkpoint, log_unfinished
-from mvlm.runs.load import find_model, network_of, read_architecture, read_weights, warn_without_itm
-from mvlm.runs.load import load_model as load_network
+from mvlm.runs.load import (
+    find_model,
+    network_of,
+    read_architecture,
+    read_network,
+    read_weights,
+    warn_without_itm,
+)
 from mvlm.tasks import task_names
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task
@@ -98,11 +104,18 @@ def load_task(
     described = described_task(folder)
     if described is None:
         raise RunError(f"{path}: wanted a fine-tuned run, found a pretraining run; `mvlm finetune` makes one from it")
+    return _read_task(folder, described, device, kind, **changes)
+
+
+def _read_task(
+    folder: Path, described: dict[str, Any], device: torch.device | str, kind: type[Task] | None, **changes: Any
+) -> tuple[Task, Tokenizer]:
+    """The task of a verified checkpoint that has this `described_task`, and its tokenizer."""
     wanted = (kind.name,) if kind else task_names()
     if described["name"] not in wanted:
         raise RunError(
-            f"{path}: wanted a run of the task {', '.join(wanted)}, found one of {described['name']}; name that task, "
-            f"or the file that defines it"
+            f"{folder}: wanted a run of the task {', '.join(wanted)}, found one of {described['name']}; name that "
+            f"task, or the file that defines it"
         )
     config, tokenizer = read_architecture(folder)
     network = network_of(folder, config, folder / MODEL, "model.")
@@ -153,10 +166,10 @@ def load_model(
         if described is not None:
             advice = "" if described["name"] in heads else "; name the file that defines it with task"
             log.info("%s: the network without the head of the task %s%s", path, described["name"], advice)
-        return load_network(path, device, precision, image_size, text_length)
+        return read_network(folder, exported, path, device, precision, image_size, text_length)
     chosen = device if isinstance(device, torch.device) else choose_device(device)
     log_unfinished(Path(path), folder)
-    loaded, tokenizer = load_task(folder, chosen, kind)
+    loaded, tokenizer = _read_task(folder, described, chosen, kind)
     warn_without_itm(loaded.model, path)
     return TrainedModel(loaded.model, tokenizer, precision, folder, loaded)
 

@@ -12,10 +12,9 @@ from mvlm.inference.encode import BATCH
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading.files import replaced, write_file, write_json
 from mvlm_dataloading.sources.files import files_under, read_rows
-from mvlm_dataloading.sources.folder import LISTED
+from mvlm_dataloading.sources.folder import LISTED, TABLES
 
 log = logging.getLogger(__name__)
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 FORMATS = (".json", ".jsonl", ".parquet")
 
 

@@ -31,7 +31,7 @@ from .record import (
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LISTED = (*IMAGE_EXTENSIONS, ".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
 """Names of images. Those of other formats are rejected with a reason, and not passed over in silence."""
-_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _MAX_TEXT = 1 << 22
 
 
@@ -152,8 +152,8 @@ def table_rows(
     Raises:
         DataError: the file is no table, it lacks a column, or an image has two splits.
     """
-    if file.suffix.lower() not in _TABLES:
-        raise DataError(f"{file}: wanted a table with the ending {', '.join(_TABLES)}, found {file.suffix or 'none'}")
+    if file.suffix.lower() not in TABLES:
+        raise DataError(f"{file}: wanted a table with the ending {', '.join(TABLES)}, found {file.suffix or 'none'}")
     splits: dict[str, str] = {}
     known: set[str] = set()
     for row in read_rows(file):

@@ -7,8 +7,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+import mvlm
 from mvlm.errors import RunError
+from mvlm.runs import checkpoint
 from mvlm.runs.load import load_model, load_tokenizer_of
+from mvlm_dataloading.files import sha256
 
 
 @pytest.mark.slow
@@ -29,6 +32,13 @@ def test_a_model_without_itm_is_known_by_its_head(trained, portable, without_itm
         caplog.clear()
         assert not load_model(place, "cpu").network.matching_is_trained
         assert f"{place}: trained without ITM, so its matches and re-rankings mean nothing" in caplog.text
+
+
+def test_the_files_of_a_checkpoint_are_hashed_once(trained, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: hashed.append(file) or sha256(file))
+    mvlm.load_model(trained, "cpu")
+    assert len(hashed) == len(set(hashed)) > 3
 
 
 def test_an_unfinished_run_says_how_far_it_is(trained, run_copy, caplog):
