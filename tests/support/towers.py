@@ -2,19 +2,45 @@
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 """Image towers of timm with random weights, compared with timm's own modules.
 
-    PYTHONPATH=tests python -m support.towers --csv benchmarks/results/towers-timm.csv
+    PYTHONPATH=tests python -m support.towers
 
-walks over every model of timm that is a VisionTransformer or an Eva, or comes from the same files, with two layers.
+walks over the models of timm that are a VisionTransformer or an Eva, with two layers and four patches a side, and over
+their relatives, and writes benchmarks/results/towers-timm.csv and docs/reference/towers.md. Of models wider than 1,280
+only the shape is compared.
 """
 
+import csv
+import logging
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.errors import ConfigError
 from mvlm.model.towers.timm_tower import TimmTower, tower_settings
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "benchmarks" / "results" / "towers-timm.csv"
+PAGE = ROOT / "docs" / "reference" / "towers.md"
+FIELDS = ("model", "class", "row 0", "width", "patch", "result")
+FILES = (
+    "vision_transformer", "eva", "deit", "vision_transformer_hybrid", "vision_transformer_relpos",
+    "vision_transformer_sam", "vitamin", "beit", "naflexvit",
+)  # fmt: skip
+"""Files of timm whose models are walked over."""
+FAMILIES = (
+    "siglip", "clip", "dinov3", "dinov2", "eva02", "eva", "deit3", "deit", "pe_core", "pe_lang", "pe_spatial", "aimv2",
+    "beit3", "sapiens2", "lingbot", "rope", "sam", "relpos", "vitamin", "beit", "naflexvit", "flexivit", "test_vit",
+)  # fmt: skip
+"""Parts of names that tell a family; the first counts. All others are plain ViTs."""
+MOST_WIDTH = 1280
 
 
 def tower_config(name: str, **changes: Any) -> MaskVLMConfig:
@@ -29,13 +55,22 @@ def tower_config(name: str, **changes: Any) -> MaskVLMConfig:
 
 
 def timm_module(config: MaskVLMConfig) -> Any:
-    """timm's module with the sizes of a tower, random weights that matter, in float64 and evaluation mode."""
+    """timm's module with the sizes of a tower and random weights that matter, in evaluation mode."""
     name = config.image_tower.removeprefix("timm:")
     module = timm.create_model(name, num_classes=0, img_size=config.image_size, depth=config.image_layers)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+            parameter.uniform_(-0.1, 0.1) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn(len(parameter)))
     return module.eval()
+
+
+def without_initialization() -> ExitStack:
+    """Context in which timm's modules are made with zeros in place of their costly random weights."""
+    stack = ExitStack()
+    for name in ("vision_transformer", "eva"):
+        stack.enter_context(patch(f"timm.models.{name}.trunc_normal_", lambda tensor, **_: tensor.data.zero_()))
+    stack.enter_context(patch("torch.nn.init.kaiming_uniform_", lambda tensor, **_: tensor.data.zero_()))
+    return stack
 
 
 def masked_by_a_loop(module: Any, images: Tensor, masked: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,9 +79,9 @@ def masked_by_a_loop(module: Any, images: Tensor, masked: Tensor, token: Tensor)
     def replace(_: nn.Module, __: Any, patches: Tensor) -> Tensor:
         rows = patches.clone().view(len(images), -1, patches.shape[-1])
         for image in range(len(images)):
-            for patch in range(rows.shape[1]):
-                if masked[image, patch]:
-                    rows[image, patch] = token
+            for place in range(rows.shape[1]):
+                if masked[image, place]:
+                    rows[image, place] = token
         return rows.view(patches.shape)
 
     handle = module.patch_embed.register_forward_hook(replace)
@@ -62,7 +97,8 @@ def difference(name: str) -> float:
     """Largest difference of a tower's features from timm's, relative to the largest, with and without masks."""
     torch.manual_seed(0)
     config = tower_config(name)
-    module, tower = timm_module(config), TimmTower(config).eval()
+    with without_initialization():
+        module, tower = timm_module(config), TimmTower(config).eval()
     tower.module.load_state_dict(module.state_dict())
     tower.mask_token.normal_()
     images = torch.randint(0, 256, (2, 3, config.image_size, config.image_size), dtype=torch.uint8)
@@ -78,3 +114,80 @@ def difference(name: str) -> float:
         wanted, found = torch.cat([pooled[:, None], rows], dim=1), tower(images, masked if masked.any() else None)
         largest = max(largest, float((found - wanted).abs().max() / wanted.abs().max()))
     return largest
+
+
+def names() -> list[str]:
+    """Names of the models that are walked over."""
+    files = {name: timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in timm.list_models()}
+    return [name for name, file in files.items() if file in FILES]
+
+
+def row_of(name: str) -> dict[str, str]:
+    """One model: what it is, and whether it is a tower that computes the same, or why not."""
+    row = dict.fromkeys(FIELDS, "") | {"model": name}
+    try:
+        settings = tower_settings(f"timm:{name}")
+    except ConfigError as error:
+        return row | {"result": f"refused: {str(error).rpartition(f'{name}: ')[2]}"}
+    wide = settings["width"] > MOST_WIDTH
+    with torch.device("meta"):
+        config = tower_config(name)
+        tower = TimmTower(config)
+        shape = tower(torch.empty(1, 3, config.image_size, config.image_size)).shape
+    assert shape == (1, 17, config.width)
+    module = tower.module
+    own = module.attn_pool is not None or module.cls_token is None or not isinstance(module.fc_norm, nn.Identity)
+    row |= {"class": type(module).__name__, "width": str(module.embed_dim), "patch": str(config.patch_size)}
+    row["row 0"] = ("attention pooling" if module.attn_pool is not None else module.global_pool) if own else "[CLS]"
+    if wide:
+        return row | {"result": "shape"}
+    return row | {"result": "equal" if difference(name) < 1e-5 else "different"}
+
+
+def rows_of(chosen: Iterable[str] = ()) -> list[dict[str, str]]:
+    """Rows of the models of these names, or of all."""
+    logging.disable(logging.WARNING)
+    try:
+        return [row_of(name) for name in chosen or names()]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def page(rows: list[dict[str, str]]) -> str:
+    """The page of a walk: its rows by family, class, row 0 and result, with counts."""
+    counts: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        family = next((part for part in FAMILIES if part in row["model"]), "vit")
+        kind = "hybrid" if "HybridEmbed" in row["result"] and family == "vit" else family
+        key = (kind, row["class"], row["row 0"], row["result"])
+        counts[key] = counts.get(key, 0) + 1
+    lines = [f"| {' | '.join(key[:3])} | {number} | {key[3]} |" for key, number in sorted(counts.items())]
+    towers = sum(not row["result"].startswith("refused") for row in rows)
+    return f"""# Image towers
+
+This page lists the models of timm {timm.__version__} that `--model.image-tower` takes ([Pretrained weights](../guides/weights.md#image-towers)), and why it refuses others.
+`PYTHONPATH=tests python -m support.towers` makes it, and [a table of each model](../../benchmarks/results/towers-timm.csv).
+
+{towers} of {len(rows)} models are towers. Each was built with two layers and random weights. *equal*: features, with masked patches and without, are those of timm's own
+forward pass, within 1e-5 of the largest. *shape*: wider than {MOST_WIDTH:,}, so only the shape was compared.
+
+| family | class of timm | row 0 | models | result |
+|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+if __name__ == "__main__":
+    with COMMITTED.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for model in names():
+            writer.writerow(row_of(model))
+            opened.flush()
+    PAGE.write_text(page(read_rows(COMMITTED)))
+    sys.exit(any(row["result"] == "different" for row in read_rows(COMMITTED)))

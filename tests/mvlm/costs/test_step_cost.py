@@ -101,6 +101,13 @@ def test_flops_of_an_image_block_by_hand():
     assert two.parts["image_encoder"] > 1.3 * one.parts["image_encoder"]
 
 
+def test_a_vit_of_timm_costs_what_ours_costs():
+    vit = replace(CONFIG, image_tower="timm:vit_tiny_patch16_224")
+    own, tower = (step_cost(config, StepShape(pairs=2)) for config in (CONFIG, vit))
+    assert (tower.parameters, tower.forward, tower.backward) == (own.parameters, own.forward, own.backward)
+    assert "image_encoder" in tower.parts
+
+
 def test_fetched_features_of_other_ranks_add_memory_and_flops():
     """On 16 simulated ranks ITM has as many rows again. No process group is left."""
     alone, among = step_cost(CONFIG, StepShape(pairs=8)), step_cost(CONFIG, StepShape(pairs=8, ranks=16))

@@ -91,6 +91,7 @@ PARTNERS = {"image_mask_ratio": 0.5, "mask_partner": True}
 POOLING = {"text_pooling": True}
 SIGMOID = {"contrastive": "sigmoid"}
 MASKED = {"contrast_masked": True}
+TOWER = {"image_tower": "timm:test_vit2", "image_size": 64, "patch_size": 16, "mask_block": 32, "width": 68, "heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,8 @@ MASKED = {"contrast_masked": True}
         *((MASKED | {"drop_masked": True}, weights, "") for weights in (EVERY, SOME[1])),
         (POOLING, EVERY, "captions in sequences of two"),
         *(({}, EVERY, how) for how in ("weighted", "weighted, padded")),
+        (TOWER, EVERY, ""),
+        (TOWER | PARTNERS | {"output_positions": True}, EVERY, "padded"),
     ],
     ids=str,
 )

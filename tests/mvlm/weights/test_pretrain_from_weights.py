@@ -15,12 +15,15 @@ from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import load_model
 from mvlm.training.run import make_model, pretrain
 from mvlm.verify.verify import verify_run
+from mvlm.weights import export_timm_vit
 from mvlm_dataloading import DataError
 from support.encoders import hf_text, timm_vit
 from support.folders import checkpoint_contents
 from support.models import micro_config, pretrain_config
 from support.scenes import write_scenes
 from support.text_towers import tower_config, write_text_tower
+from support.towers import timm_module
+from support.towers import tower_config as image_tower_config
 
 
 @pytest.mark.slow
@@ -57,6 +60,47 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
     with pytest.raises(RunError, match="wanted a safetensors file, could not read it"):
         pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_an_image_tower_is_verified_continued_and_exported(scenes, tmp_path, run_mvlm, without_tensorboard):
+    """Muon, an average of the weights, recomputed blocks; its checkpoints need neither the file nor a network."""
+    weights = timm_module(image_tower_config("test_vit")).state_dict()
+    save_file(weights, tmp_path / "tower.safetensors")
+    words = """--max-steps 4 --batch-size 4 --checkpoint-every-steps 2 --warmup-steps 1 --ema-decay 0.5 --precision fp32
+        --checkpoint-activations --device cpu --model.image-tower timm:test_vit --model.image-size 64
+        --model.image-layers 2 --model.text-layers 1 --model.cross-layers 1 --model.decoder-layers 1"""
+    run, files = tmp_path / "run", ("--data", scenes, "--image-weights", tmp_path / "tower.safetensors")
+    outcome = run_mvlm("pretrain", "tiny", *words.split(), *files, "--out", run)
+    assert outcome.code == 0, outcome.err
+    (tmp_path / "tower.safetensors").unlink()
+    network = load_model(run).network
+    assert (network.config.width, network.config.patch_size, network.config.image_mean) == (64, 16, (0.5, 0.5, 0.5))
+    name = "blocks.1.mlp.fc2.weight"
+    assert 0 < (network.get_parameter(f"image_encoder.module.{name}") - weights[name]).abs().max() < 0.5
+    words = (
+        "--checkpoint",
+        run,
+        "--data",
+        scenes,
+        "--split",
+        "test",
+        "--out",
+        run / "eval/test.json",
+        "--device",
+        "cpu",
+    )
+    assert run_mvlm("eval", "retrieval", *words).code == 0
+    verified = run_mvlm("verify", run, "--steps", 2).out
+    assert verified[-1] == "verified", verified
+    assert run_mvlm("export", run, tmp_path / "pt2", "--format", "pt2").code == 0
+    with pytest.raises(ConfigError, match="image_tower"):
+        export_timm_vit(network)
+    own = {"data": scenes, "out": tmp_path / "own", "initial_model": run}
+    again = make_model(pretrain_config(**own, model=network.config), fresh=True)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(ConfigError, match="image_tower"):
+        make_model(pretrain_config(**own, model=replace(network.config, image_tower="")), fresh=True)
 
 
 @pytest.mark.slow
