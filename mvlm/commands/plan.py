@@ -13,6 +13,7 @@ def plan(
     gpus: tuple[str, ...],
     data: str,
     preset: str = "base",
+    image_tower: str = "",
     gpu: str = "H100",
     batch_size: int = 0,
     epochs: float = 1.0,
@@ -37,6 +38,7 @@ def plan(
         gpus: GPUs per node x nodes, for example 8 x 16.
         data: Pairs in the data set, for example 400M.
         preset: Preset of the model: tiny, small or base.
+        image_tower: Image tower in place of the preset's image encoder, timm:NAME.
         gpu: A100, H100, H200 or B200.
         batch_size: Pairs in the global batch. 0: 128 per GPU.
         epochs: Passes over the data.
@@ -73,6 +75,10 @@ def plan(
         )
     per_node, nodes = parse_gpus(gpus)
     model = MaskVLMConfig.preset(preset)
+    if image_tower:
+        from mvlm.model.towers.timm_tower import tower_settings
+
+        model = replace(model, **tower_settings(image_tower, image_size or None))
     model = replace(model, image_size=image_size or model.image_size, text_length=text_length or model.text_length)
     setting = ClusterSetting(
         model=model,

@@ -186,7 +186,7 @@ def stored_sizes(found: Mapping[str, Shape]) -> dict[str, Any]:
             sizes["image_size"] = isqrt(image[0] - 1) * sizes["patch_size"]
     numbers: dict[str, set[str]] = {}
     for name in found:
-        if block := re.match(r"(\w+)\.blocks\.(\d+)\.", name):
+        if block := re.match(r"(\w+)\.(?:module\.)?blocks\.(\d+)\.", name):
             numbers.setdefault(block[1], set()).add(block[2])
     sizes |= {name: len(numbers[module]) for name, module in BLOCKS.items() if module in numbers}
     if EMBEDDING in found:

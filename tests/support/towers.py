@@ -5,7 +5,7 @@
     PYTHONPATH=tests python -m support.towers
 
 walks over the models of timm that are a VisionTransformer or an Eva, with two layers and four patches a side, and over
-their relatives, and writes benchmarks/results/towers-timm.csv and docs/reference/towers.md. Of models wider than 1,280
+their relatives, and writes benchmarks/results/towers-timm.csv and the section of docs/reference/towers.md. Of models wider than 1,280
 only the shape is compared.
 """
 
@@ -158,8 +158,8 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def page(rows: list[dict[str, str]]) -> str:
-    """The page of a walk: its rows by family, class, row 0 and result, with counts."""
+def section(rows: list[dict[str, str]]) -> str:
+    """The section of the page on a walk: its rows by family, class, row 0 and result, with counts."""
     counts: dict[tuple[str, ...], int] = {}
     for row in rows:
         family = next((part for part in FAMILIES if part in row["model"]), "vit")
@@ -168,18 +168,26 @@ def page(rows: list[dict[str, str]]) -> str:
         counts[key] = counts.get(key, 0) + 1
     lines = [f"| {' | '.join(key[:3])} | {number} | {key[3]} |" for key, number in sorted(counts.items())]
     towers = sum(not row["result"].startswith("refused") for row in rows)
-    return f"""# Image towers
+    table = "\n".join(lines)
+    return f"""## Image towers
 
-This page lists the models of timm {timm.__version__} that `--model.image-tower` takes ([Pretrained weights](../guides/weights.md#image-towers)), and why it refuses others.
-`PYTHONPATH=tests python -m support.towers` makes it, and [a table of each model](../../benchmarks/results/towers-timm.csv).
+`--image-tower timm:NAME`, with a model of timm {timm.__version__}. `PYTHONPATH=tests python -m support.towers` makes this
+section, and [a table of each model](../../benchmarks/results/towers-timm.csv).
 
-{towers} of {len(rows)} models are towers. Each was built with two layers and random weights. *equal*: features, with masked patches and without, are those of timm's own
-forward pass, within 1e-5 of the largest. *shape*: wider than {MOST_WIDTH:,}, so only the shape was compared.
+{towers} of {len(rows)} models are towers. Each was built with two layers and random weights. *equal*: features, with
+masked patches and without, are those of timm's own forward pass, within 1e-5 of the largest. *shape*: wider than
+{MOST_WIDTH:,}, so only the shape was compared.
 
 | family | class of timm | row 0 | models | result |
 |---|---|---|---|---|
-{chr(10).join(lines)}
+{table}
 """
+
+
+def write_page() -> None:
+    """Renew the last section of the page from the committed rows."""
+    before = PAGE.read_text().partition("\n## Image towers\n")[0]
+    PAGE.write_text(f"{before}\n{section(read_rows(COMMITTED))}")
 
 
 if __name__ == "__main__":
@@ -189,5 +197,5 @@ if __name__ == "__main__":
         for model in names():
             writer.writerow(row_of(model))
             opened.flush()
-    PAGE.write_text(page(read_rows(COMMITTED)))
+    write_page()
     sys.exit(any(row["result"] == "different" for row in read_rows(COMMITTED)))

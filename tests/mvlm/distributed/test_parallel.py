@@ -15,19 +15,24 @@ from mvlm.runs.load import load_model
 from mvlm.training.run import pretrain
 from support.folders import LOSSES, rows_of
 from support.models import micro_config, pretrain_config
+from support.towers import tower_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 
 
-@pytest.fixture(params=["adamw", pytest.param("muon", marks=pytest.mark.extended)])
+@pytest.fixture(params=["adamw", *(pytest.param(name, marks=pytest.mark.extended) for name in ("muon", "tower"))])
 def runs(request, scenes, tmp_path, on_two_ranks) -> tuple[Path, Path]:
     """Runs of two steps: one process, and two ranks with FSDP2 and two microbatches each.
 
-    torchrun starts those of Muon, with the command of docs/guides/many_gpus.md; the others are forked.
+    torchrun starts those of Muon, with the command of docs/guides/many_gpus.md; the others are forked. Those of an
+    image tower recompute its blocks.
     """
-    folder, optimizer = tmp_path, request.param
+    folder, optimizer = tmp_path, "muon" if request.param == "muon" else "adamw"
     model = micro_config(image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
+    if request.param == "tower":
+        model = tower_config("test_vit2", image_layers=1)
     settings = {"precision": "fp32", "eval_every_steps": 2, "optimizer": optimizer, "model": model}
+    settings["checkpoint_activations"] = request.param == "tower"
     config = pretrain_config(scenes, folder / "one", **settings)
     pretrain(config)
     shown = re.search(
