@@ -5,8 +5,8 @@
     PYTHONPATH=tests python -m support.towers
 
 walks over the models of timm that are a VisionTransformer or an Eva, with two layers and four patches a side, and over
-their relatives, and writes benchmarks/results/towers-timm.csv and the section of docs/reference/towers.md. Of models wider than 1,280
-only the shape is compared.
+their relatives. It writes benchmarks/results/towers-timm.csv and the last section of docs/reference/towers.md. Of
+models wider than 1,280 only the shape is compared.
 """
 
 import csv
@@ -171,8 +171,8 @@ def section(rows: list[dict[str, str]]) -> str:
     table = "\n".join(lines)
     return f"""## Image towers
 
-`--image-tower timm:NAME`, with a model of timm {timm.__version__}. `PYTHONPATH=tests python -m support.towers` makes this
-section, and [a table of each model](../../benchmarks/results/towers-timm.csv).
+`--model.image-tower timm:NAME`, with a model of timm {timm.__version__}. `PYTHONPATH=tests python -m support.towers` makes
+this section and [a table of each model](../../benchmarks/results/towers-timm.csv).
 
 {towers} of {len(rows)} models are towers. Each was built with two layers and random weights. *equal*: features, with
 masked patches and without, are those of timm's own forward pass, within 1e-5 of the largest. *shape*: wider than
