@@ -171,8 +171,8 @@ def section(rows: list[dict[str, str]]) -> str:
     table = "\n".join(lines)
     return f"""## Image towers
 
-`--model.image-tower timm:NAME`, with a model of timm {timm.__version__}. `PYTHONPATH=tests python -m support.towers` makes
-this section and [a table of each model](../../benchmarks/results/towers-timm.csv).
+`--model.image-tower timm:NAME`, with a model of timm {timm.__version__}. `PYTHONPATH=tests python -m support.towers`
+makes this section and [a table of each model](../../benchmarks/results/towers-timm.csv).
 
 {towers} of {len(rows)} models are towers. Each was built with two layers and random weights. *equal*: features, with
 masked patches and without, are those of timm's own forward pass, within 1e-5 of the largest. *shape*: wider than
