@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 550
+PRESET ?= small
 
 # Each of the hundreds of processes that tests start would compile every module of this repository again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
-        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence tasks tasks-start tasks-table \
+        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation tasks tasks-start tasks-table \
         check docs docs-links \
         format clean
 
@@ -232,6 +233,13 @@ evidence: $(VENV)/.installed data/emoji/dataset.json
 	for data in $(EVIDENCE); do for study in objectives masking ratios data objective_now optimizer; do \
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
 	        --reuse runs/evidence/$$data/* benchmarks/results/studies/$$data-*.jsonl --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
+
+## paper-ablation the paper's Table 5 on one GPU: DATA=data/coco PRESET=small; resumes, and ends with one page
+paper-ablation: $(VENV)/.installed
+	mkdir -p build
+	sed -e 's|^preset = .*|preset = "$(PRESET)"|' -e 's|"data/coco"|"$(DATA)"|' studies/paper.toml > build/paper.toml
+	$(BIN)/mvlm plan --gpus 1 --data 113287 --preset $(PRESET) --batch-size 512 --epochs 50
+	$(BIN)/mvlm study build/paper.toml --data $(DATA) --out runs/paper-$(PRESET)
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 # The model that tasks start from: images of 96 pixels, trained with AdamW.

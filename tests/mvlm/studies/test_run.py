@@ -17,7 +17,7 @@ from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
 from mvlm.studies.page import MEASURES
 from mvlm.studies.run import plan_trials, report_finished, run_study
-from mvlm.studies.study import Study
+from mvlm.studies.study import Study, read_study
 from mvlm.studies.trial import read_result, run_trial, take_result
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
@@ -313,3 +313,18 @@ def test_the_model_of_each_trial_is_fine_tuned_and_evaluated(scenes, questions, 
         run_study(longer, scenes, tmp_path / "study")
     with pytest.raises(ConfigError, match="wanted vqa, one of its splits test, train, and a figure"):
         run_study(replace(both, measures=["vqa.artist.accuracy"]), scenes, tmp_path / "other")
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+def test_the_study_of_the_papers_claim_runs_from_start_to_page(scenes, tmp_path) -> None:
+    paper = read_study(Path(__file__).parents[3] / "studies/paper.toml")
+    few = {"batch_size": 8, "warmup_steps": 0, "device": "cpu", "eval_every_steps": 0}
+    stage = paper.then["retrieval"] | few | {"data": str(scenes), "max_steps": 1}
+    settings = study().settings | few
+    short = replace(paper, seeds=[0], budget={"steps": 2}, rerank=2, settings=settings, then={"retrieval": stage})
+    assert run_study(short, scenes, tmp_path) is not None
+    found = rows(tmp_path)
+    steps = {arm: int(found[arm, "itm.r1"]["steps"]) for arm in paper.arms}
+    assert steps["ITC + ITM, FLOPs of all four"] > steps["ITC + ITM + MLM + MIM"] == 2
+    assert all((arm, "retrieval.test.mean_r1") in found for arm in paper.arms)
