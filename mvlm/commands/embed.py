@@ -53,6 +53,7 @@ def export(
     private: bool = False,
     dry_run: bool = False,
     data: Path | None = None,
+    mix: float | None = None,
 ) -> None:
     """Write a trained model as one portable folder, for mvlm, for another runtime, or for the Hugging Face hub.
 
@@ -68,6 +69,8 @@ def export(
         private: Make the repository private if it is new.
         dry_run: Write the folder for --push-to and upload nothing.
         data: Folder of the training data, for the card, if it is no longer where the run's config.json says.
+        mix: Share of the run in a mean of its weights and those of the model that it started from (WiSE-FT), such as
+            0.5. Default: the run alone.
     """
     from mvlm.errors import ConfigError
 
@@ -76,9 +79,13 @@ def export(
         wrong = [flag for flag, value in given.items() if value]
         if wrong:
             raise ConfigError(f"{wrong[0]}: wanted --format hub beside it, got --format {format}; change one of them")
-    from mvlm.runs.load import load_model
+    elif mix is not None:
+        raise ConfigError("mix: wanted another --format than hub, whose card describes the run; leave one of them out")
+    from mvlm.runs.load import load_model, mix_with_start
 
     model = load_model(run, "cpu")
+    if mix is not None:
+        mix_with_start(model.network, run, mix)
     if format == "safetensors":
         model.save(out)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvlm.config.json_files import read_model_config
+from mvlm.config.json_files import read_config, read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError, shown
@@ -18,7 +18,7 @@ from mvlm.model.adaptation import add_adapters, merge_adapters, unmerged
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, check_sizes, download
 from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
-from mvlm.runs.folder import find_checkpoint, log_unfinished
+from mvlm.runs.folder import find_checkpoint, find_run, log_unfinished
 from mvlm.weights.resize import resized_model, resized_tensors
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 from mvlm_dataloading.files import sha256
@@ -111,6 +111,30 @@ def read_weights(module: nn.Module, folder: Path, prefix: str = "") -> None:
             tensors = {name: tensor for name, tensor in tensors.items() if name in found}
         read_tensors(folder / part, tensors, prefix)
     merge_adapters(module)
+
+
+@torch.no_grad()
+def mix_with_start(network: MaskVLM, source: Path, mix: float) -> None:
+    """Make the weights of a run's network (1 - mix) times those of its start + mix times its own (WiSE-FT), in place.
+
+    Args:
+        source: the run, or one of its checkpoints.
+
+    ConfigError for a run that no trained model was the start of, and a mix outside of [0, 1].
+    """
+    if not 0 <= mix <= 1:
+        raise ConfigError(f"mix: wanted a number in [0, 1], got {mix}")
+    run = find_run(source)
+    config = {} if run is None else read_config(run.config)
+    start = None if config.get("random_weights") else config.get("initial_model") or config.get("checkpoint")
+    if start is None:
+        raise ConfigError(
+            f"mix: wanted a run that started from a trained model (--initial-model, or --checkpoint of mvlm finetune), "
+            f"got {source}; leave --mix out"
+        )
+    before = resized_tensors(load_model(Path(start), network.log_scale.device).network, network)
+    mixed = {name: (1 - mix) * before[name] + mix * tensor for name, tensor in network.state_dict().items()}
+    copy_into(network.state_dict(), mixed, source)
 
 
 def identify(source: Path | str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from mvlm.training.run import make_model, pretrain
 from mvlm.verify.verify import verify_run
 from mvlm.weights import export_timm_vit
 from mvlm_dataloading import DataError
+from support.commands import assert_refused
 from support.encoders import hf_text, timm_vit
 from support.folders import checkpoint_contents
 from support.models import micro_config, pretrain_config
@@ -193,7 +194,7 @@ def test_the_sigmoid_loss_starts_at_the_odds_of_a_match_in_a_batch(scenes, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained, run_copy, scenes, tmp_path):
+def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained, run_copy, scenes, tmp_path, run_mvlm):
     """Weights are those of its start plus alpha / rank B A, by numpy. It wants its start, and not another one."""
     run, copy = tmp_path / "adapted", tmp_path / "copy"
     parts: dict[str, Any] = {"train_image": "lora", "train_text": "frozen", "train_cross": "lora", "lora_alpha": 4.0}
@@ -224,6 +225,13 @@ def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained
         else:
             assert torch.equal(after[name], (before | stored)[name]), name
     assert not any("original" in name or name.startswith("text_encoder") for name in stored)
+
+    assert run_mvlm("export", run, tmp_path / "mean", "--mix", 0.5).code == 0
+    mean = load_model(tmp_path / "mean").network.state_dict()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(mean[name].numpy(), 0.5 * (tensor.numpy() + after[name].numpy()))
+    for words in ((trained, "--mix", 0.5), (run, "--mix", 1.5), (run, "--mix", 0.5, "--format", "hub")):
+        assert_refused(run_mvlm("export", words[0], tmp_path / "other", *words[1:]), "mix: ")
 
     shutil.move(run_copy, tmp_path / "elsewhere")
     with pytest.raises(RunError, match=str(run_copy)):
