@@ -132,6 +132,8 @@ def why_no_tower(module: Any) -> str:
 
     if type(module) not in (VisionTransformer, Eva):
         return f"it is a {type(module).__name__}"
+    if not hasattr(module, "attn_pool"):
+        return "it has no attn_pool, so timm is too old; update it"
     embed = module.patch_embed
     if type(embed) is not PatchEmbed:
         return f"its patches come from a {type(embed).__name__}"
