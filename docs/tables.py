@@ -8,6 +8,7 @@ benchmarks/results/tasks.
 
 import argparse
 import csv
+import gzip
 import json
 import re
 import sys
@@ -201,7 +202,9 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
     with file.open() as lines:
         rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(lines)}
     trials: dict[str, list[dict[str, Any]]] = {}
-    for line in file.with_suffix(".jsonl").read_text().splitlines():
+    packed = file.with_suffix(".jsonl.gz")
+    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else file.with_suffix(".jsonl").read_text()
+    for line in text.splitlines():
         trial = json.loads(line)
         trials.setdefault(trial["arm"], []).append(trial)
     head = ["seeds", "image to text R@1", "text to image R@1", "by ITC alone", "by ITM alone", "text gain, nats"]

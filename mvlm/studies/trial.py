@@ -1,5 +1,6 @@
 """A trial: one run of one arm with one seed, its evaluation, and the file that keeps what it found."""
 
+import gzip
 import json
 import logging
 import shutil
@@ -250,7 +251,7 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     the same name is taken first.
 
     Args:
-        study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`.
+        study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`, also with gzip.
     """
     for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
         if trial.same_settings(result) and trial.same_images(result):
@@ -266,10 +267,10 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
     files = [study] if study.is_file() else sorted(study.glob(f"trials/*/seed_{seed}/result.json"))
     for file in files:
         try:
-            lines = file.read_text().splitlines() if file is study else [file.read_text()]
-            found = [json.loads(line) for line in lines]
+            text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text()
+            found = [json.loads(line) for line in (text.splitlines() if file is study else [text])]
             yield from (result for result in found if result["seed"] == seed)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
             raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error!r}; leave it out") from None
 
 

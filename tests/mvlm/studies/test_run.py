@@ -1,6 +1,7 @@
 """Studies of a micro model, from trials to table and page."""
 
 import csv
+import gzip
 import json
 import logging
 import shutil
@@ -149,8 +150,8 @@ def test_a_study_is_continued_from_one_file(finished: Path, scenes, tmp_path: Pa
     """`trials.jsonl` has all that the table is made from: it is what a repository keeps of a study."""
     lines = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 8
-    half = tmp_path / "half.jsonl"
-    half.write_text("".join(line for line in lines if json.loads(line)["seed"] == 0))
+    half = tmp_path / "half.jsonl.gz"
+    half.write_bytes(gzip.compress("".join(line for line in lines if json.loads(line)["seed"] == 0).encode()))
     report_finished(study(), scenes, tmp_path / "part", [half])
     assert {row["seeds"] for row in rows(tmp_path / "part").values()} == {"1"}
     report_finished(study(), scenes, tmp_path / "whole", [half, finished / "trials.jsonl"])
