@@ -30,8 +30,8 @@ def study(
         part: i/n runs only every nth trial, beginning with the ith: one part for each GPU, or each task of an array.
         jobs: Processes on this machine that share the trials. Each gets its share of the cores, or a GPU. Small models
             train more pairs a second in two processes of one thread than in one process of two.
-        reuse: Folders of other studies, or their files trials.jsonl, also with gzip. A trial that is equal to one of theirs takes its
-            result.
+        reuse: Folders of other studies, or their files trials.jsonl, also with gzip. A trial that is equal to one of
+            theirs takes its result.
         partial: Write table and page of the trials that are finished, and run none.
     """
     from mvlm.errors import ConfigError
