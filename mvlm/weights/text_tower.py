@@ -60,7 +60,7 @@ def read_text_tower(folder: Path) -> dict[str, Any]:
     if family.unmasked and (padding := _padding(folder, tokenizer)) is not None:
         values["pad_token_id"] = padding
     try:
-        config = need("transformers", "train").AutoConfig.for_model(kind, **values)
+        config = need("transformers", "integrations").AutoConfig.for_model(kind, **values)
     except Exception as error:  # transformers has many kinds
         raise RunError(
             f"text_tower: {folder}: wanted settings of a {kind}, transformers refuses them ({error})"

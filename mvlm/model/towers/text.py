@@ -80,7 +80,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.tower, self.family = build_tower(config.text_tower)
         settings = self.tower.config
-        self.first_position: int = settings.pad_token_id + 1 if self.family.shifted else 0
+        self.first_position: int = self.tower.embeddings.padding_idx + 1 if self.family.shifted else 0
         self.longest = config.text_length
         self.text_backend: TextAttentionBackend = "auto"
         positions = settings.max_position_embeddings - self.first_position + self.family.unmasked
@@ -164,7 +164,7 @@ def tower_layers(settings: str) -> int | None:
 def build_tower(settings: str) -> tuple[Any, Family]:
     """The tower of a transformers configuration as JSON, with random weights and without dropout, and its family."""
     kind, values = read_settings(settings)
-    family, transformers = FAMILIES[kind], need("transformers", "train")
+    family, transformers = FAMILIES[kind], need("transformers", "integrations")
     if family.packs:
         register_attention()
     known = transformers.AutoConfig.for_model(kind).to_dict()
@@ -187,7 +187,7 @@ def build_tower(settings: str) -> tuple[Any, Family]:
 @cache
 def register_attention() -> None:
     """Give transformers the attention `ATTENTION`: ours for packed captions, and SDPA for padded ones."""
-    transformers = need("transformers", "train")
+    transformers = need("transformers", "integrations")
     sdpa = transformers.AttentionInterface()["sdpa"]
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
