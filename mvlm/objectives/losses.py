@@ -119,6 +119,27 @@ def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor
         return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
 
 
+def distance_to_start(
+    own: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], log_scale: Tensor, start_log_scale: Tensor
+) -> Tensor:
+    """Distance of a model's embeddings of a batch to those of the model that it started from, a scalar.
+
+    It is the KL divergence of ITC's probabilities from the start's, each at its own temperature, and the squared
+    distance of embeddings: means over the batch, and of both directions and both modalities.
+
+    Args:
+        own: embeddings of images and captions, (B, E) each, of unit length; `start` likewise, without gradient.
+        log_scale: (1,), logarithm of 1 / temperature; `start_log_scale` likewise.
+    """
+    logits, wanted = contrastive_logits(*own, log_scale), contrastive_logits(*start, start_log_scale)
+    directions = ((logits, wanted), (logits.T, wanted.T))
+    divergences = [
+        F.kl_div(x.log_softmax(1), of.log_softmax(1), reduction="batchmean", log_target=True) for x, of in directions
+    ]
+    distances = [(x - of).square().sum(1).mean() for x, of in zip(own, start, strict=True)]
+    return (divergences[0] + divergences[1] + distances[0] + distances[1]) / 2
+
+
 def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums of one direction of ITC over a block of rows: loss, and number of correct rows.
 

@@ -231,6 +231,11 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
     trainer.start = start
+    if config.keep_start and config.initial_model is not None:
+        if world.size > 1:
+            raise ConfigError(f"keep_start: wanted one rank, got {world.size}; leave it out")
+        trainer.kept = make_model(config, fresh=True).to(world.device).requires_grad_(False)
+        trainer.kept_sha256 = identify(config.initial_model)["sha256"]
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
         trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters())

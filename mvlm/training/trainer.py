@@ -26,9 +26,9 @@ from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.adaptation import adapt, learned
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.maskvlm import IMPLEMENTATIONS, Features, MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
-from mvlm.objectives.losses import Losses, LossWeights, loss_weights
+from mvlm.objectives.losses import Losses, LossWeights, distance_to_start, loss_weights
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
     EMA,
@@ -95,6 +95,9 @@ class Trainer:
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
+        self.kept: MaskVLM | None = None
+        """The model at the start, with --keep-start, and `kept_sha256`, the hash of its weights; else None."""
+        self.kept_sha256 = ""
         self.start: dict[str, str] | None = None
         """Place and hash of the model whose frozen weights checkpoints leave out (`Start`); None if they have all."""
         self.best: dict[str, float] | None = None
@@ -225,10 +228,25 @@ class Trainer:
     def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
         """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
         options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.loss_weights}
+        if self.kept is not None:
+            options["own_loss"] = partial(self.keep_start, batch)
         with autocast(self.device, self.config.precision):
             losses: Losses = self.model(batch, masks, **options)
         losses.total.backward()
         return Losses(*(loss.detach() for loss in losses))
+
+    def keep_start(self, batch: Batch, features: Features) -> Tensor:
+        """The weighted loss of --keep-start, from what the step has computed of the batch."""
+        kept, config = self.kept, self.config
+        assert kept is not None
+        assert features.image is not None
+        assert features.text is not None
+        assert isinstance(config, PretrainConfig)
+        with torch.no_grad():
+            image, text = IMPLEMENTATIONS[config.plan].encode_unmasked(kept, batch)
+            start = kept.embed_image(image), kept.embed_text(text.first())
+        own = features.image, features.text
+        return config.keep_start * distance_to_start(own, start, self.model.log_scale, kept.log_scale)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature, after every update. Returns it as a further metric of the step."""
@@ -302,8 +320,8 @@ class Trainer:
         return parts | {OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
 
     def extra_state(self) -> dict[str, Any]:
-        """Further fields of a checkpoint's state.json: none."""
-        return {}
+        """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
+        return {"kept": self.kept_sha256} if self.kept is not None else {}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.
@@ -313,6 +331,8 @@ class Trainer:
         state = read_state(checkpoint)
         if self.start is not None:
             check_start(self.start, state, checkpoint)
+        if self.kept is not None and state["kept"] != self.kept_sha256:
+            raise RunError(f"keep_start: wanted the model that {checkpoint} started from, found another; restore it")
         parts = self.tensors()
         for part in [MODEL] + [EMA] * (self.average is not None):
             read_tensors(checkpoint / part, parts[part])

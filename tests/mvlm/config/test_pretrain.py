@@ -59,6 +59,11 @@ INVALID: dict[str, tuple[object, ...]] = {
         *({"capture": "compile"} | more for more in ({"accumulate": 2}, {"plan": "plain"})),
         {"capture": "compile", "checkpoint_activations": True},
         {"train_text": "frozen", "capture": "compile"},
+        {"keep_start": 1.0},
+        *(
+            {"keep_start": 1.0, "initial_model": Path("old")} | x
+            for x in ({"accumulate": 2}, {"itc_weight": 0, "itm_weight": 0})
+        ),
         {"train_image": "lora"},
         {"train_cross": "lora", "image_weights": Path("vit"), "text_weights": Path("roberta")},
         {"lr_image": 1e-4, "optimizer": "muon", "lr_cross": 0.0},

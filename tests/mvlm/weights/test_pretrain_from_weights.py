@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
-from mvlm.runs.folder import find_checkpoint
+from mvlm.runs.folder import find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
 from mvlm.training.run import make_model, pretrain
 from mvlm.verify.verify import verify_run
@@ -242,3 +242,23 @@ def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained
         load_model(run)
     with pytest.raises(RunError, match="found another"):
         pretrain(pretrain_config(scenes, copy, resume=True, **settings))
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_its_start_stays_nearer_to_it_and_resumes_to_the_bit(trained, run_copy, scenes, tmp_path):
+    """The first step's distance is zero. Of ten steps, images and captions move less with it than without."""
+    moved, losses = [], []
+    settings: dict[str, Any] = {"max_steps": 10, "checkpoint_every_steps": 5, "initial_model": run_copy}
+    for weight in (0.0, 30.0):
+        out = tmp_path / f"kept-{weight}"
+        pretrain(pretrain_config(scenes, out, keep_start=weight, **settings))
+        losses.append(read_metrics(out / "metrics.jsonl")[0]["loss"])
+        models = [load_model(path) for path in (trained, out)]
+        start, own = (model.embed_texts(["red", "blue"]) for model in models)
+        moved.append((start - own).norm())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert moved[1] < 0.7 * moved[0]
+    shutil.copytree(out, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/checkpoints/step_00000010")
+    pretrain(pretrain_config(scenes, tmp_path / "copy", keep_start=30.0, resume=True, **settings))
+    assert load_model(tmp_path / "copy").sha256 == load_model(out).sha256
