@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvlm.model.encoders import ImageEncoder, TextEncoder
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_batch, micro_config, micro_model
 from support.reference import Reference, gelu
@@ -63,6 +64,8 @@ def test_initial_weights_have_the_configured_distribution(initialization):
             deviations = 4 / math.sqrt(2 * module.weight.numel())  # four standard errors of a standard deviation
             assert module.weight.std().item() == pytest.approx(wanted, rel=deviations), name
     image, text = model.image_encoder, model.text_encoder
+    assert isinstance(image, ImageEncoder)
+    assert isinstance(text, TextEncoder)
     for tensor in (image.mask_token, image.cls_token, image.position, text.position, text.words.weight):
         deviations = 4 / math.sqrt(2 * tensor.numel())
         assert tensor.std().item() == pytest.approx(0.02, rel=deviations)

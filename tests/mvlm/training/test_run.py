@@ -142,7 +142,7 @@ def test_a_run_frees_its_trainer_before_it_leaves_the_ranks(scenes, trained, tmp
     left = []
     monkeypatch.setattr(World, "close", lambda world: left.append(made[0]()))
     out = tmp_path / "run" if steps else Path(shutil.copytree(trained, tmp_path / "run"))
-    do_run(pretrain_config(scenes, out, checkpoint_every_steps=1, resume=not steps), open_inputs, build)
+    do_run(pretrain_config(scenes, out, checkpoint_every_steps=1, resume=not steps), open_inputs, build, say_next=False)
     assert left == [None]
 
 
