@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
-        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation tasks tasks-start tasks-table \
+        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation masking tasks tasks-start tasks-table \
         check docs docs-links \
         format clean
 
@@ -240,6 +240,16 @@ paper-ablation: $(VENV)/.installed
 	sed -e 's|^preset = .*|preset = "$(PRESET)"|' -e 's|"data/coco"|"$(DATA)"|' studies/paper.toml > build/paper.toml
 	$(BIN)/mvlm plan --gpus 1 --data 113287 --preset $(PRESET) --batch-size 512 --epochs 50
 	$(BIN)/mvlm study build/paper.toml --data $(DATA) --out runs/paper-$(PRESET)
+
+data/masking/mix/dataset.json: | $(VENV)/.installed
+	$(BIN)/mvlm data scenes data/masking --train 8000 --validation 500 --test 2000 --tasks names caption
+	$(BIN)/mvlm data view data/masking/only-names --sources data/masking/names --splits train --leaks keep
+	$(BIN)/mvlm data view data/masking/mix --sources data/masking/only-names data/masking/caption --leaks keep
+
+## masking        does masked modelling help retrieval on scenes? Hours on two cores; PART=i/n
+masking: $(VENV)/.installed data/masking/mix/dataset.json
+	$(BIN)/mvlm study studies/scenes.toml --data data/masking/mix --out runs/masking \
+	    $(addprefix --reuse ,$(wildcard benchmarks/results/studies/scenes-scenes.jsonl.gz)) --part $(or $(PART),1/1) --jobs $(JOBS)
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 # The model that tasks start from: images of 96 pixels, trained with AdamW.

@@ -274,6 +274,7 @@ TABLES = {
     "study-ratios": lambda: study("ratios", "masked: image / caption"),
     "study-data": lambda: study("data", "losses, share of the training images"),
     "study-objective-now": lambda: study("objective_now", "what is changed"),
+    "study-screening": lambda: study("screening", "what is added to ITC + ITM", data="scenes"),
     "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),
     "unseen-words": unseen_words,
     "another-artist": another_artist,
