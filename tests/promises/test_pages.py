@@ -43,11 +43,12 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
     r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
     r"mvlm finetune vqa .*data/questions": "tests/mvlm/tasks/test_every_task.py",
-    r"mvlm pretrain .*--(image-weights|initial-model)": "tests/mvlm/weights/test_pretrain_from_weights.py",
+    r"mvlm pretrain .*--(image-weights|initial-model|text-tower)": "tests/mvlm/weights/test_pretrain_from_weights.py",
     r"torchrun ": "tests/promises/faults/test_ranks.py starts ranks",
 }
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
+    "docs/guides/own_model.md": "tests/mvlm/weights/test_pretrain_from_weights.py, with adapters and a mix of weights",
     "docs/guides/from_pictures_to_answers.md": "tests/walks/test_pictures.py, among odd files",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
 }

@@ -108,8 +108,8 @@ def test_a_trial_that_has_begun_from_another_model_is_not_continued(questions, t
     """It has no result yet, and its run would go on from the weights of the first model."""
     (trial,) = plan_trials(study(arms={"full": {}}), questions, tmp_path / "study", trained)
 
-    def stopped(config: FinetuneConfig) -> str:
-        finetune(config)
+    def stopped(config: FinetuneConfig, *options: bool) -> str:
+        finetune(config, *options)
         return "SIGTERM"
 
     with monkeypatch.context() as patch:
