@@ -232,6 +232,17 @@ class ObjectiveSettings:
     itm_weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the image-text matching loss; 0 leaves it out. Its negatives are drawn by ITC's similarity, so it needs
     ITC."""
+    mlm_from: Annotated[float, FRACTION] = 0.0
+    """Share of the run's steps after which masked language modelling begins."""
+    mim_from: Annotated[float, FRACTION] = 0.0
+    """Share of the run's steps after which masked image modelling begins."""
+    mim_every: Annotated[int, AT_LEAST_1] = 1
+    """Masked image modelling takes part in every step of this number, and in no other."""
+    shared_positives: bool = False
+    """Take all pairs of a batch with the same image or caption as right answers of ITC, which share the target."""
+    itc_masked: bool = False
+    """Also contrast the masked images and captions that a step encodes with their unmasked partners. ITC is then the
+    mean of both losses."""
     lr_pixels: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
 

@@ -59,6 +59,10 @@ class MaskVLMConfig(Masking):
     drop_masked: Annotated[bool, NO_FLAG] = False
     """Encode only the visible patches of masked images, as in MAE. Mask tokens are added after the encoder. Cheaper,
     but not the paper's method."""
+    visible_only: Annotated[bool, NO_FLAG] = False
+    """Encode only the visible patches of an image in training, once, for all objectives (FLIP)."""
+    pixel_targets: Literal["pixels", "latent"] = "pixels"
+    """What masked patches are rebuilt as: their pixels, or the unmasked encoder's features, without gradient."""
     text_masking: Literal["fixed", "variable"] = "fixed"
     """Share of masked tokens, likewise."""
     mask_partner: bool = False

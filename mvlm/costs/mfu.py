@@ -1,5 +1,7 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
+from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -49,7 +51,10 @@ class ModelFlopsUtilization:
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
     """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
     pairs = config.batch_size // (ranks * config.accumulate)
-    return step_flops(config.model, pairs, max(3, round(tokens)), loss_weights(config)) / pairs
+    run = replace(config, max_steps=840)
+    counts = Counter(loss_weights(run, step) for step in range(840))
+    flops = sum(n * step_flops(config.model, pairs, max(3, round(tokens)), weights) for weights, n in counts.items())
+    return flops / (840 * pairs)
 
 
 @cache  # trials of a study differ in their seeds, which change no count

@@ -51,7 +51,10 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
     images, texts = needs_masked(model.config, weights)
     patches = project_patches(model, batch.images)
-    v, vm = encode_images(model, patches, masks.patch_ids if images else None)
+    if model.config.visible_only and model.training:
+        v, vm = encode_visible(model, patches, masks.patch_ids, images)
+    else:
+        v, vm = encode_images(model, patches, masks.patch_ids if images else None)
     w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
     caches = partners = make_caches(v, w)
     if model.config.mask_partner and vm is not None and wm is not None:
@@ -78,6 +81,20 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
     placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
     return encoder.add_output_positions(torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1))
+
+
+def encode_visible(
+    model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor, place: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Encode the visible ones of projected patches (B, N, C): v (B, 1+N-K, C), and vm (B, 1+N, C) if `place`."""
+    encoder, total = model.image_encoder, patches.shape[1]
+    parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
+    visible = visible_patches(patch_ids, total)  # (B, N-K)
+    x = encoder.run(select_within(place_tokens(patches, *parameters), F.pad(1 + visible, (1, 0))), attend_self(None))
+    if not place:
+        return x, None
+    placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
+    return x, torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1)
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
@@ -164,6 +181,10 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     text = streams.partner_caches.text
     encoder = model.image_encoder
     weights = masks.patch_weights
+    if model.latent_head is not None:
+        found = model.latent_head(masked_patch_features(model, streams.masked_image, text, masks)).float()
+        target = select_within(streams.image.detach(), 1 + masks.patch_ids).float()
+        return (found - F.layer_norm(target, target.shape[-1:])).abs().mean()
     loss = masked_pixel_loss(
         model.pixel_head(masked_patch_features(model, streams.masked_image, text, masks)),  # (B, K, 3*P*P)
         batch.images,

@@ -47,6 +47,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         weights: LossWeights = ALL,
         plan: Literal["plain", "fast"] = "plain",
         own_loss: Callable[[Features], Tensor] | None = None,
+        shared_positives: bool = False,
+        itc_masked: bool = False,
     ) -> Losses:
         """Compute the four losses of one batch, on one rank and without microbatches.
 
@@ -80,6 +82,22 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
             itc, itc_accuracy = losses.contrastive_loss(logits, self.logit_bias)
+            if shared_positives:
+                sampling = NegativeSampling(batch.image_id, batch.text_id, seed, step)
+                matches = sampling.matches(torch.arange(len(logits), device=logits.device))
+                sums = (losses.shared_contrastive_sums(of, matches) for of in (logits, logits.T))
+                itc, itc_accuracy = ((a + b) / (2 * len(logits)) for a, b in zip(*sums, strict=True))
+            if itc_masked:
+                views = []
+                if streams.masked_image is not None:
+                    views.append((self.embed_image(streams.masked_image), text))
+                if streams.masked_text is not None:
+                    views.append((image, self.embed_text(streams.masked_text.first())))
+                further = [
+                    losses.contrastive_loss(losses.contrastive_logits(*view, self.log_scale))[0] for view in views
+                ]
+                if further:
+                    itc = (itc + sum(further) / len(further)) / 2
             if self.text_pooling is not None:
                 similarity = implementation.conditioned_similarity(self.text_pooling, streams.image, text)  # (B, B)
                 rows = torch.arange(len(text), device=text.device)

@@ -57,6 +57,7 @@ class MaskVLMNetwork(nn.Module):
         self.text_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
         self.image_decoder = CrossEncoder(config.width, config.heads, config.decoder_layers, config.cross_norm)
         self.pixel_head = nn.Linear(config.width, config.patch_values)
+        self.latent_head = nn.Linear(config.width, config.width) if config.pixel_targets == "latent" else None
         self.language_head = LanguageHead(config)
         self.image_projection = nn.Linear(config.width, config.itc_width)
         self.text_projection = nn.Linear(config.width, config.itc_width)

@@ -45,9 +45,15 @@ class LossWeights(NamedTuple):
         return scaled[0] + scaled[1] + scaled[2] + scaled[3]
 
 
-def loss_weights(config: PretrainConfig) -> LossWeights:
-    """Weights of a run's losses."""
-    return LossWeights(config.mlm_weight, config.mim_weight, config.itc_weight, config.itm_weight)
+def loss_weights(config: PretrainConfig, step: int | None = None) -> LossWeights:
+    """Weights of a run's losses, or those of one of its steps, which begin at 0."""
+    found = LossWeights(config.mlm_weight, config.mim_weight, config.itc_weight, config.itm_weight)
+    if step is None:
+        return found
+    share = step / config.max_steps
+    mlm = share >= config.mlm_from
+    mim = share >= config.mim_from and step % config.mim_every == 0
+    return found._replace(mlm=found.mlm * mlm, mim=found.mim * mim)
 
 
 class Losses(NamedTuple):

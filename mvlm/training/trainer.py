@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,11 @@ class Trainer:
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 
-    @cached_property
+    @property
     def loss_weights(self) -> LossWeights:
         """Weights of the losses of pretraining. A task has none."""
         assert isinstance(self.config, PretrainConfig)
-        return loss_weights(self.config)
+        return loss_weights(self.config, self.step)
 
     @property
     def complete(self) -> bool:
@@ -220,6 +220,7 @@ class Trainer:
     def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
         """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
         options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.loss_weights}
+        options |= {"shared_positives": self.config.shared_positives, "itc_masked": self.config.itc_masked}
         with autocast(self.device, self.config.precision):
             losses: Losses = self.model(batch, masks, **options)
         losses.total.backward()
