@@ -51,6 +51,8 @@ class MaskVLMConfig(Masking):
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Form of ITC. softmax: InfoNCE, the paper's. sigmoid: SigLIP's loss, which judges every pair on its own and also
     learns a bias."""
+    contrast_masked: bool = False
+    """Also contrast the images with the masked captions, which MLM encodes anyway. ITC is then the mean of both."""
     text_pooling: bool = False
     """Also contrast each caption with what it picks out of each image: attention pooling with the caption as the query,
     as in FLAIR. ITC is then the mean of both losses."""

@@ -179,6 +179,13 @@ class GlobalStep(NamedTuple):
     """Weights of the losses. An objective of weight 0 is not computed."""
     shared_positives: bool = False
     """ITC takes all pairs with the same image or caption text as right answers."""
+    whole: bool = False
+    """Nothing is masked or dropped: for ITC and ITM alone."""
+
+    def encode(self, model: MaskVLM, microbatch: Microbatch, weights: LossWeights) -> Streams:
+        """Encode a microbatch as far as losses of some weight need it."""
+        batch, masks = microbatch
+        return self.implementation.encode(model, batch, None if self.whole else masks, weights)
 
     @property
     def sampling(self) -> NegativeSampling:
@@ -233,20 +240,28 @@ def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Ma
 
 
 def contrastive_shares(
-    model: MaskVLMNetwork, image: Tensor | None, embeddings: Embeddings, step: GlobalStep
+    model: MaskVLMNetwork, image: Tensor | None, embeddings: Embeddings, masked: Embeddings | None, step: GlobalStep
 ) -> tuple[Shares, Tensor]:
     """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives.
 
-    image (n, 1+N, C): the own features, for a model with text-conditioned pooling; others do not read them.
+    Args:
+        image: (n, 1+N, C), the own features, for a model with text-conditioned pooling; others do not read them.
+        masked: embeddings of the images and of the masked captions, with `MaskVLMConfig.contrast_masked`.
     """
-    share, accuracy, draws = sharded_contrastive_loss(
-        embeddings,
-        model.log_scale,
-        step.sampling,
-        step.layout,
-        bias=model.logit_bias,
-        shared_positives=step.shared_positives,
-    )
+
+    def contrast(embeddings: Embeddings) -> tuple[Tensor, Tensor, Tensor]:
+        return sharded_contrastive_loss(
+            embeddings,
+            model.log_scale,
+            step.sampling,
+            step.layout,
+            bias=model.logit_bias,
+            shared_positives=step.shared_positives,
+        )
+
+    share, accuracy, draws = contrast(embeddings)
+    if masked is not None:
+        share = (share + contrast(masked)[0]) / 2
     if model.text_pooling is not None:
         assert image is not None
         similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)
@@ -327,6 +342,7 @@ def backward_global(
     plan: Literal["plain", "fast"] = "plain",
     weights: LossWeights = ALL,
     shared_positives: bool = False,
+    whole: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
     """Compute the losses of the global batch, and the gradients of their total in the parameters' `.grad`.
@@ -339,6 +355,7 @@ def backward_global(
             has a weight.
         shared_positives: ITC takes all pairs with the same image or caption text as right answers. Without it, each
             pair has one.
+        whole: mask and drop nothing, for weights of ITC and ITM alone.
 
     Returns:
         The losses, scalars without gradient, equal on every rank.
@@ -353,7 +370,7 @@ def backward_global(
     masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
     shared = GlobalStep(
-        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, ids, counted, weights, shared_positives
+        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, ids, counted, weights, shared_positives, whole
     )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared))
@@ -379,15 +396,18 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
         with step.autocast():
-            streams = step.implementation.encode(model, batch, masks, step.weights)
+            streams = step.encode(model, (batch, masks), step.weights)
             if not step.weights.contrasts:
                 shares = language_shares(model, streams, batch, masks, step)
                 return scaled_total(model, shares | image_share(model, streams, batch, masks, step), step)
             # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs.
             image, text = streams.image, streams.text
             embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
+            masked = None
+            if model.config.contrast_masked and streams.masked_text is not None:
+                masked = Embeddings(embeddings.image, model.embed_text(streams.masked_text.first()), step.layout)
             shares = language_shares(model, streams, batch, masks, step)
-            contrastive, draws = contrastive_shares(model, image, embeddings, step)
+            contrastive, draws = contrastive_shares(model, image, embeddings, masked, step)
             shares |= contrastive
             if not step.weights.itm:
                 shares |= image_share(model, streams, batch, masks, step)
@@ -411,6 +431,8 @@ class Cached(NamedTuple):
     """v (b, 1+N, C)."""
     text: PackedText
     """w."""
+    masked: Tensor | None
+    """[CLS] of wm (b, 1, C), with `MaskVLMConfig.contrast_masked`."""
 
 
 def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
@@ -418,20 +440,19 @@ def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step
 
     Without ITC and ITM there is only the second pass.
     """
-    contrastive, reconstructing = step.weights.contrasts, step.weights.reconstructing()
     cached: list[Cached] = []
     gradients = None
     shares = torch.zeros(len(SHARE_NAMES), device=microbatches[0][0].images.device)
-    if contrastive:
-        for batch, masks in microbatches:
-            cached.append(parallel(partial(_features_without_graph, batch=batch, masks=masks, step=step), last=False))
+    if step.weights.contrasts:
+        for own in microbatches:
+            cached.append(parallel(partial(_features_without_graph, microbatch=own, step=step), last=False))
         gradients = _FeatureGradients(parallel, cached, step)
         shares = gradients.compute()
     for number, (batch, masks) in enumerate(microbatches):
         # Defaults bind this microbatch. A plain closure would see the loop's variables as they are when it runs.
         def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
             with step.autocast():
-                streams = step.implementation.encode(model, batch, masks, reconstructing)
+                streams = step.encode(model, (batch, masks), step.weights)
                 reconstruction = language_shares(model, streams, batch, masks, step)
                 reconstruction |= image_share(model, streams, batch, masks, step)
             total, parts = scaled_total(model, reconstruction, step)
@@ -441,6 +462,9 @@ def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step
                 # `total` and the cached gradients both contain the factor W already (see `scaled_total`).
                 total = total + _product_with_gradient(streams.image, cached[number].image)
                 total = total + _product_with_gradient(streams.text.rows, cached[number].text.rows)
+                if (masked := cached[number].masked) is not None:
+                    assert streams.masked_text is not None
+                    total = total + _product_with_gradient(streams.masked_text.first(), masked)
             return total, parts
 
         # DDP reduces gradients in the last backward pass; until then they accumulate on each rank.
@@ -451,11 +475,12 @@ def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step
 
 
 @torch.no_grad()
-def _features_without_graph(model: MaskVLM, batch: Batch, masks: Masks, step: GlobalStep) -> Cached:
+def _features_without_graph(model: MaskVLM, microbatch: Microbatch, step: GlobalStep) -> Cached:
     """Features of the images and captions of one microbatch that ITC and ITM read."""
     with step.autocast():
-        streams = step.implementation.encode(model, batch, masks, step.weights._replace(mlm=0.0, mim=0.0))
-        return Cached(streams.image, streams.text)
+        streams = step.encode(model, microbatch, step.weights._replace(mlm=0.0, mim=0.0))
+        masked = streams.masked_text if model.config.contrast_masked else None
+        return Cached(streams.image, streams.text, None if masked is None else masked.first())
 
 
 class _FeatureGradients:
@@ -477,6 +502,8 @@ class _FeatureGradients:
         for own in self._cached:
             own.image.requires_grad_()
             own.text.rows.requires_grad_()
+            if own.masked is not None:
+                own.masked.requires_grad_()
         total, shares = self._parallel(self._itc, last=False)
         total.backward()
         if self._exchange is None:
@@ -502,7 +529,9 @@ class _FeatureGradients:
             embeddings = Embeddings(image, text, step.layout)
             # A copy of all features, so only for the loss that reads them.
             features = torch.cat([own.image for own in cached]) if model.text_pooling is not None else None
-            shares, draws = contrastive_shares(model, features, embeddings, step)
+            captions = [model.embed_text(own.masked) for own in cached if own.masked is not None]
+            masked = Embeddings(image, torch.cat(captions), step.layout) if captions else None
+            shares, draws = contrastive_shares(model, features, embeddings, masked, step)
             if step.weights.itm:
                 image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
                 texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]

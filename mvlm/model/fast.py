@@ -57,8 +57,11 @@ from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 
 
-def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
+def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, weights: LossWeights = ALL) -> Streams:
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
+    if masks is None:
+        v, w = encode_unmasked(model, batch)
+        return Streams(v, None, w, None, make_caches(v, w))
     images, texts = needs_masked(model.config, weights)
     if model.config.drop_masked:
         v, vm = encode_visible_images(model, batch.images, masks.patch_ids, images)

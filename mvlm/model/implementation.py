@@ -49,7 +49,9 @@ class Streams(NamedTuple):
 def needs_masked(config: MaskVLMConfig, weights: LossWeights) -> tuple[bool, bool]:
     """True for masked images, and for masked captions, if a loss of some weight reads their features."""
     images = weights.mim > 0 or (weights.mlm > 0 and config.mask_partner)
-    texts = weights.mlm > 0 or (weights.mim > 0 and config.mask_partner)
+    texts = (
+        weights.mlm > 0 or (weights.mim > 0 and config.mask_partner) or (weights.contrasts and config.contrast_masked)
+    )
     return images, texts
 
 
@@ -59,8 +61,11 @@ class Implementation(Protocol):
     A module satisfies this protocol with functions of these names and parameters.
     """
 
-    def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
-        """Encode the unmasked and the masked images and captions, as far as losses of some weight need them."""
+    def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks | None, weights: LossWeights = ALL) -> Streams:
+        """Encode the unmasked and the masked images and captions, as far as losses of some weight need them.
+
+        Without masks, whole images and captions alone, for ITC and ITM.
+        """
         ...
 
     def encode_unmasked(self, model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:

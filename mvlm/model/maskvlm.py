@@ -80,6 +80,9 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
             itc, itc_accuracy = losses.contrastive_loss(logits, self.logit_bias)
+            if self.config.contrast_masked and streams.masked_text is not None:
+                masked = losses.contrastive_logits(image, self.embed_text(streams.masked_text.first()), self.log_scale)
+                itc = (itc + losses.contrastive_loss(masked, self.logit_bias)[0]) / 2
             if self.text_pooling is not None:
                 similarity = implementation.conditioned_similarity(self.text_pooling, streams.image, text)  # (B, B)
                 rows = torch.arange(len(text), device=text.device)

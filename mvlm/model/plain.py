@@ -19,8 +19,11 @@ from mvlm.objectives.losses import LossWeights, masked_tokens
 from mvlm_dataloading import Batch, Masks
 
 
-def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
+def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, weights: LossWeights = ALL) -> Streams:
     """Encode the unmasked and the masked images and captions, each in a pass of its own."""
+    if masks is None:
+        image, text = encode_unmasked(model, batch)
+        return Streams(image, None, text, None)
     images, texts = needs_masked(model.config, weights)
     encoder, total = model.image_encoder, model.config.num_patches
     masked_text = None

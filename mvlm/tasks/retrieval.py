@@ -100,6 +100,7 @@ class Retrieval(Task):
             plan=config.plan,
             weights=WEIGHTS,
             shared_positives=True,
+            whole=True,
             autocast=partial(autocast, world.device, config.precision),
         )
         return RetrievalLosses(found.total, found.itc, found.itm, found.itc_accuracy, found.itm_accuracy)

@@ -50,7 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "text pooling with softmax": {"text_pooling": True},
     "weighted masks": {},
     "masked partners": {"mask_partner": True},
-    "dropped patches": {"drop_masked": True},
+    "dropped patches": {"drop_masked": True, "contrast_masked": True},
+    "masked captions in ITC": {"contrast_masked": True},
     "frozen": {},
     "adapters": {},
 }

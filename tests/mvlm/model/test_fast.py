@@ -90,6 +90,7 @@ SOME = [(0, 0, 1, 0), (0, 0, 1, 1), (1, 0, 1, 1), (0, 1, 1, 1), (1, 0, 0, 0), (1
 PARTNERS = {"image_mask_ratio": 0.5, "mask_partner": True}
 POOLING = {"text_pooling": True}
 SIGMOID = {"contrastive": "sigmoid"}
+MASKED = {"contrast_masked": True}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,8 @@ SIGMOID = {"contrastive": "sigmoid"}
         *((PARTNERS, weights, "padded") for weights in (EVERY, *SOME[2:4])),
         *((PARTNERS | {"drop_masked": True}, weights, "") for weights in (EVERY, *SOME[2:4])),
         *(({"drop_masked": drop}, EVERY, "padded") for drop in (False, True)),
-        *((changes, EVERY, "duplicates") for changes in (SIGMOID, POOLING, POOLING | SIGMOID)),
+        *((changes, EVERY, "duplicates") for changes in (SIGMOID, POOLING, POOLING | SIGMOID, MASKED | SIGMOID)),
+        *((MASKED | {"drop_masked": True}, weights, "") for weights in (EVERY, SOME[1])),
         (POOLING, EVERY, "captions in sequences of two"),
         *(({}, EVERY, how) for how in ("weighted", "weighted, padded")),
     ],
@@ -121,6 +123,7 @@ def test_implementations_agree_on_objectives_masks_and_padding(monkeypatch, chan
     "changes, weighted, others, trained",
     [
         (SIGMOID, False, {"itc"}, {"logit_bias"}),
+        (MASKED, False, {"itc"}, set()),
         (POOLING, False, {"itc"}, {"text_pooling.query.weight", "text_pooling.out.weight"}),
         ({}, True, {"mlm", "mim"}, set()),
     ],
@@ -224,3 +227,12 @@ def test_no_loss_reads_a_patch_that_is_dropped_but_as_the_pixels_to_rebuild(plan
     before, after = (model(replace(batch, images=x), masks, plan=plan) for x in (batch.images, changed))
     assert after.mim != before.mim
     torch.testing.assert_close(after._replace(mim=before.mim, total=before.total), before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_masked_captions_are_contrasted_as_captions_with_these_tokens_would_be():
+    model, (batch, masks) = micro_model(contrast_masked=True), micro_batch()
+    hidden = batch.tokens.index_fill(0, masks.token_ids, model.config.mask_token_id)
+    usual = micro_model()
+    of_captions, of_hidden = (usual(replace(batch, tokens=tokens), masks).itc for tokens in (batch.tokens, hidden))
+    assert abs(model(batch, masks).itc - (of_captions + of_hidden) / 2) < 1e-12
