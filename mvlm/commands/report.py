@@ -41,7 +41,7 @@ def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: st
     """Verify a finished pretraining run: hashes, its last steps made again, and its evaluation.
 
     Prints what holds and each thing that is not as claimed, then "verified", or "not verified" with exit code 1.
-    Nothing in the run's folder is changed. docs/evidence/verify.md says what this proves.
+    Nothing in the run's folder is changed. docs/evidence/reliability.md says what this proves.
 
     Args:
         run: Run folder.

@@ -313,4 +313,4 @@ class CaptureSettings:
 
     capture: Literal["none", "compile", "cuda-graphs"] = "none"
     """compile: with torch.compile (one rank, no accumulation), which takes a minute or more at the start. cuda-graphs:
-    replay the steps (one GPU, no accumulation), for small batches. docs/guides/compiled_steps.md says when."""
+    replay the steps (one GPU, no accumulation), for small batches. docs/guides/training.md says when."""

@@ -1,6 +1,6 @@
 """Losses and gradients of one step over the global batch: W ranks with A microbatches of b pairs each.
 
-They equal those of one rank with all W A b pairs (docs/explain/global_batch.md). Each rank computes its share of every
+They equal those of one rank with all W A b pairs (docs/guides/many_gpus.md). Each rank computes its share of every
 loss from each of its microbatches; the shares of all ranks and microbatches add up to the loss. The contrastive logits,
 from which ITM's negatives are drawn too, are computed in blocks of rows. With A = 1, forward and backward are one
 autograd graph. With more microbatches the step uses gradient caching (`backward_cached`).

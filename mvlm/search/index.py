@@ -28,7 +28,7 @@ from mvlm.search.embed import FORMAT_VERSION, KINDS, EmbeddingFolder, read_descr
 
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
-"""Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/search.md has measurements).
+"""Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/tasks.md has measurements).
 Below, a full product takes milliseconds and is exact."""
 PROBED, LEAST_PROBED = 1 / 10, 40
 """Share of an inverted file's cells that a query reads, and the fewest: a tenth of few cells finds less."""

@@ -1,7 +1,7 @@
 """Forward and backward of a step, replayed from CUDA graphs: one for each bucket of shapes.
 
 A step queues thousands of kernels. On a fast GPU and at a small batch the host takes longer to queue them than the GPU
-to run them. A graph queues them all with one call. docs/guides/compiled_steps.md says when that helps.
+to run them. A graph queues them all with one call. docs/guides/training.md says when that helps.
 """
 
 import contextlib

@@ -61,7 +61,7 @@ def test_times_of_the_page_are_those_of_the_result_file(library: str) -> None:
 
 
 def test_table_of_proofs_has_exactly_the_kernels_that_are_compiled_ahead_of_time() -> None:
-    page = (ROOT / "docs/explain/kernel_proofs.md").read_text()
+    page = (ROOT / "docs/guides/prove_your_kernel.md").read_text()
     table = re.findall(r"^\| `(\w+)` \|(?: (?:✓|no case|none) \|){5}$", page, re.MULTILINE)
     compiled = json.loads((ROOT / "benchmarks/results/aot-3.9.json").read_text())["rows"]
     assert sorted(table) == sorted({row["kernel"] for row in compiled})

@@ -49,7 +49,7 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
     "docs/guides/own_model.md": "tests/mvlm/weights/test_pretrain_from_weights.py, with adapters and a mix of weights",
-    "docs/guides/from_pictures_to_answers.md": "tests/walks/test_pictures.py, among odd files",
+    "docs/start/first_run.md": "tests/walks/test_pictures.py, among odd files",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
 }
 
@@ -179,7 +179,7 @@ class Page(NamedTuple):
 FEW = "--steps 2 --batch-size 8"
 LOSSES = r"step 11: mlm \d.*, mim 0.*, itc \d.*, itm 0"
 PRETRAINED = r"[23]\d pictures to train on; mine/data/rejected.jsonl(.*\n)*(0\.\d+ .*\n){2}$"
-LOADED = re.findall(r"^    (image_encoder: .*)$", (ROOT / "docs/guides/weights.md").read_text(), re.M)[0]
+LOADED = re.findall(r"^    (image_encoder: .*)$", (ROOT / "docs/guides/own_model.md").read_text(), re.M)[0]
 PAGES = [
     Page("README.md", demo, leaves="embedded/embedding.json",
          prints=r"\['.*', '.*', '.*'\]\n.* of Burundi\n(.*\n)*.*CPU"),
@@ -189,12 +189,12 @@ PAGES = [
          leaves="runs/mine/compare.html runs/again/metrics.jsonl portable/model.safetensors"),
     Page("docs/guides/data.md", downloads, prints=r"torch.Size\(\[4, 3, 224, 224\]\)", holds=data_holds),
     Page("docs/guides/python.md", demo, leaves="words.png rebuilt.png demo-model/tokenizer.json"),
-    Page("docs/guides/change_the_method.md", demo, holds=changed_methods_hold),
+    Page("docs/explain/method.md", demo, holds=changed_methods_hold),
     Page("docs/guides/search.md", demo, needs="lancedb", leaves="embedded/embedding.json cats.html cats.json"),
     Page("docs/guides/tasks.md", demo),
-    Page("docs/guides/weights.md", needs="timm", prints=re.escape(LOADED)),
+    Page("docs/guides/own_model.md", needs="timm", prints=re.escape(LOADED)),
     Page("docs/explain/loader.md", shapes, prints="same samples in the same order, same pixels, captions and masks"),
-    *(Page(f"docs/guides/kernels_in_{library}.md", needs=library) for library in ("timm", "transformers")),
+    Page("docs/guides/kernels_in_your_model.md", needs="timm"),
     Page("examples/kernels_in_torch.py", prints="not triton: the tensors are on the CPU",
          holds=lambda names: max(names["differences"].values()) < 1e-5 and len(names["differences"]) == 3),
     Page("examples/kernels_in_timm.py", needs="timm", prints=r"swapped: patch_embed (.*\n)*after undo: PatchEmbed",

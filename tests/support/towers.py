@@ -5,7 +5,7 @@
     PYTHONPATH=tests python -m support.towers
 
 walks over the models of timm that are a VisionTransformer or an Eva, with two layers and four patches a side, and over
-their relatives. It writes benchmarks/results/towers-timm.csv and the last section of docs/reference/towers.md. Of
+their relatives. It writes benchmarks/results/towers-timm.csv and the last section of docs/reference/support.md. Of
 models wider than 1,280 only the shape is compared.
 """
 

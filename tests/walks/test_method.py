@@ -1,4 +1,4 @@
-"""A study of masks and losses, from its file to its page; test_pages.py runs docs/guides/change_the_method.md."""
+"""A study of masks and losses, from its file to its page; test_pages.py runs docs/explain/method.md."""
 
 import tomllib
 from pathlib import Path

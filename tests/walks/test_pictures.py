@@ -16,7 +16,7 @@ from mvlm_dataloading import open_dataset
 from support.commands import MICRO_FLAGS
 from support.scenes import png, scene
 
-PAGE = Path(__file__).parents[2] / "docs/guides/from_pictures_to_answers.md"
+PAGE = Path(__file__).parents[2] / "docs/start/first_run.md"
 SHORTER = {
     "pretrain": [*MICRO_FLAGS, "--model.text-length", "32"],
     "finetune": ["--max-steps", "2", "--batch-size", "9", "--warmup-steps", "1", "--device", "cpu"],

@@ -61,7 +61,7 @@ def test_one_gpu_without_microbatches_has_the_logits_of_all_pairs_at_once():
     one = setting(per_node=1, nodes=1, batch_size=8192)
     assert most_logits(one) == 8192 * 8192
     others = replace(one, accumulate=2), replace(one, per_node=2), replace(one, batch_size=64)
-    assert {most_logits(other) for other in others} == {16 * 1024**2}  # the blocks of docs/explain/global_batch.md
+    assert {most_logits(other) for other in others} == {16 * 1024**2}  # the blocks of docs/guides/many_gpus.md
 
 
 def test_seconds_of_collectives_by_hand():
