@@ -7,12 +7,14 @@ import time
 from typing import Any, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 20.0
 """Without a terminal, lines are at least this far apart."""
+STEPS_OF_AN_ESTIMATE = 20
+"""The time left is shown after as many steps."""
 
 
 class _Bar:
@@ -32,7 +34,9 @@ class _Bar:
 
 
 class TrainingProgress(_Bar):
-    """A context that shows rows of metrics while training runs from step `first` to step `last`.
+    """A context that shows rows of metrics while training runs from step `first` to step `last`, with the time left.
+
+    The time left is estimated from the mean time of a step since the first row, evaluations included.
 
     With `shown=False`, as on all ranks but the first, it shows nothing.
     """
@@ -41,30 +45,43 @@ class TrainingProgress(_Bar):
         super().__init__()
         self._last, self._shown = last, shown
         self._last_line = -float("inf")
+        self._first, self._estimated = first, False
+        self._since = first, time.monotonic()
         if shown and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.description}"),
                 console=Console(file=sys.stdout),
             )
             self._task = self._bar.add_task("", total=last, completed=first)
 
     def show(self, row: dict[str, Any]) -> None:
-        """Show a row of metrics. Without a terminal, print a line every 20 seconds, at evaluations and at the end."""
+        """Show a row of metrics.
+
+        Without a terminal, print a line every 20 seconds, at evaluations, at the end, and with the first estimate.
+        """
+        now, step, text = time.monotonic(), row["step"], describe_row(row)
+        enough = step - self._first >= STEPS_OF_AN_ESTIMATE
+        if not enough and self._since[0] == self._first:
+            # The first step is slower than the others: processes start, and kernels are compiled.
+            self._since = step, now
+        if enough and step < self._last:
+            before, then = self._since
+            text = f"{format_duration((now - then) / (step - before) * (self._last - step))} left  {text}"
         if self._bar:
-            self._bar.update(self._task, completed=row["step"], description=describe_row(row))
+            self._bar.update(self._task, completed=step, description=text)
             return
-        now = time.monotonic()
         if not self._shown:
             return
         evaluated = "tr_r1" in row or any(name.startswith("val_") for name in row)
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._last or evaluated:
+        first_estimate = enough and not self._estimated
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._last or evaluated or first_estimate:
+            self._estimated = enough
             self._last_line = now
             try:
-                print(f"step {row['step']}/{self._last}  {describe_row(row)}", flush=True)
+                print(f"step {step}/{self._last}  {text}", flush=True)
             except OSError as error:  # a full disk, or a closed pipe: no reason to lose a run
                 log.warning("could not write to standard output: %s; nothing more is shown, training continues", error)
                 _discard_output(sys.stdout)

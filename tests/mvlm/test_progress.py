@@ -1,4 +1,4 @@
-"""Progress of training, on a terminal and on a full disk."""
+"""Progress of training: the time left, and a full disk."""
 
 import itertools
 import sys
@@ -8,6 +8,21 @@ from mvlm import progress as module
 from mvlm.progress import TrainingProgress
 
 ROW: dict[str, Any] = {"mlm": 5.25, "mim": 0.5, "itc": 2.0, "itm": 0.625, "pairs_per_s": 41.6, "skipped": 0}
+
+
+def test_progress_tells_the_time_left_after_20_steps(monkeypatch, capsys):
+    """The first step takes 9 s, each other 0.5 s, so that lines 20 s apart are 40 steps apart."""
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    with TrainingProgress(100, 650) as progress:
+        for step in range(101, 651):
+            clock[0] += 9.0 if step == 101 else 0.5
+            progress.show(ROW | {"step": step})
+    lines = capsys.readouterr().out.splitlines()
+    found = {int(line.removeprefix("step ").split("/")[0]): line.partition("mlm")[0].split("  ")[1] for line in lines}
+    assert [*found][:4] == [101, 120, 160, 200]
+    assert [*found.values()][:4] == ["", "4 min 25 s left", "4 min 5 s left", "3 min 45 s left"]
+    assert (found[640], found[650]) == ("5 s left", "")
 
 
 def test_training_progress_warns_once_if_it_cannot_print(monkeypatch, caplog):
