@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NoReturn
@@ -65,20 +66,43 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 }
 """Commands by what they are for, in the order of `mvlm --help`."""
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+FAMILIES = {
+    "data": "Build a data set, or change and check built ones",
+    "eval": "Measure a model's retrieval, where it points, or one of its tasks",
+    "search": "Search images and captions by their embeddings",
+}
+"""What the commands are for that begin with the same word. `mvlm --help` shows these in one entry."""
 PARSE_THEMSELVES = ("pretrain", "finetune", "bench")
 """Commands that are given the words behind them: the first of these decides which arguments there are."""
 
 
-def usage(first_word: str = "") -> str:
-    """The list of all commands by group, or of those that begin with a word, with their first lines of help."""
+def usage(family: str = "") -> str:
+    """The list of all commands by group, in lines of at most 100 characters, or of one family with a line for each."""
+    groups = {title: _entries(group, family) for title, group in GROUPS.items()}
+    width = max(len(name) for entries in groups.values() for name in entries)
     lines = ["mvlm: fast pretraining of masked vision-and-language models"]
-    for title, group in GROUPS.items():
-        chosen = [name for name in group if not first_word or name.startswith(first_word + " ")]
-        width = max(map(len, chosen), default=0)
-        if chosen:
-            lines += ["", title]
-            lines += [f"  mvlm {name:<{width}}  {(group[name].__doc__ or '').splitlines()[0]}" for name in chosen]
-    return "\n".join([*lines, "", "mvlm COMMAND --help describes a command."])
+    for title, entries in groups.items():
+        lines += ["", title] if entries else []
+        for name, text in entries.items():
+            start = f"  mvlm {name:<{width}}  "
+            lines += textwrap.wrap(start + text, 100, subsequent_indent=" " * len(start), break_on_hyphens=False)
+    lines.append("")
+    if not family:
+        lines.append("mvlm data --help describes what NAME can be, as do mvlm eval --help and mvlm search --help.")
+    return "\n".join([*lines, "mvlm COMMAND --help describes a command."])
+
+
+def _entries(group: dict[str, Callable[..., None]], family: str) -> dict[str, str]:
+    """First lines of help of a family's commands in a group. Without a family of all, with an entry for a family."""
+    entries: dict[str, str] = {}
+    for name, command in group.items():
+        first, _, second = name.partition(" ")
+        if second and not family:
+            entry = entries.get(f"{first} NAME")
+            entries[f"{first} NAME"] = f"{entry}, {second}" if entry else f"{FAMILIES[first]}: {second}"
+        elif first == family or not family:
+            entries[name] = (command.__doc__ or "").splitlines()[0]
+    return entries
 
 
 def run_command(arguments: Sequence[str]) -> None:

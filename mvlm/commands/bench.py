@@ -6,8 +6,9 @@ from importlib.util import find_spec
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Measure kernels, a training step, the data loader, or a run: `mvlm bench kernels`, `step`, `data`, `run`.
+    """Measure speed: `mvlm bench kernels`, `step`, `data`, `run`.
 
+    These are the kernels, a training step, the data loader, and a whole run.
     `mvlm bench NAME --help` lists the arguments of one.
     """
     # By name, because imports go down: mvlm_benchmarks measures mvlm.

@@ -18,8 +18,9 @@ def doctor(
     image_size: int | None = None,
     warm: bool = False,
 ) -> None:
-    """Check this machine: packages, devices, backends, disk. With --data also shards, memory and training speed.
+    """Check this machine: packages, devices, backends, disk.
 
+    With --data also shards, memory and training speed.
     Lines are green (works), amber (works at a cost) or red (does not work). The exit code is 1 if a line is red.
 
     Args:

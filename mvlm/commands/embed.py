@@ -16,7 +16,7 @@ def embed(
     device: str = "auto",
     precision: str = "auto",
 ) -> None:
-    """Embed all images and captions of a data set or of a folder of images, as Parquet files.
+    """Embed the images and captions of a data set or a folder, as Parquet files.
 
     The same command again continues after a kill. `torchrun ... -m mvlm embed` shares the work among ranks; the files
     are the same.
@@ -55,8 +55,9 @@ def export(
     data: Path | None = None,
     mix: float | None = None,
 ) -> None:
-    """Write a trained model as one portable folder, for mvlm, for another runtime, or for the Hugging Face hub.
+    """Write a trained model as one portable folder.
 
+    It is for mvlm, for another runtime, or for the Hugging Face hub.
     If the run kept averaged weights (--ema-decay), they are exported.
 
     Args:

@@ -232,7 +232,9 @@ def eval_task(task: str) -> Callable[..., None]:
 def score(
     task: str, predictions: Path, references: Path, /, other: Path | None = None, out: Path | None = None
 ) -> None:
-    """Score predictions of any model by a task's official metric. It needs no model and no torch.
+    """Score predictions of any model by a task's official metric.
+
+    It needs no model and no torch.
 
     Args:
         task: vqa, pairs, entailment, caption or grounding.

@@ -8,8 +8,9 @@ from mvlm.tasks import task_names
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a pretrained model: `mvlm finetune TASK [RECIPE] --checkpoint RUN --data SHARDS --out RUN`.
+    """Fine-tune a pretrained model on a task.
 
+    `mvlm finetune TASK [RECIPE] --checkpoint RUN --data SHARDS --out RUN`.
     Tasks: {tasks}. `mvlm eval TASK` evaluates the finished run.
     TASK may be a Python file with a task of your own (docs/guides/tasks.md).
     Recipes: tiny (the default), for two CPU cores; base, for a model of the paper's size.

@@ -32,7 +32,9 @@ def plan(
     train_cross: Learning = "full",
     lora_rank: int = 8,
 ) -> None:
-    """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
+    """Plan a run on many GPUs: memory, time and traffic, without a GPU.
+
+    The figures are computed from operation counts and data sheets.
 
     Args:
         gpus: GPUs per node x nodes, for example 8 x 16.

@@ -24,8 +24,9 @@ def predict(
     device: str = "auto",
     precision: str = "auto",
 ) -> None:
-    """Ask a fine-tuned model about new images: answers, entailment, captions, or what a task of your own predicts.
+    """Ask a fine-tuned model about new images.
 
+    It gives answers, entailment, captions, or what a task of your own predicts.
     Without --out each prediction is a line. An image that cannot be used is named, and has an error in place of a
     prediction in the file.
 
@@ -176,7 +177,9 @@ def app(
     task: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Open a local web page of a trained model: ask its task, search, fill, rebuild, where it looks, classify.
+    """Open a local web page that asks a trained model.
+
+    It asks the model's task, searches, fills, rebuilds, shows where the model looks, and classifies.
 
     Args:
         source: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.

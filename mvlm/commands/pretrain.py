@@ -20,9 +20,10 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`. Presets: tiny, small, base.
+    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`.
 
-    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE. Further settings override it.
+    Presets: tiny, small, base. `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE.
+    Further settings override it.
     """
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"{pretrain.__doc__}\nAll settings of a preset: mvlm pretrain PRESET --help")

@@ -38,7 +38,7 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
 
 
 def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: str = "auto") -> None:
-    """Verify a finished pretraining run: hashes, its last steps made again, and its evaluation.
+    """Verify a finished run: its hashes, its last steps made again, its evaluation.
 
     Prints what holds and each thing that is not as claimed, then "verified", or "not verified" with exit code 1.
     Nothing in the run's folder is changed. docs/evidence/reliability.md says what this proves.

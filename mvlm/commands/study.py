@@ -18,8 +18,9 @@ def study(
     reuse: tuple[Path, ...] = (),
     partial: bool = False,
 ) -> None:
-    """Run a study: every arm of FILE with every seed, then a table and a page of paired differences.
+    """Run a study: every arm of FILE with every seed.
 
+    It ends with a table and a page of paired differences.
     The same command continues an interrupted study, and skips what is finished.
 
     Args:

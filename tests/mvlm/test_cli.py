@@ -55,11 +55,16 @@ def test_another_error_keeps_its_traceback(run_mvlm, monkeypatch, error):
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_usage_lists_every_command(run_mvlm, words):
+def test_usage_fits_a_screen_and_leads_to_every_command(run_mvlm, words):
     outcome = run_mvlm(*words)
     assert outcome.code == 0
+    assert len(outcome.out) <= 45
+    assert max(map(len, outcome.out)) <= 100
     for command in cli.COMMANDS:
-        assert any(line.startswith(f"  mvlm {command} ") for line in outcome.out)
+        first, _, second = command.partition(" ")
+        listed = run_mvlm(first, "--help").out if second else outcome.out
+        assert any(line.startswith(f"  mvlm {command} ") for line in listed)
+        assert (second or first) in " ".join(outcome.out).replace(",", "").split()
 
 
 @pytest.mark.slow
