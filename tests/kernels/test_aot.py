@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from mvlm_kernels.hardware import blocks
-
 pytestmark = pytest.mark.slow
 TRITON = ".".join(version("triton").split(".")[:2])
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / f"aot-{TRITON}.json"
@@ -27,8 +25,8 @@ SLICE = (
 )
 
 
-# Each family of matrix instructions. sm_120 has that of sm_80, its tiles and the least shared memory.
-ARCHS = ("sm_90", "sm_100", "sm_120")
+# Two families of matrix instructions. sm_120 has that of sm_80, its tiles and the least shared memory.
+ARCHS = ("sm_90", "sm_120")
 
 
 SERVER = """
@@ -114,23 +112,6 @@ for launch in aot.recorded("cross_attention", "sm_90", "float32/64/32/lengths"):
     assert sorted(done.stdout.splitlines()) == sorted(f"{name} True True" for name in families)
 
 
-def test_blocks_of_a_multiprocessor_follow_from_its_resources():
-    """By hand: 128 registers of 4 warps are a quarter of 64 K; 130 round up to 136; 2 of 100 KiB fit into 228."""
-    cases = [
-        (128, 4, 0, 90),
-        (130, 4, 0, 90),
-        (32, 8, 0, 90),
-        (32, 1, 0, 90),
-        (32, 4, 102400, 90),
-        (32, 4, 102400, 80),
-        (32, 4, 0, 86),
-        (32, 1, 0, 89),
-        (32, 1, 20480, 120),
-        (32, 1, 0, 75),
-    ]
-    assert [blocks(*case) for case in cases] == [4, 3, 8, 32, 2, 1, 12, 24, 4, 16]
-
-
 def test_problems_of_compiled_kernels_are_named(call):
     problems_of = partial(call, "mvlm_kernels.aot", "find_problems")
     good = {
@@ -146,13 +127,3 @@ def test_problems_of_compiled_kernels_are_named(call):
         "101 registers, 100 in the table",
     ]
     assert problems_of([good], [good]) == []
-
-
-def test_update_of_the_aot_table_replaces_whole_cases(call):
-    def rows(*cases: tuple[str, str, int]) -> list[dict[str, Any]]:
-        return [{"op": "o", "case": case, "arch": arch, "registers": n} for case, arch, n in cases]
-
-    before = rows(("a", "sm_80", 1), ("a", "sm_80", 2), ("b", "sm_80", 3), ("b", "sm_90", 4))
-    compiled = rows(("b", "sm_80", 5), ("c", "sm_80", 6), ("a", "sm_80", 7))
-    wanted = rows(("a", "sm_80", 7), ("b", "sm_80", 5), ("b", "sm_90", 4), ("c", "sm_80", 6))
-    assert call("mvlm_kernels.aot", "updated", before, compiled) == wanted

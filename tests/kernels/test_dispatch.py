@@ -10,7 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
-from mvlm_kernels.dispatch import interpreter_fault, refusal
+from mvlm_kernels.dispatch import refusal
 from support.kernels.ops import ROWS, distinct
 
 
@@ -52,20 +52,6 @@ def test_a_kernel_that_does_not_fit_the_gpu_is_left_to_torch_from_then_on(name: 
     assert len(launches) == 1
     if row.op == "cross_attention":
         assert "shared memory" in str(mvlm_kernels.explain(row.ours, *leaves, **row.constants))
-
-
-@pytest.mark.parametrize(
-    "triton_version, numpy_version, works",
-    [
-        ("3.6.0", "2.3.5", True),
-        ("3.6.0", "2.4.0rc1", False),
-        ("3.6.0", "3.0.0", False),
-        ("3.7.0", "2.4.6", True),
-        ("4.0.0", "2.4.6", True),
-    ],
-)
-def test_interpreter_of_triton_before_3_7_needs_numpy_before_2_4(triton_version: str, numpy_version: str, works: bool):
-    assert (interpreter_fault(triton_version, numpy_version) is None) == works
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mvlm_kernels import cross_attention, dispatch, explain
+from mvlm_kernels import dispatch
 from support.kernels.ops import REGISTERED, ROWS, Row, rows
 
 pytestmark = pytest.mark.plain_empty
@@ -58,21 +58,3 @@ def test_a_compiled_gpu_call_is_one_graph_with_the_op(name: str):
         assert [(x.shape, x.dtype, x.device.type) for x in found] == [(x.shape, x.dtype, "cuda") for x in eager]
     for graph in graphs:
         assert any(f"mvlm_kernels.{REGISTERED.get(row.op, row.op)}" in str(node.target) for node in graph.graph.nodes)
-
-
-@pytest.mark.slow
-def test_float32_attention_without_tf32_is_sdpa_inside_the_graph(monkeypatch: pytest.MonkeyPatch):
-    # SDPA asks the device which of its backends to take, so a stand-in shows that it is called.
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: q.tan())
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(cross_attention, fullgraph=True, dynamic=True, backend=backend)
-    tensors = [torch.empty(2, length, 3, 64, device="cuda") for length in (197, 5, 5)]
-    assert compiled(*tensors).shape == tensors[0].shape
-    (graph,) = graphs
-    assert [node.target for node in graph.graph.nodes if "tan" in str(node.target)] == ["tan"]
-    assert "float32_matmul_precision" in explain(cross_attention, *tensors).reasons[0]

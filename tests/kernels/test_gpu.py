@@ -11,12 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvlm_kernels import (
-    cross_attention,
-    gather_patches,
-    place_tokens,
-    use_backend,
-)
+from mvlm_kernels import cross_attention, gather_patches, place_tokens, use_backend
 from support.kernels import pixel_losses, token_placement
 from support.kernels.attention import SIDES, Case, check_attention
 from support.kernels.patches import LAYOUTS, MEAN, STD, check_gather, make_ids, make_images

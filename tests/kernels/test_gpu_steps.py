@@ -98,9 +98,7 @@ def steps() -> Iterator[tuple[str, Step]]:
     yield (
         "place_tokens",
         Step(
-            lambda *x: place_tokens(*x, masked=masked),
-            leaves((8, 196, 768), (768,), (197, 768), (768,)),
-            data=[masked],
+            lambda *x: place_tokens(*x, masked=masked), leaves((8, 196, 768), (768,), (197, 768), (768,)), data=[masked]
         ),
     )
     yield "add_layer_norm", Step(lambda *x: add_layer_norm(*x)[1], leaves((8, 197, 768), (8, 197, 768), (768,), (768,)))

@@ -76,7 +76,7 @@ print(json.dumps([len(sizes), names, sorted(everything - first), sorted(everythi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches, first", [(24, 12), pytest.param(200, 30, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("batches, first", [(24, 12), pytest.param(80, 30, marks=pytest.mark.extended)])
 def test_no_kernel_is_compiled_in_the_middle_of_training(batches: int, first: int):
     """All ops of the step: random batches launch no kernel that the first few, of odd sizes, have not compiled."""
     words = [sys.executable, "-c", STEPS, str(batches), str(first)]

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from mvlm_kernels import (
-    cross_attention,
-    gather_patches,
-    gelu_linear,
-    masked_pixel_loss,
-    use_backend,
-)
+from mvlm_kernels import cross_attention, use_backend
 from support.kernels.ops import ROWS, distinct
 
 pytestmark = [
@@ -26,8 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # of torch's own forward mode
 ]
 G = torch.Generator().manual_seed(0)
-IMAGES = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=G)
-IDS = torch.tensor([[2, 0], [3, 3]])
 
 
 def rand(*shape: int) -> Tensor:
@@ -44,16 +35,7 @@ def joined(f: Callable[..., Any], constants: dict[str, Any]) -> Callable[..., Te
     return call
 
 
-NAMES = (
-    "attention",
-    "patches",
-    "loss",
-    "tokens, masked",
-    "tokens, visible",
-    "norm",
-    "post-norm",
-    "gelu",
-)
+NAMES = ("attention", "patches", "loss", "tokens, masked", "tokens, visible", "norm", "post-norm", "gelu")
 CALLS = {
     name: (*(joined(f, ROWS[name].constants) for f in (ROWS[name].ours, ROWS[name].plain)), ROWS[name].tensors)
     for name in NAMES
@@ -182,19 +164,6 @@ def test_second_derivatives_of_some_inputs_are_right_or_refused_by_name(op: str,
             same(got, wanted)
 
 
-def test_second_derivative_by_the_weight_of_gelu_linear_where_h_is_constant(backend: str):
-    """The GELU that a CPU saves is then a constant too, unless its bias is trained."""
-    ours, plain, (h, weight, _) = CALLS["gelu"]
-    leaf, h_bias = weight.clone().requires_grad_(), rand(8).requires_grad_()
-    with pytest.raises(RuntimeError, match="gelu_linear has no second derivative; use "):
-        penalized(lambda w: gelu_linear(h, w, h_bias=h_bias), [leaf], [leaf])
-    if backend == "torch":
-        same(*(penalized(lambda w, f=f: f(h, w, None), [leaf], [leaf]) for f in (ours, plain)))
-        return
-    with pytest.raises(RuntimeError, match="gelu_linear has no second derivative; use "):
-        penalized(lambda w: ours(h, w, None), [leaf], [leaf])
-
-
 @pytest.mark.slow
 @OPS
 def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
@@ -210,43 +179,6 @@ def test_dual_numbers_are_right_or_refused_by_name(op: str, backend: str):
         return
     with pytest.raises(NotImplementedError, match=f"{public(op)} has no forward-mode derivative; use reverse"):
         tangent(ours)
-
-
-@pytest.mark.slow
-@OPS
-def test_forward_mode_over_gradients_is_right_or_refused_by_name(op: str, backend: str):
-    """By `jvp` and `hessian`, by a level of dual numbers around `grad`, and by a gradient that is dual itself."""
-    skip_without_kernel(op, backend)
-    ours, plain, (x, *rest) = CALLS[op]
-
-    def attempts(f: Callable[..., Tensor]) -> Iterator[Callable[[], Tensor | None]]:
-        gradient, value = torch.func.grad(squared(f)), f(x, *rest).detach()
-        yield lambda: torch.func.jvp(lambda x: gradient(x, *rest), (x,), (x.cos(),))[1]
-        yield lambda: torch.func.jvp(gradient, (x, *rest), tuple(y.cos() for y in (x, *rest)))[1]
-        yield lambda: torch.func.hessian(squared(f))(x, *rest)
-
-        def dual_outside() -> Tensor | None:
-            with forward_ad.dual_level():
-                return forward_ad.unpack_dual(gradient(forward_ad.make_dual(x, x.cos()), *rest)).tangent
-
-        def dual_gradient() -> Tensor | None:
-            leaf = x.clone().requires_grad_()
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(value, value.cos())
-                return forward_ad.unpack_dual(torch.autograd.grad(f(leaf, *rest), leaf, dual)[0]).tangent
-
-        yield dual_outside
-        yield dual_gradient
-
-    right = op == "gelu" or (op == "attention" and backend == "torch")
-    for got, wanted in zip(attempts(ours), attempts(plain), strict=True):
-        if right:
-            same(got(), wanted())
-            continue
-        with pytest.raises(
-            NotImplementedError, match=f"{public(op)}(_backward)? has no forward-mode derivative; use reverse"
-        ):
-            got()
 
 
 @pytest.mark.slow
@@ -276,33 +208,3 @@ def test_vmap_over_what_says_which_keys_exist(name: str):
     found = torch.func.vmap(attended)(q, k, values)
     wanted = torch.stack([attended(*one) for one in zip(q, k, values, strict=True)])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("outside", [False, True])
-def test_gradients_around_vmap_of_the_pixel_loss(outside: bool):
-    """`outside`: plain autograd around vmap; else torch.func.grad."""
-    images = torch.randint(0, 256, (3, 2, 3, 8, 8), dtype=torch.uint8, generator=G)
-    x = rand(3, 2, 2, 48)
-
-    def loss(x: Tensor, images: Tensor) -> Tensor:
-        return masked_pixel_loss(x, images, IDS, 4)
-
-    def total(x: Tensor) -> Tensor:
-        return torch.func.vmap(loss)(x, images).sum()
-
-    if outside:
-        leaf = x.clone().requires_grad_()
-        total(leaf).backward()
-        found = leaf.grad
-    else:
-        found = torch.func.grad(total)(x)
-    wanted = torch.stack([torch.func.grad(loss)(x[i], images[i]) for i in range(3)])
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-
-
-def test_constants_of_a_first_call_inside_a_transform_serve_later_calls():
-    x, mean = rand(1, 3, 4, 4), [0.123, 0.456, 0.789]  # values of no other test: constants are kept by value
-    gather = partial(gather_patches, patch_ids=None, patch_size=4, mean=mean, std=mean)
-    torch.func.grad(squared(gather))(x)
-    wide = torch.tensor(mean, dtype=x.dtype)[:, None, None]
-    same(gather(x), ((x - wide) / wide).view(1, 1, 48))

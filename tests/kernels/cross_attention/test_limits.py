@@ -5,13 +5,11 @@ import json
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mvlm_kernels import cross_attention, dispatch, use_backend
+from mvlm_kernels import cross_attention, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, tiles, why_not_triton
-from mvlm_kernels.cross_attention.arguments import Options, short_sides_up_to
+from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 from mvlm_kernels.cross_attention.launch import heads_of
-from mvlm_kernels.cross_attention.ops import reasons
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.attention import Case, build, run
@@ -30,22 +28,6 @@ def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
     """A block has 99 KiB on 8.6, 8.9 and 12.x, and 163 or more on all others, 8.7 (Orin) included."""
     capabilities = 80, 86, 87, 89, 90, 100, 110, 120, 121
     assert [arch for arch in capabilities if not has_tiles(torch.bfloat16, 128, 128, arch)] == [86, 89, 120, 121]
-
-
-def test_dropout_and_grouped_heads_need_registers(monkeypatch: pytest.MonkeyPatch):
-    """A wide head and a long side leave none on sm_80, two features none above 64 rows, float32 none above 64 x 32."""
-    assert not has_tiles(torch.bfloat16, 128, 128, 80, extras=1)
-    assert has_tiles(torch.bfloat16, 128, 128, 90, extras=1)
-    assert has_tiles(torch.bfloat16, 64, 128, 80, extras=1)
-    assert not has_tiles(torch.bfloat16, 64, 128, 80, extras=2)
-    assert not has_tiles(torch.float32, 64, 64, 90, extras=1)
-    monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
-    monkeypatch.setattr(dispatch, "arch", lambda _: 80)
-    with FakeTensorMode():
-        q, k = (torch.empty(1, 128, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
-    plain, dropped = Options(0.1, 128, 128), Options(0.1, 128, 128, 0.1)
-    assert [len(reasons(q, x, options)) for x in (q, k) for options in (plain, dropped)] == [0, 0, 0, 1]
-    assert "with a dropout or grouped heads fits this GPU; torch runs" in reasons(q, k, dropped)[0]
 
 
 def test_sides_of_197_rows_are_short_only_on_demand():
@@ -74,17 +56,6 @@ def test_strides_of_odd_widths_are_multiples_of_a_vector():
     assert not any(stride % 8 for stride in strides)
     even = torch.zeros(2, 9, 2, 65)[..., :64]  # Triton sees these strides itself
     assert heads_of(even, False)[0] is even
-
-
-def test_tile_tables_are_looked_up_by_architecture(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    table = {f"sm_{first}": {"a": {"n": first}} for first in (80, 90, 100, 120)}
-    for missing, last in ("", 120), ("sm_120", 80):
-        folder = tmp_path / f"without-{missing}"
-        folder.mkdir()
-        (folder / "cross_attention.json").write_text(json.dumps({k: v for k, v in table.items() if k != missing}))
-        monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(folder))
-        found = [tiles.exceptions(arch)["a"]["n"] for arch in (80, 86, 89, 90, 100, 103, 120)]
-        assert found == [80, 80, 80, 90, 100, 100, last]
 
 
 def test_exceptions_replace_fields_of_the_rules_of_attention(tmp_path, monkeypatch: pytest.MonkeyPatch):

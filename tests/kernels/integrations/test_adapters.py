@@ -207,27 +207,3 @@ def test_hooks_on_a_norm_have_their_effect(kind: Kind, norm: str, first: str):
         assert swap(kind, model) == []
         hooks(model, (norm,))
     torch.testing.assert_close(run(kind, model), wanted, **CLOSE)
-
-
-@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft does not know timm's LayerNorm
-def test_trained_norms_of_peft_have_their_effect():
-    peft = pytest.importorskip("peft")
-
-    def tuned(model: nn.Module) -> nn.Module:
-        return peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["norm2"]))
-
-    def shifted(model: nn.Module) -> nn.Module:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    assert "norm2" in name
-                    parameter.add_(0.3)
-        return model
-
-    wanted = run(VISION, shifted(tuned(vit())))
-    swapped = vit()
-    assert swap(VISION, swapped) == []
-    torch.testing.assert_close(run(VISION, shifted(tuned(swapped))), wanted, **CLOSE)
-    late = shifted(tuned(vit()))
-    assert "wanted LayerNorm" in swap(VISION, late)[0]
-    torch.testing.assert_close(run(VISION, late), wanted, **CLOSE)

@@ -4,7 +4,6 @@ import copy
 import inspect
 import pickle
 from functools import partial
-from operator import methodcaller
 from typing import Any
 
 import pytest
@@ -208,19 +207,6 @@ def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason)
     assert all(reason in (part.reason or "") for part in report.kept)
 
 
-def test_a_norm_that_is_too_wide_for_the_kernel_is_kept_and_its_wide_input_is_not_what_counts():
-    with torch.device("meta"):
-        wide, narrow = (
-            transformers.models.bert.modeling_bert.BertOutput(
-                transformers.BertConfig(hidden_size=size, intermediate_size=16384, num_attention_heads=2)
-            )
-            for size in (8200, 4096)
-        )
-    (kept,) = swap_blocks(wide).kept
-    assert "a row of the norm has 8200 values, the kernel holds at most 8192" in (kept.reason or "")
-    assert not swap_blocks(narrow).kept
-
-
 @pytest.mark.slow
 def test_compiled_blocks_have_no_graph_break():
     model = vit(depth=1).eval()
@@ -239,17 +225,6 @@ def test_dropout_layers_that_train_alone_have_their_effect():
     x = torch.randn(4, 8)
     with use_backend("torch"):
         assert not torch.equal(mlp(x), mlp(x))
-
-
-def test_a_replica_computes_with_its_own_weights():
-    """nn.DataParallel copies a module's attributes, and then gives the copy its device's weights."""
-    mlp = timm.layers.Mlp(8, 16).eval()
-    swap_blocks(mlp)
-    replica = methodcaller("_replicate_for_data_parallel")(mlp)  # what torch calls; the rest of it needs GPUs
-    replica.fc2 = nn.Linear(16, 8)
-    x = torch.randn(4, 8)
-    with use_backend("torch"):
-        torch.testing.assert_close(replica(x), replica.fc2(replica.act(replica.fc1(x))))
 
 
 def doubled(module: nn.Module, x: Tensor) -> Tensor:

@@ -86,28 +86,6 @@ def test_images_that_do_not_divide_are_padded_or_cut_as_before(options: dict[str
     assert "padded or cut" in embed.why_not_gathered(images)
 
 
-def test_a_parametrization_of_the_conv_is_computed_once_a_forward():
-    """A spectral norm makes a step of its power iteration each time that the weight is read."""
-    model = small_vit()
-    nn.utils.parametrizations.spectral_norm(model.patch_embed.proj)
-    swapped = copy.deepcopy(model)
-    swap_patch_embed(swapped)
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(swapped.train()(images), model.train()(images))
-    for found, wanted in zip(swapped.buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
-def test_a_float64_model_stays_so_under_autocast():
-    model = small_vit().double()
-    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    wanted = model.patch_embed(images)
-    swap_patch_embed(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model.patch_embed(images)
-    torch.testing.assert_close(found, wanted)
-
-
 def test_copies_and_meta_device():
     model, images = swapped_vit(), torch.rand(2, 3, 32, 32)
     assert not model.patch_embed.training

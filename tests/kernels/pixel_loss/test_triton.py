@@ -31,6 +31,12 @@ def test_masked_kernels_for_any_shape(
     check_masked(pred, images, ids, patch, MEAN[:channels], None, kind, normalize and features > 1, reduction)
 
 
+def test_sums_are_those_of_more_values_than_a_tile_has():
+    launchers = importlib.import_module("mvlm_kernels.pixel_loss.triton")
+    long = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(launchers.total(long, 1), long.sum())
+
+
 def test_nan_predictions_give_nan_gradients():
     """Sign bytes have no NaN, but a loss scaler that looks for NaN in gradients must still see one."""
     images = make_images((1, 1, 2, 2), torch.uint8, "contiguous")

@@ -9,12 +9,7 @@ RELATIVE_RMS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, 
 
 
 def assert_accurate(
-    name: str,
-    got: Tensor,
-    same_dtype: Tensor,
-    oracle: Tensor,
-    rms: float | None = None,
-    terms: float = 0.0,
+    name: str, got: Tensor, same_dtype: Tensor, oracle: Tensor, rms: float | None = None, terms: float = 0.0
 ) -> None:
     """Bound the error of ``got`` by twice that of the same-dtype torch code plus 2 ulp, and its relative RMS error.
 

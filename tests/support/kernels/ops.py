@@ -11,14 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mvlm_kernels import (
-    add_layer_norm,
-    cross_attention,
-    gather_patches,
-    gelu_linear,
-    masked_pixel_loss,
-    place_tokens,
-)
+from mvlm_kernels import add_layer_norm, cross_attention, gather_patches, gelu_linear, masked_pixel_loss, place_tokens
 
 REGISTERED = {"gelu_linear": "gelu"}
 """Names under torch.ops where they are not those of the functions."""

@@ -102,10 +102,7 @@ def compare(model: nn.Module, reference: tuple[dict[str, Tensor], dict[str, Tens
     mask = inputs.get("attention_mask")
     rows = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     outputs, gradients = outputs_and_gradients(model, inputs)
-    return (
-        gap(reference[0], outputs, rows=rows),
-        gap(reference[1], gradients, floor=gradient_floor(reference[1])),
-    )
+    return (gap(reference[0], outputs, rows=rows), gap(reference[1], gradients, floor=gradient_floor(reference[1])))
 
 
 def equal(gaps: tuple[float, float]) -> bool:
