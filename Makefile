@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
-        faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page soak bench aot traffic \
+        faults-embedding faults-parts faults-evaluation faults-studies soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation masking tasks tasks-start tasks-table \
         check docs docs-links \
         format clean
@@ -202,27 +202,23 @@ format: $(VENV)/.installed
 # A trial takes about 3 s.
 FAULTS ?= 1000
 ## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-embedding faults-parts faults-network faults-evaluation faults-studies faults-page
+faults: faults-data faults-embedding faults-parts faults-evaluation faults-studies
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
-## faults-data     kill builds of shards at 50 moments (`make test-all`: 10)
+## faults-data     kill builds of shards at 50 moments (`make test-all`: 4)
 faults-data: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_writers.py builds --kills 50
 
-## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 4)
+## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 2)
 faults-embedding: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_work.py embedding --kills 20
 
-## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test-all`: 6 and 1)
+## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test-all`: 3 and 1)
 faults-parts: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_writers.py parts --kills 20 --json benchmarks/results/faults-parts.json
 	$(BIN)/python tests/promises/faults/kill_nodes.py --kills 20 --json benchmarks/results/faults-nodes.json
 
-## faults-network  load 50 epochs from servers that fail in seven ways (`make test-all`: 8)
-faults-network: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/bad_network.py --trials 50 --json benchmarks/results/faults-network.json
-
-## faults-evaluation kill 10 evaluations at random moments (`make test-all`: 3)
+## faults-evaluation kill 10 evaluations at random moments (`make test-all`: 2)
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_work.py evaluation --kills 10
 
@@ -308,10 +304,6 @@ data/scenes/places/dataset.json: | $(VENV)/.installed
 
 data/easy-vqa/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data easy-vqa data/easy-vqa
-
-## faults-page     10 minutes of random requests to the page of `mvlm app`
-faults-page: $(VENV)/.installed
-	$(BIN)/python tests/promises/faults/fuzz_page.py --minutes 10
 
 ## faults-studies  kill 10 studies at random moments
 faults-studies: $(VENV)/.installed

@@ -159,41 +159,27 @@ def attacks(kind: str, acts: Mapping[Any, Act]) -> Iterator[Attack]:
     return (Attack(kind, str(name), act) for name, act in acts.items())
 
 
-def paths_without_meta() -> Iterator[Attack]:
-    kind = "path without meta"
-    metas: dict[str, dict[str, Any]] = {
-        "no meta": {}, "meta of another type": {"meta": {"_type": "x"}}, "empty meta": {"meta": {}},
-        "meta null": {"meta": None},
-    }  # fmt: skip
-    paths = ("FOLDER/secret.png", "FOLDER/secret.txt", "FOLDER", "FOLDER/none.png")
-    for name, meta in metas.items():
-        yield from attacks(
-            kind, {f"{name}, {path}": asked(CHOOSE, "nothing", {"path": path, **meta}) for path in paths}
-        )
-    secret = {"path": "FOLDER/secret.png"}
-    others = {"path": lambda target, _: target.visitor().uploaded("x.png", png(41))["path"]}
-    below = {"path": lambda _, visitor: f"{visitor.uploaded('x.png', png())['path']}/../../../secret.png"}
-    yield from attacks(kind, {
-        "Fill": asked("Fill", secret, "a [MASK]"), "Classify": asked("Classify", secret, "a\nb", ""),
-        "Look": asked("Look", secret, "a"), "Search": asked("Search", "a", secret),
-        "another visitor's upload": asked(CHOOSE, "nothing", others),
-        "a path below an upload": asked(CHOOSE, "nothing", below),
-    })  # fmt: skip
-
-
-def files_with_meta() -> Iterator[Attack]:
-    kind = "FileData with meta"
+def paths() -> Iterator[Attack]:
+    """Files that the visitor has not uploaded, in place of an image."""
     paths: list[Any] = [
-        "/etc/passwd", "FOLDER/secret.png", "FOLDER/../secret.png", "/proc/self/environ", "file:///etc/passwd",
-        "data:image/png;base64,AAAA", "http://127.0.0.1:1/x.png", "ftp://x/y", "a\0b", "", "x" * 100_000, 5, None,
-        ["a"], {"path": "a"}, True,
+        "FOLDER/secret.png", "FOLDER", "FOLDER/none.png", "FOLDER/../secret.png", "/etc/passwd", "/proc/self/environ",
+        "file:///etc/passwd", "data:image/png;base64,AAAA", "http://127.0.0.1:1/x.png", "a\0b", "", "x" * 100_000, 5,
+        None, ["a"], {"path": "a"}, True,
     ]  # fmt: skip
-    yield from attacks(kind, {repr(p)[:40]: asked(CHOOSE, "nothing", {"path": p, **META}) for p in paths})
+    secret = {"path": "FOLDER/secret.png"}
     values = {
+        **{repr(path)[:40]: {"path": path, **META} for path in paths},
+        "no meta": secret, "another meta": {**secret, "meta": {"_type": "x"}}, "meta null": {**secret, "meta": None},
         "a url beside no path": {"path": None, "url": "http://127.0.0.1:1/x.png", **META}, "a string": "/etc/passwd",
         "a list": ["/etc/passwd"], "a number": 7, "a stream": {"path": "/etc/passwd", "is_stream": True, **META},
+        "another visitor's upload": {"path": lambda target, _: target.visitor().uploaded("x.png", png(41))["path"]},
+        "below an upload": {"path": lambda _, he: f"{he.uploaded('x.png', png())['path']}/../../../secret.png"},
     }  # fmt: skip
-    yield from attacks(kind, {name: asked(CHOOSE, "nothing", value) for name, value in values.items()})
+    yield from attacks("path", {name: asked(CHOOSE, "nothing", value) for name, value in values.items()})
+    yield from attacks("path", {
+        "Fill": asked("Fill", secret, "a [MASK]"), "Classify": asked("Classify", secret, "a\nb", ""),
+        "Look": asked("Look", secret, "a"), "Search": asked("Search", "a", secret),
+    })  # fmt: skip
 
 
 def traversals() -> Iterator[Attack]:
@@ -304,32 +290,6 @@ def texts() -> Iterator[Attack]:
     acts |= {"100 labels x 11 templates": asked("Classify", IMAGE, labels, templates)}
     acts |= {"300,000 labels": asked("Classify", IMAGE, "a\n" * 300_000, "")}
     return attacks("texts", acts | {"markup comes back as text": markup})
-
-
-def filenames() -> Iterator[Attack]:
-    names = (
-        "", ".", "..", "/", "../../x.png", "/etc/x.png", "a\\..\\b.png", "x" * 5000 + ".png", "\u202egnp.x",
-        "a%2f..%2fb.png", ".htaccess", "nul\0.png", "con", "x.html", "x.svg", "-rf", "a\rb.png", "$(id).png",
-    )  # fmt: skip
-
-    def named(name: str) -> Act:
-        def act(target: Target, visitor: Visitor) -> str | None:
-            answer = visitor.upload(name, png())
-            if answer.status != 200:
-                return judge(answer, (400,))
-            path = json.loads(answer.body)[0]
-            if os.path.realpath(path) != path or not Path(path).is_file():
-                return f"it is stored as {path}"
-            shown = visitor.show(path)
-            kind = shown.headers.get("content-type", "")
-            attached = shown.headers.get("content-disposition", "").startswith("attachment")
-            if shown.status != 200 or not (kind == "image/png" or (kind == "application/octet-stream" and attached)):
-                return f"it is served as {kind}, status {shown.status}"
-            return None if Path(path).stem == "image" else f"the visitor named it: {path[-60:]}"
-
-        return act
-
-    return attacks("filenames", {repr(name)[:40]: named(name) for name in names})
 
 
 def forgeries() -> Iterator[Attack]:
@@ -473,7 +433,7 @@ def abandoned() -> Iterator[Attack]:
 
 
 MAKERS = (
-    paths_without_meta, files_with_meta, traversals, bodies, texts, images, filenames, forgeries,
+    paths, traversals, bodies, texts, images, forgeries,
     slow_connections, abandoned,
 )  # fmt: skip
 ATTACKS = [attack for maker in MAKERS for attack in maker()]

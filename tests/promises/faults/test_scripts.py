@@ -28,25 +28,21 @@ def test_every_kind_of_fault_ends_well(tmp_path):
 
 
 def test_killed_builds_parts_and_merges_end_with_the_bytes_of_one_build():
-    assert "the bytes of one uninterrupted build" in run("kill_writers", "builds", "--kills", 10)
-    assert "the bytes of one uninterrupted build" in run("kill_writers", "parts", "--kills", 6)
+    assert "the bytes of one uninterrupted build" in run("kill_writers", "builds", "--kills", 4)
+    assert "the bytes of one uninterrupted build" in run("kill_writers", "parts", "--kills", 3)
 
 
 def test_killed_evaluations_and_four_ranks_find_the_figures_of_one_process():
-    out = run("kill_work", "evaluation", "--kills", 3)
-    assert int(out.split()[0]) >= 3  # the last evaluation may be killed more often than asked for
+    out = run("kill_work", "evaluation", "--kills", 2)
+    assert int(out.split()[0]) >= 2  # the last evaluation may be killed more often than asked for
     assert "one of two ranks killed: the other ends" in out
     assert "2 and 4 ranks: the same figures" in out
 
 
 def test_killed_embeddings_and_two_ranks_write_the_files_of_one_process():
-    out = run("kill_work", "embedding", "--kills", 4)
-    assert int(out.split()[0]) >= 4
+    out = run("kill_work", "embedding", "--kills", 2)
+    assert int(out.split()[0]) >= 2
     assert "2 ranks: the same files" in out
-
-
-def test_remote_data_is_right_or_ends_in_an_error_with_the_url():
-    assert '"loaded": 6, "ended in DataError": 2' in run("bad_network", "--trials", 8)
 
 
 def test_a_build_on_ray_survives_the_loss_of_a_node():

@@ -15,7 +15,6 @@ def run_kills(
     doc: str | None,
     what: str,
     kills: int,
-    option: str = "--kills",
 ) -> int:
     """Run the trials in a temporary folder, print the fault. Returns the exit code.
 
@@ -27,10 +26,9 @@ def run_kills(
         doc: docstring of the script, whose first line describes it.
         what: things that are killed, for --help.
         kills: default of their number.
-        option: flag of their number.
     """
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    parser.add_argument(option, type=int, default=kills, help=what, dest="kills")
+    parser.add_argument("--kills", type=int, default=kills, help=what)
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
     parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args()
