@@ -53,23 +53,6 @@ def test_a_bench_replaces_earlier_results_alone(timed, tmp_path, bench, flag):
     assert set(timed) == {bench}
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_the_bench(timed, tmp_path):
-    (tmp_path / "a.svg").mkdir()
-    (tmp_path / "file").touch()
-    for name in ("chart.xyz", "chart", "svg", ".svg", "a.svg"):  # of no known kind, and a folder
-        refused("plot: wanted a file", "step", "--plot", tmp_path / name)
-    both = tmp_path / "b.svg"
-    refused("plot: wanted another file", "step", "--json", both, "--plot", both)
-    refused("csv: wanted another file", "step", "--json", both, "--csv", both)
-    for flag in ("--json", "--csv", "--plot"):
-        refused("wanted a file in a folder", "step", flag, tmp_path / "file" / "new" / "a.svg")
-    for bench in ("kernels", "data"):
-        refused("wanted a folder for the results", bench, "--out", tmp_path / "file")
-    (tmp_path / "a.rounds.csv").write_text("boxing,rounds\n1,12\n")
-    refused(re.escape("a.rounds.csv"), "step", "--csv", tmp_path / "a.csv")
-    assert not timed
-
-
 RUNS: dict[str, dict[str, Any]] = {
     "kernels": {"ops": (), "peers": (), "out": Path("out")},
     "step": {"preset": "tiny", "batch": 4, "rounds": 1},

@@ -5,13 +5,7 @@ import time
 import pytest
 import torch
 
-from mvlm_benchmarks.clock import (
-    CpuClock,
-    CudaClock,
-    Refused,
-    recording,
-    require_own_timers,
-)
+from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, recording, require_own_timers
 
 
 def test_cpu_clock_reports_microseconds_and_the_last_results_of_each_step() -> None:

@@ -8,16 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mvlm_benchmarks.clock import Busy
 from mvlm_benchmarks.gpu import correct, kernels
 from mvlm_benchmarks.gpu.processes import run_program
-from mvlm_benchmarks.gpu.stage import Stage, running
+from mvlm_benchmarks.gpu.stage import running
 from support.benchmarks import toy_case
 
 
@@ -39,10 +37,6 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def toy(name: str, **changes):
     return toy_case(shape=name, has_kernels=False, core=True, **changes)
-
-
-def fails(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("no kernel image is available")
 
 
 GOOD = toy("good")
@@ -90,35 +84,6 @@ def test_a_wrong_value_of_ours_is_the_end_of_its_case_alone(module, cases, tmp_p
         assert (tmp_path / "kernels.svg").stat().st_size > 0
         figures = json.loads((tmp_path / "kernels.figures.json").read_text())
         assert {row["shape"] for row in figures["rows"]} == {"good"}
-
-
-@pytest.mark.parametrize("error", [Busy("held up"), RuntimeError("the profiler saw nothing on the GPU")])
-def test_a_blind_profiler_and_a_busy_host_are_errors_of_their_row(error, tmp_path, monkeypatch) -> None:
-    def check(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(correct, "small_cases", lambda *_: [GOOD])
-    monkeypatch.setattr(correct, "_further", lambda *_: None)
-    monkeypatch.setattr(correct.LocalContender, "check_kept_results", check)
-    code, summary = run_stage(correct, tmp_path)
-    rows = [(row["check"], row["status"]) for row in rows_of(tmp_path / "correct.csv")]
-    assert rows[:3] == [("values", "ok"), ("kept results", "error"), ("repeats", "ok")]
-    assert (code, summary["without_result"]["ops"]) == (0, "error")
-
-
-def run(work: Any, out: Path) -> tuple[int, dict[str, Any]]:
-    """Exit code and summary of a stage that does `work`."""
-    return run_stage(SimpleNamespace(__name__="gpu.correct", run=work), out)
-
-
-def test_error_is_in_the_log_and_in_the_summary(tmp_path) -> None:
-    def work(stage: Stage) -> None:
-        assert json.loads((tmp_path / "correct.json").read_text())["ended"] == "running, or killed"
-        fails()
-
-    code, summary = run(work, tmp_path)
-    assert (code, summary["ended"]) == (1, "error: RuntimeError: no kernel image is available")
-    assert "Traceback" in (tmp_path / "correct.log").read_text()
 
 
 @pytest.mark.slow

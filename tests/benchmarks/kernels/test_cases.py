@@ -61,14 +61,3 @@ def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:
     wanted = {case.op for case in cases(2, torch.bfloat16) if case.has_kernels}
     launched = {c.op for c in small_cases(torch.bfloat16) if launches_of(c, c.make("meta"), 90)}
     assert launched == wanted
-
-
-@pytest.mark.parametrize("case", small_cases(FP32) + SMALL, ids=lambda case: f"{case.op} {case.shape}")
-def test_seeds_change_values_and_nothing_else(case) -> None:
-    """Peers make masks and index tensors of one set of inputs. They must fit the others, in two processes."""
-    first, second, again = case.make("cpu"), case.make("cpu", 1), case.make("cpu")
-    values = {id(x) for x in first.values()}
-    for a, b, c in zip(first.tensors(), second.tensors(), again.tensors(), strict=True):
-        assert a.shape == b.shape
-        assert torch.equal(a, b) == (id(a) not in values)
-        assert torch.equal(a, c)

@@ -1,7 +1,6 @@
 """Contenders at a case: missing, wrong, raising and cheating ones are reported, and the others continue."""
 
 import itertools
-import threading
 import time
 from collections.abc import Callable
 
@@ -118,36 +117,15 @@ def keep_output() -> Callable:
     return doubling(lambda x, call: kept.setdefault(x.data_ptr(), x * 2).clone())
 
 
-def keep_gradient() -> Callable:
-    kept: dict[str, torch.Tensor] = {}
-    return doubling(lambda x, call: x * 2, lambda gradient: kept.setdefault("first", gradient * 2).clone())
-
-
-def on_another_thread(x: torch.Tensor) -> torch.Tensor:
-    """Work which the timer does not wait for. On a GPU the same is another stream."""
-    out, source = torch.empty_like(x), x.detach()
-    target = out.detach()
-
-    def work() -> None:
-        time.sleep(0.2)  # far longer than a timer needs to stop, also on a busy machine
-        torch.mul(source, 2, out=target)
-
-    threading.Thread(target=work).start()
-    return out
-
-
 @pytest.mark.parametrize(
     "cheat, status, note",
     [
         (later(lambda x: x * 0), "WRONG", "the timed result of inputs 1 is off by 1 of"),
-        (later(torch.empty_like), "WRONG", "the timed result of inputs 1 is off by inf"),
-        (later(on_another_thread), "WRONG", "the timed result of inputs 1 is off by"),
         (keep_output(), "REFUSED", "after new values were written into the inputs, the result 1 of 2 is off"),
-        (keep_gradient(), "WRONG", "the timed result of inputs 2 is off"),
         # Inputs that are made easy, so that the next call has nothing to compute.
         (later(lambda x: (x * 2, x.data.fill_(1))[0]), "REFUSED", "the inputs were changed"),
     ],
-    ids=["zeros", "unwritten", "on another thread", "kept output", "kept gradient", "changed input"],
+    ids=["zeros", "kept output", "changed input"],
 )
 def test_a_contender_that_cheats_has_no_figure(cheat, status, note) -> None:
     rows = compared(peer("cheat", cheat), clock=CpuClock(0.002), rounds=2)["cheat"]
@@ -196,28 +174,6 @@ def test_graph_that_computes_nothing_is_wrong() -> None:
     rows = compared(clock=Clock())["ours"]
     assert {(row["status"], row["us"], row["graph_us"]) for row in rows} == {("WRONG", None, None)}
     assert "the graph's result of inputs 1 is off by inf" in rows[0]["note"]
-
-
-def test_a_contender_that_fails_later_has_no_figure() -> None:
-    """While its second pass is timed, or in a second round."""
-    clock = FakeClock()
-
-    def tires(when: int):
-        def function(x, factor=2):
-            if clock.times >= when:  # ours has three passes in a round, then the peer has
-                raise RuntimeError("out of memory")
-            return x * factor
-
-        return function
-
-    rows = compared(peer("tires", tires(4)), GOOD, clock=clock)
-    assert {(row["status"], row["us"]) for row in rows["tires"]} == {("error", None)}
-    assert [row["us"] for row in rows["good"]] == [10.0] * 3
-
-    clock = FakeClock()
-    rows = compared(GOOD, case=toy_case(ours=tires(6)), clock=clock, rounds=2)
-    assert [(row["status"], row["us"]) for row in rows["ours"]] == [("error", None)] * 3
-    assert [(row["status"], row["us"], row["vs_ours"]) for row in rows["good"]] == [("ok", 10.0, None)] * 3
 
 
 def test_results_of_ours_that_differ_between_repeats_are_wrong() -> None:

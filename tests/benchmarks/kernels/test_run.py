@@ -1,10 +1,6 @@
 """`mvlm bench kernels`: wrong arguments, a run on a CPU, its files and its page."""
 
 import csv
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,11 +21,6 @@ def test_run_on_a_cpu_writes_csv_plot_and_json(capsys, tmp_path) -> None:
     words += ["--peers", "eager", "gather-first", "liger", "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]
     cli.run_command(["bench", "kernels", *words])
     out = capsys.readouterr().out
-    assert re.search(r"^load \d+\.\d on \d+ cores", out, re.MULTILINE)
-    lines = [line.split() for line in out.splitlines() if line.startswith(("ours ", "eager "))]
-    assert {tuple(line[-5:]) for line in lines} == {("yes", "5", "of", "5", "equal")}
-    assert "These are CPU timings of the torch references. No Triton kernel runs" in out
-    assert "not applicable: liger: liger-kernel has no kernel that reads images" in out
     paths = [Path(line) for line in out.splitlines() if line.startswith(str(tmp_path))]
     assert sorted(path.suffix for path in paths) == [".csv", ".json", ".svg"]
     assert all(path.stat().st_size > 0 for path in paths)
@@ -58,17 +49,3 @@ def test_interpreted_kernels_on_a_gpu_are_refused(monkeypatch, tmp_path) -> None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
         run.run((), (), tmp_path, device="cuda")
-
-
-@pytest.mark.extended
-@pytest.mark.slow
-def test_benchmark_entries_run() -> None:
-    words = ["-q", "-p", "no:cacheprovider", "-k", "place_tokens and forward and (eager or liger or ours)"]
-    # Under xdist pytest-benchmark times nothing.
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET" and not n.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks/bench_kernels.py", *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "benchmark 'place_tokens B2 width 768, half of 196 masked forward': 2 tests" in done.stdout

@@ -30,7 +30,7 @@ LENGTHS = np.array([30, *[12] * 46, *[11] * 16, 10])  # 64 captions, 30 and 12 o
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, float]:
-    names = ("timm+roberta", "plain", "fast", "drop_masked")
+    names = ("timm+roberta", "fast", "drop_masked")
     return {name: flops.gflop_per_pair(BASE, LENGTHS, name) for name in names}
 
 
@@ -59,21 +59,19 @@ def test_baseline_of_base_matches_a_count_by_hand(counts) -> None:
 
 @pytest.mark.extended
 def test_fast_has_at_most_079_of_the_baseline_and_drop_masked_033(counts) -> None:
-    baseline, plain, fast, drop_masked = counts.values()
+    baseline, fast, drop_masked = counts.values()
     assert fast / baseline <= 0.79
     assert drop_masked / baseline <= 0.33
-    assert drop_masked < fast < plain < baseline
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("name", ["timm+decoder-layer", "fast"])
-def test_fake_tensors_give_the_count_of_real_ones(name) -> None:
+def test_fake_tensors_give_the_count_of_real_ones() -> None:
     """Captions of one length: ITM's negatives have the mean length. By the kernels, because torch pads on a CPU."""
     config = micro_config(image_layers=2, cross_layers=2, decoder_layers=2)
     lengths = np.full(3, 9)
-    found = flops.gflop_per_pair(config, lengths, name)
-    module = make_module(name, config)
+    found = flops.gflop_per_pair(config, lengths, "fast")
+    module = make_module("fast", config)
     inputs = make_inputs(MaskVLM(config), lengths, torch.device("cpu"))
     with use_backend("triton"):
-        real = flops.count_flops(lambda: compute_losses(name, module, inputs))
+        real = flops.count_flops(lambda: compute_losses("fast", module, inputs))
     assert real / 3e9 == pytest.approx(found, rel=1e-12)

@@ -1,53 +1,11 @@
 """Rounds of training steps, and the figures that they make."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from mvlm_benchmarks.step import report, timing
-from mvlm_benchmarks.step.timing import WARM_UP, measure_rounds
+from mvlm_benchmarks.step import report
 from mvlm_kernels.hardware import GPUS
-
-
-class Step:
-    """A contender that does nothing, and raises in the steps of `fails`, counted from 1 at the peak measurement."""
-
-    def __init__(self, name: str, fails: tuple[int, ...] = ()) -> None:
-        self.name, self.module, self.calls = name, nn.Linear(1, 1), 0
-        self.fails = fails
-
-    def backward(self, inputs: Any) -> Any:
-        self.calls += 1
-        if self.calls in self.fails:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return SimpleNamespace(total=torch.tensor(2.5))
-
-    def update(self) -> None: ...
-
-
-@pytest.fixture
-def inputs(monkeypatch) -> Any:
-    monkeypatch.setattr(timing, "peak_mb", lambda step, parameters, device: step() and 7.0)
-    return SimpleNamespace(batch=SimpleNamespace(images=torch.zeros(1)))
-
-
-def measure(contenders: list, inputs: Any, rounds: int) -> tuple[list[dict], list[dict]]:
-    timed: list[dict] = []
-    return measure_rounds(contenders, inputs, rounds, None, timed.append), timed
-
-
-@pytest.mark.parametrize("when", [1, 2, 1 + WARM_UP + 2])
-def test_contender_without_memory_is_left_out_and_the_others_go_on(inputs, when) -> None:
-    """In the measurement of its peak, in a warm-up round, and in the second timed round."""
-    hungry = Step("hungry", fails=(when,))
-    rows, timed = measure([hungry, Step("fine")], inputs, 3)
-    assert rows[0] == {"contender": "hungry", "note": "OutOfMemoryError: CUDA out of memory"}
-    assert hungry.calls == when
-    assert len(rows[1]["seconds"]) == 3
-    assert [row["note"] for row in timed if row["contender"] == "hungry"][-1] == "OutOfMemoryError: CUDA out of memory"
 
 
 def test_ratios_are_medians_of_rounds_against_the_fastest_baseline() -> None:
