@@ -79,6 +79,8 @@ def test_mcnemar_of_tens_of_thousands_is_exact_and_takes_no_minutes():
     found = mcnemar([True] * 10_150 + [False] * 9_850, [False] * 10_150 + [True] * 9_850)
     assert time.process_time() - started < 5
     assert found == pytest.approx(stats.binomtest(9_850, 20_000).pvalue, rel=1e-9)
+    assert mcnemar([True] * 4, [True, True, False, False]) == pytest.approx(0.5)  # the second model is never better
+    assert mcnemar([True, False], [True, False]) == 1
 
 
 @pytest.mark.parametrize("number", [2, 3, 5, 20, 45])

@@ -155,6 +155,7 @@ def test_matching_accuracy_leaves_out_pairs_without_weight():
 
 def test_padding_positions_count_nothing():
     batch, masks = micro_batch((5, 4))
+    batch.tokens[2] = 100  # a token like any other
     masks = replace(masks, token_ids=torch.tensor([2, 6]), token_weights=torch.tensor([3.0, 5]))
     padded = replace(masks, token_ids=torch.tensor([2, 6, 15, 15]), token_weights=torch.tensor([3.0, 5, 0, 0]))
     longer = replace(batch, tokens=torch.cat([batch.tokens, torch.zeros(7, dtype=torch.int64)]))

@@ -210,7 +210,7 @@ MANIFESTS: list[Any] = [
     ('{"format_version": 1, "sha256": {}}', "version"),
     ({"format_version": None}, "format_version"),
     *(({"world_size": value}, "world_size") for value in (-1, 0, "x", 1.5, True, None)),
-    *(({name: ""}, name) for name in ("../outside", "/etc/passwd", "model/../../outside", "")),
+    *(({name: ""}, "no file of this folder") for name in ("../outside", "/etc/passwd", "model/../../outside", "")),
 ]
 """Texts of a manifest, or values of one that are changed: its own, or hashes by a path."""
 

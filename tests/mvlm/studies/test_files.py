@@ -37,4 +37,5 @@ def test_committed_trials_of_a_task_have_their_studys_settings(file: Path) -> No
         steps = trial["settings"]["max_steps"]
         config = trial_config(study, trial["arm"], trial["seed"], Path("data"), Path("out"), steps, Path("start"))
         said, wanted = settings_said(trial["settings"], config), settings_of(config)
+        assert wanted["batch_size"] == config.batch_size
         assert {name: said.get(name) for name in wanted} == wanted

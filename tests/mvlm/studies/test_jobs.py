@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvlm.errors import RunError
 from mvlm.studies.run import run_jobs
@@ -37,6 +38,16 @@ def test_processes_share_the_trials_of_their_part(python, capfd, part, jobs) -> 
     assert len(shares) == jobs
     number, parts = part
     assert sorted(trial for share in shares for trial in share) == list(range(100)[number - 1 :: parts])
+
+
+@pytest.mark.parametrize("visible, gpus", [("", "010"), ("5,7", "575")])
+def test_processes_take_the_gpus_in_turn(python, capfd, monkeypatch, visible, gpus) -> None:
+    python.write_text("#!/bin/sh\necho $CUDA_VISIBLE_DEVICES\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run_jobs(["study.toml"], (1, 1), 3)
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"[{job}] {gpu}" for job, gpu in enumerate(gpus, 1)]
 
 
 def test_a_process_that_fails_is_named(python) -> None:

@@ -1,5 +1,6 @@
 """What the page of a study concludes; paired differences and their intervals, against scipy and loops."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,10 @@ import pytest
 from mvlm.errors import ConfigError
 from mvlm.statistics import mean_interval
 from mvlm.studies import page
-from mvlm.studies.page import (
-    Comparison,
-    Interval,
-    answer,
-    compare,
-    figure,
-    image_of_query,
-    query_hits,
-)
+from mvlm.studies.page import Comparison, Interval, answer, compare, figure, image_of_query, query_hits
 from mvlm.studies.study import read_study
 from mvlm.studies.trial import loss_curve
+from support.pages import Page
 
 STUDY = Path(__file__).parents[3] / "studies/objectives.toml"
 
@@ -162,3 +156,10 @@ def test_a_planted_effect_is_found_at_its_size_and_a_planted_null_is_not() -> No
     assert null is not None
     assert planted.low < -100 * wrong / images * easy.mean() < planted.high < 0
     assert null.low < 0 < null.high
+
+
+def test_the_papers_figures_are_a_table_of_their_own() -> None:
+    study = read_study(STUDY)
+    assert page.paper_table(replace(study, paper={})) is None
+    table = page.paper_table(replace(study, paper={"all": {"ir.r1": 44.5}, "ITC": {"ir.r1": 40.0, "tr.r1": 58.25}}))
+    assert Page(str(table)).rows == [["arm", "ir.r1", "tr.r1"], ["all", "44.5", ""], ["ITC", "40", "58.25"]]
