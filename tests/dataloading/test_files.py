@@ -81,20 +81,6 @@ def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
     assert pipe.is_fifo()
 
 
-def test_files_of_several_writers_are_whole(tmp_path):
-    path = tmp_path / "file"
-    texts = [str(number) * 50_000 for number in range(4)]
-    writers = [
-        threading.Thread(target=lambda text=text: [files.write_file(path, text, shared=True) for _ in range(20)])
-        for text in texts
-    ]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        assert not path.exists() or path.read_text() in texts
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_folder_appears_with_its_files_or_not_at_all(tmp_path, monkeypatch):
     out, aside = tmp_path / "out", tmp_path / ".out.aside"
     aside.mkdir()
@@ -169,13 +155,6 @@ def test_what_is_no_file_among_tars_is_refused_at_once(tmp_path, kind):
     for read in (rebuild_indices, lambda folder: webdataset([folder])):
         with pytest.raises(DataError, match=rf"b\.tar: wanted a file, found {kind}"):
             read(tmp_path)
-
-
-def test_a_pipe_that_is_named_as_a_description_stops_no_build(tmp_path):
-    write_old_tar(tmp_path / "a.tar", 2)
-    (tmp_path / "sub").mkdir()
-    make_pipe(tmp_path / "sub" / "dataset.json")
-    assert len(webdataset([tmp_path]).pieces) == 1
 
 
 def write_old_tar(path: Path, count: int) -> Path:

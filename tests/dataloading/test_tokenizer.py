@@ -15,14 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from mvlm_dataloading import (
-    DataError,
-    Tokenizer,
-    load_tokenizer,
-    open_dataset,
-    tokenizer_for,
-    train_tokenizer,
-)
+from mvlm_dataloading import DataError, Tokenizer, load_tokenizer, open_dataset, tokenizer_for, train_tokenizer
 from support.data import make_captions, write_dataset
 
 CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3

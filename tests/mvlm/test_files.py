@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from mvlm.errors import RunError
-from mvlm.files import (
-    FLOATS,
-    is_finite,
-    new_folder,
-    read_safetensors,
-    write_safetensors,
-)
+from mvlm.files import FLOATS, is_finite, new_folder, read_safetensors, write_safetensors
 
 
 def test_safetensors_survive_the_disk_and_others_are_refused(tmp_path):

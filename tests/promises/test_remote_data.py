@@ -106,8 +106,7 @@ def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tok
     try:
         tar.write_bytes(content[:-1] + b"x")
         with pytest.raises(
-            DataError,
-            match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where",
+            DataError, match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where"
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
         assert not [

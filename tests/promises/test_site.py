@@ -4,7 +4,6 @@
 """
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples" / "README.md"]
 FIRST = ROOT / "docs" / "index.md"
-SITE = ROOT / "docs" / "site"
 
 
 def prose(page: Path) -> str:
@@ -75,40 +73,3 @@ def test_pages_that_code_and_tests_name_exist() -> None:
             named += [(file, name) for name in re.findall(r"(?<![\w/.])docs/[\w/]+\.md", file.read_text())]
     assert len(named) > 30
     assert [(file, name) for file, name in named if not (ROOT / name).exists()] == []
-
-
-@pytest.fixture
-def site_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules of the site can be imported."""
-    pytest.importorskip("sphinx")
-    monkeypatch.syspath_prepend(str(SITE))
-    for name in ("site_pages", "check_site"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-PAGE = "<html lang=en><title>t</title><body><h1 id=top>T</h1>{}</body></html>"
-
-
-@pytest.mark.parametrize(
-    "body, fault",
-    [
-        ("<h3>x</h3>", "a heading of level 3 follows one of level 1"),
-        ("<h1>x</h1>", "wanted one h1, found 2"),
-        ("<img src=x.html>", "image x.html has no text"),
-        ("<a href=gone.html></a>", "gone.html leads to nothing"),
-        ("<a href=x.html#gone></a>", "x.html#gone has no such anchor"),
-        ("<a href=#gone></a>", "#gone has no such anchor"),
-    ],
-)
-@pytest.mark.usefixtures("site_folder")
-def test_the_check_of_the_site_finds_faults(body: str, fault: str, tmp_path: Path) -> None:
-    import check_site
-
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/index.html").write_text(PAGE.format("<a href=x.html#top>x</a>"))
-    (tmp_path / "docs/x.html").write_text(PAGE.format(""))
-    assert check_site.check(tmp_path) == []
-    (tmp_path / "docs/index.html").write_text(PAGE.format("<a href=x.html#top>x</a>" + body))
-    assert check_site.check(tmp_path) == [f"docs/index.html: {fault}"]
-    (tmp_path / "docs/index.html").write_text(PAGE.format(""))
-    assert check_site.check(tmp_path) == ["docs/x.html: no page leads here"]

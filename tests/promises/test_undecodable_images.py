@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from mvlm_dataloading.loader import segment
 from mvlm_dataloading.loader.resume import merge_states
 from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
 from mvlm_dataloading.randomness import Purpose, hash64
-from support.data import damage_images, damaged_dataset, make_image, shard_writer, write_dataset, write_tar
+from support.data import damaged_dataset, make_image, shard_writer, write_dataset, write_tar
 from support.loaders import make_loader
 
 BAD = [3, 41, 77, 78]
@@ -75,17 +73,6 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog)
     assert plain == longer
     assert "images with bytes after their end" in caplog.text
     assert "cannot be decoded" not in caplog.text
-
-
-@pytest.mark.slow
-def test_a_whole_batch_may_have_bytes_after_the_end(tmp_path, tokenizer):
-    """More rows than Python's stack has frames, each replaced."""
-    with shard_writer(tmp_path / "waves") as writer:
-        image = make_image(0, kind="JPEG", size=(32, 32)) + b"\0"
-        for i in range(1100):
-            assert writer.add(f"{i:04d}", image, [f"picture {i}"], {}) is None
-    found = stream(load(open_dataset(tmp_path / "waves", "train"), tokenizer, batch_size=1100), 1)
-    assert sorted(i for i, _, _ in found) == list(range(1100))
 
 
 @pytest.mark.slow
@@ -188,26 +175,6 @@ def test_a_shard_that_is_truncated_during_a_run_is_refused_before_it_is_read(tmp
         stream(loader, 1)
 
 
-ENDS_EARLY = """
-import sys
-from mvlm_dataloading import Loader, open_dataset, train_tokenizer
-
-dataset = open_dataset(sys.argv[1], "train")
-tokenizer = train_tokenizer(dataset.captions(0), 300)
-batches = iter(Loader(dataset, tokenizer, batch_size=50, image_size=224, text_length=16, seed=0))
-for _ in range(4):
-    next(batches)
-"""
-
-
-@pytest.mark.slow
-def test_no_image_is_blamed_when_the_interpreter_exits(tmp_path):
-    """It takes DALI's pipelines down while the loader's thread makes the next batch."""
-    write_dataset(tmp_path / "data", 100)
-    done = subprocess.run([sys.executable, "-c", ENDS_EARLY, tmp_path / "data"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_a_small_split_without_a_good_image_is_an_error_on_several_ranks(tmp_path, tokenizer):
     """The margin of several ranks is wider than so small a split."""
     loader = load(
@@ -215,28 +182,6 @@ def test_a_small_split_without_a_good_image_is_an_error_on_several_ranks(tmp_pat
     )
     with pytest.raises(DataError, match="wanted at most 50% undecodable images, found 4"):
         stream(loader, 2)
-
-
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-@pytest.mark.slow
-def test_images_that_are_read_apart_leave_no_pipeline_behind(tmp_path, tokenizer):
-    """DALI never frees a pipeline that is not closed. Each has threads of its own."""
-    with shard_writer(tmp_path / "data") as writer:
-        for i in range(60):
-            writer.add(f"{i}", make_image(i, kind="JPEG") + b"\0" * 40, [f"picture {i}"], {"image_id": i})
-    dataset = open_dataset(tmp_path / "data", "train")
-    damage_images(dataset, range(0, 60, 2))
-    loader = load(dataset, tokenizer, batch_size=4, prefetch_batches=0, max_bad_fraction=0.9, num_threads=1)
-    batches = iter(loader)
-    next(batches)
-    before = threads()
-    for _ in range(14):
-        next(batches)
-    assert threads() <= before + 2
-    loader.close()
 
 
 @pytest.mark.slow

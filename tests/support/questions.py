@@ -96,12 +96,7 @@ def write_phrases(folder: Path, counts: dict[str, int] | None = None) -> Path:
     return _write(folder, counts, sample)
 
 
-WRITERS = {
-    "vqa": write_questions,
-    "entailment": write_hypotheses,
-    "pairs": write_statements,
-    "caption": write_captions,
-}
+WRITERS = {"vqa": write_questions, "entailment": write_hypotheses, "pairs": write_statements, "caption": write_captions}
 """Writer of a small data set for each task."""
 
 

@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -107,10 +106,7 @@ def test_missing_and_unfitting_parts_are_refused(source, tmp_path):
     (tmp_path / "mine" / "text").write_text("precious")
     out = tmp_path / "out"
     for refused, message in (
-        (
-            lambda: merge_parts([one, three], out),
-            "wanted all 5 pieces, found 3; name or finish the parts 2/4, 4/4",
-        ),
+        (lambda: merge_parts([one, three], out), "wanted all 5 pieces, found 3; name or finish the parts 2/4, 4/4"),
         (lambda: merge_parts([one, two, three, four, out], out), "out: wanted a part of a build"),
         (lambda: merge_parts([], out), "wanted the folders of all parts"),
         (lambda: merge_parts([one, other, three, four], out), "other: wanted the same input and options"),
@@ -186,24 +182,3 @@ def test_parts_and_their_merge_at_an_object_store(source, whole, bucket, data_ca
     assert not list((data_cache / "builds").glob("*/pieces/*"))
     build_shards(source, "s3://pairs", OPTIONS, workers=0)  # the bucket itself, which has no folder beside it
     assert {path: folders.RemoteFolder("s3://pairs").read(path) for path in whole} == whole
-
-
-@pytest.mark.slow
-def test_work_of_an_abandoned_build_at_a_url_is_not_taken(source, bucket, data_cache, tmp_path, monkeypatch):
-    """It is killed when a piece is finished here and not yet there. Then other options are built at the URL."""
-    other = BuildOptions(short_side=20, quality=50)
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folders.RemoteFolder, "put", killed)
-        with pytest.raises(KeyboardInterrupt):
-            build_shards(source, f"{bucket}/out", OPTIONS, workers=0)
-    assert list((data_cache / "builds").glob("*/pieces/*/shards.json"))
-    for place in ("out", ".out.partial"):
-        folders.RemoteFolder(f"{bucket}/{place}").remove()
-    build_shards(source, f"{bucket}/out", other, workers=0)
-    wanted = file_contents(build_shards(source, tmp_path / "wanted", other, workers=0))
-    built = folders.RemoteFolder(f"{bucket}/out")
-    assert {path: built.read(path) for path in wanted} == wanted

@@ -11,9 +11,7 @@ import pytest
 import tokenizers
 from PIL import Image, ImageDraw, ImageOps
 
-from mvlm_dataloading import BuildOptions, Loader, check_shards, open_dataset
-from mvlm_dataloading.build.piece import write_piece
-from mvlm_dataloading.sources.record import ListedPiece
+from mvlm_dataloading import Loader, check_shards, open_dataset
 from support import published
 from support.data import build_records, make_record, read_json_lines
 
@@ -180,23 +178,3 @@ def test_captions_without_a_token_cost_a_sample_only_if_no_other_is_left(tmp_pat
         file = tar.extractfile(name)
         assert file is not None
         assert np.frombuffer(file.read(), "<i4").tolist() == [4, 2, 5, 5, 3, 3, 2, 5, 3]
-
-
-def test_two_processes_may_write_a_piece_at_once(tmp_path):
-    """One has lost its build and does not know. The second begins, and ends, while the first is half-way."""
-    records = [make_record(f"k{i}", published.make_image(i)) for i in range(70)]
-    target = tmp_path / "000000"
-
-    class Interrupted:
-        split, label = "train", "interrupted"
-
-        def records(self, max_bytes: int):
-            for i, record in enumerate(records):
-                if i == 66:  # after the first group, so that files have been begun
-                    write_piece(ListedPiece("train", records), target, BuildOptions(), {}, lambda count: None)
-                yield record
-
-    write_piece(Interrupted(), target, BuildOptions(), {}, lambda count: None)
-    assert sorted(path.name for path in target.iterdir()) == ["000.idx", "000.tar", "samples.jsonl", "shards.json"]
-    assert len((target / "samples.jsonl").read_text().splitlines()) == 70
-    assert [path.name for path in tmp_path.iterdir()] == ["000000"]

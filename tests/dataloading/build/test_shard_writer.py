@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import json
 import tarfile
 
@@ -49,23 +48,6 @@ def test_shard_writer_files_and_description(tmp_path):
         },
         "tokenizer": None, "rejected": {},
     }  # fmt: skip
-
-
-def test_shard_writer_puts_transparent_images_on_white(tmp_path):
-    """Others stay as they are, also with an alpha channel."""
-    disc = Image.new("RGBA", (20, 10), (9, 9, 9, 0))
-    disc.putpixel((3, 4), (0, 0, 0, 255))
-    opaque = published.encoded(Image.new("RGBA", (20, 10), (1, 2, 3, 255)), "PNG")
-    with shard_writer(tmp_path / "out") as writer:
-        assert writer.add("disc", published.encoded(disc, "WEBP", lossless=True, exact=True), ["a disc"]) is None
-        assert writer.add("opaque", opaque, ["a square"]) is None
-    dataset = open_dataset(tmp_path / "out", "train")
-    with Image.open(io.BytesIO(dataset.image_bytes(0))) as stored:
-        assert (stored.format, stored.mode) == ("PNG", "RGB")
-        wanted = np.full((10, 20, 3), 255)
-        wanted[4, 3] = 0
-        assert np.array_equal(np.asarray(stored), wanted)
-    assert dataset.image_bytes(1) == opaque
 
 
 @pytest.mark.slow

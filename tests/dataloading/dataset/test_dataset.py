@@ -11,13 +11,7 @@ import pytest
 from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.dataset.dataset import image_identity, image_name
 from mvlm_dataloading.randomness import text_hash
-from support.data import (
-    make_captions,
-    make_image,
-    refuse_to_open,
-    write_dataset,
-    write_shard_by_hand,
-)
+from support.data import make_captions, make_image, refuse_to_open, write_dataset, write_shard_by_hand
 
 
 @pytest.fixture

@@ -163,10 +163,7 @@ def test_splits_whose_names_lead_elsewhere_are_refused(tmp_path, name):
     description["splits"][name] = description["splits"].pop("train")
     assert "is not a name that files may have" in refusal(json.dumps(description).encode())
     folder = tmp_path / "in" / "out"
-    with (
-        pytest.raises(DataError, match="split: wanted a name that files may have"),
-        shard_writer(folder) as writer,
-    ):
+    with pytest.raises(DataError, match="split: wanted a name that files may have"), shard_writer(folder) as writer:
         writer.add("0", make_image(0), ["a wave"], {}, split=name)
     source = Source("x", "", "", {}, [ListedPiece(name, [make_record("0", make_image(0))])])
     with pytest.raises(DataError, match="split: wanted a name that files may have"):

@@ -16,7 +16,6 @@ from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
 from mvlm_dataloading.files import sha256
 from support.data import cache_bytes, limit_cache
-from support.faults.faulty_proxy import serve_faulty
 from support.faults.forks import in_child, wait
 from support.web_server import FolderHandler
 
@@ -96,49 +95,6 @@ def test_a_shard_held_by_one_process_is_not_removed_by_another(served, opened, d
     assert sorted(path.name for path in data_cache.glob("*/*.tar")) == [shards[0]["tar"], shards[3]["tar"]]
     one.release_except([])
     two.release_except([])
-
-
-def test_reading_captions_does_not_hold_shards(served, web, opened):
-    """Training a tokenizer on all captions works with room for two shards, and fetched shards stay held."""
-    other = opened(2.2)
-    dataset, local = open_dataset(web, "train"), open_dataset(served, "train")
-    assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(local, 300).fingerprint
-    assert dataset.remote is not None
-    dataset.remote.fetch([0])
-    assert dataset.captions(0) == local.captions(0)
-    other.fetch([1])
-    with pytest.raises(DataError, match="wanted room"):
-        other.fetch([2])
-    dataset.remote.release_except([])
-    other.fetch([2])
-    other.release_except([])
-
-
-def test_a_shard_being_fetched_counts_in_the_cache_size(served, web, data_cache, monkeypatch):
-    """One job is fetching a shard when another makes room for its own. Both would exceed the limit."""
-    begun, go_on = threading.Event(), threading.Event()
-
-    def wait(method: str, path: str) -> None:
-        if path.endswith("train-000000.tar"):
-            begun.set()
-            go_on.wait(60)
-
-    with serve_faulty(web, wait) as (url, _):
-        one, two = (RemoteCache(url, data_cache, limit_cache(monkeypatch, served, 1.5)) for _ in range(2))
-        for job in (one, two):
-            job.register_shards(shards_of(served))
-        thread = threading.Thread(target=one.fetch, args=([0],))
-        thread.start()
-        assert begun.wait(60)
-        try:
-            with pytest.raises(DataError, match="wanted room"):
-                two.fetch([1])
-        finally:
-            go_on.set()
-            thread.join()
-        one.release_except([])
-        two.fetch([1])
-        two.release_except([])
 
 
 def fetch_in_turns(cached: RemoteCache, shards: list[dict], seed: int) -> None:

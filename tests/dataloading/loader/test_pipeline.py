@@ -37,8 +37,7 @@ def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "scale, ratio",
-    [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.01, 0.02), (0.1, 10.0)), ((1.0, 1.0), (1.0, 1.0)), (None, None)],
+    "scale, ratio", [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.01, 0.02), (0.1, 10.0)), ((1.0, 1.0), (1.0, 1.0)), (None, None)]
 )
 def test_crops_follow_the_formula_and_pixels_match_pillow(train_split, scale, ratio):
     """Random crops, and the whole image."""

@@ -1,12 +1,9 @@
 """Pixels on the CPU: resizing by several threads, and recycled buffers. `test_pipeline.py` compares with Pillow."""
 
-import os
-
 import numpy as np
 import pytest
-import torch
 
-from mvlm_dataloading.loader.pixels import BufferPool, Resize
+from mvlm_dataloading.loader.pixels import Resize
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -22,20 +19,3 @@ def test_crops_of_many_sizes_are_resized_into_an_array_in_their_order(threads):
     one = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)  # has the size already
     for planes in (True, False):
         assert np.array_equal(Resize(16, threads, planes=planes)([one])[0], one.transpose(2, 0, 1) if planes else one)
-
-
-def filled(value: int, rows: int = 4) -> torch.Tensor:
-    return torch.full((rows, 3, 64, 64), value, dtype=torch.uint8)
-
-
-def test_a_forked_process_keeps_the_content_of_a_buffer():
-    batch = BufferPool().copy(filled(1))
-    here, there = os.pipe(), os.pipe()
-    if (child := os.fork()) == 0:
-        os.read(there[0], 1)
-        os.write(here[1], bytes([int(batch[0, 0, 0, 0])]))
-        os._exit(0)
-    batch.fill_(2)
-    os.write(there[1], b".")
-    assert os.read(here[0], 1) == b"\x01"
-    os.waitpid(child, 0)

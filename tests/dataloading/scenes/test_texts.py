@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 
 from mvlm_dataloading.scenes.build import TASKS, compose_split, metadata_of
-from mvlm_dataloading.scenes.vocabulary import (
-    HELD_COLOURS,
-    NOUNS,
-    SIDES,
-    SPLITS,
-    held_side,
-    is_unseen,
-    vocabulary,
-)
+from mvlm_dataloading.scenes.vocabulary import HELD_COLOURS, NOUNS, SIDES, SPLITS, held_side, is_unseen, vocabulary
 from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
 
 BALANCED = ("vqa", "pairs", "entailment")

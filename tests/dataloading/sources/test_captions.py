@@ -73,10 +73,7 @@ def test_coco_rejects_missing_images_and_images_without_captions(tmp_path):
     assert found["train"].keys() == of_coco([0, 1, 2, 4, 5, 6, 7]).keys()
     assert [
         (line["key"], line["split"], line["reason"]) for line in read_json_lines(tmp_path / "out/rejected.jsonl")
-    ] == [
-        ("000000000103", "train", "no caption"),
-        ("000000000109", "validation", "image file is missing"),
-    ]
+    ] == [("000000000103", "train", "no caption"), ("000000000109", "validation", "image file is missing")]
     assert open_dataset(tmp_path / "out", "train").description["rejected"] == {
         "image file is missing": 1, "no caption": 1,
     }  # fmt: skip

@@ -115,7 +115,6 @@ def test_folders_of_save_to_disk(tmp_path):
         "validation": [published.captions(i)[:1] for i in (7, 8)],
     }
     one = build_source(
-        huggingface(tmp_path / "saved/train", image_column="picture", caption_column="text", test=0.4),
-        tmp_path / "one",
+        huggingface(tmp_path / "saved/train", image_column="picture", caption_column="text", test=0.4), tmp_path / "one"
     )
     assert len(one["train"]) + len(one["test"]) == 7

@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import (
-    DataError,
-    Loader,
-    Masking,
-    ViewOptions,
-    make_view,
-    open_dataset,
-    rebuild_indices,
-)
+from mvlm_dataloading import DataError, Loader, Masking, ViewOptions, make_view, open_dataset, rebuild_indices
 from support import published
 from support.data import build_scripts, keys_of, problems_of, write_tar
 

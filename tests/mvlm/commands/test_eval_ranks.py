@@ -6,9 +6,7 @@ import pytest
 
 from mvlm.runs.checkpoint import checkpoints
 from mvlm.tasks.finetune import finetune
-from mvlm_dataloading import ShardWriter, open_dataset
 from support.questions import finetune_config, write_phrases, write_questions
-from support.scenes import overwrite, png, scene
 
 CPU = ("--device", "cpu")
 KILLED = """
@@ -94,18 +92,6 @@ def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ra
     line = refusal(on_two_ranks(*words, "--data", data))
     assert line.startswith(f"{start}{tmp_path}/own/data{rank}: wanted a data folder, found none")
     assert not (tmp_path / "out.json").exists()
-
-
-def test_an_image_that_one_rank_cannot_decode_is_one_line(tuned, tmp_path, on_two_ranks):
-    answers = [{"answer": "red", "answer_id": number} for number in range(1, 11)]
-    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
-        for i in range(65):  # the second rank has the last one, whose image is like no other
-            about = {"question_id": str(i), "question_type": "what", "answer_type": "other", "answers": answers}
-            writer.add(str(i), png(scene(i, 32 if i < 64 else 48)[0]), ["what is it?"], about, split="test")
-    overwrite(open_dataset(tmp_path / "d", "test"), "image", [64])
-    line = refusal(on_two_ranks("eval", "vqa", "--checkpoint", tuned, "--data", tmp_path / "d", *CPU))
-    assert line.startswith("mvlm: rank 1: ")
-    assert "key 64: wanted an image, found one that cannot be decoded" in line
 
 
 @pytest.mark.slow

@@ -25,8 +25,6 @@ from mvlm.costs.cluster_plan import (
     most_logits,
     parse_count,
     parse_gpus,
-    planned_step,
-    scaling,
 )
 from mvlm.costs.step_cost import MemoryTracker, StepCost, StepShape, drawn_tokens, fake_step
 from mvlm.errors import ConfigError
@@ -140,33 +138,6 @@ def test_each_gradient_is_reduced_once_and_shards_are_gathered_in_a_node():
     gathered = [x for x in shards if x.label == "parameters"]
     assert {x.ranks for x in gathered} == {8}
     assert sum(x.size * x.calls for x in gathered) >= 2 * 4 * parameters / 8 * 0.5
-
-
-def test_planned_step_by_hand():
-    plan = setting(mfu=0.5)
-    planned = planned_step(plan, FOUND)
-    assert planned.forward == pytest.approx(1e14 / (0.5 * 989e12))
-    assert planned.backward == pytest.approx(2e14 / (0.5 * 989e12))
-    moved = {x.label: x for x in collectives(plan, FOUND.parameters)}
-    gradients = plan.seconds(moved["gradients"])
-    assert planned.network["gradients"] == pytest.approx(gradients)
-    assert planned.waiting["gradients"] == pytest.approx(gradients / moved["gradients"].calls)  # the last bucket
-    slow = planned_step(replace(plan, inter_node=1e9), FOUND)
-    computing = planned.forward + planned.backward
-    assert slow.waiting["gradients"] == pytest.approx(slow.network["gradients"] - 0.4 * computing)
-    # 100 x 12,800 logits in one block: six products of 256 in fp32, and 210 values, with all embeddings six times.
-    count = 100 * 12800
-    wanted = count * (6 * 2 * 256 / 67e12 + 4 * (210 + 6 * 256 / 100) / 3.35e12)
-    assert planned.logits == pytest.approx(wanted)
-    assert planned.step == pytest.approx(computing + sum(planned.waiting.values()) + planned.logits)
-    assert planned.computing == pytest.approx(computing / planned.step)
-
-
-def test_scaling_keeps_the_pairs_of_a_gpu():
-    rows = scaling(setting(), FOUND, most=1024)
-    assert [(row.ranks, row.batch_size) for row, _ in rows] == [(8 * 2**k, 800 * 2**k) for k in range(8)]
-    shares = [step.computing for _, step in rows]
-    assert shares == sorted(shares, reverse=True)
 
 
 def test_parse_gpus_and_parse_count():

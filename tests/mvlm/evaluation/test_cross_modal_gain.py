@@ -7,11 +7,7 @@ import pytest
 import torch
 
 from mvlm.evaluation import cross_modal_gain as gains
-from mvlm.evaluation.cross_modal_gain import (
-    cross_modal_gain,
-    trivial_losses,
-    wrong_partners,
-)
+from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses, wrong_partners
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.encode import eval_loader
 from support.models import micro_model

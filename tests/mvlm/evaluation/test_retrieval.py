@@ -10,14 +10,7 @@ import torch
 from torch import nn
 
 from mvlm.evaluation import retrieval
-from mvlm.evaluation.retrieval import (
-    EncodedSplit,
-    best_rank,
-    encode_split,
-    rank_all,
-    recall,
-    recall_intervals,
-)
+from mvlm.evaluation.retrieval import EncodedSplit, best_rank, encode_split, rank_all, recall, recall_intervals
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference import encode
 from mvlm.model.packing import PackedText

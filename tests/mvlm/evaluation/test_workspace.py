@@ -1,7 +1,5 @@
 """Arrays on disk, work shared by ranks, and what an interruption leaves behind."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,32 +130,6 @@ def test_an_interrupted_evaluation_is_continued_and_its_folder_removed(tmp_path)
     folder, done = tmp_path / "test.json.parts", []
     with pytest.raises(KeyboardInterrupt):
         interrupt(folder, done)
-    with open_workspace(folder, {"model": "a"}) as workspace:
-        assert torch.equal(square(workspace, 23, 4, done), SQUARES)
-    assert done == list(range(23))
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("removed", range(4))
-def test_a_kill_while_the_work_is_removed_leaves_none_to_be_continued(tmp_path, monkeypatch, removed):
-    """Rows of an array that is gone would be zeros, beside a file that says that they are finished."""
-    folder, done, unlinks = tmp_path / "test.json.parts", [], []
-
-    def unlink(path: Path, *_: Any, **__: Any) -> None:
-        if len(unlinks) == removed:
-            raise KeyboardInterrupt
-        unlinks.append(path)
-        os.unlink(path)
-
-    def finish() -> None:
-        with open_workspace(folder, {"model": "a"}) as workspace:
-            square(workspace, 23, 4, [])
-            monkeypatch.setattr(Path, "unlink", unlink)
-            monkeypatch.setattr(shutil, "rmtree", lambda path, **_: [unlink(file) for file in sorted(path.iterdir())])
-
-    with pytest.raises(KeyboardInterrupt):
-        finish()
-    monkeypatch.undo()
     with open_workspace(folder, {"model": "a"}) as workspace:
         assert torch.equal(square(workspace, 23, 4, done), SQUARES)
     assert done == list(range(23))

@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from mvlm.inference.images import GREY
-from mvlm.inference.masked import (
-    border_errors,
-    fill_mask,
-    reconstruct,
-    reconstruction_strip,
-    tokens_with_masks,
-)
+from mvlm.inference.masked import border_errors, fill_mask, reconstruct, reconstruction_strip, tokens_with_masks
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.encoders import patchify, unpatchify
 from mvlm_dataloading import tokenizer_for

@@ -13,11 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.model.encoders import (
-    CrossBlock,
-    CrossEncoder,
-    ImageEncoder,
-)
+from mvlm.model.encoders import CrossBlock, CrossEncoder, ImageEncoder
 from support.models import micro_batch, micro_config, normal
 
 
@@ -72,10 +68,7 @@ def decoder_layer(block: CrossBlock, norm: str) -> nn.TransformerDecoderLayer:
     layer = nn.TransformerDecoderLayer(
         WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm == "pre"
     ).double()
-    for ours, theirs in (
-        (block.self_attention, layer.self_attn),
-        (block.cross_attention, layer.multihead_attn),
-    ):
+    for ours, theirs in ((block.self_attention, layer.self_attn), (block.cross_attention, layer.multihead_attn)):
         parts = (ours.query, ours.key, ours.value)
         theirs.in_proj_weight.data = torch.cat([part.weight for part in parts]).detach()
         theirs.in_proj_bias.data = torch.cat([part.bias for part in parts]).detach()

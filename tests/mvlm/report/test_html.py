@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import re
 from xml.etree import ElementTree
@@ -13,19 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mvlm.errors import RunError
-from mvlm.evaluation.evaluate import figures_of
 from mvlm.report.figures import curves
-from mvlm.report.html import (
-    HEIGHT,
-    WIDTH,
-    line_chart,
-    nice_range,
-    render,
-    series,
-    thumbnail,
-    write_page,
-)
+from mvlm.report.html import HEIGHT, WIDTH, line_chart, nice_range, render, series, thumbnail, write_page
 from mvlm.search.index import Hit
 from support.pages import Page
 from support.scenes import png
@@ -55,18 +43,6 @@ def test_the_page_of_a_search_shows_answers_and_escapes_what_others_wrote(tmp_pa
     with Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) as small:
         assert (small.size, small.getpixel((5, 5))) == ((80, 160), (77, 77, 77))
     assert "No answer." in render("answers.html", title="red", query_image=None, answers=[])
-
-
-def test_figures_of_another_file_or_of_none_are_refused(tmp_path):
-    file = tmp_path / "test.json"
-    for text in (None, "", "[1]", "{}", "[" * 100_000):
-        if text is not None:
-            file.write_text(text)
-        with pytest.raises(RunError, match=r"evaluation|figures"), figures_of(file) as f:
-            f["split"]
-    file.write_text(json.dumps({"split": "test"}))
-    with figures_of(file) as figures:
-        assert figures["split"] == "test"
 
 
 def parse(chart: str) -> ElementTree.Element:

@@ -10,12 +10,7 @@ import pytest
 
 from mvlm.config.json_files import read_config, run_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.folder import (
-    MetricsFile,
-    RunLock,
-    read_metrics,
-    write_config,
-)
+from mvlm.runs.folder import MetricsFile, RunLock, read_metrics, write_config
 from mvlm.runs.resume import open_run
 from support.folders import folder_hash
 from support.models import micro_config, pretrain_config

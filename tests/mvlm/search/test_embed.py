@@ -15,7 +15,6 @@ from filelock import FileLock
 
 import mvlm.device
 import mvlm.search.embed as embedding
-from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.trained_model import TrainedModel
@@ -177,15 +176,6 @@ def test_images_that_cannot_be_used_are_left_out_and_listed(model, pictures, tmp
         assert words in said[os.path.splitext(name)[0]]
 
 
-def test_a_folder_without_any_part_takes_other_work(model, pictures, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(embedding, "write_table", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            embed(model, open_collection(pictures), tmp_path / "out", ALONE)
-    (pictures / "3.txt").write_text("another caption")
-    assert embed(model, open_collection(pictures), tmp_path / "out", ALONE)["images"] == 10
-
-
 @pytest.fixture
 def machine(monkeypatch) -> Any:
     """A machine on which "auto" is bf16 if its `fast` is set, and fp32 if not."""
@@ -231,32 +221,3 @@ def test_work_goes_on_in_the_device_and_precision_in_which_it_began(model, machi
     machine.fast = True
     embed(automatic(model), collection, tmp_path / "undisturbed", ALONE)
     assert {**contents(begun), "parts/plan.json": ""} == {**contents(tmp_path / "undisturbed"), "parts/plan.json": ""}
-
-
-def test_a_finished_embedding_is_left_as_it_is_on_any_machine(model, machine, pictures, tmp_path):
-    collection, out = open_collection(pictures), tmp_path / "out"
-    made = embed(automatic(model), collection, out, ALONE)
-    machine.fast = False
-    assert embed(automatic(model), collection, out, ALONE) == made
-    with pytest.raises(RunError, match=r"\(precision: found bf16, wanted fp32\)"):
-        embed(automatic(model, "fp32"), collection, out, ALONE)
-    old = {name: value for name, value in made.items() if name != "device"} | {"precision": "auto"}
-    (out / "embedding.json").write_text(json.dumps(old))  # as an earlier version wrote it
-    assert embed(automatic(model), collection, out, ALONE) == old
-
-
-@pytest.mark.parametrize("rank, name", [(0, "precision"), (1, "model"), (0, "data")])
-def test_ranks_that_differ_are_refused(model, pictures, tmp_path, rank, name):
-    class Two(World):
-        """A rank beside one that computes in another precision, or has another model or other data."""
-
-        def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
-            if isinstance(value, dict):
-                return [value if i == rank else value | {name: "other"} for i in range(2)]
-            return [value, value]
-
-    world = Two(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
-    error, words = (RunError, f"{name}: rank 0 has") if rank == 0 else (SystemExit, "2")  # rank 0 says it for all
-    with pytest.raises(error, match=words):
-        embed(model, open_collection(pictures), tmp_path / "out", world)
-    assert not (tmp_path / "out").exists()

@@ -5,9 +5,7 @@ import json
 import random
 import shutil
 import tarfile
-import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -173,31 +171,6 @@ def test_an_index_lives_in_an_object_store(embedded, tmp_path, monkeypatch):
         server.stop()
 
 
-def test_of_two_who_make_an_index_at_once_one_is_refused(embedded, tmp_path, monkeypatch):
-    place, said = str(tmp_path / "index"), []
-
-    def make() -> None:
-        try:
-            create_index(embedded, place)
-        except RunError as error:
-            said.append(str(error))
-
-    thread, real = threading.Thread(target=make), index_module.write_about
-
-    def write_about(*arguments: Any) -> None:
-        if not thread.is_alive() and not said:
-            thread.start()  # while the first is not finished
-            thread.join(0.5)
-        real(*arguments)
-
-    monkeypatch.setattr(index_module, "write_about", write_about)
-    make()
-    thread.join()
-    assert len(said) == 1
-    assert "wanted a new place for the index, found an index" in said[0]
-    assert open_index(place).count("images") == 48
-
-
 def test_a_filter_that_does_not_fit_both_tables_removes_nothing(model, pictures, tmp_path):
     """Only some images have captions and metadata; the filter means the same for both tables."""
     for path in pictures.rglob("*.txt"):
@@ -351,19 +324,3 @@ def test_an_index_has_the_rows_that_were_added_and_not_removed(embeddings, scene
         captions = {row[:3]: row[4] for row in reversed(kept["texts"]) if row[3].endswith("#0")}
         wanted = [captions.get((paths[hit.source], hit.split, hit.row), "") for hit in hits]
         assert looking.first_captions(hits) == wanted
-
-
-def test_an_index_of_an_earlier_version_has_its_own_captions_and_is_added_to(embeddings, tmp_path):
-    """Its keys had no row."""
-    create_index(embeddings["numbered"], str(tmp_path / "index"))
-    tables = [lancedb.connect(tmp_path / "index").open_table(kind) for kind in ("images", "texts")]
-    for table in tables:
-        table.update(values_sql={"key": "concat(cast(source as string), ':', split, '/', id)"})
-    tables[0].delete("key = '0:train/000003' and row > 3")  # a row that an earlier version lost
-    index, (query,) = open_index(str(tmp_path / "index")), queries(1)
-    for rows in (7, 8):
-        hits = index.search(query, "images", 1000)
-        assert index.first_captions(hits) == [f"row {hit.row}" for hit in hits]
-        assert len(hits) == rows
-        index.add(embeddings["numbered"])
-    assert sorted(hit.row for hit in index.search(query, "texts", 1000)) == [row // 2 for row in range(16)]

@@ -70,23 +70,23 @@ def configured(trained: Path, data: dict[str, Path], out: Path, form: str, **cha
 
 
 @torch.no_grad()
-def accuracy_of_shuffled_images(task: Task, dataset: Dataset, tokenizer: Tokenizer, figure: str) -> float:
-    """Mean figure of a split when each sample gets the image of the k-th sample after it, over all k but 0."""
+def accuracy_of_shuffled_images(task: Task, dataset: Dataset, tokenizer: Tokenizer) -> float:
+    """Mean accuracy of a split when each sample gets the image of the k-th sample after it, over all k but 0."""
     batch, _ = next(iter(eval_loader(dataset, task.model, tokenizer, **task.loader_options())))
     found = []
     for k in range(1, len(dataset)):
         records = task.predict(replace(batch, images=batch.images.roll(k, 0)), "fast")
-        found.append(task.score(records, dataset)[figure])
+        found.append(task.score(records, dataset)["accuracy"])
     return sum(found) / len(found)
 
 
-def best_without_images(name: str, dataset: Dataset) -> float:
+def best_without_images(dataset: Dataset) -> float:
     """Share in per cent of samples that a table from texts to answers can have right, at best."""
     answers: dict[str, Counter] = defaultdict(Counter)
     for i in range(len(dataset)):
         record, text = dataset.metadata(i), dataset.captions(i)[0]
-        answer = record.get("label") or record.get("answers", [{"answer": text}])[0]["answer"]
-        answers["" if name == "caption" else text][answer] += 1
+        answer = record.get("label") or record["answers"][0]["answer"]
+        answers[text][answer] += 1
     return 100 * sum(max(counts.values()) for counts in answers.values()) / len(dataset)
 
 
@@ -203,31 +203,25 @@ def wide(scenes, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", some_in_test(FORMS, "entailment"))
+@pytest.mark.parametrize("form", some_in_test(["classifier", "masked", "entailment", "pairs"], "entailment"))
 def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_path, form, without_tensorboard):
     """All are right; with the images shuffled, figures fall to those of a model that was trained without images."""
     name = FORMS[form][0]
     data = {name: WRITERS[name](tmp_path / "data", {"train": 16, "test": 4})}
     settings: dict[str, Any] = {"max_steps": 160, "warmup_steps": 16, "batch_size": 16, "log_every": 100}
-    figure = "accuracy"
-    changes: dict[str, Any] = {}
     if name == "pairs":
         # With higher rates and fewer steps some seeds stay at chance on some processors.
         settings |= {"max_steps": 350, "lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_head": 2e-3}
     if form == "masked":
         settings |= {"max_steps": 300, "lr_encoder": 2e-3, "lr_cross": 2e-3}
-    if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
-        settings |= {"max_steps": 1000, "warmup_steps": 100, "lr_encoder": 1.5e-3, "lr_cross": 1.5e-3}
-        settings |= {"lr_head": 1.5e-3, "question_length": 24, "seed": 2}
-        figure, changes = "equal", {"choose_by": "likelihood"}
     finetune(configured(wide, data, tmp_path / "run", form, **settings))
-    figures, records = evaluate_task(tmp_path / "run", data[name], "train", **changes)
-    assert figures[figure] == 100
+    figures, records = evaluate_task(tmp_path / "run", data[name], "train")
+    assert figures["accuracy"] == 100
     assert [record["sample"] for record in records] == list(range(16))
-    task, tokenizer = load_task(tmp_path / "run", **changes)
+    task, tokenizer = load_task(tmp_path / "run")
     dataset = open_dataset(data[name], "train")
-    shuffled = accuracy_of_shuffled_images(task, dataset, tokenizer, figure)
-    assert shuffled <= best_without_images(name, dataset) + 5
+    shuffled = accuracy_of_shuffled_images(task, dataset, tokenizer)
+    assert shuffled <= best_without_images(dataset) + 5
 
 
 RANKS = {"pairs": "ddp", "caption": "ddp", "masked": "fsdp", "questions of an image": "ddp", "retrieval": "ddp"}

@@ -3,19 +3,14 @@
 import json
 import sys
 import threading
-import time
-from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError
-from mvlm.runs.resume import open_run
 from mvlm.training.loggers import LogSinks, start_services
 from mvlm.training.run import pretrain
 from support.folders import rows_of
@@ -70,19 +65,6 @@ def test_a_resumed_run_goes_on_in_the_services_run(tmp_path, monkeypatch, name):
         assert (first["resume"], again["resume"], other["resume"]) == ("never", "allow", "never")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
-def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
-    pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
-    config = started(tmp_path, name)
-    with LogSinks(config, 0) as sinks:
-        sinks.log(ROW)
-    assert all(file.stat().st_size > 1000 for file in tmp_path.glob(written))
-    assert list(tmp_path.glob(written))
-
-
 def test_service_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", log_to=("trackio",))
@@ -104,39 +86,6 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
             sinks.log(ROW | {"step": step})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
     assert [row["step"] for row in rows_of(config.out)] == [3, 4]
-
-
-def test_services_that_started_are_ended_if_another_cannot(scenes, tmp_path, monkeypatch, without_tensorboard):
-    """W&B writes into the run's folder before the run has a config.json."""
-    finished = []
-
-    def starts(dir, **_):
-        (Path(dir) / "wandb").mkdir(exist_ok=True)
-
-    def fails(**_):
-        raise RuntimeError("no login")
-
-    spec = find_spec("json")
-    wandb = SimpleNamespace(init=starts, finish=lambda: finished.append(True), __spec__=spec)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=fails, __spec__=spec))
-    config = pretrain_config(scenes, tmp_path / "run", log_to=("wandb", "trackio"))
-    with pytest.raises(ConfigError, match="--log-to trackio: could not start a run"):
-        pretrain(config)
-    assert finished == [True]
-    assert open_run(replace(config, log_to=())) is None  # the folder is free
-
-
-@pytest.mark.slow
-def test_tensorboard_keeps_the_step_that_a_run_continues_from(tmp_path):
-    config = pretrain_config(tmp_path / "data", tmp_path)
-    for first, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
-        with LogSinks(config, first) as sinks:
-            for step in steps:
-                sinks.log(ROW | {"step": step, "loss": float(first)})
-        time.sleep(1.1)  # TensorBoard names its files by the second
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]
 
 
 # The thread of TensorBoard's writer raises, and pytest warns of it.

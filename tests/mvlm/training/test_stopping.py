@@ -23,18 +23,6 @@ def test_signal_requests_a_stop_and_handlers_are_restored(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_signal_requests_a_stop_even_if_stderr_is_closed(monkeypatch):
-    """Ctrl-C also ends a `| tee`."""
-
-    def broken(*_):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(stopping.os, "write", broken)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested()
-
-
 def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
     """The file is polled once a second."""
     clock = [0.0]
@@ -88,19 +76,6 @@ def test_second_signal_ends_the_process_at_once(number, code):
     started = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
     assert time.monotonic() - started < 20
-
-
-def test_a_sigterm_that_is_passed_on_is_the_same_request(monkeypatch):
-    """A supervisor signals every process of a job, and torchrun passes its own signal on to its workers."""
-    clock = [0.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    with StopRequest() as stop:
-        for clock[0] in (0.0, 0.001, 2.9):
-            os.kill(os.getpid(), signal.SIGTERM)  # would end this process
-            assert stop.requested()
-        clock[0] = 3.0
-        assert stop.requested()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def code_of(process: int) -> int:
@@ -157,19 +132,3 @@ def test_watchdog_lets_a_rank_end_by_itself_after_another_one_failed(tmp_path):
             time.sleep(0.5)
         os._exit(0)
     assert code_of(process) == 0
-
-
-@pytest.mark.slow
-def test_watchdog_leaves_a_process_that_was_suspended(tmp_path):
-    process = os.fork()
-    if process == 0:
-        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60) as watchdog:
-            watchdog.beat("step 1")
-            os.kill(os.getpid(), signal.SIGSTOP)  # as Ctrl-Z does, until the parent sends SIGCONT
-            time.sleep(0.5)
-        os._exit(0)
-    os.waitpid(process, os.WUNTRACED)
-    time.sleep(2)
-    os.kill(process, signal.SIGCONT)
-    assert code_of(process) == 0
-    assert not list(tmp_path.iterdir())

@@ -12,7 +12,6 @@ from mvlm.training.optimizer import GuardedAdamW
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from support.data import exchange_texts, state_fingerprint
-from support.folders import forbid
 from support.forgery import change_rows, change_tensors, checkpoint, reseal, short_run
 from support.scenes import write_scenes
 
@@ -35,11 +34,6 @@ def test_a_bit_of_a_final_weight(bare_run, problems):
     assert "step_00000006: its manifest is not the one that the history has" in problems(bare_run)
     reseal(bare_run)
     assert problems(bare_run) == ["steps 5 to 6: step_00000006: model/pixel_head.weight is not the replayed one"]
-
-
-def test_a_checkpoint_that_may_not_be_read(bare_run, problems, monkeypatch):
-    forbid(monkeypatch, "rank_00000.safetensors")
-    assert all("Permission denied" in problem for problem in problems(bare_run))
 
 
 def test_a_swapped_checkpoint(bare_run, other_run, problems):
