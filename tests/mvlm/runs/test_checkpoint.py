@@ -22,6 +22,7 @@ from mvlm.runs.checkpoint import (
     optimizer_tensors,
     read_state,
     read_tensors,
+    set_generators,
     verify_checkpoint,
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
@@ -141,6 +142,15 @@ FOREIGN = ("model/.metadata", "model/extra.safetensors", "optimizer.pt", "model/
 DAMAGES = [
     (damage, name) for damage in (flip_a_byte, Path.unlink, write_a_pickle) for name in (*FILES, "manifest.json")
 ]
+
+
+def test_generators_go_on_where_the_checkpoint_was_saved(training, tokenizer, tmp_path):
+    """As the dropout of a user's own task draws from them."""
+    path = save(tmp_path, 1, training, tokenizer)
+    wanted = torch.rand(3)
+    torch.manual_seed(99)
+    set_generators(path, 0, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.mark.parametrize("damage, name", [*DAMAGES, *((write_a_pickle, name) for name in FOREIGN)])
