@@ -172,16 +172,16 @@ def run_speed() -> str:
     with (RESULTS / "run-tiny-amd-zen5.csv").open() as file:
         for row in csv.DictReader(file):
             ratio, low, high = (float(row[f"over_step{end}"]) for end in ("", "_low", "_high"))
-            interval = f"{ratio:.3f} ({low:.3f} to {high:.3f})" if row["contender"] != "step" else "1"
+            interval = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if row["contender"] != "step" else "1"
             cpu, loader = (1000 * float(row[f"cpu_{of}"]) for of in ("s", "loader_s"))
             speed, share = float(row["pairs_per_s"]), float(row["cpu_over_step"])
             rest = [f"{float(row[name]):.0f}" for name in ("page_faults", "switches")]
             rows.append(
                 [
                     f"`{row['contender']}`",
-                    f"{speed:.1f}",
+                    f"{speed:.0f}",
                     interval,
-                    f"{share:.3f}",
+                    f"{share:.2f}",
                     f"{cpu:,.0f}",
                     f"{loader:.0f}",
                     *rest,
