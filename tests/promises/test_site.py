@@ -4,6 +4,7 @@
 """
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,10 @@ def test_pages_that_code_and_tests_name_exist() -> None:
             named += [(file, name) for name in re.findall(r"(?<![\w/.])docs/[\w/]+\.md", file.read_text())]
     assert len(named) > 30
     assert [(file, name) for file, name in named if not (ROOT / name).exists()] == []
+
+
+def test_badges_are_what_their_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "images" / "draw_badges.py"))["badges"]()
+    assert len(drawn) == 3
+    for name, text in drawn.items():
+        assert (ROOT / "docs" / "images" / name).read_text() == text
