@@ -44,11 +44,11 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
     r"mvlm finetune vqa .*data/questions": "tests/mvlm/tasks/test_every_task.py",
     r"mvlm pretrain .*--(image-weights|initial-model|text-tower)": "tests/mvlm/weights/test_pretrain_from_weights.py",
+    r"mvlm export .*--mix": "tests/mvlm/weights/test_pretrain_from_weights.py",
     r"torchrun ": "tests/promises/faults/test_ranks.py starts ranks",
 }
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
-    "docs/guides/own_model.md": "tests/mvlm/weights/test_pretrain_from_weights.py, with adapters and a mix of weights",
     "docs/start/first_run.md": "tests/walks/test_pictures.py, among odd files",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
 }
