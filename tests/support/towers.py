@@ -12,6 +12,7 @@ models wider than 1,280 only the shape is compared.
 import csv
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +29,7 @@ from mvlm.model.towers.timm_tower import TimmTower, tower_settings
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "towers-timm.csv"
-PAGE = ROOT / "docs" / "reference" / "towers.md"
+PAGE = ROOT / "docs" / "reference" / "support.md"
 FIELDS = ("model", "class", "row 0", "width", "patch", "result")
 FILES = (
     "vision_transformer", "eva", "deit", "vision_transformer_hybrid", "vision_transformer_relpos",
@@ -159,34 +160,41 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def section(rows: list[dict[str, str]]) -> str:
-    """The section of the page on a walk: its rows by family, class, row 0 and result, with counts."""
-    counts: dict[tuple[str, ...], int] = {}
+    """The section of the page on a walk: its towers by family, class and row 0, with counts, and what is refused."""
+    counts: dict[tuple[str, ...], Counter[str]] = {}
+    refused: Counter[str] = Counter()
     for row in rows:
         family = next((part for part in FAMILIES if part in row["model"]), "vit")
         kind = "hybrid" if "HybridEmbed" in row["result"] and family == "vit" else family
-        key = (kind, row["class"], row["row 0"], row["result"])
-        counts[key] = counts.get(key, 0) + 1
-    lines = [f"| {' | '.join(key[:3])} | {number} | {key[3]} |" for key, number in sorted(counts.items())]
-    towers = sum(not row["result"].startswith("refused") for row in rows)
+        if row["result"].startswith("refused"):
+            refused[row["result"].removeprefix("refused: ") + f" ({kind})"] += 1
+        else:
+            counts.setdefault((kind, row["class"], row["row 0"]), Counter())[row["result"]] += 1
+    lines = [f"| {' | '.join(key)} | {of['equal']} | {of['shape']} |" for key, of in sorted(counts.items())]
     table = "\n".join(lines)
-    return f"""## Image towers
+    reasons = "\n".join(f"- {number}: {reason}" for reason, number in sorted(refused.items()))
+    return f"""### Image towers
 
 `--model.image-tower timm:NAME`, with a model of timm {timm.__version__}. `PYTHONPATH=tests python -m support.towers`
 makes this section and [a table of each model](../../benchmarks/results/towers-timm.csv).
 
-{towers} of {len(rows)} models are towers. Each was built with two layers and random weights. *equal*: features, with
-masked patches and without, are those of timm's own forward pass, within 1e-5 of the largest. *shape*: wider than
-{MOST_WIDTH:,}, so only the shape was compared.
+{len(rows) - refused.total()} of {len(rows)} models are towers. Each was built with two layers and random weights.
+*equal*: features, with masked patches and without, are those of timm's own forward pass, within 1e-5 of the largest.
+*shape*: wider than {MOST_WIDTH:,}, so only the shape was compared.
 
-| family | class of timm | row 0 | models | result |
+| family | class of timm | row 0 | equal | shape |
 |---|---|---|---|---|
 {table}
+
+The others are refused:
+
+{reasons}
 """
 
 
 def write_page() -> None:
     """Renew the last section of the page from the committed rows."""
-    before = PAGE.read_text().partition("\n## Image towers\n")[0]
+    before = PAGE.read_text().partition("\n### Image towers\n")[0]
     PAGE.write_text(f"{before}\n{section(read_rows(COMMITTED))}")
 
 
