@@ -19,6 +19,7 @@ include_patterns = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "AGENTS.md",
     "SECURITY.md",
     "examples/README.md",
     "docs/*.md",
