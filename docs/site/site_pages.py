@@ -216,8 +216,9 @@ def break_long_names(app: Sphinx, page: str, template: str, context: dict[str, A
 
 
 def help_readers(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
-    """For keyboards: code that scrolls takes the focus. For screen readers: headings of the sidebar have a level."""
-    context["body"] = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    """For keyboards: code and tables that scroll take the focus. For screen readers: the sidebar has heading levels."""
+    body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    context["body"] = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
     sidebar = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = sidebar.replace('role="heading"', 'role="heading" aria-level="2"')
 
