@@ -1,8 +1,5 @@
 """The description of the machine, and which GPUs have a roofline."""
 
-import pytest
-
-from mvlm_benchmarks import machine
 from mvlm_kernels.hardware import GPUS, peak_rates
 
 
@@ -16,8 +13,3 @@ def test_only_gpus_of_the_table_have_peak_rates() -> None:
         "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 4090",
     ):  # fmt: skip
         assert peak_rates(name) is None
-
-
-def test_roofline_is_the_slower_of_memory_and_products() -> None:
-    found = machine.roofline_us((3_350_000, 6_700_000), (0, 98_900_000_000), GPUS["H100"])
-    assert found == pytest.approx({"forward": 1.0, "backward": 100.0, "both": 101.0})

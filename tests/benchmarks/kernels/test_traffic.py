@@ -41,7 +41,3 @@ def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode):
         place_case(batch, torch.bfloat16, mode, torch.float32, sizes=FEW) for batch in (1, 2, traffic.BATCH)
     )
     check(traffic.extrapolated(traffic.measure(few), traffic.measure(more), (1, 2)), whole)
-
-
-def test_two_batches_give_the_bytes_of_a_large_one():
-    assert traffic.extrapolated((110, 7), (120, 7), (1, 2)) == (110 + 255 * 10, 7)

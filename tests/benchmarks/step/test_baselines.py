@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from mvlm.model.maskvlm import MaskVLM
-from mvlm_benchmarks.captions import caption_lengths
 from mvlm_benchmarks.step.baselines import Baseline, check_bidirectional
 from mvlm_benchmarks.step.inputs import draw_negatives, make_batch, pad_batch
 from mvlm_benchmarks.step.shared_weights import SharedWeights
@@ -74,11 +73,3 @@ def test_causal_baseline_is_refused(stack) -> None:
     getattr(model, stack).layers[1].attention.self.is_causal = True
     with pytest.raises(AssertionError, match="is causal: its first position does not depend on the last"):
         check_bidirectional(model)
-
-
-def test_caption_lengths_are_clamped_gamma_draws() -> None:
-    found = caption_lengths(20_000, longest=40, mean=40 / 3)
-    assert (found.min(), found.max()) == (6, 40)
-    # Gamma(4) with mean 40/3 has variance mean^2 / 4; the clamp moves the mean by little.
-    assert abs(found.mean() - 40 / 3) < 0.2
-    assert abs(found.std() - 40 / 6) < 0.4
