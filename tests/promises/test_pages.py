@@ -42,6 +42,7 @@ SHORTER = {
 ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing does
     r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
+    r"mvlm (data|pretrain|finetune|eval|predict) .*(photos|data/asked|runs/answers)": "tests/walks/test_pictures.py",
     r"mvlm finetune vqa .*data/questions": "tests/mvlm/tasks/test_every_task.py",
     r"mvlm pretrain .*--(image-weights|initial-model|text-tower)": "tests/mvlm/weights/test_pretrain_from_weights.py",
     r"mvlm export .*--mix": "tests/mvlm/weights/test_pretrain_from_weights.py",
@@ -49,7 +50,6 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
 }
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
-    "docs/start/first_run.md": "tests/walks/test_pictures.py, among odd files",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
 }
 

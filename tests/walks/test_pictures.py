@@ -74,9 +74,8 @@ def test_from_a_folder_of_pictures_to_an_answer(tmp_path, monkeypatch, capsys, w
     )  # no further ones: they import torch
     wanted = write_pictures(tmp_path / "photos")
     (tmp_path / "new.png").write_bytes(png(scene(9)[0]))
-    lines = [
-        line for block in re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.M | re.S) for line in block.splitlines()
-    ]
+    section = PAGE.read_text().split("## From 300 pictures to an answer")[1]
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S) for line in block.splitlines()]
     assert [line.split()[1] for line in lines] == ["data", "pretrain", "data", "finetune", "eval", "predict"]
     pictures, pretrain, questions, finetune, evaluate, predict = lines
 
