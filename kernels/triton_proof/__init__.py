@@ -13,8 +13,7 @@ Python:
     with recorded() as launches:
         kernel[grid](x, y, n, BLOCK=128)  # CPU tensors
 
-A launch that had faults raises :class:`EmulationError`. docs/guides/prove_your_kernel.md is the guide, and
-docs/guides/prove_your_kernel.md says what is found and what is not.
+A launch that had faults raises :class:`EmulationError`. docs/guides/prove_your_kernel.md is the guide.
 
     plugin.py  the pytest plugin             allocations.py  NaN and guard bands in what host code allocates
     driver.py  Triton's driver: compiled text in, emulated launches out
