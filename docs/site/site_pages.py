@@ -218,7 +218,11 @@ def break_long_names(app: Sphinx, page: str, template: str, context: dict[str, A
 def help_readers(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
     """For keyboards: code and tables that scroll take the focus. For screen readers: the sidebar has heading levels."""
     body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
-    context["body"] = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
+    body = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
+    # Sphinx makes a list of definitions of a signature's parameters, with nothing defined.
+    parameters = r'<dl>\n(<dd><em class="sig-param">.*?)</dl>'
+    body = re.sub(parameters, r'<div class="sig-params">\n\1</div>', body, flags=re.DOTALL)
+    context["body"] = re.sub(r'<dd>(<em class="sig-param">.*?)</dd>', r"<div>\1</div>", body)
     sidebar = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = sidebar.replace('role="heading"', 'role="heading" aria-level="2"')
 
