@@ -11,7 +11,7 @@ PRESET ?= small
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
+.PHONY: help demo app test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
         faults-embedding faults-parts faults-evaluation faults-studies soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation masking tasks tasks-start tasks-table \
         check docs docs-links \
@@ -21,15 +21,20 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@sed -n 's/^## /  make /p' Makefile
 
+# `make demo UV=1` installs with uv, which has to be on the PATH. Python compiles a module when it is imported first, so
+# pip need not compile all of them.
+UV ?=
+MAKE_VENV = $(if $(UV),uv venv --quiet --allow-existing --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+INSTALL = $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check --no-compile) --quiet
 # A stamp is older than pyproject.toml if a dependency may have changed. Then the packages are brought up to date.
-# .demo and .test are what these two targets need, .installed is everything.
+# .demo, .app and .test are what these targets need, .installed is everything.
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
-	touch $(VENV)/.demo $(VENV)/.test $@
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(MAKE_VENV)
+	$(INSTALL) --editable '.[all]'
+	touch $(VENV)/.demo $(VENV)/.app $(VENV)/.test $@
+$(VENV)/.demo $(VENV)/.app $(VENV)/.test: $(VENV)/.%: pyproject.toml
+	$(MAKE_VENV)
+	$(INSTALL) --editable '.[$*]'
 	touch $@
 
 $(DATA)/dataset.json: | $(VENV)/.demo
@@ -40,7 +45,11 @@ demo: $(VENV)/.demo $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --model.image-size 64 --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
-	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
+	@echo "Open $(RUN)/report.html in a browser. Ask the model on a page of its own with: make app"
+
+## app             install Gradio, and open a local page that asks the demo's model
+app: $(VENV)/.demo $(VENV)/.app
+	$(BIN)/mvlm app $(RUN)
 
 # JOBS is the number of cores. Each process takes one test at a time, on one thread. There is one process more than
 # cores, because some tests wait for processes that they start.
