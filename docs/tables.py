@@ -33,6 +33,13 @@ CONTENDERS = {
     "timm+roberta-compiled": "timm and transformers, under `torch.compile`",
     "timm+decoder-layer-compiled": "the same with torch's decoder layer",
 }
+SHORT = {
+    "fast": "**mvlm**",
+    "fast-compiled": "mvlm, `torch.compile`",
+    "timm+roberta": "timm and transformers: the peer",
+    "timm+roberta-compiled": "the same, `torch.compile`",
+}
+"""Contenders of the README's table."""
 
 
 def main() -> None:
@@ -136,6 +143,63 @@ def demo_gain() -> str:
     white, median = figures["masked_l1_white"], figures["masked_l1_train_median"]
     blind = f"constant white {white:.3f}, the training set's median {median:.3f}"
     rows.append([f"masked L1 ({blind})", f"{figures['masked_l1']:.3f}", "", f"{min(values):.3f} to {max(values):.3f}"])
+    return markdown(rows)
+
+
+def results() -> str:
+    """What was reached, for the README: one row a result, beside what it is compared with."""
+    seeds, vqa = demo(), json.loads((RESULTS / "easy-vqa.json").read_text())
+    figures = worst(seeds)
+    unseen = figures["unseen"]
+    text, pixels = (min(each[f"gain_{kind}"] for each in seeds.values()) for kind in ("text_nats", "pixels_pct"))
+    with (RESULTS / "integrations-transformers.csv").open() as file:
+        classes = {row["class"] for row in csv.DictReader(file) if row["status"] == "equal"}
+    return markdown(
+        [
+            ["what", "reached", "beside"],
+            [
+                "[The demo](docs/start/demo.md): R@1, image to text and text to image",
+                f"{figures['tr']['r1']:.0f} and {figures['ir']['r1']:.0f} %",
+                "chance: 0.2 %",
+            ],
+            [
+                "The same for concepts absent from training: R@10",
+                f"{unseen['tr']['r10']:.0f} and {unseen['ir']['r10']:.0f} %",
+                "chance: 2 %",
+            ],
+            ["A hidden word, given the right image", f"{text:.1f} nats surer", "given another image"],
+            ["A hidden patch, given another caption", f"{pixels:.0f} % more error", "given its own"],
+            [
+                "[easy-VQA](docs/evidence/tasks.md), fine-tuned: accuracy",
+                f"{vqa['accuracy']:.0f} %",
+                "from the question alone: 67 %",
+            ],
+            [
+                "[Swapped transformers classes](docs/evidence/kernels.md) with equal outputs and gradients",
+                f"{len(classes)}",
+                "different: 0",
+            ],
+        ]
+    )
+
+
+def speed() -> str:
+    """Speed and memory of a whole step for the README, relative to the fastest eager peer."""
+    rows = [["a whole step", "`tiny`, pairs/s", "beside the peer", "memory", "`base`, beside the peer"]]
+    tiny, base = read_steps("tiny"), read_steps("base")
+    peer = tiny["timm+roberta"]
+    for contender, label in SHORT.items():
+        row = tiny[contender]
+        other = base.get(contender)
+        rows.append(
+            [
+                label,
+                f"{float(row['pairs_per_s']):.0f}",
+                f"{float(row['vs_eager']):.1f}x",
+                f"{float(row['peak_mb']) / float(peer['peak_mb']):.2f}x",
+                f"{float(other['vs_eager']):.1f}x" if other else "",
+            ]
+        )
     return markdown(rows)
 
 
@@ -264,16 +328,15 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 TABLES = {
+    "results": results,
+    "speed": speed,
     "demo-retrieval": demo_retrieval,
     "demo-gain": demo_gain,
     "step-speed": step_speed,
     "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
-    "study-objectives-fluent": lambda: study("objectives", "objectives", data="fluent"),
-    "study-masking": lambda: study("masking", "the partner of a masked stream"),
-    "study-ratios": lambda: study("ratios", "masked: image / caption"),
-    "study-data": lambda: study("data", "losses, share of the training images"),
     "study-objective-now": lambda: study("objective_now", "what is changed"),
+    "study-scenes": lambda: study("scenes", "objective", data="scenes"),
     "study-screening": lambda: study("screening", "what is added to ITC + ITM", data="scenes"),
     "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),
     "unseen-words": unseen_words,
