@@ -23,6 +23,8 @@ from task_tables import TASK_TABLES, write_tasks
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
+TUNED = "retrieval.test.mean_r1"
+"""Measure of a study that fine-tunes the model of each trial."""
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 CONTENDERS = {
     "fast": "mvlm, fast implementation",
@@ -94,7 +96,7 @@ def worst(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def demo_retrieval() -> str:
-    """Recall of the demo: the worst seed with intervals, the range of all seeds, unseen concepts, chance."""
+    """Recall of the demo: the worst seed with intervals, unseen concepts, chance."""
     found = demo()
     figures = worst(found)
     rows = [["per cent, test split", "image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10"]]
@@ -108,15 +110,20 @@ def demo_retrieval() -> str:
                 low, high = part[f"{way}_95"][k]
                 cells.append(f"{part[way][k]:.1f} ({low:.0f} to {high:.0f})")
         rows.append([name, *cells])
-    for name, parts in (("all images", [*found.values()]), ("unseen concepts", [x["unseen"] for x in found.values()])):
-        ranges = []
-        for way in ("tr", "ir"):
-            for k in ("r1", "r5", "r10"):
-                values = [part[way][k] for part in parts]
-                ranges.append(f"{min(values):.1f} to {max(values):.1f}")
-        rows.append([f"{name}, range of {len(found)} seeds", *ranges])
     # An image has captions / images right answers among the captions, a caption one among the images.
     rows.append(["chance", *(f"{100 * k / figures['n_images']:.1f}" for k in (1, 5, 10) * 2)])
+    return markdown(rows)
+
+
+def demo_seeds() -> str:
+    """The demo's figures by seed."""
+    head = ["seed", "image to text R@1", "text to image R@1", "unseen concepts, R@10", "text gain, nats", "pixel gain, %"]
+    rows = [head]
+    for seed, figures in demo().items():
+        recall = [f"{figures[way]['r1']:.1f}" for way in ("tr", "ir")]
+        unseen = " and ".join(f"{figures['unseen'][way]['r10']:.1f}" for way in ("tr", "ir"))
+        gains = [f"{figures['gain_text_nats']:.2f}", f"{figures['gain_pixels_pct']:.1f}"]
+        rows.append([seed, *recall, unseen, *gains])
     return markdown(rows)
 
 
@@ -277,10 +284,7 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
         cells = []
         for measure in ("tr.r1", "ir.r1"):
             row = rows[arm, measure]
-            cells.append(f"{float(row['mean']):.1f}")
-            if arm != row["against"]:
-                ends = (float(row[f"{end}_over_seeds_and_images"]) for end in ("low", "high"))
-                cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(float(row["difference"]), *ends)
+            cells.append(f"{float(row['mean']):.1f}" + _difference(row, "over_seeds_and_images"))
         for kind in ("itc", "itm"):
             found = [trial["figures"][kind] for trial in trials[arm] if trial["figures"][kind]]
             r1 = [figures[way]["r1"] for figures in found for way in ("tr", "ir")]
@@ -289,8 +293,22 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
             cells.append(f"{float(rows[arm, measure]['mean']):.{n}f}")
         rebuilding = [trial["figures"] for trial in trials[arm] if trial["settings"]["mim_weight"] > 0]
         l1 = [figures["masked_l1"] / figures["masked_l1_train_median"] for figures in rebuilding]
-        table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells, f"{fmean(l1):.2f}" if l1 else ""])
+        cells.append(f"{fmean(l1):.2f}" if l1 else "")
+        tuned = rows.get((arm, TUNED))
+        if tuned is not None:
+            cells.append(f"{float(tuned['mean']):.1f}" + _difference(tuned, "over_seeds"))
+        table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells])
+    if any(measure == TUNED for _, measure in rows):
+        table[0].append("fine-tuned, mean R@1")
     return markdown(table)
+
+
+def _difference(row: dict[str, str], over: str) -> str:
+    """The difference of an arm with its interval, as a page says it; nothing for the base arm."""
+    if row["arm"] == row["against"]:
+        return ""
+    low, high = (float(row[f"{end}_{over}"]) for end in ("low", "high"))
+    return f" ({float(row['difference']):+.1f}; {low:+.1f} to {high:+.1f})"
 
 
 def unseen_words() -> str:
@@ -331,6 +349,7 @@ TABLES = {
     "results": results,
     "speed": speed,
     "demo-retrieval": demo_retrieval,
+    "demo-seeds": demo_seeds,
     "demo-gain": demo_gain,
     "step-speed": step_speed,
     "run-speed": run_speed,

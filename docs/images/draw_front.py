@@ -1,102 +1,122 @@
-"""Draw docs/images/front.png, what the demo's model rebuilds and where it looks: `python docs/images/draw_front.py`.
+"""Draw docs/images/front.png, one masked image rebuilt with captions that differ in a word.
 
-Needs the run and the data set of `make demo`. Rows are the test images whose masked pixels their caption improves most
-over another image's caption, one image of each group of emoji. The masked word is the one that the image improves most.
+    mvlm pretrain tiny --data data/emoji --out runs/front --model.image-size 64 --max-steps 2000 --itc-weight 0 --itm-weight 0 \\
+        --mlm-weight 0 --eval-every-steps 0
+    python docs/images/draw_front.py --run runs/front
+
+trains the model for it, by MIM alone, and draws. The rule: groups of test images whose captions differ in one word;
+of each group the image that the captions change most, beyond the error with its own caption; and the best rows, no two
+with the same word.
 """
 
 import argparse
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import NamedTuple
 
 import matplotlib as mpl
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 import mvlm
-from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.masked import Reconstruction
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import Dataset, open_dataset
 
 HERE = Path(__file__).parent
-COLUMNS = ("image", "masked", "rebuilt with\nits caption", "rebuilt with\nanother caption", "where the\nword looks")
-SIDE = 224
+SIDE = 192
+CAPTIONS = 3
+"""Captions of a row: the image's own, and two of others."""
+
+
+class Row(NamedTuple):
+    """One image with its captions, the own one first."""
+
+    score: float
+    word: str
+    image: int
+    captions: tuple[str, ...]
+    rebuilt: tuple[Reconstruction, ...]
 
 
 def main() -> None:
     """Write the drawing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--run", type=Path, default=Path("runs/front"))
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
     parser.add_argument("--out", type=Path, default=HERE / "front.png")
     parser.add_argument("--rows", type=int, default=4)
     options = parser.parse_args()
     model = mvlm.load_model(options.run, device="cpu", precision="fp32")
     split = open_dataset(options.data, "test")
-    images = [split.image_bytes(i) for i in range(len(split))]
-    captions = [split.captions(i)[0] for i in range(len(split))]
-    partner = np.roll(np.random.default_rng(0).permutation(len(split)), 1)  # another image of each
-
-    gains = [pixel_gain(model, images[i], captions[i], captions[partner[i]], i) for i in range(len(split))]
-    rows: list[int] = []
-    for i in np.argsort(gains)[::-1].tolist():
-        if all(split.metadata(i)["group"] != split.metadata(row)["group"] for row in rows):
-            rows.append(i)
+    found = [row for group in groups_of(split) for row in rows_of(model, split, group)]
+    rows: list[Row] = []
+    for row in sorted(found, key=lambda row: -row.score):
+        if all(row.word != other.word and not set(row.captions) & set(other.captions) for other in rows):
+            rows.append(row)
         if len(rows) == options.rows:
             break
-
-    figure, axes = plt.subplots(len(rows), 6, figsize=(10.4, 1.6 * len(rows)), width_ratios=[*[1] * 5, 2])
-    for line, row in enumerate(rows):
-        image, other = images[row], images[partner[row]]
-        right = model.reconstruct(image, captions[row], seed=row)
-        misled = model.reconstruct(image, captions[partner[row]], seed=row)
-        word, text = best_word(model, image, other, captions[row])
-        looks = model.attention(image, captions[row]).maps[1 + word]
-        panels = right.image, right.masked, right.rebuilt, misled.rebuilt, np.asarray(draw_overlay(image, looks))
-        for axis, panel in zip(axes[line], panels, strict=False):
-            axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE)))
-        named = fill(captions[row], 46) + "\n" + fill(f"(another: {captions[partner[row]]})", 46)
-        axes[line, 5].text(0.02, 0.5, f"{named}\n\n{text}", va="center", fontsize=9)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_color("#cccccc")
-    for axis, name in zip(axes[0], COLUMNS, strict=False):
-        axis.set_title(name, fontsize=10)
-    for axis in axes[:, 5]:
-        axis.axis("off")
-    figure.tight_layout(w_pad=0.3, h_pad=0.3)
-    figure.savefig(options.out, dpi=110, metadata={"Software": None})
+    draw(rows, options.out)
 
 
-def pixel_gain(model: mvlm.TrainedModel, image: bytes, caption: str, wrong: str, seed: int) -> float:
-    """Mean absolute error over the masked pixels that a wrong caption adds, in levels of 0 to 255."""
-    error = {text: masked_error(model.reconstruct(image, text, seed=seed)) for text in (caption, wrong)}
-    return error[wrong] - error[caption]
+def groups_of(split: Dataset) -> list[list[tuple[int, str, str]]]:
+    """Groups of (image, caption, word) whose captions are equal but for the word in one place."""
+    groups: dict[tuple[str, ...], list[tuple[int, str, str]]] = defaultdict(list)
+    for image in range(len(split)):
+        caption = split.captions(image)[0]
+        words = caption.split()
+        for place, word in enumerate(words if len(words) > 1 else ()):
+            groups[(*words[:place], "", *words[place + 1 :])].append((image, caption, word))
+    return [group for group in groups.values() if len({caption for _, caption, _ in group}) >= CAPTIONS]
 
 
-def masked_error(found: Reconstruction) -> float:
-    """Mean absolute error over the masked pixels."""
+def rows_of(model: mvlm.TrainedModel, split: Dataset, group: Sequence[tuple[int, str, str]]) -> list[Row]:
+    """A row for each image of a group: its own caption, and the others of the group that change most."""
+    rows = []
+    for image, own, word in group:
+        data = split.image_bytes(image)
+        right = model.reconstruct(data, own, seed=image)
+        others = {caption: model.reconstruct(data, caption, seed=image) for _, caption, _ in group if caption != own}
+        chosen = sorted(others, key=lambda caption: -difference(others[caption], right))[: CAPTIONS - 1]
+        changed = min(difference(others[caption], right) for caption in chosen)
+        rebuilt = (right, *(others[caption] for caption in chosen))
+        rows.append(Row(changed - error(right), word, image, (own, *chosen), rebuilt))
+    return rows
+
+
+def difference(one: Reconstruction, other: Reconstruction) -> float:
+    """Mean absolute difference of two reconstructions of an image, over the masked pixels, in levels of 0 to 255."""
+    return float(np.abs(one.rebuilt.astype(float) - other.rebuilt)[masked_pixels(one)].mean())
+
+
+def error(found: Reconstruction) -> float:
+    """Mean absolute error over the masked pixels, in levels of 0 to 255."""
+    return float(np.abs(found.rebuilt.astype(float) - found.image)[masked_pixels(found)].mean())
+
+
+def masked_pixels(found: Reconstruction) -> np.ndarray:
+    """(height, width) bool."""
     side = found.image.shape[0] // found.hidden.shape[0]
-    hidden: NDArray[np.bool_] = found.hidden.repeat(side, 0).repeat(side, 1)
-    return float(np.abs(found.rebuilt[hidden].astype(float) - found.image[hidden]).mean())
+    return found.hidden.repeat(side, 0).repeat(side, 1)
 
 
-def best_word(model: mvlm.TrainedModel, image: bytes, other: bytes, caption: str) -> tuple[int, str]:
-    """Place of the word of a caption whose guess the image improves most, and the guesses as text."""
-    words = caption.split()
-    best, place, text = -1.0, 0, ""
-    for i, word in enumerate(words):
-        masked = " ".join("[MASK]" if i == j else each for j, each in enumerate(words))
-        with_image, with_other = (model.fill(masked, given, top=50).guesses[0] for given in (image, other))
-        chance = [sum(g.probability for g in found if g.token == word) for found in (with_image, with_other)]
-        if chance[0] - chance[1] > best:
-            best, place = chance[0] - chance[1], i
-            named = [f"{found[0].token}, {100 * found[0].probability:.0f} %" for found in (with_image, with_other)]
-            text = f"{masked}\nwith its image: {named[0]}\nwith another image: {named[1]}"
-    return place, text
+def draw(rows: Sequence[Row], out: Path) -> None:
+    """Write the rows: what the model sees, then what it paints for each caption."""
+    figure, axes = plt.subplots(len(rows), 1 + CAPTIONS, figsize=(8.8, 2.6 * len(rows)), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        panels = [(row.rebuilt[0].masked, "what the model sees")]
+        panels += [(each.rebuilt, caption) for each, caption in zip(row.rebuilt, row.captions, strict=True)]
+        for axis, (panel, title) in zip(line, panels, strict=True):
+            axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+            axis.set_title(fill(title, 22), fontsize=10)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_color("#cccccc")
+    figure.tight_layout(w_pad=0.6, h_pad=0.8)
+    figure.savefig(out, dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

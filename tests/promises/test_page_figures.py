@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+DEMO = (ROOT / "docs/start/demo.md").read_text()
 MEASURED = json.loads((ROOT / "benchmarks/results/swapped-amd-epyc.json").read_text())
 
 
