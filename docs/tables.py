@@ -117,7 +117,14 @@ def demo_retrieval() -> str:
 
 def demo_seeds() -> str:
     """The demo's figures by seed."""
-    head = ["seed", "image to text R@1", "text to image R@1", "unseen concepts, R@10", "text gain, nats", "pixel gain, %"]
+    head = [
+        "seed",
+        "image to text R@1",
+        "text to image R@1",
+        "unseen concepts, R@10",
+        "text gain, nats",
+        "pixel gain, %",
+    ]
     rows = [head]
     for seed, figures in demo().items():
         recall = [f"{figures[way]['r1']:.1f}" for way in ("tr", "ir")]

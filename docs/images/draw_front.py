@@ -1,7 +1,7 @@
 """Draw docs/images/front.png, one masked image rebuilt with captions that differ in a word.
 
-    mvlm pretrain tiny --data data/emoji --out runs/front --model.image-size 64 --max-steps 2000 --itc-weight 0 --itm-weight 0 \\
-        --mlm-weight 0 --eval-every-steps 0
+    mvlm pretrain tiny --data data/emoji --out runs/front --model.image-size 64 --max-steps 2000 \\
+        --itc-weight 0 --itm-weight 0 --mlm-weight 0 --eval-every-steps 0
     python docs/images/draw_front.py --run runs/front
 
 trains the model for it, by MIM alone, and draws. The rule: groups of test images whose captions differ in one word;
