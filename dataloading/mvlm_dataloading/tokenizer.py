@@ -119,6 +119,11 @@ class Tokenizer:
         tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
 
+    def with_own_specials(self, text: str) -> list[int]:
+        """Tokens of a text with the special tokens that the file's own rule adds, if it has one."""
+        with _errors_of_the_package(self._origin):
+            return self._inner.encode(text).ids
+
     def encode_masked(self, pieces: Sequence[str]) -> list[int]:
         """Tokens of a text with one mask token between each piece and the next, without [CLS] and [SEP].
 

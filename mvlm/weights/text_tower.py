@@ -15,7 +15,7 @@ from mvlm.files import copy_into, read_safetensors, read_shapes
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.towers.text import FAMILIES, TextTower
 from mvlm.weights.load import current_norm_name, split_prefix, weights_file
-from mvlm_dataloading import Tokenizer, load_tokenizer
+from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 from mvlm_dataloading.errors import need
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,17 @@ def read_tower_tokenizer(folder: Path) -> Tokenizer:
         DataError: it has no tokenizer.json that fits.
     """
     kind, _ = _read_settings(folder / "config.json")
-    return load_tokenizer(folder / "tokenizer.json", ("mask", "pad", *(["cls"] if FAMILIES[kind].unmasked else [])))
+    file, unmasked = folder / "tokenizer.json", FAMILIES[kind].unmasked
+    tokenizer = load_tokenizer(file, ("mask", "pad", *(["cls"] if unmasked else [])))
+    text = "a photo"
+    wanted, found = tokenizer.encode([text], 32)[0].tolist(), tokenizer.with_own_specials(text)
+    if not unmasked and found not in (wanted, wanted[1:-1]):  # a file without a rule adds none
+        raise DataError(
+            f"text_tower: {file}: wanted a text between {tokenizer.token(wanted[0])} ({wanted[0]}) and "
+            f"{tokenizer.token(wanted[-1])} ({wanted[-1]}), but its own rule makes {found} of {text!r}; declare the "
+            f"special tokens that the tower was trained with among its added_tokens"
+        )
+    return tokenizer
 
 
 def read_text_tower(folder: Path) -> dict[str, Any]:

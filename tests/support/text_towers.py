@@ -60,8 +60,9 @@ def text_model(kind: str, vision: dict[str, Any] | None = None, **changes: Any) 
 
 
 def write_tokenizer(folder: Path, kind: str) -> None:
-    """A tokenizer of whole words. MPNet's has [CLS] as a piece, SigLIP's <pad>, which is not its padding."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A tokenizer of whole words, with BERT's or RoBERTa's rule for special tokens. MPNet's has [CLS] as a
+    piece, SigLIP's <pad>, which is not its padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     special = SPECIAL[kind]
     pieces = [*special, *WORDS, *{"mpnet": ["[CLS]"], "siglip": ["<pad>"]}.get(kind, [])]
@@ -69,6 +70,9 @@ def write_tokenizer(folder: Path, kind: str) -> None:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(pieces)}, unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(special)
+    if len(special) == 5:
+        ends = [(name, inner.token_to_id(name)) for name in special[2:4]]
+        inner.post_processor = processors.TemplateProcessing(f"{special[2]} $A {special[3]}", special_tokens=ends)
     inner.save(str(folder / "tokenizer.json"))
     named = {"pad_token": {"content": special[1]}} if kind == "siglip" else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))

@@ -174,6 +174,15 @@ def broken(change):
     return folder
 
 
+def undeclared(at):
+    """MPNet's tokenizer without a declared <s>, so that [CLS], which it never puts before a text, would be first."""
+    write_text_tower(at, "mpnet")
+    values = json.loads((at / "tokenizer.json").read_text())
+    values["added_tokens"] = []
+    (at / "tokenizer.json").write_text(json.dumps(values))
+    return at
+
+
 def of_kind(kind: str):
     return broken(lambda at: (at / "config.json").write_text(json.dumps({"model_type": kind})))
 
@@ -198,6 +207,7 @@ REFUSED = {
     ),
     "no tokenizer": (broken(lambda at: (at / "tokenizer.json").unlink()), {}, DataError, "tokenizer.json"),
     "no [CLS]": (broken(lambda at: write_tokenizer(at, "siglip")), {}, DataError, "tokenizer.json.* cls"),
+    "undeclared <s>": (undeclared, {}, DataError, "its own rule"),
     "pickled": (broken(pickled), {}, RunError, "model.safetensors"),
     "no folder": (lambda at: at / "none", {}, RunError, "text_tower.*none"),
     "no JSON": (broken(lambda at: (at / "config.json").write_text("[]")), {}, RunError, "text_tower"),
