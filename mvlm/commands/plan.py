@@ -1,6 +1,7 @@
 """`mvlm plan`: a cluster plan, with memory, time and traffic of a run on many GPUs."""
 
 import math
+from pathlib import Path
 
 from mvlm.config.groups import FULL, Learning, PartSettings
 from mvlm.config.ranges import check_values
@@ -14,6 +15,7 @@ def plan(
     data: str,
     preset: str = "base",
     image_tower: str = "",
+    text_tower: Path | None = None,
     gpu: str = "H100",
     batch_size: int = 0,
     epochs: float = 1.0,
@@ -41,6 +43,7 @@ def plan(
         data: Pairs in the data set, for example 400M.
         preset: Preset of the model: tiny, small or base.
         image_tower: Image tower in place of the preset's image encoder, timm:NAME.
+        text_tower: Folder of a text tower in place of the preset's text encoder.
         gpu: A100, H100, H200 or B200.
         batch_size: Pairs in the global batch. 0: 128 per GPU.
         epochs: Passes over the data.
@@ -81,6 +84,10 @@ def plan(
         from mvlm.model.towers.timm_tower import tower_settings
 
         model = replace(model, **tower_settings(image_tower, image_size or None))
+    if text_tower is not None:
+        from mvlm.weights.text_tower import read_text_tower
+
+        model = replace(model, mask_token_id=0, **read_text_tower(text_tower))
     model = replace(model, image_size=image_size or model.image_size, text_length=text_length or model.text_length)
     setting = ClusterSetting(
         model=model,

@@ -12,7 +12,9 @@ from mvlm.costs.step_cost import StepShape, step_cost
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.weights.text_tower import read_text_tower
 from support.models import ALONE, micro_batch
+from support.text_towers import text_model, write_text_tower
 
 pytestmark = pytest.mark.slow
 CONFIG = MaskVLMConfig.preset("tiny", image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
@@ -106,6 +108,18 @@ def test_a_vit_of_timm_costs_what_ours_costs():
     own, tower = (step_cost(config, StepShape(pairs=2)) for config in (CONFIG, vit))
     assert (tower.parameters, tower.forward, tower.backward) == (own.parameters, own.forward, own.backward)
     assert "image_encoder" in tower.parts
+
+
+def test_a_bert_of_transformers_costs_what_our_text_encoder_costs(tmp_path, run_mvlm):
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "max_position_embeddings": 24}
+    write_text_tower(tmp_path, "bert", text_model("bert", **sizes))
+    bert = replace(CONFIG, text_tower=read_text_tower(tmp_path)["text_tower"])
+    own, tower = (step_cost(config, StepShape(pairs=2)) for config in (CONFIG, bert))
+    assert (tower.forward, tower.backward) == (own.forward, own.backward)
+    words = ("plan", "--gpus", 8, "--data", "1M", "--preset", "tiny")
+    whole = [run_mvlm(*words, *more) for more in ((), ("--text-tower", tmp_path))]
+    assert [done.code for done in whole] == [0, 0]
+    assert whole[0].out != whole[1].out
 
 
 def test_fetched_features_of_other_ranks_add_memory_and_flops():
