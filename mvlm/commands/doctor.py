@@ -16,6 +16,7 @@ def doctor(
     task: str = "",
     checkpoint: Path | None = None,
     image_size: int | None = None,
+    config: Path | None = None,
     warm: bool = False,
 ) -> None:
     """Check this machine: packages, devices, backends, disk.
@@ -32,11 +33,13 @@ def doctor(
         task: Task of a trial of fine-tuning from --checkpoint, instead of pretraining.
         checkpoint: Pretrained model for the trial of fine-tuning.
         image_size: Side of the images for the trial of fine-tuning. Default: as trained.
+        config: config.json of a pretraining run for the trial, instead of a preset.
         warm: Compile the kernels of the preset's steps for this GPU, by 12 processes, into Triton's cache.
     """
     from dataclasses import replace
 
     from mvlm.commands.machine_check import examine, warm_up
+    from mvlm.commands.pretrain import parse_config
     from mvlm.config.pretrain import PretrainConfig
     from mvlm.config.recipes import finetune_defaults
     from mvlm.device import choose_device
@@ -45,8 +48,10 @@ def doctor(
 
     if not task and (checkpoint is not None or image_size is not None):
         raise ConfigError("wanted --checkpoint and --image-size with --task alone; name the task, or leave them out")
-    if batch_size is not None and data is None:
+    if batch_size is not None and data is None and config is None:
         raise ConfigError("wanted --batch-size with --data alone, as there is no trial without data; leave it out")
+    if task and config is not None:
+        raise ConfigError(f"config: wanted none with --task {task}, got {config}; leave one of them out")
     run = None
     if task:
         if task not in task_names() or checkpoint is None or data is None:
@@ -55,6 +60,9 @@ def doctor(
                 f"{checkpoint} and {data}"
             )
         run = replace(finetune_defaults(task, checkpoint, data, out), image_size=image_size)
+    elif config is not None:
+        places = ["--out", str(out), *([] if data is None else ["--data", str(data)])]
+        run = parse_config(["--config", str(config), *places])
     elif data is not None:
         run = PretrainConfig.preset(preset, data=data, out=out)
     if run is not None:

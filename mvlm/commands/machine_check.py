@@ -17,6 +17,7 @@ import torch
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import RunConfig
 from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError, is_out_of_memory
@@ -27,6 +28,8 @@ from mvlm.training.metrics import memory_mb
 from mvlm_dataloading import DataError, open_dataset
 
 SLOW_DISK_MB_PER_S = 50.0
+FULL_PAIRS = 300_000
+"""Pairs from which docs/guides/own_model.md lets all of a pretrained encoder learn: between two rows of its table."""
 TIMED_STEPS = 3
 
 
@@ -57,6 +60,8 @@ def examine(preset: str, run: RunConfig | None, out: Path, device: torch.device)
     yield found
     if found.state == "red":
         return
+    if isinstance(run, PretrainConfig) and (advised := learning(run, len(open_dataset(run.data, "train")))):
+        yield advised
     try:
         yield from trial(run, device)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -210,6 +215,28 @@ def shards(data: Path | str) -> Finding:
         return Finding("red", "shards", str(error))
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in splits.items())
     return Finding("green", "shards", f"{counts} pairs; the first shard's sha256 is that of dataset.json")
+
+
+def learning(run: PretrainConfig, pairs: int) -> Finding | None:
+    """How a run teaches pretrained encoders, amber where docs/guides/own_model.md advises against it; else None."""
+    starts = {"image": run.image_weights, "text": run.text_weights or run.text_tower}
+    taught = [
+        (part, getattr(run, f"lr_{part}"))
+        for part, start in starts.items()
+        if (start or run.initial_model) and getattr(run, f"train_{part}") == "full"
+    ]
+    if not taught and run.initial_model is None and not any(starts.values()):
+        return None
+    against = [f"--train-{part} full with {pairs:,} pairs: lora or frozen" for part, _ in taught if pairs < FULL_PAIRS]
+    for part, own in taught:
+        rate = run.lr_encoder if own is None else own
+        if rate >= run.lr_cross:
+            against.append(f"--lr-{part} {rate:g}, not below --lr-cross {run.lr_cross:g}: a tenth of it")
+    if taught and run.optimizer == "muon":
+        against.append("--optimizer muon, whose rate is for random weights: adamw")
+    if against:
+        return Finding("amber", "learning", f"{'; '.join(against)} would forget less (docs/guides/own_model.md)")
+    return Finding("green", "learning", "as docs/guides/own_model.md advises for pretrained encoders")
 
 
 def trial(run: RunConfig, device: torch.device) -> Iterator[Finding]:

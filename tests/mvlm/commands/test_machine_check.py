@@ -1,6 +1,7 @@
 """Findings of `mvlm doctor`, on this machine and on shards and disks that are broken on purpose."""
 
 import errno
+import json
 import re
 
 import pytest
@@ -44,6 +45,35 @@ def test_doctor_needs_no_validation_split(run_mvlm, tmp_path, monkeypatch):
     done = run_mvlm("doctor", "--data", write_scenes(tmp_path / "other", {"test": 4}), "--out", tmp_path)
     assert done.code == 1
     assert done.out[-1].startswith("red    shards")
+
+
+LEARNING = [
+    ({}, 1000, None),
+    ({"initial_model": "run", "lr_encoder": 1e-4, "lr_cross": 1e-3}, 10**6, "green"),
+    ({"initial_model": "run", "lr_encoder": 1e-4, "lr_cross": 1e-3}, 1000, "--train-image full with 1,000 pairs"),
+    ({"initial_model": "run", "lr_encoder": 1e-4, "lr_text": 1e-3, "lr_cross": 1e-3}, 10**6, "--lr-text 0.001, not"),
+    ({"initial_model": "run", "train_image": "frozen", "train_text": "lora"}, 1000, "green"),
+    ({"text_tower": "bert", "train_text": "frozen"}, 1000, "green"),
+    ({"image_weights": "vit", "lr_encoder": 1e-4, "lr_cross": 1e-3, "optimizer": "muon"}, 10**6, "--optimizer muon"),
+]
+
+
+@pytest.mark.parametrize("changes, pairs, wanted", LEARNING)
+def test_doctor_warns_of_pretrained_encoders_that_learn_too_fast(tmp_path, changes, pairs, wanted):
+    found = machine_check.learning(pretrain_config(tmp_path, tmp_path, **changes), pairs)
+    assert (found is None) == (wanted is None)
+    assert found is None or (found.state == "green") == (wanted == "green")
+    assert found is None or wanted in found.state + found.text
+
+
+@pytest.mark.slow
+def test_doctor_tries_the_run_of_a_file(trained, tmp_path, run_mvlm):
+    values = json.loads((trained / "config.json").read_text()) | {"initial_model": str(trained)}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    done = run_mvlm("doctor", "--config", tmp_path / "config.json", "--out", tmp_path, "--device", "cpu")
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out if " learning " in line] == ["amber"]
+    assert done.out[-1].split()[1] == "speed"
 
 
 def test_doctor_fetches_the_first_shard_of_remote_data(scenes, tmp_path, monkeypatch):

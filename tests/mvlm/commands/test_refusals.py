@@ -50,6 +50,7 @@ REFUSED = [
     ("doctor --batch-size 8", "--batch-size"),
     ("doctor --data d --batch-size 0", "batch_size"),
     ("doctor --device gpu", "device"),
+    ("doctor --config c.json --task vqa --checkpoint runs/x --data d", "config"),
     ("doctor --preset huge", "preset"),
     ("eval caption --checkpoint c --data d --lengths 0", "lengths"),
     ("eval caption --checkpoint c --data d --iterations 0", "iterations"),
