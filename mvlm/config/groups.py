@@ -294,7 +294,7 @@ class WeightSettings:
     exported folder. Its tokenizer comes with it, and its position embeddings are resized where needed."""
     keep_start: Annotated[float, AT_LEAST_0] = 0.0
     """Weight of a loss that keeps ITC's embeddings and probabilities near those of `initial_model`, which encodes each
-    batch too; 0 for none. On one rank, without accumulation and capture."""
+    batch too; 0 for none. Without capture."""
     image_weights: Path | None = None
     """A safetensors file with a pretrained ViT of timm or transformers, for the image encoder. For an image tower, one
     with timm's names, open_clip's, or those of transformers' CLIP or SigLIP; timm: what timm downloads."""

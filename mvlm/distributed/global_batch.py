@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -152,6 +153,51 @@ def sharded_conditioned_loss(
     return _sum(_in_blocks(block, image, layout.own_indices(image.device), size)) / layout.total
 
 
+class Kept(NamedTuple):
+    """The model at the start of a run with --keep-start, which encodes each batch too."""
+
+    weight: float
+    """Weight of the distance to it."""
+    model: MaskVLM
+
+    @torch.no_grad()
+    def embed(self, batches: Sequence[Batch], implementation: Implementation) -> tuple[Tensor, Tensor]:
+        """Its embeddings of the images and captions of batches, (n, E) each."""
+        found = [implementation.encode_unmasked(self.model, batch) for batch in batches]
+        images = [self.model.embed_image(image) for image, _ in found]
+        return torch.cat(images), torch.cat([self.model.embed_text(text.first()) for _, text in found])
+
+
+def sharded_distance_to_start(
+    own: Embeddings,
+    start: Embeddings,
+    log_scale: Tensor,
+    start_log_scale: Tensor,
+    layout: GlobalBatchLayout,
+    elements: int = MAX_LOGITS,
+) -> Tensor:
+    """Compute this rank's share of `objectives.losses.distance_to_start` of the global batch.
+
+    The arguments are those of that function and of `sharded_contrastive_loss`.
+    """
+
+    def divergence(rows: Tensor, start_rows: Tensor, others: Tensor, start_others: Tensor) -> Tensor:
+        found = contrastive_logits(rows, others, log_scale).log_softmax(1)  # (Q, G)
+        wanted = contrastive_logits(start_rows, start_others, start_log_scale).log_softmax(1)
+        return F.kl_div(found, wanted, reduction="sum", log_target=True)
+
+    images, texts = zip(own.arrive(), start.arrive(), strict=True)
+    size = max(1, elements // len(texts[0]))
+    parts = [(own.image - start.image).square().sum(), (own.text - start.text).square().sum()]
+    for rows, start_rows, (others, start_others) in (
+        (own.image, start.image, texts),
+        (own.text, start.text, images),
+    ):
+        block = partial(divergence, others=others, start_others=start_others)
+        parts += _in_blocks(block, rows, start_rows, size)
+    return _sum(parts) / (2 * layout.total)
+
+
 Microbatch = tuple[Batch, Masks]
 Shares = dict[str, Tensor]
 """Shares of losses and accuracies by name: scalars."""
@@ -181,6 +227,14 @@ class GlobalStep(NamedTuple):
     """ITC takes all pairs with the same image or caption text as right answers."""
     whole: bool = False
     """Nothing is masked or dropped: for ITC and ITM alone."""
+    kept: Kept | None = None
+    start: Embeddings | None = None
+    """Embeddings of this rank's pairs by the model `kept`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the shares of the step, in their order."""
+        return SHARE_NAMES if self.kept is None else (*SHARE_NAMES, "kept")
 
     def encode(self, model: MaskVLM, microbatch: Microbatch, weights: LossWeights) -> Streams:
         """Encode a microbatch as far as losses of some weight need it."""
@@ -269,7 +323,11 @@ def contrastive_shares(
             similarity, image, embeddings, model.log_scale, step.layout, bias=model.logit_bias
         )
         share = (share + pooled) / 2
-    return {"itc": share, "itc_accuracy": accuracy}, draws
+    shares = {"itc": share, "itc_accuracy": accuracy}
+    if step.kept is not None and step.start is not None:
+        kept, scales = step.kept, (model.log_scale, step.kept.model.log_scale)
+        shares["kept"] = kept.weight * sharded_distance_to_start(embeddings, step.start, *scales, step.layout)
+    return shares, draws
 
 
 def matching_shares(
@@ -310,13 +368,13 @@ def feature_exchange(draws: Tensor, image: Tensor, texts: list[PackedText], step
 
 
 def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the losses' shares times W, to call backward on, and all shares (7,), without weights.
+    """Weighted sum of the losses' shares times W, to call backward on, and all shares, without weights.
 
-    The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of SHARE_NAMES; a
+    The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of `step.names`; a
     missing one is 0.
     """
-    weights = step.weights._asdict()
-    losses = [weights[name] * shares[name] for name in OBJECTIVES if name in shares]
+    weights = step.weights._asdict() | {"kept": 1.0}
+    losses = [weights[name] * shares[name] for name in (*OBJECTIVES, "kept") if name in shares]
     # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to those that this pass
     # does not use: with several microbatches, the last pass computes no ITC and no ITM.
     alone = step.layout.microbatches == 1
@@ -328,7 +386,7 @@ def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tup
     dtype = losses[0].dtype if losses else torch.float32
     zero = torch.zeros((), dtype=dtype, device=step.world.device)
     unused = sum((p.flatten()[:0].sum() for p in idle), zero)
-    found = torch.stack([shares.get(name, zero).detach() for name in SHARE_NAMES])
+    found = torch.stack([shares.get(name, zero).detach() for name in step.names])
     return step.world.size * torch.stack([zero, *losses]).sum() + unused, found
 
 
@@ -343,6 +401,7 @@ def backward_global(
     weights: LossWeights = ALL,
     shared_positives: bool = False,
     whole: bool = False,
+    kept: Kept | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
     """Compute the losses of the global batch, and the gradients of their total in the parameters' `.grad`.
@@ -356,6 +415,7 @@ def backward_global(
         shared_positives: ITC takes all pairs with the same image or caption text as right answers. Without it, each
             pair has one.
         whole: mask and drop nothing, for weights of ITC and ITM alone.
+        kept: the model at the start, whose distance is in the total, for weights with ITC.
 
     Returns:
         The losses, scalars without gradient, equal on every rank.
@@ -369,8 +429,12 @@ def backward_global(
     ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
     masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
+    implementation, start = IMPLEMENTATIONS[plan], None
+    if kept is not None:
+        with autocast():
+            start = Embeddings(*kept.embed([batch for batch, _ in microbatches], implementation), layout)
     shared = GlobalStep(
-        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, ids, counted, weights, shared_positives, whole
+        layout, world, implementation, autocast, seed, step, ids, counted, weights, shared_positives, whole, kept, start
     )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared))
@@ -382,7 +446,10 @@ def backward_global(
     for parameter in idle_parameters(parallel.model, weights):
         parameter.grad = None
     total = weights.total(shares[: len(OBJECTIVES)].unbind())
-    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=total)
+    found = dict(zip(shared.names, shares, strict=True))
+    if kept is not None:
+        total = total + found.pop("kept")
+    return Losses(**found, total=total)
 
 
 def _ids(batch: Batch) -> Tensor:
@@ -391,7 +458,7 @@ def _ids(batch: Batch) -> Tensor:
 
 
 def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
-    """Forward and backward of a single microbatch. Returns the rank's shares (7,), in the order of SHARE_NAMES."""
+    """Forward and backward of a single microbatch. Returns the rank's shares, in the order of `step.names`."""
 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
@@ -436,13 +503,13 @@ class Cached(NamedTuple):
 
 
 def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
-    """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
+    """Forward and backward of several microbatches. Returns the rank's shares, in the order of `step.names`.
 
     Without ITC and ITM there is only the second pass.
     """
     cached: list[Cached] = []
     gradients = None
-    shares = torch.zeros(len(SHARE_NAMES), device=microbatches[0][0].images.device)
+    shares = torch.zeros(len(step.names), device=microbatches[0][0].images.device)
     if step.weights.contrasts:
         for own in microbatches:
             cached.append(parallel(partial(_features_without_graph, microbatch=own, step=step), last=False))
@@ -498,7 +565,7 @@ class _FeatureGradients:
         """Microbatches for whose negatives the other ranks' gradients have been added."""
 
     def compute(self) -> Tensor:
-        """Run the pass. Returns the rank's shares (7,). The gradients are complete after `finish`."""
+        """Run the pass. Returns the rank's shares. The gradients are complete after `finish`."""
         for own in self._cached:
             own.image.requires_grad_()
             own.text.rows.requires_grad_()
@@ -539,7 +606,7 @@ class _FeatureGradients:
         return scaled_total(model, shares, step)
 
     def _backward_matching(self, exchange: FeatureExchange, number: int) -> Tensor:
-        """ITM of one microbatch, forward and backward. Returns its shares (7,)."""
+        """ITM of one microbatch, forward and backward. Returns its shares."""
         own, step, arrived = self._cached[number], self._step, exchange.arrive(number)
         # Leaves: backward stops here, and frees the graph of this microbatch.
         arrived.image.requires_grad_()

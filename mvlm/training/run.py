@@ -22,6 +22,7 @@ from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
+from mvlm.distributed.global_batch import Kept, idle_parameters
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
@@ -232,9 +233,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
     trainer.start = start
     if config.keep_start and config.initial_model is not None:
-        if world.size > 1:
-            raise ConfigError(f"keep_start: wanted one rank, got {world.size}; leave it out")
-        trainer.kept = make_model(config, fresh=True).to(world.device).requires_grad_(False)
+        kept = make_model(config, fresh=True).to(world.device).requires_grad_(False)
+        trainer.kept = Kept(config.keep_start, kept)
         trainer.kept_sha256 = identify(config.initial_model)["sha256"]
     if config.capture == "cuda-graphs":
         check_graphs(config, world)

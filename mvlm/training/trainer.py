@@ -17,7 +17,7 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
-from mvlm.distributed.global_batch import Microbatch, backward_global
+from mvlm.distributed.global_batch import Kept, Microbatch, backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
@@ -95,8 +95,8 @@ class Trainer:
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
-        self.kept: MaskVLM | None = None
-        """The model at the start, with --keep-start, and `kept_sha256`, the hash of its weights; else None."""
+        self.kept: Kept | None = None
+        """The model at the start, with --keep-start; and `kept_sha256`, the hash of its weights; else None."""
         self.kept_sha256 = ""
         self.start: dict[str, str] | None = None
         """Place and hash of the model whose frozen weights checkpoints leave out (`Start`); None if they have all."""
@@ -222,6 +222,7 @@ class Trainer:
             step=step,
             plan=config.plan,
             weights=self.loss_weights,
+            kept=self.kept,
             autocast=partial(autocast, self.device, config.precision),
         )
 
@@ -237,16 +238,12 @@ class Trainer:
 
     def keep_start(self, batch: Batch, features: Features) -> Tensor:
         """The weighted loss of --keep-start, from what the step has computed of the batch."""
-        kept, config = self.kept, self.config
-        assert kept is not None
+        assert self.kept is not None
         assert features.image is not None
         assert features.text is not None
-        assert isinstance(config, PretrainConfig)
-        with torch.no_grad():
-            image, text = IMPLEMENTATIONS[config.plan].encode_unmasked(kept, batch)
-            start = kept.embed_image(image), kept.embed_text(text.first())
-        own = features.image, features.text
-        return config.keep_start * distance_to_start(own, start, self.model.log_scale, kept.log_scale)
+        start = self.kept.embed([batch], IMPLEMENTATIONS[self.config.plan])
+        scales = self.model.log_scale, self.kept.model.log_scale
+        return self.kept.weight * distance_to_start((features.image, features.text), start, *scales)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature, after every update. Returns it as a further metric of the step."""

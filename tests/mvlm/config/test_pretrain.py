@@ -62,7 +62,7 @@ INVALID: dict[str, tuple[object, ...]] = {
         {"keep_start": 1.0},
         *(
             {"keep_start": 1.0, "initial_model": Path("old")} | x
-            for x in ({"accumulate": 2}, {"itc_weight": 0, "itm_weight": 0})
+            for x in ({"capture": "compile"}, {"itc_weight": 0, "itm_weight": 0})
         ),
         {"train_image": "lora"},
         {"train_cross": "lora", "image_weights": Path("vit"), "text_weights": Path("roberta")},

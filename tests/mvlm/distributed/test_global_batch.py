@@ -20,17 +20,19 @@ from mvlm.distributed import global_batch
 from mvlm.distributed.collectives import GlobalBatchLayout
 from mvlm.distributed.global_batch import (
     Embeddings,
+    Kept,
     backward_global,
     sharded_conditioned_loss,
     sharded_contrastive_loss,
+    sharded_distance_to_start,
 )
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World, join_ranks
 from mvlm.model import plain
 from mvlm.model.adaptation import adapt
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.maskvlm import Features, MaskVLM
 from mvlm.objectives import negatives
-from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.losses import LossWeights, distance_to_start
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm.training.metrics import gradient_norms
 from mvlm_dataloading import Batch, Masks
@@ -54,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked captions in ITC": {"contrast_masked": True},
     "frozen": {},
     "adapters": {},
+    "kept start": {},
 }
 """Changes of the model, by name. Masks are changed where the name says so."""
 PARTS = {
@@ -106,6 +109,15 @@ def model_of(variant: str) -> MaskVLM:
     return model
 
 
+def kept_of(variant: str) -> Kept | None:
+    """The start whose distance is in the total, with another temperature, where the variant says so."""
+    if variant != "kept start":
+        return None
+    start = micro_model(seed=1, **SHALLOW).requires_grad_(False)
+    start.log_scale += 0.3
+    return Kept(0.7, start)
+
+
 def pieces(world: World, number: int, variant: str) -> list[tuple[Batch, Masks]]:
     """This rank's microbatches of the whole batch."""
     size = len(LENGTHS) // (world.size * number)
@@ -116,8 +128,18 @@ class Oracle:
     """Losses and gradients of one rank on the whole batch, by the model's own forward; weights after an update."""
 
     def __init__(self, weights: tuple[float, ...], variant: str) -> None:
-        model = model_of(variant)
-        losses = model(*whole_batch(variant), seed=SEED, step=STEP, weights=LossWeights(*weights))
+        model, kept = model_of(variant), kept_of(variant)
+        batch, masks = whole_batch(variant)
+
+        def distance(features: Features) -> Tensor:
+            assert kept is not None
+            assert features.image is not None
+            assert features.text is not None
+            own, start = (features.image, features.text), kept.embed([batch], plain)
+            return 0.7 * distance_to_start(own, start, model.log_scale, kept.model.log_scale)
+
+        own_loss = None if kept is None else distance
+        losses = model(batch, masks, seed=SEED, step=STEP, weights=LossWeights(*weights), own_loss=own_loss)
         losses.total.backward()
         self.losses = [x.item() for x in losses]
         self.gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -180,6 +202,7 @@ FEW = [
     {"kind": "ddp", "microbatches": 2, "again": True, "weights": SOME[2], "variant": "frozen", "plan": "fast"},
     {"kind": "ddp", "microbatches": 2, "again": False, "weights": EVERY, "variant": "dropped patches", "plan": "fast"},
     {"kind": "fsdp", "microbatches": 1, "again": False, "weights": EVERY, "variant": "adapters", "plan": "fast"},
+    {"kind": "ddp", "microbatches": 2, "again": False, "weights": SOME[2], "variant": "kept start", "plan": "plain"},
 ]
 """Cases of `make test`."""
 
@@ -195,7 +218,7 @@ def check(world: World, case: dict[str, Any], oracle: Oracle) -> None:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
     micro = pieces(world, case["microbatches"], case["variant"])
-    chosen: dict[str, Any] = {"plan": case["plan"], "weights": LossWeights(*weights)}
+    chosen: dict[str, Any] = {"plan": case["plan"], "weights": LossWeights(*weights), "kept": kept_of(case["variant"])}
     for _ in range(2 if kind == "ddp" else 1):
         model.zero_grad(set_to_none=True)
         losses = backward_global(parallel, micro, world, seed=SEED, step=STEP, **chosen)
@@ -222,7 +245,8 @@ def test_every_combination_agrees_with_one_rank_on_the_whole_batch(size, cases):
         for number, case in enumerate(cases):
             # In every second case of few pairs of ITC's logits at a time.
             few = functools.partial(sharded_contrastive_loss, elements=1 << 20 if number % 2 else 32)
-            with patch.object(global_batch, "sharded_contrastive_loss", few):
+            near = functools.partial(sharded_distance_to_start, elements=1 << 20 if number % 2 else 32)
+            with patch.multiple(global_batch, sharded_contrastive_loss=few, sharded_distance_to_start=near):
                 check(world, case, oracles[case["weights"], case["variant"]])
         world.close()
 
