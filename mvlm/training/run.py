@@ -30,6 +30,7 @@ from mvlm.files import copy_into
 from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import loss_weights
 from mvlm.progress import format_duration
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder, RunLock, write_config
@@ -224,6 +225,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     fresh = not checkpoint or start is not None
     model = make_model(config, fresh, say_sizes=world.first).to(world.device)
     adapt(model, config)
+    if config.adapted:
+        freeze_rest(model, config)
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.capture == "compile":
@@ -243,6 +246,20 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)
     return trainer
+
+
+def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
+    """Freeze what no loss of a run with adapters uses, in place, so that its checkpoints leave it out.
+
+    The heads that predict tokens and pixels stay too, unless the cross-modality encoders before them learn in full. A
+    head whose bias is zero learns: nothing has trained it.
+    """
+    for parameter in idle_parameters(model, loss_weights(config)):
+        parameter.requires_grad_(False)
+    heads = {model.language_head: model.language_head.vocabulary.bias, model.pixel_head: model.pixel_head.bias}
+    for head, bias in heads.items():
+        if config.train_cross != "full" and bias.any():
+            head.requires_grad_(False)
 
 
 def with_text_tower(config: PretrainConfig) -> PretrainConfig:

@@ -17,6 +17,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import TaskOptions
 from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import freeze_rest
 from support.models import micro_batch, micro_model, normal, pretrain_config
 from support.towers import tower_config
 
@@ -87,6 +88,30 @@ def test_what_a_tiny_model_learns_for_retrieval_takes_less_than_a_megabyte():
         task = Retrieval(MaskVLM(MaskVLMConfig.preset("tiny")), TaskOptions(), {})
         adapt(task.model, parts)
     assert sum(tensor.nbytes for tensor in learned(task, task.state_dict()).values()) < 1e6
+
+
+def test_what_a_tiny_model_learns_by_pretraining_takes_less_than_a_megabyte():
+    """With all losses and their heads trained before. A head that nobody has trained learns, one without a loss not."""
+    parts = {f"train_{part}": "lora" for part in PARTS} | {"lora_rank": 2, "initial_model": Path("old")}
+
+    def learns(head_bias: float, **changes: Any) -> dict[str, int]:
+        with torch.device("meta"):
+            model = MaskVLM(MaskVLMConfig.preset("tiny"))
+        model.to_empty(device="cpu")
+        for head in (model.language_head.vocabulary, model.pixel_head):
+            nn.init.constant_(head.bias, head_bias)
+        config = pretrain_config(Path(), Path(), model=model.config, **parts | changes)
+        adapt(model, config)
+        freeze_rest(model, config)
+        return {name: tensor.nbytes for name, tensor in learned(model, model.state_dict()).items()}
+
+    heads, kept, new = {"language_head", "pixel_head"}, learns(0.1), learns(0.0)
+    assert sum(kept.values()) < 1e6
+    assert {name.split(".")[0] for name in new.keys() - kept.keys()} == heads
+    assert heads < {name.split(".")[0] for name in learns(0.1, train_cross="full")}
+    alone = learns(0.0, mlm_weight=0.0, mim_weight=0.0, itm_weight=0.0)
+    towers = {"image_encoder", "text_encoder", "image_projection", "text_projection", "log_scale"}
+    assert {name.split(".")[0] for name in alone} == towers
 
 
 def test_adapters_of_a_tower_are_those_of_the_blocks_of_timm():
