@@ -307,6 +307,15 @@ class WeightSettings:
     """A tokenizer.json. Default: the data set's own, or else a BPE trained on the training captions."""
 
 
+@settings(resume_may_change=True)
+class ForgettingSettings:
+    """What the run forgets. A resumed run may change it."""
+
+    also_evaluate: Path | None = None
+    """A data set, such as the one that `initial_model` was trained on. Its validation split is ranked by ITC before the
+    first step and after the last."""
+
+
 @settings(resume_may_change=False)
 class CaptureSettings:
     """Capture of the fast step. A resumed run keeps it."""

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm.config.groups import CaptureSettings, MuonSettings, ObjectiveSettings, RunConfig, WeightSettings
+from mvlm.config.groups import (
+    CaptureSettings,
+    ForgettingSettings,
+    MuonSettings,
+    ObjectiveSettings,
+    RunConfig,
+    WeightSettings,
+)
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 
@@ -36,7 +43,14 @@ _PAPER: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(CaptureSettings, WeightSettings, MuonSettings, ObjectiveSettings, RunConfig):
+class PretrainConfig(
+    CaptureSettings,
+    ForgettingSettings,
+    WeightSettings,
+    MuonSettings,
+    ObjectiveSettings,
+    RunConfig,
+):
     """Configuration of a pretraining run. ConfigError for invalid settings."""
 
     def __post_init__(self) -> None:

@@ -56,13 +56,16 @@ TOGETHER = (
 """Settings that a resume may change, and by which all ranks decide alone when they meet."""
 
 
-def check_ranks(world: World, config: RunConfig, dataset: Dataset, validation: Dataset | None = None) -> None:
+def check_ranks(
+    world: World, config: RunConfig, dataset: Dataset, validation: Dataset | None = None, also: Dataset | None = None
+) -> None:
     """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     settings = config.to_dict()
     own = {f"model.{name}": value for name, value in settings.pop("model").items()}
     own |= {name: value for name, value in settings.items() if name in TOGETHER or not resume_may_change(name)}
     own |= {"out": str(config.out), "data": dataset.fingerprint}
-    own["validation"] = None if validation is None else validation.fingerprint
+    for name, split in (("validation", validation), ("also_evaluate", also)):
+        own[name] = None if split is None else split.fingerprint
     # What "auto" stands for may differ from machine to machine.
     own["device in use"] = world.device.type
     own["precision in use"] = chosen_precision(world.device, config.precision)

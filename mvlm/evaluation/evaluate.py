@@ -118,10 +118,12 @@ def evaluate_briefly(
     tokenizer: Tokenizer,
     precision: str = "auto",
     workspace: Workspace | None = None,
+    gains: bool = True,
 ) -> dict[str, float]:
     """Figures during training: recall by only ITC (tr_r1 to ir_r10), and cross-modal gain from one draw of masks.
 
-    The model's mode (training or evaluation) is restored. EvaluationStopped if the workspace asks for an early end.
+    Without `gains` there is recall alone. The model's mode (training or evaluation) is restored. EvaluationStopped if
+    the workspace asks for an early end.
     """
     workspace = workspace or Workspace()
     was_training = model.training
@@ -132,10 +134,11 @@ def evaluate_briefly(
         for direction in DIRECTIONS:
             ranks = find_candidates(features, direction, 1, workspace, torch.device("cpu")).ranks.tensor
             found |= {f"{direction}_{name}": value for name, value in recall(ranks).items()}
-        gain = cross_modal_gain(model, split, features, tokenizer, 1, precision, workspace)
+        if gains:
+            gain = cross_modal_gain(model, split, features, tokenizer, 1, precision, workspace)
+            found |= {name: gain[name] for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")}
     finally:
         model.train(was_training)
-    found |= {name: gain[name] for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")}
     return found
 
 

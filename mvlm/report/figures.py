@@ -86,6 +86,18 @@ def unseen_note(figures: dict[str, Any]) -> list[str]:
     ]
 
 
+def forgetting(config: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """R@1 on the data of --also-evaluate before and after training, a sentence; none without them."""
+    found = {name: value for row in rows for name, value in row.items() if name.startswith("also_")}
+    parts = []
+    for when in ("before", "after"):
+        recalls = [found.get(f"also_{when}_{way}_r1") for way in ("tr", "ir")]
+        if None not in recalls:
+            parts.append(f"{' and '.join(f'{recall:.1f}' for recall in recalls)} % {when} training")
+    data = config.get("also_evaluate")
+    return [f"R@1 by ITC on {data}, image to text and text to image: {', '.join(parts)}."] if parts else []
+
+
 def pointing_game(file: Path, model: str) -> dict[str, Any] | None:
     """The pointing game of a file of `mvlm eval grounding`, None without the file.
 

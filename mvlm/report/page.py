@@ -64,7 +64,11 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
         tables = {
             "recalls": figures.recalls(found),
             "objectives": figures.objectives(found),
-            "notes": [*figures.unseen_note(found), *describe_repeats(found)],
+            "notes": [
+                *figures.unseen_note(found),
+                *describe_repeats(found),
+                *figures.forgetting(config, metrics_of(folder)),
+            ],
             "split": found["split"],
             "checkpoint": found["checkpoint"],
         }

@@ -71,6 +71,8 @@ class RunInputs(NamedTuple):
     validation: Dataset | None
     """Validation split, if the run evaluates."""
     tokenizer: Tokenizer
+    also: Dataset | None = None
+    """The split of `also_evaluate`, if pretraining evaluates one."""
 
 
 def pretrain(config: PretrainConfig, say_next: bool = True) -> str | None:
@@ -148,7 +150,7 @@ def build_run(
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
-    check_ranks(world, inputs.config, inputs.dataset, inputs.validation)
+    check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
         found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
@@ -212,7 +214,8 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
                 f"trained on the captions has other tokens; give --tokenizer"
             )
         make_model(config, fresh=True)  # raises for weights that do not fit
-    return RunInputs(config, dataset, validation, tokenizer)
+    also = None if config.also_evaluate is None else open_dataset(config.also_evaluate, "validation")
+    return RunInputs(config, dataset, validation, tokenizer, also)
 
 
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
@@ -234,7 +237,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     parallel = parallelize(model, world, config.parallel)
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
-    trainer.start = start
+    trainer.start, trainer.also = start, inputs.also
     if config.keep_start and config.initial_model is not None:
         kept = make_model(config, fresh=True).to(world.device).requires_grad_(False)
         trainer.kept = Kept(config.keep_start, kept)

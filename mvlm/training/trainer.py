@@ -98,6 +98,8 @@ class Trainer:
         self.kept: Kept | None = None
         """The model at the start, with --keep-start; and `kept_sha256`, the hash of its weights; else None."""
         self.kept_sha256 = ""
+        self.also: Dataset | None = None
+        """The split of --also-evaluate."""
         self.start: dict[str, str] | None = None
         """Place and hash of the model whose frozen weights checkpoints leave out (`Start`); None if they have all."""
         self.best: dict[str, float] | None = None
@@ -132,6 +134,7 @@ class Trainer:
             TrainingProgress(self.step, config.max_steps, shown=world.first) as progress,
         ):
             while not self.complete:
+                figures = self.also_evaluate()  # before the first step; they are in its row
                 self.one_step(batches)
                 # The previous row. Its numbers arrived while this step was being queued, so nothing waits here.
                 logger.write_row(progress)
@@ -139,10 +142,10 @@ class Trainer:
                 late = not config.checkpoint_every_steps and now - saved_at >= CHECKPOINT_SECONDS
                 save, end = decisions.decide(late, stop.requested())
                 # Clocks and signals differ between ranks, so these are decided together. Steps (`due`) are the same.
-                figures = {}
                 if self.validation is not None and self.due(config.eval_every_steps):
-                    figures = self.evaluate(self.validation, sinks)
-                    end = end or not figures
+                    found = self.evaluate(self.validation, sinks)
+                    figures, end = figures | found, end or not found
+                figures |= self.also_evaluate()
                 if figures or self.due(config.log_every) or end or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.end_row(closed, self.loader.skipped, figures)
@@ -273,6 +276,19 @@ class Trainer:
         if figure > (self.best["figure"] if self.best else -math.inf):  # never for NaN
             self.best = {"step": self.step, "figure": figure}
         return figures
+
+    def also_evaluate(self) -> dict[str, float]:
+        """R@1 by ITC on the split of --also-evaluate, if the run is at its start or its end and is not to stop."""
+        figures = {}
+        if self.also is None or not (self.step == 0 or self.complete):
+            return figures
+        self.watchdog.beat("the evaluation on further data")
+        with self.average.applied() if self.average is not None else nullcontext():
+            model, precision = unsharded_copy(self.model, self.new_model), self.config.precision
+            with evaluation_workspace(self.config, len(self.also), self.world, self.may_go_on) as workspace:
+                figures = evaluate_briefly(model, self.also, self.tokenizer, precision, workspace, gains=False)
+        when = "after" if self.complete else "before"
+        return {f"also_{when}_{name}": value for name, value in figures.items() if name.endswith("_r1")}
 
     def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
         """Figures with the weights as they are, and the one by which they are chosen; none, and NaN, to stop."""

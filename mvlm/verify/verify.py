@@ -326,10 +326,12 @@ class Replay:
             with closing(trainer.loader), TrainingProgress(trainer.step, segment.stop, shown=False) as progress:
                 while trainer.step < segment.stop:
                     with threads(claims.part_of(trainer.step + 1)["machine"]["threads"]):
+                        figures = trainer.also_evaluate()
                         trainer.one_step(batches)
-                        row, figures = claims.rows.get(trainer.step), {}
+                        row = claims.rows.get(trainer.step)
                         if row is not None and "tr_r1" in row and trainer.validation is not None:
-                            figures = trainer.evaluate(trainer.validation, None)
+                            figures |= trainer.evaluate(trainer.validation, None)
+                        figures |= trainer.also_evaluate()
                     if row is not None:
                         closed, trainer.metrics = trainer.metrics, MetricsBuffer()
                         logger.end_row(closed, trainer.loader.skipped, figures)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mvlm.errors import RunError
+from mvlm.report import figures
 from mvlm.report.page import write_report
 from mvlm.runs.load import load_model
 from mvlm.training.run import pretrain
@@ -121,3 +122,14 @@ def test_runs_that_cannot_be_reported_are_refused(reported, trained, tmp_path):
         with pytest.raises(RunError, match=re.escape(file)):
             write_report(folder)
         assert folder_hash(folder) == before
+
+
+def test_a_report_says_what_a_run_forgot():
+    rows = [{"also_before_tr_r1": 50.0, "also_before_ir_r1": 40.0}, {"loss": 1.0}]
+    last = {"also_after_tr_r1": 37.5, "also_after_ir_r1": 26.04}
+    config = {"also_evaluate": "data/old"}
+    assert figures.forgetting(config, rows[1:]) == []
+    (note,) = figures.forgetting(config, [*rows, last])
+    assert "data/old" in note
+    assert "50.0 and 40.0 % before training, 37.5 and 26.0 % after training" in note
+    assert "after" not in figures.forgetting(config, rows)[0]

@@ -79,19 +79,26 @@ def test_equal_seeds_give_equal_runs(scenes, tmp_path, without_tensorboard):
 
 @pytest.mark.slow
 def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
+    """Nor do they on further data, before the first step and after the last."""
     plain = pretrain_config(scenes, tmp_path / "plain", max_steps=4)
-    watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4, eval_images=3)
+    settings = {"eval_every_steps": 2, "log_every": 4, "eval_images": 3, "also_evaluate": scenes}
+    watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, **settings)
     pretrain(plain)
     pretrain(watched)
     rows = rows_of(watched.out)
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    assert [sorted(name[:10] for name in row if name.startswith("also_")) for row in rows] == [
+        ["also_befor"] * 2,
+        [],
+        ["also_after"] * 2,
+    ]
     figures = {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)}
     figures |= {"gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"}
-    for row in rows:
+    for row in rows[1:]:
         assert figures < set(row)
         assert 0 <= row["tr_r1"] <= row["tr_r5"] == row["ir_r10"] == 100
         assert min(abs(row["tr_r1"] - 100 * k / 3) for k in range(4)) < 0.01  # three of the eight images
-    others = [row for row in losses_of(plain.out) if row["step"] in (2, 4)]
+    others = [row for row in losses_of(plain.out) if row["step"] in (1, 2, 4)]
     assert losses_of(watched.out) == others
 
 

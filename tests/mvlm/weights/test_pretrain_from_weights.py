@@ -16,7 +16,7 @@ from mvlm.runs.load import load_model
 from mvlm.training.run import make_model, pretrain
 from mvlm.verify.verify import verify_run
 from mvlm.weights import export_timm_vit
-from mvlm_dataloading import DataError
+from mvlm_dataloading import DataError, open_dataset
 from support.commands import assert_refused
 from support.encoders import hf_text, timm_vit
 from support.folders import checkpoint_contents
@@ -200,6 +200,7 @@ def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained
     parts: dict[str, Any] = {"train_image": "lora", "train_text": "frozen", "train_cross": "lora", "lora_alpha": 4.0}
     settings: dict[str, Any] = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 3, "ema_decay": 0.5}
     settings |= {"optimizer": "muon", "checkpoint_activations": True, "initial_model": run_copy, **parts}
+    settings |= {"also_evaluate": scenes, "log_every": 2}
     pretrain(pretrain_config(scenes, run, **settings))
     shutil.copytree(run, copy)
     for step in (2, 3):
@@ -224,7 +225,12 @@ def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained
             assert not torch.equal(after[name], tensor)
         else:
             assert torch.equal(after[name], (before | stored)[name]), name
-    assert not any("original" in name or name.startswith("text_encoder") for name in stored)
+    assert not any("original" in name or name.startswith(("text_encoder", "language_head")) for name in stored)
+    validation = open_dataset(scenes, "validation")
+    for row, path in zip(read_metrics(run / "metrics.jsonl")[::2], (trained, run), strict=True):
+        found = {name[-5:]: value for name, value in row.items() if name.startswith("also_")}
+        wanted = load_model(path).evaluate(validation).figures["itc"]
+        assert found == {f"{way}_r1": wanted[way]["r1"] for way in ("tr", "ir")}
 
     assert run_mvlm("export", run, tmp_path / "mean", "--mix", 0.5).code == 0
     mean = load_model(tmp_path / "mean").network.state_dict()
