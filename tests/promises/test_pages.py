@@ -208,6 +208,8 @@ PAGES = [
          holds=lambda names: sum(names["history"][-3:]) < sum(names["history"][:3])),
     Page("examples/training_loop.py", other_masks, "--steps 1 --batch-size 8 --width 32 --out own",
          holds=lambda names: load_model("own", "cpu").network.config == names["config"]),
+    Page("examples/own_towers.py", demo, "--further data/emoji --steps 3 --batch-size 8", needs="timm",
+         leaves="towers/second/metrics.jsonl", prints=r"% before the further pairs, \d"),
     Page("examples/pretrain_a_folder.py", demo, f"pictures mine {FEW} --workers 0", leaves="mine/run/metrics.jsonl",
          prints=PRETRAINED, holds=lambda names: 20 <= len(open_dataset("mine/data", "train")) < 32),
     Page("examples/finetune_labels.py", demo, f"--label base {FEW}", holds=labels_hold,
