@@ -1,4 +1,4 @@
-"""A task of one's own: how many objects does an image show? The number is a regression on the fused features.
+"""A task of your own: how many objects does an image show? The number is a regression on the fused features.
 
     mvlm finetune examples/counting_task.py --checkpoint runs/demo --data data/counts --out runs/counting
     mvlm eval examples/counting_task.py --checkpoint runs/counting --data data/counts
@@ -23,11 +23,13 @@ from mvlm_dataloading.dataset.dataset import image_name
 
 def counts(dataset: Dataset) -> list[int]:
     """Number of objects of each sample. DataError for a sample without one."""
-    found = [dataset.metadata(i).get("count") for i in range(len(dataset))]
-    for i, count in enumerate(found):
+    numbers = []
+    for i in range(len(dataset)):
+        count = dataset.metadata(i).get("count")
         if not isinstance(count, int):
             raise DataError(f"{dataset.where(i)}: wanted a whole number `count`, found {count!r}; is it other data?")
-    return [int(count or 0) for count in found]
+        numbers.append(count)
+    return numbers
 
 
 class Counting(Task):
@@ -44,8 +46,7 @@ class Counting(Task):
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """The mean count, to which the head adds."""
-        found = counts(train)
-        return {"mean": sum(found) / len(found)}
+        return {"mean": fmean(counts(train))}
 
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
         """Count of each sample, float32 (samples,)."""
@@ -57,18 +58,20 @@ class Counting(Task):
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Smooth L1, and the share of counts that are right when rounded."""
-        found, (wanted,) = self.numbers(batch, plan), targets
-        return TaskLosses(F.smooth_l1_loss(found, wanted), (found.round() == wanted).float().mean())
+        (wanted,) = targets
+        predicted = self.numbers(batch, plan)
+        right = predicted.round() == wanted
+        return TaskLosses(F.smooth_l1_loss(predicted, wanted), right.float().mean())
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
         """The nearest whole number."""
-        return [{"count": round(x)} for x in self.numbers(batch, plan).tolist()]
+        return [{"count": round(number)} for number in self.numbers(batch, plan).tolist()]
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
         """Share of right counts in per cent, with its 95 % interval, and that of the most frequent count."""
         wanted = counts(dataset)
-        right = [float(r["count"] == count) for r, count in zip(records, wanted, strict=True)]
+        right = [float(record["count"] == count) for record, count in zip(records, wanted, strict=True)]
         # Answers about one image are not independent: images are drawn, each with all of its questions.
         images = [image_name(dataset.metadata(i)) or dataset.keys[i] for i in range(len(dataset))]
         return {

@@ -34,6 +34,7 @@ found = torch.topk(similarity, min(arguments.top, len(images))).indices.tolist()
 
 # ITM looks at a text and an image together. It is slower and more exact, so it orders the best candidates only.
 for query, candidates in zip(arguments.queries, found, strict=True):
-    order = model.rerank(query, [images.image_bytes(i) for i in candidates]).order.tolist()
+    pictures = [images.image_bytes(i) for i in candidates]
+    reranked = [candidates[place] for place in model.rerank(query, pictures).order.tolist()]
     print(f"{query}: {', '.join(captions[i] for i in candidates)}")
-    print(f"  by ITM: {', '.join(captions[candidates[place]] for place in order)}")
+    print(f"  by ITM: {', '.join(captions[i] for i in reranked)}")

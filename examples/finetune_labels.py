@@ -28,12 +28,13 @@ arguments = parser.parse_args()
 data, run = arguments.out / "data", arguments.out / "run"
 
 train = open_dataset(arguments.data, "train")
-if arguments.label not in (fields := train.metadata(0)):
+fields = train.metadata(0)
+if arguments.label not in fields:
     raise SystemExit(f"--label: wanted one of {', '.join(fields)}, got {arguments.label}")
 if data.exists():
     raise SystemExit(f"--out: wanted a new folder, found {data}; choose another, or remove it")
 
-# The question is the caption. All the answers to it are the labels of the training split. Pictures keep their licence.
+# Pictures keep their licence.
 terms = {name: train.description.get(name, "") for name in ("licence", "attribution")}
 header = {"name": "labels", "source": str(arguments.data), **terms, "recipe": {}}
 frequencies: Counter[str] = Counter()
@@ -41,14 +42,17 @@ with ShardWriter(data, **header) as writer:
     for split in ("train", "validation"):
         pictures = open_dataset(arguments.data, split)
         for i in range(len(pictures)):
-            key, label = str(pictures.keys[i]), str(pictures.metadata(i)[arguments.label])
-            # The metric compares each answer with three others, as of ten people.
+            key = str(pictures.keys[i])
+            label = str(pictures.metadata(i)[arguments.label])
+            # The metric compares an answer with those of other people, so ten people give the label.
             answers = [{"answer": label, "answer_id": person} for person in range(10)]
-            question = {"question_id": key, "answers": answers}
-            writer.add(key, pictures.image_bytes(i), ["what is it?"], question, split=split)
-            frequencies[label] += split == "validation"
+            metadata = {"question_id": key, "answers": answers}
+            # A sample's question is its caption.
+            writer.add(key, pictures.image_bytes(i), ["what is it?"], metadata, split=split)
+            if split == "validation":
+                frequencies[label] += 1
 
-# The classifier over the labels starts from zero, and the rest from the pretrained model.
+# The classifier chooses among the labels of the training split. It is new; the rest starts from the pretrained model.
 config = replace(
     finetune_defaults("vqa", arguments.checkpoint, data, run),
     answers="classifier",

@@ -17,7 +17,8 @@ vit = timm.create_model("test_vit", img_size=96).eval()  # pretrained=True works
 images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
 
 # Before: images become float32, four times as large, and are normalised in a pass of their own.
-mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+mean = torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+std = torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
 with torch.no_grad():
     wanted = vit((images / 255 - mean) / std)
 

@@ -43,23 +43,33 @@ class FusedBlock(nn.Module):
         return patches + self.down(self.up(normed))
 
 
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 block = Block().to(device)
 fused = FusedBlock(block).to(device)
-patches, words = torch.randn(8, 196, 128, device=device), torch.randn(8, 24, 128, device=device)
-exists = torch.arange(24, device=device) < torch.randint(4, 25, (8, 1), device=device)
+patches = torch.randn(8, 196, 128, device=device, requires_grad=True)
+words = torch.randn(8, 24, 128, device=device, requires_grad=True)
+exists = torch.arange(24, device=device) < torch.randint(4, 25, (8, 1), device=device)  # captions of 4 to 24 tokens
 
-heads = [x.unflatten(-1, (4, 32)) for x in (patches, words, words)]
-explanation = explain(cross_attention, *heads, key_mask=exists)
-print(explanation)
+# What would run here, and why? Attention takes the heads as a dimension of their own.
+query, key, value = (x.unflatten(-1, (4, 32)) for x in (patches, words, words))
+print(explain(cross_attention, query, key, value, key_mask=exists))
 
-inputs = patches.requires_grad_(), words.requires_grad_()
-wanted, found = block(*inputs, exists), fused(*inputs, exists)
+# The outputs, and the gradients in one direction.
+wanted = block(patches, words, exists)
+found = fused(patches, words, exists)
 direction = torch.randn_like(wanted)
-gradients = [torch.autograd.grad(out, inputs, direction) for out in (wanted, found)]
-differences = {"output": (wanted - found).abs().max().item()}
-for name, a, b in zip(("patches", "words"), *gradients, strict=True):
-    differences[f"gradient of the {name}"] = (a - b).abs().max().item()
+wanted_patches, wanted_words = torch.autograd.grad(wanted, (patches, words), direction)
+found_patches, found_words = torch.autograd.grad(found, (patches, words), direction)
+
+differences = {
+    "output": largest_difference(wanted, found),
+    "gradient of the patches": largest_difference(wanted_patches, found_patches),
+    "gradient of the words": largest_difference(wanted_words, found_words),
+}
 for name, difference in differences.items():
     print(f"{name}: differs by {difference:.0e}")

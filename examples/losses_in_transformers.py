@@ -33,9 +33,10 @@ def draw_batch(number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images (B, 3, S, S), captions int64 (B, 6), and a number for each combination of colours, int64 (B,)."""
     colours = torch.randint(len(COLOURS), (number, 4))
     squares = COLOURS[colours].view(number, 2, 2, 3).permute(0, 3, 1, 2)
-    ends = torch.tensor([[CLS, SEP]]).expand(number, 2)
-    identity = (colours * len(COLOURS) ** torch.arange(4)).sum(1)
-    return F.interpolate(squares, SIDE), torch.cat([ends[:, :1], colours, ends[:, 1:]], 1), identity
+    images = F.interpolate(squares, SIDE)
+    captions = torch.cat([torch.full((number, 1), CLS), colours, torch.full((number, 1), SEP)], 1)
+    identity = (colours * len(COLOURS) ** torch.arange(4)).sum(1)  # the colours are its digits
+    return images, captions, identity
 
 
 class Model(nn.Module):
@@ -49,14 +50,16 @@ class Model(nn.Module):
             "num_attention_heads": 2,
             "intermediate_size": 128,
         }
-        vit, bert = ViTConfig(image_size=SIDE, patch_size=PATCH, **sizes), BertConfig(vocab_size=8, **sizes)
+        vit = ViTConfig(image_size=SIDE, patch_size=PATCH, **sizes)
+        bert = BertConfig(vocab_size=8, **sizes)
         self.images = ViTModel(vit, add_pooling_layer=False, use_mask_token=True)
         self.texts = BertModel(bert, add_pooling_layer=False)
-        self.text_to_image, self.image_to_text = (
-            nn.TransformerDecoderLayer(WIDTH, 2, 128, dropout=0.0, batch_first=True) for _ in range(2)
-        )
-        self.words, self.pixels = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 3 * PATCH * PATCH)
-        self.image_embedding, self.text_embedding = nn.Linear(WIDTH, 32), nn.Linear(WIDTH, 32)
+        self.text_to_image = nn.TransformerDecoderLayer(WIDTH, 2, 128, dropout=0.0, batch_first=True)
+        self.image_to_text = nn.TransformerDecoderLayer(WIDTH, 2, 128, dropout=0.0, batch_first=True)
+        self.words = nn.Linear(WIDTH, 8)
+        self.pixels = nn.Linear(WIDTH, 3 * PATCH * PATCH)
+        self.image_embedding = nn.Linear(WIDTH, 32)
+        self.text_embedding = nn.Linear(WIDTH, 32)
         self.matching = nn.Linear(WIDTH, 2)
         self.log_scale = nn.Parameter(torch.tensor([2.0]))
 
@@ -65,7 +68,8 @@ class Model(nn.Module):
         number = len(images)
         hidden = torch.rand(number, 16).argsort(1) < 8  # (B, N), True = masked: half of the patches
         masked = F.pad(torch.rand(number, 4).argsort(1) < 2, (1, 1))  # (B, L), True = masked: two of four words
-        v, w = self.images(images).last_hidden_state, self.texts(tokens).last_hidden_state
+        v = self.images(images).last_hidden_state
+        w = self.texts(tokens).last_hidden_state
         vm = self.images(images, bool_masked_pos=hidden).last_hidden_state
         wm = self.texts(tokens.masked_fill(masked, MASK)).last_hidden_state
 
@@ -102,6 +106,7 @@ for step in range(arguments.steps):
     optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     optimizer.step()
-    history.append({name: loss.item() for name, loss in losses.items()})
+    values = {name: loss.item() for name, loss in losses.items()}
+    history.append(values)
     if step % 10 == 0 or step == arguments.steps - 1:
-        print(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in history[-1].items()))
+        print(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))

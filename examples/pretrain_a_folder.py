@@ -45,8 +45,10 @@ def main() -> None:
     )
     mvlm.pretrain(config)
 
+    # How well does the first picture suit its own caption, and that of the last picture?
     model = mvlm.load_model(run)
-    picture, captions = dataset.image_bytes(0), [dataset.captions(0)[0], dataset.captions(len(dataset) - 1)[0]]
+    picture = dataset.image_bytes(0)
+    captions = [dataset.captions(0)[0], dataset.captions(len(dataset) - 1)[0]]
     probabilities = model.match(picture, captions).probability.tolist()
     for caption, probability in zip(captions, probabilities, strict=True):
         print(f"{probability:.3f} {caption}")

@@ -61,10 +61,10 @@ for step, (batch, masks) in zip(range(arguments.steps), loader, strict=False):
     model.clamp_temperature()
     history.append(losses.total.item())
     if step % 10 == 0 or step == arguments.steps - 1:
-        print(
-            f"step {step}: " + ", ".join(f"{name} {getattr(losses, name):.3f}" for name in ("mlm", "mim", "itc", "itm"))
-        )
+        values = ", ".join(f"{name} {getattr(losses, name):.3f}" for name in ("mlm", "mim", "itc", "itm"))
+        print(f"step {step}: {values}")
 loader.close()
+
 if arguments.out:
     model.save_pretrained(arguments.out)
     tokenizer.save(arguments.out / "tokenizer.json")  # `mvlm.load_model` needs it too
