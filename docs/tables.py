@@ -328,6 +328,20 @@ def unseen_words() -> str:
     return markdown(rows)
 
 
+def forgetting() -> str:
+    """R@1 on the data of the start and on further data, by how the encoders learned the latter: mean and range."""
+    found = json.loads((RESULTS / "studies" / "forgetting.json").read_text())["seeds"].values()
+    rows = [["trained further with", "R@1 on the old data, %", "R@1 on the new data, %"]]
+    for arm in next(iter(found)):
+        cells = []
+        for data in ("old", "new"):
+            values = [seed[arm][data] for seed in found]
+            ends = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.1f}{ends}")
+        rows.append([arm, *cells])
+    return markdown(rows)
+
+
 def another_artist() -> str:
     """Retrieval of the same emoji by the artist of the training images and by another one, for three trainings."""
     ways = [f"{way} {k}" for way in ("image to text", "text to image") for k in ("R@1", "R@10")]
@@ -367,6 +381,7 @@ TABLES = {
     "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),
     "unseen-words": unseen_words,
     "another-artist": another_artist,
+    "forgetting": forgetting,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
 }
 
