@@ -61,12 +61,6 @@ class Masks(_ToDevice):
     """
 
     patch_ids: Tensor
-    """int64 (B, K), masked patches of each image in row-major order, ascending. If images have different numbers of
-    masked patches, a row is filled up with repeats of its last one, and `patch_weights` are 0 there."""
+    """int64 (B, K), masked patches of each image in row-major order, ascending."""
     token_ids: Tensor
     """int64 (M,), masked positions in `Batch.tokens`, ascending; never a special token."""
-    patch_weights: Tensor | None = None
-    """float32 (B, K), weight of each masked patch in MIM; None: all count the same. A row's weights add up to the
-    number of patches of an image."""
-    token_weights: Tensor | None = None
-    """float32 (M,), weight of each masked token in MLM; None: all count the same."""

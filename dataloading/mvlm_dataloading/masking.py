@@ -1,7 +1,6 @@
 """What is masked of image-text pairs: the settings that a loader and a model share. Imports no slow package."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
 
 
 # Docstrings are also the text of `mvlm pretrain PRESET --help`.
@@ -15,13 +14,9 @@ class Masking:
     """Side of the square blocks of patches that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
     """Share of an image's blocks to mask, rounded to a whole number of blocks."""
-    text_mask_ratio: float = 0.3
-    """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
-    image_masking: Literal["fixed", "variable"] = "fixed"
-    """Share of masked blocks. fixed: `image_mask_ratio`. variable: drawn uniformly for each sample, and the loss
-    weighted by 1 / share, as in masked diffusion; `image_mask_ratio` then serves evaluation only."""
-    text_masking: Literal["fixed", "variable", "uniform"] = "fixed"
-    """Share of masked tokens, likewise. uniform: drawn as for variable, and the loss not weighted."""
+    text_mask_ratio: float | None = 0.3
+    """Share of a caption's tokens to mask, special tokens aside; at least one is masked. None: drawn for each caption,
+    every number of masked tokens as likely as the others."""
     whole_word_masking: bool = False
     """Mask all tokens of a word of a caption or none; shares are then those of its words (BERT, ViLT). Evaluations mask
     tokens."""
@@ -34,7 +29,7 @@ class Masking:
             raise ValueError(
                 f"patch_size must divide mask_block: wanted a divisor of {self.mask_block}, got {self.patch_size}"
             )
-        if not 0 <= self.text_mask_ratio <= 1:
+        if self.text_mask_ratio is not None and not 0 <= self.text_mask_ratio <= 1:
             raise ValueError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
 
     def check_image_size(self, image_size: int) -> None:
@@ -50,7 +45,7 @@ class Masking:
             )
 
     def masked_blocks(self, image_size: int) -> int:
-        """Masked blocks of an image if the share is fixed: round(ratio * (image_size / mask_block)^2), halves to even.
+        """Masked blocks of an image: round(ratio * (image_size / mask_block)^2), halves to even.
 
         With a ratio of 0.6 and blocks of 32 px, 29 of 49 blocks at 224 px and 5 of 9 at 96 px.
         """
@@ -60,7 +55,3 @@ class Masking:
     def patches_of_a_block(self) -> int:
         """Patches of one block."""
         return (self.mask_block // self.patch_size) ** 2
-
-    def of_evaluations(self) -> Self:
-        """The masking of evaluations: fixed shares, and tokens in place of words, so that figures compare."""
-        return replace(self, image_masking="fixed", text_masking="fixed", whole_word_masking=False)

@@ -28,7 +28,6 @@ class Purpose(IntEnum):
     SIGN = 9
     SHARDS = 10
     TOKEN_COUNT = 11
-    PATCH_COUNT = 12
     TOGETHER = 13
 
 

@@ -46,9 +46,12 @@ REMOVED = {
     "model.complementary_masks": Removed(False, "0.2.0"),
     "model.extra_captions": Removed(0, "0.2.0"),
     "model.extra_caption_weight": Removed(1.0, "0.2.0"),
+    "model.image_masking": Removed("fixed", "0.2.0"),
     "model.partner_image_mask_ratio": Removed(0.0, "0.2.0"),
     "model.partner_text_mask_ratio": Removed(0.0, "0.2.0"),
     "model.pixel_initialization": Removed("normal", "0.2.0"),
+    "model.text_masking": Removed("fixed", "0.2.0"),
+    "model.text_pooling": Removed(False, "0.2.0"),
 }
 """Settings that are gone, by name; those of the model begin with `model.`. A file that has one at its default is read
 without it. At another value it is refused, if the run or the model would be another one."""

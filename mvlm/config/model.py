@@ -53,9 +53,6 @@ class MaskVLMConfig(Masking):
     learns a bias."""
     contrast_masked: bool = False
     """Also contrast the images with the masked captions, which MLM encodes anyway. ITC is then the mean of both."""
-    text_pooling: bool = False
-    """Also contrast each caption with what it picks out of each image: attention pooling with the caption as the query,
-    as in FLAIR. ITC is then the mean of both losses."""
     cross_norm: Annotated[Literal["post", "pre"], NO_FLAG] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
@@ -68,8 +65,8 @@ class MaskVLMConfig(Masking):
     """Encode only the visible patches of an image in training, once, for all objectives: ITC, ITM and MLM read them, as
     in FLIP, and pixels are rebuilt from them, as in MAE, with mask tokens added after the encoder. Cheaper, but not the
     paper's method. A trained model reads whole images."""
-    text_masking: Literal["fixed", "variable"] = "fixed"
-    """Share of masked tokens, likewise."""
+    text_mask_ratio: float = 0.3
+    """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
     mask_partner: bool = False
     """Also mask the image from which masked captions are rebuilt, and the caption from which masked images are rebuilt:
     each reconstruction then reads the other's masked input (the paper's Table 6). Without it, the paper's method, they
@@ -96,8 +93,6 @@ class MaskVLMConfig(Masking):
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
         if self.image_tower and self.drop_masked:
             raise ConfigError(f"drop_masked: wanted False with image_tower {self.image_tower}, got True")
-        if self.image_masking == "variable" and self.drop_masked:
-            raise ConfigError("image_masking: wanted fixed with drop_masked, got variable")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be above 0, got {self.image_std}")
 
@@ -108,7 +103,7 @@ class MaskVLMConfig(Masking):
 
     @property
     def masked_patches(self) -> int:
-        """Masked patches of one image, if the share is fixed."""
+        """Masked patches of one image."""
         return self.masked_blocks(self.image_size) * self.patches_of_a_block
 
     @property
@@ -154,9 +149,9 @@ class MaskVLMConfig(Masking):
     def loader_options(self, train: bool = True) -> dict[str, Any]:
         """Arguments of `mvlm_dataloading.Loader` that follow from the model: its sizes and its masking.
 
-        Without `train`, that of evaluations, which mask a fixed share, and tokens in place of words.
+        Without `train`, that of evaluations, which mask tokens in place of words, so that figures compare.
         """
-        masking = self.masking if train else self.masking.of_evaluations()
+        masking = self.masking if train else replace(self.masking, whole_word_masking=False)
         return {"image_size": self.image_size, "text_length": self.text_length, "masking": masking}
 
     def to_dict(self) -> dict[str, Any]:

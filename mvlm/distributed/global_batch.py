@@ -32,12 +32,11 @@ from mvlm.model.packing import PackedText, Packing
 from mvlm.objectives.losses import (
     Losses,
     LossWeights,
-    conditioned_loss,
     contrastive_logits,
     contrastive_sums,
     matching_loss,
+    number_of_masked_tokens,
     shared_contrastive_sums,
-    weight_of_masked_tokens,
 )
 from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_rows, matching_weights
 from mvlm_dataloading import Batch, Masks
@@ -125,34 +124,6 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).sum()
 
 
-def sharded_conditioned_loss(
-    similarity: Callable[[Tensor, Tensor], Tensor],
-    image: Tensor,
-    embeddings: Embeddings,
-    log_scale: Tensor,
-    layout: GlobalBatchLayout,
-    elements: int = MAX_LOGITS,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Compute this rank's share of `objectives.losses.conditioned_loss`: its own images with all captions.
-
-    Captions travel as embeddings, so features of images never do.
-
-    Args:
-        similarity: gives the cosines (Q, G) of features (Q, 1+N, C) and embeddings of captions (G, E).
-        image: features (n, 1+N, C) of the own images.
-        elements: largest number of values of queries in memory at a time. If that makes several blocks, backward
-            computes each again.
-    """
-    _, texts = embeddings.arrive()
-
-    def block(rows: Tensor, of: Tensor) -> Tensor:
-        return conditioned_loss(similarity(rows, texts), log_scale, bias, of)
-
-    size = max(1, elements // (len(texts) * image.shape[2]))
-    return _sum(_in_blocks(block, image, layout.own_indices(image.device), size)) / layout.total
-
-
 class Kept(NamedTuple):
     """The model at the start of a run with --keep-start, which encodes each batch too."""
 
@@ -220,7 +191,7 @@ class GlobalStep(NamedTuple):
     ids: Pending
     """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
     masked_tokens: Pending
-    """Sum of the weights of the masked tokens of the global batch, and their number: float64 (2,) on the device."""
+    """Number of masked tokens of the global batch: a float64 scalar on the device."""
     weights: LossWeights
     """Weights of the losses. An objective of weight 0 is not computed."""
     shared_positives: bool = False
@@ -260,7 +231,6 @@ def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Para
         (model.image_projection, weights.contrasts),
         (model.text_projection, weights.contrasts),
         (model.matching_head, matching),
-        *([] if model.text_pooling is None else [(model.text_pooling, weights.contrasts)]),
         (model.text_cross, matching or weights.mlm > 0),
         (model.language_head, weights.mlm > 0),
         (model.image_cross, matching or weights.mim > 0),
@@ -280,13 +250,13 @@ def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks
         return {}
     mlm, accuracy = step.implementation.language_loss(model, streams, batch, masks)
     # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
-    # not be the loss of the global batch: each is weighted by its number, or by the weights of its tokens.
-    own, total = (x.to(mlm.dtype) for x in (weight_of_masked_tokens(batch, masks), step.masked_tokens.wait()))
-    return {"mlm": mlm * own[0] / total[0], "mlm_accuracy": accuracy * own[1] / total[1]}
+    # not be the loss of the global batch: each is weighted by its number.
+    own, total = (x.to(mlm.dtype) for x in (number_of_masked_tokens(batch, masks), step.masked_tokens.wait()))
+    return {"mlm": mlm * own / total, "mlm_accuracy": accuracy * own / total}
 
 
 def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
-    """Share of MIM, from one microbatch. All have equally many masked patches, or weights of equal sum."""
+    """Share of MIM, from one microbatch. All have equally many masked patches."""
     if not step.weights.mim:
         return {}
     mim = step.implementation.image_loss(model, streams, batch, masks)
@@ -294,12 +264,11 @@ def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Ma
 
 
 def contrastive_shares(
-    model: MaskVLMNetwork, image: Tensor | None, embeddings: Embeddings, masked: Embeddings | None, step: GlobalStep
+    model: MaskVLMNetwork, embeddings: Embeddings, masked: Embeddings | None, step: GlobalStep
 ) -> tuple[Shares, Tensor]:
     """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives.
 
     Args:
-        image: (n, 1+N, C), the own features, for a model with text-conditioned pooling; others do not read them.
         masked: embeddings of the images and of the masked captions, with `MaskVLMConfig.contrast_masked`.
     """
 
@@ -316,13 +285,6 @@ def contrastive_shares(
     share, accuracy, draws = contrast(embeddings)
     if masked is not None:
         share = (share + contrast(masked)[0]) / 2
-    if model.text_pooling is not None:
-        assert image is not None
-        similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)
-        pooled = sharded_conditioned_loss(
-            similarity, image, embeddings, model.log_scale, step.layout, bias=model.logit_bias
-        )
-        share = (share + pooled) / 2
     shares = {"itc": share, "itc_accuracy": accuracy}
     if step.kept is not None and step.start is not None:
         kept, scales = step.kept, (model.log_scale, step.kept.model.log_scale)
@@ -427,7 +389,7 @@ def backward_global(
     # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
     # captions, to know the packing of those that it sends and receives.
     ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
-    masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
+    masked = torch.stack([number_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
     implementation, start = IMPLEMENTATIONS[plan], None
     if kept is not None:
@@ -474,7 +436,7 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
             if model.config.contrast_masked and streams.masked_text is not None:
                 masked = Embeddings(embeddings.image, model.embed_text(streams.masked_text.first()), step.layout)
             shares = language_shares(model, streams, batch, masks, step)
-            contrastive, draws = contrastive_shares(model, image, embeddings, masked, step)
+            contrastive, draws = contrastive_shares(model, embeddings, masked, step)
             shares |= contrastive
             if not step.weights.itm:
                 shares |= image_share(model, streams, batch, masks, step)
@@ -594,11 +556,9 @@ class _FeatureGradients:
             image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
             text = torch.cat([model.embed_text(own.text.first()) for own in cached])
             embeddings = Embeddings(image, text, step.layout)
-            # A copy of all features, so only for the loss that reads them.
-            features = torch.cat([own.image for own in cached]) if model.text_pooling is not None else None
             captions = [model.embed_text(own.masked) for own in cached if own.masked is not None]
             masked = Embeddings(image, torch.cat(captions), step.layout) if captions else None
-            shares, draws = contrastive_shares(model, features, embeddings, masked, step)
+            shares, draws = contrastive_shares(model, embeddings, masked, step)
             if step.weights.itm:
                 image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
                 texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]

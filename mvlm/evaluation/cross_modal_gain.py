@@ -115,7 +115,7 @@ def masks_of(model: MaskVLM, batch: Batch, samples: Tensor, seed: int) -> Masks:
     """Masks of a batch of the samples int64 (B,), as `eval_loader` with this seed draws them; on the batch's device."""
     config, lengths = model.config, batch.cu_seqlens.diff()
     patch_ids = draw_patch_masks(seed, 0, samples.numpy(), image_size=config.image_size, masking=config)
-    token_ids, _ = draw_token_masks(seed, 0, samples.numpy(), lengths.cpu().numpy(), ratio=config.text_mask_ratio)
+    token_ids = draw_token_masks(seed, 0, samples.numpy(), lengths.cpu().numpy(), ratio=config.text_mask_ratio)
     return Masks(patch_ids=torch.from_numpy(patch_ids), token_ids=torch.from_numpy(token_ids))
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mvlm.device import compute_dtype
 from mvlm.model.packing import Packing
-from mvlm.objectives.losses import at_least_float32
 from mvlm_kernels import add_layer_norm, gelu_linear
 from mvlm_kernels.cross_attention import attend_heads
 from mvlm_kernels.split_linear import split_linear
@@ -196,27 +195,6 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *grads[0].to(ctx.dtype).split(ctx.rows)
-
-
-class TextPooling(Attention):
-    """Attention pooling of an image by a caption: one query from the caption's embedding, over the image's features.
-
-    It maps into the width of the embeddings. FLAIR (Xiao et al., 2025) has such a pooling.
-    """
-
-    def __init__(self, width: int, heads: int, itc_width: int) -> None:
-        super().__init__(width, heads)
-        self.query = nn.Linear(itc_width, width)
-        self.out = nn.Linear(width, itc_width)
-
-    def similarity(self, v: Tensor, texts: Tensor) -> Tensor:
-        """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
-        q = self.query(texts).expand(len(v), -1, -1)  # (B, G, C)
-        return self.cosine(self.attend_heads(q, self.key(v), self.value(v), None), texts)
-
-    def cosine(self, pooled: Tensor, texts: Tensor) -> Tensor:
-        """Cosine of texts (G, E) and the projection of pooled (B, G, C): (B, G), in fp32 or float64."""
-        return (F.normalize(at_least_float32(self.out(pooled)), dim=-1) * at_least_float32(texts)).sum(-1)
 
 
 Attend = Callable[[Attention, Tensor], Branch]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import compute_dtype
-from mvlm.model.attention import Attend, Attention, Branch, Residual, TextPooling
+from mvlm.model.attention import Attend, Attention, Branch, Residual
 from mvlm.model.attention_backends import image_attention, text_attention
 from mvlm.model.encoders import (
     CrossBlock,
@@ -52,7 +52,7 @@ from mvlm.model.packing import (
 from mvlm.model.towers.text import TextTower
 from mvlm.model.towers.timm_tower import TimmTower
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
-from mvlm.objectives.losses import LossWeights, masked_tokens, weighted_mean
+from mvlm.objectives.losses import LossWeights, masked_targets
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 
@@ -190,10 +190,10 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
     assert streams.masked_text is not None
     assert streams.partner_caches is not None
     image = streams.partner_caches.image
-    ids, targets, weights = masked_tokens(batch, masks).with_shares()
-    x = masked_token_features(model, streams.masked_text, image, ids)  # (M, C)
+    targets = masked_targets(batch, masks)
+    x = masked_token_features(model, streams.masked_text, image, masks.token_ids)  # (M, C)
     head = model.language_head
-    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets, weights)
+    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
 
 
 def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, token_ids: Tensor) -> Tensor:
@@ -217,17 +217,14 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     assert streams.partner_caches is not None
     text = streams.partner_caches.text
     encoder = model.image_encoder
-    weights = masks.patch_weights
-    loss = masked_pixel_loss(
+    return masked_pixel_loss(
         model.pixel_head(masked_patch_features(model, streams.masked_image, text, masks)),  # (B, K, 3*P*P)
         batch.images,
         masks.patch_ids,
         model.config.patch_size,
         mean=encoder.mean.flatten(),
         std=encoder.std.flatten(),
-        reduction="mean" if weights is None else "none",
     )
-    return loss if weights is None else weighted_mean(loss, weights)
 
 
 def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:
@@ -338,10 +335,6 @@ def reconstruct(
     return model.language_head(tokens), model.pixel_head(masked_patch_features(model, vm, caches.text, masks))
 
 
-MAX_QUERIES = 128
-"""Largest number of captions in one sequence of queries."""
-
-
 class Selection(NamedTuple):
     """Some rows of a stream, in any order and with repetitions."""
 
@@ -387,23 +380,6 @@ def attend_cross(
         return attention.project_out(text_attention(q, k, v, packing, cache.packing, key_index, attention.text_backend))
 
     return attend
-
-
-def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
-    """Compute `TextPooling.similarity`: v (B, 1+N, C) and texts (G, E) -> (B, G).
-
-    Captions are the queries, in sequences of at most 128: the short side of `mvlm_kernels.cross_attention`. Each
-    sequence reads the keys of its image in place.
-    """
-    q, (k, values) = pooling.queries(texts), pooling.keys_values(v)  # (G, H, D), (B, 1+N, H, D)
-    longest = min(len(q), MAX_QUERIES)
-    sequences = -(-len(q) // longest)
-    q = F.pad(q, (0, 0, 0, 0, 0, sequences * longest - len(q))).unflatten(0, (sequences, longest))
-    rows = torch.arange(len(v) * sequences, device=v.device) // sequences
-    q = q.repeat(len(v), 1, 1, 1)
-    heads = text_attention(q, k, values, None, None, rows, pooling.text_backend)  # (B sequences, longest, H, D)
-    pooled = heads.flatten(2).unflatten(0, (len(v), sequences)).flatten(1, 2)[:, : len(texts)]
-    return pooling.cosine(pooled, texts)
 
 
 def encode_rows(

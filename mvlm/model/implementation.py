@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.model.attention import TextPooling
 from mvlm.model.encoders import KeyValueCache
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText
@@ -79,15 +78,11 @@ class Implementation(Protocol):
     def language_loss(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
     ) -> tuple[Tensor, Tensor]:
-        """MLM and its accuracy, scalars: means over the batch's masked tokens, weighted if the masks have weights."""
+        """MLM and its accuracy, scalars: means over the batch's masked tokens."""
         ...
 
     def image_loss(self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-        """MIM, a scalar: the mean over the batch's masked patches, weighted if the masks have weights."""
-        ...
-
-    def conditioned_similarity(self, pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
-        """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
+        """MIM, a scalar: the mean over the batch's masked patches."""
         ...
 
     def fuse_pairs(

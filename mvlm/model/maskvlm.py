@@ -6,7 +6,6 @@ Shape legend: B batch, E contrastive width.
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
@@ -83,11 +82,6 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             if self.config.contrast_masked and streams.masked_text is not None:
                 masked = losses.contrastive_logits(image, self.embed_text(streams.masked_text.first()), self.log_scale)
                 itc = (itc + losses.contrastive_loss(masked, self.logit_bias)[0]) / 2
-            if self.text_pooling is not None:
-                similarity = implementation.conditioned_similarity(self.text_pooling, streams.image, text)  # (B, B)
-                rows = torch.arange(len(text), device=text.device)
-                pooled = losses.conditioned_loss(similarity, self.log_scale, self.logit_bias, rows) / len(text)
-                itc = (itc + pooled) / 2
             if weights.itm > 0:
                 itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
         total = weights.total((mlm, mim, itc, itm))
@@ -118,22 +112,15 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
 def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:
     """Raise ValueError for a batch and masks of a loader that does not mask as configured, as far as shapes tell.
 
-    Evaluations may mask otherwise, and so may whoever gives the weights of the masked patches, `Masks.patch_weights`.
+    Evaluations may mask otherwise.
     """
-    given: dict[str, tuple[bool, Tensor | None]] = {
-        "masks.patch_weights": (config.image_masking == "variable", masks.patch_weights),
-        "masks.token_weights": (config.text_masking == "variable", masks.token_weights),
-    }
-    missing = [name for name, (wanted, value) in given.items() if wanted and value is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: wanted a tensor, as configured, got None; {_ADVICE}")
     side, number = config.image_size, masks.patch_ids.shape[-1]
     if batch.images.shape[1:] != (3, side, side):
         raise ValueError(f"batch.images: wanted (B, 3, {side}, {side}), got {tuple(batch.images.shape)}; {_ADVICE}")
-    if masks.patch_weights is None and number != config.masked_patches:
+    if number != config.masked_patches:
         raise ValueError(
             f"masks.patch_ids: wanted {config.masked_patches} of {config.num_patches} patches of each image, as "
-            f"configured, got {number}; {_ADVICE}, or give masks.patch_weights (B, {number}) for a number of your own"
+            f"configured, got {number}; {_ADVICE}"
         )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
-from mvlm.model.attention import Attention, TextPooling
+from mvlm.model.attention import Attention
 from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.towers.text import TextTower
@@ -67,7 +67,6 @@ class MaskVLMNetwork(nn.Module):
             None if config.contrastive == "softmax" else nn.Parameter(torch.tensor([SIGMOID_BIAS]))
         )  # (1,)
         """Bias of the sigmoid loss's logits; None for InfoNCE, which does not change with it."""
-        self.text_pooling = TextPooling(config.width, config.heads, config.itc_width) if config.text_pooling else None
         self.matching_head = nn.Linear(config.width, 2)
         self._initialize()
 

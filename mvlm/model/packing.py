@@ -41,13 +41,9 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int, buckets: int = 1
     multiple = round_up(max(1, len(batch.image_id) * text_length // buckets), 16)
     total = len(batch.tokens)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
-    masked, weights = len(masks.token_ids), masks.token_weights
+    masked = len(masks.token_ids)
     added = round_up(masked, round_up(multiple // 3, 16)) - masked
-    masks = replace(
-        masks,
-        token_ids=_pad(masks.token_ids, added, tokens - 1),
-        token_weights=None if weights is None else _pad(weights, added),
-    )
+    masks = replace(masks, token_ids=_pad(masks.token_ids, added, tokens - 1))
     # Captions above `text_length` keep their length, for the model to refuse them.
     longest = max(batch.max_length, min(round_up_length(batch.max_length), text_length))
     return replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=longest), masks

@@ -9,13 +9,12 @@ C width, R pairs of an image and a text.
 
 from torch import Tensor
 
-from mvlm.model.attention import TextPooling
 from mvlm.model.encoders import masked_patches, visible_patches
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.objectives import losses
-from mvlm.objectives.losses import LossWeights, masked_tokens
+from mvlm.objectives.losses import LossWeights, masked_targets
 from mvlm_dataloading import Batch, Masks
 
 
@@ -54,11 +53,11 @@ def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
     assert streams.masked_text is not None
     wm, key_mask = streams.masked_text.padded()  # (B, L, C), (B, L)
-    ids, targets, weights = masked_tokens(batch, masks)
+    targets = masked_targets(batch, masks)
     image = streams.masked_image if model.config.mask_partner else streams.image
     assert image is not None
-    logits = model.fill_mask(image, wm, key_mask, batch.cu_seqlens, ids)  # (M, V)
-    return losses.masked_language_loss(logits, targets, weights), losses.correct_top1(logits, targets).mean()
+    logits = model.fill_mask(image, wm, key_mask, batch.cu_seqlens, masks.token_ids)  # (M, V)
+    return losses.masked_language_loss(logits, targets), losses.correct_top1(logits, targets).mean()
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
@@ -67,11 +66,7 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     assert text is not None
     w, key_mask = text.padded()  # (B, L, C), (B, L)
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
-    return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids), masks.patch_weights)
-
-
-def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
-    return pooling.similarity(v, texts)
+    return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids))
 
 
 def fuse_pairs(

@@ -190,7 +190,6 @@ def stored_sizes(found: Mapping[str, Shape]) -> dict[str, Any]:
             numbers.setdefault(block[1], set()).add(block[2])
     sizes |= {name: len(numbers[module]) for name, module in BLOCKS.items() if module in numbers}
     if EMBEDDING in found:
-        sizes |= {"text_pooling": "text_pooling.out.weight" in found}
         sizes |= {"contrastive": "sigmoid" if "logit_bias" in found else "softmax"}
         sizes |= {"cross_norm": "pre" if "image_cross.norm.weight" in found else "post"}
     return sizes

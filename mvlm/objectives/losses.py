@@ -82,25 +82,14 @@ def correct_top1(logits: Tensor, targets: Tensor) -> Tensor:
     return (own >= logits.amax(1)).to(at_least_float32(logits).dtype)
 
 
-def masked_language_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """MLM: mean cross-entropy over masked tokens, weighted by weights (M,). logits (M, V), targets int64 (M,).
-
-    With weights n/k for each of k masked tokens of n, it is the bound of masked diffusion in nats per token (LLaDA, Nie
-    et al., 2025, in its form with exact counts): the weights of a caption add up to n.
-    """
-    logits = at_least_float32(logits)
-    if weights is None:
-        return F.cross_entropy(logits, targets)
-    return weighted_mean(F.cross_entropy(logits, targets, reduction="none"), weights)
+def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """MLM: mean cross-entropy over masked tokens. logits (M, V), targets int64 (M,)."""
+    return F.cross_entropy(at_least_float32(logits), targets)
 
 
-def masked_image_loss(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """MIM: mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels.
-
-    weights (B, K), of each patch: then the mean is weighted, as in `masked_language_loss`.
-    """
-    errors = (at_least_float32(pred) - target).abs()
-    return errors.mean() if weights is None else weighted_mean(errors.mean(-1), weights)
+def masked_image_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """MIM: mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
+    return (at_least_float32(pred) - target).abs().mean()
 
 
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
@@ -190,19 +179,6 @@ def contrastive_loss(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor
     return loss, accuracy
 
 
-def conditioned_loss(similarity: Tensor, log_scale: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum of ITC's losses of a block of images whose features each caption has pooled for itself: a scalar.
-
-    FLAIR (Xiao et al., 2025) has the sigmoid form. Without a bias it is InfoNCE from image to caption: the
-    other direction would need the features of all images on every rank.
-
-    Args:
-        similarity: cosines (Q, G), rows images, columns captions.
-        targets: int64 (Q,), column of each image's own caption.
-    """
-    return contrastive_sums(similarity * log_scale.exp(), targets, bias)[0]
-
-
 def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """ITM: weighted mean cross-entropy, and the weighted share of correctly classified pairs.
 
@@ -213,37 +189,13 @@ def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     return weighted_mean(losses, weights), weighted_mean(correct, weights)
 
 
-class MaskedTokens(NamedTuple):
-    """Masked tokens of a batch's captions."""
-
-    ids: Tensor
-    """int64 (M,), positions in the packed captions, ascending. Padding positions come last, past all captions."""
-    targets: Tensor
-    """int64 (M,), true tokens; -100 for a padding position."""
-    weights: Tensor | None
-    """float32 (M,), weight of each in MLM, 0 for a padding position; None: all count the same."""
-
-    def with_shares(self) -> "MaskedTokens":
-        """The same with weights float64 (M,) that add up to 1, if there are any."""
-        if self.weights is None:
-            return self
-        weights = self.weights.double().masked_fill(self.targets == -100, 0)
-        return self._replace(weights=weights / weights.sum())
-
-
-def masked_tokens(batch: Batch, masks: Masks) -> MaskedTokens:
-    """List the masked tokens of the captions."""
+def masked_targets(batch: Batch, masks: Masks) -> Tensor:
+    """True tokens int64 (M,) of the captions' masked tokens; -100 for a padding position."""
     ids = masks.token_ids
     # Padding positions (see `mvlm.model.packing.pad_to_bucket`) point past the last caption and are ignored.
-    targets = batch.tokens.index_select(0, ids).masked_fill(ids >= batch.cu_seqlens[-1], -100)
-    return MaskedTokens(ids, targets, masks.token_weights)
+    return batch.tokens.index_select(0, ids).masked_fill(ids >= batch.cu_seqlens[-1], -100)
 
 
-def weight_of_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
-    """Sum of the weights of the masked tokens of a batch, by which MLM is divided, and their number: float64 (2,).
-
-    The two are equal if all count the same. Padding positions point past the last caption: not counted.
-    """
-    counted = (masks.token_ids < batch.cu_seqlens[-1]).double()
-    weights = counted if masks.token_weights is None else masks.token_weights * counted
-    return torch.stack([weights.sum(), counted.sum()])
+def number_of_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
+    """Number of the captions' masked tokens, a float64 scalar. Padding positions are not counted."""
+    return (masks.token_ids < batch.cu_seqlens[-1]).double().sum()

@@ -103,7 +103,7 @@ class Captioning(Task):
 
     def loader_options(self) -> dict[str, Any]:
         """Masks of any share of a caption's words."""
-        return {"masking": replace(self.config.masking.of_evaluations(), text_masking="uniform")}
+        return {"masking": replace(self.config.masking, text_mask_ratio=None, whole_word_masking=False)}
 
     def seen(self, images: Tensor) -> Tensor:
         """The images, or grey ones where the options hide them."""

@@ -222,7 +222,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
         checkpoint_activations(task)
     together = config.questions_per_image
     # Masks are a task's own, whatever those of pretraining were.
-    masking = config.model.masking.of_evaluations()
+    masking = replace(config.model.masking, whole_word_masking=False)
     options = {"masking": masking, "per_image": together if together > 1 else None, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)

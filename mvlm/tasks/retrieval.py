@@ -65,12 +65,10 @@ class Retrieval(Task):
     unused = ("image_encoder.mask_token", "image_decoder", "pixel_head", "language_head")
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
-        config = model.config
-        if config.contrastive != "softmax" or config.text_pooling:
+        if model.config.contrastive != "softmax":
             raise ConfigError(
                 f"checkpoint: wanted a model with the paper's ITC, whose target right answers share, got contrastive "
-                f"{config.contrastive}, text_pooling {config.text_pooling}; "
-                f"fine-tune another model"
+                f"{model.config.contrastive}; fine-tune another model"
             )
         super().__init__(model, options, state)
 

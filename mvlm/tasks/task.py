@@ -91,9 +91,8 @@ class Task(nn.Module):
         self.model, self.options, self.state = model, options, state
         for part in self.unused:
             attrgetter(part)(model).requires_grad_(False)
-        for extra in (model.logit_bias, model.text_pooling):
-            if extra is not None:
-                extra.requires_grad_(False)
+        if model.logit_bias is not None:
+            model.logit_bias.requires_grad_(False)
         for encoder in (model.image_cross, model.text_cross):
             # The last block computes [CLS] alone. The bias of the keys adds the same number to all scores of that row,
             # so its gradient is zero, and the fast implementation leaves it out.

@@ -83,7 +83,7 @@ def demo(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 def other_masks(folder: Path, patch: pytest.MonkeyPatch) -> None:
     demo(folder, patch)
-    changes = {"patch_size": 8, "image_masking": "variable", "text_masking": "variable"}
+    changes = {"patch_size": 8, "whole_word_masking": True}
     preset = MaskVLMConfig.preset
     patch.setattr(MaskVLMConfig, "preset", lambda name, **others: preset(name, **others, **changes))
 

@@ -3,7 +3,6 @@
 Reference formulas, here and in the tests, are plain Python or numpy in float64. They share no code with the library.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +91,6 @@ def micro_batch(
         sample_id=torch.arange(number),
     )
     return batch, Masks(patch_ids=torch.from_numpy(np.stack(patch_ids)), token_ids=torch.tensor(token_ids))
-
-
-def with_weights(batch: Batch, masks: Masks, seed: int = 0) -> Masks:
-    """Masks whose tokens and patches have random weights; two patches of each image have weight 0 and repeat the last.
-
-    The weights of each image add up to its number of patches.
-    """
-    rng = np.random.default_rng(seed)
-    patch_ids, number = masks.patch_ids.clone(), masks.patch_ids.shape[1] - 2
-    patch_ids[:, -2:] = patch_ids[:, -3:-2]
-    shares = rng.multinomial(1024, [1 / number] * number, size=len(patch_ids)) / 64  # sums of these are exact in fp32
-    patches = torch.from_numpy(np.pad(shares, ((0, 0), (0, 2)))).float()
-    tokens = torch.from_numpy(rng.uniform(0.5, 2, len(masks.token_ids))).float()
-    return replace(masks, patch_ids=patch_ids, patch_weights=patches, token_weights=tokens)
 
 
 class Largest(TorchDispatchMode):

@@ -53,7 +53,7 @@ def make_batch(config: MaskVLMConfig, lengths: np.ndarray, seed: int = 0) -> tup
     tokens[starts[:-1]], tokens[starts[1:] - 1] = CLS, SEP
     ids = np.arange(count)
     patch_ids = draw_patch_masks(seed, 0, ids, image_size=side, masking=config)
-    token_ids, _ = draw_token_masks(seed, 0, ids, lengths, ratio=config.text_mask_ratio)
+    token_ids = draw_token_masks(seed, 0, ids, lengths, ratio=config.text_mask_ratio)
     batch = Batch(
         images=torch.from_numpy(rng.integers(0, 256, size=(count, 3, side, side), dtype=np.uint8)),
         tokens=torch.from_numpy(tokens),

@@ -5,15 +5,10 @@ samples.
 
 A unit of a caption, which is masked as a whole, is an ordinary token or, with whole word masking, a word.
 
-A share of each sample is masked, the same for all (`ratio`), or drawn for each: the number of masked positions is then
-uniform from one to all n. The sum of their losses times n / number is an unbiased estimate of the loss of masked
-diffusion, whose weight is 1/t at a masking ratio t that is uniform in (0, 1] (MDLM, Sahoo et al., 2024; LLaDA, Nie et
-al., 2025, which has both forms).
-
 Polarity: ids name *masked* positions, which are replaced and have to be predicted.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,23 +19,13 @@ from mvlm_dataloading.tokenizer import Tokenizer
 
 DEFAULT = Masking()
 Int64 = NDArray[np.int64]
-Float32 = NDArray[np.float32]
-
-
-class TokenMask(NamedTuple):
-    """Masked positions of packed tokens, and how much each counts in the loss."""
-
-    ids: Int64
-    """int64 (M,), ascending."""
-    weights: Float32
-    """float32 (M,)."""
 
 
 def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int, masking: Masking = DEFAULT) -> Int64:
     """Masked patches of each image: int64 (B, K), row-major patch numbers, ascending within a row.
 
-    `Masking.masked_blocks` square blocks with sides of `mask_block` pixels are masked, whatever `image_masking` is. All
-    sets of blocks are equally likely.
+    `Masking.masked_blocks` square blocks with sides of `mask_block` pixels are masked. All sets of blocks are equally
+    likely.
 
     Args:
         epoch: one number, or int (B,).
@@ -52,30 +37,6 @@ def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int,
     chosen = masking.masked_blocks(image_size)
     blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // masking.mask_block)[:, :chosen]
     return np.sort(_patches_of(blocks, image_size, masking), axis=1)  # (B, K)
-
-
-def draw_variable_patch_masks(
-    seed: int, epoch: Any, sample_ids: Any, *, image_size: int, masking: Masking = DEFAULT
-) -> tuple[Int64, Float32]:
-    """Masked patches of each image, of as many blocks as are drawn for it: ids and weights, (B, N) each.
-
-    An image with k of n blocks masked has its masked patches first, ascending, each of weight n/k. The rest of its row
-    repeats the last of them, with weight 0. The weights of every row add up to N.
-
-    Raises:
-        ValueError: as `draw_patch_masks`.
-    """
-    masking.check_image_size(image_size)
-    a_block = masking.patches_of_a_block
-    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // masking.mask_block)  # (B, n)
-    number = blocks.shape[1]
-    counts = 1 + _draws_below(Purpose.PATCH_COUNT, seed, epoch, sample_ids, number)  # (B,)
-    ids = _patches_of(blocks, image_size, masking)  # (B, N)
-    masked = np.arange(ids.shape[1]) < a_block * counts[:, None]
-    ids = np.sort(np.where(masked, ids, ids.shape[1]), axis=1)
-    last = np.take_along_axis(ids, a_block * counts[:, None] - 1, axis=1)
-    weights = np.where(masked, number / counts[:, None], 0).astype(np.float32)
-    return np.where(masked, ids, last), weights
 
 
 def _ordered_blocks(seed: int, epoch: Any, sample_ids: Any, blocks_a_side: int) -> Int64:
@@ -95,11 +56,6 @@ def _patches_of(blocks: Int64, image_size: int, masking: Masking) -> Int64:
     return (top_left[:, :, None] + within).reshape(len(blocks), -1)
 
 
-def _draws_below(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, number: Any) -> Int64:
-    """A number from 0 to number - 1 for each sample, int64 (B,); number int or int (B,)."""
-    return (uniforms(purpose, seed, epoch, np.asarray(sample_ids), 1)[:, 0] * number).astype(np.int64)
-
-
 def draw_token_masks(
     seed: int,
     epoch: Any,
@@ -108,13 +64,12 @@ def draw_token_masks(
     *,
     ratio: float | None = 0.3,
     starts: NDArray[np.bool_] | None = None,
-) -> TokenMask:
-    """Masked positions in the packed tokens.
+) -> Int64:
+    """Masked positions in the packed tokens: int64 (M,), ascending.
 
     Sample b has `lengths[b]` tokens including [CLS] and [SEP]. Of its n = lengths[b] - 2 ordinary tokens, exactly
-    max(1, round(ratio n)) are masked, halves rounded to even, and count 1 each. Without a ratio, 1 to n are masked,
-    each number k as likely as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019), and count
-    n/k each. [CLS] and [SEP] are never masked.
+    max(1, round(ratio n)) are masked, halves rounded to even. Without a ratio, 1 to n are masked, each number as likely
+    as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019). [CLS] and [SEP] are never masked.
 
     With `starts`, all tokens of a word are masked or none (whole word masking), and n is the number of words. A word
     whose other pieces are shown can be guessed without the image (ViLT, Kim et al., ICML 2021).
@@ -129,15 +84,13 @@ def draw_token_masks(
     rows, positions, unit = _units(lengths, starts)
     numbers = np.bincount(rows, minlength=len(lengths))  # (B,), units of each caption
     if ratio is None:
-        counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, numbers)
+        draws = uniforms(Purpose.TOKEN_COUNT, seed, epoch, np.asarray(sample_ids), 1)[:, 0]  # (B,)
+        counts = 1 + (draws * numbers).astype(np.int64)
     elif 0 <= ratio <= 1:
         counts = np.maximum(1, np.rint(ratio * numbers)).astype(np.int64)  # rint rounds halves to even, like `round`
     else:
         raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
-    tokens = _choose_units(seed, epoch, sample_ids, rows, counts)[unit]
-    of = rows[unit[tokens]]
-    weights = np.ones(len(of)) if ratio is not None else numbers[of] / counts[of]
-    return TokenMask(positions[tokens], weights.astype(np.float32))
+    return positions[_choose_units(seed, epoch, sample_ids, rows, counts)[unit]]
 
 
 def _units(lengths: Any, starts: NDArray[np.bool_] | None) -> tuple[Int64, Int64, Int64]:
@@ -187,16 +140,11 @@ class MaskDrawer:
         self, image_epochs: Int64, images: Int64, text_epochs: Int64, texts: Int64, tokens: Int64, lengths: Int64
     ) -> dict[str, NDArray]:
         """Fields of `Masks`, of images and of captions by their ids, with the captions' packed tokens and lengths."""
-        masking, sizes = self._masking, {"image_size": self._image_size, "masking": self._masking}
-        drawn: dict[str, NDArray] = {}
-        if masking.image_masking == "fixed":
-            drawn["patch_ids"] = draw_patch_masks(self._seed, image_epochs, images, **sizes)
-        else:
-            found = draw_variable_patch_masks(self._seed, image_epochs, images, **sizes)
-            drawn["patch_ids"], drawn["patch_weights"] = found
-        ratio = masking.text_mask_ratio if masking.text_masking == "fixed" else None
+        masking, seed = self._masking, self._seed
         starts = None if self._word_starts is None else self._word_starts[tokens]
-        drawn["token_ids"], weights = draw_token_masks(
-            self._seed, text_epochs, texts, lengths, ratio=ratio, starts=starts
-        )
-        return drawn | ({"token_weights": weights} if masking.text_masking == "variable" else {})
+        return {
+            "patch_ids": draw_patch_masks(seed, image_epochs, images, image_size=self._image_size, masking=masking),
+            "token_ids": draw_token_masks(
+                seed, text_epochs, texts, lengths, ratio=masking.text_mask_ratio, starts=starts
+            ),
+        }

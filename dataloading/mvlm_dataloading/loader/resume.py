@@ -72,13 +72,12 @@ def text_hash(tokenizer: str, length: int, masking: Masking, image_size: int, sh
         tokenizer: its fingerprint.
         shared: each image and caption of a batch comes once, and masks are drawn for these, not for samples.
     """
-    variable = [masking.image_masking == "variable", masking.text_masking == "variable"]
     newer = {"shared": shared, "whole words": masking.whole_word_masking}
     return settings_hash(
         {
             "tokenizer": tokenizer,
             "length": length,
-            "ratio": "uniform" if masking.text_masking == "uniform" else masking.text_mask_ratio,
+            "ratio": "uniform" if masking.text_mask_ratio is None else masking.text_mask_ratio,
             "patches": {
                 "image_size": image_size,
                 "patch_size": masking.patch_size,
@@ -86,7 +85,6 @@ def text_hash(tokenizer: str, length: int, masking: Masking, image_size: int, sh
                 "ratio": masking.image_mask_ratio,
             },
             # Without these, the hash is that of states from before they existed.
-            **({"variable": variable} if any(variable) else {}),
             **{name: True for name, value in newer.items() if value},
         }
     )

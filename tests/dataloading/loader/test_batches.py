@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks
+from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks
 from mvlm_dataloading.randomness import text_hash
 from support.loaders import make_loader, rows, take
 
@@ -29,20 +29,12 @@ def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
         assert image_id == train_split.image_id(i)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "variable"])
-def test_masks_are_those_of_the_mask_functions(train_split, tokenizer, kind):
-    for batch, masks in take(make_loader(train_split, tokenizer, image_masking=kind, text_masking=kind), 3):
+@pytest.mark.parametrize("ratio", [0.3, None])
+def test_masks_are_those_of_the_mask_functions(train_split, tokenizer, ratio):
+    for batch, masks in take(make_loader(train_split, tokenizer, text_mask_ratio=ratio), 3):
         of = (5, 0, batch.sample_id.numpy())
-        tokens, weights = draw_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=0.3 if kind == "fixed" else None)
-        assert np.array_equal(masks.token_ids, tokens)
-        if kind == "fixed":
-            assert np.array_equal(masks.patch_ids, draw_patch_masks(*of, image_size=64))
-            assert masks.token_weights is masks.patch_weights is None
-        else:
-            patches, patch_weights = draw_variable_patch_masks(*of, image_size=64)
-            assert np.array_equal(masks.patch_ids, patches)
-            assert np.array_equal(masks.patch_weights, patch_weights)
-            assert np.array_equal(masks.token_weights, weights)
+        assert np.array_equal(masks.token_ids, draw_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=ratio))
+        assert np.array_equal(masks.patch_ids, draw_patch_masks(*of, image_size=64))
 
 
 @pytest.mark.parametrize("per_image", [None, 1])

@@ -1,4 +1,4 @@
-"""Masks of patches and of tokens: counts, weights, words, and fairness, by loops over pixels and tokens."""
+"""Masks of patches and of tokens: counts, words, and fairness, by loops over pixels and tokens."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import Masking
-from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks, draw_variable_patch_masks
+from mvlm_dataloading.loader.masking import draw_patch_masks, draw_token_masks
 
 
 def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list[int]]:
@@ -50,44 +50,25 @@ def test_masks_depend_on_the_sample_and_not_on_the_batch():
     starts = np.random.default_rng(2).random(lengths.sum()) < 0.5
     begins = np.cumsum(lengths) - lengths
     for settings in ({}, {"ratio": None}, {"starts": starts}):
-        tokens, weights = draw_token_masks(1, epochs, samples, lengths, **settings)
+        tokens = draw_token_masks(1, epochs, samples, lengths, **settings)
         for i in np.random.default_rng(0).permutation(40):
             one, own = slice(i, i + 1), (tokens >= begins[i]) & (tokens < begins[i] + lengths[i])
             if "starts" in settings:
                 settings = {"starts": starts[begins[i] : begins[i] + lengths[i]]}
             alone = draw_token_masks(1, int(epochs[i]), samples[one], lengths[one], **settings)
-            assert np.array_equal(alone.ids, tokens[own] - begins[i])
-            assert np.array_equal(alone.weights, weights[own])
+            assert np.array_equal(alone, tokens[own] - begins[i])
             assert np.array_equal(draw_patch_masks(1, epochs[one], samples[one], image_size=96)[0], patches[i])
     draws = [draw_patch_masks(s, e, [i], image_size=224).tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
     assert len(set(draws)) == 20
-    draws = [draw_token_masks(s, e, [i], [99]).ids.tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
+    draws = [draw_token_masks(s, e, [i], [99]).tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
     assert len(set(draws)) == 20
 
 
-def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_patches():
-    ids, weights = draw_variable_patch_masks(3, 1, range(200), image_size=96)
-    fixed = draw_patch_masks(3, 1, range(200), image_size=96, masking=Masking(image_mask_ratio=5 / 9))
-    assert ids.shape == weights.shape == (200, 36)
-    for i, (row, weight) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
-        number = sum(w > 0 for w in weight)
-        masked = row[:number]
-        assert masked == sorted(set(masked))
-        assert row[number:] == [masked[-1]] * (36 - number)
-        blocks = {(p // 6 // 2, p % 6 // 2) for p in masked}
-        assert number == 4 * len(blocks)
-        assert weight == [np.float32(9 / len(blocks))] * number + [0.0] * (36 - number)
-        assert len(blocks) != 5 or masked == fixed[i].tolist()  # the mask of a ratio with that count
-
-
-def test_every_number_of_masked_blocks_and_of_masked_tokens_is_equally_likely():
-    _, weights = draw_variable_patch_masks(0, 0, range(18000), image_size=96)
-    blocks = np.bincount((weights > 0).sum(1) // 4, minlength=10)
-    masked = draw_token_masks(0, 0, range(18000), [11] * 18000, ratio=None)
-    tokens = np.bincount(np.bincount(masked.ids // 11, minlength=18000), minlength=10)
-    for counts in (blocks, tokens):
-        assert (len(counts), counts[0]) == (10, 0)
-        assert abs(counts[1:] - 2000).max() < 5 * 2000**0.5
+def test_every_number_of_masked_tokens_is_equally_likely():
+    ids = draw_token_masks(0, 0, range(18000), [11] * 18000, ratio=None)
+    counts = np.bincount(np.bincount(ids // 11, minlength=18000), minlength=10)
+    assert (len(counts), counts[0]) == (10, 0)
+    assert abs(counts[1:] - 2000).max() < 5 * 2000**0.5
 
 
 def words_of(starts: np.ndarray | None, begin: int, length: int) -> list[list[int]]:
@@ -103,25 +84,23 @@ def words_of(starts: np.ndarray | None, begin: int, length: int) -> list[list[in
 @pytest.mark.parametrize("ratio", [None, 0.3, 0.5])
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_an_exact_number_of_tokens_or_whole_words_is_masked(ratio, whole_words):
-    """Shares, counts and weights are those of words; special tokens start none. Halves are rounded to even."""
+    """Shares and counts are those of words; special tokens start none. Halves are rounded to even."""
     rng = np.random.default_rng(3)
     lengths = rng.integers(3, 14, size=300)
     starts = rng.random(lengths.sum()) < 0.5 if whole_words else None
-    masked = draw_token_masks(4, 1, range(300), lengths, ratio=ratio, starts=starts)
-    assert (masked.ids.dtype, masked.weights.dtype) == (np.int64, np.float32)
-    assert masked.ids.tolist() == sorted(set(masked.ids.tolist()))
+    ids = draw_token_masks(4, 1, range(300), lengths, ratio=ratio, starts=starts)
+    assert ids.dtype == np.int64
+    assert ids.tolist() == sorted(set(ids.tolist()))
     begin, counts = 0, set()
     for length in lengths.tolist():
         words = words_of(starts, begin, length)
-        inside = (masked.ids >= begin) & (masked.ids < begin + length)
-        hidden = set(masked.ids[inside].tolist())
+        hidden = set(ids[(ids >= begin) & (ids < begin + length)].tolist())
         chosen = [word for word in words if hidden & set(word)]
         assert sorted(hidden) == sorted(i for word in chosen for i in word)
         n, k = len(words), len(chosen)
         counts.add((n, k))
         if ratio is not None:
             assert k == max(1, round(ratio * n))
-        assert set(masked.weights[inside]) == {np.float32(n / k) if ratio is None else 1.0}
         begin += length
     assert ratio is not None or {(5, k) for k in (1, 2, 3, 4, 5)} <= counts
 
@@ -129,7 +108,7 @@ def test_an_exact_number_of_tokens_or_whole_words_is_masked(ratio, whole_words):
 def test_every_word_is_equally_likely_whatever_its_length():
     draws = 6000
     starts = np.tile([True, True, False, False, True, True, False, True], draws)  # of [CLS] and [SEP] nothing is read
-    ids, _ = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 8), ratio=0.25, starts=starts)
+    ids = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 8), ratio=0.25, starts=starts)
     counts = np.bincount(ids % 8, minlength=8)
     assert counts[1] == counts[2] == counts[3]
     assert counts[5] == counts[6]

@@ -77,8 +77,7 @@ def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_samples(tr
         ({"image_size": 64}, False, False),
         ({"text_length": 9}, True, False),
         ({"text_mask_ratio": 0.5}, True, False),
-        ({"image_masking": "variable"}, True, False),
-        ({"text_masking": "variable"}, True, False),
+        ({"text_mask_ratio": None}, True, False),
         ({"whole_word_masking": True}, True, False),
     ],
 )

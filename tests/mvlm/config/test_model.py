@@ -35,7 +35,6 @@ INVALID: dict[str, tuple[object, ...]] = {
     "image_mask_ratio": (0.1, 1.2, math.nan),
     "text_mask_ratio": (1.5,),
     "contrastive": ("hinge",),
-    "text_masking": ("none",),
     "temperature": (0.51, 0.0),
     "image_mean": ((0.5, math.inf, 0.5),),
     "image_std": ((0.5, 0.0, 0.5),),
@@ -48,7 +47,6 @@ INVALID: dict[str, tuple[object, ...]] = {
     [
         *({name: value} for name, values in INVALID.items() for value in values),
         {"output_positions": True, "width": 30, "heads": 1},
-        {"image_masking": "variable", "drop_masked": True},
     ],
     ids=str,
 )
@@ -60,12 +58,10 @@ def test_invalid_settings_of_a_model_are_refused(changes):
 def test_options_of_the_loader_are_the_models_sizes_and_masks():
     config = micro_config(
         patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=0.5, text_length=9,
-        text_masking="variable", whole_word_masking=True, mask_partner=True,
+        whole_word_masking=True, mask_partner=True,
     )  # fmt: skip
     sizes = {"image_size": 32, "text_length": 9}
     shares = {"patch_size": 4, "mask_block": 8, "image_mask_ratio": 0.25, "text_mask_ratio": 0.5}
-    assert config.loader_options() == sizes | {
-        "masking": Masking(**shares, image_masking="fixed", text_masking="variable", whole_word_masking=True)
-    }
+    assert config.loader_options() == sizes | {"masking": Masking(**shares, whole_word_masking=True)}
     assert config.loader_options(train=False) == sizes | {"masking": Masking(**shares)}
     assert config.loader_options().keys() <= inspect.signature(Loader).parameters.keys()

@@ -22,7 +22,6 @@ from mvlm.distributed.global_batch import (
     Embeddings,
     Kept,
     backward_global,
-    sharded_conditioned_loss,
     sharded_contrastive_loss,
     sharded_distance_to_start,
 )
@@ -37,7 +36,7 @@ from mvlm.objectives.negatives import NegativeSampling
 from mvlm.training.metrics import gradient_norms
 from mvlm_dataloading import Batch, Masks
 from support.faults.forks import ended_well, in_ranks
-from support.models import ALONE, Largest, micro_batch, micro_model, normal, with_weights
+from support.models import ALONE, Largest, micro_batch, micro_model, normal
 
 EXACT = 1e-10
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
@@ -48,9 +47,6 @@ SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "sigmoid": {"contrastive": "sigmoid"},
-    "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
-    "text pooling with softmax": {"text_pooling": True},
-    "weighted masks": {},
     "masked partners": {"mask_partner": True},
     "dropped patches": {"drop_masked": True, "contrast_masked": True},
     "masked captions in ITC": {"contrast_masked": True},
@@ -58,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapters": {},
     "kept start": {},
 }
-"""Changes of the model, by name. Masks are changed where the name says so."""
+"""Changes of the model, by name."""
 PARTS = {
     "frozen": PartSettings(train_image="frozen", train_cross="frozen"),
     "adapters": PartSettings(train_image="lora", train_text="frozen", train_cross="lora", lora_rank=2),
@@ -67,13 +63,12 @@ PARTS = {
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
-def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
+def whole_batch() -> tuple[Batch, Masks]:
     """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked tokens a caption."""
     batch, masks = micro_batch(LENGTHS, seed=1)
     image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
     image_id[[5, 13]] = 102
     text_id[[7, 8, 15]] = 200
-    masks = with_weights(batch, masks) if "weighted" in variant else masks
     return replace(batch, image_id=image_id, text_id=text_id), masks
 
 
@@ -82,12 +77,7 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
     starts = batch.cu_seqlens.tolist()
     rows, begin, end = slice(first, first + number), starts[first], starts[first + number]
     inside = (masks.token_ids >= begin) & (masks.token_ids < end)
-    own = Masks(
-        patch_ids=masks.patch_ids[rows],
-        token_ids=masks.token_ids[inside] - begin,
-        patch_weights=None if masks.patch_weights is None else masks.patch_weights[rows],
-        token_weights=None if masks.token_weights is None else masks.token_weights[inside],
-    )
+    own = Masks(patch_ids=masks.patch_ids[rows], token_ids=masks.token_ids[inside] - begin)
     part = Batch(
         images=batch.images[rows],
         tokens=batch.tokens[begin:end],
@@ -118,10 +108,10 @@ def kept_of(variant: str) -> Kept | None:
     return Kept(0.7, start)
 
 
-def pieces(world: World, number: int, variant: str) -> list[tuple[Batch, Masks]]:
+def pieces(world: World, number: int) -> list[tuple[Batch, Masks]]:
     """This rank's microbatches of the whole batch."""
     size = len(LENGTHS) // (world.size * number)
-    return [piece(*whole_batch(variant), (a * world.size + world.rank) * size, size) for a in range(number)]
+    return [piece(*whole_batch(), (a * world.size + world.rank) * size, size) for a in range(number)]
 
 
 class Oracle:
@@ -129,7 +119,7 @@ class Oracle:
 
     def __init__(self, weights: tuple[float, ...], variant: str) -> None:
         model, kept = model_of(variant), kept_of(variant)
-        batch, masks = whole_batch(variant)
+        batch, masks = whole_batch()
 
         def distance(features: Features) -> Tensor:
             assert kept is not None
@@ -191,14 +181,7 @@ def cases_of(ranks: int) -> list[dict[str, Any]]:
 
 FEW = [
     {"kind": "ddp", "microbatches": 1, "again": False, "weights": EVERY, "variant": "paper", "plan": "fast"},
-    {
-        "kind": "fsdp",
-        "microbatches": 2,
-        "again": True,
-        "weights": SOME[-1],
-        "variant": "weighted masks",
-        "plan": "fast",
-    },
+    {"kind": "fsdp", "microbatches": 2, "again": True, "weights": SOME[-1], "variant": "sigmoid", "plan": "fast"},
     {"kind": "ddp", "microbatches": 2, "again": True, "weights": SOME[2], "variant": "frozen", "plan": "fast"},
     {"kind": "ddp", "microbatches": 2, "again": False, "weights": EVERY, "variant": "dropped patches", "plan": "fast"},
     {"kind": "fsdp", "microbatches": 1, "again": False, "weights": EVERY, "variant": "adapters", "plan": "fast"},
@@ -217,7 +200,7 @@ def check(world: World, case: dict[str, Any], oracle: Oracle) -> None:
     if case["again"]:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
-    micro = pieces(world, case["microbatches"], case["variant"])
+    micro = pieces(world, case["microbatches"])
     chosen: dict[str, Any] = {"plan": case["plan"], "weights": LossWeights(*weights), "kept": kept_of(case["variant"])}
     for _ in range(2 if kind == "ddp" else 1):
         model.zero_grad(set_to_none=True)
@@ -264,7 +247,7 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
         world, runs = join_ranks("cpu"), []
         for _ in range(2):
             model = micro_model(**SHALLOW)
-            micro = pieces(world, microbatches, "paper")
+            micro = pieces(world, microbatches)
             losses = backward_global(parallelize(model, world), micro, world, seed=SEED, step=STEP)
             assert [x.item() for x in losses] == pytest.approx(oracle.losses, abs=EXACT)
             runs.append({name: p.grad for name, p in model.named_parameters()})
@@ -340,27 +323,3 @@ def test_microbatches_of_different_sizes_are_refused():
         backward_global(parallel, [micro_batch((5, 6)), micro_batch((5, 6, 7))], ALONE, seed=0, step=0)
     with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[\] pairs"):
         backward_global(parallel, [], ALONE, seed=0, step=0)
-
-
-@pytest.mark.slow
-def test_text_pooling_in_blocks_has_the_loss_and_gradients_of_all_at_once():
-    """Five images at once, and two at a time."""
-    batch, _ = micro_batch()
-    found = []
-    for elements in (1 << 20, 2 * 5 * 16):
-        model = micro_model(text_pooling=True, contrastive="sigmoid")
-        assert model.text_pooling is not None
-        v = model.encode_image(batch.images)
-        w, _ = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
-        layout = GlobalBatchLayout(0, 1, 1, 5)
-        embeddings = Embeddings(model.embed_image(v), model.embed_text(w), layout)
-        similarity = functools.partial(plain.conditioned_similarity, model.text_pooling)
-        loss = sharded_conditioned_loss(
-            similarity, v, embeddings, model.log_scale, layout, elements, bias=model.logit_bias
-        )
-        loss.backward()
-        found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
-    (loss, gradients), (blocks, again) = found
-    assert blocks == pytest.approx(loss, abs=1e-12)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(again[name], gradient, rtol=0, atol=1e-12, msg=name)

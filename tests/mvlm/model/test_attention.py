@@ -2,12 +2,10 @@
 # pyright: reportCallIssue=false
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mvlm.model.attention import TextPooling
 from mvlm_kernels.cross_attention import attend_heads as attend
 from support.models import normal
 
@@ -50,26 +48,3 @@ def test_attend_on_a_cpu_is_as_exact_as_sdpa(shape, keys, lengths, dtype, mantis
         error, peer_error = ((x.double() - true).abs().max().item() for x in (found, peer))
         ulp = 2.0 ** (math.floor(math.log2(true.abs().max().item())) - mantissa)
         assert error <= 2 * peer_error + ulp, (name, error, peer_error, ulp)
-
-
-def test_text_pooling_against_loops():
-    """One caption, one image and one head at a time, in numpy."""
-    torch.manual_seed(0)
-    pooling = TextPooling(8, 2, 6).double()
-    v, texts = normal(3, 5, 8), torch.nn.functional.normalize(normal(4, 6, seed=1), dim=-1)
-    found = pooling.similarity(v, texts).detach().numpy()
-    weights = {name: p.detach().numpy() for name, p in pooling.named_parameters()}
-
-    def linear(name: str, x: np.ndarray) -> np.ndarray:
-        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
-
-    for i in range(3):
-        for j in range(4):
-            q, pooled = linear("query", texts[j].numpy()), np.zeros(8)
-            keys, values = ([linear(name, row) for row in v[i].numpy()] for name in ("key", "value"))
-            for head in (slice(0, 4), slice(4, 8)):
-                scores = np.array([q[head] @ key[head] / 2 for key in keys])
-                p = np.exp(scores - scores.max())
-                pooled[head] = sum(a * value[head] for a, value in zip(p / p.sum(), values, strict=True))
-            u = linear("out", pooled)
-            assert found[i, j] == pytest.approx(u @ texts[j].numpy() / np.linalg.norm(u), abs=1e-12)

@@ -143,19 +143,12 @@ def test_losses_are_single_precision_under_autocast():
         assert getattr(losses, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.03)
 
 
-@pytest.mark.parametrize(
-    "changes, name",
-    [
-        ({"patch_size": 4}, "masks.patch_ids"),
-        ({"image_mask_ratio": 0.25}, "masks.patch_ids"),
-        ({"image_masking": "variable", "text_masking": "variable"}, "masks.patch_weights, masks.token_weights"),
-    ],
-)
-def test_masks_of_another_configuration_are_refused_in_training(changes, name):
+@pytest.mark.parametrize("changes", [{"patch_size": 4}, {"image_mask_ratio": 0.25}])
+def test_masks_of_another_configuration_are_refused_in_training(changes):
     batch, masks = micro_batch()  # 8 of 16 patches
     model = micro_model(**changes)
     for plan in ("plain", "fast"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=r"masks\.patch_ids"):
             model(batch, masks, plan=plan)
     if "patch_size" not in changes:
         assert model.eval()(batch, masks).total.isfinite()  # an evaluation chooses its masks

@@ -10,17 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from mvlm.objectives.losses import (
-    conditioned_loss,
     contrastive_logits,
     contrastive_loss,
     correct_top1,
     distance_to_start,
     masked_image_loss,
     masked_language_loss,
-    masked_tokens,
+    masked_targets,
     matching_loss,
+    number_of_masked_tokens,
     shared_contrastive_sums,
-    weight_of_masked_tokens,
 )
 from support.models import micro_batch, normal
 
@@ -31,25 +30,17 @@ def log_softmax(row: list[float]) -> list[float]:
     return [x - total for x in row]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_reconstruction_losses_against_loops(weighted):
-    """Means over tokens and patches, by their weights."""
+def test_reconstruction_losses_against_loops():
+    """Means over tokens and pixels."""
     logits, targets = 3 * normal(7, 11), torch.tensor([0, 10, 4, 4, 7, 2, 9])
-    weights = normal(7, seed=2).abs() if weighted else torch.ones(7)
-    terms = [-log_softmax(row)[t] for row, t in zip(logits.tolist(), targets.tolist(), strict=True)]
-    wanted = sum(w * x for w, x in zip(weights.tolist(), terms, strict=True)) / sum(weights.tolist())
-    given = (weights,) if weighted else ()
-    assert masked_language_loss(logits, targets, *given).item() == pytest.approx(wanted, abs=1e-12)
+    wanted = -sum(log_softmax(row)[t] for row, t in zip(logits.tolist(), targets.tolist(), strict=True)) / 7
+    assert masked_language_loss(logits, targets).item() == pytest.approx(wanted, abs=1e-12)
 
     pred, target = normal(3, 4, 12), normal(3, 4, 12, seed=1)
-    weights = normal(3, 4, seed=2).abs() if weighted else torch.ones(3, 4)
     total = sum(
-        weights[b, k].item() * abs(pred[b, k, i].item() - target[b, k, i].item()) / 12
-        for b, k, i in product(range(3), range(4), range(12))
+        abs(pred[b, k, i].item() - target[b, k, i].item()) for b, k, i in product(range(3), range(4), range(12))
     )
-    given = (weights,) if weighted else ()
-    found = masked_image_loss(pred, target, *given).item()
-    assert found == pytest.approx(total / sum(weights.flatten().tolist()), abs=1e-12)
+    assert masked_image_loss(pred, target).item() == pytest.approx(total / 144, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["mlm", "mim", "itm"])
@@ -96,17 +87,6 @@ def test_sigmoid_loss_against_loops(scale):
     loss, accuracy = contrastive_loss(logits, bias)
     assert loss.item() == pytest.approx(total / 5, rel=1e-12)
     assert accuracy == contrastive_loss(logits)[1]
-
-
-def test_conditioned_loss_against_loops():
-    """Two images of a batch of four pairs, at rows 1 and 3."""
-    similarity, scale, bias = normal(2, 4), torch.tensor([0.7], dtype=torch.float64), torch.tensor([-1.0])
-    targets, logits = torch.tensor([1, 3]), (math.exp(0.7) * similarity).tolist()
-    signed = [(x - 1) * (1 if j == t else -1) for row, t in zip(logits, (1, 3), strict=True) for j, x in enumerate(row)]
-    wanted = sum(math.log1p(math.exp(-x)) for x in signed)
-    assert conditioned_loss(similarity, scale, bias, targets).item() == pytest.approx(wanted, abs=1e-12)
-    wanted = -sum(log_softmax(row)[t] for row, t in zip(logits, (1, 3), strict=True))
-    assert conditioned_loss(similarity, scale, None, targets).item() == pytest.approx(wanted, abs=1e-12)
 
 
 def is_largest(row: list[float], place: int) -> bool:
@@ -156,17 +136,12 @@ def test_matching_accuracy_leaves_out_pairs_without_weight():
 def test_padding_positions_count_nothing():
     batch, masks = micro_batch((5, 4))
     batch.tokens[2] = 100  # a token like any other
-    masks = replace(masks, token_ids=torch.tensor([2, 6]), token_weights=torch.tensor([3.0, 5]))
-    padded = replace(masks, token_ids=torch.tensor([2, 6, 15, 15]), token_weights=torch.tensor([3.0, 5, 0, 0]))
+    masks = replace(masks, token_ids=torch.tensor([2, 6]))
+    padded = replace(masks, token_ids=torch.tensor([2, 6, 15, 15]))
     longer = replace(batch, tokens=torch.cat([batch.tokens, torch.zeros(7, dtype=torch.int64)]))
-    found = masked_tokens(longer, padded)
-    assert found.ids.tolist() == [2, 6, 15, 15]
-    assert found.targets.tolist() == [*batch.tokens[[2, 6]].tolist(), -100, -100]
-    weights = found.with_shares().weights
-    assert weights is not None
-    assert weights.tolist() == [3 / 8, 5 / 8, 0, 0]
+    assert masked_targets(longer, padded).tolist() == [*batch.tokens[[2, 6]].tolist(), -100, -100]
     for given in (masks, padded):
-        assert weight_of_masked_tokens(longer, given).tolist() == [8, 2]
+        assert number_of_masked_tokens(longer, given).item() == 2
 
 
 def test_distance_to_start_is_that_of_numpy():

@@ -151,13 +151,13 @@ def test_a_run_resumes_if_its_config_lacks_settings_that_are_newer(run_copy):
     values = json.loads((run_copy / "config.json").read_text())
     for name in ("clip_norm", "ema_decay"):
         del values[name]
-    for name in ("contrastive", "mask_partner", "text_masking"):
+    for name in ("contrastive", "mask_partner"):
         del values["model"][name]
     (run_copy / "config.json").write_text(json.dumps(values))
     assert open_run(pretrain_config(values["data"], run_copy, resume=True)) is not None
     changed = pretrain_config(values["data"], run_copy, resume=True)
-    changed = replace(changed, model=replace(changed.model, text_masking="variable"))
-    refuse(changed, "model.text_masking: config.json has fixed, this command variable")
+    changed = replace(changed, model=replace(changed.model, contrastive="sigmoid"))
+    refuse(changed, "model.contrastive: config.json has softmax, this command sigmoid")
 
 
 def test_line_of_metrics_is_written_completely_or_not_at_all(tmp_path, file_limit):

@@ -70,7 +70,6 @@ SETTINGS = [
     {"text_layers": 3},
     {"patch_size": 16},
     {"width": 18},
-    {"text_pooling": True},
     {"contrastive": "sigmoid"},
     {"cross_norm": "pre"},
 ]
@@ -106,17 +105,17 @@ def test_settings_that_no_model_has_are_refused(copy, form, change, word):
 
 
 ARCHITECTURES = [
-    (False, "post", "softmax", 0),
-    (True, "pre", "softmax", 1),
-    (True, "post", "sigmoid", 0),
-    (False, "pre", "sigmoid", 1),
+    ("post", "softmax", 0),
+    ("pre", "softmax", 1),
+    ("post", "sigmoid", 0),
+    ("pre", "sigmoid", 1),
 ]
 
 
-@pytest.mark.parametrize("pooling, norm, form, added", ARCHITECTURES)
-def test_the_shapes_of_a_configuration_are_those_of_its_network(pooling, norm, form, added):
+@pytest.mark.parametrize("norm, form, added", ARCHITECTURES)
+def test_the_shapes_of_a_configuration_are_those_of_its_network(norm, form, added):
     config = micro_config(
-        text_pooling=pooling, cross_norm=norm, contrastive=form, image_layers=1 + added, decoder_layers=1, text_layers=3
+        cross_norm=norm, contrastive=form, image_layers=1 + added, decoder_layers=1, text_layers=3
     )  # fmt: skip
     shapes = {name: tuple(tensor.shape) for name, tensor in MaskVLM(config).state_dict().items()}
     check_sizes(config, shapes, Path("model.json"), Path("model"))

@@ -166,7 +166,7 @@ def test_a_result_older_than_a_setting_had_its_default(finished: Path, scenes, t
     old = tmp_path / "old.jsonl"
     results = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
     for result in results:
-        del result["settings"]["ema_decay"], result["settings"]["model.text_pooling"]
+        del result["settings"]["ema_decay"], result["settings"]["model.contrast_masked"]
     old.write_text("".join(f"{json.dumps(result)}\n" for result in results))
     report_finished(study(), scenes, tmp_path / "now", [old])
     assert (tmp_path / "now/study.csv").read_bytes() == (finished / "study.csv").read_bytes()
