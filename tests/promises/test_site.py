@@ -76,6 +76,11 @@ def test_pages_that_code_and_tests_name_exist() -> None:
     assert [(file, name) for file, name in named if not (ROOT / name).exists()] == []
 
 
+def test_no_line_begins_with_a_per_cent_sign():
+    """MyST takes such a line for a comment, and leaves it out of the site."""
+    assert [page for page in PAGES if re.search(r"^%", prose(page), re.MULTILINE)] == []
+
+
 def test_badges_are_what_their_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs" / "images" / "draw_badges.py"))["badges"]()
     assert len(drawn) == 3
