@@ -86,7 +86,7 @@ def test_the_example_is_trained_and_evaluated_by_its_file_and_by_its_name(
     assert "counting" in other.err[-1]
     written = ["--out", run / "eval/test.json", "--predictions", run / "predictions"]
     run_command = in_the_folder()
-    for command in (["--help"], ["eval", "counting", *options, *written], ["report", run]):
+    for command in (["eval", "--help"], ["eval", "counting", *options, *written], ["report", run]):
         run_command([str(word) for word in command])
     assert "  mvlm eval counting " in capsys.readouterr().out
     by_name = json.loads((run / "eval/test.json").read_text())
