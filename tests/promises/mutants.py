@@ -216,7 +216,7 @@ def run_tests(tree: Path, paths: list[str], lane: str, log: Path) -> int:
         os.dup2(output, 2)
         os.environ["PYTHONPATH"] = os.pathsep.join(str(tree / path) for path in PATHS)
         sys.path[:0] = [str(tree / path) for path in PATHS]
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + COLLECTING,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + COLLECTING, SECONDS + COLLECTING))
         signal.alarm(8 * (SECONDS + COLLECTING))  # tests may wait for ever
         words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", LANES[lane]]
         code = pytest.main([*words, "-W", "ignore::pytest.PytestAssertRewriteWarning", *paths])
