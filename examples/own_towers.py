@@ -10,6 +10,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import BertConfig, BertModel
 
@@ -28,7 +29,7 @@ bert, first, second = (arguments.out / name for name in ("bert", "first", "secon
 
 # A text tower is a folder as save_pretrained writes it, with its tokenizer.
 tokenizer = tokenizer_for(open_dataset(arguments.data, "train"), 2048)
-sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 BertModel(BertConfig(vocab_size=tokenizer.vocab_size, **sizes)).save_pretrained(bert)
 tokenizer.save(bert / "tokenizer.json")
 

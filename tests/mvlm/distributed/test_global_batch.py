@@ -104,7 +104,7 @@ def kept_of(variant: str) -> Kept | None:
     if variant != "kept start":
         return None
     start = micro_model(seed=1, **SHALLOW).requires_grad_(False)
-    start.log_scale += 0.3
+    start.log_scale.data += 0.3
     return Kept(0.7, start)
 
 
