@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/front"))
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
     parser.add_argument("--out", type=Path, default=HERE / "front.png")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=6)
     options = parser.parse_args()
     model = mvlm.load_model(options.run, device="cpu", precision="fp32")
     split = open_dataset(options.data, "test")
@@ -70,7 +70,7 @@ def groups_of(split: Dataset) -> list[list[tuple[int, str, str]]]:
         caption = split.captions(image)[0]
         words = caption.split()
         for place, word in enumerate(words if len(words) > 1 else ()):
-            groups[(*words[:place], "", *words[place + 1 :])].append((image, caption, word))
+            groups[(*words[:place], "", *words[place + 1 :])].append((image, caption, word.strip(",")))
     return [group for group in groups.values() if len({caption for _, caption, _ in group}) >= CAPTIONS]
 
 
@@ -105,18 +105,29 @@ def masked_pixels(found: Reconstruction) -> np.ndarray:
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:
-    """Write the rows: what the model sees, then what it paints for each caption."""
-    figure, axes = plt.subplots(len(rows), 1 + CAPTIONS, figsize=(8.8, 2.6 * len(rows)), squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        panels = [(row.rebuilt[0].masked, "what the model sees")]
-        panels += [(each.rebuilt, caption) for each, caption in zip(row.rebuilt, row.captions, strict=True)]
-        for axis, (panel, title) in zip(line, panels, strict=True):
+    """Write the rows, two beside each other: what the model sees, then what it paints for each caption."""
+    lines, panels = (len(rows) + 1) // 2, 1 + CAPTIONS
+    figure, axes = plt.subplots(
+        lines,
+        2 * panels + 1,
+        figsize=(15, 2.5 * lines),
+        squeeze=False,
+        width_ratios=[*[1] * panels, 0.15, *[1] * panels],
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, row in enumerate(rows):
+        first = (panels + 1) * (number % 2)
+        shown = [(row.rebuilt[0].masked, "what the model sees")]
+        shown += [(each.rebuilt, caption) for each, caption in zip(row.rebuilt, row.captions, strict=True)]
+        for axis, (panel, title) in zip(axes[number // 2, first : first + panels], shown, strict=True):
+            axis.axis("on")
             axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE), Image.Resampling.NEAREST))
-            axis.set_title(fill(title, 22), fontsize=10)
+            axis.set_title(fill(title, 20), fontsize=11)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_color("#cccccc")
-    figure.tight_layout(w_pad=0.6, h_pad=0.8)
-    figure.savefig(out, dpi=110, metadata={"Software": None})
+    figure.tight_layout(w_pad=0.4, h_pad=0.8)
+    figure.savefig(out, dpi=90, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
 
 
 if __name__ == "__main__":
