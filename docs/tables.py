@@ -38,7 +38,6 @@ CONTENDERS = {
 SHORT = {
     "fast": "mvlm",
     "timm+roberta": "timm and transformers",
-    "timm+decoder-layer": "the same with torch's decoder layer",
     "timm+roberta-math": "the same with attention by plain products",
 }
 """Contenders of the README's table."""
@@ -166,6 +165,8 @@ def results() -> str:
     figures = worst(seeds)
     unseen = figures["unseen"]
     text, pixels = (min(each[f"gain_{kind}"] for each in seeds.values()) for kind in ("text_nats", "pixels_pct"))
+    with (RESULTS / "studies" / "scenes-scenes.csv").open() as file:
+        scenes = [float(row["mean"]) for row in csv.DictReader(file) if row["measure"] == "itm.r1"]
     with (RESULTS / "integrations-transformers.csv").open() as file:
         classes = {row["class"] for row in csv.DictReader(file) if row["status"] == "equal"}
     return markdown(
@@ -183,6 +184,11 @@ def results() -> str:
             ],
             ["A hidden word, given the right image", f"{text:.1f} nats surer", "given another image"],
             ["A hidden patch, given another caption", f"{pixels:.0f} % more error", "given its own"],
+            [
+                "[Masked modelling in its best form](docs/evidence/studies.md): R@1 on scenes",
+                f"{scenes[1]:.0f} %",
+                f"ITC + ITM for equal FLOPs: {scenes[0]:.0f} %",
+            ],
             [
                 "[easy-VQA](docs/evidence/tasks.md), fine-tuned: accuracy",
                 f"{vqa['accuracy']:.0f} %",
