@@ -237,7 +237,7 @@ def collectives(setting: ClusterSetting, trained: int) -> list[Collective]:
         Collective("reduce-scatter", "embeddings", 2 * 4 * model.itc_width * own, ranks),  # their gradients, in fp32
         Collective("all-to-all", "features", image, ranks, 2 * repeats, senders=senders),
         Collective("all-to-all", "features", text, ranks, 2 * repeats, senders=senders),
-        Collective("all-reduce", "losses and counts", 2 * 8, ranks),
+        Collective("all-reduce", "losses and counts", 8, ranks),
         Collective("all-reduce", "losses and counts", 7 * 4, ranks),
         *(_sharded if setting.sharded else _replicated)(setting, trained),
     ]
