@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,12 @@ def test_a_vit_of_timm_costs_what_ours_costs():
 
 
 def test_a_bert_of_transformers_costs_what_our_text_encoder_costs(tmp_path, run_mvlm):
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "max_position_embeddings": 24}
+    sizes: dict[str, Any] = {
+        "hidden_size": 192,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "max_position_embeddings": 24,
+    }
     write_text_tower(tmp_path, "bert", text_model("bert", **sizes))
     bert = replace(CONFIG, text_tower=read_text_tower(tmp_path)["text_tower"])
     own, tower = (step_cost(config, StepShape(pairs=2)) for config in (CONFIG, bert))
