@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from math import exp
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -182,7 +183,7 @@ def results() -> str:
                 f"{unseen['tr']['r10']:.0f} and {unseen['ir']['r10']:.0f} %",
                 "chance: 2 %",
             ],
-            ["A hidden word, given the right image", f"{text:.1f} nats surer", "given another image"],
+            ["A hidden word, given the right image", f"{exp(text):.1f} times as likely", "given another image"],
             ["A hidden patch, given another caption", f"{pixels:.0f} % more error", "given its own"],
             [
                 "[Masked modelling in its best form](docs/evidence/studies.md): R@1 on scenes",
