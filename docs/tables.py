@@ -310,7 +310,8 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
         table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells])
     if any(measure == TUNED for _, measure in rows):
         table[0].append("fine-tuned, mean R@1")
-    return markdown(table)
+    kept = [column for column in zip(*table, strict=True) if any(column[1:])]
+    return markdown(list(zip(*kept, strict=True)))
 
 
 def _difference(row: dict[str, str], over: str) -> str:
