@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch._dynamo  # before --seconds can break off its import, which would leave half of it
 
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError

@@ -1,6 +1,8 @@
 """`mvlm bench kernels`: wrong arguments, a run on a CPU, its files and its page."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,20 @@ def test_interpreted_kernels_on_a_gpu_are_refused(monkeypatch, tmp_path) -> None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
         run.run((), (), tmp_path, device="cuda")
+
+
+@pytest.mark.slow
+def test_seconds_that_end_in_a_compilation_do_not_end_the_run() -> None:
+    """In a process of its own, in which torch.compile has not been used."""
+    script = """
+import torch, mvlm_benchmarks.kernels.run
+from mvlm_benchmarks.budget import Budget, OutOfTime
+budget = Budget(60)
+try:
+    with budget.until(budget.used + 0.3):
+        torch.compile(torch.sin, dynamic=False)(torch.ones(2))
+except OutOfTime:
+    pass
+torch.compiler.reset()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
