@@ -136,8 +136,10 @@ def run_command(arguments: Sequence[str]) -> None:
         print(usage(arguments[0]))
         return
     typed = " ".join(arguments[: 2 if within else 1])
-    near = difflib.get_close_matches(typed, COMMANDS, 1) if typed != arguments[0] or not within else []
-    hint = f"did you mean `mvlm {near[0]}`?" if near else f"wanted one of: {', '.join(within or COMMANDS)}"
+    group = f"{arguments[0]} "  # of a family's commands the second words are compared: the first is right
+    known = {name.removeprefix(group): name for name in within or COMMANDS}
+    near = difflib.get_close_matches(typed.removeprefix(group), known, 1) if typed != arguments[0] or not within else []
+    hint = f"did you mean `mvlm {known[near[0]]}`?" if near else f"wanted one of: {', '.join(within or COMMANDS)}"
     raise ConfigError(f"unknown command {typed!r}; {hint}")
 
 

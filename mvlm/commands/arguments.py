@@ -109,6 +109,10 @@ def one_line(box: str) -> str:
             sections.append([])
         else:
             sections[-1].append(line.strip("│ "))
+    for section in sections:  # of flags like the one given, their names alone
+        if section and section[0].startswith(("Perhaps you meant", "Arguments similar to")):
+            names = [line.split()[0].rstrip(",") for line in section if line.startswith("--")]
+            section[1:] = [", ".join(names)]
     kept = [" ".join(section) for section in sections if section and not section[0].startswith("For full helptext")]
     kept.sort(key=lambda message: not message.startswith("Unrecognized"))  # a mistyped flag is also a missing one
     message = "; ".join(kept)
