@@ -139,9 +139,10 @@ def explain(op: Callable[..., Any], *args: Any, as_if: str | None = None, **kwar
 def _explain_as_if(gpu: str, op: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Explanation:
     """Explain a call on fake tensors of a GPU, after the checks of the call as it is."""
     global _recorded_arch
-    name = re.fullmatch(r"sm_(\d{2,3})", gpu)
+    name = re.fullmatch(r"sm_(\d{2,3})", str(gpu))
     if name is None:
-        raise ValueError(f'as_if must be a GPU such as "sm_90", got {gpu!r}')
+        way_out = "torch.cuda.get_device_capability() has that of a GPU at hand"
+        raise ValueError(f'as_if must be a compute capability, as "sm_90" of an H100, got {gpu!r}; {way_out}')
     explain(op, *args, **kwargs)
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -196,6 +196,7 @@ def test_a_wrong_input_is_refused_on_one_line_that_names_it(
         (lambda: explain(torch.nn.functional.linear, Q), "op must"),
         (lambda: explain(CrossAttention(64, 4), torch.zeros(2, 3, 64)), "op must"),
         (lambda: explain(ops.cross_attention, Q, K, V, as_if="H100"), "as_if must"),
+        (lambda: explain(ops.cross_attention, Q, K, V, as_if=90), "as_if must"),  # pyright: ignore[reportArgumentType]
         (lambda: use_backend("cuda").__enter__(), "backend must"),  # pyright: ignore[reportArgumentType]
     ],
 )
