@@ -246,7 +246,9 @@ def summary(out: Path, *splits: str) -> str:
     from mvlm_dataloading.dataset.folders import RemoteFolder, is_remote
 
     written = json.loads(RemoteFolder(out).read("dataset.json")) if is_remote(out) else read_description(out)
-    return f"{out}: {counts({'splits': {split: written['splits'][split] for split in splits or written['splits']}})}"
+    samples = counts({"splits": {split: written["splits"][split] for split in splits or written["splits"]}})
+    rejected = sum(written.get("rejected", {}).values())
+    return f"{out}: {samples}" + (f"; {rejected} left out, listed in {out}/rejected.jsonl" if rejected else "")
 
 
 def counts(description: dict[str, Any]) -> str:

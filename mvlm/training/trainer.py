@@ -165,7 +165,9 @@ class Trainer:
                     f"here; older checkpoints are unchanged: remove the cause and continue with --resume"
                 )
             if not self.complete:
-                log.info("stopped by %s at step %d; saved", stop.reason or "another rank", self.step)
+                log.info(
+                    "stopped by %s at step %d; saved: continue with --resume", stop.reason or "another rank", self.step
+                )
 
     def due(self, every: int) -> bool:
         """True if this step is a multiple of `every`; never for 0."""

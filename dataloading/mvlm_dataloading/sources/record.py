@@ -327,5 +327,7 @@ def require_folder(*paths: Path) -> Path:
     if found is None:
         names = " or ".join(map(str, paths))
         what = "a file" if any(path.exists() for path in paths) else "none"
-        raise DataError(f"{names}: wanted a folder, found {what}; give the folder that the data set was unpacked to")
+        raise DataError(
+            f"{names}: wanted a folder, found {what}; give the folder of the images or of the unpacked data set"
+        )
     return found

@@ -73,5 +73,8 @@ def test_data_merge_joins_the_parts_of_a_build(data_set, image_folder, tmp_path,
         outcome = run_data(*words)
         assert (outcome.code, outcome.out[-1]) == (0, f"{tmp_path / f'part{i}'}: part {i}/2 is complete")
     outcome = run_data("merge", tmp_path / "part2", tmp_path / "part1", tmp_path / "out")
-    assert (outcome.code, outcome.out) == (0, [f"{tmp_path / 'out'}: 6 train"])
+    assert (outcome.code, outcome.out) == (
+        0,
+        [f"{tmp_path / 'out'}: 6 train; 1 left out, listed in {tmp_path / 'out'}/rejected.jsonl"],
+    )
     assert file_contents(tmp_path / "out") == file_contents(data_set)
