@@ -213,7 +213,12 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
                 f"text_weights: wanted the tokenizer that {config.text_weights} was trained with, found none, and one "
                 f"trained on the captions has other tokens; give --tokenizer"
             )
-        make_model(config, fresh=True)  # raises for weights that do not fit
+        of_weights = logging.getLogger("mvlm.weights")
+        of_weights.setLevel(logging.ERROR)  # the trainer's own model says the rest
+        try:
+            make_model(config, fresh=True)  # raises for weights that do not fit
+        finally:
+            of_weights.setLevel(logging.NOTSET)
     also = None if config.also_evaluate is None else open_dataset(config.also_evaluate, "validation")
     return RunInputs(config, dataset, validation, tokenizer, also)
 

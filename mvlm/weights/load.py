@@ -490,10 +490,11 @@ def copy_encoder(
     wrong += [f"{name} unexpected" for name in unused if name.startswith(encoder_prefixes)]
     report.unexpected = [*(name for name in unused if not name.startswith(encoder_prefixes)), *rest]
     if wrong:
-        distinct = dict.fromkeys(wrong)  # the three thirds of one tensor have the same message
+        distinct = list(dict.fromkeys(wrong))  # the three thirds of one tensor have the same message
+        more = f"; and {len(distinct) - 8} more" if len(distinct) > 8 else ""
         raise RunError(
             f"{report.module}: wanted weights of this architecture, found others, nothing was loaded: "
-            f"{'; '.join(distinct)}; "
+            f"{'; '.join(distinct[:8])}{more}; "
             f"set the model's sizes to the source's, or take another source"
         )
     for ours, tensor in ready.items():

@@ -28,7 +28,7 @@ from support.towers import tower_config as image_tower_config
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_tensorboard, tokenizer):
+def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_tensorboard, tokenizer, caplog):
     """At a learning rate of zero the encoders are unchanged after the run. A missing file leaves no run folder."""
     save_file({name: t.float() for name, t in timm_vit().state_dict().items()}, tmp_path / "vit.safetensors")
     save_file(
@@ -44,7 +44,9 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
     config = pretrain_config(
         scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, **files
     )
-    pretrain(config)
+    with caplog.at_level("INFO"):
+        pretrain(config)
+    assert caplog.text.count("image_encoder: ") == 1
     model = load_model(tmp_path / "run").network
     theirs = load_file(files["image_weights"])
     assert torch.equal(model.get_parameter("image_encoder.position"), theirs["pos_embed"][0])
