@@ -64,10 +64,13 @@ class PretrainConfig(
             raise ConfigError(f"capture: wanted none with an image_tower, got {self.capture}; leave --capture out")
         if self.capture == "compile" and self.checkpoint_activations:
             raise ConfigError("capture: wanted no --checkpoint-activations with compile; leave one of them out")
-        of_part = {"image": self.image_weights, "text": self.text_weights or self.text_tower, "cross": None}
-        for part, file in of_part.items():
-            if getattr(self, f"train_{part}") == "lora" and self.initial_model is None and file is None:
-                raise ConfigError(f"train_{part}: wanted weights to start from with lora, got none; give initial_model")
+        starts = {"image": ["image_weights"], "text": ["text_weights", "text_tower"], "cross": []}
+        for part, names in starts.items():
+            names = [*names, "initial_model"]
+            if getattr(self, f"train_{part}") == "lora" and all(getattr(self, name) is None for name in names):
+                raise ConfigError(
+                    f"train_{part}: wanted weights to start from with lora, got none; give {' or '.join(names)}"
+                )
             if self.capture == "compile" and getattr(self, f"train_{part}") != "full":  # torch 2.13 cannot trace it
                 raise ConfigError(f"train_{part}: wanted full with --capture compile; leave one of them out")
         own = [name for name in ("lr_image", "lr_text") if getattr(self, name) is not None]

@@ -83,6 +83,11 @@ def test_a_path_may_be_a_string() -> None:
     assert (found.tokenizer, found.initial_model) == (Path("t.json"), None)
 
 
+def test_adapters_name_every_setting_that_gives_them_weights() -> None:
+    with pytest.raises(ConfigError, match="give text_weights or text_tower or initial_model"):
+        pretrain_config(Path("data"), Path("out"), train_text="lora")
+
+
 def test_itm_needs_itc() -> None:
     with pytest.raises(ConfigError, match=r"weights: .*ITC"):
         pretrain_config(Path("data"), Path("out"), itc_weight=0.0)
