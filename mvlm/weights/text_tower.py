@@ -148,5 +148,8 @@ def _padding(folder: Path, tokenizer: Tokenizer) -> int | None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        found = f"wanted a folder that transformers' save_pretrained wrote, found no {file.name} in it"
+        raise RunError(f"text_tower: {file.parent}: {found}; save the model and its tokenizer there") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"text_tower: {file}: wanted JSON of transformers' save_pretrained, got {error}") from None

@@ -110,7 +110,7 @@ def make_module(tower: str, pretrained: bool = False, **sizes: Any) -> Any:
     timm: Any = need("timm", "integrations")
     if ":" in name or not timm.is_model(name):  # a colon is a hub's or a folder's
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 1)
-        meant = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+        meant = f"; did you mean {PREFIX}{near[0]}?" if near else "; timm.list_models() has the names"
         raise ConfigError(f"image_tower: wanted a model that timm {timm.__version__} has, got {name!r}{meant}")
     try:
         module = timm.create_model(name, pretrained=pretrained, **({} if pretrained else {"num_classes": 0}), **sizes)

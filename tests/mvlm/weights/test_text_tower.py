@@ -209,7 +209,7 @@ REFUSED = {
     "no [CLS]": (broken(lambda at: write_tokenizer(at, "siglip")), {}, DataError, "tokenizer.json.* cls"),
     "undeclared <s>": (undeclared, {}, DataError, "its own rule"),
     "pickled": (broken(pickled), {}, RunError, "model.safetensors"),
-    "no folder": (lambda at: at / "none", {}, RunError, "text_tower.*none"),
+    "no folder": (lambda at: at / "none", {}, RunError, "text_tower.*none.*found no config.json in it"),
     "no JSON": (broken(lambda at: (at / "config.json").write_text("[]")), {}, RunError, "text_tower"),
     "lost": (
         broken(lambda at: change_tensors(at, lambda t: t.pop("encoder.layer.1.output.dense.bias"))),

@@ -63,6 +63,7 @@ SMALL = tower_config("test_vit")
         ("image_tower", {"image_tower": "vit_tiny_patch16_224"}),
         ("did you mean timm:vit_tiny_patch16_224", {"image_tower": "timm:vit_tiny_patch16_225"}),
         ("image_tower", {"image_tower": "timm:hf-hub:owner/name"}),
+        (r"timm.list_models\(\) has the names", {"image_tower": "timm:ViT-B-16"}),
         ("Beit", {"image_tower": "timm:beit_base_patch16_224"}),
         ("HybridEmbed", {"image_tower": "timm:vit_tiny_r_s16_p8_224"}),
         ("VisionTransformerDistilled", {"image_tower": "timm:deit_tiny_distilled_patch16_224"}),
