@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from mvlm.cli import COMMANDS, run_command
 from mvlm.commands import data
+from mvlm.commands.pretrain import parse_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.pretrained import write_model
 from mvlm.runs.load import load_model
@@ -280,6 +281,14 @@ def test_code_runs(page: Page, tmp_path, monkeypatch, capsys, without_tensorboar
         assert (tmp_path / name).stat().st_size > 0, name
     assert re.search(page.prints, capsys.readouterr().out)
     assert page.holds(names) in (None, True)
+
+
+@pytest.mark.slow
+def test_settings_of_runs_that_start_elsewhere_are_valid() -> None:
+    pytest.importorskip("timm")
+    lines = [line for file in MARKDOWN for pattern, line in commands_of(file) if pattern]
+    started = [shlex.split(line)[2:] for line in lines if line.startswith("mvlm pretrain ")]
+    assert len([parse_config(words) for words in started]) > 4
 
 
 def test_all_code_runs_somewhere() -> None:
