@@ -15,6 +15,7 @@ a median over rounds, because one disturbed round could dominate a mean.
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -113,8 +114,12 @@ def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict
 
 @contextlib.contextmanager
 def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> Iterator[list[LoaderProcess]]:
-    """Start the contenders' processes one after another, and close them on exit."""
+    """Start the contenders' processes one after another, and close them on exit.
+
+    On SIGTERM too, because a stopped process would outlive this one.
+    """
     contenders: list[LoaderProcess] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in names:
             contenders.append(LoaderProcess(name, recipe, data, settings["batch"], settings["size"]))
@@ -122,6 +127,7 @@ def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, 
     finally:
         for contender in contenders:
             contender.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_rounds(contenders: Sequence[LoaderProcess], settings: dict[str, int]) -> None:

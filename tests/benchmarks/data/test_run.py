@@ -1,6 +1,9 @@
 """`mvlm bench data`: its data, the lead of our loader with a margin, and its output with contenders of known rates."""
 
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,35 @@ while read -r turn; do echo '{"seconds": 0.5, "rss_mb": 1}'; done
     assert (dying["status"], dying["note"], dying["images_per_s"]) == ("error", "ended with code 7", None)
     assert alive["status"] == "ok"
     assert alive["images_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_no_loader_outlives_a_terminated_benchmark(tmp_path) -> None:
+    (tmp_path / "python").write_text(
+        f"""#!/bin/sh
+touch {tmp_path}/$3.$$
+echo '{{"status": "ok", "note": ""}}'
+read -r turn; sleep 60
+"""
+    )
+    (tmp_path / "python").chmod(0o755)
+    script = f"""
+import sys
+from pathlib import Path
+from mvlm_benchmarks.data import run
+sys.executable = {str(tmp_path / "python")!r}
+run.measure_recipe(["ours", "pil"], "crop", Path(), {SETTINGS})
+"""
+    benchmark = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(list(tmp_path.glob("*.*"))) == 2)
+    benchmark.terminate()
+    assert benchmark.wait(30) != 0
+    loaders = [path.suffix.removeprefix(".") for path in tmp_path.glob("*.*")]
+    wait_until(lambda: not any(Path("/proc", loader).exists() for loader in loaders))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
