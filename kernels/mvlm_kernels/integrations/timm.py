@@ -163,9 +163,8 @@ def swap(
     channel, in the units of pixels in 0..1; ValueError for those of pixels in 0..255. The report lists each module that
     is a ``PatchEmbed`` or is named ``patch_embed``.
     """
-    for name, given in (("mean", mean), ("std", std)):
-        if isinstance(given, int | float):
-            raise ValueError(f"{name} must have one value for each channel, got {given}")
+    if any(isinstance(given, int | float) for given in (mean, std)):
+        raise ValueError(f"mean and std must have one value for each channel, got {mean} and {std}")
     values = tuple(None if x is None else tuple(float(v) for v in x) for x in (mean, std))
     for name, given in zip(("mean", "std"), values, strict=True):
         if given is not None and max(given, default=0) > 1:
