@@ -138,7 +138,7 @@ def test_refusals():
     for values in ({"mean": (123.7, 116.3, 103.5)}, {"std": (58.4, 57.1, 57.4)}):
         with pytest.raises(ValueError, match=f"{next(iter(values))} must be that of pixels in 0..1"):
             swap(small_vit(), **values)
-    with pytest.raises(ValueError, match="std must have one value for each channel, got 0"):
+    with pytest.raises(ValueError, match="std must have one value for each channel"):
         swap(small_vit(), mean=MEAN, std=0)  # pyright: ignore[reportArgumentType]
     assert "integrations.transformers" in str(swap(nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="model must have a patch_embed, got Linear"):
