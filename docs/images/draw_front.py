@@ -4,9 +4,8 @@
         --itc-weight 0 --itm-weight 0 --mlm-weight 0 --eval-every-steps 0
     python docs/images/draw_front.py --run runs/front
 
-trains the model for it, by MIM alone, and draws. The rule: groups of test images whose captions differ in one word;
-of each group the image that the captions change most, beyond the error with its own caption; and the best rows, no two
-with the same word.
+trains the model for it, by MIM alone, and draws. The rule: of the test images whose captions differ from others in one
+word, those that the other captions change most, beyond the error with their own; no two rows with the same word.
 """
 
 import argparse
