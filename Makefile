@@ -272,7 +272,7 @@ $(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --da
 endef
 
 ## tasks          every task, with baselines and three seeds: an estimated 2.8 hours on two cores; PART=i/n
-tasks: runs/tasks/grounding.json $(TASKS_RUN)/.trained $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
+tasks: $(TASKS_RUN)/.trained $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 
 ## tasks-table    the results of finished trials of `make tasks` into benchmarks/results/tasks and the pages' tables
@@ -303,9 +303,6 @@ $(SCENES_RUN)/.trained: data/scenes/places/dataset.json | $(TASKS_RUN)/.trained
 	    --question-length 36 --train-image frozen --train-text frozen --batch-size 64 --questions-per-image 6 --crop-scale 0.9 1 --lr-cross 6e-4 \
 	    --warmup-steps 30 --max-steps 2500 --keep-images-mb 1024 --eval-every-steps 0 --resume
 	touch $@
-
-runs/tasks/grounding.json: | data/scenes/places/dataset.json $(TASKS_RUN)/.trained
-	$(BIN)/mvlm eval grounding --checkpoint $(TASKS_RUN) --data data/scenes/grounding --out $@
 
 # The places are the last of the data sets that the command writes.
 data/scenes/places/dataset.json: | $(VENV)/.installed

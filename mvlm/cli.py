@@ -41,7 +41,6 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Evaluation": {
         "eval retrieval": evaluate.eval_retrieval,
-        "eval grounding": evaluate.eval_grounding,
         **{f"eval {task}": evaluate.eval_task(task) for task in task_names() if task != "retrieval"},
         "score": evaluate.score,
         "report": report.report,
@@ -68,7 +67,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 FAMILIES = {
     "data": "Build a data set, or change and check built ones",
-    "eval": "Measure a model's retrieval, where it points, or one of its tasks",
+    "eval": "Measure a model's retrieval, or one of its tasks",
     "search": "Search images and captions by their embeddings",
 }
 """What the commands are for that begin with the same word. `mvlm --help` shows these in one entry."""

@@ -128,10 +128,10 @@ def scenes(
     validation: int = 1000,
     test: int = 1000,
     seed: int = 0,
-    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "grounding", "names", "places"),
+    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "names", "places"),
     workers: int | None = None,
 ) -> None:
-    """Build composed scenes: emoji artwork in generated layouts, for five tasks, with texts that alone tell nothing.
+    """Build composed scenes: emoji artwork in generated layouts, for four tasks, with texts that alone tell nothing.
 
     OUT/names has scenes of one object each, with captions, OUT/places questions about what is where.
 

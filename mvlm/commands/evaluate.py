@@ -1,14 +1,11 @@
 """`mvlm eval` and `mvlm score`: a model, a fine-tuned run, or predictions, evaluated."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from mvlm.distributed.world import World
-    from mvlm.evaluation.workspace import Workspace
     from mvlm.inference.trained_model import TrainedModel
     from mvlm_dataloading import Dataset
 
@@ -19,56 +16,6 @@ OF_CAPTION = """
         iterations: Passes of mask-predict. Default: the run's.
         choose_by: Figure that chooses among the lengths. Default: the run's."""
 """Help of the options that `mvlm eval caption` alone has."""
-
-
-@contextmanager
-def _evaluation(
-    checkpoint: Path,
-    data: Path,
-    splits: Sequence[str],
-    out: Path | None,
-    device: str,
-    image_size: int | None,
-    text_length: int | None,
-    **settings: Any,
-) -> "Iterator[tuple[World, TrainedModel, dict[str, Dataset], Workspace]]":
-    """Context with the ranks, the model, the splits that there are among `splits`, and the workspace of the work.
-
-    The first split has to exist. Work in OUT.parts is continued if the model, the splits and the settings are the same.
-    """
-    from mvlm.commands.arguments import check_result_file
-    from mvlm.device import chosen_precision
-    from mvlm.distributed.coordination import check_same, joined_ranks, run_on_all_ranks
-    from mvlm.errors import ConfigError
-    from mvlm.evaluation.workspace import SAME_WORK, open_workspace
-    from mvlm.runs.load import load_model
-    from mvlm_dataloading import open_dataset
-
-    with joined_ranks(device) as world:
-
-        def prepare() -> "tuple[TrainedModel, dict[str, Dataset]]":
-            if out is None and world.size > 1:
-                raise ConfigError(
-                    "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
-                )
-            check_result_file(out)
-            model = load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
-            first = open_dataset(data, splits[0])
-            others = {name: open_dataset(data, name) for name in splits[1:] if name in first.splits}
-            return model, {splits[0]: first, **others}
-
-        model, found = run_on_all_ranks(world, prepare)
-        plan = {
-            "model": model.sha256,
-            "data": [found[name].fingerprint if name in found else None for name in splits],
-            "device": world.device.type,
-            "precision": chosen_precision(world.device),
-            **settings,
-        }
-        check_same(world, {"out": str(out), **plan}, SAME_WORK)
-        folder = None if out is None else out.with_name(f"{out.name}.parts")
-        with open_workspace(folder, plan, world) as workspace:
-            yield world, model, found, workspace
 
 
 def eval_retrieval(
@@ -100,69 +47,57 @@ def eval_retrieval(
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
+    from mvlm.commands.arguments import check_result_file
     from mvlm.device import chosen_precision
+    from mvlm.distributed.coordination import check_same, joined_ranks, run_on_all_ranks
     from mvlm.errors import ConfigError
     from mvlm.evaluation.evaluate import default_rerank, format_table
+    from mvlm.evaluation.workspace import SAME_WORK, open_workspace
     from mvlm.machine import describe_machine, package_versions
+    from mvlm.runs.load import load_model
+    from mvlm_dataloading import open_dataset
     from mvlm_dataloading.files import write_json
 
     if rerank is not None and rerank < 0:
         raise ConfigError(f"rerank: wanted at least 0, got {rerank}")
-    sizes = image_size, text_length
-    with _evaluation(checkpoint, data, (split, "train"), out, device, *sizes, rerank=rerank) as opened:
-        world, model, splits, workspace = opened
-        rerank = default_rerank(model.network) if rerank is None else rerank
-        figures = {
-            **{"checkpoint": str(checkpoint), "data": str(data), "split": split},
-            **model.evaluate(splits[split], splits.get("train"), rerank, workspace).figures,
-            "model": model.sha256,  # of the sizes that it was evaluated at, too
-            "fingerprint": splits[split].fingerprint,
+    with joined_ranks(device) as world:
+
+        def prepare() -> "tuple[TrainedModel, Dataset, Dataset | None]":
+            if out is None and world.size > 1:
+                raise ConfigError(
+                    "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
+                )
+            check_result_file(out)
+            model = load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
+            dataset = open_dataset(data, split)
+            return model, dataset, open_dataset(data, "train") if "train" in dataset.splits else None
+
+        model, dataset, train = run_on_all_ranks(world, prepare)
+        precision = chosen_precision(world.device)
+        plan = {
+            "model": model.sha256,  # of the sizes that it is evaluated at, too
+            "data": [dataset.fingerprint, None if train is None else train.fingerprint],
+            "device": world.device.type,
+            "precision": precision,
             "rerank": rerank,
-            "precision": chosen_precision(world.device),
-            "machine": describe_machine(world.device, world.size),
-            "versions": package_versions(),
         }
-        if world.first:
-            if out is not None:
-                write_json(out, figures)
-            print(format_table(figures))
-
-
-def eval_grounding(
-    *,
-    checkpoint: Path,
-    data: Path,
-    split: str = "test",
-    out: Path | None = None,
-    layer: int | None = None,
-    image_size: int | None = None,
-    text_length: int | None = None,
-    device: str = "auto",
-) -> None:
-    """Measure how well a model points at phrases, by GradCAM, without boxes in training.
-
-    The same command again continues after a kill, and `torchrun` shares the work, as with `mvlm eval retrieval`.
-
-    Args:
-        checkpoint: Run folder, one of its checkpoints, or exported folder.
-        data: Folder of shards whose captions are phrases, with `box` and `size` in their metadata.
-        split: Split to evaluate on.
-        out: JSON file for the figures and the points. Default: print the figures only.
-        layer: Cross-attention layer, from 0. Default: the best on the validation split.
-        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
-        text_length: Longest text in tokens, at most the trained one. Default: as trained.
-        device: auto, cpu or cuda.
-    """
-    from mvlm.commands.arguments import report_figures
-    from mvlm.tasks.grounding import evaluate_grounding
-
-    sizes = image_size, text_length
-    with _evaluation(checkpoint, data, (split, "validation"), out, device, *sizes, task="grounding") as opened:
-        world, model, splits, workspace = opened
-        figures, records = evaluate_grounding(model, splits[split], splits.get("validation"), layer, workspace)
-        about = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
-        if world.first:
-            report_figures(about | figures, out, records=records)
+        check_same(world, {"out": str(out), **plan}, SAME_WORK)
+        rerank = default_rerank(model.network) if rerank is None else rerank
+        with open_workspace(None if out is None else out.with_name(f"{out.name}.parts"), plan, world) as workspace:
+            figures = {
+                **{"checkpoint": str(checkpoint), "data": str(data), "split": split},
+                **model.evaluate(dataset, train, rerank, workspace).figures,
+                "model": model.sha256,
+                "fingerprint": dataset.fingerprint,
+                "rerank": rerank,
+                "precision": precision,
+                "machine": describe_machine(world.device, world.size),
+                "versions": package_versions(),
+            }
+            if world.first:
+                if out is not None:
+                    write_json(out, figures)
+                print(format_table(figures))
 
 
 def eval_task(task: str) -> Callable[..., None]:
@@ -237,12 +172,10 @@ def score(
     It needs no model and no torch.
 
     Args:
-        task: vqa, pairs, entailment, caption or grounding.
+        task: vqa, pairs, entailment or caption.
         predictions: File of predictions: vqa and caption, the JSON list that the servers take; pairs, CSV rows
-            `identifier,prediction`; entailment, JSON lines {pairID, label}; grounding, {id, x, y} in pixels, or what
-            `mvlm eval grounding --out` wrote.
-        references: File of the data set: VQA annotations; NLVR2's, SNLI-VE's JSON lines; COCO caption
-            annotations; grounding, JSON lines {id, box [x, y, width, height], size}.
+            `identifier,prediction`; entailment, JSON lines {pairID, label}.
+        references: File of the data set: VQA annotations; NLVR2's, SNLI-VE's JSON lines; COCO caption annotations.
         other: Another model's predictions: adds the paired difference, its interval and McNemar's p-value.
         out: JSON file for the figures. Default: print them only.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
-from mvlm.errors import ConfigError, RunError
+from mvlm.errors import RunError
 from mvlm.files import LOCK, lock_folder, read_plan
 from mvlm.progress import WorkProgress
 from mvlm_dataloading import DataError
@@ -207,8 +207,7 @@ def _unfinished(finished: list[int], first: int, last: int) -> Iterator[tuple[in
 def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALONE) -> Iterator[Workspace]:
     """Context with a workspace in a folder, which continues an unfinished evaluation that had the same plan.
 
-    The folder is removed at the end, if the data are broken, and, if it is new, after a setting that cannot be used. It
-    stays after any other interruption.
+    The folder is removed at the end, and if the data are broken. It stays after any other interruption.
 
     Args:
         folder: new, or of an unfinished evaluation; None for a temporary folder of one rank.
@@ -223,15 +222,13 @@ def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALO
             with contextlib.closing(workspace):
                 yield workspace
         return
-    new = world.first and not folder.exists()
     with run_on_all_ranks(world, lambda: _lock(folder, plan) if world.first else contextlib.nullcontext()):
         workspace = Workspace(folder, world, resumable=True, shown=True)
         with contextlib.closing(workspace):
             try:
                 yield workspace
-            except (ConfigError, DataError) as error:
-                if new or isinstance(error, DataError):
-                    _remove(folder)
+            except DataError:
+                _remove(folder)
                 raise
         world.gather_objects(None)  # no rank reads the arrays any more
         if world.first:

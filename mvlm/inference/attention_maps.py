@@ -133,17 +133,14 @@ def word_maps(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
 
 
 @torch.enable_grad()
-def matching_gradcam(
-    network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor | None = None
-) -> tuple[Tensor, list[CrossAttention], list[Tensor]]:
+def matching_gradcam(network: MaskVLM, v: Tensor, w: Tensor) -> tuple[Tensor, list[CrossAttention], list[Tensor]]:
     """ITM's log-odds (B,) that image and text belong together, the attention of each layer, and its GradCAM (B, L, M).
 
-    Features v (B, M, C), [CLS] first, and w (B, L, C), padded; key_mask bool (B, L), True = a token, None = no padding.
-    Rows of padding have no meaning.
+    Features v (B, M, C), [CLS] first, and w (B, L, C), without padding.
     """
     with recorded_attention(network.text_cross) as layers:
-        text = network.text_cross(w, v, key_mask)[:, 0]
-    image = network.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]
+        text = network.text_cross(w, v)[:, 0]
+    image = network.image_cross(v, w, first_row_only=True)[:, 0]
     logits = network.matching_logits(image, text)
     log_odds = logits[:, 1] - logits[:, 0]
     return log_odds.detach(), layers, gradcam(layers, log_odds)

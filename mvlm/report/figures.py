@@ -98,39 +98,6 @@ def forgetting(config: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[s
     return [f"R@1 by ITC on {data}, image to text and text to image: {', '.join(parts)}."] if parts else []
 
 
-def pointing_game(file: Path, model: str) -> dict[str, Any] | None:
-    """The pointing game of a file of `mvlm eval grounding`, None without the file.
-
-    `source` says what it is of, `rows` are name, accuracy in per cent and 95 % interval of the model and of each
-    baseline, `verdict` is a sentence on the difference to the untrained model. `stale` is true if the figures are not
-    of the `model`, a hash; a file of an earlier version names no model.
-
-    RunError if the file is something else.
-    """
-    if not file.is_file():
-        return None
-    with figures_of(file, "mvlm eval grounding") as found:
-        names = {
-            "accuracy": "this model",
-            "wrong_phrase": "the same with another phrase",
-            "untrained": "untrained model, random weights",
-            "center": "centre of the image",
-            "chance": "chance, the mean share of the image that a box covers",
-        }
-        bounds = {name: found[f"{name}_95"] for name in ("accuracy", "untrained")}
-        intervals = {name: f"{low:.1f} to {high:.1f}" for name, (low, high) in bounds.items()}
-        low, high = found["above_untrained_95"]
-        points = "points better" if low > 0 else "points worse" if high < 0 else "does not point better"
-        difference = f"95 % interval of the difference {low:+.1f} to {high:+.1f} points"
-        source = f"{found['phrases']} phrases of {found['data']}, {found['split']}; checkpoint {found['checkpoint']}"
-        return {
-            "source": source,
-            "rows": [[what, f"{found[name]:.1f}", intervals.get(name, "")] for name, what in names.items()],
-            "verdict": f"The model {points} than the untrained one ({difference}).",
-            "stale": found.get("model", model) != model,
-        }
-
-
 def read_evaluation(file: Path, task: str, command: str) -> dict[str, Any]:
     """Figures and records that `mvlm eval TASK` wrote to a file.
 

@@ -94,8 +94,6 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
         "reconstructions": examples.reconstructions(model, tokenizer, split),
         "filled_captions": examples.filled_captions(model, tokenizer, split),
         "word_maps": examples.word_maps(trained, split) if model.matching_is_trained else None,
-        "pointing_game": figures.pointing_game(folder.grounding, trained.sha256),
-        "grounding": folder.grounding,
         **of_features,
     }
 

@@ -35,8 +35,6 @@ class RunFolder:
         """Folder of checkpoints."""
         self.evaluation = path / "eval" / "test.json"
         """Figures on the test split."""
-        self.grounding = path / "eval" / "grounding.json"
-        """Figures of the pointing game, if it was played."""
         self.evaluation_files = path / ".evaluation"
         """Folder of the features of an evaluation during training, while it lasts."""
         self.strips = path / "strips"

@@ -30,7 +30,7 @@ from mvlm.tasks.task import GREY, Task, TaskLosses, TaskOptions, Verdict, weight
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
-OTHER_TASKS = ("question_id", "pairID", "identifier", "box")
+OTHER_TASKS = ("question_id", "pairID", "identifier")
 """Fields of metadata by which a sample is a question of another task."""
 
 

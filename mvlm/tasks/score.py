@@ -7,7 +7,6 @@ happens to be there.
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.statistics import mcnemar
 from mvlm.tasks.metrics import Scored, percent_interval
 from mvlm.tasks.metrics.captions import is_scene, score_captions
-from mvlm.tasks.metrics.labels import check_identifier, score_labels, score_points, score_statements, set_of
+from mvlm.tasks.metrics.labels import check_identifier, score_labels, score_statements, set_of
 from mvlm.tasks.metrics.vqa import answer_fault, score_answers, warn_of_few_answers
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 from mvlm_dataloading.files import write_file
@@ -97,11 +96,10 @@ def by_id(
     return found
 
 
-def typed(record: Mapping[str, Any], name: str, kind: Any) -> Any:
-    """The field `name` of a record. ValueError if it is not of the type, or one of the types, `kind`."""
-    if not isinstance(record[name], kind) or isinstance(record[name], bool):
-        wanted = getattr(kind, "__name__", str(kind))
-        raise ValueError(f"wanted {name} as {wanted}, found {record[name]!r}")
+def typed(record: Mapping[str, Any], name: str, kind: type) -> Any:
+    """The field `name` of a record. ValueError if it is not of the type `kind`."""
+    if not isinstance(record[name], kind):
+        raise ValueError(f"wanted {name} as {kind.__name__}, found {record[name]!r}")
     return record[name]
 
 
@@ -110,14 +108,6 @@ def filled(record: Mapping[str, Any], name: str) -> Any:
     if not typed(record, name, list):
         raise ValueError(f"wanted entries in {name}, found an empty list")
     return record[name]
-
-
-def numbers(record: Mapping[str, Any], name: str, count: int) -> list[float]:
-    """The field `name` of a record, a list of `count` numbers. ValueError if it is none."""
-    found = filled(record, name)
-    if len(found) != count or not all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in found):
-        raise ValueError(f"wanted {name} as {count} numbers, found {found!r}")
-    return found
 
 
 def listed(path: Path, document: Any, name: str, wanted: str) -> list[Any]:
@@ -226,47 +216,11 @@ def _scenes(references: Path, images: list[Any], wanted: dict[str, list[str]]) -
     return scenes
 
 
-def _size(record: Mapping[str, Any]) -> list[float]:
-    """Width and height of an image."""
-    size = numbers(record, "size", 2)
-    if min(size) <= 0:
-        raise ValueError(f"wanted a size above 0, found {size}")
-    return size
-
-
-def _points(path: Path) -> list[Any]:
-    """Points from JSON lines, or from the records of an evaluation's figures."""
-    wanted = "JSON lines {id, x, y}, or what `mvlm eval grounding --out` wrote"
-    try:
-        document = read_json(path, wanted)
-    except RunError:  # several lines are no JSON document
-        document = None
-    if isinstance(document, dict) and "records" in document:
-        return listed(path, document, "records", wanted)
-    return read_json_lines(path, wanted)
-
-
-def _grounding(predictions: Path, references: Path) -> Scored:
-    points = by_id(
-        predictions, _points(predictions), "id", lambda r: (typed(r, "x", int | float), typed(r, "y", int | float))
-    )
-    rows = by_id(
-        references,
-        read_json_lines(references, "JSON lines {id, box, size}"),
-        "id",
-        lambda r: (numbers(r, "box", 4), _size(r), image_name(r) or str(r["id"])),
-    )
-    match_ids(predictions, points, rows)
-    boxes, sizes, images = zip(*rows.values(), strict=True)
-    return score_points([points[key] for key in rows], boxes, sizes, list(images))
-
-
 SCORERS: dict[str, Callable[[Path, Path], Scored]] = {
     "vqa": _vqa,
     "pairs": _pairs,
     "entailment": _entailment,
     "caption": _caption,
-    "grounding": _grounding,
 }
 
 

@@ -4,12 +4,6 @@ from html.parser import HTMLParser
 
 HOSTILE = '<script>alert("&{}")</script><img src=x>'
 """A text that breaks a page where it is not escaped."""
-POINTING_GAME = {
-    "checkpoint": "runs/a", "data": "phrases", "split": "test", "phrases": 7,
-    "accuracy": 31.25, "accuracy_95": [28, 34.52],
-    "wrong_phrase": 30.0, "untrained": 12.5, "untrained_95": [10, 15], "center": 4.0, "chance": 9.96,
-}  # fmt: skip
-"""Figures of `mvlm eval grounding` that a report reads, without the difference to the untrained model."""
 VOID_TAGS = {"meta", "img", "br", "line", "polyline"}
 
 

@@ -85,17 +85,6 @@ def write_captions(folder: Path, counts: dict[str, int] | None = None) -> Path:
     return _write(folder, counts, lambda split, i: (*scene(i if split == "train" else 3 * i + 1), {}))
 
 
-def write_phrases(folder: Path, counts: dict[str, int] | None = None) -> Path:
-    """Grounding on scenes: the colour of the square is the phrase."""
-
-    def sample(split: str, i: int) -> Sample:
-        pixels, caption = scene(i if split == "train" else 3 * i + 1)
-        box = [16 * ("right" in caption), 16 * ("bottom" in caption), 16, 16]
-        return pixels, caption, {"id": f"{split}-{i}", "image_id": caption, "box": box, "size": [32, 32]}
-
-    return _write(folder, counts, sample)
-
-
 WRITERS = {"vqa": write_questions, "entailment": write_hypotheses, "pairs": write_statements, "caption": write_captions}
 """Writer of a small data set for each task."""
 

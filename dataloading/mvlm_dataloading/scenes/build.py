@@ -1,6 +1,6 @@
 """Building the data sets of composed scenes: one for each task, one of names and one of places, with the same splits.
 
-    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/grounding, OUT/names, OUT/places   written by a `ShardWriter`
+    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/names, OUT/places   written by a `ShardWriter`
 
 A data set is complete or not there: a build that was killed repeats the one it was at. Layouts are functions of seed,
 task, split and number, and images are written in their order, so the number of processes changes no byte.
@@ -45,7 +45,6 @@ TASKS: dict[str, dict[str, Family]] = {
         "colour": texts.hypotheses_of_a_colour,
     },
     "caption": {"scene": texts.described},
-    "grounding": {"kind": texts.phrases_of_a_kind, "relation": texts.phrases_of_a_side},
     "names": {"name": texts.one_named},
     "places": {"place": what_is_where},
 }
@@ -148,9 +147,6 @@ def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int
         # The four pairs of a statement follow each other, and are a set.
         given["set_id"] = number // 4
         found["identifier"] = f"{split}-{number // 4}-{number % 4}-0"
-    elif task == "grounding":
-        target = scenes[0]["objects"][given.pop("target")]
-        found |= {"id": sample_id, "box": target["box"], "size": [SIDE, SIDE]}
     found |= given | ({"scene": scenes[0]} if len(scenes) == 1 else {"scenes": scenes})
     return found | {"licence": art.licence, "attribution": art.attribution}
 

@@ -1,10 +1,8 @@
-"""Texts about scenes: captions and names, phrases for one object, hypotheses, and statements about two images.
+"""Texts about scenes: captions and names, hypotheses, and statements about two images.
 
 A sample is a text with its scenes, before they are drawn. Texts with an answer are made in blocks in which every text
 has each of its answers equally often.
 
-- A phrase names one object, and objects beside it answer to half of the phrase. It is asked of two scenes in which the
-  object and a distractor are exchanged, so no place in the image is a good guess for a phrase.
 - A hypothesis has three images: one entails it, one contradicts it, one leaves it open. A grey card hides part of every
   image. Where it hides what the hypothesis speaks of, the image leaves it open; elsewhere it hides another object. That
   there is a card therefore tells nothing. Where it lies tells a little, because fillers are in other places than what
@@ -17,11 +15,9 @@ has each of its answers equally often.
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import permutations
 from typing import Any
 
-from .layout import CELLS, MOST, Placed, Scene, beside, is_beside, place
+from .layout import MOST, Placed, Scene, beside, is_beside, place
 from .vocabulary import NUMBERS, SIDES, Kind, Vocabulary, plural, with_article
 
 
@@ -162,41 +158,6 @@ def _side_by_side(rng: random.Random, vocabulary: Vocabulary, subject: Kind, sid
     one, other, _ = beside(rng, side)
     others = fillers(rng, vocabulary, rng.randint(1, 3), {subject.name, anchor.name})
     return place(rng, [subject, anchor, *others], [one, other])
-
-
-def phrases_of_a_kind(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """A noun beside another one, or a coloured shape beside the same shape and beside the same colour."""
-    kind = asked_kind(rng, vocabulary)
-    near = [other_kind(rng, vocabulary, kind), *(same_colour(rng, vocabulary, kind) if kind.colour else [])]
-    names = {kind.name, *(one.name for one in near)}
-    others = near + fillers(rng, vocabulary, rng.randint(1, 2 if kind.colour else 3), names)
-    scene = place(rng, [kind, *others])
-    text = rng.choice((f"the {kind.text}", with_article(kind.text)))
-    return [
-        Sample((scene,), (text,), {"target": 0, "phrase_type": "kind"}),
-        Sample((scene.swapped(0, 1),), (text,), {"target": 1, "phrase_type": "kind"}),
-    ]
-
-
-def phrases_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """One of two equal nouns, the one on a side of a third object."""
-    subject, side, anchor = _told(rng, vocabulary)
-    cells = rng.choice(_triples(side))
-    others = fillers(rng, vocabulary, rng.randint(0, 2), {subject.name, anchor.name})
-    scene = place(rng, [subject, subject, anchor, *others], cells)
-    text = f"the {subject.text} {SIDES[side]} the {anchor.text}"
-    return [Sample((scene,), (text,), {"target": 0, "phrase_type": "relation"})]
-
-
-@cache
-def _triples(side: str) -> list[tuple[int, int, int]]:
-    """Cells of an object on this side of a third, of one that is not, and of the third."""
-    at = [Placed(Kind(""), cell, 1, (0, 0)) for cell in range(CELLS)]
-    return [
-        (one, other, third)
-        for one, other, third in permutations(range(CELLS), 3)
-        if is_beside(at[one], side, at[third]) and not is_beside(at[other], side, at[third])
-    ]
 
 
 CORNERS = {

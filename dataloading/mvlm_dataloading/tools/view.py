@@ -39,8 +39,8 @@ from mvlm_dataloading.sources.record import is_evaluation
 
 log = logging.getLogger(__name__)
 
-_QUESTIONS = {"question_id", "pairID", "identifier", "box"}
-"""Metadata of which a sample of a task has one: VQA v2's, SNLI-VE's, NLVR2's and that of a phrase."""
+_QUESTIONS = {"question_id", "pairID", "identifier"}
+"""Metadata of which a sample of a task has one: VQA v2's, SNLI-VE's and NLVR2's."""
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ def make_view(
 
 
 def _asks(source: Path) -> bool:
-    """True for a data set of questions, hypotheses, statements or phrases, several of which may have one image."""
+    """True for a data set of questions, hypotheses or statements, several of which may have one image."""
     for split in read_description(Path(source))["splits"]:
         dataset = open_dataset(source, split)
         if len(dataset) and not _QUESTIONS.isdisjoint(dataset.metadata(0)):

@@ -1,4 +1,4 @@
-"""Metrics of answers that are right or wrong: labels, NLVR2's statements about images, and points in boxes."""
+"""Metrics of answers that are right or wrong: labels, and NLVR2's statements about images."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -75,32 +75,3 @@ def score_statements(predicted: Mapping[str, bool], wanted: Mapping[str, bool], 
         "sentences": len(sentences),
     }
     return Scored(figures, np.array(right, dtype=float), groups)
-
-
-def box_contains(box: Sequence[float], point: Sequence[float]) -> bool:
-    """True if the point (x, y) lies in the box (x, y, width, height), its left and upper edge included."""
-    (left, top, width, height), (x, y) = box, point
-    return left <= x < left + width and top <= y < top + height
-
-
-def score_points(
-    points: Sequence[Sequence[float]],
-    boxes: Sequence[Sequence[float]],
-    sizes: Sequence[Sequence[float]],
-    groups: list[str],
-) -> Scored:
-    """Pointing game (Zhang et al., ECCV 2016): the share of points in their boxes, beside two baselines.
-
-    Args:
-        points: (examples, 2), x and y in pixels.
-        boxes: (examples, 4), x, y, width and height in pixels.
-        sizes: (examples, 2), width and height of the image in pixels.
-
-    Returns:
-        accuracy; `center`, the accuracy of the image's centre; `chance`, the mean share of the image that a box covers.
-    """
-    hits = np.array([float(box_contains(box, point)) for box, point in zip(boxes, points, strict=True)])
-    center = [box_contains(box, (size[0] / 2, size[1] / 2)) for box, size in zip(boxes, sizes, strict=True)]
-    area = [box[2] * box[3] / (size[0] * size[1]) for box, size in zip(boxes, sizes, strict=True)]
-    shares = {"accuracy": hits, "center": center, "chance": area}
-    return Scored({name: 100 * float(np.mean(values)) for name, values in shares.items()}, hits, groups)

@@ -47,7 +47,7 @@ def test_every_task_has_all_splits(scenes: Path, task: str) -> None:
 
 @pytest.mark.slow
 def test_boxes_hold_what_is_drawn(scenes: Path) -> None:
-    dataset = open_dataset(scenes / "grounding", "test")
+    dataset = open_dataset(scenes / "caption", "test")
     for i in range(len(dataset)):
         image = np.array(Image.open(io.BytesIO(dataset.image_bytes(i)))).astype(int)  # (128, 128, 3)
         outside = np.ones((SIDE, SIDE), bool)

@@ -6,7 +6,7 @@ import pytest
 
 from mvlm.runs.checkpoint import checkpoints
 from mvlm.tasks.finetune import finetune
-from support.questions import finetune_config, write_phrases, write_questions
+from support.questions import finetune_config, write_questions
 
 CPU = ("--device", "cpu")
 KILLED = """
@@ -75,10 +75,6 @@ def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_pat
     rerank = ("--rerank", "{rank}", "--out", tmp_path / "out.json")
     found = refusal(on_two_ranks("eval", "retrieval", "--checkpoint", trained, "--data", questions, *CPU, *rerank))
     assert "(rerank: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
-    phrases = write_phrases(tmp_path / "phrases", {"validation": 4, "test": 4})
-    layer = ("--layer", "{rank}", "--out", tmp_path / "out.json")
-    found = refusal(on_two_ranks("eval", "grounding", "--checkpoint", trained, "--data", phrases, *CPU, *layer))
-    assert "(layer: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
     assert not (tmp_path / "out.json").exists()
 
 

@@ -82,17 +82,6 @@ def test_captions_and_the_facts_that_they_state_about_scenes(tmp_path):
         score("caption", results, write_json(tmp_path / "b.json", document))
 
 
-@pytest.mark.parametrize("form", ["lines", "figures", "one line"])
-def test_points(tmp_path, form):
-    """As JSON lines, or among the figures of an evaluation."""
-    points = [{"id": 1, "x": 5, "y": 5}, {"id": 2, "x": 50, "y": 50}][: 1 if form == "one line" else 2]
-    file = tmp_path / "points"
-    write_json(file, {"task": "grounding", "records": points}) if form == "figures" else write_lines(file, points)
-    boxes = [{"id": point["id"], "box": [0, 0, 10, 10], "size": [100, 100]} for point in points]
-    found = score("grounding", file, write_lines(tmp_path / "b.jsonl", boxes))
-    assert (found["accuracy"], found["center"], found["chance"]) == (100 / len(points), 0, 1)
-
-
 @pytest.mark.parametrize("given", EMPTY_IDS)
 def test_a_sample_whose_image_id_is_empty_is_an_image_of_its_own(tmp_path, given):
     """A third is right: the interval is that of a binomial. One image alone would have one without a width."""
@@ -102,22 +91,17 @@ def test_a_sample_whose_image_id_is_empty_is_an_image_of_its_own(tmp_path, given
     labels = [{"pairID": i, "label": "neutral" if good else "entailment"} for i, good in enumerate(right)]
     release = {"Flickr30K_ID": given["image_id"]} if given else {}
     pairs = [{"pairID": i, "gold_label": "neutral", **release} for i in range(12)]
-    points = [{"id": i, "x": 5 if good else 50, "y": 5} for i, good in enumerate(right)]
-    boxes = [{"id": i, "box": [0, 0, 10, 10], "size": [100, 100], **given} for i in range(12)]
     found = [
         score("vqa", write_json(tmp_path / "a", answers), write_json(tmp_path / "q", {"annotations": asked})),
         score("entailment", write_lines(tmp_path / "l", labels), write_lines(tmp_path / "p", pairs)),
-        score("grounding", write_lines(tmp_path / "points", points), write_lines(tmp_path / "boxes", boxes)),
     ]
-    assert [figures["accuracy_95"] for figures in found] == [pytest.approx([100 / 12, 700 / 12])] * 3
+    assert [figures["accuracy_95"] for figures in found] == [pytest.approx([100 / 12, 700 / 12])] * 2
 
 
 VQA = [{"question_id": 1, "answer": "cat"}]
 ASKED = {"annotations": [{"question_id": 1, "answers": ANSWERS}]}
 LABEL = [{"pairID": "1", "label": "neutral"}]
 CAPTION = [{"image_id": 1, "caption": "a dog"}]
-POINT = [{"id": 1, "x": 5, "y": 5}]
-BOX = {"id": 1, "box": [0, 0, 10, 10], "size": [100, 100]}
 BAD: list[tuple[str, Any, Any, str]] = [
     ("vqa", [], ASKED, r"p: .*question_id"),
     ("vqa", [*VQA, {"question_id": 99, "answer": "cat"}], ASKED, "unknown id 99"),
@@ -145,22 +129,16 @@ BAD: list[tuple[str, Any, Any, str]] = [
     ("caption", CAPTION, {"annotations": ["a dog"]}, "r: wanted COCO"),
     ("caption", CAPTION, {"annotations": None}, "r: wanted COCO"),
     ("caption", CAPTION, {"annotations": CAPTION, "images": 7}, "r: .* int in images"),
-    ("grounding", {"records": 3}, [BOX], "p: .* int in records"),
-    ("grounding", None, [BOX], "p: wanted JSON lines"),
-    ("grounding", POINT, [BOX | {"box": [1, 2, 3]}], "r, record 1: wanted box"),
-    ("grounding", POINT, [BOX | {"box": ["1", "2", "3", "4"]}], "r, record 1: wanted box"),
-    ("grounding", POINT, [BOX | {"box": [10**400, 2, 3, 4]}], "r, record 1: wanted box"),
-    ("grounding", POINT, [BOX | {"size": [0, 10]}], "r, record 1: wanted a size"),
 ]
 
 
 @pytest.mark.parametrize("task, predictions, references, message", BAD)
 def test_files_that_do_not_fit_are_refused(tmp_path, task, predictions, references, message):
     for name, content in (("p", predictions), ("r", references)):
-        as_lines = task == "grounding" or (task, name) in [("entailment", "p"), ("entailment", "r"), ("pairs", "r")]
+        as_lines = (task, name) in [("entailment", "p"), ("entailment", "r"), ("pairs", "r")]
         if isinstance(content, str):
             (tmp_path / name).write_text(content)
-        elif content is not None:
+        else:
             (write_lines if as_lines and isinstance(content, list) else write_json)(tmp_path / name, content)
     with pytest.raises(RunError, match=message) as error:
         score(task, tmp_path / "p", tmp_path / "r")

@@ -1,10 +1,10 @@
-"""Labels against scikit-learn; statements and points counted by hand."""
+"""Labels against scikit-learn; statements counted by hand."""
 
 import numpy as np
 import pytest
 from sklearn import metrics
 
-from mvlm.tasks.metrics.labels import box_contains, confusion_matrix, score_labels, score_points, score_statements
+from mvlm.tasks.metrics.labels import confusion_matrix, score_labels, score_statements
 
 LABELS = ["cat", "dog", "owl", "yak"]
 
@@ -31,11 +31,3 @@ def test_a_sentence_is_consistent_if_all_its_image_pairs_are_right():
     # The sentences are dev-1-0 (three pairs, one wrong), dev-1-1 and dev-2-0 (one pair each).
     figures = score_statements(wanted | {"dev-1-1-0": True}, wanted, ["a"] * 5).figures
     assert figures == pytest.approx({"accuracy": 80, "consistency": 200 / 3, "examples": 5, "sentences": 3})
-
-
-def test_a_box_holds_its_left_and_upper_edge():
-    inside = [box_contains((10, 20, 10, 10), point) for point in ((10, 20), (19.9, 29.9), (20, 25), (15, 30))]
-    assert inside == [True, True, False, False]
-    boxes, sizes = [(0, 0, 50, 50), (40, 40, 20, 20)], [(100, 100), (100, 100)]
-    found = score_points([(10, 10), (90, 90)], boxes, sizes, ["a", "b"]).figures
-    assert found == pytest.approx({"accuracy": 50, "center": 50, "chance": 100 * (0.25 + 0.04) / 2})
