@@ -134,11 +134,15 @@ def test_parts_on_one_folder_make_the_study(finished: Path, scenes, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_equal_trials_of_another_study_are_taken_over(finished: Path, scenes, tmp_path: Path, monkeypatch) -> None:
-    ran = []
+def test_equal_trials_of_another_study_are_taken_over(
+    finished: Path, scenes, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    ran, places = [], [tmp_path, tmp_path / "mistyped", finished]
     monkeypatch.setattr(studies, "run_trial", lambda trial: ran.append((trial.arm, trial.seed)))
     arms = {"renamed": {}, "other clip": {"clip_norm": 0.5}}
-    run_study(study(base="renamed", seeds=[0, 1], arms=arms), scenes, tmp_path, reuse=[tmp_path, finished])
+    with caplog.at_level("INFO"):
+        run_study(study(base="renamed", seeds=[0, 1], arms=arms), scenes, tmp_path, reuse=places)
+    assert str(tmp_path / "mistyped") in caplog.text
     assert ran == [("other clip", 0)]  # a trial that returns nothing was asked to stop
     taken = json.loads((tmp_path / "trials/renamed/seed_0/result.json").read_text())
     made = json.loads((finished / "trials/base/seed_0/result.json").read_text())
