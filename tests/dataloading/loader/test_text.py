@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -60,6 +61,14 @@ def test_stored_tokens_equal_those_made_while_loading(write, tokenizer, monkeypa
     for length, expected in wanted.items():
         for ours, others in zip(batches(dataset, tokenizer, length=length), expected, strict=True):
             assert rows([ours]) == rows([others])
+
+
+@pytest.mark.slow
+def test_captions_of_a_small_split_are_tokenized_once(write, tokenizer, monkeypatch):
+    seen, encode = Counter(), tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, length: seen.update(texts) or encode(texts, length))
+    batches(write(lambda i: None, None), tokenizer, 13)  # five epochs
+    assert set(seen.values()) == {1}
 
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "other"}, {"max_length": LENGTH - 1}])

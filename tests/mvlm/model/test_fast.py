@@ -13,7 +13,7 @@ from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels import use_backend
+from mvlm_kernels import dispatch, use_backend
 from support.models import micro_batch, micro_model
 
 
@@ -154,21 +154,32 @@ def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
         assert (p.grad - wanted_gradients[name]).abs().max() <= 1e-12 * largest, name
 
 
-@pytest.mark.extended
-@pytest.mark.slow
-def test_the_fast_step_on_interpreted_kernels_gives_the_same():
-    """Forward and backward of every op of a step, in fp32."""
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.extended, pytest.mark.slow])])
+def test_the_fast_step_in_fp32_gives_the_same(backend, monkeypatch):
+    """Forward and backward of every op of a step, on interpreted kernels too, which it then uses."""
+    launched, launch = set(), dispatch.launch
+    monkeypatch.setattr(
+        dispatch,
+        "launch",
+        lambda kernel, *args, **meta: launched.add(kernel.fn.__name__) or launch(kernel, *args, **meta),
+    )
     sizes = {"image_size": 48, "patch_size": 4, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
     model = micro_model(width=32, heads=1, dtype=torch.float32, **sizes)
     batch, masks = micro_batch((7, 4), config=model.config)  # 145 rows per image: only text is the short side
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
-    model.set_attention("sdpa", "triton")
-    with use_backend("triton"):
+    model.set_attention("sdpa", "triton" if backend == "triton" else "auto")
+    with use_backend(backend):
         losses, gradients = losses_and_gradients(model, batch, masks, "fast")
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
     largest = max(g.norm() for g in wanted_gradients.values())
     for name, g in wanted_gradients.items():
         assert (gradients[name] - g).abs().max() <= 1e-5 * largest, name
+    attention = {"short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_backward_dq",
+                 "long_kv_backward"}  # fmt: skip
+    rows = {"gather_kernel", "place_kernel", "place_backward_kernel", "add_norm_kernel", "add_norm_backward_kernel",
+            "gelu_kernel", "gelu_backward_kernel", "column_sum_kernel", "sum_kernel"}  # fmt: skip
+    losses_of = {"loss_kernel", "scale_slope_kernel"}
+    assert launched == (attention | rows | losses_of if backend == "triton" else set())
 
 
 @pytest.mark.slow
