@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # tests load this file by its path
 from task_tables import TASK_TABLES, write_tasks
 
+from mvlm.studies.page import compare, figure
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
@@ -167,7 +169,7 @@ def results() -> str:
     unseen = [min(each["unseen"][way]["r10"] for each in seeds.values()) for way in ("tr", "ir")]
     text, pixels = (min(each[f"gain_{kind}"] for each in seeds.values()) for kind in ("text_nats", "pixels_pct"))
     with (RESULTS / "studies" / "scenes-scenes.csv").open() as file:
-        scenes = [float(row["mean"]) for row in csv.DictReader(file) if row["measure"] == "itm.r1"]
+        scenes = {row["arm"]: float(row["mean"]) for row in csv.DictReader(file) if row["measure"] == "itm.r1"}
     with (RESULTS / "integrations-transformers.csv").open() as file:
         rows = list(csv.DictReader(file))
     classes = {row["class"] for row in rows if row["status"] == "equal"}
@@ -189,9 +191,9 @@ def results() -> str:
             ["A hidden word, given the right image", f"{exp(text):.1f} times as likely", "given another image"],
             ["A hidden patch, given another caption", f"{pixels:.0f} % more error", "given its own"],
             [
-                "[Half the patches, MLM, masked captions in ITC](docs/evidence/studies.md): R@1 on scenes",
-                f"{scenes[1]:.0f} %",
-                f"ITC + ITM for equal FLOPs: {scenes[0]:.0f} %",
+                "[Half of the patches dropped](docs/evidence/studies.md): R@1 on scenes",
+                f"{scenes['half of the patches, FLOPs of ITC + ITM']:.0f} %",
+                f"all patches, for equal FLOPs: {scenes['ITC + ITM']:.0f} %",
             ],
             [
                 "[easy-VQA](docs/evidence/tasks.md), fine-tuned: accuracy",
@@ -317,6 +319,46 @@ def study(name: str, arms: str, data: str = "emoji") -> str:
     return markdown(list(zip(*kept, strict=True)))
 
 
+def masking() -> str:
+    """What dropping half of the patches adds to ITC + ITM, and what masked words add to that, in R@1 by ITM alone."""
+    half, masked = "half of the patches", "half of the patches, MLM, masked captions in ITC"
+    head = [
+        "pairs",
+        "FLOPs of ITC + ITM's",
+        "ITC + ITM: R@1 by ITM, %",
+        f"{half} adds",
+        "MLM and masked captions add to that",
+    ]
+    rows = [head]
+    for name, steps in (("scenes", 400), ("scenes_twice", 800)):
+        text = gzip.decompress((RESULTS / "studies" / f"scenes-{name}.jsonl.gz").read_bytes()).decode()
+        arms: dict[str, list[dict[str, Any]]] = {}
+        for line in text.splitlines():
+            arms.setdefault((trial := json.loads(line))["arm"], []).append(trial)
+        for share in ("", ", 10 % of the pairs"):
+            base, ours, theirs = (
+                arms.get(arm + share, [])
+                for arm in ("ITC + ITM", f"{half}, FLOPs of ITC + ITM", f"{masked}, FLOPs of ITC + ITM")
+            )
+            reached = fmean(figure(trial, "itm.r1") for trial in base)
+            cells = [f"{reached:.1f} ({_seeds(len(base))})", _added(ours, base), _added(theirs, ours)]
+            rows.append(["a tenth" if share else "all", f"{steps} steps", *cells])
+    return markdown(rows)
+
+
+def _added(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """Paired difference of two arms in R@1 by ITM, its interval over seeds and images, and the number of seeds."""
+    if not {trial["seed"] for trial in ours} & {trial["seed"] for trial in theirs}:
+        return "not run"
+    found = compare(ours, theirs, "itm.r1")
+    low, high = found.over_images or found.over_seeds
+    return f"{found.difference:+.1f} ({low:+.1f} to {high:+.1f}; {_seeds(found.seeds)})"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
 def _difference(row: dict[str, str], over: str) -> str:
     """The difference of an arm with its interval, as a page says it; nothing for the base arm."""
     if row["arm"] == row["against"]:
@@ -384,6 +426,7 @@ TABLES = {
     "study-objectives": lambda: study("objectives", "objectives"),
     "study-objective-now": lambda: study("objective_now", "what is changed"),
     "study-scenes": lambda: study("scenes", "objective", data="scenes"),
+    "study-scenes-masking": masking,
     "study-screening": lambda: study("screening", "what is added to ITC + ITM", data="scenes"),
     "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),
     "unseen-words": unseen_words,

@@ -61,7 +61,7 @@ class MaskVLMConfig(Masking):
     output_positions: bool = False
     """Add fixed sines of row and column to the features of patches behind the image encoder, as in DETR; not in the
     paper. Without them a small encoder, trained for a short time, loses the places of what it sees."""
-    drop_masked: Annotated[bool, NO_FLAG] = False
+    drop_masked: bool = False
     """Encode only the visible patches of an image in training, once, for all objectives: ITC, ITM and MLM read them, as
     in FLIP, and pixels are rebuilt from them, as in MAE, with mask tokens added after the encoder. Cheaper, but not the
     paper's method. A trained model reads whole images."""
