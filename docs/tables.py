@@ -324,7 +324,7 @@ def masking() -> str:
     half, masked = "half of the patches", "half of the patches, MLM, masked captions in ITC"
     head = [
         "pairs",
-        "FLOPs of ITC + ITM's",
+        "FLOPs, in steps of ITC + ITM",
         "ITC + ITM: R@1 by ITM, %",
         f"{half} adds",
         "MLM and masked captions add to that",
@@ -342,7 +342,7 @@ def masking() -> str:
             )
             reached = fmean(figure(trial, "itm.r1") for trial in base)
             cells = [f"{reached:.1f} ({_seeds(len(base))})", _added(ours, base), _added(theirs, ours)]
-            rows.append(["a tenth" if share else "all", f"{steps} steps", *cells])
+            rows.append(["a tenth" if share else "all", f"{steps}", *cells])
     return markdown(rows)
 
 
@@ -364,7 +364,8 @@ def _difference(row: dict[str, str], over: str) -> str:
     if row["arm"] == row["against"]:
         return ""
     low, high = (float(row[f"{end}_{over}"]) for end in ("low", "high"))
-    return f" ({float(row['difference']):+.1f}; {low:+.1f} to {high:+.1f})"
+    interval = f"; {low:+.1f} to {high:+.1f}" if low < high else ""  # one seed has none
+    return f" ({float(row['difference']):+.1f}{interval})"
 
 
 def unseen_words() -> str:
