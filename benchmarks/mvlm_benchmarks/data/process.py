@@ -27,7 +27,11 @@ class LoaderProcess:
         """Images per second, by turn."""
         self.cpu_ms: list[float] = []
         """Milliseconds of processor time per image, by turn."""
-        answer = self._read()
+        try:
+            answer = self._read()
+        except BaseException:  # such as a signal to this process
+            self.close()
+            raise
         self.status, self.note = answer["status"], answer["note"]
         if self.status == "ok":
             self._signal(signal.SIGSTOP)

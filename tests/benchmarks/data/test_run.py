@@ -70,9 +70,11 @@ while read -r turn; do echo '{"seconds": 0.5, "rss_mb": 1}'; done
 
 @pytest.mark.slow
 def test_no_loader_outlives_a_terminated_benchmark(tmp_path) -> None:
+    """Neither one that waits for its turn nor one that is starting."""
     (tmp_path / "python").write_text(
         f"""#!/bin/sh
 touch {tmp_path}/$3.$$
+[ $3 = ours ] || exec sleep 60
 echo '{{"status": "ok", "note": ""}}'
 read -r turn; sleep 60
 """
