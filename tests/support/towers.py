@@ -149,7 +149,8 @@ def rows_of(chosen: Iterable[str] = ()) -> list[dict[str, str]]:
     """Rows of the models of these names, or of all."""
     logging.disable(logging.WARNING)
     try:
-        return [row_of(name) for name in chosen or names()]
+        with without_initialization():
+            return [row_of(name) for name in chosen or names()]
     finally:
         logging.disable(logging.NOTSET)
 

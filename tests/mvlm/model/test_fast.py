@@ -54,12 +54,15 @@ def losses_and_gradients(model: MaskVLM, batch: Batch, masks: Masks, plan, **opt
     }
 
 
-def assert_implementations_agree(model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=None, **options) -> None:
+def assert_implementations_agree(
+    model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=None, ties=(), **options
+) -> None:
+    """`ties` are accuracies that rounding decides."""
     plain_losses, wanted = losses_and_gradients(model, batch, masks, "plain", **options)
     fast_batch, fast_masks = fast_inputs or (batch, masks)
     fast_losses, found = losses_and_gradients(model, fast_batch, fast_masks, "fast", **options)
     for name, a, b in zip(plain_losses._fields, plain_losses, fast_losses, strict=True):
-        assert abs(a - b) <= 1e-12 * max(1, abs(float(a))), name
+        assert name in ties or abs(a - b) <= 1e-12 * max(1, abs(float(a))), name
     largest = max(g.norm() for g in wanted.values())
     for name, g in wanted.items():
         assert (found[name] - g).abs().max() <= 1e-12 * largest, name
@@ -77,12 +80,12 @@ def test_implementations_agree(case, sizes, lengths, duplicates):
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.extended)])
 def test_implementations_agree_on_images_without_a_visible_patch(backend):
-    """`drop_masked` then encodes [CLS] alone."""
+    """`drop_masked` then encodes [CLS] alone, so all images are the same to ITC."""
     model = micro_model(drop_masked=True, image_mask_ratio=1.0)
     batch, masks = micro_batch(config=model.config)
     every = torch.arange(model.config.num_patches).expand(len(batch.images), -1).contiguous()
     with use_backend(backend):
-        assert_implementations_agree(model, batch, replace(masks, patch_ids=every))
+        assert_implementations_agree(model, batch, replace(masks, patch_ids=every), ties=["itc_accuracy"])
 
 
 EVERY = (1, 1, 1, 1)

@@ -74,7 +74,6 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
 
 
-@pytest.mark.extended
 @pytest.mark.slow
 def test_an_arm_that_differs_in_its_name_alone_differs_by_nothing(finished: Path) -> None:
     table = rows(finished)
@@ -123,7 +122,6 @@ def test_a_finished_study_runs_nothing_and_writes_the_same(finished: Path, scene
     assert not list((tmp_path / "own").rglob("checkpoints"))
 
 
-@pytest.mark.extended
 @pytest.mark.slow
 def test_parts_on_one_folder_make_the_study(finished: Path, scenes, tmp_path: Path) -> None:
     small = study(arms={"base": {}, "same": {}})
