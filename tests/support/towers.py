@@ -13,7 +13,6 @@ import csv
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -145,12 +144,12 @@ def row_of(name: str) -> dict[str, str]:
     return row | {"result": "equal" if difference(name) < 1e-5 else "different"}
 
 
-def rows_of(chosen: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Rows of the models of these names, or of all."""
+def rows_of() -> list[dict[str, str]]:
+    """Rows of all models."""
     logging.disable(logging.WARNING)
     try:
         with without_initialization():
-            return [row_of(name) for name in chosen or names()]
+            return [row_of(name) for name in names()]
     finally:
         logging.disable(logging.NOTSET)
 
