@@ -167,6 +167,8 @@ MASKED_WORDS = "half of the patches, MLM, masked captions in ITC, FLOPs of ITC +
 """Arms of studies/scenes_twice.toml in the README, with the same seeds."""
 CLAIM = ("ITC + ITM", "ITC + ITM + MLM + MIM", "ITC + ITM, FLOPs of all four")
 """Arms of studies/scenes.toml that answer the paper's claim."""
+SATURATION = "scenes-scenes_saturation"
+"""The study of longer trainings with a tenth of the pairs."""
 
 
 def results() -> str:
@@ -355,7 +357,7 @@ def claim() -> str:
     for pairs, steps, study_file, names in (
         ("all", "400", "scenes-scenes", CLAIM),
         ("a tenth", "400", "scenes-scenes", tuple(name + few for name in CLAIM)),
-        ("a tenth", "1,600", "scenes-scenes_saturation", (f"{base}, 1,600 steps", f"{ours}, 1,600 steps", longer)),
+        ("a tenth", "1,600", SATURATION, (f"{base}, 1,600 steps", f"{ours}, 1,600 steps", longer)),
     ):
         trials = trials_by_arm(RESULTS / "studies" / f"{study_file}.csv")
         alone, together, as_dear = (trials.get(name, []) for name in names)
