@@ -358,6 +358,7 @@ def claim() -> str:
         ("all", "400", "scenes-scenes", CLAIM),
         ("a tenth", "400", "scenes-scenes", tuple(name + few for name in CLAIM)),
         ("a tenth", "1,600", SATURATION, (f"{base}, 1,600 steps", f"{ours}, 1,600 steps", longer)),
+        ("a tenth", "3,355", SATURATION, (longer, f"{ours}, 3,355 steps", f"{longer} in 3,355 steps")),
     ):
         trials = trials_by_arm(RESULTS / "studies" / f"{study_file}.csv")
         alone, together, as_dear = (trials.get(name, []) for name in names)
