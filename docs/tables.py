@@ -361,10 +361,10 @@ def claim() -> str:
         ("a tenth", "3,355", SATURATION, (longer, f"{ours}, 3,355 steps", f"{longer} in 3,355 steps")),
     ):
         trials = trials_by_arm(RESULTS / "studies" / f"{study_file}.csv")
-        alone, together, as_dear = (trials.get(name, []) for name in names)
+        alone, together, as_dear = (trials[name] for name in names)
         for kind, measure in (("by ITM alone", "itm.r1"), ("fine-tuned", TUNED)):
             cells = [f"{_reached(alone, measure):.1f} ({_seeds(len(alone))})", _added(together, alone, measure)]
-            rows.append([pairs, steps, kind, *cells, _added(as_dear, together, measure) if as_dear else ""])
+            rows.append([pairs, steps, kind, *cells, _added(as_dear, together, measure)])
     return markdown(rows)
 
 
