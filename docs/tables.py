@@ -201,7 +201,7 @@ def results() -> str:
             ["A hidden word, given the right image", f"{exp(text):.1f} times as likely", "given another image"],
             ["A hidden patch, given another caption", f"{pixels:.0f} % more error", "given its own"],
             [
-                "[All four losses](docs/evidence/studies.md): R@1 on scenes",
+                "[All four losses](docs/evidence/studies.md): R@1 on scenes, 400 steps",
                 f"{together:.0f} %",
                 f"ITC + ITM: {alone:.0f} %, for as many FLOPs {longer:.0f} %",
             ],
