@@ -7,7 +7,7 @@ separate formula.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -34,11 +34,11 @@ from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.adaptation import adapt
-from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
-from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.negatives import NegativeSampling
+from mvlm.objectives.pretraining import ALL
+from mvlm.objectives.step import Objective
 from mvlm_dataloading import Batch, Masks
 
 
@@ -197,15 +197,15 @@ def _choices_of_a_gpu() -> Iterator[None]:
         yield
 
 
-def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL) -> StepCost:
+def step_cost(config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Objective] = ALL) -> StepCost:
     """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
-    with fake_step(config, shape, weights) as (model, step):
+    with fake_step(config, shape, objectives) as (model, step):
         return counted(model, step, drawn_tokens(config, shape), shape.gpu)
 
 
 @contextlib.contextmanager
 def fake_step(
-    config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL
+    config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Objective] = ALL
 ) -> Iterator[tuple[MaskVLM, Callable[[], object]]]:
     """Context with a model of fake tensors and a step of rank 0, whose collectives move nothing."""
     with torch.device("meta"):
@@ -227,7 +227,7 @@ def fake_step(
         def step() -> None:
             if world.size == len(micro) == 1:
                 with autocast_of(shape):
-                    losses = model(*micro[0], weights=weights, plan="fast")
+                    losses = model(*micro[0], objectives=objectives, plan="fast")
                 losses.total.backward()
                 return
             backward_global(
@@ -237,7 +237,7 @@ def fake_step(
                 seed=0,
                 step=0,
                 plan="fast",
-                weights=weights,
+                objectives=objectives,
                 autocast=lambda: autocast_of(shape),
             )
 
@@ -298,7 +298,7 @@ def _count_backward(tracker: MemoryTracker) -> Iterator[list[int]]:
         yield counts
 
 
-def uniform_draws(shape: StepShape) -> list[list[int]]:
+def uniform_draws(shape: StepShape) -> list[list[list[int]]]:
     """Numbers of rows that rank 0 exchanges in each microbatch, if each image and each caption is drawn once.
 
     That is the mean of draws in which all are equally likely, without its scatter.
@@ -310,7 +310,7 @@ def uniform_draws(shape: StepShape) -> list[list[int]]:
     lengths = torch.full_like(texts, shape.tokens)
     starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
     plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
-    return [plan.numbers.tolist() for plan in plans]
+    return [[splits.numbers.tolist() for splits in both] for both in plans]
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
-from mvlm.distributed.global_batch import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
@@ -26,6 +25,7 @@ from mvlm.evaluation.workspace import Workspace
 from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import check_sizes
+from mvlm.objectives.losses import Losses
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import identify, load_model, read_architecture
@@ -37,7 +37,7 @@ from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
 from mvlm.training.trainer import Trainer, evaluation_workspace
 from mvlm.weights.resize import resized_config, resized_model
-from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,6 @@ def finetune(config: FinetuneConfig, say_next: bool = True) -> str | None:
     return do_run(config, open_inputs, build_trainer, say_next)
 
 
-class StepLosses(NamedTuple):
-    """Loss and accuracy of a step: of all microbatches and ranks. The accuracy is NaN if nothing was judged."""
-
-    total: Tensor
-    accuracy: Tensor
-
-
 class FineTuner(Trainer):
     """One rank of a fine-tuning run."""
 
@@ -67,8 +60,11 @@ class FineTuner(Trainer):
     targets: Sequence[Tensor]
     """Targets of the training split (`Task.targets`), on the device."""
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
-        """Compute the task's loss on the global batch, and the parameters' gradients."""
+    def forward_backward(self, microbatches: list[tuple[Batch, Masks]]) -> Losses:
+        """Compute the task's loss on the global batch, and the parameters' gradients.
+
+        The accuracy is NaN if nothing was judged.
+        """
         if isinstance(self.model, Retrieval):
             assert isinstance(self.config, FinetuneConfig)
             return self.model.backward(self.parallel, microbatches, self.world, self.config, self.step)
@@ -88,7 +84,7 @@ class FineTuner(Trainer):
             parts = losses.total, losses.accuracy * counted, counted
             shares.append(torch.stack([x.detach().float() for x in parts]))
         loss, right, judged = self.world.all_reduce(torch.stack(shares).sum(0))
-        return StepLosses(loss / (number * self.world.size), right / judged)
+        return Losses(total=loss / (number * self.world.size), accuracy=right / judged)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature if the task trains it, and return it as a further metric of the step."""

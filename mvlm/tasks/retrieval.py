@@ -8,38 +8,28 @@ equal shares (ALBEF), and ITM never draws one as a negative. Evaluation is that 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.device import autocast
-from mvlm.distributed.global_batch import Microbatch, backward_global
+from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.losses import Losses
+from mvlm.objectives.pretraining import ITC, ITM
 from mvlm.tasks.task import Task, TaskOptions
-from mvlm_dataloading import DataError, Dataset, Tokenizer
+from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 
 T = TypeVar("T")
-WEIGHTS = LossWeights(mlm=0, mim=0, itc=1, itm=1)
+OBJECTIVES = ITC(shared_positives=True), ITM()
 OF_OTHER_TASKS = {"question_id": "vqa", "pairID": "entailment", "identifier": "pairs"}
 """Fields of metadata that only questions of another task have."""
-
-
-class RetrievalLosses(NamedTuple):
-    """Losses and accuracies of a global batch: scalars without gradient."""
-
-    total: Tensor
-    itc: Tensor
-    itm: Tensor
-    itc_accuracy: Tensor
-    itm_accuracy: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,22 +76,24 @@ class Retrieval(Task):
         return {}
 
     def backward(
-        self, parallel: Parallel, microbatches: list[Microbatch], world: World, config: FinetuneConfig, step: int
-    ) -> RetrievalLosses:
+        self,
+        parallel: Parallel,
+        microbatches: list[tuple[Batch, Masks]],
+        world: World,
+        config: FinetuneConfig,
+        step: int,
+    ) -> Losses:
         """Compute the losses of the global batch, equal on all ranks, and the parameters' gradients."""
-        found = backward_global(
+        return backward_global(
             _Network(parallel),  # pyright: ignore[reportArgumentType]
-            microbatches,
+            [(batch, None) for batch, _ in microbatches],  # nothing is masked
             world,
             seed=config.seed,
             step=step,
             plan=config.plan,
-            weights=WEIGHTS,
-            shared_positives=True,
-            whole=True,
+            objectives=OBJECTIVES,
             autocast=partial(autocast, world.device, config.precision),
         )
-        return RetrievalLosses(found.total, found.itc, found.itm, found.itc_accuracy, found.itm_accuracy)
 
     @torch.no_grad()
     def evaluate(

@@ -101,7 +101,8 @@ class CudaGraphs:
         graph.replay()
         for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
             parameter.grad = gradient
-        return Losses(*(loss.clone() for loss in graph.losses))  # the next step overwrites those of the graph
+        # The next step overwrites those of the graph.
+        return Losses({name: loss.clone() for name, loss in graph.losses.items()})
 
     def _try_to_capture(self, bucket: Bucket, batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
         own_batch, own_masks, own_number = static_copy(batch), static_copy(masks), number.clone()

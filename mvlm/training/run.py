@@ -22,7 +22,6 @@ from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
-from mvlm.distributed.global_batch import Kept, idle_parameters
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
@@ -30,7 +29,8 @@ from mvlm.files import copy_into
 from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.objectives.losses import loss_weights
+from mvlm.objectives.pretraining import KeepStart, objectives_of
+from mvlm.objectives.step import idle_parameters
 from mvlm.progress import format_duration
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder, RunLock, write_config
@@ -245,7 +245,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     trainer.start, trainer.also = start, inputs.also
     if config.keep_start and config.initial_model is not None:
         kept = make_model(config, fresh=True).to(world.device).requires_grad_(False)
-        trainer.kept = Kept(config.keep_start, kept)
+        trainer.objectives += (KeepStart(config.keep_start, start=kept),)
         trainer.kept_sha256 = identify(config.initial_model)["sha256"]
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
@@ -262,7 +262,7 @@ def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
     The heads that predict tokens and pixels stay too, unless the cross-modality encoders before them learn in full. A
     head whose bias is zero learns: nothing has trained it.
     """
-    for parameter in idle_parameters(model, loss_weights(config)):
+    for parameter in idle_parameters(model, objectives_of(config)):
         parameter.requires_grad_(False)
     heads = {model.language_head: model.language_head.vocabulary.bias, model.pixel_head: model.pixel_head.bias}
     for head, bias in heads.items():

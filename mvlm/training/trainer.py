@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
-from mvlm.distributed.global_batch import Kept, Microbatch, backward_global
+from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
@@ -26,9 +26,11 @@ from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.adaptation import adapt, learned
-from mvlm.model.maskvlm import IMPLEMENTATIONS, Features, MaskVLM
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
-from mvlm.objectives.losses import Losses, LossWeights, distance_to_start, loss_weights
+from mvlm.objectives.losses import Losses
+from mvlm.objectives.pretraining import objectives_of
+from mvlm.objectives.step import Objective
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
     EMA,
@@ -95,21 +97,16 @@ class Trainer:
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
-        self.kept: Kept | None = None
-        """The model at the start, with --keep-start; and `kept_sha256`, the hash of its weights; else None."""
+        self.objectives: tuple[Objective, ...] = objectives_of(config) if isinstance(config, PretrainConfig) else ()
+        """Objectives of pretraining, with their weights. A task has none."""
         self.kept_sha256 = ""
+        """Hash of the model's weights at the start, with --keep-start; else empty."""
         self.also: Dataset | None = None
         """The split of --also-evaluate."""
         self.start: dict[str, str] | None = None
         """Place and hash of the model whose frozen weights checkpoints leave out (`Start`); None if they have all."""
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
-
-    @cached_property
-    def loss_weights(self) -> LossWeights:
-        """Weights of the losses of pretraining. A task has none."""
-        assert isinstance(self.config, PretrainConfig)
-        return loss_weights(self.config)
 
     @property
     def complete(self) -> bool:
@@ -197,9 +194,9 @@ class Trainer:
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        self.metrics.add(self.step, samples, tokens, {**losses._asdict(), **further}, waited)
+        self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited)
 
-    def update(self, losses: Any) -> dict[str, Tensor]:
+    def update(self, losses: Losses) -> dict[str, Tensor]:
         """Clip the gradients and make the update, if it is finite on all ranks. Returns further metrics of the step."""
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
@@ -211,7 +208,7 @@ class Trainer:
         values = {"grad_norm": norm, "good": good} | {f"grad_norm_{name}": value for name, value in parts.items()}
         return values | self.after_update()
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
+    def forward_backward(self, microbatches: list[tuple[Batch, Masks]]) -> Losses:
         """Compute the losses of the global batch, scalars without gradient, and the gradients of their total."""
         config = self.config
         # In compiled code and in CUDA graphs a Python number is a constant.
@@ -226,29 +223,17 @@ class Trainer:
             seed=config.seed,
             step=step,
             plan=config.plan,
-            weights=self.loss_weights,
-            kept=self.kept,
+            objectives=self.objectives,
             autocast=partial(autocast, self.device, config.precision),
         )
 
     def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
         """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
-        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.loss_weights}
-        if self.kept is not None:
-            options["own_loss"] = partial(self.keep_start, batch)
+        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "objectives": self.objectives}
         with autocast(self.device, self.config.precision):
             losses: Losses = self.model(batch, masks, **options)
         losses.total.backward()
-        return Losses(*(loss.detach() for loss in losses))
-
-    def keep_start(self, batch: Batch, features: Features) -> Tensor:
-        """The weighted loss of --keep-start, from what the step has computed of the batch."""
-        assert self.kept is not None
-        assert features.image is not None
-        assert features.text is not None
-        start = self.kept.embed([batch], IMPLEMENTATIONS[self.config.plan])
-        scales = self.model.log_scale, self.kept.model.log_scale
-        return self.kept.weight * distance_to_start((features.image, features.text), start, *scales)
+        return losses.detach()
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature, after every update. Returns it as a further metric of the step."""
@@ -336,7 +321,7 @@ class Trainer:
 
     def extra_state(self) -> dict[str, Any]:
         """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
-        return {"kept": self.kept_sha256} if self.kept is not None else {}
+        return {"kept": self.kept_sha256} if self.kept_sha256 else {}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.
@@ -346,7 +331,7 @@ class Trainer:
         state = read_state(checkpoint)
         if self.start is not None:
             check_start(self.start, state, checkpoint)
-        if self.kept is not None and state["kept"] != self.kept_sha256:
+        if self.kept_sha256 and state["kept"] != self.kept_sha256:
             raise RunError(f"keep_start: wanted the model that {checkpoint} started from, found another; restore it")
         parts = self.tensors()
         for part in [MODEL] + [EMA] * (self.average is not None):

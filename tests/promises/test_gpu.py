@@ -80,7 +80,7 @@ def test_a_step_of_two_microbatches_never_synchronizes_with_the_device():
         again = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.allclose(torch.stack(list(first)), torch.stack(list(again)))
+    assert torch.allclose(torch.stack([*first.values()]), torch.stack([*again.values()]))
     for wanted, parameter in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-2, atol=1e-3)
 
@@ -124,7 +124,7 @@ def test_steps_from_cuda_graphs_train_as_eager_steps():
             with torch.autocast("cuda", torch.bfloat16):
                 losses = model(batch, masks, step=number, plan="fast")
             losses.total.backward()
-            return Losses(*(loss.detach() for loss in losses))
+            return losses.detach()
 
         graphs = CudaGraphs(eager, model.parameters(), limit=limit)
         losses = []
@@ -137,7 +137,9 @@ def test_steps_from_cuda_graphs_train_as_eager_steps():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         assert graphs.captured == (2 if limit else 0)
-        results.append((torch.stack([torch.stack(x) for x in losses]), [p.detach() for p in model.parameters()]))
+        results.append(
+            (torch.stack([torch.stack([*x.values()]) for x in losses]), [p.detach() for p in model.parameters()])
+        )
     (eager_losses, eager_weights), (losses, weights) = results
     assert torch.equal(losses, eager_losses)
     for p, q in zip(weights, eager_weights, strict=True):

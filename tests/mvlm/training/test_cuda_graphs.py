@@ -31,8 +31,8 @@ class Recorder:
             self.replays += 1
             for p in self.model.parameters():
                 p.grad = None
-            for own, new in zip(outputs, function(), strict=True):
-                own.copy_(new)
+            for name, new in function().items():
+                outputs[name].copy_(new)
             for own, p in zip(gradients, self.model.parameters(), strict=True):
                 assert (own is None) == (p.grad is None)
                 if own is not None and p.grad is not None:
@@ -40,7 +40,7 @@ class Recorder:
                 p.grad = None
 
         # A capture runs nothing: until the first replay its outputs mean nothing.
-        for x in (*outputs, *gradients):
+        for x in (*outputs.values(), *gradients):
             if x is not None:
                 x.fill_(torch.nan)
         return replay, outputs
