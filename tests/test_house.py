@@ -25,8 +25,8 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"tasks"},
         {"training", "search"},
         {"runs", "inference", "evaluation", "portable", "costs"},
-        {"distributed", "weights", "model"},
-        {"objectives", "config"},
+        {"distributed", "objectives", "weights", "model"},
+        {"config"},
         {"files", "device", "machine", "progress", "statistics", "errors"},
     ],
     "mvlm_dataloading": [

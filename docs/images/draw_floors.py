@@ -36,14 +36,12 @@ FLOORS = [
         "the model",
         [
             ("distributed/", "ranks, the global batch"),
-            ("weights/", "timm and transformers, in and out"),
-            ("model/", "network, two implementations"),
+            ("objectives/", "MLM, MIM, ITC, ITM"),
+            ("weights/", "timm and transformers"),
+            ("model/", "network, plain and fast"),
         ],
     ),
-    (
-        "its terms",
-        [("objectives/", "MLM, MIM, ITC, ITM on tensors"), ("config/", "every setting, its recipes, its JSON")],
-    ),
+    ("its terms", [("config/", "every setting, its recipes, its JSON")]),
     (
         "ground",
         [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", ""), ("errors", "")],

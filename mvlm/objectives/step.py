@@ -289,13 +289,14 @@ class Step:
     def shares(self, model: MaskVLMNetwork, microbatch: Microbatch) -> Shares:
         """Shares of all losses from this rank's only microbatch, in one autograd graph."""
         features = Features(self, model, [microbatch], [self.encode(model, microbatch, self.computed)])
-        # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs.
-        before, beside = (TRANSFERS[:2], ("", "")) if self.layout.alone else ("", TRANSFERS[:2])
-        found = self.microbatch_shares(features, before)
+        # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs. If the
+        # batch is alone, nothing travels.
+        first, second, third = (TRANSFERS[:2], (), ()) if self.layout.alone else ((), TRANSFERS[:1], TRANSFERS[1:2])
+        found = self.microbatch_shares(features, first)
         self.start_gather(features)
-        found |= self.microbatch_shares(features, beside[:1]) | self.batch_shares(features)
+        found |= self.microbatch_shares(features, second) | self.batch_shares(features)
         exchange = self.exchange(features) if self.of_negatives else None
-        found |= self.microbatch_shares(features, beside[1:])
+        found |= self.microbatch_shares(features, third)
         if exchange is not None:
             exchange.start(0)
             found |= self.negatives_shares(model, exchange.pairs(0, features.streams, *exchange.wait(0)))
@@ -317,17 +318,13 @@ class Step:
 
     def batch_shares(self, features: Features) -> Shares:
         """Shares of the objectives of the global batch. ITC draws negatives."""
-        found: Shares = {}
-        for objective in self.of_batch:
-            found |= objective.named(objective.shares(features))
-        return found
+        found = [x.named(x.shares(features)) for x in self.of_batch]
+        return {name: share for shares in found for name, share in shares.items()}
 
     def negatives_shares(self, model: MaskVLMNetwork, pairs: PairFeatures) -> Shares:
         """Shares of the objectives of negatives, from the pairs of one microbatch."""
-        found: Shares = {}
-        for objective in self.of_negatives:
-            found |= objective.named(objective.shares(model, self.implementation, pairs))
-        return found
+        found = [x.named(x.shares(model, self.implementation, pairs)) for x in self.of_negatives]
+        return {name: share for shares in found for name, share in shares.items()}
 
     def total(self, shares: Shares, zero: Tensor) -> Tensor:
         """Weighted sum of the losses among some shares, a scalar."""
