@@ -1,9 +1,11 @@
-"""Folders and safetensors; `mvlm_dataloading.files` has checksums, JSON, and writes forced to the disk.
+"""Folders, JSON and safetensors of models and runs, which may come from others. Errors are RunError.
+
+`mvlm_dataloading.untrusted` opens files, `mvlm_dataloading.files` writes them, `mvlm.schemas` has their schemas.
 
 safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
 """
 
-import json
+import errno
 import math
 import os
 import secrets
@@ -18,7 +20,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-from mvlm_dataloading import files
+from mvlm.schemas import check
+from mvlm_dataloading import files, untrusted
+from mvlm_dataloading.errors import DataError
 
 LOCK = ".lock"
 """File in a folder that the process holds which writes there."""
@@ -62,11 +66,53 @@ def lock_folder(folder: Path) -> AbstractContextManager[object]:
         raise RunError(f"{folder / LOCK}: cannot be locked ({error.strerror}); choose another folder") from None
 
 
-def read_plan(file: Path) -> Any:
-    """What unfinished work was to be, from a JSON file; None if there is none, or a kill came while it was written."""
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """Context in which a DataError becomes the RunError of its message."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        yield
+    except DataError as error:
+        raise RunError(str(error)) from None
+
+
+def read_json(file: Path, kind: str, wanted: str, schema: Any = None, *, within: Path | None = None) -> Any:
+    """The value of a JSON file, which is as its schema says.
+
+    Args:
+        kind: of `mvlm_dataloading.untrusted.LIMITS`.
+        wanted: the noun phrase for the content, for errors.
+        schema: of `mvlm.schemas`. Default: any JSON.
+        within: folder that the file has to lie in, once links are resolved. Default: the folder that it is in.
+
+    Raises:
+        RunError: it is no regular file, too large, no JSON or not as its schema says, or a link leads out of `within`.
+        OSError: it is missing or cannot be read.
+    """
+    with run_errors():
+        value = untrusted.read_json(file, kind, wanted, within=within or file.parent)
+    return value if schema is None else check(value, schema, file, wanted)
+
+
+def json_lines(file: Path, *, within: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line. Other lines, such as the beginning that a kill may leave, are skipped.
+
+    RunError if it is no regular file, or too large, or if a link leads out of its folder. OSError without a file.
+    """
+    with run_errors():
+        for line in untrusted.regular_lines(file, "metrics", within=within or file.parent):
+            try:
+                found = untrusted.parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(found, dict):
+                yield found
+
+
+def read_plan(file: Path) -> Any:
+    """The plan of unfinished work, from a JSON file; None if there is none, or a kill came while it was written."""
+    try:
+        return read_json(file, "settings", "the plan of unfinished work")
+    except (OSError, RunError):
         return None
 
 
@@ -92,7 +138,9 @@ def _readable(file: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
+        with run_errors():
+            # safetensors says of a file that may not be read that there is none, and waits for a pipe.
+            untrusted.open_regular(file).close()
         yield
     except (OSError, SafetensorError) as error:
         raise RunError(
@@ -102,11 +150,15 @@ def _readable(file: Path) -> Iterator[None]:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name to a safetensors file; contiguous copies are made if necessary."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)  # as the umask says, or as an earlier file had it
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error), str(file)) from None
     if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors 0.8 makes files that their owner alone may read
         file.chmod(mode)
 

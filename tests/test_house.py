@@ -27,7 +27,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"runs", "inference", "evaluation", "portable", "costs"},
         {"distributed", "weights", "model"},
         {"objectives", "config"},
-        {"files", "device", "machine", "progress", "statistics", "errors"},
+        {"files", "schemas", "terminal", "device", "machine", "progress", "statistics", "errors"},
     ],
     "mvlm_dataloading": [
         {"loader", "tools", "scenes"},
@@ -35,7 +35,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"tokenizer"},
         {"dataset", "sources", "options", "masking"},
         {"captions", "randomness", "images", "tar_walk"},
-        {"batch", "files"},
+        {"batch", "files", "untrusted"},
         {"errors"},
     ],
     "mvlm_benchmarks": [

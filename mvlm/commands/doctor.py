@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -72,6 +74,6 @@ def doctor(
     chosen = choose_device(device)
     for finding in (*([warm_up(preset, chosen)] if warm else []), *examine(preset, run, out, chosen)):
         states.append(finding.state)
-        print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
+        say(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
     if "red" in states:
         sys.exit(1)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -40,7 +42,7 @@ def embed(
         found = write(model, collection, out, world, str(checkpoint.resolve()))
         if world.first:
             counts = f"{found['images']:,} images and {found['texts']:,} texts, {found['rejected']} images left out"
-            print(f"{out}: {counts}")
+            say(f"{out}: {counts}")
 
 
 def export(
@@ -91,9 +93,9 @@ def export(
         model.save(out)
     else:
         for name, difference in model.export(out, format, hub_id=push_to, data=data).items():
-            print(f"{name}: largest difference from the network {difference:.1e}")
+            say(f"{name}: largest difference from the network {difference:.1e}")
     if push_to is not None and not dry_run:
         from mvlm.portable.hub import upload
 
-        print(upload(out, push_to, private))
-    print(out)
+        say(upload(out, push_to, private))
+    say(out)

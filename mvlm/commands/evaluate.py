@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mvlm.terminal import say
+
 if TYPE_CHECKING:
     from mvlm.inference.trained_model import TrainedModel
     from mvlm_dataloading import Dataset
@@ -97,7 +99,7 @@ def eval_retrieval(
             if world.first:
                 if out is not None:
                     write_json(out, figures)
-                print(format_table(figures))
+                say(format_table(figures))
 
 
 def eval_task(task: str) -> Callable[..., None]:

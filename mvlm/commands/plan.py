@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mvlm.config.groups import FULL, Learning, PartSettings
 from mvlm.config.ranges import check_values
+from mvlm.terminal import say
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -116,10 +117,10 @@ def plan(
             raise ConfigError("plan: wanted no --loader-rate with --task, whose plan has no loader; leave it out")
         if setting.sharded:
             raise ConfigError("plan: wanted --parallel ddp with --task, which plans DDP; leave --parallel out")
-        print(format_task_plan(task, setting, parse_count(data), epochs))
+        say(format_task_plan(task, setting, parse_count(data), epochs))
     else:
-        print(format_plan(setting, parse_count(data), epochs, loader_rate))
+        say(format_plan(setting, parse_count(data), epochs, loader_rate))
     if evaluation:
         from mvlm.costs.evaluation_cost import format_evaluation
 
-        print(format_evaluation(setting, *evaluation))
+        say(format_evaluation(setting, *evaluation))

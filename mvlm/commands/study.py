@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -62,4 +64,4 @@ def study(
         keep_freed_memory("auto")
         page = run_study(description, data, out, shares, reuse, checkpoint)
     if page is not None:
-        print(f"{out / 'study.csv'}\n{page}")
+        say(f"{out / 'study.csv'}\n{page}")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import LONGEST, fake_microbatch
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.terminal import say
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import aot, dispatch, use_backend
 
@@ -93,8 +94,8 @@ def main() -> None:
     started, config = time.perf_counter(), MaskVLMConfig.preset(options.preset)
     failed = aot.compile_all(launches_of(config, options.pairs, options.arch), options.arch, options.jobs)
     for line in failed:
-        print(line)
-    print(f"kernels of {options.preset} for {options.arch} in {time.perf_counter() - started:.0f} s")
+        say(line)
+    say(f"kernels of {options.preset} for {options.arch} in {time.perf_counter() - started:.0f} s")
     sys.exit(1 if failed else 0)
 
 

@@ -57,7 +57,7 @@ class StoredArray:
             self._mapped = torch.zeros(shape, dtype=dtype)
         else:
             # For writing alone: NFS would read the rest of a page first, and write back what other nodes' rows were.
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             os.ftruncate(self._file, shape[0] * self._row_bytes)  # every rank does; it changes nothing but the size
 
     @property

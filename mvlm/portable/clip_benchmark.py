@@ -11,6 +11,7 @@ import torch
 
 from mvlm.errors import ConfigError
 from mvlm.portable.clip_model import ClipParts, create_clip_model
+from mvlm.terminal import say
 from mvlm_dataloading.errors import need
 
 MODEL_TYPE = "mvlm"
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     try:
         register()
     except ConfigError as error:
-        print(f"mvlm: {error}", file=sys.stderr)
+        say(f"mvlm: {error}", file=sys.stderr)
         sys.exit(2)
     from clip_benchmark.cli import main
 

@@ -12,7 +12,7 @@ from mvlm.config.json_files import read_config, read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError, shown
-from mvlm.files import check_finite, copy_into, load_weights, read_shapes
+from mvlm.files import check_finite, copy_into, load_weights, read_shapes, run_errors
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.adaptation import add_adapters, merge_adapters, unmerged
 from mvlm.model.maskvlm import MaskVLM
@@ -20,8 +20,10 @@ from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_F
 from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, find_run, log_unfinished
 from mvlm.weights.resize import resized_model, resized_tensors
-from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+from mvlm_dataloading import DataError, Dataset, Tokenizer, load_tokenizer, open_dataset
+from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.files import sha256
+from mvlm_dataloading.untrusted import resolve_inside
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +151,25 @@ def check_start(start: dict[str, str], state: dict[str, Any], checkpoint: Path) 
         raise RunError(f"{start['path']}: wanted the model that {checkpoint} started from, found another; restore it")
 
 
+def open_named_data(file: Path, place: Any, split: str, fingerprint: Any) -> Dataset:
+    """Open a split of the data set that a file of a run names. A run may come from others, and name any folder.
+
+    Args:
+        file: the file, for errors.
+        place: folder that it names.
+        fingerprint: of the split, as the file states it.
+
+    RunError if the place is a URL, or holds other data. DataError if it is not there.
+    """
+    advice = "name the data with --data"
+    if is_remote(str(place)):
+        raise RunError(f"{file}: wanted data on this machine, found a URL; {advice}")
+    dataset = open_dataset(Path(str(place)), split)
+    if dataset.fingerprint != fingerprint:
+        raise RunError(f"{file}: wanted the data that it was made with at {place}, found others; {advice}")
+    return dataset
+
+
 def warn_without_itm(network: MaskVLM, path: Path | str) -> None:
     """Log a warning if the network was trained without ITM."""
     if not network.matching_is_trained:
@@ -193,7 +214,7 @@ def load_tokenizer_of(path: Path | str) -> Tokenizer:
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer beside a model. RunError if there is none, as where `MaskVLM.save_pretrained` wrote alone."""
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not (folder / TOKENIZER_FILE).exists():
         raise RunError(
             f"{folder}: wanted a {TOKENIZER_FILE} beside the weights, found none; write the one that the model was "
             f'trained with: `tokenizer.save(folder / "{TOKENIZER_FILE}")`'
@@ -211,7 +232,10 @@ def find_model(source: Path | str) -> tuple[Path, bool]:
     path = Path(source)
     if path.is_file() and path.name == WEIGHTS_FILE:
         path = path.parent
-    if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+    if (path / WEIGHTS_FILE).exists() and (path / CONFIG_FILE).exists():
+        with run_errors():
+            for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
+                resolve_inside(path / name, path)
         return path, True
     # A name in a folder that is here is a mistyped run, not a model on the hub.
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not path.exists() and not path.parent.is_dir():

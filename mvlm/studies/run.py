@@ -20,16 +20,19 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+from mvlm.files import run_errors
 from mvlm.runs.load import load_model
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, stage_config, trial_config
 from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
 from mvlm.tasks.finetune import untrained_figures
+from mvlm.terminal import say
 from mvlm.training.run import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.tools.view import make_view
+from mvlm_dataloading.untrusted import check_links
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,9 @@ def run_study(
     """
     if found := [name for name in _OF_OTHERS if (out / name).exists()]:
         raise RunError(f"{out}: wanted a new folder or that of a study, found {found[0]}; choose another one")
+    if out.is_dir():
+        with run_errors():
+            check_links(out)
     others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
     finished = [read_result(trial) for trial in trials]  # before the first minute is spent
@@ -337,4 +343,4 @@ def _relay(job: int, process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
-            print(f"[{job}] {line}", end="", flush=True)
+            say(f"[{job}] {line}", end="", flush=True)

@@ -262,7 +262,8 @@ def evaluate_task(
 
     task, tokenizer, dataset = run_on_all_ranks(world, prepare)
     about = {"task": task.name, "split": split, "model": hash_of(task.config, tokenizer, task)}
-    used = {"data": dataset.fingerprint, "device": task.log_scale.device.type}
+    about["fingerprint"] = dataset.fingerprint
+    used = {"device": task.log_scale.device.type}
     used["precision"] = chosen_precision(task.log_scale.device, precision)
     check_same(world, {**about, **task.options.plain(), **used}, SAME_WORK)
     if isinstance(task, Retrieval):

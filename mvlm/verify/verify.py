@@ -23,7 +23,6 @@ from mvlm.device import choose_device, deterministic_kernels
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError, RunError
 from mvlm.evaluation.evaluate import figures_of
-from mvlm.files import check_folder
 from mvlm.machine import describe_machine, package_versions
 from mvlm.model.pretrained import check_sizes
 from mvlm.progress import TrainingProgress
@@ -38,7 +37,7 @@ from mvlm.runs.checkpoint import (
     step_of,
     verify_checkpoint,
 )
-from mvlm.runs.folder import RunFolder, read_metrics
+from mvlm.runs.folder import RunFolder, check_run_folder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
 from mvlm.runs.load import load_model
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
@@ -92,14 +91,14 @@ def read_claims(path: Path, data: Path | None) -> Claims:
 
     RunError if the run is missing, not finished, not a pretraining run, or older than the history of runs.
     """
-    check_folder(path, "the folder of a finished run")
+    check_run_folder(path)
     run = RunFolder(path)
     values = read_config(run.config)
     if "task" in values:
         raise RunError(f"{path}: wanted a pretraining run, found one of fine-tuning; only pretraining can be replayed")
     config = run_config(values, str(run.config))
     for file in (run.metrics, run.history):
-        if not file.is_file():
+        if not file.exists():
             raise RunError(
                 f"{file}: wanted the {file.stem} of the run, found no such file; restore it, or train again with this "
                 f"version of mvlm"
@@ -132,7 +131,7 @@ def read_claims(path: Path, data: Path | None) -> Claims:
         saves=saves,
         gaps=gaps,
         kept=kept,
-        figures=_read_figures(run.evaluation) if run.evaluation.is_file() else None,
+        figures=_read_figures(run.evaluation) if run.evaluation.exists() else None,
     )
 
 

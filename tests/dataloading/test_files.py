@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import DataError, build_shards, check_shards, files, open_dataset, rebuild_indices
-from mvlm_dataloading.files import read_regular
 from mvlm_dataloading.sources.tar_samples import read_samples
 from mvlm_dataloading.sources.webdataset import webdataset
 from mvlm_dataloading.tools.view import make_view
@@ -119,13 +118,6 @@ def make_device(path: Path) -> None:
 
 
 ODD = {"a pipe": make_pipe, "a socket": make_socket, "a device": make_device, "a folder": Path.mkdir}
-
-
-def test_a_file_above_the_limit_is_not_read(tmp_path):
-    (tmp_path / "x").write_bytes(b"12345")
-    assert read_regular(tmp_path / "x", 5) == b"12345"
-    with pytest.raises(DataError, match="x: wanted at most 4 bytes, found 5"):
-        read_regular(tmp_path / "x", 4)
 
 
 @pytest.mark.parametrize("kind", ODD)

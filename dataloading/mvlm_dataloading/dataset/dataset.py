@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular, require_regular
 from mvlm_dataloading.randomness import text_hash
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
+from mvlm_dataloading.untrusted import open_regular, require_regular
 
 from .dali_index import KINDS, Int64
 from .description import shard_paths

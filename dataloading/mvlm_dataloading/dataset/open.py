@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import make_no_older, read_regular, replaced
+from mvlm_dataloading.files import make_no_older, replaced
+from mvlm_dataloading.untrusted import read_regular
 
 from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 from .dataset import Dataset, check_size, compare_with_tar
@@ -210,7 +211,7 @@ def _hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
 def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint: str) -> None:
     """Append a shard's samples to an index. Nothing is appended if its DALI index cannot be used."""
     try:
-        text = read_regular(path)
+        text = read_regular(path, "index")
     except FileNotFoundError:
         raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}") from None
     if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular
+from mvlm_dataloading.untrusted import open_regular
 
 from .dali_index import KINDS, DaliIndex, Int64
 

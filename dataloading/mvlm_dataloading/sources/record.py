@@ -12,14 +12,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.files import open_regular, sha256
+from mvlm_dataloading.files import sha256
 from mvlm_dataloading.images.decode import decode
 from mvlm_dataloading.images.limits import ImageLimits
+from mvlm_dataloading.untrusted import check_links, open_regular
 
 Box = tuple[int, int, int, int]
 
@@ -154,10 +156,19 @@ def source(function: Build) -> Build:
 
     Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
     with a line for each parameter under `Args:`, but for `Raises:`. Every source raises DataError for a file or folder
-    that is missing or has another format.
+    that is missing or has another format, and for a folder with a link that leaves it.
     """
-    SOURCES[function.__name__.replace("_", "-")] = function
-    return function
+
+    @wraps(function)
+    def checked(*arguments: Any, **settings: Any) -> Source:
+        for value in (*arguments, *settings.values()):
+            for path in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(path, Path) and path.is_dir():
+                    check_links(path)
+        return function(*arguments, **settings)
+
+    SOURCES[function.__name__.replace("_", "-")] = checked
+    return checked
 
 
 PIECE_RECORDS = 2048

@@ -25,8 +25,8 @@ from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.files import opened_unchanged, read_regular
 from mvlm_dataloading.randomness import text_hash
+from mvlm_dataloading.untrusted import opened_unchanged, read_regular
 
 from .reindex import index_tar
 
@@ -157,7 +157,7 @@ def _read_through(
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     if task.shard["sha256"] and digest != task.shard["sha256"]:
         found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
-    text = read_regular(index)
+    text = read_regular(index, "index")
     try:
         parse_index(text)
     except ValueError as error:

@@ -284,12 +284,18 @@ def test_a_tokenizer_with_other_tokens_than_the_models_is_refused(copy, form, na
 
 
 @pytest.mark.parametrize("name", ["model.json", SHARD])
-def test_a_link_is_followed_where_the_contents_are_those_of_the_manifest(copy, tmp_path, name):
-    """As caches of files make them. Another file, or none that ends, is refused by its hash or its kind."""
+def test_links_stay_in_the_folder_or_in_its_cache(copy, tmp_path, monkeypatch, name):
+    """Files of a snapshot in the hub's cache are links into its blobs. Elsewhere the user has to ask for it."""
     folder = copy("checkpoint")
     before = checkpoint_contents(folder)
-    (folder / name).rename(tmp_path / "store")
-    (folder / name).symlink_to(tmp_path / "store")
+    for place in ("blobs", "store"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "contents").write_bytes((folder / name).read_bytes())
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "store/contents")
+    with pytest.raises(RunError, match=f"{name}: wanted a file in"):
+        load_model(folder, "cpu")
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
     assert load_model(folder, "cpu").sha256
     assert checkpoint_contents(folder) == before
     (tmp_path / "other").write_text("secret")
@@ -299,3 +305,25 @@ def test_a_link_is_followed_where_the_contents_are_those_of_the_manifest(copy, t
         with pytest.raises(RunError, match=f"{name}: {word}") as caught:
             load_model(folder)
         assert "secret" not in str(caught.value)
+    monkeypatch.delenv("MVLM_FOLLOW_LINKS")
+    snapshot = tmp_path / "snapshots/revision"
+    snapshot.parent.mkdir()
+    folder.rename(snapshot)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(tmp_path / "blobs/contents")
+    assert load_model(snapshot, "cpu").sha256
+
+
+def test_a_linked_folder_of_weights_is_refused(copy, tmp_path, monkeypatch):
+    """DCP's reader takes every file of a folder, of which the manifest may not know."""
+    folder = copy("checkpoint")
+    (folder / "model").rename(tmp_path / "model")
+    (folder / "model").symlink_to(tmp_path / "model")
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
+    for inside in (tmp_path / "model", folder / "inside"):
+        if not inside.exists():
+            shutil.copytree(tmp_path / "model", inside)
+        (folder / "model").unlink()
+        (folder / "model").symlink_to(inside)
+        with pytest.raises(RunError, match="not in the manifest"):
+            load_model(folder)
