@@ -13,7 +13,8 @@ from mvlm_dataloading.errors import MissingPackageError
 EXTRAS = {
     **dict.fromkeys(("PIL", "fsspec", "nvidia", "pyarrow", "tokenizers"), "data"),
     **dict.fromkeys(
-        ("filelock", "huggingface_hub", "jinja2", "rich", "safetensors", "scipy", "tensorboard", "tyro"), "train"
+        ("filelock", "huggingface_hub", "jinja2", "msgspec", "rich", "safetensors", "scipy", "tensorboard", "tyro"),
+        "train",
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "gradio": "app",

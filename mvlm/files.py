@@ -2,7 +2,8 @@
 
 `mvlm_dataloading.untrusted` opens files, `mvlm_dataloading.files` writes them, `mvlm.schemas` has their schemas.
 
-safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
+safetensors and msgspec are imported when a file is read or written, so that a model can be built and timed with torch
+alone.
 """
 
 import errno
@@ -20,7 +21,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-from mvlm.schemas import check
 from mvlm_dataloading import files, untrusted
 from mvlm_dataloading.errors import DataError
 
@@ -90,7 +90,11 @@ def read_json(file: Path, kind: str, wanted: str, schema: Any = None, *, within:
     """
     with run_errors():
         value = untrusted.read_json(file, kind, wanted, within=within or file.parent)
-    return value if schema is None else check(value, schema, file, wanted)
+    if schema is None:
+        return value
+    from mvlm.schemas import check
+
+    return check(value, schema, file, wanted)
 
 
 def json_lines(file: Path, *, within: Path | None = None) -> Iterator[dict[str, Any]]:

@@ -182,7 +182,7 @@ def check(value: Any, schema: Any, where: Path | str, wanted: str) -> Any:
     """
     try:
         msgspec.convert(value, schema)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for half a letter of Unicode
         what = " ".join(str(error).replace("`", "").split())
         raise RunError(f"{where}: wanted {wanted}, found {what[0].lower()}{what[1:]}; restore it") from None
     return value
@@ -192,6 +192,6 @@ def fits(value: Any, schema: Any) -> bool:
     """True if the value is as the schema says."""
     try:
         msgspec.convert(value, schema)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):
         return False
     return True

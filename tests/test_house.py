@@ -152,6 +152,56 @@ def test_no_circle_among_modules() -> None:
         visit(module, ())
 
 
+def test_what_is_printed_passes_one_function() -> None:
+    """A bare `print` or a write to a stream would pass by `mvlm.terminal`, which escapes control characters."""
+    may = {"mvlm/terminal.py", "loader/decoder_check.py"}  # the latter answers its own parent process in JSON
+    for package, file in FILES:
+        if package in ("mvlm", "mvlm_dataloading") and not any(file.as_posix().endswith(one) for one in may):
+            called = [ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
+            assert "print" not in called, file
+
+
+OPENED_BY_THEMSELVES = {
+    "dataloading/mvlm_dataloading/untrusted.py": "the one reader",
+    "dataloading/mvlm_dataloading/files.py": "the one writer",
+    "dataloading/mvlm_dataloading/images/decode.py": "images, with limits of their own",
+    "mvlm/app/visitors.py": "uploads, under names that the page draws",
+    "mvlm/cli.py": "/dev/null",
+    "mvlm/progress.py": "/dev/null",
+    "mvlm/commands/machine_check.py": "/proc, and a shard of a data set that is open",
+    "mvlm/machine.py": "/proc",
+    "mvlm/training/metrics.py": "/proc",
+    "mvlm/evaluation/workspace.py": "arrays of an evaluation, in a folder that it has locked",
+    "mvlm/inference/trained_model.py": "a folder that this call has made",
+    "mvlm/portable/programs.py": "a folder that this call has made",
+    "mvlm/report/html.py": "a file of this package",
+    "mvlm/tasks/__init__.py": "files of this package",
+    "dataloading/mvlm_dataloading/build/assemble.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/build.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/piece.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/workers.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/packaged_sets.py": "files of installed packages",
+    "dataloading/mvlm_dataloading/scenes/drawing.py": "files of installed packages",
+    "dataloading/mvlm_dataloading/dataset/open.py": "a path that the one writer gives out",
+    "dataloading/mvlm_dataloading/dataset/remote_cache.py": "the cache's own folder",
+    "dataloading/mvlm_dataloading/loader/pipeline.py": "a temporary folder of this process",
+    "dataloading/mvlm_dataloading/tools/view.py": "a folder that this call has made",
+}
+"""Files of code that open files by other means than the one reader and the one writer, and which files these are."""
+OPENING = re.compile(r"(^os|\w|\)|\])\.(read_text|read_bytes|write_text|write_bytes|open|from_file|to_file)$|^open$")
+IN_MEMORY = re.compile(r"tarfile|[Pp][Ii][Ll]|_dataset|opened")
+
+
+def test_files_of_others_are_opened_by_one_reader_and_written_by_one_writer() -> None:
+    opening = set()
+    for package, file in FILES:
+        if package in ("mvlm", "mvlm_dataloading"):
+            called = {ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)}
+            if any(OPENING.search(name) and not IN_MEMORY.search(name) for name in called):
+                opening.add(str(file.relative_to(ROOT)))
+    assert opening == OPENED_BY_THEMSELVES.keys()
+
+
 def test_the_architecture_page_names_every_room() -> None:
     page = (ROOT / "docs" / "explain" / "architecture.md").read_text()
     for path in PACKAGES["mvlm"].iterdir():

@@ -12,7 +12,6 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.files import read_json
-from mvlm.schemas import RunSettings
 
 Config = TypeVar("Config", bound=RunConfig)
 RENAMED_FIELDS = {"eval_pictures": "eval_images"}
@@ -93,6 +92,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
     RunError for a file that is missing, not readable or of another version.
     """
+    from mvlm.schemas import RunSettings
+
     try:
         values = read_json(file, "settings", "the configuration of a run", RunSettings)
     except OSError as error:

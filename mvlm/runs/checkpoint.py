@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, check_types, read_json, read_safetensors, run_errors
+from mvlm.files import check_fit, check_types, read_json, read_safetensors, read_shapes, run_errors
 from mvlm.schemas import Manifest, RunState
 from mvlm_dataloading.files import sha256
-from mvlm_dataloading.untrusted import resolve_inside
+from mvlm_dataloading.untrusted import LIMITS, resolve_inside
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +103,30 @@ def verify_checkpoint(path: Path) -> None:
             raise RunError(f"{file}: missing from the checkpoint; use another one")
         try:
             with run_errors():
-                found = sha256(resolve_inside(file, path))
+                real = resolve_inside(file, path)
+            _check_length(file, real.stat().st_size)
+            with run_errors():
+                found = sha256(real)
         except PermissionError:
             raise
         except OSError as error:  # for example, a bad sector
             raise RunError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from None
         if found != digest:
             raise RunError(f"{file}: damaged, its sha256 is not the manifest's; use another checkpoint")
+
+
+_TENSORS_AT_ONCE = 1 << 30
+"""Bytes of tensors that are hashed whatever they are, within seconds."""
+_KINDS = {MODEL_CONFIG: "settings", TOKENIZER: "tokenizer"}
+
+
+def _check_length(file: Path, size: int) -> None:
+    """Raise RunError for a file of a checkpoint that is too long to be hashed, such as a hole of many gigabytes."""
+    if file.suffix == ".safetensors":
+        if size > _TENSORS_AT_ONCE:
+            read_shapes(file)  # which compares the header with the file's length
+    elif size > (most := LIMITS[_KINDS.get(file.name, "state")]):
+        raise RunError(f"{file}: wanted at most {most} bytes, found {size}; use another checkpoint")
 
 
 def _refuse_others(path: Path, known: set[str]) -> None:

@@ -1,8 +1,8 @@
 """Contents of folders, runs and checkpoints, for tests that compare them."""
 
 import errno
-import os
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 

@@ -50,6 +50,7 @@ from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 from mvlm_dataloading.tokenizer import load_tokenizer
+from mvlm_dataloading.untrusted import read_regular
 
 from .assemble import REPEATED_KEY, Assembly, assemble
 from .workers import finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
@@ -261,7 +262,7 @@ def _begin(
             write_file(file, wanted)
     _start_or_resume(folder, plan, f"{part[0]}/{part[1]}")
     if options.tokenizer is not None and not folder.has("tokenizer.json"):
-        folder.write("tokenizer.json", options.tokenizer.read_bytes())
+        folder.write("tokenizer.json", read_regular(options.tokenizer, "tokenizer"))
 
 
 def _finish(
