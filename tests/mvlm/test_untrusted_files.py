@@ -61,6 +61,7 @@ TRAIN = " ".join(["pretrain tiny --data {scenes} --checkpoint-every-steps 1 --ev
 RESUME = f"{TRAIN} --out {{it}} --resume"
 EVAL = "eval retrieval --checkpoint {it} --data {scenes} --split test --out {it}/eval/test.json"
 REPORT, COMPARE, VERIFY = "report {it}", "report {it} {trained} --out {out}.html", "verify {it}"
+CHECK = "data check {it} --workers 0"
 TABLE, SCORE = "data folder {pictures} {out} --captions {file}", "score vqa {it}/predictions.json {it}/annotations.json"
 STUDY = "study {it}/study.toml --data {scenes} --out {out} --partial"
 INDEX, EMBED = "search index {it} {out}", "embed {it} {out} --checkpoint {trained} --device cpu"
@@ -79,10 +80,10 @@ ROWS = {
     "exported config.json": Row("settings", "exported", "config.json", (FILL,), "json"),
     "exported weights": Row("", "exported", "model.safetensors", (FILL,)),
     "exported tokenizer.json": Row("tokenizer", "exported", "tokenizer.json", (FILL,)),
-    "data dataset.json": Row("dataset.json", "data", "dataset.json", ("data check {it}",), "json"),
-    "data index": Row("index", "data", "test.index", ("data check {it}",)),
-    "data DALI index": Row("index", "data", "test-000000.idx", ("data check {it}",)),
-    "data tar": Row("", "data", "test-000000.tar", ("data check {it}",)),
+    "data dataset.json": Row("dataset.json", "data", "dataset.json", (CHECK,), "json"),
+    "data index": Row("index", "data", "test.index", (CHECK,)),
+    "data DALI index": Row("index", "data", "test-000000.idx", (CHECK,)),
+    "data tar": Row("", "data", "test-000000.tar", (CHECK,)),
     "picture": Row("", "pictures", "1.png", ("data folder {it} {out}", EMBED), needed=False),
     "caption of a picture": Row("caption", "pictures", "1.txt", ("data folder {it} {out}", EMBED), needed=False),
     "metadata of a picture": Row("caption", "pictures", "1.json", (EMBED,), "json", needed=False),
@@ -270,9 +271,11 @@ def open_door(row: Row, attack: Attack, words: str, good: dict[str, Path], place
     errors = [line for line in printed.splitlines() if line.startswith("mvlm: ")]
     if (code == 2) != (len(errors) == 1):
         return f"{len(errors)} lines of error with exit code {code}"
-    if (attack.refused and row.needed and code != 2) or (attack.kind == "link out" and code != 2):
+    named = row.folder == "tables"  # by the user, who may name a link
+    wanted = not named if attack.kind == "link out" else attack.refused and row.needed
+    if wanted and code != 2:
         return f"not refused: {printed[:200]!r}"
-    if attack.kind == "link in" and code != 0 and not row.file.startswith(STEP):  # whose manifest names each file
+    if attack.kind == "link in" and "wanted a file in" in printed:
         return f"refused: {printed[-300:]!r}"
     if before is not None and seen(outside) != before:
         return "something outside has changed"
