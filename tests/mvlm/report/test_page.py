@@ -34,7 +34,12 @@ def reported(tmp_path_factory):
     model = micro_config(text_length=40, vocab_size=400)
     pretrain(pretrain_config(data, run, eval_every_steps=1, model=model))
     split, train = open_dataset(data, "test"), open_dataset(data, "train")
-    figures = {"checkpoint": HOSTILE, "split": "test", **load_model(run).evaluate(split, train).figures}
+    figures = {
+        "checkpoint": HOSTILE,
+        "split": "test",
+        "fingerprint": split.fingerprint,
+        **load_model(run).evaluate(split, train).figures,
+    }
     (run / "eval").mkdir()
     (run / "eval/test.json").write_text(json.dumps(figures))
     return run, data, figures, write_report(run)

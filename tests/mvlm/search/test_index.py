@@ -205,7 +205,7 @@ def test_places_and_embeddings_that_cannot_be_used_are_refused(index, embedded, 
     for call, error, words in (
         (lambda: index.add(tmp_path / "other"), RunError, "wanted embeddings of the model"),
         (lambda: create_index(tmp_path / "new", place), RunError, "format version 2, found 99"),
-        (lambda: create_index(tmp_path / "damaged", place), RunError, "embedding.json: wanted a description"),
+        (lambda: create_index(tmp_path / "damaged", place), RunError, "embedding.json: wanted the description"),
         (lambda: create_index(tmp_path / "none", place), RunError, "wanted a folder that `mvlm embed` wrote"),
         (lambda: create_index(embedded, place, "hnsw"), ConfigError, "method: wanted auto, flat or ivf"),
         (lambda: create_index(embedded, index.location), RunError, "wanted a new place for the index"),
