@@ -100,25 +100,27 @@ def json_attacks(good: Any) -> Iterator[Attack]:
     """Changes of a JSON file with this content: documents of another kind, and odd values of each field, two deep."""
     for document in DOCUMENTS:
         yield Attack("wrong type", f"document {document[:8]!r}", text(document), False)
-    for path in _fields(good):
+    for path in fields_of(good):
         for value in ODD_VALUES:
             shown = json.dumps(value)[:24]
             kind = "escape" if value == ESCAPE else "traversal" if "passwd" in shown else "wrong type"
-            yield Attack(kind, f"{'.'.join(map(str, path))} = {shown}", text(_changed(good, path, value)), False)
+            yield Attack(kind, f"{'.'.join(map(str, path))} = {shown}", text(changed(good, path, value)), False)
         for raw in RAW_VALUES:
-            content = _changed(good, path, "@raw@").replace('"@raw@"', raw)
+            content = changed(good, path, "@raw@").replace('"@raw@"', raw)
             yield Attack("NaN", f"{'.'.join(map(str, path))} = {raw[:12]}", text(content), False)
-        yield Attack("missing", f"no {'.'.join(map(str, path))}", text(_changed(good, path, None, remove=True)), False)
+        yield Attack("missing", f"no {'.'.join(map(str, path))}", text(changed(good, path, None, remove=True)), False)
 
 
-def _fields(value: Any, depth: int = 2) -> Iterator[tuple[Any, ...]]:
+def fields_of(value: Any, depth: int = 2) -> Iterator[tuple[Any, ...]]:
+    """Paths of the fields of a JSON value, two deep; of a list the first entry."""
     items = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
     for name, one in items if depth else ():
         yield (name,)
-        yield from ((name, *rest) for rest in _fields(one, depth - 1))
+        yield from ((name, *rest) for rest in fields_of(one, depth - 1))
 
 
-def _changed(good: Any, path: tuple[Any, ...], value: Any, remove: bool = False) -> str:
+def changed(good: Any, path: tuple[Any, ...], value: Any, remove: bool = False) -> str:
+    """The text of a JSON value with another value at a path, or none."""
     found = json.loads(json.dumps(good))
     part = found
     for name in path[:-1]:
