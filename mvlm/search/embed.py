@@ -310,6 +310,7 @@ def read_batches(
         if opened.metadata.num_rows != rows:
             refuse(f"{opened.metadata.num_rows} rows where {rows} were written")
         for batch in opened.iter_batches(BATCH_ROWS, columns=columns):
+            batch.validate(full=True)  # texts that are not UTF-8
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 if found := _fault(name, column):
                     refuse(found)
