@@ -18,6 +18,7 @@ from mvlm.commands.finetune import finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 from mvlm.tasks import task_names
+from mvlm_dataloading.urls import hidden, without_credentials
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Data sets": {
@@ -148,19 +149,30 @@ def _at_home(word: str) -> str:
     return f"{flag}{sign}{os.path.expanduser(path)}" if path == "~" or path.startswith("~/") else word
 
 
+class _Lines(logging.Formatter):
+    """Lines of a log, without the passwords and signatures of URLs that other libraries may name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record))
+
+
 def main() -> None:
     """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1.
 
     Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.stopping`).
     """
-    logging.basicConfig(format="%(message)s")  # of other libraries: warnings
+    lines = logging.StreamHandler()
+    lines.setFormatter(_Lines("%(message)s"))
+    logging.basicConfig(handlers=[lines])  # of other libraries: warnings
     for name in ("mvlm", "mvlm_dataloading", "mvlm_kernels", "mvlm_benchmarks"):
         logging.getLogger(name).setLevel(logging.INFO)
     from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError, advise_install, is_out_of_memory
     from mvlm_dataloading.errors import DataError
 
     try:
-        run_command([_at_home(word) for word in sys.argv[1:]])
+        # Also in `sys.argv`, which services that log runs read.
+        sys.argv[1:] = [without_credentials(_at_home(word)) for word in sys.argv[1:]]
+        run_command(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
@@ -186,7 +198,7 @@ def main() -> None:
 
 
 def _end(message: str, code: int = 2) -> NoReturn:
-    print(f"mvlm: {message}", file=sys.stderr)
+    print(f"mvlm: {hidden(message)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -35,7 +35,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"tokenizer"},
         {"dataset", "sources", "options", "masking"},
         {"captions", "randomness", "images", "tar_walk"},
-        {"batch", "files"},
+        {"batch", "files", "urls"},
         {"errors"},
     ],
     "mvlm_benchmarks": [

@@ -19,7 +19,8 @@ from mvlm_dataloading.sources.folder import LISTED
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_MAX_BYTES = 1 << 30
+DESCRIPTION_BYTES = 64 << 20
+"""Bytes that a `dataset.json` may have: that of 300,000 shards has as many."""
 
 
 def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             )
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
     try:
-        text = read_regular(file, _MAX_BYTES)
+        text = read_regular(file, DESCRIPTION_BYTES)
     except FileNotFoundError:
         names = (name.lower() for _, _, names in os.walk(folder) for name in names)
         has_images = any(name.endswith(LISTED) for name in islice(names, 10_000))
