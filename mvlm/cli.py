@@ -19,6 +19,7 @@ from mvlm.commands.study import study
 from mvlm.tasks import task_names
 from mvlm.terminal import VisibleFormatter, say
 from mvlm_dataloading.untrusted import FOLLOW_LINKS, followed_links
+from mvlm_dataloading.urls import without_credentials
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Data sets": {
@@ -180,7 +181,9 @@ def main() -> None:
     from mvlm_dataloading.errors import DataError
 
     try:
-        run_command([_at_home(word) for word in _without_follow_links(sys.argv[1:])])
+        # Also in `sys.argv`, which services that log runs read.
+        sys.argv[1:] = [without_credentials(_at_home(word)) for word in _without_follow_links(sys.argv[1:])]
+        run_command(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes

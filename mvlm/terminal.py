@@ -1,4 +1,5 @@
-"""Text for the terminal. Captions, names and messages that came from outside cannot control it.
+"""Text for the terminal. Captions, names and messages that came from outside cannot control it, and URLs in it have
+no passwords.
 
 Everything that mvlm prints or logs passes here: `tests/test_house.py` finds a bare `print`.
 """
@@ -8,6 +9,7 @@ import sys
 from typing import TextIO
 
 from mvlm_dataloading.untrusted import printable
+from mvlm_dataloading.urls import hidden
 
 
 def say(text: object, *, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
@@ -16,8 +18,8 @@ def say(text: object, *, end: str = "\n", file: TextIO | None = None, flush: boo
 
 
 def visible(text: object) -> str:
-    """A text of any number of lines, with control characters but line ends and tabs escaped."""
-    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
+    """A text with control characters but line ends and tabs escaped, and without the credentials of URLs."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in hidden(str(text)).split("\n"))
 
 
 class VisibleFormatter(logging.Formatter):

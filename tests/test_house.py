@@ -35,7 +35,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"tokenizer"},
         {"dataset", "sources", "options", "masking"},
         {"captions", "randomness", "images", "tar_walk"},
-        {"batch", "files", "untrusted"},
+        {"batch", "files", "untrusted", "urls"},
         {"errors"},
     ],
     "mvlm_benchmarks": [
@@ -183,6 +183,7 @@ OPENED_BY_THEMSELVES = {
     "dataloading/mvlm_dataloading/build/packaged_sets.py": "files of installed packages",
     "dataloading/mvlm_dataloading/scenes/drawing.py": "files of installed packages",
     "dataloading/mvlm_dataloading/dataset/open.py": "a path that the one writer gives out",
+    "dataloading/mvlm_dataloading/dataset/folders.py": "a file that it has fetched itself",
     "dataloading/mvlm_dataloading/dataset/remote_cache.py": "the cache's own folder",
     "dataloading/mvlm_dataloading/loader/pipeline.py": "a temporary folder of this process",
     "dataloading/mvlm_dataloading/tools/view.py": "a folder that this call has made",

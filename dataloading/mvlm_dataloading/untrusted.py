@@ -131,14 +131,17 @@ def open_regular(path: Path, *, within: Path | None = None) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(path: Path, kind: str, *, within: Path | None = None) -> bytes:
-    """Content of a regular file of a kind of `LIMITS`. A file that grows while it is read is cut off at its limit.
+def read_regular(path: Path, limit: str | int, *, within: Path | None = None) -> bytes:
+    """Content of a regular file. One that grows while it is read is refused at its limit.
+
+    Args:
+        limit: most bytes, or a kind of `LIMITS`.
 
     Raises:
         DataError: as `open_regular`, or the file has more bytes than its kind may have.
         OSError: as `open_regular`.
     """
-    most = LIMITS[kind]
+    most = LIMITS[limit] if isinstance(limit, str) else limit
     with open_regular(path, within=within) as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most else file.read(most + 1)

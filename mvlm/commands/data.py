@@ -244,9 +244,14 @@ def summary(out: Path, *splits: str) -> str:
     import json
 
     from mvlm_dataloading.dataset.description import read_description
-    from mvlm_dataloading.dataset.folders import RemoteFolder, is_remote
+    from mvlm_dataloading.dataset.folders import RemoteFolder
+    from mvlm_dataloading.untrusted import LIMITS
+    from mvlm_dataloading.urls import is_remote
 
-    written = json.loads(RemoteFolder(out).read("dataset.json")) if is_remote(out) else read_description(out)
+    if is_remote(out):
+        written = json.loads(RemoteFolder(out).read("dataset.json", LIMITS["dataset.json"]))
+    else:
+        written = read_description(out)
     samples = counts({"splits": {split: written["splits"][split] for split in splits or written["splits"]}})
     rejected = sum(written.get("rejected", {}).values())
     return f"{out}: {samples}" + (f"; {rejected} left out, listed in {out}/rejected.jsonl" if rejected else "")

@@ -21,9 +21,9 @@ from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder
 from mvlm.runs.folder import find_checkpoint, find_run, log_unfinished
 from mvlm.weights.resize import resized_model, resized_tensors
 from mvlm_dataloading import DataError, Dataset, Tokenizer, load_tokenizer, open_dataset
-from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.files import sha256
 from mvlm_dataloading.untrusted import resolve_inside
+from mvlm_dataloading.urls import is_remote
 
 log = logging.getLogger(__name__)
 

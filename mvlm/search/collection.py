@@ -24,7 +24,6 @@ from mvlm_dataloading.build.image_check import EXTENSIONS
 from mvlm_dataloading.captions import clean_line
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
-from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.files import sha256
 from mvlm_dataloading.images.decode import read_image_file
@@ -33,6 +32,7 @@ from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
 from mvlm_dataloading.sources.folder import LISTED
 from mvlm_dataloading.untrusted import check_links, parse_json, read_regular, resolve_inside
+from mvlm_dataloading.urls import is_remote, normal_url
 
 STORED = replace(LIMITS, kinds=tuple(EXTENSIONS))
 """Limits of an image in a folder: the formats are those that a data set of the folder would have."""
@@ -214,7 +214,7 @@ def open_collection(path: Path | str, splits: list[str] | None = None) -> Collec
     if is_remote(path) or (Path(path) / "dataset.json").is_file():
         folder = open_remote_cache(str(path)).folder if is_remote(path) else Path(path)
         names = dict.fromkeys(splits or read_description(folder)["splits"])  # each once
-        place = path if is_remote(path) else Path(path).resolve()
+        place = normal_url(path) if is_remote(path) else Path(path).resolve()
         return DataCollection(place, [open_dataset(path, name) for name in names])
     check_folder(Path(path), "a data set or a folder of images")
     if splits:

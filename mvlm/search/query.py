@@ -16,8 +16,8 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import Collection, FolderCollection, open_collection
 from mvlm.search.embed import KINDS
 from mvlm.search.index import Hit, SearchIndex
-from mvlm_dataloading.dataset.folders import is_remote, normal_url
 from mvlm_dataloading.images.limits import ImageRefusedError
+from mvlm_dataloading.urls import is_remote, normal_url
 
 
 def search(

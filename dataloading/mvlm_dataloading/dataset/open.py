@@ -16,11 +16,11 @@ import numpy as np
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import make_no_older, replaced
 from mvlm_dataloading.untrusted import read_regular
+from mvlm_dataloading.urls import is_remote
 
 from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 from .dataset import Dataset, check_size, compare_with_tar
 from .description import read_description, shard_paths
-from .folders import is_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .sample_index import IndexWriter, SampleIndex, index_path, map_index, pack_records, shards_hash
 

@@ -62,6 +62,13 @@ class Field(IntEnum):
 BLOCK = 512
 ABSENT = 0xFFFFFFFF
 RECORD_BYTES = 4 * len(Field)
+KEY_BYTES = 1024
+"""Most bytes of a key, in the mean of all samples."""
+
+
+def most_bytes(samples: int, shards: int) -> int:
+    """Bytes that the index of a split may have."""
+    return HEADER.size + SHARD.itemsize * shards + (RECORD_BYTES + KEY_BYTES) * samples
 
 
 def index_path(folder: Path, split: str) -> Path:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
 from mvlm_dataloading.files import sha256
+from mvlm_dataloading.urls import is_remote
 from support.data import cache_bytes, limit_cache
 from support.faults.forks import in_child, wait
 from support.web_server import FolderHandler
@@ -65,7 +65,7 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, 
 
 
 @pytest.mark.parametrize(
-    "own, message", [({}, "tar: .*, not a file inside"), ({"index": "train-000000.idx"}, "wanted shards inside")]
+    "own, message", [({}, "tar: .*, not a file inside"), ({"index": "train-000000.idx"}, "wanted tars inside")]
 )
 def test_remote_shards_outside_the_folder_are_refused(served, web, data_cache, own, message):
     """Also those of a view, which may name tars of other folders where it is local."""
