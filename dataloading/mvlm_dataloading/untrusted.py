@@ -177,6 +177,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"no JSON ({error.msg} in line {error.lineno})") from None
     except RecursionError:
         raise ValueError("lists in lists beyond all measure") from None
+    except ValueError as error:
+        raise ValueError(str(error).split(" for integer")[0]) from None  # of a number of too many digits
 
 
 def _refuse(number: str) -> NoReturn:

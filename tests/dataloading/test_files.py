@@ -122,7 +122,8 @@ ODD = {"a pipe": make_pipe, "a socket": make_socket, "a device": make_device, "a
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("name", ["dataset.json", "train.index", "train-000000.idx", "train-000000.tar"])
-def test_what_is_no_file_in_a_data_folder_is_refused_at_once(tmp_path, name, kind):
+def test_what_is_no_file_in_a_data_folder_is_refused_at_once(tmp_path, monkeypatch, name, kind):
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")  # a device is reached by a link
     folder = write_dataset(tmp_path / "data", 3)
     if name.endswith(".idx"):
         (folder / "train.index").unlink()  # else it is not read
@@ -141,7 +142,8 @@ def test_what_is_no_file_in_a_data_folder_is_refused_at_once(tmp_path, name, kin
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
-def test_what_is_no_file_among_tars_is_refused_at_once(tmp_path, kind):
+def test_what_is_no_file_among_tars_is_refused_at_once(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
     write_old_tar(tmp_path / "a.tar", 2)
     ODD[kind](tmp_path / "b.tar")
     for read in (rebuild_indices, lambda folder: webdataset([folder])):
