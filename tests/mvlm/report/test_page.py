@@ -130,3 +130,14 @@ def test_a_report_says_what_a_run_forgot():
     assert "data/old" in note
     assert "50.0 and 40.0 % before training, 37.5 and 26.0 % after training" in note
     assert "after" not in figures.forgetting(config, rows)[0]
+
+
+def test_a_run_of_others_shows_no_other_data(reported, scenes, tmp_path):
+    """Its figures name any folder or URL. Data that are not those of the figures have to be named by the user."""
+    run, data, figures, _ = reported
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for place in (str(scenes), "http://127.0.0.1:1/data"):
+        (copy / "eval/test.json").write_text(json.dumps(figures | {"data": place}))
+        with pytest.raises(RunError, match="--data"):
+            write_report(copy)
+    assert write_report(copy, data).is_file()
