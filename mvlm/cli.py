@@ -180,6 +180,7 @@ def main() -> None:
     )
     from mvlm_dataloading.errors import DataError
 
+    followed = followed_links()
     try:
         # Also in `sys.argv`, which services that log runs read.
         sys.argv[1:] = [without_credentials(_at_home(word)) for word in _without_follow_links(sys.argv[1:])]
@@ -208,7 +209,7 @@ def main() -> None:
             _end(f"{error.filename}: {what}; check the path and its permissions")
         raise
     finally:
-        if count := followed_links():
+        if count := followed_links() - followed:
             logging.getLogger("mvlm").warning("followed %d links that leave their folders", count)
 
 

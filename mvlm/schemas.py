@@ -159,7 +159,7 @@ class IndexRow(TypedDict):
     split: Text
     source: Annotated[int, Meta(ge=0, le=2**31)]
     row: Count
-    image: Sha256
+    image: NotRequired[Sha256]
     vector: list[Number]
     metadata: dict[str, Any]
     text: NotRequired[str | None]
@@ -168,9 +168,9 @@ class IndexRow(TypedDict):
 class Result(TypedDict):
     """Result of a trial of a study."""
 
-    format_version: int
-    seed: int
     settings: dict[str, Any]
+    format_version: NotRequired[int]
+    seed: NotRequired[int]
 
 
 def check(value: Any, schema: Any, where: Path | str, wanted: str) -> Any:

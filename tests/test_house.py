@@ -27,7 +27,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"runs", "inference", "evaluation", "portable", "costs"},
         {"distributed", "weights", "model"},
         {"objectives", "config"},
-        {"files", "schemas", "terminal", "device", "machine", "progress", "statistics", "errors"},
+        {"files", "untrusted", "schemas", "terminal", "device", "machine", "progress", "statistics", "errors"},
     ],
     "mvlm_dataloading": [
         {"loader", "tools", "scenes"},

@@ -11,7 +11,7 @@ from mvlm.config.groups import RunConfig, resume_may_change
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import read_json
+from mvlm.untrusted import read_json
 
 Config = TypeVar("Config", bound=RunConfig)
 RENAMED_FIELDS = {"eval_pictures": "eval_images"}

@@ -20,8 +20,8 @@ from mvlm.evaluation.retrieval import (
     recall_intervals,
 )
 from mvlm.evaluation.workspace import Workspace
-from mvlm.files import read_json
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.untrusted import read_json
 from mvlm_dataloading import Dataset, Tokenizer
 from mvlm_dataloading.captions import repeats
 

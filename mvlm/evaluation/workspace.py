@@ -19,8 +19,9 @@ from torch import Tensor
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
-from mvlm.files import LOCK, lock_folder, read_plan
+from mvlm.files import LOCK, lock_folder
 from mvlm.progress import WorkProgress
+from mvlm.untrusted import read_plan
 from mvlm_dataloading import DataError
 from mvlm_dataloading.files import aside_of, write_json
 

@@ -13,8 +13,8 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from mvlm.files import run_errors
 from mvlm.inference.images import decode_image
+from mvlm.untrusted import run_errors
 from mvlm_dataloading.files import write_file
 
 WIDTH, HEIGHT = 460, 210  # of a chart, in pixels

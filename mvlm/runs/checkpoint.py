@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, check_types, read_json, read_safetensors, read_shapes, run_errors
+from mvlm.files import check_fit, check_types, read_safetensors, read_shapes
 from mvlm.schemas import Manifest, RunState
+from mvlm.untrusted import read_json, run_errors
 from mvlm_dataloading.files import sha256
 from mvlm_dataloading.untrusted import LIMITS, resolve_inside
 

@@ -10,9 +10,10 @@ from typing import Any
 from mvlm.config.groups import RunConfig
 from mvlm.config.json_files import config_json
 from mvlm.errors import RunError
-from mvlm.files import LOCK, check_folder, json_lines, lock_folder, read_json, run_errors
+from mvlm.files import LOCK, check_folder, lock_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
 from mvlm.schemas import MetricsRow, MetricsValues, RunSettings, fits
+from mvlm.untrusted import json_lines, read_json, run_errors
 from mvlm_dataloading.files import aside_of, open_appended, write_file, write_json
 from mvlm_dataloading.untrusted import check_links
 

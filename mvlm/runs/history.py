@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from mvlm.files import json_lines, run_errors
 from mvlm.machine import code_revision, describe_machine, package_versions
 from mvlm.runs.folder import RunFolder
 from mvlm.schemas import SaveEvent, StartEvent, fits
+from mvlm.untrusted import json_lines, run_errors
 from mvlm_dataloading.files import open_appended, sha256, sync
 from mvlm_dataloading.untrusted import open_regular
 

@@ -12,13 +12,14 @@ from mvlm.config.json_files import read_config, read_model_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError, shown
-from mvlm.files import check_finite, copy_into, load_weights, read_shapes, run_errors
+from mvlm.files import check_finite, copy_into, load_weights, read_shapes
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.adaptation import add_adapters, merge_adapters, unmerged
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, check_sizes, download
 from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, find_run, log_unfinished
+from mvlm.untrusted import run_errors
 from mvlm.weights.resize import resized_model, resized_tensors
 from mvlm_dataloading import DataError, Dataset, Tokenizer, load_tokenizer, open_dataset
 from mvlm_dataloading.files import sha256

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import RunError
-from mvlm.files import check_folder, run_errors
+from mvlm.files import check_folder
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.images import LIMITS, load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
+from mvlm.untrusted import run_errors
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.build.image_check import EXTENSIONS
 from mvlm_dataloading.captions import clean_line

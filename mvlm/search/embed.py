@@ -32,18 +32,20 @@ from mvlm.device import chosen_precision
 from mvlm.distributed.coordination import check_same, run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
-from mvlm.files import LOCK, lock_folder, read_json, run_errors
+from mvlm.files import LOCK, lock_folder
 from mvlm.inference.encode import BATCH, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.progress import WorkProgress
 from mvlm.schemas import Embedding, FinishedEmbedding
 from mvlm.search.collection import Collection, FolderCollection, Item
+from mvlm.untrusted import read_json, run_errors
 from mvlm_dataloading.files import replaced, write_file, write_json
 from mvlm_dataloading.untrusted import check_links, open_parquet, parse_json
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 2
-"""Format of embedding.json. Version 2 added the column `image`, the SHA-256 of the encoded image."""
+"""Format of embedding.json and of an index. Version 2 added the column `image`, the SHA-256 of the encoded image."""
+READABLE = (1, 2)
 KINDS = ("images", "texts")
 BATCH_ROWS = 8192
 PART = 16 * BATCH
@@ -200,11 +202,13 @@ def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: i
     )
 
 
-def schema_of(kind: str, width: int) -> pa.Schema:
+def schema_of(kind: str, width: int, version: int = FORMAT_VERSION) -> pa.Schema:
     """Columns of the images or the texts, with vectors as fixed-size lists of float32 (E,)."""
     columns = {
         "id": pa.string(), "split": pa.string(), "row": pa.int64(), "image": pa.string(), "metadata": pa.string(),
     }  # fmt: skip
+    if version == 1:
+        del columns["image"]
     text = {"text": pa.string()} if kind == "texts" else {}
     return pa.schema({**columns, **text, "vector": pa.list_(pa.float32(), width)})
 
@@ -276,7 +280,7 @@ def read_description(path: Path) -> dict[str, Any]:
 def _read_versioned(file: Path, schema: Any = Embedding) -> dict[str, Any]:
     """The description of an embedding, of this format version. RunError for another one."""
     value = read_json(file, "settings", "the description of an embedding", schema)
-    if value["format_version"] != FORMAT_VERSION:
+    if value["format_version"] not in READABLE:
         raise RunError(
             f"{file}: wanted format version {FORMAT_VERSION}, found {value['format_version']}; make it again"
         )
@@ -284,20 +288,20 @@ def _read_versioned(file: Path, schema: Any = Embedding) -> dict[str, Any]:
 
 
 def read_batches(
-    folder: Path, kind: str, width: int, rows: int, columns: Sequence[str] | None = None
+    folder: Path, kind: str, description: dict[str, Any], columns: Sequence[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Rows of a finished embedding in record batches, checked: columns, types, widths and finite vectors.
 
     Args:
         kind: images or texts.
-        width: numbers of a vector.
-        rows: number of rows that the description states.
+        description: of the embedding, as `read_description` returns it.
         columns: names of the columns to read. Default: all.
 
     Raises:
         RunError: the file is none that `mvlm embed` wrote.
     """
-    file = EmbeddingFolder(folder).vectors(kind)
+    file, rows = EmbeddingFolder(folder).vectors(kind), description[kind]
+    schema = schema_of(kind, description["width"], description["format_version"])
 
     def refuse(found: str) -> NoReturn:
         raise RunError(f"{file}: wanted the {kind} of an embedding, found {found}; make it again")
@@ -305,7 +309,7 @@ def read_batches(
     try:
         with run_errors():
             opened = open_parquet(file, within=folder)
-        if not opened.schema_arrow.equals(schema_of(kind, width)):
+        if not opened.schema_arrow.equals(schema):
             refuse("other columns")
         if opened.metadata.num_rows != rows:
             refuse(f"{opened.metadata.num_rows} rows where {rows} were written")

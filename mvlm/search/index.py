@@ -22,9 +22,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import LOCK, run_errors
+from mvlm.files import LOCK
 from mvlm.schemas import IndexAbout, IndexRow, check
-from mvlm.search.embed import BATCH_ROWS, FORMAT_VERSION, KINDS, read_batches, read_description, schema_of
+from mvlm.search.embed import BATCH_ROWS, FORMAT_VERSION, KINDS, READABLE, read_batches, read_description, schema_of
+from mvlm.untrusted import run_errors
 from mvlm_dataloading.untrusted import check_links, parse_json
 
 STORES = ("s3", "gs", "az")
@@ -54,7 +55,7 @@ class Hit(NamedTuple):
     """Number of the collection in `SearchIndex.sources`."""
     row: int
     image: str
-    """SHA-256 of the encoded image."""
+    """SHA-256 of the encoded image; empty in an index of version 1."""
     text: str
     """Empty for an image."""
     similarity: float
@@ -104,6 +105,8 @@ class SearchIndex:
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
+        if description["format_version"] < self.about["format_version"]:
+            raise RunError(f"{embeddings}: wanted embeddings with hashes of images, found none; embed them again")
         kinds = kinds_in(embeddings, description)
         whole = [field.name for field in self._table("images").schema if field.type == TYPES["int"]]
         if narrow := [name for name in whole if "fraction" in kinds.get(name, ())]:
@@ -171,7 +174,9 @@ class SearchIndex:
             where: SQL condition on columns, such as "split = 'test' and width > 200".
         """
         table = self._table(kind)
-        columns = ["id", "split", "source", "row", "image", "metadata", *(["text"] if kind == "texts" else [])]
+        columns = [
+            name for name in ("id", "split", "source", "row", "image", "metadata", "text") if name in table.schema.names
+        ]
         top = min(top, max(1, table.count_rows()))  # the engine takes no number above 2^63
         query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top + MARGIN)
         if cells := self.about["partitions"].get(kind, 0):
@@ -199,7 +204,7 @@ class SearchIndex:
                 raise RunError(f"{self.location}: wanted a row of its sources, found source {row['source']}")
         similarity = float(np.asarray(row["vector"], np.float64) @ vector.astype(np.float64))
         text = row.get("text") or ""
-        return Hit(row["id"], row["split"], row["source"], row["row"], row["image"], text, similarity, metadata)
+        return Hit(row["id"], row["split"], row["source"], row["row"], row.get("image", ""), text, similarity, metadata)
 
     def first_captions(self, hits: Sequence[Hit]) -> list[str]:
         """The first caption of each image; empty for one without captions."""
@@ -218,7 +223,7 @@ class SearchIndex:
             found = table.schema
         except BaseException as error:
             refuse_of(error, self.location, f"the {kind} of the index")
-        for field in (*OWN_COLUMNS, *schema_of(kind, self.about["width"])):
+        for field in (*OWN_COLUMNS, *schema_of(kind, self.about["width"], self.about["format_version"])):
             if field.name not in found.names or found.field(field.name).type != field.type:
                 raise RunError(
                     f"{self.location}: wanted a column {field.name} of {field.type} in its {kind}, found another or "
@@ -264,7 +269,7 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
         fields = fields_of(kinds_in(embeddings, description))
         for kind in KINDS:
             rows = description[kind]
-            schema = pa.schema([*OWN_COLUMNS, *schema_of(kind, about["width"]), *fields])
+            schema = pa.schema([*OWN_COLUMNS, *schema_of(kind, about["width"], about["format_version"]), *fields])
             # The engine takes no empty iterator.
             batches = _batches(embeddings, kind, description, schema, 0) if rows else None
             table = database.create_table(kind, batches, schema=schema, mode="overwrite")
@@ -330,7 +335,7 @@ def read_about(database: Any, location: str) -> dict[str, Any]:
     except BaseException as error:  # the engine raises errors of many types, and panics
         refuse_of(error, location, "the description of an index")
     check(about, IndexAbout, location, "the description of an index")
-    if about["format_version"] != FORMAT_VERSION:
+    if about["format_version"] not in READABLE:
         raise RunError(
             f"{location}: wanted format version {FORMAT_VERSION}, found {about['format_version']}; embed and index "
             "again"
@@ -388,9 +393,9 @@ def _batches(
     embeddings: Path, kind: str, description: dict[str, Any], schema: pa.Schema, source: int
 ) -> Iterator[pa.RecordBatch]:
     """Rows of an embedding as rows of an index."""
-    given = set(schema_of(kind, description["width"]).names)
+    given = set(schema_of(kind, description["width"], description["format_version"]).names)
     extra = [field for field in schema if field.name not in {*given, "key", "source"}]
-    for batch in read_batches(embeddings, kind, description["width"], description[kind]):
+    for batch in read_batches(embeddings, kind, description):
         columns: dict[str, Any] = {name: batch[name] for name in given}
         keys = zip(*(batch[name].to_pylist() for name in ("row", "split", "id")), strict=True)
         # With the row, because a split may have an id twice.
@@ -408,7 +413,7 @@ def kinds_in(embeddings: Path, description: dict[str, Any]) -> dict[str, set[str
     These are the names of Python's types, and "fraction" for a number that a double holds and an int64 does not.
     """
     found: dict[str, set[str]] = {}
-    batches = read_batches(embeddings, "images", description["width"], description["images"], ["metadata"])
+    batches = read_batches(embeddings, "images", description, ["metadata"])
     for text in (text for batch in batches for text in batch["metadata"].to_pylist()):
         for name, value in json.loads(text).items():
             # A plain name, that no other column has, nor the engine's (`_distance`).

@@ -102,6 +102,11 @@ class ImageReader:
 
     def read(self, hit: Hit) -> bytes:
         """The image of a hit, encoded; of a text, the image that it describes. RunError if it is not there any more."""
+        if not hit.image:
+            raise RunError(
+                f"{self._index.location}: wanted hashes of the images, which earlier versions did not write; embed and "
+                "index them again to see them"
+            )
         sources = self._index.sources
         if hit.split not in sources[hit.source].get("splits", [hit.split]):
             self._index.reload()  # another process has added to it

@@ -20,7 +20,6 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
-from mvlm.files import run_errors
 from mvlm.runs.load import load_model
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, stage_config, trial_config
@@ -28,6 +27,7 @@ from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_ch
 from mvlm.tasks.finetune import untrained_figures
 from mvlm.terminal import say
 from mvlm.training.run import choose_tokenizer
+from mvlm.untrusted import run_errors
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import ViewOptions

@@ -19,7 +19,6 @@ from mvlm.config.json_files import config_json, with_defaults, without_removed
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
-from mvlm.files import read_json, read_plan
 from mvlm.machine import code_revision, processor_name
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.runs.checkpoint import read_state
@@ -29,6 +28,7 @@ from mvlm.schemas import Result, check
 from mvlm.tasks.evaluate import evaluate_task, find_task
 from mvlm.tasks.finetune import finetune
 from mvlm.training.run import pretrain
+from mvlm.untrusted import read_json, read_plan
 from mvlm_dataloading import open_dataset
 from mvlm_dataloading.files import sha256, write_json
 from mvlm_dataloading.untrusted import LIMITS, parse_json, read_regular
@@ -273,7 +273,7 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
             raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error}; leave it out") from None
         for result in found:
             check(result, Result, file, "results of trials, trials.jsonl")
-        yield from (result for result in found if result["seed"] == seed)
+        yield from (result for result in found if result.get("seed") == seed)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

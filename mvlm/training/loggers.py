@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mvlm.config.groups import RunConfig
 from mvlm.errors import ConfigError
-from mvlm.files import run_errors
 from mvlm.runs.folder import MetricsFile, RunFolder
+from mvlm.untrusted import run_errors
 from mvlm_dataloading.files import make_folder, replaced, write_file
 from mvlm_dataloading.untrusted import read_regular
 

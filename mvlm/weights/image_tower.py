@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-from mvlm.files import is_finite, read_json, read_safetensors
+from mvlm.files import is_finite, read_safetensors
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.towers.timm_tower import TimmTower, make_module
+from mvlm.untrusted import read_json
 from mvlm.weights.load import LoadReport, Source, copy_encoder, log, split_prefix, weights_file, wide
 
 DOWNLOAD = "timm"

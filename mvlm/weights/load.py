@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-from mvlm.files import is_finite, read_json, read_safetensors
+from mvlm.files import is_finite, read_safetensors
 from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
+from mvlm.untrusted import read_json
 
 log = logging.getLogger(__name__)
 

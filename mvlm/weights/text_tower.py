@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import RunError
-from mvlm.files import copy_into, read_json, read_safetensors, read_shapes
+from mvlm.files import copy_into, read_safetensors, read_shapes
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.towers.text import FAMILIES, TextTower
+from mvlm.untrusted import read_json
 from mvlm.weights.load import current_norm_name, split_prefix, weights_file
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 from mvlm_dataloading.errors import need

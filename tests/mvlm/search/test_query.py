@@ -90,7 +90,7 @@ def test_an_index_of_others_shows_no_other_image(model, pictures, tmp_path):
     index = create_index(tmp_path / "embedded", str(tmp_path / "index"))
     private = tmp_path / "private"
     private.mkdir()
-    (private / "0.png").write_bytes(png(scene(7)[0]))
+    (private / "0.png").write_bytes(png(scene(20)[0]))
     (pictures / "link.png").symlink_to(private / "0.png")
     hit = index.search(model.embed_texts("red")[0].numpy(), top=1)[0]
     assert ImageReader(index).read(hit) == (pictures / hit.id).read_bytes()

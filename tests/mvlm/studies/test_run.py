@@ -191,7 +191,7 @@ def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, m
         ({"arms": {"base": {"clip_norm": 0.5}}}, copy, {}, RunError, "found one with another clip_norm"),
         ({"rerank": 4}, copy, {}, RunError, "found one with another rerank"),
         ({"arms": {"base": {"fraction": 0.5}}}, copy, {}, RunError, "found one with another samples"),
-        ({}, broken, {}, RunError, "wanted the result of a trial, got KeyError"),
+        ({}, broken, {}, RunError, "wanted the result of a trial, found object missing"),
         ({}, other, {}, RunError, "that of a study, found dataset"),
         ({}, tmp_path / "new", {"reuse": [finished / "study.csv"]}, RunError, "study.csv: wanted results of trials"),
         ({}, tmp_path / "new", {"checkpoint": trained}, ConfigError, "set initial_model in its settings"),
