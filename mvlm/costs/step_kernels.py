@@ -10,13 +10,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import LONGEST, fake_microbatch
@@ -36,30 +37,24 @@ def model_of(config: MaskVLMConfig) -> MaskVLM:
     return model
 
 
+class LinearInBf16(TorchFunctionMode):
+    """Casts of autocast for linear layers on the meta device, which torch's autocast does not know."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            args = [x.bfloat16() if isinstance(x, Tensor) else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def recorded_steps(recorder: Recorder, arch: int) -> Iterator[Callable[[MaskVLM, Batch, Masks], None]]:
-    """Context with a function that makes one step, and calls `recorder(kernel, grid, args, meta)` for each launch.
-
-    Autocast has no meta device, so its casts to bf16 are made here.
-    """
-    linear = F.linear
-
-    def cast_linear(input: Any, weight: Any, bias: Any = None) -> Any:
-        return linear(input.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
+    """Context with a function that makes one step, and calls `recorder(kernel, grid, args, meta)` for each launch."""
 
     def step(model: MaskVLM, batch: Batch, masks: Masks) -> None:
         model(batch, masks, plan="fast").total.backward()
         model.zero_grad(set_to_none=True)
 
-    with (
-        dispatch.recording(recorder, arch),
-        use_backend("triton"),
-        patch("mvlm.model.attention.adds_bias_later", lambda _: True),
-        patch.object(torch, "is_autocast_enabled", lambda _: True),
-        patch.object(torch, "get_autocast_dtype", lambda _: torch.bfloat16),
-        patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
-        patch.object(F, "linear", cast_linear),
-    ):
+    with dispatch.recording(recorder, arch, torch.bfloat16), use_backend("triton"), LinearInBf16():
         yield step
 
 

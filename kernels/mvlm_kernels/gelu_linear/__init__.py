@@ -5,7 +5,8 @@ Matrix products are torch's. The GELU, its gradient and the gradient of the bias
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ from mvlm_kernels.gelu_linear import reference
 
 __all__ = ["gelu_linear"]
 
-KEPT_ON = ("cpu",)
-"""Device types on which the GELU is always saved for backward. On a GPU it is saved where it fits: see `Room`."""
 SHARE = 0.9
 """Share of a GPU's memory up to which a step may grow by saved GELUs. The rest is for steps with longer texts, and for
 memory that is free in pieces."""
@@ -29,6 +28,20 @@ memory that is free in pieces."""
 _TRANSFORMED = refusal(
     "transforms of torch.func and dual numbers have no kernel", "torch runs; call it outside of them"
 )
+
+
+_saves = True
+
+
+@contextmanager
+def saving_none() -> Iterator[None]:
+    """Save no GELU for backward inside the block, in all threads: less memory, and backward computes the GELU again."""
+    global _saves
+    before, _saves = _saves, False
+    try:
+        yield
+    finally:
+        _saves = before
 
 
 class Room:
@@ -157,10 +170,7 @@ def _gelu_backward_fake(grad, h, h_bias, again):
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = activated.dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if dispatch.autocast_dtype(activated.device) is None:
-        return F.linear(activated, weight, bias)
-    # Compute in this dtype, as backward does, which runs without autocast.
-    with torch.autocast(activated.device.type, enabled=False):
+    with dispatch.without_autocast(activated.device):  # compute in this dtype, as backward does
         return F.linear(activated, weight, bias)
 
 
@@ -169,8 +179,9 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
-        keep, ctx.held = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1], None
-        if h.device.type == "cuda" and ctx.needs_input_grad[1] and not torch.compiler.is_compiling():
+        may, ctx.held = _saves and ctx.needs_input_grad[1], None
+        keep = may and h.device.type == "cpu" and dispatch.forced() != "triton"
+        if may and h.device.type == "cuda" and not torch.compiler.is_compiling():
             ctx.held = _room(h.device.index).take(activated.nbytes)
             keep = ctx.held is not None
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
