@@ -39,7 +39,7 @@ from mvlm.model.packing import round_up_length
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels.gelu_linear import saving_none
+from mvlm_kernels.gelu_linear.room import saving_none
 
 
 def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int) -> tuple[Batch, Masks]:

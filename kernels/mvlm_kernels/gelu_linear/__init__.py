@@ -3,10 +3,6 @@
 Matrix products are torch's. The GELU, its gradient and the gradient of the bias in front are kernels, in ``triton.py``.
 """
 
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,82 +12,13 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import FLOATS, check_device
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
-from mvlm_kernels.gelu_linear import reference
+from mvlm_kernels.gelu_linear import reference, room
 
 __all__ = ["gelu_linear"]
-
-SHARE = 0.9
-"""Share of a GPU's memory up to which a step may grow by saved GELUs. The rest is for steps with longer texts, and for
-memory that is free in pieces."""
-
 
 _TRANSFORMED = refusal(
     "transforms of torch.func and dual numbers have no kernel", "torch runs; call it outside of them"
 )
-
-
-_saves = True
-
-
-@contextmanager
-def saving_none() -> Iterator[None]:
-    """Save no GELU for backward inside the block, in all threads: less memory, and backward computes the GELU again."""
-    global _saves
-    before, _saves = _saves, False
-    try:
-        yield
-    finally:
-        _saves = before
-
-
-class Room:
-    """Room for saved GELUs on one GPU: what earlier steps left free, by the allocator's peak. The first saves none."""
-
-    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
-        """read: returns the bytes allocated at the peak so far, and those of the GPU."""
-        self._read, self._lock = read, threading.RLock()  # a collection in between may call Held.__del__
-        self._room = self._held = self._most = self._others = 0
-        self._backward_ran = False
-
-    def take(self, size: int) -> "Held | None":
-        """Bytes of a GELU that is saved from now on, or None if they do not fit."""
-        with self._lock:
-            if self._backward_ran and not self._held:  # the first call of a step
-                peak, total = self._read()
-                self._others = max(self._others, peak - self._most)
-                self._room, self._backward_ran = int(SHARE * total) - self._others, False
-            if self._held + size > self._room:
-                return None
-            self._held += size
-            self._most = max(self._most, self._held)
-        return Held(self, size)
-
-    def give_back(self, size: int) -> None:
-        """Note that a backward pass ran, and the bytes that it no longer needs."""
-        with self._lock:
-            self._held -= size
-            self._backward_ran = True
-
-
-class Held:
-    """Bytes of one saved GELU. They are given back when its backward pass has run, or nobody can run it any more."""
-
-    def __init__(self, room: Room, size: int) -> None:
-        self._room, self._size = room, size
-
-    def release(self) -> None:
-        size, self._size = self._size, 0
-        self._room.give_back(size)
-
-    def __del__(self) -> None:
-        if self._size:
-            self.release()
-
-
-@functools.cache
-def _room(index: int) -> Room:
-    total = torch.cuda.get_device_properties(index).total_memory
-    return Room(lambda: (torch.cuda.max_memory_allocated(index), total))
 
 
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> None:
@@ -151,7 +78,7 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
     if registration.transformed():
         dispatch.refuse_if_forced(_TRANSFORMED)
         return _linear(reference.gelu(h, h_bias), weight, bias)
-    return _GeluLinear.apply(h, weight, bias, h_bias)  # pyright: ignore[reportReturnType]
+    return _GeluLinear.apply(h, weight, bias, h_bias, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 def _gelu(h, h_bias):
@@ -176,14 +103,13 @@ def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None, differentiable: bool
+    ) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
-        may, ctx.held = _saves and ctx.needs_input_grad[1], None
-        keep = may and h.device.type == "cpu" and dispatch.forced() != "triton"
-        if may and h.device.type == "cuda" and not torch.compiler.is_compiling():
-            ctx.held = _room(h.device.index).take(activated.nbytes)
-            keep = ctx.held is not None
+        wanted = differentiable and ctx.needs_input_grad[1]
+        keep, ctx.held = room.save(activated) if wanted else (False, None)
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
         out = _linear(activated, weight, bias)
         # F.linear may give a view of its product, and autograd forbids to write to a view that a Function made.
@@ -203,9 +129,11 @@ class _GeluLinear(torch.autograd.Function):
         activated = recomputed if activated is None else activated
         dw = (grad.T @ activated.flatten(0, -2)).to(weight.dtype) if trains_weight else None
         db = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-        if h.device.type == "cuda" and not torch.compiler.is_compiling():
-            _room(h.device.index).give_back(0) if ctx.held is None else ctx.held.release()
-        return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype)
+        if ctx.held is not None:
+            ctx.held.release()
+        elif (gpu := room.room_of(h.device)) is not None:
+            gpu.give_back(0)
+        return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype), None
 
 
 _gelu_op = registration.define(
