@@ -153,6 +153,9 @@ def main() -> None:
 
     Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.stopping`).
     """
+    # Before torch is imported. Batches differ in size, and memory that grows in place is not left in pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of older versions
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     logging.basicConfig(format="%(message)s")  # of other libraries: warnings
     for name in ("mvlm", "mvlm_dataloading", "mvlm_kernels", "mvlm_benchmarks"):
         logging.getLogger(name).setLevel(logging.INFO)

@@ -57,7 +57,7 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
 
     Backward, one kernel reads h and the gradient once, and writes the gradient of h and the column sums that are the
     gradient of h_bias. The gradient of weight needs the GELU: it is saved on a CPU, and on a GPU as long as earlier
-    steps left memory free. Elsewhere, and under torch.compile, the kernel writes it again.
+    steps left memory free (:class:`mvlm_kernels.gelu_linear.room.Room`). Elsewhere the kernel writes it again.
 
     Args:
         h: floating (.., C), usually bfloat16 or float16.
@@ -131,8 +131,6 @@ class _GeluLinear(torch.autograd.Function):
         db = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
         if ctx.held is not None:
             ctx.held.release()
-        elif (gpu := room.room_of(h.device)) is not None:
-            gpu.give_back(0)
         return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype), None
 
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mvlm_kernels import dispatch
 
-SHARE = 0.9
-"""Share of a GPU's memory up to which a step may grow by saved GELUs. The rest is for steps with longer texts, and for
-memory that is free in pieces."""
+SHARE = 0.8
+"""Share of a GPU's free memory that saved GELUs may take. The rest is for steps with longer texts, and for memory that
+is free in pieces."""
 
 _saves = True
 
@@ -29,32 +30,40 @@ def saving_none() -> Iterator[None]:
 
 
 class Room:
-    """Room for saved GELUs on one GPU: what earlier steps left free, by the allocator's peak. The first saves none."""
+    """Room for saved GELUs on one GPU: `SHARE` of what a step without them leaves free.
 
-    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
-        """read: returns the bytes allocated at the peak so far, and those of the GPU."""
-        self._read, self._lock = read, threading.RLock()  # a collection in between may call Held.__del__
-        self._room = self._held = self._most = self._others = 0
-        self._backward_ran = False
+    It is measured once, so that steps of equal shapes save the same GELUs: in the first step after two updates of the
+    weights. The step between these two is the first that has the optimizer's state in memory. Until then none is saved.
+    """
+
+    def __init__(self, left_free: Callable[[], int]) -> None:
+        """left_free: returns the bytes that the steps so far have left free on the GPU."""
+        self._left_free, self._lock = left_free, threading.RLock()  # a collection in between may call Held.__del__
+        self._updated = False
+        self._updates = self._held = 0
+        self._room: int | None = None
+
+    def note_update(self) -> None:
+        """Note that an optimizer has updated weights. Several that do so before the next step count as one."""
+        self._updated = True
 
     def take(self, size: int) -> "Held | None":
         """Bytes of a GELU that is saved from now on, or None if they do not fit."""
         with self._lock:
-            if self._backward_ran and not self._held:  # the first call of a step
-                peak, total = self._read()
-                self._others = max(self._others, peak - self._most)
-                self._room, self._backward_ran = int(SHARE * total) - self._others, False
+            if self._room is None:
+                self._updates, self._updated = self._updates + self._updated, False
+                if self._updates < 2:
+                    return None
+                self._room = int(SHARE * self._left_free())
             if self._held + size > self._room:
                 return None
             self._held += size
-            self._most = max(self._most, self._held)
         return Held(self, size)
 
     def give_back(self, size: int) -> None:
-        """Note that a backward pass ran, and the bytes that it no longer needs."""
+        """Take back the bytes of a GELU that nobody needs any more."""
         with self._lock:
             self._held -= size
-            self._backward_ran = True
 
 
 class Held:
@@ -72,10 +81,18 @@ class Held:
             self.release()
 
 
+def _left_free(index: int) -> int:
+    """Bytes of a GPU that were free at the peak so far, of the whole GPU and for all its users."""
+    # What torch's allocator held then and has given back since is wanted again.
+    given_back = torch.cuda.max_memory_reserved(index) - torch.cuda.memory_reserved(index)
+    return torch.cuda.mem_get_info(index)[0] - given_back
+
+
 @functools.cache
 def _room(index: int) -> Room:
-    total = torch.cuda.get_device_properties(index).total_memory
-    return Room(lambda: (torch.cuda.max_memory_allocated(index), total))
+    room = Room(lambda: _left_free(index))
+    register_optimizer_step_post_hook(lambda *_: room.note_update())
+    return room
 
 
 def room_of(device: torch.device) -> Room | None:
@@ -91,7 +108,8 @@ def save(gelu: Tensor) -> "tuple[bool, Held | None]":
     if room is None:
         return gelu.device.type == "cpu" and dispatch.forced() != "triton", None
     # Checkpointing runs the forward pass again under hooks and wants as many saved tensors. The room has changed then.
-    if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    if hooks or (gelu.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph holds for good what it saves
         return False, None
     held = room.take(gelu.nbytes)
     return held is not None, held
