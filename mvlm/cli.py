@@ -164,6 +164,9 @@ def main() -> None:
 
     Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.stopping`).
     """
+    # Before torch is imported. Batches differ in size, and memory that grows in place is not left in pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of older versions
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     handler = logging.StreamHandler()
     handler.setFormatter(VisibleFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler])  # of other libraries: warnings

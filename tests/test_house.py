@@ -1,4 +1,4 @@
-"""The house: rooms on floors, imports that go down, no circle.
+"""The house: rooms on floors, imports that go down, no circle, nothing patched at run time.
 
 docs/explain/architecture.md says what lies in each room.
 """
@@ -61,6 +61,10 @@ MAY_NAME = {  # other packages of ours that a package may import
     "triton_proof": set(),
     "mvlm_dataloading": set(),
     "mvlm_benchmarks": {"mvlm", "mvlm_kernels", "mvlm_dataloading"},
+}
+SWITCHES = {  # attributes of other modules that product code may set, for want of a function that sets them
+    "torch._dynamo.config.recompile_limit",  # torch's documented setting
+    "gradio.processing_utils.hash_seed",  # salt of file names; Gradio reads it from a file that all containers share
 }
 FILES = [(package, file) for package, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
 
@@ -201,6 +205,67 @@ def test_files_of_others_are_opened_by_one_reader_and_written_by_one_writer() ->
             if any(OPENING.search(name) and not IN_MEMORY.search(name) for name in called):
                 opening.add(str(file.relative_to(ROOT)))
     assert opening == OPENED_BY_THEMSELVES.keys()
+
+
+def dotted(node: ast.AST, origins: dict[str, str]) -> str | None:
+    """The full name of `a.b[0].c` if `a` was imported, without its indices. None for an object that a call has made."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    if isinstance(node, ast.Name):
+        return origins.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value, origins)
+        return owner and f"{owner}.{node.attr}"
+    return None
+
+
+def patched(module: ast.Module) -> list[str]:
+    """What a file changes of other modules and of their classes, by full names; `unittest.mock` for its import."""
+    found, origins = [], dict[str, str]()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            origins |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names
+            }
+            found += [a.name for a in node.names if a.name == "unittest.mock"]
+        elif isinstance(node, ast.ImportFrom):
+            names = {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            origins |= names
+            found += ["unittest.mock" for name in names.values() if name.startswith("unittest.mock")]
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            found.append(dotted(node, origins))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+            owner, name = node.args[:2]
+            whole = ast.unparse(owner) if isinstance(owner, ast.Call) else dotted(owner, origins)
+            found.append(whole and f"{whole}.{ast.unparse(name)}")
+    return [name for name in found if name and name not in SWITCHES]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from unittest.mock import patch",
+        "from unittest import mock",
+        "import unittest.mock",
+        "import torch\ntorch.autograd.backward = print",
+        "import torch.nn.functional as F\nF.linear, x = print, 1",
+        "from a.b import Numbers\nNumbers.read = print",
+        "from a import b\nsetattr(b.c, 'd', 1)",
+        "import sys\nsys.modules['a'].b = 1",
+        "from importlib import import_module\nsetattr(import_module('a'), 'b', 1)",
+        "import a\ndel a.b",
+    ],
+)
+def test_a_patch_is_seen(source: str) -> None:
+    assert patched(ast.parse(source))
+
+
+def test_nothing_is_patched_at_run_time() -> None:
+    """`triton_proof` replaces functions of Triton and torch, in tests alone: that is its purpose."""
+    for package, file in FILES:
+        if package not in ("triton_proof", "mvlm_benchmarks"):
+            assert not patched(tree(file)), file
 
 
 def test_the_architecture_page_names_every_room() -> None:

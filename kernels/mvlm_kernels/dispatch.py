@@ -76,6 +76,8 @@ _choices: list[tuple[str, tuple[Any, ...]]] | None = None
 _recorder: Callable[..., None] | None = None
 # Compute capability that `recording` or `explain(.., as_if=..)` takes for the device's.
 _recorded_arch: int | None = None
+# Autocast's dtype on the meta device, which torch's autocast does not know; set by `recording`.
+_recorded_autocast: torch.dtype | None = None
 
 
 @contextmanager
@@ -310,8 +312,10 @@ def _has_autocast(kind: str) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on this device; None if autocast is off, or if the device type does not have it (meta)."""
+    """Autocast's dtype on this device; None if autocast is off, or if the device type does not have it."""
     kind = device.type
+    if kind == "meta":
+        return _recorded_autocast
     known = kind in ("cpu", "cuda") or _has_autocast(kind)  # every op asks, so the usual answer costs no call
     if not known or not torch.is_autocast_enabled(kind):
         return None
@@ -320,7 +324,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Context in which torch ops on this device keep the dtypes of their inputs."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @functools.cache
@@ -435,19 +441,25 @@ def _device_of(args: tuple[Any, ...]) -> torch.device:
 
 
 @contextmanager
-def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]:
+def recording(recorder: Callable[..., None], target_arch: int, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Record launches instead of running them.
 
     Inside the block :func:`launch` calls ``recorder(kernel, grid, args, meta)``. Tiles are chosen for ``target_arch``
-    (80, 90 or 100), and ops called on meta tensors take their launchers.
+    (80, 90 or 100), and ops called on meta tensors take their launchers. ``autocast``: the dtype that
+    :func:`autocast_dtype` gives for meta tensors; torch casts nothing there.
     """
-    global _recorder, _recorded_arch
-    before = _recorder, _recorded_arch
-    _recorder, _recorded_arch = recorder, target_arch
+    global _recorder, _recorded_arch, _recorded_autocast
+    before = _recorder, _recorded_arch, _recorded_autocast
+    _recorder, _recorded_arch, _recorded_autocast = recorder, target_arch, autocast
     try:
         yield
     finally:
-        _recorder, _recorded_arch = before
+        _recorder, _recorded_arch, _recorded_autocast = before
+
+
+def records() -> bool:
+    """True inside :func:`recording`."""
+    return _recorder is not None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mvlm_kernels import dispatch
+
 NAMESPACE = "mvlm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -36,7 +38,11 @@ def define(
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    def shapes(*args: Any) -> Any:
+        return (implementation if dispatch.records() else fake)(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autograd is None:
         return op

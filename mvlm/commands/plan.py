@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 from mvlm.config.groups import FULL, Learning, PartSettings
 from mvlm.config.ranges import check_values
@@ -23,6 +24,7 @@ def plan(
     accumulate: int = 1,
     checkpoint_activations: bool = False,
     parallel: str = "ddp",
+    capture: Literal["none", "cuda-graphs"] = "none",
     mfu: float = 0.4,
     inter_node: float = 0.0,
     loader_rate: float = 0.0,
@@ -51,6 +53,7 @@ def plan(
         accumulate: Microbatches per step on each GPU.
         checkpoint_activations: Recompute each block in backward instead of keeping its activations.
         parallel: ddp or fsdp.
+        capture: Capture of the step; cuda-graphs takes memory for the graphs.
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
         inter_node: Measured rate from a GPU to other nodes, in GB/s each way. 0: that of the data sheet.
         loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
@@ -99,6 +102,7 @@ def plan(
         accumulate=accumulate,
         checkpointed=checkpoint_activations,
         sharded=parallel == "fsdp",
+        graphs=capture == "cuda-graphs",
         mfu=mfu,
         inter_node=inter_node * 1e9,
         parts=PartSettings(
@@ -106,6 +110,11 @@ def plan(
         ),
     )
     check_values(setting.parts)
+    if setting.graphs and (setting.ranks > 1 or accumulate > 1 or checkpoint_activations or task):
+        raise ConfigError(
+            "plan: wanted pretraining on one GPU with --capture cuda-graphs, without --accumulate and "
+            "--checkpoint-activations; leave --capture out"
+        )
     if setting.sharded and setting.parts != FULL:
         raise ConfigError("plan: wanted --parallel ddp with frozen parts or adapters, whose FSDP2 is not counted")
     if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):

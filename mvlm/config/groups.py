@@ -321,6 +321,11 @@ class ForgettingSettings:
     first step and after the last."""
 
 
+MAX_GRAPHS = 8
+"""Most CUDA graphs at a time. Each keeps a copy of the gradients and its inputs. They share all other memory, a pool
+that no eager step can use."""
+
+
 @settings(resume_may_change=False)
 class CaptureSettings:
     """Capture of the fast step. A resumed run keeps it."""

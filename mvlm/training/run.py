@@ -41,6 +41,7 @@ from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
+from mvlm.training.warm_up import compile_kernels
 from mvlm.weights.image_tower import load_image_tower
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import log_sizes, resized_tensors
@@ -105,6 +106,8 @@ def do_run(
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         first_step = trainer.step
         if not trainer.complete:
+            if isinstance(trainer.config, PretrainConfig):
+                compile_kernels(trainer.config, world)
             record_start(trainer)
             advice = "Continue from the last checkpoint with --resume"
             with naming_lost_ranks(world, trainer.notices.failure, advice):
