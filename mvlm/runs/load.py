@@ -176,6 +176,12 @@ def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMCo
     return config, tokenizer
 
 
+def read_architecture_of(path: Path | str) -> tuple[MaskVLMConfig, Tokenizer]:
+    """Configuration of a trained model and its tokenizer; `path` as in `load_model`. Errors of `read_architecture`."""
+    folder, exported = find_model(path)
+    return read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)
+
+
 def read_config_of(path: Path | str) -> MaskVLMConfig:
     """Configuration of a trained model; `path` as in `load_model`. RunError if there is none."""
     folder, exported = find_model(path)

@@ -25,7 +25,7 @@ from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, stage_config, trial_config
 from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
 from mvlm.tasks.finetune import untrained_figures
-from mvlm.training.run import choose_tokenizer
+from mvlm.weights.start import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import ViewOptions

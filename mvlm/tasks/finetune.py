@@ -19,7 +19,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
 from mvlm.distributed.global_batch import Microbatch
-from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
+from mvlm.distributed.parallel import Parallel, checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import Workspace
@@ -28,16 +28,16 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import check_sizes
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import identify, load_model, read_architecture
+from mvlm.runs.load import identify, load_model, read_architecture, read_architecture_of
 from mvlm.tasks.evaluate import described_task, find_task, predict_split
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task, TaskLosses
 from mvlm.training.loggers import LogSinks
-from mvlm.training.optimizer import make_optimizer
+from mvlm.training.optimizer import GuardedAdamW, make_optimizer
 from mvlm.training.run import RunInputs, check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
 from mvlm.training.trainer import Trainer, evaluation_workspace
 from mvlm.weights.resize import resized_config, resized_model
-from mvlm_dataloading import Dataset, Tokenizer
+from mvlm_dataloading import Dataset, Loader, Tokenizer
 from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
@@ -62,10 +62,31 @@ class FineTuner(Trainer):
     """One rank of a fine-tuning run."""
 
     model: Task
-    task_file: str | None = None
-    """Hash of the file of the user's own task, as it was when this process read it. None for a task of the library."""
-    targets: Sequence[Tensor]
-    """Targets of the training split (`Task.targets`), on the device."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        world: World,
+        parallel: Parallel,
+        optimizer: GuardedAdamW,
+        loader: Loader,
+        initial_model: dict[str, str] | None,
+    ) -> None:
+        super().__init__(
+            inputs.config,
+            world,
+            parallel,
+            optimizer,
+            loader,
+            inputs.tokenizer,
+            inputs.validation,
+            initial_model=initial_model,
+        )
+        self.targets: Sequence[Tensor] = [x.to(world.device) for x in self.model.targets(inputs.dataset)]
+        """Targets of the training split (`Task.targets`), on the device."""
+        task = getattr(inputs.config, "task", "")
+        self.task_file = sha256(Path(task)) if task.endswith(".py") else None
+        """Hash of the file of the user's own task, as this process reads it. None for a task of the library."""
 
     def forward_backward(self, microbatches: list[Microbatch]) -> Any:
         """Compute the task's loss on the global batch, and the parameters' gradients."""
@@ -178,8 +199,8 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             shapes = read_folder_shapes(checkpoint / MODEL, "model.")
             check_sizes(found, shapes, checkpoint / MODEL_CONFIG, checkpoint / MODEL)
             return found, tokenizer
-    loaded = load_model(config.checkpoint)
-    pretrained, longest = loaded.network.config, loaded.network.config.text_length
+    pretrained, tokenizer = read_architecture_of(config.checkpoint)
+    longest = pretrained.text_length
     fixed = config.train_text != "full" and not config.random_weights and not pretrained.text_tower
     if fixed and (config.question_length or 0) > longest:
         raise ConfigError(
@@ -192,7 +213,7 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             f"image_size: wanted a multiple of {block} pixels, as the pretrained model has blocks of masks, got "
             f"{config.image_size}; give --image-size {max(1, round(config.image_size / block)) * block}"
         )
-    return resized_config(pretrained, config.image_size, config.question_length), loaded.tokenizer
+    return resized_config(pretrained, config.image_size, config.question_length), tokenizer
 
 
 def starting_network(config: FinetuneConfig) -> MaskVLM:
@@ -210,8 +231,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     assert isinstance(config, FinetuneConfig)
     torch.manual_seed(config.seed)
     kind = find_task(config.task)
-    start = identify(config.checkpoint) if config.adapted else None
-    model = starting_network(config) if not checkpoint or start is not None else MaskVLM(config.model)
+    initial = identify(config.checkpoint) if config.adapted else None
+    model = starting_network(config) if not checkpoint or initial is not None else MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), config.options, kind.make_state(inputs.dataset, config.options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
@@ -227,13 +248,10 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
-    trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
-    trainer.start = start
-    trainer.targets = [x.to(world.device) for x in task.targets(inputs.dataset)]
-    trainer.task_file = sha256(Path(config.task)) if config.task.endswith(".py") else None
+    trainer = FineTuner(inputs, world, parallel, optimizer, loader, initial)
     if checkpoint:
         trainer.restore(Path(checkpoint))
-        log.info("resuming from %s%s", checkpoint, "; the pretrained model is not read" if start is None else "")
+        log.info("resuming from %s%s", checkpoint, "; the pretrained model is not read" if initial is None else "")
     return trainer
 
 
