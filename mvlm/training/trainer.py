@@ -129,7 +129,8 @@ class Trainer:
         """Train to `max_steps` or until a stop is requested, with a checkpoint at the end in either case."""
         config, world = self.config, self.world
         sinks = LogSinks(config, self.step) if world.first else None
-        logger = MetricsLogger(config, world, sinks, self.check_skipped_updates)
+        log_row, seconds = (None, 0.0) if sinks is None else (sinks.log, sinks.seconds)
+        logger = MetricsLogger(config, world, self.check_skipped_updates, log_row, seconds)
         batches = iter(self.loader)
         decisions = StepDecisions(world)
         saved_at = time.monotonic()

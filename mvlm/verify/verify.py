@@ -314,14 +314,15 @@ class Replay:
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
         """The trainer after the segment's steps, and a row, with an evaluation, wherever the run has one."""
-        claims, rows = self.claims, _Rows()
+        rows: list[dict[str, Any]] = []
+        claims = self.claims
         first = claims.part_of(segment.start + 1)
         config = replace(self.inputs.config, precision=first["precision"])
         checkpoint = claims.run.checkpoints / checkpoint_name(segment.start) if segment.start else ""
         with deterministic_kernels(self.world.device) if config.deterministic else nullcontext():
             with threads(first["machine"]["threads"]):
                 trainer = build_trainer(self.inputs._replace(config=config), self.world, str(checkpoint))
-            logger = MetricsLogger(config, self.world, rows, trainer.check_skipped_updates)
+            logger = MetricsLogger(config, self.world, trainer.check_skipped_updates, rows.append)
             batches = iter(trainer.loader)
             with closing(trainer.loader), TrainingProgress(trainer.step, segment.stop, shown=False) as progress:
                 while trainer.step < segment.stop:
@@ -336,19 +337,7 @@ class Replay:
                         closed, trainer.metrics = trainer.metrics, MetricsBuffer()
                         logger.end_row(closed, trainer.loader.skipped, figures)
                         logger.write_row(progress)
-        return trainer, rows.made
-
-
-class _Rows:
-    """Sink of a logger that keeps the rows in a list."""
-
-    seconds = 0.0
-
-    def __init__(self) -> None:
-        self.made: list[dict[str, Any]] = []
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.made.append(row)
+        return trainer, rows
 
 
 @contextlib.contextmanager
