@@ -40,7 +40,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.folder import RunFolder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
 from mvlm.training.run import build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
@@ -401,7 +401,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
         return
     check_machine(str(file), replay.world.device, claimed["machine"], claimed["versions"])
     with threads(claimed["machine"]["threads"]):
-        model = load_model(claims.kept[-1], replay.world.device, claimed["precision"])
+        model = load_without_head(claims.kept[-1], replay.world.device, claimed["precision"])
         if claimed.get("split") != "test":
             yield f"{file} is of the split {claimed.get('split')} and not of test; evaluate the run again"
         elif claimed.get("model") != model.sha256:

@@ -14,7 +14,7 @@ from mvlm.files import check_fit, copy_into
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import load_model, load_tokenizer_of, read_config_of
+from mvlm.runs.load import load_tokenizer_of, load_without_head, read_config_of
 from mvlm.weights.image_tower import load_image_tower
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import log_sizes, resized_tensors
@@ -118,7 +118,7 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
         # The log-odds of a match. From another value a short run never comes to it: the bias is one number.
         torch.nn.init.constant_(model.logit_bias, -math.log(max(1, config.batch_size - 1)))
     if config.initial_model is not None:
-        trained = load_model(config.initial_model, "cpu").network
+        trained = load_without_head(config.initial_model, "cpu").network
         # The trained model's own masking need not fit the new size: this run has its own.
         copy_into(model.state_dict(), resized_tensors(trained, model), config.initial_model)
         log_sizes(trained.config, config.model)

@@ -24,7 +24,7 @@ from mvlm.commands import data
 from mvlm.commands.pretrain import parse_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.pretrained import write_model
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.tasks.metrics.vqa import score_answers
 from mvlm_dataloading import open_dataset, tokenizer_for
 from support import published, published_tasks

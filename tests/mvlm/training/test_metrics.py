@@ -11,7 +11,7 @@ import torch
 
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, SkippedUpdates, finite_on_all_ranks
 from mvlm.training.run import pretrain
 from support.folders import checkpoint_contents, rows_of

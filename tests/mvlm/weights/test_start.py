@@ -18,8 +18,8 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.runs.folder import find_checkpoint, read_metrics
-from mvlm.runs.load import load_model
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import load_model
 from mvlm.training.run import build_run, build_trainer, open_inputs, pretrain
 from mvlm.verify.verify import verify_run
 from mvlm.weights import export_timm_vit
