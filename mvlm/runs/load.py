@@ -177,24 +177,12 @@ def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMCo
 
 
 def read_architecture_of(path: Path | str) -> tuple[MaskVLMConfig, Tokenizer]:
-    """Configuration and tokenizer of a trained model; `path` as in `mvlm.load_model`, errors of `read_architecture`."""
+    """Configuration and tokenizer of a trained model, whose weights are not read; `path` as in `mvlm.load_model`.
+
+    RunError if there is no such model, or its configuration or its tokenizer is damaged.
+    """
     folder, exported = find_model(path)
     return read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)
-
-
-def read_config_of(path: Path | str) -> MaskVLMConfig:
-    """Configuration of a trained model; `path` as in `mvlm.load_model`. RunError if there is none."""
-    folder, exported = find_model(path)
-    return read_model_config(folder / (CONFIG_FILE if exported else MODEL_CONFIG))
-
-
-def load_tokenizer_of(path: Path | str) -> Tokenizer:
-    """Load the tokenizer of a trained model, and not its weights. `path` as in `mvlm.load_model`.
-
-    RunError if there is no such model, or its tokenizer is damaged.
-    """
-    folder, _ = find_model(path)
-    return _read_tokenizer(folder)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

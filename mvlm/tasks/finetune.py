@@ -32,8 +32,8 @@ from mvlm.tasks.load import described_task, find_task
 from mvlm.tasks.task import Task
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import GuardedAdamW, make_optimizer
-from mvlm.training.run import RunInputs, check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
-from mvlm.training.trainer import Trainer, evaluation_workspace
+from mvlm.training.run import check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
+from mvlm.training.trainer import RunInputs, Trainer, evaluation_workspace
 from mvlm.weights.resize import resized_config, resized_model
 from mvlm_dataloading import Dataset, Loader, Tokenizer
 from mvlm_dataloading.files import sha256
@@ -63,16 +63,7 @@ class FineTuner(Trainer):
         loader: Loader,
         initial_model: dict[str, str] | None,
     ) -> None:
-        super().__init__(
-            inputs.config,
-            world,
-            parallel,
-            optimizer,
-            loader,
-            inputs.tokenizer,
-            inputs.validation,
-            initial_model=initial_model,
-        )
+        super().__init__(inputs, world, parallel, optimizer, loader, initial_model)
         self.targets: Sequence[Tensor] = [x.to(world.device) for x in self.model.targets(inputs.dataset)]
         """Targets of the training split (`Task.targets`), on the device."""
         task = getattr(inputs.config, "task", "")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,26 +37,13 @@ from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import check_graphs
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
-from mvlm.training.trainer import Trainer
-from mvlm.weights.start import check_start, choose_tokenizer, make_model, with_text_tower
+from mvlm.training.trainer import RunInputs, Trainer
+from mvlm.weights.start import check_settings, choose_tokenizer, make_model, with_text_tower
 from mvlm_dataloading import Augment, Dataset, Loader, LoaderWork, Tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=RunConfig)
-
-
-class RunInputs(NamedTuple):
-    """Everything that a run reads before it has a model."""
-
-    config: RunConfig
-    """The given configuration, with the tokenizer's [MASK]."""
-    dataset: Dataset
-    validation: Dataset | None
-    """Validation split, if the run evaluates."""
-    tokenizer: Tokenizer
-    also_evaluated: Dataset | None = None
-    """Validation split of `also_evaluate`, if pretraining has one."""
 
 
 def pretrain(config: PretrainConfig, say_next: bool = True) -> str | None:
@@ -191,7 +178,7 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     warn_of_cut_texts(dataset, tokenizer, config.model.text_length, "--model.text-length")
     check_attention(config)
     if not RunFolder(config.out).config.exists():
-        check_start(config, dataset)
+        check_settings(config, dataset)
     also = None if config.also_evaluate is None else open_dataset(config.also_evaluate, "validation")
     return RunInputs(config, dataset, validation, tokenizer, also)
 
@@ -217,18 +204,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
-    trainer = Trainer(
-        config,
-        world,
-        parallel,
-        optimizer,
-        loader,
-        inputs.tokenizer,
-        inputs.validation,
-        also_evaluated=inputs.also_evaluated,
-        initial_model=initial,
-        reference=reference,
-    )
+    trainer = Trainer(inputs, world, parallel, optimizer, loader, initial, reference)
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)

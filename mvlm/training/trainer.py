@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,11 +66,23 @@ CHECKPOINT_SECONDS = 600.0
 log = logging.getLogger(__name__)
 
 
+class RunInputs(NamedTuple):
+    """Everything that a run reads before it has a model."""
+
+    config: RunConfig
+    """The given configuration, with the tokenizer's [MASK]."""
+    dataset: Dataset
+    validation: Dataset | None
+    """Validation split, if the run evaluates."""
+    tokenizer: Tokenizer
+    also_evaluated: Dataset | None = None
+    """Validation split of `also_evaluate`, if pretraining has one."""
+
+
 class Trainer:
     """One rank of a pretraining run: its model, optimizer, loader, guards and checkpoint writer.
 
     Args:
-        also_evaluated: split that is evaluated before the first step and after the last, with --also-evaluate.
         initial_model: path and hash of the trained model that the run started from (`mvlm.runs.load.identify`), if its
             checkpoints refer to it: those of adapters leave its frozen weights out.
         reference: frozen copy of the initial model, and the weight of the distance to it, with --keep-start.
@@ -78,22 +90,19 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        inputs: RunInputs,
         world: World,
         parallel: Parallel,
         optimizer: GuardedAdamW,
         loader: Loader,
-        tokenizer: Tokenizer,
-        validation: Dataset | None = None,
-        *,
-        also_evaluated: Dataset | None = None,
         initial_model: dict[str, str] | None = None,
         reference: Kept | None = None,
     ) -> None:
+        config, _, self.validation, self.tokenizer, self.also_evaluated = inputs
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
-        self.loader, self.tokenizer, self.validation, self.device = loader, tokenizer, validation, world.device
+        self.loader, self.device, self.initial_model, self.reference = loader, world.device, initial_model, reference
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
@@ -104,7 +113,6 @@ class Trainer:
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
-        self.also_evaluated, self.initial_model, self.reference = also_evaluated, initial_model, reference
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 
@@ -359,11 +367,7 @@ class Trainer:
         state = read_state(checkpoint)
         if self.initial_model is not None and self.config.adapted:
             check_start(self.initial_model, state, checkpoint)
-        if (
-            self.initial_model is not None
-            and self.reference is not None
-            and state["kept"] != self.initial_model["sha256"]
-        ):
+        if state.get("kept") != self.extra_state().get("kept"):
             raise RunError(f"keep_start: wanted the model that {checkpoint} started from, found another; restore it")
         parts = self.tensors()
         for part in [MODEL] + [EMA] * (self.average is not None):

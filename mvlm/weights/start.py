@@ -14,7 +14,7 @@ from mvlm.files import check_fit, copy_into
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import load_tokenizer_of, load_without_head, read_config_of
+from mvlm.runs.load import load_without_head, read_architecture_of
 from mvlm.weights.image_tower import load_image_tower
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import log_sizes, resized_tensors
@@ -33,7 +33,7 @@ def with_text_tower(config: PretrainConfig) -> PretrainConfig:
     elif config.text_tower is not None:
         found = read_text_tower(config.text_tower)
     elif config.initial_model is not None:
-        found = read_config_of(config.initial_model).to_dict()
+        found = read_architecture_of(config.initial_model)[0].to_dict()
     else:
         return config
     if not found.get("text_tower"):
@@ -48,7 +48,7 @@ def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
     A run that is resumed does not need its initial model or its tokenizer's file any more.
     """
     if config.initial_model is not None:
-        return _own_tokenizer(config) or load_tokenizer_of(config.initial_model)
+        return _own_tokenizer(config) or read_architecture_of(config.initial_model)[1]
     if config.text_tower is not None:
         return _own_tokenizer(config) or read_tower_tokenizer(config.text_tower)
     if config.tokenizer is not None:
@@ -70,8 +70,8 @@ def _own_tokenizer(config: PretrainConfig) -> Tokenizer | None:
     return None
 
 
-def check_start(config: PretrainConfig, dataset: Dataset) -> None:
-    """Check the settings of a new run against what its weights were trained with. No weight is read.
+def check_settings(config: PretrainConfig, dataset: Dataset) -> None:
+    """Check the settings of a new run against those of the weights that it starts from. No weight is read.
 
     Raises:
         ConfigError: the architecture is not the initial model's, a tokenizer is missing, or nothing trains positions.
@@ -84,7 +84,7 @@ def check_start(config: PretrainConfig, dataset: Dataset) -> None:
         )
     if config.initial_model is None:
         return
-    wanted, trained = config.model, read_config_of(config.initial_model)
+    wanted, (trained, _) = config.model, read_architecture_of(config.initial_model)
     if trained.output_positions and not wanted.output_positions:
         raise ConfigError(
             f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"

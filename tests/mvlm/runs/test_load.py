@@ -10,7 +10,7 @@ import pytest
 import mvlm
 from mvlm.errors import RunError
 from mvlm.runs import checkpoint
-from mvlm.runs.load import load_tokenizer_of, load_without_head
+from mvlm.runs.load import load_without_head, read_architecture_of
 from mvlm_dataloading.files import sha256
 
 
@@ -39,7 +39,7 @@ def test_a_model_without_itm_is_known_by_its_head(trained, portable, without_itm
 def test_the_files_of_a_checkpoint_are_hashed_once(trained, monkeypatch):
     hashed = []
     monkeypatch.setattr(checkpoint, "sha256", lambda file: hashed.append(file) or sha256(file))
-    mvlm.load_without_head(trained, "cpu")
+    mvlm.load_model(trained, "cpu")
     assert len(hashed) == len(set(hashed)) > 3
 
 
@@ -56,15 +56,15 @@ def test_an_unfinished_run_says_how_far_it_is(trained, run_copy, caplog):
 
 def test_a_tokenizer_is_loaded_without_the_weights(trained, portable, tmp_path):
     wanted = load_without_head(trained, "cpu").tokenizer.fingerprint
-    assert load_tokenizer_of(trained).fingerprint == wanted
+    assert read_architecture_of(trained)[1].fingerprint == wanted
     shutil.copytree(portable, tmp_path / "copy")
     (tmp_path / "copy/model.safetensors").write_bytes(b"")  # not read
-    assert load_tokenizer_of(tmp_path / "copy").fingerprint == wanted
+    assert read_architecture_of(tmp_path / "copy")[1].fingerprint == wanted
     (tmp_path / "copy/tokenizer.json").write_text("{}")
     with pytest.raises(RunError, match=r"copy/tokenizer\.json: wanted a tokenizer"):
-        load_tokenizer_of(tmp_path / "copy")
+        read_architecture_of(tmp_path / "copy")
     with pytest.raises(RunError, match="no: wanted a run, a checkpoint or an exported folder"):
-        load_tokenizer_of(tmp_path / "no")
+        read_architecture_of(tmp_path / "no")
 
 
 def test_a_model_that_was_saved_without_a_tokenizer_is_loaded_once_it_has_one(trained, tmp_path):
@@ -72,7 +72,7 @@ def test_a_model_that_was_saved_without_a_tokenizer_is_loaded_once_it_has_one(tr
     network, tokenizer = loaded.network, loaded.tokenizer
     network.save_pretrained(tmp_path / "own")
     advice = r'own: wanted a tokenizer.json .*, found none; .*: `tokenizer.save\(folder / "tokenizer.json"\)`'
-    for load in (load_without_head, load_tokenizer_of):
+    for load in (load_without_head, read_architecture_of):
         with pytest.raises(RunError, match=advice):
             load(tmp_path / "own")
     tokenizer.save(tmp_path / "own/tokenizer.json")
