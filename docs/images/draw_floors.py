@@ -30,13 +30,13 @@ FLOORS = [
             ("evaluation/", "retrieval, gain"),
             ("portable/", "programs, the hub"),
             ("costs/", "FLOPs, memory"),
+            ("weights/", "where a run starts"),
         ],
     ),
     (
         "the model",
         [
             ("distributed/", "ranks, the global batch"),
-            ("weights/", "timm and transformers, in and out"),
             ("model/", "network, two implementations"),
         ],
     ),

@@ -43,10 +43,10 @@ def doctor(
     from mvlm.commands.machine_check import examine, warm_up
     from mvlm.commands.pretrain import parse_config
     from mvlm.config.pretrain import PretrainConfig
-    from mvlm.config.recipes import finetune_defaults
     from mvlm.device import choose_device
     from mvlm.errors import ConfigError
     from mvlm.tasks import task_names
+    from mvlm.tasks.recipes import finetune_defaults
 
     if not task and (checkpoint is not None or image_size is not None):
         raise ConfigError("wanted --checkpoint and --image-size with --task alone; name the task, or leave them out")

@@ -22,8 +22,8 @@ def finetune(arguments: Sequence[str]) -> None:
     import tyro
 
     from mvlm.commands.pretrain import parse_settings
-    from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
+    from mvlm.tasks.recipes import finetune_defaults
 
     if arguments[0] not in task_names() and not arguments[0].endswith(".py"):
         raise ConfigError(

@@ -46,7 +46,7 @@ def predict(
     """
     from mvlm.commands.arguments import check_no_input
     from mvlm.errors import ConfigError, RunError
-    from mvlm.tasks.evaluate import load_model
+    from mvlm.tasks.load import load_model
     from mvlm.tasks.predict import FORMATS, predicted, questions_of, write_rows
 
     if out is not None and (out.suffix not in FORMATS or out.is_dir()):
@@ -98,7 +98,7 @@ def reconstruct(
     from PIL import Image
 
     from mvlm.errors import ConfigError
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
     from mvlm_dataloading.files import replaced
 
     if out.suffix.lower() != ".png" or out.is_dir():
@@ -107,7 +107,7 @@ def reconstruct(
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
     if not out.parent.is_dir():
         raise ConfigError(f"out: wanted a file in a folder that is there, found no folder {out.parent}; make it first")
-    model = load_model(checkpoint, image_size=image_size)
+    model = load_without_head(checkpoint, image_size=image_size)
     found = model.reconstruct(image, caption, seed=seed, steps=steps)
     panels = [found.image, found.masked, found.rebuilt]
     if wrong_caption is not None:
@@ -131,9 +131,9 @@ def fill(
         image_size: Side in pixels at which the model sees the image; position embeddings are resized. Default: as
             trained.
     """
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
 
-    model = load_model(checkpoint, image_size=image_size)
+    model = load_without_head(checkpoint, image_size=image_size)
     for number, guesses in enumerate(model.fill(caption, image, top, steps).guesses, 1):
         shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
         say(f"[MASK] {number}: {shown}")
@@ -205,7 +205,7 @@ def app(
         from mvlm.app.page import build_page  # fails without gradio, before anything is loaded
         from mvlm.app.server import check_address, start
         from mvlm.search.index import open_index
-        from mvlm.tasks.evaluate import load_model
+        from mvlm.tasks.load import load_model
 
         check_address(host, port)
         model = load_model(source, device, task=task)

@@ -57,7 +57,7 @@ def query(
     from mvlm.commands.arguments import check_no_input, check_page, check_replaced, read_json
     from mvlm.errors import ConfigError
     from mvlm.report.html import thumbnail, write_page
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
     from mvlm.search.index import open_index
     from mvlm.search.query import ImageReader, search
     from mvlm_dataloading.files import write_json
@@ -72,7 +72,7 @@ def query(
         checkpoint = Path(opened.about["checkpoint"] or "an unknown place")
         if not checkpoint.exists():
             raise ConfigError(f"checkpoint: the index's model was at {checkpoint}, found none there; give --checkpoint")
-    model = load_model(checkpoint, device)
+    model = load_without_head(checkpoint, device)
     hits = search(model, opened, text, image, kind=of, top=top, rerank=rerank, where=where, sources=source)
     if html is not None:
         images = ImageReader(opened, source)

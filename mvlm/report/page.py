@@ -16,9 +16,9 @@ from mvlm.report.html import write_page
 from mvlm.report.task_examples import MOST_WORDS, SHOWN, confusion, judged, majority, task_examples
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, check_run_folder, find_checkpoint
-from mvlm.runs.load import load_model, open_named_data
+from mvlm.runs.load import load_without_head, open_named_data
 from mvlm.tasks import task_names
-from mvlm.tasks.evaluate import find_task, load_task
+from mvlm.tasks.load import find_task, load_task
 from mvlm_dataloading import Dataset, open_dataset
 
 
@@ -72,7 +72,7 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
             "split": found["split"],
             "checkpoint": found["checkpoint"],
         }
-    trained = load_model(folder.path)
+    trained = load_without_head(folder.path)
     model, tokenizer = trained.network, trained.tokenizer
     split = _split_of(folder.evaluation, found, config, data)
     shards = data or split.folder

@@ -9,8 +9,10 @@
         manifest.json               SHA-256 of all other files
 
 Fields of state.json: `step`; `loader`, the loader's position and undecodable images; `bad`, the counts of skipped
-updates; `best`, step and figure of the best evaluation, or null; of a fine-tuned run `task`, the task's name, options
-and state, and `task_file`, the hash of the file of a user's own task.
+updates; `best`, step and figure of the best evaluation, or null. Of a run with adapters, `adapters`: their `alpha`, and
+as `start` the path and hash of the model whose frozen weights the checkpoint leaves out, or null if it has them. Of a
+run with --keep-start, `kept`, the hash of its initial model. Of a fine-tuned run, `task`, the task's name, options and
+state, and `task_file`, the hash of the file of a user's own task.
 `mvlm.training.trainer.Trainer.save` collects them.
 
 No pickle is written or read. A file that the manifest does not name is never opened.

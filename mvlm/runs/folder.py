@@ -75,14 +75,15 @@ def check_run_folder(path: Path) -> None:
 class RunLock:
     """Exclusive lock on a run folder, held until it is closed or the process ends, even by kill -9.
 
-    The folder is made if there is none. It and the lock are removed if no run has begun at the end.
+    The folder and those above it are made if there are none. They and the lock are removed if no run has begun at the
+    end.
 
     RunError if another process holds the lock, or if `out` cannot hold a run.
     """
 
     def __init__(self, out: Path) -> None:
         check_usable(out)  # first, so that a folder of other files gets no lock file
-        self._folder, self._made = RunFolder(out), not out.exists()
+        self._folder, self._made = RunFolder(out), [path for path in (out, *out.parents) if not path.exists()]
         self._held = lock_folder(out)
 
     def __enter__(self) -> "RunLock":
@@ -91,9 +92,9 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if not self._folder.config.exists():  # the run was refused: leave nothing behind
             self._folder.lock.unlink(missing_ok=True)  # while it is held, so that no process gets it in between
-            if self._made:
-                with suppress(OSError):  # another process uses the folder
-                    self._folder.path.rmdir()
+            with suppress(OSError):  # another process uses the folder
+                for path in self._made:
+                    path.rmdir()
         self._held.__exit__(None, None, None)
 
 

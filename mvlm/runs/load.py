@@ -29,14 +29,14 @@ from mvlm_dataloading.urls import is_remote
 log = logging.getLogger(__name__)
 
 
-def load_model(
+def load_without_head(
     path: Path | str,
     device: torch.device | str = "auto",
     precision: str = "auto",
     image_size: int | None = None,
     text_length: int | None = None,
 ) -> TrainedModel:
-    """As `mvlm.tasks.evaluate.load_model`, without the head of a fine-tuned run."""
+    """Load a trained model and its tokenizer, as `mvlm.load_model` does, without the head of a fine-tuned run."""
     return read_network(*find_model(path), path, device, precision, image_size, text_length)
 
 
@@ -90,7 +90,7 @@ def network_of(folder: Path, config: MaskVLMConfig, weights: Path, prefix: str) 
         raise RunError(
             f"{folder}: wanted the model that its adapters belong to at {start['path']} ({error}); put that back"
         ) from None
-    trained, network = load_model(start["path"], "cpu").network, MaskVLM(config)
+    trained, network = load_without_head(start["path"], "cpu").network, MaskVLM(config)
     copy_into(network.state_dict(), resized_tensors(trained, network), Path(start["path"]))
     return network
 
@@ -135,13 +135,13 @@ def mix_with_start(network: MaskVLM, source: Path, mix: float) -> None:
             f"mix: wanted a run that started from a trained model (--initial-model, or --checkpoint of mvlm finetune), "
             f"got {source}; leave --mix out"
         )
-    before = resized_tensors(load_model(Path(start), network.log_scale.device).network, network)
+    before = resized_tensors(load_without_head(Path(start), network.log_scale.device).network, network)
     mixed = {name: (1 - mix) * before[name] + mix * tensor for name, tensor in network.state_dict().items()}
     copy_into(network.state_dict(), mixed, source)
 
 
 def identify(source: Path | str) -> dict[str, str]:
-    """Place of a trained model, absolute, and hash of its weights. `source` and errors as for `load_model`."""
+    """Place of a trained model, absolute, and hash of its weights. `source` and errors as for `mvlm.load_model`."""
     folder, exported = find_model(source)
     return {"path": str(folder.resolve()), "sha256": sha256(folder / (WEIGHTS_FILE if exported else MANIFEST))}
 
@@ -198,19 +198,13 @@ def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMCo
     return config, tokenizer
 
 
-def read_config_of(path: Path | str) -> MaskVLMConfig:
-    """Configuration of a trained model; `path` as in `load_model`. RunError if there is none."""
-    folder, exported = find_model(path)
-    return read_model_config(folder / (CONFIG_FILE if exported else MODEL_CONFIG))
+def read_architecture_of(path: Path | str) -> tuple[MaskVLMConfig, Tokenizer]:
+    """Configuration and tokenizer of a trained model, whose weights are not read; `path` as in `mvlm.load_model`.
 
-
-def load_tokenizer_of(path: Path | str) -> Tokenizer:
-    """Load the tokenizer of a trained model, and not its weights. `path` as in `load_model`.
-
-    RunError if there is no such model, or its tokenizer is damaged.
+    RunError if there is no such model, or its configuration or its tokenizer is damaged.
     """
-    folder, _ = find_model(path)
-    return _read_tokenizer(folder)
+    folder, exported = find_model(path)
+    return read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

@@ -20,14 +20,14 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, stage_config, trial_config
 from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
 from mvlm.tasks.finetune import untrained_figures
 from mvlm.terminal import say
-from mvlm.training.run import choose_tokenizer
 from mvlm.untrusted import run_errors
+from mvlm.weights.start import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import ViewOptions
@@ -195,7 +195,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
         config = trial_config(study, arm, 0, data, out, int(budget.get("steps", 1_000_000)), checkpoint)
         plans[arm] = _steps_and_flops(budget, config, dataset, lengths)
         files[arm] = named_files(config)
-    start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
+    start = load_without_head(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     splits = tuple(study.splits) if study.task else (study.split,)
     evaluated = {split: open_dataset(data, split).fingerprint for split in splits}
     stages = {name: _stage_data(stage) for name, stage in study.then.items()}

@@ -15,8 +15,8 @@ from typing import Any
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.json_files import run_config
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import finetune_defaults
 from mvlm.errors import ConfigError
+from mvlm.tasks.recipes import finetune_defaults
 from mvlm_dataloading.untrusted import read_regular
 
 _FIELDS = {

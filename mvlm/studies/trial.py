@@ -23,10 +23,11 @@ from mvlm.machine import code_revision, processor_name
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.schemas import Result, check
-from mvlm.tasks.evaluate import evaluate_task, find_task
+from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import find_task
 from mvlm.training.run import pretrain
 from mvlm.untrusted import read_json, read_plan
 from mvlm_dataloading import open_dataset
@@ -159,7 +160,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
             for split in trial.splits
         }
     else:
-        model = load_model(checkpoint, device, trial.config.precision)
+        model = load_without_head(checkpoint, device, trial.config.precision)
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
         rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = model.evaluate(dataset, train, rerank)
@@ -221,7 +222,7 @@ def _check_begun(trial: Trial) -> None:
     file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
     config = trial.config
     if (begun := read_plan(file)) is None:
-        if isinstance(config, FinetuneConfig) and load_model(config.checkpoint, "cpu").sha256 != trial.start:
+        if isinstance(config, FinetuneConfig) and load_without_head(config.checkpoint, "cpu").sha256 != trial.start:
             raise RunError(f"{config.checkpoint}: changed since the study was planned; run the same command again")
         write_json(file, wanted)
     elif begun != wanted:
@@ -234,7 +235,7 @@ def _check_begun(trial: Trial) -> None:
 def named_files(config: RunConfig) -> dict[str, str]:
     """Hash of each model and file that settings name by a path, by the name of the setting."""
     start = getattr(config, "initial_model", None)
-    found = {} if start is None else {"initial_model": load_model(start, "cpu").sha256}
+    found = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
     for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
         path = getattr(config, name, None)
         if path is not None and Path(path).is_file():  # a task of the library has a name

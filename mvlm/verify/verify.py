@@ -39,7 +39,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.folder import RunFolder, check_run_folder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
 from mvlm.training.run import build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
@@ -313,14 +313,15 @@ class Replay:
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
         """The trainer after the segment's steps, and a row, with an evaluation, wherever the run has one."""
-        claims, rows = self.claims, _Rows()
+        rows: list[dict[str, Any]] = []
+        claims = self.claims
         first = claims.part_of(segment.start + 1)
         config = replace(self.inputs.config, precision=first["precision"])
         checkpoint = claims.run.checkpoints / checkpoint_name(segment.start) if segment.start else ""
         with deterministic_kernels(self.world.device) if config.deterministic else nullcontext():
             with threads(first["machine"]["threads"]):
                 trainer = build_trainer(self.inputs._replace(config=config), self.world, str(checkpoint))
-            logger = MetricsLogger(config, self.world, rows, trainer.check_skipped_updates)
+            logger = MetricsLogger(config, self.world, trainer.check_skipped_updates, rows.append)
             batches = iter(trainer.loader)
             with closing(trainer.loader), TrainingProgress(trainer.step, segment.stop, shown=False) as progress:
                 while trainer.step < segment.stop:
@@ -335,19 +336,7 @@ class Replay:
                         closed, trainer.metrics = trainer.metrics, MetricsBuffer()
                         logger.end_row(closed, trainer.loader.skipped, figures)
                         logger.write_row(progress)
-        return trainer, rows.made
-
-
-class _Rows:
-    """Sink of a logger that keeps the rows in a list."""
-
-    seconds = 0.0
-
-    def __init__(self) -> None:
-        self.made: list[dict[str, Any]] = []
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.made.append(row)
+        return trainer, rows
 
 
 @contextlib.contextmanager
@@ -411,7 +400,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
         return
     check_machine(str(file), replay.world.device, claimed["machine"], claimed["versions"])
     with threads(claimed["machine"]["threads"]):
-        model = load_model(claims.kept[-1], replay.world.device, claimed["precision"])
+        model = load_without_head(claims.kept[-1], replay.world.device, claimed["precision"])
         if claimed.get("split") != "test":
             yield f"{file} is of the split {claimed.get('split')} and not of test; evaluate the run again"
         elif claimed.get("model") != model.sha256:

@@ -127,7 +127,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def good(trained, scenes, model, tmp_path_factory) -> dict[str, Path]:
     """Good folders by name, each in a folder of its own."""
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
     from mvlm.search.collection import open_collection
     from mvlm.search.embed import embed
     from support.models import ALONE, MICRO
@@ -139,14 +139,14 @@ def good(trained, scenes, model, tmp_path_factory) -> dict[str, Path]:
             attempt(f"eval retrieval --checkpoint {run} --data {scenes} --split test --out {run}/eval/test.json")[0]
             == 0
         )
-    load_model(trained, "cpu").save(root / "exported")
+    load_without_head(trained, "cpu").save(root / "exported")
     pictures = root / "pictures"
     pictures.mkdir()
     for number in range(3):
         (pictures / f"{number}.png").write_bytes(png(scene(number)[0]))
         (pictures / f"{number}.txt").write_text(f"{scene(number)[1]}\n")
         (pictures / f"{number}.json").write_text(json.dumps({"number": number, "file": f"{number}.png"}))
-    embed(load_model(trained, "cpu"), open_collection(pictures), root / "embedded", ALONE, str(trained))
+    embed(load_without_head(trained, "cpu"), open_collection(pictures), root / "embedded", ALONE, str(trained))
     tables = root / "tables"
     tables.mkdir()
     names = [(f"{number}.png", scene(number)[1]) for number in range(3)]

@@ -108,11 +108,8 @@ class Piece(Protocol):
         ...
 
     def records(self, max_bytes: int) -> Iterator[Record]:
-        """Yield the records in a fixed order. An image above `max_bytes` may be skipped with the fault TOO_LARGE."""
+        """Yield the records in a fixed order. An image above `max_bytes` may be skipped with the fault `TOO_LARGE`."""
         ...
-
-
-TOO_LARGE = "image file is too large"
 
 
 @dataclass(frozen=True, slots=True)

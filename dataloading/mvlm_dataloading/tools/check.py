@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_white, read_header
+from mvlm_dataloading.build.image_check import exif_first, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, repeats, same_words, script_of
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
@@ -25,6 +25,7 @@ from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.randomness import text_hash
 from mvlm_dataloading.untrusted import opened_unchanged, read_regular
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.build.duplicates import ImageFacts, drop_leaks, drop_repeats, image_facts
-from mvlm_dataloading.build.image_check import ImageDecoder, size_fault
+from mvlm_dataloading.build.image_check import size_fault
 from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import (
@@ -34,6 +34,7 @@ from mvlm_dataloading.dataset.description import (
 from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import new_folder
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.sources.record import is_evaluation
 from mvlm_dataloading.untrusted import read_regular

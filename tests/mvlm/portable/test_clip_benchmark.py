@@ -12,7 +12,7 @@ import pytest
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.portable.clip_benchmark import main, register
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm_dataloading import open_dataset
 from support.scenes import COLOURS, GROUNDS, png, scene, write_scenes
 

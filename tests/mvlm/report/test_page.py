@@ -10,7 +10,7 @@ import pytest
 from mvlm.errors import RunError
 from mvlm.report import figures
 from mvlm.report.page import write_report
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from support.folders import folder_hash

@@ -16,7 +16,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import check_sizes, stored_sizes
 from mvlm.runs.checkpoint import read_folder_shapes, read_tensors
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from support.folders import checkpoint_contents
 from support.forgery import change_tensors, sign
 from support.models import micro_config
@@ -45,7 +45,7 @@ def weights_file(folder: Path) -> Path:
     return folder / (SHARD if (folder / SHARD).is_file() else "model.safetensors")
 
 
-def refuse(folder: Path, *words: str, load: Callable[[Path], object] = load_model) -> str:
+def refuse(folder: Path, *words: str, load: Callable[[Path], object] = load_without_head) -> str:
     """Sign the folder and check that its model is refused in one line, which has the words and the path once."""
     if (folder / "manifest.json").is_file():
         sign(folder)
@@ -181,7 +181,7 @@ def test_weights_of_other_floats_are_loaded_as_they_are(copy, form, kind):
     wanted = load_file(weights_file(folder))
     if form == "checkpoint":
         sign(folder)
-    found = load_model(folder, "cpu").network.state_dict()
+    found = load_without_head(folder, "cpu").network.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in found.items())
 
@@ -294,16 +294,16 @@ def test_links_stay_in_the_folder_or_in_its_cache(copy, tmp_path, monkeypatch, n
     (folder / name).unlink()
     (folder / name).symlink_to(tmp_path / "store/contents")
     with pytest.raises(RunError, match=f"{name}: wanted a file in"):
-        load_model(folder, "cpu")
+        load_without_head(folder, "cpu")
     monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
-    assert load_model(folder, "cpu").sha256
+    assert load_without_head(folder, "cpu").sha256
     assert checkpoint_contents(folder) == before
     (tmp_path / "other").write_text("secret")
     for target, word in (("other", "damaged"), ("/dev/zero", "missing"), ("none", "missing")):
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / target)
         with pytest.raises(RunError, match=f"{name}: {word}") as caught:
-            load_model(folder)
+            load_without_head(folder)
         assert "secret" not in str(caught.value)
     monkeypatch.delenv("MVLM_FOLLOW_LINKS")
     snapshot = tmp_path / "snapshots/revision"
@@ -311,7 +311,7 @@ def test_links_stay_in_the_folder_or_in_its_cache(copy, tmp_path, monkeypatch, n
     folder.rename(snapshot)
     (snapshot / name).unlink()
     (snapshot / name).symlink_to(tmp_path / "blobs/contents")
-    assert load_model(snapshot, "cpu").sha256
+    assert load_without_head(snapshot, "cpu").sha256
 
 
 def test_a_linked_folder_of_weights_is_refused(copy, tmp_path, monkeypatch):
@@ -326,4 +326,4 @@ def test_a_linked_folder_of_weights_is_refused(copy, tmp_path, monkeypatch):
         (folder / "model").unlink()
         (folder / "model").symlink_to(inside)
         with pytest.raises(RunError, match="not in the manifest"):
-            load_model(folder)
+            load_without_head(folder)

@@ -14,7 +14,6 @@ import pytest
 from mvlm import cli
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
-from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
 from mvlm.studies.page import MEASURES
 from mvlm.studies.run import plan_trials, report_finished, run_study
@@ -22,6 +21,7 @@ from mvlm.studies.study import Study, read_study
 from mvlm.studies.trial import read_result, run_trial, take_result
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset, tokenizer_for
 from support.models import MICRO
