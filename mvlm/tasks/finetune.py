@@ -180,7 +180,7 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
 def starting_network(config: FinetuneConfig) -> MaskVLM:
     """The pretrained network for images and texts of the run's sizes, or one with random weights."""
     pretrained = load_without_head(config.checkpoint).network
-    if config.random_weights:
+    if config.random_weights:  # these are drawn behind those of the network that was loaded, as ever
         log.info("%s: only its architecture and tokenizer are used; weights are random", config.checkpoint)
         return MaskVLM(config.model)
     return resized_model(pretrained, config.image_size, config.question_length)

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm.errors import RunError
 from mvlm.inference.encode import eval_loader
 from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm.runs.folder import read_metrics
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.load import find_task, load_model, load_task
-from mvlm.tasks.task import Task, TaskOptions, join_records
+from mvlm.tasks.task import Task, TaskOptions
 from mvlm.training.run import pretrain
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer, ViewOptions, make_view, open_dataset
 from support.folders import reproducible_rows
@@ -284,11 +283,3 @@ def test_data_of_another_task_are_refused_before_anything_is_written_or_predicte
     kind.check_split(open_dataset(data[task], "test"), state)
     with pytest.raises(DataError):
         kind.check_split(open_dataset(data[other], "test"), state)
-
-
-def test_records_of_ranks_are_joined_by_id():
-    parts = [[{"sample": i} for i in range(start, min(150, start + 64))] for start in (0, 64, 128)]
-    assert [record["sample"] for record in join_records(parts[::-1], 150)] == list(range(150))
-    for wrong in (parts[:2], [*parts, [{"sample": 3}]], [*parts[:2], parts[0]]):
-        with pytest.raises(RunError, match="150 samples"):
-            join_records(wrong, 150)
