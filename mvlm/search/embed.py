@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -336,7 +335,7 @@ def _fault(name: str, column: pa.Array) -> str | None:
     if name == "vector":
         return None if np.isfinite(values.to_numpy()).all() else "vectors with NaN or infinity"
     if name == "row":
-        return "negative rows" if len(column) and pc.min(column).as_py() < 0 else None
+        return "negative rows" if len(column) and min(column.to_pylist()) < 0 else None
     if name == "metadata":
         return None if all(map(_is_object, column.to_pylist())) else "metadata that are no JSON objects"
     if name == "image":

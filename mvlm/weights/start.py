@@ -102,7 +102,8 @@ def check_settings(config: PretrainConfig, dataset: Dataset) -> None:
     with torch.device("meta"):  # shapes without memory
         model = MaskVLM(wanted)
         tensors = model.state_dict(), resized_tensors(MaskVLM(trained), model)
-    check_fit(*({name: tuple(x.shape) for name, x in found.items()} for found in tensors), config.initial_model)
+    shapes, found = ({name: tuple(x.shape) for name, x in named.items()} for named in tensors)
+    check_fit(shapes, found, Path(str(config.initial_model)))
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:

@@ -367,7 +367,12 @@ def test_odd_values_that_are_drawn_open_no_door(good, tmp_path, without_tensorbo
     while time.monotonic() < end:
 
         @seed(int(time.time()) + round_)
-        @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=20,
+            deadline=None,
+            database=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+        )
         @given(st.sampled_from(fields), JSON)
         def attempts(field: tuple[str, tuple[Any, ...]], value: Any) -> None:
             name, path = field

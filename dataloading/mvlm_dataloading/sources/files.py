@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,7 @@ def read_json(file: Path) -> Any:
         return parse_json(read_regular(require_file(file), "annotations").removeprefix(codecs.BOM_UTF8))
 
 
-def text_lines(file: Path, newline: str | None = None) -> Iterator[str]:
+def text_lines(file: Path, newline: str | None = None) -> Generator[str]:
     """Lines of a text with their ends, one in memory at a time. `newline` is as in `open`. DataError if one is huge."""
     with io.TextIOWrapper(
         open_regular(require_file(file)), encoding="utf-8-sig", errors="surrogateescape", newline=newline

@@ -277,7 +277,7 @@ def _value(cell: Any) -> Any:
         if hasattr(cell, "as_buffer"):
             return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
         values = getattr(cell, "values", None)  # of a list
-        return [_value(one) for one in values] if hasattr(values, "__iter__") else None
+        return None if values is None else [_value(one) for one in values]
 
 
 def _schema(path: Path) -> list[str]:

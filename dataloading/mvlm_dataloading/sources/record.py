@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol
 
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.files import sha256
@@ -143,12 +143,12 @@ class Source:
     the published splits stay as they are."""
 
 
-Build = TypeVar("Build", bound=Callable[..., Source])
+P = ParamSpec("P")
 SOURCES: dict[str, Callable[..., Source]] = {}
 """Registered sources by their names on the command line; `mvlm_dataloading.sources.all_sources` fills it."""
 
 
-def source(function: Build) -> Build:
+def source(function: Callable[P, Source]) -> Callable[P, Source]:
     """Register a function as a source, with its name in hyphens as the name of `mvlm data NAME`.
 
     Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
@@ -157,7 +157,7 @@ def source(function: Build) -> Build:
     """
 
     @wraps(function)
-    def checked(*arguments: Any, **settings: Any) -> Source:
+    def checked(*arguments: P.args, **settings: P.kwargs) -> Source:
         for value in (*arguments, *settings.values()):
             for path in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(path, Path) and path.is_dir():
