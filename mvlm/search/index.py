@@ -25,8 +25,11 @@ from numpy.typing import NDArray
 from mvlm.errors import ConfigError, RunError
 from mvlm.files import LOCK
 from mvlm.search.embed import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
+from mvlm_dataloading.urls import shown
 
 BATCH_ROWS = 8192
+STORES = ("s3", "gs", "az")
+"""Schemes of URLs at which an index may be. The engine knows others, of which one keeps nothing."""
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/tasks.md has measurements).
 Below, a full product takes milliseconds and is exact."""
@@ -280,6 +283,12 @@ def _connect(location: str) -> tuple[Any, bool]:
         raise ConfigError(
             "search: wanted the package lancedb, which is not installed; pip install 'mvlm[search]'"
         ) from None
+    scheme, sign, rest = location.partition("://")
+    if sign and (scheme not in STORES or "@" in rest.split("/")[0] or len(rest.split("/")[0]) < 3):
+        raise RunError(
+            f"{scheme}://...: wanted a folder for an index, or a URL such as s3://BUCKET/NAME ({', '.join(STORES)}) "
+            "without a password, found another one; choose another place"
+        )
     try:
         database = lancedb.connect(location)
         return database, "about" in database.list_tables(limit=100).tables
@@ -324,7 +333,7 @@ def _filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     """Text of an error as one line, cut to 200 characters."""
-    return " ".join(str(error).split())[:200]
+    return shown(error)[:200]
 
 
 def _listed(texts: Iterable[str]) -> str:
