@@ -12,6 +12,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.untrusted import read_json
+from mvlm_dataloading.urls import is_remote, normal_url
 
 Config = TypeVar("Config", bound=RunConfig)
 RENAMED_FIELDS = {"eval_pictures": "eval_images"}
@@ -108,6 +109,9 @@ def read_config(file: Path) -> dict[str, Any]:
             f"{file}: wanted a configuration of version 2 or {FORMAT_VERSION}, got version {version}; "
             f"use the mvlm that wrote it"
         )
+    for name in ("data", "also_evaluate"):  # versions before 0.4 kept passwords there
+        if isinstance(values.get(name), str) and is_remote(values[name]):
+            values[name] = normal_url(values[name])
     model = values.get("model")
     return without_removed(values) | ({"model": without_removed(model, "model.")} if isinstance(model, dict) else {})
 

@@ -27,9 +27,10 @@ from mvlm.schemas import IndexAbout, IndexRow, check
 from mvlm.search.embed import BATCH_ROWS, FORMAT_VERSION, KINDS, READABLE, read_batches, read_description, schema_of
 from mvlm.untrusted import run_errors
 from mvlm_dataloading.untrusted import check_links, parse_json
+from mvlm_dataloading.urls import shown
 
 STORES = ("s3", "gs", "az")
-"""Schemes of the URLs of object stores."""
+"""Schemes of URLs at which an index may be. The engine knows others, of which one keeps nothing."""
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/tasks.md has measurements).
 Below, a full product takes milliseconds and is exact."""
@@ -301,9 +302,12 @@ def open_index(location: str) -> SearchIndex:
 
 def _check_place(location: str) -> None:
     """Raise RunError unless an index may be at a place: an object store, or a folder without links that leave it."""
-    scheme, sign, _ = location.partition("://")
-    if sign and scheme not in STORES:
-        raise RunError(f"{location}: wanted a folder, or a URL of {', '.join(STORES)}, found {scheme}; choose another")
+    scheme, sign, rest = location.partition("://")
+    if sign and (scheme not in STORES or "@" in rest.split("/")[0] or len(rest.split("/")[0]) < 3):
+        raise RunError(
+            f"{scheme}://...: wanted a folder for an index, or a URL such as s3://BUCKET/NAME ({', '.join(STORES)}) "
+            "without a password, found another one; choose another place"
+        )
     if not sign and Path(location).is_dir():
         with run_errors():
             check_links(Path(location))
@@ -371,7 +375,7 @@ def _filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     """Text of an error as one line, cut to 200 characters."""
-    return " ".join(str(error).split())[:200]
+    return shown(error)[:200]
 
 
 def _listed(texts: Iterable[str]) -> str:

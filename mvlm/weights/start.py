@@ -4,6 +4,7 @@ random ones."""
 import math
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 PATIENCE_S = 5
 """A client that has not given up by then is let go."""
 CHUNK = 1 << 16
+BOMB = gzip.compress(bytes(16 << 20), 1)
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
@@ -58,9 +59,12 @@ class Hostile(http.server.BaseHTTPRequestHandler):
         self.sent[unquote(urlsplit(self.path).path)[1:]] += len(content)
 
     def until_over(self) -> Iterator[None]:
-        """Repeats until the test is over, or for `PATIENCE_S`."""
+        """Repeats until the test is over, or for `PATIENCE_S`, which counts as a request for `never`."""
         end = time.monotonic() + PATIENCE_S
-        while not self.over.is_set() and time.monotonic() < end:
+        while not self.over.is_set():
+            if time.monotonic() > end:
+                self.asked["never"] += 1
+                return
             yield
 
     def log_message(self, format: str, *args: object) -> None:
@@ -87,9 +91,8 @@ def too_long(web: Hostile, content: bytes) -> None:
 
 def bomb(web: Hostile, content: bytes) -> None:
     """A small body that is large when it is decompressed."""
-    small = gzip.compress(bytes(64 << 20))
-    web.head(200, {"Content-Length": str(len(small)), "Content-Encoding": "gzip"})
-    web.body(small)
+    web.head(200, {"Content-Length": str(len(BOMB)), "Content-Encoding": "gzip"})
+    web.body(BOMB)
 
 
 def bomb_of_brotli(web: Hostile, content: bytes) -> None:

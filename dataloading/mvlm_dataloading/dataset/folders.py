@@ -29,13 +29,15 @@ from mvlm_dataloading.files import replaced, write_file
 from mvlm_dataloading.untrusted import read_regular
 from mvlm_dataloading.urls import WEB, is_remote, normal_url, shown, with_credentials
 
-from .transfers import Begin, TooLongError, listing, options, transfer
+from .transfers import Begin, Meter, TooLongError, listing, options, transfer
 
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 """Pause after a failed attempt. Each further pause is twice as long."""
+STALLED_S = 180
+"""No attempt begins when nothing has come for this long. The clients of stores repeat by themselves, too."""
 REACH_S = 5
 """Longest time in which Google's client may look for credentials, and to reach its store."""
 LISTING_S, LISTED = 300, 1_000_000
@@ -153,16 +155,17 @@ class RemoteFolder:
         `limit` and `exact` are those of `read`.
         """
 
+        meters: list[Meter] = []
+
         def fetch(path: str) -> Path:
-            listed = None
-            if exact or self.protocol not in WEB:
-                listed = self._listed(path)
-            place = transfer(self.filesystem, self.protocol, path, limit, listed, begin)
+            meters.append(Meter(limit))
+            listed = self._listed(path) if exact or self.protocol not in WEB else None
+            place = transfer(self.filesystem, self.protocol, path, meters[-1], listed, begin)
             _compare(place.stat().st_size, listed)
             check(place)
             return place
 
-        return self.attempt(name, fetch)
+        return self.attempt(name, fetch, lambda: max(meter.latest for meter in meters))
 
     def put(self, path: Path, name: str) -> None:
         """Store a local file, and compare the length of what arrived."""
@@ -198,9 +201,13 @@ class RemoteFolder:
             name = quote(name, safe="/!$&'()*+,;=:@~")
         return (f"{self._root}/{name}" if name else self._root) + self._query
 
-    def attempt(self, name: str, action: Callable[[str], Any]) -> Any:
-        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
-        place = f"{self.url}/{name}" if name else self.url
+    def attempt(self, name: str, action: Callable[[str], Any], heard: Callable[[], float] = lambda: 0) -> Any:
+        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail.
+
+        Args:
+            heard: time at which something last came from the store. After `STALLED_S` there are no more attempts.
+        """
+        place, began = f"{self.url}/{name}" if name else self.url, time.monotonic()
         for attempt in range(_ATTEMPTS):
             try:
                 return action(self._path(name))
@@ -224,9 +231,9 @@ class RemoteFolder:
                         f"{place}: wanted to read or write it, found that it is denied ({what}); give the URL with its "
                         "user and password again, or set credentials as docs/guides/data.md says"
                     ) from None
-                if attempt + 1 == _ATTEMPTS:
+                if attempt + 1 == _ATTEMPTS or time.monotonic() - max(began, heard()) > STALLED_S:
                     raise DataError(
-                        f"{place}: wanted to read or write it, found that {_ATTEMPTS} attempts failed: "
+                        f"{place}: wanted to read or write it, found that {attempt + 1} attempts failed: "
                         f"{what}; check the URL and your credentials"
                     ) from None
                 log.warning("%s: trying again after: %s", place, what)
@@ -255,12 +262,13 @@ def require_hash(path: Path, sha256: str) -> None:
 def _open_filesystem(protocol: str, place: str) -> tuple[Any, str]:
     """The file system of a URL, and the path of the folder in it. OSError if Google's store cannot be reached soon.
 
-    Google's client by itself looks for credentials for up to a minute, repeats a failed request for half a minute, and
-    logs each of these errors with its stack.
+    Google's client by itself looks for credentials for up to a minute, asks over gRPC of what kind a bucket is for two,
+    repeats a failed request for half a minute, and logs each of these errors with its stack.
     """
     given, url_to_fs = options(protocol), need("fsspec.core").url_to_fs
     if protocol != "gs":
         return url_to_fs(place, **given)
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported
     need("gcsfs", "remote")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:

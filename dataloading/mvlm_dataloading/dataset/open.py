@@ -128,6 +128,8 @@ def _map(path: Path, split: str, shards: list[dict[str, Any]], hint: str) -> Sam
     index = map_index(path, hint)
     if index.described != shards_hash(split, shards):
         raise DataError(f"{path}: wanted the index of the shards in dataset.json, found one of other shards; {hint}")
+    if np.diff(index.first).tolist() != [shard["samples"] for shard in shards]:
+        raise DataError(f"{path}: wanted as many samples in each shard as in dataset.json, found others; {hint}")
     return index
 
 

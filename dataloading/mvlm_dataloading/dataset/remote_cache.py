@@ -43,6 +43,8 @@ from .description import parse_description, shard_paths
 from .folders import NotThereError, RemoteFolder, require_hash
 from .sample_index import map_index, most_bytes
 
+LONGEST = 200
+"""Bytes of a file's or folder's name. Names in the cache have up to 30 more, and file systems allow 255."""
 _FOLDER = re.compile(r"[0-9a-f]{24}")
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.\d+\.part)?")
 _PART = re.compile(r".+\.(\d+)\.part")
@@ -123,10 +125,14 @@ class RemoteCache:
 
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
         """Set the shards, as dataset.json lists them. Raises DataError if a name is not that of a tar in the folder."""
-        for name in (shard["tar"] for shard in shards):
-            path = Path(name)  # of a view, which has to be local, it may be anywhere
-            if path.is_absolute() or ".." in path.parts or path.suffix != ".tar":
-                raise DataError(f"{self.url}: wanted tars inside the folder as shards, found {name!r} in dataset.json")
+        for shard in shards:
+            for name, kind in ((shard["tar"], ".tar"), (shard.get("index", "x.idx"), ".idx")):
+                path = Path(name)  # of a view, which has to be local, it may be anywhere
+                good = not path.is_absolute() and ".." not in path.parts and path.suffix == kind
+                if not good or not name.isprintable() or max(len(os.fsencode(part)) for part in path.parts) > LONGEST:
+                    raise DataError(
+                        f"{self.url}: wanted tars inside the folder as shards, found {name!r} in dataset.json"
+                    )
         self._shards = shards
 
     def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:

@@ -39,10 +39,15 @@ class TooLongError(Exception):
 
 
 class Meter:
-    """Bytes of one transfer. It may have `limit` bytes, and must not be too slow."""
+    """Bytes of one transfer. It may have `limit` bytes, and must not be too slow.
+
+    Attributes:
+        latest: time at which the last of them came; 0 before the first.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
+        self.latest = 0.0
         self._since, self._before = time.monotonic(), 0
 
     def expect(self, size: int | None) -> None:
@@ -59,7 +64,7 @@ class Meter:
     def reach(self, count: int) -> None:
         """Record that the first `count` bytes have come. TooLongError for too many, OSError if they are slow."""
         self.expect(count)
-        now = time.monotonic()
+        self.latest = now = time.monotonic()
         if now - self._since >= WINDOW_S:
             if count - self._before < LEAST_BYTES:
                 raise OSError(f"only {count - self._before} bytes in {now - self._since:.0f} s")
@@ -82,18 +87,17 @@ Begin = Callable[[int], Path]
 """Called with the most bytes that a file will have, before it is transferred. Returns the path to write it to."""
 
 
-def transfer(filesystem: Any, protocol: str, path: str, limit: int, listed: int | None, begin: Begin) -> Path:
+def transfer(filesystem: Any, protocol: str, path: str, meter: Meter, listed: int | None, begin: Begin) -> Path:
     """Transfer a remote file to the path that `begin` returns.
 
     Args:
         filesystem: of fsspec, for the protocol (s3, gs, hf, http or https) and the path.
-        limit: bytes that the file may have.
+        meter: new, with the limit of the file.
         listed: bytes that the store lists, if they are known.
 
     Raises:
-        TooLongError: it has more. What has come may be left on the disk, at most `limit` bytes.
+        TooLongError: it has more bytes. What has come may be left on the disk.
     """
-    meter = Meter(limit)
     if protocol in WEB:
         return need("fsspec.asyn").sync(filesystem.loop, _stream, filesystem, path, meter, begin)
     place = meter.begin(listed, begin)

@@ -6,7 +6,6 @@ import pytest
 from mvlm_dataloading import DataError
 from mvlm_dataloading.dataset import folders, transfers
 from mvlm_dataloading.dataset.folders import RemoteFolder
-from mvlm_dataloading.urls import normal_url
 from support.faults.faulty_proxy import FAULTS, ON_WRITES, serve_faulty
 from support.object_store import serve_gcs, serve_s3
 from support.web_server import serve
@@ -112,7 +111,3 @@ def test_a_length_is_compared_with_that_of_the_store(folder, tmp_path, monkeypat
         left[:] = ["length"] * 4
         with pytest.raises(DataError, match=r"some\.json: .* 4 attempts failed: 6001 bytes on this side and 12003 at"):
             remote.read("some.json", LIMIT, exact=True)
-
-
-def test_a_url_is_written_in_one_way():
-    assert normal_url("s3:/bucket/folder/") == normal_url("s3://bucket/folder") == "s3://bucket/folder"
