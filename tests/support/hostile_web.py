@@ -153,7 +153,8 @@ def escapes(web: Hostile, content: bytes) -> None:
 
 def away(web: Hostile, content: bytes) -> None:
     """A redirect to another server, which counts whether it is asked."""
-    web.head(302, {"Content-Length": "0", "Location": f"http://localhost:{web.server.server_address[1]}/away"})
+    address: Any = web.server.server_address
+    web.head(302, {"Content-Length": "0", "Location": f"http://localhost:{address[1]}/away"})
 
 
 def round_and_round(web: Hostile, content: bytes) -> None:
