@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import re
 import warnings
@@ -86,7 +85,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     run raises RuntimeError with the reasons.
     """
     global _forced
-    if backend not in ("triton", "torch"):
+    if not isinstance(backend, str) or backend not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton" or "torch", got {backend!r}')
     before, _forced = _forced, backend
     try:
@@ -278,21 +277,6 @@ def tf32_allowed() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # set by torch's newer switch for each backend, after which the older one cannot be read
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def check_number(name: str, value: Any, least: float | None = None) -> None:
-    """Raise ValueError for an argument that is no finite number, or is below `least`.
-
-    A compiler's symbolic number is not compared, which would make another graph of each value. A tensor is not looked
-    at: its value may be on a GPU.
-    """
-    if not isinstance(value, float | int) and (isinstance(value, torch.Tensor) or not hasattr(value, "__float__")):
-        raise ValueError(f"{name} must be a float, got {type(value).__name__}")
-    if torch.compiler.is_compiling() or isinstance(value, torch.SymFloat | torch.SymInt):
-        return
-    if not math.isfinite(value) or (least is not None and value < least):
-        wanted = "a finite float" if least is None else f"a finite float of at least {least:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def constant_when_compiled(function: Op) -> Op:

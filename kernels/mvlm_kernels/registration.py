@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 NAMESPACE = "mvlm_kernels"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes of tensors without a behaviour of their own."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -116,11 +118,10 @@ def called_directly(*tensors: torch.Tensor) -> bool:
         return False
     special = False
     for x in tensors:  # a loop and no generator: this runs in every call
-        special = special or type(x) not in _PLAIN or x.is_neg() or _is_wrapped(x)
+        special = special or type(x) not in PLAIN or x.is_neg() or _is_wrapped(x)
     return not special
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # functorch wrappers can outlive their transform, so it is not enough to check for active transforms. The module has no
 # type stub.
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
@@ -133,7 +134,7 @@ def transformed() -> bool:
 
 def has_values(*tensors: torch.Tensor) -> bool:
     """True if the values of these tensors can be read: no compiler, transform or subclass hides them."""
-    return not torch.compiler.is_compiling() and not transformed() and all(type(x) in _PLAIN for x in tensors)
+    return not torch.compiler.is_compiling() and not transformed() and all(type(x) in PLAIN for x in tensors)
 
 
 def batched(*tensors: torch.Tensor | None) -> bool:

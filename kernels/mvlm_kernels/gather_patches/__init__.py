@@ -5,9 +5,9 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import (
-    FLOATS,
     ChannelValues,
     channel_tensors,
+    check_dtype,
     check_id_values,
     check_images,
     check_patch_ids,
@@ -22,14 +22,14 @@ __all__ = ["gather_patches"]
 def _checked(
     images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues, std: ChannelValues,
     dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
-    """Check the arguments, and return mean and std as tensors, and the dtype of the result."""
-    check_patch_ids(patch_ids, images, check_images(images, patch_size))
+) -> tuple[int, Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
+    """Check the arguments, and return patch_size, mean and std as tensors, and the dtype of the result."""
+    patch_size, num_patches = check_images(images, patch_size)
+    check_patch_ids(patch_ids, images, num_patches)
     if dtype is None:
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    return *channel_tensors(mean, std, images, dtype), dtype
+    check_dtype("dtype", dtype)
+    return patch_size, *channel_tensors(mean, std, images, dtype), dtype
 
 
 def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
@@ -69,9 +69,10 @@ def gather_patches(
     reads nothing.
 
     Raises:
-        ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
+        ValueError: for an argument of another kind, a wrong rank, dtype, device or id, or a patch size that does not
+            divide the image.
     """
-    means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
+    patch_size, means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
     call = _direct if registration.called_directly(images) else _forward_op
     return call(images, patch_ids, patch_size, means, stds, dtype)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.arguments import FLOATS, check_device
+from mvlm_kernels.arguments import check_tensor
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.gelu_linear import reference
 
@@ -82,22 +82,19 @@ def _room(index: int) -> Room:
 
 
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> None:
-    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
-        if not isinstance(x, Tensor) and (x is not None or name in ("h", "weight")):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor("h", h)
+    device = h.device
+    check_tensor("weight", weight, device=device)
     if h.ndim < 2 or weight.ndim != 2 or weight.shape[1] != h.shape[-1]:
         raise ValueError(
             f"h and weight must have shapes (.., C) and (D, C), got {tuple(h.shape)} and {tuple(weight.shape)}"
         )
     for name, x, size in (("bias", bias, weight.shape[0]), ("h_bias", h_bias, weight.shape[1])):
-        if x is not None and x.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
-    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
         if x is None:
             continue
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        check_device(name, x, h.device)
+        check_tensor(name, x, device=device)
+        if x.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
 
 
 def _reasons_of_call(h: Tensor) -> tuple[Refusal, ...]:
@@ -132,7 +129,7 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
     times. The gradient of h_bias is summed in a fixed order, without atomics.
 
     Raises:
-        ValueError: for a wrong shape, dtype or device.
+        ValueError: for an argument of another kind, and a wrong shape, dtype or device.
     """
     _check(h, weight, bias, h_bias)
     if registration.transformed():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.arguments import check_flag, check_id_values, check_ids, check_tensor
 from mvlm_kernels.dispatch import Refusal
 from mvlm_kernels.place_tokens import reference
 
@@ -18,28 +18,28 @@ def _reasons(tokens: Tensor) -> tuple[Refusal, ...]:
 def _checked(
     tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor, masked: Tensor | None,
     visible_ids: Tensor | None, with_unmasked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Check the arguments, and return the four tensors as (B, N or K, C), (C,), (1+N, C) and (C,)."""
-    names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
-    for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
-        if not isinstance(x, Tensor) and (x is not None or i < 4):
-            hint = "; a model without [CLS] can pass zeros and drop row 0 of the result" if i == 3 else ""
-            raise ValueError(f"{names[i]} must be a tensor, got {type(x).__name__}{hint}")
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:  # fmt: skip
+    """Check the arguments.
+
+    Returns the four tensors as (B, N or K, C), (C,), (1+N, C) and (C,), and with_unmasked.
+    """
+    check_tensor("tokens", tokens)
+    device = tokens.device
+    if cls_token is None:
+        way_out = "a model without [CLS] can pass zeros and drop row 0 of the result"
+        raise ValueError(f"cls_token must be a tensor, got None; {way_out}")
+    check_tensor("pos_embed", pos_embed, device=device)
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
     batch, given, width = tokens.shape
-    mask_token = _row("mask_token", mask_token, width)
-    cls_token = _row("cls_token", cls_token, width)
+    mask_token = _row("mask_token", mask_token, width, device)
+    cls_token = _row("cls_token", cls_token, width, device)
     if pos_embed.ndim == 3 and pos_embed.shape[0] == 1:
         pos_embed = pos_embed[0]
     if pos_embed.ndim != 2 or pos_embed.shape[0] < 1 or pos_embed.shape[1] != width:
         raise ValueError(f"pos_embed must have shape (1+N, {width}) or (1, 1+N, {width}), got {tuple(pos_embed.shape)}")
-    for name, x in (("tokens", tokens), ("mask_token", mask_token), ("pos_embed", pos_embed), ("cls_token", cls_token)):
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        check_device(name, x, tokens.device)
     num_patches = pos_embed.shape[0] - 1
-    if with_unmasked and masked is None:
+    if check_flag("with_unmasked", with_unmasked) and masked is None:
         raise ValueError("masked must be given where with_unmasked is True, got None")
     if visible_ids is None:
         if given != num_patches:
@@ -47,25 +47,24 @@ def _checked(
                 f"tokens must have N = {num_patches} rows, as pos_embed has 1+N, got {tuple(tokens.shape)}"
             )
         if masked is not None:
-            if masked.dtype != torch.bool or masked.shape != (batch, num_patches):
-                raise ValueError(
-                    f"masked must be bool of shape {batch, num_patches}, got {masked.dtype} {tuple(masked.shape)}"
-                )
-            check_device("masked", masked, tokens.device)
+            check_tensor("masked", masked, (torch.bool,), device)
+            if masked.shape != (batch, num_patches):
+                raise ValueError(f"masked must have shape {batch, num_patches}, got {tuple(masked.shape)}")
     else:
         if masked is not None:
             raise ValueError("masked must be None where visible_ids is given, got both")
-        check_ids("visible_ids", visible_ids, batch, "tokens", tokens.device)
+        check_ids("visible_ids", visible_ids, batch, "tokens", device)
         if visible_ids.shape[1] != given or given > num_patches:
             raise ValueError(
                 f"visible_ids must have one id for each of the {given} tokens and at most N = {num_patches}, "
                 f"got {tuple(visible_ids.shape)}"
             )
-    return tokens, mask_token, pos_embed, cls_token
+    return tokens, mask_token, pos_embed, cls_token, bool(with_unmasked)
 
 
-def _row(name: str, x: Tensor, width: int) -> Tensor:
-    """x of shape (C,) or (1, 1, C) as (C,). Raises ValueError for another shape."""
+def _row(name: str, x: Tensor, width: int, device: torch.device) -> Tensor:
+    """x of shape (C,) or (1, 1, C) as (C,). Raises ValueError for another one, or another shape."""
+    check_tensor(name, x, device=device)
     if x.shape not in ((width,), (1, 1, width)):
         raise ValueError(f"{name} must have shape ({width},) or (1, 1, {width}), got {tuple(x.shape)}")
     return x[0, 0] if x.ndim == 3 else x
@@ -109,12 +108,12 @@ def place_tokens(
     read or written out of bounds.
 
     Raises:
-        ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
-            with_unmasked without masked.
+        ValueError: for an argument of another kind, a wrong rank, shape, dtype, device or id, masked together with
+            visible_ids, and with_unmasked without masked.
     """
-    rows = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
+    *rows, both = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
     call = _direct if registration.called_directly(*rows) else _forward_op
-    return call(*rows, masked, visible_ids, with_unmasked)
+    return call(*rows, masked, visible_ids, both)
 
 
 def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
