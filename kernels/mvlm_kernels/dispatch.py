@@ -309,12 +309,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 @functools.cache
 def interpreting() -> bool:
-    """True if this process interprets kernels: TRITON_INTERPRET=1 was set when Triton was imported. Imports Triton."""
+    """True if this process interprets kernels: it was started with TRITON_INTERPRET=1. Imports Triton."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from mvlm_kernels.language import INTERPRETING
+    from triton import knobs
 
-    return INTERPRETING
+    return bool(knobs.runtime.interpret)
 
 
 def interpreter_fault(triton_version: str, numpy_version: str) -> Refusal | None:
