@@ -8,7 +8,6 @@ CPU tensors can take Triton only in a process started with ``TRITON_INTERPRET=1`
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import os
@@ -17,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
@@ -67,10 +65,8 @@ _forced: Backend | None = None
 # Of each public op: the functions of its arguments that list the reasons against Triton, and that check a call.
 _explained: dict[Callable[..., Any], tuple[Callable[..., Sequence[Refusal]], Callable[..., Any] | None]] = {}
 
-# Kernel -> its options, by `override_launch`; and of every choice of options the kernel and the other arguments, by
-# `recording_choices`.
+# Kernel -> its options, by `override_launch`.
 _options_in_force: dict[str, dict[str, Any]] = {}
-_choices: list[tuple[str, tuple[Any, ...]]] | None = None
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
 # Compute capability that `recording` or `explain(.., as_if=..)` takes for the device's.
@@ -209,30 +205,22 @@ def without_resources(*kind: Any) -> tuple[Refusal, ...]:
     return (_without_resources[kind],) if kind in _without_resources else ()
 
 
-def run_kernels(kind: tuple[Any, ...], by_triton: Callable[[], Result], by_torch: Callable[[], Result]) -> Result:
-    """Result of the kernels; of torch if Triton cannot launch one for lack of resources, now and for later calls.
+def run_kernels(
+    kind: tuple[Any, ...], launcher: Callable[..., Result], reference: Callable[..., Result], *args: Any
+) -> Result:
+    """Result of the launcher; of torch if Triton cannot launch a kernel for lack of resources, now and for later calls.
 
     kind: the op, the device, and what else decides about the tiles. ``use_backend("triton")`` raises Triton's error.
     """
     try:
-        return by_triton()
+        return launcher(*args)
     except Exception as error:
         if type(error).__name__ != "OutOfResources" or _forced == "triton":
             raise
         said = str(error).split("\n")[0]
         _without_resources[kind] = refusal(f"a kernel does not fit this GPU: {said}", "torch runs; use smaller shapes")
         warnings.warn(f"{kind[0]}: {_without_resources[kind]}", RuntimeWarning, stacklevel=2)
-    return by_torch()
-
-
-def run(reference: ModuleType, function: str, reasons: Sequence[Refusal], *args: Any) -> Any:
-    """Call a function of an op's reference, or of the module ``triton`` beside it, which has the same functions."""
-    by_torch = getattr(reference, function)
-    if choose(reasons) == "torch":
-        return by_torch(*args)
-    op, device = reference.__name__.split(".")[-2], args[0].device
-    kernels = importlib.import_module(f"mvlm_kernels.{op}.triton")
-    return run_kernels((op, device), lambda: getattr(kernels, function)(*args), lambda: by_torch(*args))
+    return reference(*args)
 
 
 def reasons_for(op: str, device: torch.device) -> tuple[Refusal, ...]:
@@ -455,29 +443,6 @@ def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
     found = _options_in_force.get(kernel)
     return {**options, **found} if found else options
-
-
-@contextmanager
-def recording_choices() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """Yield a list that receives the arguments of every choice of options inside the block."""
-    global _choices
-    before, _choices = _choices, []
-    try:
-        yield _choices
-    finally:
-        _choices = before
-
-
-def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
-
-    @functools.wraps(choose_options)
-    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
-        if _choices is not None:
-            _choices.append((kernel, arguments))
-        return overridden(kernel, choose_options(kernel, *arguments))
-
-    return chosen
 
 
 def ceil_div(a: int, b: int) -> int:

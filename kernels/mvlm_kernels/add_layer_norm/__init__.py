@@ -99,8 +99,7 @@ def add_layer_norm(
     """
     eps, out_dtype, post_norm = _checked(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
     tensors = [t for t in (x, y, y_bias, weight, bias) if t is not None]
-    call = _direct if registration.called_directly(*tensors) else _forward_op
-    total, wide, normalised, _, _ = call(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
+    total, wide, normalised, _, _ = _op.on(*tensors)(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
     if post_norm:
         return (normalised if out_dtype == reference.sum_dtype(x, y) else wide), normalised
     return (x if y is None else total), normalised
@@ -108,7 +107,11 @@ def add_layer_norm(
 
 def _forward(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
     args = x, y, y_bias, weight, bias, eps, out_dtype, post_norm
-    return dispatch.run(reference, "add_layer_norm", _reasons(x), *args)
+    if dispatch.choose(_reasons(x)) == "torch":
+        return reference.add_layer_norm(*args)
+    from mvlm_kernels.add_layer_norm import triton
+
+    return dispatch.run_kernels(("add_layer_norm", x.device), triton.add_layer_norm, reference.add_layer_norm, *args)
 
 
 def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
@@ -121,8 +124,13 @@ def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
 
 
 def _backward(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
-    inputs = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
-    return dispatch.run(reference, "add_layer_norm_backward", _reasons(total), *inputs)
+    args = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
+    if dispatch.choose(_reasons(total)) == "torch":
+        return reference.add_layer_norm_backward(*args)
+    from mvlm_kernels.add_layer_norm import triton
+
+    by_triton, by_torch = triton.add_layer_norm_backward, reference.add_layer_norm_backward
+    return dispatch.run_kernels(("add_layer_norm", total.device), by_triton, by_torch, *args)
 
 
 def _backward_fake(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
@@ -159,8 +167,7 @@ class _AddLayerNorm(torch.autograd.Function):
             grad = torch.zeros_like(total)
         x_dtype, y_dtype = ctx.dtypes
         needs_bias = ctx.needs_input_grad[3]
-        backward = registration.backward_of(_backward_op, _backward, grad)
-        dx, dy, sums = backward(
+        dx, dy, sums = _backward_op.in_function(grad)(
             grad, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, ctx.post_norm, needs_bias
         )
         bias_dtype, *norm_dtypes = ctx.parameters
@@ -172,7 +179,6 @@ class _AddLayerNorm(torch.autograd.Function):
         return None, dx_or_none, dy_or_none, sums[2].to(bias_dtype) if needs_bias else None, dw, db, None, None, None
 
 
-_direct = registration.direct(_AddLayerNorm, _forward)
 _backward_op = registration.define(
     "add_layer_norm_backward(Tensor grad_normalised, Tensor? grad_residual, Tensor total, Tensor mean, Tensor rstd, "
     "Tensor weight, ScalarType x_dtype, ScalarType y_dtype, bool post_norm, bool needs_bias) "
@@ -181,7 +187,7 @@ _backward_op = registration.define(
     _backward_fake,
     registration.no_second_derivative("add_layer_norm", "torch.nn.functional.layer_norm of the sum"),
 )
-_forward_op = registration.define(
+_op = registration.define(
     "add_layer_norm(Tensor x, Tensor? y, Tensor? y_bias, Tensor weight, Tensor bias, float eps, "
     "ScalarType out_dtype, bool post_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,

@@ -36,7 +36,7 @@ from mvlm_kernels.cross_attention.arguments import (
     scale_of,
 )
 from mvlm_kernels.cross_attention.composed import attend_heads
-from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, reasons, takes_triton, why_not_triton
+from mvlm_kernels.cross_attention.ops import attention, reasons, takes_triton, why_not_triton
 from mvlm_kernels.cross_attention.reference import draw_seed, pack_key_mask, reference_forward
 from mvlm_kernels.dispatch import Refusal, refusal
 
@@ -223,6 +223,5 @@ def cross_attention(
         sides = sides._replace(key_mask=pack_key_mask(key_mask))  # a compiler would make a graph for each width
     if key_index is not None and (sequences := key_sequences(k, sides)):
         sides = Sides._make((*sides[:5], *invert_key_index(key_index, sequences)))
-    call = attend_directly if registration.called_directly(q, k, v) else attention_op
-    out, lse = call(q, k, v, *sides, *options)
+    out, lse = attention.on(q, k, v)(q, k, v, *sides, *options)
     return (out, lse * math.log(2)) if return_lse else out

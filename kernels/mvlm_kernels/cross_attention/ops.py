@@ -36,10 +36,7 @@ def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor
     if takes_triton(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
-        args = q, k, v, sides, options
-        return dispatch.run_kernels(
-            _kernels(q, k, options), lambda: launch.forward(*args), lambda: reference_forward(*args)
-        )
+        return dispatch.run_kernels(_kernels(q, k, options), launch.forward, reference_forward, q, k, v, sides, options)
     if q.is_meta:  # lengths of packed rows have no values to read
         return _fake(q)
     return reference_forward(q, k, v, sides, options)
@@ -61,10 +58,10 @@ def _backward_implementation(
         from mvlm_kernels.cross_attention import launch
 
         grads = dispatch.run_kernels(
-            _kernels(q, k, options),
-            lambda: launch.backward(grad, q, k, v, out, lse, sides, options, need_dq, need_dkv),
-            lambda: reference_backward(grad, q, k, v, lse, sides, options),
-        )
+            _kernels(q, k, options), launch.backward,
+            lambda *_: reference_backward(grad, q, k, v, lse, sides, options),
+            grad, q, k, v, out, lse, sides, options, need_dq, need_dkv,
+        )  # fmt: skip
     elif q.is_meta:
         return _backward_fake(grad, q, k, v, need_dq, need_dkv)
     else:
@@ -108,18 +105,17 @@ class _CrossAttention(torch.autograd.Function):
         need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
         *saved, seed = ctx.saved_tensors
-        backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
+        backward = _backward_op.in_function(grads[0], *saved[:3])
         dq, dk, dv = backward(grads[0], *saved, *ctx.numbers, seed, need_dq, need_dkv)
         return None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *(None,) * FLAT
 
 
-attend_directly = registration.direct(_CrossAttention, _implementation)
 _FLAT = (  # the fields of Sides and Options
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k, "
     "float dropout_p, Tensor? seed"
 )
-attention_op = registration.define(
+attention = registration.define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor)",
     _implementation,
     _fake,

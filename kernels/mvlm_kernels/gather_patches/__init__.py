@@ -73,8 +73,7 @@ def gather_patches(
             divide the image.
     """
     patch_size, means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
-    call = _direct if registration.called_directly(images) else _forward_op
-    return call(images, patch_ids, patch_size, means, stds, dtype)
+    return _op.on(images)(images, patch_ids, patch_size, means, stds, dtype)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -92,7 +91,12 @@ def _forward(
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     args = images, patch_ids, patch_size, mean, std, dtype
-    return dispatch.run(reference, "gather_patches", _why_not_triton(images, patch_size), *args)
+    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
+        return reference.gather_patches(*args)
+    from mvlm_kernels.gather_patches import triton
+
+    by_triton, by_torch = triton.gather_patches, reference.gather_patches
+    return dispatch.run_kernels(("gather_patches", images.device), by_triton, by_torch, *args)
 
 
 def _forward_fake(images, patch_ids, patch_size, mean, std, dtype):
@@ -128,8 +132,7 @@ class _GatherPatches(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return (None,) * 7
         images, patch_ids, std = ctx.saved_tensors
-        backward = registration.backward_of(_backward_op, _backward, grad, images)
-        return None, backward(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
+        return None, _backward_op.in_function(grad, images)(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
 
 
 class _GatherPatchesBackward(torch.autograd.Function):
@@ -144,17 +147,16 @@ class _GatherPatchesBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         patch_ids, std = ctx.saved_tensors
-        return None, _forward_op(grad, patch_ids, ctx.patch_size, None, std, ctx.dtype), *(None,) * 4
+        return None, _op.registered(grad, patch_ids, ctx.patch_size, None, std, ctx.dtype), *(None,) * 4
 
 
-_direct = registration.direct(_GatherPatches, _forward)
 _backward_op = registration.define(
     "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std) -> Tensor",
     _backward,
     _backward_fake,
     _GatherPatchesBackward,
 )
-_forward_op = registration.define(
+_op = registration.define(
     "gather_patches(Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
     "ScalarType dtype) -> Tensor",
     _forward,

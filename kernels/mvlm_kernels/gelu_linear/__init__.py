@@ -139,11 +139,20 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
 
 
 def _gelu(h, h_bias):
-    return dispatch.run(reference, "gelu", _reasons(h), h, h_bias)
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference.gelu(h, h_bias)
+    from mvlm_kernels.gelu_linear import triton
+
+    return dispatch.run_kernels(("gelu_linear", h.device), triton.gelu, reference.gelu, h, h_bias)
 
 
 def _gelu_backward(grad, h, h_bias, again):
-    return dispatch.run(reference, "gelu_backward", _reasons(h), grad, h, h_bias, again)
+    args = grad, h, h_bias, again
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference.gelu_backward(*args)
+    from mvlm_kernels.gelu_linear import triton
+
+    return dispatch.run_kernels(("gelu_linear", h.device), triton.gelu_backward, reference.gelu_backward, *args)
 
 
 def _gelu_backward_fake(grad, h, h_bias, again):
@@ -165,7 +174,7 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
-        activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
+        activated = _gelu_op.in_function(h)(h, h_bias)
         keep, ctx.held = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1], None
         if h.device.type == "cuda" and ctx.needs_input_grad[1] and not torch.compiler.is_compiling():
             ctx.held = _room(h.device.index).take(activated.nbytes)
@@ -183,7 +192,7 @@ class _GeluLinear(torch.autograd.Function):
             activated = None
         grad, trains_weight = grads[0].flatten(0, -2), ctx.needs_input_grad[1]
         by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
-        dh, recomputed, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
+        dh, recomputed, sums = _gelu_backward_op.in_function(by_activation)(
             by_activation, h, h_bias, trains_weight and activated is None
         )
         activated = recomputed if activated is None else activated

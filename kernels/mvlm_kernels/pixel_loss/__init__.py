@@ -92,8 +92,7 @@ def masked_pixel_loss(
     patch_size, means, stds, normalize_target = _checked(
         pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduction
     )
-    call = _direct if registration.called_directly(pred) else _forward_op
-    return call(
+    return _op.on(pred)(
         pred, images, patch_ids, patch_size, means, stds, kind, normalize_target,
         reduction == "mean", torch.is_grad_enabled() and (pred.requires_grad or registration.transformed()),
     )[0]  # fmt: skip
@@ -106,7 +105,12 @@ def _forward(pred, images, patch_ids, patch_size, mean, std, kind, normalize_tar
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, images.shape[2:].numel() // patch_size**2)
     args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
-    return dispatch.run(reference, "masked_pixel_loss", _reasons(images, patch_size), *args)
+    if dispatch.choose(_reasons(images, patch_size)) == "torch":
+        return reference.masked_pixel_loss(*args)
+    from mvlm_kernels.pixel_loss import triton
+
+    by_triton, by_torch = triton.masked_pixel_loss, reference.masked_pixel_loss
+    return dispatch.run_kernels(("pixel_loss", images.device), by_triton, by_torch, *args)
 
 
 def _forward_fake(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
@@ -115,8 +119,13 @@ def _forward_fake(pred, images, patch_ids, patch_size, mean, std, kind, normaliz
 
 
 def _backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
-    reasons = dispatch.reasons_for("pixel_loss", slope.device)
-    return dispatch.run(reference, "masked_pixel_loss_backward", reasons, grad, slope, dtype)
+    args = grad, slope, dtype
+    if dispatch.choose(dispatch.reasons_for("pixel_loss", slope.device)) == "torch":
+        return reference.masked_pixel_loss_backward(*args)
+    from mvlm_kernels.pixel_loss import triton
+
+    by_triton, by_torch = triton.masked_pixel_loss_backward, reference.masked_pixel_loss_backward
+    return dispatch.run_kernels(("pixel_loss", slope.device), by_triton, by_torch, *args)
 
 
 class _PixelLoss(torch.autograd.Function):
@@ -136,18 +145,16 @@ class _PixelLoss(torch.autograd.Function):
         if grad is None or not ctx.needs_input_grad[1]:
             return (None,) * 11
         (slope,) = ctx.saved_tensors
-        backward = registration.backward_of(_backward_op, _backward, grad, slope)
-        return None, backward(grad, slope, ctx.dtype), *(None,) * 9
+        return None, _backward_op.in_function(grad, slope)(grad, slope, ctx.dtype), *(None,) * 9
 
 
-_direct = registration.direct(_PixelLoss, _forward)
 _backward_op = registration.define(
     "masked_pixel_loss_backward(Tensor grad, Tensor slope, ScalarType dtype) -> Tensor",
     _backward,
     lambda grad, slope, dtype: slope.new_empty(slope.shape, dtype=dtype),
     registration.no_second_derivative("masked_pixel_loss", _INSTEAD),
 )
-_forward_op = registration.define(
+_op = registration.define(
     "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
     "str kind, bool normalize_target, bool reduce, bool with_slope) "
     "-> (Tensor, Tensor)",

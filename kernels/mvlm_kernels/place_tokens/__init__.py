@@ -102,8 +102,8 @@ def place_tokens(
         float32 for bfloat16 tokens with float32 parameters, as under autocast. Sums are in float32 (float64 for
         float64) and round once.
 
-    Differentiable in the four tensors. Gradients of the three parameters are summed over the batch in a fixed order,
-    without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
+    Differentiable in the four tensors, once. Gradients of the three parameters are summed over the batch in a fixed
+    order, without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
     MVLM_KERNELS_DEBUG=1. Without the check a bad or repeated id leaves its row of the gradient undefined; nothing is
     read or written out of bounds.
 
@@ -112,8 +112,7 @@ def place_tokens(
             visible_ids, and with_unmasked without masked.
     """
     *rows, both = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
-    call = _direct if registration.called_directly(*rows) else _forward_op
-    return call(*rows, masked, visible_ids, both)
+    return _op.on(*rows)(*rows, masked, visible_ids, both)
 
 
 def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
@@ -129,7 +128,11 @@ def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
 def _forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
     _check_visible(visible_ids, pos_embed.shape[0] - 1)
     args = tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both
-    return dispatch.run(reference, "place_tokens", _reasons(tokens), *args)
+    if dispatch.choose(_reasons(tokens)) == "torch":
+        return reference.place_tokens(*args)
+    from mvlm_kernels.place_tokens import triton
+
+    return dispatch.run_kernels(("place_tokens", tokens.device), triton.place_tokens, reference.place_tokens, *args)
 
 
 def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
@@ -140,7 +143,12 @@ def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids,
 def _backward(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
     dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
     args = grad, masked, visible_ids, both, num_tokens, dtypes, tuple(needs)
-    return dispatch.run(reference, "place_tokens_backward", _reasons(grad), *args)
+    if dispatch.choose(_reasons(grad)) == "torch":
+        return reference.place_tokens_backward(*args)
+    from mvlm_kernels.place_tokens import triton
+
+    by_triton, by_torch = triton.place_tokens_backward, reference.place_tokens_backward
+    return dispatch.run_kernels(("place_tokens", grad.device), by_triton, by_torch, *args)
 
 
 def _backward_fake(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
@@ -168,48 +176,19 @@ class _PlaceTokens(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:5]
         if not any(needs):
             return (None,) * 8
-        backward = registration.backward_of(_backward_op, _backward, grad)
-        grads = backward(grad, *ctx.saved_tensors, ctx.both, ctx.num_tokens, *ctx.dtypes, needs)
+        grads = _backward_op.in_function(grad)(grad, *ctx.saved_tensors, ctx.both, ctx.num_tokens, *ctx.dtypes, needs)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
-class _PlaceTokensBackward(torch.autograd.Function):
-    """The backward is linear in grad, so its own backward is the forward again."""
-
-    @staticmethod
-    def forward(ctx, backward, grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs):
-        ctx.save_for_backward(masked, visible_ids)
-        ctx.set_materialize_grads(False)
-        *_, ctx.needs = dtypes_and_needs
-        sequences, positions, width = grad.shape
-        batch = sequences // 2 if both else sequences
-        ctx.shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
-        ctx.dtype, ctx.both = grad.dtype, both
-        return backward(grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        if all(g is None for g in grads):
-            return (None,) * 11
-        masked, visible_ids = ctx.saved_tensors
-        some = next(g for g in grads if g is not None)
-        inputs = [
-            some.new_zeros(shape) if g is None or not need else g
-            for g, shape, need in zip(grads, ctx.shapes, ctx.needs, strict=True)
-        ]
-        return None, _forward_op(*inputs, masked, visible_ids, ctx.both).to(ctx.dtype), *(None,) * 9
-
-
-_direct = registration.direct(_PlaceTokens, _forward)
 _backward_op = registration.define(
     "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, bool both, SymInt num_tokens, "
     "ScalarType tokens_dtype, ScalarType mask_dtype, ScalarType pos_dtype, ScalarType cls_dtype, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    _PlaceTokensBackward,
+    registration.no_second_derivative("place_tokens", "torch.where and torch.cat"),
 )
-_forward_op = registration.define(
+_op = registration.define(
     "place_tokens(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor cls_token, Tensor? masked, "
     "Tensor? visible_ids, bool both) -> Tensor",
     _forward,
