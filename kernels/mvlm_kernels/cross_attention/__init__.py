@@ -36,7 +36,7 @@ from mvlm_kernels.cross_attention.arguments import (
     scale_of,
 )
 from mvlm_kernels.cross_attention.composed import attend_heads
-from mvlm_kernels.cross_attention.ops import attention, reasons, takes_triton, why_not_triton
+from mvlm_kernels.cross_attention.ops import attention, kernels_of, reasons, why_not_triton
 from mvlm_kernels.cross_attention.reference import draw_seed, pack_key_mask, reference_forward
 from mvlm_kernels.dispatch import Refusal, refusal
 
@@ -102,7 +102,7 @@ def route(
     "formula": the reference, differentiated by autograd any number of times, in transforms of ``torch.func``.
     """
     named = None if backend == "auto" else cast(composed.Way, backend)
-    if (named is None and takes_triton(q, k, options)) or return_lse or registration.batched(*sides):
+    if (named is None and kernels_of(q, k, options)) or return_lse or registration.batched(*sides):
         return "op"
     on_cpu, bounds = q.device.type == "cpu", (sides.cu_seqlens_q, sides.cu_seqlens_k)
     dense = all(x is None for x in bounds)

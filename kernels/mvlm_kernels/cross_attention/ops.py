@@ -24,19 +24,15 @@ from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 _NAME = "cross_attention"
 
 
-def _kernels(q: Tensor, k: Tensor, options: Options) -> tuple[Any, ...]:
-    """The kind of a call that decides about its tiles."""
-    return _NAME, q.device, q.dtype, *(_kind(q, k, options) or ())
-
-
 def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     sides, options = unflattened(flat)
     if dispatch.checks_values(q.device):
         check_values(q, k, sides, options.max_len_q, options.max_len_k)
-    if takes_triton(q, k, options):
+    if kind := kernels_of(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
-        return dispatch.run_kernels(_kernels(q, k, options), launch.forward, reference_forward, q, k, v, sides, options)
+        kind = _NAME, q.device, q.dtype, *kind
+        return dispatch.run_kernels(kind, launch.forward, reference_forward, q, k, v, sides, options)
     if q.is_meta:  # lengths of packed rows have no values to read
         return _fake(q)
     return reference_forward(q, k, v, sides, options)
@@ -54,11 +50,11 @@ def _backward_implementation(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     (sides, options), (need_dq, need_dkv) = unflattened(flat[:FLAT]), flat[FLAT:]
-    if takes_triton(q, k, options):
+    if kind := kernels_of(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
         grads = dispatch.run_kernels(
-            _kernels(q, k, options), launch.backward,
+            (_NAME, q.device, q.dtype, *kind), launch.backward,
             lambda *_: reference_backward(grad, q, k, v, lse, sides, options),
             grad, q, k, v, out, lse, sides, options, need_dq, need_dkv,
         )  # fmt: skip
@@ -165,17 +161,18 @@ def reasons(q: Tensor, k: Tensor, options: Options) -> tuple[Refusal, ...]:
     return _kind_reasons(q.device, q.dtype, *kind)
 
 
-def takes_triton(q: Tensor, k: Tensor, options: Options) -> bool:
-    """True if the fused kernels run this call. A compiler takes the result as a constant of its graph.
+def kernels_of(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, int] | None:
+    """Kind of the fused kernels that run this call, see :func:`_kind`; None if torch does.
 
-    Raises RuntimeError with the reasons if ``use_backend("triton")`` is in force and they cannot.
+    A compiler takes the result as a constant of its graph. Raises RuntimeError with the reasons if
+    ``use_backend("triton")`` is in force and they cannot.
     """
     kind = _kind(q, k, options)
     if kind is None:
         if dispatch.forced() == "triton":
             dispatch.refuse_if_forced(_shape_refusals(q, options)[0])
-        return False
-    return _takes_triton(q.device, q.dtype, *kind)
+        return None
+    return kind if _takes_triton(q.device, q.dtype, *kind) else None
 
 
 def _kind(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, int] | None:
