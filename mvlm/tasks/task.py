@@ -219,7 +219,7 @@ class Task(nn.Module):
     def evaluate(
         self, dataset: Dataset, precision: str, implementation: Implementation, workspace: Workspace
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Figures of a split, and the records of its samples in order, their number `sample` and a prediction, on every rank.
+        """Figures of a split, and the records of its samples in order, on every rank: `sample`, its number, and more.
 
         Each rank predicts a part of the split, in the batches that one rank would make. The task is in eval mode.
         EvaluationStopped if the workspace asks for an early end.
