@@ -38,6 +38,30 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"batch", "files", "untrusted", "urls"},
         {"errors"},
     ],
+    "mvlm_kernels": [
+        {"aot", "aot_cases"},
+        {"integrations", "layers"},
+        {
+            "add_layer_norm",
+            "cross_attention",
+            "gather_patches",
+            "gelu_linear",
+            "pixel_loss",
+            "place_tokens",
+            "split_linear",
+        },
+        {"language", "arguments"},
+        {"dispatch", "registration"},
+        {"hardware"},
+    ],
+    "triton_proof": [
+        {"__main__", "plugin"},
+        {"driver", "autotune"},
+        {"program"},
+        {"machine"},
+        {"report", "scalar", "arguments"},
+        {"ptx", "ptxas", "allocations"},
+    ],
     "mvlm_benchmarks": [
         {"cli", "gpu"},
         {"kernels", "step", "data", "run"},
@@ -84,22 +108,18 @@ MODULES = {module_of(package, file) for package, file in FILES}
 
 
 @cache
-def imports(file: Path, lazy: bool = True) -> set[str]:
-    """Our modules that a file imports. Without `lazy`, not those of its functions, nor those for types alone."""
-    left_out: set[int] = set()
-    for block in () if lazy else ast.walk(tree(file)):
-        for_types = isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        if for_types or isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef):
-            left_out |= {id(node) for node in ast.walk(block)}
+def imports(package: str, file: Path) -> set[str]:
+    """Our modules that a file imports: relatively or not, also in its functions and for types alone."""
+    parents = module_of(package, file).split(".")[: None if file.name == "__init__.py" else -1]
     found = set()
     for node in ast.walk(tree(file)):
-        if id(node) in left_out:
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES
-            found |= inside or {node.module}
+        elif isinstance(node, ast.ImportFrom):
+            above = parents[: len(parents) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
     return {name for name in found if name.split(".")[0] in PACKAGES}
 
 
@@ -118,37 +138,33 @@ def test_every_room_has_a_floor(package: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_go_down(package: str) -> None:
-    """Or stay on a floor. Lazy imports and those for types count too."""
+    """Or stay on a floor. Lazy and relative imports count too."""
     floors = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
     for of, file in FILES:
         module = module_of(of, file)
         if of != package or module == package:  # the face of a package imports on first use
             continue
         room = room_of(module)
-        for other in imports(file):
+        for other in imports(package, file):
             if other.startswith(f"{package}.") and room_of(other) != room:
                 assert floors[room_of(other)] >= floors[room], f"{file}: {room}/ may not import {other}"
 
 
 def test_packages_know_only_what_they_may() -> None:
     for package, file in FILES:
-        others = {name.split(".")[0] for name in imports(file)} - {package}
+        others = {name.split(".")[0] for name in imports(package, file)} - {package}
         assert others <= MAY_NAME[package], file
 
 
 def test_no_circle_among_modules() -> None:
-    """Lazy imports count too, but for those of the kernels: Triton's are wanted only where it is installed."""
-    arrows = {
-        module_of(package, file): {name for name in imports(file, package != "mvlm_kernels") if name in MODULES}
-        for package, file in FILES
-        if file.name != "__init__.py"  # a face names the modules of its room
-    }
+    """Lazy and relative imports count too."""
+    arrows = {module_of(package, file): imports(package, file) & MODULES for package, file in FILES}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
         if module not in done:
-            for other in sorted(arrows.get(module, ())):
+            for other in sorted(arrows[module]):
                 visit(other, (*path, module))
             done.add(module)
 

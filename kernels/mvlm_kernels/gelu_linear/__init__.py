@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.arguments import FLOATS, check_device
+from mvlm_kernels.arguments import check_tensor
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.gelu_linear import reference, room
 
@@ -22,22 +22,19 @@ _TRANSFORMED = refusal(
 
 
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> None:
-    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
-        if not isinstance(x, Tensor) and (x is not None or name in ("h", "weight")):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor("h", h)
+    device = h.device
+    check_tensor("weight", weight, device=device)
     if h.ndim < 2 or weight.ndim != 2 or weight.shape[1] != h.shape[-1]:
         raise ValueError(
             f"h and weight must have shapes (.., C) and (D, C), got {tuple(h.shape)} and {tuple(weight.shape)}"
         )
     for name, x, size in (("bias", bias, weight.shape[0]), ("h_bias", h_bias, weight.shape[1])):
-        if x is not None and x.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
-    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
         if x is None:
             continue
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        check_device(name, x, h.device)
+        check_tensor(name, x, device=device)
+        if x.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
 
 
 def _reasons_of_call(h: Tensor) -> tuple[Refusal, ...]:
@@ -72,7 +69,7 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
     times. The gradient of h_bias is summed in a fixed order, without atomics.
 
     Raises:
-        ValueError: for a wrong shape, dtype or device.
+        ValueError: for an argument of another kind, and a wrong shape, dtype or device.
     """
     _check(h, weight, bias, h_bias)
     if registration.transformed():
@@ -82,11 +79,20 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
 
 
 def _gelu(h, h_bias):
-    return dispatch.run(reference, "gelu", _reasons(h), h, h_bias)
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference.gelu(h, h_bias)
+    from mvlm_kernels.gelu_linear import triton
+
+    return dispatch.run_kernels(("gelu_linear", h.device), triton.gelu, reference.gelu, h, h_bias)
 
 
 def _gelu_backward(grad, h, h_bias, again):
-    return dispatch.run(reference, "gelu_backward", _reasons(h), grad, h, h_bias, again)
+    args = grad, h, h_bias, again
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference.gelu_backward(*args)
+    from mvlm_kernels.gelu_linear import triton
+
+    return dispatch.run_kernels(("gelu_linear", h.device), triton.gelu_backward, reference.gelu_backward, *args)
 
 
 def _gelu_backward_fake(grad, h, h_bias, again):
@@ -107,7 +113,7 @@ class _GeluLinear(torch.autograd.Function):
         ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None, differentiable: bool
     ) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
-        activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
+        activated = _gelu_op.in_function(h)(h, h_bias)
         wanted = differentiable and ctx.needs_input_grad[1]
         keep, ctx.held = room.save(activated) if wanted else (False, None)
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
@@ -123,7 +129,7 @@ class _GeluLinear(torch.autograd.Function):
             activated = None
         grad, trains_weight = grads[0].flatten(0, -2), ctx.needs_input_grad[1]
         by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
-        dh, recomputed, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
+        dh, recomputed, sums = _gelu_backward_op.in_function(by_activation)(
             by_activation, h, h_bias, trains_weight and activated is None
         )
         activated = recomputed if activated is None else activated
