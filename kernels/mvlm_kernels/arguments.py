@@ -74,7 +74,7 @@ def check_number(name: str, value: Any, least: float = -LARGEST) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
             raise ValueError(f"{name} must be a float, got {_shown(value)}")
     if torch.compiler.is_compiling() or isinstance(value, torch.SymFloat | torch.SymInt):
-        return value
+        return value  # pyright: ignore[reportReturnType] (it stands for a float)
     if not least <= value <= LARGEST:  # nor for NaN
         raise ValueError(f"{name} must be a float in {least:.3g}..{LARGEST:.3g}, got {_shown(value)}")
     return float(value)
@@ -86,7 +86,7 @@ def check_int(name: str, value: Any, least: int) -> int:
         return value
     value = _of_python(value)
     if isinstance(value, torch.SymInt):
-        return value
+        return value  # pyright: ignore[reportReturnType] (it stands for an int)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
         raise ValueError(f"{name} must be an int in {least}..2^63 - 1, got {_shown(value)}")
     return value

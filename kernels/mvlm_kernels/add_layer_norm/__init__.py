@@ -39,6 +39,7 @@ def _checked(
         if row is None and name == "y_bias":
             continue
         check_tensor(name, row, device=device)
+        assert row is not None
         if row.shape != shape[-1:]:
             raise ValueError(f"{name} must have shape ({shape[-1]},), got {tuple(row.shape)}")
     if out_dtype is None:
