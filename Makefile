@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo app test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
-        faults-embedding faults-parts faults-evaluation faults-studies soak bench aot traffic \
+        faults-embedding faults-files faults-parts faults-evaluation faults-studies soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation masking tasks tasks-start tasks-table \
         check docs docs-links \
         format clean
@@ -217,6 +217,10 @@ faults: faults-data faults-embedding faults-parts faults-evaluation faults-studi
 ## faults-data     kill builds of shards at 50 moments (`make test-all`: 4)
 faults-data: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_writers.py builds --kills 50
+
+## faults-files    attack every kind of file in every class, then draw odd values for ten minutes (`make test-all`: 2,000, 5 s)
+faults-files: $(VENV)/.installed
+	SHARE_OF_ATTACKS=1 FUZZ_SECONDS=600 $(PYTEST) -m extended tests/mvlm/test_untrusted_files.py
 
 ## faults-embedding kill 20 embedding processes at random moments (`make test-all`: 2)
 faults-embedding: $(VENV)/.installed

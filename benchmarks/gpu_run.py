@@ -66,6 +66,7 @@ def environment(cache: Path, rehearse: bool) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_INTERPRET": "1" if rehearse else "0",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # as in a run
     }
 
 

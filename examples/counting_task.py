@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvlm.model.implementation import Implementation
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.metrics import percent_interval
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
@@ -52,20 +53,20 @@ class Counting(Task):
         """Count of each sample, float32 (samples,)."""
         return (torch.tensor(counts(dataset), dtype=torch.float32),)
 
-    def numbers(self, batch: Batch, plan: str) -> Tensor:
+    def numbers(self, batch: Batch, implementation: Implementation) -> Tensor:
         """Predicted counts of a batch, float32 (B,)."""
-        return self.state["mean"] + self.head(self.fuse(batch, plan)).squeeze(1).float()
+        return self.state["mean"] + self.head(self.fuse(batch, implementation)).squeeze(1).float()
 
-    def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+    def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
         """Smooth L1, and the share of counts that are right when rounded."""
         (wanted,) = targets
-        predicted = self.numbers(batch, plan)
+        predicted = self.numbers(batch, implementation)
         right = predicted.round() == wanted
         return TaskLosses(F.smooth_l1_loss(predicted, wanted), right.float().mean())
 
-    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+    def predict(self, batch: Batch, implementation: Implementation) -> list[dict[str, Any]]:
         """The nearest whole number."""
-        return [{"count": round(number)} for number in self.numbers(batch, plan).tolist()]
+        return [{"count": round(number)} for number in self.numbers(batch, implementation).tolist()]
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

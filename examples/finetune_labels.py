@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from mvlm.config.recipes import finetune_defaults
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.recipes import finetune_defaults
 from mvlm_dataloading import ShardWriter, open_dataset
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mvlm.errors import RunError as RunError
     from mvlm.inference.trained_model import TrainedModel as TrainedModel
     from mvlm.model.maskvlm import MaskVLM as MaskVLM
-    from mvlm.tasks.evaluate import load_model as load_model
     from mvlm.tasks.finetune import finetune as finetune
+    from mvlm.tasks.load import load_model as load_model
     from mvlm.training.run import pretrain as pretrain
     from mvlm_dataloading.errors import DataError as DataError
 
@@ -36,7 +36,7 @@ _MODULES = {
     "RunError": "mvlm.errors",
     "TrainedModel": "mvlm.inference.trained_model",
     "finetune": "mvlm.tasks.finetune",
-    "load_model": "mvlm.tasks.evaluate",
+    "load_model": "mvlm.tasks.load",
     "pretrain": "mvlm.training.run",
 }
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,7 +1,6 @@
 """The command line: find a command, run it, and turn errors into exit codes."""
 
 import difflib
-import errno
 import logging
 import os
 import sys
@@ -18,6 +17,9 @@ from mvlm.commands.finetune import finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 from mvlm.tasks import task_names
+from mvlm.terminal import VisibleFormatter, say
+from mvlm_dataloading.untrusted import FOLLOW_LINKS, followed_links
+from mvlm_dataloading.urls import without_credentials
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Data sets": {
@@ -88,7 +90,9 @@ def usage(family: str = "") -> str:
     lines.append("")
     if not family:
         lines.append("mvlm data --help describes what NAME can be, as do mvlm eval --help and mvlm search --help.")
-    return "\n".join([*lines, "mvlm COMMAND --help describes a command."])
+    lines.append("mvlm COMMAND --help describes a command.")
+    lines.append("--follow-links, of any command, follows links in a folder that lead out of it (docs/guides/data.md).")
+    return "\n".join(lines)
 
 
 def _entries(group: dict[str, Callable[..., None]], family: str) -> dict[str, str]:
@@ -109,10 +113,10 @@ def run_command(arguments: Sequence[str]) -> None:
     from mvlm.errors import ConfigError
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        say(usage())
         return
     if arguments[0] == "--version":
-        print(f"mvlm {metadata.version('mvlm')}")
+        say(f"mvlm {metadata.version('mvlm')}")
         return
     import tyro
 
@@ -132,7 +136,7 @@ def run_command(arguments: Sequence[str]) -> None:
         return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):
-        print(usage(arguments[0]))
+        say(usage(arguments[0]))
         return
     typed = " ".join(arguments[: 2 if within else 1])
     group = f"{arguments[0]} "  # of a family's commands the second words are compared: the first is right
@@ -148,19 +152,42 @@ def _at_home(word: str) -> str:
     return f"{flag}{sign}{os.path.expanduser(path)}" if path == "~" or path.startswith("~/") else word
 
 
+def _without_follow_links(words: list[str]) -> list[str]:
+    """The words of a command without --follow-links, which holds for this process and for those that it starts."""
+    if "--follow-links" in words:
+        os.environ[FOLLOW_LINKS] = "1"
+    return [word for word in words if word != "--follow-links"]
+
+
 def main() -> None:
     """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1.
 
     Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.stopping`).
     """
-    logging.basicConfig(format="%(message)s")  # of other libraries: warnings
+    # Before torch is imported. Batches differ in size, and memory that grows in place is not left in pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of older versions
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])  # of other libraries: warnings
     for name in ("mvlm", "mvlm_dataloading", "mvlm_kernels", "mvlm_benchmarks"):
         logging.getLogger(name).setLevel(logging.INFO)
-    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError, advise_install, is_out_of_memory
+    from mvlm.errors import (
+        ConfigError,
+        LostRankError,
+        NonFiniteLossError,
+        RunError,
+        advise_install,
+        is_out_of_memory,
+        is_out_of_room,
+    )
     from mvlm_dataloading.errors import DataError
 
+    followed = followed_links()
     try:
-        run_command([_at_home(word) for word in sys.argv[1:]])
+        # Also in `sys.argv`, which services that log runs read.
+        sys.argv[1:] = [without_credentials(_at_home(word)) for word in _without_follow_links(sys.argv[1:])]
+        run_command(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
@@ -171,22 +198,26 @@ def main() -> None:
         _end(" ".join(str(error).split()))
     except (NonFiniteLossError, LostRankError) as error:
         _end(str(error), 1)
-    except (ImportError, MemoryError, OSError, RuntimeError) as error:
+    except Exception as error:
         if is_out_of_memory(error):
             reason = " ".join(str(error).split()) or type(error).__name__
             _end(f"wanted memory, found too little ({reason}); free some, or lower --batch-size where there is one")
         if isinstance(error, ImportError) and (advice := advise_install(error)):
             _end(advice)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            _end(f"wanted room to write, found none ({error}); free some space and try again")
+        if is_out_of_room(error):
+            reason = " ".join(str(error).split())[:300]
+            _end(f"wanted room to write, found none ({reason}); free some space and try again")
         if isinstance(error, OSError) and error.filename is not None:
             what = f"could not be read or written ({error.strerror})"
             _end(f"{error.filename}: {what}; check the path and its permissions")
         raise
+    finally:
+        if count := followed_links() - followed:
+            logging.getLogger("mvlm").warning("followed %d links that leave their folders", count)
 
 
 def _end(message: str, code: int = 2) -> NoReturn:
-    print(f"mvlm: {message}", file=sys.stderr)
+    say(f"mvlm: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import ConfigError
+from mvlm_kernels.dispatch import autocast_dtype
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -85,10 +86,8 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product of x at this point: autocast's if it is on and x is not float64, else x's."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+    return x.dtype if dtype is None else dtype
 
 
 def mean_seconds(work: Callable[[], object], device: torch.device, calls: int) -> float:

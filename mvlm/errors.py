@@ -13,7 +13,8 @@ from mvlm_dataloading.errors import MissingPackageError
 EXTRAS = {
     **dict.fromkeys(("PIL", "fsspec", "nvidia", "pyarrow", "tokenizers"), "data"),
     **dict.fromkeys(
-        ("filelock", "huggingface_hub", "jinja2", "rich", "safetensors", "scipy", "tensorboard", "tyro"), "train"
+        ("filelock", "huggingface_hub", "jinja2", "msgspec", "rich", "safetensors", "scipy", "tensorboard", "tyro"),
+        "train",
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "gradio": "app",
@@ -62,7 +63,12 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-_TOO_LITTLE_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_TOO_LITTLE_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "failed to map segment", "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "os error 27")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -72,7 +78,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch has a class for a GPU's memory alone. It is known by its name, as torch is slow to import.
     says = any(words in str(error) for words in _TOO_LITTLE_MEMORY)
     torch_says = type(error).__name__ == "OutOfMemoryError" or says
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torch_says)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | ImportError) and torch_says)
+
+
+def is_out_of_room(error: BaseException) -> bool:
+    """True if a disk, a quota or a limit of file sizes has no room for what was written, by the system or a library."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return True
+    # Libraries written in Rust and C++ raise errors of their own, with the system's words.
+    return isinstance(error, Exception) and any(words in str(error) for words in _NO_ROOM_WORDS)
 
 
 def advise_install(error: ImportError) -> str | None:

@@ -1,9 +1,9 @@
-"""Folders and safetensors; `mvlm_dataloading.files` has checksums, JSON, and writes forced to the disk.
+"""Folders and safetensors of models and runs; `mvlm.untrusted` reads JSON, `mvlm_dataloading.files` writes it.
 
 safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
 """
 
-import json
+import errno
 import math
 import os
 import secrets
@@ -11,14 +11,14 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
-from mvlm_dataloading import files
+from mvlm.untrusted import run_errors
+from mvlm_dataloading import files, untrusted
 
 LOCK = ".lock"
 """File in a folder that the process holds which writes there."""
@@ -62,14 +62,6 @@ def lock_folder(folder: Path) -> AbstractContextManager[object]:
         raise RunError(f"{folder / LOCK}: cannot be locked ({error.strerror}); choose another folder") from None
 
 
-def read_plan(file: Path) -> Any:
-    """What unfinished work was to be, from a JSON file; None if there is none, or a kill came while it was written."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file by name, on the CPU. RunError if it cannot be read as one."""
     from safetensors.torch import load_file
@@ -92,7 +84,9 @@ def _readable(file: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
+        with run_errors():
+            # safetensors says of a file that may not be read that there is none, and waits for a pipe.
+            untrusted.open_regular(file).close()
         yield
     except (OSError, SafetensorError) as error:
         raise RunError(
@@ -102,11 +96,15 @@ def _readable(file: Path) -> Iterator[None]:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name to a safetensors file; contiguous copies are made if necessary."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)  # as the umask says, or as an earlier file had it
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error), str(file)) from None
     if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors 0.8 makes files that their owner alone may read
         file.chmod(mode)
 

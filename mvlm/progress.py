@@ -9,6 +9,8 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mvlm.terminal import say
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 20.0
@@ -81,7 +83,7 @@ class TrainingProgress(_Bar):
             self._estimated = enough
             self._last_line = now
             try:
-                print(f"step {step}/{self._last}  {text}", flush=True)
+                say(f"step {step}/{self._last}  {text}", flush=True)
             except OSError as error:  # a full disk, or a closed pipe: no reason to lose a run
                 log.warning("could not write to standard output: %s; nothing more is shown, training continues", error)
                 _discard_output(sys.stdout)
@@ -133,7 +135,7 @@ class WorkProgress(_Bar):
             self._bar.update(self._task, completed=done, total=total, description=line)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or (done == total and not self._silent):
             self._last_line, self._silent = now, False
-            print(f"{done}/{total}  {line}", flush=True)
+            say(f"{done}/{total}  {line}", flush=True)
 
 
 def format_duration(seconds: float) -> str:

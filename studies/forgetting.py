@@ -21,7 +21,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.load import load_model, mix_with_start
+from mvlm.runs.load import load_without_head, mix_with_start
 from mvlm.studies.study import slug
 from mvlm.studies.trial import made_by
 from mvlm.training.run import pretrain
@@ -65,12 +65,12 @@ def trials(old: Path, new: Path, out: Path, seed: int) -> dict[str, dict[str, fl
     start = out / f"start_{seed}"
     if pretrain(config(old, start, seed, **START), say_next=False):
         return None
-    found = {"before": recalls(load_model(start, "cpu"), sets)}
+    found = {"before": recalls(load_without_head(start, "cpu"), sets)}
     for arm, settings in ARMS.items():
         run = out / f"{slug(arm)}_{seed}"
         if pretrain(config(new, run, seed, initial_model=start, **FURTHER, **settings), say_next=False):
             return None
-        trained = load_model(run, "cpu")
+        trained = load_without_head(run, "cpu")
         found[arm] = recalls(trained, sets)
         if arm == "full":
             mix_with_start(trained.network, run, 0.5)

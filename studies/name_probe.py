@@ -18,7 +18,7 @@ from mvlm.device import autocast
 from mvlm.inference.encode import eval_loader, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.packing import mask_tokens
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
 NOUN, SHAPE = "nouns", "coloured shapes"
@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     scenes = open_dataset(options.scenes, options.split)
     for run in options.runs:
-        for kind, given in sorted(answers(load_model(run, "cpu"), scenes).items()):
+        for kind, given in sorted(answers(load_without_head(run, "cpu"), scenes).items()):
             share = 100 * sum(one.right for one in given) / len(given)
             tokens = sum(one.tokens for one in given) / len(given)
             print(f"{run}: names {share:.1f} % of {len(given)} {kind}, of {tokens:.1f} tokens each")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mvlm.inference.encode import eval_loader, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm_dataloading import Dataset, open_dataset
 
 STEPS, OBJECTS_A_STEP = 300, 1024
@@ -84,10 +84,10 @@ def main() -> None:
     options = parser.parse_args()
     train = open_dataset(options.scenes, "train").head(2000)
     test = open_dataset(options.scenes, "validation").head(500)
-    first = load_model(options.runs[0], "cpu")
+    first = load_without_head(options.runs[0], "cpu")
     torch.manual_seed(0)
     untrained = TrainedModel(MaskVLM(first.network.config), first.tokenizer)
-    models = {"random weights": untrained} | {str(run): load_model(run, "cpu") for run in options.runs}
+    models = {"random weights": untrained} | {str(run): load_without_head(run, "cpu") for run in options.runs}
     for name, model in models.items():
         objects = accuracy(object_features(model, train), object_features(model, test))
         places = accuracy(patch_features(model, train.head(300)), patch_features(model, test.head(100)))

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import MemoryTracker, StepShape, fake_microbatch, give_fake_tensors
-from mvlm.model.maskvlm import MaskVLM
-from mvlm.tasks.evaluate import find_task
-from mvlm.tasks.task import TaskOptions, weighted_cross_entropy
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.tasks.load import find_task
+from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import mask_features
 
 PAIRS, TOKENS, LONGEST = 8, 12, 40
@@ -32,7 +32,7 @@ def step_flops(name: str, plan: str, per_image: int = 1, filled: int = 0) -> int
 
     With `per_image`, so many samples share an image. With `filled`, of vqa's masked answers with so many [MASK]s.
     """
-    config = replace(MaskVLMConfig.preset("base"), image_size=384)
+    config, implementation = replace(MaskVLMConfig.preset("base"), image_size=384), IMPLEMENTATIONS[plan]
     shape = StepShape(pairs=PAIRS, tokens=TOKENS, longest=LONGEST, bf16=False)
     images = STATES[name].get("images", 1)
     with torch.device("meta"):
@@ -51,11 +51,11 @@ def step_flops(name: str, plan: str, per_image: int = 1, filled: int = 0) -> int
         labels = torch.empty(PAIRS, dtype=torch.int64)
         targets: list[Tensor] = {"caption": [], "vqa": [labels[:, None], torch.empty(PAIRS, 1)]}.get(name, [labels])
         if filled:
-            x = mask_features(task.model, batch, filled, plan).flatten(0, 1)
+            x = mask_features(task.model, batch, filled, implementation).flatten(0, 1)
             words, weights = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
-            loss, _ = weighted_cross_entropy(task.model, x, words, weights, plan)
+            loss, _ = implementation.token_loss(task.model, x, words, weights)
         else:
-            loss = task.losses_of_step(batch, masks, targets, plan).total
+            loss = task.losses_of_step(batch, masks, targets, implementation).total
         loss.backward()
     return tracker.flops
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm_dataloading import Dataset, open_dataset
 
 KINDS = ("all words known", "some words known", "no word known", "flags")
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     split, train = open_dataset(options.data, options.split), open_dataset(options.data, "train")
-    ranks = load_model(options.run, "cpu").evaluate(split, train).ranks
+    ranks = load_without_head(options.run, "cpu").evaluate(split, train).ranks
     found = recall_by_kind(split, train, ranks)
     for kind, row in found.items():
         print(

@@ -1,4 +1,4 @@
-"""The house: rooms on floors, imports that go down, no circle.
+"""The house: rooms on floors, imports that go down, no circle, nothing patched at run time.
 
 docs/explain/architecture.md says what lies in each room.
 """
@@ -24,10 +24,10 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"studies", "verify", "app", "report"},
         {"tasks"},
         {"training", "search"},
-        {"runs", "inference", "evaluation", "portable", "costs"},
-        {"distributed", "objectives", "weights", "model"},
+        {"runs", "inference", "evaluation", "portable", "costs", "weights"},
+        {"distributed", "objectives", "model"},
         {"config"},
-        {"files", "device", "machine", "progress", "statistics", "errors"},
+        {"files", "untrusted", "schemas", "terminal", "device", "machine", "progress", "statistics", "errors"},
     ],
     "mvlm_dataloading": [
         {"loader", "tools", "scenes"},
@@ -35,8 +35,32 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"tokenizer"},
         {"dataset", "sources", "options", "masking"},
         {"captions", "randomness", "images", "tar_walk"},
-        {"batch", "files"},
+        {"batch", "files", "untrusted", "urls"},
         {"errors"},
+    ],
+    "mvlm_kernels": [
+        {"aot", "aot_cases"},
+        {"integrations", "layers"},
+        {
+            "add_layer_norm",
+            "cross_attention",
+            "gather_patches",
+            "gelu_linear",
+            "pixel_loss",
+            "place_tokens",
+            "split_linear",
+        },
+        {"language", "arguments"},
+        {"dispatch", "registration"},
+        {"hardware"},
+    ],
+    "triton_proof": [
+        {"__main__", "plugin"},
+        {"driver", "autotune"},
+        {"program"},
+        {"machine"},
+        {"report", "scalar", "arguments"},
+        {"ptx", "ptxas", "allocations"},
     ],
     "mvlm_benchmarks": [
         {"cli", "gpu"},
@@ -62,6 +86,10 @@ MAY_NAME = {  # other packages of ours that a package may import
     "mvlm_dataloading": set(),
     "mvlm_benchmarks": {"mvlm", "mvlm_kernels", "mvlm_dataloading"},
 }
+SWITCHES = {  # attributes of other modules that product code may set, for want of a function that sets them
+    "torch._dynamo.config.recompile_limit",  # torch's documented setting
+    "gradio.processing_utils.hash_seed",  # salt of file names; Gradio reads it from a file that all containers share
+}
 FILES = [(package, file) for package, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
 
 
@@ -80,22 +108,18 @@ MODULES = {module_of(package, file) for package, file in FILES}
 
 
 @cache
-def imports(file: Path, lazy: bool = True) -> set[str]:
-    """Our modules that a file imports. Without `lazy`, not those of its functions, nor those for types alone."""
-    left_out: set[int] = set()
-    for block in () if lazy else ast.walk(tree(file)):
-        for_types = isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        if for_types or isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef):
-            left_out |= {id(node) for node in ast.walk(block)}
+def imports(package: str, file: Path) -> set[str]:
+    """Our modules that a file imports: relatively or not, also in its functions and for types alone."""
+    parents = module_of(package, file).split(".")[: None if file.name == "__init__.py" else -1]
     found = set()
     for node in ast.walk(tree(file)):
-        if id(node) in left_out:
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES
-            found |= inside or {node.module}
+        elif isinstance(node, ast.ImportFrom):
+            above = parents[: len(parents) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
     return {name for name in found if name.split(".")[0] in PACKAGES}
 
 
@@ -114,42 +138,150 @@ def test_every_room_has_a_floor(package: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_go_down(package: str) -> None:
-    """Or stay on a floor. Lazy imports and those for types count too."""
+    """Or stay on a floor. Lazy and relative imports count too."""
     floors = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
     for of, file in FILES:
         module = module_of(of, file)
         if of != package or module == package:  # the face of a package imports on first use
             continue
         room = room_of(module)
-        for other in imports(file):
+        for other in imports(package, file):
             if other.startswith(f"{package}.") and room_of(other) != room:
                 assert floors[room_of(other)] >= floors[room], f"{file}: {room}/ may not import {other}"
 
 
 def test_packages_know_only_what_they_may() -> None:
     for package, file in FILES:
-        others = {name.split(".")[0] for name in imports(file)} - {package}
+        others = {name.split(".")[0] for name in imports(package, file)} - {package}
         assert others <= MAY_NAME[package], file
 
 
 def test_no_circle_among_modules() -> None:
-    """Lazy imports count too, but for those of the kernels: Triton's are wanted only where it is installed."""
-    arrows = {
-        module_of(package, file): {name for name in imports(file, package != "mvlm_kernels") if name in MODULES}
-        for package, file in FILES
-        if file.name != "__init__.py"  # a face names the modules of its room
-    }
+    """Lazy and relative imports count too."""
+    arrows = {module_of(package, file): imports(package, file) & MODULES for package, file in FILES}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
         if module not in done:
-            for other in sorted(arrows.get(module, ())):
+            for other in sorted(arrows[module]):
                 visit(other, (*path, module))
             done.add(module)
 
     for module in sorted(arrows):
         visit(module, ())
+
+
+def test_what_is_printed_passes_one_function() -> None:
+    """A bare `print` or a write to a stream would pass by `mvlm.terminal`, which escapes control characters."""
+    may = {"mvlm/terminal.py", "loader/decoder_check.py"}  # the latter answers its own parent process in JSON
+    for package, file in FILES:
+        if package in ("mvlm", "mvlm_dataloading") and not any(file.as_posix().endswith(one) for one in may):
+            called = [ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)]
+            assert "print" not in called, file
+
+
+OPENED_BY_THEMSELVES = {
+    "dataloading/mvlm_dataloading/untrusted.py": "the one reader",
+    "dataloading/mvlm_dataloading/files.py": "the one writer",
+    "dataloading/mvlm_dataloading/images/decode.py": "images, with limits of their own",
+    "mvlm/app/visitors.py": "uploads, under names that the page draws",
+    "mvlm/cli.py": "/dev/null",
+    "mvlm/progress.py": "/dev/null",
+    "mvlm/commands/machine_check.py": "/proc, and a shard of a data set that is open",
+    "mvlm/machine.py": "/proc",
+    "mvlm/training/metrics.py": "/proc",
+    "mvlm/evaluation/workspace.py": "arrays of an evaluation, in a folder that it has locked",
+    "mvlm/inference/trained_model.py": "a folder that this call has made",
+    "mvlm/portable/programs.py": "a folder that this call has made",
+    "mvlm/report/html.py": "a file of this package",
+    "mvlm/tasks/__init__.py": "files of this package",
+    "dataloading/mvlm_dataloading/build/assemble.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/build.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/piece.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/workers.py": "the build's own folder",
+    "dataloading/mvlm_dataloading/build/packaged_sets.py": "files of installed packages",
+    "dataloading/mvlm_dataloading/scenes/drawing.py": "files of installed packages",
+    "dataloading/mvlm_dataloading/dataset/open.py": "a path that the one writer gives out",
+    "dataloading/mvlm_dataloading/dataset/folders.py": "a file that it has fetched itself",
+    "dataloading/mvlm_dataloading/dataset/remote_cache.py": "the cache's own folder",
+    "dataloading/mvlm_dataloading/loader/pipeline.py": "a temporary folder of this process",
+    "dataloading/mvlm_dataloading/tools/view.py": "a folder that this call has made",
+}
+"""Files of code that open files by other means than the one reader and the one writer, and which files these are."""
+OPENING = re.compile(r"(^os|\w|\)|\])\.(read_text|read_bytes|write_text|write_bytes|open|from_file|to_file)$|^open$")
+IN_MEMORY = re.compile(r"tarfile|[Pp][Ii][Ll]|_dataset|opened")
+
+
+def test_files_of_others_are_opened_by_one_reader_and_written_by_one_writer() -> None:
+    opening = set()
+    for package, file in FILES:
+        if package in ("mvlm", "mvlm_dataloading"):
+            called = {ast.unparse(node.func) for node in ast.walk(tree(file)) if isinstance(node, ast.Call)}
+            if any(OPENING.search(name) and not IN_MEMORY.search(name) for name in called):
+                opening.add(str(file.relative_to(ROOT)))
+    assert opening == OPENED_BY_THEMSELVES.keys()
+
+
+def dotted(node: ast.AST, origins: dict[str, str]) -> str | None:
+    """The full name of `a.b[0].c` if `a` was imported, without its indices. None for an object that a call has made."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    if isinstance(node, ast.Name):
+        return origins.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value, origins)
+        return owner and f"{owner}.{node.attr}"
+    return None
+
+
+def patched(module: ast.Module) -> list[str]:
+    """What a file changes of other modules and of their classes, by full names; `unittest.mock` for its import."""
+    found, origins = [], dict[str, str]()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            origins |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names
+            }
+            found += [a.name for a in node.names if a.name == "unittest.mock"]
+        elif isinstance(node, ast.ImportFrom):
+            names = {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            origins |= names
+            found += ["unittest.mock" for name in names.values() if name.startswith("unittest.mock")]
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            found.append(dotted(node, origins))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+            owner, name = node.args[:2]
+            whole = ast.unparse(owner) if isinstance(owner, ast.Call) else dotted(owner, origins)
+            found.append(whole and f"{whole}.{ast.unparse(name)}")
+    return [name for name in found if name and name not in SWITCHES]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from unittest.mock import patch",
+        "from unittest import mock",
+        "import unittest.mock",
+        "import torch\ntorch.autograd.backward = print",
+        "import torch.nn.functional as F\nF.linear, x = print, 1",
+        "from a.b import Numbers\nNumbers.read = print",
+        "from a import b\nsetattr(b.c, 'd', 1)",
+        "import sys\nsys.modules['a'].b = 1",
+        "from importlib import import_module\nsetattr(import_module('a'), 'b', 1)",
+        "import a\ndel a.b",
+    ],
+)
+def test_a_patch_is_seen(source: str) -> None:
+    assert patched(ast.parse(source))
+
+
+def test_nothing_is_patched_at_run_time() -> None:
+    """`triton_proof` replaces functions of Triton and torch, in tests alone: that is its purpose."""
+    for package, file in FILES:
+        if package not in ("triton_proof", "mvlm_benchmarks"):
+            assert not patched(tree(file)), file
 
 
 def test_the_architecture_page_names_every_room() -> None:

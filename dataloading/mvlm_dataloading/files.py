@@ -1,7 +1,7 @@
-"""Files that are written whole, and files of others that are read with care.
+"""The one way to write files: whole, in the folder that was meant, and on the disk.
 
-Written files and folders stay after a kill or a power cut: they are written aside, synced, renamed. Files that others
-may have put there are opened if they are regular files alone, never waited for, and unchanged while they are read.
+A file or folder is written aside, forced to the disk and renamed, so it stays after a kill or a power cut. A link that
+somebody has put in a folder leads no writer out of it.
 """
 
 import contextlib
@@ -10,20 +10,19 @@ import json
 import math
 import os
 import shutil
-import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .untrusted import open_regular, require_regular, resolve_inside
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
+    """The hexadecimal SHA-256 of a regular file. DataError for another kind of file, OSError if it cannot be read."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -45,51 +44,113 @@ def aside_of(path: Path) -> Path:
 
 
 @contextmanager
-def replaced(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def replaced(path: Path, *, within: Path | None = None, shared: bool = False) -> Iterator[Path]:
     """A path to write to, which takes the place of the file `path` when the `with` block ends, and is then on the disk.
 
     So `path` is whole, or as before, at any moment. After an error what was written is removed. A link stays a link.
     What is no file, such as a pipe, is written to directly.
 
     Args:
+        within: folder that the file has to lie in, once links are resolved. Default: the user has named the file.
         shared: other threads and processes may write the same file at the same time. A kill then leaves one more file.
+
+    Raises:
+        DataError: a link leads out of the folder `within`.
+        OSError: the file cannot be written.
     """
-    final = Path(os.path.realpath(path))
-    if final.exists() and not (final.is_file() or final.is_dir()):
+    final = Path(os.path.realpath(path)) if within is None else resolve_inside(path, within)
+    if within is None and final.exists() and not (final.is_file() or final.is_dir()):
         yield final
         return
     aside = aside_of(final)
     if shared:
         aside = aside.with_name(f"{aside.name}.{os.getpid()}.{threading.get_ident()}")
+    with _named(path, aside), _folder(final.parent) as folder:
+        try:
+            with contextlib.suppress(FileNotFoundError):  # of a kill, or a link that somebody has put there
+                os.unlink(aside.name, dir_fd=folder)
+            os.close(os.open(aside.name, _NEW, 0o666, dir_fd=folder))
+            yield aside
+            sync(aside)
+            os.rename(aside.name, final.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside.name, dir_fd=folder)
+            raise
+        os.fsync(folder)
+
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    """Descriptor of a folder: whatever its path leads to later, names belong to this folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield aside
-        sync(aside)
-        aside.replace(final)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is not None and os.fspath(error.filename) == str(aside):
-            error.filename = str(path)  # the one that the user knows
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path, aside: Path) -> Iterator[None]:
+    """Context in which errors name the file that the user knows in place of the one written aside."""
+    try:
+        yield
+    except OSError as error:
+        named = (str(aside), aside.name, str(aside.parent))
+        if error.filename is not None and os.fspath(error.filename) in named:
+            error.filename, error.filename2 = str(path), None
         raise
-    sync(final.parent)
 
 
-def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+def write_file(path: Path, content: str | bytes, *, within: Path | None = None, shared: bool = False) -> None:
     """Write a file by `replaced`.
 
     Names that are not UTF-8, as Python reads them from a tar, are written as the bytes that they were.
     """
-    with replaced(path, shared=shared) as aside:
+    with replaced(path, within=within, shared=shared) as aside:
         aside.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
-def write_json(path: Path, value: Any) -> None:
+def open_appended(path: Path, *, within: Path) -> FileIO:
+    """Open a file, without a buffer, to read and to append to. It is made if there is none.
+
+    Raises:
+        DataError: it is no regular file, or a link leads out of the folder `within`.
+        OSError: it cannot be written.
+    """
+    final = resolve_inside(path, within)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with _named(path, final), _folder(final.parent) as folder:
+        descriptor = os.open(final.name, flags, 0o666, dir_fd=folder)
+    file = FileIO(descriptor, "ab+")
+    try:
+        require_regular(path, os.fstat(descriptor))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def make_folder(path: Path, *, within: Path) -> Path:
+    """Make a folder, if there is none, and return its place with links resolved. DataError if that leaves `within`."""
+    real = resolve_inside(path, within)
+    real.mkdir(parents=True, exist_ok=True)
+    return real
+
+
+def write_json(path: Path, value: Any, *, within: Path | None = None) -> None:
     """Write a value as indented JSON by `replaced`, and make the folder if there is none.
 
     NaN and infinity become null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+    if within is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        make_folder(path.parent, within=within)
+    write_file(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n", within=within)
 
 
 def finite(value: Any) -> Any:
@@ -132,87 +193,3 @@ def make_no_older(path: Path, sources: Iterable[Path]) -> None:
     newest = max((source.stat().st_mtime_ns for source in sources), default=0)
     if newest > path.stat().st_mtime_ns:
         os.utime(path, ns=(newest, newest))
-
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def irregular(status: os.stat_result) -> str | None:
-    """What a status is of, in words, if it is of no regular file; else None."""
-    return None if stat.S_ISREG(status.st_mode) else _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-
-
-def require_regular(path: Path, status: os.stat_result) -> None:
-    """Raise DataError if a path, whose status is given, is a folder, pipe, socket or device."""
-    if found := irregular(status):
-        raise DataError(f"{path}: wanted a file, found {found}; put the file there, or remove what is there")
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading, at once. Opening a pipe would wait for ever, opening a device may act on it.
-
-    Raises:
-        DataError: it is no regular file.
-        OSError: it is missing or cannot be read.
-    """
-    require_regular(path, os.stat(path))
-    # It may have been replaced since; O_NONBLOCK changes nothing for a regular file.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        require_regular(path, os.fstat(descriptor))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
-
-
-def read_regular(path: Path, limit: int | None = None) -> bytes:
-    """Content of a regular file. Raises as `open_regular`, and DataError if it has more than `limit` bytes."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if limit is not None and size > limit:
-            raise DataError(f"{path}: wanted at most {limit} bytes, found {size}; restore it")
-        return file.read()
-
-
-@contextmanager
-def opened_unchanged(path: Path) -> Iterator[BufferedReader]:
-    """An open regular file, which must stay as it is while the `with` block reads it.
-
-    What is read more than once inside the block, to hash it for example, is then the same each time.
-
-    Raises:
-        DataError: it is no regular file; at the end, in place of any error of the block too: its size, its time or its
-            place on the disk has changed, or another file has its name.
-        OSError: it is missing or cannot be read.
-    """
-    with open_regular(path) as file:
-        before = _state(os.fstat(file.fileno()))
-        try:
-            yield file
-        except Exception:
-            _compare(path, file, before)
-            raise
-        _compare(path, file, before)
-
-
-def _state(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _compare(path: Path, file: BufferedReader, before: tuple[int, int, int, int]) -> None:
-    try:
-        found = {_state(os.fstat(file.fileno())), _state(os.stat(path))}
-    except OSError:
-        found = set()
-    if found != {before}:
-        raise DataError(
-            f"{path}: wanted a file that stays as it is while it is read, found that it changed; start over when "
-            "nothing writes it any more"
-        ) from None

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mvlm_dataloading.images.limits import MAX_PIXELS
+
 from .errors import DataError
-
-MAX_PIXELS = 89_478_485
-"""Maximum of `max_pixels`. Above it, Pillow treats an image as a decompression bomb."""
-
 
 # Field names are stored in a data set's recipe. After a rename, finished data sets would look different. Docstrings are
 # the text of `mvlm data ... --help`.

@@ -18,7 +18,8 @@ from mvlm_dataloading.dataset.open import open_dataset
 
 from .captions import script_of
 from .errors import DataError, need
-from .files import sha256
+from .files import sha256, write_file
+from .untrusted import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a `tokenizer.json` for `load_tokenizer` and the `tokenizers` package."""
-        Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+        write_file(Path(path), self._inner.to_str(pretty=True))
 
 
 def _special_token(inner: Any, kind: str) -> int | None:
@@ -308,12 +309,14 @@ def load_tokenizer(path: Path, complete: Sequence[str] = ()) -> Tokenizer:
         DataError: the file is missing, is no tokenizer, or has not four special tokens.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        content = read_regular(path, "tokenizer")
+    except FileNotFoundError:
         raise DataError(
             f"{path}: wanted a tokenizer.json, found no such file; give its path or leave it out to train one"
-        )
+        ) from None
     try:
-        inner = need("tokenizers").Tokenizer.from_file(str(path))
+        inner = need("tokenizers").Tokenizer.from_buffer(content)
     except ImportError:
         raise
     except BaseException as error:  # the package raises bare Exceptions, and panics
@@ -340,7 +343,7 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
         if dataset.remote is not None:
             dataset.remote.fetch_tokenizer(dataset.tokenizer_sha256)
         path = dataset.folder / "tokenizer.json"
-        if not path.is_file() or sha256(path) != dataset.tokenizer_sha256:
+        if not path.exists() or sha256(path) != dataset.tokenizer_sha256:
             raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another or none; restore it")
         return load_tokenizer(path)
     if "train" not in dataset.splits:

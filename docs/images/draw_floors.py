@@ -30,6 +30,7 @@ FLOORS = [
             ("evaluation/", "retrieval, gain"),
             ("portable/", "programs, the hub"),
             ("costs/", "FLOPs, memory"),
+            ("weights/", "where a run starts"),
         ],
     ),
     (
@@ -37,8 +38,7 @@ FLOORS = [
         [
             ("distributed/", "ranks, the global batch"),
             ("objectives/", "MLM, MIM, ITC, ITM"),
-            ("weights/", "timm and transformers"),
-            ("model/", "network, plain and fast"),
+            ("model/", "two implementations"),
         ],
     ),
     ("its terms", [("config/", "every setting, its recipes, its JSON")]),

@@ -27,7 +27,7 @@ from mvlm.config.groups import groups_of
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import NO_FLAG, Range
-from mvlm.config.recipes import finetune_defaults
+from mvlm.tasks.recipes import finetune_defaults
 from mvlm_benchmarks.cli import COMMANDS as BENCHMARKS
 
 SETTINGS = "[Configuration](configuration.md) lists their settings."

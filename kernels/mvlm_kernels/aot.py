@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -99,12 +99,21 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
     return compiled
 
 
-def compile_all(launches: Sequence["Launch"], arch: str, jobs: int) -> list[str]:
-    """Compile into Triton's cache, in `jobs` forks of this process, which has used no GPU. Returns the failures."""
+def compile_all(
+    launches: Sequence["Launch"], arch: str, jobs: int, done: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """Compile into Triton's cache, in `jobs` forks of this process, which has used no GPU. Returns the failures.
+
+    done: called with the number of compiled kernels after each.
+    """
     global _waiting
     _waiting = launches, arch
     with ProcessPoolExecutor(max(1, min(jobs, len(launches))), mp_context=get_context("fork")) as pool:
-        return [failure for failure in pool.map(_compile_one, range(len(launches))) if failure]
+        failures = []
+        for number, failure in enumerate(pool.map(_compile_one, range(len(launches))), 1):
+            failures += [failure] if failure else []
+            done(number)
+        return failures
 
 
 _waiting: tuple[Sequence["Launch"], str] = (), ""

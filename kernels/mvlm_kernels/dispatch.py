@@ -8,17 +8,14 @@ CPU tensors can take Triton only in a process started with ``TRITON_INTERPRET=1`
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
-import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, Literal, NewType, TypeVar, cast
 
 import torch
@@ -68,14 +65,14 @@ _forced: Backend | None = None
 # Of each public op: the functions of its arguments that list the reasons against Triton, and that check a call.
 _explained: dict[Callable[..., Any], tuple[Callable[..., Sequence[Refusal]], Callable[..., Any] | None]] = {}
 
-# Kernel -> its options, by `override_launch`; and of every choice of options the kernel and the other arguments, by
-# `recording_choices`.
+# Kernel -> its options, by `override_launch`.
 _options_in_force: dict[str, dict[str, Any]] = {}
-_choices: list[tuple[str, tuple[Any, ...]]] | None = None
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
 # Compute capability that `recording` or `explain(.., as_if=..)` takes for the device's.
 _recorded_arch: int | None = None
+# Autocast's dtype on the meta device, which torch's autocast does not know; set by `recording`.
+_recorded_autocast: torch.dtype | None = None
 
 
 @contextmanager
@@ -86,7 +83,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     run raises RuntimeError with the reasons.
     """
     global _forced
-    if backend not in ("triton", "torch"):
+    if not isinstance(backend, str) or backend not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton" or "torch", got {backend!r}')
     before, _forced = _forced, backend
     try:
@@ -210,30 +207,22 @@ def without_resources(*kind: Any) -> tuple[Refusal, ...]:
     return (_without_resources[kind],) if kind in _without_resources else ()
 
 
-def run_kernels(kind: tuple[Any, ...], by_triton: Callable[[], Result], by_torch: Callable[[], Result]) -> Result:
-    """Result of the kernels; of torch if Triton cannot launch one for lack of resources, now and for later calls.
+def run_kernels(
+    kind: tuple[Any, ...], launcher: Callable[..., Result], reference: Callable[..., Result], *args: Any
+) -> Result:
+    """Result of the launcher; of torch if Triton cannot launch a kernel for lack of resources, now and for later calls.
 
     kind: the op, the device, and what else decides about the tiles. ``use_backend("triton")`` raises Triton's error.
     """
     try:
-        return by_triton()
+        return launcher(*args)
     except Exception as error:
         if type(error).__name__ != "OutOfResources" or _forced == "triton":
             raise
         said = str(error).split("\n")[0]
         _without_resources[kind] = refusal(f"a kernel does not fit this GPU: {said}", "torch runs; use smaller shapes")
         warnings.warn(f"{kind[0]}: {_without_resources[kind]}", RuntimeWarning, stacklevel=2)
-    return by_torch()
-
-
-def run(reference: ModuleType, function: str, reasons: Sequence[Refusal], *args: Any) -> Any:
-    """Call a function of an op's reference, or of the module ``triton`` beside it, which has the same functions."""
-    by_torch = getattr(reference, function)
-    if choose(reasons) == "torch":
-        return by_torch(*args)
-    op, device = reference.__name__.split(".")[-2], args[0].device
-    kernels = importlib.import_module(f"mvlm_kernels.{op}.triton")
-    return run_kernels((op, device), lambda: getattr(kernels, function)(*args), lambda: by_torch(*args))
+    return reference(*args)
 
 
 def reasons_for(op: str, device: torch.device) -> tuple[Refusal, ...]:
@@ -280,21 +269,6 @@ def tf32_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def check_number(name: str, value: Any, least: float | None = None) -> None:
-    """Raise ValueError for an argument that is no finite number, or is below `least`.
-
-    A compiler's symbolic number is not compared, which would make another graph of each value. A tensor is not looked
-    at: its value may be on a GPU.
-    """
-    if not isinstance(value, float | int) and (isinstance(value, torch.Tensor) or not hasattr(value, "__float__")):
-        raise ValueError(f"{name} must be a float, got {type(value).__name__}")
-    if torch.compiler.is_compiling() or isinstance(value, torch.SymFloat | torch.SymInt):
-        return
-    if not math.isfinite(value) or (least is not None and value < least):
-        wanted = "a finite float" if least is None else f"a finite float of at least {least:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
 def constant_when_compiled(function: Op) -> Op:
     """Mark a function as a constant of compiled graphs, as ``torch.compiler.assume_constant_result`` does.
 
@@ -310,8 +284,10 @@ def _has_autocast(kind: str) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on this device; None if autocast is off, or if the device type does not have it (meta)."""
+    """Autocast's dtype on this device; None if autocast is off, or if the device type does not have it."""
     kind = device.type
+    if kind == "meta":
+        return _recorded_autocast
     known = kind in ("cpu", "cuda") or _has_autocast(kind)  # every op asks, so the usual answer costs no call
     if not known or not torch.is_autocast_enabled(kind):
         return None
@@ -320,17 +296,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Context in which torch ops on this device keep the dtypes of their inputs."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @functools.cache
 def interpreting() -> bool:
-    """True if this process interprets kernels: TRITON_INTERPRET=1 was set when Triton was imported. Imports Triton."""
+    """True if this process interprets kernels: it was started with TRITON_INTERPRET=1. Imports Triton."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from mvlm_kernels.language import INTERPRETING
+    from triton import knobs
 
-    return INTERPRETING
+    return bool(knobs.runtime.interpret)
 
 
 def interpreter_fault(triton_version: str, numpy_version: str) -> Refusal | None:
@@ -435,19 +413,25 @@ def _device_of(args: tuple[Any, ...]) -> torch.device:
 
 
 @contextmanager
-def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]:
+def recording(recorder: Callable[..., None], target_arch: int, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Record launches instead of running them.
 
     Inside the block :func:`launch` calls ``recorder(kernel, grid, args, meta)``. Tiles are chosen for ``target_arch``
-    (80, 90 or 100), and ops called on meta tensors take their launchers.
+    (80, 90 or 100), and ops called on meta tensors take their launchers. ``autocast``: the dtype that
+    :func:`autocast_dtype` gives for meta tensors; torch casts nothing there.
     """
-    global _recorder, _recorded_arch
-    before = _recorder, _recorded_arch
-    _recorder, _recorded_arch = recorder, target_arch
+    global _recorder, _recorded_arch, _recorded_autocast
+    before = _recorder, _recorded_arch, _recorded_autocast
+    _recorder, _recorded_arch, _recorded_autocast = recorder, target_arch, autocast
     try:
         yield
     finally:
-        _recorder, _recorded_arch = before
+        _recorder, _recorded_arch, _recorded_autocast = before
+
+
+def records() -> bool:
+    """True inside :func:`recording`."""
+    return _recorder is not None
 
 
 @contextmanager
@@ -471,29 +455,6 @@ def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
     found = _options_in_force.get(kernel)
     return {**options, **found} if found else options
-
-
-@contextmanager
-def recording_choices() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """Yield a list that receives the arguments of every choice of options inside the block."""
-    global _choices
-    before, _choices = _choices, []
-    try:
-        yield _choices
-    finally:
-        _choices = before
-
-
-def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
-
-    @functools.wraps(choose_options)
-    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
-        if _choices is not None:
-            _choices.append((kernel, arguments))
-        return overridden(kernel, choose_options(kernel, *arguments))
-
-    return chosen
 
 
 def ceil_div(a: int, b: int) -> int:

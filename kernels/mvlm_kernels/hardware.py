@@ -57,11 +57,13 @@ MULTIPROCESSORS = {
     120: Multiprocessor(48, 24, 100, 99),
 }
 """By compute capability: CUDA C++ programming guide, technical specifications. Others get the smallest."""
+SAME = {103: 100, 121: 120}
+"""Compute capabilities whose multiprocessors hold what those of another one hold: B300, and GB10 of DGX Spark."""
 
 
 def multiprocessor(arch: int) -> Multiprocessor:
     """That of a compute capability such as 90."""
-    return MULTIPROCESSORS.get(arch, MULTIPROCESSORS[86])
+    return MULTIPROCESSORS.get(SAME.get(arch, arch), MULTIPROCESSORS[86])
 
 
 def blocks(registers: int, warps: int, shared: int, arch: int) -> int:

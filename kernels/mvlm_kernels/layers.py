@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
+from mvlm_kernels.arguments import check_int
 from mvlm_kernels.cross_attention import cross_attention
 from mvlm_kernels.cross_attention.arguments import dropout_of
 from mvlm_kernels.gelu_linear import gelu_linear
@@ -46,15 +47,16 @@ class CrossAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        width, heads = check_int("width", width, 1), check_int("heads", heads, 1)
         if head_width is None and width % heads:
             raise ValueError(f"width must be divisible by heads, got {width} and {heads}; or give head_width")
-        kv_heads = heads if kv_heads is None else kv_heads
-        if kv_heads < 1 or heads % kv_heads:
+        kv_heads = heads if kv_heads is None else check_int("kv_heads", kv_heads, 1)
+        if heads % kv_heads:
             raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}")
         self.heads, self.kv_heads = heads, kv_heads
-        self.head_width = width // heads if head_width is None else head_width
+        self.head_width = width // heads if head_width is None else check_int("head_width", head_width, 1)
         self.dropout, _ = dropout_of(dropout, None, torch.device("cpu"))
-        context_width = width if context_width is None else context_width
+        context_width = width if context_width is None else check_int("context_width", context_width, 1)
         self.q = nn.Linear(width, heads * self.head_width, bias)
         self.k = nn.Linear(context_width, self.kv_heads * self.head_width, bias)
         self.v = nn.Linear(context_width, self.kv_heads * self.head_width, bias)

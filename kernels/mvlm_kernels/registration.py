@@ -8,13 +8,39 @@ known output shapes.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from mvlm_kernels import dispatch
+
 NAMESPACE = "mvlm_kernels"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes of tensors without a behaviour of their own."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Op(NamedTuple):
+    """An op: its overload ``torch.ops.mvlm_kernels.<name>.default``, and what runs on plain tensors in its place."""
+
+    registered: Any
+    implementation: Callable[..., Any]
+    function: Callable[..., Any]
+    """The implementation with its gradient."""
+
+    def on(self, *tensors: torch.Tensor) -> Callable[..., Any]:
+        """The form in which a public function calls the op on these tensors."""
+        if not called_directly(*tensors):
+            return self.registered
+        return self.function if torch.is_grad_enabled() else self.implementation
+
+    def in_function(self, *tensors: torch.Tensor) -> Callable[..., Any]:
+        """The form in which an autograd Function calls the op on these tensors.
+
+        With ``create_graph=True`` it is the overload, which knows its own derivative, or refuses it.
+        """
+        return self.implementation if not torch.is_grad_enabled() and called_directly(*tensors) else self.registered
 
 
 def define(
@@ -22,8 +48,8 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: type[torch.autograd.Function] | None = None,
-) -> Any:
-    """Register an op and return its overload, ``torch.ops.mvlm_kernels.<name>.default``.
+) -> Op:
+    """Register an op.
 
     schema: ``"name(Tensor x, ...) -> Tensor"``. implementation: runs on tensors of every device; where no kernel runs
     it takes torch. fake: returns empty tensors of the outputs' shapes, dtypes and strides. autograd: Function whose
@@ -36,10 +62,14 @@ def define(
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    def shapes(*args: Any) -> Any:
+        return (implementation if dispatch.records() else fake)(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autograd is None:
-        return op
+        return Op(op, implementation, op)
     if autograd.jvp is torch.autograd.Function.jvp:
         setattr(autograd, "jvp", staticmethod(_no_forward_mode(name)))  # noqa: B010, a type checker sees a method
     apply = _apply_of(autograd)
@@ -64,7 +94,9 @@ def define(
             _functorch.set_single_level_autograd_function_allowed(allowed)
 
     _library.impl(name, op_with_gradient, "Autograd")
-    return op
+    # The `apply` of the base class in C++: that of `autograd.Function` first searches for transforms and looks at every
+    # argument, which takes a fifth of the host time of a call.
+    return Op(op, implementation, functools.partial(apply, implementation))
 
 
 def _no_forward_mode(name: str) -> Callable[..., Any]:
@@ -105,8 +137,8 @@ def called_directly(*tensors: torch.Tensor) -> bool:
     """True if an op on these tensors may be called without the dispatcher.
 
     That holds if the tensors are plain and no compiler, dispatch or function mode, functorch transform, level of dual
-    numbers or tracer is active. The public functions then call the result of :func:`direct`. This saves two passes
-    through the dispatcher, half of the host time of an op with a gradient. Otherwise they call the op.
+    numbers or tracer is active. It saves two passes through the dispatcher, half of the host time of an op with a
+    gradient.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
@@ -116,11 +148,10 @@ def called_directly(*tensors: torch.Tensor) -> bool:
         return False
     special = False
     for x in tensors:  # a loop and no generator: this runs in every call
-        special = special or type(x) not in _PLAIN or x.is_neg() or _is_wrapped(x)
+        special = special or type(x) not in PLAIN or x.is_neg() or _is_wrapped(x)
     return not special
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # functorch wrappers can outlive their transform, so it is not enough to check for active transforms. The module has no
 # type stub.
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
@@ -133,7 +164,7 @@ def transformed() -> bool:
 
 def has_values(*tensors: torch.Tensor) -> bool:
     """True if the values of these tensors can be read: no compiler, transform or subclass hides them."""
-    return not torch.compiler.is_compiling() and not transformed() and all(type(x) in _PLAIN for x in tensors)
+    return not torch.compiler.is_compiling() and not transformed() and all(type(x) in PLAIN for x in tensors)
 
 
 def batched(*tensors: torch.Tensor | None) -> bool:
@@ -141,28 +172,10 @@ def batched(*tensors: torch.Tensor | None) -> bool:
     return transformed() and any(x is not None and _functorch.is_batchedtensor(x) for x in tensors)
 
 
-def direct(function: type[torch.autograd.Function], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``function.apply(implementation, ...)`` for plain calls, see :func:`called_directly`.
-
-    The result calls the ``apply`` of the base class in C++. The ``apply`` of ``autograd.Function`` first searches for
-    transforms and looks at every argument, which takes a fifth of the host time of a call.
-    """
-    return functools.partial(_apply_of(function), implementation)
-
-
 def _apply_of(function: type[torch.autograd.Function]) -> Any:
     """``apply`` of a Function for one level of ``torch.func`` alone, as torch's rules for transforms call theirs."""
     # From 2.15 on torch looks at the class: a subclass of Function is refused inside a transform.
     base: Any = torch.autograd.function._SingleLevelFunction
     members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward")}
-    members["jvp"] = staticmethod(lambda *args: function.jvp(*args))  # looked up late: define() may come after direct()
+    members["jvp"] = staticmethod(function.jvp)
     return type(base)(function.__name__, (base,), members).apply
-
-
-def backward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
-    """Choose how an autograd Function calls an op: by the Python implementation or by the registered op.
-
-    That is the Python implementation for plain tensors, else the registered op. With ``create_graph=True`` it is the op
-    too, which knows its own derivative, or refuses it.
-    """
-    return implementation if not torch.is_grad_enabled() and called_directly(*tensors) else op

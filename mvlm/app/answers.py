@@ -78,7 +78,7 @@ def about_task(model: TrainedModel) -> str:
 
 def images_of_task(model: TrainedModel) -> int:
     """Images of a sample of the model's task; 0 without a task that predicts."""
-    if model.task is None or model.task.name == "retrieval":
+    if model.task is None or model.task.whole_batch:
         return 0
     return model.task.loader_options().get("strip", 1)
 

@@ -6,13 +6,15 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from mvlm.config.json_files import read_config
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 from mvlm.inference.encode import rerank_scores
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.folder import find_run
+from mvlm.runs.checkpoint import read_state
+from mvlm.runs.folder import find_checkpoint, find_run
+from mvlm.runs.load import open_named_data
 from mvlm.search.index import SearchIndex
 from mvlm.search.query import ImageReader, query_vector, search
-from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading import DataError, Dataset, open_dataset
 from mvlm_dataloading.dataset.description import read_description
 
 MOST_IMAGES = 1000
@@ -101,7 +103,16 @@ def open_gallery(model: TrainedModel, data: Path) -> DatasetGallery:
 
 
 def data_of_run(source: Path) -> Path | None:
-    """Data folder of a run or of one of its checkpoints; None if it is not here, or if `source` is no run."""
+    """Data folder of a run or of one of its checkpoints; None if it is not here, or if `source` is no run.
+
+    A run may come from others, and name any folder: it has to hold the data that the run was trained on.
+    """
     run = find_run(source)
-    data = Path() if run is None else Path(str(read_config(run.config).get("data", "")))
-    return data if run is not None and (data / "dataset.json").is_file() else None
+    if run is None:
+        return None
+    data = read_config(run.config).get("data")
+    trained_on = read_state(find_checkpoint(source)).get("loader", {}).get("fingerprint")
+    try:
+        return open_named_data(run.config, data, "train", trained_on).folder
+    except (RunError, DataError):
+        return None

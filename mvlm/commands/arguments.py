@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.errors import ConfigError
+from mvlm.terminal import say
+from mvlm_dataloading.untrusted import check_links, parse_json, read_regular, resolve_inside
 
 RENAMED = {
     "mvlm pretrain": {
@@ -139,7 +141,7 @@ def report_figures(figures: dict[str, Any], out: Path | None, **further: Any) ->
     """Print figures as JSON, and write them to `out`, if it is given, with `further` values behind them."""
     from mvlm_dataloading.files import write_json
 
-    print(json.dumps(figures, indent=1))
+    say(json.dumps(figures, indent=1))
     if out is not None:
         write_json(out, figures | further)
 
@@ -155,16 +157,21 @@ def check_replaced(out: Path | None, wanted: str, is_ours: Callable[[bytes], boo
         return
     if not out.name or out.is_dir():
         raise ConfigError(f"{flag}: wanted a file, got the folder {out}; name a file in it")
+    # A run of somebody else may hold a link in the place of a file that is written.
+    for folder in out.absolute().parents[:3]:
+        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+            check_links(folder)
+            resolve_inside(out, folder)
     # A device such as /dev/stdout is no file.
-    if out.is_file() and out.stat().st_size and not is_ours(out.read_bytes()):
+    if out.is_file() and out.stat().st_size and not is_ours(read_regular(out, "predictions")):
         raise ConfigError(f"{flag}: wanted a new file or {wanted}, got another file, {out}")
 
 
 def read_json(content: bytes) -> Any:
     """The value of a JSON document; None if it is not one."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return parse_json(content)
+    except ValueError:
         return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
+from mvlm.terminal import say
 from mvlm_dataloading.options import BuildOptions, ViewOptions
 from mvlm_dataloading.sources import all_sources
 
@@ -80,7 +81,7 @@ def build_source(source: "Source", out: Path, build: BuildOptions, common: Commo
             build_shards(source, out, build, **settings)
         else:
             build_part(source, out, part, build, **settings)
-    print(f"{out}: part {common.part} is complete" if part else summary(out))
+    say(f"{out}: part {common.part} is complete" if part else summary(out))
 
 
 def emoji(out: Path, /, size: int = 144) -> None:
@@ -93,7 +94,7 @@ def emoji(out: Path, /, size: int = 144) -> None:
     from mvlm_dataloading.build.packaged_sets import build_emoji
 
     build_emoji(out, size)
-    print(summary(out, "train", "validation", "test"))
+    say(summary(out, "train", "validation", "test"))
 
 
 def twemoji(out: Path, /, size: int = 144) -> None:
@@ -106,7 +107,7 @@ def twemoji(out: Path, /, size: int = 144) -> None:
     from mvlm_dataloading.build.packaged_sets import build_twemoji
 
     build_twemoji(out, size)
-    print(summary(out, "seen", "validation", "test"))
+    say(summary(out, "seen", "validation", "test"))
 
 
 def easy_vqa(out: Path, /) -> None:
@@ -118,7 +119,7 @@ def easy_vqa(out: Path, /) -> None:
     from mvlm_dataloading.build.packaged_sets import build_easy_vqa
 
     build_easy_vqa(out)
-    print(summary(out, "train", "validation", "test"))
+    say(summary(out, "train", "validation", "test"))
 
 
 def scenes(
@@ -149,7 +150,7 @@ def scenes(
     counts = {"train": train, "validation": validation, "test": test}
     build_scenes(out, **counts, seed=seed, tasks=tasks, workers=processes(workers))
     for task in tasks:
-        print(summary(out / task))
+        say(summary(out / task))
 
 
 def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None) -> None:
@@ -168,13 +169,13 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )
-    print(findings_table(shards, found))
+    say(findings_table(shards, found))
     problems = [problem for findings in found.values() for problem in findings.problems]
     for problem in problems[:20]:
-        print(f"problem: {problem}")
+        say(f"problem: {problem}")
     sheet = sheet or shards / "contact-sheet.png"
     try:
-        print(contact_sheet(shards, sheet))
+        say(contact_sheet(shards, sheet))
     except DataError:  # a split that cannot be opened is among the problems
         pass
     except OSError as error:  # data sets are checked on media that nobody can write to
@@ -200,7 +201,7 @@ def index(folder: Path, /, split: str | None = None, without_tars: bool = False)
 
     description = rebuild_indices(folder, split, without_tars=without_tars)
     left_out = "".join(f"; left out: {n} {reason}" for reason, n in description.get("rejected", {}).items())
-    print(f"{folder}: {counts(description)}{left_out}")
+    say(f"{folder}: {counts(description)}{left_out}")
 
 
 def merge(parts: tuple[Path, ...], out: Path, /) -> None:
@@ -213,7 +214,7 @@ def merge(parts: tuple[Path, ...], out: Path, /) -> None:
     from mvlm_dataloading.build.build import merge_parts
 
     merge_parts(parts, out)
-    print(summary(out))
+    say(summary(out))
 
 
 def view(
@@ -233,9 +234,9 @@ def view(
     from mvlm_dataloading.tools.view import make_view
 
     description = make_view(out, sources, selection, weights=weights)
-    print(f"{out}: {counts(description)}")
+    say(f"{out}: {counts(description)}")
     for reason, count in description["rejected"].items():
-        print(f"left out: {count} {reason}")
+        say(f"left out: {count} {reason}")
 
 
 def summary(out: Path, *splits: str) -> str:
@@ -243,9 +244,14 @@ def summary(out: Path, *splits: str) -> str:
     import json
 
     from mvlm_dataloading.dataset.description import read_description
-    from mvlm_dataloading.dataset.folders import RemoteFolder, is_remote
+    from mvlm_dataloading.dataset.folders import RemoteFolder
+    from mvlm_dataloading.untrusted import LIMITS
+    from mvlm_dataloading.urls import is_remote
 
-    written = json.loads(RemoteFolder(out).read("dataset.json")) if is_remote(out) else read_description(out)
+    if is_remote(out):
+        written = json.loads(RemoteFolder(out).read("dataset.json", LIMITS["dataset.json"]))
+    else:
+        written = read_description(out)
     samples = counts({"splits": {split: written["splits"][split] for split in splits or written["splits"]}})
     rejected = sum(written.get("rejected", {}).values())
     return f"{out}: {samples}" + (f"; {rejected} left out, listed in {out}/rejected.jsonl" if rejected else "")

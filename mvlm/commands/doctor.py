@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -41,10 +43,10 @@ def doctor(
     from mvlm.commands.machine_check import examine, warm_up
     from mvlm.commands.pretrain import parse_config
     from mvlm.config.pretrain import PretrainConfig
-    from mvlm.config.recipes import finetune_defaults
     from mvlm.device import choose_device
     from mvlm.errors import ConfigError
     from mvlm.tasks import task_names
+    from mvlm.tasks.recipes import finetune_defaults
 
     if not task and (checkpoint is not None or image_size is not None):
         raise ConfigError("wanted --checkpoint and --image-size with --task alone; name the task, or leave them out")
@@ -72,6 +74,6 @@ def doctor(
     chosen = choose_device(device)
     for finding in (*([warm_up(preset, chosen)] if warm else []), *examine(preset, run, out, chosen)):
         states.append(finding.state)
-        print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
+        say(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
     if "red" in states:
         sys.exit(1)

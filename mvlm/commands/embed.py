@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -30,17 +32,17 @@ def embed(
         precision: auto, bf16 or fp32.
     """
     from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
     from mvlm.search.collection import open_collection
     from mvlm.search.embed import embed as write
 
     with joined_ranks(device) as world:
-        model = run_on_all_ranks(world, lambda: load_model(checkpoint, world.device, precision))
+        model = run_on_all_ranks(world, lambda: load_without_head(checkpoint, world.device, precision))
         collection = run_on_all_ranks(world, lambda: open_collection(data, list(splits)))
         found = write(model, collection, out, world, str(checkpoint.resolve()))
         if world.first:
             counts = f"{found['images']:,} images and {found['texts']:,} texts, {found['rejected']} images left out"
-            print(f"{out}: {counts}")
+            say(f"{out}: {counts}")
 
 
 def export(
@@ -82,18 +84,18 @@ def export(
             raise ConfigError(f"{wrong[0]}: wanted --format hub beside it, got --format {format}; change one of them")
     elif mix is not None:
         raise ConfigError("mix: wanted another --format than hub, whose card describes the run; leave one of them out")
-    from mvlm.runs.load import load_model, mix_with_start
+    from mvlm.runs.load import load_without_head, mix_with_start
 
-    model = load_model(run, "cpu")
+    model = load_without_head(run, "cpu")
     if mix is not None:
         mix_with_start(model.network, run, mix)
     if format == "safetensors":
         model.save(out)
     else:
         for name, difference in model.export(out, format, hub_id=push_to, data=data).items():
-            print(f"{name}: largest difference from the network {difference:.1e}")
+            say(f"{name}: largest difference from the network {difference:.1e}")
     if push_to is not None and not dry_run:
         from mvlm.portable.hub import upload
 
-        print(upload(out, push_to, private))
-    print(out)
+        say(upload(out, push_to, private))
+    say(out)

@@ -3,19 +3,17 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from mvlm.config.finetune import TaskOptions
+from mvlm.tasks import stated
+from mvlm.terminal import say
 
 if TYPE_CHECKING:
     from mvlm.inference.trained_model import TrainedModel
     from mvlm_dataloading import Dataset
 
 # Commands import what they need when they run, so that --help and errors are immediate.
-
-OF_CAPTION = """
-        lengths: Number of lengths to try: a caption is written for each of the likeliest. Default: the run's.
-        iterations: Passes of mask-predict. Default: the run's.
-        choose_by: Figure that chooses among the lengths. Default: the run's."""
-"""Help of the options that `mvlm eval caption` alone has."""
 
 
 def eval_retrieval(
@@ -54,7 +52,7 @@ def eval_retrieval(
     from mvlm.evaluation.evaluate import default_rerank, format_table
     from mvlm.evaluation.workspace import SAME_WORK, open_workspace
     from mvlm.machine import describe_machine, package_versions
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
     from mvlm_dataloading import open_dataset
     from mvlm_dataloading.files import write_json
 
@@ -68,7 +66,7 @@ def eval_retrieval(
                     "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
                 )
             check_result_file(out)
-            model = load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
+            model = load_without_head(checkpoint, world.device, image_size=image_size, text_length=text_length)
             dataset = open_dataset(data, split)
             return model, dataset, open_dataset(data, "train") if "train" in dataset.splits else None
 
@@ -97,11 +95,12 @@ def eval_retrieval(
             if world.first:
                 if out is not None:
                     write_json(out, figures)
-                print(format_table(figures))
+                say(format_table(figures))
 
 
 def eval_task(task: str) -> Callable[..., None]:
     """The command `mvlm eval TASK` of a task, by its name or its Python file."""
+    options = stated(task, "prediction_options")
 
     def evaluate(
         *,
@@ -111,14 +110,13 @@ def eval_task(task: str) -> Callable[..., None]:
         out: Path | None = None,
         predictions: Path | None = None,
         device: str = "auto",
-        lengths: int | None = None,
-        iterations: int | None = None,
-        choose_by: Literal["itm", "likelihood"] | None = None,
+        **changes: Any,
     ) -> None:
         from mvlm.commands.arguments import check_no_input, check_replaced, check_result_file, report_figures
+        from mvlm.config.ranges import check_values
         from mvlm.distributed.coordination import joined_ranks, run_on_all_ranks
-        from mvlm.errors import ConfigError
-        from mvlm.tasks.evaluate import evaluate_task, find_task
+        from mvlm.tasks.evaluate import evaluate_task
+        from mvlm.tasks.load import find_task
         from mvlm.tasks.score import are_predictions, write_predictions
         from mvlm_dataloading import open_dataset
 
@@ -129,12 +127,9 @@ def eval_task(task: str) -> Callable[..., None]:
                 check_replaced(
                     predictions, "earlier predictions", lambda old: are_predictions(task, old), "predictions"
                 )
-            for name, number in (("lengths", lengths), ("iterations", iterations)):
-                if number is not None and number < 1:
-                    raise ConfigError(f"{name}: wanted at least 1, got {number}")
+            check_values(TaskOptions(**given))
 
-        options = {"lengths": lengths, "iterations": iterations, "choose_by": choose_by}
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in changes.items() if value is not None}
         with joined_ranks(device) as world:
             run_on_all_ranks(world, check)
             kind = run_on_all_ranks(world, lambda: find_task(task))
@@ -146,10 +141,16 @@ def eval_task(task: str) -> Callable[..., None]:
                     dataset = open_dataset(data, split)
                     write_predictions(predictions, task, records, [dataset.metadata(i) for i in range(len(dataset))])
 
-    hidden = () if task == "caption" else ("lengths", "iterations", "choose_by")
+    types: dict[str, Any] = get_type_hints(TaskOptions)
     signature = inspect.signature(evaluate)
-    shown = [p for name, p in signature.parameters.items() if name not in hidden]
+    *shown, further = signature.parameters.values()
+    shown += [
+        further.replace(name=name, kind=further.KEYWORD_ONLY, default=None, annotation=types[name] | None)
+        for name in options
+    ]
     evaluate.__signature__ = signature.replace(parameters=shown)  # pyright: ignore[reportFunctionMemberAccess]
+    evaluate.__annotations__ = {p.name: p.annotation for p in shown}
+    help_of_options = "".join(f"\n        {name}: {text} Default: the run's." for name, text in options.items())
     evaluate.__name__ = f"eval_{task}"
     evaluate.__doc__ = f"""Evaluate a run of `mvlm finetune {task}` on a data set.
 
@@ -159,7 +160,7 @@ def eval_task(task: str) -> Callable[..., None]:
         split: Split to evaluate on.
         out: JSON file for the figures and the predictions. Default: print the figures only.
         predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
-        device: auto, cpu or cuda.{OF_CAPTION if task == "caption" else ""}
+        device: auto, cpu or cuda.{help_of_options}
     """
     return evaluate
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mvlm.tasks import task_names
+from mvlm.terminal import say
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -16,13 +17,13 @@ def finetune(arguments: Sequence[str]) -> None:
     Recipes: tiny (the default), for two CPU cores; base, for a model of the paper's size.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")
+        say(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")
         return
     import tyro
 
     from mvlm.commands.pretrain import parse_settings
-    from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
+    from mvlm.tasks.recipes import finetune_defaults
 
     if arguments[0] not in task_names() and not arguments[0].endswith(".py"):
         raise ConfigError(

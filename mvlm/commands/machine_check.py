@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from mvlm.model import attention_backends as backends
 from mvlm.tasks import finetune
 from mvlm.training import run as pretraining
 from mvlm.training.metrics import memory_mb
+from mvlm.training.warm_up import compile_in_processes
 from mvlm_dataloading import DataError, open_dataset
 
 SLOW_DISK_MB_PER_S = 50.0
@@ -74,11 +73,8 @@ def warm_up(preset: str, device: torch.device) -> Finding:
     """Compile the kernels of a step in processes of their own; red if one fails."""
     if device.type != "cuda":
         return Finding("amber", "kernels", "not compiled: there is no GPU, and a CPU runs torch")
-    major, minor = torch.cuda.get_device_capability(device)
-    command = [sys.executable, "-m", "mvlm.costs.step_kernels", "--preset", preset, "--arch", f"sm_{major}{minor}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
-    said = (done.stdout or done.stderr).strip().splitlines() or ["no output"]
-    return Finding("red", "kernels", said[0]) if done.returncode else Finding("green", "kernels", said[-1])
+    good, said = compile_in_processes(["--preset", preset], device)
+    return Finding("green" if good else "red", "kernels", said)
 
 
 def versions() -> Finding:

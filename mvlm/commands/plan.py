@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 from mvlm.config.groups import FULL, Learning, PartSettings
 from mvlm.config.ranges import check_values
+from mvlm.terminal import say
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -22,6 +24,7 @@ def plan(
     accumulate: int = 1,
     checkpoint_activations: bool = False,
     parallel: str = "ddp",
+    capture: Literal["none", "cuda-graphs"] = "none",
     mfu: float = 0.4,
     inter_node: float = 0.0,
     loader_rate: float = 0.0,
@@ -50,6 +53,7 @@ def plan(
         accumulate: Microbatches per step on each GPU.
         checkpoint_activations: Recompute each block in backward instead of keeping its activations.
         parallel: ddp or fsdp.
+        capture: Capture of the step; cuda-graphs takes memory for the graphs.
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
         inter_node: Measured rate from a GPU to other nodes, in GB/s each way. 0: that of the data sheet.
         loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
@@ -98,6 +102,7 @@ def plan(
         accumulate=accumulate,
         checkpointed=checkpoint_activations,
         sharded=parallel == "fsdp",
+        graphs=capture == "cuda-graphs",
         mfu=mfu,
         inter_node=inter_node * 1e9,
         parts=PartSettings(
@@ -105,6 +110,11 @@ def plan(
         ),
     )
     check_values(setting.parts)
+    if setting.graphs and (setting.ranks > 1 or accumulate > 1 or checkpoint_activations or task):
+        raise ConfigError(
+            "plan: wanted pretraining on one GPU with --capture cuda-graphs, without --accumulate and "
+            "--checkpoint-activations; leave --capture out"
+        )
     if setting.sharded and setting.parts != FULL:
         raise ConfigError("plan: wanted --parallel ddp with frozen parts or adapters, whose FSDP2 is not counted")
     if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
@@ -116,10 +126,10 @@ def plan(
             raise ConfigError("plan: wanted no --loader-rate with --task, whose plan has no loader; leave it out")
         if setting.sharded:
             raise ConfigError("plan: wanted --parallel ddp with --task, which plans DDP; leave --parallel out")
-        print(format_task_plan(task, setting, parse_count(data), epochs))
+        say(format_task_plan(task, setting, parse_count(data), epochs))
     else:
-        print(format_plan(setting, parse_count(data), epochs, loader_rate))
+        say(format_plan(setting, parse_count(data), epochs, loader_rate))
     if evaluation:
         from mvlm.costs.evaluation_cost import format_evaluation
 
-        print(format_evaluation(setting, *evaluation))
+        say(format_evaluation(setting, *evaluation))

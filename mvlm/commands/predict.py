@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -44,7 +46,7 @@ def predict(
     """
     from mvlm.commands.arguments import check_no_input
     from mvlm.errors import ConfigError, RunError
-    from mvlm.tasks.evaluate import load_model
+    from mvlm.tasks.load import load_model
     from mvlm.tasks.predict import FORMATS, predicted, questions_of, write_rows
 
     if out is not None and (out.suffix not in FORMATS or out.is_dir()):
@@ -59,13 +61,13 @@ def predict(
         rows.append(row)
         if out is None and "error" not in row:  # which has been logged
             values = [" ".join(value) if isinstance(value, list) else str(value) for value in row.values()]
-            print("\t".join(values), flush=True)
+            say("\t".join(values), flush=True)
     wrong = sum("error" in row for row in rows)
     if wrong == len(rows):
         raise RunError(f"images: wanted one that can be used, found none of {wrong}; check the files")
     if out is not None:
         write_rows(rows, out)
-        print(f"{out}: {len(rows) - wrong:,} predictions" + (f", {wrong:,} images left out" if wrong else ""))
+        say(f"{out}: {len(rows) - wrong:,} predictions" + (f", {wrong:,} images left out" if wrong else ""))
 
 
 def reconstruct(
@@ -96,7 +98,8 @@ def reconstruct(
     from PIL import Image
 
     from mvlm.errors import ConfigError
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
+    from mvlm_dataloading.files import replaced
 
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ConfigError(f"out: wanted a .png file to write, got {out}")
@@ -104,13 +107,14 @@ def reconstruct(
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
     if not out.parent.is_dir():
         raise ConfigError(f"out: wanted a file in a folder that is there, found no folder {out.parent}; make it first")
-    model = load_model(checkpoint, image_size=image_size)
+    model = load_without_head(checkpoint, image_size=image_size)
     found = model.reconstruct(image, caption, seed=seed, steps=steps)
     panels = [found.image, found.masked, found.rebuilt]
     if wrong_caption is not None:
         panels.append(model.reconstruct(image, wrong_caption, seed=seed, steps=steps).rebuilt)
-    Image.fromarray(np.concatenate(panels, axis=1)).save(out)
-    print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
+    with replaced(out) as aside:
+        Image.fromarray(np.concatenate(panels, axis=1)).save(aside, "PNG")
+    say(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 
 
 def fill(
@@ -127,12 +131,12 @@ def fill(
         image_size: Side in pixels at which the model sees the image; position embeddings are resized. Default: as
             trained.
     """
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
 
-    model = load_model(checkpoint, image_size=image_size)
+    model = load_without_head(checkpoint, image_size=image_size)
     for number, guesses in enumerate(model.fill(caption, image, top, steps).guesses, 1):
         shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
-        print(f"[MASK] {number}: {shown}")
+        say(f"[MASK] {number}: {shown}")
 
 
 @contextlib.contextmanager
@@ -201,7 +205,7 @@ def app(
         from mvlm.app.page import build_page  # fails without gradio, before anything is loaded
         from mvlm.app.server import check_address, start
         from mvlm.search.index import open_index
-        from mvlm.tasks.evaluate import load_model
+        from mvlm.tasks.load import load_model
 
         check_address(host, port)
         model = load_model(source, device, task=task)
@@ -211,11 +215,11 @@ def app(
         else:
             gallery = open_gallery(model, data) if data is not None else None
             if gallery is None:
-                print(f"{source}: its data are not here, so there is no search; give --data or --index")
+                say(f"{source}: its data are not here, so there is no search; give --data or --index")
         page = build_page(model, gallery, Path(source).name)
         server = start(page, host, port, allow_host)
         try:
-            print(f"{server.url}  (Ctrl-C ends it)\n{about_task(model)}", flush=True)
+            say(f"{server.url}  (Ctrl-C ends it)\n{about_task(model)}", flush=True)
             server.wait()
         except KeyboardInterrupt:
             pass

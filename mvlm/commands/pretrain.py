@@ -13,6 +13,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import NO_FLAG
 from mvlm.errors import ConfigError
+from mvlm.terminal import say
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -26,7 +27,7 @@ def pretrain(arguments: Sequence[str]) -> None:
     Further settings override it.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"{pretrain.__doc__}\nAll settings of a preset: mvlm pretrain PRESET --help")
+        say(f"{pretrain.__doc__}\nAll settings of a preset: mvlm pretrain PRESET --help")
         return
     config = parse_config(arguments)
     from mvlm.training.freed_memory import keep_freed_memory

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -20,7 +22,6 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
         out: File to write. Default: report.html in the run folder, or compare.html in the first one.
     """
     from mvlm.commands.arguments import check_page
-    from mvlm.runs.folder import RunFolder
 
     check_page(out)
     if others:
@@ -30,11 +31,11 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
             raise ConfigError("data: a comparison of runs shows no examples; leave --data out, or name one run")
         from mvlm.report.comparison import write_comparison
 
-        print(write_comparison([run, *others], out or RunFolder(run).comparison))
+        say(write_comparison([run, *others], out))
         return
     from mvlm.report.page import write_report
 
-    print(write_report(run, data, out))
+    say(write_report(run, data, out))
 
 
 def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: str = "auto") -> None:
@@ -58,7 +59,7 @@ def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: st
     for check in verify_run(run, data, steps=steps, device=device):
         failed += len(check.problems)
         shown = [*check.problems[:5], *([f"and {len(check.problems) - 5} more"] if len(check.problems) > 5 else [])]
-        print("\n".join(f"no   {problem}" for problem in shown) or f"yes  {check.what}", flush=True)
-    print("verified" if not failed else "not verified")
+        say("\n".join(f"no   {problem}" for problem in shown) or f"yes  {check.what}", flush=True)
+    say("verified" if not failed else "not verified")
     if failed:
         sys.exit(1)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -17,7 +19,7 @@ def index(embeddings: Path, index: str, /, method: str = "auto") -> None:
     from mvlm.search.index import create_index
 
     made = create_index(embeddings, index, method)
-    print(f"{index}: {made.count('images'):,} images and {made.count('texts'):,} texts")
+    say(f"{index}: {made.count('images'):,} images and {made.count('texts'):,} texts")
 
 
 def query(
@@ -31,6 +33,7 @@ def query(
     rerank: int = 0,
     where: str | None = None,
     checkpoint: Path | None = None,
+    source: tuple[str, ...] = (),
     json: Path | None = None,
     html: Path | None = None,
     device: str = "auto",
@@ -46,6 +49,7 @@ def query(
         rerank: Candidates that ITM re-ranks; images need a text in the query, texts an image.
         where: SQL condition on the columns of the index, for example "split = 'test'".
         checkpoint: Model of the index. Default: where it was when its embeddings were made.
+        source: URLs of embedded collections that the index names, to read their images for --rerank and --html.
         json: File for the answers, as a JSON list.
         html: File for a page of thumbnails.
         device: auto, cpu or cuda.
@@ -53,10 +57,11 @@ def query(
     from mvlm.commands.arguments import check_no_input, check_page, check_replaced, read_json
     from mvlm.errors import ConfigError
     from mvlm.report.html import thumbnail, write_page
-    from mvlm.runs.load import load_model
+    from mvlm.runs.load import load_without_head
     from mvlm.search.index import open_index
     from mvlm.search.query import ImageReader, search
     from mvlm_dataloading.files import write_json
+    from mvlm_dataloading.untrusted import printable
 
     check_no_input(html, image, json, flag="html")
     check_no_input(json, image, flag="json")
@@ -67,10 +72,10 @@ def query(
         checkpoint = Path(opened.about["checkpoint"] or "an unknown place")
         if not checkpoint.exists():
             raise ConfigError(f"checkpoint: the index's model was at {checkpoint}, found none there; give --checkpoint")
-    model = load_model(checkpoint, device)
-    hits = search(model, opened, text, image, kind=of, top=top, rerank=rerank, where=where)
+    model = load_without_head(checkpoint, device)
+    hits = search(model, opened, text, image, kind=of, top=top, rerank=rerank, where=where, sources=source)
     if html is not None:
-        images = ImageReader(opened)
+        images = ImageReader(opened, source)
         answers = [(hit, thumbnail(images.read(hit))) for hit in hits]
         query_image = None if image is None else thumbnail(image)
         write_page(html, "answers.html", title=text or str(image), query_image=query_image, answers=answers)
@@ -79,9 +84,10 @@ def query(
     captions = [hit.text for hit in hits] if of == "texts" else opened.first_captions(hits)
     for number, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1):
         score = "" if hit.score is None else f"  re-ranked {hit.score:.2f}"
-        print(f"{number:3}  {hit.similarity:.3f}{score}  {hit.name}{'  ' + caption if caption else ''}")
+        shown = f"{printable(hit.name)}{'  ' + printable(caption) if caption else ''}"
+        say(f"{number:3}  {hit.similarity:.3f}{score}  {shown}")
     if not hits:
-        print("no answer")
+        say("no answer")
 
 
 def add(embeddings: Path, index: str, /) -> None:
@@ -94,7 +100,7 @@ def add(embeddings: Path, index: str, /) -> None:
     from mvlm.search.index import open_index
 
     added = open_index(index).add(embeddings)
-    print(f"{index}: added or replaced {added['images']:,} images and {added['texts']:,} texts")
+    say(f"{index}: added or replaced {added['images']:,} images and {added['texts']:,} texts")
 
 
 def remove(index: str, /, *, where: str) -> None:
@@ -108,4 +114,4 @@ def remove(index: str, /, *, where: str) -> None:
     from mvlm.search.index import open_index
 
     removed = open_index(index).remove(where)
-    print(f"{index}: removed {removed['images']:,} images and {removed['texts']:,} texts")
+    say(f"{index}: removed {removed['images']:,} images and {removed['texts']:,} texts")

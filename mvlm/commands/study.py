@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from mvlm.terminal import say
+
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
@@ -39,6 +41,7 @@ def study(
     from mvlm.studies.run import report_finished, run_jobs, run_study
     from mvlm.studies.study import read_study
     from mvlm.training.freed_memory import keep_freed_memory
+    from mvlm_dataloading.urls import is_remote, normal_url, with_credentials
 
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
@@ -55,11 +58,12 @@ def study(
     if partial:
         page = report_finished(description, data, out, reuse, checkpoint)
     elif jobs > 1:
-        words = [file, "--data", data, "--out", out, *(["--checkpoint", checkpoint] if checkpoint else [])]
+        place = with_credentials(normal_url(data)) if is_remote(data) else data
+        words = [file, "--data", place, "--out", out, *(["--checkpoint", checkpoint] if checkpoint else [])]
         run_jobs(list(map(str, [*words, *(["--reuse", *reuse] if reuse else [])])), shares, jobs)
         return
     else:
         keep_freed_memory("auto")
         page = run_study(description, data, out, shares, reuse, checkpoint)
     if page is not None:
-        print(f"{out / 'study.csv'}\n{page}")
+        say(f"{out / 'study.csv'}\n{page}")

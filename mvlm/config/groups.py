@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, NO_FLAG, Range, check_values
 from mvlm.errors import ConfigError
+from mvlm_dataloading.urls import is_remote, normal_url
 
 Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
@@ -240,6 +241,10 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     def __post_init__(self) -> None:
         check_values(self)
+        for name in ("data", "also_evaluate"):  # config.json and everything else that names it has no password
+            place = getattr(self, name, None)
+            if place is not None and is_remote(place):
+                object.__setattr__(self, name, Path(normal_url(place)))
         if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -320,6 +325,11 @@ class ForgettingSettings:
     also_evaluate: Path | None = None
     """A data set, such as the one that `initial_model` was trained on. Its validation split is ranked by ITC before the
     first step and after the last."""
+
+
+MAX_GRAPHS = 8
+"""Most CUDA graphs at a time. Each keeps a copy of the gradients and its inputs. They share all other memory, a pool
+that no eager step can use."""
 
 
 @settings(resume_may_change=False)

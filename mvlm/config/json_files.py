@@ -11,6 +11,8 @@ from mvlm.config.groups import RunConfig, resume_may_change
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import ConfigError, RunError
+from mvlm.untrusted import read_json
+from mvlm_dataloading.urls import is_remote, normal_url
 
 Config = TypeVar("Config", bound=RunConfig)
 RENAMED_FIELDS = {"eval_pictures": "eval_images"}
@@ -81,11 +83,9 @@ def model_config(values: Any, where: str) -> MaskVLMConfig:
 def read_model_config(file: Path) -> MaskVLMConfig:
     """Read the configuration of a model from its JSON file. RunError, which names the file once, if it is not one."""
     try:
-        return model_config(json.loads(file.read_text()), str(file))
+        return model_config(read_json(file, "settings", "the settings of a MaskVLM"), str(file))
     except ConfigError as error:
         raise RunError(str(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{file}: wanted the settings of a MaskVLM, got {error}; restore the file") from None
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -93,17 +93,15 @@ def read_config(file: Path) -> dict[str, Any]:
 
     RunError for a file that is missing, not readable or of another version.
     """
+    from mvlm.schemas import RunSettings
+
     try:
-        values = json.loads(file.read_text())
-        version = values["format_version"]
+        values = read_json(file, "settings", "the configuration of a run", RunSettings)
     except OSError as error:
         raise RunError(
             f"{file}: wanted the configuration of a run, could not read it ({error.strerror}); check the path"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise RunError(
-            f"{file}: wanted the configuration of a run, found no JSON with a format_version; name a run's config.json"
-        ) from None
+    version = values["format_version"]
     if version == 2:
         values = upgrade_version_2(values)
     elif version != FORMAT_VERSION:
@@ -111,6 +109,9 @@ def read_config(file: Path) -> dict[str, Any]:
             f"{file}: wanted a configuration of version 2 or {FORMAT_VERSION}, got version {version}; "
             f"use the mvlm that wrote it"
         )
+    for name in ("data", "also_evaluate"):  # versions before 0.4 kept passwords there
+        if isinstance(values.get(name), str) and is_remote(values[name]):
+            values[name] = normal_url(values[name])
     model = values.get("model")
     return without_removed(values) | ({"model": without_removed(model, "model.")} if isinstance(model, dict) else {})
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from mvlm.config.groups import FULL, PartSettings
+from mvlm.config.groups import FULL, MAX_GRAPHS, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
 from mvlm.errors import ConfigError
@@ -116,6 +116,8 @@ class ClusterSetting:
     checkpointed: bool = False
     sharded: bool = False
     """FSDP2 instead of DDP."""
+    graphs: bool = False
+    """Steps are replayed from CUDA graphs."""
     parts: PartSettings = FULL
     """How much of each part of the model learns; all of it with FSDP2."""
     mfu: float = 0.4
@@ -218,6 +220,8 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
         config = setting.model
         outside = 4 * config.width * (2 * config.vocab_size + config.patch_values + 4 * config.width)
         rows["gathered parameters"] = outside + 2 * 4 * 16 * config.width**2
+    if setting.graphs:  # beside the memory of eager steps, which the first batch of each shape takes
+        rows |= {"graphs: activations": cost.peak, f"graphs: gradients of at most {MAX_GRAPHS}": MAX_GRAPHS * learned}
     return rows | {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
 
 
@@ -429,7 +433,8 @@ def memory_table(setting: ClusterSetting, cost: StepCost) -> list[str]:
     """Memory of one GPU by part, and whether it fits."""
     parts, room = gpu_memory(setting, cost), NODES[setting.gpu].memory
     total = sum(parts.values())
-    fits = "" if total < 0.9 * room else "   DOES NOT FIT: more microbatches or checkpointed activations"
+    way_out = "a smaller batch, or no graphs" if setting.graphs else "more microbatches or checkpointed activations"
+    fits = "" if total < 0.9 * room else f"   DOES NOT FIT: {way_out}"
     return [
         "Memory per GPU, GB",
         *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),

@@ -6,12 +6,11 @@ separate formula.
 """
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from mvlm.config.groups import FULL, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
-from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
+from mvlm.distributed.collectives import GlobalBatchLayout
 from mvlm.distributed.exchange import plan_exchange
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
@@ -40,6 +39,7 @@ from mvlm.objectives.negatives import NegativeSampling
 from mvlm.objectives.pretraining import ALL
 from mvlm.objectives.step import Objective
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels.gelu_linear.room import saving_none
 
 
 def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int) -> tuple[Batch, Masks]:
@@ -131,10 +131,10 @@ class MemoryTracker(TorchDispatchMode):
         self._held_by_part: dict[str, int] = {}
         self._held = 0
         self.flops = 0
+        self.backward_flops = 0
+        """Those of them in backward passes."""
         self.peak = 0
         self.parts: dict[str, int] = {}
-        self.stage = BETWEEN_BLOCKS
-        """Origin of a storage that no block makes."""
 
     def track_blocks(self, model: nn.Module) -> None:
         """Attribute storages to the block that is running when they are made."""
@@ -157,7 +157,9 @@ class MemoryTracker(TorchDispatchMode):
             return self._drawn_tokens
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in COUNTED:
-            self.flops += COUNTED[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            flops = COUNTED[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self.flops += flops
+            self.backward_flops += flops if _in_backward() else 0
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())
@@ -167,7 +169,7 @@ class MemoryTracker(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key in self._known or not size:
             return
-        part = self._running[0] if self._running and self.stage != BACKWARD else self.stage
+        part = BACKWARD if _in_backward() else self._running[0] if self._running else BETWEEN_BLOCKS
         self._known.add(key)
         weakref.finalize(storage, self._free, key, part, size)
         self._held += size
@@ -181,6 +183,11 @@ class MemoryTracker(TorchDispatchMode):
         self._held_by_part[part] -= size
 
 
+def _in_backward() -> bool:
+    """True while autograd runs a backward pass, also in the blocks that it recomputes."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class GpuLayerNorm(TorchFunctionMode):
     """LayerNorm in fp32, as in CUDA's autocast. The CPU's autocast leaves it in bf16."""
 
@@ -190,10 +197,21 @@ class GpuLayerNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class KnownNumbers(TorchFunctionMode):
+    """Supplies what `HostNumbers.read` reads: a fake tensor's `tolist` asks for one `item` after another."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__()
+        self._numbers = itertools.cycle(numbers)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return next(self._numbers) if func is Tensor.item else func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def _choices_of_a_gpu() -> Iterator[None]:
     """Context in which tensors on the CPU are computed and kept as on a GPU."""
-    with GpuLayerNorm(), patch.object(import_module("mvlm_kernels.gelu_linear"), "KEPT_ON", ()):
+    with GpuLayerNorm(), saving_none():
         yield
 
 
@@ -214,11 +232,10 @@ def fake_step(
     model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
     if shape.checkpointed:
         checkpoint_activations(model)
-    numbers = uniform_draws(shape)
     world = World(0, shape.ranks, 0, CPU)
     with (
         simulated_ranks(shape.ranks),
-        patch.object(HostNumbers, "read", lambda _: numbers),
+        KnownNumbers(uniform_draws(shape)),
         FakeTensorMode(),
     ):
         give_fake_tensors(model)
@@ -270,35 +287,19 @@ def counted(model: nn.Module, step: Callable[[], object], rows: int, gpu: bool) 
     with MemoryTracker(rows) as tracker, _choices_of_a_gpu() if gpu else contextlib.nullcontext():
         tracker.ignore([*model.parameters(), *model.buffers()])
         tracker.track_blocks(model)
-        with _count_backward(tracker) as backward_flops:
-            step()
-        total, backward = tracker.flops, sum(backward_flops)
+        step()
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {name: size for name, size in tracker.parts.items() if size}
-    return StepCost(parameters, trained, total - backward, backward, tracker.peak, parts)
+    forward = tracker.flops - tracker.backward_flops
+    return StepCost(parameters, trained, forward, tracker.backward_flops, tracker.peak, parts)
 
 
 def autocast_of(shape: StepShape) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=shape.bf16)
 
 
-@contextlib.contextmanager
-def _count_backward(tracker: MemoryTracker) -> Iterator[list[int]]:
-    """Context that tells `tracker` when a backward pass runs. It yields a list of the FLOPs of each pass."""
-    run, counts = torch.autograd.backward, []
-
-    def backward(*args: Any, **kwargs: Any) -> None:
-        before, tracker.stage = tracker.flops, BACKWARD
-        run(*args, **kwargs)
-        counts.append(tracker.flops - before)
-        tracker.stage = BETWEEN_BLOCKS
-
-    with patch("torch.autograd.backward", backward):
-        yield counts
-
-
-def uniform_draws(shape: StepShape) -> list[list[list[int]]]:
+def uniform_draws(shape: StepShape) -> list[int]:
     """Numbers of rows that rank 0 exchanges in each microbatch, if each image and each caption is drawn once.
 
     That is the mean of draws in which all are equally likely, without its scatter.
@@ -310,7 +311,7 @@ def uniform_draws(shape: StepShape) -> list[list[list[int]]]:
     lengths = torch.full_like(texts, shape.tokens)
     starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
     plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
-    return [[splits.numbers.tolist() for splits in both] for both in plans]
+    return [number for both in plans for splits in both for number in splits.numbers.tolist()]
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:

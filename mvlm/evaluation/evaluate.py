@@ -1,6 +1,5 @@
 """Evaluation without training: retrieval, cross-modal gain, and the trivial predictors to compare with."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from mvlm.evaluation.retrieval import (
 )
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.untrusted import read_json
 from mvlm_dataloading import Dataset, Tokenizer
 from mvlm_dataloading.captions import repeats
 
@@ -150,10 +150,11 @@ def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dic
         RunError: there is no such file, it is something else, or it lacks a figure that is read inside the `with`
             block.
     """
-    if not file.is_file():
+    if not file.exists():
         raise RunError(f"{file}: wanted the run's evaluation, found none; first run `{command}`")
+    found = read_json(file, "figures", f"the figures that `{command}` writes")
     try:
-        yield json.loads(file.read_text())
+        yield found
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise RunError(
             f"{file}: wanted the figures that `{command}` writes, got {error!r}; evaluate the run again"

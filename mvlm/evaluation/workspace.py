@@ -19,8 +19,9 @@ from torch import Tensor
 from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
-from mvlm.files import LOCK, lock_folder, read_plan
+from mvlm.files import LOCK, lock_folder
 from mvlm.progress import WorkProgress
+from mvlm.untrusted import read_plan
 from mvlm_dataloading import DataError
 from mvlm_dataloading.files import aside_of, write_json
 
@@ -57,7 +58,7 @@ class StoredArray:
             self._mapped = torch.zeros(shape, dtype=dtype)
         else:
             # For writing alone: NFS would read the rest of a page first, and write back what other nodes' rows were.
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             os.ftruncate(self._file, shape[0] * self._row_bytes)  # every rank does; it changes nothing but the size
 
     @property

@@ -5,17 +5,17 @@ Shape legend: B batch, n images of a sample, S image side.
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
 from mvlm.errors import ConfigError, RunError, shown
 from mvlm.inference.encode import packed_tokens
 from mvlm.inference.images import ImageLike, Images, each_image, is_single_image, load_image
 from mvlm.inference.texts import Texts, checked_texts, each_text
+from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm_dataloading import Batch, Tokenizer
 
 Strips = Images | Iterable[Sequence[ImageLike]]
@@ -24,34 +24,16 @@ Sample = tuple[Sequence[ImageLike], str]
 """The n images of a sample, and its text."""
 
 
-class TaskWithHead(Protocol):
-    """What a trained model asks of its task, an `mvlm.tasks.task.Task`."""
-
-    name: ClassVar[str]
-    shares: ClassVar[bool]
-    reads_texts: ClassVar[bool]
-
-    @property
-    def config(self) -> MaskVLMConfig: ...
-
-    @property
-    def log_scale(self) -> Tensor: ...
-
-    def loader_options(self) -> dict[str, Any]: ...
-
-    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]: ...
-
-
 @torch.no_grad()
 def predictions(
-    task: TaskWithHead,
+    task: Any,
     tokenizer: Tokenizer,
     images: Strips,
     texts: Texts | None,
     batch_size: int,
     precision: str,
 ) -> Iterator[dict[str, Any]]:
-    """A prediction for each sample, in order: `TrainedModel.predict`."""
+    """A prediction of an `mvlm.tasks.task.Task` for each sample, in order: `TrainedModel.predict`."""
     options = task.loader_options()
     length = options.get("text_length", task.config.text_length)
     device, first = task.log_scale.device, 0
@@ -69,11 +51,11 @@ def predictions(
         pixels, of = torch.stack([x for _, x in loaded.values()]), [row[id(sample)] for sample, _ in chunk]
         batch = _batch(pixels, of, packed_tokens(lines, tokenizer, length), task.shares)
         with autocast(device, precision):
-            yield from task.predict(batch.to(device), "fast")
+            yield from task.predict(batch.to(device), IMPLEMENTATIONS["fast"])
         first += len(chunk)
 
 
-def _rows(task: TaskWithHead, images: Strips, texts: Texts | None, together: int) -> Iterator[Sample]:
+def _rows(task: Any, images: Strips, texts: Texts | None, together: int) -> Iterator[Sample]:
     """The samples, each n images and a text. One image goes with each of several texts, one text with each image."""
     if task.reads_texts == (texts is None):
         wanted = "a text for each image" if task.reads_texts else "no text"

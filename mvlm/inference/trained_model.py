@@ -23,7 +23,7 @@ from mvlm.errors import ConfigError, whole_number
 from mvlm.evaluation.evaluate import Evaluation, default_rerank, evaluate
 from mvlm.evaluation.workspace import Workspace
 from mvlm.files import new_folder
-from mvlm.inference.answers import Strips, TaskWithHead, predictions
+from mvlm.inference.answers import Strips, predictions
 from mvlm.inference.attention_maps import AttentionMaps, matching_gradcam, word_maps, word_spans
 from mvlm.inference.encode import (
     BATCH,
@@ -128,8 +128,8 @@ class TrainedModel:
     """auto, bf16 or fp32 (`mvlm.device.autocast`)."""
     source: Path | None
     """Checkpoint or exported folder that it was loaded from, if any."""
-    task: TaskWithHead | None
-    """The task that it was fine-tuned for, with its head; None without one."""
+    task: Any
+    """The `mvlm.tasks.task.Task` that it was fine-tuned for, with its head; None without one."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class TrainedModel:
         tokenizer: Tokenizer,
         precision: str = "auto",
         source: Path | None = None,
-        task: TaskWithHead | None = None,
+        task: Any = None,
     ) -> None:
         self.network, self.tokenizer, self.precision, self.source = network.eval(), tokenizer, precision, source
         self.task = task
@@ -296,10 +296,10 @@ class TrainedModel:
         self.task_for("caption", "caption")
         return self.predict(image)[0]["caption"]
 
-    def task_for(self, what: str, name: str | None = None) -> TaskWithHead:
+    def task_for(self, what: str, name: str | None = None) -> Any:
         """The task, for a method or command `what`. ConfigError if there is none with predictions, or not `name`'s."""
         task = self.task
-        if task is None or task.name == "retrieval" or name not in (None, task.name):
+        if task is None or task.whole_batch or name not in (None, task.name):
             found = "one without a task's head" if task is None else f"one of {task.name}"
             wanted = name or "TASK"
             raise ConfigError(

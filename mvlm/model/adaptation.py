@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from mvlm.config.groups import PartSettings
 from mvlm.model.network import MaskVLMNetwork
+from mvlm_kernels.dispatch import without_autocast
 
 PARTS = {
     "image": ("image_encoder",),
@@ -35,7 +36,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # the sum keeps the digits that a product rounds off
+        with without_autocast(weight.device):  # the sum keeps the digits that a product rounds off
             return torch.addmm(weight, self.b, self.a, alpha=self.scale)
 
 

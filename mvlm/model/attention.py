@@ -20,6 +20,7 @@ from mvlm.device import compute_dtype
 from mvlm.model.packing import Packing
 from mvlm_kernels import add_layer_norm, gelu_linear
 from mvlm_kernels.cross_attention import attend_heads
+from mvlm_kernels.dispatch import without_autocast
 from mvlm_kernels.split_linear import split_linear
 
 
@@ -48,7 +49,7 @@ def adds_bias_later(device: torch.device) -> bool:
 
     On a GPU the next op is a kernel that gives the bias's gradient in passing. On a CPU it would be one more pass.
     """
-    return device.type == "cuda"
+    return device.type != "cpu"
 
 
 def project(layer: nn.Linear, x: Tensor) -> Branch:
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
         bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
         if adds_bias_later(x.device):
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 parts = split_linear(x.to(dtype), weight, bias, len(layers))
             return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
         return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1)).unbind(-3)
@@ -164,7 +165,7 @@ class Attention(nn.Module):
         dtype = compute_dtype(x)
         first, x = first.to(dtype), x.to(dtype)
         # Everything is in `dtype` already. Autocast would copy the scores to fp32 for the softmax.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             key, value = (
                 layer.weight.to(dtype).unflatten(0, (self.heads, -1)) for layer in (self.key, self.value)
             )  # (H, D, C)

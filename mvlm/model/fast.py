@@ -17,10 +17,11 @@ masked inputs), and the attention of all of them. `attend_self` and `attend_cros
 for its attention.
 
 Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K masked patches, R pairs or query
-sequences, C width, H heads, D head width, V vocabulary, P patch side, S image side.
+sequences, C width, H heads, D head width, V vocabulary, P patch side, S image side, A tokens of each of R captions.
 """
 
 from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,11 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Col
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     text = encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length)
-    return encode_patches(model, project_patches(model, batch.images)), text
+    return encode_pixels(model, batch.images), text
+
+
+def encode_pixels(model: MaskVLMNetwork, images: Tensor) -> Tensor:
+    return encode_patches(model, project_patches(model, images))
 
 
 def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None = None) -> Tensor:
@@ -190,27 +195,10 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: Tensor | None) -> 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
     assert streams.masked_text is not None
     assert streams.partner_caches is not None
-    image = streams.partner_caches.image
     targets = masked_targets(batch, masks)
-    x = masked_token_features(model, streams.masked_text, image, masks.token_ids)  # (M, C)
+    x = fuse_tokens(model, streams.partner_caches.image, streams.masked_text, masks.token_ids)  # (M, C)
     head = model.language_head
     return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
-
-
-def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, token_ids: Tensor) -> Tensor:
-    """Features (M, C) of the masked tokens token_ids int64 (M,), ascending, for the LM head.
-
-    The masked captions attend to the images of the cache.
-    """
-    x, packing = text
-    # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
-    bounds = torch.searchsorted(token_ids, packing.cu_seqlens.long()).int()  # (B+1,)
-    selected = Packing(bounds, packing.max_length, len(token_ids))
-
-    def select(rows: Tensor) -> Tensor:
-        return rows.index_select(0, token_ids)  # (T, C) -> (M, C)
-
-    return encode_rows(model.text_cross, Residual(x), packing, image, read=Selection(select, selected))
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
@@ -260,6 +248,54 @@ def fuse_pairs(
     image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
     caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
     return image, caption
+
+
+def fuse_tokens(
+    model: MaskVLMNetwork,
+    image: KeyValueCache,
+    text: PackedText,
+    tokens: Tensor | None = None,
+    images: Tensor | None = None,
+    texts: Tensor | None = None,
+    total: int = 0,
+) -> Tensor:
+    encoder, rows, packing = model.text_cross, Residual(text.rows), text.packing
+    pairs, repeat = packing, None
+    if texts is not None:
+        pairs, of_text = packing.select(texts, total)
+        repeat = partial(select_rows, rows=of_text)
+    *early, last = encoder.layers
+    for block in encoder.layers if tokens is None else early:
+        # Block 0's self-attention does not depend on the image, so it runs once per caption.
+        rows = block(rows, attend_self(packing), attend_cross(block, pairs, image, images), select_between=repeat)
+        packing, repeat = pairs, None
+    if tokens is None:
+        return encoder.finish(rows)
+    if repeat is not None:  # there is no block before the last one
+        rows, packing = Residual(repeat(rows.x)), pairs
+    read = _reading(tokens, pairs)
+    cross = attend_cross(last, read.packing, image, images)
+    return encoder.finish(last(rows, attend_self(packing, read), cross, select=read.select))
+
+
+def _reading(tokens: Tensor, packing: Packing) -> "Selection":
+    """Selection of the rows `tokens` of a packing: int64 (M,), rising, or (R, A)."""
+
+    def select(rows: Tensor) -> Tensor:
+        return rows.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)  # (T, C) -> (M, C) or (R, A, C)
+
+    if tokens.ndim == 2:
+        return Selection(select)
+    # The rows rise, so those of a caption are consecutive.
+    bounds = torch.searchsorted(tokens, packing.cu_seqlens.long()).int()  # (R+1,)
+    return Selection(select, Packing(bounds, packing.max_length, len(tokens)))
+
+
+def token_loss(model: MaskVLMNetwork, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    head = model.language_head
+    vocabulary = head.vocabulary
+    loss, accuracy = linear_cross_entropy(head.transform(x), vocabulary.weight, vocabulary.bias, targets, weights)
+    return loss, accuracy.nan_to_num()
 
 
 def _encode_pairs(
@@ -332,7 +368,7 @@ def reconstruct(
     The masked captions wm attend to the images v (B, 1+N, C), the masked images vm (B, 1+N, C) to the captions w.
     """
     caches = make_caches(v, w)
-    tokens = masked_token_features(model, wm, caches.image, masks.token_ids)
+    tokens = fuse_tokens(model, caches.image, wm, masks.token_ids)
     return model.language_head(tokens), model.pixel_head(masked_patch_features(model, vm, caches.text, masks))
 
 
@@ -381,40 +417,6 @@ def attend_cross(
         return attention.project_out(text_attention(q, k, v, packing, cache.packing, key_index, attention.text_backend))
 
     return attend
-
-
-def encode_rows(
-    encoder: CrossEncoder,
-    rows: Residual,
-    packing: Packing | None,
-    cache: KeyValueCache,
-    key_index: Tensor | None = None,
-    repeat: Selection | None = None,
-    read: Selection | None = None,
-) -> Tensor:
-    """Run a cross-modality encoder over all rows (B, L, C), or packed (T, C) with `packing`.
-
-    Returns the same shape, or that of the rows repeated, or that of the rows read.
-
-    Args:
-        cache: rows of the other stream, whose keys and values are computed once a layer.
-        key_index: int64 (R,), the partner of each sequence in the cache. None: sequence r attends to sequence r.
-        repeat: repeats sequences that have several partners, after the self-attention of the first block.
-        read: the rows that the caller reads, of those repeated. The last block computes no other.
-    """
-    layers = encoder.layers
-    if repeat and read and len(layers) == 1:
-        rows = Residual(repeat.select(rows.x), None if rows.y is None else repeat.select(rows.y))
-        packing, repeat = repeat.packing, None
-    for block in layers:
-        if read and block is layers[-1]:
-            cross = attend_cross(block, read.packing, cache, key_index)
-            return encoder.finish(block(rows, attend_self(packing, read), cross, select=read.select))
-        after = repeat.packing if repeat else packing
-        cross = attend_cross(block, after, cache, key_index)
-        rows = block(rows, attend_self(packing), cross, select_between=repeat.select if repeat else None)
-        packing, repeat = after, None
-    return encoder.finish(rows)
 
 
 def select_within(x: Tensor, positions: Tensor) -> Tensor:

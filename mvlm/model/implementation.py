@@ -1,9 +1,9 @@
 """Interface of an implementation of the training step.
 
 Two modules satisfy it: `mvlm.model.plain`, the readable specification, and `mvlm.model.fast`, the optimized one. Both
-give the same losses and gradients, up to rounding.
+give the same losses and gradients, up to rounding. The losses of downstream tasks are written with these functions.
 
-Shape legend: B batch, N patches, T packed tokens, C width, R pairs of an image and a text.
+Shape legend: B batch, N patches, T packed tokens, M tokens, C width, S image side, R pairs of an image and a text.
 """
 
 from collections.abc import Collection
@@ -64,6 +64,10 @@ class Implementation(Protocol):
         """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
         ...
 
+    def encode_pixels(self, model: MaskVLMNetwork, images: Tensor) -> Tensor:
+        """Encode images as they are, uint8 (B, 3, S, S): v (B, 1+N, C)."""
+        ...
+
     def encode_tokens(self, model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
         """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
         ...
@@ -92,5 +96,37 @@ class Implementation(Protocol):
 
         Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given,
         are those of v and text; `max_rows` is a bound of the rows of the R captions together.
+        """
+        ...
+
+    def fuse_tokens(
+        self,
+        model: MaskVLMNetwork,
+        image: KeyValueCache,
+        text: PackedText,
+        tokens: Tensor | None = None,
+        images: Tensor | None = None,
+        texts: Tensor | None = None,
+        total: int = 0,
+    ) -> Tensor:
+        """Features of the text cross-modality encoder for tokens of captions, each of which attends to an image.
+
+        Args:
+            image: cache of the images v (B, 1+N, C).
+            tokens: rows of the captions, packed one behind the other, whose features are wanted: int64 (M,), rising, or
+                (R, A), A of each caption. None for all.
+            images: int64 (R,), the image of each caption. None: caption r has image r.
+            texts: int64 (R,), the captions, with repetitions, and `total`, a host number, their rows together. None for
+                all captions of `text`, once.
+
+        Returns:
+            (M, C), (R, A, C), or (T, C) for all.
+        """
+        ...
+
+    def token_loss(self, model: MaskVLMNetwork, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the LM head's weighted cross-entropies, and its accuracy; x (M, C), targets and weights (M,).
+
+        Both are 0 without targets: a microbatch may have none.
         """
         ...

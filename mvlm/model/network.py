@@ -20,6 +20,7 @@ from mvlm.model.packing import PackedText, Packing
 from mvlm.model.towers.text import TextTower
 from mvlm.model.towers.timm_tower import TimmTower
 from mvlm.objectives.losses import at_least_float32
+from mvlm_kernels.dispatch import without_autocast
 
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
 """Name prefixes of the modules that reconstruct pixels. They have their own learning rate and initialisation."""
@@ -154,7 +155,7 @@ class MaskVLMNetwork(nn.Module):
         The product and the head are computed in fp32 (float64) under autocast too.
         """
         # In bf16 captions of one image have equal log-odds now and then, and a tie counts as wrong.
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image.device):
             return self.matching_head(at_least_float32(image) * at_least_float32(text))
 
     def fill_mask(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ It is the specification; `mvlm.model.fast` has to give the same losses and gradi
 functions of both take and return.
 
 Shape legend: B batch, N patches, T packed tokens, L tokens of the longest caption, M masked tokens, K masked patches,
-C width, R pairs of an image and a text.
+C width, S image side, A tokens of each of R captions, R pairs of an image and a text.
 """
 
 from collections.abc import Collection
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.model.encoders import masked_patches, visible_patches
+from mvlm.model.encoders import KeyValueCache, masked_patches, visible_patches
 from mvlm.model.implementation import MASKED, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
@@ -46,6 +47,10 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Col
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     image = model.image_encoder(batch.images)
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
+
+
+def encode_pixels(model: MaskVLMNetwork, images: Tensor) -> Tensor:
+    return model.encode_image(images)
 
 
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
@@ -83,3 +88,27 @@ def fuse_pairs(
     w, key_mask = text.padded()
     # index_select, not v[images]: on a CPU the backward of indexing adds up repeated rows in thread order.
     return model.fuse(v.index_select(0, images), w.index_select(0, texts), key_mask[texts])
+
+
+def fuse_tokens(
+    model: MaskVLMNetwork,
+    image: KeyValueCache,
+    text: PackedText,
+    tokens: Tensor | None = None,
+    images: Tensor | None = None,
+    texts: Tensor | None = None,
+    total: int = 0,
+) -> Tensor:
+    if texts is not None:
+        packing, rows = text.packing.select(texts, total)
+        text = PackedText(text.rows.index_select(0, rows), packing)
+    w, key_mask = text.padded()
+    v = image.rows if images is None else image.rows.index_select(0, images)
+    x = text.packing.unpad(model.text_cross(w, v, key_mask, None))  # (T, C)
+    return x if tokens is None else x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+
+
+def token_loss(model: MaskVLMNetwork, x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    logits = losses.at_least_float32(model.language_head(x))  # (M, V)
+    loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
+    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean().nan_to_num()

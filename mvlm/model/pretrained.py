@@ -21,6 +21,7 @@ from mvlm.files import check_fit, load_weights, read_shapes, write_safetensors
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.towers.text import tower_layers
 from mvlm_dataloading.files import write_json
+from mvlm_dataloading.urls import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin as Base
@@ -121,7 +122,7 @@ def download(hub_id: str, names: Sequence[str], options: dict[str, Any]) -> Path
     try:
         return [Path(hf_hub_download(hub_id, name, **options)).parent for name in names][-1]
     except Exception as error:  # the network's, the hub's and the cache's own, which share no type
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {shown(error)}"
         raise RunError(
             f"{hub_id}: wanted a local folder or a model on the hub, found neither ({reason}); check the name and the "
             f"network"

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mvlm.device import compute_dtype
 from mvlm.objectives.losses import correct_top1
+from mvlm_kernels.dispatch import without_autocast
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Largest number of logits that exist at a time, by device: 16 MiB in fp32, or 256 MiB. Each chunk reads the weight and
@@ -39,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = max(1, LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             w, b = weight.to(x.dtype), bias.to(x.dtype)
             # The number of targets stays on the device: with it on the host, every step would wait for the device.
             share = 1 / (targets != -100).sum().to(sum_dtype)

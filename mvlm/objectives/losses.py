@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels.dispatch import without_autocast
 
 
 class Losses(dict[str, Tensor]):
@@ -67,7 +68,7 @@ def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor
     log_scale (1,) is the logarithm of 1 / temperature. The logits are float32 (float64) under autocast too.
     """
     # Autocast would round cosines to 8 bits, which at a temperature of 0.02 moves logits by 0.1 and makes equal ones.
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
 
 

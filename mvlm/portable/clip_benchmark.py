@@ -8,9 +8,12 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mvlm.errors import ConfigError
 from mvlm.portable.clip_model import ClipParts, create_clip_model
+from mvlm.terminal import say
 from mvlm_dataloading.errors import need
 
 MODEL_TYPE = "mvlm"
@@ -29,25 +32,34 @@ def register() -> Any:
         raise ConfigError(
             "clip_benchmark: wanted the package, which is not installed; pip install clip_benchmark"
         ) from None
-    # CLIP_benchmark 1.6 asks for `float` of an array of one value, which NumPy 2.4 refuses.
-    setattr(need("clip_benchmark.metrics.zeroshot_classification", "export"), "float", _float)  # noqa: B010
     models.TYPE2FUNC[MODEL_TYPE] = load
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
     return models
 
 
-def _float(value: Any) -> float:
-    """`float`, also of an array or a tensor of one value."""
-    return float(value.item() if hasattr(value, "item") else value)
+class CountsAsScalars(TorchFunctionMode):
+    """`Tensor.numpy` of one float32 (1,) gives an array (): NumPy 2.4 refuses `float` of (1,).
+
+    CLIP_benchmark 1.6 asks it of the number of right answers.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.numpy and args[0].shape == (1,) and args[0].dtype == torch.float32:
+            args = (args[0].squeeze(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    """Run CLIP_benchmark's command line with `MODEL_TYPE`. ConfigError as `register`."""
+    register()
+    with CountsAsScalars():
+        need("clip_benchmark.cli", "export").main()
 
 
 if __name__ == "__main__":
     try:
-        register()
+        main()
     except ConfigError as error:
-        print(f"mvlm: {error}", file=sys.stderr)
+        say(f"mvlm: {error}", file=sys.stderr)
         sys.exit(2)
-    from clip_benchmark.cli import main
-
-    main()

@@ -24,7 +24,7 @@ from mvlm.inference.encode import image_features
 from mvlm.inference.images import load_image
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.fast import encode_tokens
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm_dataloading import Tokenizer
 from mvlm_dataloading.captions import clean_line
 
@@ -105,7 +105,7 @@ def create_clip_model(
     source: Path | str | TrainedModel, device: torch.device | str = "auto", precision: str = "auto"
 ) -> ClipParts:
     """Load a trained model with open_clip's interface. The arguments and errors are those of `mvlm.load_model`."""
-    trained = source if isinstance(source, TrainedModel) else load_model(source, device, precision)
+    trained = source if isinstance(source, TrainedModel) else load_without_head(source, device, precision)
     config = trained.network.config
     tokenizer = ClipTokenizer(trained.tokenizer, config.text_length)
     return ClipParts(ClipModel(trained).eval(), partial(load_image, side=config.image_size), tokenizer)

@@ -24,6 +24,7 @@ from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, find_run
 from mvlm.statistics import Interval
 from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.urls import shown
 
 CARD = "README.md"
 
@@ -54,7 +55,7 @@ def upload(folder: Path, hub_id: str, private: bool = False) -> str:
         done = api.create_commit(hub_id, additions, commit_message="Model, tokenizer and card, written by mvlm export")
     except Exception as error:  # the network's and the hub's, which share no type
         causes = [error, *([error.__cause__] if error.__cause__ else [])]
-        reason = "; ".join(f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}" for cause in causes)
+        reason = "; ".join(f"{type(cause).__name__}: {shown(cause)}" for cause in causes)
         raise RunError(
             f"{hub_id}: wanted to upload {folder}, the hub did not take it ({reason}); log in with `hf auth login`, "
             f"then send the folder, which is complete, with `hf upload {hub_id} {folder}`"

@@ -10,10 +10,9 @@ from markupsafe import Markup
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import figures_of
-from mvlm.files import check_folder
 from mvlm.report.figures import EVALUATION_CURVES, RECALLS, RUN_CURVES
 from mvlm.report.html import line_chart, series, table, write_page
-from mvlm.runs.folder import RunFolder, read_metrics
+from mvlm.runs.folder import RunFolder, check_run_folder, read_metrics
 
 LAST_ROWS = 20  # the final losses are means over this many rows
 MOST_RUNS = 6  # style.css has six colours
@@ -33,8 +32,11 @@ ALIKE = {
 """What evaluations on one split should have in common, and the figures that show it."""
 
 
-def write_comparison(runs: list[Path], out: Path) -> Path:
+def write_comparison(runs: list[Path], out: Path | None = None) -> Path:
     """Write the comparison of two to six run folders, from their metrics and evaluations. Returns the file.
+
+    Args:
+        out: File to write. Default: `compare.html` in the first run folder.
 
     Raises:
         RunError: too few or too many runs, the same run twice, or a folder without metrics.
@@ -45,9 +47,11 @@ def write_comparison(runs: list[Path], out: Path) -> Path:
     metrics = {name: metrics_of(folder) for name, folder in folders.items()}
     configs = {name: flat_settings(read_config(folder.config)) for name, folder in folders.items()}
     evaluated, notes = evaluations(folders)
+    first = RunFolder(runs[0])
     return write_page(
-        out,
+        out or first.comparison,
         "comparison.html",
+        within=first.path if out is None else None,
         title=" · ".join(folders),
         last_rows=LAST_ROWS,
         final_metrics=final_metrics(metrics),
@@ -68,8 +72,8 @@ def run_labels(runs: list[Path]) -> list[str]:
 
 def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
     """The rows of a run's metrics. RunError if there is none."""
-    check_folder(folder.path, "a run folder")
-    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    check_run_folder(folder.path)
+    rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
     if not rows:
         raise RunError(f"{folder.metrics}: wanted the metrics of a run, found none; check the path")
     return rows
@@ -102,7 +106,7 @@ def evaluations(folders: dict[str, RunFolder]) -> tuple[Markup | None, list[str]
     """A table of retrieval and cross-modal gain, None if no run has been evaluated; and notes on what differs in it."""
     cells, splits = [], {}
     for name, folder in folders.items():
-        if not folder.evaluation.is_file():
+        if not folder.evaluation.exists():
             continue
         with figures_of(folder.evaluation) as figures:
             if "task" in figures and "tr" not in figures:  # `mvlm report RUN` has a page for the task's figures

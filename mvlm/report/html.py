@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from mvlm.inference.images import decode_image
+from mvlm.untrusted import run_errors
+from mvlm_dataloading.files import write_file
 
 WIDTH, HEIGHT = 460, 210  # of a chart, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 30
@@ -34,11 +36,16 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(ENVIRONMENT.get_template(template).render(values))
 
 
-def write_page(out: Path, template: str, **values: Any) -> Path:
-    """Render a template into a file, making its folder if there is none. Returns the file."""
+def write_page(out: Path, template: str, *, within: Path | None = None, **values: Any) -> Path:
+    """Render a template into a file, making its folder if there is none. Returns the file.
+
+    Args:
+        within: folder that the file has to lie in, once links are resolved. Default: the user has named the file.
+    """
     page = render(template, **values)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    with run_errors():
+        write_file(out, page, within=within)
     return out
 
 

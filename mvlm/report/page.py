@@ -9,17 +9,16 @@ from mvlm.config.json_files import read_config
 from mvlm.evaluation.evaluate import default_rerank, describe_repeats, figures_of
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.evaluation.workspace import open_workspace
-from mvlm.files import check_folder
 from mvlm.inference.trained_model import hash_of
 from mvlm.report import examples, figures
 from mvlm.report.comparison import flat_settings, metrics_of
 from mvlm.report.html import write_page
 from mvlm.report.task_examples import MOST_WORDS, SHOWN, confusion, judged, majority, task_examples
 from mvlm.runs.checkpoint import read_state
-from mvlm.runs.folder import RunFolder, find_checkpoint
-from mvlm.runs.load import load_model
+from mvlm.runs.folder import RunFolder, check_run_folder, find_checkpoint
+from mvlm.runs.load import load_without_head, open_named_data
 from mvlm.tasks import task_names
-from mvlm.tasks.evaluate import find_task, load_task
+from mvlm.tasks.load import find_task, load_task
 from mvlm_dataloading import Dataset, open_dataset
 
 
@@ -38,7 +37,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         RunError: the folder is not a run, or has no checkpoint, evaluation or metrics; or the data are not those of the
             evaluation.
     """
-    check_folder(run, "a run folder")
+    check_run_folder(run)
     folder = RunFolder(run)
     config = read_config(folder.config)
     of_task = config.get("task", "retrieval") != "retrieval"
@@ -48,6 +47,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     return write_page(
         out or folder.report,
         "task.html" if of_task else "retrieval.html",
+        within=run if out is None else None,
         title=run.resolve().name,
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
         window=window,
@@ -72,10 +72,10 @@ def _of_retrieval(folder: RunFolder, config: dict[str, Any], data: Path | None) 
             "split": found["split"],
             "checkpoint": found["checkpoint"],
         }
-    trained = load_model(folder.path)
+    trained = load_without_head(folder.path)
     model, tokenizer = trained.network, trained.tokenizer
-    shards = data or Path(str(found.get("data", config["data"])))
-    split = open_dataset(shards, found["split"])
+    split = _split_of(folder.evaluation, found, config, data)
+    shards = data or split.folder
     train = open_dataset(shards, "train") if "train" in split.splits else None
     with open_workspace(None, {}) as workspace:  # features of a large split have no room in memory
         features = encode_split(model, split, tokenizer, workspace=workspace)
@@ -107,7 +107,7 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tu
     evaluations = {file.stem: found, **figures.other_evaluations(file, name)}
     own = name not in task_names()
     given = {option: found[option] for option in figures.OPTIONS if option in found}
-    split = open_dataset(data or Path(str(found.get("data", config["data"]))), found["split"])
+    split = _split_of(file, found, config, data)
     sections: dict[str, Any] = {
         "task": name,
         "split": found["split"],
@@ -139,6 +139,13 @@ def _of_task(folder: RunFolder, config: dict[str, Any], data: Path | None) -> tu
             "groups": [(right, task_examples(task, verdicts, right, split)) for right in (True, False)],
         }
     return split, sections
+
+
+def _split_of(file: Path, figures: dict[str, Any], config: dict[str, Any], data: Path | None) -> Dataset:
+    """The split that figures were found on: of `data`, or of the folder that their file, or the run, names."""
+    if data is not None:
+        return open_dataset(data, figures["split"])
+    return open_named_data(file, figures.get("data", config["data"]), figures["split"], figures.get("fingerprint"))
 
 
 def attribution(description: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from mvlm.errors import RunError
 from mvlm.inference.attention_maps import draw_overlay, gradcam, recorded_attention, word_maps, word_spans
 from mvlm.inference.encode import packed_tokens
 from mvlm.inference.images import decode_image, load_image
+from mvlm.model import plain
 from mvlm.objectives.losses import at_least_float32
 from mvlm.report.html import data_uri, render
 from mvlm.tasks.caption import Captioning
@@ -172,9 +173,9 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
     batch = Batch(images[None], tokens, bounds, len(tokens), one, one, one)
     if vqa and vqa.masked:
         with recorded_attention(vqa.model.text_cross) as layers:
-            x = mask_features(vqa.model, batch, before, "plain")
+            x = mask_features(vqa.model, batch, before, plain)
             table = AnswerTable([predicted], vqa.tokenizer, before + 1)
-            score = -answers_loss(vqa.model, x, table, one, one, x.new_ones(1), "plain").total
+            score = -answers_loss(vqa.model, x, table, one, one, x.new_ones(1), plain).total
         layers = layers[:-1] or layers  # the question's words have no effect in the last one
         first = "[MASK]", 1, max(2, int(table.lengths))  # of no answer, the [MASK] of its end
         probability = score.exp()
@@ -183,7 +184,7 @@ def task_maps(task: Task, images: Tensor, text: str, predicted: str) -> TaskMaps
         if predicted not in labels:
             raise RunError(f"records: wanted a prediction of the run's labels, found {predicted!r}; evaluate it again")
         with recorded_attention(task.model.text_cross) as layers:
-            logits = task.head(task.fuse(batch, "plain", task.images if isinstance(task, LabelTask) else 1))[0]
+            logits = task.head(task.fuse(batch, plain, task.images if isinstance(task, LabelTask) else 1))[0]
         place = labels.index(predicted)
         score = logits[place]
         if not vqa:  # one label of several: the others together are its opposite

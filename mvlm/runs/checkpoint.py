@@ -9,20 +9,22 @@
         manifest.json               SHA-256 of all other files
 
 Fields of state.json: `step`; `loader`, the loader's position and undecodable images; `bad`, the counts of skipped
-updates; `best`, step and figure of the best evaluation, or null; of a fine-tuned run `task`, the task's name, options
-and state, and `task_file`, the hash of the file of a user's own task.
+updates; `best`, step and figure of the best evaluation, or null. Of a run with adapters, `adapters`: their `alpha`, and
+as `start` the path and hash of the model whose frozen weights the checkpoint leaves out, or null if it has them. Of a
+run with --keep-start, `kept`, the hash of its initial model. Of a fine-tuned run, `task`, the task's name, options and
+state, and `task_file`, the hash of the file of a user's own task.
 `mvlm.training.trainer.Trainer.save` collects them.
 
 No pickle is written or read. A file that the manifest does not name is never opened.
 """
 
-import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -35,8 +37,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, check_types, read_safetensors
+from mvlm.files import check_fit, check_types, read_safetensors, read_shapes
+from mvlm.schemas import Manifest, RunState
+from mvlm.untrusted import read_json, run_errors
 from mvlm_dataloading.files import sha256
+from mvlm_dataloading.untrusted import LIMITS, resolve_inside
 
 log = logging.getLogger(__name__)
 
@@ -89,60 +94,77 @@ def verify_checkpoint(path: Path) -> None:
 
     PermissionError for a file that may not be read.
     """
-    manifest = path / MANIFEST
-    digests = _read_manifest(manifest)
+    digests = _read_manifest(path / MANIFEST)
     entries = {name.split("/")[0] for name in digests}
     for name in REQUIRED:
         if name not in entries:
             raise RunError(f"{path / name}: missing from the checkpoint; use another one")
+    _refuse_others(path, {*digests, MANIFEST})
     for name, digest in digests.items():
         file = path / name
         if not file.is_file():
             raise RunError(f"{file}: missing from the checkpoint; use another one")
         try:
-            found = sha256(file)
+            with run_errors():
+                real = resolve_inside(file, path)
+            _check_length(file, real.stat().st_size)
+            with run_errors():
+                found = sha256(real)
         except PermissionError:
             raise
         except OSError as error:  # for example, a bad sector
             raise RunError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from None
         if found != digest:
             raise RunError(f"{file}: damaged, its sha256 is not the manifest's; use another checkpoint")
-    for file in path.rglob("*"):
-        # DCP's reader takes every *.safetensors of a folder, so a foreign file would be read with the others.
-        if file.is_file() and file != manifest and str(file.relative_to(path)) not in digests:
-            raise RunError(
-                f"{file}: not in the manifest, so not part of this checkpoint; remove it or use another checkpoint"
-            )
+
+
+_TENSORS_AT_ONCE = 1 << 30
+"""Bytes of tensors that are hashed whatever they are, within seconds."""
+_KINDS = {MODEL_CONFIG: "settings", TOKENIZER: "tokenizer"}
+
+
+def _check_length(file: Path, size: int) -> None:
+    """Raise RunError for a file of a checkpoint that is too long to be hashed, such as a hole of many gigabytes."""
+    if file.suffix == ".safetensors":
+        if size > _TENSORS_AT_ONCE:
+            read_shapes(file)  # which compares the header with the file's length
+    elif size > (most := LIMITS[_KINDS.get(file.name, "state")]):
+        raise RunError(f"{file}: wanted at most {most} bytes, found {size}; use another checkpoint")
+
+
+def _refuse_others(path: Path, known: set[str]) -> None:
+    """Raise RunError for anything in a checkpoint but the files of its manifest and their folders.
+
+    DCP's reader takes every *.safetensors of a folder, so a foreign file would be read with the others.
+    """
+    folders = {"", *(parent.as_posix() for name in known for parent in PurePosixPath(name).parents)} - {"."}
+    for place, within, names in os.walk(path):
+        for name in (*within, *names):
+            file = Path(place, name)
+            inside = file.relative_to(path).as_posix()
+            # A link to a folder is entered by none of these walks, but by DCP's reader.
+            is_folder = name in within and not file.is_symlink()
+            if not (is_folder and inside in folders) and inside not in known:
+                raise RunError(
+                    f"{file}: not in the manifest, so not part of this checkpoint; remove it or use another checkpoint"
+                )
 
 
 def _read_manifest(manifest: Path) -> dict[str, str]:
     """Hash of each file that a manifest names. RunError if it is damaged or of another version."""
     try:
-        values = json.loads(manifest.read_text())
+        values = read_json(manifest, "manifest", "a readable manifest", Manifest)
     except PermissionError:
         raise  # it is not damaged: a resumed run must not go on from an older one and rename it
     except OSError as error:
-        raise _unreadable(manifest, error.strerror or "an error of the disk") from None
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(manifest, str(error)) from None
-    version = values.get("format_version") if isinstance(values, dict) else None
-    digests = values.get("sha256") if isinstance(values, dict) else None
-    if version is None or not isinstance(digests, dict):
-        raise _unreadable(manifest, "no format_version, or no object sha256")
+        raise RunError(f"{manifest}: cannot be read ({error.strerror}); use another checkpoint") from None
+    version, digests = values["format_version"], values["sha256"]
     if version != FORMAT_VERSION:
         raise RunError(f"{manifest}: wanted format version {FORMAT_VERSION}, got {version}; use the mvlm that wrote it")
-    ranks = values.get("world_size", 1)
-    if type(ranks) is not int or ranks < 1:
-        raise _unreadable(manifest, f"world_size {ranks!r}")
     for name in digests:
-        # A link may lead to where a store of files keeps the contents, whose hash is known. A name may not.
-        if not name or name.startswith("/") or ".." in name.split("/"):
-            raise _unreadable(manifest, f"{name!r}, which is no file of this folder")
+        if name.startswith("/") or ".." in name.split("/"):
+            raise RunError(f"{manifest}: wanted files of this folder, found {name!r}; use another checkpoint")
     return digests
-
-
-def _unreadable(manifest: Path, found: str) -> RunError:
-    return RunError(f"{manifest}: wanted a readable manifest, found {found}; use another checkpoint")
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:
@@ -257,13 +279,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Read state.json of a verified checkpoint. RunError if it is no JSON object."""
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{folder / STATE}: wanted the state of a run, found {error}; restore it") from None
-    if not isinstance(state, dict):
-        raise RunError(f"{folder / STATE}: wanted the state of a run, found {type(state).__name__}; restore it")
-    return state
+    return read_json(folder / STATE, "state", "the state of a run", RunState)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

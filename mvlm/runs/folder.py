@@ -3,7 +3,6 @@
 import json
 import logging
 import shlex
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ from mvlm.config.json_files import config_json
 from mvlm.errors import RunError
 from mvlm.files import LOCK, check_folder, lock_folder
 from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, step_of, verify_checkpoint
-from mvlm_dataloading.files import aside_of, write_file, write_json
+from mvlm.schemas import MetricsRow, MetricsValues, RunSettings, fits
+from mvlm.untrusted import json_lines, read_json, run_errors
+from mvlm_dataloading.files import aside_of, open_appended, write_file, write_json
+from mvlm_dataloading.untrusted import check_links
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +65,25 @@ def find_run(source: Path) -> RunFolder | None:
     return next((run for run in places if run.config.is_file() and run.checkpoints.is_dir()), None)
 
 
+def check_run_folder(path: Path) -> None:
+    """Raise RunError if `path` is no folder, or if a link in it leads out of it."""
+    check_folder(path, "a run folder")
+    with run_errors():
+        check_links(path)
+
+
 class RunLock:
     """Exclusive lock on a run folder, held until it is closed or the process ends, even by kill -9.
 
-    The folder is made if there is none. It and the lock are removed if no run has begun at the end.
+    The folder and those above it are made if there are none. They and the lock are removed if no run has begun at the
+    end.
 
     RunError if another process holds the lock, or if `out` cannot hold a run.
     """
 
     def __init__(self, out: Path) -> None:
         check_usable(out)  # first, so that a folder of other files gets no lock file
-        self._folder, self._made = RunFolder(out), not out.exists()
+        self._folder, self._made = RunFolder(out), [path for path in (out, *out.parents) if not path.exists()]
         self._held = lock_folder(out)
 
     def __enter__(self) -> "RunLock":
@@ -82,9 +92,9 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if not self._folder.config.exists():  # the run was refused: leave nothing behind
             self._folder.lock.unlink(missing_ok=True)  # while it is held, so that no process gets it in between
-            if self._made:
-                with suppress(OSError):  # another process uses the folder
-                    self._folder.path.rmdir()
+            with suppress(OSError):  # another process uses the folder
+                for path in self._made:
+                    path.rmdir()
         self._held.__exit__(None, None, None)
 
 
@@ -93,6 +103,8 @@ def check_usable(out: Path) -> None:
     folder = RunFolder(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
+    if out.is_dir():
+        check_run_folder(out)
     # A service such as W&B starts before config.json is written, and leaves its files if the run then cannot start.
     ours = (aside_of(folder.config), folder.lock, out / "wandb")
     if out.is_dir() and not folder.config.is_file() and any(path not in ours for path in out.iterdir()):
@@ -104,10 +116,12 @@ def find_checkpoint(path: Path) -> Path:
 
     RunError without one, PermissionError for one that may not be read.
     """
-    if (path / MANIFEST).is_file():
-        verify_checkpoint(path)
-        return path
-    check_folder(path, "a run, a checkpoint or an exported folder")
+    with run_errors():
+        if (path / MANIFEST).exists():
+            verify_checkpoint(path)
+            return path
+        check_folder(path, "a run, a checkpoint or an exported folder")
+        check_links(path)
     root = RunFolder(path).checkpoints
     found = newest_good_checkpoint(root)
     if found is not None:
@@ -124,8 +138,8 @@ def find_checkpoint(path: Path) -> Path:
 def log_unfinished(run: Path, checkpoint: Path) -> None:
     """Log how far a run has come whose newest checkpoint is not of its last step. A checkpoint as `run` is silent."""
     try:
-        steps = json.loads(RunFolder(run).config.read_text())["max_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        steps = read_json(RunFolder(run).config, "settings", "the configuration of a run", RunSettings)["max_steps"]
+    except (OSError, RunError, KeyError):
         return  # a checkpoint, or a damaged file, which is not needed here
     if isinstance(steps, int) and step_of(checkpoint) < steps:
         log.warning("%s: the run has not finished; this is its step %d of %d", run, step_of(checkpoint), steps)
@@ -140,20 +154,21 @@ def write_config(config: RunConfig) -> None:
     if folder.config.is_file():
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(folder.config, config_json(config))
+    write_json(folder.config, config_json(config), within=config.out)
 
 
 class MetricsFile:
     """Writer of metrics.jsonl, one JSON object per line. Opening it drops the rows of steps after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
-        found = read_metrics(path) if path.is_file() else []
+        found = read_metrics(path) if path.exists() else []
         kept = [row for row in found if row["step"] <= step]
         times = [row["seconds"] for row in found if isinstance(row.get("seconds"), float)]
         self.seconds = max(times, default=0.0)
         """Seconds that the run has trained so far, those of dropped rows included."""
-        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("ab", buffering=0)  # a buffer would write the rest of a failed line later
+        with run_errors():
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept), within=path.parent)
+            self._file = open_appended(path, within=path.parent)
         self._complete_bytes = path.stat().st_size
         """Length of the file up to its last complete line."""
 
@@ -173,18 +188,7 @@ class MetricsFile:
         self._file.close()
 
 
-def json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line. Other lines, such as the beginning that a kill may leave, are skipped."""
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            yield found
-
-
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl up to `last_step`. Lines that are none are skipped."""
-    rows = [row for row in json_lines(path) if isinstance(row.get("step"), int)]
+    rows = [row for row in json_lines(path) if fits(row, MetricsRow) and fits(row, MetricsValues)]
     return rows if last_step is None else [row for row in rows if row["step"] <= last_step]

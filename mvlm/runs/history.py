@@ -20,17 +20,15 @@ from typing import Any
 import torch
 
 from mvlm.machine import code_revision, describe_machine, package_versions
-from mvlm.runs.folder import RunFolder, json_lines
-from mvlm_dataloading.files import sha256, sync
+from mvlm.runs.folder import RunFolder
+from mvlm.schemas import SaveEvent, StartEvent, fits
+from mvlm.untrusted import json_lines, run_errors
+from mvlm_dataloading.files import open_appended, sha256, sync
+from mvlm_dataloading.untrusted import open_regular
 
 START, SAVE = "start", "save"
-FIELDS: dict[str, dict[str, type]] = {
-    START: {"step": int, "time": str, "commit": str, "precision": str, "data": dict, "machine": dict, "versions": dict},
-    SAVE: {"step": int, "manifest": str, "metrics_bytes": int, "metrics": str},
-}
-"""Fields of each kind of event."""
-MACHINE = {"device", "processor", "instructions", "cores", "threads", "ranks"}
-"""Fields of a machine."""
+EVENTS = {START: StartEvent, SAVE: SaveEvent}
+"""Schema of each kind of event."""
 
 
 class History:
@@ -69,12 +67,11 @@ class History:
 
     def _append(self, event: dict[str, Any]) -> None:
         line = (json.dumps(event) + "\n").encode()
-        with self._file.open("ab+") as file:
-            if file.tell():
+        with run_errors(), open_appended(self._file, within=self._file.parent) as file:
+            if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 line = b"\n" * (file.read(1) != b"\n") + line  # a kill may have left the beginning of a line
             file.write(line)
-            file.flush()
             os.fsync(file.fileno())
 
 
@@ -82,7 +79,7 @@ def prefix_hash(file: Path, count: int) -> str:
     """SHA-256 of the first `count` bytes of a file, or of all bytes if it has fewer; of nothing without a file."""
     digest = hashlib.sha256()
     if count and file.is_file():
-        with file.open("rb") as opened:
+        with run_errors(), open_regular(file, within=file.parent) as opened:
             while count > 0 and (block := opened.read(min(count, 1 << 20))):
                 digest.update(block)
                 count -= len(block)
@@ -93,8 +90,7 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     """Read the events of a history. Lines that are none are skipped."""
 
     def is_event(line: dict[str, Any]) -> bool:
-        wanted = FIELDS.get(str(line.get("event")))
-        complete = wanted is not None and all(isinstance(line.get(name), kind) for name, kind in wanted.items())
-        return complete and (line["event"] == SAVE or line["machine"].keys() >= MACHINE)
+        schema = EVENTS.get(str(line.get("event")))
+        return schema is not None and fits(line, schema)
 
     return [line for line in json_lines(file) if is_event(line)]

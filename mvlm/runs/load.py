@@ -19,21 +19,24 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, TOKENIZER_FILE, WEIGHTS_FILE, check_sizes, download
 from mvlm.runs.checkpoint import EMA, MANIFEST, MODEL, MODEL_CONFIG, read_folder_shapes, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint, find_run, log_unfinished
+from mvlm.untrusted import run_errors
 from mvlm.weights.resize import resized_model, resized_tensors
-from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+from mvlm_dataloading import DataError, Dataset, Tokenizer, load_tokenizer, open_dataset
 from mvlm_dataloading.files import sha256
+from mvlm_dataloading.untrusted import resolve_inside
+from mvlm_dataloading.urls import is_remote
 
 log = logging.getLogger(__name__)
 
 
-def load_model(
+def load_without_head(
     path: Path | str,
     device: torch.device | str = "auto",
     precision: str = "auto",
     image_size: int | None = None,
     text_length: int | None = None,
 ) -> TrainedModel:
-    """As `mvlm.tasks.evaluate.load_model`, without the head of a fine-tuned run."""
+    """Load a trained model and its tokenizer, as `mvlm.load_model` does, without the head of a fine-tuned run."""
     return read_network(*find_model(path), path, device, precision, image_size, text_length)
 
 
@@ -87,7 +90,7 @@ def network_of(folder: Path, config: MaskVLMConfig, weights: Path, prefix: str) 
         raise RunError(
             f"{folder}: wanted the model that its adapters belong to at {start['path']} ({error}); put that back"
         ) from None
-    trained, network = load_model(start["path"], "cpu").network, MaskVLM(config)
+    trained, network = load_without_head(start["path"], "cpu").network, MaskVLM(config)
     copy_into(network.state_dict(), resized_tensors(trained, network), Path(start["path"]))
     return network
 
@@ -132,13 +135,13 @@ def mix_with_start(network: MaskVLM, source: Path, mix: float) -> None:
             f"mix: wanted a run that started from a trained model (--initial-model, or --checkpoint of mvlm finetune), "
             f"got {source}; leave --mix out"
         )
-    before = resized_tensors(load_model(Path(start), network.log_scale.device).network, network)
+    before = resized_tensors(load_without_head(Path(start), network.log_scale.device).network, network)
     mixed = {name: (1 - mix) * before[name] + mix * tensor for name, tensor in network.state_dict().items()}
     copy_into(network.state_dict(), mixed, source)
 
 
 def identify(source: Path | str) -> dict[str, str]:
-    """Place of a trained model, absolute, and hash of its weights. `source` and errors as for `load_model`."""
+    """Place of a trained model, absolute, and hash of its weights. `source` and errors as for `mvlm.load_model`."""
     folder, exported = find_model(source)
     return {"path": str(folder.resolve()), "sha256": sha256(folder / (WEIGHTS_FILE if exported else MANIFEST))}
 
@@ -147,6 +150,25 @@ def check_start(start: dict[str, str], state: dict[str, Any], checkpoint: Path) 
     """Raise RunError unless `start`, as `identify` gives it, is the one that the state of a checkpoint names."""
     if start["sha256"] != state["adapters"]["start"]["sha256"]:
         raise RunError(f"{start['path']}: wanted the model that {checkpoint} started from, found another; restore it")
+
+
+def open_named_data(file: Path, place: Any, split: str, fingerprint: Any) -> Dataset:
+    """Open a split of the data set that a file of a run names. A run may come from others, and name any folder.
+
+    Args:
+        file: the file, for errors.
+        place: folder that it names.
+        fingerprint: of the split, as the file states it.
+
+    RunError if the place is a URL, or holds other data. DataError if it is not there.
+    """
+    advice = "name the data with --data"
+    if is_remote(str(place)):
+        raise RunError(f"{file}: wanted data on this machine, found a URL; {advice}")
+    dataset = open_dataset(Path(str(place)), split)
+    if dataset.fingerprint != fingerprint:
+        raise RunError(f"{file}: wanted the data that it was made with at {place}, found others; {advice}")
+    return dataset
 
 
 def warn_without_itm(network: MaskVLM, path: Path | str) -> None:
@@ -176,24 +198,18 @@ def read_architecture(folder: Path, file: str = MODEL_CONFIG) -> tuple[MaskVLMCo
     return config, tokenizer
 
 
-def read_config_of(path: Path | str) -> MaskVLMConfig:
-    """Configuration of a trained model; `path` as in `load_model`. RunError if there is none."""
-    folder, exported = find_model(path)
-    return read_model_config(folder / (CONFIG_FILE if exported else MODEL_CONFIG))
+def read_architecture_of(path: Path | str) -> tuple[MaskVLMConfig, Tokenizer]:
+    """Configuration and tokenizer of a trained model, whose weights are not read; `path` as in `mvlm.load_model`.
 
-
-def load_tokenizer_of(path: Path | str) -> Tokenizer:
-    """Load the tokenizer of a trained model, and not its weights. `path` as in `load_model`.
-
-    RunError if there is no such model, or its tokenizer is damaged.
+    RunError if there is no such model, or its configuration or its tokenizer is damaged.
     """
-    folder, _ = find_model(path)
-    return _read_tokenizer(folder)
+    folder, exported = find_model(path)
+    return read_architecture(folder, CONFIG_FILE if exported else MODEL_CONFIG)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer beside a model. RunError if there is none, as where `MaskVLM.save_pretrained` wrote alone."""
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not (folder / TOKENIZER_FILE).exists():
         raise RunError(
             f"{folder}: wanted a {TOKENIZER_FILE} beside the weights, found none; write the one that the model was "
             f'trained with: `tokenizer.save(folder / "{TOKENIZER_FILE}")`'
@@ -211,7 +227,10 @@ def find_model(source: Path | str) -> tuple[Path, bool]:
     path = Path(source)
     if path.is_file() and path.name == WEIGHTS_FILE:
         path = path.parent
-    if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+    if (path / WEIGHTS_FILE).exists() and (path / CONFIG_FILE).exists():
+        with run_errors():
+            for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE):
+                resolve_inside(path / name, path)
         return path, True
     # A name in a folder that is here is a mistyped run, not a model on the hub.
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not path.exists() and not path.parent.is_dir():

@@ -95,7 +95,7 @@ def missing_rows(run: RunFolder, checkpoint: Path) -> str:
     Of a run without a history, and of a checkpoint that it does not name, nothing is known, so nothing is missing.
     Rows that have another text than then, but are all there, cause a warning.
     """
-    events = read_history(run.history) if run.history.is_file() else []
+    events = read_history(run.history) if run.history.exists() else []
     manifest, step = sha256(checkpoint / MANIFEST), step_of(checkpoint)
     saved = [i for i, event in enumerate(events) if event["event"] == SAVE and event["manifest"] == manifest]
     if not saved:
@@ -103,7 +103,7 @@ def missing_rows(run: RunFolder, checkpoint: Path) -> str:
     save = events[saved[-1]]
     if prefix_hash(run.metrics, save["metrics_bytes"]) == save["metrics"]:
         return ""
-    there = {row["step"] for row in read_metrics(run.metrics, step)} if run.metrics.is_file() else set()
+    there = {row["step"] for row in read_metrics(run.metrics, step)} if run.metrics.exists() else set()
     due = rows_due(events[: saved[-1]], step, read_config(run.config).get("log_every"))
     if gone := [i for i, row in enumerate(due) if row not in there]:
         ends = [place for place, (a, b) in enumerate(pairwise(gone), 1) if b - a > 1]

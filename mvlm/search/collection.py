@@ -5,7 +5,6 @@ Shape legend: B batch, S image side.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,21 +19,24 @@ from mvlm.files import check_folder
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.images import LIMITS, load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
+from mvlm.untrusted import run_errors
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.build.image_check import EXTENSIONS
 from mvlm_dataloading.captions import clean_line
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
-from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
+from mvlm_dataloading.files import sha256
 from mvlm_dataloading.images.decode import read_image_file
+from mvlm_dataloading.images.limits import ImageRefusedError
 from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
 from mvlm_dataloading.sources.folder import LISTED
+from mvlm_dataloading.untrusted import check_links, parse_json, read_regular, resolve_inside
+from mvlm_dataloading.urls import is_remote, normal_url
 
 STORED = replace(LIMITS, kinds=tuple(EXTENSIONS))
 """Limits of an image in a folder: the formats are those that a data set of the folder would have."""
-MAX_SIDECAR = 1 << 20  # bytes
 
 
 class Item(NamedTuple):
@@ -48,6 +50,8 @@ class Item(NamedTuple):
     """Position in the split or in the folder."""
     captions: list[str]
     metadata: dict[str, Any]
+    sha256: str
+    """Of the encoded image. Whoever reads the image later can tell whether it is this one."""
 
 
 @dataclass
@@ -117,24 +121,38 @@ class FolderCollection:
             digest.update(f"{path.relative_to(self.folder)}\0{state}\0".encode(errors="surrogateescape"))
             for suffix in (".txt", ".json"):
                 beside = path.with_suffix(suffix)
-                digest.update(hashlib.sha256(beside.read_bytes()).digest() if beside.is_file() else b"")
+                digest.update(bytes.fromhex(sha256(beside)) if beside.is_file() else b"")
         return digest.hexdigest()
 
-    def item(self, i: int) -> Item:
+    def item(self, i: int, content: bytes) -> Item:
+        """Item i, whose encoded image is given. RunError if a file beside it cannot be used."""
         path = self.paths[i]
-        captions = [line for line in map(clean_line, _sidecar(path, ".txt").split("\n")) if line]
+        captions = [line for line in map(clean_line, self._sidecar(path, ".txt").split("\n")) if line]
         try:
-            metadata = json.loads(_sidecar(path, ".json") or "{}")
-        except (ValueError, RecursionError):
+            metadata = parse_json(self._sidecar(path, ".json") or "{}")
+        except ValueError:
             metadata = None
         if not isinstance(metadata, dict):
             raise RunError(
                 f"{path.with_suffix('.json')}: wanted a JSON object, found something else; mend or remove it"
             )
-        return Item(self.id(i), "", i, captions, metadata)
+        return Item(self.id(i), "", i, captions, metadata, hashlib.sha256(content).hexdigest())
+
+    def _sidecar(self, path: Path, suffix: str) -> str:
+        """Text of the file beside an image; empty without one."""
+        file = path.with_suffix(suffix)
+        try:
+            with run_errors():
+                return read_regular(file, "caption", within=self.folder).decode("utf-8-sig")
+        except FileNotFoundError:
+            return ""
+        except UnicodeDecodeError:
+            raise RunError(f"{file}: wanted UTF-8, found other bytes; mend or remove it") from None
 
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
-        return read_image_file(self.folder / id, LIMITS.max_bytes)
+        with run_errors():
+            path = resolve_inside(self.folder / id, self.folder)
+        return read_image_file(path, LIMITS.max_bytes)
 
     def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
         def loaded() -> Iterator[tuple[list[Item], Tensor]]:
@@ -168,7 +186,11 @@ class FolderCollection:
             str(self.paths[i]).encode()
         except UnicodeEncodeError:
             raise RunError(f"{self.paths[i]}: wanted a file name in UTF-8, found other bytes; rename it") from None
-        return self.item(i), load_image(self.paths[i], side, limits=STORED)
+        try:
+            content = read_image_file(self.paths[i], STORED.max_bytes)
+        except ImageRefusedError as refused:
+            raise RunError(f"{self.paths[i]}: {refused}") from None
+        return self.item(i, content), load_image(content, side, str(self.paths[i]), STORED)
 
 
 Collection = DataCollection | FolderCollection
@@ -179,20 +201,8 @@ def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:
     number = int(raw.ids[i])
     where = partial(part.where, number)
     captions, metadata = parse_captions(raw.texts[i], where), parse_metadata(raw.metadata[i], where)
-    return Item(part.keys[number], part.split, first + number, captions, metadata)
-
-
-def _sidecar(path: Path, suffix: str) -> str:
-    """Text of the file beside an image; empty without one."""
-    file = path.with_suffix(suffix)
-    if not file.is_file():
-        return ""
-    if file.stat().st_size > MAX_SIDECAR:
-        raise RunError(f"{file}: wanted at most {MAX_SIDECAR} bytes beside an image, found more; shorten it")
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise RunError(f"{file}: wanted UTF-8, found other bytes; mend or remove it") from None
+    digest = hashlib.sha256(part.image_bytes(number)).hexdigest()
+    return Item(part.keys[number], part.split, first + number, captions, metadata, digest)
 
 
 def open_collection(path: Path | str, splits: list[str] | None = None) -> Collection:
@@ -205,12 +215,14 @@ def open_collection(path: Path | str, splits: list[str] | None = None) -> Collec
     if is_remote(path) or (Path(path) / "dataset.json").is_file():
         folder = open_remote_cache(str(path)).folder if is_remote(path) else Path(path)
         names = dict.fromkeys(splits or read_description(folder)["splits"])  # each once
-        place = path if is_remote(path) else Path(path).resolve()
+        place = normal_url(path) if is_remote(path) else Path(path).resolve()
         return DataCollection(place, [open_dataset(path, name) for name in names])
     check_folder(Path(path), "a data set or a folder of images")
     if splits:
         raise RunError(f"{path}: wanted a data set, which has splits, found a folder of images; leave out the splits")
     folder = Path(path).resolve()
+    with run_errors():
+        check_links(folder)
     paths = [file for file in files_under(folder) if file.suffix.lower() in LISTED]
     if not paths:
         raise RunError(f"{path}: wanted a data set or a folder of images, found no image in it; check the path")

@@ -1,7 +1,7 @@
 """Embeddings of a whole collection, as Parquet files of vectors with ids and metadata (docs/guides/search.md).
 
-    OUT/images.parquet      id, split, row, metadata, vector
-    OUT/texts.parquet       id, split, row, metadata, text, vector
+    OUT/images.parquet      id, split, row, image, metadata, vector
+    OUT/texts.parquet       id, split, row, image, metadata, text, vector
     OUT/rejected.jsonl      images that could not be used, one JSON object per line
     OUT/embedding.json      written last: model, source, counts
     OUT/parts/              while the work is not finished: finished parts, and plan.json
@@ -18,9 +18,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -35,12 +35,18 @@ from mvlm.files import LOCK, lock_folder
 from mvlm.inference.encode import BATCH, image_features
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.progress import WorkProgress
+from mvlm.schemas import Embedding, FinishedEmbedding
 from mvlm.search.collection import Collection, FolderCollection, Item
+from mvlm.untrusted import read_json, run_errors
 from mvlm_dataloading.files import replaced, write_file, write_json
+from mvlm_dataloading.untrusted import check_links, open_parquet, parse_json
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format of embedding.json and of an index. Version 2 added the column `image`, the SHA-256 of the encoded image."""
+READABLE = (1, 2)
 KINDS = ("images", "texts")
+BATCH_ROWS = 8192
 PART = 16 * BATCH
 """Items of a part: a kill loses at most one part of each rank. Captions are in batches that begin anew with a part."""
 # A dictionary of the numbers of vectors, which do not repeat, would take five times as long and a third more room.
@@ -103,6 +109,9 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
 
 def _lock(folder: EmbeddingFolder) -> contextlib.AbstractContextManager[object]:
     """Lock the folder. RunError if it is not one of an embedding, or if another process has it."""
+    if folder.path.is_dir():
+        with run_errors():
+            check_links(folder.path)
     if folder.path.exists() and not (folder.plan.is_file() or folder.description.is_file()):
         if not folder.path.is_dir():
             raise RunError(f"{folder.path}: wanted a folder for the embeddings, found a file; choose another one")
@@ -192,9 +201,13 @@ def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: i
     )
 
 
-def _schema(kind: str, width: int) -> pa.Schema:
+def schema_of(kind: str, width: int, version: int = FORMAT_VERSION) -> pa.Schema:
     """Columns of the images or the texts, with vectors as fixed-size lists of float32 (E,)."""
-    columns = {"id": pa.string(), "split": pa.string(), "row": pa.int64(), "metadata": pa.string()}
+    columns = {
+        "id": pa.string(), "split": pa.string(), "row": pa.int64(), "image": pa.string(), "metadata": pa.string(),
+    }  # fmt: skip
+    if version == 1:
+        del columns["image"]
     text = {"text": pa.string()} if kind == "texts" else {}
     return pa.schema({**columns, **text, "vector": pa.list_(pa.float32(), width)})
 
@@ -210,11 +223,12 @@ def _table(kind: str, rows: Sequence[tuple[str, Item, str]], vectors: list[torch
         "id": [id for id, _, _ in rows],
         "split": [item.split for _, item, _ in rows],
         "row": [item.row for _, item, _ in rows],
+        "image": [item.sha256 for _, item, _ in rows],
         "metadata": metadata,
         "text": [text for _, _, text in rows],
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(numbers).reshape(-1)), width),
     }
-    schema = _schema(kind, width)
+    schema = schema_of(kind, width)
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
@@ -223,7 +237,7 @@ def join_parts(folder: EmbeddingFolder, kind: str, items: int, width: int) -> in
     rows = 0
     with (
         replaced(folder.vectors(kind)) as aside,
-        pq.ParquetWriter(aside, _schema(kind, width), **PARQUET) as writer,
+        pq.ParquetWriter(aside, schema_of(kind, width), **PARQUET) as writer,
     ):
         for number in _numbers(items):
             table = pq.read_table(folder.part(kind, number), memory_map=True)
@@ -254,21 +268,83 @@ def _finish(folder: EmbeddingFolder, collection: Collection, plan: dict[str, Any
 def read_description(path: Path) -> dict[str, Any]:
     """The description of a finished embedding. RunError if the folder holds none, or one of another version."""
     folder = EmbeddingFolder(path)
-    if not folder.description.is_file():
+    if not folder.description.exists():
         unfinished = folder.plan.is_file()
         found = "one that is not finished" if unfinished else "none"
         hint = "run the same `mvlm embed` again" if unfinished else "check the path, or run `mvlm embed`"
         raise RunError(f"{path}: wanted a folder that `mvlm embed` wrote, found {found}; {hint}")
-    return _read_versioned(folder.description)
+    return _read_versioned(folder.description, FinishedEmbedding)
 
 
-def _read_versioned(file: Path) -> dict[str, Any]:
-    """A JSON object of this format version. RunError for another one."""
-    try:
-        value = json.loads(file.read_text())
-        version = value["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{file}: wanted a description, could not read it ({error!r}); make it again") from None
-    if version != FORMAT_VERSION:
-        raise RunError(f"{file}: wanted format version {FORMAT_VERSION}, found {version}; make it again")
+def _read_versioned(file: Path, schema: Any = Embedding) -> dict[str, Any]:
+    """The description of an embedding, of this format version. RunError for another one."""
+    value = read_json(file, "settings", "the description of an embedding", schema)
+    if value["format_version"] not in READABLE:
+        raise RunError(
+            f"{file}: wanted format version {FORMAT_VERSION}, found {value['format_version']}; make it again"
+        )
     return value
+
+
+def read_batches(
+    folder: Path, kind: str, description: dict[str, Any], columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a finished embedding in record batches, checked: columns, types, widths and finite vectors.
+
+    Args:
+        kind: images or texts.
+        description: of the embedding, as `read_description` returns it.
+        columns: names of the columns to read. Default: all.
+
+    Raises:
+        RunError: the file is none that `mvlm embed` wrote.
+    """
+    file, rows = EmbeddingFolder(folder).vectors(kind), description[kind]
+    schema = schema_of(kind, description["width"], description["format_version"])
+
+    def refuse(found: str) -> NoReturn:
+        raise RunError(f"{file}: wanted the {kind} of an embedding, found {found}; make it again")
+
+    try:
+        with run_errors():
+            opened = open_parquet(file, within=folder)
+        if not opened.schema_arrow.equals(schema):
+            refuse("other columns")
+        if opened.metadata.num_rows != rows:
+            refuse(f"{opened.metadata.num_rows} rows where {rows} were written")
+        for batch in opened.iter_batches(BATCH_ROWS, columns=columns):
+            batch.validate(full=True)  # texts that are not UTF-8
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                if found := _fault(name, column):
+                    refuse(found)
+            yield batch
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        refuse(" ".join(str(error).split())[:200])
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _fault(name: str, column: pa.Array) -> str | None:
+    """Reason why values of a column of an embedding cannot be used; None if they can."""
+    values = column.flatten() if name == "vector" else column
+    if column.null_count or values.null_count:
+        return f"rows without {name}"
+    if name == "vector":
+        return None if np.isfinite(values.to_numpy()).all() else "vectors with NaN or infinity"
+    if name == "row":
+        return "negative rows" if len(column) and min(column.to_pylist()) < 0 else None
+    if name == "metadata":
+        return None if all(map(_is_object, column.to_pylist())) else "metadata that are no JSON objects"
+    if name == "image":
+        return None if all(map(_SHA256.fullmatch, column.to_pylist())) else "images without a SHA-256"
+    return None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False

@@ -14,19 +14,23 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.files import LOCK
-from mvlm.search.embed import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
+from mvlm.schemas import IndexAbout, IndexRow, check
+from mvlm.search.embed import BATCH_ROWS, FORMAT_VERSION, KINDS, READABLE, read_batches, read_description, schema_of
+from mvlm.untrusted import run_errors
+from mvlm_dataloading.untrusted import check_links, parse_json
+from mvlm_dataloading.urls import shown
 
-BATCH_ROWS = 8192
+STORES = ("s3", "gs", "az")
+"""Schemes of URLs at which an index may be. The engine knows others, of which one keeps nothing."""
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file with product quantisation (docs/evidence/tasks.md has measurements).
 Below, a full product takes milliseconds and is exact."""
@@ -36,8 +40,9 @@ REFINED = 8
 """Candidates whose exact similarity is computed, as a multiple of the answers that the engine gives."""
 MARGIN = 16
 """Further answers of the engine: it sorts by float32 sums; answers are sorted by float64 sums, as in evaluation."""
-ABOUT = {"format_version", "model", "checkpoint", "width", "sources", "partitions"}
-RESERVED = ("key", "source", "id", "split", "row", "metadata", "text", "vector")
+RESERVED = ("key", "source", "id", "split", "row", "image", "metadata", "text", "vector")
+OWN_COLUMNS = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
+"""Columns of a table beside those of embeddings and of fields of the metadata."""
 MAX_COLUMNS = 64
 TYPES = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
 
@@ -50,6 +55,8 @@ class Hit(NamedTuple):
     source: int
     """Number of the collection in `SearchIndex.sources`."""
     row: int
+    image: str
+    """SHA-256 of the encoded image; empty in an index of version 1."""
     text: str
     """Empty for an image."""
     similarity: float
@@ -99,7 +106,9 @@ class SearchIndex:
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
-        kinds = kinds_in(EmbeddingFolder(embeddings).vectors("images"))
+        if description["format_version"] < self.about["format_version"]:
+            raise RunError(f"{embeddings}: wanted embeddings with hashes of images, found none; embed them again")
+        kinds = kinds_in(embeddings, description)
         whole = [field.name for field in self._table("images").schema if field.type == TYPES["int"]]
         if narrow := [name for name in whole if "fraction" in kinds.get(name, ())]:
             raise RunError(
@@ -112,7 +121,7 @@ class SearchIndex:
             splits = description["source"].get("splits", [""])
             for kind in KINDS:
                 table, keys = self._table(kind), set()
-                for batch in _batches(EmbeddingFolder(embeddings).vectors(kind), table.schema, number):
+                for batch in _batches(embeddings, kind, description, table.schema, number):
                     merge = table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
                     merge.execute(pa.Table.from_batches([batch]))
                     keys.update(batch["key"].to_pylist())
@@ -166,7 +175,9 @@ class SearchIndex:
             where: SQL condition on columns, such as "split = 'test' and width > 200".
         """
         table = self._table(kind)
-        columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
+        columns = [
+            name for name in ("id", "split", "source", "row", "image", "metadata", "text") if name in table.schema.names
+        ]
         top = min(top, max(1, table.count_rows()))  # the engine takes no number above 2^63
         query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top + MARGIN)
         if cells := self.about["partitions"].get(kind, 0):
@@ -177,14 +188,24 @@ class SearchIndex:
             query = query.where(where)
         with _filter_errors(where, table.schema):
             rows = query.select([*columns, "vector", "_distance"]).to_arrow().to_pylist()
-        hits = [
-            Hit(
-                row["id"], row["split"], row["source"], row["row"], row.get("text") or "",
-                float(np.asarray(row["vector"], np.float64) @ vector.astype(np.float64)), json.loads(row["metadata"]),
-            )
-            for row in rows
-        ]  # fmt: skip
+        hits = [self._hit(row, vector) for row in rows]
         return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))[:top]
+
+    def _hit(self, row: dict[str, Any], vector: NDArray[np.float32]) -> Hit:
+        """An answer, checked: an index may come from others."""
+        try:
+            metadata = parse_json(row["metadata"] or "null")
+        except ValueError:
+            metadata = None
+        check({**row, "metadata": metadata}, IndexRow, self.location, "the rows of an index")
+        assert isinstance(metadata, dict)
+        if row["source"] >= len(self.sources):
+            self.reload()  # another process has added to it
+            if row["source"] >= len(self.sources):
+                raise RunError(f"{self.location}: wanted a row of its sources, found source {row['source']}")
+        similarity = float(np.asarray(row["vector"], np.float64) @ vector.astype(np.float64))
+        text = row.get("text") or ""
+        return Hit(row["id"], row["split"], row["source"], row["row"], row.get("image", ""), text, similarity, metadata)
 
     def first_captions(self, hits: Sequence[Hit]) -> list[str]:
         """The first caption of each image; empty for one without captions."""
@@ -199,11 +220,17 @@ class SearchIndex:
 
     def _table(self, kind: str) -> Any:
         try:
-            return self._database.open_table(kind)
-        except Exception as error:
-            raise RunError(
-                f"{self.location}: wanted the {kind} of the index, could not read them: {_line(error)}; make it again"
-            ) from None
+            table = self._database.open_table(kind)
+            found = table.schema
+        except BaseException as error:
+            refuse_of(error, self.location, f"the {kind} of the index")
+        for field in (*OWN_COLUMNS, *schema_of(kind, self.about["width"], self.about["format_version"])):
+            if field.name not in found.names or found.field(field.name).type != field.type:
+                raise RunError(
+                    f"{self.location}: wanted a column {field.name} of {field.type} in its {kind}, found another or "
+                    "none; make it again"
+                )
+        return table
 
 
 def _turn_at(location: str) -> contextlib.AbstractContextManager[Any]:
@@ -224,6 +251,7 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
     """
     if method not in ("auto", "flat", "ivf"):
         raise ConfigError(f"method: wanted auto, flat or ivf, got {method!r}")
+    _check_place(location)
     description, local = read_description(embeddings), Path(location)
     if "://" not in location and not local.is_file():
         local.mkdir(parents=True, exist_ok=True)
@@ -239,12 +267,12 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
         about = {name: description[name] for name in ("format_version", "model", "checkpoint", "width")}
         about |= {"sources": [description["source"]], "partitions": {}}
         # Both tables have a column for each field of the images' metadata, so that a filter means the same in both.
-        fields = fields_of(kinds_in(EmbeddingFolder(embeddings).vectors("images")))
-        own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
+        fields = fields_of(kinds_in(embeddings, description))
         for kind in KINDS:
-            file, rows = EmbeddingFolder(embeddings).vectors(kind), description[kind]
-            schema = pa.schema([*own, *pq.read_schema(file), *fields])
-            batches = _batches(file, schema, 0) if rows else None  # the engine takes no empty iterator
+            rows = description[kind]
+            schema = pa.schema([*OWN_COLUMNS, *schema_of(kind, about["width"], about["format_version"]), *fields])
+            # The engine takes no empty iterator.
+            batches = _batches(embeddings, kind, description, schema, 0) if rows else None
             table = database.create_table(kind, batches, schema=schema, mode="overwrite")
             if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
                 about["partitions"][kind] = _build_inverted_file(table, rows, about["width"])
@@ -264,11 +292,25 @@ def _build_inverted_file(table: Any, rows: int, width: int) -> int:
 
 def open_index(location: str) -> SearchIndex:
     """Open an index. RunError if there is none, or one of another version."""
+    _check_place(location)
     here = "://" in location or Path(location).is_dir()  # the engine would make the folder
     database, exists = _connect(location) if here else (None, False)
     if not exists:
         raise RunError(f"{location}: wanted an index that `mvlm search index` made, found none; check the path")
     return SearchIndex(location, read_about(database, location), database)
+
+
+def _check_place(location: str) -> None:
+    """Raise RunError unless an index may be at a place: an object store, or a folder without links that leave it."""
+    scheme, sign, rest = location.partition("://")
+    if sign and (scheme not in STORES or "@" in rest.split("/")[0] or len(rest.split("/")[0]) < 3):
+        raise RunError(
+            f"{scheme}://...: wanted a folder for an index, or a URL such as s3://BUCKET/NAME ({', '.join(STORES)}) "
+            "without a password, found another one; choose another place"
+        )
+    if not sign and Path(location).is_dir():
+        with run_errors():
+            check_links(Path(location))
 
 
 def _connect(location: str) -> tuple[Any, bool]:
@@ -290,17 +332,26 @@ def _connect(location: str) -> tuple[Any, bool]:
 def read_about(database: Any, location: str) -> dict[str, Any]:
     """Description of an index. RunError if it is damaged, or of another version."""
     try:
-        about = json.loads(database.open_table("about").to_arrow()["json"][0].as_py())
-        version = about["format_version"]
-        if version == FORMAT_VERSION and not about.keys() >= ABOUT:
-            raise KeyError(ABOUT - about.keys())
-    except Exception as error:  # the engine raises errors of many types
+        table = database.open_table("about")
+        if table.count_rows() != 1:
+            raise ValueError(f"{table.count_rows()} rows")
+        about = parse_json(table.to_arrow()["json"][0].as_py())
+    except BaseException as error:  # the engine raises errors of many types, and panics
+        refuse_of(error, location, "the description of an index")
+    check(about, IndexAbout, location, "the description of an index")
+    if about["format_version"] not in READABLE:
         raise RunError(
-            f"{location}: wanted the description of an index, could not read it: {_line(error)}; make it again"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise RunError(f"{location}: wanted format version {FORMAT_VERSION}, found {version}; make it again")
+            f"{location}: wanted format version {FORMAT_VERSION}, found {about['format_version']}; embed and index "
+            "again"
+        )
     return about
+
+
+def refuse_of(error: BaseException, location: str, wanted: str) -> NoReturn:
+    """Raise RunError for an error of the engine, which may be a panic of Rust. Others that end a process pass."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    raise RunError(f"{location}: wanted {wanted}, could not be read: {_line(error)}; make it again") from None
 
 
 def write_about(database: Any, about: dict[str, Any]) -> None:
@@ -322,9 +373,9 @@ def _filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
         ) from None
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """Text of an error as one line, cut to 200 characters."""
-    return " ".join(str(error).split())[:200]
+    return shown(error)[:200]
 
 
 def _listed(texts: Iterable[str]) -> str:
@@ -342,11 +393,13 @@ def _remove_others(table: Any, where: str, keys: set[str]) -> None:
         table.delete(f"key in ({_listed(gone[start : start + BATCH_ROWS])})")
 
 
-def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBatch]:
-    """Rows of a Parquet file of embeddings, as rows of an index."""
-    given = set(pq.read_schema(file).names)
+def _batches(
+    embeddings: Path, kind: str, description: dict[str, Any], schema: pa.Schema, source: int
+) -> Iterator[pa.RecordBatch]:
+    """Rows of an embedding as rows of an index."""
+    given = set(schema_of(kind, description["width"], description["format_version"]).names)
     extra = [field for field in schema if field.name not in {*given, "key", "source"}]
-    for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
+    for batch in read_batches(embeddings, kind, description):
         columns: dict[str, Any] = {name: batch[name] for name in given}
         keys = zip(*(batch[name].to_pylist() for name in ("row", "split", "id")), strict=True)
         # With the row, because a split may have an id twice.
@@ -358,13 +411,13 @@ def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBa
         )
 
 
-def kinds_in(file: Path) -> dict[str, set[str]]:
-    """Fields of the metadata in a Parquet file of embeddings that can be columns, with the kinds of their values.
+def kinds_in(embeddings: Path, description: dict[str, Any]) -> dict[str, set[str]]:
+    """Fields of the metadata of embedded images that can be columns, with the kinds of their values.
 
     These are the names of Python's types, and "fraction" for a number that a double holds and an int64 does not.
     """
     found: dict[str, set[str]] = {}
-    batches = pq.ParquetFile(file).iter_batches(columns=["metadata"])
+    batches = read_batches(embeddings, "images", description, ["metadata"])
     for text in (text for batch in batches for text in batch["metadata"].to_pylist()):
         for name, value in json.loads(text).items():
             # A plain name, that no other column has, nor the engine's (`_distance`).

@@ -1,5 +1,7 @@
 """Queries to an index by a text, an image or both, with answers re-ranked by ITM."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.inference.encode import rerank_scores
 from mvlm.inference.images import ImageLike
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.search.collection import Collection, open_collection
+from mvlm.search.collection import Collection, FolderCollection, open_collection
 from mvlm.search.embed import KINDS
 from mvlm.search.index import Hit, SearchIndex
 from mvlm_dataloading.images.limits import ImageRefusedError
+from mvlm_dataloading.urls import is_remote, normal_url
 
 
 def search(
@@ -27,6 +30,7 @@ def search(
     top: int = 10,
     rerank: int = 0,
     where: str | None = None,
+    sources: Sequence[str] = (),
 ) -> list[Hit]:
     """The answers most similar to a text, an image, or the mean of both, best first.
 
@@ -36,6 +40,7 @@ def search(
         rerank: candidates whose order ITM decides, as in `mvlm eval retrieval`. Images need a text in the query, texts
             an image.
         where: SQL condition on columns of the index.
+        sources: URLs of collections whose images may be read to re-rank them.
 
     Raises:
         RunError: the index is of another model, or an image is missing.
@@ -55,7 +60,8 @@ def search(
     vector = query_vector(model, text, image).numpy()
     hits = index.search(vector, kind, max(top, rerank), where)
     if rerank and hits:
-        hits = [*_rerank(model, index, partner, kind, hits[:rerank]), *hits[rerank:]]
+        images = ImageReader(index, sources)
+        hits = [*_rerank(model, images, partner, kind, hits[:rerank]), *hits[rerank:]]
     return hits[:top]
 
 
@@ -68,10 +74,9 @@ def query_vector(model: TrainedModel, text: str | None, image: ImageLike | None)
     return parts[0][0] if len(parts) == 1 else F.normalize(torch.cat(parts).mean(0), dim=-1)
 
 
-def _rerank(model: TrainedModel, index: SearchIndex, partner: Any, kind: str, hits: list[Hit]) -> list[Hit]:
+def _rerank(model: TrainedModel, images: "ImageReader", partner: Any, kind: str, hits: list[Hit]) -> list[Hit]:
     """Order hits by the query's ITC logit plus the log-odds of ITM with `partner`."""
     if kind == "images":
-        images = ImageReader(index)
         log_odds = model.match((images.read(hit) for hit in hits), partner).log_odds
     else:
         log_odds = model.match(partner, [hit.text for hit in hits], truncate=True).log_odds
@@ -82,27 +87,56 @@ def _rerank(model: TrainedModel, index: SearchIndex, partner: Any, kind: str, hi
 
 
 class ImageReader:
-    """Reader of the encoded images of an index, from the collections that were embedded."""
+    """Reader of the encoded images of an index, from the collections that were embedded.
 
-    def __init__(self, index: SearchIndex) -> None:
-        self._index = index
+    An index may come from others, and name any folder. An image is given out only if it is the one that was embedded,
+    by its SHA-256, and a URL is read only if the user names it.
+
+    Args:
+        sources: URLs of collections that may be read.
+    """
+
+    def __init__(self, index: SearchIndex, sources: Sequence[str] = ()) -> None:
+        self._index, self._named = index, {normal_url(url) for url in sources}
         self._opened: dict[int, Collection] = {}
 
     def read(self, hit: Hit) -> bytes:
-        """The image of a hit, encoded; of a text, the image that it describes."""
+        """The image of a hit, encoded; of a text, the image that it describes. RunError if it is not there any more."""
+        if not hit.image:
+            raise RunError(
+                f"{self._index.location}: wanted hashes of the images, which earlier versions did not write; embed and "
+                "index them again to see them"
+            )
         sources = self._index.sources
-        if hit.source >= len(sources) or hit.split not in sources[hit.source].get("splits", [hit.split]):
+        if hit.split not in sources[hit.source].get("splits", [hit.split]):
             self._index.reload()  # another process has added to it
             self._opened.pop(hit.source, None)
         source = self._index.sources[hit.source]
         if hit.source not in self._opened:
-            self._opened[hit.source] = open_collection(source["path"], source.get("splits"))
+            self._opened[hit.source] = self._open(source)
         id = hit.id.rpartition("#")[0] if hit.text else hit.id
+        place = Path(source["path"]) / id
         try:
-            return self._opened[hit.source].image_bytes(id, hit.split, hit.row)
+            content = self._opened[hit.source].image_bytes(id, hit.split, hit.row)
         except (OSError, ImageRefusedError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.kind
             raise RunError(
-                f"{Path(source['path']) / id}: wanted the image that was embedded, found none ({reason}); "
-                f"restore it, or remove it from the index"
+                f"{place}: wanted the image that was embedded, found none ({reason}); restore it, or remove it from "
+                "the index"
             ) from None
+        if hashlib.sha256(content).hexdigest() != hit.image:
+            raise RunError(
+                f"{place}: wanted the image that was embedded, found another; embed and index {source['path']} again"
+            )
+        return content
+
+    def _open(self, source: dict[str, Any]) -> Collection:
+        path = source["path"]
+        if is_remote(path) and normal_url(path) not in self._named:
+            raise RunError(
+                f"{self._index.location}: its images are at {path}, which the index names; give --source {path} to "
+                "read them"
+            )
+        if source["kind"] == "folder":
+            return FolderCollection(Path(path), [])
+        return open_collection(path, source.get("splits"))

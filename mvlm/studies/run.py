@@ -20,16 +20,19 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
 from mvlm.studies.study import Study, slug, stage_config, trial_config
 from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
 from mvlm.tasks.finetune import untrained_figures
-from mvlm.training.run import choose_tokenizer
+from mvlm.terminal import say
+from mvlm.untrusted import run_errors
+from mvlm.weights.start import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.tools.view import make_view
+from mvlm_dataloading.untrusted import check_links
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,9 @@ def run_study(
     """
     if found := [name for name in _OF_OTHERS if (out / name).exists()]:
         raise RunError(f"{out}: wanted a new folder or that of a study, found {found[0]}; choose another one")
+    if out.is_dir():
+        with run_errors():
+            check_links(out)
     others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
     finished = [read_result(trial) for trial in trials]  # before the first minute is spent
@@ -189,7 +195,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
         config = trial_config(study, arm, 0, data, out, int(budget.get("steps", 1_000_000)), checkpoint)
         plans[arm] = _steps_and_flops(budget, config, dataset, lengths)
         files[arm] = named_files(config)
-    start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
+    start = load_without_head(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     splits = tuple(study.splits) if study.task else (study.split,)
     evaluated = {split: open_dataset(data, split).fingerprint for split in splits}
     stages = {name: _stage_data(stage) for name, stage in study.then.items()}
@@ -337,4 +343,4 @@ def _relay(job: int, process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
-            print(f"[{job}] {line}", end="", flush=True)
+            say(f"[{job}] {line}", end="", flush=True)

@@ -15,8 +15,9 @@ from typing import Any
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.json_files import run_config
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import finetune_defaults
 from mvlm.errors import ConfigError
+from mvlm.tasks.recipes import finetune_defaults
+from mvlm_dataloading.untrusted import read_regular
 
 _FIELDS = {
     "question": str, "preset": str, "task": str, "base": str, "seeds": list, "measures": list, "budget": dict,
@@ -84,7 +85,7 @@ class Study:
 def read_study(file: Path) -> Study:
     """Read a study's TOML file. ConfigError for a missing file, an unknown name, a missing or an invalid value."""
     try:
-        values = tomllib.loads(file.read_text())
+        values = tomllib.loads(read_regular(file, "study").decode())
     except OSError as error:
         raise ConfigError(f"{file}: wanted a study, could not read it ({error.strerror}); check the path") from None
     except UnicodeDecodeError:

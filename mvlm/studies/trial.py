@@ -1,10 +1,9 @@
 """A trial: one run of one arm with one seed, its evaluation, and the file that keeps what it found."""
 
-import gzip
-import json
 import logging
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,17 +19,20 @@ from mvlm.config.json_files import config_json, with_defaults, without_removed
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
-from mvlm.files import read_plan
 from mvlm.machine import code_revision, processor_name
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
-from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import evaluate_task, find_task
+from mvlm.runs.load import load_without_head
+from mvlm.schemas import Result, check
+from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import find_task
 from mvlm.training.run import pretrain
+from mvlm.untrusted import read_json, read_plan
 from mvlm_dataloading import open_dataset
 from mvlm_dataloading.files import sha256, write_json
+from mvlm_dataloading.untrusted import LIMITS, parse_json, read_regular
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
@@ -113,13 +115,10 @@ class Trial:
 
 def read_result(trial: Trial) -> dict[str, Any] | None:
     """Result of a trial; None if it is not finished. RunError if it was made with other settings."""
-    if not trial.file.is_file():
+    if not trial.file.exists():
         return None
-    try:
-        result = json.loads(trial.file.read_text())
-        settings = result["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{trial.file}: wanted the result of a trial, got {error!r}; remove the file") from None
+    result = read_json(trial.file, "figures", "the result of a trial", Result)
+    settings = result["settings"]
     if not trial.same_settings(result):
         settings, wanted = settings_said(settings, trial.config), trial.settings
         names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
@@ -161,7 +160,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
             for split in trial.splits
         }
     else:
-        model = load_model(checkpoint, device, trial.config.precision)
+        model = load_without_head(checkpoint, device, trial.config.precision)
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
         rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
         figures, ranks = model.evaluate(dataset, train, rerank)
@@ -223,7 +222,7 @@ def _check_begun(trial: Trial) -> None:
     file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
     config = trial.config
     if (begun := read_plan(file)) is None:
-        if isinstance(config, FinetuneConfig) and load_model(config.checkpoint, "cpu").sha256 != trial.start:
+        if isinstance(config, FinetuneConfig) and load_without_head(config.checkpoint, "cpu").sha256 != trial.start:
             raise RunError(f"{config.checkpoint}: changed since the study was planned; run the same command again")
         write_json(file, wanted)
     elif begun != wanted:
@@ -236,7 +235,7 @@ def _check_begun(trial: Trial) -> None:
 def named_files(config: RunConfig) -> dict[str, str]:
     """Hash of each model and file that settings name by a path, by the name of the setting."""
     start = getattr(config, "initial_model", None)
-    found = {} if start is None else {"initial_model": load_model(start, "cpu").sha256}
+    found = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
     for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
         path = getattr(config, name, None)
         if path is not None and Path(path).is_file():  # a task of the library has a name
@@ -267,11 +266,15 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
     files = [study] if study.is_file() else sorted(study.glob(f"trials/*/seed_{seed}/result.json"))
     for file in files:
         try:
-            text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text()
-            found = [json.loads(line) for line in (text.splitlines() if file is study else [text])]
-            yield from (result for result in found if result["seed"] == seed)
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-            raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error!r}; leave it out") from None
+            content = read_regular(file, "figures", within=study if study.is_dir() else None)
+            if file.suffix == ".gz":
+                content = zlib.decompressobj(wbits=31).decompress(content, LIMITS["figures"])
+            found = [parse_json(line) for line in (content.splitlines() if file is study else [content])]
+        except (ValueError, OSError, zlib.error) as error:
+            raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error}; leave it out") from None
+        for result in found:
+            check(result, Result, file, "results of trials, trials.jsonl")
+        yield from (result for result in found if result.get("seed") == seed)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

@@ -12,21 +12,20 @@ one, M masked tokens, T packed tokens, C width, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.errors import ConfigError
-from mvlm.model.attention import Residual
 from mvlm.model.encoders import KeyValueCache
-from mvlm.model.fast import encode_patches, encode_rows, masked_token_features, project_patches
-from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.implementation import Implementation
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.metrics.captions import cider, is_scene, score_captions, tokenize
-from mvlm.tasks.task import GREY, Task, TaskLosses, TaskOptions, Verdict, weighted_cross_entropy
+from mvlm.tasks.task import GREY, Task, TaskLosses, TaskOptions, Verdict
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
 
@@ -77,6 +76,13 @@ class Captioning(Task):
         "image_encoder.mask_token", "image_cross", "image_decoder", "pixel_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
     )  # fmt: skip
+    # 5 passes over the 566,747 captions of COCO
+    recipe: ClassVar = {"max_steps": 11_100, "flip": 0.5, "lr_cross": 1e-5}
+    prediction_options: ClassVar = {
+        "lengths": "Number of lengths to try: a caption is written for each of the likeliest.",
+        "iterations": "Passes of mask-predict.",
+        "choose_by": "Figure that chooses among the lengths.",
+    }
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)
@@ -109,7 +115,9 @@ class Captioning(Task):
         """The images, or grey ones where the options hide them."""
         return torch.full_like(images, GREY) if self.options.blind == "image" else images
 
-    def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+    def losses_of_step(
+        self, batch: Batch, masks: Masks, targets: Sequence[Tensor], implementation: Implementation
+    ) -> TaskLosses:
         """Masked language modelling and the length's cross-entropy, added; and the accuracy of masked tokens.
 
         Masked language modelling is the mean over captions of the mean over a caption's masked tokens, so that it does
@@ -117,33 +125,24 @@ class Captioning(Task):
         """
         hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)
         seen = replace(batch, images=self.seen(batch.images), tokens=hidden)
-        v, text = IMPLEMENTATIONS[plan].encode_unmasked(self.model, seen)
+        v, text = implementation.encode_unmasked(self.model, seen)
         targets_of_masks = batch.tokens.index_select(0, masks.token_ids)  # (M,)
         bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long())  # (B+1,)
         caption = torch.searchsorted(bounds[1:], torch.arange(len(masks.token_ids), device=bounds.device), right=True)
         weights = (at_least_float32(v.new_ones(())) / (len(v) * bounds.diff())).index_select(0, caption)  # (M,)
-        if plan == "fast":
-            x = masked_token_features(self.model, text, KeyValueCache(v), masks.token_ids)  # (M, C)
-        else:
-            w, key_mask = text.padded()
-            x = self.model.text_cross(w, v, key_mask, None)  # (B, L, C)
-            at = caption * x.shape[1] + masks.token_ids - batch.cu_seqlens[caption]
-            x = x.flatten(0, 1).index_select(0, at)
-        loss, accuracy = weighted_cross_entropy(self.model, x, targets_of_masks, weights, plan)
+        x = implementation.fuse_tokens(self.model, KeyValueCache(v), text, masks.token_ids)  # (M, C)
+        loss, accuracy = implementation.token_loss(self.model, x, targets_of_masks, weights)
         lengths = batch.cu_seqlens.diff().long() - 3  # of the words, less one
         loss = loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths)
         return TaskLosses(loss, accuracy, counted=len(masks.token_ids))
 
-    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+    def predict(self, batch: Batch, implementation: Implementation) -> list[dict[str, Any]]:
         """A caption for each image. The batch's own captions are not read."""
-        images = self.seen(batch.images)
-        v = self.model.encode_image(images) if plan == "plain" else encode_patches(
-            self.model, project_patches(self.model, images)
-        )  # (B, 1+N, C)  # fmt: skip
+        v = implementation.encode_pixels(self.model, self.seen(batch.images))  # (B, 1+N, C)
         candidates = min(self.options.lengths, self.head.out_features)
         lengths = 1 + self.head(v[:, 0]).topk(candidates).indices.flatten()  # (R,), the R = B x candidates captions
         of = torch.arange(len(v), device=v.device).repeat_interleave(candidates)
-        writer = Writer(self.model, v, of, lengths, self.tokenizer, plan)
+        writer = Writer(self.model, v, of, lengths, self.tokenizer, implementation)
         writer.write(self.options.iterations)
         scores = writer.match() if self.options.choose_by == "itm" else writer.mean_log_probability()
         best = scores.view(-1, candidates).argmax(1)
@@ -193,8 +192,17 @@ class Writer:
         log_p: (R, W), log-probability with which each word was chosen; 0 past a caption's length.
     """
 
-    def __init__(self, model: MaskVLM, v: Tensor, of: Tensor, lengths: Tensor, tokenizer: Tokenizer, plan: str) -> None:
-        self.model, self.v, self.of, self.lengths, self.tokenizer, self.plan = model, v, of, lengths, tokenizer, plan
+    def __init__(
+        self,
+        model: MaskVLM,
+        v: Tensor,
+        of: Tensor,
+        lengths: Tensor,
+        tokenizer: Tokenizer,
+        implementation: Implementation,
+    ) -> None:
+        self.model, self.v, self.of, self.lengths = model, v, of, lengths
+        self.tokenizer, self.implementation = tokenizer, implementation
         self.cache = KeyValueCache(v)
         self.exists = torch.arange(int(lengths.max()), device=v.device) < lengths[:, None]  # (R, W), True = a word
         self.words = torch.full(self.exists.shape, model.config.mask_token_id, device=v.device)
@@ -215,12 +223,7 @@ class Writer:
 
     def predict(self, chosen: Tensor) -> None:
         """Set the words chosen bool (R, W), which are masked, to the likeliest ones. No word is a special token."""
-        text = self._encode()
-        if self.plan == "plain":
-            w, key_mask = text.padded()
-            x = self.model.text_cross(w, self.v.index_select(0, self.of), key_mask, None)[key_mask]  # (T, C)
-        else:
-            x = encode_rows(self.model.text_cross, Residual(text.rows), text.packing, self.cache, self.of)
+        x = self.implementation.fuse_tokens(self.model, self.cache, self._encode(), images=self.of)  # (T, C)
         rows = F.pad(chosen, (1, 1))[self._tokens()[1]]  # (T,), True = a chosen word
         logits = at_least_float32(self.model.language_head(x[rows]))
         logits[:, self.tokenizer.vocab_size :] = -torch.inf
@@ -236,7 +239,7 @@ class Writer:
     def match(self) -> Tensor:
         """ITM's log-odds that each caption belongs to its image (R,)."""
         rows = torch.arange(len(self.of), device=self.of.device)
-        fused = IMPLEMENTATIONS[self.plan].fuse_pairs(self.model, self.v, self._encode(), self.of, rows)
+        fused = self.implementation.fuse_pairs(self.model, self.v, self._encode(), self.of, rows)
         logits = self.model.matching_logits(*fused)
         return logits[:, 1] - logits[:, 0]
 
@@ -250,4 +253,4 @@ class Writer:
         """Features of the captions as they are."""
         tokens, kept = self._tokens()
         bounds = F.pad((self.lengths + 2).cumsum(0), (1, 0)).int()
-        return IMPLEMENTATIONS[self.plan].encode_tokens(self.model, tokens[kept], bounds, tokens.shape[1])
+        return self.implementation.encode_tokens(self.model, tokens[kept], bounds, tokens.shape[1])

@@ -21,9 +21,9 @@ from mvlm.costs.step_cost import (
 )
 from mvlm.distributed.parallel import checkpoint_activations
 from mvlm.model.adaptation import adapt
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import round_up_length
-from mvlm.tasks.evaluate import find_task
+from mvlm.tasks.load import find_task
 from mvlm.tasks.retrieval import WEIGHTS
 from mvlm.tasks.task import TaskOptions
 from mvlm_kernels.hardware import GPUS
@@ -56,7 +56,7 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
 
         def step() -> None:
             with autocast_of(shape):
-                losses = head.losses_of_step(batch, masks, targets, "fast")
+                losses = head.losses_of_step(batch, masks, targets, IMPLEMENTATIONS["fast"])
             losses.total.backward()
 
         # A GPU's host does not know how many tokens the captions have together, and takes a bound.

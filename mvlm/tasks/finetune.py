@@ -17,27 +17,25 @@ from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
-from mvlm.device import autocast
-from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
+from mvlm.distributed.parallel import Parallel, checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.adaptation import adapt
-from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.pretrained import check_sizes
 from mvlm.objectives.losses import Losses
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
 from mvlm.runs.folder import RunFolder
-from mvlm.runs.load import identify, load_model, read_architecture
-from mvlm.tasks.evaluate import described_task, find_task, predict_split
-from mvlm.tasks.retrieval import Retrieval
-from mvlm.tasks.task import Task, TaskLosses
+from mvlm.runs.load import identify, load_without_head, read_architecture, read_architecture_of
+from mvlm.tasks.load import described_task, find_task
+from mvlm.tasks.task import Task
 from mvlm.training.loggers import LogSinks
-from mvlm.training.optimizer import make_optimizer
-from mvlm.training.run import RunInputs, check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
-from mvlm.training.trainer import Trainer, evaluation_workspace
+from mvlm.training.optimizer import GuardedAdamW, make_optimizer
+from mvlm.training.run import check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
+from mvlm.training.trainer import RunInputs, Trainer, evaluation_workspace
 from mvlm.weights.resize import resized_config, resized_model
-from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
+from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer
 from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
@@ -55,36 +53,27 @@ class FineTuner(Trainer):
     """One rank of a fine-tuning run."""
 
     model: Task
-    task_file: str | None = None
-    """Hash of the file of the user's own task, as it was when this process read it. None for a task of the library."""
-    targets: Sequence[Tensor]
-    """Targets of the training split (`Task.targets`), on the device."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        world: World,
+        parallel: Parallel,
+        optimizer: GuardedAdamW,
+        loader: Loader,
+        initial_model: dict[str, str] | None,
+    ) -> None:
+        super().__init__(inputs, world, parallel, optimizer, loader, initial_model)
+        self.targets: Sequence[Tensor] = [x.to(world.device) for x in self.model.targets(inputs.dataset)]
+        """Targets of the training split (`Task.targets`), on the device."""
+        task = getattr(inputs.config, "task", "")
+        self.task_file = sha256(Path(task)) if task.endswith(".py") else None
+        """Hash of the file of the user's own task, as this process reads it. None for a task of the library."""
 
     def forward_backward(self, microbatches: list[tuple[Batch, Masks]]) -> Losses:
-        """Compute the task's loss on the global batch, and the parameters' gradients.
-
-        The accuracy is NaN if nothing was judged.
-        """
-        if isinstance(self.model, Retrieval):
-            assert isinstance(self.config, FinetuneConfig)
-            return self.model.backward(self.parallel, microbatches, self.world, self.config, self.step)
-        number = len(microbatches)
-        shares = []
-        for place, (batch, masks) in enumerate(microbatches):
-
-            def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
-                targets = [x[batch.sample_id] for x in self.targets]
-                with autocast(self.device, self.config.precision):
-                    return task.losses_of_step(batch, masks, targets, self.config.plan)
-
-            losses = self.parallel(forward, last=place == number - 1)
-            # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
-            (losses.total / number).backward()
-            counted = torch.full_like(losses.accuracy, losses.counted)
-            parts = losses.total, losses.accuracy * counted, counted
-            shares.append(torch.stack([x.detach().float() for x in parts]))
-        loss, right, judged = self.world.all_reduce(torch.stack(shares).sum(0))
-        return Losses(total=loss / (number * self.world.size), accuracy=right / judged)
+        """Compute the task's loss on the global batch, and the parameters' gradients."""
+        assert isinstance(self.config, FinetuneConfig)
+        return self.model.backward(self.parallel, microbatches, self.targets, self.world, self.config, self.step)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature if the task trains it, and return it as a further metric of the step."""
@@ -116,15 +105,12 @@ class FineTuner(Trainer):
 
     def figures(self, validation: Dataset, sinks: LogSinks | None) -> tuple[dict[str, float], float]:
         """The task's main figure on the validation split; none, and NaN, if a rank is to stop."""
-        precision, plan = self.config.precision, self.config.plan
-        task = unsharded_copy(self.model, self.new_task)
+        task = unsharded_copy(self.model, self.new_task).eval()
         found = {}  # stays empty if a rank is to stop
-        if isinstance(task, Retrieval):
-            with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
-                found = task.evaluate(validation, self.tokenizer, precision, workspace)
-        else:
-            records = predict_split(task, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
-            found = {} if records is None else task.score(records, validation)
+        with evaluation_workspace(self.config, len(validation), self.world, self.may_go_on) as workspace:
+            implementation = IMPLEMENTATIONS[self.config.plan]
+            found, _ = task.evaluate(validation, self.config.precision, implementation, workspace)
+        task.train()
         return ({f"val_{task.main}": found[task.main]}, found[task.main]) if found else ({}, math.nan)
 
     def new_task(self) -> Task:
@@ -150,7 +136,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
             f"questions_per_image: wanted 1, got {config.questions_per_image}; the task {kind.name} reads each sample "
             f"alone"
         )
-    if config.all_frozen and (kind.whole_batch or (config.task == "vqa" and config.answers == "masked")):
+    if config.all_frozen and not kind.has_head(config.options):
         raise ConfigError(
             f"train_cross: wanted another value than frozen if both encoders are frozen, as the task {kind.name} has "
             f"no head to train"
@@ -174,8 +160,8 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             shapes = read_folder_shapes(checkpoint / MODEL, "model.")
             check_sizes(found, shapes, checkpoint / MODEL_CONFIG, checkpoint / MODEL)
             return found, tokenizer
-    loaded = load_model(config.checkpoint)
-    pretrained, longest = loaded.network.config, loaded.network.config.text_length
+    pretrained, tokenizer = read_architecture_of(config.checkpoint)
+    longest = pretrained.text_length
     fixed = config.train_text != "full" and not config.random_weights and not pretrained.text_tower
     if fixed and (config.question_length or 0) > longest:
         raise ConfigError(
@@ -188,13 +174,13 @@ def architecture_of(config: FinetuneConfig) -> tuple[MaskVLMConfig, Tokenizer]:
             f"image_size: wanted a multiple of {block} pixels, as the pretrained model has blocks of masks, got "
             f"{config.image_size}; give --image-size {max(1, round(config.image_size / block)) * block}"
         )
-    return resized_config(pretrained, config.image_size, config.question_length), loaded.tokenizer
+    return resized_config(pretrained, config.image_size, config.question_length), tokenizer
 
 
 def starting_network(config: FinetuneConfig) -> MaskVLM:
     """The pretrained network for images and texts of the run's sizes, or one with random weights."""
-    pretrained = load_model(config.checkpoint).network
-    if config.random_weights:
+    pretrained = load_without_head(config.checkpoint).network
+    if config.random_weights:  # these are drawn behind those of the network that was loaded, as ever
         log.info("%s: only its architecture and tokenizer are used; weights are random", config.checkpoint)
         return MaskVLM(config.model)
     return resized_model(pretrained, config.image_size, config.question_length)
@@ -206,8 +192,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     assert isinstance(config, FinetuneConfig)
     torch.manual_seed(config.seed)
     kind = find_task(config.task)
-    start = identify(config.checkpoint) if config.adapted else None
-    model = starting_network(config) if not checkpoint or start is not None else MaskVLM(config.model)
+    initial = identify(config.checkpoint) if config.adapted else None
+    model = starting_network(config) if not checkpoint or initial is not None else MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), config.options, kind.make_state(inputs.dataset, config.options)).to(world.device)
     task.set_tokenizer(inputs.tokenizer)
@@ -223,27 +209,19 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
-    trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
-    trainer.start = start
-    trainer.targets = [x.to(world.device) for x in task.targets(inputs.dataset)]
-    trainer.task_file = sha256(Path(config.task)) if config.task.endswith(".py") else None
+    trainer = FineTuner(inputs, world, parallel, optimizer, loader, initial)
     if checkpoint:
         trainer.restore(Path(checkpoint))
-        log.info("resuming from %s%s", checkpoint, "; the pretrained model is not read" if start is None else "")
+        log.info("resuming from %s%s", checkpoint, "; the pretrained model is not read" if initial is None else "")
     return trainer
 
 
-@torch.no_grad()
 def untrained_figures(config: FinetuneConfig, few: Dataset) -> dict[str, Any]:
     """Figures that an evaluation of the task will have, of random weights on a few samples of a split."""
     inputs, kind = open_inputs(config), find_task(config.task)
     task = kind(MaskVLM(inputs.config.model), config.options, kind.make_state(inputs.dataset, config.options)).eval()
     task.set_tokenizer(inputs.tokenizer)
-    if isinstance(task, Retrieval):
-        return task.evaluate(few, inputs.tokenizer, "fp32", Workspace())
-    records = predict_split(task, few, inputs.tokenizer, "fp32")
-    assert records is not None
-    return task.score(records, few)
+    return task.evaluate(few, "fp32", IMPLEMENTATIONS["fast"], Workspace())[0]
 
 
 def peak_rate(name: str, config: FinetuneConfig) -> float:

@@ -6,7 +6,7 @@ metadata holds `images` (n), `label` (true, false), `identifier` and, if there i
 same images.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ class Pairs(LabelTask):
     name = "pairs"
     bootstrapped_over = "sets of images"
     labels = ("false", "true")
+    recipe: ClassVar = {"max_steps": 3_400}  # 10 passes over the 86,373 statements of NLVR2
 
     @classmethod
     def labelled(cls, dataset: Dataset, images: int | None = None, repeated: bool = False) -> list[dict[str, Any]]:

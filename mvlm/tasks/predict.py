@@ -13,6 +13,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading.files import replaced, write_file, write_json
 from mvlm_dataloading.sources.files import files_under, read_rows
 from mvlm_dataloading.sources.folder import LISTED, TABLES
+from mvlm_dataloading.untrusted import check_links, resolve_inside
 
 log = logging.getLogger(__name__)
 FORMATS = (".json", ".jsonl", ".parquet")
@@ -56,9 +57,12 @@ def questions_of(
                         f"name the column with --image-column"
                     )
                 files = tuple(path.parent / name for name in names)
+                for file in files:
+                    resolve_inside(file, path.parent)
                 for line in [str(text)] if text is not None else texts or (None,):
                     yield Question(files, line)
         elif path.is_dir():
+            check_links(path)
             found = [file for file in files_under(path) if file.suffix.lower() in LISTED]
             if not found:
                 raise RunError(f"{path}: wanted a folder of images, found no image in it; check the path")

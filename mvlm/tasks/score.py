@@ -6,8 +6,10 @@ happens to be there.
 """
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,9 @@ from mvlm.tasks.metrics import Scored, percent_interval
 from mvlm.tasks.metrics.captions import is_scene, score_captions
 from mvlm.tasks.metrics.labels import check_identifier, score_labels, score_statements, set_of
 from mvlm.tasks.metrics.vqa import answer_fault, score_answers, warn_of_few_answers
+from mvlm_dataloading import untrusted
 from mvlm_dataloading.dataset.dataset import first_samples, image_name
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import write_file
 
 Value = TypeVar("Value")
@@ -28,40 +32,47 @@ FLICKR_IDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
 """Names of the image's field in the releases of SNLI-VE."""
 
 
+@contextmanager
+def _reading(path: Path, wanted: str) -> Iterator[None]:
+    """Context that reads a file. RunError, which says what was `wanted`, if it cannot be read."""
+    try:
+        yield
+    except DataError as error:
+        raise RunError(str(error)) from None
+    except OSError as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error.strerror}; check the path") from None
+
+
 def read_json(path: Path, wanted: str) -> Any:
     """The value of a JSON file. RunError, which says what was `wanted`, if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
+    with _reading(path, wanted):
+        return untrusted.read_json(path, "predictions", wanted)
 
 
 def read_json_lines(path: Path, wanted: str) -> list[dict[str, Any]]:
     """The records of a file with a JSON object on each line. RunError names the first line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON allows U+2028 and the like within a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path}, line {number}: wanted a JSON object, found {error}") from None
-        if not isinstance(record, dict):
-            raise RunError(f"{path}, line {number}: wanted a JSON object, found {type(record).__name__}")
-        records.append(record)
+    with _reading(path, wanted):
+        for number, line in enumerate(untrusted.regular_lines(path, "predictions"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = untrusted.parse_json(line)
+            except ValueError as error:
+                raise RunError(f"{path}, line {number}: wanted a JSON object, found {error}") from None
+            if not isinstance(record, dict):
+                raise RunError(f"{path}, line {number}: wanted a JSON object, found {type(record).__name__}")
+            records.append(record)
     return records
 
 
 def read_csv(path: Path, fields: int, wanted: str) -> list[list[str]]:
     """The rows of a CSV file without a header. RunError for a row that does not have `fields` fields."""
+    with _reading(path, wanted):
+        content = untrusted.read_regular(path, "predictions")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = [row for row in csv.reader(io.StringIO(content.decode(), newline="")) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
     for number, row in enumerate(rows, 1):
         if len(row) != fields:

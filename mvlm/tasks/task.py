@@ -9,21 +9,28 @@ metadata.
 Shape legend: B batch, C width, M masked tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.finetune import TaskOptions as TaskOptions
 from mvlm.config.model import MaskVLMConfig
+from mvlm.device import autocast
+from mvlm.distributed.coordination import run_on_all_ranks
+from mvlm.distributed.parallel import Parallel
+from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
+from mvlm.evaluation.workspace import Workspace
+from mvlm.inference.encode import BATCH, eval_loader
+from mvlm.model.implementation import Implementation
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
-from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
-from mvlm.objectives.losses import at_least_float32
+from mvlm.objectives.losses import Losses
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 
 GREY = 128
@@ -73,9 +80,13 @@ class Task(nn.Module):
     """Figure by which models are compared and selected; higher is better."""
     bootstrapped_over: ClassVar[str] = ""
     """What the intervals of `score` are bootstrapped over, such as images: its figures and the report say so."""
+    recipe: ClassVar[dict[str, Any]] = {}
+    """Settings of `mvlm finetune TASK base` that are the task's own, a literal (`mvlm.tasks.stated`)."""
+    prediction_options: ClassVar[dict[str, str]] = {}
+    """Options that say how predictions are made, which `mvlm eval` may change, and its help on them; a literal too."""
     whole_batch: ClassVar[bool] = False
-    """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
-    `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
+    """True if the loss contrasts all pairs of the global batch. The task then has a `backward` and an `evaluate` of its
+    own, and no `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     reads_texts: ClassVar[bool] = True
     """False if it predicts from the image alone."""
     shares: ClassVar[bool] = False
@@ -120,6 +131,11 @@ class Task(nn.Module):
         cls.check_references(dataset, state)
 
     @classmethod
+    def has_head(cls, options: TaskOptions) -> bool:
+        """True if the task adds weights to the model's, which can be trained alone."""
+        return True
+
+    @classmethod
     def longest_text(
         cls, state: dict[str, Any], options: TaskOptions, tokenizer: Tokenizer, config: MaskVLMConfig
     ) -> int:
@@ -145,17 +161,80 @@ class Task(nn.Module):
         """Arguments of the task's loaders beside those of every loader; `strip` is one of their `Augment`."""
         return {}
 
-    def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:
-        """Loss and accuracy of a training batch. Only a task that reads the loader's masks defines it."""
-        return self.losses(batch, targets, plan)
+    def backward(
+        self,
+        parallel: Parallel,
+        microbatches: Sequence[tuple[Batch, Masks]],
+        targets: Sequence[Tensor],
+        world: World,
+        config: FinetuneConfig,
+        step: int,
+    ) -> Losses:
+        """Compute the loss of the global batch, and the parameters' gradients.
 
-    def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
-        """Loss and accuracy of a batch. `targets` are the rows of the batch's samples, `plan` the implementation."""
+        The losses have no gradient. Their `accuracy` is NaN if nothing was judged.
+
+        Args:
+            targets: those of the whole training split, on the device.
+            step: number of the update.
+        """
+        number, implementation = len(microbatches), IMPLEMENTATIONS[config.plan]
+        shares = []
+        for place, (batch, masks) in enumerate(microbatches):
+
+            def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
+                own = [x[batch.sample_id] for x in targets]
+                with autocast(world.device, config.precision):
+                    return task.losses_of_step(batch, masks, own, implementation)
+
+            losses = parallel(forward, last=place == number - 1)
+            # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
+            (losses.total / number).backward()
+            counted = torch.full_like(losses.accuracy, losses.counted)
+            parts = losses.total, losses.accuracy * counted, counted
+            shares.append(torch.stack([x.detach().float() for x in parts]))
+        loss, right, judged = world.all_reduce(torch.stack(shares).sum(0))
+        return Losses(total=loss / (number * world.size), accuracy=right / judged)
+
+    def losses_of_step(
+        self, batch: Batch, masks: Masks, targets: Sequence[Tensor], implementation: Implementation
+    ) -> TaskLosses:
+        """Loss and accuracy of a training batch. Only a task that reads the loader's masks defines it."""
+        return self.losses(batch, targets, implementation)
+
+    def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
+        """Loss and accuracy of a batch. `targets` are the rows of the batch's samples."""
         raise NotImplementedError
 
-    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+    def predict(self, batch: Batch, implementation: Implementation) -> list[dict[str, Any]]:
         """Prediction for each sample of a batch: fields of its record, but for its id."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(
+        self, dataset: Dataset, precision: str, implementation: Implementation, workspace: Workspace
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Figures of a split, and the records of its samples in order, on every rank: `sample`, its number, and more.
+
+        Each rank predicts a part of the split, in the batches that one rank would make. The task is in eval mode.
+        EvaluationStopped if the workspace asks for an early end.
+        """
+        options = {"per_image": 1 if self.shares else None, **self.loader_options()}
+        records: list[dict[str, Any]] = []
+
+        def predict(start: int, stop: int) -> Iterator[None]:
+            for batch, _ in eval_loader(dataset.rows(start, stop), self.model, self.tokenizer, **options):
+                with autocast(self.log_scale.device, precision):
+                    predicted = self.predict(batch.to(self.log_scale.device), implementation)
+                ids = batch.sample_id.tolist()
+                records.extend({"sample": start + i, **record} for i, record in zip(ids, predicted, strict=True))
+                yield
+
+        workspace.share("predictions", len(dataset), BATCH, predict)
+        found = [record for part in workspace.world.gather_objects(records) for record in part]
+        found.sort(key=itemgetter("sample"))
+        assert [record["sample"] for record in found] == list(range(len(dataset)))
+        return run_on_all_ranks(workspace.world, lambda: self.score(found, dataset)), found
 
     @classmethod
     def score(cls, records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
@@ -211,7 +290,7 @@ class Task(nn.Module):
         number = batch.cu_seqlens.diff().long()[captions]  # (B,), tokens of each sample's text
         return replace(batch, tokens=tokens, cu_seqlens=bounds, caption_of=number - 2)
 
-    def fuse(self, batch: Batch, plan: str, images: int = 1) -> Tensor:
+    def fuse(self, batch: Batch, implementation: Implementation, images: int = 1) -> Tensor:
         """Features (B, n 3 C) of a batch with strips of n `images`: those of each image with the text, in order.
 
         The features of an image are [CLS] of both cross-modality encoders, image and text, and their product. An image
@@ -222,13 +301,12 @@ class Task(nn.Module):
             # All samples of a text are one pair.
             texts = torch.arange(len(batch.cu_seqlens) - 1, device=batch.tokens.device)
             alone = replace(batch, image_of=torch.zeros_like(texts), caption_of=texts, sample_tokens=len(batch.tokens))
-            return self._fuse(alone, plan, images).index_select(0, batch.pairs()[1])
-        return self._fuse(batch, plan, images)
+            return self._fuse(alone, implementation, images).index_select(0, batch.pairs()[1])
+        return self._fuse(batch, implementation, images)
 
-    def _fuse(self, batch: Batch, plan: str, images: int) -> Tensor:
+    def _fuse(self, batch: Batch, implementation: Implementation, images: int) -> Tensor:
         """`fuse`, of a batch without what is hidden."""
         pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (I n, 3, S, S)
-        implementation = IMPLEMENTATIONS[plan]
         v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
         strips, texts = batch.pairs()  # (B,) each
         of = (images * strips[:, None] + torch.arange(images, device=pixels.device)).flatten()  # (B n,)
@@ -238,23 +316,6 @@ class Task(nn.Module):
         )
         features = torch.cat([image, caption, image * caption], dim=1)  # (B n, 3 C)
         return features.unflatten(0, (-1, images)).flatten(1)
-
-
-def weighted_cross_entropy(
-    model: MaskVLM, x: Tensor, targets: Tensor, weights: Tensor, plan: str
-) -> tuple[Tensor, Tensor]:
-    """Sum of the language head's weighted cross-entropies, and its accuracy; x (M, C), targets and weights (M,).
-
-    Both are 0 without targets: a microbatch may have no question with a listed answer.
-    """
-    head = model.language_head
-    if plan == "fast":
-        vocabulary = head.vocabulary
-        loss, accuracy = linear_cross_entropy(head.transform(x), vocabulary.weight, vocabulary.bias, targets, weights)
-        return loss, accuracy.nan_to_num()
-    logits = at_least_float32(head(x))  # (M, V)
-    loss = (weights * F.cross_entropy(logits, targets, reduction="none")).sum()
-    return loss, (logits.argmax(1) == targets).to(logits.dtype).mean().nan_to_num()
 
 
 class AnswerHead(nn.Module):
@@ -324,14 +385,18 @@ class LabelTask(Task):
         records = self.labelled(dataset, self.images, repeated=True)
         return (torch.tensor([self.labels.index(record["label"]) for record in records]),)
 
-    def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+    def logits(self, batch: Batch, implementation: Implementation) -> Tensor:
+        """Logits of the labels (B, labels), float32."""
+        return self.head(self.fuse(batch, implementation, self.images))
+
+    def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
         """Cross-entropy and accuracy."""
-        logits, (labels,) = self.head(self.fuse(batch, plan, self.images)), targets
+        logits, (labels,) = self.logits(batch, implementation), targets
         return TaskLosses(F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean())
 
-    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+    def predict(self, batch: Batch, implementation: Implementation) -> list[dict[str, Any]]:
         """The most probable label of each sample."""
-        return [{"label": self.labels[i]} for i in self.head(self.fuse(batch, plan, self.images)).argmax(1).tolist()]
+        return [{"label": self.labels[i]} for i in self.logits(batch, implementation).argmax(1).tolist()]
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:

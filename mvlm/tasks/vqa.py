@@ -19,9 +19,8 @@ C width, V vocabulary.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,9 @@ from torch import Tensor, nn
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
-from mvlm.model.attention import Residual
-from mvlm.model.fast import Selection, encode_rows, make_caches, select_rows
-from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.encoders import KeyValueCache
+from mvlm.model.implementation import Implementation
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.metrics.vqa import (
     answer_accuracy,
@@ -44,7 +43,7 @@ from mvlm.tasks.metrics.vqa import (
     warn_of_few_answers,
 )
 from mvlm.tasks.score import read_json
-from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict, weighted_cross_entropy
+from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions, Verdict
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
 
 ANSWERS_OF_A_QUESTION = 10
@@ -137,37 +136,32 @@ def with_masks(batch: Batch, number: int, mask_token_id: int) -> Batch:
     )
 
 
-def mask_features(model: MaskVLM, batch: Batch, number: int, plan: str) -> Tensor:
+def mask_features(model: MaskVLM, batch: Batch, number: int, implementation: Implementation) -> Tensor:
     """Features (B, A, C) of the A = `number` [MASK]s of each text, which attends to its image.
 
     An image or a question that several samples share is encoded once.
     """
     batch = with_masks(batch, number, model.config.mask_token_id)
-    v, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)  # (I, 1+N, C), U questions
-    images, texts = batch.pairs()  # (B,) each
-    if plan == "plain":
-        w, key_mask = text.padded()  # (U, L, C), (U, L), True = a token
-        x = model.text_cross(w.index_select(0, texts), v.index_select(0, images), key_mask[texts], None)  # (B, L, C)
-        return x[:, 1 : 1 + number]
-    caches = make_caches(v, text)
-    packing = caches.text.packing
-    assert packing is not None
-    asked, key_index, repeat = packing, None, None
+    v, text = implementation.encode_unmasked(model, batch)  # (I, 1+N, C), U questions
+    lengths = batch.cu_seqlens.diff().long()  # (U,)
+    shared: dict[str, Any] = {}
     if batch.image_of is not None:
-        asked, of_text = packing.select(texts, batch.sample_tokens)
-        key_index, repeat = images, Selection(partial(select_rows, rows=of_text), asked)
-    first = asked.cu_seqlens[:-1].long() + 1  # (B,)
-    at = (first[:, None] + torch.arange(number, device=first.device)).flatten()
-
-    def select(x: Tensor) -> Tensor:
-        return x.index_select(0, at).unflatten(0, (-1, number))  # (T, C) -> (B, A, C)
-
-    rows = Residual(text.rows)
-    return encode_rows(model.text_cross, rows, packing, caches.image, key_index, repeat=repeat, read=Selection(select))
+        images, texts = batch.pairs()  # (B,) each
+        lengths = lengths.index_select(0, texts)  # (B,)
+        shared = {"images": images, "texts": texts, "total": batch.sample_tokens}
+    first = lengths.cumsum(0) - lengths + 1  # behind [CLS]
+    tokens = first[:, None] + torch.arange(number, device=first.device)  # (B, A)
+    return implementation.fuse_tokens(model, KeyValueCache(v), text, tokens, **shared)
 
 
 def answers_loss(
-    model: MaskVLM, x: Tensor, table: AnswerTable, answers: Tensor, of: Tensor, weights: Tensor, plan: str
+    model: MaskVLM,
+    x: Tensor,
+    table: AnswerTable,
+    answers: Tensor,
+    of: Tensor,
+    weights: Tensor,
+    implementation: Implementation,
 ) -> TaskLosses:
     """Sum of the negative log-likelihoods of R answers, each times its weight; and the accuracy of their tokens.
 
@@ -184,7 +178,7 @@ def answers_loss(
     at = of.index_select(0, answer) * x.shape[1] + place
     features, each = x.flatten(0, 1).index_select(0, at), weights.index_select(0, answer)
     targets = table.tokens[answers][there]
-    return TaskLosses(*weighted_cross_entropy(model, features, targets, each, plan), counted=len(targets))
+    return TaskLosses(*implementation.token_loss(model, features, targets, each), counted=len(targets))
 
 
 def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
@@ -208,6 +202,7 @@ class VisualQuestionAnswering(Task):
     bootstrapped_over = "images"
     main = "accuracy"
     shares = True
+    recipe: ClassVar = {"max_steps": 13_900, "min_count": 9}  # 8 passes over the 443,757 questions of VQA v2
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)
@@ -231,6 +226,11 @@ class VisualQuestionAnswering(Task):
         if self.masked:
             table = AnswerTable(self.state["answers"], tokenizer, self.config.text_length)
             self.table = table.to(self.log_scale.device)
+
+    @classmethod
+    def has_head(cls, options: TaskOptions) -> bool:
+        """True for the classifier: the language head predicts masked answers."""
+        return options.answers == "classifier"
 
     @classmethod
     def longest_text(
@@ -319,27 +319,28 @@ class VisualQuestionAnswering(Task):
                 ids[row, column], values[row, column] = answer, target
         return ids, values
 
-    def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+    def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
         """Mean loss of the questions. Accuracy: of the answers' tokens, or the mean target of the likeliest answer."""
         ids, values = targets
         if self.masked:
             of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
-            x = mask_features(self.model, self.hide(batch), self.masks, plan)
+            x = mask_features(self.model, self.hide(batch), self.masks, implementation)
             weights = values[of, column] / len(ids)
-            return answers_loss(self.model, x, self.table, ids[of, column], of, weights, plan)
-        logits = self.head(self.fuse(batch, plan))  # (B, A)
+            return answers_loss(self.model, x, self.table, ids[of, column], of, weights, implementation)
+        logits = self.head(self.fuse(batch, implementation))  # (B, A)
         dense = logits.new_zeros(len(logits), logits.shape[1] + 1)  # the last column takes what has no answer
         dense.scatter_(1, ids.remainder(logits.shape[1] + 1), values.to(dense.dtype))
         dense = dense[:, :-1]
         loss = F.binary_cross_entropy_with_logits(logits, dense, reduction="sum") / len(logits)
         return TaskLosses(loss, dense.gather(1, logits.argmax(1, keepdim=True)).mean().detach())
 
-    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+    def predict(self, batch: Batch, implementation: Implementation) -> list[dict[str, Any]]:
         """The likeliest answer of the list to each question."""
         if self.masked:
-            best = likeliest(self.model, mask_features(self.model, self.hide(batch), self.masks, plan), self.table)
+            x = mask_features(self.model, self.hide(batch), self.masks, implementation)
+            best = likeliest(self.model, x, self.table)
         else:
-            best = self.head(self.fuse(batch, plan)).argmax(1)
+            best = self.head(self.fuse(batch, implementation)).argmax(1)
         return [{"answer": self.state["answers"][i]} for i in best.tolist()]
 
     @classmethod

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mvlm.config.groups import MAX_GRAPHS
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.objectives.losses import Losses
 from mvlm_dataloading import Batch, Masks
+from mvlm_kernels.gelu_linear.room import saving_none
 
 log = logging.getLogger(__name__)
 Inputs = TypeVar("Inputs", Batch, Masks)
-
-MAX_GRAPHS = 8
-"""Most graphs at a time. Each keeps a copy of the gradients and its inputs; they share all other memory."""
 
 Bucket = tuple[Any, ...]
 """What all steps of one graph share: shapes of the tensors of the batch and its masks, and their numbers on the host,
@@ -70,7 +69,8 @@ class CudaGraphs:
         capture: Capture | None = None,
         limit: int = MAX_GRAPHS,
     ) -> None:
-        self._step, self._parameters = step, [p for p in parameters if p.requires_grad]
+        # Graphs hold what they save for good, beside the eager steps' memory. So no GELU is saved.
+        self._step, self._parameters = saving_none()(step), [p for p in parameters if p.requires_grad]
         self._capture, self._limit = capture or CudaCapture(), limit
         self._seen: set[Bucket] = set()
         self._graphs: dict[Bucket, _Graph] = {}

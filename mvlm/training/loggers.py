@@ -16,6 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from mvlm.config.groups import RunConfig
 from mvlm.errors import ConfigError
 from mvlm.runs.folder import MetricsFile, RunFolder
+from mvlm.untrusted import run_errors
+from mvlm_dataloading.files import make_folder, replaced, write_file
+from mvlm_dataloading.untrusted import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,9 @@ class LogSinks:
         folder = RunFolder(config.out)
         self._strips = folder.strips
         self._metrics = MetricsFile(folder.metrics, step)
-        self._board: SummaryWriter | None = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        with run_errors():  # of a folder that came from others
+            board = make_folder(folder.tensorboard, within=folder.path)
+        self._board: SummaryWriter | None = SummaryWriter(str(board), purge_step=step + 1)
         self._failing: set[str] = set()
         self.seconds = self._metrics.seconds
         """Seconds that the run had trained before, in all of its parts."""
@@ -57,7 +62,8 @@ class LogSinks:
 
         def save() -> None:
             self._strips.mkdir(exist_ok=True)
-            Image.fromarray(image).save(self._strips / f"step_{step:08d}.png")
+            with replaced(self._strips / f"step_{step:08d}.png", within=self._strips.parent) as aside:
+                Image.fromarray(image).save(aside, "PNG")
 
         self._try("strips", save)
         self._try_board(lambda board: board.add_image("reconstruction", image, step, dataformats="HWC"))
@@ -123,6 +129,6 @@ def _wandb_id(out: Path) -> str:
     """Id of the run's run at W&B, kept among W&B's own files in the run folder."""
     file = out / "wandb" / "mvlm-run-id"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(8))
-    return file.read_text()
+        make_folder(file.parent, within=out)
+        write_file(file, secrets.token_hex(8), within=out)
+    return read_regular(file, "settings", within=out).decode()

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -169,19 +169,6 @@ def memory_mb(device: torch.device) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-class RowSink(Protocol):
-    """Receiver of rows of metrics."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that the run had trained before."""
-        ...
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Take one row. None stands for a missing number."""
-        ...
-
-
 class MetricsLogger:
     """Makes rows of metrics from the steps since the last row.
 
@@ -191,16 +178,23 @@ class MetricsLogger:
 
     Args:
         check: counts the skipped updates among the steps and returns the run's total; it raises to end the run.
+        log: takes each row, in which None stands for a number that is not finite; None on ranks that log nothing.
+        seconds: seconds that the run had trained before.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, sinks: RowSink | None, check: Callable[[MetricsBuffer], int]
+        self,
+        config: RunConfig,
+        world: World,
+        check: Callable[[MetricsBuffer], int],
+        log: Callable[[dict[str, Any]], object] | None,
+        seconds: float = 0.0,
     ) -> None:
-        self._config, self._world, self._sinks, self._check = config, world, sinks, check
+        self._config, self._world, self._check, self._log = config, world, check, log
         self._mfu = ModelFlopsUtilization(config, world)
         self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
         self._row_started = time.perf_counter()
-        self._clock_zero = self._row_started - (sinks.seconds if sinks is not None else 0.0)
+        self._clock_zero = self._row_started - seconds
 
     def end_row(self, buffer: MetricsBuffer, undecodable_images: int, figures: dict[str, float]) -> None:
         """End a row with the steps of `buffer`. `figures` of an evaluation, if any, become fields of the row."""
@@ -246,6 +240,6 @@ class MetricsLogger:
         row = {"step": step, "pairs_seen": step * self._config.batch_size, "loss": values.pop("total")}
         del values["good"]
         row |= {**values, **host, "bad_steps": skipped_updates, **found}
-        if self._sinks is not None:
-            self._sinks.log(row)
+        if self._log is not None:
+            self._log(row)
         progress.show(row)

@@ -1,78 +1,50 @@
 """Run of pretraining, from its configuration to its last checkpoint, and what every run shares with it.
 
-`pretrain` is at the top; `open_inputs` and `build_trainer` are its two stages before training. The tokenizer, the
-loader and the model that they build are below.
+`pretrain` is at the top; `open_inputs` and `build_trainer` are its two stages before training. The loader that they
+build is below; weights and tokenizer are those of `mvlm.weights.start`.
 """
 
 import gc
 import logging
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from mvlm.config.groups import RunConfig
-from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
-from mvlm.files import copy_into
 from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.pretraining import KeepStart, objectives_of
 from mvlm.objectives.step import idle_parameters
 from mvlm.progress import format_duration
-from mvlm.runs.checkpoint import TOKENIZER, checkpoints
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
-from mvlm.runs.load import identify, load_model, load_tokenizer_of, read_config_of
+from mvlm.runs.load import identify
 from mvlm.runs.resume import open_run
-from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
+from mvlm.training.cuda_graphs import check_graphs
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
-from mvlm.training.trainer import Trainer
-from mvlm.weights.image_tower import load_image_tower
-from mvlm.weights.load import load_image_weights, load_text_weights
-from mvlm.weights.resize import log_sizes, resized_tensors
-from mvlm.weights.text_tower import load_text_tower, read_text_tower, read_tower_tokenizer
-from mvlm_dataloading import (
-    Augment,
-    DataError,
-    Dataset,
-    Loader,
-    LoaderWork,
-    Tokenizer,
-    load_tokenizer,
-    open_dataset,
-    tokenizer_for,
-)
+from mvlm.training.trainer import RunInputs, Trainer
+from mvlm.training.warm_up import compile_kernels
+from mvlm.weights.start import check_settings, choose_tokenizer, make_model, with_text_tower
+from mvlm_dataloading import Augment, Dataset, Loader, LoaderWork, Tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=RunConfig)
-
-
-class RunInputs(NamedTuple):
-    """Everything that a run reads before it has a model."""
-
-    config: RunConfig
-    """The given configuration, with the tokenizer's [MASK]."""
-    dataset: Dataset
-    validation: Dataset | None
-    """Validation split, if the run evaluates."""
-    tokenizer: Tokenizer
-    also: Dataset | None = None
-    """The split of `also_evaluate`, if pretraining evaluates one."""
 
 
 def pretrain(config: PretrainConfig, say_next: bool = True) -> str | None:
@@ -105,6 +77,8 @@ def do_run(
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         first_step = trainer.step
         if not trainer.complete:
+            if isinstance(trainer.config, PretrainConfig):
+                compile_kernels(trainer.config, world)
             record_start(trainer)
             advice = "Continue from the last checkpoint with --resume"
             with naming_lost_ranks(world, trainer.notices.failure, advice):
@@ -150,7 +124,7 @@ def build_run(
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
-    check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also)
+    check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
         found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
@@ -206,19 +180,8 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     config = replace(config, model=replace(config.model, mask_token_id=tokenizer.mask_id))
     warn_of_cut_texts(dataset, tokenizer, config.model.text_length, "--model.text-length")
     check_attention(config)
-    weights = config.initial_model or config.image_weights or config.text_weights or config.text_tower
-    if weights and not RunFolder(config.out).config.exists():
-        if config.text_weights is not None and config.tokenizer is None and dataset.tokenizer_sha256 is None:
-            raise ConfigError(
-                f"text_weights: wanted the tokenizer that {config.text_weights} was trained with, found none, and one "
-                f"trained on the captions has other tokens; give --tokenizer"
-            )
-        of_weights = logging.getLogger("mvlm.weights")
-        of_weights.setLevel(logging.ERROR)  # the trainer's own model says the rest
-        try:
-            make_model(config, fresh=True)  # raises for weights that do not fit
-        finally:
-            of_weights.setLevel(logging.NOTSET)
+    if not RunFolder(config.out).config.exists():
+        check_settings(config, dataset)
     also = None if config.also_evaluate is None else open_dataset(config.also_evaluate, "validation")
     return RunInputs(config, dataset, validation, tokenizer, also)
 
@@ -229,9 +192,12 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     assert isinstance(config, PretrainConfig)
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
-    start = identify(config.initial_model) if config.adapted and config.initial_model else None
-    fresh = not checkpoint or start is not None
-    model = make_model(config, fresh, say_sizes=world.first).to(world.device)
+    needed = config.initial_model if config.adapted or config.keep_start else None
+    initial = None if needed is None else identify(needed)
+    model = make_model(config, fresh=not checkpoint or initial is not None).to(world.device)
+    objectives = objectives_of(config)
+    if config.keep_start:
+        objectives += (KeepStart(config.keep_start, start=deepcopy(model).requires_grad_(False)),)
     adapt(model, config)
     if config.adapted:
         freeze_rest(model, config)
@@ -241,15 +207,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
         compile_step(model, world)
     parallel = parallelize(model, world, config.parallel)
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
-    trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
-    trainer.start, trainer.also = start, inputs.also
-    if config.keep_start and config.initial_model is not None:
-        kept = make_model(config, fresh=True).to(world.device).requires_grad_(False)
-        trainer.objectives += (KeepStart(config.keep_start, start=kept),)
-        trainer.kept_sha256 = identify(config.initial_model)["sha256"]
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
-        trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters())
+    trainer = Trainer(inputs, world, parallel, optimizer, loader, initial, objectives)
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)
@@ -268,54 +228,6 @@ def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
     for head, bias in heads.items():
         if config.train_cross != "full" and bias.any():
             head.requires_grad_(False)
-
-
-def with_text_tower(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with the settings of the model that follow from its text tower, if it has one.
-
-    They come from the run's own config.json, else from the tower's folder or from the initial model.
-    """
-    before = RunFolder(config.out).config
-    if before.is_file():
-        found = read_config(before).get("model") or {}
-    elif config.text_tower is not None:
-        found = read_text_tower(config.text_tower)
-    elif config.initial_model is not None:
-        found = read_config_of(config.initial_model).to_dict()
-    else:
-        return config
-    if not found.get("text_tower"):
-        return config
-    settings = {name: found[name] for name in ("text_tower", "vocab_size", "itc_width") if name in found}
-    return replace(config, model=replace(config.model, **settings))
-
-
-def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
-    """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions.
-
-    A run that is resumed does not need its initial model or its tokenizer's file any more.
-    """
-    if config.initial_model is not None:
-        return _own_tokenizer(config) or load_tokenizer_of(config.initial_model)
-    if config.text_tower is not None:
-        return _own_tokenizer(config) or read_tower_tokenizer(config.text_tower)
-    if config.tokenizer is not None:
-        own = None if config.tokenizer.exists() else _own_tokenizer(config)
-        return own or load_tokenizer(config.tokenizer)
-    try:
-        return tokenizer_for(dataset, config.model.vocab_size)
-    except DataError:
-        raise
-    except ValueError as error:  # the vocabulary is too small for all bytes
-        raise ConfigError(f"model.vocab_size: {error}") from None
-
-
-def _own_tokenizer(config: PretrainConfig) -> Tokenizer | None:
-    """The tokenizer in the run's own checkpoints. Checkpoints are not verified here, on every rank."""
-    for checkpoint in reversed(checkpoints(RunFolder(config.out).checkpoints)):
-        with suppress(DataError):  # damaged; an older one is resumed then
-            return load_tokenizer(checkpoint / TOKENIZER)
-    return None
 
 
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world: World, **further: Any) -> Loader:
@@ -364,48 +276,6 @@ def check_attention(config: RunConfig) -> None:
     device = choose_device(config.device)
     dtype = torch.bfloat16 if chosen_precision(device, config.precision) == "bf16" else torch.float32
     choose_for_model(config.model, device, dtype, config.self_attention, config.cross_attention)
-
-
-def make_model(config: PretrainConfig, fresh: bool, say_sizes: bool = False) -> MaskVLM:
-    """Make the model. A fresh one has the weights that the settings name: of a trained model, or of encoders.
-
-    `say_sizes` logs which sizes differ from the trained model's.
-
-    RunError if they do not fit, ConfigError if the architecture differs from the trained model's.
-    """
-    model = MaskVLM(config.model)
-    model.set_attention(config.self_attention, config.cross_attention)
-    if fresh and model.logit_bias is not None:
-        # The log-odds of a match. From another value a short run never comes to it: the bias is one number.
-        torch.nn.init.constant_(model.logit_bias, -math.log(max(1, config.batch_size - 1)))
-    if fresh and config.initial_model is not None:
-        trained = load_model(config.initial_model, "cpu").network
-        if trained.config.output_positions and not config.model.output_positions:
-            raise ConfigError(
-                f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"
-            )
-        for name in ("image_tower", "heads", "cross_norm", "image_mean", "image_std"):
-            own, wanted = getattr(config.model, name), getattr(trained.config, name)
-            if own != wanted:  # weights of another meaning would have the same names and shapes
-                raise ConfigError(f"{config.initial_model} was trained with {name} {wanted}, got {own}; use the same")
-        longest = trained.config.text_length
-        fixed = config.train_text != "full" and not config.model.text_tower
-        if fixed and config.model.text_length > longest:
-            raise ConfigError(
-                f"model.text_length: wanted at most the {longest} tokens of {config.initial_model} if nothing trains "
-                f"further positions, got {config.model.text_length}; lower it, or give --train-text full"
-            )
-        # The trained model's own masking need not fit the new size: this run has its own.
-        copy_into(model.state_dict(), resized_tensors(trained, model), config.initial_model)
-        if say_sizes:
-            log_sizes(trained.config, config.model)
-    if fresh and config.image_weights is not None:
-        (load_image_tower if config.model.image_tower else load_image_weights)(model, config.image_weights)
-    if fresh and config.text_weights is not None:
-        load_text_weights(model, config.text_weights)
-    if fresh and config.text_tower is not None:
-        load_text_tower(model, config.text_tower)
-    return model
 
 
 def warn_of_cut_texts(dataset: Dataset, tokenizer: Tokenizer, longest: int, flag: str) -> None:

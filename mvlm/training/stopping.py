@@ -17,6 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.files import open_appended
+
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
@@ -153,11 +156,11 @@ class Watchdog:
             f"continue from the last checkpoint with --resume"
         )
         try:
-            with self._file.open("w") as file:
-                file.write(message + "\n\n")
-                file.flush()
+            with open_appended(self._file, within=self._file.parent) as file:
+                file.truncate(0)
+                file.write(f"{message}\n\n".encode())
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
+        except (OSError, DataError) as error:
             message += f" (not written: {error})"
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         _write(message)

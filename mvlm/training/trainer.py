@@ -4,11 +4,11 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from mvlm.model.adaptation import adapt, learned
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
 from mvlm.objectives.losses import Losses
-from mvlm.objectives.pretraining import objectives_of
+from mvlm.objectives.pretraining import KeepStart
 from mvlm.objectives.step import Objective
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
@@ -68,45 +68,61 @@ CHECKPOINT_SECONDS = 600.0
 log = logging.getLogger(__name__)
 
 
+class RunInputs(NamedTuple):
+    """Everything that a run reads before it has a model."""
+
+    config: RunConfig
+    """The given configuration, with the tokenizer's [MASK]."""
+    dataset: Dataset
+    validation: Dataset | None
+    """Validation split, if the run evaluates."""
+    tokenizer: Tokenizer
+    also_evaluated: Dataset | None = None
+    """Validation split of `also_evaluate`, if pretraining has one."""
+
+
 class Trainer:
-    """One rank of a pretraining run: its model, optimizer, loader, guards and checkpoint writer."""
+    """One rank of a pretraining run: its model, optimizer, loader, guards and checkpoint writer.
+
+    Args:
+        initial_model: path and hash of the trained model that the run started from (`mvlm.runs.load.identify`), if its
+            checkpoints refer to it: those of adapters leave its frozen weights out.
+        objectives: those of pretraining, with their weights. A task has none.
+    """
 
     def __init__(
         self,
-        config: RunConfig,
+        inputs: RunInputs,
         world: World,
         parallel: Parallel,
         optimizer: GuardedAdamW,
         loader: Loader,
-        tokenizer: Tokenizer,
-        validation: Dataset | None = None,
+        initial_model: dict[str, str] | None = None,
+        objectives: Sequence[Objective] = (),
     ) -> None:
+        config, _, self.validation, self.tokenizer, self.also_evaluated = inputs
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
-        self.loader, self.tokenizer, self.validation, self.device = loader, tokenizer, validation, world.device
+        self.loader, self.device, self.initial_model, self.objectives = loader, world.device, initial_model, objectives
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
         self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, History(folder))
         self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
-        self.graphs: CudaGraphs | None = None
-        """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.step = 0
         """Updates made or skipped."""
-        self.objectives: tuple[Objective, ...] = objectives_of(config) if isinstance(config, PretrainConfig) else ()
-        """Objectives of pretraining, with their weights. A task has none."""
-        self.kept_sha256 = ""
-        """Hash of the model's weights at the start, with --keep-start; else empty."""
-        self.also: Dataset | None = None
-        """The split of --also-evaluate."""
-        self.start: dict[str, str] | None = None
-        """Place and hash of the model whose frozen weights checkpoints leave out (`Start`); None if they have all."""
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
+
+    @cached_property
+    def graphs(self) -> CudaGraphs | None:
+        """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
+        wanted = isinstance(self.config, PretrainConfig) and self.config.capture == "cuda-graphs"
+        return CudaGraphs(self.backward_alone, self.model.parameters()) if wanted else None
 
     @property
     def complete(self) -> bool:
@@ -117,7 +133,8 @@ class Trainer:
         """Train to `max_steps` or until a stop is requested, with a checkpoint at the end in either case."""
         config, world = self.config, self.world
         sinks = LogSinks(config, self.step) if world.first else None
-        logger = MetricsLogger(config, world, sinks, self.check_skipped_updates)
+        log_row, seconds = (None, 0.0) if sinks is None else (sinks.log, sinks.seconds)
+        logger = MetricsLogger(config, world, self.check_skipped_updates, log_row, seconds)
         batches = iter(self.loader)
         decisions = StepDecisions(world)
         saved_at = time.monotonic()
@@ -266,14 +283,14 @@ class Trainer:
 
     def also_evaluate(self) -> dict[str, float]:
         """R@1 by ITC on the split of --also-evaluate, if the run is at its start or its end and is not to stop."""
-        figures = {}
-        if self.also is None or not (self.step == 0 or self.complete):
+        figures, split = {}, self.also_evaluated
+        if split is None or not (self.step == 0 or self.complete):
             return figures
         self.watchdog.beat("the evaluation on further data")
         with self.average.applied() if self.average is not None else nullcontext():
             model, precision = unsharded_copy(self.model, self.new_model), self.config.precision
-            with evaluation_workspace(self.config, len(self.also), self.world, self.may_go_on) as workspace:
-                figures = evaluate_briefly(model, self.also, self.tokenizer, precision, workspace, gains=False)
+            with evaluation_workspace(self.config, len(split), self.world, self.may_go_on) as workspace:
+                figures = evaluate_briefly(model, split, self.tokenizer, precision, workspace, gains=False)
         when = "after" if self.complete else "before"
         return {f"also_{when}_{name}": value for name, value in figures.items() if name.endswith("_r1")}
 
@@ -309,19 +326,20 @@ class Trainer:
         loader = merge_states(self.world.gather_objects(self.loader.state_dict()), len(self.loader.dataset))
         state = {"loader": loader, "bad": self.skipped.state(), "best": self.best}
         if self.config.adapted:
-            state["adapters"] = {"alpha": self.config.lora_alpha, "start": self.start}
+            state["adapters"] = {"alpha": self.config.lora_alpha, "start": self.initial_model}
         self.writer.save(self.step, self.model, self.tensors(), state | self.extra_state(), self.tokenizer)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of a checkpoint by part."""
         parts = {MODEL: self.model.state_dict()} | ({} if self.average is None else {EMA: self.average.tensors})
-        if self.start is not None:
+        if self.initial_model is not None and self.config.adapted:
             parts = {part: learned(self.model, tensors) for part, tensors in parts.items()}
         return parts | {OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
 
     def extra_state(self) -> dict[str, Any]:
         """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
-        return {"kept": self.kept_sha256} if self.kept_sha256 else {}
+        kept = any(isinstance(x, KeepStart) for x in self.objectives)
+        return {"kept": self.initial_model["sha256"]} if self.initial_model is not None and kept else {}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.
@@ -329,9 +347,9 @@ class Trainer:
         RunError too for weights that are not finite.
         """
         state = read_state(checkpoint)
-        if self.start is not None:
-            check_start(self.start, state, checkpoint)
-        if self.kept_sha256 and state["kept"] != self.kept_sha256:
+        if self.initial_model is not None and self.config.adapted:
+            check_start(self.initial_model, state, checkpoint)
+        if state.get("kept") != self.extra_state().get("kept"):
             raise RunError(f"keep_start: wanted the model that {checkpoint} started from, found another; restore it")
         parts = self.tensors()
         for part in [MODEL] + [EMA] * (self.average is not None):

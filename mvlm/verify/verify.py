@@ -23,7 +23,6 @@ from mvlm.device import choose_device, deterministic_kernels
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError, RunError
 from mvlm.evaluation.evaluate import figures_of
-from mvlm.files import check_folder
 from mvlm.machine import describe_machine, package_versions
 from mvlm.model.pretrained import check_sizes
 from mvlm.progress import TrainingProgress
@@ -38,9 +37,9 @@ from mvlm.runs.checkpoint import (
     step_of,
     verify_checkpoint,
 )
-from mvlm.runs.folder import RunFolder, read_metrics
+from mvlm.runs.folder import RunFolder, check_run_folder, read_metrics
 from mvlm.runs.history import START, prefix_hash, read_history
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger
 from mvlm.training.run import build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
@@ -92,14 +91,14 @@ def read_claims(path: Path, data: Path | None) -> Claims:
 
     RunError if the run is missing, not finished, not a pretraining run, or older than the history of runs.
     """
-    check_folder(path, "the folder of a finished run")
+    check_run_folder(path)
     run = RunFolder(path)
     values = read_config(run.config)
     if "task" in values:
         raise RunError(f"{path}: wanted a pretraining run, found one of fine-tuning; only pretraining can be replayed")
     config = run_config(values, str(run.config))
     for file in (run.metrics, run.history):
-        if not file.is_file():
+        if not file.exists():
             raise RunError(
                 f"{file}: wanted the {file.stem} of the run, found no such file; restore it, or train again with this "
                 f"version of mvlm"
@@ -132,7 +131,7 @@ def read_claims(path: Path, data: Path | None) -> Claims:
         saves=saves,
         gaps=gaps,
         kept=kept,
-        figures=_read_figures(run.evaluation) if run.evaluation.is_file() else None,
+        figures=_read_figures(run.evaluation) if run.evaluation.exists() else None,
     )
 
 
@@ -314,14 +313,15 @@ class Replay:
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
         """The trainer after the segment's steps, and a row, with an evaluation, wherever the run has one."""
-        claims, rows = self.claims, _Rows()
+        rows: list[dict[str, Any]] = []
+        claims = self.claims
         first = claims.part_of(segment.start + 1)
         config = replace(self.inputs.config, precision=first["precision"])
         checkpoint = claims.run.checkpoints / checkpoint_name(segment.start) if segment.start else ""
         with deterministic_kernels(self.world.device) if config.deterministic else nullcontext():
             with threads(first["machine"]["threads"]):
                 trainer = build_trainer(self.inputs._replace(config=config), self.world, str(checkpoint))
-            logger = MetricsLogger(config, self.world, rows, trainer.check_skipped_updates)
+            logger = MetricsLogger(config, self.world, trainer.check_skipped_updates, rows.append)
             batches = iter(trainer.loader)
             with closing(trainer.loader), TrainingProgress(trainer.step, segment.stop, shown=False) as progress:
                 while trainer.step < segment.stop:
@@ -336,19 +336,7 @@ class Replay:
                         closed, trainer.metrics = trainer.metrics, MetricsBuffer()
                         logger.end_row(closed, trainer.loader.skipped, figures)
                         logger.write_row(progress)
-        return trainer, rows.made
-
-
-class _Rows:
-    """Sink of a logger that keeps the rows in a list."""
-
-    seconds = 0.0
-
-    def __init__(self) -> None:
-        self.made: list[dict[str, Any]] = []
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.made.append(row)
+        return trainer, rows
 
 
 @contextlib.contextmanager
@@ -412,7 +400,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
         return
     check_machine(str(file), replay.world.device, claimed["machine"], claimed["versions"])
     with threads(claimed["machine"]["threads"]):
-        model = load_model(claims.kept[-1], replay.world.device, claimed["precision"])
+        model = load_without_head(claims.kept[-1], replay.world.device, claimed["precision"])
         if claimed.get("split") != "test":
             yield f"{file} is of the split {claimed.get('split')} and not of test; evaluate the run again"
         elif claimed.get("model") != model.sha256:

@@ -4,7 +4,6 @@ timm's `checkpoint_filter_fn` of the module converts its own names and open_clip
 also has the other parts of a contrastive pair gives them too: the projection of images, the scale, and SigLIP's bias.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from mvlm.errors import RunError
 from mvlm.files import is_finite, read_safetensors
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.towers.timm_tower import TimmTower, make_module
+from mvlm.untrusted import read_json
 from mvlm.weights.load import LoadReport, Source, copy_encoder, log, split_prefix, weights_file, wide
 
 DOWNLOAD = "timm"
@@ -97,7 +97,7 @@ def _check_settings(file: Path, module: Any) -> None:
     if not file.is_file():
         return
     try:
-        config = dict(json.loads(file.read_text()))
+        config = dict(read_json(file, "settings", "the configuration of the weights beside it"))
         config = config.get("vision_config") or config
         heads, activation = config.get("num_attention_heads"), config.get("hidden_act")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

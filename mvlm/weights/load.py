@@ -10,7 +10,6 @@ The encoders compute what the models of these libraries compute, with the LayerN
 Sources are state dicts and safetensors files. Nothing is unpickled.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from mvlm.errors import RunError
 from mvlm.files import is_finite, read_safetensors
 from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
+from mvlm.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        config = dict(read_json(path, "settings", "the configuration of the weights beside it"))
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path}: wanted the configuration of the weights beside it, got {error}; remove it") from None
     if "num_attention_heads" not in config:
         config = next((part for name in PARTS[tower] if isinstance(part := config.get(name), dict)), config)

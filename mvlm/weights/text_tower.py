@@ -14,6 +14,7 @@ from mvlm.errors import RunError
 from mvlm.files import copy_into, read_safetensors, read_shapes
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.towers.text import FAMILIES, TextTower
+from mvlm.untrusted import read_json
 from mvlm.weights.load import current_norm_name, split_prefix, weights_file
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
 from mvlm_dataloading.errors import need
@@ -147,7 +148,7 @@ def _padding(folder: Path, tokenizer: Tokenizer) -> int | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(read_json(file, "settings", "JSON of transformers' save_pretrained"))
     except FileNotFoundError:
         found = f"wanted a folder that transformers' save_pretrained wrote, found no {file.name} in it"
         raise RunError(f"text_tower: {file.parent}: {found}; save the model and its tokenizer there") from None

@@ -72,7 +72,7 @@ def test_log_sum_exp_of_the_layer():
     "options, message",
     [
         ({"kv_heads": 3}, "kv_heads must divide the 4 heads, got 3"),
-        ({"kv_heads": 0}, "kv_heads must divide the 4 heads, got 0"),
+        ({"kv_heads": 0}, "kv_heads must be an int in 1"),
         ({"dropout": 1.0}, r"dropout_p must be a float in \[0, 1\), got 1.0"),
     ],
 )

@@ -3,20 +3,24 @@
 The error of a wrong input is one line that begins with the argument's name. A reason names the fact and a way out.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 
 import mvlm_kernels as ops
 from mvlm_kernels import dispatch, explain, registration, use_backend
+from mvlm_kernels.arguments import LARGEST, ChannelValues
 from mvlm_kernels.cross_attention import why_not_triton
 from mvlm_kernels.integrations.blocks import kernel_reasons
 from mvlm_kernels.layers import CrossAttention
@@ -188,18 +192,136 @@ def test_a_wrong_input_is_refused_on_one_line_that_names_it(
         assert str(dispatched.value) == text
 
 
+# For each op: arguments beside the valid ones, so that each argument is given in one call at least.
+MORE: dict[str, list[dict[str, Any]]] = {
+    "cross_attention": [
+        {"key_lengths": ints(5, 3), "key_mask": torch.ones(2, 5).bool(), "key_index": ints(0, 1), "scale": 0.5,
+         "dropout_p": 0.1, "seed": torch.tensor([3]), "return_lse": True, "backend": "math"},
+        packed(0, 6, 8, max_len_k=6),
+        {"q": ROWS, "cu_seqlens_q": ints(0, 6, 8), "max_len_q": 6},
+    ],
+    "gather_patches": [{"mean": [0.5] * 3, "std": [0.5] * 3, "dtype": torch.float32}],
+    "masked_pixel_loss": [
+        {"mean": [0.5] * 3, "std": [0.5] * 3, "kind": "mse", "normalize_target": True, "reduction": "none"},
+    ],
+    "place_tokens": [
+        {"masked": torch.ones(2, 16).bool(), "with_unmasked": True}, {"tokens": TOKENS[:, :3], "visible_ids": IDS},
+    ],
+    "add_layer_norm": [{"eps": 1e-3, "y_bias": rand(8), "out_dtype": torch.bfloat16, "post_norm": True}],
+    "gelu_linear": [{"h_bias": rand(8)}],
+}  # fmt: skip
+ARGUMENTS = [
+    (op, name)
+    for op in VALID
+    for name, parameter in inspect.signature(getattr(ops, op)).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+]
+NOTHINGS: list[Any] = ["a", b"a", object(), 1j, {}, numpy.zeros((2, 2, 2)), rand(2).to_sparse(), torch.nn.Linear]
+NO_NUMBERS: list[Any] = [*NOTHINGS, True, numpy.True_, [1], Fraction(1, 2), torch.tensor(1.0), 10**400]
+NO_FLOATS: list[Any] = [*NO_NUMBERS, math.nan, math.inf, 1e308, numpy.float64("nan"), numpy.longdouble(0.5)]
+NO_INTS: list[Any] = [*NO_NUMBERS, 8.0, "8", numpy.float32(8), -8]
+NO_CHANNELS: list[Any] = [
+    *NOTHINGS, 0.5, "abc", {0.1, 0.2, 0.3}, [0.5, "a", 0.5], [True] * 3, [1j] * 3, [[0.5]] * 3, [0.5, None, 0.5],
+    [10**400] * 3, [1e308] * 3, [torch.tensor(0.5)] * 3, numpy.ones((3, 2)), numpy.float64(0.5), torch.ones(3).long(),
+    torch.ones(3, dtype=torch.complex64),
+]  # fmt: skip
+
+
+def no_tensors(right: Tensor) -> list[Any]:
+    """Values in the place of a dense tensor: of other types, and the tensor in other forms and other dtypes."""
+    forms: list[Any] = [right.to_sparse(), right.to(torch.complex64), torch.nn.UninitializedParameter()]
+    if right.is_floating_point():
+        forms += [right.to_mkldnn(), torch.quantize_per_tensor(right, 0.1, 0, torch.quint8)]
+    forms += [torch.nested.nested_tensor([right, right], layout=layout) for layout in (torch.strided, torch.jagged)]
+    if right.dtype == torch.float32:
+        forms.append(masked_tensor(right, right > 0))
+    return [*NOTHINGS, 1.0, [1.0], right.numpy(), *forms]
+
+
+WRONG: dict[Any, Callable[[Any], list[Any]]] = {
+    Tensor: lambda right: [None, *no_tensors(right)],
+    Tensor | None: no_tensors,
+    float: lambda _: [None, *NO_FLOATS],
+    float | None: lambda _: NO_FLOATS,
+    int: lambda _: [None, *NO_INTS],
+    int | None: lambda _: NO_INTS,
+    int | Tensor | None: lambda right: [*NO_INTS, *no_tensors(right)[-4:]],
+    bool: lambda _: [None, 0, 1, 1.0, torch.tensor(True), *NOTHINGS],
+    torch.dtype | None: lambda _: [*NOTHINGS, 1, float, "float32", numpy.float32, torch.int8, torch.complex64],
+    ChannelValues: lambda _: NO_CHANNELS,
+    Literal: lambda _: [None, 1, ["l1"], *NOTHINGS],
+}
+"""Wrong values of each kind of argument, by its annotation. They take a right value."""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of:UserWarning")  # of nested and of masked tensors
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*")
+@pytest.mark.parametrize("op, name", ARGUMENTS)
+def test_an_argument_of_another_kind_is_refused_on_one_line(op: str, name: str):
+    function = getattr(ops, op)
+    annotation = inspect.signature(function).parameters[name].annotation
+    right = next(call for more in [{}, *MORE[op]] if name in (call := VALID[op] | more))
+    function(**right)
+    for wrong in WRONG[get_origin(annotation) if get_origin(annotation) is Literal else annotation](right[name]):
+        for call in (function, partial(explain, function)):
+            with pytest.raises(ValueError, match=rf"^[\w, ]*\b{name}\b[\w, ]* must .*got ") as error:
+                call(**right | {name: wrong})
+            assert "\n" not in str(error.value)
+
+
+NUMPY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("add_layer_norm", {"eps": numpy.float32(0.1), "post_norm": numpy.True_},
+     {"eps": 0.10000000149011612, "post_norm": True}),
+    ("add_layer_norm", {"eps": 10**19}, {"eps": 1e19}),
+    ("cross_attention", {"scale": numpy.float16(0.5), "seed": numpy.int64(3), "dropout_p": numpy.float64(0.5)},
+     {"scale": 0.5, "seed": 3, "dropout_p": 0.5}),
+    ("cross_attention", packed(0, 6, 8, max_len_k=numpy.int32(6), scale=2), packed(0, 6, 8, max_len_k=6, scale=2.0)),
+    ("gather_patches", {"patch_size": numpy.uint8(8), "mean": numpy.full(3, 0.5), "std": (1, 2, numpy.float32(3))},
+     {"patch_size": 8, "mean": [0.5] * 3, "std": [1.0, 2.0, 3.0]}),
+    ("masked_pixel_loss", {"patch_size": numpy.int64(8), "normalize_target": numpy.True_}, {"normalize_target": True}),
+    ("place_tokens", {"masked": IDS.new_ones(2, 16).bool(), "with_unmasked": numpy.True_},
+     {"masked": IDS.new_ones(2, 16).bool(), "with_unmasked": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("op, given, wanted", NUMPY)
+def test_numbers_of_numpy_and_whole_floats_count_as_those_of_python(
+    op: str, given: dict[str, Any], wanted: dict[str, Any], backend: Any
+):
+    explain(getattr(ops, op), **VALID[op] | given)
+    with use_backend(backend):
+        assert torch.equal(changed(op, **given)(), changed(op, **wanted)())
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_largest_numbers_are_taken_in_every_dtype(dtype: torch.dtype, backend: Any):
+    """Their results may be infinite or NaN."""
+    with use_backend(backend):
+        for scale in (-LARGEST, 0, LARGEST):
+            changed("cross_attention", **every(lambda x: x.to(dtype)), scale=scale)()
+        changed("add_layer_norm", x=NORM.to(dtype), eps=LARGEST)()
+        changed("gather_patches", mean=[-LARGEST] * 3, std=[LARGEST] * 3, dtype=dtype)()
+
+
 @pytest.mark.parametrize(
     "call, begins",
     [
         (lambda: ops.pack_key_mask(torch.tensor([[1, 2, 0]])), "mask must"),
         (lambda: ops.pack_key_mask(torch.ones(5).bool()), "mask must"),
+        *((lambda given=given: CrossAttention(**{"width": 64, "heads": 4, **given}), f"{name} must")
+          for name in ("width", "heads", "kv_heads", "head_width", "context_width")
+          for given in ({name: 0}, {name: "4"}, {name: 2.0})),
         (lambda: explain(torch.nn.functional.linear, Q), "op must"),
         (lambda: explain(CrossAttention(64, 4), torch.zeros(2, 3, 64)), "op must"),
         (lambda: explain(ops.cross_attention, Q, K, V, as_if="H100"), "as_if must"),
         (lambda: explain(ops.cross_attention, Q, K, V, as_if=90), "as_if must"),  # pyright: ignore[reportArgumentType]
         (lambda: use_backend("cuda").__enter__(), "backend must"),  # pyright: ignore[reportArgumentType]
+        (lambda: use_backend(numpy.ones(2)).__enter__(), "backend must"),  # pyright: ignore[reportArgumentType]
     ],
-)
+)  # fmt: skip
 def test_wrong_inputs_of_other_functions(call: Callable[[], Any], begins: str):
     with pytest.raises(ValueError, match=f"^{begins}"):
         call()

@@ -40,7 +40,7 @@ CALLS = {
     name: (*(joined(f, ROWS[name].constants) for f in (ROWS[name].ours, ROWS[name].plain)), ROWS[name].tensors)
     for name in NAMES
 }
-LINEAR = ("patches", "tokens, masked", "tokens, visible")
+LINEAR = ("patches",)
 OPS = pytest.mark.parametrize("op", CALLS)
 
 

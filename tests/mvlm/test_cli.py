@@ -54,6 +54,16 @@ def test_another_error_keeps_its_traceback(run_mvlm, monkeypatch, error):
         run_mvlm("pretrain")
 
 
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}])
+def test_torchs_allocator_grows_in_place_unless_the_user_configures_it(run_mvlm, monkeypatch, given):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run_mvlm("--version")
+    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_usage_fits_a_screen_and_leads_to_every_command(run_mvlm, words):
     outcome = run_mvlm(*words)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from mvlm_dataloading import BuildOptions, Loader, Masking, build_shards, open_dataset
-from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE
+from mvlm_dataloading.images.limits import TOO_MANY_PIXELS, UNDECODABLE
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import read_json_lines

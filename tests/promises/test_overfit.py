@@ -6,7 +6,7 @@ import pytest
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.runs.folder import read_metrics
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_config, pretrain_config

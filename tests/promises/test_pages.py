@@ -24,7 +24,7 @@ from mvlm.commands import data
 from mvlm.commands.pretrain import parse_config
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.pretrained import write_model
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.tasks.metrics.vqa import score_answers
 from mvlm_dataloading import open_dataset, tokenizer_for
 from support import published, published_tasks
@@ -44,10 +44,8 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
     r"mvlm bench |python benchmarks/gpu_run.py|pytest benchmarks/": "minutes, or a GPU; tests/benchmarks parses them",
     r"mvlm data emoji": "tests/dataloading/build/test_packaged_sets.py and .ci/run; committed images stand in",
     r"mvlm (data|pretrain|finetune|eval|predict) .*(photos|data/asked|runs/answers)": "tests/walks/test_pictures.py",
-    r"mvlm pretrain .*--(image-weights|initial-model|(model.image|text)-tower)": (
-        "tests/mvlm/weights/test_pretrain_from_weights.py"
-    ),
-    r"mvlm export .*--mix": "tests/mvlm/weights/test_pretrain_from_weights.py",
+    r"mvlm pretrain .*--(image-weights|initial-model|(model.image|text)-tower)": ("tests/mvlm/weights/test_start.py"),
+    r"mvlm export .*--mix": "tests/mvlm/weights/test_start.py",
 }
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",

@@ -10,7 +10,7 @@ import torch
 from mvlm_dataloading import DataError, Loader, open_dataset
 from mvlm_dataloading.dataset.folders import RemoteFolder
 from mvlm_dataloading.loader import reader, sampler
-from support.data import cache_bytes, limit_cache
+from support.data import limit_cache, tree_bytes
 from support.hub import serve_hub
 from support.object_store import serve_gcs, serve_s3
 from support.web_server import FolderHandler, serve
@@ -81,7 +81,7 @@ def test_several_epochs_from_a_web_server_through_a_small_cache(
     loader = open_loader(dataset, tokenizer)
     for batch in itertools.islice(loader, 24):  # four epochs
         found.append(batch)
-        assert cache_bytes(data_cache) <= size
+        assert tree_bytes(data_cache) <= size
     loader.close()
     assert_equal(found, wanted)
     tars = [path for path in FolderHandler.asked if path.endswith(".tar")]

@@ -219,12 +219,12 @@ def limit_cache(monkeypatch: pytest.MonkeyPatch, folder: Path, shards: float) ->
     return size
 
 
-def cache_bytes(cache: Path) -> int:
-    """Bytes of the shards in a cache. Files may vanish meanwhile."""
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files under a folder. Files may vanish meanwhile."""
     sizes = []
-    for path in cache.glob("*/*.tar*"):
+    for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
-            sizes.append(path.stat().st_size if path.suffix != ".lock" else 0)
+            sizes.append(path.stat().st_size if path.is_file() else 0)
     return sum(sizes)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ def folder_hash(folder: Path) -> dict[str, tuple[str, int]]:
 
 def forbid(monkeypatch: Any, name: str) -> None:
     """Make Python's opening of files of this name fail, as for a user who may not read them: root may."""
-    opens = Path.open
+    opens = os.open
 
-    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.name == name:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.path.basename(path) == name:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return opens(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
 
 
 def checkpoint_contents(folder: Path) -> dict[str, Any]:

@@ -157,8 +157,9 @@ def measured(ask: Callable[[], object]) -> dict[str, Any]:
 def main(folder: Path, checkpoint: Path) -> None:
     """Ask about each image through each door, with at most 4 GB of addresses beyond those in use."""
     from mvlm.inference.images import decode_image, load_image
-    from mvlm.runs.load import load_model
-    from mvlm_dataloading.build.image_check import ImageDecoder, check_header, on_white
+    from mvlm.tasks.load import load_model
+    from mvlm_dataloading.build.image_check import check_header, on_white
+    from mvlm_dataloading.images.dali_decoder import ImageDecoder
     from mvlm_dataloading.options import BuildOptions
 
     files = dict(places(folder))

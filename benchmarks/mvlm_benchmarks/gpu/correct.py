@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,9 @@ COLUMNS = ("op", "shape", "check", "status", "note", "seconds")
 CEILING_COLUMNS = ("name", "shape", "dtype", "us", "gb_per_s", "tflops")
 REPEATS, QUICK_REPEATS, SDPA_REPEATS = 1000, 30, 200
 GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_steps.py", "tests/promises/test_gpu.py",
-             "tests/benchmarks/kernels/test_compare.py", "tests/benchmarks/test_clock.py")  # fmt: skip
+             "tests/dataloading/loader/test_device.py", "tests/benchmarks/kernels/test_compare.py",
+             "tests/benchmarks/test_clock.py")  # fmt: skip
+LOADER_TESTS = ("tests/dataloading/loader/test_device.py",)
 
 
 def run(stage: Stage) -> None:
@@ -61,6 +63,8 @@ def run(stage: Stage) -> None:
     stage.end_part("ops", *failed)
     if not stage.quick and not stage.left_out:
         _further(stage, table)
+    elif not stage.left_out and stage.allows("the loader's images"):
+        _tests(stage, table, "the loader's images", LOADER_TESTS)
     if wrong:
         raise WrongValue("; ".join(wrong))
 
@@ -83,12 +87,16 @@ def _further(stage: Stage, table: RowFile) -> None:
         # One of its backends may be missing, and different repeats are a result.
         stage.end_part("SDPA's repeats", "error" if statuses == {"error"} else "ok")
     if stage.allows("the GPU tests"):
-        row = run_tests(stage)
-        table.append([row])
-        stage.say(f"pytest: {row['status']} {row['note']}")
-        if row["status"] == "WRONG":
-            raise WrongValue(f"GPU tests failed: {row['note']}; see pytest.log")
-        stage.end_part("the GPU tests", row["status"])
+        _tests(stage, table, "the GPU tests", GPU_TESTS)
+
+
+def _tests(stage: Stage, table: RowFile, part: str, names: Sequence[str]) -> None:
+    row = run_tests(stage, names)
+    table.append([row])
+    stage.say(f"{part}, by pytest: {row['status']} {row['note']}")
+    if row["status"] == "WRONG":
+        raise WrongValue(f"{part} failed: {row['note']}; see pytest.log")
+    stage.end_part(part, row["status"])
 
 
 def check_case(case: Case, stage: Stage) -> Iterator[dict[str, Any]]:
@@ -185,11 +193,11 @@ def _sdpa_repeats(stage: Stage) -> Iterator[dict[str, Any]]:
             yield {**row, "status": "error", "note": one_line(error)}
 
 
-def run_tests(stage: Stage) -> dict[str, Any]:
-    """Row of the test suite's GPU tests, run by pytest in processes of their own."""
+def run_tests(stage: Stage, names: Sequence[str]) -> dict[str, Any]:
+    """Row of tests of the suite that need a GPU, run by pytest in processes of their own."""
     row = {"op": "all", "shape": "", "check": "pytest"}
     root = source_root()
-    files = [file for file in GPU_TESTS if (root / file).exists()]
+    files = [file for file in names if (root / file).exists()]
     if importlib.util.find_spec("pytest") is None or not files:
         return {**row, "status": "missing", "note": "pytest is not installed" if files else "there are no tests here"}
     jobs = ["-n", "8"] if importlib.util.find_spec("xdist") is not None and not stage.rehearse else []

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.stage import Stage
-from mvlm_benchmarks.gpu.stages import PARTS
+from mvlm_benchmarks.gpu.stages import GRACE, PARTS
 
 LEAST = 15.0
 """Seconds below which no part is started."""
-GRACE = 8.0
-"""Seconds that a part has to end by itself, beyond its budget."""
 
 
 def run(stage: Stage) -> None:

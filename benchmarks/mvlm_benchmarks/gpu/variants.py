@@ -24,7 +24,7 @@ from mvlm_benchmarks.kernels.reference import as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.cross_attention import tiles
-from mvlm_kernels.cross_attention.arguments import short_sides_up_to
+from mvlm_kernels.cross_attention.arguments import Sides, longest_sequences, short_side, short_sides_up_to
 
 Options = dict[str, int | None]
 Row = dict[str, Any]
@@ -107,19 +107,28 @@ def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
 def targets_of(case: Case, inputs: Inputs, arch: int) -> list[Target]:
     """Kernels of a case that are worth a sweep; none if the op has no kernel for it."""
     try:
-        with dispatch.recording_choices() as choices:
-            launches = launches_of(case, inputs, arch)
+        launches = launches_of(case, inputs, arch)
     except RuntimeError:
         return []
-    # Only cross-attention has a table, and its tiles do not depend on the pass.
-    keys = {kernel: tiles.table_key(kernel, *arguments[:-1]) for kernel, arguments in choices}
     found: dict[tuple[str, str], Target] = {}
     for launch in launches:
         name = launch.kernel.__name__
         if not name.startswith(HELPERS):
-            target = Target(case, launch.pass_name, name, options_of(launch.meta), keys.get(name, ""))
+            target = Target(case, launch.pass_name, name, options_of(launch.meta), table_key(case, inputs, name))
             found.setdefault((launch.pass_name, name), target)
     return list(found.values())
+
+
+def table_key(case: Case, inputs: Inputs, kernel: str) -> str:
+    """Key of a kernel's tiles in the table of cross-attention, which alone has one; "" for other ops."""
+    if case.op != "cross_attention":
+        return ""
+    q, k, fixed = inputs.leaves["q"], inputs.leaves["k"], inputs.fixed
+    sides = Sides(cu_seqlens_q=fixed.get("cu_seqlens_q"), cu_seqlens_k=fixed.get("cu_seqlens_k"))
+    longest = longest_sequences(q, k, sides, fixed.get("max_len_q"), fixed.get("max_len_k"))
+    with long_sides(case):
+        short, long = longest[::-1] if short_side(*longest) == "kv" else longest
+    return tiles.table_key(kernel, q.dtype, q.device.type, q.shape[-1], short, long)
 
 
 def options_of(meta: dict[str, Any]) -> Options:

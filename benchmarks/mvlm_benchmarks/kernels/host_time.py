@@ -64,7 +64,8 @@ def empty_op(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.d
 
     arguments = ", ".join(f"Tensor x{i}" for i in range(inputs))
     returns = ", ".join(["Tensor"] * len(shapes))
-    return registration.define(f"empty_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
+    schema = f"empty_{name}({arguments}) -> ({returns})"
+    return registration.define(schema, implementation, implementation, Function).registered
 
 
 def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:

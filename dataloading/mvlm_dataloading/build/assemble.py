@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.dali_index import components_of
+from mvlm_dataloading.dataset.dali_index import components_of, most_bytes
 from mvlm_dataloading.dataset.description import add_shard, describe_shard, write_description
 from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder
 from mvlm_dataloading.dataset.open import write_index
@@ -33,6 +33,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import replaced, write_file
 from mvlm_dataloading.sources.tar_samples import CUT
 from mvlm_dataloading.tokenizer import load_tokenizer
+from mvlm_dataloading.untrusted import LIMITS
 
 from .duplicates import (
     LEAKED,
@@ -47,6 +48,8 @@ from .shard_writer import Shard
 
 log = logging.getLogger(__name__)
 
+SAMPLES_BYTES, SHARDS_BYTES = 1 << 30, 64 << 20
+"""Bytes that a piece's samples.jsonl and shards.json may have."""
 _REQUESTS = 16
 """Requests to object stores at once."""
 
@@ -143,7 +146,8 @@ def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
     splits = assembly.plan["splits"]
 
     def read(number: int) -> list[str]:
-        return assembly.part_of(number).read(f"{_piece(number)}/samples.jsonl", exact=True).decode().splitlines()
+        content = assembly.part_of(number).read(f"{_piece(number)}/samples.jsonl", SAMPLES_BYTES, exact=True)
+        return content.decode().splitlines()
 
     for number, lines in enumerate(_each(assembly, read, range(len(splits)))):
         split = splits[number]
@@ -165,12 +169,12 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
         samples_of.setdefault(tar, []).append(i)
 
     def read(number: int) -> list[dict[str, Any]]:
-        return json.loads(assembly.part_of(number).read(f"{_piece(number)}/shards.json", exact=True))
+        return json.loads(assembly.part_of(number).read(f"{_piece(number)}/shards.json", SHARDS_BYTES, exact=True))
 
     numbers = sorted({number for number, _ in samples_of})
     known_of = dict(zip(numbers, _each(assembly, read, numbers), strict=True))
     splits: dict[str, dict[str, Any]] = {}
-    whole: list[tuple[int, int, Path, str]] = []
+    whole: list[tuple[int, int, Path, dict[str, Any]]] = []
     for (number, tar), samples in samples_of.items():
         keep = [i not in dropped for i in samples]
         if not any(keep):
@@ -179,10 +183,10 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
         earlier = len(splits[split]["shards"]) if split in splits else 0
         new = assembly.folder / "final" / f"{split}-{earlier:06d}.tar"
         if all(keep):
-            whole.append((number, tar, new, known["sha256"]))
+            whole.append((number, tar, new, known))
             shard = {"tar": new.name, **{name: known[name] for name in ("samples", "bytes", "sha256")}}
         else:
-            _rewrite(assembly, number, tar, new, keep, known["sha256"])
+            _rewrite(assembly, number, tar, new, keep, known)
             shard = describe_shard(new, sum(keep))
         add_shard(splits, split, shard, sum(written.captions[i] for i in samples if i not in dropped))
     for _ in _each(assembly, lambda one: _place_whole(assembly, *one), whole):
@@ -199,8 +203,12 @@ def _each(assembly: Assembly, function: Callable[[Any], Any], items: Iterable[An
         yield from pool.map(function, items)
 
 
-def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, sha256: str) -> None:
-    """Put a tar and its index into place, as they are. What is there was put there before an interruption."""
+def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, known: dict[str, Any]) -> None:
+    """Put a tar and its index into place, as they are. What is there was put there before an interruption.
+
+    Args:
+        known: the tar's entry in the piece's shards.json.
+    """
     part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
     for suffix in (".tar", ".idx"):
         target = new.with_suffix(suffix)
@@ -212,22 +220,30 @@ def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, sha256: s
             part.copy_to(old + suffix, assembly.out, target.name)
         else:
             with replaced(target) as aside:
-                part.get(old + suffix, aside, sha256 if suffix == ".tar" else None, exact=True)
+                _get(part, old + suffix, aside, known)
     if assembly.out is not None and new.exists():
         assembly.out.put(new, new.name)
         new.unlink()
 
 
-def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bool], sha256: str) -> None:
-    """Copy the samples `keep` of a tar."""
+def _get(part: RemoteFolder, name: str, to: Path, known: dict[str, Any]) -> None:
+    """Fetch a piece's tar or its index. `known` is the tar's entry in the piece's shards.json."""
+    if name.endswith(".idx"):
+        part.get(name, to, most_bytes(known["samples"]), exact=True)
+    else:
+        part.get(name, to, known["bytes"], known["sha256"])
+
+
+def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bool], known: dict[str, Any]) -> None:
+    """Copy the samples `keep` of a tar. `known` is its entry in the piece's shards.json."""
     part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
     if isinstance(part, LocalFolder):
         _copy_kept(part.folder / f"{old}.tar", new, keep)
         return
     with tempfile.TemporaryDirectory(dir=assembly.folder) as name:
         copy = Path(name) / "old.tar"
-        part.get(f"{old}.tar", copy, sha256)
-        part.get(f"{old}.idx", copy.with_suffix(".idx"), exact=True)
+        _get(part, f"{old}.tar", copy, known)
+        _get(part, f"{old}.idx", copy.with_suffix(".idx"), known)
         _copy_kept(copy, new, keep)
 
 
@@ -256,7 +272,7 @@ def _tokenizer(assembly: Assembly) -> dict[str, Any]:
     final, recipe = assembly.folder / "final", assembly.plan["recipe"]
     if "tokenizer" not in recipe:
         return {}
-    content = assembly.parts[0].read("tokenizer.json")
+    content = assembly.parts[0].read("tokenizer.json", LIMITS["tokenizer"])
     write_file(final / "tokenizer.json", content)
     fingerprint = load_tokenizer(final / "tokenizer.json").fingerprint
     tokens = {"fingerprint": fingerprint, "max_length": recipe["text_length"]}

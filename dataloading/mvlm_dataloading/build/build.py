@@ -40,9 +40,7 @@ from mvlm_dataloading.dataset.folders import (
     RemoteFolder,
     discard,
     empty_folder,
-    is_remote,
     lock_folder,
-    normal_url,
     open_folder,
 )
 from mvlm_dataloading.errors import DataError
@@ -50,6 +48,8 @@ from mvlm_dataloading.files import place_folder, write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source, file_sha256, records_sha256
 from mvlm_dataloading.tokenizer import load_tokenizer
+from mvlm_dataloading.untrusted import LIMITS, read_regular
+from mvlm_dataloading.urls import is_remote, normal_url
 
 from .assemble import REPEATED_KEY, Assembly, assemble
 from .workers import finished_pieces, ray_cores, working_folder, write_pieces, write_pieces_on_ray
@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 # Increment when equal input gives other samples. Data sets of an older revision are then refused, not reused.
 _REVISION = 3
+PLAN_BYTES = 256 << 20
+"""Bytes that a plan.json may have."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Executor = Literal["processes", "ray"]
 LISTING_S = 90.0
@@ -244,7 +246,8 @@ def _is_finished(out: Path | str, plan: dict[str, Any]) -> bool:
         return already_written(out, name=plan["name"], recipe=plan["recipe"])
     if not RemoteFolder(out).has("dataset.json"):
         return False
-    found = parse_description(RemoteFolder(out).read("dataset.json", json.loads), f"{out}/dataset.json")
+    content = RemoteFolder(out).read("dataset.json", LIMITS["dataset.json"], json.loads)
+    found = parse_description(content, f"{out}/dataset.json")
     require_same(found, out, plan["name"], plan["recipe"])
     return True
 
@@ -261,7 +264,7 @@ def _begin(
             write_file(file, wanted)
     _start_or_resume(folder, plan, f"{part[0]}/{part[1]}")
     if options.tokenizer is not None and not folder.has("tokenizer.json"):
-        folder.write("tokenizer.json", options.tokenizer.read_bytes())
+        folder.write("tokenizer.json", read_regular(options.tokenizer, "tokenizer"))
 
 
 def _finish(
@@ -366,7 +369,7 @@ def _start_or_resume(folder: LocalFolder | RemoteFolder, plan: dict[str, Any], p
     state = {**plan, "part": part}
     if folder.has("plan.json"):
         try:
-            found = json.loads(folder.read("plan.json"))
+            found = json.loads(folder.read("plan.json", PLAN_BYTES))
         except ValueError:
             found = {}
         found.pop("evaluation_sets", None)  # the recipe has their hashes; they may have been moved
@@ -389,7 +392,7 @@ def _read_parts(parts: Sequence[LocalFolder | RemoteFolder]) -> tuple[dict[str, 
             raise DataError(
                 f"{part.url}: wanted a part of a build, found none; `mvlm data NAME ... --part i/n` writes it"
             )
-        plans.append(json.loads(part.read("plan.json")))
+        plans.append(json.loads(part.read("plan.json", PLAN_BYTES)))
         names.append(plans[-1].pop("part"))
         moved.append(plans[-1].pop("evaluation_sets"))  # machines may have them under several paths
         if plans[-1] != plans[0]:

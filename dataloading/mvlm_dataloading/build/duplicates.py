@@ -19,9 +19,10 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.sources.record import EVALUATION_SPLITS, is_evaluation
 
-from .image_check import ImageDecoder, StoredHeader, on_white, perceptual_hash, read_header
+from .image_check import StoredHeader, on_white, perceptual_hash, read_header
 
 LEAKED = "image is in an evaluation split"
 LEAKED_NEARLY = "image is a near-duplicate of one in an evaluation split"

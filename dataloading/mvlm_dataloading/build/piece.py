@@ -22,20 +22,19 @@ from typing import Any
 from mvlm_dataloading.captions import clean_captions
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import place_folder, write_file
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
+from mvlm_dataloading.images.limits import UNDECODABLE, limits_of_build
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import BAD_KEY, KEY_PATTERN, ImageStrip, Piece, Record
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
-    UNDECODABLE,
-    ImageDecoder,
     StoredHeader,
     check_header,
     encode_jpeg,
     encode_png,
     exif_first,
     is_too_long_for_jpeg,
-    limits_of_build,
     on_white,
     perceptual_hash,
     read_header,

@@ -27,12 +27,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, discard, is_remote, normal_url, open_folder
+from mvlm_dataloading.dataset.folders import LocalFolder, RemoteFolder, discard, open_folder
 from mvlm_dataloading.dataset.remote_cache import cache_folder
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Piece
+from mvlm_dataloading.urls import is_remote, normal_url
 
 from .piece import write_piece
 

@@ -17,7 +17,15 @@ UInt8 = NDArray[np.uint8]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 KINDS = {"image": IMAGE_EXTENSIONS, "text": ("txt",), "meta": ("json",), "tokens": ("tok",)}
 
+LINE_BYTES = 4096
+"""Most bytes of a sample's line, in the mean."""
+
 _BLANK, _NEWLINE = b" \n"
+
+
+def most_bytes(samples: int) -> int:
+    """Bytes that the index of a shard may have. It is parsed in memory, so it never has more than 256 MiB."""
+    return min(64 + LINE_BYTES * samples, 256 << 20)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

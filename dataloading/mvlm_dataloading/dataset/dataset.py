@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular, require_regular
 from mvlm_dataloading.randomness import text_hash
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
+from mvlm_dataloading.untrusted import open_regular, require_regular
 
 from .dali_index import KINDS, Int64
 from .description import shard_paths
@@ -203,6 +203,8 @@ def check_size(tar: Path, size: int) -> os.stat_result:
 def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
     """Compare an index, which was read from `source`, with a tar at the shard's first, middle and last sample.
 
+    Places of the other samples have to be inside the tar: DALI maps it, and reading beyond it would end the process.
+
     Raises:
         DataError: a component is not where the index says.
     """
@@ -210,6 +212,14 @@ def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hi
     if first == end:
         return
     length, rows = tar.stat().st_size, [first, (first + end) // 2, end - 1]
+    for kind in KINDS:
+        offset, size = index.locate(kind, np.arange(first, end))
+        beyond = np.flatnonzero((size >= 0) & (offset + size > length))
+        if len(beyond):
+            raise DataError(
+                f"{source}: wanted the index of {tar.name}, found that the {kind} of "
+                f"{index.key(first + int(beyond[0]))} is not inside it; {hint}"
+            )
     places = {kind: np.stack(index.locate(kind, rows), 1).tolist() for kind in KINDS}
     with open_regular(tar) as file:
         for row, i in enumerate(rows):
@@ -223,7 +233,7 @@ def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hi
                 if not good and kind == "image":
                     owner = _owner(tar, _header(file, places["text"][row][0] - tarfile.BLOCKSIZE), key, KINDS[kind])
                     good = owner is not None and _is_header_of(header, owner, KINDS[kind], size)
-                if not good or offset + size > length:
+                if not good:
                     raise DataError(
                         f"{source}: wanted the index of {tar.name}, found that the {kind} of {key} is not where it "
                         f"says; {hint}"

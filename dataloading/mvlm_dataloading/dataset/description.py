@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular, read_regular, write_file
+from mvlm_dataloading.files import write_file
 from mvlm_dataloading.sources.folder import LISTED
+from mvlm_dataloading.untrusted import open_regular, read_regular, resolve_inside
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-_MAX_BYTES = 1 << 30
 
 
 def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def read_description(folder: Path) -> dict[str, Any]:
             )
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
     try:
-        text = read_regular(file, _MAX_BYTES)
+        text = read_regular(file, "dataset.json", within=folder)
     except FileNotFoundError:
         names = (name.lower() for _, _, names in os.walk(folder) for name in names)
         has_images = any(name.endswith(LISTED) for name in islice(names, 10_000))
@@ -128,7 +128,23 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file}: wanted the data set's description, found no such file; "
             f"{advice if has_images else '`mvlm data` writes it'}"
         ) from None
-    return parse_description(text, str(file))
+    description = parse_description(text, str(file))
+    _check_links(folder, description)
+    return description
+
+
+def _check_links(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raise DataError if a file that a description names is a link that leaves the folder, or lies behind one."""
+    names = ["tokenizer.json"]
+    for split, part in description["splits"].items():
+        names.append(f"{split}.index")
+        for shard in part["shards"]:
+            # A view states the tars of other folders outright; only its indices are its own.
+            own = [shard["index"]] if "index" in shard else [shard["tar"], f"{shard['tar'].removesuffix('.tar')}.idx"]
+            names += own
+    places = {os.path.join(folder, name) for name in names}
+    for place in {*(path for path in places if os.path.islink(path)), *map(os.path.dirname, places)}:
+        resolve_inside(Path(place), folder)
 
 
 def shard_paths(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:

@@ -1,87 +1,107 @@
 """Files of a folder at s3://, gs://, hf:// or https://, or on a disk, under one interface.
 
-Files at a URL are read and written through fsspec, with retries and checks. A connection that is silent for
-`SILENCE_S`, an error of the server, a body that ends early and a body whose length or hash is wrong are the same to a
-caller: the attempt is repeated after a pause, and the last one raises DataError with the URL of the file.
+Files at a URL are read and written through fsspec, with limits (`transfers`), retries and checks. A connection that is
+silent or slow, an error of the server, a body that ends early and a body whose length or hash is wrong are the same to
+a caller: the attempt is repeated after a pause, and the last one raises DataError with the URL of the file. A file that
+is missing, that may not be read or that is too long is an error at once.
 """
 
 import errno
 import hashlib
 import logging
 import os
-import re
 import shutil
+import socket
+import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.files import replaced, write_file
+from mvlm_dataloading.untrusted import read_regular
+from mvlm_dataloading.urls import WEB, is_remote, normal_url, shown, with_credentials
+
+from .transfers import Begin, Meter, TooLongError, listing, options, transfer
 
 log = logging.getLogger(__name__)
 
-_URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
 _ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 """Pause after a failed attempt. Each further pause is twice as long."""
-SILENCE_S = 30
-"""A connection that sends nothing for this long is given up. A slow transfer may take any time."""
+STALLED_S = 180
+"""No attempt begins when nothing has come for this long. The clients of stores repeat by themselves, too."""
+REACH_S = 5
+"""Longest time in which Google's client may look for credentials, and to reach its store."""
+LISTING_S, LISTED = 300, 1_000_000
+"""Longest time of a listing, and the most files in it. Google's store takes a kilobyte for each."""
+DEEPEST, PAGES_BYTES = 8, 16 << 20
+"""How deep the folders of a web server are listed, and the most bytes of their pages."""
+_DENIED = (401, 403, 407)
 
 
-def is_remote(folder: Path | str) -> bool:
-    """True if a folder is given by its URL. Also true of a `Path` made from a URL, which has lost a slash."""
-    return _URL.fullmatch(str(folder)) is not None
-
-
-def normal_url(folder: Path | str) -> str:
-    """The URL of a remote folder, with both slashes and without one at its end."""
-    url = _URL.fullmatch(str(folder))
-    assert url is not None
-    return f"{url[1]}://{url[2].rstrip('/')}"
+class NotThereError(DataError):
+    """A remote file is missing, or may not be read, which stores tell those apart who may list its folder."""
 
 
 class RemoteFolder:
     """Files of one remote folder. Names are relative to it.
 
     Attributes:
-        url: the folder.
+        url: the folder, without credentials.
+        protocol: s3, gs, hf, http or https.
         filesystem: the fsspec file system that reads the URL.
 
     Raises:
-        DataError: fsspec cannot read the URL; a file is missing; all attempts at a file failed.
+        DataError: fsspec cannot read the URL, or its store cannot be reached; a file has more bytes than it may have;
+            all attempts at a file failed.
+        NotThereError: a file is missing, or may not be read.
     """
 
     def __init__(self, url: Path | str):
         self.url = normal_url(url)
+        self.protocol = self.url.partition(":")[0]
+        place, sign, query = with_credentials(self.url).partition("?" if self.protocol in WEB else "\0")
+        self._query = sign + query
         try:
-            self.filesystem, self._root = need("fsspec.core").url_to_fs(self.url, **_limits(self.url))
+            self.filesystem, self._root = _open_filesystem(self.protocol, place)
         except ImportError as error:
             raise DataError(
                 f"{self.url}: wanted the package that reads it, which is not installed ({error}); "
                 f"pip install 'mvlm[remote]'"
             ) from None
-        except ValueError as error:
-            raise DataError(f"{self.url}: wanted a URL that fsspec reads, found: {error}") from None
+        except Exception as error:  # each package has its own exceptions
+            raise DataError(
+                f"{self.url}: wanted a store that answers, found: {shown(error)}; check the URL and your credentials"
+            ) from None
 
-    def read(self, name: str, check: Callable[[bytes], None] = lambda content: None, *, exact: bool = False) -> bytes:
+    def read(
+        self, name: str, limit: int, check: Callable[[bytes], None] = lambda content: None, *, exact: bool = False
+    ) -> bytes:
         """Content of a file. A damaged one is read again.
 
         Args:
+            limit: bytes that it may have.
             check: raises ValueError for a damaged one.
-            exact: compare the length with the one that the store lists, which takes one more request.
+            exact: compare the length with the one that a web server states without the file, which takes one more
+                request. The length that a store lists is compared in any case.
         """
+        content = b""
 
-        def read(path: str) -> bytes:
-            content = self.filesystem.cat_file(path)
-            check(content)
-            self._compare(len(content), path, exact)
-            return content
+        def check_file(path: Path) -> None:
+            nonlocal content
+            check(content := path.read_bytes())
 
-        return self.attempt(name, read)
+        with tempfile.TemporaryDirectory() as folder:
+            self.fetch(name, limit, lambda size: Path(folder) / "file", check_file, exact=exact)
+        return content
 
     def has(self, name: str) -> bool:
         """True if the folder has a file of this name."""
@@ -89,30 +109,70 @@ class RemoteFolder:
         return self.attempt(name, self.filesystem.exists)
 
     def names(self, folder: str) -> list[str]:
-        """Names of all files in a folder and its subfolders. Empty if there is no such folder."""
+        """Names of all files in a folder and its subfolders. Empty if there is no such folder.
+
+        DataError if there are more than `LISTED`, or if a web server's pages or folders never end.
+        """
         self.filesystem.invalidate_cache()
-        found = self.attempt(folder, self.filesystem.find)
-        return [path.removeprefix(f"{self._root}/") for path in found]
+        with listing(PAGES_BYTES if self.protocol in WEB else LISTED << 11):
+            found = self.attempt(folder, self._find)
+        if len(found) > LISTED:
+            raise DataError(f"{self.url}/{folder}: wanted at most {LISTED} files, found more; check the URL")
+        names = [path.removeprefix(f"{self._root}/") for path in found]
+        return list(map(unquote, names)) if self.protocol in WEB else names
 
-    def get(self, name: str, to: Path, sha256: str | None = None, *, exact: bool = False) -> None:
-        """Fetch a file, and verify its hash if it is known. A file that does not pass is left at `to`."""
+    def _find(self, path: str) -> list[str]:
+        if self.protocol == "hf":
+            return self.filesystem.find(path)
+        further = {"max_items": LISTED + 1} if self.protocol == "s3" else {}
+        further |= {"maxdepth": DEEPEST} if self.protocol in WEB else {}
+        asyn, filesystem = need("fsspec.asyn"), self.filesystem
+        try:
+            return asyn.sync(filesystem.loop, filesystem._find, path, timeout=LISTING_S, **further)
+        except TimeoutError:
+            raise DataError(
+                f"{self.url}: wanted a list of its files, found that it takes more than {LISTING_S} s; check the URL"
+            ) from None
 
-        def get(path: str) -> None:
-            self.filesystem.get_file(path, str(to))
-            with to.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if sha256 is not None and found != sha256:
-                raise OSError(f"sha256 {found} where {sha256} was wanted")
-            self._compare(to.stat().st_size, path, exact)
+    def get(self, name: str, to: Path, limit: int, sha256: str | None = None, *, exact: bool = False) -> None:
+        """Fetch a file, and verify its hash if it is known. A file that does not pass is left at `to`.
 
-        self.attempt(name, get)
+        `limit` and `exact` are those of `read`.
+        """
+
+        def check(path: Path) -> None:
+            if sha256 is not None:
+                require_hash(path, sha256)
+
+        self.fetch(name, limit, lambda size: to, check, exact=exact)
+
+    def fetch(self, name: str, limit: int, begin: Begin, check: Callable[[Path], None], *, exact: bool = False) -> Path:
+        """Fetch a file to the path that `begin` returns, which is called with the bytes it will have at most.
+
+        Args:
+            check: raises OSError for a damaged one, which is fetched again.
+
+        `limit` and `exact` are those of `read`.
+        """
+
+        meters: list[Meter] = []
+
+        def fetch(path: str) -> Path:
+            meters.append(Meter(limit))
+            listed = self._listed(path) if exact or self.protocol not in WEB else None
+            place = transfer(self.filesystem, self.protocol, path, meters[-1], listed, begin)
+            _compare(place.stat().st_size, listed)
+            check(place)
+            return place
+
+        return self.attempt(name, fetch, lambda: max(meter.latest for meter in meters))
 
     def put(self, path: Path, name: str) -> None:
         """Store a local file, and compare the length of what arrived."""
 
         def put(remote: str) -> None:
             self.filesystem.put_file(str(path), remote)
-            self._compare(path.stat().st_size, remote, True)
+            _compare(path.stat().st_size, self._listed(remote))
 
         self.attempt(name, put)
 
@@ -130,54 +190,117 @@ class RemoteFolder:
         if self.names(""):
             self.attempt("", lambda path: self.filesystem.rm(self._root, recursive=True))
 
-    def _compare(self, size: int, path: str, exact: bool) -> None:
-        if not exact:
-            return
+    def _listed(self, path: str) -> int | None:
+        """Bytes of a file as the store lists them; None if it does not say."""
         self.filesystem.invalidate_cache()
-        if (listed := self.filesystem.info(path)["size"]) != size:
-            raise OSError(f"{size} bytes on this side and {listed} at the store")
+        return self.filesystem.info(path)["size"]
 
-    def attempt(self, name: str, action: Callable[[str], Any]) -> Any:
-        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
+    def _path(self, name: str) -> str:
+        """Path of a file for `filesystem`."""
+        if self.protocol in WEB:
+            name = quote(name, safe="/!$&'()*+,;=:@~")
+        return (f"{self._root}/{name}" if name else self._root) + self._query
+
+    def attempt(self, name: str, action: Callable[[str], Any], heard: Callable[[], float] = lambda: 0) -> Any:
+        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail.
+
+        Args:
+            heard: time at which something last came from the store. After `STALLED_S` there are no more attempts.
+        """
+        place, began = f"{self.url}/{name}" if name else self.url, time.monotonic()
         for attempt in range(_ATTEMPTS):
             try:
-                return action(f"{self._root}/{name}" if name else self._root)
+                return action(self._path(name))
             except FileNotFoundError:
-                raise DataError(
-                    f"{self.url}/{name}: wanted a file that the data set needs, found none; check the URL"
+                raise NotThereError(
+                    f"{place}: wanted a file that the data set needs, found none; check the URL"
                 ) from None
             except DataError:
                 raise
+            except TooLongError as error:
+                raise DataError(f"{place}: wanted at most {error} bytes, found more; check the URL") from None
             except Exception as error:  # each file system has its own exceptions
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise DataError(
-                        f"{self.url}/{name}: wanted room for it, found: {error.strerror}; make room, or, for a cache, "
+                        f"{place}: wanted room for it, found: {error.strerror}; make room, or, for a cache, "
                         f"lower MVLM_CACHE_GB or set MVLM_CACHE to a folder on another disk"
                     ) from None
-                what = str(error) or repr(error)
-                if attempt + 1 == _ATTEMPTS:
+                what = shown(error) or shown(repr(error))
+                if isinstance(error, PermissionError) or _status(error) in _DENIED:
+                    raise NotThereError(
+                        f"{place}: wanted to read or write it, found that it is denied ({what}); give the URL with its "
+                        "user and password again, or set credentials as docs/guides/data.md says"
+                    ) from None
+                if attempt + 1 == _ATTEMPTS or time.monotonic() - max(began, heard()) > STALLED_S:
                     raise DataError(
-                        f"{self.url}/{name}: wanted to read or write it, found that {_ATTEMPTS} attempts failed: "
+                        f"{place}: wanted to read or write it, found that {attempt + 1} attempts failed: "
                         f"{what}; check the URL and your credentials"
                     ) from None
-                log.warning("%s/%s: trying again after: %s", self.url, name, what)
+                log.warning("%s: trying again after: %s", place, what)
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
-def _limits(url: str) -> dict[str, Any]:
-    """Options of the file system of a URL. What a user has set in fsspec's configuration comes first."""
-    protocol = url.split(":")[0]
-    limits: dict[str, Any] = {}
-    if protocol in ("http", "https"):
-        # By default aiohttp ends a transfer after five minutes, however well it goes.
-        timeout = need("aiohttp", "remote").ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-        limits = {"client_kwargs": {"timeout": timeout}}
-    elif protocol == "s3":
-        # `attempt` repeats. Without this, botocore repeats each of s3fs's repetitions.
-        settings = {"connect_timeout": SILENCE_S, "read_timeout": SILENCE_S, "retries": {"max_attempts": 0}}
-        limits = {"config_kwargs": settings}
-    return {**limits, **need("fsspec.config").conf.get(protocol, {})}
+def _status(error: Exception) -> Any:
+    """Status of the answer that an error tells of, or None. Its name is that of aiohttp, or of Google's client."""
+    return error.status if hasattr(error, "status") else getattr(error, "code", None)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _compare(size: int, listed: int | None) -> None:
+    if listed is not None and listed != size:
+        raise OSError(f"{size} bytes on this side and {listed} at the store")
+
+
+def require_hash(path: Path, sha256: str) -> None:
+    """Raise OSError if a file's sha256 is another one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise OSError(f"sha256 {found} where {sha256} was wanted")
+
+
+def _open_filesystem(protocol: str, place: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path of the folder in it. OSError if Google's store cannot be reached soon.
+
+    Google's client by itself looks for credentials for up to a minute, asks over gRPC of what kind a bucket is for two,
+    repeats a failed request for half a minute, and logs each of these errors with its stack.
+    """
+    given, url_to_fs = options(protocol), need("fsspec.core").url_to_fs
+    if protocol != "gs":
+        return url_to_fs(place, **given)
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # read when gcsfs is imported
+    need("gcsfs", "remote")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    try:
+        found = _in_time(lambda: url_to_fs(place, **given))
+    except TimeoutError:
+        log.warning("%s: no credentials in %d s, so it is read without", place, REACH_S)
+        found = url_to_fs(place, **{**given, "token": "anon"})
+    store = urlsplit(found[0].base)
+    if not {"connector", "proxy", "trust_env"} & set(given["session_kwargs"]):
+        address = (store.hostname, store.port or 443)
+        try:
+            _in_time(lambda: socket.create_connection(address, REACH_S).close())
+        except OSError as error:
+            raise OSError(f"no answer of {store.hostname} ({error})") from None
+    return found
+
+
+def _in_time(function: Callable[[], Any]) -> Any:
+    """Result of a function. TimeoutError if it takes longer than `REACH_S`; it is then left alone."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(REACH_S)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"none in {REACH_S} s") from None
 
 
 class LocalFolder:
@@ -187,9 +310,9 @@ class LocalFolder:
         self.folder, self.url = folder, str(folder)
         self._gives_away = gives_away
 
-    def read(self, name: str, *, exact: bool = True) -> bytes:
+    def read(self, name: str, limit: int, *, exact: bool = True) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            return read_regular(self.folder / name, limit, within=self.folder)
         except FileNotFoundError:
             raise DataError(
                 f"{self.folder / name}: wanted a file that the data set needs, found none; check the folder"

@@ -14,12 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import make_no_older, read_regular, replaced
+from mvlm_dataloading.files import make_no_older, replaced
+from mvlm_dataloading.untrusted import read_regular
+from mvlm_dataloading.urls import is_remote
 
 from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 from .dataset import Dataset, check_size, compare_with_tar
 from .description import read_description, shard_paths
-from .folders import is_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .sample_index import IndexWriter, SampleIndex, index_path, map_index, pack_records, shards_hash
 
@@ -127,6 +128,8 @@ def _map(path: Path, split: str, shards: list[dict[str, Any]], hint: str) -> Sam
     index = map_index(path, hint)
     if index.described != shards_hash(split, shards):
         raise DataError(f"{path}: wanted the index of the shards in dataset.json, found one of other shards; {hint}")
+    if np.diff(index.first).tolist() != [shard["samples"] for shard in shards]:
+        raise DataError(f"{path}: wanted as many samples in each shard as in dataset.json, found others; {hint}")
     return index
 
 
@@ -210,7 +213,7 @@ def _hint(tar: Path, path: Path, shard: dict[str, Any]) -> str:
 def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint: str) -> None:
     """Append a shard's samples to an index. Nothing is appended if its DALI index cannot be used."""
     try:
-        text = read_regular(path)
+        text = read_regular(path, "index")
     except FileNotFoundError:
         raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}") from None
     if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:

@@ -4,39 +4,50 @@ A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it f
 index, or the DALI indices if it has no index. A shard is fetched before a batch needs it, and the next shards while it
 is in use:
 
-    CACHE/.lock                        exclusive, held briefly while shards are removed or renamed
+    CACHE/.lock                        exclusive, held briefly while room is made and files are renamed
     CACHE/<hash of url and content>/   dataset.json, tokenizer.json, SPLIT.index or X.idx
-        SPLIT.index.lock               held by the process that fetches SPLIT.index; the others wait for it
-        X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is its final size
+        lock                           flock: shared while a process has the data set open, exclusive to remove its
+                                       files, but for the shards
+        NAME.lock                      held by the process that fetches NAME; the others wait for it
+        NAME.BYTES.part -> NAME        renamed when it is whole: a shard when its sha256 is that of dataset.json
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
 Jobs may share a cache. A job uses the shards that others have fetched, and never removes a shard that another job
-reads. When the cache is full, the least recently used shards are removed. MVLM_CACHE names the folder (~/.cache/mvlm),
-MVLM_CACHE_GB its size (100).
+reads. All files count. Room for a file is reserved before its transfer begins, by the BYTES in its name: what its
+server states, or else the most that it may have. When the cache is full, what was used least recently is removed.
+MVLM_CACHE names the folder (~/.cache/mvlm), MVLM_CACHE_GB its size (100).
 """
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import sync, write_file
+from mvlm_dataloading.untrusted import LIMITS
 
+from .dali_index import most_bytes as most_bytes_of_dali
 from .dali_index import read_head
 from .description import parse_description, shard_paths
-from .folders import RemoteFolder
-from .sample_index import map_index
+from .folders import NotThereError, RemoteFolder, require_hash
+from .sample_index import map_index, most_bytes
 
-_SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
+LONGEST = 200
+"""Bytes of a file's or folder's name. Names in the cache have up to 30 more, and file systems allow 255."""
+_FOLDER = re.compile(r"[0-9a-f]{24}")
+_SHARD_FILE = re.compile(r"(.+\.tar)(?:\.\d+\.part)?")
+_PART = re.compile(r".+\.(\d+)\.part")
 REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
 """How to get a good cached file, for messages."""
 
@@ -62,7 +73,7 @@ class RemoteCache:
     """Cached files of one remote data folder. It fetches shards, and holds those in use.
 
     Args:
-        limit: maximum bytes of all shards in `cache`.
+        limit: maximum bytes of all files in `cache`.
 
     Attributes:
         folder: local folder of dataset.json, the indices and the fetched shards.
@@ -76,30 +87,52 @@ class RemoteCache:
     def __init__(self, url: str, cache: Path, limit: int):
         self.remote, self.cache, self.limit = RemoteFolder(url), cache, limit
         self.url = self.remote.url
-        description = self.remote.read("dataset.json", json.loads)
+        description = self.remote.read("dataset.json", LIMITS["dataset.json"], json.loads)
         parse_description(description, f"{self.url}/dataset.json")
         digest = hashlib.sha256(self.url.encode() + b"\0" + description).hexdigest()[:24]
         # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.folder / "dataset.json", description, shared=True)
-        except OSError as error:
-            raise DataError(
-                f"{cache}: wanted a cache folder that can be written, found that it cannot: {error.strerror}; set "
-                f"MVLM_CACHE to another folder"
-            ) from None
+            in_use = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, in_use)
+            fcntl.flock(in_use, fcntl.LOCK_SH)
+            os.utime(in_use)
+            self._write_description(description)
         self._shards: list[dict[str, Any]] = []
         self._held: dict[int, int] = {}  # shard -> descriptor of its lock
         self._held_lock = threading.RLock()
         self.verify: Callable[[int], None] | None = None
         self._verified: set[int] = set()
 
+    def _write_description(self, content: bytes) -> None:
+        path = self.folder / "dataset.json"
+        with self._cache_lock():
+            if not path.is_file() or path.read_bytes() != content:
+                self._make_room(len(content))
+                write_file(path, content, shared=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A context in which an error of the disk is one of the cache's folder, of one line."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.cache}: wanted a cache folder that can be written, found that it cannot: {error.strerror}; set "
+                f"MVLM_CACHE to another folder"
+            ) from None
+
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
-        """Set the shards, as dataset.json lists them. Raises DataError if a name leads out of the folder."""
-        for name in (shard["tar"] for shard in shards):
-            if Path(name).is_absolute() or ".." in Path(name).parts:  # as in a view, which has to be local
-                raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
+        """Set the shards, as dataset.json lists them. Raises DataError if a name is not that of a tar in the folder."""
+        for shard in shards:
+            for name, kind in ((shard["tar"], ".tar"), (shard.get("index", "x.idx"), ".idx")):
+                path = Path(name)  # of a view, which has to be local, it may be anywhere
+                good = not path.is_absolute() and ".." not in path.parts and path.suffix == kind
+                if not good or not name.isprintable() or max(len(os.fsencode(part)) for part in path.parts) > LONGEST:
+                    raise DataError(
+                        f"{self.url}: wanted tars inside the folder as shards, found {name!r} in dataset.json"
+                    )
         self._shards = shards
 
     def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:
@@ -109,61 +142,55 @@ class RemoteCache:
             Path of the cached file; None if the remote folder has none.
         """
         path = self.folder / name
-        with FileLock(f"{path}.lock"):
+
+        def check(part: Path) -> None:
+            try:
+                map_index(part, REMOTE_HINT).check_all()
+            except DataError as error:
+                raise OSError(str(error)) from None  # a short read, for example: try again
+
+        with self._sole(path):
             if again:
                 path.unlink(missing_ok=True)
-            if path.is_file():
-                return path
-            part = Path(f"{path}.part")
-
-            def copy(remote: str) -> bool:
+            if not path.is_file():
+                samples = sum(shard["samples"] for shard in self._shards)
                 try:
-                    self.remote.filesystem.get_file(remote, str(part))
-                except (FileNotFoundError, PermissionError):  # S3 refuses a missing file to those who may not list
-                    return False
-                except Exception as error:
-                    if getattr(error, "status", None) == 403:  # the same, over https
-                        return False
-                    raise
-                try:
-                    map_index(part, REMOTE_HINT).check_all()
-                except DataError as error:
-                    raise OSError(str(error)) from None  # a short read, for example: try again
-                return True
-
-            try:
-                if not self.remote.attempt(name, copy):
+                    self._download(name, path, most_bytes(samples, len(self._shards)), check)
+                except NotThereError:
                     return None
-                sync(part)
-                part.rename(path)
-            finally:
-                part.unlink(missing_ok=True)
         return path
 
     def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
         path = shard_paths(self.folder, shard)[1]
 
-        def check(text: bytes) -> None:
+        def check(part: Path) -> None:
+            text = part.read_bytes()
             head, lines = read_head(text)
             if not text.endswith(b"\n") or lines != shard["samples"]:
                 raise OSError(
                     f"{head!r}, {lines} lines and {len(text)} bytes of an index of {shard['samples']} samples"
                 )
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, self.remote.read(path.relative_to(self.folder).as_posix(), check), shared=True)
+        with self._sole(path):
+            name = path.relative_to(self.folder).as_posix()
+            self._download(name, path, most_bytes_of_dali(shard["samples"]), check)
 
     def fetch_tokenizer(self, sha256: str) -> None:
         """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
         path = self.folder / "tokenizer.json"
+        with self._sole(path):
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                self._download(path.name, path, LIMITS["tokenizer"], lambda part: require_hash(part, sha256))
 
-        def check(content: bytes) -> None:
-            if (found := hashlib.sha256(content).hexdigest()) != sha256:
-                raise OSError(f"sha256 {found} where {sha256} was wanted")
-
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            write_file(path, self.remote.read("tokenizer.json", check), shared=True)
+    @contextlib.contextmanager
+    def _sole(self, path: Path) -> Iterator[None]:
+        """A context in which this process alone fetches a file that is no shard."""
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock").acquire()
+        with lock:
+            yield
 
     def fetch(self, shards: Sequence[int]) -> None:
         """Fetch these shards and hold them until a `release_except` call that does not list them."""
@@ -201,7 +228,9 @@ class RemoteCache:
         tar = self.folder / shard["tar"]
         # flock directly, because filelock has no shared locks. The kernel releases the locks of a killed process.
         # The umask alone decides who may share the cache, as with the other files.
-        lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        with self._writing():
+            tar.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             while True:
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -213,46 +242,56 @@ class RemoteCache:
                     return lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not tar.is_file():  # else another job fetched it while this one waited
-                    self._download(shard, tar)
+                    self._download_shard(shard, tar)
         except BaseException:
             os.close(lock)
             raise
 
-    def _download(self, shard: dict[str, Any], tar: Path) -> None:
-        # Reserve the room first, so that other jobs see how much is left. The file name states the size, because fsspec
-        # truncates the file when it starts to write.
-        part = Path(f"{tar}.{shard['bytes']}.part")
-        try:
-            with self._cache_lock():
-                part.unlink(missing_ok=True)
-                self._make_room(shard["bytes"])
+    def _download_shard(self, shard: dict[str, Any], tar: Path) -> None:
+        def check(part: Path) -> None:
+            if (size := part.stat().st_size) != shard["bytes"]:
+                raise OSError(f"{size} bytes where {shard['bytes']} were wanted")
+            if shard["sha256"]:  # else not known
+                require_hash(part, shard["sha256"])
+
+        self._download(shard["tar"], tar, shard["bytes"], check)
+
+    def _download(self, name: str, path: Path, limit: int, check: Callable[[Path], None]) -> None:
+        """Fetch a file to `path`. The caller holds its lock.
+
+        Args:
+            limit: bytes that it may have.
+            check: raises OSError for a damaged one, which is fetched again.
+        """
+
+        def begin(size: int) -> Path:
+            part = Path(f"{path}.{size}.part")
+            with self._writing(), self._cache_lock():
+                self._remove_parts(path)
+                self._make_room(size)
                 part.touch()
-            self.remote.get(shard["tar"], part, shard["sha256"])
+            return part
+
+        try:
+            part = self.remote.fetch(name, limit, begin, check)
             sync(part)
             with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
-                part.rename(tar)
+                part.rename(path)
         finally:
+            self._remove_parts(path)
+
+    def _remove_parts(self, path: Path) -> None:
+        for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
             part.unlink(missing_ok=True)
 
     def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used shards until `wanted` more bytes fit. The caller holds the cache's lock."""
-        entries = []
-        for path in self.cache.glob("*/*.tar*"):
-            if name := _SHARD_FILE.fullmatch(path.name):
-                lock = path.with_name(f"{name[1]}.lock")
-                with contextlib.suppress(FileNotFoundError):  # another job has just removed it
-                    size = int(name[2] or path.stat().st_size)
-                    entries.append((lock.stat().st_mtime_ns, path, size, lock))
-        used = sum(size for _, _, size, _ in entries)
-        for _, path, size, lock in sorted(entries):
+        """Remove what was used least recently until `wanted` more bytes fit. The caller holds the cache's lock."""
+        entries = [entry for folder in self.cache.iterdir() if _FOLDER.fullmatch(folder.name) for entry in _of(folder)]
+        used = sum(entry.size for entry in entries)
+        for entry in sorted(entries):
             if used + wanted <= self.limit:
                 return
-            descriptor = os.open(lock, os.O_RDWR)
-            with contextlib.suppress(BlockingIOError):  # in use
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-                used -= size
-            os.close(descriptor)
+            used -= entry.remove()
         if used + wanted > self.limit:
             raise DataError(
                 f"{self.cache}: wanted room for {wanted} bytes more, found {used} of {self.limit} in use; "
@@ -261,3 +300,54 @@ class RemoteCache:
 
     def _cache_lock(self) -> FileLock:
         return FileLock(self.cache / ".lock", poll_interval=0.01)
+
+
+class _Entry(NamedTuple):
+    """Files of a cache that are removed together: a shard, or what else a data set has."""
+
+    last_use: int
+    lock: Path
+    size: int
+    """Bytes, also those that are reserved."""
+    files: tuple[Path, ...]
+
+    def remove(self) -> int:
+        """Remove the files unless they are in use. Returns the bytes that are free then."""
+        try:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # of another user
+            return 0
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in self.files:
+                path.unlink(missing_ok=True)
+            return self.size
+        except OSError:  # in use
+            return 0
+        finally:
+            os.close(descriptor)
+
+
+def _of(folder: Path) -> Iterator[_Entry]:
+    """All files of a data set in the cache, but for locks."""
+    others, bytes_of_others = [], 0
+    for path in folder.rglob("*"):
+        if path.suffix == ".lock" or path.name == "lock":
+            continue
+        try:
+            if path.is_dir():
+                continue
+            reserved = _PART.fullmatch(path.name)
+            size = max(path.stat().st_size, int(reserved[1]) if reserved else 0)
+            if shard := _SHARD_FILE.fullmatch(path.name):
+                lock = path.with_name(f"{shard[1]}.lock")
+                yield _Entry(lock.stat().st_mtime_ns, lock, size, (path,))
+                continue
+        except FileNotFoundError:  # another job has just removed it
+            continue
+        others.append(path)
+        bytes_of_others += size
+    if others:
+        lock = folder / "lock"
+        last_use = lock.stat().st_mtime_ns if lock.is_file() else 0  # of a version that had no such lock
+        yield _Entry(last_use, lock, bytes_of_others, tuple(others))

@@ -19,6 +19,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular
+from mvlm_dataloading.untrusted import open_regular
 
 from .dali_index import KINDS, DaliIndex, Int64
 
@@ -62,6 +63,14 @@ class Field(IntEnum):
 BLOCK = 512
 ABSENT = 0xFFFFFFFF
 RECORD_BYTES = 4 * len(Field)
+_DIGITS = re.compile(r"[0-9a-f]{32}")
+KEY_BYTES = 1024
+"""Most bytes of a key, in the mean of all samples."""
+
+
+def most_bytes(samples: int, shards: int) -> int:
+    """Bytes that the index of a split may have."""
+    return HEADER.size + SHARD.itemsize * shards + (RECORD_BYTES + KEY_BYTES) * samples
 
 
 def index_path(folder: Path, split: str) -> Path:
@@ -109,7 +118,12 @@ class SampleIndex:
         table = np.frombuffer(content, SHARD, shards, HEADER.size)
         if head_crc(content[: HEADER.size], table) != crc:
             raise self._refusal("a header and a table with the stored checksum", "other bytes")
-        self.fingerprint: str = fingerprint.decode()
+        self.fingerprint: str = fingerprint.decode(errors="replace")
+        if not _DIGITS.fullmatch(self.fingerprint):
+            raise self._refusal("a fingerprint of 32 hexadecimal digits", "another one")
+        for name, count in (("samples", samples), ("key_bytes", key_bytes)):
+            if sum(table[name].tolist()) != count:
+                raise self._refusal(f"a table of {count} {name} as its header says", "another one")
         self.first: Int64 = np.append(0, np.cumsum(table["samples"])).astype(np.int64)
         self._key_first = np.append(0, np.cumsum(table["key_bytes"])).astype(np.int64)
         self._records = np.frombuffer(content, "<u4", len(Field) * samples, records_at).reshape(samples, len(Field))

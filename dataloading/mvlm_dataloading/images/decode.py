@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import MissingPackageError, need
-from mvlm_dataloading.files import irregular
+from mvlm_dataloading.untrusted import irregular
 
 from .colours import RgbRows
 from .headers import ImageHeader, png_data, read_image_header

@@ -1,5 +1,6 @@
-"""How large an image of others may be, and the error for one that is not used."""
+"""Limits of an image of others, and the error for one that is not used."""
 
+import sys
 from dataclasses import dataclass
 
 from mvlm_dataloading.errors import DataError
@@ -21,6 +22,15 @@ class ImageLimits:
     """Formats, named as `ImageHeader.kind`."""
 
 
+MAX_PIXELS = 89_478_485
+"""Most pixels of an image that a build stores. Above it, Pillow treats an image as a decompression bomb."""
+
+
+def limits_of_build(max_pixels: int = MAX_PIXELS, max_bytes: int = sys.maxsize) -> ImageLimits:
+    """Limits of an image of a data set. Its memory follows from its pixels, its sides from the largest aspect."""
+    return ImageLimits(max_bytes, max_pixels, max_side=max_pixels, max_memory=None)
+
+
 MAX_BLOCKS = 1_000
 """Chunks, segments, extensions or tags of one file beside its pixels. A photograph has about ten."""
 MAX_PARTS = 100_000
@@ -31,6 +41,17 @@ LEAST_SCANS, MAX_SCANNED = 20, 1_000_000_000
 A progressive one has about ten, and each takes nearly as long as a whole image."""
 MAX_RUN_BYTES = 4_000_000
 """File size of a BMP with run lengths, which Pillow decodes in Python."""
+
+
+UNDECODABLE = "image cannot be decoded"
+TOO_MANY_PIXELS = "image has too many pixels"
+TOO_LARGE = "image file is too large"
+EMPTY = "image file is empty"
+_REASONS = {
+    "pixels": TOO_MANY_PIXELS, "bytes": TOO_LARGE, "blocks": "image has too many blocks, scans or tags",
+    "missing": "image file is missing", "file": "image file is missing", "empty": EMPTY,
+    "unreadable": "image file cannot be read",
+}  # fmt: skip
 
 
 class ImageRefusedError(DataError):
@@ -44,6 +65,11 @@ class ImageRefusedError(DataError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+    @property
+    def reason(self) -> str:
+        """The reason as in `rejected.jsonl`, where equal reasons are counted."""
+        return _REASONS.get(self.kind, UNDECODABLE)
 
 
 def unreadable(reason: str, kind: str = "damaged") -> ImageRefusedError:

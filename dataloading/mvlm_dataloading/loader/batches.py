@@ -11,6 +11,7 @@ import torch
 
 from mvlm_dataloading.batch import Batch, Masks
 
+from .device import working
 from .masking import MaskDrawer
 from .pixels import copy_on_this_thread
 from .reader import Progress, Reader
@@ -58,13 +59,15 @@ class Batches:
         )
         parts = np.split(captions.tokens, np.cumsum(captions.lengths)[:-1])
         lengths, tokens = captions.lengths[of_caption], np.concatenate([parts[row] for row in of_caption])
-        rows = self._host_tensor(of_image).to(raw.images.device, non_blocking=True)
+        device = raw.images.device
+        with working(device):
+            distinct = raw.images.index_select(0, self._host_tensor(of_image).to(device, non_blocking=True))
         batch = self._batch(
             raw,
             captions,
             tokens,
             lengths,
-            images=raw.images.index_select(0, rows),
+            images=distinct,
             image_of=self._host_tensor(image_of.reshape(-1)),
             caption_of=self._host_tensor(caption_of.reshape(-1)),
             sample_tokens=len(captions.tokens),

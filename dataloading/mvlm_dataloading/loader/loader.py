@@ -16,6 +16,7 @@ from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 from .augment import Augment
 from .batches import Batches, Prefetcher
 from .decoder_check import choose_device
+from .device import hand_over
 from .masking import MaskDrawer
 from .pixels import CropGeometry
 from .reader import Progress, Reader
@@ -188,6 +189,7 @@ class Loader:
                 return
             batch, masks, self._progress = loaded
             self.step += 1
+            hand_over(batch.images)
             yield batch, masks
 
     def raw_batches(self) -> Iterator[RawBatch]:
@@ -196,6 +198,7 @@ class Loader:
         stream = Prefetcher(reader.next, max(1, self._prefetch_batches), reader.close)
         try:
             while (raw := stream.get()) is not None:
+                hand_over(raw.images)
                 yield raw
         finally:
             stream.close()

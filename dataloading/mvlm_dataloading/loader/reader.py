@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvlm_dataloading.build.image_check import ImageDecoder
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 
 from .augment import Augment
 from .pixels import BufferPool, FileEnds

@@ -24,6 +24,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 from .augment import Augment, draw_parameters
+from .device import owned, working
 from .pipeline import Decoding, build_augment_pipeline, build_pipeline
 from .pixels import BufferPool, CropGeometry, CropWindows, FileEnds, Resize, copy_on_this_thread
 
@@ -89,7 +90,8 @@ class RawBatch:
     def replace_row(self, row: int, source: "RawBatch", k: int) -> None:
         """Copy row k of another batch, but for its id and epoch, to a row of this one."""
         if self.images.is_cuda:
-            self.images[row] = source.images[k]
+            with working(self.images.device):
+                self.images[row] = source.images[k]
         else:
             copy_on_this_thread(self.images[row], source.images[k])
         self.texts[row], self.metadata[row], self.tokens[row] = source.texts[k], source.metadata[k], source.tokens[k]
@@ -195,12 +197,16 @@ class DecodedSegment(Segment):
             _check_strips(self._dataset, ids[valid], np.array(sizes.as_tensor())[: len(ids)][valid], self._config)
         self._begin += len(ids)
         own, self._images = self._images, None
-        pixels = (torch.from_dlpack(images.as_tensor()) if own is None else own)[: len(ids)]
+        if own is None:  # DALI's own memory
+            device_id, output = self._config.device_id, images.as_tensor()
+            if device_id is None:
+                own = self._buffers.copy(torch.from_dlpack(output)[: len(ids)])
+            else:
+                own = owned(output, torch.device("cuda", device_id))
         batch = RawBatch(
             ids=ids,
             epochs=epochs,
-            # On a CPU, DALI overwrites its own memory with the next batch.
-            images=pixels if pixels.is_cuda or own is not None else self._buffers.copy(pixels),
+            images=own[: len(ids)],
             texts=texts,
             metadata=metadata,
             tokens=tokens,

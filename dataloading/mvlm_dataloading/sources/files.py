@@ -4,20 +4,23 @@ In JSON lists, CSV and JSONL, invalid UTF-8 bytes are read as lone surrogates (s
 captions that contain one. The log names the first line of a table with such bytes.
 """
 
+import codecs
+import contextlib
 import csv
+import io
 import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import read_regular
+from mvlm_dataloading.untrusted import MAX_LINE, open_regular, parse_json, read_regular
 
 from .record import canonical_split, require_file
 
@@ -29,7 +32,18 @@ _BETWEEN = re.compile(r"[\s,]*")
 def read_json(file: Path) -> Any:
     """Content of a JSON file. Raises DataError if the file is missing or is not JSON."""
     with read_as(file, "JSON"):
-        return json.loads(require_file(file).read_text(encoding="utf-8-sig"))
+        return parse_json(read_regular(require_file(file), "annotations").removeprefix(codecs.BOM_UTF8))
+
+
+def text_lines(file: Path, newline: str | None = None) -> Generator[str]:
+    """Lines of a text with their ends, one in memory at a time. `newline` is as in `open`. DataError if one is huge."""
+    with io.TextIOWrapper(
+        open_regular(require_file(file)), encoding="utf-8-sig", errors="surrogateescape", newline=newline
+    ) as text:
+        while line := text.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise DataError(f"{file}: wanted lines of less than {MAX_LINE} letters, found a longer one; restore it")
+            yield line
 
 
 def read_json_list(file: Path) -> Iterator[Any]:
@@ -43,7 +57,8 @@ def read_json_list(file: Path) -> Iterator[Any]:
     def damaged(what: str) -> DataError:
         return DataError(f"{file}: wanted a JSON list, found {what}; download it again")
 
-    with require_file(file).open(encoding="utf-8-sig", errors="surrogateescape") as text:
+    source = open_regular(require_file(file))
+    with io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape") as text:
         rest = ""
         while not rest and (more := text.read(CHUNK)):
             rest = more.lstrip()
@@ -60,7 +75,7 @@ def read_json_list(file: Path) -> Iterator[Any]:
                 element, end = None, len(rest)
             # An element that ends at the end of the text read, or that did not parse, may continue in the next chunk.
             if end >= len(rest):
-                more = text.read(max(CHUNK, len(rest) - at))
+                more = text.read(max(CHUNK, len(rest) - at)) if len(rest) - at <= 4 * MAX_LINE else ""
                 if not more:
                     raise damaged(f"no end after {rest[-20:]!r}")
                 rest, at = rest[at:] + more, 0
@@ -80,10 +95,10 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
     Raises:
         DataError: the file is missing, or a line has another format.
     """
-    with require_file(file).open("rb") as start:
+    with open_regular(require_file(file)) as start:
         if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{file}: wanted a table in UTF-8, found UTF-16; save it as UTF-8")
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+    with contextlib.closing(text_lines(file, newline="")) as opened:
         text = _lines_of(opened, file)
         if lines or file.suffix.lower() in (".jsonl", ".ndjson"):
             for number, line in enumerate(text, 1):
@@ -185,7 +200,7 @@ def published_files(folder: Path) -> list[Path]:
 def _has_recipe(file: Path) -> bool:
     """True for the description of what a build has written. That of tars used in place has an empty recipe."""
     try:
-        content = json.loads(read_regular(file))
+        content = parse_json(read_regular(file, "dataset.json", within=file.parent))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and isinstance(content.get("recipe"), dict) and bool(content["recipe"])

@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
 
-from .files import captions_in_cell, karpathy_images, read_as, read_rows, reason_if_outside
+from .files import captions_in_cell, karpathy_images, read_as, read_rows, reason_if_outside, text_lines
 from .record import (
     Record,
     Source,
@@ -74,8 +75,8 @@ def image_folder(root: Path) -> Path:
 
 
 def _header(file: Path) -> str:
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
-        return text.readline(1000)
+    with closing(text_lines(file)) as lines:
+        return next(lines, "")
 
 
 def _annotations(file: Path) -> list[Row]:
@@ -97,9 +98,9 @@ def _by_image(lines: Iterable[tuple[str, str]]) -> list[Row]:
 
 def _lines(file: Path, pattern: str, wanted: str, header: int = 0) -> Iterator[tuple[str, str]]:
     """Pairs of the first and the last group of each line that is not empty, below a header of so many lines."""
-    lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    for number, line in enumerate(lines[header:], 1 + header):
-        if line.strip():
+    for number, line in enumerate(text_lines(file), 1):
+        line = line.rstrip("\n")
+        if number > header and line.strip():
             match = re.fullmatch(pattern, line, re.DOTALL)
             if match is None:
                 raise DataError(f"{file} line {number}: wanted {wanted}, found {line[:60]!r}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.untrusted import LIMITS, read_regular
 
 from .files import captions_in_cell, published_files, read_rows, reason_if_outside
 from .record import (
@@ -32,7 +33,6 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LISTED = (*IMAGE_EXTENSIONS, ".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
 """Names of images. Those of other formats are rejected with a reason, and not passed over in silence."""
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-_MAX_TEXT = 1 << 22
 
 
 @source
@@ -120,10 +120,10 @@ def _with_text_file(images: Path, path: Path) -> Record:
     text = next((text for text in texts if text.is_file()), None)
     captions, fault = [], None
     if text is not None:
-        if text.stat().st_size > _MAX_TEXT:
+        if text.stat().st_size > LIMITS["caption"]:
             fault = "caption is too long"
         else:
-            content = decode_text(text.read_bytes())
+            content = decode_text(read_regular(text, "caption", within=images))
             captions, fault = (content.split("\n"), None) if content is not None else ([], "caption is not UTF-8")
     return _record(images, name, captions, fault)
 

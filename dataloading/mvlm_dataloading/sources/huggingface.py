@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.untrusted import open_parquet, open_regular
 
 from .files import captions_in_cell, files_under, read_json, refuse_repeated_files
 from .record import (
@@ -186,7 +187,8 @@ class _RowsFile:
         if self.split_column is None:
             return {self.split}
         batches = _batches(self.path, [self.split_column], _SCANNED)
-        return {self.split_of(cell) for batch in batches for cell in batch.column(0).to_pylist()} or {self.split}
+        cells = (row[self.split_column] for batch in batches for row in _rows(batch))
+        return set(map(self.split_of, cells)) or {self.split}
 
     def split_of(self, cell: Any) -> str:
         """Split of a row by its cell of the column of splits, which may be empty."""
@@ -204,7 +206,7 @@ class _RowsFile:
         """Yield of every sample its split, the text whose hash assigns it to a share, and its record."""
         last: tuple[str, str, Record] | None = None
         captions: list[str] = []
-        rows = chain.from_iterable(batch.to_pylist() for batch in _batches(self.path, self.columns, _BATCH))
+        rows = chain.from_iterable(map(_rows, _batches(self.path, self.columns, _BATCH)))
         for number, row in enumerate(rows):
             where = f"{self.path.name} row {number}"
             key = safe_key(str(row[self.key_column]) if self.key_column else f"{self.number:05d}-{number:08d}")
@@ -258,11 +260,31 @@ def _image(cell: Any) -> tuple[bytes | None, str | None]:
     return (cell, None) if isinstance(cell, bytes) or cell is None else (None, "image is not binary")
 
 
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a record batch. Bytes that are not UTF-8 in a text are read as lone surrogates (surrogateescape)."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = ([_value(cell) for cell in batch.column(i)] for i in range(batch.num_columns))
+        yield from (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _value(cell: Any) -> Any:
+    """The value of one cell of pyarrow."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        if hasattr(cell, "as_buffer"):
+            return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
+        values = getattr(cell, "values", None)  # of a list
+        return None if values is None else [_value(one) for one in values]
+
+
 def _schema(path: Path) -> list[str]:
     arrow = need("pyarrow")
     try:
         if path.suffix == ".parquet":
-            return need("pyarrow.parquet").ParquetFile(path).schema_arrow.names
+            return open_parquet(path).schema_arrow.names
         with _open_stream(path) as stream:
             return stream.schema.names
     except (arrow.ArrowException, OSError) as error:
@@ -274,7 +296,7 @@ def _batches(path: Path, columns: list[str], size: int) -> Iterator[Any]:
     arrow = need("pyarrow")
     try:
         if path.suffix == ".parquet":
-            yield from need("pyarrow.parquet").ParquetFile(path).iter_batches(batch_size=size, columns=columns)
+            yield from open_parquet(path).iter_batches(batch_size=size, columns=columns)
         else:
             with _open_stream(path) as stream:
                 for batch in stream:
@@ -286,4 +308,5 @@ def _batches(path: Path, columns: list[str], size: int) -> Iterator[Any]:
 
 def _open_stream(path: Path) -> Any:
     arrow, ipc = need("pyarrow"), need("pyarrow.ipc")
+    open_regular(path).close()
     return ipc.open_stream(arrow.memory_map(str(path)))

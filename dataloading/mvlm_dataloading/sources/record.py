@@ -12,14 +12,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol
 
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.files import open_regular, sha256
+from mvlm_dataloading.files import sha256
 from mvlm_dataloading.images.decode import decode
 from mvlm_dataloading.images.limits import ImageLimits
+from mvlm_dataloading.untrusted import check_links, open_regular
 
 Box = tuple[int, int, int, int]
 
@@ -106,11 +108,8 @@ class Piece(Protocol):
         ...
 
     def records(self, max_bytes: int) -> Iterator[Record]:
-        """Yield the records in a fixed order. An image above `max_bytes` may be skipped with the fault TOO_LARGE."""
+        """Yield the records in a fixed order. An image above `max_bytes` may be skipped with the fault `TOO_LARGE`."""
         ...
-
-
-TOO_LARGE = "image file is too large"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +143,29 @@ class Source:
     the published splits stay as they are."""
 
 
-Build = TypeVar("Build", bound=Callable[..., Source])
+P = ParamSpec("P")
 SOURCES: dict[str, Callable[..., Source]] = {}
 """Registered sources by their names on the command line; `mvlm_dataloading.sources.all_sources` fills it."""
 
 
-def source(function: Build) -> Build:
+def source(function: Callable[P, Source]) -> Callable[P, Source]:
     """Register a function as a source, with its name in hyphens as the name of `mvlm data NAME`.
 
     Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
     with a line for each parameter under `Args:`, but for `Raises:`. Every source raises DataError for a file or folder
-    that is missing or has another format.
+    that is missing or has another format, and for a folder with a link that leaves it.
     """
-    SOURCES[function.__name__.replace("_", "-")] = function
-    return function
+
+    @wraps(function)
+    def checked(*arguments: P.args, **settings: P.kwargs) -> Source:
+        for value in (*arguments, *settings.values()):
+            for path in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(path, Path) and path.is_dir():
+                    check_links(path)
+        return function(*arguments, **settings)
+
+    SOURCES[function.__name__.replace("_", "-")] = checked
+    return checked
 
 
 PIECE_RECORDS = 2048

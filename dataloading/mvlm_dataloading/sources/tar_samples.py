@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import open_regular, opened_unchanged
+from mvlm_dataloading.images.limits import TOO_LARGE
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
+from mvlm_dataloading.untrusted import open_regular, opened_unchanged
 
-from .record import TOO_LARGE, file_fingerprint
+from .record import file_fingerprint
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("txt", "caption")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mvlm_dataloading.captions import decode_text, is_visible
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.files import read_regular
+from mvlm_dataloading.untrusted import read_regular
 
 from .files import captions_in_cell, published_files, refuse_repeated_files
 from .record import (
@@ -262,7 +262,7 @@ def _read_sidecar(file: Path, sha256: str | None) -> dict[str, dict[str, Any]]:
         return {}
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
     try:
-        content = read_regular(file)
+        content = read_regular(file, "annotations", within=file.parent)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise DataError(f"{file}: wanted the table that the build began with, found another; build again")
         table = parquet.ParquetFile(arrow.BufferReader(content))

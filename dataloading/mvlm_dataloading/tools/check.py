@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.image_check import ImageDecoder, exif_first, on_white, read_header
+from mvlm_dataloading.build.image_check import exif_first, on_white, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import is_visible, repeats, same_words, script_of
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
@@ -25,8 +25,9 @@ from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.files import opened_unchanged, read_regular
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.randomness import text_hash
+from mvlm_dataloading.untrusted import opened_unchanged, read_regular
 
 from .reindex import index_tar
 
@@ -154,10 +155,13 @@ def _check_shard(task: _Task, report: Callable[[int], None]) -> Findings:
 def _read_through(
     task: _Task, tar: Path, index: Path, file: BufferedReader, found: Findings, report: Callable[[int], None]
 ) -> None:
+    if (length := os.fstat(file.fileno()).st_size) > task.shard["bytes"]:  # reading it might take hours
+        found.problems.append(f"{tar.name}: wanted {task.shard['bytes']} bytes as in dataset.json, found {length}")
+        return
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     if task.shard["sha256"] and digest != task.shard["sha256"]:
         found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
-    text = read_regular(index)
+    text = read_regular(index, "index")
     try:
         parse_index(text)
     except ValueError as error:
@@ -175,7 +179,7 @@ def _read_through(
             found.problems.append(problem)
     except DataError as error:
         found.problems.append(str(error))
-    decoder, length = ImageDecoder(), os.fstat(file.fileno()).st_size
+    decoder = ImageDecoder()
     for begin in range(0, len(lines), 32):
         samples = [_read(file, length, line) for line in lines[begin : begin + 32]]
         _check_samples(task, tar.name, samples, decoder, found)

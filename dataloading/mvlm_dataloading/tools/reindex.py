@@ -22,10 +22,11 @@ from mvlm_dataloading.dataset.description import (
 from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.dataset.sample_index import Field, SampleIndex, pack_records
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import make_no_older, opened_unchanged, write_file
+from mvlm_dataloading.files import make_no_older, write_file
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
+from mvlm_dataloading.untrusted import opened_unchanged
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.build.duplicates import ImageFacts, drop_leaks, drop_repeats, image_facts
-from mvlm_dataloading.build.image_check import ImageDecoder, size_fault
+from mvlm_dataloading.build.image_check import size_fault
 from mvlm_dataloading.dataset.dali_index import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import (
@@ -33,9 +33,11 @@ from mvlm_dataloading.dataset.description import (
 )
 from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.files import new_folder, read_regular
+from mvlm_dataloading.files import new_folder
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.sources.record import is_evaluation
+from mvlm_dataloading.untrusted import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +206,7 @@ def _write_indices(
     for (source, dataset, shard), group in tar_of:
         known = dataset.shards[shard]
         tar, index = shard_paths(dataset.folder, known)
-        lines = read_regular(index).decode(errors="surrogateescape").splitlines()[1:]
+        lines = read_regular(index, "index").decode(errors="surrogateescape").splitlines()[1:]
         first = int(dataset.index.first[shard])
         chosen, captions = [], 0
         for row in group:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.add_layer_norm import reference
-from mvlm_kernels.arguments import FLOATS, check_device, compute_dtype
+from mvlm_kernels.arguments import check_dtype, check_flag, check_number, check_tensor, compute_dtype
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 
 __all__ = ["add_layer_norm"]
@@ -20,34 +20,33 @@ WIDEST = 8192
 """Largest C of the kernels: a row has to fit in registers."""
 
 
-def _check(
-    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any
-) -> torch.dtype:
-    """The dtype of the norm. Raises ValueError for a wrong shape, dtype, device or eps."""
-    dispatch.check_number("eps", eps, 0)
-    named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight", "bias")):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if x.ndim < 1 or not x.shape[-1]:
-        raise ValueError(f"x must have shape (.., C) with C at least 1, got {tuple(x.shape)}")
-    if y is not None and y.shape != x.shape:
-        raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
-    if y_bias is not None and y is None:
-        raise ValueError("y_bias must be None where y is None, got a tensor")
-    for name, tensor in named.items():
-        if tensor is None:
+def _checked(
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any,
+    post_norm: bool,
+) -> tuple[float, torch.dtype, bool]:  # fmt: skip
+    """Check the arguments, and return eps, the dtype of the norm and post_norm."""
+    check_tensor("x", x)
+    shape, device = x.shape, x.device
+    if not shape or not shape[-1]:
+        raise ValueError(f"x must have shape (.., C) with C at least 1, got {tuple(shape)}")
+    if y is not None:
+        check_tensor("y", y, device=device)
+        if y.shape != shape:
+            raise ValueError(f"y must have the shape of x, {tuple(shape)}, got {tuple(y.shape)}")
+    elif y_bias is not None:
+        raise ValueError(f"y_bias must be None where y is None, got {type(y_bias).__name__}")
+    for name, row in (("weight", weight), ("bias", bias), ("y_bias", y_bias)):
+        if row is None and name == "y_bias":
             continue
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if name not in ("x", "y") and tensor.shape != x.shape[-1:]:
-            raise ValueError(f"{name} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
-        check_device(name, tensor, x.device)
+        check_tensor(name, row, device=device)
+        assert row is not None
+        if row.shape != shape[-1:]:
+            raise ValueError(f"{name} must have shape ({shape[-1]},), got {tuple(row.shape)}")
     if out_dtype is None:
-        return x.dtype if y is None else y.dtype
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
-    return out_dtype
+        out_dtype = x.dtype if y is None else y.dtype
+    else:
+        check_dtype("out_dtype", out_dtype)
+    return check_number("eps", eps, 0.0), out_dtype, check_flag("post_norm", post_norm)
 
 
 def _reasons(x: Tensor) -> tuple[Refusal, ...]:
@@ -61,7 +60,7 @@ def _reasons(x: Tensor) -> tuple[Refusal, ...]:
     return found
 
 
-@dispatch.explained_by(_reasons, _check)
+@dispatch.explained_by(_reasons, _checked)
 def add_layer_norm(
     x: Tensor,
     y: Tensor | None,
@@ -96,13 +95,12 @@ def add_layer_norm(
     vectors are summed over rows in a fixed order, without atomics.
 
     Raises:
-        ValueError: for a wrong shape, dtype or device, for a y_bias without y, and for an eps that is negative or not
-            finite.
+        ValueError: for an argument of another kind, a wrong shape, dtype or device, a y_bias without y, and an eps that
+            is negative or not finite.
     """
-    out_dtype = _check(x, y, y_bias, weight, bias, eps, out_dtype)
+    eps, out_dtype, post_norm = _checked(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
     tensors = [t for t in (x, y, y_bias, weight, bias) if t is not None]
-    call = _direct if registration.called_directly(*tensors) else _forward_op
-    total, wide, normalised, _, _ = call(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
+    total, wide, normalised, _, _ = _op.on(*tensors)(x, y, y_bias, weight, bias, eps, out_dtype, post_norm)
     if post_norm:
         return (normalised if out_dtype == reference.sum_dtype(x, y) else wide), normalised
     return (x if y is None else total), normalised
@@ -110,7 +108,11 @@ def add_layer_norm(
 
 def _forward(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
     args = x, y, y_bias, weight, bias, eps, out_dtype, post_norm
-    return dispatch.run(reference, "add_layer_norm", _reasons(x), *args)
+    if dispatch.choose(_reasons(x)) == "torch":
+        return reference.add_layer_norm(*args)
+    from mvlm_kernels.add_layer_norm import triton
+
+    return dispatch.run_kernels(("add_layer_norm", x.device), triton.add_layer_norm, reference.add_layer_norm, *args)
 
 
 def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
@@ -123,8 +125,13 @@ def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
 
 
 def _backward(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
-    inputs = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
-    return dispatch.run(reference, "add_layer_norm_backward", _reasons(total), *inputs)
+    args = grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias
+    if dispatch.choose(_reasons(total)) == "torch":
+        return reference.add_layer_norm_backward(*args)
+    from mvlm_kernels.add_layer_norm import triton
+
+    by_triton, by_torch = triton.add_layer_norm_backward, reference.add_layer_norm_backward
+    return dispatch.run_kernels(("add_layer_norm", total.device), by_triton, by_torch, *args)
 
 
 def _backward_fake(grad_normalised, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, post_norm, needs_bias):
@@ -161,8 +168,7 @@ class _AddLayerNorm(torch.autograd.Function):
             grad = torch.zeros_like(total)
         x_dtype, y_dtype = ctx.dtypes
         needs_bias = ctx.needs_input_grad[3]
-        backward = registration.backward_of(_backward_op, _backward, grad)
-        dx, dy, sums = backward(
+        dx, dy, sums = _backward_op.in_function(grad)(
             grad, grad_residual, total, mean, rstd, weight, x_dtype, y_dtype, ctx.post_norm, needs_bias
         )
         bias_dtype, *norm_dtypes = ctx.parameters
@@ -174,7 +180,6 @@ class _AddLayerNorm(torch.autograd.Function):
         return None, dx_or_none, dy_or_none, sums[2].to(bias_dtype) if needs_bias else None, dw, db, None, None, None
 
 
-_direct = registration.direct(_AddLayerNorm, _forward)
 _backward_op = registration.define(
     "add_layer_norm_backward(Tensor grad_normalised, Tensor? grad_residual, Tensor total, Tensor mean, Tensor rstd, "
     "Tensor weight, ScalarType x_dtype, ScalarType y_dtype, bool post_norm, bool needs_bias) "
@@ -183,7 +188,7 @@ _backward_op = registration.define(
     _backward_fake,
     registration.no_second_derivative("add_layer_norm", "torch.nn.functional.layer_norm of the sum"),
 )
-_forward_op = registration.define(
+_op = registration.define(
     "add_layer_norm(Tensor x, Tensor? y, Tensor? y_bias, Tensor weight, Tensor bias, float eps, "
     "ScalarType out_dtype, bool post_norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,

@@ -42,6 +42,32 @@ FORWARD, BACKWARD = ((24, 168), (64, 255)), ((12, 128), (64, 255))
 HELD, HELD_BACKWARD, HELD_NARROW = 32, 24, 12
 
 
+@triton.jit
+def columns(i, BLOCK_C: tl.constexpr):
+    """Numbers of the columns of part i of a row, (1, BLOCK_C)."""
+    return (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+
+
+@triton.jit
+def vector_part(ptr, i, C: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Part i of a vector (C,), as (1, BLOCK_C) in ACC, zeros past its end."""
+    c = columns(i, BLOCK_C)
+    return widen(tl.load(ptr + c, mask=c < C, other=0.0), ACC)
+
+
+@triton.jit
+def load_part(ptr, row, i, inside, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Part i of rows, (BLOCK_R, BLOCK_C). row: offsets of the rows. Rows not inside are zeros and are not accessed."""
+    c = columns(i, BLOCK_C)
+    return tl.load(ptr + row + c, mask=inside & (c < C), other=0.0)
+
+
+@triton.jit
+def store_part(ptr, row, i, inside, x, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    c = columns(i, BLOCK_C)
+    tl.store(ptr + row + c, cast(x, ptr.dtype.element_ty), mask=inside & (c < C))
+
+
 @triton.jit(do_not_specialize=["R"])
 def add_norm_kernel(
     x_ptr, y_ptr, y_bias_ptr, weight_ptr, bias_ptr, total_ptr, wide_ptr, out_ptr, mean_ptr, rstd_ptr,
@@ -56,11 +82,10 @@ def add_norm_kernel(
     biases = ()
     y_biases = ()
     for i in tl.static_range(PARTS):
-        c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        weights += (widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC),)
-        biases += (widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC),)
+        weights += (vector_part(weight_ptr, i, C, ACC, BLOCK_C),)
+        biases += (vector_part(bias_ptr, i, C, ACC, BLOCK_C),)
         if y_bias_ptr is not None:
-            y_biases += (widen(tl.load(y_bias_ptr + c, mask=c < C, other=0.0), ACC),)
+            y_biases += (vector_part(y_bias_ptr, i, C, ACC, BLOCK_C),)
     for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
         inside = (r < R)[:, None]
@@ -68,37 +93,32 @@ def add_norm_kernel(
         xs = ()
         ys = ()
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-            xs += (tl.load(x_ptr + row + c, mask=inside & (c < C), other=0.0),)
+            xs += (load_part(x_ptr, row, i, inside, C, BLOCK_C),)
             if y_ptr is not None:
-                ys += (tl.load(y_ptr + row + c, mask=inside & (c < C), other=0.0),)
+                ys += (load_part(y_ptr, row, i, inside, C, BLOCK_C),)
         summed = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         parts = ()
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             s = widen(xs[i], ACC)
             if y_ptr is not None:
                 s += widen(ys[i], ACC)
                 if y_bias_ptr is not None:
                     s += y_biases[i]
-                rounded = cast(s, total_ptr.dtype.element_ty)
-                tl.store(total_ptr + row + c, rounded, mask=inside & (c < C))
-                s = widen(rounded, ACC)  # backward computes from the stored sum
+                store_part(total_ptr, row, i, inside, s, C, BLOCK_C)
+                s = widen(cast(s, total_ptr.dtype.element_ty), ACC)  # backward computes from the stored sum
             summed += s
             parts += (s,)
         mean = tl.sum(summed, axis=1) / C
         squares = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-            centred = tl.where(c < C, parts[i] - mean[:, None], 0.0)
+            centred = tl.where(columns(i, BLOCK_C) < C, parts[i] - mean[:, None], 0.0)
             squares += centred * centred
         rstd = 1 / tl.sqrt(tl.sum(squares, axis=1) / C + eps)
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             n = (parts[i] - mean[:, None]) * rstd[:, None] * weights[i] + biases[i]
-            tl.store(out_ptr + row + c, cast(n, out_ptr.dtype.element_ty), mask=inside & (c < C))
+            store_part(out_ptr, row, i, inside, n, C, BLOCK_C)
             if wide_ptr is not None:
-                tl.store(wide_ptr + row + c, cast(n, wide_ptr.dtype.element_ty), mask=inside & (c < C))
+                store_part(wide_ptr, row, i, inside, n, C, BLOCK_C)
         tl.store(mean_ptr + r, mean, mask=r < R)
         tl.store(rstd_ptr + r, rstd, mask=r < R)
 
@@ -116,8 +136,7 @@ def add_norm_backward_kernel(
     dc = ()
     weights = ()
     for i in tl.static_range(PARTS):
-        c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        weights += (widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC),)
+        weights += (vector_part(weight_ptr, i, C, ACC, BLOCK_C),)
         zero = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         dw += (zero,)
         db += (zero,)
@@ -132,11 +151,10 @@ def add_norm_backward_kernel(
         totals = ()
         residuals = ()
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-            grads += (tl.load(grad_ptr + row + c, mask=inside & (c < C), other=0.0),)
-            totals += (tl.load(total_ptr + row + c, mask=inside & (c < C), other=0.0),)
+            grads += (load_part(grad_ptr, row, i, inside, C, BLOCK_C),)
+            totals += (load_part(total_ptr, row, i, inside, C, BLOCK_C),)
             if residual_ptr is not None:
-                residuals += (tl.load(residual_ptr + row + c, mask=inside & (c < C), other=0.0),)
+                residuals += (load_part(residual_ptr, row, i, inside, C, BLOCK_C),)
         along_one = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         along_norm = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         scaled = ()
@@ -144,11 +162,10 @@ def add_norm_backward_kernel(
         next_dw = ()
         next_db = ()
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             g = widen(grads[i], ACC)
             if POST and residual_ptr is not None:
                 g += widen(residuals[i], ACC)
-            norm = tl.where(inside & (c < C), (widen(totals[i], ACC) - mean) * rstd, 0.0)
+            norm = tl.where(inside & (columns(i, BLOCK_C) < C), (widen(totals[i], ACC) - mean) * rstd, 0.0)
             next_dw += (dw[i] + g * norm,)
             next_db += (db[i] + g,)
             gw = g * weights[i]
@@ -162,13 +179,12 @@ def add_norm_backward_kernel(
         along = (tl.sum(along_norm, axis=1) / C)[:, None]
         next_dc = ()
         for i in tl.static_range(PARTS):
-            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             ds = (scaled[i] - one - norms[i] * along) * rstd
             if not POST and residual_ptr is not None:
                 ds += widen(residuals[i], ACC)
-            tl.store(dx_ptr + row + c, cast(ds, dx_ptr.dtype.element_ty), mask=inside & (c < C))
+            store_part(dx_ptr, row, i, inside, ds, C, BLOCK_C)
             if dy_ptr is not None:
-                tl.store(dy_ptr + row + c, cast(ds, dy_ptr.dtype.element_ty), mask=inside & (c < C))
+                store_part(dy_ptr, row, i, inside, ds, C, BLOCK_C)
             next_dc += (dc[i] + ds,)  # rows past the end have ds = 0, as their rstd is
         dc = next_dc
     share = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS * C

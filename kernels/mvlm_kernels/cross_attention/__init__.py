@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
+from mvlm_kernels.arguments import check_choice, check_flag
 from mvlm_kernels.cross_attention import composed
 from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
@@ -35,7 +36,7 @@ from mvlm_kernels.cross_attention.arguments import (
     scale_of,
 )
 from mvlm_kernels.cross_attention.composed import attend_heads
-from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, reasons, takes_triton, why_not_triton
+from mvlm_kernels.cross_attention.ops import attention, kernels_of, reasons, why_not_triton
 from mvlm_kernels.cross_attention.reference import draw_seed, pack_key_mask, reference_forward
 from mvlm_kernels.dispatch import Refusal, refusal
 
@@ -71,6 +72,7 @@ def _explain(**call: Any) -> tuple[Refusal, ...]:
     sides = Sides._make(call.get(name) for name in Sides._fields)
     given = call["max_len_q"], call["max_len_k"]
     options = _checked(q, k, v, sides, given, call["scale"], call["dropout_p"], call["seed"], call["backend"])
+    check_flag("return_lse", call["return_lse"])
     found = reasons(q, k, options)
     if call["backend"] == "auto":
         return found
@@ -83,10 +85,9 @@ def _checked(
 ) -> Options:  # fmt: skip
     """Check the arguments, and return the numbers of the call. Its seed is the given one."""
     check_arguments(q, k, v, sides, *given)
-    if backend not in ("auto", "sdpa", "math"):
-        raise ValueError(f'backend must be "auto", "sdpa" or "math", got {backend!r}')
+    check_choice("backend", backend, ("auto", "sdpa", "math"))
     rate, given_seed = 0.0, None  # a constant for a compiler, to which dropout_p is symbolic
-    if dropout_p or seed is not None:
+    if type(dropout_p) not in (int, float) or dropout_p or seed is not None:
         rate, given_seed = dropout_of(dropout_p, seed, q.device)
     return Options(scale_of(scale, q.shape[-1]), *longest_sequences(q, k, sides, *given), rate, given_seed)
 
@@ -101,7 +102,7 @@ def route(
     "formula": the reference, differentiated by autograd any number of times, in transforms of ``torch.func``.
     """
     named = None if backend == "auto" else cast(composed.Way, backend)
-    if (named is None and takes_triton(q, k, options)) or return_lse or registration.batched(*sides):
+    if (named is None and kernels_of(q, k, options)) or return_lse or registration.batched(*sides):
         return "op"
     on_cpu, bounds = q.device.type == "cpu", (sides.cu_seqlens_q, sides.cu_seqlens_k)
     dense = all(x is None for x in bounds)
@@ -199,11 +200,12 @@ def cross_attention(
 
     Raises:
         TypeError: for an argument of torch's attention, with what to pass instead.
-        ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
-            indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
+        ValueError: for arguments of another kind, shapes, dtypes or devices that do not fit, and a tensor as scale.
+            Values of lengths and indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
     if others:
         refuse_others(others)
+    return_lse = check_flag("return_lse", return_lse)
     q, k, v = as_autocast(q, k, v)
     sides, given = Sides(key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k), (max_len_q, max_len_k)
     options = _checked(q, k, v, sides, given, scale, dropout_p, seed, backend)
@@ -221,6 +223,5 @@ def cross_attention(
         sides = sides._replace(key_mask=pack_key_mask(key_mask))  # a compiler would make a graph for each width
     if key_index is not None and (sequences := key_sequences(k, sides)):
         sides = Sides._make((*sides[:5], *invert_key_index(key_index, sequences)))
-    call = attend_directly if registration.called_directly(q, k, v) else attention_op
-    out, lse = call(q, k, v, *sides, *options)
+    out, lse = attention.on(q, k, v)(q, k, v, *sides, *options)
     return (out, lse * math.log(2)) if return_lse else out

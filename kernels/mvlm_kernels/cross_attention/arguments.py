@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.arguments import FLOATS
+from mvlm_kernels.arguments import FLOATS, INDICES, check_int, check_number, check_tensor
 from mvlm_kernels.cross_attention.packed import kept_with
 
 HEAD_WIDTHS = tuple(range(8, 129, 8))
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
-_INDEX_TYPES = (torch.int32, torch.int64)
 _longest = LONGEST_SHORT_SIDE
 
 
@@ -120,8 +119,7 @@ def scale_of(scale: float | None, width: int) -> float:
             f"scale must be a float, got a tensor of shape {tuple(scale.shape)}, which would get no gradient; "
             "multiply q by it and pass scale=1.0"
         )
-    dispatch.check_number("scale", scale)
-    return float(scale)
+    return float(check_number("scale", scale))
 
 
 def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
@@ -129,19 +127,15 @@ def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tup
 
     Raises ValueError for a probability outside [0, 1) and a seed of another kind or device.
     """
-    if isinstance(p, Tensor | str | bytes) or not 0 <= p < 1:
-        raise ValueError(f"dropout_p must be a float in [0, 1), got {p!r}")
+    p = check_number("dropout_p", p, 0.0)
+    if p >= 1:
+        raise ValueError(f"dropout_p must be a float in [0, 1), got {p}")
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(
-                f"seed must be an int, or an int64 tensor of one element on {device}, got {seed.dtype} of shape "
-                f"{tuple(seed.shape)} on {seed.device}"
-            )
+        check_tensor("seed", seed, (torch.int64,), device)
+        if seed.numel() != 1:
+            raise ValueError(f"seed must be an int or a tensor of one element, got shape {tuple(seed.shape)}")
     elif seed is not None:
-        whole = isinstance(seed, int) or hasattr(seed, "__index__")
-        if not whole or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an int in 0..2^63 - 1, got {seed!r}")
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
+        seed = torch.full((), check_int("seed", seed, 0), dtype=torch.int64, device=device)
     return float(p), seed if p else None
 
 
@@ -174,9 +168,6 @@ def longest_sequences(
     return len_q, len_k
 
 
-_NAMES = ("q", "k", "v", *Sides._fields)
-
-
 def key_sequences(k: Tensor, sides: Sides) -> int:
     """B', the number of key sequences."""
     return k.shape[0] if sides.cu_seqlens_k is None else sides.cu_seqlens_k.shape[0] - 1
@@ -187,16 +178,12 @@ def check_arguments(
 ) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit. The error names the argument, wanted and got."""
     key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, _, _ = sides
-    device = q.device if isinstance(q, Tensor) else None
-    for i, x in enumerate((q, k, v, *sides)):
-        if x is None and i > 2:
-            continue
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{_NAMES[i]} must be a tensor, got {type(x).__name__}")
-        if x.device != device:
-            raise ValueError(f"{_NAMES[i]} must be on the device of q, {device}, got {x.device}")
-    _check_side("q", q, cu_seqlens_q, max_len_q)
-    _check_side("k", k, cu_seqlens_k, max_len_k)
+    check_tensor("q", q, ())
+    device = q.device
+    check_tensor("k", k, (), device)
+    check_tensor("v", v, (), device)
+    _check_side("q", q, cu_seqlens_q, max_len_q, device)
+    _check_side("k", k, cu_seqlens_k, max_len_k, device)
     q_shape, k_shape, dtype = q.shape, k.shape, q.dtype
     if v.shape != k_shape:
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
@@ -219,16 +206,17 @@ def check_arguments(
         if q_seqs != k_seqs:
             raise ValueError(f"k must have the {q_seqs} sequences of q (or give key_index), got {k_seqs}")
     else:
-        _check_index("key_index", key_index, q_seqs)
+        _check_index("key_index", key_index, q_seqs, device)
         if q_seqs and not k_seqs:
             raise ValueError("k must have a sequence that key_index can name, got none")
     if key_lengths is not None:
         if cu_seqlens_k is not None:
             raise ValueError("key_lengths must be None where cu_seqlens_k gives the lengths, got a tensor")
-        _check_index("key_lengths", key_lengths, k_seqs)
+        _check_index("key_lengths", key_lengths, k_seqs, device)
     if key_mask is not None:
         if cu_seqlens_k is not None:
             raise ValueError("key_mask must be None where cu_seqlens_k packs the keys, got a tensor")
+        check_tensor("key_mask", key_mask, (), device)
         _check_mask(key_mask, k_seqs, k_shape[1])
 
 
@@ -249,11 +237,7 @@ def _check_mask(key_mask: Tensor, k_seqs: int, length: int) -> None:
     raise ValueError(f"key_mask must have shape {wanted}, got {tuple(key_mask.shape)}")
 
 
-def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> None:
-    if x.is_nested:
-        raise ValueError(
-            f"{name} must not be a nested tensor; pass {name}.values() with cu_seqlens_{name}={name}.offsets()"
-        )
+def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None, device: torch.device) -> None:
     if cu_seqlens is None:
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, length, heads, width), got shape {tuple(x.shape)}")
@@ -262,12 +246,11 @@ def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | 
         return
     if x.dim() != 3:
         raise ValueError(f"{name} must be packed (rows, heads, width) with cu_seqlens_{name}, got {tuple(x.shape)}")
+    check_tensor(f"cu_seqlens_{name}", cu_seqlens, INDICES, device)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens_{name} must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.dtype not in _INDEX_TYPES:
-        raise ValueError(f"cu_seqlens_{name} must be int32 or int64, got {cu_seqlens.dtype}")
-    if max_len is not None and (not isinstance(max_len, (int, torch.SymInt)) or max_len < 0):
-        raise ValueError(f"max_len_{name} must be an int and not negative, got {max_len}")
+    if max_len is not None:
+        check_int(f"max_len_{name}", max_len, 0)
 
 
 def invert_key_index(key_index: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
@@ -289,11 +272,10 @@ def invert_key_index(key_index: Tensor, sequences: int) -> tuple[Tensor, Tensor]
     return kept_with(key_index, ("readers", sequences), make)
 
 
-def _check_index(name: str, x: Tensor, length: int) -> None:
+def _check_index(name: str, x: Tensor, length: int, device: torch.device) -> None:
+    check_tensor(name, x, INDICES, device)
     if x.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(x.shape)}")
-    if x.dtype not in _INDEX_TYPES:
-        raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
 
 
 def check_values(q: Tensor, k: Tensor, sides: Sides, max_len_q: int, max_len_k: int) -> None:

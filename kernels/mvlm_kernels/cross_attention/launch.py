@@ -106,7 +106,8 @@ class _Call:
 
     def meta(self, kernel: Any) -> dict[str, Any]:
         long = self.max_len_q if self.short_keys else self.max_len_k
-        return meta(kernel.__name__, *self.tile_key, long, dispatch.arch(self.device))
+        chosen = meta(kernel.__name__, *self.tile_key, long, dispatch.arch(self.device))
+        return dispatch.overridden(kernel.__name__, chosen)
 
     def query_tiles(self, block: int) -> int:
         return long_tiles(self.q_rows, self.q_seqs, self.max_len_q, block)

@@ -24,22 +24,15 @@ from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 _NAME = "cross_attention"
 
 
-def _kernels(q: Tensor, k: Tensor, options: Options) -> tuple[Any, ...]:
-    """The kind of a call that decides about its tiles."""
-    return _NAME, q.device, q.dtype, *(_kind(q, k, options) or ())
-
-
 def _implementation(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     sides, options = unflattened(flat)
     if dispatch.checks_values(q.device):
         check_values(q, k, sides, options.max_len_q, options.max_len_k)
-    if takes_triton(q, k, options):
+    if kind := kernels_of(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
-        args = q, k, v, sides, options
-        return dispatch.run_kernels(
-            _kernels(q, k, options), lambda: launch.forward(*args), lambda: reference_forward(*args)
-        )
+        kind = _NAME, q.device, q.dtype, *kind
+        return dispatch.run_kernels(kind, launch.forward, reference_forward, q, k, v, sides, options)
     if q.is_meta:  # lengths of packed rows have no values to read
         return _fake(q)
     return reference_forward(q, k, v, sides, options)
@@ -57,14 +50,14 @@ def _backward_implementation(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     (sides, options), (need_dq, need_dkv) = unflattened(flat[:FLAT]), flat[FLAT:]
-    if takes_triton(q, k, options):
+    if kind := kernels_of(q, k, options):
         from mvlm_kernels.cross_attention import launch
 
         grads = dispatch.run_kernels(
-            _kernels(q, k, options),
-            lambda: launch.backward(grad, q, k, v, out, lse, sides, options, need_dq, need_dkv),
-            lambda: reference_backward(grad, q, k, v, lse, sides, options),
-        )
+            (_NAME, q.device, q.dtype, *kind), launch.backward,
+            lambda *_: reference_backward(grad, q, k, v, lse, sides, options),
+            grad, q, k, v, out, lse, sides, options, need_dq, need_dkv,
+        )  # fmt: skip
     elif q.is_meta:
         return _backward_fake(grad, q, k, v, need_dq, need_dkv)
     else:
@@ -108,18 +101,17 @@ class _CrossAttention(torch.autograd.Function):
         need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
         *saved, seed = ctx.saved_tensors
-        backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
+        backward = _backward_op.in_function(grads[0], *saved[:3])
         dq, dk, dv = backward(grads[0], *saved, *ctx.numbers, seed, need_dq, need_dkv)
         return None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None, *(None,) * FLAT
 
 
-attend_directly = registration.direct(_CrossAttention, _implementation)
 _FLAT = (  # the fields of Sides and Options
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k, "
     "float dropout_p, Tensor? seed"
 )
-attention_op = registration.define(
+attention = registration.define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor)",
     _implementation,
     _fake,
@@ -169,17 +161,18 @@ def reasons(q: Tensor, k: Tensor, options: Options) -> tuple[Refusal, ...]:
     return _kind_reasons(q.device, q.dtype, *kind)
 
 
-def takes_triton(q: Tensor, k: Tensor, options: Options) -> bool:
-    """True if the fused kernels run this call. A compiler takes the result as a constant of its graph.
+def kernels_of(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, int] | None:
+    """Kind of the fused kernels that run this call, see :func:`_kind`; None if torch does.
 
-    Raises RuntimeError with the reasons if ``use_backend("triton")`` is in force and they cannot.
+    A compiler takes the result as a constant of its graph. Raises RuntimeError with the reasons if
+    ``use_backend("triton")`` is in force and they cannot.
     """
     kind = _kind(q, k, options)
     if kind is None:
         if dispatch.forced() == "triton":
             dispatch.refuse_if_forced(_shape_refusals(q, options)[0])
-        return False
-    return _takes_triton(q.device, q.dtype, *kind)
+        return None
+    return kind if _takes_triton(q.device, q.dtype, *kind) else None
 
 
 def _kind(q: Tensor, k: Tensor, options: Options) -> tuple[int, int, int] | None:

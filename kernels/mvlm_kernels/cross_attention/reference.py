@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.arguments import check_tensor
 from mvlm_kernels.cross_attention.arguments import Options, Sides
 
 
@@ -113,9 +114,9 @@ def pack_key_mask(mask: Tensor) -> Tensor:
     Bit j % 64 of word j // 64 is key j. Packing once serves every layer that reads the same mask. Raises ValueError
     for a mask that is not bool, or not of two dimensions.
     """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must be bool (sequences, keys), got {got}; of a mask of 0 and 1, pass mask.bool()")
+    check_tensor("mask", mask, (torch.bool,))
+    if mask.dim() != 2:
+        raise ValueError(f"mask must have shape (sequences, keys), got {tuple(mask.shape)}")
     words = (mask.shape[1] + 63) // 64
     bits = F.pad(mask, (0, words * 64 - mask.shape[1])).view(mask.shape[0], words, 64)
     return (bits.long() << torch.arange(64, device=mask.device)).sum(-1)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import bucket
-from mvlm_kernels.dispatch import ceil_div, overridable, power_of_two
+from mvlm_kernels.dispatch import ceil_div, power_of_two
 
 _MOST_SPLITS = 16
 # Compute capabilities with 99 KiB of shared memory per block. Others have 163 or more; the widest tiles take 144.
@@ -60,7 +60,6 @@ def single_pass(dtype: torch.dtype, device: str, width: int, short: int, arch: i
     return _tiles("short_q_backward", dtype, device, tile_width(width), bucket(short), 0, arch) is not None
 
 
-@overridable
 @functools.lru_cache(maxsize=1024)
 def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, long: int, arch: int) -> dict[str, Any]:
     """Constexprs and compile options of a kernel: head width, dtypes, tiles.

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import (
-    FLOATS,
     ChannelValues,
     channel_tensors,
+    check_dtype,
     check_id_values,
     check_images,
     check_patch_ids,
@@ -22,14 +22,14 @@ __all__ = ["gather_patches"]
 def _checked(
     images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues, std: ChannelValues,
     dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
-    """Check the arguments, and return mean and std as tensors, and the dtype of the result."""
-    check_patch_ids(patch_ids, images, check_images(images, patch_size))
+) -> tuple[int, Tensor | None, Tensor | None, torch.dtype]:  # fmt: skip
+    """Check the arguments, and return patch_size, mean and std as tensors, and the dtype of the result."""
+    patch_size, num_patches = check_images(images, patch_size)
+    check_patch_ids(patch_ids, images, num_patches)
     if dtype is None:
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    return *channel_tensors(mean, std, images, dtype), dtype
+    check_dtype("dtype", dtype)
+    return patch_size, *channel_tensors(mean, std, images, dtype), dtype
 
 
 def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
@@ -69,11 +69,11 @@ def gather_patches(
     reads nothing.
 
     Raises:
-        ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
+        ValueError: for an argument of another kind, a wrong rank, dtype, device or id, or a patch size that does not
+            divide the image.
     """
-    means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
-    call = _direct if registration.called_directly(images) else _forward_op
-    return call(images, patch_ids, patch_size, means, stds, dtype)
+    patch_size, means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
+    return _op.on(images)(images, patch_ids, patch_size, means, stds, dtype)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -91,7 +91,12 @@ def _forward(
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     args = images, patch_ids, patch_size, mean, std, dtype
-    return dispatch.run(reference, "gather_patches", _why_not_triton(images, patch_size), *args)
+    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
+        return reference.gather_patches(*args)
+    from mvlm_kernels.gather_patches import triton
+
+    by_triton, by_torch = triton.gather_patches, reference.gather_patches
+    return dispatch.run_kernels(("gather_patches", images.device), by_triton, by_torch, *args)
 
 
 def _forward_fake(images, patch_ids, patch_size, mean, std, dtype):
@@ -127,8 +132,7 @@ class _GatherPatches(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return (None,) * 7
         images, patch_ids, std = ctx.saved_tensors
-        backward = registration.backward_of(_backward_op, _backward, grad, images)
-        return None, backward(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
+        return None, _backward_op.in_function(grad, images)(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
 
 
 class _GatherPatchesBackward(torch.autograd.Function):
@@ -143,17 +147,16 @@ class _GatherPatchesBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         patch_ids, std = ctx.saved_tensors
-        return None, _forward_op(grad, patch_ids, ctx.patch_size, None, std, ctx.dtype), *(None,) * 4
+        return None, _op.registered(grad, patch_ids, ctx.patch_size, None, std, ctx.dtype), *(None,) * 4
 
 
-_direct = registration.direct(_GatherPatches, _forward)
 _backward_op = registration.define(
     "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std) -> Tensor",
     _backward,
     _backward_fake,
     _GatherPatchesBackward,
 )
-_forward_op = registration.define(
+_op = registration.define(
     "gather_patches(Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
     "ScalarType dtype) -> Tensor",
     _forward,

@@ -3,9 +3,6 @@
 Matrix products are torch's. The GELU, its gradient and the gradient of the bias in front are kernels, in ``triton.py``.
 """
 
-import functools
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,91 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.arguments import FLOATS, check_device
+from mvlm_kernels.arguments import check_tensor
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
-from mvlm_kernels.gelu_linear import reference
+from mvlm_kernels.gelu_linear import reference, room
 
 __all__ = ["gelu_linear"]
-
-KEPT_ON = ("cpu",)
-"""Device types on which the GELU is always saved for backward. On a GPU it is saved where it fits: see `Room`."""
-SHARE = 0.9
-"""Share of a GPU's memory up to which a step may grow by saved GELUs. The rest is for steps with longer texts, and for
-memory that is free in pieces."""
-
 
 _TRANSFORMED = refusal(
     "transforms of torch.func and dual numbers have no kernel", "torch runs; call it outside of them"
 )
 
 
-class Room:
-    """Room for saved GELUs on one GPU: what earlier steps left free, by the allocator's peak. The first saves none."""
-
-    def __init__(self, read: Callable[[], tuple[int, int]]) -> None:
-        """read: returns the bytes allocated at the peak so far, and those of the GPU."""
-        self._read, self._lock = read, threading.RLock()  # a collection in between may call Held.__del__
-        self._room = self._held = self._most = self._others = 0
-        self._backward_ran = False
-
-    def take(self, size: int) -> "Held | None":
-        """Bytes of a GELU that is saved from now on, or None if they do not fit."""
-        with self._lock:
-            if self._backward_ran and not self._held:  # the first call of a step
-                peak, total = self._read()
-                self._others = max(self._others, peak - self._most)
-                self._room, self._backward_ran = int(SHARE * total) - self._others, False
-            if self._held + size > self._room:
-                return None
-            self._held += size
-            self._most = max(self._most, self._held)
-        return Held(self, size)
-
-    def give_back(self, size: int) -> None:
-        """Note that a backward pass ran, and the bytes that it no longer needs."""
-        with self._lock:
-            self._held -= size
-            self._backward_ran = True
-
-
-class Held:
-    """Bytes of one saved GELU. They are given back when its backward pass has run, or nobody can run it any more."""
-
-    def __init__(self, room: Room, size: int) -> None:
-        self._room, self._size = room, size
-
-    def release(self) -> None:
-        size, self._size = self._size, 0
-        self._room.give_back(size)
-
-    def __del__(self) -> None:
-        if self._size:
-            self.release()
-
-
-@functools.cache
-def _room(index: int) -> Room:
-    total = torch.cuda.get_device_properties(index).total_memory
-    return Room(lambda: (torch.cuda.max_memory_allocated(index), total))
-
-
 def _check(h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> None:
-    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
-        if not isinstance(x, Tensor) and (x is not None or name in ("h", "weight")):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor("h", h)
+    device = h.device
+    check_tensor("weight", weight, device=device)
     if h.ndim < 2 or weight.ndim != 2 or weight.shape[1] != h.shape[-1]:
         raise ValueError(
             f"h and weight must have shapes (.., C) and (D, C), got {tuple(h.shape)} and {tuple(weight.shape)}"
         )
     for name, x, size in (("bias", bias, weight.shape[0]), ("h_bias", h_bias, weight.shape[1])):
-        if x is not None and x.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
-    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
         if x is None:
             continue
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        check_device(name, x, h.device)
+        check_tensor(name, x, device=device)
+        if x.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
 
 
 def _reasons_of_call(h: Tensor) -> tuple[Refusal, ...]:
@@ -117,7 +54,7 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
 
     Backward, one kernel reads h and the gradient once, and writes the gradient of h and the column sums that are the
     gradient of h_bias. The gradient of weight needs the GELU: it is saved on a CPU, and on a GPU as long as earlier
-    steps left memory free. Elsewhere, and under torch.compile, the kernel writes it again.
+    steps left memory free (:class:`mvlm_kernels.gelu_linear.room.Room`). Elsewhere the kernel writes it again.
 
     Args:
         h: floating (.., C), usually bfloat16 or float16.
@@ -132,21 +69,30 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
     times. The gradient of h_bias is summed in a fixed order, without atomics.
 
     Raises:
-        ValueError: for a wrong shape, dtype or device.
+        ValueError: for an argument of another kind, and a wrong shape, dtype or device.
     """
     _check(h, weight, bias, h_bias)
     if registration.transformed():
         dispatch.refuse_if_forced(_TRANSFORMED)
         return _linear(reference.gelu(h, h_bias), weight, bias)
-    return _GeluLinear.apply(h, weight, bias, h_bias)  # pyright: ignore[reportReturnType]
+    return _GeluLinear.apply(h, weight, bias, h_bias, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 def _gelu(h, h_bias):
-    return dispatch.run(reference, "gelu", _reasons(h), h, h_bias)
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference.gelu(h, h_bias)
+    from mvlm_kernels.gelu_linear import triton
+
+    return dispatch.run_kernels(("gelu_linear", h.device), triton.gelu, reference.gelu, h, h_bias)
 
 
 def _gelu_backward(grad, h, h_bias, again):
-    return dispatch.run(reference, "gelu_backward", _reasons(h), grad, h, h_bias, again)
+    args = grad, h, h_bias, again
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference.gelu_backward(*args)
+    from mvlm_kernels.gelu_linear import triton
+
+    return dispatch.run_kernels(("gelu_linear", h.device), triton.gelu_backward, reference.gelu_backward, *args)
 
 
 def _gelu_backward_fake(grad, h, h_bias, again):
@@ -157,22 +103,19 @@ def _gelu_backward_fake(grad, h, h_bias, again):
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = activated.dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if dispatch.autocast_dtype(activated.device) is None:
-        return F.linear(activated, weight, bias)
-    # Compute in this dtype, as backward does, which runs without autocast.
-    with torch.autocast(activated.device.type, enabled=False):
+    with dispatch.without_autocast(activated.device):  # compute in this dtype, as backward does
         return F.linear(activated, weight, bias)
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None, differentiable: bool
+    ) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
-        activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
-        keep, ctx.held = h.device.type in KEPT_ON and dispatch.forced() != "triton" and ctx.needs_input_grad[1], None
-        if h.device.type == "cuda" and ctx.needs_input_grad[1] and not torch.compiler.is_compiling():
-            ctx.held = _room(h.device.index).take(activated.nbytes)
-            keep = ctx.held is not None
+        activated = _gelu_op.in_function(h)(h, h_bias)
+        wanted = differentiable and ctx.needs_input_grad[1]
+        keep, ctx.held = room.save(activated) if wanted else (False, None)
         ctx.save_for_backward(h, weight, h_bias, activated if keep else None)
         out = _linear(activated, weight, bias)
         # F.linear may give a view of its product, and autograd forbids to write to a view that a Function made.
@@ -186,15 +129,15 @@ class _GeluLinear(torch.autograd.Function):
             activated = None
         grad, trains_weight = grads[0].flatten(0, -2), ctx.needs_input_grad[1]
         by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
-        dh, recomputed, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
+        dh, recomputed, sums = _gelu_backward_op.in_function(by_activation)(
             by_activation, h, h_bias, trains_weight and activated is None
         )
         activated = recomputed if activated is None else activated
         dw = (grad.T @ activated.flatten(0, -2)).to(weight.dtype) if trains_weight else None
         db = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-        if h.device.type == "cuda" and not torch.compiler.is_compiling():
-            _room(h.device.index).give_back(0) if ctx.held is None else ctx.held.release()
-        return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype)
+        if ctx.held is not None:
+            ctx.held.release()
+        return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype), None
 
 
 _gelu_op = registration.define(

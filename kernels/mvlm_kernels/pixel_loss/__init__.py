@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import (
-    FLOATS,
     ChannelValues,
     channel_tensors,
-    check_device,
+    check_choice,
+    check_flag,
     check_id_values,
     check_images,
     check_patch_ids,
+    check_tensor,
     compute_dtype,
     tile_reasons,
 )
@@ -32,24 +33,19 @@ Reduction = Literal["mean", "none"]
 def _checked(
     pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: ChannelValues,
     std: ChannelValues, kind: str, normalize_target: bool, reduction: str,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Check the arguments, and return mean and std as tensors."""
-    if not isinstance(pred, Tensor):
-        raise ValueError(f"pred must be a tensor, got {type(pred).__name__}")
-    chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
+) -> tuple[int, Tensor | None, Tensor | None, bool]:  # fmt: skip
+    """Check the arguments, and return patch_size, mean and std as tensors, and normalize_target."""
+    patch_size, num_patches = check_images(images, patch_size)
+    chosen = check_patch_ids(patch_ids, images, num_patches)
     wanted = images.shape[0], chosen, images.shape[1] * patch_size**2
+    check_tensor("pred", pred, device=images.device)
     if pred.shape != wanted:
         raise ValueError(f"pred must have shape (B, K, C*P*P) = {wanted}, got {tuple(pred.shape)}")
-    if pred.dtype not in FLOATS:
-        raise ValueError(f"pred must be float16, bfloat16, float32 or float64, got {pred.dtype}")
-    check_device("pred", pred, images.device)
-    if kind not in ("l1", "mse"):
-        raise ValueError(f'kind must be "l1" or "mse", got {kind!r}')
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
-    if normalize_target and wanted[2] < 2:
+    check_choice("kind", kind, ("l1", "mse"))
+    check_choice("reduction", reduction, ("mean", "none"))
+    if check_flag("normalize_target", normalize_target) and wanted[2] < 2:
         raise ValueError("normalize_target must be False for patches of one value, whose variance is undefined")
-    return channel_tensors(mean, std, images, pred.dtype)
+    return patch_size, *channel_tensors(mean, std, images, pred.dtype), bool(normalize_target)
 
 
 def _reasons(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
@@ -91,11 +87,12 @@ def masked_pixel_loss(
     MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing. A NaN prediction has a NaN gradient.
 
     Raises:
-        ValueError: for a wrong rank, shape, dtype, device, id, kind or reduction.
+        ValueError: for an argument of another kind, and a wrong rank, shape, dtype, device, id, kind or reduction.
     """
-    means, stds = _checked(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduction)
-    call = _direct if registration.called_directly(pred) else _forward_op
-    return call(
+    patch_size, means, stds, normalize_target = _checked(
+        pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduction
+    )
+    return _op.on(pred)(
         pred, images, patch_ids, patch_size, means, stds, kind, normalize_target,
         reduction == "mean", torch.is_grad_enabled() and (pred.requires_grad or registration.transformed()),
     )[0]  # fmt: skip
@@ -108,7 +105,12 @@ def _forward(pred, images, patch_ids, patch_size, mean, std, kind, normalize_tar
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, images.shape[2:].numel() // patch_size**2)
     args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
-    return dispatch.run(reference, "masked_pixel_loss", _reasons(images, patch_size), *args)
+    if dispatch.choose(_reasons(images, patch_size)) == "torch":
+        return reference.masked_pixel_loss(*args)
+    from mvlm_kernels.pixel_loss import triton
+
+    by_triton, by_torch = triton.masked_pixel_loss, reference.masked_pixel_loss
+    return dispatch.run_kernels(("pixel_loss", images.device), by_triton, by_torch, *args)
 
 
 def _forward_fake(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
@@ -117,8 +119,13 @@ def _forward_fake(pred, images, patch_ids, patch_size, mean, std, kind, normaliz
 
 
 def _backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
-    reasons = dispatch.reasons_for("pixel_loss", slope.device)
-    return dispatch.run(reference, "masked_pixel_loss_backward", reasons, grad, slope, dtype)
+    args = grad, slope, dtype
+    if dispatch.choose(dispatch.reasons_for("pixel_loss", slope.device)) == "torch":
+        return reference.masked_pixel_loss_backward(*args)
+    from mvlm_kernels.pixel_loss import triton
+
+    by_triton, by_torch = triton.masked_pixel_loss_backward, reference.masked_pixel_loss_backward
+    return dispatch.run_kernels(("pixel_loss", slope.device), by_triton, by_torch, *args)
 
 
 class _PixelLoss(torch.autograd.Function):
@@ -138,18 +145,16 @@ class _PixelLoss(torch.autograd.Function):
         if grad is None or not ctx.needs_input_grad[1]:
             return (None,) * 11
         (slope,) = ctx.saved_tensors
-        backward = registration.backward_of(_backward_op, _backward, grad, slope)
-        return None, backward(grad, slope, ctx.dtype), *(None,) * 9
+        return None, _backward_op.in_function(grad, slope)(grad, slope, ctx.dtype), *(None,) * 9
 
 
-_direct = registration.direct(_PixelLoss, _forward)
 _backward_op = registration.define(
     "masked_pixel_loss_backward(Tensor grad, Tensor slope, ScalarType dtype) -> Tensor",
     _backward,
     lambda grad, slope, dtype: slope.new_empty(slope.shape, dtype=dtype),
     registration.no_second_derivative("masked_pixel_loss", _INSTEAD),
 )
-_forward_op = registration.define(
+_op = registration.define(
     "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
     "str kind, bool normalize_target, bool reduce, bool with_slope) "
     "-> (Tensor, Tensor)",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.arguments import check_flag, check_id_values, check_ids, check_tensor
 from mvlm_kernels.dispatch import Refusal
 from mvlm_kernels.place_tokens import reference
 
@@ -18,28 +18,28 @@ def _reasons(tokens: Tensor) -> tuple[Refusal, ...]:
 def _checked(
     tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor, masked: Tensor | None,
     visible_ids: Tensor | None, with_unmasked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Check the arguments, and return the four tensors as (B, N or K, C), (C,), (1+N, C) and (C,)."""
-    names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
-    for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
-        if not isinstance(x, Tensor) and (x is not None or i < 4):
-            hint = "; a model without [CLS] can pass zeros and drop row 0 of the result" if i == 3 else ""
-            raise ValueError(f"{names[i]} must be a tensor, got {type(x).__name__}{hint}")
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:  # fmt: skip
+    """Check the arguments.
+
+    Returns the four tensors as (B, N or K, C), (C,), (1+N, C) and (C,), and with_unmasked.
+    """
+    check_tensor("tokens", tokens)
+    device = tokens.device
+    if cls_token is None:
+        way_out = "a model without [CLS] can pass zeros and drop row 0 of the result"
+        raise ValueError(f"cls_token must be a tensor, got None; {way_out}")
+    check_tensor("pos_embed", pos_embed, device=device)
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
     batch, given, width = tokens.shape
-    mask_token = _row("mask_token", mask_token, width)
-    cls_token = _row("cls_token", cls_token, width)
+    mask_token = _row("mask_token", mask_token, width, device)
+    cls_token = _row("cls_token", cls_token, width, device)
     if pos_embed.ndim == 3 and pos_embed.shape[0] == 1:
         pos_embed = pos_embed[0]
     if pos_embed.ndim != 2 or pos_embed.shape[0] < 1 or pos_embed.shape[1] != width:
         raise ValueError(f"pos_embed must have shape (1+N, {width}) or (1, 1+N, {width}), got {tuple(pos_embed.shape)}")
-    for name, x in (("tokens", tokens), ("mask_token", mask_token), ("pos_embed", pos_embed), ("cls_token", cls_token)):
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        check_device(name, x, tokens.device)
     num_patches = pos_embed.shape[0] - 1
-    if with_unmasked and masked is None:
+    if check_flag("with_unmasked", with_unmasked) and masked is None:
         raise ValueError("masked must be given where with_unmasked is True, got None")
     if visible_ids is None:
         if given != num_patches:
@@ -47,25 +47,24 @@ def _checked(
                 f"tokens must have N = {num_patches} rows, as pos_embed has 1+N, got {tuple(tokens.shape)}"
             )
         if masked is not None:
-            if masked.dtype != torch.bool or masked.shape != (batch, num_patches):
-                raise ValueError(
-                    f"masked must be bool of shape {batch, num_patches}, got {masked.dtype} {tuple(masked.shape)}"
-                )
-            check_device("masked", masked, tokens.device)
+            check_tensor("masked", masked, (torch.bool,), device)
+            if masked.shape != (batch, num_patches):
+                raise ValueError(f"masked must have shape {batch, num_patches}, got {tuple(masked.shape)}")
     else:
         if masked is not None:
             raise ValueError("masked must be None where visible_ids is given, got both")
-        check_ids("visible_ids", visible_ids, batch, "tokens", tokens.device)
+        check_ids("visible_ids", visible_ids, batch, "tokens", device)
         if visible_ids.shape[1] != given or given > num_patches:
             raise ValueError(
                 f"visible_ids must have one id for each of the {given} tokens and at most N = {num_patches}, "
                 f"got {tuple(visible_ids.shape)}"
             )
-    return tokens, mask_token, pos_embed, cls_token
+    return tokens, mask_token, pos_embed, cls_token, bool(with_unmasked)
 
 
-def _row(name: str, x: Tensor, width: int) -> Tensor:
-    """x of shape (C,) or (1, 1, C) as (C,). Raises ValueError for another shape."""
+def _row(name: str, x: Tensor, width: int, device: torch.device) -> Tensor:
+    """x of shape (C,) or (1, 1, C) as (C,). Raises ValueError for another one, or another shape."""
+    check_tensor(name, x, device=device)
     if x.shape not in ((width,), (1, 1, width)):
         raise ValueError(f"{name} must have shape ({width},) or (1, 1, {width}), got {tuple(x.shape)}")
     return x[0, 0] if x.ndim == 3 else x
@@ -103,18 +102,17 @@ def place_tokens(
         float32 for bfloat16 tokens with float32 parameters, as under autocast. Sums are in float32 (float64 for
         float64) and round once.
 
-    Differentiable in the four tensors. Gradients of the three parameters are summed over the batch in a fixed order,
-    without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
+    Differentiable in the four tensors, once. Gradients of the three parameters are summed over the batch in a fixed
+    order, without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
     MVLM_KERNELS_DEBUG=1. Without the check a bad or repeated id leaves its row of the gradient undefined; nothing is
     read or written out of bounds.
 
     Raises:
-        ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
-            with_unmasked without masked.
+        ValueError: for an argument of another kind, a wrong rank, shape, dtype, device or id, masked together with
+            visible_ids, and with_unmasked without masked.
     """
-    rows = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
-    call = _direct if registration.called_directly(*rows) else _forward_op
-    return call(*rows, masked, visible_ids, with_unmasked)
+    *rows, both = _checked(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
+    return _op.on(*rows)(*rows, masked, visible_ids, both)
 
 
 def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
@@ -130,7 +128,11 @@ def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
 def _forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
     _check_visible(visible_ids, pos_embed.shape[0] - 1)
     args = tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both
-    return dispatch.run(reference, "place_tokens", _reasons(tokens), *args)
+    if dispatch.choose(_reasons(tokens)) == "torch":
+        return reference.place_tokens(*args)
+    from mvlm_kernels.place_tokens import triton
+
+    return dispatch.run_kernels(("place_tokens", tokens.device), triton.place_tokens, reference.place_tokens, *args)
 
 
 def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
@@ -141,7 +143,12 @@ def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids,
 def _backward(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
     dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
     args = grad, masked, visible_ids, both, num_tokens, dtypes, tuple(needs)
-    return dispatch.run(reference, "place_tokens_backward", _reasons(grad), *args)
+    if dispatch.choose(_reasons(grad)) == "torch":
+        return reference.place_tokens_backward(*args)
+    from mvlm_kernels.place_tokens import triton
+
+    by_triton, by_torch = triton.place_tokens_backward, reference.place_tokens_backward
+    return dispatch.run_kernels(("place_tokens", grad.device), by_triton, by_torch, *args)
 
 
 def _backward_fake(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
@@ -169,48 +176,19 @@ class _PlaceTokens(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:5]
         if not any(needs):
             return (None,) * 8
-        backward = registration.backward_of(_backward_op, _backward, grad)
-        grads = backward(grad, *ctx.saved_tensors, ctx.both, ctx.num_tokens, *ctx.dtypes, needs)
+        grads = _backward_op.in_function(grad)(grad, *ctx.saved_tensors, ctx.both, ctx.num_tokens, *ctx.dtypes, needs)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
-class _PlaceTokensBackward(torch.autograd.Function):
-    """The backward is linear in grad, so its own backward is the forward again."""
-
-    @staticmethod
-    def forward(ctx, backward, grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs):
-        ctx.save_for_backward(masked, visible_ids)
-        ctx.set_materialize_grads(False)
-        *_, ctx.needs = dtypes_and_needs
-        sequences, positions, width = grad.shape
-        batch = sequences // 2 if both else sequences
-        ctx.shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
-        ctx.dtype, ctx.both = grad.dtype, both
-        return backward(grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        if all(g is None for g in grads):
-            return (None,) * 11
-        masked, visible_ids = ctx.saved_tensors
-        some = next(g for g in grads if g is not None)
-        inputs = [
-            some.new_zeros(shape) if g is None or not need else g
-            for g, shape, need in zip(grads, ctx.shapes, ctx.needs, strict=True)
-        ]
-        return None, _forward_op(*inputs, masked, visible_ids, ctx.both).to(ctx.dtype), *(None,) * 9
-
-
-_direct = registration.direct(_PlaceTokens, _forward)
 _backward_op = registration.define(
     "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, bool both, SymInt num_tokens, "
     "ScalarType tokens_dtype, ScalarType mask_dtype, ScalarType pos_dtype, ScalarType cls_dtype, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    _PlaceTokensBackward,
+    registration.no_second_derivative("place_tokens", "torch.where and torch.cat"),
 )
-_forward_op = registration.define(
+_op = registration.define(
     "place_tokens(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor cls_token, Tensor? masked, "
     "Tensor? visible_ids, bool both) -> Tensor",
     _forward,

@@ -26,8 +26,12 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[T
 
 
 def _stack_rows(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    reasons = dispatch.reasons_for("split_linear", parts[0].device)
-    return dispatch.run(reference, "stack_rows", reasons, *parts)
+    device = parts[0].device
+    if dispatch.choose(dispatch.reasons_for("split_linear", device)) == "torch":
+        return reference.stack_rows(*parts)
+    from mvlm_kernels.split_linear import triton
+
+    return dispatch.run_kernels(("split_linear", device), triton.stack_rows, reference.stack_rows, *parts)
 
 
 def _stack_rows_fake(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -46,7 +50,7 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = [grad.flatten(0, -2) for grad in grads]
-        stacked, sums = registration.backward_of(_op, _stack_rows, *rows)(rows)
+        stacked, sums = _op.in_function(*rows)(rows)
         grad = stacked.flatten(1)
         dx = (grad @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         dw = grad.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from mvlm_benchmarks.gpu.stages import STAGES
+from mvlm_benchmarks.gpu.stages import GRACE, PARTS, STAGES
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,3 +40,9 @@ def test_commands_of_the_page_are_accepted(launcher, monkeypatch, tmp_path) -> N
     for name, plan in STAGES.items():
         assert f"| `{name}` | {plan.seconds:.0f} |" in page
         assert plan.seconds < 600
+    for name, plan in PARTS.items():
+        assert f"| `{name}` | {plan.seconds:.0f} |" in page
+
+
+def test_all_parts_of_the_first_stage_fit_even_if_each_takes_its_whole_time() -> None:
+    assert sum(plan.seconds + GRACE for plan in PARTS.values()) <= STAGES["first"].seconds

@@ -62,7 +62,7 @@ def test_stage_says_whether_it_is_complete(tmp_path, monkeypatch) -> None:
         ("values", "ok"), ("kept results", "ok"), ("repeats", "ok"),
     ]  # fmt: skip
     assert rows[0]["figures"].startswith("rehearsal on a CPU")
-    monkeypatch.setattr(correct, "run_tests", lambda stage: {"status": "ok", "note": "8 passed"})
+    monkeypatch.setattr(correct, "run_tests", lambda *_: {"status": "ok", "note": "8 passed"})
     code, summary = run_stage(correct, tmp_path)
     assert (code, summary["ended"], summary["without_result"]) == (0, "complete", {})
     code, summary = run_stage(correct, tmp_path, seconds=0.0)

@@ -174,11 +174,11 @@ def test_parts_and_their_merge_at_an_object_store(source, whole, bucket, data_ca
     build_shards(source, f"{s3}/deep/direct", OPTIONS, workers=0)
     remote = folders.RemoteFolder(s3)
     for name in ("set", "direct"):
-        assert {path: remote.read(f"deep/{name}/{path}") for path in whole} == whole
+        assert {path: remote.read(f"deep/{name}/{path}", 1 << 30) for path in whole} == whole
     assert {name.split("/")[1] for name in remote.names("deep")} == {"set", "direct"}
     assert open_dataset(f"{s3}/deep/set", "train").keys.tolist() == ["k2", "k3", "k5", "k8", "k9"]
     with pytest.raises(DataError, match="wanted a new folder or the data set set"):
         build_shards(source, f"{s3}/deep/set", BuildOptions(quality=50), workers=0)
     assert not list((data_cache / "builds").glob("*/pieces/*"))
     build_shards(source, "s3://pairs", OPTIONS, workers=0)  # the bucket itself, which has no folder beside it
-    assert {path: folders.RemoteFolder("s3://pairs").read(path) for path in whole} == whole
+    assert {path: folders.RemoteFolder("s3://pairs").read(path, 1 << 30) for path in whole} == whole

@@ -1,5 +1,6 @@
 """The cache of remote data: locks, room, retries and files, with a local web server."""
 
+import gc
 import hashlib
 import json
 import os
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset.folders import is_remote
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
+from mvlm_dataloading.dataset.sample_index import most_bytes
 from mvlm_dataloading.files import sha256
-from support.data import cache_bytes, limit_cache
+from support.data import limit_cache, tree_bytes
 from support.faults.forks import in_child, wait
+from support.hostile_web import Hostile, serve_hostile
 from support.web_server import FolderHandler
 
 
@@ -65,7 +67,7 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, 
 
 
 @pytest.mark.parametrize(
-    "own, message", [({}, "tar: .*, not a file inside"), ({"index": "train-000000.idx"}, "wanted shards inside")]
+    "own, message", [({}, "tar: .*, not a file inside"), ({"index": "train-000000.idx"}, "wanted tars inside")]
 )
 def test_remote_shards_outside_the_folder_are_refused(served, web, data_cache, own, message):
     """Also those of a view, which may name tars of other folders where it is local."""
@@ -97,6 +99,80 @@ def test_a_shard_held_by_one_process_is_not_removed_by_another(served, opened, d
     two.release_except([])
 
 
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """A list that gets the bytes of all files in a folder, again and again while the context lasts."""
+    found, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            found.append(tree_bytes(folder))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watching.join()
+
+
+def test_the_bound_holds_for_all_files_at_every_moment(served, web, data_cache, monkeypatch):
+    """An index as large as the cache, whose length may be stated or not, takes the room of shards before it comes."""
+    size = limit_cache(monkeypatch, served, 2.3)
+    first = RemoteCache(web, data_cache, size)
+    first.register_shards(shards_of(served))
+    first.fetch([0, 1])
+    first.release_except([])
+
+    def slowly(web: Hostile, content: bytes) -> None:
+        web.head(200, {"Content-Length": str(most_bytes(48, len(shards_of(served))))} if web.asked[""] % 2 else {})
+        web.asked[""] += 1
+        for _ in range(20):
+            web.body(bytes(len(content)))
+            time.sleep(0.005)
+
+    with watched(data_cache) as found, serve_hostile(served, {"train.index": slowly}) as (url, _):
+        with pytest.raises(DataError, match=r"train\.index: wanted .*4 attempts failed"):
+            open_dataset(url, "train")
+        second = RemoteCache(url, data_cache, size)
+        second.register_shards(shards_of(served))
+        second.fetch([2, 3])
+    assert max(found) <= size
+    assert max(found) > 0.8 * size
+
+    def whole(web: Hostile, content: bytes) -> None:
+        web.head(200, {"Content-Length": str(size)})
+        for _ in web.until_over():
+            web.body(bytes(1 << 16))
+
+    with watched(data_cache) as found, serve_hostile(served, {"train.index": whole}) as (url, _):
+        monkeypatch.setattr("mvlm_dataloading.dataset.remote_cache.most_bytes", lambda samples, shards: size)
+        with pytest.raises(DataError, match="wanted room"):  # as the description has some, too
+            open_dataset(url, "train")
+    assert max(found) <= size
+
+
+def test_indices_make_room_unless_a_process_has_them_open(served, data_cache, monkeypatch):
+    """Those that were used least recently go first. A data set of an older cache, without a lock, is the oldest."""
+    size = limit_cache(monkeypatch, served, 1.3)
+    (data_cache / ("0" * 24)).mkdir(parents=True)
+    (data_cache / ("0" * 24) / "train.index").write_bytes(bytes(2000))
+    with serve_hostile(served, {}) as (one, _), serve_hostile(served, {}) as (two, _):
+        held, left = open_dataset(one, "train"), open_dataset(two, "train")
+        assert held.remote is not None
+        assert left.remote is not None
+        other = left.remote.folder
+        del left
+        gc.collect()  # a data set and its cache refer to each other
+        monkeypatch.setattr(held.remote, "limit", tree_bytes(held.folder) + shards_of(served)[0]["bytes"])
+        held.remote.fetch([0])
+    assert [path.name for path in data_cache.glob("*/train.index")] == ["train.index"]
+    assert (held.folder / "train.index").is_file()
+    assert not (other / "dataset.json").exists()
+    assert tree_bytes(data_cache) <= size
+
+
 def fetch_in_turns(cached: RemoteCache, shards: list[dict], seed: int) -> None:
     """Fetch, verify and release shards, in an order that depends on the seed."""
     cached.register_shards(shards)
@@ -122,13 +198,7 @@ def test_jobs_can_share_a_remote_cache(served, web, data_cache, monkeypatch):
         for seed in range(3)
     ]
     assert [wait(job, 60) for job in jobs] == [0, 0, 0]
-    assert cache_bytes(data_cache) <= size
-
-
-@pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/o/n", "https://h/x", "http://h/x"])
-def test_urls_are_recognised_as_remote(place):
-    assert is_remote(place)
-    assert not any(is_remote(local) for local in ("data", "/data/s3", "./s3:", "c:/data"))
+    assert tree_bytes(data_cache) <= size
 
 
 def test_a_shard_that_was_removed_while_held_is_fetched_again(served, web, data_cache):

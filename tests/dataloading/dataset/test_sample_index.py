@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import itertools
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +86,54 @@ def test_an_index_of_another_length_version_or_kind_is_refused(folder, change, m
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=f"{path}: .*{message}.*; write it again"):
         map_index(path, "write it again").check_all()
+
+
+def forged(
+    folder: Path, *, rows: tuple[int, int, int] = (0, 0, 0), table: tuple[int, int] = (0, 0), digits: bytes = b""
+):
+    """Change an index as one who computes its checksums anew: value of row and column, samples of a shard, hash."""
+    path = folder / "train.index"
+    content = bytearray(path.read_bytes())
+    samples, shards = struct.unpack_from("<QQ", content, 16)
+    row, column, value = rows
+    records_at, keys_at = 112 + 24 * shards, 112 + 24 * shards + 36 * samples
+    if value:
+        struct.pack_into("<I", content, records_at + 36 * row + 4 * column, value)
+    if digits:
+        content[40:72] = digits
+    counts = [list(struct.unpack_from("<QQ", content, 112 + 24 * shard)) for shard in range(shards)]
+    counts[table[0]][0] += table[1]
+    row = key = 0
+    for shard, (count, length) in enumerate(counts):
+        records = content[records_at + 36 * row : min(records_at + 36 * (row + count), keys_at)]
+        keys = content[keys_at + key : keys_at + key + length]
+        entry = (count, length, zlib.crc32(records), zlib.crc32(keys))
+        struct.pack_into("<QQII", content, 112 + 24 * shard, *entry)
+        row, key = row + count, key + length
+    struct.pack_into("<I", content, 104, 0)
+    struct.pack_into("<I", content, 104, zlib.crc32(content[112 : 112 + 24 * shards], zlib.crc32(content[:112])))
+    path.write_bytes(content)
+
+
+FAR = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"rows": (1, column, value)} for column, value in itertools.product((0, 1, 2, 3, 5), (FAR, 0xFFFFFFF0))),
+        {"table": (0, 1)},
+        {"table": (0, 1 << 40)},
+        {"digits": b"\xff" * 32},
+        {"digits": b"\x1b[2J" * 8},
+    ],
+    ids=str,
+)
+def test_a_forged_index_with_good_checksums_is_refused_before_a_tar_is_read(folder, change):
+    """DALI maps a tar, and reading behind its end would end the process."""
+    forged(folder, **change)
+    with pytest.raises(DataError, match=r"train\.index: wanted [^\x00-\x1f]*$"):
+        open_dataset(folder, "train").captions(0)
 
 
 def test_a_change_of_any_byte_is_noticed(folder):

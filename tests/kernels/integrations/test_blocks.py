@@ -17,6 +17,7 @@ from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations.blocks import swap_blocks  # noqa: E402
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD  # noqa: E402
+from support.kernels.rooms import every_room, room_for  # noqa: E402
 
 
 def vit(**options: Any) -> Any:
@@ -113,6 +114,29 @@ def test_a_swapped_model_has_the_same_outputs_and_gradients(name, backend, calls
     assert found.keys() == gradients.keys()
     for parameter in gradients:
         torch.testing.assert_close(found[parameter], gradients[parameter], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "model", [vit(), bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)], ids=["vit", "bert"]
+)
+def test_gradient_checkpointing_works_in_every_room_for_gelus(model, reentrant, monkeypatch):
+    """As on a GPU, where a step saves as many GELUs as fit."""
+    model = copy.deepcopy(model).train()
+    x = inputs(model)
+    swap_blocks(model)
+    with use_backend("torch"):
+        _, wanted = run(model, x)
+        rooms = every_room(lambda: run(model, x))
+        if isinstance(model, transformers.BertModel):
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        else:
+            monkeypatch.setattr(timm.models._manipulate, "use_reentrant_ckpt", lambda: reentrant)
+            model.set_grad_checkpointing()
+        for size in rooms:
+            with room_for(size):
+                torch.testing.assert_close(run(model, x)[1], wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [vit, bert])

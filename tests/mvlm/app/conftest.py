@@ -10,7 +10,7 @@ import torch
 from mvlm.app.gallery import DatasetGallery
 from mvlm.config.finetune import TaskOptions
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.tasks.evaluate import find_task
+from mvlm.tasks.load import find_task
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 
 from mvlm.app.gallery import DatasetGallery, data_of_run
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 
 
 def test_a_run_knows_its_data_and_an_exported_folder_has_none(trained: Path, scenes: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from mvlm.app.gallery import Found, data_of_run, open_gallery
 from mvlm.errors import ConfigError
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.tasks.evaluate import load_model
+from mvlm.tasks.load import load_model
 from support.commands import assert_refused
 from support.packages import needs
 from support.page_attacks import judge_sentence
@@ -257,7 +257,7 @@ def test_what_visitors_send_is_kept_below_the_folder_that_the_user_names(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "default"))
     (tmp_path / "default").mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / given) if given else "")
-    monkeypatch.setattr("mvlm.tasks.evaluate.load_model", load)
+    monkeypatch.setattr("mvlm.tasks.load.load_model", load)
     assert_refused(run_mvlm("app", tmp_path, "--port", free_port()), "enough")
     assert [path.parent for path in used] == [parent]
     assert list(parent.iterdir()) == []

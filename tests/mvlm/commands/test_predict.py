@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from support.scenes import png, scene
 
 

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from mvlm.runs.folder import read_metrics
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm_dataloading import open_dataset
 from support.commands import MICRO_FLAGS, assert_refused
 from support.folders import folder_hash

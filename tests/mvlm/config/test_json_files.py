@@ -56,8 +56,8 @@ def test_a_run_configuration_without_required_settings_is_refused():
         (None, "wanted the configuration of a run, could not read it"),
         ("{", "wanted the configuration of a run, found no JSON"),
         pytest.param("[" * 100_000, "wanted the configuration of a run, found", id="deep"),
-        ("[1]", "wanted the configuration of a run, found no JSON"),
-        ('{"width": 192}', "wanted the configuration of a run, found no JSON"),
+        ("[1]", "wanted the configuration of a run, found expected object"),
+        ('{"width": 192}', "wanted the configuration of a run, found object missing required field format_version"),
         ('{"format_version": 1}', "wanted a configuration of version 2 or 3, got version 1"),
     ],
 )

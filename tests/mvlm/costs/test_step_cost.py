@@ -1,6 +1,7 @@
 """Counts on fake tensors against the allocator's report of real steps, and by hand."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from mvlm.config.groups import PartSettings
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.step_cost import StepShape, step_cost
+from mvlm.costs.step_cost import StepShape, fake_step, step_cost
+from mvlm.distributed.collectives import HostNumbers
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.model.maskvlm import MaskVLM
@@ -126,6 +128,12 @@ def test_a_bert_of_transformers_costs_what_our_text_encoder_costs(tmp_path, run_
     whole = [run_mvlm(*words, *more) for more in ((), ("--text-tower", tmp_path))]
     assert [done.code for done in whole] == [0, 0]
     assert whole[0].out != whole[1].out
+
+
+def test_a_count_changes_nothing_in_other_threads():
+    """A row of metrics counts in the process that trains."""
+    with fake_step(CONFIG, StepShape(pairs=4, microbatches=2)), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: HostNumbers(torch.arange(3)).read()).result() == [0, 1, 2]
 
 
 def test_fetched_features_of_other_ranks_add_memory_and_flops():

@@ -25,7 +25,9 @@ from mvlm.objectives import negatives, step
 from mvlm.objectives.pretraining import KeepStart
 from mvlm.objectives.step import Objective
 from mvlm.training.metrics import gradient_norms
+from mvlm_kernels.gelu_linear.room import saving_none
 from support.faults.forks import ended_well, in_ranks
+from support.kernels.rooms import every_room, room_for
 from support.microbatches import piece, pieces, whole_batch
 from support.models import ALONE, micro_batch, micro_model, normal, weighted
 
@@ -245,6 +247,28 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
     assert kept[1] < kept[0] / 2
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.slow
+def test_checkpointed_blocks_recompute_what_they_saved_in_every_room_for_gelus():
+    """As on a GPU, where a step saves as many GELUs as fit: to the bit the gradients of a step that saves none."""
+    batch, masks = micro_batch()
+    blocks = dict.fromkeys(("image_layers", "text_layers", "cross_layers", "decoder_layers"), 1)
+    model = micro_model(dtype=torch.float32, **blocks)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        model(batch, masks, plan="fast").total.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    rooms = every_room(step)
+    assert len(rooms) > 10
+    with saving_none():
+        wanted = step()
+    checkpoint_activations(model)
+    for size in rooms:
+        with room_for(size):
+            assert all(map(torch.equal, step(), wanted)), size
 
 
 def test_microbatches_of_different_sizes_are_refused():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
 from support.folders import LOSSES, rows_of
 from support.models import micro_config, pretrain_config

@@ -131,7 +131,6 @@ def test_newer_objectives_change_their_loss_alone(changes, trained):
     assert all(gradients[name].abs().max() > 1e-6 for name in trained)
 
 
-# Dynamo makes an instance of an autograd.Function while it traces one.
 @pytest.mark.extended
 @pytest.mark.slow
 def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mvlm.model.pretrained import write_model
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from support.models import micro_model
 
 

@@ -13,7 +13,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.portable.hub import line, model_card, recalls
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm_dataloading import open_dataset
 
 RECALL = {"r1": 25.0, "r5": 62.5, "r10": 100.0}

@@ -11,8 +11,8 @@ import pytest
 
 from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import encode_split, rank_all, recall
-from mvlm.portable.clip_benchmark import register
-from mvlm.runs.load import load_model
+from mvlm.portable.clip_benchmark import main, register
+from mvlm.tasks.load import load_model
 from mvlm_dataloading import open_dataset
 from support.scenes import COLOURS, GROUNDS, png, scene, write_scenes
 
@@ -36,8 +36,6 @@ def write_tar(folder: Path, samples: list[dict[str, bytes]]) -> None:
 def run_benchmark(trained, tmp_path, monkeypatch):
     """Runs CLIP_benchmark's command on a data set and returns the metrics that it writes."""
     pytest.importorskip("clip_benchmark")
-    register()
-    from clip_benchmark import cli
 
     def run(data: Path, task: str, *words: str) -> dict[str, float]:
         out = tmp_path / "figures.json"
@@ -45,7 +43,7 @@ def run_benchmark(trained, tmp_path, monkeypatch):
         given |= {"model": "mvlm", "pretrained": trained, "num_workers": 0, "batch_size": 5}
         flags = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         monkeypatch.setattr(sys, "argv", ["clip_benchmark", "eval", *flags, "--no_amp", "--quiet", *words])
-        cli.main()
+        main()
         return json.loads(out.read_text())["metrics"]
 
     return run

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mvlm.errors import ConfigError
 from mvlm.portable.clip_model import create_clip_model
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from support.scenes import scene
 
 TEXTS = ["red top left on white", "a", "a blue square, blue bottom right on black, and more words than fit"]

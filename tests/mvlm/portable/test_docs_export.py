@@ -10,7 +10,7 @@ import pytest
 
 from mvlm.cli import run_command
 from mvlm.portable import programs as module
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from support.scenes import png, scene
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "export.md"

@@ -10,7 +10,7 @@ import pytest
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.portable.hub import upload
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
 

@@ -11,7 +11,7 @@ import torch
 from mvlm.errors import ConfigError, RunError
 from mvlm.portable import programs as module
 from mvlm.portable.programs import difference, example_inputs, load_program, parts, write_tokenizer
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from support.commands import run_python
 
 pytestmark = pytest.mark.slow

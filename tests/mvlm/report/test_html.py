@@ -21,8 +21,8 @@ from support.scenes import png
 
 def test_the_page_of_a_search_shows_answers_and_escapes_what_others_wrote(tmp_path):
     hits = [
-        Hit("a<b>.png", "test", 0, 3, "<script>alert(1)</script>", 0.51234, {"note": "<i>"}, 2.3456),
-        Hit("stra_e_7-02f9", "", 1, 4, "", -0.2, {"file": "straße 7.png"}),
+        Hit("a<b>.png", "test", 0, 3, "0" * 64, "<script>alert(1)</script>", 0.51234, {"note": "<i>"}, 2.3456),
+        Hit("stra_e_7-02f9", "", 1, 4, "0" * 64, "", -0.2, {"file": "straße 7.png"}),
     ]
     image, title = thumbnail(png(np.full((400, 200, 3), 77, np.uint8))), "red & <blue>"
     answers = [(hit, image) for hit in hits]

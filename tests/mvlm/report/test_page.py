@@ -10,7 +10,7 @@ import pytest
 from mvlm.errors import RunError
 from mvlm.report import figures
 from mvlm.report.page import write_report
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from support.folders import folder_hash
@@ -34,7 +34,12 @@ def reported(tmp_path_factory):
     model = micro_config(text_length=40, vocab_size=400)
     pretrain(pretrain_config(data, run, eval_every_steps=1, model=model))
     split, train = open_dataset(data, "test"), open_dataset(data, "train")
-    figures = {"checkpoint": HOSTILE, "split": "test", **load_model(run).evaluate(split, train).figures}
+    figures = {
+        "checkpoint": HOSTILE,
+        "split": "test",
+        "fingerprint": split.fingerprint,
+        **load_model(run).evaluate(split, train).figures,
+    }
     (run / "eval").mkdir()
     (run / "eval/test.json").write_text(json.dumps(figures))
     return run, data, figures, write_report(run)
@@ -125,3 +130,14 @@ def test_a_report_says_what_a_run_forgot():
     assert "data/old" in note
     assert "50.0 and 40.0 % before training, 37.5 and 26.0 % after training" in note
     assert "after" not in figures.forgetting(config, rows)[0]
+
+
+def test_a_run_of_others_shows_no_other_data(reported, scenes, tmp_path):
+    """Its figures name any folder or URL. Data that are not those of the figures have to be named by the user."""
+    run, data, figures, _ = reported
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for place in (str(scenes), "http://127.0.0.1:1/data"):
+        (copy / "eval/test.json").write_text(json.dumps(figures | {"data": place}))
+        with pytest.raises(RunError, match="--data"):
+            write_report(copy)
+    assert write_report(copy, data).is_file()

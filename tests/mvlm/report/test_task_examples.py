@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mvlm.errors import RunError
+from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm.report.task_examples import confusion, majority, task_maps
-from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import find_task
+from mvlm.tasks.load import find_task, load_model
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Batch
@@ -53,7 +53,7 @@ def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
         places = torch.arange(len(answer))
         logits = task.model.fill_mask(v, w, key_mask, bounds, 1 + places)
         return logits.log_softmax(1)[places, answer].sum()
-    logits = task.head(task.fuse(batch, "plain", 2 if form == "pairs" else 1))[0]
+    logits = task.head(task.fuse(batch, IMPLEMENTATIONS["plain"], 2 if form == "pairs" else 1))[0]
     if form == "classifier":
         return logits[task.state["answers"].index(predicted)]
     p = logits.double().softmax(0)[task.state["labels"].index(predicted)]

@@ -41,7 +41,7 @@ class Reported(NamedTuple):
 @pytest.fixture(scope="module", params=FORMS)
 def reported(request, trained, tmp_path_factory) -> Reported:
     """A run of two steps, evaluated and reported. Every second record is made right, so that both kinds occur."""
-    from mvlm.tasks.evaluate import find_task
+    from mvlm.tasks.load import find_task
 
     task, settings = FORMS[request.param]
     folder = tmp_path_factory.mktemp(request.param)

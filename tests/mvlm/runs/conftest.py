@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 
 
 @pytest.fixture(scope="session")
 def portable(trained, tmp_path_factory) -> Path:
     """The trained model, exported. Read only."""
     out = tmp_path_factory.mktemp("portable") / "model"
-    load_model(trained, "cpu").save(out)
+    load_without_head(trained, "cpu").save(out)
     return out

@@ -27,7 +27,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import find_checkpoint
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.training.optimizer import make_optimizer
 from mvlm_dataloading.files import sha256
 from support.folders import forbid
@@ -103,8 +103,8 @@ def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
 def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tmp_path):
     average = {name: torch.full_like(p, 0.25) for name, p in training[0].named_parameters()}
     save(tmp_path / "checkpoints", 1, training, tokenizer, ema=average)
-    assert all((p == 0.25).all() for p in load_model(tmp_path).network.parameters())
-    load_model(tmp_path, "cpu").save(tmp_path / "out")
+    assert all((p == 0.25).all() for p in load_without_head(tmp_path).network.parameters())
+    load_without_head(tmp_path, "cpu").save(tmp_path / "out")
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 
@@ -161,7 +161,7 @@ def test_damage_is_found_and_the_previous_checkpoint_is_used(run_copy, tmp_path,
     newest, older = root / "step_00000002", root / "step_00000001"
     assert newest_good_checkpoint(root) == newest
     damage(newest / name)
-    for call in (verify_checkpoint, find_checkpoint, load_model):
+    for call in (verify_checkpoint, find_checkpoint, load_without_head):
         with pytest.raises(RunError, match="step_00000002" + ("" if name == "manifest.json" else f"/{name}")):
             call(newest)
     assert newest_good_checkpoint(root) == find_checkpoint(run_copy) == older
@@ -176,10 +176,10 @@ def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monke
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
     sign(newest)
-    reads = {"model": load_model, "tokenizer.json": load_model, "model.json": load_model}
+    reads = {"model": load_without_head, "tokenizer.json": load_without_head, "model.json": load_without_head}
     if name.split("/")[0] in reads:
         with pytest.raises(RunError, match="step_00000002"):
-            load_model(newest)
+            load_without_head(newest)
     else:
         with pytest.raises(RunError):
             read_state(newest) if name == "state.json" else read_tensors((newest / name).parent, {})
@@ -194,12 +194,13 @@ def test_a_state_that_is_no_object_is_refused(run_copy, content):
         read_state(newest)
 
 
-def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy):
+def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy, monkeypatch):
     """Reading /proc/self/mem from its beginning is an input/output error, like a bad sector."""
     root = run_copy / "checkpoints"
     file = root / "step_00000002" / "model" / SHARD
     file.unlink()
     file.symlink_to("/proc/self/mem")
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
     with pytest.raises(RunError, match=rf"{SHARD}: cannot be read \(Input/output error\); use another checkpoint"):
         find_checkpoint(root / "step_00000002")
     assert find_checkpoint(run_copy) == root / "step_00000001"
@@ -220,7 +221,8 @@ MANIFESTS: list[Any] = [
     ('{"format_version": 1, "sha256": {}}', "version"),
     ({"format_version": None}, "format_version"),
     *(({"world_size": value}, "world_size") for value in (-1, 0, "x", 1.5, True, None)),
-    *(({name: ""}, "no file of this folder") for name in ("../outside", "/etc/passwd", "model/../../outside", "")),
+    *(({name: ""}, "files of this folder") for name in ("../outside", "/etc/passwd", "model/../../outside")),
+    ({"": ""}, "sha256"),
 ]
 """Texts of a manifest, or values of one that are changed: its own, or hashes by a path."""
 
@@ -239,7 +241,7 @@ def test_a_manifest_that_cannot_be_read_has_odd_values_or_another_version_is_ref
             change = {"sha256": manifest["sha256"] | hashes}
         manifest |= change
         file.write_text(json.dumps(manifest))
-    for read in (verify_checkpoint, load_model):
+    for read in (verify_checkpoint, load_without_head):
         with pytest.raises(RunError, match=re.escape(word) or "manifest"):
             read(newest)
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
@@ -249,7 +251,7 @@ def test_load_model_refuses_a_run_whose_checkpoints_are_all_damaged(run_copy):
     for name in ("step_00000001", "step_00000002"):
         (run_copy / "checkpoints" / name / "state.json").write_text("{}")
     with pytest.raises(RunError, match="wanted a good checkpoint, found 2 damaged, as listed above; use another run"):
-        load_model(run_copy)
+        load_without_head(run_copy)
 
 
 def test_tensors_of_another_architecture_are_refused_with_their_shapes(training, tokenizer, tmp_path):

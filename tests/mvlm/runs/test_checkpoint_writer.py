@@ -13,7 +13,7 @@ import torch
 from mvlm.runs import checkpoint_writer as writer_module
 from mvlm.runs.checkpoint import checkpoints, newest_good_checkpoint, optimizer_tensors, verify_checkpoint
 from mvlm.runs.checkpoint_writer import CheckpointWriter, remove_old_checkpoints
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from mvlm.training.optimizer import make_optimizer
 from support.models import ALONE, micro_model, pretrain_config
 
@@ -58,7 +58,7 @@ def test_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
             parameter.zero_()
     gate.set()
     writer.wait()
-    found = load_model(tmp_path / "step_00000001").network
+    found = load_without_head(tmp_path / "step_00000001").network
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
 
 

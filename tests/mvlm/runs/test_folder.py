@@ -209,7 +209,7 @@ def test_run_with_a_configuration_of_version_2_continues(config):
 
 
 def test_a_run_that_was_refused_leaves_nothing(config):
-    with pytest.raises(ConfigError), RunLock(config.out):
+    with pytest.raises(ConfigError), RunLock(config.out / "new" / "run"):
         raise ConfigError("batch_size: wanted a multiple of 2, got 7")
     assert not config.out.exists()
     config.out.mkdir()

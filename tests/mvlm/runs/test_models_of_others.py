@@ -16,7 +16,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import check_sizes, stored_sizes
 from mvlm.runs.checkpoint import read_folder_shapes, read_tensors
-from mvlm.runs.load import load_model
+from mvlm.runs.load import load_without_head
 from support.folders import checkpoint_contents
 from support.forgery import change_tensors, sign
 from support.models import micro_config
@@ -45,7 +45,7 @@ def weights_file(folder: Path) -> Path:
     return folder / (SHARD if (folder / SHARD).is_file() else "model.safetensors")
 
 
-def refuse(folder: Path, *words: str, load: Callable[[Path], object] = load_model) -> str:
+def refuse(folder: Path, *words: str, load: Callable[[Path], object] = load_without_head) -> str:
     """Sign the folder and check that its model is refused in one line, which has the words and the path once."""
     if (folder / "manifest.json").is_file():
         sign(folder)
@@ -181,7 +181,7 @@ def test_weights_of_other_floats_are_loaded_as_they_are(copy, form, kind):
     wanted = load_file(weights_file(folder))
     if form == "checkpoint":
         sign(folder)
-    found = load_model(folder, "cpu").network.state_dict()
+    found = load_without_head(folder, "cpu").network.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in found.items())
 
@@ -284,18 +284,46 @@ def test_a_tokenizer_with_other_tokens_than_the_models_is_refused(copy, form, na
 
 
 @pytest.mark.parametrize("name", ["model.json", SHARD])
-def test_a_link_is_followed_where_the_contents_are_those_of_the_manifest(copy, tmp_path, name):
-    """As caches of files make them. Another file, or none that ends, is refused by its hash or its kind."""
+def test_links_stay_in_the_folder_or_in_its_cache(copy, tmp_path, monkeypatch, name):
+    """Files of a snapshot in the hub's cache are links into its blobs. Elsewhere the user has to ask for it."""
     folder = copy("checkpoint")
     before = checkpoint_contents(folder)
-    (folder / name).rename(tmp_path / "store")
-    (folder / name).symlink_to(tmp_path / "store")
-    assert load_model(folder, "cpu").sha256
+    for place in ("blobs", "store"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "contents").write_bytes((folder / name).read_bytes())
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "store/contents")
+    with pytest.raises(RunError, match=f"{name}: wanted a file in"):
+        load_without_head(folder, "cpu")
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
+    assert load_without_head(folder, "cpu").sha256
     assert checkpoint_contents(folder) == before
     (tmp_path / "other").write_text("secret")
     for target, word in (("other", "damaged"), ("/dev/zero", "missing"), ("none", "missing")):
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / target)
         with pytest.raises(RunError, match=f"{name}: {word}") as caught:
-            load_model(folder)
+            load_without_head(folder)
         assert "secret" not in str(caught.value)
+    monkeypatch.delenv("MVLM_FOLLOW_LINKS")
+    snapshot = tmp_path / "snapshots/revision"
+    snapshot.parent.mkdir()
+    folder.rename(snapshot)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(tmp_path / "blobs/contents")
+    assert load_without_head(snapshot, "cpu").sha256
+
+
+def test_a_linked_folder_of_weights_is_refused(copy, tmp_path, monkeypatch):
+    """DCP's reader takes every file of a folder, of which the manifest may not know."""
+    folder = copy("checkpoint")
+    (folder / "model").rename(tmp_path / "model")
+    (folder / "model").symlink_to(tmp_path / "model")
+    monkeypatch.setenv("MVLM_FOLLOW_LINKS", "1")
+    for inside in (tmp_path / "model", folder / "inside"):
+        if not inside.exists():
+            shutil.copytree(tmp_path / "model", inside)
+        (folder / "model").unlink()
+        (folder / "model").symlink_to(inside)
+        with pytest.raises(RunError, match="not in the manifest"):
+            load_without_head(folder)

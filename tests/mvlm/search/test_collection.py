@@ -35,7 +35,7 @@ def test_captions_of_a_folder_are_lines_as_in_a_data_set(pictures):
         (pictures / "3.json").write_bytes(b'\xef\xbb\xbf{"number": 3}')
         found = open_collection(pictures)
         assert isinstance(found, FolderCollection)
-        (item,) = [item for item in map(found.item, range(10)) if item.id == "3.png"]
+        (item,) = [item for item in (found.item(i, b"") for i in range(10)) if item.id == "3.png"]
         assert (item.captions, item.metadata) == (captions, {"number": 3})
 
 

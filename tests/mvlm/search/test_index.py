@@ -204,8 +204,8 @@ def test_places_and_embeddings_that_cannot_be_used_are_refused(index, embedded, 
     place = str(tmp_path / "place")
     for call, error, words in (
         (lambda: index.add(tmp_path / "other"), RunError, "wanted embeddings of the model"),
-        (lambda: create_index(tmp_path / "new", place), RunError, "format version 1, found 99"),
-        (lambda: create_index(tmp_path / "damaged", place), RunError, "embedding.json: wanted a description"),
+        (lambda: create_index(tmp_path / "new", place), RunError, "format version 2, found 99"),
+        (lambda: create_index(tmp_path / "damaged", place), RunError, "embedding.json: wanted the description"),
         (lambda: create_index(tmp_path / "none", place), RunError, "wanted a folder that `mvlm embed` wrote"),
         (lambda: create_index(embedded, place, "hnsw"), ConfigError, "method: wanted auto, flat or ivf"),
         (lambda: create_index(embedded, index.location), RunError, "wanted a new place for the index"),
@@ -223,13 +223,13 @@ def test_an_index_that_is_damaged_is_refused(embedded, tmp_path):
     create_index(embedded, str(tmp_path / "index"))
     shutil.copytree(tmp_path / "index", tmp_path / "no-images")
     shutil.rmtree(tmp_path / "no-images/images.lance")
-    with pytest.raises(RunError, match="wanted the images of the index, could not read them"):
+    with pytest.raises(RunError, match="wanted the images of the index, could not be read"):
         open_index(str(tmp_path / "no-images")).count("images")
     good = open_index(str(tmp_path / "index")).about
     for value in ("{", "[1]", '{"format_version": 1}', json.dumps(good | {"format_version": 99}), None):
         columns = {"json": pa.array([value] * (value is not None), pa.string())}
         lancedb.connect(tmp_path / "index").create_table("about", pa.table(columns), mode="overwrite")
-        with pytest.raises(RunError, match=r"wanted the description of an index|format version 1, found 99"):
+        with pytest.raises(RunError, match=r"wanted the description of an index|format version 2, found 99"):
             open_index(str(tmp_path / "index"))
 
 

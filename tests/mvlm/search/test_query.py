@@ -82,3 +82,24 @@ def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pi
     (pictures / "6.png").unlink()
     with pytest.raises(RunError, match=r"6.png: wanted the image that was embedded, found none"):
         search(model, folder, "red", rerank=10)
+
+
+def test_an_index_of_others_shows_no_other_image(model, pictures, tmp_path):
+    """It names any folder, and any path: an absolute one, one above, a link, or another image of the same name."""
+    embed(model, open_collection(pictures), tmp_path / "embedded", ALONE)
+    index = create_index(tmp_path / "embedded", str(tmp_path / "index"))
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "0.png").write_bytes(png(scene(20)[0]))
+    (pictures / "link.png").symlink_to(private / "0.png")
+    hit = index.search(model.embed_texts("red")[0].numpy(), top=1)[0]
+    assert ImageReader(index).read(hit) == (pictures / hit.id).read_bytes()
+    for id in ("../private/0.png", str(private / "0.png"), "deep/../../private/0.png", "link.png"):
+        with pytest.raises(RunError):
+            ImageReader(index).read(hit._replace(id=id))
+    index.sources[0]["path"] = str(private)
+    with pytest.raises(RunError, match="found another"):
+        ImageReader(index).read(hit._replace(id="0.png"))
+    index.sources[0]["path"] = "http://127.0.0.1:1/pictures"
+    with pytest.raises(RunError, match="--source"):
+        ImageReader(index).read(hit)

@@ -14,7 +14,6 @@ import pytest
 from mvlm import cli
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
-from mvlm.runs.load import load_model
 from mvlm.studies import run as studies
 from mvlm.studies.page import MEASURES
 from mvlm.studies.run import plan_trials, report_finished, run_study
@@ -22,6 +21,7 @@ from mvlm.studies.study import Study, read_study
 from mvlm.studies.trial import read_result, run_trial, take_result
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset, tokenizer_for
 from support.models import MICRO
@@ -191,7 +191,7 @@ def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, m
         ({"arms": {"base": {"clip_norm": 0.5}}}, copy, {}, RunError, "found one with another clip_norm"),
         ({"rerank": 4}, copy, {}, RunError, "found one with another rerank"),
         ({"arms": {"base": {"fraction": 0.5}}}, copy, {}, RunError, "found one with another samples"),
-        ({}, broken, {}, RunError, "wanted the result of a trial, got KeyError"),
+        ({}, broken, {}, RunError, "wanted the result of a trial, found object missing"),
         ({}, other, {}, RunError, "that of a study, found dataset"),
         ({}, tmp_path / "new", {"reuse": [finished / "study.csv"]}, RunError, "study.csv: wanted results of trials"),
         ({}, tmp_path / "new", {"checkpoint": trained}, ConfigError, "set initial_model in its settings"),

@@ -8,13 +8,13 @@ import pytest
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.load import load_model
 from mvlm.studies import trial as trials
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
 from mvlm.studies.trial import run_trial
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import load_model
 from mvlm_dataloading import DataError, open_dataset
 
 

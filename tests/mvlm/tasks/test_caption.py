@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm.tasks.caption import Captioning, Writer
 from mvlm.tasks.score import score, write_predictions
 from mvlm.tasks.task import TaskOptions
@@ -64,7 +65,9 @@ def written(model, tokenizer, image, length: int, iterations: int) -> tuple[list
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, iterations):
     images = micro_batch()[0].images[:3]
-    writer = Writer(model, model.encode_image(images), torch.tensor(OF), torch.tensor(LENGTHS), tokenizer, plan)
+    writer = Writer(
+        model, model.encode_image(images), torch.tensor(OF), torch.tensor(LENGTHS), tokenizer, IMPLEMENTATIONS[plan]
+    )
     writer.write(iterations)
     likelihoods, odds = writer.mean_log_probability().tolist(), writer.match().tolist()
     for row, (of, length) in enumerate(zip(OF, LENGTHS, strict=True)):
@@ -87,20 +90,22 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by
     task.set_tokenizer(tokenizer)
     task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     batch, _ = micro_batch()
-    found = task.predict(batch, "fast")
+    found = task.predict(batch, IMPLEMENTATIONS["fast"])
     v = task.model.encode_image(batch.images)
     for row, record in enumerate(found):
         lengths = np.argsort(-task.head(v[row, 0]).numpy())[:3] + 1
-        writer = Writer(task.model, v, torch.tensor([row] * 3), torch.from_numpy(lengths), tokenizer, "plain")
+        writer = Writer(
+            task.model, v, torch.tensor([row] * 3), torch.from_numpy(lengths), tokenizer, IMPLEMENTATIONS["plain"]
+        )
         writer.write(2)
         best = int((writer.match() if choose_by == "itm" else writer.mean_log_probability()).argmax())
         assert record == {"caption": tokenizer.decode(writer.words[best, : lengths[best]].tolist())}
     if choose_by == "likelihood":  # ITM's head, which fine-tuning does not train, has no say
         task.model.matching_head.weight.neg_()
-        assert task.predict(batch, "fast") == found
+        assert task.predict(batch, IMPLEMENTATIONS["fast"]) == found
     # The captions of the batch are not read.
     other = replace(batch, tokens=torch.where(batch.tokens > 4, 5, batch.tokens))
-    assert task.predict(other, "fast") == found
+    assert task.predict(other, IMPLEMENTATIONS["fast"]) == found
 
 
 def test_the_loss_is_the_mean_over_captions(model):
@@ -109,7 +114,7 @@ def test_the_loss_is_the_mean_over_captions(model):
     with torch.no_grad():
         task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     batch, masks = micro_batch()
-    found = task.losses_of_step(batch, masks, [], "fast")
+    found = task.losses_of_step(batch, masks, [], IMPLEMENTATIONS["fast"])
     wanted = 0.0
     for row in range(5):
         start, stop = batch.cu_seqlens[row : row + 2].tolist()

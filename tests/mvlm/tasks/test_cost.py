@@ -7,8 +7,9 @@ import torch
 
 from mvlm.costs.cluster_plan import ClusterSetting
 from mvlm.costs.flops import counter
+from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm.tasks.cost import task_step_cost
-from mvlm.tasks.evaluate import find_task
+from mvlm.tasks.load import find_task
 from mvlm.tasks.task import Task, TaskOptions
 from support.commands import assert_refused
 from support.models import micro_batch, micro_config, micro_model
@@ -32,7 +33,7 @@ def real_flops(task: str, lengths: tuple[int, ...], plan: str = "fast") -> int:
     if task == "pairs":
         batch = replace(batch, images=batch.images.repeat(1, 1, 1, 2))
     with counter() as flops:
-        model.losses_of_step(batch, masks, find_task(task).example(4)[1], plan).total.backward()
+        model.losses_of_step(batch, masks, find_task(task).example(4)[1], IMPLEMENTATIONS[plan]).total.backward()
     return flops.get_total_flops()
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm.errors import RunError
 from mvlm.inference.encode import eval_loader
+from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm.runs.folder import read_metrics
-from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import evaluate_task, find_task, join_records, load_task, share
+from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import find_task, load_model, load_task
 from mvlm.tasks.task import Task, TaskOptions
 from mvlm.training.run import pretrain
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer, ViewOptions, make_view, open_dataset
@@ -75,7 +75,7 @@ def accuracy_of_shuffled_images(task: Task, dataset: Dataset, tokenizer: Tokeniz
     batch, _ = next(iter(eval_loader(dataset, task.model, tokenizer, **task.loader_options())))
     found = []
     for k in range(1, len(dataset)):
-        records = task.predict(replace(batch, images=batch.images.roll(k, 0)), "fast")
+        records = task.predict(replace(batch, images=batch.images.roll(k, 0)), IMPLEMENTATIONS["fast"])
         found.append(task.score(records, dataset)["accuracy"])
     return sum(found) / len(found)
 
@@ -113,12 +113,13 @@ def step(task: Task, dataset: Dataset, plan: str, shared: bool) -> tuple[list[fl
         assert len(batch.cu_seqlens) - 1 < len(batch.sample_id)
     targets = [x[batch.sample_id] for x in task.targets(dataset)]
     task.zero_grad()
-    losses = task.losses_of_step(batch, masks, [x.double() if x.is_floating_point() else x for x in targets], plan)
+    targets = [x.double() if x.is_floating_point() else x for x in targets]
+    losses = task.losses_of_step(batch, masks, targets, IMPLEMENTATIONS[plan])
     losses.total.backward()
     gradients = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in gradients.values())  # DDP waits for each
     with torch.no_grad():
-        return [x.item() for x in losses[:2]], gradients, task.predict(batch, plan)  # pyright: ignore[reportReturnType]
+        return [x.item() for x in losses[:2]], gradients, task.predict(batch, IMPLEMENTATIONS[plan])  # pyright: ignore[reportReturnType]
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
@@ -282,12 +283,3 @@ def test_data_of_another_task_are_refused_before_anything_is_written_or_predicte
     kind.check_split(open_dataset(data[task], "test"), state)
     with pytest.raises(DataError):
         kind.check_split(open_dataset(data[other], "test"), state)
-
-
-def test_records_of_ranks_are_joined_by_id():
-    parts = [[{"sample": i} for i in range(*share(150, rank, 3))] for rank in range(3)]
-    assert [len(part) for part in parts] == [64, 64, 22]
-    assert [record["sample"] for record in join_records(parts[::-1], 150)] == list(range(150))
-    for wrong in (parts[:2], [*parts, [{"sample": 3}]], [*parts[:2], parts[0]]):
-        with pytest.raises(RunError, match="150 samples"):
-            join_records(wrong, 150)

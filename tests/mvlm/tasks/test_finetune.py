@@ -14,9 +14,10 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.runs.checkpoint import read_folder_shapes, read_state, sha256
 from mvlm.runs.folder import find_checkpoint, read_metrics
-from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import evaluate_task, load_task
+from mvlm.runs.load import load_without_head
+from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import architecture_of, build_trainer, finetune, open_inputs
+from mvlm.tasks.load import load_task
 from mvlm.tasks.score import score
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.folders import reproducible_rows
@@ -85,7 +86,7 @@ def test_a_run_with_settings_of_another_size_or_weights_that_are_not_finite_is_r
     for name, value in (("image_layers", 10**6), ("vocab_size", 10**9)):  # refused before a network is made
         (newest / "model.json").write_text(json.dumps(settings | {name: value}))
         sign(newest)
-        for load in (load_task, load_model):
+        for load in (load_task, load_without_head):
             with pytest.raises(RunError, match=rf"model\.json: .*{name} "):
                 load(out)
         with pytest.raises(RunError, match="gone"):  # the pretrained model is asked for, as without checkpoints
@@ -107,7 +108,7 @@ def test_frozen_weights_stay(trained, questions, tuned, tmp_path, frozen):
     run = tuned if frozen == "none" else tmp_path / "run"
     if frozen != "none":
         finetune(configured(trained, questions, run, **(FROZEN if frozen == "encoders" else ALL_FROZEN)))
-    before, (after, _) = load_model(trained).network.state_dict(), load_task(run)
+    before, (after, _) = load_without_head(trained).network.state_dict(), load_task(run)
     moved = {name.split(".")[0] for name, x in after.model.state_dict().items() if not torch.equal(x, before[name])}
     cross = {"image_cross", "text_cross"}
     wanted = {"none": {"image_encoder", "text_encoder"} | cross, "encoders": cross, "all": set()}
@@ -133,7 +134,7 @@ def test_adapters_of_a_task_are_saved_alone_resumed_and_merged(trained, request,
     finetune(configured(*places, tmp_path / "copy", resume=True, **settings))
     one, other = (load_task(tmp_path / name)[0].state_dict() for name in ("run", "copy"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    before, after = load_model(trained).network.state_dict(), load_model(tmp_path / "run").network.state_dict()
+    before, after = (load_without_head(path).network.state_dict() for path in (trained, tmp_path / "run"))
     assert all(torch.equal(tensor, one[f"model.{name}"]) for name, tensor in after.items())
     moved = {name.split(".")[0] for name, x in after.items() if not torch.equal(x, before[name])}
     projections = (
@@ -142,7 +143,7 @@ def test_adapters_of_a_task_are_saved_alone_resumed_and_merged(trained, request,
     assert moved == {"text_encoder", "image_cross", "text_cross"} | projections
     shapes = read_folder_shapes(find_checkpoint(tmp_path / "run") / "model")
     assert not [name for name in shapes if "original" in name or "image_encoder" in name or "decoder" in name]
-    assert all(p.requires_grad for p in load_model(tmp_path / "run").network.parameters())
+    assert all(p.requires_grad for p in load_without_head(tmp_path / "run").network.parameters())
 
 
 def unanswered(folder: Path, data: Path, splits: dict[str, str]) -> Path:
@@ -219,7 +220,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
 
 
 def test_a_folder_with_another_run_or_without_a_head_is_refused(trained, run_copy, tuned_copy, questions, tmp_path):
-    load_model(tuned_copy, "cpu").save(tmp_path / "model")
+    load_without_head(tuned_copy, "cpu").save(tmp_path / "model")
     for folder, word in ((trained, "pretraining run"), (tmp_path / "model", "exported folder")):
         with pytest.raises(RunError, match=word):
             load_task(folder)

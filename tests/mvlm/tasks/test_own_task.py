@@ -16,8 +16,8 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.report.page import write_report
 from mvlm.runs.folder import find_checkpoint
 from mvlm.tasks import task_names
-from mvlm.tasks.evaluate import find_task, load_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import find_task, load_task
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.questions import finetune_config as configured
@@ -95,6 +95,29 @@ def test_the_example_is_trained_and_evaluated_by_its_file_and_by_its_name(
     lines = [json.loads(line) for line in (run / "predictions").read_text().splitlines()]
     assert lines == [{"id": r["sample"], "count": r["count"]} for r in by_name["records"]]
     assert "accuracy" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_options_of_predictions_become_flags_of_its_evaluation(trained, counts, tmp_path, run_mvlm):
+    """Ones that its file states, in the types and ranges of `TaskOptions`."""
+    stated = '    prediction_options: ClassVar = {"lengths": "Number of guesses.", "choose_by": "Judge."}\n'
+    guess = "round(number) + self.options.lengths"
+    file = tmp_path / "own.py"
+    text = EXAMPLE.read_text().replace('    main = "accuracy"\n', '    main = "accuracy"\n' + stated)
+    file.write_text(text.replace("import Any", "import Any, ClassVar").replace("round(number)}", f"{guess}}}"))
+    finetune(configured(trained, counts, tmp_path / "run", str(file), lengths=3))
+    assert any("Number of guesses. Default: the run's." in line for line in run_mvlm("eval", file, "--help").out)
+    words = "eval", file, "--checkpoint", tmp_path / "run", "--data", counts, "--device", "cpu"
+    sums = []
+    for flags in ((), ("--lengths", 5)):
+        assert run_mvlm(*words, "--out", tmp_path / "out.json", *flags).code == 0
+        records = json.loads((tmp_path / "out.json").read_text())["records"]
+        sums.append(sum(record["count"] for record in records))
+    assert sums[1] - sums[0] == 2 * len(records)
+    for flags in (("--lengths", 0), ("--lengths", "many"), ("--choose-by", "nobody"), ("--iterations", 2)):
+        assert_refused(run_mvlm(*words, *flags), flags[0].strip("-"))
+    file.write_text(text.replace('"Judge."', "about()"))
+    assert_refused(run_mvlm(*words), "prediction_options as a dict of literals")
 
 
 def test_the_example_bootstraps_over_images_and_has_a_baseline(tmp_path):

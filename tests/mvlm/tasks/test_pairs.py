@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mvlm.inference.encode import eval_loader
-from mvlm.runs.load import load_model
+from mvlm.model.maskvlm import IMPLEMENTATIONS
+from mvlm.tasks.load import load_model
 from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import DataError, open_dataset
@@ -34,12 +35,12 @@ def test_features_are_those_of_each_image_in_order(trained, data, plan):
     model, tokenizer = loaded.network, loaded.tokenizer
     task = Pairs(model.eval(), TaskOptions(), STATE)
     batch, _ = next(iter(eval_loader(open_dataset(data, "train"), model, tokenizer, **task.loader_options())))
-    features = task.fuse(batch, plan, images=2)
+    features = task.fuse(batch, IMPLEMENTATIONS[plan], images=2)
     left, right = batch.images.chunk(2, dim=3)
-    alone = [task.fuse(dataclasses.replace(batch, images=images), plan) for images in (left, right)]
+    alone = [task.fuse(dataclasses.replace(batch, images=images), IMPLEMENTATIONS[plan]) for images in (left, right)]
     torch.testing.assert_close(features, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
-    swapped = task.fuse(dataclasses.replace(batch, images=torch.cat([right, left], 3)), plan, images=2)
+    swapped = task.fuse(dataclasses.replace(batch, images=torch.cat([right, left], 3)), IMPLEMENTATIONS[plan], images=2)
     torch.testing.assert_close(swapped, torch.cat(alone[::-1], 1), rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 import mvlm
 from mvlm import ConfigError, RunError
-from mvlm.tasks.evaluate import predict_split
+from mvlm.evaluation.workspace import Workspace
+from mvlm.model.maskvlm import IMPLEMENTATIONS
 from mvlm.tasks.finetune import finetune
 from mvlm_dataloading import open_dataset
 from support.questions import WRITERS, finetune_config
@@ -76,11 +77,11 @@ def halves(folder: Path, data: Path) -> list[list[Path]]:
     return found
 
 
-def spread_answers(task: Any, dataset: Any, tokenizer: Any) -> None:
+def spread_answers(task: Any, dataset: Any) -> None:
     """Take the mean logits from the bias of the head, so that samples differ in their likeliest answer."""
     found = []
     hook = task.head.register_forward_hook(lambda module, inputs, output: found.append(output))
-    predict_split(task, dataset, tokenizer, "fp32")
+    task.evaluate(dataset, "fp32", IMPLEMENTATIONS["fast"], Workspace())
     hook.remove()
     task.head.answers.bias -= torch.cat(found).mean(0)
 
@@ -97,9 +98,8 @@ def test_files_get_the_predictions_of_their_data_set(tuned, asked, tmp_path, for
         for parameter in task.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         if form not in ("masked", "caption"):
-            spread_answers(task, dataset, model.tokenizer)
-    records = predict_split(task, dataset, model.tokenizer, "fp32")
-    assert records is not None
+            spread_answers(task, dataset)
+    _, records = task.evaluate(dataset, "fp32", IMPLEMENTATIONS["fast"], Workspace())
     wanted = [{key: value for key, value in record.items() if key != "sample"} for record in records]
     assert len({str(record) for record in wanted}) > 1 or form == "masked"
     folder = tmp_path / "images"

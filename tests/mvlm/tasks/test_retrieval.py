@@ -12,9 +12,8 @@ from mvlm.errors import ConfigError
 from mvlm.inference.encode import eval_loader
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.folder import read_metrics
-from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import load_task
 from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import load_model, load_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import open_dataset
@@ -55,7 +54,7 @@ def test_the_loss_is_that_of_shared_right_answers(trained, tmp_path):
     task, world = Retrieval(model.network, TaskOptions(), {}), World(0, 1, 0, torch.device("cpu"))
     config = configured(trained, data, tmp_path / "run", "retrieval")
     batch = next(iter(eval_loader(split, model.network, model.tokenizer)))
-    found = task.backward(parallelize(task, world), [batch], world, config, 0)
+    found = task.backward(parallelize(task, world), [batch], [], world, config, 0)
     logits = (model.embed_images(split) @ model.embed_texts(split).T).double() * model.network.log_scale.exp().item()
     shared, alone = 0.0, 0.0
     for table in (logits, logits.T):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mvlm.errors import RunError
-from mvlm.runs.load import load_model
+from mvlm.model.maskvlm import IMPLEMENTATIONS
+from mvlm.tasks.load import load_model
 from mvlm.tasks.task import TaskOptions
 from mvlm.tasks.vqa import (
     AnswerTable,
@@ -163,9 +164,9 @@ def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, c
     batch = shared(batch) if share else batch
     masks = table.masks
     weights = torch.rand(len(OF), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x = mask_features(model, batch, masks, plan)
+    x = mask_features(model, batch, masks, IMPLEMENTATIONS[plan])
     assert x.shape == (len(batch.sample_id), masks, model.config.width)
-    loss, accuracy, counted = answers_loss(model, x, table, IDS, OF, weights, plan)
+    loss, accuracy, counted = answers_loss(model, x, table, IDS, OF, weights, IMPLEMENTATIONS[plan])
     wanted, right, number = 0.0, 0, 0
     for answer, of, weight in zip(IDS.tolist(), OF.tolist(), weights.tolist(), strict=True):
         tokens = tokenizer.encode([ANSWERS[answer]], model.config.text_length)[0].tolist()[1:]  # [SEP] included
@@ -176,7 +177,7 @@ def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, c
     assert loss.item() == pytest.approx(wanted, rel=1e-9)
     assert (accuracy.item(), counted) == (pytest.approx(right / number), number)
     none = torch.empty(0, dtype=torch.int64)  # a batch without a listed answer
-    loss, accuracy, counted = answers_loss(model, x, table, none, none, weights[:0], plan)
+    loss, accuracy, counted = answers_loss(model, x, table, none, none, weights[:0], IMPLEMENTATIONS[plan])
     assert (loss.item(), accuracy.item(), counted) == (0, 0, 0)
 
 
@@ -185,7 +186,7 @@ def test_the_loss_is_that_of_one_text_at_a_time(parts, tokenizer, plan, share, c
 def test_the_likeliest_answer_of_the_list_is_chosen(parts, tokenizer, monkeypatch):
     model, batch, table = parts
     masks = table.masks
-    x = mask_features(model, batch, masks, "fast")
+    x = mask_features(model, batch, masks, IMPLEMENTATIONS["fast"])
     encoded = [tokenizer.encode([answer], model.config.text_length)[0].tolist()[1:] for answer in ANSWERS]
     wanted = []
     for sample in range(len(batch.sample_id)):

@@ -13,7 +13,9 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.objectives.losses import Losses
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
-from support.models import ALONE, pretrain_config
+from mvlm_dataloading import Batch, Masks
+from mvlm_kernels.gelu_linear.room import save
+from support.models import ALONE, micro_batch, pretrain_config
 
 
 class Recorder:
@@ -70,6 +72,25 @@ def test_a_trainer_that_replays_its_steps_or_may_capture_none_trains_as_an_eager
     for p, *others in zip(*weights, strict=True):
         assert all(torch.equal(p, q) for q in others)
     assert "operation not permitted when stream is capturing" in caplog.text
+
+
+def test_steps_save_no_gelu():
+    """A graph would hold it for good."""
+    saved: list[bool] = []
+
+    def step(batch: Batch, masks: Masks, number: torch.Tensor) -> Losses:
+        saved.append(save(torch.ones(1))[0])
+        return Losses(*torch.zeros(8))
+
+    model = torch.nn.Linear(1, 1)
+    recorder = Recorder(model)
+    graphs = CudaGraphs(step, model.parameters(), recorder)
+    batch, masks = micro_batch()
+    for _ in range(3):
+        graphs.run(batch, masks, torch.zeros((), dtype=torch.int64))
+    assert recorder.replays
+    assert not any(saved)
+    assert save(torch.ones(1))[0]
 
 
 def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):

@@ -28,8 +28,10 @@ def faults_a_step():
         step()
     return (faults() - before) / 5
 
-# Some systems give large pages to all memory. The first figure is of small ones.
-PR_SET_THP_DISABLE = 41
+# Some systems give large pages to all memory. The first figure is of small ones. What imports have freed may have
+# raised the size from which glibc gives memory back at once; it is that of a new process again.
+PR_SET_THP_DISABLE, M_MMAP_THRESHOLD = 41, -3
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 prctl = ctypes.CDLL(None).prctl
 assert prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
 print(faults_a_step())

@@ -11,7 +11,7 @@ import torch
 
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, SkippedUpdates, finite_on_all_ranks
 from mvlm.training.run import pretrain
 from support.folders import checkpoint_contents, rows_of
@@ -21,8 +21,7 @@ from support.models import ALONE, pretrain_config
 def test_a_figure_that_is_not_finite_is_null() -> None:
     """An evaluation of weights that overflow in the forward pass, just when updates are skipped."""
     rows: list[dict[str, Any]] = []
-    sinks: Any = SimpleNamespace(seconds=0.0, log=rows.append)
-    logger = MetricsLogger(pretrain_config(Path(), Path()), ALONE, sinks, lambda buffer: 0)
+    logger = MetricsLogger(pretrain_config(Path(), Path()), ALONE, lambda buffer: 0, rows.append)
     read = [{"total": 1.0, "good": 1.0, "itc": math.inf}]
     buffer: Any = SimpleNamespace(steps=[1], waited=0.0, tokens=20, send=lambda: None, read=lambda: read)
     logger.end_row(buffer, 0, {"masked_nats": math.nan, "tr_r1": 5.0, "ir_r1": math.inf, "gain_text_nats": math.nan})

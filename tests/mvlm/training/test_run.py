@@ -12,7 +12,7 @@ import torch
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.runs.checkpoint_writer import CheckpointWriter
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.training import trainer as train
 from mvlm.training.run import build_trainer, do_run, make_loader, open_inputs, pretrain
 from mvlm.training.trainer import Trainer

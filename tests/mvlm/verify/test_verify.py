@@ -133,7 +133,7 @@ def test_a_run_without_itm_whose_evaluation_re_ranks_nothing(scenes, tmp_path, p
 @pytest.mark.slow
 def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
     """Of a run of another kind of machine nothing can be said: its bits would be others. Hashes are compared before."""
-    assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted the folder of a finished run, found no such folder")
+    assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted a run folder, found no such folder")
     assert_refused(run_mvlm("verify", run, "--data", tmp_path / "gone"), "gone: wanted a data folder")
     assert_refused(run_mvlm("verify", run, "--steps", -1), "steps: wanted at least 0, got -1")
     file, figures = run / "eval/test.json", json.loads((run / "eval/test.json").read_text())

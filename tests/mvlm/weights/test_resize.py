@@ -7,7 +7,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from mvlm.errors import ConfigError
 from mvlm.inference.encode import text_features
 from mvlm.model.encoders import resize_positions
-from mvlm.runs.load import load_model
+from mvlm.tasks.load import load_model
 from mvlm.weights.resize import resized_config, resized_model
 from support.models import micro_config, micro_model
 

@@ -9,7 +9,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from unittest.mock import patch
 
-from mvlm_dataloading.build.image_check import ImageDecoder
+from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.sources.record import Record
 
 DEADLY = b"deadly"

@@ -1,7 +1,12 @@
-"""Runs that start from pretrained encoders."""
+"""Runs that start from a trained model, or from pretrained encoders."""
 
+import gc
 import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
+from mvlm.model.network import MaskVLMNetwork
 from mvlm.runs.folder import find_checkpoint, read_metrics
-from mvlm.runs.load import load_model
-from mvlm.training.run import make_model, pretrain
+from mvlm.tasks.finetune import finetune
+from mvlm.tasks.load import load_model
+from mvlm.training.run import build_run, build_trainer, open_inputs, pretrain
 from mvlm.verify.verify import verify_run
 from mvlm.weights import export_timm_vit
+from mvlm.weights.start import make_model
 from mvlm_dataloading import DataError, open_dataset
 from support.commands import assert_refused
 from support.encoders import hf_text, timm_vit
 from support.folders import checkpoint_contents
-from support.models import micro_config, pretrain_config
+from support.models import ALONE, micro_config, pretrain_config
+from support.questions import finetune_config
 from support.scenes import write_scenes
 from support.text_towers import tower_config, write_text_tower
 from support.towers import timm_module
@@ -92,7 +101,7 @@ def test_a_run_with_an_image_tower_is_verified_continued_and_exported(scenes, tm
     again = make_model(pretrain_config(**own, model=network.config), fresh=True)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
     with pytest.raises(ConfigError, match="image_tower"):
-        make_model(pretrain_config(**own, model=replace(network.config, image_tower="")), fresh=True)
+        pretrain(pretrain_config(**own, model=replace(network.config, image_tower="")))
 
 
 @pytest.mark.slow
@@ -163,7 +172,7 @@ def test_positions_behind_the_image_encoder_can_be_added_and_not_silently_lost(t
     load_model(trained).tokenizer.save(tmp_path / "placed/tokenizer.json")
     lost = pretrain_config(scenes, tmp_path / "run", initial_model=tmp_path / "placed")
     with pytest.raises(ConfigError, match=r"output-positions"):
-        make_model(lost, fresh=True)
+        pretrain(lost)
 
 
 def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, scenes, tmp_path):
@@ -177,15 +186,71 @@ def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, sce
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
     wider = replace(new, width=32)
     with pytest.raises(RunError, match="wanted the tensors of this model's architecture, found others"):
-        make_model(pretrain_config(scenes, tmp_path / "run", model=wider, initial_model=trained), fresh=True)
+        pretrain(pretrain_config(scenes, tmp_path / "run", model=wider, initial_model=trained))
 
 
 @pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])
 def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, scenes, tmp_path, change):
+    """Before a network is built, and before there is a folder."""
     model = replace(load_model(trained).network.config, **change)
-    config = pretrain_config(scenes, tmp_path / "run", model=model, initial_model=trained)
-    with pytest.raises(ConfigError, match=f"was trained with {next(iter(change))} .*; use the same"):
-        make_model(config, fresh=True)
+    config = pretrain_config(scenes, tmp_path / "new/run", model=model, initial_model=trained)
+    with (
+        networks_built() as built,
+        pytest.raises(ConfigError, match=f"was trained with {next(iter(change))} .*; use the same"),
+    ):
+        pretrain(config)
+    assert not built
+    assert not (tmp_path / "new").exists()
+
+
+@contextmanager
+def networks_built() -> Iterator[list[weakref.ref[MaskVLMNetwork]]]:
+    """Context with a list that gets a reference to each network that is built in it, but for those on `meta`."""
+    built: list[weakref.ref[MaskVLMNetwork]] = []
+
+    def see(module: torch.nn.Module, name: str, _: object) -> None:
+        meta = torch.get_default_device().type == "meta"
+        if isinstance(module, MaskVLMNetwork) and name == "image_encoder" and not meta:
+            built.append(weakref.ref(module))
+
+    handle = torch.nn.modules.module.register_module_module_registration_hook(see)
+    try:
+        yield built
+    finally:
+        handle.remove()
+
+
+STARTS: dict[str, tuple[dict[str, Any], int]] = {
+    "random": ({}, 1),
+    "encoder": ({"image_weights": Path("vit.safetensors")}, 1),
+    "model": ({"initial_model": Path("run")}, 2),
+    "larger": ({"initial_model": Path("run"), "model": micro_config(image_size=48)}, 2),
+    "adapters": ({"initial_model": Path("run"), "train_image": "lora"}, 2),
+    "kept": ({"initial_model": Path("run"), "keep_start": 1.0, "model": micro_config(text_length=14)}, 2),
+}
+"""Settings of a start, and the networks that it builds: the run's own, and the trained one."""
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_builds_its_network_once_and_frees_the_one_that_it_starts_from(run_copy, scenes, tmp_path, start):
+    settings, number = STARTS[start]
+    save_file({name: t.float() for name, t in timm_vit().state_dict().items()}, tmp_path / "vit.safetensors")
+    settings = {name: tmp_path / value if isinstance(value, Path) else value for name, value in settings.items()}
+    config = pretrain_config(scenes, tmp_path / "new", **settings)
+    with networks_built() as built, build_run(config, ALONE, open_inputs, build_trainer) as trainer:
+        trainer.loader.close()
+        gc.collect()
+        assert len(built) == number
+        assert [network() for network in built if network() is not None] == [trainer.model]
+        if trainer.reference is not None:  # equal at the first step, random positions of longer texts included
+            own, kept = trainer.model.state_dict(), trainer.reference.model.state_dict()
+            assert all(torch.equal(tensor, kept[name]) for name, tensor in own.items())
+
+
+def test_fine_tuning_builds_its_network_once(trained, questions, tmp_path):
+    with networks_built() as built:
+        finetune(finetune_config(trained, questions, tmp_path / "run"))
+    assert len(built) == 1
 
 
 def test_the_sigmoid_loss_starts_at_the_odds_of_a_match_in_a_batch(scenes, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import FINETUNE_RECIPES, finetune_defaults
 from mvlm.errors import ConfigError
 from mvlm.tasks import task_names
+from mvlm.tasks.recipes import FINETUNE_RECIPES, finetune_defaults
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -50,6 +50,16 @@ def test_steps_of_the_base_recipe_are_passes_over_the_published_split():
     for task, (samples, passes) in published.items():
         config = finetune_defaults(task, Path("model"), Path("data"), Path("run"), "base")
         assert config.max_steps * 256 == pytest.approx(samples * passes, rel=0.01)
+
+
+def test_a_task_of_the_users_states_its_settings_of_the_base_recipe(tmp_path):
+    """Its file is read and not run."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        'raise SystemExit\nclass Own:\n    name = "own"\n    recipe: ClassVar = {"flip": 0.25, "rerank": 7}\n'
+    )
+    tiny, base = (finetune_defaults(str(file), Path("m"), Path("d"), Path("r"), name) for name in FINETUNE_RECIPES)
+    assert (tiny.flip, base.flip, base.rerank, base.max_steps) == (0, 0.25, 7, 10_000)
 
 
 def test_an_unknown_recipe_is_refused():

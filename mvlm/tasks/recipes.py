@@ -5,26 +5,20 @@ from typing import Any
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError
+from mvlm.tasks import stated
 
 FINETUNE_RECIPES = ("tiny", "base")
 """Recipes of `mvlm finetune TASK`: for a `tiny` model on two CPU cores, and for one of the paper's size on GPUs."""
-
-# Steps are passes over the published training split in batches of 256; the paper is silent, so the passes are ALBEF's.
-# Flips are off where texts say left and right. RandAugment is off, because ALBEF leaves its colour operations out.
-_BASE: dict[str, dict[str, Any]] = {
-    "vqa": {"max_steps": 13_900, "min_count": 9},  # 8 passes over the 443,757 questions of VQA v2
-    "entailment": {"max_steps": 10_300, "flip": 0.5},  # 5 passes over the 529,527 hypotheses of SNLI-VE
-    # 10 passes over the 145,000 captions of Flickr30k
-    "retrieval": {"max_steps": 5_700, "flip": 0.5, "lr_cross": 1e-5, "rerank": 128},
-    "pairs": {"max_steps": 3_400},  # 10 passes over the 86,373 statements of NLVR2
-    "caption": {"max_steps": 11_100, "flip": 0.5, "lr_cross": 1e-5},  # 5 passes over the 566,747 captions of COCO
-}
 
 
 def finetune_defaults(task: str, checkpoint: Path, data: Path, out: Path, recipe: str = "tiny") -> FinetuneConfig:
     """Make a recipe of a task, for a pretrained model, shards in `data` and a run folder `out`.
 
-    A task of the user's has the settings that all tasks share. ConfigError for an unknown recipe.
+    A task's file states the settings of `base` that are its own. Steps are passes over the published training split in
+    batches of 256; the paper is silent, so the passes are ALBEF's. Flips are off where texts say left and right.
+    RandAugment is off, because ALBEF leaves its colour operations out.
+
+    ConfigError for an unknown recipe.
     """
     shared: dict[str, Any] = {"task": task, "checkpoint": checkpoint, "data": data, "out": out}
     shared |= {"lr_end": 0.0}
@@ -41,7 +35,7 @@ def finetune_defaults(task: str, checkpoint: Path, data: Path, out: Path, recipe
         )
     if recipe != "base":
         raise ConfigError(f"unknown recipe: wanted one of {', '.join(FINETUNE_RECIPES)}, got {recipe!r}")
-    values: dict[str, Any] = {"max_steps": 10_000, "lr_cross": 2e-5, **_BASE.get(task, {})}
+    values: dict[str, Any] = {"max_steps": 10_000, "lr_cross": 2e-5, **stated(task, "recipe")}
     return FinetuneConfig(
         warmup_steps=values["max_steps"] // 10,
         batch_size=256,

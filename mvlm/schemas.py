@@ -1,0 +1,197 @@
+"""Schemas of the JSON and Parquet files of mvlm: types, ranges and columns, checked before anything uses the content.
+
+`mvlm_dataloading.dataset.description` has that of dataset.json. A schema names what a reader relies on; further fields
+may be there.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import msgspec
+from msgspec import Meta
+
+from mvlm.errors import RunError
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Number = Annotated[float, Meta(ge=-1e100, le=1e100)]
+"""A number whose squares and sums are finite."""
+Text = Annotated[str, Meta(max_length=4096)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Width = Annotated[int, Meta(ge=1, le=2**16)]
+
+
+class RunSettings(TypedDict):
+    """config.json of a run. `mvlm.config.json_files` compares every setting with its own type and range."""
+
+    format_version: int
+    data: NotRequired[Text | None]
+    task: NotRequired[Text]
+    max_steps: NotRequired[Count]
+    log_every: NotRequired[Count]
+    checkpoint: NotRequired[Text | None]
+    initial_model: NotRequired[Text | None]
+    model: NotRequired[dict[str, Any] | None]
+
+
+class Manifest(TypedDict):
+    """manifest.json of a checkpoint."""
+
+    format_version: int
+    sha256: dict[Annotated[str, Meta(min_length=1, max_length=1024)], Sha256]
+    world_size: NotRequired[Annotated[int, Meta(ge=1, le=2**20)]]
+
+
+class Start(TypedDict):
+    """A trained model that a run started from."""
+
+    path: Text
+    sha256: Sha256
+
+
+class Adapters(TypedDict):
+    """Adapters of a run, and the model that they belong to."""
+
+    alpha: Annotated[float, Meta(gt=0, le=1e6)]
+    start: Start
+
+
+class RunState(TypedDict):
+    """state.json of a checkpoint."""
+
+    step: Count
+    loader: NotRequired[dict[str, Any]]
+    bad: NotRequired[dict[str, Count]]
+    best: NotRequired[Any]
+    adapters: NotRequired[Adapters | None]
+    task: NotRequired[dict[str, Any] | None]
+
+
+class MetricsRow(TypedDict):
+    """A row of metrics.jsonl. `MetricsValues` has its further fields."""
+
+    step: Count
+
+
+MetricsValues = dict[str, Number | bool | None]
+
+
+class Machine(TypedDict):
+    """Machine that trained a part of a run."""
+
+    device: Text
+    processor: Text
+    instructions: Text
+    cores: Count
+    threads: Count
+    ranks: Count
+
+
+class StartEvent(TypedDict):
+    """Line of history.jsonl: a process trains on after a step."""
+
+    event: Literal["start"]
+    step: Count
+    time: Text
+    commit: Text
+    precision: Text
+    data: dict[str, str]
+    machine: Machine
+    versions: dict[str, str | None]
+    log_every: NotRequired[Count]
+
+
+class SaveEvent(TypedDict):
+    """Line of history.jsonl: a checkpoint is saved."""
+
+    event: Literal["save"]
+    step: Count
+    manifest: Sha256
+    metrics_bytes: Count
+    metrics: Sha256
+
+
+class DataSource(TypedDict):
+    """A data set or a folder of images that was embedded."""
+
+    kind: Literal["data", "folder"]
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    splits: NotRequired[list[Annotated[str, Meta(min_length=1, max_length=100)]]]
+
+
+class Embedding(TypedDict):
+    """plan.json of an unfinished embedding."""
+
+    format_version: int
+    model: Sha256
+    width: Width
+    source: DataSource
+    fingerprint: str
+    items: Count
+    part: Count
+    device: NotRequired[Text]
+    precision: NotRequired[Text]
+
+
+class FinishedEmbedding(Embedding):
+    """embedding.json."""
+
+    checkpoint: Text
+    rejected: Count
+    images: Count
+    texts: Count
+
+
+class IndexAbout(TypedDict):
+    """Table `about` of a search index."""
+
+    format_version: int
+    model: Sha256
+    checkpoint: Text
+    width: Width
+    sources: Annotated[list[DataSource], Meta(max_length=10_000)]
+    partitions: dict[Literal["images", "texts"], Annotated[int, Meta(ge=0, le=2**20)]]
+
+
+class IndexRow(TypedDict):
+    """An answer of a search index, with its metadata parsed."""
+
+    id: Annotated[str, Meta(max_length=65536)]
+    split: Text
+    source: Annotated[int, Meta(ge=0, le=2**31)]
+    row: Count
+    image: NotRequired[Sha256]
+    vector: list[Number]
+    metadata: dict[str, Any]
+    text: NotRequired[str | None]
+
+
+class Result(TypedDict):
+    """Result of a trial of a study."""
+
+    settings: dict[str, Any]
+    format_version: NotRequired[int]
+    seed: NotRequired[int]
+
+
+def check(value: Any, schema: Any, where: Path | str, wanted: str) -> Any:
+    """Return the value, if it is as the schema says. RunError names the first field that is not.
+
+    Args:
+        where: file or place, for the error.
+        wanted: the noun phrase for the content, for the error.
+    """
+    try:
+        msgspec.convert(value, schema)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for half a letter of Unicode
+        what = " ".join(str(error).replace("`", "").split())
+        raise RunError(f"{where}: wanted {wanted}, found {what[0].lower()}{what[1:]}; restore it") from None
+    return value
+
+
+def fits(value: Any, schema: Any) -> bool:
+    """True if the value is as the schema says."""
+    try:
+        msgspec.convert(value, schema)
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        return False
+    return True

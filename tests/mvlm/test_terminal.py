@@ -1,0 +1,14 @@
+"""What is printed and logged: no control characters, no passwords."""
+
+import io
+import logging
+
+from mvlm.terminal import VisibleFormatter, say
+
+
+def test_what_is_said_and_logged_has_lines_and_tabs_and_no_other_controls():
+    out = io.StringIO()
+    say("a\tb\n\x1b[31mred\x1b[0m https://me:password@host/x?token=abc", file=out)
+    assert out.getvalue() == "a\tb\n\\x1b[31mred\\x1b[0m https://host/x\n"
+    record = logging.LogRecord("mvlm", logging.INFO, "", 0, "%s\n", ("\x07\u202e",), None)
+    assert VisibleFormatter("%(message)s").format(record) == "\\x07\\u202e\n"
