@@ -90,7 +90,7 @@ class _Passes:
         """Make all passes. Returns this rank's shares, in the order of `step.names`."""
         step, number = self._step, len(self._microbatches)
         if number == 1:
-            self._pass(lambda model: (step.shares(model, self._microbatches[0]), []), last=True)
+            self._pass(lambda model: (step.shares(self._features(model, 0)), []), last=True)
             return self._shares[0]
         if step.of_batch:
             self._cached = [self._parallel(lambda m, a=a: self._encode(m, a), last=False) for a in range(number)]
@@ -124,11 +124,18 @@ class _Passes:
         total.backward()
         self._shares.append(found)
 
+    def _features(self, model: MaskVLM, a: int) -> Features:
+        """Features of microbatch a, with a graph."""
+        microbatch = self._microbatches[a]
+        streams = self._step.implementation.encode(model, *microbatch, self._step.reads(model.config))
+        return Features(self._step, model, [microbatch], [streams])
+
     @torch.no_grad()
     def _encode(self, model: MaskVLM, a: int) -> Streams:
         """Features of microbatch a that ITC and ITM read: leaves, at which backward stops."""
         with self._autocast():
-            streams = self._step.encode(model, self._microbatches[a], self._step.of_batch)
+            reads = self._step.reads(model.config, self._step.of_batch)
+            streams = self._step.implementation.encode(model, *self._microbatches[a], reads)
         for x in _tensors(streams).values():
             x.requires_grad_()
         return streams._replace(caches=None, partner_caches=None)
@@ -165,11 +172,10 @@ class _Passes:
 
     def _reconstruct(self, model: MaskVLM, a: int) -> tuple[Shares, list[tuple[Tensor, Tensor]]]:
         """MLM and MIM of microbatch a, and its features with their cached gradients."""
-        microbatch = self._microbatches[a]
-        streams = self._step.encode(model, microbatch, self._step.computed)
-        shares = self._step.microbatch_shares(Features(self._step, model, [microbatch], [streams]))
+        features = self._features(model, a)
+        shares = self._step.microbatch_shares(features)
         self._add_returned()
-        cached, again = _tensors(self._cached[a]) if self._cached else {}, _tensors(streams)
+        cached, again = _tensors(self._cached[a]) if self._cached else {}, _tensors(features.streams)
         return shares, [(again[name], x.grad) for name, x in cached.items() if x.grad is not None]
 
 

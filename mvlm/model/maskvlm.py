@@ -57,7 +57,9 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             objectives = (*objectives, OwnLoss(function=own_loss))
         alone = GlobalBatchLayout(rank=0, ranks=1, microbatches=1, pairs=len(batch.images))
         this = Step(objectives, IMPLEMENTATIONS[plan], alone, seed, step, [(batch, masks)])
-        return this.losses(this.shares(self, (batch, masks)), at_least_float32(self.log_scale.new_zeros(())))
+        streams = this.implementation.encode(self, batch, masks, this.reads(self.config))
+        shares = this.shares(Features(this, self, [(batch, masks)], [streams]))
+        return this.losses(shares, at_least_float32(self.log_scale.new_zeros(())))
 
 
 def check_inputs(config: MaskVLMConfig, batch: Batch, masks: Masks) -> None:

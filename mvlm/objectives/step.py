@@ -272,9 +272,9 @@ class Step:
         image_id, text_id, _ = self._ids.wait().unbind(1)
         return NegativeSampling(image_id, text_id, *self._noise)
 
-    def encode(self, model: MaskVLMNetwork, microbatch: Microbatch, objectives: Iterable[Objective]) -> Streams:
-        """Encode a microbatch as far as some objectives read it."""
-        return self.implementation.encode(model, *microbatch, {x for of in objectives for x in of.reads(model.config)})
+    def reads(self, config: MaskVLMConfig, objectives: Iterable[Objective] | None = None) -> set[str]:
+        """Fields of `Streams` that objectives read, by default all that are computed."""
+        return {name for x in (self.computed if objectives is None else objectives) for name in x.reads(config)}
 
     def start_gather(self, features: Features) -> None:
         """Start to gather the embeddings that objectives compare."""
@@ -286,9 +286,8 @@ class Step:
         """Exchange of the features of the drawn negatives, under the step's autocast."""
         return FeatureExchange(features.draws, self.sampling, self._ids.wait()[:, 2], features.all_streams, self.layout)
 
-    def shares(self, model: MaskVLMNetwork, microbatch: Microbatch) -> Shares:
+    def shares(self, features: Features) -> Shares:
         """Shares of all losses from this rank's only microbatch, in one autograd graph."""
-        features = Features(self, model, [microbatch], [self.encode(model, microbatch, self.computed)])
         # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs. If the
         # batch is alone, nothing travels.
         first, second, third = (TRANSFERS[:2], (), ()) if self.layout.alone else ((), TRANSFERS[:1], TRANSFERS[1:2])
@@ -299,7 +298,7 @@ class Step:
         found |= self.microbatch_shares(features, third)
         if exchange is not None:
             exchange.start(0)
-            found |= self.negatives_shares(model, exchange.pairs(0, features.streams, *exchange.wait(0)))
+            found |= self.negatives_shares(features.model, exchange.pairs(0, features.streams, *exchange.wait(0)))
         return found | self.microbatch_shares(features, TRANSFERS[2:])
 
     def microbatch_shares(self, features: Features, beside: Sequence[str] = TRANSFERS) -> Shares:

@@ -70,10 +70,10 @@ class FineTuner(Trainer):
         self.task_file = sha256(Path(task)) if task.endswith(".py") else None
         """Hash of the file of the user's own task, as this process reads it. None for a task of the library."""
 
-    def forward_backward(self, microbatches: list[tuple[Batch, Masks]]) -> Losses:
+    def forward_backward(self, microbatches: list[tuple[Batch, Masks]], step: int | Tensor) -> Losses:
         """Compute the task's loss on the global batch, and the parameters' gradients."""
         assert isinstance(self.config, FinetuneConfig)
-        return self.model.backward(self.parallel, microbatches, self.targets, self.world, self.config, self.step)
+        return self.model.backward(self.parallel, microbatches, self.targets, self.world, self.config, step)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature if the task trains it, and return it as a further metric of the step."""

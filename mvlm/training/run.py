@@ -195,9 +195,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     needed = config.initial_model if config.adapted or config.keep_start else None
     initial = None if needed is None else identify(needed)
     model = make_model(config, fresh=not checkpoint or initial is not None).to(world.device)
-    objectives = objectives_of(config)
-    if config.keep_start:
-        objectives += (KeepStart(config.keep_start, start=deepcopy(model).requires_grad_(False)),)
+    start = deepcopy(model).requires_grad_(False) if config.keep_start else None
+    keep_start = None if start is None else KeepStart(config.keep_start, start=start)
     adapt(model, config)
     if config.adapted:
         freeze_rest(model, config)
@@ -209,7 +208,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
-    trainer = Trainer(inputs, world, parallel, optimizer, loader, initial, objectives)
+    trainer = Trainer(inputs, world, parallel, optimizer, loader, initial, keep_start)
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)

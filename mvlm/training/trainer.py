@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from mvlm.model.adaptation import adapt, learned
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
 from mvlm.objectives.losses import Losses
-from mvlm.objectives.pretraining import KeepStart
+from mvlm.objectives.pretraining import KeepStart, objectives_of
 from mvlm.objectives.step import Objective
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
@@ -87,7 +87,7 @@ class Trainer:
     Args:
         initial_model: path and hash of the trained model that the run started from (`mvlm.runs.load.identify`), if its
             checkpoints refer to it: those of adapters leave its frozen weights out.
-        objectives: those of pretraining, with their weights. A task has none.
+        keep_start: the objective of --keep-start, with a frozen copy of the initial model.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Trainer:
         optimizer: GuardedAdamW,
         loader: Loader,
         initial_model: dict[str, str] | None = None,
-        objectives: Sequence[Objective] = (),
+        keep_start: KeepStart | None = None,
     ) -> None:
         config, _, self.validation, self.tokenizer, self.also_evaluated = inputs
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
-        self.loader, self.device, self.initial_model, self.objectives = loader, world.device, initial_model, objectives
+        self.loader, self.device, self.initial_model, self.keep_start = loader, world.device, initial_model, keep_start
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
@@ -119,10 +119,21 @@ class Trainer:
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 
     @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Objectives of pretraining, with their weights."""
+        assert isinstance(self.config, PretrainConfig)
+        return objectives_of(self.config) + (() if self.keep_start is None else (self.keep_start,))
+
+    @cached_property
     def graphs(self) -> CudaGraphs | None:
         """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
         wanted = isinstance(self.config, PretrainConfig) and self.config.capture == "cuda-graphs"
-        return CudaGraphs(self.backward_alone, self.model.parameters()) if wanted else None
+        return CudaGraphs(self.forward_backward, self.model.parameters()) if wanted else None
+
+    @property
+    def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
+        """`forward_backward`; replayed, if the run has CUDA graphs."""
+        return self.forward_backward if self.graphs is None else self.graphs.run
 
     @property
     def complete(self) -> bool:
@@ -206,7 +217,9 @@ class Trainer:
 
         self.watchdog.beat(f"step {self.step + 1}")
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
-        losses = self.forward_backward(microbatches)
+        # In compiled code and in CUDA graphs a Python number is a constant.
+        step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
+        losses = self.backward(microbatches, step)
         further = self.update(losses)
         self.step += 1
         if self.average is not None:
@@ -225,30 +238,18 @@ class Trainer:
         values = {"grad_norm": norm, "good": good} | {f"grad_norm_{name}": value for name, value in parts.items()}
         return values | self.after_update()
 
-    def forward_backward(self, microbatches: list[tuple[Batch, Masks]]) -> Losses:
-        """Compute the losses of the global batch, scalars without gradient, and the gradients of their total."""
-        config = self.config
-        # In compiled code and in CUDA graphs a Python number is a constant.
-        step: Any = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
-        if self.world.size == len(microbatches) == 1:
-            run = self.backward_alone if self.graphs is None else self.graphs.run
-            return run(*microbatches[0], step)
-        return backward_global(
-            self.parallel,
-            microbatches,
-            self.world,
-            seed=config.seed,
-            step=step,
-            plan=config.plan,
-            objectives=self.objectives,
-            autocast=partial(autocast, self.device, config.precision),
-        )
+    def forward_backward(self, microbatches: list[tuple[Batch, Masks]], step: int | Tensor) -> Losses:
+        """Compute the losses of the global batch, scalars without gradient, and the gradients of their total.
 
-    def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
-        """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
-        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "objectives": self.objectives}
-        with autocast(self.device, self.config.precision):
-            losses: Losses = self.model(batch, masks, **options)
+        step: number of the update.
+        """
+        config = self.config
+        options = {"seed": config.seed, "step": step, "plan": config.plan, "objectives": self.objectives}
+        if not self.world.size == len(microbatches) == 1:
+            context = partial(autocast, self.device, config.precision)
+            return backward_global(self.parallel, microbatches, self.world, **options, autocast=context)
+        with autocast(self.device, config.precision):
+            losses: Losses = self.model(*microbatches[0], **options)
         losses.total.backward()
         return losses.detach()
 
@@ -338,8 +339,8 @@ class Trainer:
 
     def extra_state(self) -> dict[str, Any]:
         """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
-        kept = any(isinstance(x, KeepStart) for x in self.objectives)
-        return {"kept": self.initial_model["sha256"]} if self.initial_model is not None and kept else {}
+        kept = self.initial_model is not None and self.keep_start is not None
+        return {"kept": self.initial_model["sha256"]} if kept else {}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.

@@ -120,9 +120,9 @@ def test_steps_from_cuda_graphs_train_as_eager_steps():
         model, _, _ = make()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
-        def eager(batch, masks, number, model=model) -> Losses:
+        def eager(microbatches, number, model=model) -> Losses:
             with torch.autocast("cuda", torch.bfloat16):
-                losses = model(batch, masks, step=number, plan="fast")
+                losses = model(*microbatches[0], step=number, plan="fast")
             losses.total.backward()
             return losses.detach()
 
@@ -133,7 +133,7 @@ def test_steps_from_cuda_graphs_train_as_eager_steps():
             batch, masks = micro_batch(tuple(3 + n % 20 for n in range(pairs)), seed=number, config=model.config)
             batch, masks = pad_to_bucket(batch, masks, model.config.text_length)
             step_number = torch.tensor(number, device="cuda")
-            losses.append(graphs.run(batch.to("cuda"), masks.to("cuda"), step_number))
+            losses.append(graphs.run([(batch.to("cuda"), masks.to("cuda"))], step_number))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         assert graphs.captured == (2 if limit else 0)
