@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Inputs = TypeVar("Inputs", Batch, Masks)
 
 Bucket = tuple[Any, ...]
-"""Properties that all steps of one graph share: shapes of the tensors of batch and masks, and their numbers on the host,
+"""Properties that all steps of one graph share: shapes of the tensors of batch and masks, and numbers on the host,
 such as the longest caption."""
 Step = Callable[[list[tuple[Batch, Masks]], Tensor], Losses]
 """step(microbatches, number): sets the gradients and returns the losses, detached scalars. number: of the update, int64
