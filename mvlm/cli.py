@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import NoReturn
 
@@ -108,16 +109,14 @@ def _entries(group: dict[str, Callable[..., None]], family: str) -> dict[str, st
     return entries
 
 
-def run_command(arguments: Sequence[str]) -> None:
-    """Run the command that the arguments begin with. ConfigError if there is none."""
+def find_command(arguments: Sequence[str]) -> Callable[[], object]:
+    """The command that the arguments begin with, ready to run with the others. ConfigError if there is none."""
     from mvlm.errors import ConfigError
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        say(usage())
-        return
+        return partial(say, usage())
     if arguments[0] == "--version":
-        say(f"mvlm {metadata.version('mvlm')}")
-        return
+        return partial(say, f"mvlm {metadata.version('mvlm')}")
     import tyro
 
     for words in (2, 1):
@@ -125,19 +124,15 @@ def run_command(arguments: Sequence[str]) -> None:
         if name in COMMANDS:
             rest = arguments[words:]
             if name in PARSE_THEMSELVES:
-                COMMANDS[name](rest)
-            else:
-                # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
-                markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
-                parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=markers)()
-            return
+                return partial(COMMANDS[name], rest)
+            # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
+            markers = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+            return parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=markers)
     if arguments[0] == "eval" and len(arguments) > 1 and arguments[1].endswith(".py"):
-        parse(deferred(evaluate.eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")()
-        return
+        return parse(deferred(evaluate.eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):
-        say(usage(arguments[0]))
-        return
+        return partial(say, usage(arguments[0]))
     typed = " ".join(arguments[: 2 if within else 1])
     group = f"{arguments[0]} "  # of a family's commands the second words are compared: the first is right
     known = {name.removeprefix(group): name for name in within or COMMANDS}
@@ -187,7 +182,7 @@ def main() -> None:
     try:
         # Also in `sys.argv`, which services that log runs read.
         sys.argv[1:] = [without_credentials(_at_home(word)) for word in _without_follow_links(sys.argv[1:])]
-        run_command(sys.argv[1:])
+        find_command(sys.argv[1:])()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes

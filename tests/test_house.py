@@ -25,8 +25,8 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"tasks"},
         {"training", "search"},
         {"runs", "inference", "evaluation", "portable", "costs", "weights"},
-        {"distributed", "model"},
-        {"objectives", "config"},
+        {"distributed", "objectives", "model"},
+        {"config"},
         {"files", "untrusted", "schemas", "terminal", "device", "machine", "progress", "statistics", "errors"},
     ],
     "mvlm_dataloading": [

@@ -37,13 +37,11 @@ FLOORS = [
         "the model",
         [
             ("distributed/", "ranks, the global batch"),
-            ("model/", "network, two implementations"),
+            ("objectives/", "MLM, MIM, ITC, ITM"),
+            ("model/", "two implementations"),
         ],
     ),
-    (
-        "its terms",
-        [("objectives/", "MLM, MIM, ITC, ITM on tensors"), ("config/", "every setting, its recipes, its JSON")],
-    ),
+    ("its terms", [("config/", "every setting, its recipes, its JSON")]),
     (
         "ground",
         [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("statistics", ""), ("errors", "")],

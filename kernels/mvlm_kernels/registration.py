@@ -29,11 +29,11 @@ class Op(NamedTuple):
     function: Callable[..., Any]
     """The implementation with its gradient."""
 
-    def on(self, *tensors: torch.Tensor) -> Callable[..., Any]:
-        """The form in which a public function calls the op on these tensors."""
+    def on(self, *tensors: torch.Tensor, learns: bool = True) -> Callable[..., Any]:
+        """The form in which a public function calls the op on these tensors. learns: an argument needs a gradient."""
         if not called_directly(*tensors):
             return self.registered
-        return self.function if torch.is_grad_enabled() else self.implementation
+        return self.function if learns and torch.is_grad_enabled() else self.implementation
 
     def in_function(self, *tensors: torch.Tensor) -> Callable[..., Any]:
         """The form in which an autograd Function calls the op on these tensors.

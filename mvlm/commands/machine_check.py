@@ -248,7 +248,7 @@ def trial(run: RunConfig, device: torch.device) -> Iterator[Finding]:
     micro = [(batch.to(device), masks.to(device))]
 
     def step() -> None:
-        trainer.forward_backward(micro)
+        trainer.backward(micro, torch.zeros((), dtype=torch.int64, device=device))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
 

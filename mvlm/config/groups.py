@@ -11,7 +11,7 @@ the bases of a configuration too.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -278,6 +278,12 @@ class ObjectiveSettings:
     ITC."""
     lr_pixels: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
+
+    @property
+    def objective_weights(self) -> dict[str, float]:
+        """Weights of the objectives, by their names."""
+        names = [field.name for field in fields(ObjectiveSettings) if field.name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in names}
 
 
 @settings(resume_may_change=False)

@@ -76,10 +76,11 @@ class PretrainConfig(
         own = [name for name in ("lr_image", "lr_text") if getattr(self, name) is not None]
         if own and self.optimizer == "muon" and not self.lr_cross:
             raise ConfigError(f"{own[0]}: wanted lr_cross above 0 with Muon, whose rate it scales, got 0; raise it")
-        weights = (self.mlm_weight, self.mim_weight, self.itc_weight, self.itm_weight)
-        if not any(weights) or (self.itm_weight and not self.itc_weight):
+        weights = self.objective_weights
+        if not any(weights.values()) or (self.itm_weight and not self.itc_weight):
             raise ConfigError(
-                f"weights: wanted at least one objective, and ITC with ITM, got mlm, mim, itc, itm = {weights}"
+                f"weights: wanted at least one objective, and ITC with ITM, got {', '.join(weights)} = "
+                f"{tuple(weights.values())}"
             )
         if self.batch_size == 1 and (self.itc_weight or self.itm_weight):
             raise ConfigError(

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 from mvlm.config.groups import FULL, MAX_GRAPHS, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import LONGEST, TOKENS, StepCost, StepShape, step_cost
-from mvlm.distributed.global_batch import MAX_LOGITS
 from mvlm.errors import ConfigError
+from mvlm.objectives.step import MAX_LOGITS
 from mvlm_kernels.hardware import GPUS
 
 GB = 1e9

@@ -9,7 +9,8 @@ from mvlm.config.groups import PartSettings, RunConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
-from mvlm.objectives.losses import LossWeights, loss_weights
+from mvlm.objectives.pretraining import objectives_of
+from mvlm.objectives.step import Objective
 from mvlm_kernels.hardware import peak_rates
 
 
@@ -51,15 +52,17 @@ def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> flo
     """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
     pairs = config.batch_size // (ranks * config.accumulate)
     parts = PartSettings(**{field.name: getattr(config, field.name) for field in fields(PartSettings)})
-    return step_flops(config.model, pairs, max(3, round(tokens)), loss_weights(config), parts) / pairs
+    return step_flops(config.model, pairs, max(3, round(tokens)), objectives_of(config), parts) / pairs
 
 
 @cache  # trials of a study differ in their seeds, which change no count
-def step_flops(model: MaskVLMConfig, pairs: int, tokens: int, weights: LossWeights, parts: PartSettings) -> int:
+def step_flops(
+    model: MaskVLMConfig, pairs: int, tokens: int, objectives: tuple[Objective, ...], parts: PartSettings
+) -> int:
     """FLOPs of a step of one rank, forward and backward, with captions of so many tokens."""
     from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
     # gpu=False leaves out the padding rows that a GPU computes for captions: useful FLOPs only.
     shape = StepShape(pairs=pairs, tokens=tokens, longest=model.text_length, gpu=False, parts=parts)
-    found = step_cost(model, shape, weights)
+    found = step_cost(model, shape, objectives)
     return found.forward + found.backward

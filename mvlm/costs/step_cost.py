@@ -8,7 +8,7 @@ separate formula.
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,11 @@ from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.adaptation import adapt
-from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
-from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.negatives import NegativeSampling
+from mvlm.objectives.pretraining import ALL
+from mvlm.objectives.step import Objective
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels.gelu_linear.room import saving_none
 
@@ -200,9 +200,9 @@ class GpuLayerNorm(TorchFunctionMode):
 class KnownNumbers(TorchFunctionMode):
     """Supplies what `HostNumbers.read` reads: a fake tensor's `tolist` asks for one `item` after another."""
 
-    def __init__(self, numbers: list[list[int]]) -> None:
+    def __init__(self, numbers: list[int]) -> None:
         super().__init__()
-        self._numbers = itertools.cycle(itertools.chain.from_iterable(numbers))
+        self._numbers = itertools.cycle(numbers)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return next(self._numbers) if func is Tensor.item else func(*args, **(kwargs or {}))
@@ -215,15 +215,15 @@ def _choices_of_a_gpu() -> Iterator[None]:
         yield
 
 
-def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL) -> StepCost:
+def step_cost(config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Objective] = ALL) -> StepCost:
     """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
-    with fake_step(config, shape, weights) as (model, step):
+    with fake_step(config, shape, objectives) as (model, step):
         return counted(model, step, drawn_tokens(config, shape), shape.gpu)
 
 
 @contextlib.contextmanager
 def fake_step(
-    config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL
+    config: MaskVLMConfig, shape: StepShape, objectives: Sequence[Objective] = ALL
 ) -> Iterator[tuple[MaskVLM, Callable[[], object]]]:
     """Context with a model of fake tensors and a step of rank 0, whose collectives move nothing."""
     with torch.device("meta"):
@@ -244,7 +244,7 @@ def fake_step(
         def step() -> None:
             if world.size == len(micro) == 1:
                 with autocast_of(shape):
-                    losses = model(*micro[0], weights=weights, plan="fast")
+                    losses = model(*micro[0], objectives=objectives, plan="fast")
                 losses.total.backward()
                 return
             backward_global(
@@ -254,7 +254,7 @@ def fake_step(
                 seed=0,
                 step=0,
                 plan="fast",
-                weights=weights,
+                objectives=objectives,
                 autocast=lambda: autocast_of(shape),
             )
 
@@ -299,7 +299,7 @@ def autocast_of(shape: StepShape) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=shape.bf16)
 
 
-def uniform_draws(shape: StepShape) -> list[list[int]]:
+def uniform_draws(shape: StepShape) -> list[int]:
     """Numbers of rows that rank 0 exchanges in each microbatch, if each image and each caption is drawn once.
 
     That is the mean of draws in which all are equally likely, without its scatter.
@@ -311,7 +311,7 @@ def uniform_draws(shape: StepShape) -> list[list[int]]:
     lengths = torch.full_like(texts, shape.tokens)
     starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
     plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
-    return [plan.numbers.tolist() for plan in plans]
+    return [number for both in plans for splits in both for number in splits.numbers.tolist()]
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:

@@ -1,7 +1,7 @@
-"""Collectives that run beside other work: gathers of rows, exchanges of rows, and the return of their gradients.
+"""Asynchronous collectives of a step, their gradients, and the CUDA stream of what they wait for.
 
-Global indices follow the loader's order. The batch consists of blocks of b pairs; block k is microbatch k // W of rank
-k % W.
+In a world of one a collective returns its argument. Global indices follow the loader's order: the batch consists of
+blocks of b pairs; block k is microbatch k // W of rank k % W.
 
 Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs of the
 global batch.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,11 @@ class GlobalBatchLayout:
     """A, microbatches of each rank."""
     pairs: int
     """b, pairs of each microbatch."""
+
+    @property
+    def alone(self) -> bool:
+        """True if one microbatch of one rank is the whole batch."""
+        return self.ranks == self.microbatches == 1
 
     @property
     def total(self) -> int:
@@ -57,15 +62,15 @@ class GlobalBatchLayout:
         return index // (self.pairs * self.ranks) * self.pairs + index % self.pairs
 
 
-class Pending:
-    """Result of work in flight. `wait` returns it; on a GPU the stream waits, not the host."""
+class Handle:
+    """Handle of an asynchronous collective: torch's work handle, None in a world of one, with the result."""
 
     def __init__(self, work: "dist.Work | None", result: Callable[[], Tensor]) -> None:
         self._work, self._result = work, result
         self._value: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """The result, the same tensor at every call."""
+        """The result, the same tensor at every call. On a GPU the current stream waits for it, not the host."""
         if self._value is None:
             if self._work is not None:
                 self._work.wait()
@@ -73,158 +78,112 @@ class Pending:
         return self._value
 
 
-def start_gather(x: Tensor, layout: GlobalBatchLayout) -> Pending:
-    """Start to gather rows (n, ...) of every rank into (G, ...), ordered by global index. No gradient."""
+def all_reduce(x: Tensor, layout: GlobalBatchLayout) -> Handle:
+    """Start to add x up over the ranks, in place."""
+    return Handle(dist.all_reduce(x, async_op=True) if layout.ranks > 1 else None, lambda: x)
+
+
+def all_gather(x: Tensor, layout: GlobalBatchLayout) -> Handle:
+    """Start to gather rows (n, ...) of every rank into (G, ...), ordered by global index."""
     if layout.ranks == 1:
-        return Pending(None, lambda: x)
+        return Handle(None, lambda: x)
     parts = x.new_empty(layout.ranks * len(x), *x.shape[1:])
     work = _all_gather(parts, x.contiguous(), async_op=True)
     # (W A b, ...) -> (A W b, ...): global order deals a microbatch to every rank before the next microbatch.
     sizes = (layout.ranks, layout.microbatches, layout.pairs)
-    return Pending(work, lambda: parts.unflatten(0, sizes).transpose(0, 1).flatten(0, 2))
+    return Handle(work, lambda: parts.unflatten(0, sizes).transpose(0, 1).flatten(0, 2))
 
 
-class Journey(Protocol):
-    """Rows that travel between ranks while other work runs, and their gradients, which travel back."""
-
-    def arrive(self) -> Tensor:
-        """Wait for the rows."""
-        ...
-
-    def start_return(self, grad: Tensor) -> None:
-        """Start to send the gradient of the rows back."""
-        ...
-
-    def finish_return(self) -> Tensor:
-        """Wait for the gradient of this rank's own rows: the sum over all ranks that received them."""
-        ...
+def reduce_scatter(x: Tensor, layout: GlobalBatchLayout) -> Handle:
+    """Start to add rows (G, ...) of all ranks up, of which each rank gets its own (n, ...)."""
+    if layout.ranks == 1:
+        return Handle(None, lambda: x)
+    parts = x.unflatten(0, (layout.microbatches, layout.ranks, layout.pairs)).transpose(0, 1).flatten(0, 2)
+    own = parts.new_empty(len(parts) // layout.ranks, *parts.shape[1:])
+    return Handle(_reduce_scatter(own, parts.contiguous(), async_op=True), lambda: own)
 
 
-class Gather(Journey):
-    """Gather rows (n, ...) of every rank into (G, ...), ordered by global index, with gradients.
+def all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Handle:
+    """Start to send rows (S, ...) to the ranks. sent and received are numbers of rows to and from each rank."""
+    if len(sent) == 1:
+        return Handle(None, lambda: x)
+    out = x.new_empty(sum(received), *x.shape[1:])
+    return Handle(dist.all_to_all_single(out, x, received, sent, async_op=True), lambda: out)
 
-    Rows travel in the dtype `wire` and arrive in their own. Gradients travel and add up in the rows' own dtype.
+
+class AsyncOp:
+    """An asynchronous collective in the autograd graph, whose gradient another one carries.
+
+    Backward passes run later operations first. The work between `AsyncOp(...)` and `wait` runs beside the collective in
+    forward, and beside that of the gradient in backward.
+
+    Args:
+        x: what the collective sends.
+        result: waits for the collective's result.
+        backward: starts the collective of the gradient of that result. Its own result is the gradient of x.
     """
 
-    def __init__(self, x: Tensor, layout: GlobalBatchLayout, wire: torch.dtype) -> None:
-        self._layout, self._dtype = layout, x.dtype
-        self._rows = start_gather(x.detach() if layout.ranks == 1 else x.detach().to(wire), layout)
-        self._sum: Pending | None = None
+    def __init__(self, x: Tensor, result: Callable[[], Tensor], backward: Callable[[Tensor], Handle]) -> None:
+        handles, dtype = [], x.dtype
 
-    def arrive(self) -> Tensor:
-        return self._rows.wait().to(self._dtype)
+        def start(grad: Tensor) -> Tensor:
+            handles.append(backward(grad))
+            return grad.new_zeros((), dtype=dtype)
 
-    def start_return(self, grad: Tensor) -> None:
-        layout = self._layout
-        if layout.ranks == 1:
-            self._sum = Pending(None, lambda: grad)
-            return
-        parts = grad.unflatten(0, (layout.microbatches, layout.ranks, layout.pairs)).transpose(0, 1).flatten(0, 2)
-        own = parts.new_empty(len(parts) // layout.ranks, *parts.shape[1:])
-        self._sum = Pending(_reduce_scatter(own, parts.contiguous(), async_op=True), lambda: own)
+        self._result, self._start = result, start
+        # A scalar in place of x, whose own gradient is ignored: that of x is the result of a collective.
+        self._token = _Function.apply(x, lambda: x.new_zeros(()), lambda _: handles.pop().wait())
 
-    def finish_return(self) -> Tensor:
-        assert self._sum is not None
-        return self._sum.wait()
+    def wait(self) -> Tensor:
+        """The result, differentiable."""
+        return _Function.apply(self._token, self._result, self._start)  # pyright: ignore[reportReturnType]
 
 
-class InFlight:
-    """A journey in the autograd graph.
-
-    Backward starts the return where the rows were used, and waits for it where they set out. Backward passes run later
-    operations first: what stands between `InFlight(x, ...)` and `arrive` in forward stands between start and end of the
-    return in backward.
-    """
-
-    def __init__(self, x: Tensor, journey: Journey) -> None:
-        self._journey = journey
-        self._token: Any = _Depart.apply(x, journey)
-
-    def arrive(self) -> Tensor:
-        """The rows, differentiable."""
-        return _Arrive.apply(self._token, self._journey)  # pyright: ignore[reportReturnType]
-
-
-class _Depart(torch.autograd.Function):
-    """A scalar that stands for rows on their journey. Its gradient is ignored: that of the rows is the journey's."""
+class _Function(torch.autograd.Function):
+    """An operation on x in the graph, whatever it computes: result() in forward, backward(gradient) in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        return x.new_zeros(())
+    def forward(ctx: Any, x: Any, result: Callable[[], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = backward
+        return result()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.finish_return(), None
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, journey: Journey) -> Tensor:
-        ctx.journey, ctx.dtype = journey, token.dtype
-        return journey.arrive()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.start_return(grads[0])
-        return torch.zeros((), dtype=ctx.dtype, device=grads[0].device), None
-
-
-class Lane:
-    """CUDA stream beside that of the computation. On a CPU its methods do nothing, and work runs at once.
-
-    A collective waits for all that the current stream holds when the collective is queued. One that is queued late, but
-    needs only early results, is therefore queued in a stream of its own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def mark(self) -> "torch.cuda.Event | None":
-        """Mark the work that the current stream holds now."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
-
-    @contextmanager
-    def after(self, event: "torch.cuda.Event | None", *inputs: Tensor) -> Iterator[None]:
-        """Context whose operations run in the lane, after the marked work. They read `inputs`, made elsewhere."""
-        if self._stream is None:
-            yield
-            return
-        if event is not None:
-            self._stream.wait_event(event)
-        for x in inputs:
-            x.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
-
-    @contextmanager
-    def joined(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Context whose operations run in the lane; afterwards the current stream waits for them.
-
-        It yields a function that takes and returns a tensor of the lane which the current stream is going to read.
-        """
-        if self._stream is None:
-            yield lambda x: x
-            return
-        current, stream = torch.cuda.current_stream(), self._stream
-
-        def hand_over(x: Tensor) -> Tensor:
-            x.record_stream(current)
-            return x
-
-        with torch.cuda.stream(stream):
-            yield hand_over
-        current.wait_stream(stream)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.function(grads[0]), None, None
 
 
 @cache
-def lane_of(device: torch.device) -> Lane:
-    """The lane of a device."""
-    return Lane(device)
+def _side_stream(device: torch.device) -> "torch.cuda.Stream | None":
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def side_stream(device: torch.device, *inputs: Tensor) -> Iterator[None]:
+    """Context whose operations run in a CUDA stream beside that of the computation. On a CPU they run at once.
+
+    A collective waits for all that the current stream holds when it is queued. One that is queued late, but needs only
+    early results, is therefore queued here. With inputs, the operations wait for what the current stream holds now.
+    """
+    stream = _side_stream(device)
+    if stream is None:
+        yield
+        return
+    if inputs:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    for x in inputs:
+        x.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
+
+
+def join_side_stream(*tensors: Tensor) -> None:
+    """Make the current stream wait for the side stream, where these tensors were made, before it reads them."""
+    stream = _side_stream(tensors[0].device)
+    if stream is not None:
+        current = torch.cuda.current_stream(tensors[0].device)
+        current.wait_stream(stream)
+        for x in tensors:
+            x.record_stream(current)
 
 
 class HostNumbers:

@@ -1,113 +1,113 @@
 """Exchange of features: each rank receives those of the images and captions that its own pairs drew as negatives.
 
-The numbers of rows are known on the device first; the host reads them after it has
-queued other work.
+The split sizes of the all-to-alls are known on the device first; the host reads them after it has queued other work.
+An image is a sequence of one row here, and a caption one of as many as it has tokens.
 
 Shape legend: W ranks, b pairs of a microbatch, n pairs of a rank, G pairs of the global batch, M rows of this rank, S
-rows that it sends, D rows that it receives, D <= b images or captions, K captions, N patches, C width.
+rows that it sends, D rows that it receives, K sequences, N patches, C width.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers, InFlight, Journey, lane_of, start_gather
+from mvlm.device import compute_dtype
+from mvlm.distributed.collectives import (
+    AsyncOp,
+    GlobalBatchLayout,
+    Handle,
+    HostNumbers,
+    all_gather,
+    all_to_all,
+    join_side_stream,
+    side_stream,
+)
+from mvlm.model.implementation import PairCaches, Streams
 from mvlm.model.packing import PackedText, Packing
-from mvlm.objectives.negatives import Negatives, NegativeSampling
+from mvlm.objectives.negatives import MatchingPairs, Negatives, NegativeSampling, matching_pairs, matching_weights
 
 
-class Drawn(NamedTuple):
-    """Images or captions that the pairs of one microbatch of all ranks drew, as this rank sees them: on the device."""
+class PairFeatures(NamedTuple):
+    """ITM's pairs of one microbatch, and the features of their images and captions."""
 
-    sent: Tensor
-    """int64 (W b,), positions among this rank's n of what it sends; what follows the last one is to be ignored."""
-    sent_counts: Tensor
-    """int64 (W,), number for each rank."""
-    received: Tensor
-    """int64 (b,), global indices of what arrives; what follows the last one is to be ignored."""
-    received_counts: Tensor
-    """int64 (W,), number from each rank."""
+    image: Tensor
+    """(B, 1+N, C), features of the microbatch's images and of the drawn ones."""
+    text: PackedText
+    pairs: MatchingPairs
+    max_rows: int
+    """Bound of the rows of all captions of the pairs: the own ones twice, and the drawn ones."""
+    caches: PairCaches | None = None
+    share: Tensor | None = None
+    """Share of these pairs' weights in those of the global batch, a float64 scalar; None if these are all of them."""
+
+
+class Splits(NamedTuple):
+    """All-to-all of the images, or captions, that one microbatch of all ranks drew, as this rank sees it."""
+
+    starts: Tensor
+    """int64 (W b,), first row of each sent sequence among this rank's rows."""
+    lengths: Tensor
+    """int64 (W b,), rows of each sent sequence, 0 after the last one."""
     place: Tensor
-    """int64 (b,), place of each pair's negative among what arrives."""
-
-
-def plan_drawn(columns: Tensor, layout: GlobalBatchLayout) -> Drawn:
-    """Plan one exchange of the global indices columns int64 (W b,), drawn by one microbatch of rank 0, 1, and so on."""
-    total, pairs, ranks = layout.total, layout.pairs, layout.ranks
-    end = ranks * total
-    reader = torch.arange(ranks * pairs, device=columns.device) // pairs
-    wanted = (reader * total + columns).masked_fill(layout.owner(columns) != layout.rank, end)
-    sent, sent_counts = _each_once(wanted, end, ranks)
-    mine = columns[layout.rank * pairs : (layout.rank + 1) * pairs]
-    keys = layout.owner(mine) * total + mine
-    received, received_counts = _each_once(keys, end, ranks)
-    place = torch.searchsorted(received, keys)
-    return Drawn(layout.position(sent % total), sent_counts, received % total, received_counts, place)
-
-
-def _each_once(keys: Tensor, end: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """Each key below `end` once, in rising order, then `end` repeated; and how many each rank has, int64 (W,).
-
-    Rank r has the keys from r end / W to (r + 1) end / W - 1.
-    """
-    keys = keys.sort().values
-    again = F.pad(keys[1:] == keys[:-1], (1, 0))
-    keys = keys.masked_fill(again, end).sort().values
-    bounds = torch.arange(ranks + 1, device=keys.device) * (end // ranks)
-    return keys, torch.searchsorted(keys, bounds).diff()
-
-
-class Plan(NamedTuple):
-    """Both exchanges of one microbatch, on the device."""
-
-    images: Drawn
-    texts: Drawn
-    text_starts: Tensor
-    """int64 (W b,), first row of each sent caption among this rank's text rows."""
-    text_lengths: Tensor
-    """int64 (W b,), rows of each sent caption, 0 after the last one."""
+    """int64 (b,), place of each pair's negative among the sequences that arrive, each once."""
     cu_seqlens: Tensor
-    """int32 (b + 1,), bounds of the captions that arrive."""
+    """int32 (b + 1,), bounds of the sequences that arrive."""
     numbers: Tensor
-    """int64 (4 W + 3,): images sent and received by rank, text rows sent and received by rank, captions that arrive,
-    rows of the longest, and rows of all drawn captions, with repetitions."""
+    """int64 (2 W + 3,): rows sent and received by rank, sequences that arrive, rows of the longest, and rows of all
+    drawn sequences, with repetitions."""
 
 
 def plan_exchange(
     negatives: Negatives, lengths: Tensor, own_starts: Tensor, microbatch: int, layout: GlobalBatchLayout
-) -> Plan:
-    """Plan the exchange of one microbatch from the negatives of all G pairs, without a sync.
+) -> tuple[Splits, Splits]:
+    """Plan both all-to-alls of one microbatch, of images and of captions, from the negatives of all G pairs. No sync.
 
     lengths int64 (G,) of all captions; own_starts int64 (n,), first rows of this rank's captions.
     """
     block = layout.ranks * layout.pairs
     rows = slice(microbatch * block, (microbatch + 1) * block)
-    images, texts = plan_drawn(negatives.images[rows], layout), plan_drawn(negatives.texts[rows], layout)
-    own_lengths = lengths.index_select(0, layout.own_indices(lengths.device))
-    sent, sent_bounds = _rows_of(own_lengths.index_select(0, texts.sent), texts.sent_counts)
-    received, received_bounds = _rows_of(lengths.index_select(0, texts.received), texts.received_counts)
-    drawn = received.index_select(0, texts.place)
-    ours = [texts.received_counts.sum(), received.max(), drawn.sum()]
-    numbers = [images.sent_counts, images.received_counts, sent_bounds.diff(), received_bounds.diff()]
-    return Plan(
-        images,
-        texts,
-        own_starts.index_select(0, texts.sent),
-        sent,
-        F.pad(received.cumsum(0), (1, 0)).int(),
-        torch.cat([*numbers, torch.stack(ours)]),
+    ones, places = torch.ones_like(lengths), torch.arange(len(own_starts), device=lengths.device)
+    images = _splits(negatives.images[rows], ones, places, layout)
+    return images, _splits(negatives.texts[rows], lengths, own_starts, layout)
+
+
+def _splits(columns: Tensor, lengths: Tensor, own_starts: Tensor, layout: GlobalBatchLayout) -> Splits:
+    """All-to-all of the sequences columns int64 (W b,), global indices that rank 0, 1, and so on drew."""
+    total, pairs, ranks = layout.total, layout.pairs, layout.ranks
+    end = ranks * total
+    reader = torch.arange(ranks * pairs, device=columns.device) // pairs
+    wanted = (reader * total + columns).masked_fill(layout.owner(columns) != layout.rank, end)
+    sent, sent_lengths, rows_sent = _each_once(wanted, lengths, ranks)
+    mine = columns[layout.rank * pairs : (layout.rank + 1) * pairs]
+    keys = layout.owner(mine) * total + mine
+    received, received_lengths, rows_received = _each_once(keys, lengths, ranks)
+    place = torch.searchsorted(received, keys)
+    arrive, drawn = (received < end).sum(), received_lengths.index_select(0, place).sum()
+    return Splits(
+        own_starts.index_select(0, layout.position(sent % total)),
+        sent_lengths,
+        place,
+        F.pad(received_lengths.cumsum(0), (1, 0)).int(),
+        torch.cat([rows_sent, rows_received, torch.stack([arrive, received_lengths.max(), drawn])]),
     )
 
 
-def _rows_of(lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths (K,) with 0 after the last caption, and the first rows of the ranks' captions, int64 (W + 1,)."""
-    number = torch.arange(len(lengths), device=lengths.device)
-    lengths = lengths * (number < counts.sum())
-    bounds = F.pad(counts.cumsum(0), (1, 0))
-    return lengths, F.pad(lengths.cumsum(0), (1, 0)).index_select(0, bounds)
+def _each_once(keys: Tensor, lengths: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each key below W G once, in rising order, then W G repeated; their rows, then 0; and rows by rank, int64 (W,).
+
+    Key r G + g is sequence g for rank r, or from it.
+    """
+    total = len(lengths)
+    keys = keys.sort().values
+    again = F.pad(keys[1:] == keys[:-1], (1, 0))
+    keys = keys.masked_fill(again, ranks * total).sort().values
+    lengths = lengths.index_select(0, keys % total).masked_fill(keys == ranks * total, 0)
+    bounds = torch.searchsorted(keys, torch.arange(ranks + 1, device=keys.device) * total)
+    return keys, lengths, F.pad(lengths.cumsum(0), (1, 0)).index_select(0, bounds).diff()
 
 
 def rows_of_sequences(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
@@ -121,58 +121,37 @@ def rows_of_sequences(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
     return (starts + lengths - ends).index_select(0, sequence) + number
 
 
-class RowExchange(Journey):
-    """All-to-all of rows of one kind, and of their gradients.
+class RowExchange:
+    """Asynchronous all-to-all of rows of one kind, and of their gradients.
 
-    Rows travel in the dtype `wire`, and so do their gradients. A rank adds up the gradients of a row in the order of
-    the ranks they come from, in fp32 or float64.
+    A rank adds up the gradients of a row in the order of the ranks they come from, in fp32 or float64.
 
     Args:
         own: rows (M, ...) of this rank.
+        wire: dtype in which rows and gradients travel.
     """
 
     def __init__(self, own: Tensor, wire: torch.dtype) -> None:
-        self._own, self._wire, self._lane = own.detach(), wire, lane_of(own.device)
+        self._own, self._wire = own.detach(), wire
 
-    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
-        """Start to send the rows int64 (S,), by receiving rank. Called in the lane.
+    def start(self, splits: Splits, numbers: list[int]) -> None:
+        """Start to send, in the side stream. numbers: `splits.numbers`, on the host."""
+        ranks = len(numbers) // 2 - 1
+        self._sent, self._received = numbers[:ranks], numbers[ranks : 2 * ranks]
+        self._rows = rows_of_sequences(splits.starts, splits.lengths, sum(self._sent))  # (S,)
+        sent = self._own.index_select(0, self._rows).to(self._wire)
+        self._handle = all_to_all(sent, self._sent, self._received)
 
-        sent and received are numbers of rows for each rank and from each rank.
-        """
-        self._rows, self._sent, self._received = rows, sent, received
-        self._moving = _all_to_all(self._own.index_select(0, rows).to(self._wire), sent, received)
-
-    def arrive(self) -> Tensor:
+    def wait(self) -> Tensor:
         """The received rows (D, ...), in the dtype `wire`."""
-        with self._lane.joined() as hand_over:
-            return hand_over(_wait(self._moving))
+        x = self._handle.wait()
+        join_side_stream(x, self._rows)
+        return x
 
-    def start_return(self, grad: Tensor) -> None:
-        """Start to send the gradient (D, ...) of the received rows back."""
-        with self._lane.after(self._lane.mark(), grad):
-            self._moving = _all_to_all(grad.contiguous(), self._received, self._sent)
-
-    def finish_return(self) -> Tensor:
-        """The gradient (M, ...) of this rank's rows, in their dtype."""
-        with self._lane.joined() as hand_over:
-            return hand_over(sum_rows(_wait(self._moving), self._rows, len(self._own)).to(self._own.dtype))
-
-
-Moving = tuple[Tensor, "dist.Work | None"]
-
-
-def _all_to_all(x: Tensor, sent: list[int], received: list[int]) -> Moving:
-    if len(sent) == 1:
-        return x, None
-    out = x.new_empty(sum(received), *x.shape[1:])
-    return out, dist.all_to_all_single(out, x, received, sent, async_op=True)
-
-
-def _wait(moving: Moving) -> Tensor:
-    x, work = moving
-    if work is not None:
-        work.wait()
-    return x
+    def backward(self, grad: Tensor) -> Handle:
+        """Start to send the gradient (D, ...) of the received rows back. The result is that of this rank's (M, ...)."""
+        handle = all_to_all(grad.contiguous(), self._received, self._sent)
+        return Handle(None, lambda: sum_rows(handle.wait(), self._rows, len(self._own)).to(self._own.dtype))
 
 
 def sum_rows(x: Tensor, rows: Tensor, number: int) -> Tensor:
@@ -187,40 +166,23 @@ def sum_rows(x: Tensor, rows: Tensor, number: int) -> Tensor:
     return torch.segment_reduce(terms, "sum", offsets=bounds, axis=0, unsafe=True).unflatten(1, x.shape[1:])
 
 
-class Arrived(NamedTuple):
-    """Features of the drawn negatives of one microbatch, each image and caption once."""
-
-    image: Tensor
-    """(D, 1+N, C)."""
-    text: PackedText
-    """Captions that arrived."""
-    image_place: Tensor
-    """int64 (b,), image of each pair's negative."""
-    text_place: Tensor
-    """int64 (b,), caption of each pair's negative."""
-    drawn_rows: int
-    """Rows of the b drawn captions, with repetitions."""
-    negatives: Negatives
-    """Negatives of all G pairs."""
-
-
 class FeatureExchange:
-    """Exchange of the features of a step's negatives, one microbatch at a time.
+    """Exchange of the features of a step's negatives, in the dtype in which the step computes.
 
-    1. `FeatureExchange(...)` gathers the draws of all ranks, plans all exchanges on the device, and starts to copy
-       their numbers to the host.
+    1. `FeatureExchange(...)` gathers the draws of all ranks, plans the all-to-alls of all microbatches on the device,
+       and starts to copy their numbers to the host.
     2. `start` reads the numbers and starts to send. What is queued between 1 and 2 keeps the device busy meanwhile.
-    3. `arrive` waits for the rows.
-    4. `start_return` and `finish_return` send the gradients back. In the autograd graph (`join_graph`), backward does.
+    3. `wait` returns the rows.
+    4. `backward` sends their gradients back. With one microbatch autograd calls it: the exchange is then part of the
+       graph, at the place where it is made.
 
-    All this happens in the device's lane, so that it neither waits for MLM and MIM nor they for it.
+    1 and 2 run in the side stream, so that they neither wait for MLM and MIM nor these for them. In a world of one
+    microbatch there is nothing to exchange, and its own features are the result.
 
     Args:
-        draws: int64 (n, 2), what this rank's pairs drew (`sharded_contrastive_loss`).
+        draws: int64 (n, 2), what this rank's pairs drew.
         lengths: int64 (G,), rows of all captions.
-        image: (n, 1+N, C), features of this rank's images.
-        texts: captions of this rank, one packing for each microbatch.
-        wire: dtype in which features travel.
+        streams: features of this rank's microbatches.
     """
 
     def __init__(
@@ -228,40 +190,33 @@ class FeatureExchange:
         draws: Tensor,
         sampling: NegativeSampling,
         lengths: Tensor,
-        image: Tensor,
-        texts: list[PackedText],
+        streams: Sequence[Streams],
         layout: GlobalBatchLayout,
-        wire: torch.dtype,
     ) -> None:
-        self._layout, self._image = layout, image
-        self._text = texts[0].rows if len(texts) == 1 else torch.cat([text.rows for text in texts])
-        first, starts = 0, []
-        for text in texts:
-            starts.append(text.packing.cu_seqlens[:-1].long() + first)
-            first += text.packing.total
-        own_starts = torch.cat(starts)
-        self._lane = lane_of(image.device)
-        inputs = (draws, sampling.image_id, sampling.text_id, lengths, image, self._text, own_starts)
-        with self._lane.after(self._lane.mark(), *inputs):
-            drawn_texts, drawn_images = start_gather(draws.int(), layout).wait().long().unbind(1)
-            self._negatives = sampling.limited(drawn_texts, drawn_images)
-            self._plans = [
-                plan_exchange(self._negatives, lengths, own_starts, number, layout)
-                for number in range(layout.microbatches)
-            ]
-            self._copied = HostNumbers(torch.stack([plan.numbers for plan in self._plans]))
-        self._numbers: list[list[int]] = []
-        self._journeys = [(RowExchange(image, wire), RowExchange(self._text, wire)) for _ in self._plans]
-        self._started = 0
-        self._flights: tuple[InFlight, InFlight] | None = None
+        self._layout, self._started, self._exchanges, self._ops = layout, int(layout.alone), [[]], []
+        if layout.alone:
+            self._negatives = sampling.limited(*draws.unbind(1))
+            return
+        packings = [own.text.packing for own in streams]
+        kinds = [own.image for own in streams], [own.text.rows for own in streams]
+        self._own = [x[0] if len(x) == 1 else torch.cat(x) for x in kinds]
+        """Rows of this rank's images and captions."""
+        wire = compute_dtype(self._own[0])
+        firsts = accumulate((packing.total for packing in packings), initial=0)
+        starts = torch.cat([p.cu_seqlens[:-1].long() + first for p, first in zip(packings, firsts, strict=False)])
+        inputs = draws, sampling.image_id, sampling.text_id, lengths, *self._own, starts
+        with side_stream(draws.device, *inputs):
+            texts, images = all_gather(draws.int(), layout).wait().long().unbind(1)
+            self._negatives = sampling.limited(texts, images)
+            self._splits = [plan_exchange(self._negatives, lengths, starts, a, layout) for a in range(len(streams))]
+            self._copied = HostNumbers(torch.stack([torch.stack([x.numbers for x in both]) for both in self._splits]))
+        self._numbers: list[list[list[int]]] = []
+        self._exchanges = [[RowExchange(own, wire) for own in self._own] for _ in streams]
         if not self._copied.on_the_way:
             self.start(0)
-
-    def join_graph(self) -> None:
-        """Make the exchange of the only microbatch part of the autograd graph, at this place in forward."""
-        (images, texts), *others = self._journeys
-        assert not others
-        self._flights = InFlight(self._image, images), InFlight(self._text, texts)
+        if len(streams) == 1:
+            kinds = zip(self._own, self._exchanges[0], strict=True)
+            self._ops = [AsyncOp(own, exchange.wait, exchange.backward) for own, exchange in kinds]
 
     def start(self, microbatch: int) -> None:
         """Start to send, unless that has begun. The first call waits until the device has made the numbers.
@@ -272,33 +227,41 @@ class FeatureExchange:
             return
         self._started = microbatch + 1
         self._numbers = self._numbers or self._copied.read()
-        plan, (images, texts), ranks = self._plans[microbatch], self._journeys[microbatch], self._layout.ranks
-        numbers = self._numbers[microbatch]
-        images_sent, images_received, rows_sent, rows_received = (
-            numbers[k * ranks : (k + 1) * ranks] for k in range(4)
+        kinds = self._exchanges[microbatch], self._splits[microbatch], self._numbers[microbatch]
+        with side_stream(self._own[0].device):
+            for exchange, splits, numbers in zip(*kinds, strict=True):
+                exchange.start(splits, numbers)
+
+    def wait(self, microbatch: int) -> list[Tensor]:
+        """Images (D, 1+N, C) and text rows that a microbatch drew, each once. Differentiable if there is one."""
+        return [x.wait() for x in self._ops or self._exchanges[microbatch]]
+
+    def pairs(self, microbatch: int, own: Streams, *arrived: Tensor) -> PairFeatures:
+        """ITM's pairs of a microbatch, from its own features and from what `wait` returned."""
+        ours = own.text.packing
+        if self._layout.alone:
+            most = 2 * ours.total + len(ours) * ours.max_length
+            return PairFeatures(own.image, own.text, matching_pairs(self._negatives), most, own.caches)
+        (image, rows), (images, texts) = arrived, self._splits[microbatch]
+        captions, longest, drawn_rows = self._numbers[microbatch][1][-3:]
+        join_side_stream(*self._negatives, images.place, texts.place, texts.cu_seqlens)
+        # What has arrived comes first, because the own captions may end in padding rows.
+        bounds = torch.cat([texts.cu_seqlens[: captions + 1], ours.cu_seqlens[1:] + len(rows)])
+        packing = Packing(bounds, max(longest, ours.max_length), len(rows) + ours.total)
+        mine = self._layout.indices(microbatch, image.device)
+        drawn = Negatives(*(x.index_select(0, mine) for x in self._negatives))
+        pairs = matching_pairs(drawn._replace(images=images.place, texts=texts.place), len(image), captions)
+        return PairFeatures(
+            torch.cat([image.to(own.image.dtype), own.image]),
+            PackedText(torch.cat([rows.to(own.text.rows.dtype), own.text.rows]), packing),
+            pairs,
+            2 * ours.total + drawn_rows,
+            share=pairs.weights.double().sum() / matching_weights(self._negatives).double().sum(),
         )
-        with self._lane.after(None):
-            images.start(plan.images.sent[: sum(images_sent)], images_sent, images_received)
-            rows = rows_of_sequences(plan.text_starts, plan.text_lengths, sum(rows_sent))
-            texts.start(rows, rows_sent, rows_received)
 
-    def arrive(self, microbatch: int) -> Arrived:
-        """Wait for the features. They are differentiable after `join_graph`."""
-        plan = self._plans[microbatch]
-        captions, longest, drawn_rows = self._numbers[microbatch][-3:]
-        image, rows = (x.arrive() for x in self._flights or self._journeys[microbatch])
-        with self._lane.joined() as hand_over:
-            negatives = Negatives(*map(hand_over, self._negatives))
-            places = hand_over(plan.images.place), hand_over(plan.texts.place)
-            packing = Packing(hand_over(plan.cu_seqlens)[: captions + 1], longest, len(rows))
-        return Arrived(image, PackedText(rows, packing), *places, drawn_rows, negatives)
+    def backward(self, microbatch: int, *grads: Tensor) -> list[Handle]:
+        """Start to send back the gradients of what `wait` returned.
 
-    def start_return(self, microbatch: int, image: Tensor, text: Tensor) -> None:
-        """Start to send back the gradients of `Arrived.image` and of the rows of `Arrived.text`."""
-        for journey, grad in zip(self._journeys[microbatch], (image, text), strict=True):
-            journey.start_return(grad)
-
-    def finish_return(self, microbatch: int) -> tuple[Tensor, Tensor]:
-        """Gradients of this rank's images (n, 1+N, C), and of its text rows, those of all microbatches together."""
-        images, texts = self._journeys[microbatch]
-        return images.finish_return(), texts.finish_return()
+        The results are gradients of this rank's images (n, 1+N, C) and of its text rows.
+        """
+        return [x.backward(grad) for x, grad in zip(self._exchanges[microbatch], grads, strict=True)]

@@ -20,6 +20,7 @@ Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K ma
 sequences, C width, H heads, D head width, V vocabulary, P patch side, S image side, A tokens of each of R captions.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from mvlm.model.encoders import (
     masked_patches,
     visible_patches,
 )
-from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
+from mvlm.model.implementation import MASKED, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import (
     PackedText,
@@ -53,17 +54,17 @@ from mvlm.model.packing import (
 from mvlm.model.towers.text import TextTower
 from mvlm.model.towers.timm_tower import TimmTower
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
-from mvlm.objectives.losses import LossWeights, masked_targets
+from mvlm.objectives.losses import masked_targets
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, masked_pixel_loss, place_tokens
 
 
-def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, weights: LossWeights = ALL) -> Streams:
+def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Collection[str] = MASKED) -> Streams:
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
     if masks is None:
         v, w = encode_unmasked(model, batch)
         return Streams(v, None, w, None, make_caches(v, w))
-    images, texts = needs_masked(model.config, weights)
+    images, texts = (name in masked for name in MASKED)
     if model.config.drop_masked:
         v, vm = encode_visible_images(model, batch.images, masks.patch_ids, images)
     else:

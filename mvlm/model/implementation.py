@@ -6,18 +6,18 @@ give the same losses and gradients, up to rounding. The losses of downstream tas
 Shape legend: B batch, N patches, T packed tokens, M tokens, C width, S image side, R pairs of an image and a text.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from mvlm.config.model import MaskVLMConfig
 from mvlm.model.encoders import KeyValueCache
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText
-from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 
-ALL = LossWeights()
+MASKED = ("masked_image", "masked_text")
+"""Names of the masked streams."""
 
 
 class PairCaches(NamedTuple):
@@ -33,25 +33,16 @@ class Streams(NamedTuple):
     image: Tensor
     """v (B, 1+N, C), features of the unmasked images, [CLS] first; (B, 1+N-K, C) with `MaskVLMConfig.drop_masked`."""
     masked_image: Tensor | None
-    """vm (B, 1+N, C), features of the masked images; None if no objective needs them."""
+    """vm (B, 1+N, C), features of the masked images; None if no objective reads them."""
     text: PackedText
     """w, features of the unmasked captions."""
     masked_text: PackedText | None
-    """wm, features of the masked captions; None if no objective needs them."""
+    """wm, features of the masked captions; None if no objective reads them."""
     caches: PairCaches | None = None
     """Caches of `image` and `text`; None from an implementation without caches."""
     partner_caches: PairCaches | None = None
     """Caches of the images from which masked captions are rebuilt, and of the captions from which masked images are:
     `caches`, or those of the masked ones with `MaskVLMConfig.mask_partner`. None as for `caches`."""
-
-
-def needs_masked(config: MaskVLMConfig, weights: LossWeights) -> tuple[bool, bool]:
-    """True for masked images, and for masked captions, if a loss of some weight reads their features."""
-    images = weights.mim > 0 or (weights.mlm > 0 and config.mask_partner)
-    texts = (
-        weights.mlm > 0 or (weights.mim > 0 and config.mask_partner) or (weights.contrasts and config.contrast_masked)
-    )
-    return images, texts
 
 
 class Implementation(Protocol):
@@ -60,10 +51,12 @@ class Implementation(Protocol):
     A module satisfies this protocol with functions of these names and parameters.
     """
 
-    def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks | None, weights: LossWeights = ALL) -> Streams:
-        """Encode the unmasked and the masked images and captions, as far as losses of some weight need them.
+    def encode(
+        self, model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Collection[str] = MASKED
+    ) -> Streams:
+        """Encode the unmasked images and captions, and the masked streams of some names.
 
-        Without masks, whole images and captions alone, for ITC and ITM.
+        Without masks, whole images and captions alone.
         """
         ...
 

@@ -7,24 +7,26 @@ Shape legend: B batch, N patches, T packed tokens, L tokens of the longest capti
 C width, S image side, A tokens of each of R captions, R pairs of an image and a text.
 """
 
+from collections.abc import Collection
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.model.encoders import KeyValueCache, masked_patches, visible_patches
-from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
+from mvlm.model.implementation import MASKED, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.objectives import losses
-from mvlm.objectives.losses import LossWeights, masked_targets
+from mvlm.objectives.losses import masked_targets
 from mvlm_dataloading import Batch, Masks
 
 
-def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, weights: LossWeights = ALL) -> Streams:
+def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Collection[str] = MASKED) -> Streams:
     """Encode the unmasked and the masked images and captions, each in a pass of its own."""
     if masks is None:
         image, text = encode_unmasked(model, batch)
         return Streams(image, None, text, None)
-    images, texts = needs_masked(model.config, weights)
+    images, texts = (name in masked for name in MASKED)
     encoder, total = model.image_encoder, model.config.num_patches
     masked_text = None
     if model.config.drop_masked:

@@ -1,4 +1,4 @@
-"""Losses of the four objectives, and the masked tokens of MLM.
+"""Losses as functions of tensors, and the masked tokens of MLM.
 
 Formulas: MaskVLM (ICLR 2023), equations 1 to 3, and docs/explain/method.md.
 
@@ -6,66 +6,29 @@ Shape legend: B pairs, G pairs of the global batch, Q rows of a block, R pairs o
 K masked patches, V vocabulary, E contrastive width, P patch side.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.config.pretrain import PretrainConfig
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels.dispatch import without_autocast
 
 
-class LossWeights(NamedTuple):
-    """Weights of the four losses in the total.
+class Losses(dict[str, Tensor]):
+    """Losses and accuracies of one batch by name: scalars, fp32 or float64. `losses.mlm` is `losses["mlm"]`.
 
-    A loss of weight 0 is not computed, and is zero. The exception is ITC if ITM has a weight: ITM draws its negatives
-    from ITC's logits.
+    `total` is the sum of the losses, each times its weight. Accuracies have no gradient.
     """
 
-    mlm: float = 1.0
-    mim: float = 1.0
-    itc: float = 1.0
-    itm: float = 1.0
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name}: wanted one of {', '.join(self)}") from None
 
-    @property
-    def contrasts(self) -> bool:
-        """True if ITC or ITM is computed."""
-        return self.itc > 0 or self.itm > 0
-
-    def reconstructing(self) -> "LossWeights":
-        """The weights without ITC and ITM."""
-        return self._replace(itc=0.0, itm=0.0)
-
-    def total(self, losses: Sequence[Tensor]) -> Tensor:
-        """Weighted sum of the losses mlm, mim, itc and itm, scalars."""
-        # A factor of 1 would add a product to the graph and change nothing.
-        scaled = [x if w == 1 else w * x for w, x in zip(self, losses, strict=True)]
-        return scaled[0] + scaled[1] + scaled[2] + scaled[3]
-
-
-def loss_weights(config: PretrainConfig) -> LossWeights:
-    """Weights of a run's losses."""
-    return LossWeights(config.mlm_weight, config.mim_weight, config.itc_weight, config.itm_weight)
-
-
-class Losses(NamedTuple):
-    """Losses and accuracies of one batch: scalars, fp32 or float64. Accuracies have no gradient."""
-
-    mlm: Tensor
-    mim: Tensor
-    itc: Tensor
-    itm: Tensor
-    total: Tensor
-    """Sum of the four losses, each times its weight."""
-    mlm_accuracy: Tensor
-    """Share of masked tokens whose true token has the largest logit."""
-    itc_accuracy: Tensor
-    """Share of images and captions whose true partner is the nearest in the batch: the mean of both directions."""
-    itm_accuracy: Tensor
-    """Share of ITM's pairs that are classified correctly."""
+    def detach(self) -> "Losses":
+        """The same numbers without gradient."""
+        return Losses({name: x.detach() for name, x in self.items()})
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -107,27 +70,6 @@ def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor
     # Autocast would round cosines to 8 bits, which at a temperature of 0.02 moves logits by 0.1 and makes equal ones.
     with without_autocast(image.device):
         return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
-
-
-def distance_to_start(
-    own: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], log_scale: Tensor, start_log_scale: Tensor
-) -> Tensor:
-    """Distance of a model's embeddings of a batch to those of the model that it started from, a scalar.
-
-    It is the KL divergence of ITC's probabilities from the start's, each at its own temperature, and the squared
-    distance of embeddings: means over the batch, and of both directions and both modalities.
-
-    Args:
-        own: embeddings of images and captions, (B, E) each, of unit length; `start` likewise, without gradient.
-        log_scale: (1,), logarithm of 1 / temperature; `start_log_scale` likewise.
-    """
-    logits, wanted = contrastive_logits(*own, log_scale), contrastive_logits(*start, start_log_scale)
-    directions = ((logits, wanted), (logits.T, wanted.T))
-    divergences = [
-        F.kl_div(x.log_softmax(1), of.log_softmax(1), reduction="batchmean", log_target=True) for x, of in directions
-    ]
-    distances = [(x - of).square().sum(1).mean() for x, of in zip(own, start, strict=True)]
-    return (divergences[0] + divergences[1] + distances[0] + distances[1]) / 2
 
 
 def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Hard negatives for ITM, drawn from the contrastive logits.
 
-`MaskVLM.forward` draws them for one rank; with several ranks or microbatches `mvlm.distributed` does for the global
-batch, where `negatives_of_all` also limits the readers of a row. Both by `NegativeSampling.draw`.
+ITC draws them (`mvlm.objectives.pretraining`), from the pairs of all ranks and microbatches.
 
 Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank,
 R rows, C columns.
@@ -167,14 +166,6 @@ def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int =
         torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)]),
         matching_weights(negatives),
     )
-
-
-def matching_rows(total: int, drawn: int) -> int:
-    """Upper bound of the token rows of all captions in `matching_pairs`, from numbers that the host knows.
-
-    total: rows of the n captions; drawn: bound of the rows of the n drawn captions.
-    """
-    return 2 * total + drawn
 
 
 def matching_weights(negatives: Negatives) -> Tensor:

@@ -91,7 +91,7 @@ def values_of(rows: list[dict[str, Any]], name: str) -> list[float]:
 
 def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
     """A table with a row for each run: its length, last losses and speed."""
-    names = ("loss", "mlm", "mim", "itc", "itm", "grad_norm", "memory_mb")
+    names = ("loss", *RUN_CURVES, "grad_norm", "memory_mb")
     cells = []
     for run, rows in metrics.items():
         last = [values_of(rows, name)[-LAST_ROWS:] for name in names]

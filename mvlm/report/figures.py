@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import describe_trivial_losses, figures_of, recall_rows
+from mvlm.objectives.pretraining import OBJECTIVES
 from mvlm.report.html import line_chart, series, table
 
 NAMES = {
@@ -31,12 +32,7 @@ TYPES = {
 """Titles of a task's figures that have a value for each type."""
 OPTIONS = ("lengths", "iterations", "choose_by")
 """Options of an evaluation that `mvlm eval TASK` writes beside its figures, if they were given."""
-RUN_CURVES = {
-    "mlm": "MLM, nats per masked token",
-    "mim": "MIM, L1 of masked pixels",
-    "itc": "ITC, nats",
-    "itm": "ITM, nats",
-}
+RUN_CURVES = {objective.name: objective.curve for objective in OBJECTIVES}
 EVALUATION_CURVES = {
     "tr_r1": "validation image to text R@1 by ITC, %",
     "ir_r1": "validation text to image R@1 by ITC, %",

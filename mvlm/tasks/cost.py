@@ -24,7 +24,7 @@ from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import round_up_length
 from mvlm.tasks.load import find_task
-from mvlm.tasks.retrieval import WEIGHTS
+from mvlm.tasks.retrieval import OBJECTIVES
 from mvlm.tasks.task import TaskOptions
 from mvlm_kernels.hardware import GPUS
 
@@ -36,7 +36,7 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
     """
     kind, config, shape = find_task(task), setting.model, setting.shape
     if kind.whole_batch:
-        return step_cost(config, shape, WEIGHTS)
+        return step_cost(config, shape, OBJECTIVES)
     with torch.device("meta"):
         model = MaskVLM(config)
     model.set_attention("sdpa", "sdpa")

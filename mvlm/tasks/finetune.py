@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
-from mvlm.distributed.global_batch import Microbatch
 from mvlm.distributed.parallel import Parallel, checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
@@ -25,6 +24,7 @@ from mvlm.evaluation.workspace import Workspace
 from mvlm.model.adaptation import adapt
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.pretrained import check_sizes
+from mvlm.objectives.losses import Losses
 from mvlm.runs.checkpoint import MODEL, MODEL_CONFIG, checkpoints, read_folder_shapes, read_state
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import identify, load_without_head, read_architecture, read_architecture_of
@@ -35,7 +35,7 @@ from mvlm.training.optimizer import GuardedAdamW, make_optimizer
 from mvlm.training.run import check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
 from mvlm.training.trainer import RunInputs, Trainer, evaluation_workspace
 from mvlm.weights.resize import resized_config, resized_model
-from mvlm_dataloading import Dataset, Loader, Tokenizer
+from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer
 from mvlm_dataloading.files import sha256
 
 log = logging.getLogger(__name__)
@@ -70,10 +70,10 @@ class FineTuner(Trainer):
         self.task_file = sha256(Path(task)) if task.endswith(".py") else None
         """Hash of the file of the user's own task, as this process reads it. None for a task of the library."""
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
+    def forward_backward(self, microbatches: list[tuple[Batch, Masks]], step: int | Tensor) -> Losses:
         """Compute the task's loss on the global batch, and the parameters' gradients."""
         assert isinstance(self.config, FinetuneConfig)
-        return self.model.backward(self.parallel, microbatches, self.targets, self.world, self.config, self.step)
+        return self.model.backward(self.parallel, microbatches, self.targets, self.world, self.config, step)
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature if the task trains it, and return it as a further metric of the step."""

@@ -8,14 +8,14 @@ equal shares (ALBEF), and ITM never draws one as a negative. Evaluation is that 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.device import autocast
-from mvlm.distributed.global_batch import Microbatch, backward_global
+from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
@@ -23,24 +23,15 @@ from mvlm.evaluation.retrieval import encode_split, rank_all, recall
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.implementation import Implementation
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.losses import Losses
+from mvlm.objectives.pretraining import ITC, ITM
 from mvlm.tasks.task import Task, TaskOptions
-from mvlm_dataloading import DataError, Dataset
+from mvlm_dataloading import Batch, DataError, Dataset, Masks
 
 T = TypeVar("T")
-WEIGHTS = LossWeights(mlm=0, mim=0, itc=1, itm=1)
+OBJECTIVES = ITC(shared_positives=True), ITM()
 OF_OTHER_TASKS = {"question_id": "vqa", "pairID": "entailment", "identifier": "pairs"}
 """Fields of metadata that only questions of another task have."""
-
-
-class RetrievalLosses(NamedTuple):
-    """Losses and accuracies of a global batch: scalars without gradient."""
-
-    total: Tensor
-    itc: Tensor
-    itm: Tensor
-    itc_accuracy: Tensor
-    itm_accuracy: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,26 +87,23 @@ class Retrieval(Task):
     def backward(
         self,
         parallel: Parallel,
-        microbatches: Sequence[Microbatch],
+        microbatches: Sequence[tuple[Batch, Masks]],
         targets: Sequence[Tensor],
         world: World,
         config: FinetuneConfig,
         step: int,
-    ) -> RetrievalLosses:
+    ) -> Losses:
         """Compute the losses of the global batch, equal on all ranks, and the parameters' gradients."""
-        found = backward_global(
+        return backward_global(
             _Network(parallel),  # pyright: ignore[reportArgumentType]
-            microbatches,
+            [(batch, None) for batch, _ in microbatches],  # nothing is masked
             world,
             seed=config.seed,
             step=step,
             plan=config.plan,
-            weights=WEIGHTS,
-            shared_positives=True,
-            whole=True,
+            objectives=OBJECTIVES,
             autocast=partial(autocast, world.device, config.precision),
         )
-        return RetrievalLosses(found.total, found.itc, found.itm, found.itc_accuracy, found.itm_accuracy)
 
     @torch.no_grad()
     def evaluate(

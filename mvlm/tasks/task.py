@@ -23,7 +23,6 @@ from mvlm.config.finetune import TaskOptions as TaskOptions
 from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
 from mvlm.distributed.coordination import run_on_all_ranks
-from mvlm.distributed.global_batch import Microbatch
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
@@ -31,6 +30,7 @@ from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.model.implementation import Implementation
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.objectives.losses import Losses
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
 
 GREY = 128
@@ -44,13 +44,6 @@ class TaskLosses(NamedTuple):
     accuracy: Tensor
     counted: int = 1
     """What the accuracy is the mean over, where that differs between batches of as many samples: a number of tokens."""
-
-
-class StepLosses(NamedTuple):
-    """Loss and accuracy of a step: of all microbatches and ranks. The accuracy is NaN if nothing was judged."""
-
-    total: Tensor
-    accuracy: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +164,15 @@ class Task(nn.Module):
     def backward(
         self,
         parallel: Parallel,
-        microbatches: Sequence[Microbatch],
+        microbatches: Sequence[tuple[Batch, Masks]],
         targets: Sequence[Tensor],
         world: World,
         config: FinetuneConfig,
         step: int,
-    ) -> Any:
-        """Compute the loss of the global batch, and the parameters' gradients. Returns scalars without gradient.
+    ) -> Losses:
+        """Compute the loss of the global batch, and the parameters' gradients.
+
+        The losses have no gradient. Their `accuracy` is NaN if nothing was judged.
 
         Args:
             targets: those of the whole training split, on the device.
@@ -199,7 +194,7 @@ class Task(nn.Module):
             parts = losses.total, losses.accuracy * counted, counted
             shares.append(torch.stack([x.detach().float() for x in parts]))
         loss, right, judged = world.all_reduce(torch.stack(shares).sum(0))
-        return StepLosses(loss / (number * world.size), right / judged)
+        return Losses(total=loss / (number * world.size), accuracy=right / judged)
 
     def losses_of_step(
         self, batch: Batch, masks: Masks, targets: Sequence[Tensor], implementation: Implementation

@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 Inputs = TypeVar("Inputs", Batch, Masks)
 
 Bucket = tuple[Any, ...]
-"""What all steps of one graph share: shapes of the tensors of the batch and its masks, and their numbers on the host,
+"""Properties that all steps of one graph share: shapes of the tensors of batch and masks, and numbers on the host,
 such as the longest caption."""
-Step = Callable[[Batch, Masks, Tensor], Losses]
-"""step(batch, masks, number): sets the gradients and returns the losses, detached scalars. number: that of the update,
-int64 () on the device."""
+Step = Callable[[list[tuple[Batch, Masks]], Tensor], Losses]
+"""step(microbatches, number): sets the gradients and returns the losses, detached scalars. number: of the update, int64
+() on the device."""
 Capture = Callable[[Callable[[], Losses]], tuple[Callable[[], None], Losses]]
 """capture(function): records a function without arguments, and returns how to run what was recorded, and the outputs
 that each run fills."""
@@ -81,8 +81,9 @@ class CudaGraphs:
         """Number of graphs."""
         return len(self._graphs)
 
-    def run(self, batch: Batch, masks: Masks, number: Tensor) -> Losses:
-        """Run a step: set the parameters' gradients, and return the losses, detached scalars."""
+    def run(self, microbatches: list[tuple[Batch, Masks]], number: Tensor) -> Losses:
+        """Run a step of one microbatch: set the parameters' gradients, and return the losses, detached scalars."""
+        ((batch, masks),) = microbatches
         values = [getattr(part, field.name) for part in (batch, masks) for field in fields(part)]
         bucket: Bucket = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in values)
         graph = self._graphs.get(bucket)
@@ -93,7 +94,7 @@ class CudaGraphs:
             log.info("CUDA graphs: all %d are made; batches of other shapes run eagerly", self._limit)
         if graph is None:
             self._seen.add(bucket)
-            return self._step(batch, masks, number)
+            return self._step([(batch, masks)], number)
         for new, own in ((batch, graph.batch), (masks, graph.masks)):
             for name, value in tensors_of(new).items():
                 getattr(own, name).copy_(value, non_blocking=True)
@@ -101,14 +102,15 @@ class CudaGraphs:
         graph.replay()
         for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
             parameter.grad = gradient
-        return Losses(*(loss.clone() for loss in graph.losses))  # the next step overwrites those of the graph
+        # The next step overwrites those of the graph.
+        return Losses({name: loss.clone() for name, loss in graph.losses.items()})
 
     def _try_to_capture(self, bucket: Bucket, batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
         own_batch, own_masks, own_number = static_copy(batch), static_copy(masks), number.clone()
         for parameter in self._parameters:
             parameter.grad = None  # backward then writes a gradient instead of adding to it
         try:
-            replay, losses = self._capture(lambda: self._step(own_batch, own_masks, own_number))
+            replay, losses = self._capture(lambda: self._step([(own_batch, own_masks)], own_number))
         except RuntimeError as error:
             log.warning("CUDA graphs: a step could not be captured, so no further graph is made: %s", error)
             for parameter in self._parameters:

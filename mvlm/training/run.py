@@ -21,14 +21,14 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, naming_lost_ranks, run_on_all_ranks
-from mvlm.distributed.global_batch import Kept, idle_parameters
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
 from mvlm.model.adaptation import adapt
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.objectives.losses import loss_weights
+from mvlm.objectives.pretraining import KeepStart, objectives_of
+from mvlm.objectives.step import idle_parameters
 from mvlm.progress import format_duration
 from mvlm.runs.folder import RunFolder, RunLock, write_config
 from mvlm.runs.history import History
@@ -195,7 +195,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     needed = config.initial_model if config.adapted or config.keep_start else None
     initial = None if needed is None else identify(needed)
     model = make_model(config, fresh=not checkpoint or initial is not None).to(world.device)
-    reference = Kept(config.keep_start, deepcopy(model).requires_grad_(False)) if config.keep_start else None
+    start = deepcopy(model).requires_grad_(False) if config.keep_start else None
+    keep_start = None if start is None else KeepStart(config.keep_start, start=start)
     adapt(model, config)
     if config.adapted:
         freeze_rest(model, config)
@@ -207,7 +208,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
-    trainer = Trainer(inputs, world, parallel, optimizer, loader, initial, reference)
+    trainer = Trainer(inputs, world, parallel, optimizer, loader, initial, keep_start)
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)
@@ -220,7 +221,7 @@ def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
     The heads that predict tokens and pixels stay too, unless the cross-modality encoders before them learn in full. A
     head whose bias is zero learns: nothing has trained it.
     """
-    for parameter in idle_parameters(model, loss_weights(config)):
+    for parameter in idle_parameters(model, objectives_of(config)):
         parameter.requires_grad_(False)
     heads = {model.language_head: model.language_head.vocabulary.bias, model.pixel_head: model.pixel_head.bias}
     for head, bias in heads.items():

@@ -17,7 +17,7 @@ from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.coordination import Notices, StepDecisions, run_on_all_ranks
-from mvlm.distributed.global_batch import Kept, Microbatch, backward_global
+from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
@@ -26,9 +26,11 @@ from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.files import check_finite
 from mvlm.inference.masked import reconstruction_strip
 from mvlm.model.adaptation import adapt, learned
-from mvlm.model.maskvlm import IMPLEMENTATIONS, Features, MaskVLM
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import eager_buckets, pad_to_bucket
-from mvlm.objectives.losses import Losses, LossWeights, distance_to_start, loss_weights
+from mvlm.objectives.losses import Losses
+from mvlm.objectives.pretraining import KeepStart, objectives_of
+from mvlm.objectives.step import Objective
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
     EMA,
@@ -85,7 +87,7 @@ class Trainer:
     Args:
         initial_model: path and hash of the trained model that the run started from (`mvlm.runs.load.identify`), if its
             checkpoints refer to it: those of adapters leave its frozen weights out.
-        reference: frozen copy of the initial model, and the weight of the distance to it, with --keep-start.
+        keep_start: the objective of --keep-start, with a frozen copy of the initial model.
     """
 
     def __init__(
@@ -96,13 +98,13 @@ class Trainer:
         optimizer: GuardedAdamW,
         loader: Loader,
         initial_model: dict[str, str] | None = None,
-        reference: Kept | None = None,
+        keep_start: KeepStart | None = None,
     ) -> None:
         config, _, self.validation, self.tokenizer, self.also_evaluated = inputs
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
-        self.loader, self.device, self.initial_model, self.reference = loader, world.device, initial_model, reference
+        self.loader, self.device, self.initial_model, self.keep_start = loader, world.device, initial_model, keep_start
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
@@ -117,16 +119,21 @@ class Trainer:
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 
     @cached_property
-    def loss_weights(self) -> LossWeights:
-        """Weights of the losses of pretraining. A task has none."""
+    def objectives(self) -> tuple[Objective, ...]:
+        """Objectives of pretraining, with their weights."""
         assert isinstance(self.config, PretrainConfig)
-        return loss_weights(self.config)
+        return objectives_of(self.config) + (() if self.keep_start is None else (self.keep_start,))
 
     @cached_property
     def graphs(self) -> CudaGraphs | None:
         """CUDA graphs that replay the steps of one rank, with --capture cuda-graphs; else None."""
         wanted = isinstance(self.config, PretrainConfig) and self.config.capture == "cuda-graphs"
-        return CudaGraphs(self.backward_alone, self.model.parameters()) if wanted else None
+        return CudaGraphs(self.forward_backward, self.model.parameters()) if wanted else None
+
+    @property
+    def backward(self) -> Callable[[list[tuple[Batch, Masks]], Any], Losses]:
+        """`forward_backward`; replayed, if the run has CUDA graphs."""
+        return self.forward_backward if self.graphs is None else self.graphs.run
 
     @property
     def complete(self) -> bool:
@@ -210,14 +217,16 @@ class Trainer:
 
         self.watchdog.beat(f"step {self.step + 1}")
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
-        losses = self.forward_backward(microbatches)
+        # In compiled code and in CUDA graphs a Python number is a constant.
+        step: Any = torch.full((), self.step, device=self.device) if self.config.fixed_shapes else self.step
+        losses = self.backward(microbatches, step)
         further = self.update(losses)
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
-        self.metrics.add(self.step, samples, tokens, {**losses._asdict(), **further}, waited)
+        self.metrics.add(self.step, samples, tokens, {**losses, **further}, waited)
 
-    def update(self, losses: Any) -> dict[str, Tensor]:
+    def update(self, losses: Losses) -> dict[str, Tensor]:
         """Clip the gradients and make the update, if it is finite on all ranks. Returns further metrics of the step."""
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
@@ -229,43 +238,20 @@ class Trainer:
         values = {"grad_norm": norm, "good": good} | {f"grad_norm_{name}": value for name, value in parts.items()}
         return values | self.after_update()
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
-        """Compute the losses of the global batch, scalars without gradient, and the gradients of their total."""
+    def forward_backward(self, microbatches: list[tuple[Batch, Masks]], step: int | Tensor) -> Losses:
+        """Compute the losses of the global batch, scalars without gradient, and the gradients of their total.
+
+        step: number of the update.
+        """
         config = self.config
-        # In compiled code and in CUDA graphs a Python number is a constant.
-        step: Any = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
-        if self.world.size == len(microbatches) == 1:
-            run = self.backward_alone if self.graphs is None else self.graphs.run
-            return run(*microbatches[0], step)
-        return backward_global(
-            self.parallel,
-            microbatches,
-            self.world,
-            seed=config.seed,
-            step=step,
-            plan=config.plan,
-            weights=self.loss_weights,
-            kept=self.reference,
-            autocast=partial(autocast, self.device, config.precision),
-        )
-
-    def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor) -> Losses:
-        """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
-        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.loss_weights}
-        if self.reference is not None:
-            options["own_loss"] = partial(self.keep_start, self.reference, batch)
-        with autocast(self.device, self.config.precision):
-            losses: Losses = self.model(batch, masks, **options)
+        options = {"seed": config.seed, "step": step, "plan": config.plan, "objectives": self.objectives}
+        if not self.world.size == len(microbatches) == 1:
+            context = partial(autocast, self.device, config.precision)
+            return backward_global(self.parallel, microbatches, self.world, **options, autocast=context)
+        with autocast(self.device, config.precision):
+            losses: Losses = self.model(*microbatches[0], **options)
         losses.total.backward()
-        return Losses(*(loss.detach() for loss in losses))
-
-    def keep_start(self, reference: Kept, batch: Batch, features: Features) -> Tensor:
-        """The weighted loss of --keep-start, from what the step has computed of the batch."""
-        assert features.image is not None
-        assert features.text is not None
-        start = reference.embed([batch], IMPLEMENTATIONS[self.config.plan])
-        scales = self.model.log_scale, reference.model.log_scale
-        return reference.weight * distance_to_start((features.image, features.text), start, *scales)
+        return losses.detach()
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature, after every update. Returns it as a further metric of the step."""
@@ -353,11 +339,8 @@ class Trainer:
 
     def extra_state(self) -> dict[str, Any]:
         """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
-        return (
-            {"kept": self.initial_model["sha256"]}
-            if self.initial_model is not None and self.reference is not None
-            else {}
-        )
+        kept = self.initial_model is not None and self.keep_start is not None
+        return {"kept": self.initial_model["sha256"]} if kept else {}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.

@@ -41,7 +41,7 @@ MEMORY = "wanted memory, found too little"
     ],
 )
 def test_an_error_that_is_no_bug_is_one_line(run_mvlm, monkeypatch, work, code, line):
-    monkeypatch.setattr(cli, "run_command", work)
+    monkeypatch.setattr(cli, "find_command", work)
     outcome = run_mvlm("pretrain")
     assert (outcome.code, len(outcome.err)) == (code, 1)
     assert outcome.err[0].startswith(f"mvlm: {line}")
@@ -49,7 +49,7 @@ def test_an_error_that_is_no_bug_is_one_line(run_mvlm, monkeypatch, work, code, 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("a bug"), ImportError("no", name="x")])
 def test_another_error_keeps_its_traceback(run_mvlm, monkeypatch, error):
-    monkeypatch.setattr(cli, "run_command", raising(error))
+    monkeypatch.setattr(cli, "find_command", raising(error))
     with pytest.raises(type(error)):
         run_mvlm("pretrain")
 

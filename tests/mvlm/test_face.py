@@ -32,10 +32,10 @@ loaded("torch", "numpy", "PIL", "pyarrow", "nvidia.dali")
 mvlm.PretrainConfig
 loaded("torch")
 try:
-    mvlm.cli.run_command(["pretrain", "hgue", "--data", "d", "--out", "o"])
+    mvlm.cli.find_command(["pretrain", "hgue", "--data", "d", "--out", "o"])()
 except mvlm.ConfigError as error:
     print(error)
-mvlm.cli.run_command(["score", "entailment", *sys.argv[1:]])
+mvlm.cli.find_command(["score", "entailment", *sys.argv[1:]])()
 loaded("torch", "nvidia.dali", "tensorboard", "mvlm.model", "PIL")
 """
 """What each step has imported of these slow packages."""

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 import mvlm
-from mvlm.cli import run_command
+from mvlm.cli import find_command
 from mvlm.runs.folder import read_metrics
 from support.shapes import copy_shapes
 
@@ -55,7 +55,7 @@ def vectors(kind: str) -> torch.Tensor:
 @pytest.mark.slow
 def test_an_old_run_resumes_with_the_rows_that_it_would_have_had(folder, without_tensorboard):
     """Its loader, optimizer, guard and generators go on where they were."""
-    run_command(["pretrain", "--config", "run/config.json", "--resume"])
+    find_command(["pretrain", "--config", "run/config.json", "--resume"])()
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     wanted = [json.loads(line) for line in (BEFORE / "rows.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -67,7 +67,9 @@ def test_an_old_run_resumes_with_the_rows_that_it_would_have_had(folder, without
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["run", "exported"])
 def test_an_old_model_gives_its_figures(folder, model):
-    run_command(["eval", "retrieval", "--checkpoint", model, "--data", "data", "--split", "test", "--out", "now.json"])
+    find_command(
+        ["eval", "retrieval", "--checkpoint", model, "--data", "data", "--split", "test", "--out", "now.json"]
+    )()
     now, old = (json.loads(file.read_text()) for file in (folder / "now.json", BEFORE / "retrieval.json"))
     assert now["model"] == old["model"]
     assert now["fingerprint"] == old["fingerprint"]
@@ -88,11 +90,11 @@ def test_an_old_model_embeds_as_before(folder, model):
 @pytest.mark.slow
 def test_an_old_index_and_old_embeddings_answer_as_before(folder):
     pytest.importorskip("lancedb")
-    run_command(["search", "index", "embeddings", "new", "--method", "flat"])
+    find_command(["search", "index", "embeddings", "new", "--method", "flat"])()
     old = json.loads((BEFORE / "query.json").read_text())
     for index in ("index", "new"):
         query = ["search", "query", index, "a red circle on white", "--checkpoint", "run", "--top", "76"]
-        run_command([*query, "--json", f"{index}.json"])
+        find_command([*query, "--json", f"{index}.json"])()
         now = {hit["id"]: hit["similarity"] for hit in json.loads((folder / f"{index}.json").read_text())}
         assert len(now) == 76
         for hit in old:

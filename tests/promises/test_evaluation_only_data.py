@@ -12,11 +12,11 @@ from support.data import wave_tokenizer
 def test_a_set_of_evaluation_images_is_built_checked_viewed_and_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     published.folder(tmp_path / "images", 12)
-    cli.run_command(["data", "folder", "images", "data", "--test", "1.0", "--workers", "1"])
+    cli.find_command(["data", "folder", "images", "data", "--test", "1.0", "--workers", "1"])()
     assert "data: 12 test\n" in capsys.readouterr().out
-    cli.run_command(["data", "check", "data", "--workers", "1"])
+    cli.find_command(["data", "check", "data", "--workers", "1"])()
     assert "images              12" in capsys.readouterr().out
-    cli.run_command(["data", "view", "view", "--sources", "data"])
+    cli.find_command(["data", "view", "view", "--sources", "data"])()
     for folder in ("data", "view"):
         dataset = open_dataset(folder, "test")
         loader = Loader(dataset, wave_tokenizer(), batch_size=5, image_size=32, text_length=12, seed=0, train=False)

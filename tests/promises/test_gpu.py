@@ -80,7 +80,7 @@ def test_a_step_of_two_microbatches_never_synchronizes_with_the_device():
         again = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.allclose(torch.stack(list(first)), torch.stack(list(again)))
+    assert torch.allclose(torch.stack([*first.values()]), torch.stack([*again.values()]))
     for wanted, parameter in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-2, atol=1e-3)
 
@@ -120,11 +120,11 @@ def test_steps_from_cuda_graphs_train_as_eager_steps():
         model, _, _ = make()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
-        def eager(batch, masks, number, model=model) -> Losses:
+        def eager(microbatches, number, model=model) -> Losses:
             with torch.autocast("cuda", torch.bfloat16):
-                losses = model(batch, masks, step=number, plan="fast")
+                losses = model(*microbatches[0], step=number, plan="fast")
             losses.total.backward()
-            return Losses(*(loss.detach() for loss in losses))
+            return losses.detach()
 
         graphs = CudaGraphs(eager, model.parameters(), limit=limit)
         losses = []
@@ -133,11 +133,13 @@ def test_steps_from_cuda_graphs_train_as_eager_steps():
             batch, masks = micro_batch(tuple(3 + n % 20 for n in range(pairs)), seed=number, config=model.config)
             batch, masks = pad_to_bucket(batch, masks, model.config.text_length)
             step_number = torch.tensor(number, device="cuda")
-            losses.append(graphs.run(batch.to("cuda"), masks.to("cuda"), step_number))
+            losses.append(graphs.run([(batch.to("cuda"), masks.to("cuda"))], step_number))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         assert graphs.captured == (2 if limit else 0)
-        results.append((torch.stack([torch.stack(x) for x in losses]), [p.detach() for p in model.parameters()]))
+        results.append(
+            (torch.stack([torch.stack([*x.values()]) for x in losses]), [p.detach() for p in model.parameters()])
+        )
     (eager_losses, eager_weights), (losses, weights) = results
     assert torch.equal(losses, eager_losses)
     for p, q in zip(weights, eager_weights, strict=True):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from mvlm.cli import COMMANDS, run_command
+from mvlm.cli import COMMANDS, find_command
 from mvlm.commands import data
 from mvlm.commands.pretrain import parse_config
 from mvlm.config.model import MaskVLMConfig
@@ -274,7 +274,7 @@ def test_code_runs(page: Page, tmp_path, monkeypatch, capsys, without_tensorboar
             for line in filter(None, (shlex.split(line, comments=True) for line in block.splitlines())):
                 if not any(re.match(pattern, " ".join(line)) for pattern in ELSEWHERE):
                     assert line[0] == "mvlm", f"{line}: name in ELSEWHERE what runs it"
-                    run_command([*line[1:], *SHORTER.get(line[1], [])])
+                    find_command([*line[1:], *SHORTER.get(line[1], [])])()
     for name in page.leaves.split():
         assert (tmp_path / name).stat().st_size > 0, name
     assert re.search(page.prints, capsys.readouterr().out)

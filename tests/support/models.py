@@ -15,6 +15,8 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.pretraining import OBJECTIVES
+from mvlm.objectives.step import Objective
 from mvlm_dataloading import Batch, Masks
 
 MICRO: dict[str, Any] = {
@@ -91,6 +93,11 @@ def micro_batch(
         sample_id=torch.arange(number),
     )
     return batch, Masks(patch_ids=torch.from_numpy(np.stack(patch_ids)), token_ids=torch.tensor(token_ids))
+
+
+def weighted(*weights: float) -> tuple[Objective, ...]:
+    """The objectives of pretraining with the weights of MLM, MIM, ITC and ITM."""
+    return tuple(kind(weight) for kind, weight in zip(OBJECTIVES, weights, strict=True))
 
 
 class Largest(TorchDispatchMode):

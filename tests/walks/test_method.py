@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.cli import run_command
+from mvlm.cli import find_command
 from mvlm.errors import ConfigError
 from support.scenes import write_scenes
 
@@ -35,10 +35,10 @@ def test_a_study_of_losses_and_masks(tmp_path, monkeypatch, capsys, without_tens
     ):  # fmt: skip
         (tmp_path / "study.toml").write_text(text.replace(right, wrong))
         with pytest.raises(ConfigError, match=named):
-            run_command(words)
+            find_command(words)()
         assert not list(tmp_path.glob("study/**/checkpoint*"))
     (tmp_path / "study.toml").write_text(text)
-    run_command(words)
+    find_command(words)()
     assert "study/study.html" in capsys.readouterr().out
     rows = (tmp_path / "study/study.csv").read_text()
     for arm in ("ITC and ITM alone", "all four", "more masks"):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import mvlm
-from mvlm.cli import run_command
+from mvlm.cli import find_command
 from mvlm_dataloading import open_dataset
 from support.commands import MICRO_FLAGS
 from support.scenes import png, scene
@@ -26,7 +26,7 @@ SHORTER = {
 
 def run(line: str) -> None:
     words = shlex.split(line)[1:]
-    run_command([*words, *SHORTER.get(words[0], [])])
+    find_command([*words, *SHORTER.get(words[0], [])])()
 
 
 def write_pictures(folder: Path) -> dict[str, str]:

@@ -73,7 +73,7 @@ def gather_patches(
             divide the image.
     """
     patch_size, means, stds, dtype = _checked(images, patch_ids, patch_size, mean, std, dtype)
-    return _op.on(images)(images, patch_ids, patch_size, means, stds, dtype)
+    return _op.on(images, learns=images.requires_grad)(images, patch_ids, patch_size, means, stds, dtype)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:

@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
 def test_run_on_a_cpu_writes_csv_plot_and_json(capsys, tmp_path) -> None:
     words = ["--quick", "--device", "cpu", "--ops", "place_tokens", "gather_patches"]
     words += ["--peers", "eager", "gather-first", "liger", "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]
-    cli.run_command(["bench", "kernels", *words])
+    cli.find_command(["bench", "kernels", *words])()
     out = capsys.readouterr().out
     paths = [Path(line) for line in out.splitlines() if line.startswith(str(tmp_path))]
     assert sorted(path.suffix for path in paths) == [".csv", ".json", ".svg"]

@@ -118,7 +118,7 @@ def lack(error: BaseException):
 )
 def test_doctor_finds_a_trial_without_memory_red(scenes, tmp_path, monkeypatch, place, error):
     """In the step and in the loader."""
-    monkeypatch.setattr(place, "backward_alone" if place is training.Trainer else "make_loader", lack(error))
+    monkeypatch.setattr(place, "forward_backward" if place is training.Trainer else "make_loader", lack(error))
     found = examine(scenes, tmp_path)
     assert found["memory"].state == "red"
     assert "speed" not in found

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
-from mvlm.cli import run_command
+from mvlm.cli import find_command
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import groups_of, resume_may_change
 from mvlm.config.model import MaskVLMConfig
@@ -108,7 +108,7 @@ def test_the_group_says_if_a_resumed_run_may_change_a_setting() -> None:
 def flags_of(words: list[str], capsys) -> set[str]:
     """The flags that a command shows in its help."""
     with pytest.raises(SystemExit, match="0"):
-        run_command([*words, "--help"])
+        find_command([*words, "--help"])()
     return set(re.findall(r"^[^\w-]{0,4}(--[a-z][\w.-]*)", capsys.readouterr().out, re.MULTILINE))
 
 

@@ -166,7 +166,7 @@ def test_parse_gpus_and_parse_count():
 )  # fmt: skip
 def test_refusals(words, setting):
     with pytest.raises(ConfigError, match=setting):
-        cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])
+        cli.find_command(["plan", "--gpus", "8", "--data", "1M", *words])()
 
 
 @pytest.mark.extended
@@ -174,7 +174,7 @@ def test_refusals(words, setting):
 def test_page_shows_the_output_of_mvlm_plan(capsys):
     """Its blocks, with figures within 3 %: a better kernel changes them a little, an error changes them more."""
     command, shown = re.findall(r"^    (mvlm plan .*?)$.*?^```text\n(.*?)^```", PAGE.read_text(), re.M | re.S)[0]
-    cli.run_command(shlex.split(command)[1:])
+    cli.find_command(shlex.split(command)[1:])()
     number = r"\d[\d,]*(?:\.\d+)?"
 
     def words(text: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.exchange import Plan, plan_exchange, sum_rows
+from mvlm.distributed.exchange import Splits, plan_exchange, rows_of_sequences, sum_rows
 from mvlm.objectives.negatives import MAX_READERS, Negatives, NegativeSampling
 from support.models import normal
 
@@ -34,7 +34,7 @@ def rank_and_position(index: int, ranks: int = RANKS, pairs: int = PAIRS) -> tup
     return block % ranks, block // ranks * pairs + within
 
 
-def plans(negatives: Negatives, lengths: Tensor, microbatch: int) -> list[Plan]:
+def plans(negatives: Negatives, lengths: Tensor, microbatch: int) -> list[tuple[Splits, Splits]]:
     """Plans of all ranks for one microbatch. A rank's captions lie one after another."""
     found = []
     for layout in layouts():
@@ -45,34 +45,34 @@ def plans(negatives: Negatives, lengths: Tensor, microbatch: int) -> list[Plan]:
 
 @pytest.mark.parametrize("microbatch", range(MICROBATCHES))
 @pytest.mark.parametrize("seed", range(3))
-def test_plans_of_all_ranks_against_a_loop(seed, microbatch):
+@pytest.mark.parametrize("kind", [0, 1], ids=["images", "captions"])
+def test_plans_of_all_ranks_against_a_loop(kind, seed, microbatch):
     """What a rank sends, and what another expects from it, are the distinct rows that the other's pairs drew."""
     negatives = random_negatives(seed)
-    lengths = torch.from_numpy(np.random.default_rng(seed + 9).integers(3, 8, size=TOTAL))
-    found = plans(negatives, lengths, microbatch)
+    of_captions = np.random.default_rng(seed + 9).integers(3, 8, size=TOTAL)
+    found = [both[kind] for both in plans(negatives, torch.from_numpy(of_captions), microbatch)]
+    columns = (negatives.texts if kind else negatives.images).tolist()
+    lengths = of_captions.tolist() if kind else [1] * TOTAL
     layout = layouts()
+    own = [[lengths[i] for i in of.own_indices(torch.device("cpu")).tolist()] for of in layout]
     for reader in range(RANKS):
-        mine = layout[reader].indices(microbatch, torch.device("cpu")).tolist()
-        for kind, columns in (("images", negatives.images), ("texts", negatives.texts)):
-            arrived = []
-            for owner in range(RANKS):
-                wanted = sorted({int(columns[i]) for i in mine if rank_and_position(int(columns[i]))[0] == owner})
-                arrived += wanted
-                sends = getattr(found[owner], kind)
-                counts = sends.sent_counts.tolist()
-                before = sum(counts[:reader])
-                positions = [rank_and_position(index)[1] for index in wanted]
-                assert sends.sent[before : before + counts[reader]].tolist() == positions
-                assert int(getattr(found[reader], kind).received_counts[owner]) == len(wanted)
-            receives = getattr(found[reader], kind)
-            assert receives.received[: len(arrived)].tolist() == arrived
-            assert [arrived[place] for place in receives.place.tolist()] == [int(columns[i]) for i in mine]
-        captions, longest, drawn_rows = found[reader].numbers[-3:].tolist()
-        rows = [int(lengths[index]) for index in arrived]  # of the captions
-        assert captions == len(arrived)
-        assert longest == max(rows)
-        assert drawn_rows == sum(int(lengths[int(negatives.texts[i])]) for i in mine)
-        assert found[reader].cu_seqlens[: captions + 1].tolist() == np.cumsum([0, *rows]).tolist()
+        drawn = [columns[i] for i in layout[reader].indices(microbatch, torch.device("cpu")).tolist()]
+        arrived, expected = [], found[reader].numbers.tolist()
+        for owner in range(RANKS):
+            wanted = sorted({i for i in drawn if rank_and_position(i)[0] == owner})
+            arrived += wanted
+            rows = []
+            for place in (rank_and_position(i)[1] for i in wanted):
+                rows += range(sum(own[owner][:place]), sum(own[owner][: place + 1]))
+            splits = found[owner]
+            sizes = splits.numbers[:RANKS].tolist()
+            sent = rows_of_sequences(splits.starts, splits.lengths, sum(sizes)).tolist()
+            assert sent[sum(sizes[:reader]) : sum(sizes[: reader + 1])] == rows
+            assert expected[RANKS + owner] == len(rows)
+        assert [arrived[place] for place in found[reader].place.tolist()] == drawn
+        sizes = [lengths[i] for i in arrived]
+        assert expected[-3:] == [len(arrived), max(sizes), sum(lengths[i] for i in drawn)]
+        assert found[reader].cu_seqlens[: len(arrived) + 1].tolist() == np.cumsum([0, *sizes]).tolist()
 
 
 def test_sums_of_rows_against_numpy():
@@ -99,13 +99,12 @@ def test_a_row_that_all_want_is_sent_to_a_bounded_number_of_ranks(ranks):
     everybody = torch.zeros(layout.total, dtype=torch.int64)
     lengths, starts = torch.full((layout.total,), 5), torch.tensor([0, 5])
     unlimited = Negatives(everybody + 1, everybody, everybody, everybody)
-    plan = plan_exchange(unlimited, lengths, starts, 0, layout)
-    assert int(plan.images.sent_counts.sum()) == ranks
+    images, _ = plan_exchange(unlimited, lengths, starts, 0, layout)
+    assert int(images.numbers[:ranks].sum()) == ranks
     limited = negatives_of(everybody + 1, everybody)
-    plan = plan_exchange(limited, lengths, starts, 0, layout)
-    for drawn in (plan.images, plan.texts):
-        elsewhere = drawn.sent_counts.tolist()[1:]
-        assert sum(elsewhere) <= MAX_READERS
+    for splits, rows in zip(plan_exchange(limited, lengths, starts, 0, layout), (1, 5), strict=True):
+        elsewhere = splits.numbers[1:ranks].tolist()
+        assert sum(elsewhere) <= rows * MAX_READERS
         # One reader is the owner's other pair, and the others are two on each rank.
-        assert sum(elsewhere) == min(ranks - 1, MAX_READERS // 2)
+        assert sum(elsewhere) == rows * min(ranks - 1, MAX_READERS // 2)
     assert int(limited.text_weights.sum()) == min(layout.total - 1, MAX_READERS)

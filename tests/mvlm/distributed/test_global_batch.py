@@ -16,32 +16,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.config.groups import PartSettings
-from mvlm.distributed import global_batch
-from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.global_batch import (
-    Embeddings,
-    Kept,
-    backward_global,
-    sharded_contrastive_loss,
-    sharded_distance_to_start,
-)
+from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World, join_ranks
-from mvlm.model import plain
 from mvlm.model.adaptation import adapt
-from mvlm.model.maskvlm import Features, MaskVLM
-from mvlm.objectives import negatives
-from mvlm.objectives.losses import LossWeights, distance_to_start
-from mvlm.objectives.negatives import NegativeSampling
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives import negatives, step
+from mvlm.objectives.pretraining import KeepStart
+from mvlm.objectives.step import Objective
 from mvlm.training.metrics import gradient_norms
-from mvlm_dataloading import Batch, Masks
 from mvlm_kernels.gelu_linear.room import saving_none
 from support.faults.forks import ended_well, in_ranks
 from support.kernels.rooms import every_room, room_for
-from support.models import ALONE, Largest, micro_batch, micro_model, normal
+from support.microbatches import piece, pieces, whole_batch
+from support.models import ALONE, micro_batch, micro_model, normal, weighted
 
 EXACT = 1e-10
-LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
 EVERY = (1.0, 1.0, 1.0, 1.0)
 SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.5, 2.0, 0.25, 3.0))
@@ -65,33 +55,6 @@ PARTS = {
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
-def whole_batch() -> tuple[Batch, Masks]:
-    """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked tokens a caption."""
-    batch, masks = micro_batch(LENGTHS, seed=1)
-    image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
-    image_id[[5, 13]] = 102
-    text_id[[7, 8, 15]] = 200
-    return replace(batch, image_id=image_id, text_id=text_id), masks
-
-
-def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, Masks]:
-    """Pairs first to first + number - 1, as a batch."""
-    starts = batch.cu_seqlens.tolist()
-    rows, begin, end = slice(first, first + number), starts[first], starts[first + number]
-    inside = (masks.token_ids >= begin) & (masks.token_ids < end)
-    own = Masks(patch_ids=masks.patch_ids[rows], token_ids=masks.token_ids[inside] - begin)
-    part = Batch(
-        images=batch.images[rows],
-        tokens=batch.tokens[begin:end],
-        cu_seqlens=batch.cu_seqlens[first : first + number + 1] - begin,
-        max_length=max(b - a for a, b in itertools.pairwise(starts[first : first + number + 1])),
-        image_id=batch.image_id[rows],
-        text_id=batch.text_id[rows],
-        sample_id=batch.sample_id[rows],
-    )
-    return part, own
-
-
 def model_of(variant: str) -> MaskVLM:
     model = micro_model(**SHALLOW, **VARIANTS[variant])
     adapt(model, PARTS.get(variant, PartSettings()))
@@ -101,39 +64,23 @@ def model_of(variant: str) -> MaskVLM:
     return model
 
 
-def kept_of(variant: str) -> Kept | None:
-    """The start whose distance is in the total, with another temperature, where the variant says so."""
+def objectives_of(weights: tuple[float, ...], variant: str) -> tuple[Objective, ...]:
+    """The objectives, and the distance to a start with another temperature where the variant says so."""
     if variant != "kept start":
-        return None
+        return weighted(*weights)
     start = micro_model(seed=1, **SHALLOW).requires_grad_(False)
     start.log_scale.data += 0.3
-    return Kept(0.7, start)
-
-
-def pieces(world: World, number: int) -> list[tuple[Batch, Masks]]:
-    """This rank's microbatches of the whole batch."""
-    size = len(LENGTHS) // (world.size * number)
-    return [piece(*whole_batch(), (a * world.size + world.rank) * size, size) for a in range(number)]
+    return *weighted(*weights), KeepStart(0.7, start=start)
 
 
 class Oracle:
     """Losses and gradients of one rank on the whole batch, by the model's own forward; weights after an update."""
 
     def __init__(self, weights: tuple[float, ...], variant: str) -> None:
-        model, kept = model_of(variant), kept_of(variant)
-        batch, masks = whole_batch()
-
-        def distance(features: Features) -> Tensor:
-            assert kept is not None
-            assert features.image is not None
-            assert features.text is not None
-            own, start = (features.image, features.text), kept.embed([batch], plain)
-            return 0.7 * distance_to_start(own, start, model.log_scale, kept.model.log_scale)
-
-        own_loss = None if kept is None else distance
-        losses = model(batch, masks, seed=SEED, step=STEP, weights=LossWeights(*weights), own_loss=own_loss)
+        model = model_of(variant)
+        losses = model(*whole_batch(), seed=SEED, step=STEP, objectives=objectives_of(weights, variant))
         losses.total.backward()
-        self.losses = [x.item() for x in losses]
+        self.losses = {name: x.item() for name, x in losses.items()}
         self.gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
         self.norm = torch.nn.utils.get_total_norm([g for g in self.gradients.values() if g is not None])
         update(model, self.norm)
@@ -203,11 +150,11 @@ def check(world: World, case: dict[str, Any], oracle: Oracle) -> None:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
     micro = pieces(world, case["microbatches"])
-    chosen: dict[str, Any] = {"plan": case["plan"], "weights": LossWeights(*weights), "kept": kept_of(case["variant"])}
+    chosen: dict[str, Any] = {"plan": case["plan"], "objectives": objectives_of(weights, case["variant"])}
     for _ in range(2 if kind == "ddp" else 1):
         model.zero_grad(set_to_none=True)
         losses = backward_global(parallel, micro, world, seed=SEED, step=STEP, **chosen)
-        assert [x.item() for x in losses] == pytest.approx(oracle.losses, abs=EXACT), case
+        assert {name: x.item() for name, x in losses.items()} == pytest.approx(oracle.losses, abs=EXACT), case
         assert_equal({name: p.grad for name, p in model.named_parameters()}, oracle.gradients, case)
     norm, _ = gradient_norms(model)
     assert norm.item() == pytest.approx(oracle.norm.item(), abs=EXACT), case
@@ -228,10 +175,8 @@ def test_every_combination_agrees_with_one_rank_on_the_whole_batch(size, cases):
     def work() -> None:
         world = join_ranks("cpu")
         for number, case in enumerate(cases):
-            # In every second case of few pairs of ITC's logits at a time.
-            few = functools.partial(sharded_contrastive_loss, elements=1 << 20 if number % 2 else 32)
-            near = functools.partial(sharded_distance_to_start, elements=1 << 20 if number % 2 else 32)
-            with patch.multiple(global_batch, sharded_contrastive_loss=few, sharded_distance_to_start=near):
+            # In every second case few of ITC's logits at a time.
+            with patch.object(step, "MAX_LOGITS", 1 << 20 if number % 2 else 32):
                 check(world, case, oracles[case["weights"], case["variant"]])
         world.close()
 
@@ -251,7 +196,7 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
             model = micro_model(**SHALLOW)
             micro = pieces(world, microbatches)
             losses = backward_global(parallelize(model, world), micro, world, seed=SEED, step=STEP)
-            assert [x.item() for x in losses] == pytest.approx(oracle.losses, abs=EXACT)
+            assert {name: x.item() for name, x in losses.items()} == pytest.approx(oracle.losses, abs=EXACT)
             runs.append({name: p.grad for name, p in model.named_parameters()})
         assert_equal(runs[0], oracle.gradients, microbatches)
         assert all(torch.equal(gradient, runs[1][name]) for name, gradient in runs[0].items() if gradient is not None)
@@ -259,24 +204,8 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
 
     with patch.object(negatives, "limit_readers", functools.partial(negatives.limit_readers, most=1)):
         oracle = Oracle(EVERY, "paper")
-        assert abs(oracle.losses[3] - usual.losses[3]) > 1e-3
+        assert abs(oracle.losses["itm"] - usual.losses["itm"]) > 1e-3
         assert [ended_well(pid) for pid in in_ranks(work, 4)] == [True] * 4
-
-
-def test_logits_in_memory_are_bounded():
-    """Of 30 x 30 logits at most 60 are in memory at a time, which is less than all embeddings; same gradients."""
-    gradients, layout = [], GlobalBatchLayout(0, 1, 1, 30)
-    for elements, largest in ((60, 30 * 10), (1 << 20, 30 * 30)):
-        image, text = (normal(30, 5, seed=seed).requires_grad_() for seed in (0, 1))
-        sampling = NegativeSampling(torch.arange(30), torch.arange(30), 0, 0)
-        with Largest() as found:
-            share, *_ = sharded_contrastive_loss(
-                Embeddings(image, text, layout), torch.zeros(1), sampling, layout, elements
-            )
-            share.backward()
-        assert found.elements == largest
-        gradients.append((image.grad, text.grad))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -293,7 +222,8 @@ def test_pair_without_an_admissible_negative_has_no_weight(plan):
     losses.total.backward()
     micro = [piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
     found = backward_global(parallelize(same, ALONE), micro, ALONE, seed=1, step=2, plan=plan)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
+    wanted = {name: x.item() for name, x in losses.items()}
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(wanted, abs=EXACT)
     for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
 

@@ -11,10 +11,11 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
 from mvlm.model.maskvlm import Features, MaskVLM
 from mvlm.model.packing import pad_to_bucket
-from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch
-from support.models import micro_batch, micro_model
+from support.models import micro_batch, micro_model, weighted
 from support.reference import Reference, unit
+
+NAMES = ("mlm", "mim", "itc", "itm")
 
 
 def with_true_matches(batch: Batch) -> Batch:
@@ -51,7 +52,7 @@ def test_without_admissible_negatives_the_matching_loss_is_that_of_true_pairs(ca
         batch = replace(batch, image_id=torch.full_like(batch.image_id, 7))
     losses = model(batch, masks)
     losses.total.backward()
-    assert all(torch.isfinite(x) for x in losses)
+    assert all(torch.isfinite(x) for x in losses.values())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     reference = Reference(model)
     starts = batch.cu_seqlens.tolist()
@@ -77,17 +78,17 @@ PIXELS = ("image_decoder", "pixel_head", "image_encoder.mask_token")
 @pytest.mark.parametrize(
     "weights, unused",
     [
-        (LossWeights(0, 0, 1, 0), ("image_cross", "text_cross", "language_head", "matching_head", *PIXELS)),
-        (LossWeights(0, 0, 1, 1), ("language_head", *PIXELS)),
-        (LossWeights(1, 0, 0, 0), ("image_cross", *PIXELS, *HEADS)),
-        (LossWeights(0, 1, 0, 0), ("text_cross", "language_head", *HEADS)),
+        ((0, 0, 1, 0), ("image_cross", "text_cross", "language_head", "matching_head", *PIXELS)),
+        ((0, 0, 1, 1), ("language_head", *PIXELS)),
+        ((1, 0, 0, 0), ("image_cross", *PIXELS, *HEADS)),
+        ((0, 1, 0, 0), ("text_cross", "language_head", *HEADS)),
     ],
 )
 def test_an_objective_of_weight_0_is_not_computed(weights, unused, plan):
     model = micro_model()
-    losses = model(*micro_batch(), weights=weights, plan=plan)
+    losses = model(*micro_batch(), objectives=weighted(*weights), plan=plan)
     losses.total.backward()
-    for name, weight in weights._asdict().items():
+    for name, weight in zip(NAMES, weights, strict=True):
         assert (getattr(losses, name).item() == 0) == (weight == 0), name
     for name, parameter in model.named_parameters():
         if name.endswith("key.bias"):  # softmax cancels it
@@ -97,11 +98,11 @@ def test_an_objective_of_weight_0_is_not_computed(weights, unused, plan):
 
 
 def test_the_total_is_the_weighted_sum_of_the_losses():
-    model, weights = micro_model(), LossWeights(0.5, 2.0, 0.25, 3.0)
-    found, alone = model(*micro_batch(), weights=weights), model(*micro_batch())
+    model, objectives = micro_model(), weighted(0.5, 2.0, 0.25, 3.0)
+    found, alone = model(*micro_batch(), objectives=objectives), model(*micro_batch())
     wanted = 0.5 * alone.mlm.item() + 2 * alone.mim.item() + alone.itc.item() / 4 + 3 * alone.itm.item()
     assert found.total.item() == pytest.approx(wanted, abs=1e-12)
-    assert [x.item() for x in found[:4]] == [x.item() for x in alone[:4]]
+    assert [found[name].item() for name in NAMES] == [alone[name].item() for name in NAMES]
 
 
 @pytest.mark.parametrize("plan", ["plain", "fast"])
@@ -124,10 +125,10 @@ def test_a_loss_of_ones_own_gets_the_embeddings_and_is_added_to_the_total(plan):
     )
     wanted = 3 * image_embedding @ text_embedding
     assert found.total.item() == pytest.approx(alone.total.item() + wanted, abs=1e-9)
-    assert [x.item() for x in found[:4]] == [x.item() for x in alone[:4]]
+    assert [found[name].item() for name in NAMES] == [alone[name].item() for name in NAMES]
     np.testing.assert_allclose(seen[0].streams.image[0].detach(), image, atol=1e-9)
     assert (
-        model(*inputs, plan=plan, weights=LossWeights(1, 0, 0, 0), own_loss=lambda x: 2 * (x.image is None)).total > 2
+        model(*inputs, plan=plan, objectives=weighted(1, 0, 0, 0), own_loss=lambda x: 2 * (x.image is None)).total > 2
     )
 
 
@@ -136,7 +137,7 @@ def test_losses_are_single_precision_under_autocast():
     batch, masks = micro_batch()
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(batch, masks)
-    assert {x.dtype for x in losses} == {torch.float32}
+    assert {x.dtype for x in losses.values()} == {torch.float32}
     exact = model(batch, masks)
     # bf16 has eight significant bits, which move a loss by a per cent or two.
     for name in ("mlm", "mim", "itc"):

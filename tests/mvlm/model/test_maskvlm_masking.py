@@ -8,7 +8,7 @@ import torch
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives import losses as objectives
 from mvlm_dataloading import Batch, Masks
-from support.models import micro_batch, micro_model
+from support.models import micro_batch, micro_model, weighted
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def predictions(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(objectives, "masked_language_loss", language)
             patch.setattr(objectives, "masked_image_loss", image)
-            model(batch, masks, weights=objectives.LossWeights(itc=0, itm=0))
+            model(batch, masks, objectives=weighted(1, 1, 0, 0))
         return found
 
     return run

@@ -4,16 +4,13 @@ import math
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mvlm.objectives.losses import (
     contrastive_logits,
     contrastive_loss,
     correct_top1,
-    distance_to_start,
     masked_image_loss,
     masked_language_loss,
     masked_targets,
@@ -142,19 +139,3 @@ def test_padding_positions_count_nothing():
     assert masked_targets(longer, padded).tolist() == [*batch.tokens[[2, 6]].tolist(), -100, -100]
     for given in (masks, padded):
         assert number_of_masked_tokens(longer, given).item() == 2
-
-
-def test_distance_to_start_is_that_of_numpy():
-    own, start = ([F.normalize(normal(6, 5, seed=seed + i), dim=1) for i in (0, 1)] for seed in (0, 2))
-    scales = torch.tensor([1.5]), torch.tensor([0.5])
-    wanted = sum(((a - b).square().sum(1).mean().item() for a, b in zip(own, start, strict=True)), 0.0)
-    rows = [np.exp(scale.item()) * (a @ b.T).numpy() for scale, (a, b) in zip(scales, (own, start), strict=True)]
-    for transposed in (False, True):
-        q, p = (np.exp(x.T if transposed else x) for x in rows)
-        q, p = q / q.sum(1, keepdims=True), p / p.sum(1, keepdims=True)
-        wanted += (p * np.log(p / q)).sum() / len(p)
-    found = distance_to_start((own[0], own[1]), (start[0], start[1]), *scales)
-    assert found.item() == pytest.approx(wanted / 2, rel=1e-6)
-    assert distance_to_start((own[0], own[1]), (own[0], own[1]), scales[0], scales[0]).item() == pytest.approx(
-        0, abs=1e-9
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvlm.cli import run_command
+from mvlm.cli import find_command
 from mvlm.portable import programs as module
 from mvlm.tasks.load import load_model
 from support.scenes import png, scene
@@ -41,7 +41,7 @@ def test_commands_of_the_page_run(working_folder, monkeypatch, capsys):
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
     assert len(commands) == 3
     for words in commands:
-        run_command(words[1:])
+        find_command(words[1:])()
     for name in ("demo-pt2/text_encoder.pt2", "demo-onnx/preprocess.json", "demo-hub/README.md"):
         assert (working_folder / name).stat().st_size > 0
 

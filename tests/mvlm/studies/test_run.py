@@ -204,7 +204,9 @@ def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, m
     assert not list((tmp_path / "new").rglob("run"))
     monkeypatch.setenv("WORLD_SIZE", "2")  # each rank would take another trial, and wait for the others in it
     with pytest.raises(ConfigError, match="study: wanted one process, found ranks of torchrun; give --jobs N"):
-        cli.run_command(["study", "studies/objectives.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+        cli.find_command(
+            ["study", "studies/objectives.toml", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        )()
 
 
 @pytest.mark.extended

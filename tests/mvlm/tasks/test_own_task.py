@@ -38,16 +38,16 @@ def counts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def in_the_folder(tmp_path, monkeypatch) -> Iterator[Callable[[], Callable[[list[str]], None]]]:
-    """Gives the folder of tasks a second place with the file of the task. Returns what runs `mvlm WORDS` there."""
+def in_the_folder(tmp_path, monkeypatch) -> Iterator[Callable[[], Callable[[list[str]], Callable[[], object]]]]:
+    """Gives the folder of tasks a second place with the file of the task. Returns what finds `mvlm WORDS` there."""
 
-    def begin() -> Callable[[list[str]], None]:
+    def begin() -> Callable[[list[str]], Callable[[], object]]:
         (tmp_path / "tasks").mkdir()
         (tmp_path / "tasks/counting.py").write_text(EXAMPLE.read_text())
         monkeypatch.setattr(mvlm.tasks, "__path__", [*mvlm.tasks.__path__, str(tmp_path / "tasks")])
         monkeypatch.delitem(sys.modules, "mvlm.cli")  # it makes its table of commands when it is imported
         task_names.cache_clear()
-        return importlib.import_module("mvlm.cli").run_command
+        return importlib.import_module("mvlm.cli").find_command
 
     yield begin
     sys.modules.pop("mvlm.tasks.counting", None)
@@ -85,9 +85,9 @@ def test_the_example_is_trained_and_evaluated_by_its_file_and_by_its_name(
     assert other.code == 2
     assert "counting" in other.err[-1]
     written = ["--out", run / "eval/test.json", "--predictions", run / "predictions"]
-    run_command = in_the_folder()
+    find_command = in_the_folder()
     for command in (["eval", "--help"], ["eval", "counting", *options, *written], ["report", run]):
-        run_command([str(word) for word in command])
+        find_command([str(word) for word in command])()
     assert "  mvlm eval counting " in capsys.readouterr().out
     by_name = json.loads((run / "eval/test.json").read_text())
     assert (by_file["task"], by_file["records"]) == ("counting", by_name["records"])

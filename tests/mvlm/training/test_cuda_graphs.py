@@ -33,8 +33,8 @@ class Recorder:
             self.replays += 1
             for p in self.model.parameters():
                 p.grad = None
-            for own, new in zip(outputs, function(), strict=True):
-                own.copy_(new)
+            for name, new in function().items():
+                outputs[name].copy_(new)
             for own, p in zip(gradients, self.model.parameters(), strict=True):
                 assert (own is None) == (p.grad is None)
                 if own is not None and p.grad is not None:
@@ -42,7 +42,7 @@ class Recorder:
                 p.grad = None
 
         # A capture runs nothing: until the first replay its outputs mean nothing.
-        for x in (*outputs, *gradients):
+        for x in (*outputs.values(), *gradients):
             if x is not None:
                 x.fill_(torch.nan)
         return replay, outputs
@@ -62,7 +62,7 @@ def test_a_trainer_that_replays_its_steps_or_may_capture_none_trains_as_an_eager
         recorder = Recorder(trainer.model)
         if way != "eager":
             capture = recorder if way == "replayed" else refused
-            trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters(), capture)
+            trainer.graphs = CudaGraphs(trainer.forward_backward, trainer.model.parameters(), capture)
         for _ in range(8):
             trainer.one_step(batches)
         rows.append(trainer.metrics.read())
@@ -78,16 +78,16 @@ def test_steps_save_no_gelu():
     """A graph would hold it for good."""
     saved: list[bool] = []
 
-    def step(batch: Batch, masks: Masks, number: torch.Tensor) -> Losses:
+    def step(microbatches: list[tuple[Batch, Masks]], number: torch.Tensor) -> Losses:
         saved.append(save(torch.ones(1))[0])
-        return Losses(*torch.zeros(8))
+        return Losses(total=torch.zeros(()))
 
     model = torch.nn.Linear(1, 1)
     recorder = Recorder(model)
     graphs = CudaGraphs(step, model.parameters(), recorder)
     batch, masks = micro_batch()
     for _ in range(3):
-        graphs.run(batch, masks, torch.zeros((), dtype=torch.int64))
+        graphs.run([(batch, masks)], torch.zeros((), dtype=torch.int64))
     assert recorder.replays
     assert not any(saved)
     assert save(torch.ones(1))[0]

@@ -10,7 +10,7 @@ import torch
 from mvlm.distributed.parallel import compile_step
 from mvlm.errors import ConfigError, NonFiniteLossError
 from mvlm.model import fast
-from mvlm.objectives import losses as objectives
+from mvlm.objectives import pretraining
 from mvlm.training.run import make_loader
 from support.models import ALONE, micro_model
 
@@ -58,8 +58,8 @@ def test_temperature_is_clamped_after_each_step(start, value, end):
     [
         ("mlm is nan", fast, "linear_cross_entropy", lambda loss: loss + math.nan),
         ("mim is inf", fast, "masked_pixel_loss", lambda loss: loss + math.inf),
-        ("itc is nan", objectives, "contrastive_loss", lambda loss: loss + math.nan),
-        ("itm is inf", objectives, "matching_loss", lambda loss: loss + math.inf),
+        ("itc is nan", pretraining, "contrastive_sums", lambda loss: loss + math.nan),
+        ("itm is inf", pretraining, "matching_loss", lambda loss: loss + math.inf),
         # The loss is finite and its gradient is not, by the square root of zero.
         ("grad_norm is nan", fast, "masked_pixel_loss", lambda loss: loss + (0 * loss).sqrt()),
     ],

@@ -242,8 +242,8 @@ def test_a_run_builds_its_network_once_and_frees_the_one_that_it_starts_from(run
         gc.collect()
         assert len(built) == number
         assert [network() for network in built if network() is not None] == [trainer.model]
-        if trainer.reference is not None:  # equal at the first step, random positions of longer texts included
-            own, kept = trainer.model.state_dict(), trainer.reference.model.state_dict()
+        if trainer.keep_start is not None:  # equal at the first step, random positions of longer texts included
+            own, kept = trainer.model.state_dict(), trainer.keep_start.start.state_dict()
             assert all(torch.equal(tensor, kept[name]) for name, tensor in own.items())
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def start(
 
     def as_command() -> int:
         os.environ.update(environment or {})
-        cli.run_command = work
+        cli.find_command = lambda _: partial(work, None)
         logging.basicConfig(stream=sys.stderr, force=True)
         try:
             cli.main()

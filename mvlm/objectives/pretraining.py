@@ -1,0 +1,168 @@
+"""The objectives of pretraining: MLM, MIM, ITC and ITM, the distance of --keep-start, and a user's own loss.
+
+Shape legend: B pairs, G pairs of the global batch, Q rows of a block.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvlm.config.groups import ObjectiveSettings
+from mvlm.config.model import MaskVLMConfig
+from mvlm.distributed.exchange import PairFeatures
+from mvlm.model.implementation import Implementation
+from mvlm.model.network import MaskVLMNetwork
+from mvlm.objectives.losses import contrastive_sums, matching_loss, number_of_masked_tokens, shared_contrastive_sums
+from mvlm.objectives.step import (
+    BatchObjective,
+    Embeddings,
+    Features,
+    MicrobatchObjective,
+    NegativesObjective,
+    Objective,
+)
+from mvlm_dataloading import Batch, Masks
+
+
+@dataclass(frozen=True)
+class MLM(MicrobatchObjective):
+    """Mean cross-entropy over masked tokens. Accuracy: the share whose true token has the largest logit."""
+
+    name, accuracies, curve = "mlm", ("mlm_accuracy",), "MLM, nats per masked token"
+    rebuilds, trains = "masked_text", ("text_cross", "language_head")
+
+    def count(self, batch: Batch, masks: Masks | None) -> Tensor:
+        assert masks is not None
+        # Microbatches have different numbers of masked tokens: the mean of their means is not the loss of the batch.
+        return number_of_masked_tokens(batch, masks)
+
+    def means(self, features: Features) -> Sequence[Tensor]:
+        return features.step.implementation.language_loss(features.model, features.streams, *features.microbatches[0])
+
+
+@dataclass(frozen=True)
+class MIM(MicrobatchObjective):
+    """Mean absolute error over masked pixels. Every microbatch has equally many."""
+
+    name, curve, beside = "mim", "MIM, L1 of masked pixels", "features"
+    rebuilds, trains = "masked_image", ("image_cross", "image_decoder", "pixel_head")
+
+    def means(self, features: Features) -> Sequence[Tensor]:
+        return (features.step.implementation.image_loss(features.model, features.streams, *features.microbatches[0]),)
+
+
+@dataclass(frozen=True)
+class ITC(BatchObjective):
+    """Mean contrastive loss of both directions: InfoNCE or the sigmoid loss, as the model is configured.
+
+    Accuracy: the share of images and captions whose true partner is the nearest in the batch. The loss with masked
+    captions, if it is configured, counts as much as the other. ITM's negatives are drawn from the logits.
+    """
+
+    name, accuracies, curve, draws = "itc", ("itc_accuracy",), "ITC, nats", True
+    shared_positives: bool = False
+    """Take all pairs with the same image or caption text as right answers, which share the target (ALBEF)."""
+
+    def views(self, config: MaskVLMConfig) -> Sequence[tuple[str, str]]:
+        return [("image", "text"), ("image", "masked_text")][: 1 + config.contrast_masked]
+
+    def shares(self, features: Features) -> Sequence[Tensor]:
+        (loss, accuracy), *others = (self._shares(features, *view) for view in features.views(self))
+        for masked, _ in others:
+            loss = (loss + masked) / 2
+        return loss, accuracy
+
+    def _shares(self, features: Features, image: str, text: str) -> tuple[Tensor, Tensor]:
+        draw = bool(features.step.of_negatives) and text == "text"
+        sampling, bias = features.step.sampling, features.model.logit_bias
+
+        def sums(direction: int, rows: Tensor, logits: Tensor) -> list[Tensor]:
+            if self.shared_positives:
+                found = shared_contrastive_sums(logits, sampling.matches(rows))
+            else:
+                found = contrastive_sums(logits, rows, bias)
+            # The draw last: backward computes a block again only as far as the loss.
+            return [*found, sampling.draw(logits, rows, direction)] if draw else [*found]
+
+        both = features.sum_over_logits(sums, (features.gather(image, text), features.model.log_scale))
+        (image_loss, image_correct, *texts), (text_loss, text_correct, *images) = both
+        if draw:
+            features.draws = torch.stack([*texts, *images], dim=1)
+        total = 2 * features.step.layout.total
+        return (image_loss + text_loss) / total, (image_correct + text_correct) / total
+
+
+@dataclass(frozen=True)
+class ITM(NegativesObjective):
+    """Mean cross-entropy of match or not, over each true pair and two drawn ones. It needs ITC.
+
+    Accuracy: the share of pairs that are classified correctly.
+    """
+
+    name, accuracies, curve = "itm", ("itm_accuracy",), "ITM, nats"
+    trains = ("image_cross", "text_cross", "matching_head")
+
+    def shares(self, model: MaskVLMNetwork, implementation: Implementation, pairs: PairFeatures) -> Sequence[Tensor]:
+        images, texts, labels, weights = pairs.pairs
+        fused = implementation.fuse_pairs(model, pairs.image, pairs.text, images, texts, pairs.caches, pairs.max_rows)
+        loss, accuracy = matching_loss(model.matching_logits(*fused), labels, weights)
+        if pairs.share is None:
+            return loss, accuracy
+        # `matching_loss` divides by the weights of these pairs; the share divides by those of the global batch.
+        share = pairs.share.to(loss.dtype)
+        return loss * share, accuracy * share
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeepStart(BatchObjective):
+    """Distance of a model's embeddings to those of the model that it started from, which does not learn.
+
+    It is the KL divergence of ITC's probabilities from the start's, each at its own temperature, and the squared
+    distance of embeddings: means over the batch, and of both directions and both modalities.
+    """
+
+    name, reported = "kept", False
+    start: MaskVLMNetwork
+
+    def shares(self, features: Features) -> Sequence[Tensor]:
+        own, start = features.gather(), Embeddings(*self._embed(features), features.step.layout)
+
+        def divergence(_: int, __: Tensor, logits: Tensor, wanted: Tensor) -> list[Tensor]:
+            return [F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True)]
+
+        compared = (own, features.model.log_scale), (start, self.start.log_scale)
+        (images,), (texts,) = features.sum_over_logits(divergence, *compared)
+        modalities = (own.image, start.image), (own.text, start.text)
+        sums = images, texts, *((x - of).square().sum(1).sum() for x, of in modalities)
+        first, *others = (x / features.step.layout.total for x in sums)
+        return (sum(others, first) / 2,)
+
+    @torch.no_grad()
+    def _embed(self, features: Features) -> tuple[Tensor, Tensor]:
+        found = [features.step.implementation.encode_unmasked(self.start, batch) for batch, _ in features.microbatches]
+        images = [self.start.embed_image(image) for image, _ in found]
+        return torch.cat(images), torch.cat([self.start.embed_text(text.first()) for _, text in found])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnLoss(MicrobatchObjective):
+    """The value of a user's function of `Features`, a scalar; the mean of the microbatches, where there are several."""
+
+    name, reported, beside = "own", False, "nothing"
+    function: Callable[[Features], Tensor]
+
+    def means(self, features: Features) -> Sequence[Tensor]:
+        return (self.function(features),)
+
+
+OBJECTIVES: tuple[type[Objective], ...] = (MLM, MIM, ITC, ITM)
+ALL = tuple(kind() for kind in OBJECTIVES)
+"""The objectives, each of weight 1."""
+
+
+def objectives_of(config: ObjectiveSettings) -> tuple[Objective, ...]:
+    """The objectives of a run, with its weights."""
+    return tuple(kind(config.objective_weights[kind.name]) for kind in OBJECTIVES)

@@ -1,0 +1,359 @@
+"""Objectives, and the losses of one training step, on one rank or on many.
+
+To add an objective, write a subclass of `MicrobatchObjective` or `BatchObjective`, add it to the list in
+`mvlm.objectives.pretraining`, and give it a line `NAME_weight` in `mvlm.config.groups.ObjectiveSettings`.
+
+Each rank computes its share of every loss from each of its microbatches. The shares of all ranks and microbatches add
+up to the loss of the global batch. In a world of one, collectives return their argument. `MaskVLM.forward` takes the
+losses of a batch that is alone, `mvlm.distributed.global_batch` those of several ranks and microbatches.
+
+Shape legend: b pairs of a microbatch, n pairs of a rank, G pairs of the global batch, E contrastive width, Q rows of a
+block.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.device import compute_dtype
+from mvlm.distributed.collectives import AsyncOp, GlobalBatchLayout, Handle, all_gather, all_reduce, reduce_scatter
+from mvlm.distributed.exchange import FeatureExchange, PairFeatures
+from mvlm.model.implementation import MASKED, Implementation, Streams
+from mvlm.model.network import MaskVLMNetwork
+from mvlm.objectives.losses import Losses, contrastive_logits
+from mvlm.objectives.negatives import NegativeSampling
+from mvlm_dataloading import Batch, Masks
+
+MAX_LOGITS = 1 << 24
+"""Largest number of logits in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block of rows
+reads the embeddings of all pairs again."""
+Microbatch = tuple[Batch, Masks | None]
+"""Without masks nothing is masked or dropped, for objectives that compare pairs alone."""
+Shares = dict[str, Tensor]
+"""Shares of losses and accuracies by name: scalars."""
+TRANSFERS = ("embeddings", "features", "nothing")
+"""What travels between the ranks, in this order: embeddings for ITC, features for ITM, and nothing any more."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective with its weight in the total. One of weight 0 is not computed, and its loss is zero."""
+
+    weight: float = 1.0
+    name: ClassVar[str]
+    """Name of its loss in `Losses` and in the rows of metrics; `NAME_weight` is its setting."""
+    accuracies: ClassVar[tuple[str, ...]] = ()
+    """Names of further values that it computes beside the loss."""
+    curve: ClassVar[str] = ""
+    """Title of its curve in reports, with the unit."""
+    reported: ClassVar[bool] = True
+    """False leaves its loss out of `Losses`, but not out of the total."""
+    trains: ClassVar[tuple[str, ...]] = ()
+    """Modules and parameters of the network that it trains, but for the two encoders."""
+
+    def reads(self, config: MaskVLMConfig) -> Sequence[str]:
+        """Fields of `Streams` that it reads. The unmasked ones are always there."""
+        return ()
+
+    def named(self, values: Iterable[Tensor]) -> Shares:
+        """Its loss and its accuracies by name."""
+        return dict(zip((self.name, *self.accuracies), values, strict=True))
+
+
+class MicrobatchObjective(Objective):
+    """An objective whose loss is a mean over parts of a batch that are computed alone, as MLM and MIM are."""
+
+    rebuilds: ClassVar[str | None] = None
+    """Masked stream that it rebuilds from the other modality, "masked_image" or "masked_text", if any."""
+    beside: ClassVar[Literal["embeddings", "features", "nothing"]] = "embeddings"
+    """The one of `TRANSFERS` beside which it is computed."""
+
+    def reads(self, config: MaskVLMConfig) -> Sequence[str]:
+        return () if self.rebuilds is None else MASKED if config.mask_partner else (self.rebuilds,)
+
+    def count(self, batch: Batch, masks: Masks | None) -> Tensor | None:
+        """Number of terms that the mean over a microbatch has, a float64 scalar; None if all have equally many."""
+        return None
+
+    def means(self, features: "Features") -> Sequence[Tensor]:
+        """The loss and its accuracies on one microbatch: means, scalars."""
+        raise NotImplementedError
+
+
+class BatchObjective(Objective):
+    """An objective that compares the pairs of the global batch, as ITC does."""
+
+    trains = ("image_projection", "text_projection", "log_scale", "logit_bias")
+    draws: ClassVar[bool] = False
+    """True if it draws negatives, and leaves them in `Features.draws`."""
+
+    def views(self, config: MaskVLMConfig) -> Sequence[tuple[str, str]]:
+        """Streams whose embeddings it compares: "image" or "masked_image", with "text" or "masked_text"."""
+        return [("image", "text")]
+
+    def reads(self, config: MaskVLMConfig) -> Sequence[str]:
+        return [name for view in self.views(config) for name in view]
+
+    def shares(self, features: "Features") -> Sequence[Tensor]:
+        """This rank's shares of the loss and its accuracies, scalars: sums over its n pairs, divided by G."""
+        raise NotImplementedError
+
+
+class NegativesObjective(Objective):
+    """An objective of pairs and of drawn negatives, as ITM is. It needs an objective that draws them."""
+
+    def shares(self, model: MaskVLMNetwork, implementation: Implementation, pairs: PairFeatures) -> Sequence[Tensor]:
+        """Shares of the loss and its accuracies, scalars, from the pairs of one microbatch."""
+        raise NotImplementedError
+
+
+class Embeddings:
+    """This rank's embeddings of unit length, image and text (n, E) each, and those of all ranks on their way here.
+
+    They are gathered in one collective, in the dtype in which the step computes. Gradients travel in their own dtype.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
+        self.image, self.text = image, text
+        self._all: tuple[Tensor, ...] = (image, text) if layout.alone else ()
+        if not layout.alone:
+            both = torch.cat([image, text], dim=1)  # (n, 2 E)
+            rows = all_gather(both.detach().to(both.dtype if layout.ranks == 1 else compute_dtype(both)), layout)
+            self._op = AsyncOp(both, lambda: rows.wait().to(both.dtype), lambda grad: reduce_scatter(grad, layout))
+
+    def gathered(self) -> tuple[Tensor, ...]:
+        """Images and captions of all ranks, (G, E) each, with gradients."""
+        self._all = self._all or self._op.wait().chunk(2, dim=1)
+        return self._all
+
+
+@dataclass(eq=False)
+class Features:
+    """What a step has computed of one microbatch, or of all of a rank, before its losses."""
+
+    step: "Step"
+    model: MaskVLMNetwork
+    microbatches: Sequence[tuple[Batch, Any]]
+    """Batches and their masks."""
+    all_streams: Sequence[Streams]
+    """Features of all patches and tokens of each microbatch, before the two streams are fused."""
+    draws: Tensor = field(init=False)
+    """int64 (n, 2), global indices of a caption drawn for each image, and of an image for each caption."""
+    _embeddings: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _gathered: dict[tuple[str, str], Embeddings] = field(default_factory=dict, init=False)
+
+    @property
+    def streams(self) -> Streams:
+        """Features of all patches and tokens of the only microbatch, before the two streams are fused."""
+        (streams,) = self.all_streams
+        return streams
+
+    @property
+    def image(self) -> Tensor | None:
+        """Contrastive embeddings of the images (n, E), of unit length; None if no objective compares pairs."""
+        return self.embed("image") if self.step.of_batch else None
+
+    @property
+    def text(self) -> Tensor | None:
+        """Contrastive embeddings of the captions (n, E), likewise."""
+        return self.embed("text") if self.step.of_batch else None
+
+    def embed(self, stream: str) -> Tensor:
+        """Contrastive embeddings (n, E) of a stream."""
+        if stream not in self._embeddings:
+            found = [getattr(streams, stream) for streams in self.all_streams]
+            image = stream in ("image", "masked_image")
+            parts = [self.model.embed_image(x) if image else self.model.embed_text(x.first()) for x in found]
+            self._embeddings[stream] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._embeddings[stream]
+
+    def views(self, objective: BatchObjective) -> list[tuple[str, str]]:
+        """Views of an objective, but for those of masked streams if nothing is masked."""
+        views = objective.views(self.model.config)
+        return [view for view in views if None not in (getattr(self.all_streams[0], name) for name in view)]
+
+    def gather(self, image: str = "image", text: str = "text") -> Embeddings:
+        """Embeddings of two streams. The first call starts to gather them."""
+        if (image, text) not in self._gathered:
+            self._gathered[image, text] = Embeddings(self.embed(image), self.embed(text), self.step.layout)
+        return self._gathered[image, text]
+
+    def sum_over_logits(
+        self, function: Callable[..., Sequence[Tensor]], *compared: tuple[Embeddings, Tensor]
+    ) -> list[list[Tensor]]:
+        """Sum a function over the contrastive logits of this rank's pairs with all pairs, in blocks of rows.
+
+        Args:
+            function: function(direction, rows, *logits) gets logits (Q, G) of each of `compared`, and the global
+                indices int64 (Q,) of their rows. Rows are images and columns captions in direction 0, the reverse in
+                1. It returns scalars, which are sums over the rows, or tensors with a value for each row.
+            compared: embeddings, and the logarithm of 1 / temperature, (1,).
+
+        Returns:
+            In each direction, what the function returns of all rows: scalars added up, others joined.
+
+        If there are several blocks, backward computes each again: kept logits would grow with the ranks.
+        """
+        layout, scales, found = self.step.layout, [scale for _, scale in compared], []
+        indices = layout.own_indices(scales[0].device)
+        if layout.alone:  # all pairs are here: the columns of one matrix are the rows of the other direction
+            logits = [contrastive_logits(own.image, own.text, scale) for own, scale in compared]
+            return [list(function(0, indices, *logits)), list(function(1, indices, *(x.T for x in logits)))]
+        for direction in (0, 1):
+            own = [x.text if direction else x.image for x, _ in compared]
+            others = [x.gathered()[1 - direction] for x, _ in compared]
+
+            def block(rows: Tensor, *own: Tensor, others: Any = others, direction: int = direction) -> Sequence[Tensor]:
+                return function(direction, rows, *map(contrastive_logits, own, others, scales))
+
+            blocks = list(zip(*(x.split(max(1, MAX_LOGITS // layout.total)) for x in (indices, *own)), strict=True))
+            run = block if len(blocks) == 1 else partial(checkpoint, block, use_reentrant=False)
+            parts = zip(*(run(*rows) for rows in blocks), strict=True)
+            found.append([_join(list(values)) for values in parts])
+        return found
+
+
+def _join(values: list[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    return torch.cat(values) if values[0].ndim else torch.stack(values).sum()
+
+
+class Step:
+    """One training step: its objectives, and this rank's place in the global batch.
+
+    Args:
+        seed: seed of the negatives.
+        number: number of the update; with the seed it determines the negatives.
+        microbatches: those of this rank.
+
+    ValueError for two objectives of one name, or for ITM without ITC.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        implementation: Implementation,
+        layout: GlobalBatchLayout,
+        seed: int,
+        number: int | Tensor,
+        microbatches: Sequence[Microbatch],
+    ) -> None:
+        self.objectives, self.computed = objectives, computed(objectives)
+        self.implementation, self.layout = implementation, layout
+        self.of_microbatch = [x for x in self.computed if isinstance(x, MicrobatchObjective)]
+        self.of_batch = [x for x in self.computed if isinstance(x, BatchObjective)]
+        self.of_negatives = [x for x in self.computed if isinstance(x, NegativesObjective)]
+        names = [x.name for x in objectives]
+        if len(set(names)) < len(names) or (self.of_negatives and not any(x.draws for x in self.of_batch)):
+            raise ValueError(f"objectives: wanted each once, and ITC with ITM, got {', '.join(names)}")
+        self.names = [x.name for x in self.computed] + [name for x in self.computed for name in x.accuracies]
+        """Names of all shares: losses, then accuracies."""
+        self._noise = seed, number
+        if self.of_batch:
+            # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
+            # captions, to know the packing of those that it sends and receives.
+            self._ids = all_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
+        self._counts: dict[str, Handle] = {}
+        for objective in () if layout.alone else self.of_microbatch:
+            counts = [x for microbatch in microbatches if (x := objective.count(*microbatch)) is not None]
+            if counts:
+                self._counts[objective.name] = all_reduce(torch.stack(counts).sum(0), layout)
+
+    @property
+    def sampling(self) -> NegativeSampling:
+        """Identities of all pairs, and the noise of the negatives."""
+        image_id, text_id, _ = self._ids.wait().unbind(1)
+        return NegativeSampling(image_id, text_id, *self._noise)
+
+    def reads(self, config: MaskVLMConfig, objectives: Iterable[Objective] | None = None) -> set[str]:
+        """Fields of `Streams` that objectives read, by default all that are computed."""
+        return {name for x in (self.computed if objectives is None else objectives) for name in x.reads(config)}
+
+    def start_gather(self, features: Features) -> None:
+        """Start to gather the embeddings that objectives compare."""
+        for objective in self.of_batch:
+            for view in features.views(objective):
+                features.gather(*view)
+
+    def exchange(self, features: Features) -> FeatureExchange:
+        """Exchange of the features of the drawn negatives, under the step's autocast."""
+        return FeatureExchange(features.draws, self.sampling, self._ids.wait()[:, 2], features.all_streams, self.layout)
+
+    def shares(self, features: Features) -> Shares:
+        """Shares of all losses from this rank's only microbatch, in one autograd graph."""
+        # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs. If the
+        # batch is alone, nothing travels.
+        first, second, third = (TRANSFERS[:2], (), ()) if self.layout.alone else ((), TRANSFERS[:1], TRANSFERS[1:2])
+        found = self.microbatch_shares(features, first)
+        self.start_gather(features)
+        found |= self.microbatch_shares(features, second) | self.batch_shares(features)
+        exchange = self.exchange(features) if self.of_negatives else None
+        found |= self.microbatch_shares(features, third)
+        if exchange is not None:
+            exchange.start(0)
+            found |= self.negatives_shares(features.model, exchange.pairs(0, features.streams, *exchange.wait(0)))
+        return found | self.microbatch_shares(features, TRANSFERS[2:])
+
+    def microbatch_shares(self, features: Features, beside: Sequence[str] = TRANSFERS) -> Shares:
+        """Shares of the objectives of a microbatch; of those that are computed beside some transfers."""
+        found: Shares = {}
+        for objective in (x for x in self.of_microbatch if x.beside in beside):
+            means, number = objective.means(features), self.layout.ranks * self.layout.microbatches
+            if objective.name in self._counts:
+                own, total = objective.count(*features.microbatches[0]), self._counts[objective.name].wait()
+                assert own is not None
+                means = [x * own.to(x.dtype) / total.to(x.dtype) for x in means]
+            elif number > 1:
+                means = [x / number for x in means]
+            found |= objective.named(means)
+        return found
+
+    def batch_shares(self, features: Features) -> Shares:
+        """Shares of the objectives of the global batch. ITC draws negatives."""
+        found = [x.named(x.shares(features)) for x in self.of_batch]
+        return {name: share for shares in found for name, share in shares.items()}
+
+    def negatives_shares(self, model: MaskVLMNetwork, pairs: PairFeatures) -> Shares:
+        """Shares of the objectives of negatives, from the pairs of one microbatch."""
+        found = [x.named(x.shares(model, self.implementation, pairs)) for x in self.of_negatives]
+        return {name: share for shares in found for name, share in shares.items()}
+
+    def total(self, shares: Shares, zero: Tensor) -> Tensor:
+        """Weighted sum of the losses among some shares, a scalar."""
+        losses = [(x.weight, shares[x.name]) for x in self.computed if x.name in shares]
+        # A factor of 1 would add a product to the graph and change nothing.
+        return sum((loss if weight == 1 else weight * loss for weight, loss in losses), zero)
+
+    def losses(self, shares: Shares, zero: Tensor) -> Losses:
+        """Losses from the shares of all ranks and microbatches together. An objective of weight 0 has `zero`."""
+        reported = [x for x in self.objectives if x.reported]
+        found = {x.name: shares.get(x.name, zero) for x in reported} | {"total": self.total(shares, zero)}
+        return Losses(found | {name: shares.get(name, zero) for x in reported for name in x.accuracies})
+
+
+def computed(objectives: Iterable[Objective]) -> list[Objective]:
+    """The objectives of some weight; and one that draws negatives, whatever its weight, if another needs them."""
+    found = list(objectives)
+    drawn = any(isinstance(x, NegativesObjective) and x.weight > 0 for x in found)
+    return [x for x in found if x.weight > 0 or (drawn and isinstance(x, BatchObjective) and x.draws)]
+
+
+def idle_parameters(model: MaskVLMNetwork, objectives: Iterable[Objective]) -> list[nn.Parameter]:
+    """Parameters outside the encoders, and the mask token, that no objective of some weight trains."""
+    users = computed(objectives)
+    used = {"image_encoder", "text_encoder", *(name for user in users for name in user.trains)}
+    idle = [p for name, p in model.named_parameters() if name.split(".")[0] not in used]
+    masks = any("masked_image" in user.reads(model.config) for user in users)
+    return idle if masks else [*idle, model.image_encoder.mask_token]
+
+
+def _ids(batch: Batch) -> Tensor:
+    """image_id, text_id and number of tokens of each pair: int64 (b, 3), gathered in one collective."""
+    return torch.stack([batch.image_id, batch.text_id, batch.cu_seqlens.diff().long()], dim=1)
