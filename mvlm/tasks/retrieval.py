@@ -91,7 +91,7 @@ class Retrieval(Task):
         targets: Sequence[Tensor],
         world: World,
         config: FinetuneConfig,
-        step: int,
+        step: int | Tensor,
     ) -> Losses:
         """Compute the losses of the global batch, equal on all ranks, and the parameters' gradients."""
         return backward_global(

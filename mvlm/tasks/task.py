@@ -168,7 +168,7 @@ class Task(nn.Module):
         targets: Sequence[Tensor],
         world: World,
         config: FinetuneConfig,
-        step: int,
+        step: int | Tensor,
     ) -> Losses:
         """Compute the loss of the global batch, and the parameters' gradients.
 

@@ -339,8 +339,9 @@ class Trainer:
 
     def extra_state(self) -> dict[str, Any]:
         """Further fields of a checkpoint's state.json: `kept`, the hash of the model that --keep-start keeps."""
-        kept = self.initial_model is not None and self.keep_start is not None
-        return {"kept": self.initial_model["sha256"]} if kept else {}
+        if self.keep_start is None or self.initial_model is None:
+            return {}
+        return {"kept": self.initial_model["sha256"]}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ.

@@ -26,7 +26,10 @@ from support.faults.forks import ended_well, in_ranks
 from support.microbatches import pieces, whole_batch
 from support.models import ALONE, Largest, micro_batch, micro_model, normal
 
-SHALLOW = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
+
+def shallow_model() -> MaskVLM:
+    """A micro model with one layer in each encoder but the cross-modality ones."""
+    return micro_model(image_layers=1, text_layers=1, decoder_layers=1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Explicit:
 
 
 def check(world: World, kind, microbatches: int, plan, wanted: Explicit) -> None:
-    model = micro_model(**SHALLOW)
+    model = shallow_model()
     parallel, micro = parallelize(model, world, kind, nodes=1), pieces(world, microbatches)
     wanted.check(backward_global(parallel, micro, world, seed=3, step=5, plan=plan, objectives=OBJECTIVES), model)
 
@@ -109,7 +112,7 @@ def check(world: World, kind, microbatches: int, plan, wanted: Explicit) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_added_objectives_on_one_rank_are_those_of_loops(plan):
-    wanted, model = Explicit(micro_model(**SHALLOW)), micro_model(**SHALLOW)
+    wanted, model = Explicit(shallow_model()), shallow_model()
     losses = model(*whole_batch(), seed=3, step=5, plan=plan, objectives=OBJECTIVES)
     assert list(losses)[:7] == ["mlm", "mim", "itc", "itm", "agreement", "small", "total"]
     losses.total.backward()
@@ -121,7 +124,7 @@ def test_added_objectives_on_one_rank_are_those_of_loops(plan):
 @pytest.mark.slow
 def test_added_objectives_on_two_ranks_are_those_of_loops():
     """With and without microbatches and blocks of logits, and with both shardings."""
-    wanted = Explicit(micro_model(**SHALLOW))
+    wanted = Explicit(shallow_model())
 
     def work() -> None:
         world = join_ranks("cpu")
@@ -151,4 +154,4 @@ def test_logits_in_memory_are_bounded():
 @pytest.mark.parametrize("objectives", [(MLM(), MLM(2.0)), (ITM(),)])
 def test_objectives_that_do_not_go_together_are_refused(objectives):
     with pytest.raises(ValueError, match="objectives"):
-        micro_model(**SHALLOW)(*micro_batch(), objectives=objectives)
+        shallow_model()(*micro_batch(), objectives=objectives)
