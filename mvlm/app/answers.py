@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvlm.app.gallery import Found, Gallery
-from mvlm.app.visitors import MAX_BYTES
+from mvlm.app.uploads import MAX_BYTES
 from mvlm.errors import ConfigError
 from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.images import rgb_image
