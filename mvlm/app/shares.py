@@ -99,7 +99,8 @@ async def place(places: Shares[asyncio.Timeout], visitor: Visitor, seconds: floa
 class _Request:
     visitor: Visitor
     asked: float
-    called: asyncio.Future[None]
+    called: asyncio.Future[bool]
+    """True once it has its turn, False once it has lost its place. An exception here would keep its frames in memory."""
 
 
 class Line:
@@ -126,14 +127,16 @@ class Line:
         request = _Request(visitor, time.monotonic(), asyncio.get_running_loop().create_future())
         for other in self._waiting.add(request, visitor):
             if not other.called.done():
-                other.called.set_exception(Busy())
+                other.called.set_result(False)
         try:
             self._call()
             try:
                 async with asyncio.timeout(self._seconds):
-                    await request.called
+                    has_turn = await request.called
             except TimeoutError:
                 raise Busy from None
+            if not has_turn:
+                raise Busy
             yield
         finally:
             self._waiting.remove(request)
@@ -150,7 +153,7 @@ class Line:
         self._ended = {holder: ended for holder, ended in self._ended.items() if ended > waiting[0].asked}
         self._served = min(waiting, key=self._since)
         self._waiting.remove(self._served)
-        self._served.called.set_result(None)
+        self._served.called.set_result(True)
 
     def _since(self, request: _Request) -> list[float]:
         """Since when an address waits for its turn, and since when this visitor does there."""

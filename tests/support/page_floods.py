@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from support.page_attacks import Target, png
@@ -44,6 +44,13 @@ def asked(missing: bool = False, new_cookies: bool = False, more: int = 0) -> Fl
     return posted(ASK, "application/json", missing, new_cookies, body)
 
 
+def asked_much(greedy: Visitor) -> bytes:
+    """The longest question: 1,000 texts."""
+    labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
+    image = {"path": greedy.examples[0]}
+    return json.dumps({"data": [image, labels, templates], "fn_index": greedy.event("Classify")["id"]}).encode()
+
+
 def uploaded(missing: bool = False, new_cookies: bool = False) -> Flood:
     """Images."""
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + png() + b"\r\n--x--\r\n"
@@ -61,6 +68,7 @@ FLOODS: dict[str, Flood] = {
     "questions that never end": asked(missing=True),
     "questions of many cookies that never end": asked(missing=True, new_cookies=True),
     "questions of 480 kB": asked(more=160_000),
+    "questions of 1,000 texts": posted(ASK, "application/json", False, False, asked_much),
     "uploads": uploaded(),
     "uploads of many cookies": uploaded(new_cookies=True),
     "uploads that never end": uploaded(missing=True),
@@ -74,23 +82,30 @@ ALONE = [name for name in FLOODS if "many cookies" not in name]
 """Floods that delay nobody else at the same address either."""
 
 
-def flood(target: Target, visitor: Visitor, address: str, names: Sequence[str], count: int) -> str | None:
+def flood(
+    target: Target, visitor: Visitor, address: str, names: Sequence[str], count: int
+) -> tuple[list[str], dict[str, float]]:
     """What goes wrong for a visitor while somebody at an address opens so many connections and sends on each.
 
     Args:
         names: those of FLOODS, one after another.
+
+    Returns:
+        What went wrong, and the longest seconds that each of the visitor's acts took.
     """
-    greedy, problems, ended = target.visitor(address), [], False
+    greedy, problems, longest, ended = target.visitor(address), [], dict[str, float](), False
     lines: deque[socket.socket] = deque()
     with ThreadPoolExecutor(1) as pool:
         flooding = pool.submit(_send, greedy, [FLOODS[name] for name in names], count, lines)
         while not ended:
             ended = flooding.done()  # and once more behind it
-            problems += _problems(visitor)
+            for name, problem, seconds in _acts(visitor):
+                longest[name] = max(longest.get(name, 0.0), seconds)
+                problems += [f"{name}: {problem}"] if problem else []
         refused = flooding.result()
     for line in lines:
         line.close()
-    return "; ".join([*problems, *([f"{refused} connections refused"] if refused else [])]) or None
+    return [*problems, *([f"{refused} connections refused"] if refused else [])], longest
 
 
 def _send(greedy: Visitor, floods: Sequence[Flood], count: int, lines: deque[socket.socket]) -> int:
@@ -110,17 +125,13 @@ def _send(greedy: Visitor, floods: Sequence[Flood], count: int, lines: deque[soc
     return refused
 
 
-def _problems(visitor: Visitor) -> list[str]:
-    """What is wrong or slow of a question, an upload and the page."""
-    found = []
+def _acts(visitor: Visitor) -> Iterator[tuple[str, str, float]]:
+    """A question, an upload and the page: the name, what went wrong, and the seconds that it took."""
     for name, act in (
         ("question", lambda: visitor.ask("Search", ["a circle", None], 4 * PATIENCE)),
-        ("upload", lambda: (visitor.upload("x.png", png()).status == 200, "")),
-        ("page", lambda: (visitor.request("GET", "/").status == 200, "")),
+        ("upload", lambda: (visitor.upload("x.png", png()).status == 200, "refused")),
+        ("page", lambda: (visitor.request("GET", "/").status == 200, "refused")),
     ):
         began = time.monotonic()
         served, said = act()
-        seconds = time.monotonic() - began
-        if not served or seconds > PATIENCE:
-            found.append(f"{name}: {served}, {said[:100] if not served else ''} after {seconds:.1f} s")
-    return found
+        yield name, "" if served else said[:100] or "no answer", time.monotonic() - began

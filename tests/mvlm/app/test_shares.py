@@ -1,7 +1,9 @@
 """Whose things go when there are too many, and whose turn it is."""
 
 import asyncio
+import gc
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -109,6 +111,34 @@ def test_visitors_take_turns(asked: str, late: str, turns: str) -> None:
 
 def test_a_full_line_loses_what_the_greediest_asked_first() -> None:
     assert served("aaaabbc", places=4) == ("abcb", "aaa")
+
+
+def test_a_lost_request_leaves_nothing_for_the_garbage_collector() -> None:
+    """It rarely runs through everything in a process with torch, and half a megabyte may hang on each request."""
+
+    class Body:
+        pass
+
+    left: list[weakref.ref[Body]] = []
+
+    async def main() -> None:
+        line = Line(4, 1.0)
+
+        async def ask() -> None:
+            body = Body()
+            left.append(weakref.ref(body))
+            async with line.turn(Visitor("a", "")):
+                await asyncio.sleep(0.01)
+
+        found = await asyncio.gather(*(ask() for _ in range(8)), return_exceptions=True)
+        assert sum(isinstance(each, Busy) for each in found) == 5
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+        assert [body() for body in left] == [None] * 8
+    finally:
+        gc.enable()
 
 
 def test_a_turn_ends_with_its_block_and_a_wait_with_its_time() -> None:
