@@ -51,9 +51,13 @@ class Uploads:
         suffix = Path(name[-20:]).suffix.lower()
         file = self.folder / f"upload-{secrets.token_hex(16)}" / f"image{suffix if suffix in SUFFIXES else ''}"
         file.parent.mkdir()
-        with file.open("xb") as stored:
-            shutil.copyfileobj(content, stored)
-            size = stored.tell()
+        try:
+            with file.open("xb") as stored:
+                shutil.copyfileobj(content, stored)
+                size = stored.tell()
+        except OSError:  # the disk is full
+            shutil.rmtree(file.parent)
+            raise
         with self._lock:
             self._owners[str(file)] = visitor.cookie
             for gone in self._stored.add(str(file), visitor, max(size, LEAST_COUNTED)):

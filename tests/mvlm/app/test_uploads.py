@@ -1,5 +1,6 @@
 """Whose an image is, and which images are kept."""
 
+import errno
 import io
 import os
 import time
@@ -70,6 +71,18 @@ def test_an_upload_gets_a_name_of_the_pages_own(tmp_path: Path, name: str, store
     file = Uploads(tmp_path).add(ME, name, io.BytesIO(b"content"))
     assert (file.name, file.parent.parent, file.read_bytes()) == (stored, tmp_path.resolve(), b"content")
     assert len(file.parent.name) > 32
+
+
+def test_an_upload_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().read(size)
+
+    with pytest.raises(OSError, match="No space"):
+        Uploads(tmp_path).add(ME, "x.png", Full(bytes(3_000_000)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_oldest_uploads_of_the_greediest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
