@@ -97,7 +97,7 @@ class Connection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:  # a request has come, by which the visitor is known
-            self._take_place(self._visitor(self.scope))
+            self._take_place(self._visitor(dict(self.scope)))
 
     def send_400_response(self, msg: str) -> None:
         """Refuse a request that is not plain HTTP, and close."""

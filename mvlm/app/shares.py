@@ -100,7 +100,7 @@ class _Request:
     visitor: Visitor
     asked: float
     called: asyncio.Future[bool]
-    """True once it has its turn, False once it has lost its place. An exception here would keep its frames in memory."""
+    """True once it has its turn, False once it has lost its place. An exception would keep its frames in memory."""
 
 
 class Line:

@@ -64,5 +64,5 @@ def test_a_visitor_is_not_told_which_image_of_an_index_is_gone(model, tmp_path, 
     gallery = IndexGallery(model, create_index(tmp_path / "embedded", str(tmp_path / "index")), "index")
     assert len(search(gallery, "red", None)) == 3
     Path("pictures/1.png").unlink()
-    with pytest.raises(RunError, match="^[^/]*changed[^/]*$"):
+    with pytest.raises(RunError, match=r"^[^/]*changed[^/]*$"):
         search(gallery, "red", None)
