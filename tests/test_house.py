@@ -185,7 +185,7 @@ OPENED_BY_THEMSELVES = {
     "dataloading/mvlm_dataloading/untrusted.py": "the one reader",
     "dataloading/mvlm_dataloading/files.py": "the one writer",
     "dataloading/mvlm_dataloading/images/decode.py": "images, with limits of their own",
-    "mvlm/app/visitors.py": "uploads, under names that the page draws",
+    "mvlm/app/uploads.py": "uploads, under names that the page draws",
     "mvlm/cli.py": "/dev/null",
     "mvlm/progress.py": "/dev/null",
     "mvlm/commands/machine_check.py": "/proc, and a shard of a data set that is open",

@@ -1,5 +1,6 @@
 """Answers of a model to what a visitor sent: each function checks it, and returns what is shown."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mvlm.app.gallery import Found, Gallery
-from mvlm.app.visitors import MAX_BYTES
-from mvlm.errors import ConfigError
+from mvlm.app.uploads import MAX_BYTES
+from mvlm.errors import ConfigError, RunError
 from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.images import rgb_image
 from mvlm.inference.trained_model import TrainedModel
+from mvlm_dataloading import DataError
 from mvlm_dataloading.images.limits import ImageLimits
 
 LIMITS = ImageLimits(max_bytes=MAX_BYTES, max_pixels=40_000_000, max_memory=150_000_000)
@@ -28,6 +30,7 @@ SIDE = 288
 PARTS = ("nothing", "left half", "right half", "top half", "bottom half", "scattered, as in training")
 """Parts of an image that a button rubs out."""
 TOP = 5
+log = logging.getLogger(__name__)
 
 
 def check_image(file: Path) -> Image.Image:
@@ -61,7 +64,12 @@ def check_lines(text: str | None, name: str) -> list[str]:
 
 def search(gallery: Gallery, text: str | None, image: Image.Image | None) -> list[Found]:
     """Images that fit a text, an image, or both."""
-    return gallery.search(check_text(text) if (text or "").strip() else None, image)
+    text = check_text(text) if (text or "").strip() else None
+    try:
+        return gallery.search(text, image)
+    except (RunError, DataError) as error:  # they name files and URLs, which are for whoever runs the page
+        log.warning("search: %s", error)
+        raise RunError("search: wanted the images that are searched, found some changed; ask for other ones") from None
 
 
 def about_task(model: TrainedModel) -> str:

@@ -1,5 +1,6 @@
 """Images that the page searches: a split of a data set in memory, or an index of `mvlm search`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -75,16 +76,22 @@ class DatasetGallery:
 
 
 class IndexGallery:
-    """The images of an index."""
+    """The images of an index.
 
-    def __init__(self, model: TrainedModel, index: SearchIndex, name: str) -> None:
+    Args:
+        name: of the index, for visitors.
+        sources: URLs of collections whose images may be read.
+    """
+
+    def __init__(self, model: TrainedModel, index: SearchIndex, name: str, sources: Sequence[str] = ()) -> None:
         index.check_model(model.sha256, "queries")
-        self._model, self._index, self._images = model, index, ImageReader(index)
+        self._model, self._index, self._sources = model, index, sources
+        self._images = ImageReader(index, sources)
         self.description = f"{index.count('images'):,} images of {name}"
 
     def search(self, text: str | None, image: Image.Image | None) -> list[Found]:
         reranked = RERANKED if text is not None and self._model.network.matching_is_trained else 0
-        hits = search(self._model, self._index, text, image, top=SHOWN, rerank=reranked)
+        hits = search(self._model, self._index, text, image, top=SHOWN, rerank=reranked, sources=self._sources)
         captions = self._index.first_captions(hits)
         return [Found(self._images.read(hit), caption or hit.id) for hit, caption in zip(hits, captions, strict=True)]
 

@@ -1,10 +1,9 @@
 """What stands before Gradio: routes, hosts, sizes and times of requests are checked, then Gradio sees them.
 
-A question is checked part by part, and written anew with nothing else in it.
+A question is checked part by part, and written anew with nothing else in it. It waits here for its turn.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import ipaddress
 import json
@@ -13,13 +12,10 @@ import math
 import re
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from http.cookies import CookieError, SimpleCookie
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, UploadFile
@@ -27,27 +23,31 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mvlm.app.visitors import MAX_BYTES, SUFFIXES, Uploads, Visitors
+from mvlm.app.shares import Busy, Line, Shares, Visitor, place, visitor_of
+from mvlm.app.uploads import MAX_BYTES, SUFFIXES, Uploads
 from mvlm.errors import RunError
 
 API = "/gradio_api"
+ASK = f"{API}/run/predict"
+"""Where the page's JavaScript sends a question. The answer is that request's."""
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", f"{API}/app_id")
 """Routes of Gradio that the page needs, with GET and HEAD. They get no query."""
-FILES = re.compile(r"/(assets|static)/[A-Za-z0-9_@~+-][A-Za-z0-9_@~+./-]*")
+FILES = re.compile(r"/(assets|static)/[A-Za-z0-9_@~+-][A-Za-z0-9_@~+./-]{0,199}")
 """Files of Gradio's package that are served."""
 MAX_QUESTION = 500_000
 """Bytes of a question: two fields of 100 lines of 1,000 characters are less, in most languages."""
 MAX_FORM = MAX_BYTES + 100_000
 """Bytes of a form with an image in it."""
-QUESTION_SECONDS, FORM_SECONDS, STREAM_SECONDS = 20.0, 120.0, 600.0
-"""Longest time that a question or an upload takes to arrive, and that a stream of answers is open."""
-MAX_UPLOADS = 8
-"""Uploads that are received at once."""
-ASKED = "x-mvlm-asked"
-"""Header, for the page alone, that says when a question was asked, by `time.monotonic`."""
+QUESTION_SECONDS, FORM_SECONDS = 20.0, 120.0
+"""Longest time that a question or an upload takes to arrive."""
+MAX_UPLOADS, MAX_QUESTIONS = 8, 32
+"""Uploads that are received at once, and questions that are; as many questions wait for their turn."""
+MAX_WAIT = 60.0
+"""Seconds that a request waits for its turn."""
+MAX_OPENING = 256
+"""Requests for PAGES and FILES that wait for their turn."""
 KEPT_HEADERS = (
     b"accept", b"accept-encoding", b"content-type", b"host", b"if-modified-since", b"if-none-match", b"user-agent",
-    b"x-forwarded-host", b"x-forwarded-proto",
 )  # fmt: skip
 """Headers that Gradio sees."""
 SENT_HEADERS = (
@@ -61,7 +61,6 @@ SENT_HEADERS = (
 """Headers of every answer: no other page shows this one in a frame, and this one loads nothing from elsewhere."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_NUMBER = 10**6
 """Largest number of a part of the page, and largest coordinate of a click."""
 log = logging.getLogger(__name__)
@@ -107,8 +106,8 @@ def questions_of(config: Mapping[str, Any]) -> dict[int, Question]:
     return found
 
 
-def check_question(body: bytes, questions: dict[int, Question], find: Callable[[object], Path]) -> tuple[str, bytes]:
-    """The session of a question as the page's own JavaScript asks it, and its body, JSON as Gradio takes it.
+def check_question(body: bytes, questions: dict[int, Question], find: Callable[[object], Path]) -> bytes:
+    """The body, JSON as Gradio takes it, of a question as the page's own JavaScript asks it.
 
     Args:
         find: gives the file of a path that the visitor may name, else raises RunError.
@@ -122,11 +121,9 @@ def check_question(body: bytes, questions: dict[int, Question], find: Callable[[
         raise RunError("question: wanted JSON, found none; load the page again") from None
     if not isinstance(sent, dict):
         raise RunError("question: wanted an object of JSON, found another value; load the page again")
-    number, session, values = sent.get("fn_index"), sent.get("session_hash"), sent.get("data")
+    number, values = sent.get("fn_index"), sent.get("data")
     if type(number) is not int or number not in questions:
         raise RunError("question: wanted one of this page's, found another; load the page again")
-    if not isinstance(session, str) or not SESSION.fullmatch(session):
-        raise RunError("question: wanted the page's session, found none; load the page again")
     question = questions[number]
     if not isinstance(values, list) or len(values) != len(question.inputs):
         raise RunError(f"question: wanted {len(question.inputs)} values, found others; load the page again")
@@ -134,12 +131,11 @@ def check_question(body: bytes, questions: dict[int, Question], find: Callable[[
     checked: dict[str, Any] = {
         "data": [_check(value, kind, find) for value, kind in zip(values, question.inputs, strict=True)],
         "fn_index": number,
-        "session_hash": session,
         "trigger_id": trigger if type(trigger) is int and 0 <= trigger <= MAX_NUMBER else None,
     }
     if question.is_click:
         checked["event_data"] = {"index": _point(sent.get("event_data")), "value": None}
-    return session, json.dumps(checked).encode()
+    return json.dumps(checked).encode()
 
 
 def _check(value: object, kind: str | tuple[str, ...], find: Callable[[object], Path]) -> Any:
@@ -183,6 +179,7 @@ class Gate:
         questions: the page's.
         host: the address that is listened on.
         names: further names of this machine.
+        behind_proxy: believe X-Forwarded-For, -Host and -Proto, which a proxy sets.
     """
 
     def __init__(
@@ -190,16 +187,18 @@ class Gate:
         app: ASGIApp,
         questions: dict[int, Question],
         uploads: Uploads,
-        visitors: Visitors,
         host: str,
         names: Sequence[str] = (),
+        behind_proxy: bool = False,
     ) -> None:
-        self._app, self._questions, self._uploads, self._visitors = app, questions, uploads, visitors
+        self._app, self._questions, self._uploads, self._behind_proxy = app, questions, uploads, behind_proxy
         self._names = {_plain(name) for name in (*LOCAL, host, *names)}
         self._is_local = is_local(host)
         if not self._is_local:
             self._names.add(_plain(socket.gethostname()))
-        self._uploading = 0
+        self._uploads_received: Shares[asyncio.Timeout] = Shares(MAX_UPLOADS)
+        self._questions_received: Shares[asyncio.Timeout] = Shares(MAX_QUESTIONS)
+        self._asking, self._opening = Line(MAX_QUESTIONS, MAX_WAIT), Line(MAX_OPENING, MAX_WAIT)
         self._cookie = f"mvlm-{hashlib.sha256(str(uploads.folder).encode()).hexdigest()[:8]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -216,6 +215,9 @@ class Gate:
             await self._refuse(scope, receive, sent, refusal)
         except RunError as error:
             await self._refuse(scope, receive, sent, Refused(400, str(error)))
+        except Busy:
+            busy = "the page is busy with other requests, or this one took too long; try again"
+            await self._refuse(scope, receive, sent, Refused(503, busy))
         except ClientDisconnect:
             pass
         except Exception as error:
@@ -227,8 +229,8 @@ class Gate:
         if sent.started:
             await sent.end()
             return
-        if scope["path"] == f"{API}/queue/join":  # shown by Gradio's JavaScript
-            answer: Response = JSONResponse({"detail": refusal.sentence}, refusal.status)
+        if scope["path"] == ASK:  # shown by the page's script
+            answer: Response = JSONResponse({"error": refusal.sentence}, refusal.status)
         else:
             answer = PlainTextResponse(refusal.sentence, refusal.status)
         await answer(scope, receive, sent)
@@ -236,26 +238,22 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: "_Sent") -> None:
         headers = Headers(scope=scope)
         self._check_host(scope, headers)
-        _check_origin(headers)
+        self._check_origin(headers)
         method, path = scope["method"], scope["path"]
-        if method == "POST" and path == f"{API}/queue/join":
+        if method == "POST" and path == ASK:
             await self._ask(scope, receive, send, headers)
         elif method == "POST" and path == f"{API}/upload":
             await self._store(scope, receive, send, headers)
         elif method in ("GET", "HEAD"):
-            if headers.get("transfer-encoding") or headers.get("content-length", "0") != "0":
+            if headers.get("content-length", "0") != "0":
                 raise Refused(400, "wanted a request without a body")
             if path.startswith(f"{API}/file="):
-                await self._show(scope, receive, send, headers)
+                await self._show(scope, receive, send)
             elif path == f"{API}/upload_progress":
                 # The page stores an upload in one go, so that there is no progress to tell.
                 await Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")(scope, receive, send)
-            elif path == f"{API}/queue/data":
-                await self._stream(scope, receive, send, headers)
             elif path in PAGES or (FILES.fullmatch(path) and ".." not in path):
-                if path == "/":
-                    self._greet(send, headers)
-                await self._app(_for_gradio(scope), receive, send)
+                await self._open(scope, receive, send)
             else:
                 raise Refused(404, "this page has no such address")
         else:
@@ -270,94 +268,118 @@ class Gate:
         if len(headers.getlist("host")) != 1 or not found or _plain(found[1]) not in allowed:
             raise Refused(400, "this page has another name; whoever runs it can add one with --allow-host")
 
-    def _visitor(self, headers: Headers) -> str:
-        """The name that the page gave to the visitor's browser, in a cookie. Nobody else knows it."""
-        cookies: SimpleCookie = SimpleCookie()
-        with contextlib.suppress(CookieError):
-            cookies.load(headers.get("cookie", "")[:4000])
-        found = cookies.get(self._cookie)
-        if found is None or not re.fullmatch(r"[A-Za-z0-9_-]{22,64}", found.value):
-            raise Refused(403, "wanted this page's cookie, found none; allow cookies and load the page again")
-        return found.value
+    def _forwarded_host(self, headers: Headers) -> str | None:
+        """The name that the page has at the proxy. A page of another site cannot make a browser send this header."""
+        host = headers.get("x-forwarded-host", "")
+        return host if self._behind_proxy and HOST.fullmatch(host) else None
 
-    def _greet(self, send: "_Sent", headers: Headers) -> None:
-        """Name a visitor who has no name yet."""
-        try:
-            self._visitor(headers)
-        except Refused:
+    def _check_origin(self, headers: Headers) -> None:
+        """Refuse what a page of another site sends. A browser sends it without asking, and hides only the answer."""
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] not in (headers["host"], self._forwarded_host(headers)):
+            raise Refused(403, "a page of another site may not send here")
+
+    def _for_gradio(self, scope: Scope, given: Sequence[tuple[bytes, bytes]] = ()) -> Scope:
+        """The scope with the headers that Gradio needs, and without a query."""
+        headers = Headers(scope=scope)
+        kept = [(name, value) for name, value in scope["headers"] if name in KEPT_HEADERS]
+        if host := self._forwarded_host(headers):
+            kept = [(name, value) for name, value in kept if name != b"host"] + [(b"host", host.encode())]
+        own = {"headers": [*kept, *given], "query_string": b"", "root_path": ""}
+        if self._behind_proxy and headers.get("x-forwarded-proto") in ("http", "https"):
+            own["scheme"] = headers["x-forwarded-proto"]
+        return {**scope, **own}
+
+    def visitor(self, scope: Scope) -> Visitor:
+        """Whoever sent a request: the address, and the name in the page's cookie, which nobody else knows."""
+        headers = Headers(scope=scope)
+        address = scope["client"][0] if scope.get("client") else ""
+        forwarded = ",".join(headers.getlist("x-forwarded-for"))
+        if self._behind_proxy and forwarded:
+            address = forwarded.rpartition(",")[2].strip()  # the proxy's own word; others come from the visitor
+        found = re.search(rf"(?:^|;) *{self._cookie}=([A-Za-z0-9_-]{{22,64}}) *(?:;|$)", headers.get("cookie", ""))
+        return visitor_of(address, found[1] if found else "")
+
+    def _named(self, scope: Scope) -> Visitor:
+        """Whoever sent a request, and has opened the page before."""
+        visitor = self.visitor(scope)
+        if not visitor.cookie:
+            raise Refused(403, "wanted this page's cookie, found none; allow cookies and load the page again")
+        return visitor
+
+    async def _open(self, scope: Scope, receive: Receive, send: "_Sent") -> None:
+        visitor = self.visitor(scope)
+        if scope["path"] == "/" and not visitor.cookie:
             cookie = f"{self._cookie}={secrets.token_urlsafe(24)}; Path=/; HttpOnly; SameSite=Strict"
             send.headers.append((b"set-cookie", cookie.encode()))
+        async with AsyncExitStack() as turn:
+
+            async def begun(message: Message) -> None:
+                await turn.aclose()  # no turn lasts until a slow visitor has taken an answer
+                await send(message)
+
+            await turn.enter_async_context(self._opening.turn(visitor))
+            await self._app(self._for_gradio(scope), receive, begun)
 
     async def _ask(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
-        visitor = self._visitor(headers)
-        limited = _Limited(receive, headers, MAX_QUESTION, "question: wanted less text; shorten it")
-        try:
-            async with asyncio.timeout(QUESTION_SECONDS):
-                sent = await Request(scope, limited).body()
-        except TimeoutError:
-            raise Refused(408, "question: wanted it sooner; ask again") from None
-        session, body = check_question(sent, self._questions, lambda path: self._uploads.find(path, visitor))
-        self._visitors.join(session, visitor)
-        given = [(b"content-length", str(len(body)).encode()), (ASKED.encode(), str(time.monotonic()).encode())]
-        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        visitor = self._named(scope)
+        _check_length(headers, MAX_QUESTION, "question: wanted less text; shorten it")
+        request = Request(scope, receive)
+        async with place(self._questions_received, visitor, QUESTION_SECONDS):
+            sent = await request.body()
+        async with self._asking.turn(visitor):
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            body = check_question(sent, self._questions, lambda path: self._uploads.find(path, visitor.cookie))
+            given = [(b"content-length", str(len(body)).encode())]
+            first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def written() -> Message:
-            return first.pop() if first else await receive()
+            async def written() -> Message:
+                return first.pop() if first else await receive()
 
-        await self._app(_for_gradio(scope, given), written, send)
+            answer: list[Message] = []
 
-    async def _stream(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
-        """Answers of a session, until they are given, the visitor leaves, or time is over."""
-        query = parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=20)
-        sessions = [value for name, value in query if name == "session_hash"]
-        if len(sessions) != 1 or not SESSION.fullmatch(sessions[0]):
-            raise Refused(404, "this page has no such session; load it again")
-        if not self._visitors.owns(sessions[0], self._visitor(headers)):
-            raise Refused(404, "this page has no such session; load it again")
-        own = {**_for_gradio(scope), "query_string": f"session_hash={sessions[0]}".encode()}
-        with self._visitors.listening(sessions[0]):
-            try:
-                async with asyncio.timeout(STREAM_SECONDS):
-                    await self._app(own, receive, send)
-            except TimeoutError:
-                await send.end()
+            async def keep(message: Message) -> None:
+                answer.append(message)
+
+            await self._app(self._for_gradio(scope, given), written, keep)
+        if answer[0]["status"] != 200:
+            said = json.loads(b"".join(message.get("body", b"") for message in answer)).get("error")
+            raise Refused(422, said or "the page could not answer that; try another image or text")
+        for message in answer:
+            await send(message)
 
     async def _store(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
-        visitor = self._visitor(headers)
+        visitor = self._named(scope)
         if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Refused(400, _NO_FORM)
-        if self._uploading >= MAX_UPLOADS:
-            raise Refused(503, "upload: the page is busy; try again")
-        limited = _Limited(receive, headers, MAX_FORM, _TOO_LARGE)
-        self._uploading += 1
-        try:
-            async with asyncio.timeout(FORM_SECONDS):
-                try:
-                    form = await Request(scope, limited).form(max_files=1, max_fields=8, max_part_size=10_000)
-                except (Refused, ClientDisconnect):
-                    raise
-                except Exception:  # of starlette and python_multipart, with words for programmers
-                    raise Refused(400, _NO_FORM) from None
-                try:
-                    files = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
-                    if len(files) != 1:
-                        raise Refused(400, _NO_FORM)
-                    if (files[0].size or 0) > MAX_BYTES:
-                        raise Refused(413, _TOO_LARGE)
-                    store = partial(self._uploads.add, visitor, files[0].filename or "", files[0].file)
-                    path = await run_in_threadpool(store)
-                finally:
-                    await form.close()
-        except TimeoutError:
-            raise Refused(408, "upload: wanted it sooner; try again") from None
-        finally:
-            self._uploading -= 1
+        _check_length(headers, MAX_FORM, _TOO_LARGE)
+        async with place(self._uploads_received, visitor, FORM_SECONDS):
+            path = await self._received(Request(scope, receive), visitor)
         await JSONResponse([str(path)])(scope, receive, send)
 
-    async def _show(self, scope: Scope, receive: Receive, send: "_Sent", headers: Headers) -> None:
+    async def _received(self, request: Request, visitor: Visitor) -> Path:
+        """Receive a form with one image in it, and store the image."""
+        try:
+            form = await request.form(max_files=1, max_fields=8, max_part_size=10_000)
+        except ClientDisconnect:
+            raise
+        except Exception:  # of starlette and python_multipart, with words for programmers
+            raise Refused(400, _NO_FORM) from None
+        try:
+            files = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
+            if len(files) != 1:
+                raise Refused(400, _NO_FORM)
+            if (files[0].size or 0) > MAX_BYTES:
+                raise Refused(413, _TOO_LARGE)
+            return await run_in_threadpool(self._uploads.add, visitor, files[0].filename or "", files[0].file)
+        finally:
+            await form.close()
+
+    async def _show(self, scope: Scope, receive: Receive, send: "_Sent") -> None:
         path = scope["path"].removeprefix(f"{API}/file=")
         try:
-            file = await run_in_threadpool(self._uploads.find_shown, path, self._visitor(headers))
+            file = await run_in_threadpool(self._uploads.find_shown, path, self._named(scope).cookie)
         except RunError:
             raise Refused(404, "this page has no such image") from None
         # Gradio writes WebP; an upload without an image's suffix is sent as bytes to be saved.
@@ -396,48 +418,16 @@ def _plain(name: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def _check_origin(headers: Headers) -> None:
-    """Refuse what a page of another site sends here. A browser sends it without asking, and hides only the answer."""
-    origin = headers.get("origin")
-    # Behind a proxy, as in an editor in the browser, the page has the proxy's name. No page can forge that header.
-    own = [headers.get("host"), headers.get("x-forwarded-host")]
-    if origin is not None and origin.partition("://")[2] not in own:
-        raise Refused(403, "a page of another site may not send here")
-
-
-def _for_gradio(scope: Scope, headers: Sequence[tuple[bytes, bytes]] = ()) -> Scope:
-    """The scope with the headers that Gradio needs, and without a query."""
-    kept = [
-        (name, value)
-        for name, value in scope["headers"]
-        if name in KEPT_HEADERS and (not name.startswith(b"x-") or HOST.fullmatch(value.decode("latin-1")))
-    ]
-    return {**scope, "headers": [*kept, *headers], "query_string": b"", "root_path": ""}
-
-
 _TOO_LARGE = f"image: wanted at most {MAX_BYTES // 10**6} MB, got more; choose a smaller file"
 
 
 _NO_FORM = "upload: wanted a form with one image in it; choose an image"
 
 
-class _Limited:
-    """A `receive` that counts the bytes of a body, whatever length it claims, and refuses more than the limit."""
-
-    def __init__(self, receive: Receive, headers: Headers, limit: int, sentence: str) -> None:
-        length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or len(length) > 12:
-            raise Refused(400, "wanted a length in bytes; load the page again")
-        if int(length) > limit:
-            raise Refused(413, sentence)
-        self._receive, self._left, self._sentence = receive, limit, sentence
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            raise Refused(413, self._sentence)
-        return message
+def _check_length(headers: Headers, limit: int, sentence: str) -> None:
+    """Refuse a body that is too large by its length, which the server holds it to."""
+    if int(headers.get("content-length", "0")) > limit:
+        raise Refused(413, sentence)
 
 
 class _Sent:

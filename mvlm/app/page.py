@@ -17,7 +17,7 @@ from PIL import Image
 from mvlm.app import answers
 from mvlm.app.answers import MAX_CHARACTERS, MAX_LABELS
 from mvlm.app.gallery import Gallery
-from mvlm.app.visitors import Uploads, Visitors
+from mvlm.app.uploads import Uploads
 from mvlm.errors import ConfigError
 from mvlm.inference.images import rgb_image
 from mvlm.inference.texts import shortened
@@ -25,19 +25,14 @@ from mvlm.inference.trained_model import TrainedModel
 
 # Read when gradio is imported, or when a page is made.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # else it keeps 10,000, and sums them up after each
 try:
     import gradio as gr
     from gradio import processing_utils
-
-    from mvlm.app.gate import ASKED
 except ImportError:
     raise ConfigError("app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'") from None
 
 TALL = 320  # pixels
 BUTTONS: list[Any] = ["download", "fullscreen"]
-MAX_QUEUE = 32
-"""Questions that wait for an answer, of all visitors together. One is answered at a time."""
 INNARDS = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ object|(?<![\w/])/[\w.+-]+/|[A-Za-z]*(Error|Exception)\b")
 """What no visitor gets to see: addresses in memory, paths, names of exceptions."""
 log = logging.getLogger(__name__)
@@ -49,7 +44,6 @@ class Page:
 
     blocks: gr.Blocks
     uploads: Uploads
-    visitors: Visitors
     worker: ThreadPoolExecutor
     """Answers questions, one at a time, always in the same thread: each further thread would keep memory of its own."""
 
@@ -83,7 +77,7 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
     caption = shortened(example.caption, model.tokenizer, model.network.config.text_length) if example else ""
     first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
     with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as blocks:
-        page = Page(blocks, Uploads(Path(blocks.GRADIO_CACHE)), Visitors(), ThreadPoolExecutor(1, "mvlm-answer"))
+        page = Page(blocks, Uploads(Path(blocks.GRADIO_CACHE)), ThreadPoolExecutor(1, "mvlm-answer"))
         gr.Markdown(f"# {html.escape(name)}\n\n{html.escape(answers.about_task(model), quote=False)}")
         with gr.Tabs():
             if answers.images_of_task(model):
@@ -95,7 +89,6 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
             if model.network.matching_is_trained:
                 _look_tab(page, model, image, caption)
             _classify_tab(page, model, image, caption)
-    blocks.queue(max_size=MAX_QUEUE, api_open=False)
     shown = (component["props"].get("value") for component in blocks.get_config_file()["components"])
     page.uploads.add_examples(value["path"] for value in shown if isinstance(value, dict) and value.get("path"))
     return page
@@ -240,25 +233,24 @@ def _classify_tab(page: Page, model: TrainedModel, image: Image.Image | None, ca
 
 
 def _on(page: Page, events: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
-    """Call `answer` at each event, one at a time on the whole page. Of a click, the place (x, y) is its last argument.
+    """Call `answer` at each event. Of a click, the place (x, y) is its last argument.
 
-    It is not offered as an API.
+    Questions wait for their turn before they come to Gradio, which has no queue of its own.
     """
 
-    async def ask(request: gr.Request, *values: Any) -> Any:
-        return await asyncio.wrap_future(page.worker.submit(_answer, page, answer, request, values))
+    async def ask(*values: Any) -> Any:
+        return await asyncio.wrap_future(page.worker.submit(_answer, answer, values))
 
-    async def click(event: gr.SelectData, request: gr.Request, *values: Any) -> Any:
-        return await ask(request, *values, event.index)
+    async def click(event: gr.SelectData, *values: Any) -> Any:
+        return await ask(*values, event.index)
 
     asked = click if any(event.event_name == "select" for event in events) else ask
-    gr.on(events, asked, inputs, outputs, api_visibility="private", concurrency_id="questions", concurrency_limit=1)
+    gr.on(events, asked, inputs, outputs, api_visibility="private", queue=False)
 
 
-def _answer(page: Page, answer: Callable[..., Any], request: gr.Request, values: tuple[Any, ...]) -> Any:
-    """The answer, if the visitor still waits for it. Any error becomes one sentence on the page."""
+def _answer(answer: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    """The answer. Any error becomes one sentence on the page."""
     try:
-        page.visitors.check_waiting(request.session_hash or "", float(request.headers[ASKED]))
         return answer(*(answers.check_image(value) if isinstance(value, Path) else value for value in values))
     except ValueError as error:  # ours are ValueErrors of one line
         sentence = str(error)

@@ -170,14 +170,16 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def app(
-    source: str,
+    checkpoint: str,
     /,
     *,
     data: Path | None = None,
     index: str | None = None,
+    source: tuple[str, ...] = (),
     host: str = "127.0.0.1",
     port: int = 7860,
     allow_host: tuple[str, ...] = (),
+    behind_proxy: bool = False,
     task: Path | None = None,
     device: str = "auto",
 ) -> None:
@@ -186,12 +188,15 @@ def app(
     It asks the model's task, searches, fills, rebuilds, shows where the model looks, and classifies.
 
     Args:
-        source: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.
+        checkpoint: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.
         data: Data folder to search. Default: that of the run.
         index: Index of `mvlm search` to search instead of a data folder, folder or URL.
+        source: URLs of embedded collections that the index names, whose images are shown.
         host: Address to listen on. Others can reach the page only if you give 0.0.0.0.
         port: Port to listen on.
         allow_host: Further names under which browsers reach this machine, such as that of a proxy. Others are refused.
+        behind_proxy: Every request comes through a proxy, whose X-Forwarded-For, -Host and -Proto are believed. Without
+            this, nobody's are.
         task: Python file of the run's task, if it is your own.
         device: auto, cpu or cuda.
     """
@@ -203,21 +208,21 @@ def app(
         from mvlm.app.answers import about_task
         from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
         from mvlm.app.page import build_page  # fails without gradio, before anything is loaded
-        from mvlm.app.server import check_address, start
+        from mvlm.app.server import bind, start
         from mvlm.search.index import open_index
         from mvlm.tasks.load import load_model
 
-        check_address(host, port)
-        model = load_model(source, device, task=task)
-        data = data or data_of_run(Path(source))
+        bind(host, port).close()  # fails before the model is loaded
+        model = load_model(checkpoint, device, task=task)
+        data = data or data_of_run(Path(checkpoint))
         if index is not None:
-            gallery = IndexGallery(model, open_index(index), index)
+            gallery = IndexGallery(model, open_index(index), index, source)
         else:
             gallery = open_gallery(model, data) if data is not None else None
             if gallery is None:
-                say(f"{source}: its data are not here, so there is no search; give --data or --index")
-        page = build_page(model, gallery, Path(source).name)
-        server = start(page, host, port, allow_host)
+                say(f"{checkpoint}: its data are not here, so there is no search; give --data or --index")
+        page = build_page(model, gallery, Path(checkpoint).name)
+        server = start(page, host, port, allow_host, behind_proxy)
         try:
             say(f"{server.url}  (Ctrl-C ends it)\n{about_task(model)}", flush=True)
             server.wait()

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from support import hostile_images
-from support.visitor import API, Answer, Visitor
+from support.visitor import API, ASK, Answer, Visitor
 
 INNARDS = re.compile(
     r"0x[0-9a-f]{6,}|Traceback|pydantic|site-packages|/(usr|work|tmp|home|root|dev|proc)/|Errno|NoneType"
@@ -36,9 +35,9 @@ class Target(NamedTuple):
     folder: Path
     """A folder of this machine that the page has nothing to do with. It has secret.png, secret.txt and a FIFO, pipe."""
 
-    def visitor(self) -> Visitor:
-        """Somebody who opens the page."""
-        return Visitor(self.url)
+    def visitor(self, address: str = "127.0.0.1") -> Visitor:
+        """Somebody who opens the page, from an address of 127.0.0.0/8."""
+        return Visitor(self.url, address)
 
     def memory(self) -> float:
         """Resident MB of the page's process."""
@@ -123,12 +122,6 @@ def asked(asker: str, *values: Any, **more: Any) -> Act:
     return act
 
 
-def search(visitor: Visitor, **changed: Any) -> dict[str, Any]:
-    """A good question, but for what is changed."""
-    number = visitor.event("Search")["id"]
-    return {"data": ["a", None], "fn_index": number, "session_hash": secrets.token_hex(6), **changed}
-
-
 def judge(answer: Answer, statuses: tuple[int, ...]) -> str | None:
     """What is wrong with an answer that has to have one of these states."""
     if answer.status not in statuses:
@@ -139,7 +132,7 @@ def judge(answer: Answer, statuses: tuple[int, ...]) -> str | None:
         return None
     if answer.headers.get("content-type", "").startswith("application/json"):
         try:
-            said = json.loads(answer.body)["detail"]
+            said = next(iter(json.loads(answer.body).values()))
         except (ValueError, KeyError, TypeError):
             return f"it has no sentence: {answer.text[:200]}"
         return judge_sentence(said if isinstance(said, str) else json.dumps(said, indent=1))
@@ -195,21 +188,15 @@ def traversals() -> Iterator[Attack]:
 def bodies() -> Iterator[Attack]:
     def large(target: Target, visitor: Visitor) -> str | None:
         before = target.memory()
-        problem = judge(visitor.join(b'["' + b"a" * 60_000_000 + b'"]', 30), (413, 0))
+        problem = judge(visitor.post(b'["' + b"a" * 60_000_000 + b'"]', 30), (413, 0))
         grown = target.memory() - before
         return problem or (f"memory grew by {grown:.0f} MB" if grown > 100 else None)
 
-    def chunked(target: Target, visitor: Visitor) -> str | None:
-        chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-        head = question_head(visitor, "Transfer-Encoding: chunked\r\nConnection: close")
-        return judge(visitor.send(head + chunk * 40 + b"0\r\n\r\n", 30), (413, 0))
-
     def sent(body: bytes) -> Act:
-        return lambda target, visitor: judge(visitor.join(body, 2 * SECONDS), (413, 0))
+        return lambda target, visitor: judge(visitor.post(body, 2 * SECONDS), (400, 413, 0))
 
     acts: dict[str, Act] = {
         "60 MB of JSON": large,
-        "40 MB of JSON in chunks, without a length": chunked,
         "1 MB of brackets": sent(b"[" * 1_000_000),
         "1 MB of numbers": sent(b"[" + b"1," * 500_000 + b"1]"),
         "2 MB of digits": sent(b"1" * 2_000_000),
@@ -217,15 +204,10 @@ def bodies() -> Iterator[Attack]:
     of_forms = "multipart/form-data; boundary=x"
     for method, path in (
         ("POST", f"{API}/upload"), ("GET", "/"), ("GET", "/config"), ("POST", "/"),
-        ("GET", f"{API}/queue/data?session_hash=a"),
+        ("GET", f"{API}/app_id"),
     ):  # fmt: skip
         headers = {"Content_Length": "30000000", "Content_Type": of_forms}
         acts[f"30 MB to {method} {path}"] = requested(method, path, (400, 404, 413, 0), b"a" * 30_000_000, **headers)
-    lengths = {"negative": "-1", "not a number": "x", "huge": "9" * 30, "two": "5\r\nContent-Length: 6"}
-    for name, length in lengths.items():
-        acts[f"a length that is {name}"] = requested(
-            "POST", f"{API}/queue/join", (400, 413), b"{}", Content_Length=length
-        )
     field = b'--x\r\nContent-Disposition: form-data; name="'
     forms = {
         "no boundary": (b"abc", "multipart/form-data"),
@@ -251,9 +233,104 @@ def bodies() -> Iterator[Attack]:
 def question_head(visitor: Visitor, headers: str) -> bytes:
     """The head of a request that asks a question."""
     return (
-        f"POST {API}/queue/join HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\nCookie: {visitor.cookie}\r\n"
+        f"POST {ASK} HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\nCookie: {visitor.cookie}\r\n"
         f"Content-Type: application/json\r\n{headers}\r\n\r\n"
     ).encode()
+
+
+def requests() -> Iterator[Attack]:
+    """Requests that two programs may read in two ways, or that are no plain HTTP/1.1."""
+
+    def refused(content: bytes | Callable[[Visitor], bytes], *statuses: int) -> Act:
+        """An act: bytes that get one answer, with one of these states, behind which the connection ends."""
+
+        def act(target: Target, visitor: Visitor) -> str | None:
+            given = content if isinstance(content, bytes) else content(visitor)
+            host = f"{visitor.host}:{visitor.port}".encode()
+            with visitor.connect(5) as line:
+                line.sendall(given.replace(b"HOST", host) + b"GET /config HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+                found = b""
+                with contextlib.suppress(ConnectionError):
+                    while more := line.recv(1 << 16):
+                        found += more
+            states = re.findall(rb"HTTP/1\.1 (\d+)", found)
+            return None if [int(state) for state in states] in [[status] for status in statuses] else f"{states}"
+
+        return act
+
+    def posted(*headers: str, body: bytes = b"{}", statuses: tuple[int, ...] = (400,)) -> Act:
+        return refused(lambda visitor: question_head(visitor, "\r\n".join(headers)) + body, *statuses)
+
+    def got(line: bytes, *headers: bytes, statuses: tuple[int, ...] = (400,)) -> Act:
+        return refused(b"\r\n".join((line, b"Host: HOST", *headers)) + b"\r\n\r\n", *statuses)
+
+    chunks, get = "Transfer-Encoding: chunked", b"GET /config HTTP/1.1"
+    yield from attacks("requests", {
+        "a length and chunks": posted("Content-Length: 2", chunks, body=b"2\r\n{}\r\n0\r\n\r\n"),
+        "chunks and a length": posted(chunks, "Content-Length: 2", body=b"2\r\n{}\r\n0\r\n\r\n"),
+        "chunks alone": posted(chunks, body=b"2\r\n{}\r\n0\r\n\r\n", statuses=(411,)),
+        "chunks with extensions and trailers":
+            posted(chunks, body=b"2;a=b\r\n{}\r\n0\r\nContent-Length: 9\r\n\r\n", statuses=(411,)),
+        "other codings": posted("Transfer-Encoding: gzip, chunked", statuses=(400, 411, 501)),
+        "chunks twice": posted(chunks, chunks, statuses=(400, 411, 501)),
+        "chunks, then identity": posted(chunks, "Transfer-Encoding: identity", statuses=(400, 411, 501)),
+        "chunks of a GET": got(get, chunks.encode(), statuses=(411,)),
+        "a length twice": posted("Content-Length: 2", "Content-Length: 2"),
+        "two lengths": posted("Content-Length: 2", "Content-Length: 3"),
+        "two lengths in a line": posted("Content-Length: 2, 2"),
+        **{f"a length of {length!r}": posted(f"Content-Length: {length}")
+           for length in ("-2", "+2", "2.0", "0x2", "2 2", "2,", "", "x", "\u0662", "2_0", "9" * 30)},
+        "a length with a blank before its colon": posted("Content-Length : 2"),
+        "a length in a folded line": posted("X: a", " b", "Content-Length: 2"),
+        "a length behind a bare line feed": posted("X: a\nContent-Length: 2"),
+        "a bare carriage return": posted("X: a\rContent-Length: 2", "Content-Length: 2"),
+        "lines that end in line feeds": refused(b"GET /config HTTP/1.1\nHost: HOST\n\n", 400),
+        "a header with a zero": got(get, b"X: a\0b"),
+        "a header with a bell": got(get, b"X: a\x07b"),
+        "a header without a name": got(get, b": a"),
+        "a header without a colon": got(get, b"a"),
+        "two hosts": got(get, b"Host: elsewhere"),
+        "no host": refused(b"GET /config HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
+        "101 headers": got(get, *(b"X: a",) * 100, statuses=(431,)),
+        "10,000 headers": got(get, *(b"X: a",) * 10_000, statuses=(431,)),
+        "a header of 100,000 letters": got(get, b"X: " + b"a" * 100_000, statuses=(431,)),
+        "an address of 100,000 letters": got(b"GET /" + b"a" * 100_000 + b" HTTP/1.1", statuses=(431,)),
+        **{f"version {version}": got(f"GET /config {version}".encode(), statuses=(400, 505))
+           for version in ("HTTP/9.9", "HTTP/2.0", "HTTP/0.9", "HTTP/1.2", "HTTP/1.10", "http/1.1", "HTTP/1")},
+        "a preface of HTTP/2": refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, 505),
+        "a hello of TLS": refused(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500, 400),
+    })  # fmt: skip
+    long = "a" * 4000
+    addresses = {
+        f"/assets/{long}": 404, f"/static/{long}": 404, f"/assets/{'a/' * 90}": 404, "/assets/index.html/x": 404,
+         "/assets/%00": 404, "/assets/%ff": 404, "/assets/a%0d%0ab": 404,
+        "/assets/..%2f..%2fetc/passwd": 404, f"/{long}": 404, f"{API}/file={long}": 404, f"{API}/queue/join": 404,
+        f"{API}/queue/data?" + "&".join(f"a{i}=1" for i in range(30)): 404, f"{API}/queue/data?session_hash=%00": 404,
+        f"{API}/run/fill": 404, f"{ASK}/": 404, "http://elsewhere.example/config": 404, "*": 404, "//config": 404,
+        "/config?" + "a=b&" * 1000: 200, "/?__theme=dark": 200,
+    }  # fmt: skip
+    yield from attacks(
+        "addresses", {path[:50]: requested("GET", path, (status,)) for path, status in addresses.items()}
+    )
+
+    def reflected(target: Target, visitor: Visitor) -> str | None:
+        headers = {
+            "X-Forwarded-Host": "elsewhere.example", "X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.1",
+            "X-Forwarded-Prefix": "/elsewhere", "Forwarded": "host=elsewhere.example;proto=https",
+        }  # fmt: skip
+        question = {"data": ["a", None], "fn_index": visitor.event("Search")["id"]}
+        answers = [visitor.request("GET", path, headers=headers) for path in ("/", "/config", "/theme.css")]
+        answers.append(visitor.request("POST", ASK, json.dumps(question).encode(),
+                                       {**headers, "Content-Type": "application/json"}))  # fmt: skip
+        states = [answer.status for answer in answers]
+        found = [
+            word for word in ("elsewhere", "https://127", "192.0.2.1") for answer in answers if word in answer.text
+        ]
+        return f"{states}, {found}" if found or states != [200] * 4 else None
+
+    foreign = requested("POST", ASK, (403,), b"{}", Origin="https://elsewhere.example",
+                        X_Forwarded_Host="elsewhere.example")  # fmt: skip
+    yield from attacks("headers of proxies", {"reflected": reflected, "another site's question": foreign})
 
 
 def images() -> Iterator[Attack]:
@@ -296,44 +373,35 @@ def forgeries() -> Iterator[Attack]:
     def path_of(visitor: Visitor, side: int = 40) -> str:
         return json.loads(visitor.upload("x.png", png(side)).body)[0]
 
-    def other_stream(target: Target, visitor: Visitor) -> str | None:
-        session = secrets.token_hex(6)
-        visitor.join(search(visitor, session_hash=session))
-        found = target.visitor().stream(session, 5)
-        return f"another visitor read {len(found)} events" if found else None
-
-    def other_session(target: Target, visitor: Visitor) -> str | None:
-        session, other = secrets.token_hex(6), target.visitor()
-        visitor.join(search(visitor, session_hash=session))
-        return judge(other.join(search(other, session_hash=session)), (400,))
-
-    def unknown(target: Target, visitor: Visitor) -> str | None:
-        address = f"{API}/queue/data?session_hash={secrets.token_hex(6)}"
-        return judge(visitor.request("GET", address, seconds=15), (404,))
-
     def no_cookie(target: Target, visitor: Visitor) -> str | None:
         return judge(visitor.request("GET", f"{API}/file={path_of(visitor)}", headers={"Cookie": ""}), (403, 404))
 
     def other_file(target: Target, visitor: Visitor) -> str | None:
         return judge(target.visitor().show(path_of(visitor, 43)), (404,))
 
+    def answered(session: object) -> Act:
+        """An act: a question with this session, which is nobody's, so that the question is as good as any other."""
+        return lambda target, visitor: (
+            None if visitor.ask("Search", ["a", None], session_hash=session)[0] else "refused"
+        )
+
     def same_name(target: Target, visitor: Visitor) -> str | None:
         same = path_of(visitor, 44) == path_of(target.visitor(), 44)
         return "the name of an upload follows from its content" if same else None
 
-    queries = ("", "?session_hash=", "?session_hash=a&session_hash=b", "?session_hash=..%2f", "?session_hash=%00")
     patches = ("2" * 16, "1" * 15, "", "1" * 10_000, "x", "\u0661" * 16, {"a": 1}, [True], 5)
     acts: dict[str, Act] = {
-        "the answers of another visitor": other_stream,
-        "a question in another visitor's session": other_session,
-        "a session that nobody has": unknown,
         "an upload, without the cookie": no_cookie,
         "an upload, by another visitor": other_file,
         "the name of another visitor's upload": same_name,
     }
-    acts |= {f"a stream for {query!r}": requested("GET", f"{API}/queue/data{query}", (404,)) for query in queries}
+    acts |= {
+        f"session {session!r:.20}": answered(session) for session in ("a1", "a" * 1000, "../..", 5, None, {"a": 1})
+    }
+    acts |= {f"cookie {cookie[:20]!r}": requested("POST", ASK, (403,), b"{}", Cookie=cookie) for cookie in
+             ("", "a", "x" * 9000, "mvlm-00000000=" + "a" * 32, ";" * 9000, "\u00ff=;;=")}  # fmt: skip
     acts |= {f"hidden patches {str(x)[:20]!r}": asked("Rebuild", IMAGE, x, "a", "b") for x in patches}
-    return attacks("forged session", acts)
+    return attacks("forgeries", acts)
 
 
 @contextmanager
@@ -341,7 +409,7 @@ def _held(visitor: Visitor, content: bytes, count: int) -> Iterator[list[socket.
     lines = []
     try:
         for _ in range(count):
-            line = socket.create_connection((visitor.host, visitor.port), timeout=5)
+            line = visitor.connect(5)
             line.sendall(content)
             lines.append(line)
         yield lines
@@ -383,15 +451,6 @@ def slow_connections() -> Iterator[Attack]:
     def whole(visitor: Visitor) -> bytes:
         return f"GET /config HTTP/1.1\r\nHost: {visitor.host}:{visitor.port}\r\n\r\n".encode()
 
-    def crowd(target: Target, visitor: Visitor) -> str | None:
-        with _held(visitor, b"GET / HTTP/1.1\r\n", 400) as lines:
-            time.sleep(1)
-            answer = visitor.request("GET", "/config", seconds=10)
-            still = sum(_is_open(line) for line in lines)
-        if answer.status != 200:
-            return f"the page is closed to others: status {answer.status}"
-        return f"{still} of 400 connections are open" if still > 300 else None
-
     letters = held(lambda visitor: question_head(visitor, "Content-Length: 400"), b" ", 40.0)
     yield from attacks("slow connections", {
         "20 that send nothing": held(lambda visitor: b""),
@@ -399,42 +458,10 @@ def slow_connections() -> Iterator[Attack]:
         "20 that send a letter of a body each second": letters,
         "20 that stay after their answer": held(whole),
     })  # fmt: skip
-    yield Attack("crowds", "400 connections at once", crowd)
-
-
-def abandoned() -> Iterator[Attack]:
-    def flood(target: Target, visitor: Visitor) -> str | None:
-        labels, templates = "\n".join(str(i) for i in range(100)), "\n".join(["a {}"] * 10)
-        image = visitor.uploaded("x.png", png(900))
-        question = {"data": [image, labels, templates], "fn_index": visitor.event("Classify")["id"]}
-        lines = []
-        try:
-            for _ in range(120):
-                body = json.dumps({**question, "session_hash": secrets.token_hex(6)}).encode()
-                line = socket.create_connection((visitor.host, visitor.port), timeout=20)
-                line.sendall(question_head(visitor, f"Content-Length: {len(body)}") + body[:-1])
-                lines.append(line)
-            for line in lines:  # all at once: no machine answers as fast
-                line.sendall(b"}")
-            states = [line.recv(1 << 12).split(b" ", 2)[1] for line in lines]
-        finally:
-            for line in lines:
-                line.close()
-        if states.count(b"503") < 40:
-            return f"the queue has no end: {states.count(b'200')} questions wait"
-        began = time.monotonic()
-        while time.monotonic() - began < 20:
-            if visitor.ask("Classify", [image, "a\nb", ""])[0]:
-                return None
-            time.sleep(0.5)
-        return "nobody else was answered within 20 s"
-
-    yield Attack("abandoned questions", "120 questions at once whose visitor left", flood)
 
 
 MAKERS = (
-    paths, traversals, bodies, texts, images, forgeries,
-    slow_connections, abandoned,
+    paths, traversals, bodies, texts, images, forgeries, requests, slow_connections,
 )  # fmt: skip
 ATTACKS = [attack for maker in MAKERS for attack in maker()]
 KINDS = tuple(dict.fromkeys(attack.kind for attack in ATTACKS))

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 API = "/gradio_api"
+ASK = f"{API}/run/predict"
 
 
 class Answer(NamedTuple):
@@ -28,11 +28,15 @@ class Answer(NamedTuple):
 
 
 class Visitor:
-    """A visitor who has opened the page once, so that its cookie is known."""
+    """A visitor who has opened the page once, so that its cookie is known.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        address: whence the visitor comes, one of 127.0.0.0/8.
+    """
+
+    def __init__(self, url: str, address: str = "127.0.0.1") -> None:
         parts = urlsplit(url)
-        self.host, self.port = parts.hostname or "", parts.port or 80
+        self.host, self.port, self.address = parts.hostname or "", parts.port or 80, address
         self.cookie = ""
         answer = self.request("GET", "/")
         self.cookie = answer.headers.get("set-cookie", "").partition(";")[0]
@@ -43,11 +47,15 @@ class Visitor:
         self.examples = [c["props"]["value"]["path"] for c in config["components"]
                          if c["type"] == "image" and c["props"].get("value")]  # fmt: skip
 
+    def connect(self, seconds: float = 60.0) -> socket.socket:
+        """A connection to the page."""
+        return socket.create_connection((self.host, self.port), timeout=seconds, source_address=(self.address, 0))
+
     def send(self, content: bytes, seconds: float = 60.0) -> Answer:
         """Send bytes, and read until the server closes, or has sent as much as it said."""
         began = time.monotonic()
         received = b""
-        with socket.create_connection((self.host, self.port), timeout=seconds) as line:
+        with self.connect(seconds) as line:
             with contextlib.suppress(OSError):  # it may answer before it has read everything
                 line.sendall(content)
             while time.monotonic() - began < seconds:
@@ -79,37 +87,24 @@ class Visitor:
         """Gradio's description of what the button of this label calls."""
         return next(e for e in self.events if any(self.labels.get(target) == label for target, _ in e["targets"]))
 
-    def join(self, body: object, seconds: float = 60.0) -> Answer:
+    def post(self, body: object, seconds: float = 60.0) -> Answer:
         """Send a question: bytes as they are, anything else as JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.request("POST", f"{API}/queue/join", content, {"Content-Type": "application/json"}, seconds)
-
-    def stream(self, session: str, seconds: float = 60.0) -> list[dict[str, Any]]:
-        """Events of a session, until the server ends its stream."""
-        answer = self.request("GET", f"{API}/queue/data?session_hash={quote(session)}", seconds=seconds)
-        return [json.loads(line[5:]) for line in answer.text.splitlines() if line.startswith("data:")]
+        return self.request("POST", ASK, content, {"Content-Type": "application/json"}, seconds)
 
     def ask_number(self, number: object, values: object, seconds: float = 60.0, **more: Any) -> tuple[bool, str]:
         """True and the answer as JSON, or False and the sentence with which the page refuses."""
-        session = secrets.token_hex(6)
-        joined = self.join({"data": values, "fn_index": number, "session_hash": session, **more}, seconds)
-        if joined.status != 200:
-            try:
-                return False, str(json.loads(joined.body)["detail"])
-            except (ValueError, KeyError, TypeError):
-                return False, joined.text
-        for event in self.stream(session, seconds):
-            if event["msg"] == "process_completed":
-                if event["success"]:
-                    return True, json.dumps(event["output"]["data"])
-                return False, str(event["output"].get("error"))
-            if event["msg"] == "unexpected_error":
-                return False, str(event.get("message"))
-        return False, ""
+        answer = self.post({"data": values, "fn_index": number, "session_hash": "a1", **more}, seconds)
+        if answer.status == 200:
+            return True, json.dumps(json.loads(answer.body)["data"])
+        try:
+            return False, str(json.loads(answer.body)["error"])
+        except (ValueError, KeyError, TypeError):
+            return False, answer.text
 
-    def ask(self, label: str, values: list[Any], seconds: float = 60.0) -> tuple[bool, str]:
+    def ask(self, label: str, values: list[Any], seconds: float = 60.0, **more: Any) -> tuple[bool, str]:
         """`ask_number`, by the label of a button."""
-        return self.ask_number(self.event(label)["id"], values, seconds)
+        return self.ask_number(self.event(label)["id"], values, seconds, **more)
 
     def upload(self, name: str, content: bytes) -> Answer:
         """Send a file as the page does."""

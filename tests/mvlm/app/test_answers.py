@@ -11,7 +11,7 @@ from PIL import Image
 
 from mvlm.app import answers
 from mvlm.app.answers import MAX_CHARACTERS, MAX_LABELS, check_image, check_lines, check_text
-from mvlm.app.visitors import MAX_BYTES
+from mvlm.app.uploads import MAX_BYTES
 from mvlm.errors import ConfigError, RunError
 from support import hostile_images
 

@@ -2,13 +2,14 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from support.packages import needs
 from support.page_attacks import ATTACKS, KINDS, Attack, png
+from support.page_floods import ALONE, FLOODS, PATIENCE, flood
 from support.page_process import Page
 
 pytestmark = needs("gradio")
@@ -58,6 +59,33 @@ def test_attacks_of_a_kind_fail(page, kind: str) -> None:
     began = time.monotonic()
     assert visitor.ask("Search", ["a circle", None])[0]
     assert time.monotonic() - began < 10
+
+
+def check_floods(page: Page, count: int, *floods: tuple[str, Sequence[str]]) -> None:
+    """A visitor at 127.0.0.1 is served while others at an address send floods of some names."""
+    visitor, lines = page.target.visitor(), len(page.log.read_text().splitlines())
+    before = page.target.memory()
+    assert visitor.ask("Search", ["a circle", None])[0]
+    for address, names in floods:
+        problems, longest = flood(page.target, visitor, address, names, count)
+        print(f"{count} connections from {address}:", {name: f"{seconds:.2f} s" for name, seconds in longest.items()})
+        assert problems == []
+        assert max(longest.values()) < PATIENCE
+    assert len(page.log.read_text().splitlines()) == lines
+    assert page.target.memory() - before < GROWTH
+
+
+@pytest.mark.slow
+def test_a_flood_keeps_nobody_else_waiting(page) -> None:
+    """Of another address, whatever its cookies are; of the same address, with one cookie or none."""
+    never_ending = "questions of many cookies that never end"
+    check_floods(page, 400, ("127.0.0.2", ["questions of many cookies", never_ending]), ("127.0.0.1", ALONE))
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+def test_a_flood_of_5000_keeps_nobody_else_waiting(page) -> None:
+    check_floods(page, 5000, ("127.0.0.2", list(FLOODS)), ("127.0.0.1", ALONE))
 
 
 @pytest.mark.slow

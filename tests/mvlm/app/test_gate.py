@@ -22,9 +22,10 @@ pytestmark = [
 NEEDED = {
     ("GET", "/"), ("HEAD", "/"), ("GET", "/config"), ("GET", "/theme.css"), ("GET", "/favicon.ico"),
     ("GET", "/assets/{path:path}"), ("GET", "/static/{path:path}"), ("GET", "/gradio_api/app_id"),
-    ("GET", "/gradio_api/queue/data"), ("POST", "/gradio_api/queue/join"),
+    ("POST", "/gradio_api/run/{api_name}"),
 }  # fmt: skip
 """Routes of Gradio that the gate lets through."""
+ASK = "/gradio_api/run/predict"
 OWN = {("POST", "/gradio_api/upload"), ("GET", "/gradio_api/file={path_or_url:path}"),
        ("HEAD", "/gradio_api/file={path_or_url:path}"), ("GET", "/gradio_api/upload_progress")}  # fmt: skip
 """Routes that the gate answers in place of Gradio."""
@@ -71,15 +72,16 @@ def status_of(gate: Any, method: str, path: str, **headers: str) -> int:
 
 
 def gate_at(page: Any, *names: Any) -> Any:
-    """A gate before a Gradio that lets other sites read."""
+    """A gate before a Gradio that lets other sites read, and answers with what it sees."""
     from mvlm.app.gate import Gate, questions_of
 
     async def gradio(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"access-control-allow-origin", b"*"), (b"x-frame-options", b"ALLOW")]
         await send({"type": "http.response.start", "status": 299, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+        seen = {"scheme": scope.get("scheme"), **{name.decode(): value.decode() for name, value in scope["headers"]}}
+        await send({"type": "http.response.body", "body": json.dumps(seen).encode()})
 
-    return Gate(gradio, questions_of(page.blocks.config), page.uploads, page.visitors, *names)
+    return Gate(gradio, questions_of(page.blocks.config), page.uploads, *names)
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +99,25 @@ def test_every_route_of_gradio_is_needed_or_does_not_exist(page, gate) -> None:
     answered = {}
     for method, path in sorted(found):
         target = re.sub(r"\{[^}]*\}", "x", path)
-        target = target.replace("queue/data", "queue/data?session_hash=a")
+        target = target.replace("run/x", "run/predict")
         answered[method, path] = status_of(gate, method, target)
     let_through = {route for route, status in answered.items() if status == 299}
-    # A question and a stream of answers have to be a visitor's, with his cookie.
-    assert let_through == NEEDED - {("GET", "/gradio_api/queue/data"), ("POST", "/gradio_api/queue/join")}
-    assert answered["POST", "/gradio_api/queue/join"] == answered["GET", "/gradio_api/queue/data"] == 403
-    assert answered["POST", "/gradio_api/upload"] == 403
+    asks = ("POST", "/gradio_api/run/{api_name}")
+    assert let_through == NEEDED - {asks}
+    assert answered[asks] == answered["POST", "/gradio_api/upload"] == 403  # it has to be a visitor's, with his cookie
     assert {status for route, status in answered.items() if route not in NEEDED | OWN} == {404}
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "X"])
 def test_pages_are_read_only(gate, method: str) -> None:
-    for path in ("/", "/config", "/theme.css", "/assets/x", "/gradio_api/file=x", "/gradio_api/queue/data"):
+    for path in ("/", "/config", "/theme.css", "/assets/x", "/gradio_api/file=x", "/gradio_api/app_id"):
         assert status_of(gate, method, path) == 404
 
 
 @pytest.mark.parametrize(
     "path",
     ["/assets/", "/static/", "/assets/../x", "/assets//x", "/static/.x/../../y", "/static/a\\b", "/assets/a b",
-     "/assets/\0", "/config/", "//config", "/Config", "/assets/%2e%2e/x"],
+     "/assets/\0", "/config/", "//config", "/Config", "/assets/%2e%2e/x", "/assets/" + "a" * 4000],
 )  # fmt: skip
 def test_no_path_leads_out_of_gradios_files(gate, path: str) -> None:
     assert status_of(gate, "GET", path) == 404
@@ -140,20 +141,67 @@ def test_the_page_answers_to_its_own_names_alone(page, gate) -> None:
 
 
 def test_another_sites_page_may_neither_send_nor_read_nor_show_this_one(gate) -> None:
-    """A browser sends a form of another site without asking. Behind a proxy the page has the proxy's name."""
+    """A browser sends a form of another site without asking."""
     for headers, own in (
         ({"origin": "http://127.0.0.1:1"}, True),
-        ({"origin": "https://proxy.example", "x_forwarded_host": "proxy.example"}, True),
+        ({"origin": "https://proxy.example", "x_forwarded_host": "proxy.example"}, False),
         ({"origin": "http://elsewhere.example"}, False),
         ({"origin": "null"}, False),
     ):
-        _, _, said = answer_of(gate, "POST", "/gradio_api/queue/join", **headers)
+        _, _, said = answer_of(gate, "POST", ASK, **headers)
         assert ("another site" in said) != own, headers  # of our own, the cookie is asked for next
         status, sent, _ = answer_of(gate, "GET", "/config", **headers)
         assert status == (299 if own else 403)
         assert b"access-control-allow-origin" not in sent
         assert sent[b"x-frame-options"] == b"DENY"
         assert b"frame-ancestors 'none'" in sent[b"content-security-policy"]
+
+
+FORWARDED = {
+    "x_forwarded_for": "203.0.113.5, 192.0.2.1, 192.0.2.2",
+    "x_forwarded_host": "proxy.example",
+    "x_forwarded_proto": "https",
+    "forwarded": "for=203.0.113.5;host=elsewhere.example",
+}
+
+
+def visitor_at(gate: Any, **headers: str) -> Any:
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return gate.visitor({"type": "http", "headers": given, "client": ("127.0.0.1", 2)})
+
+
+def test_headers_of_proxies_are_believed_behind_one_alone(page, gate) -> None:
+    own = {"scheme": None, "host": "127.0.0.1:1"}
+    for headers, seen, address in (
+        ({}, own, "127.0.0.1"),
+        (FORWARDED, {"scheme": "https", "host": "proxy.example"}, "192.0.2.2"),
+        ({"x_forwarded_host": "a b", "x_forwarded_proto": "ftp"}, own, "127.0.0.1"),
+        ({"x_forwarded_host": "a.example, b.example", "forwarded": "for=192.0.2.1"}, own, "127.0.0.1"),
+        ({"x_forwarded_for": "2001:db8:1:2::3"}, own, "20010db800010002::"),
+        ({"x_forwarded_for": "192.0.2.1, unknown"}, own, ""),
+    ):
+        proxied = gate_at(page, "127.0.0.1", (), True)
+        assert json.loads(answer_of(gate, "GET", "/config", **headers)[2]) == own
+        assert json.loads(answer_of(proxied, "GET", "/config", **headers)[2]) == seen
+        assert visitor_at(gate, **headers).address == "127.0.0.1"
+        assert visitor_at(proxied, **headers).address == address
+        assert status_of(proxied, "GET", "/config", origin="https://proxy.example", **headers) == (
+            299 if seen["host"] == "proxy.example" else 403
+        )
+        assert status_of(proxied, "GET", "/config", **headers, host="elsewhere.example") == 400
+
+
+def test_a_visitor_is_known_by_the_pages_own_cookie(gate) -> None:
+    _, headers, _ = answer_of(gate, "GET", "/")
+    cookie = headers[b"set-cookie"].decode().partition(";")[0]
+    name, _, value = cookie.partition("=")
+    for sent, found in (
+        (cookie, value), (f"a=b; {cookie};c", value), (f"=;;\u00ff {{; {cookie}", value),
+        (f"a={'b' * 9000}; {cookie}", value), (f"{name}={value}!", ""), (f"x{cookie}", ""), (f"{name}=short", ""),
+        (f"{name}={'a' * 65}", ""), ("", ""),
+    ):  # fmt: skip
+        assert visitor_at(gate, cookie=sent).cookie == found, sent
+        assert (b"set-cookie" in answer_of(gate, "GET", "/", cookie=sent)[1]) == (not found)
 
 
 @pytest.fixture
@@ -165,14 +213,12 @@ def check() -> Any:
 
     def checked(body: bytes | None = None, **changed: Any) -> dict[str, Any]:
         sent = json.dumps({**GOOD, **changed}).encode() if body is None else body
-        session, written = check_question(sent, questions, find)
-        assert session == GOOD["session_hash"]
-        return json.loads(written)
+        return json.loads(check_question(sent, questions, find))
 
     return checked
 
 
-GOOD: dict[str, Any] = {"data": [{"path": "mine"}, "a", "left"], "fn_index": 3, "session_hash": "a1_-"}
+GOOD: dict[str, Any] = {"data": [{"path": "mine"}, "a", "left"], "fn_index": 3}
 
 
 def find(path: object) -> Path:
@@ -182,12 +228,12 @@ def find(path: object) -> Path:
 
 
 def test_a_question_is_written_anew_with_nothing_else_in_it(check) -> None:
-    noise = {"batched": True, "simple_format": True, "event_id": "x", "oauth_token": "x", "request": {}, "x": 1}
+    noise = {"batched": True, "simple_format": True, "event_id": "x", "oauth_token": "x", "request": {}, "x": 1,
+             "session_hash": "a1"}  # fmt: skip
     image = {"path": "mine", "url": "http://x", "meta": {"_type": "gradio.FileData"}, "is_stream": True}
     assert check(data=[image, None, "right"], trigger_id=7, event_data={"x": 1}, **noise) == {
         "data": [{"path": "/folder/mine"}, None, "right"],
         "fn_index": 3,
-        "session_hash": "a1_-",
         "trigger_id": 7,
     }
     assert check(data=[None, "b", "left"], trigger_id="x")["trigger_id"] is None
@@ -202,8 +248,7 @@ def test_any_other_question_is_refused(check) -> None:
         {"data": ["mine", "a", "left"]}, {"data": [{}, "a", "left"]}, {"data": [None, 5, "left"]},
         {"data": [None, ["a"], "left"]}, {"data": [None, "\ud800", "left"]}, {"data": [None, "a", "middle"]},
         {"data": [None, "a", None]}, {"data": [None, "a", ["left"]]}, {"fn_index": 5}, {"fn_index": True},
-        {"fn_index": "3"}, {"fn_index": 3.0}, {"session_hash": ""}, {"session_hash": "a b"}, {"session_hash": "a\n"},
-        {"session_hash": "a" * 65}, {"session_hash": None}, {"fn_index": 4, "data": ["a"]},
+        {"fn_index": "3"}, {"fn_index": 3.0}, {"fn_index": 4, "data": ["a"]},
         {"fn_index": 4, "data": ["a"], "event_data": {"index": [1]}},
         {"fn_index": 4, "data": ["a"], "event_data": {"index": [1, True]}},
         {"fn_index": 4, "data": ["a"], "event_data": {"index": [1, 1e300]}},
@@ -236,3 +281,80 @@ def test_the_questions_of_a_page_come_from_its_configuration() -> None:
     config["dependencies"].append({"id": 2, "inputs": [4], "targets": []})
     with pytest.raises(TypeError, match=r"inputs \[4\] of the page are of a kind that nobody checks"):
         questions_of(config)
+
+
+class Asker:
+    """Somebody who asks the gate a question, and may leave, or take no answer."""
+
+    def __init__(self, gate: Any, letter: str) -> None:
+        self.sent: list[Any] = []
+        self.left, self.takes = asyncio.Event(), asyncio.Event()
+        self.takes.set()
+        cookie = answer_of(gate, "GET", "/")[1][b"set-cookie"].partition(b"=")[0] + b"=" + letter.encode() * 30
+        self._gate, self._headers = gate, [(b"host", b"127.0.0.1:1"), (b"cookie", cookie)]
+        self._body = [{"type": "http.request", "body": b'{"fn_index": 0, "data": []}', "more_body": False}]
+
+    async def ask(self) -> None:
+        scope = {"type": "http", "method": "POST", "path": ASK, "query_string": b"", "headers": self._headers}
+        await self._gate({**scope, "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)}, self._receive, self._send)
+
+    async def _receive(self) -> Any:
+        if self._body:
+            return self._body.pop()
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+        await self.takes.wait()
+
+
+def gradio_with(asked: list[Any], status: int = 200, body: bytes = b'{"data": []}') -> Any:
+    """A Gradio that notes the questions that it gets in a list, and answers all alike."""
+
+    async def gradio(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "POST":
+            asked.append((await receive())["body"])
+            await asyncio.sleep(0.05)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return gradio
+
+
+def test_a_question_is_computed_if_its_visitor_is_there_and_waits_for_no_slow_one(page) -> None:
+    from mvlm.app.gate import Gate, Question
+
+    computed: list[Any] = []
+    gate = Gate(gradio_with(computed), {0: Question((), False)}, page.uploads, "127.0.0.1")
+    slow, gone, here = (Asker(gate, letter) for letter in "abc")
+
+    async def main() -> None:
+        slow.takes.clear()
+        asking = [asyncio.create_task(slow.ask())]
+        await asyncio.sleep(0.01)
+        asking += [asyncio.create_task(asker.ask()) for asker in (gone, here)]
+        await asyncio.sleep(0.01)
+        gone.left.set()
+        async with asyncio.timeout(5):
+            await asyncio.gather(*asking[1:])
+        assert [message.get("status") for message in here.sent] == [200, None]
+        slow.takes.set()
+        await asking[0]
+
+    asyncio.run(main())
+    assert len(computed) == 2
+    assert gone.sent == []
+
+
+@pytest.mark.parametrize("body", [b'{"error": "text: wanted one"}', b'{"error": null}', b'{"detail": "Not Found"}'])
+def test_a_question_that_is_not_answered_gets_a_sentence_and_ends_its_turn(page, body: bytes) -> None:
+    from mvlm.app.gate import Gate, Question
+
+    gate = Gate(gradio_with([], 500, body), {0: Question((), False)}, page.uploads, "127.0.0.1")
+    for _ in range(2):
+        asker = Asker(gate, "a")
+        asyncio.run(asker.ask())
+        assert asker.sent[0]["status"] == 422
+        said = json.loads(asker.sent[1]["body"])["error"]
+        assert said == "text: wanted one" if b"wanted" in body else "could not answer" in said

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from mvlm.app.gallery import Found, data_of_run, open_gallery
+from mvlm.commands.embed import embed
 from mvlm.errors import ConfigError
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.tasks.load import load_model
@@ -240,6 +241,19 @@ def test_mistakes_are_refused_before_the_model_is_loaded(run_mvlm, trained, scen
     monkeypatch.setitem(sys.modules, "gradio", None)
     outcome = run_mvlm("app", none)
     assert_refused(outcome, "app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'")
+
+
+@needs("lancedb")
+def test_a_url_that_an_index_names_is_read_if_the_user_names_it(
+    run_mvlm, trained, web, data_cache, tmp_path, monkeypatch
+) -> None:
+    embed(web, tmp_path / "embedded", checkpoint=trained, device="cpu", splits=("train",))
+    assert run_mvlm("search", "index", tmp_path / "embedded", tmp_path / "index").code == 0
+    words = ("app", trained, "--index", tmp_path / "index", "--device", "cpu", "--port", free_port())
+    assert_refused(run_mvlm(*words), f"--source {web}")
+    monkeypatch.setattr("mvlm.app.server.Server.wait", lambda server: None)
+    outcome = run_mvlm(*words, "--source", web)
+    assert (outcome.code, "Ctrl-C" in outcome.out[0]) == (0, True)
 
 
 @pytest.mark.parametrize("given", ["", "deep/mine"])

@@ -1,5 +1,6 @@
-"""Whose a session and an image are, what is kept of them, and for whom a question is still answered."""
+"""Whose an image is, and which images are kept."""
 
+import errno
 import io
 import os
 import time
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mvlm.app import visitors
-from mvlm.app.visitors import GRACE, KEPT, MAX_WAIT, Uploads, Visitors
+from mvlm.app import uploads as module
+from mvlm.app.shares import Visitor
+from mvlm.app.uploads import KEPT, Uploads
 from mvlm.errors import RunError
+
+ME = Visitor("192.0.2.1", "me")
 
 
 def test_a_visitor_finds_his_own_uploads_and_examples_and_nothing_else(tmp_path: Path) -> None:
@@ -17,7 +21,7 @@ def test_a_visitor_finds_his_own_uploads_and_examples_and_nothing_else(tmp_path:
     outside.mkdir()
     (outside / "x.png").write_bytes(b"an image")
     uploads = Uploads(inside)
-    mine = uploads.add("me", "x.png", io.BytesIO(b"an image"))
+    mine = uploads.add(ME, "x.png", io.BytesIO(b"an image"))
     example = inside / "e.png"
     example.write_bytes(b"an image")
     uploads.add_examples([str(example)])
@@ -64,72 +68,52 @@ def test_answers_are_shown_by_their_hash_and_no_other_file_of_the_folder(tmp_pat
      ("x" * 300 + ".webp", "image.webp"), ("a.png\0", "image"), ("a.png/..", "image"), ("\u202e.gif", "image.gif")],
 )  # fmt: skip
 def test_an_upload_gets_a_name_of_the_pages_own(tmp_path: Path, name: str, stored: str) -> None:
-    file = Uploads(tmp_path).add("me", name, io.BytesIO(b"content"))
+    file = Uploads(tmp_path).add(ME, name, io.BytesIO(b"content"))
     assert (file.name, file.parent.parent, file.read_bytes()) == (stored, tmp_path.resolve(), b"content")
     assert len(file.parent.name) > 32
 
 
-def test_the_oldest_uploads_go_above_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvlm.app.visitors.MAX_STORED_OF_ONE", 250)
-    monkeypatch.setattr("mvlm.app.visitors.MAX_STORED", 550)
+def test_an_upload_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().read(size)
+
+    with pytest.raises(OSError, match="No space"):
+        Uploads(tmp_path).add(ME, "x.png", Full(bytes(3_000_000)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_oldest_uploads_of_the_greediest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 600 bytes, 300 at most for an address, whatever its cookies are. A small file counts for 100."""
+    monkeypatch.setattr(module, "MAX_STORED", 600)
+    monkeypatch.setattr(module, "LEAST_COUNTED", 100)
     uploads = Uploads(tmp_path)
-    files = [uploads.add(visitor, "x.png", io.BytesIO(bytes(100))) for visitor in "aaabbccc"]
-    assert [uploads.holds(str(file)) for file in files] == [False, False, True, True, True, False, True, True]
-    assert [file.exists() for file in files] == [uploads.holds(str(file)) for file in files]
-    assert len(list(tmp_path.iterdir())) == 5
+    for name, kept in (("a", "a"), ("b", "ab"), ("b", "abb"), ("b", "abbb"), ("B", "abbB"), ("c", "abbBc"),
+                       ("c", "abbBcc"), ("d", "abBccd")):  # fmt: skip
+        uploads.add(Visitor(name.lower(), name), f"{name}.png", io.BytesIO(bytes(ord(name))))
+        assert sorted(f.stat().st_size for f in tmp_path.glob("*/*")) == sorted(ord(each) for each in kept)
+    assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_a_sweep_deletes_what_is_old_or_too_much_but_no_example(
+def test_a_sweep_deletes_what_is_old_and_the_oldest_answers_but_no_upload_and_no_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mvlm.app.visitors.MAX_STORED", 250)
+    monkeypatch.setattr(module, "MAX_ANSWERS", 250)
     uploads = Uploads(tmp_path)
-    files = [uploads.add("me", "x.png", io.BytesIO(bytes(100))) for _ in range(2)]
-    for age, name in ((KEPT + 10, "example"), (KEPT + 5, "old"), (60, "new"), (50, "newer")):
+    files = [uploads.add(ME, "x.png", io.BytesIO(bytes(1000))) for _ in range(2)]
+    os.utime(files[0], (time.time() - 100, time.time() - 100))
+    answers = ((KEPT + 10, "example"), (KEPT + 5, "old"), (60, "third"), (50, "second"), (40, "new"))
+    for age, name in answers:
         (tmp_path / name).mkdir()
         (tmp_path / name / "image.webp").write_bytes(bytes(100))
         os.utime(tmp_path / name / "image.webp", (time.time() - age, time.time() - age))
     uploads.add_examples([str(tmp_path / "example" / "image.webp")])
     uploads.sweep()
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
-        ["example", *(file.parent.name for file in files)]
+        ["example", "second", "new", *(file.parent.name for file in files)]
     )
     uploads.sweep(time.time() + KEPT + 1)
     assert [each.name for each in tmp_path.iterdir()] == ["example"]
     assert not uploads.holds(str(files[0]))
-
-
-def test_a_session_is_its_first_visitors() -> None:
-    known = Visitors()
-    known.join("s", "me")
-    known.join("s", "me")
-    with pytest.raises(RunError, match="session: wanted your own"):
-        known.join("s", "you")
-    assert known.owns("s", "me")
-    assert not known.owns("s", "you")
-    assert not known.owns("t", "me")
-
-
-def test_only_the_newest_sessions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visitors, "MAX_SESSIONS", 3)
-    known = Visitors()
-    for session in "abcad":
-        known.join(session, "me")
-    assert [known.owns(session, "me") for session in "abcd"] == [True, False, True, True]
-    assert [known.knows(session) for session in "abcd"] == [True, False, True, True]
-
-
-def test_a_question_is_answered_while_its_visitor_waits() -> None:
-    known, now = Visitors(), time.monotonic()
-    known.check_waiting("s", now)  # the browser opens its stream after it has asked
-    with pytest.raises(RunError, match="wanted a visitor who waits"):
-        known.check_waiting("s", now - GRACE - 0.1)
-    with known.listening("s"):
-        known.check_waiting("s", now - GRACE - 0.1)
-        with known.listening("s"):
-            pass
-        known.check_waiting("s", now - MAX_WAIT + 5)
-        with pytest.raises(RunError, match="the page is busy"):
-            known.check_waiting("s", now - MAX_WAIT - 0.1)
-    with pytest.raises(RunError, match="wanted a visitor who waits"):
-        known.check_waiting("s", now - GRACE - 0.1)
