@@ -221,12 +221,12 @@ def test_the_tokenizer_of_a_data_set_is_its_own_or_that_of_its_training_captions
 
 
 @pytest.mark.parametrize("text", ["a cat", "  grinning  cat-face, éx 😀 x ", "one", " waves,in\tall\n seen", ""])
-def test_words_of_a_text_have_their_tokens(tokenizer, text):
+def test_words_of_a_text_have_their_tokens(waves_tokenizer, text):
     """Each word's tokens spell it, in order; blanks around the text belong to no other word."""
-    tokens = tokenizer.encode([text], 1000)[0][1:-1].tolist()
-    words = tokenizer.words(text)
+    tokens = waves_tokenizer.encode([text], 1000)[0][1:-1].tolist()
+    words = waves_tokenizer.words(text)
     assert [word for word, _, _ in words] == text.split()
-    assert [tokenizer.decode(tokens[start:stop]) for _, start, stop in words] == text.split()
+    assert [waves_tokenizer.decode(tokens[start:stop]) for _, start, stop in words] == text.split()
     for (_, _, stop), (_, start, _) in pairwise(words):
         assert stop == start
 

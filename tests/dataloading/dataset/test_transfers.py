@@ -47,11 +47,11 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(served, tokenizer, tmp_path_factory) -> Path:
+def folder(served, waves_tokenizer, tmp_path_factory) -> Path:
     """A data set with every kind of file. The index of the split is left out where DALI's are attacked."""
     folder = tmp_path_factory.mktemp("whole") / "data"
     shutil.copytree(served, folder)
-    tokenizer.save(folder / "tokenizer.json")
+    waves_tokenizer.save(folder / "tokenizer.json")
     description = json.loads((folder / "dataset.json").read_text())
     description["tokenizer"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     (folder / "dataset.json").write_text(json.dumps(description))
