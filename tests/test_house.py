@@ -213,7 +213,7 @@ OPENING = re.compile(r"(^os|\w|\)|\])\.(read_text|read_bytes|write_text|write_by
 IN_MEMORY = re.compile(r"tarfile|[Pp][Ii][Ll]|_dataset|opened")
 
 
-def test_files_of_others_are_opened_by_one_reader_and_written_by_one_writer() -> None:
+def test_files_of_others_have_one_reader_and_one_writer() -> None:
     opening = set()
     for package, file in FILES:
         if package in ("mvlm", "mvlm_dataloading"):

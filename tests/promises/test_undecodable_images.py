@@ -162,7 +162,7 @@ def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, waves_tokenizer):
     assert loader.skipped == 0
 
 
-def test_a_shard_that_is_truncated_during_a_run_is_refused_before_it_is_read(tmp_path, waves_tokenizer, monkeypatch):
+def test_a_shard_that_is_truncated_during_a_run_is_refused_unread(tmp_path, waves_tokenizer, monkeypatch):
     """DALI maps shards, so reading past the end would end the process with SIGBUS."""
     monkeypatch.setattr("mvlm_dataloading.loader.reader.FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr("mvlm_dataloading.loader.reader.MAX_SEGMENT_SAMPLES", 8)

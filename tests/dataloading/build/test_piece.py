@@ -106,7 +106,7 @@ def test_transparent_images_are_encoded_on_white(tmp_path, settings):
 
 
 @pytest.mark.slow
-def test_webp_files_with_exif_data_behind_an_odd_chunk_are_stored_and_loaded(tmp_path, waves_tokenizer):
+def test_webp_files_with_exif_behind_an_odd_chunk_are_stored_and_loaded(tmp_path, waves_tokenizer):
     """The builds' decoder is DALI's, which refuses them as they are. Pixels are Pillow's, of the published files."""
     images, odd = [], 0
     for i in range(17):

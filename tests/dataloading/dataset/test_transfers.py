@@ -83,7 +83,7 @@ def attacks_on(room: str, name: str) -> dict[str, Callable[[Hostile, bytes], Non
 
 
 @pytest.mark.parametrize("room, attack", list(itertools.product(ROOMS, ON_SIZES)))
-def test_no_body_is_longer_than_it_may_be_nor_compressed_nor_from_elsewhere(folder, data_cache, room, attack):
+def test_no_body_is_too_long_nor_compressed_nor_from_elsewhere(folder, data_cache, room, attack):
     before = tree_bytes(folder)
     with serve_hostile(folder, attacks_on(room, attack)) as (url, web):
         message = refused(url)

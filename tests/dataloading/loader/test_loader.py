@@ -80,9 +80,7 @@ def test_a_pass_in_order_yields_whole_images_and_first_captions(waves_train, wav
     assert [row["pixels"] for row in other] == [row["pixels"] for row in found]
 
 
-def test_loader_reads_folders_with_blanks_and_non_ascii_names_and_leaves_no_index_views(
-    tmp_path, waves_tokenizer, monkeypatch
-):
+def test_folders_of_odd_names_are_read_and_no_index_views_are_left(tmp_path, waves_tokenizer, monkeypatch):
     (tmp_path / "views").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)  # no room in memory

@@ -49,7 +49,7 @@ def test_resume_is_bitwise(waves_train, waves_tokenizer, whole, batches):
 
 
 @pytest.mark.slow
-def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_samples(waves_train, waves_tokenizer, whole):
+def test_resuming_with_other_batches_and_ranks_keeps_the_samples(waves_train, waves_tokenizer, whole):
     """From 1 rank to 4 to 2, at other batch sizes, within an epoch, at its end and across it."""
     state, at = state_after(waves_train, waves_tokenizer, 3), 24
     for world_size, batch_size, batches in ((4, 12, 3), (2, 10, 6), (1, 6, 1)):
@@ -132,7 +132,7 @@ def test_other_data_and_other_states_are_refused(waves_train, waves, waves_token
     assert len(take(loader, 2)) == 2
 
 
-def test_merge_states_has_the_bad_images_of_all_ranks_and_the_samples_of_all():
+def test_merge_states_has_the_bad_images_and_the_samples_of_all_ranks():
     """Two ranks after 30 samples of the second epoch of 100, each with the bad images of its own batches."""
     state = {"seed": 3, "epoch": 1, "position": 30, "step": 13, "order": 1}
     states = [state | {"skipped": [7, 90], "met": 65}, state | {"skipped": [2, 7], "met": 65}]

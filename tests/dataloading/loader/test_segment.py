@@ -53,7 +53,7 @@ def kept(monkeypatch) -> list[bool]:
     ],
     ids=str,
 )
-def test_a_kept_split_gives_the_batches_of_one_that_is_decoded_in_every_epoch(
+def test_a_kept_split_gives_the_batches_of_one_decoded_in_every_epoch(
     waves_train, waves_tokenizer, kept, augment, settings
 ):
     """PNG, JPEG and WebP images of several sizes, for two and a half epochs."""

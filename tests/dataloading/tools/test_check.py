@@ -68,7 +68,7 @@ WEBP = published.encoded(published.make_image(0), "WEBP", exif=b"Exif\0\0II*\0\x
         (["a cat", "a dog\n\u200b\u0301"], ["key 1: wanted captions in which something can be seen"]),
     ],
 )
-def test_check_tells_of_samples_of_other_tools_what_a_build_would_not_write(tmp_path, members, wanted):
+def test_check_tells_of_others_samples_what_a_build_would_not_write(tmp_path, members, wanted):
     write_tar(tmp_path / "train-0.tar", members)
     rebuild_indices(tmp_path)
     problems = problems_of(tmp_path)

@@ -91,7 +91,7 @@ def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ra
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_other_and_a_new_start_has_the_figures_of_one(
+def test_a_killed_rank_ends_the_other_and_a_restart_has_the_figures_of_one(
     tuned, questions, tmp_path, on_two_ranks, run_mvlm
 ):
     (tmp_path / "killed.py").write_text(KILLED)

@@ -132,7 +132,7 @@ def test_ranks_against_brute_force(direction, k, different):
         assert found.itm.tolist() != found.itm_alone.tolist()
 
 
-def test_a_pair_is_judged_once_for_both_directions_and_an_images_pairs_lie_together():
+def test_a_pair_is_judged_once_and_the_pairs_of_an_image_lie_together():
     rng = np.random.default_rng(2)
     owner = [i for i in range(90) for _ in range(2)]
     image, text = rng.normal(size=(90, 5)), rng.normal(size=(180, 5))

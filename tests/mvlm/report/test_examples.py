@@ -39,7 +39,7 @@ def rows(tmp_path_factory):
     return write_samples(tmp_path_factory.mktemp("rows") / "d", samples, "test")
 
 
-def test_each_sample_is_shown_with_its_own_partner_and_with_one_of_another_image(model, tokenizer, rows):
+def test_each_sample_is_shown_with_its_own_partner_and_with_anothers(model, tokenizer, rows):
     uris, partner = [scene_uri(image) for image in range(4)], partners_of(rows).tolist()
     filled = examples.filled_captions(model, tokenizer, rows)
     for i, one in enumerate(filled):

@@ -132,7 +132,7 @@ def test_the_loss_is_the_mean_over_captions(model):
 
 
 @pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
-def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_image(tmp_path, image_id):
+def test_a_row_for_each_caption_has_the_figures_of_a_row_for_each_image(tmp_path, image_id):
     """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
     names = [image_id.format(7 * i + 3) for i in range(len(COCO))]
     rows = {
