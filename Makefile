@@ -72,7 +72,8 @@ test-fast: $(VENV)/.test
 
 # What trains or computes with a model, on a processor without bf16 products and in bf16 there.
 TRAINED = tests/mvlm/training tests/mvlm/model tests/mvlm/objectives tests/mvlm/distributed tests/mvlm/runs \
-          tests/mvlm/tasks tests/mvlm/evaluation tests/mvlm/inference tests/mvlm/weights
+          tests/mvlm/tasks tests/mvlm/evaluation tests/mvlm/inference tests/mvlm/weights \
+          tests/kernels/cross_attention/test_composed.py
 NARROW  = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 ## test-precisions run the training tests as on a processor with AVX2 alone, in fp32 and in bf16
 test-precisions: $(VENV)/.test

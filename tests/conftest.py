@@ -114,14 +114,14 @@ def waves(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_split(waves) -> "Dataset":
+def waves_train(waves) -> "Dataset":
     from mvlm_dataloading import open_dataset
 
     return open_dataset(waves, "train")
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> "Tokenizer":
+def waves_tokenizer() -> "Tokenizer":
     from support.data import wave_tokenizer
 
     return wave_tokenizer()

@@ -1,6 +1,6 @@
-"""The house: rooms on floors, imports that go down, no circle, nothing patched at run time.
+"""The house: rooms on floors, imports that go down, no circle, nothing patched at run time, and tests that are found.
 
-docs/explain/architecture.md says what lies in each room.
+docs/explain/architecture.md says what lies in each room, tests/README.md where its tests are.
 """
 
 import ast
@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from mvlm.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -213,7 +215,7 @@ OPENING = re.compile(r"(^os|\w|\)|\])\.(read_text|read_bytes|write_text|write_by
 IN_MEMORY = re.compile(r"tarfile|[Pp][Ii][Ll]|_dataset|opened")
 
 
-def test_files_of_others_are_opened_by_one_reader_and_written_by_one_writer() -> None:
+def test_files_of_others_have_one_reader_and_one_writer() -> None:
     opening = set()
     for package, file in FILES:
         if package in ("mvlm", "mvlm_dataloading"):
@@ -291,3 +293,95 @@ def test_the_architecture_page_names_every_room() -> None:
             assert f"`{path.name}/`" in page
     for path in re.findall(r"`((?:mvlm|kernels|dataloading|benchmarks|tests|docs)/[\w/.]+)`", page):
         assert (ROOT / path).exists(), f"{path} is not there"
+
+
+TESTS_OF = {
+    "mvlm": "mvlm",
+    "mvlm_kernels": "kernels",
+    "triton_proof": "triton_proof",
+    "mvlm_dataloading": "dataloading",
+    "mvlm_benchmarks": "benchmarks",
+}
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def own_test(package: str, file: Path) -> Path:
+    """tests/.../x/test_y.py of x/y.py."""
+    inside = file.relative_to(PACKAGES[package])
+    return ROOT / "tests" / TESTS_OF[package] / inside.parent / f"test_{inside.name}"
+
+
+@cache
+def names_in(file: Path) -> set[str]:
+    """Modules that a file imports, or names in a string, or of whose commands it has the first words."""
+    text, found = file.read_text(), set[str]()
+    for start, *names in re.findall(r"^\s*from (\S+) import (?:\(([^)]*)\)|(.*))", text, re.MULTILINE):
+        found |= {start, *(f"{start}.{name}" for name in re.findall(r"\w+", " ".join(names)))}
+    for name in re.findall(r"\b(?:mvlm\w*|triton_proof)(?:\.\w+)+", text):
+        found |= {name, name.rpartition(".")[0]}  # the latter for a name of a module, such as one that is patched
+    words = set(re.findall(r"""(?:"|mvlm )([a-z]+)\b""", text))
+    found |= {command.__module__ for name, command in COMMANDS.items() if name.split()[0] in words}
+    found = {name for name in found if name in MODULES or name.startswith("support.")}
+    faces = [(package, face) for package, face in FILES if face.name == "__init__.py"]
+    return found.union(*(imports(*face) & MODULES for face in faces if module_of(*face) in found))
+
+
+@cache
+def reached_by(test: Path) -> set[str]:
+    """What a test file or a helper that it imports names, and what the modules import or name that they name."""
+    helpers = [ROOT / "tests" / f"{name.replace('.', '/')}.py" for name in names_in(test) if "support." in name]
+    named = names_in(test).union(*(names_in(helper) for helper in helpers if helper.is_file()))
+    return named.union(*(imports(of, file) | names_in(file) for of, file in FILES if module_of(of, file) in named))
+
+
+@pytest.mark.slow
+def test_a_test_file_of_a_modules_name_tests_the_module() -> None:
+    further = {"triton_proof.plugin", "mvlm_dataloading.build.piece"}  # called by pytest, and by a build
+    for package, file in FILES:
+        if (own := own_test(package, file)).is_file() and module_of(package, file) not in further:
+            assert module_of(package, file) in reached_by(own), f"{own} does not test {file}"
+
+
+@pytest.mark.slow
+def test_every_module_has_a_test_of_its_name_or_a_row_of_the_table() -> None:
+    _, table = (ROOT / "tests" / "README.md").read_text().split("## Modules without a test file of their name")
+    without = {
+        file: module_of(package, file)
+        for package, file in FILES
+        if not file.name.startswith("__") and not own_test(package, file).is_file()
+    }
+    told, named = set[Path](), set().union(*map(names_in, TEST_FILES))
+    for left, right in re.findall(r"^\| (`.*`) \| (`.*`|none) \|$", table, re.MULTILINE):
+        tests = [ROOT / name for name in re.findall(r"`(.*?)`", right)]
+        for name in re.findall(r"`(.*?)`", left):
+            place = ROOT / name
+            files = {file for file in without if place == file or (place in file.parents and file not in told)}
+            assert files, f"{name} is not there, has a test file of its name, or has two rows"
+            told |= files
+            modules = {without[file] for file in files}
+            assert tests or not modules & named, f"a test names {name}"
+            for test in tests:
+                assert test.exists(), f"{test} is not there"
+                reached = map(reached_by, [test] if test.is_file() else test.rglob("test_*.py"))
+                assert modules & set().union(*reached), f"{test} imports neither {name} nor what imports it"
+    missing = sorted(str(file.relative_to(ROOT)) for file in without if file not in told)
+    assert not missing, f"tests/README.md has no row for {missing}"
+
+
+@cache
+def fixtures_of(file: Path) -> set[str]:
+    return set(re.findall(r"^@pytest\.fixture.*\n(?:[@\s)\]].*\n)*def (\w+)", file.read_text(), re.MULTILINE))
+
+
+def test_a_fixture_has_one_meaning_below_its_folder() -> None:
+    for file in TEST_FILES:
+        for folder in file.parents:
+            if (above := folder / "conftest.py").is_file() and above != file:
+                again = fixtures_of(file) & fixtures_of(above)
+                assert not again, f"{file}: {again} are other fixtures of {above}"
+
+
+def test_names_of_tests_can_be_read_at_once() -> None:
+    for file in TEST_FILES:
+        long = [name for name in re.findall(r"^\s*def (test_\w+)", file.read_text(), re.MULTILINE) if len(name) > 70]
+        assert not long, f"{file}: names of tests have at most 70 characters"

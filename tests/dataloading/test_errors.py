@@ -14,9 +14,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
     assert need("json").dumps([]) == "[]"
 
 
-def test_only_loading_needs_dali(train_split, tokenizer, monkeypatch):
+def test_only_loading_needs_dali(waves_train, waves_tokenizer, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("nvidia.dali")] + ["nvidia.dali.fn"]:
         monkeypatch.setitem(sys.modules, name, None)  # which makes an import fail
-    loader = mvlm_dataloading.Loader(train_split, tokenizer, batch_size=2, image_size=32, text_length=9, seed=0)
+    loader = mvlm_dataloading.Loader(waves_train, waves_tokenizer, batch_size=2, image_size=32, text_length=9, seed=0)
     with pytest.raises(ImportError, match=r"nvidia\.dali\.fn is needed here .* pip install 'mvlm\[data\]'"):
         next(iter(loader))

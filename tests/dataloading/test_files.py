@@ -53,7 +53,7 @@ def test_a_replaced_file_is_whole_or_as_before(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_kill_left_is_replaced_and_an_error_names_the_file_that_was_wanted(tmp_path):
+def test_what_a_kill_left_is_replaced_and_an_error_names_the_wanted_file(tmp_path):
     path = tmp_path / "file"
     files.aside_of(path).write_text("half")
     files.write_file(path, "whole")

@@ -36,7 +36,7 @@ def of_words(path: Path, specials: list[str] = ROBERTA) -> Tokenizer:
     return stored(path, models.WordLevel(vocabulary, unk_token=specials[0]), pre_tokenizers.Whitespace(), specials)
 
 
-def test_special_tokens_have_the_first_ids_and_equal_captions_give_an_equal_tokenizer(tmp_path):
+def test_special_tokens_come_first_and_equal_captions_agree(tmp_path):
     ids = (TRAINED.pad_id, TRAINED.cls_id, TRAINED.sep_id, TRAINED.mask_id)
     assert ids == (0, 2, 3, 4)
     assert [TRAINED.token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -88,7 +88,7 @@ def undeclared(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["unigram", "words"])
-def test_special_tokens_that_the_file_does_not_declare_are_none_of_the_text(tmp_path, kind):
+def test_special_tokens_that_the_file_does_not_declare_are_not_text(tmp_path, kind):
     tokenizer = load_tokenizer(undeclared(tmp_path, kind))
     special = [tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.pad_id]
     for text in ["<s> cat", "cat </s> cat", "<pad>", "cat <mask>", CAPTIONS[0]]:
@@ -201,7 +201,7 @@ def give_tokenizer(folder: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("test", "validation")])
-def test_the_tokenizer_of_a_data_set_is_its_own_or_that_of_its_training_captions(tmp_path, splits):
+def test_a_data_sets_tokenizer_is_its_own_or_of_its_training_captions(tmp_path, splits):
     folder = write_dataset(tmp_path / "data", 4, splits=splits)
     if "train" in splits:
         captions = [caption for i in range(4) for caption in make_captions(i)]
@@ -221,12 +221,12 @@ def test_the_tokenizer_of_a_data_set_is_its_own_or_that_of_its_training_captions
 
 
 @pytest.mark.parametrize("text", ["a cat", "  grinning  cat-face, éx 😀 x ", "one", " waves,in\tall\n seen", ""])
-def test_words_of_a_text_have_their_tokens(tokenizer, text):
+def test_words_of_a_text_have_their_tokens(waves_tokenizer, text):
     """Each word's tokens spell it, in order; blanks around the text belong to no other word."""
-    tokens = tokenizer.encode([text], 1000)[0][1:-1].tolist()
-    words = tokenizer.words(text)
+    tokens = waves_tokenizer.encode([text], 1000)[0][1:-1].tolist()
+    words = waves_tokenizer.words(text)
     assert [word for word, _, _ in words] == text.split()
-    assert [tokenizer.decode(tokens[start:stop]) for _, start, stop in words] == text.split()
+    assert [waves_tokenizer.decode(tokens[start:stop]) for _, start, stop in words] == text.split()
     for (_, _, stop), (_, start, _) in pairwise(words):
         assert stop == start
 
@@ -251,7 +251,7 @@ def test_starts_of_words_in_byte_level_bpe(captions, text, wanted):
 
 
 @pytest.mark.parametrize("model", ["word pieces", "sentence pieces"])
-def test_starts_of_words_and_of_letters_of_scripts_without_blanks_in_pieces(tmp_path, model):
+def test_starts_of_words_and_of_letters_of_scripts_without_blanks(tmp_path, model):
     if model == "word pieces":
         wanted = {
             "[UNK]": True, "cat": True, "mat": True, "on": True, "##s": False, "##i": False, ",": True, "猫": True,

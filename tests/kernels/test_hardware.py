@@ -1,8 +1,8 @@
-"""What multiprocessors hold: CUDA C++ programming guide, technical specifications per compute capability."""
+"""What multiprocessors hold, by the CUDA C++ programming guide, and which GPUs have a roofline."""
 
 import pytest
 
-from mvlm_kernels.hardware import multiprocessor
+from mvlm_kernels.hardware import GPUS, multiprocessor, peak_rates
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,15 @@ from mvlm_kernels.hardware import multiprocessor
 def test_a_multiprocessor_by_compute_capability(arch, warps, shared):
     """Of 8.7 there is no row: it is taken for the smallest."""
     assert multiprocessor(arch)[:3:2] == (warps, shared)
+
+
+def test_only_gpus_of_the_table_have_peak_rates() -> None:
+    known = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA H200": "H200"}
+    known |= {"NVIDIA B200": "B200"}
+    for name, found in known.items():
+        assert peak_rates(name) is GPUS[found]
+    for name in (
+        "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 4090",
+    ):  # fmt: skip
+        assert peak_rates(name) is None

@@ -66,7 +66,7 @@ def test_autocast_follows_the_precision(monkeypatch, precision, fast, wanted):
     assert (a @ a).dtype == torch.float32
 
 
-def test_deterministic_kernels_on_a_gpu_leave_out_cudnn_attention_and_restore_the_settings(monkeypatch):
+def test_determinism_on_a_gpu_leaves_out_cudnn_attention_and_is_undone(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that the test's own value is restored
 
     def settings() -> tuple[object, ...]:

@@ -181,10 +181,10 @@ def test_odd_records_are_rejected_with_their_reasons(zoo):
 
 
 @pytest.mark.slow
-def test_accepted_odd_images_are_loaded_correctly(zoo, tokenizer):
+def test_accepted_odd_images_are_loaded_correctly(zoo, waves_tokenizer):
     """The loader's images, EXIF orientation applied, against Pillow's decoders and its transposition."""
     dataset, side = zoo["dataset"], 60
-    loader = Loader(dataset, tokenizer, batch_size=16, image_size=side, text_length=8, seed=0, train=False,
+    loader = Loader(dataset, waves_tokenizer, batch_size=16, image_size=side, text_length=8, seed=0, train=False,
                     masking=Masking(patch_size=20, mask_block=20))  # fmt: skip
     images = np.concatenate([batch.images.numpy() for batch, _ in loader])  # (n, 3, 60, 60)
     assert len(images) == len(dataset) > 50

@@ -29,7 +29,7 @@ def test_one_version_everywhere():
     assert citation["version"] == VERSION
 
 
-def test_a_tag_of_another_version_and_a_folder_without_distributions_are_refused(tmp_path: Path):
+def test_tags_of_other_versions_and_no_distributions_are_refused(tmp_path: Path):
     for tag, word in (("v0.0.9", f"v{VERSION}"), (f"v{VERSION}", "one wheel and one sdist")):
         with pytest.raises(SystemExit, match=re.escape(word)):
             contents.main(str(tmp_path), tag)

@@ -48,17 +48,17 @@ def assert_served(place: str, served, data_cache, tokenizer) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the servers' and the clients' packages
 @pytest.mark.parametrize("place, serve_store", [("s3://pairs/deep", serve_s3), ("gs://pairs/deep", serve_gcs)])
-def test_object_stores_serve_a_data_set(served, data_cache, tokenizer, place, serve_store):
+def test_object_stores_serve_a_data_set(served, data_cache, waves_tokenizer, place, serve_store):
     with serve_store("pairs"):
         for path in served.iterdir():
             RemoteFolder(place).put(path, path.name)
-        assert_served(place, served, data_cache, tokenizer)
+        assert_served(place, served, data_cache, waves_tokenizer)
 
 
 @pytest.mark.slow
-def test_the_hugging_face_hub_serves_a_data_set(served, data_cache, tokenizer):
+def test_the_hugging_face_hub_serves_a_data_set(served, data_cache, waves_tokenizer):
     with serve_hub(served, "owner/pairs") as asked:
-        assert_served("hf://datasets/owner/pairs", served, data_cache, tokenizer)
+        assert_served("hf://datasets/owner/pairs", served, data_cache, waves_tokenizer)
         assert any("resolve" in path for path in asked)
 
 
@@ -72,13 +72,13 @@ def small_segments(monkeypatch):
 @pytest.mark.extended
 @pytest.mark.slow
 def test_several_epochs_from_a_web_server_through_a_small_cache(
-    served, web, data_cache, tokenizer, monkeypatch, small_segments
+    served, web, data_cache, waves_tokenizer, monkeypatch, small_segments
 ):
     size = limit_cache(monkeypatch, served, 4.5)
     dataset = open_dataset(web, "train")
-    wanted = batches(open_dataset(served, "train"), tokenizer, 24)
+    wanted = batches(open_dataset(served, "train"), waves_tokenizer, 24)
     found = []
-    loader = open_loader(dataset, tokenizer)
+    loader = open_loader(dataset, waves_tokenizer)
     for batch in itertools.islice(loader, 24):  # four epochs
         found.append(batch)
         assert tree_bytes(data_cache) <= size
@@ -90,17 +90,17 @@ def test_several_epochs_from_a_web_server_through_a_small_cache(
     assert not list(data_cache.glob("*/*.part"))
 
 
-def test_a_remote_cache_that_is_too_small_is_refused(served, web, data_cache, tokenizer, monkeypatch):
+def test_a_remote_cache_that_is_too_small_is_refused(served, web, data_cache, waves_tokenizer, monkeypatch):
     limit_cache(monkeypatch, served, 1.5)
     with pytest.raises(DataError, match=r"wanted room for \d+ bytes more.*; raise MVLM_CACHE_GB"):
-        batches(open_dataset(web, "train"), tokenizer, 1)
+        batches(open_dataset(web, "train"), waves_tokenizer, 1)
     for size in ("much", "inf", "1e300", "nan", "-1", "0"):
         monkeypatch.setenv("MVLM_CACHE_GB", size)
         with pytest.raises(DataError, match=f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got '{size}'"):
             open_dataset(web, "train")
 
 
-def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tokenizer):
+def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, waves_tokenizer):
     tar = sorted(served.glob("*.tar"))[2]
     content = tar.read_bytes()
     try:
@@ -108,7 +108,7 @@ def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tok
         with pytest.raises(
             DataError, match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where"
         ):
-            batches(open_dataset(web, "train"), tokenizer, 6)
+            batches(open_dataset(web, "train"), waves_tokenizer, 6)
         assert not [
             path for path in data_cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"
         ]
@@ -119,18 +119,18 @@ def test_a_remote_shard_with_other_bytes_is_refused(served, web, data_cache, tok
 
 
 @pytest.mark.slow
-def test_a_damaged_cached_index_is_fetched_again(served, web, data_cache, tokenizer):
+def test_a_damaged_cached_index_is_fetched_again(served, web, data_cache, waves_tokenizer):
     open_dataset(web, "train")
     (path,) = data_cache.glob("*/train.index")
     content = path.read_bytes()
     for damaged in (b"", content[:-1], content[:50] + b"xxxx" + content[54:]):
         path.write_bytes(damaged)
-        found = batches(open_dataset(web, "train"), tokenizer, 6)
-        assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
+        found = batches(open_dataset(web, "train"), waves_tokenizer, 6)
+        assert_equal(found, batches(open_dataset(served, "train"), waves_tokenizer, 6))
         assert path.read_bytes() == content
 
 
-def test_folders_of_earlier_versions_open_from_dali_indices(served, data_cache, tokenizer, tmp_path):
+def test_folders_of_earlier_versions_open_from_dali_indices(served, data_cache, waves_tokenizer, tmp_path):
     """A damaged one in the cache is fetched again."""
     shutil.copytree(served, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
     with serve(tmp_path / "old") as web:
@@ -138,5 +138,5 @@ def test_folders_of_earlier_versions_open_from_dali_indices(served, data_cache, 
         first, *_, last = sorted(data_cache.glob("*/*.idx"))
         first.write_bytes(b"")
         last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
-        found = batches(open_dataset(web, "train"), tokenizer, 6)
-    assert_equal(found, batches(open_dataset(served, "train"), tokenizer, 6))
+        found = batches(open_dataset(web, "train"), waves_tokenizer, 6)
+    assert_equal(found, batches(open_dataset(served, "train"), waves_tokenizer, 6))

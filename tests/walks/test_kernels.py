@@ -15,7 +15,7 @@ from mvlm_kernels import cross_attention, use_backend
 
 
 @pytest.mark.slow
-def test_a_model_of_timm_takes_bytes_and_warns_of_floats_that_were_normalised():
+def test_a_model_of_timm_takes_bytes_and_warns_of_normalised_floats():
     timm = pytest.importorskip("timm")
     from mvlm_kernels.integrations.timm import swap
 

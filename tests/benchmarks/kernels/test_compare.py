@@ -75,7 +75,7 @@ SPOT[17] = 0.001
         (peer("", lambda x: x + x.detach()), ["ok", "WRONG", "WRONG"], "gradient is off by 0.5"),
     ],
 )
-def test_a_contender_without_a_right_result_says_why_and_does_not_stop_the_others(contender, statuses, note) -> None:
+def test_a_contender_without_a_right_result_says_why_and_stops_no_other(contender, statuses, note) -> None:
     rows = compared(contender, GOOD)
     found = rows[""]
     assert [row["status"] for row in found] == statuses

@@ -68,9 +68,9 @@ def test_a_killed_build_is_not_resumed_by_another_build(tmp_path):
     assert keys_of(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
 
 
-def test_a_wrong_tokenizer_does_not_block_the_next_build(tmp_path, tokenizer):
+def test_a_wrong_tokenizer_does_not_block_the_next_build(tmp_path, waves_tokenizer):
     (tmp_path / "wrong.csv").write_text("image,caption")
-    tokenizer.save(tmp_path / "tokenizer.json")
+    waves_tokenizer.save(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match=r"wrong\.csv: wanted a tokenizer.json"):
         build_records(tmp_path / "out", ONE, tokenizer=tmp_path / "wrong.csv")
     assert not (tmp_path / ".out.partial").exists()

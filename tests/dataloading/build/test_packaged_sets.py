@@ -64,7 +64,7 @@ def test_sizes_that_show_nothing_are_refused(tmp_path, build):
 
 @pytest.mark.extended
 @pytest.mark.slow
-def test_easy_vqa_has_the_published_questions_and_a_validation_split_of_its_own_images(tmp_path):
+def test_easy_vqa_has_the_published_questions_and_its_own_validation_split(tmp_path):
     import easy_vqa as package
 
     out = build_easy_vqa(tmp_path / "out")

@@ -106,7 +106,7 @@ def test_transparent_images_are_encoded_on_white(tmp_path, settings):
 
 
 @pytest.mark.slow
-def test_webp_files_with_exif_data_behind_an_odd_chunk_are_stored_and_loaded(tmp_path, tokenizer):
+def test_webp_files_with_exif_behind_an_odd_chunk_are_stored_and_loaded(tmp_path, waves_tokenizer):
     """The builds' decoder is DALI's, which refuses them as they are. Pixels are Pillow's, of the published files."""
     images, odd = [], 0
     for i in range(17):
@@ -118,7 +118,7 @@ def test_webp_files_with_exif_data_behind_an_odd_chunk_are_stored_and_loaded(tmp
     records = [make_record(f"{i:02d}", image) for i, image in enumerate(images)]
     dataset = open_dataset(build_records(tmp_path / "out", {"train": records}), "train")
     assert dataset.keys.tolist() == [record.key for record in records]
-    loader = Loader(dataset, tokenizer, batch_size=17, image_size=64, text_length=8, seed=0, train=False)
+    loader = Loader(dataset, waves_tokenizer, batch_size=17, image_size=64, text_length=8, seed=0, train=False)
     ((batch, _),) = list(loader)
     for i, image in enumerate(images):
         with Image.open(io.BytesIO(image)) as given, Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:
@@ -134,13 +134,13 @@ def test_webp_files_with_exif_data_behind_an_odd_chunk_are_stored_and_loaded(tmp
         assert np.abs(batch.images[i].numpy() - wanted).mean() < 8  # turned wrongly: more than 50
 
 
-def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
-    tokenizer.save(tmp_path / "tokenizer.json")
+def test_token_ids_are_stored_with_the_captions(tmp_path, waves_tokenizer):
+    waves_tokenizer.save(tmp_path / "tokenizer.json")
     captions = [["picture number 1 of some waves", "the wave"], ["waves"]]
     records = [make_record(f"k{i}", published.make_image(i), known) for i, known in enumerate(captions)]
     out = build_records(tmp_path / "out", {"train": records}, tokenizer=tmp_path / "tokenizer.json", text_length=6)
     description = json.loads((out / "dataset.json").read_text())
-    assert description["tokens"] == {"fingerprint": tokenizer.fingerprint, "max_length": 6}
+    assert description["tokens"] == {"fingerprint": waves_tokenizer.fingerprint, "max_length": 6}
     assert (out / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     dataset = open_dataset(out, "train")
     assert dataset.tokenizer_sha256 is not None
@@ -151,7 +151,7 @@ def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
         assert (extension, name.endswith(".tok")) == ("tok", True)
         numbers = np.frombuffer(tar[int(offset) : int(offset) + int(size)], "<i4").tolist()
         for caption in known:  # a count, then so many ids
-            ids, _ = tokenizer.encode([caption], 6)
+            ids, _ = waves_tokenizer.encode([caption], 6)
             assert numbers[: 1 + len(ids)] == [len(ids), *ids.tolist()]
             numbers = numbers[1 + len(ids) :]
         assert numbers == []

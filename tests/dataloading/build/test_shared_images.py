@@ -47,7 +47,7 @@ def build(out: Path, splits: dict[str, list[Record]], **options) -> Path:
 
 
 @pytest.mark.slow
-def test_questions_about_an_image_store_it_once(tmp_path, tokenizer):
+def test_questions_about_an_image_store_it_once(tmp_path, waves_tokenizer):
     records = questions(tmp_path / "images")
     assert [record.key for record in records[:4]] == ["q0-0", "q1-0", "q2-0", "q0-1"]
     out = build(tmp_path / "out", {"train": records})
@@ -62,7 +62,7 @@ def test_questions_about_an_image_store_it_once(tmp_path, tokenizer):
         assert dataset.metadata(i)["question_id"] == record.metadata["question_id"]
     assert [line["key"] for line in read_json_lines(out / "rejected.jsonl")] == ["bad"]
     assert (out / "duplicates.jsonl").read_text() == ""  # a question more is no duplicate
-    loader = Loader(dataset, tokenizer, batch_size=4, image_size=54, text_length=8, seed=0, train=False,
+    loader = Loader(dataset, waves_tokenizer, batch_size=4, image_size=54, text_length=8, seed=0, train=False,
                     masking=Masking(patch_size=9, mask_block=18))  # fmt: skip
     for batch, _ in loader:
         for row, i in enumerate(batch.sample_id.tolist()):

@@ -20,18 +20,18 @@ def folder(tmp_path):
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
 
 
-def test_dataset_gives_random_access_to_samples(train_split):
-    assert len(train_split) == 60
+def test_dataset_gives_random_access_to_samples(waves_train):
+    assert len(waves_train) == 60
     for i in (59, 0, 31, 17):
-        assert train_split.captions(i) == make_captions(i)
-        assert train_split.metadata(i) == {"number": i}
-        assert train_split.image_bytes(i) == make_image(i, kind=("PNG", "JPEG", "WEBP")[i % 3])
-        assert train_split.keys[i] == f"train{i:04d}"
-        assert f"train{i:04d}" in train_split.where(i)
-        assert train_split.image_id(i) == text_hash(train_split.image_bytes(i))
-    shards = train_split.shard_of(np.arange(60)).tolist()
+        assert waves_train.captions(i) == make_captions(i)
+        assert waves_train.metadata(i) == {"number": i}
+        assert waves_train.image_bytes(i) == make_image(i, kind=("PNG", "JPEG", "WEBP")[i % 3])
+        assert waves_train.keys[i] == f"train{i:04d}"
+        assert f"train{i:04d}" in waves_train.where(i)
+        assert waves_train.image_id(i) == text_hash(waves_train.image_bytes(i))
+    shards = waves_train.shard_of(np.arange(60)).tolist()
     assert shards == sorted(shards)
-    assert np.bincount(shards).tolist() == train_split.shard_sizes.tolist()
+    assert np.bincount(shards).tolist() == waves_train.shard_sizes.tolist()
 
 
 @pytest.mark.parametrize("given", [12, 0, 1.5, True, "coco 7", None, ""])
@@ -44,14 +44,14 @@ def test_image_id_comes_from_the_metadata_or_the_bytes(given):
     assert image_identity({}, lambda: b"image") == text_hash(b"image")
 
 
-def test_a_data_set_can_be_pickled(train_split, waves, tmp_path):
+def test_a_data_set_can_be_pickled(waves_train, waves, tmp_path):
     """A mapped index is mapped again, and one in memory is copied."""
-    assert pickle.loads(pickle.dumps(train_split)).captions(5) == make_captions(5)
-    assert len(pickle.dumps(train_split)) < 5000
+    assert pickle.loads(pickle.dumps(waves_train)).captions(5) == make_captions(5)
+    assert len(pickle.dumps(waves_train)) < 5000
     shutil.copytree(waves, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
     old = pickle.loads(pickle.dumps(open_dataset(tmp_path / "old", "train")))
     assert old.captions(5) == make_captions(5)
-    assert old.fingerprint == train_split.fingerprint
+    assert old.fingerprint == waves_train.fingerprint
 
 
 def test_a_shard_that_was_truncated_after_opening_is_refused_by_name(folder):

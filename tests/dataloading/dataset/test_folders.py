@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_fault_of_an_answer_is_survived_three_times_and_told_of_the_fourth(folder):
+def test_each_fault_of_an_answer_is_survived_three_times_and_then_told(folder):
     """A length that is wrong without an error of the protocol shows in the content alone."""
     left: list[str] = []
 

@@ -48,10 +48,10 @@ def changed(path: Path) -> Iterator[dict]:
         path.write_text(kept)
 
 
-def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, tokenizer):
+def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, waves_tokenizer):
     path = served / "tokenizer.json"
     with changed(served / "dataset.json") as description:
-        tokenizer.save(path)
+        waves_tokenizer.save(path)
         content = path.read_bytes()
         description["tokenizer"] = hashlib.sha256(content).hexdigest()
         (served / "dataset.json").write_text(json.dumps(description))
@@ -61,7 +61,7 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(served, web, data_cache, 
             tokenizer_for(dataset, 300)
         path.write_bytes(content)
         for _ in range(2):
-            assert tokenizer_for(dataset, 300).fingerprint == tokenizer.fingerprint
+            assert tokenizer_for(dataset, 300).fingerprint == waves_tokenizer.fingerprint
         assert FolderHandler.asked.count("/tokenizer.json") == 5
         path.unlink()
 

@@ -129,7 +129,7 @@ FAR = 1 << 20
     ],
     ids=str,
 )
-def test_a_forged_index_with_good_checksums_is_refused_before_a_tar_is_read(folder, change):
+def test_a_forged_index_with_good_checksums_is_refused_before_any_tar(folder, change):
     """DALI maps a tar, and reading behind its end would end the process."""
     forged(folder, **change)
     with pytest.raises(DataError, match=r"train\.index: wanted [^\x00-\x1f]*$"):

@@ -47,11 +47,11 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(served, tokenizer, tmp_path_factory) -> Path:
+def folder(served, waves_tokenizer, tmp_path_factory) -> Path:
     """A data set with every kind of file. The index of the split is left out where DALI's are attacked."""
     folder = tmp_path_factory.mktemp("whole") / "data"
     shutil.copytree(served, folder)
-    tokenizer.save(folder / "tokenizer.json")
+    waves_tokenizer.save(folder / "tokenizer.json")
     description = json.loads((folder / "dataset.json").read_text())
     description["tokenizer"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     (folder / "dataset.json").write_text(json.dumps(description))
@@ -83,7 +83,7 @@ def attacks_on(room: str, name: str) -> dict[str, Callable[[Hostile, bytes], Non
 
 
 @pytest.mark.parametrize("room, attack", list(itertools.product(ROOMS, ON_SIZES)))
-def test_no_body_is_longer_than_it_may_be_nor_compressed_nor_from_elsewhere(folder, data_cache, room, attack):
+def test_no_body_is_too_long_nor_compressed_nor_from_elsewhere(folder, data_cache, room, attack):
     before = tree_bytes(folder)
     with serve_hostile(folder, attacks_on(room, attack)) as (url, web):
         message = refused(url)

@@ -13,8 +13,8 @@ from mvlm_dataloading.randomness import text_hash
 from support.loaders import make_loader, rows, take
 
 
-def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
-    batch, masks = take(make_loader(train_split, tokenizer), 1)[0]
+def test_batch_shapes_dtypes_and_values(waves_train, waves_tokenizer):
+    batch, masks = take(make_loader(waves_train, waves_tokenizer), 1)[0]
     assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 64, 64))
     assert batch.tokens.dtype == batch.image_id.dtype == batch.text_id.dtype == batch.sample_id.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
@@ -24,25 +24,25 @@ def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
     assert (masks.patch_ids.dtype, masks.patch_ids.shape) == (torch.int64, (8, 2 * 4))
     for row in rows([(batch, masks)]):
         i, (image_id, text_id) = row["sample"], row["ids"]
-        known = {tuple(tokenizer.encode([c], 12)[0].tolist()): text_hash(c) for c in train_split.captions(i)}
+        known = {tuple(waves_tokenizer.encode([c], 12)[0].tolist()): text_hash(c) for c in waves_train.captions(i)}
         assert known[tuple(row["tokens"])] == text_id
-        assert image_id == train_split.image_id(i)
+        assert image_id == waves_train.image_id(i)
 
 
 @pytest.mark.parametrize("ratio", [0.3, None])
-def test_masks_are_those_of_the_mask_functions(train_split, tokenizer, ratio):
-    for batch, masks in take(make_loader(train_split, tokenizer, text_mask_ratio=ratio), 3):
+def test_masks_are_those_of_the_mask_functions(waves_train, waves_tokenizer, ratio):
+    for batch, masks in take(make_loader(waves_train, waves_tokenizer, text_mask_ratio=ratio), 3):
         of = (5, 0, batch.sample_id.numpy())
         assert np.array_equal(masks.token_ids, draw_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=ratio))
         assert np.array_equal(masks.patch_ids, draw_patch_masks(*of, image_size=64))
 
 
 @pytest.mark.parametrize("per_image", [None, 1])
-def test_whole_words_of_captions_are_masked(train_split, tokenizer, per_image):
+def test_whole_words_of_captions_are_masked(waves_train, waves_tokenizer, per_image):
     """Words are told from the captions, not from tokens."""
     several = 0
-    for row in rows(take(make_loader(train_split, tokenizer, whole_word_masking=True, per_image=per_image), 5)):
-        spans = [range(1 + a, 1 + b) for _, a, b in tokenizer.words(tokenizer.decode(row["tokens"]))]
+    for row in rows(take(make_loader(waves_train, waves_tokenizer, whole_word_masking=True, per_image=per_image), 5)):
+        spans = [range(1 + a, 1 + b) for _, a, b in waves_tokenizer.words(waves_tokenizer.decode(row["tokens"]))]
         chosen = [span for span in spans if set(row["masked"]) & set(span)]
         assert row["masked"] == [i for span in chosen for i in span]
         assert len(chosen) == max(1, round(0.3 * len(spans)))
@@ -51,16 +51,16 @@ def test_whole_words_of_captions_are_masked(train_split, tokenizer, per_image):
 
 
 @pytest.mark.slow
-def test_captions_are_drawn_evenly(train_split, tokenizer):
+def test_captions_are_drawn_evenly(waves_train, waves_tokenizer):
     i = 2  # has three captions
-    texts = [text_hash(caption) for caption in train_split.captions(i)]
-    found = rows(take(make_loader(train_split, tokenizer, batch_size=60, image_size=32), 60))
+    texts = [text_hash(caption) for caption in waves_train.captions(i)]
+    found = rows(take(make_loader(waves_train, waves_tokenizer, batch_size=60, image_size=32), 60))
     drawn = Counter(texts.index(row["ids"][1]) for row in found if row["sample"] == i)
     assert min(drawn[k] for k in range(3)) > 8  # 20 expected, standard deviation 3.7
 
 
-def test_batches_do_not_change_while_the_loader_continues(train_split, tokenizer):
-    loader = make_loader(train_split, tokenizer)
+def test_batches_do_not_change_while_the_loader_continues(waves_train, waves_tokenizer):
+    loader = make_loader(waves_train, waves_tokenizer)
     held = take(loader, 10)
     copies = [batch.images.clone() for batch, _ in held]
     take(loader, 30)
@@ -73,8 +73,8 @@ def threads() -> int:
 
 
 @pytest.mark.slow
-def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split, tokenizer):
-    loader = make_loader(train_split, tokenizer)
+def test_loader_threads_end_with_close_collection_and_the_last_batch(waves_train, waves_tokenizer):
+    loader = make_loader(waves_train, waves_tokenizer)
     first = rows(take(loader, 1))
     assert threads() == 1
     loader.close()
@@ -84,5 +84,5 @@ def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split
     del loader
     gc.collect()
     assert threads() == 0
-    assert len(list(make_loader(train_split, tokenizer, batch_size=32, train=False))) == 2
+    assert len(list(make_loader(waves_train, waves_tokenizer, batch_size=32, train=False))) == 2
     assert threads() == 0

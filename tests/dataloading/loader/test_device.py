@@ -108,11 +108,11 @@ def test_distinct_images_are_chosen_before_their_batch_is_dropped(held_back):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("per_image", [None, 1])
-def test_batches_are_right_for_a_stream_that_is_held_back(train_split, tokenizer, per_image):
+def test_batches_are_right_for_a_stream_that_is_held_back(waves_train, waves_tokenizer, per_image):
     """The host drops each batch before the device has read it, and the loader goes on."""
 
     def loader() -> Loader:
-        return make_loader(train_split, tokenizer, device="cuda", per_image=per_image)
+        return make_loader(waves_train, waves_tokenizer, device="cuda", per_image=per_image)
 
     wanted = []
     for batch, _ in islice(loader(), 20):

@@ -14,8 +14,8 @@ from support.data import write_dataset
 from support.loaders import make_loader, rows, take
 
 
-def test_loader_yields_every_sample_once_per_epoch_in_full_batches(train_split, tokenizer):
-    loader = make_loader(train_split, tokenizer, batch_size=7)
+def test_loader_yields_every_sample_once_per_epoch_in_full_batches(waves_train, waves_tokenizer):
+    loader = make_loader(waves_train, waves_tokenizer, batch_size=7)
     seen, epochs = [], []
     for batch, _ in itertools.islice(loader, 26):  # 182 samples: three epochs and two samples
         assert len(batch.sample_id) == 7
@@ -29,35 +29,35 @@ def test_loader_yields_every_sample_once_per_epoch_in_full_batches(train_split, 
 
 
 @pytest.mark.slow
-def test_samples_are_the_same_in_batches_and_segments_of_any_size(train_split, tokenizer, monkeypatch):
-    wanted = rows(take(make_loader(train_split, tokenizer, batch_size=20), 6))
+def test_samples_are_the_same_in_batches_and_segments_of_any_size(waves_train, waves_tokenizer, monkeypatch):
+    wanted = rows(take(make_loader(waves_train, waves_tokenizer, batch_size=20), 6))
     for settings in ({"batch_size": 1}, {"batch_size": 7, "num_threads": 1}, {"batch_size": 60}, {"batch_size": 50}):
         count = -(-120 // settings["batch_size"])
-        assert rows(take(make_loader(train_split, tokenizer, **settings), count))[:120] == wanted
+        assert rows(take(make_loader(waves_train, waves_tokenizer, **settings), count))[:120] == wanted
     monkeypatch.setattr("mvlm_dataloading.loader.reader.FIRST_SEGMENT_BATCHES", 3)
-    assert rows(take(make_loader(train_split, tokenizer), 15)) == wanted
+    assert rows(take(make_loader(waves_train, waves_tokenizer), 15)) == wanted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
+def test_ranks_share_every_global_batch(waves_train, waves_tokenizer, world_size):
     """All ranks together see the samples of a single rank, across the end of an epoch."""
-    wanted = rows(take(make_loader(train_split, tokenizer), 16))
+    wanted = rows(take(make_loader(waves_train, waves_tokenizer), 16))
     shares = [
-        [rows([pair]) for pair in take(make_loader(train_split, tokenizer, rank=rank, world_size=world_size), 16)]
+        [rows([pair]) for pair in take(make_loader(waves_train, waves_tokenizer, rank=rank, world_size=world_size), 16)]
         for rank in range(world_size)
     ]
     assert [row for step in range(16) for share in shares for row in share[step]] == wanted
 
 
-def test_a_batch_larger_than_the_data_set_wraps_around(train_split, tokenizer):
-    batch, _ = take(make_loader(train_split, tokenizer, batch_size=130), 1)[0]
+def test_a_batch_larger_than_the_data_set_wraps_around(waves_train, waves_tokenizer):
+    batch, _ = take(make_loader(waves_train, waves_tokenizer, batch_size=130), 1)[0]
     assert Counter(Counter(batch.sample_id.tolist()).values()) == {2: 50, 3: 10}
 
 
-def test_epochs_and_seeds_give_other_draws(train_split, tokenizer):
-    first, second = np.split(np.array(rows(take(make_loader(train_split, tokenizer, batch_size=60), 2))), 2)
-    other = rows(take(make_loader(train_split, tokenizer, batch_size=60, seed=6), 1))
+def test_epochs_and_seeds_give_other_draws(waves_train, waves_tokenizer):
+    first, second = np.split(np.array(rows(take(make_loader(waves_train, waves_tokenizer, batch_size=60), 2))), 2)
+    other = rows(take(make_loader(waves_train, waves_tokenizer, batch_size=60, seed=6), 1))
     by_sample = [{row["sample"]: row for row in part} for part in (first, second, other)]
     for one, two in itertools.combinations(by_sample, 2):
         for what in ("pixels", "patches"):
@@ -66,30 +66,28 @@ def test_epochs_and_seeds_give_other_draws(train_split, tokenizer):
         assert 10 < sum(one[i]["tokens"] != two[i]["tokens"] for i in range(60)) < 60
 
 
-def test_a_pass_in_order_yields_whole_images_and_first_captions(train_split, tokenizer):
-    loader = make_loader(train_split, tokenizer, batch_size=25, train=False)
+def test_a_pass_in_order_yields_whole_images_and_first_captions(waves_train, waves_tokenizer):
+    loader = make_loader(waves_train, waves_tokenizer, batch_size=25, train=False)
     for _ in range(2):
         batches = list(loader)
         assert [len(batch.images) for batch, _ in batches] == [25, 25, 10]
         found = rows(batches)
         assert [row["sample"] for row in found] == list(range(60))
         for i, row in enumerate(found):
-            assert row["tokens"] == tokenizer.encode(train_split.captions(i)[:1], 12)[0].tolist()
+            assert row["tokens"] == waves_tokenizer.encode(waves_train.captions(i)[:1], 12)[0].tolist()
     settings = {"batch_size": 100, "seed": 99, "augment": Augment(operations=2, flip=0.5)}
-    other = rows(make_loader(train_split, tokenizer, train=False, **settings))
+    other = rows(make_loader(waves_train, waves_tokenizer, train=False, **settings))
     assert [row["pixels"] for row in other] == [row["pixels"] for row in found]
 
 
-def test_loader_reads_folders_with_blanks_and_non_ascii_names_and_leaves_no_index_views(
-    tmp_path, tokenizer, monkeypatch
-):
+def test_folders_of_odd_names_are_read_and_no_index_views_are_left(tmp_path, waves_tokenizer, monkeypatch):
     (tmp_path / "views").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)  # no room in memory
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "views"))
     for folder in (tmp_path / "mein Ördner: 猫", Path("relative")):
         dataset = open_dataset(write_dataset(folder, 6), "train")
-        assert len(rows(take(make_loader(dataset, tokenizer), 3))) == 24
+        assert len(rows(take(make_loader(dataset, waves_tokenizer), 3))) == 24
     assert list((tmp_path / "views").iterdir()) == []
 
 
@@ -118,9 +116,9 @@ def test_loader_reads_folders_with_blanks_and_non_ascii_names_and_leaves_no_inde
         ({"image_mask_ratio": 1.2}, "image_mask_ratio"),
     ],
 )
-def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, settings, word):
+def test_loader_arguments_that_do_not_fit_are_refused(waves_train, waves_tokenizer, settings, word):
     with pytest.raises(ValueError, match=word):
-        make_loader(train_split, tokenizer, **settings)
+        make_loader(waves_train, waves_tokenizer, **settings)
 
 
 def test_augmentations_and_texts_that_do_not_fit_are_refused():

@@ -39,17 +39,17 @@ def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple
 @pytest.mark.parametrize(
     "scale, ratio", [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.01, 0.02), (0.1, 10.0)), ((1.0, 1.0), (1.0, 1.0)), (None, None)]
 )
-def test_crops_follow_the_formula_and_pixels_match_pillow(train_split, scale, ratio):
+def test_crops_follow_the_formula_and_pixels_match_pillow(waves_train, scale, ratio):
     """Random crops, and the whole image."""
     ids = np.arange(60)
     draws = np.random.default_rng(1).random((60, 4))
     draws[:4] = [[0, 0, 0, 0], [1 - 2**-53] * 4, [0, 1 - 2**-53, 0, 1 - 2**-53], [1 - 2**-53, 0, 1 - 2**-53, 0]]
     settings: dict[str, Any] = {"random": False} if scale is None else {"crop_scale": scale, "crop_ratio": ratio}
-    images, corners, sizes = run(train_split, ids, draws, CropGeometry(image_size=32, **settings))
+    images, corners, sizes = run(waves_train, ids, draws, CropGeometry(image_size=32, **settings))
     assert (images.dtype, images.shape) == (np.uint8, (60, 3, 32, 32))
     worst = 0.0
     for i in ids:
-        pillow_image = Image.open(io.BytesIO(train_split.image_bytes(i)))
+        pillow_image = Image.open(io.BytesIO(waves_train.image_bytes(i)))
         height, width = pillow_image.height, pillow_image.width
         y, x, h, w = (0, 0, height, width) if scale is None else window_oracle(height, width, draws[i], scale, ratio)
         assert (corners[i].tolist(), sizes[i].tolist()) == ([y, x], [h, w])
@@ -61,14 +61,14 @@ def test_crops_follow_the_formula_and_pixels_match_pillow(train_split, scale, ra
     assert worst < 1.0
 
 
-def test_dali_follows_indices_that_permute_select_and_repeat(train_split):
+def test_dali_follows_indices_that_permute_select_and_repeat(waves_train):
     """The loader and views rely on this, and DALI's documentation does not promise it: checked for the installed
     version, over two epochs."""
     rng = np.random.default_rng(0)
-    ids = np.concatenate([rng.permutation(len(train_split)), rng.integers(0, len(train_split), 37), [3, 3, 3]])
-    assert np.count_nonzero(np.diff(train_split.shard_of(ids))) > 50  # the same few tars again and again
+    ids = np.concatenate([rng.permutation(len(waves_train)), rng.integers(0, len(waves_train), 37), [3, 3, 3]])
+    assert np.count_nonzero(np.diff(waves_train.shard_of(ids))) > 50  # the same few tars again and again
     pipeline = build_pipeline(
-        train_split, ids, lambda batch: np.zeros((10, 4)), CropGeometry(image_size=32, random=False), batch_size=10,
+        waves_train, ids, lambda batch: np.zeros((10, 4)), CropGeometry(image_size=32, random=False), batch_size=10,
         num_threads=1,
     )  # fmt: skip
     for begin in (*range(0, len(ids), 10),) * 2:

@@ -28,18 +28,18 @@ def resumed(loader: Loader, state: dict, **settings) -> ResumeReport:
 
 
 @pytest.fixture(scope="module")
-def whole(train_split, tokenizer) -> list[dict]:
+def whole(waves_train, waves_tokenizer) -> list[dict]:
     """Rows of 20 batches of 8: two epochs and two thirds."""
-    return rows(take(load(train_split, tokenizer), 20))
+    return rows(take(load(waves_train, waves_tokenizer), 20))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 3, 8, 15])
-def test_resume_is_bitwise(train_split, tokenizer, whole, batches):
+def test_resume_is_bitwise(waves_train, waves_tokenizer, whole, batches):
     """Positions before, at (7.5 batches of 8 are an epoch) and after the end of an epoch; threads and memory differ."""
-    state = state_after(train_split, tokenizer, batches, keep_mb=10 * (batches % 2))
+    state = state_after(waves_train, waves_tokenizer, batches, keep_mb=10 * (batches % 2))
     assert (state["epoch"], state["position"]) == divmod(8 * batches, 60)
-    loader = load(train_split, tokenizer, num_threads=1, keep_mb=10 * (batches == 8))
+    loader = load(waves_train, waves_tokenizer, num_threads=1, keep_mb=10 * (batches == 8))
     assert resumed(loader, state) == ResumeReport(exact_pixels=True, exact_text=True, changed=())
     assert (loader.step, loader.epoch) == (batches, 8 * batches // 60)
     assert rows(take(loader, 20 - batches)) == whole[8 * batches :]
@@ -49,13 +49,13 @@ def test_resume_is_bitwise(train_split, tokenizer, whole, batches):
 
 
 @pytest.mark.slow
-def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_samples(train_split, tokenizer, whole):
+def test_resuming_with_other_batches_and_ranks_keeps_the_samples(waves_train, waves_tokenizer, whole):
     """From 1 rank to 4 to 2, at other batch sizes, within an epoch, at its end and across it."""
-    state, at = state_after(train_split, tokenizer, 3), 24
+    state, at = state_after(waves_train, waves_tokenizer, 3), 24
     for world_size, batch_size, batches in ((4, 12, 3), (2, 10, 6), (1, 6, 1)):
         parts, states = [], []
         for rank in range(world_size):
-            loader = load(train_split, tokenizer, batch_size=batch_size, rank=rank, world_size=world_size)
+            loader = load(waves_train, waves_tokenizer, batch_size=batch_size, rank=rank, world_size=world_size)
             report = resumed(loader, state)
             assert (report.exact_pixels, report.exact_text, len(report.changed) > 0) == (True, True, True)
             parts.append([rows([pair]) for pair in take(loader, batches)])
@@ -82,46 +82,46 @@ def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_samples(tr
     ],
 )
 def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(
-    train_split, tokenizer, whole, settings, same_pixels, same_text
+    waves_train, waves_tokenizer, whole, settings, same_pixels, same_text
 ):
-    loader = load(train_split, tokenizer, **settings)
-    report = resumed(loader, state_after(train_split, tokenizer, 4))
+    loader = load(waves_train, waves_tokenizer, **settings)
+    report = resumed(loader, state_after(waves_train, waves_tokenizer, 4))
     assert (report.exact_pixels, report.exact_text) == (same_pixels, same_text)
     found, wanted = rows(take(loader, 4)), whole[32:64]
     assert [row["sample"] for row in found] == [row["sample"] for row in wanted]
     assert same_pixels == ([row["pixels"] for row in found] == [row["pixels"] for row in wanted])
 
 
-def test_states_of_earlier_versions_fit(train_split, tokenizer):
+def test_states_of_earlier_versions_fit(waves_train, waves_tokenizer):
     """The keys of a state, and its hashes of settings, are those of version 0.1.0."""
-    state = load(train_split, tokenizer).state_dict()
+    state = load(waves_train, waves_tokenizer).state_dict()
     assert list(state) == [
         "seed", "epoch", "position", "step", "fingerprint", "batch_size", "world_size", "skipped", "met", "order",
         "pictures", "text", "versions",
     ]  # fmt: skip
     assert state["pictures"] == "f25b1191caa7d5ea"
     assert (
-        load(train_split, tokenizer, augment=Augment(strip=2)).state_dict()["pictures"]
-        != (load(train_split, tokenizer, augment=Augment()).state_dict()["pictures"])
+        load(waves_train, waves_tokenizer, augment=Augment(strip=2)).state_dict()["pictures"]
+        != (load(waves_train, waves_tokenizer, augment=Augment()).state_dict()["pictures"])
     )
     patches = {"image_size": 32, "patch_size": 16, "mask_block": 32, "ratio": 0.6}
-    text = {"tokenizer": tokenizer.fingerprint, "length": 12, "ratio": 0.3, "patches": patches}
+    text = {"tokenizer": waves_tokenizer.fingerprint, "length": 12, "ratio": 0.3, "patches": patches}
     assert state["text"] == hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]
-    other = load(train_split, tokenizer)
+    other = load(waves_train, waves_tokenizer)
     assert not resumed(other, state | {"versions": {"torch": "0.1"}}).exact_pixels
 
 
-def test_the_seed_of_the_state_replaces_the_loaders(train_split, tokenizer):
-    loader = load(train_split, tokenizer)
+def test_the_seed_of_the_state_replaces_the_loaders(waves_train, waves_tokenizer):
+    loader = load(waves_train, waves_tokenizer)
     take(loader, 2)
-    other = load(train_split, tokenizer, seed=77)
+    other = load(waves_train, waves_tokenizer, seed=77)
     other.load_state_dict(loader.state_dict())
     assert rows(take(other, 3)) == rows(take(loader, 3))
 
 
-def test_other_data_and_other_states_are_refused(train_split, waves, tokenizer):
-    state = state_after(open_dataset(waves, "test"), tokenizer, 4)
-    loader = load(train_split, tokenizer)
+def test_other_data_and_other_states_are_refused(waves_train, waves, waves_tokenizer):
+    state = state_after(open_dataset(waves, "test"), waves_tokenizer, 4)
+    loader = load(waves_train, waves_tokenizer)
     own = loader.state_dict()
     for wrong, word in ((state, "fingerprint"), ({"step": 1}, "seed, epoch"), (own | {"order": 99}, "order version")):
         with pytest.raises(DataError, match=word):
@@ -132,7 +132,7 @@ def test_other_data_and_other_states_are_refused(train_split, waves, tokenizer):
     assert len(take(loader, 2)) == 2
 
 
-def test_merge_states_has_the_bad_images_of_all_ranks_and_the_samples_of_all():
+def test_merge_states_has_the_bad_images_and_the_samples_of_all_ranks():
     """Two ranks after 30 samples of the second epoch of 100, each with the bad images of its own batches."""
     state = {"seed": 3, "epoch": 1, "position": 30, "step": 13, "order": 1}
     states = [state | {"skipped": [7, 90], "met": 65}, state | {"skipped": [2, 7], "met": 65}]

@@ -53,18 +53,18 @@ def kept(monkeypatch) -> list[bool]:
     ],
     ids=str,
 )
-def test_a_kept_split_gives_the_batches_of_one_that_is_decoded_in_every_epoch(
-    train_split, tokenizer, kept, augment, settings
+def test_a_kept_split_gives_the_batches_of_one_decoded_in_every_epoch(
+    waves_train, waves_tokenizer, kept, augment, settings
 ):
     """PNG, JPEG and WebP images of several sizes, for two and a half epochs."""
-    ours = make_loader(train_split, tokenizer, keep_mb=10, augment=augment, **settings)
-    assert_same(ours, make_loader(train_split, tokenizer, augment=augment, **settings), 19)
+    ours = make_loader(waves_train, waves_tokenizer, keep_mb=10, augment=augment, **settings)
+    assert_same(ours, make_loader(waves_train, waves_tokenizer, augment=augment, **settings), 19)
     assert kept == [True]
 
 
-def test_a_kept_split_is_read_once(tmp_path, tokenizer):
+def test_a_kept_split_is_read_once(tmp_path, waves_tokenizer):
     folder = write_dataset(tmp_path / "data", 12)
-    loader = make_loader(open_dataset(folder, "train"), tokenizer, keep_mb=10)
+    loader = make_loader(open_dataset(folder, "train"), waves_tokenizer, keep_mb=10)
     take(loader, 2)  # all samples, whose images are known by their bytes
     for tar in folder.glob("*.tar"):
         tar.unlink()
@@ -72,7 +72,7 @@ def test_a_kept_split_is_read_once(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_rotated_and_odd_images_are_kept_as_they_are_decoded(tmp_path, tokenizer, kept):
+def test_rotated_and_odd_images_are_kept_as_they_are_decoded(tmp_path, waves_tokenizer, kept):
     """EXIF orientations, transparency, palettes, grey, CMYK: the decoder's rules hold for crops and whole images."""
     rng = np.random.default_rng(0)
     with shard_writer(tmp_path / "data") as writer:
@@ -87,25 +87,25 @@ def test_rotated_and_odd_images_are_kept_as_they_are_decoded(tmp_path, tokenizer
             image.save(file, kind, **({"exif": exif} if kind == "JPEG" else {}))
             assert writer.add(f"{i:03d}", file.getvalue(), make_captions(i)) is None
     dataset = open_dataset(tmp_path / "data", "train")
-    assert_same(make_loader(dataset, tokenizer, keep_mb=10), make_loader(dataset, tokenizer), 10)
+    assert_same(make_loader(dataset, waves_tokenizer, keep_mb=10), make_loader(dataset, waves_tokenizer), 10)
     assert kept == [True]
 
 
 @pytest.mark.slow
-def test_a_split_is_kept_in_chunks_if_it_fits(tmp_path, tokenizer, monkeypatch, kept):
+def test_a_split_is_kept_in_chunks_if_it_fits(tmp_path, waves_tokenizer, monkeypatch, kept):
     """150 images of 40 x 50 x 3 bytes are 0.9 MB, 200 are 1.2 MB."""
     monkeypatch.setattr(segment_module, "CHUNK_SAMPLES", 70)
     for count, fits in ((150, True), (200, False)):
         folder = write_dataset(tmp_path / f"{count}", count, size=(40, 50), kinds=("JPEG",))
         dataset = open_dataset(folder, "train")
-        assert_same(make_loader(dataset, tokenizer, keep_mb=1), make_loader(dataset, tokenizer), 20)
+        assert_same(make_loader(dataset, waves_tokenizer, keep_mb=1), make_loader(dataset, waves_tokenizer), 20)
         assert kept.pop() == fits
 
 
 @pytest.mark.slow
-def test_a_split_with_an_undecodable_image_is_not_kept(tmp_path, tokenizer, kept):
+def test_a_split_with_an_undecodable_image_is_not_kept(tmp_path, waves_tokenizer, kept):
     dataset = damaged_dataset(tmp_path / "data", 40, [7])
-    ours, others = (make_loader(dataset, tokenizer, keep_mb=keep, max_bad_fraction=0.1) for keep in (10, 0))
+    ours, others = (make_loader(dataset, waves_tokenizer, keep_mb=keep, max_bad_fraction=0.1) for keep in (10, 0))
     assert_same(ours, others, 10)
     assert (ours.skipped, others.skipped, kept) == (1, 1, [False])
 
@@ -145,9 +145,9 @@ def test_each_image_of_a_strip_is_loaded_as_if_it_were_alone(strips, settings):
 
 
 @pytest.mark.parametrize("keep_mb", [0, 10])
-def test_images_that_are_no_strips_are_refused(strips, tokenizer, keep_mb):
+def test_images_that_are_no_strips_are_refused(strips, waves_tokenizer, keep_mb):
     with pytest.raises(DataError, match="strip of 2"):
-        take(make_loader(strips[0], tokenizer, augment=Augment(strip=2), keep_mb=keep_mb), 1)
+        take(make_loader(strips[0], waves_tokenizer, augment=Augment(strip=2), keep_mb=keep_mb), 1)
 
 
 # Images of several samples

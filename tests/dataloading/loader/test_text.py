@@ -29,7 +29,7 @@ def component(tokenizer, captions: list[str], length: int = LENGTH) -> bytes:
 
 
 @pytest.fixture
-def write(tmp_path, tokenizer):
+def write(tmp_path, waves_tokenizer):
     def write(stored, described: dict | None, name: str = "data"):
         """Writes 20 samples. `stored(i)` is the `.tok` component of sample i, or None."""
         folder = tmp_path / name
@@ -52,29 +52,29 @@ def batches(dataset, tokenizer, count: int = 5, length: int = LENGTH):
     return list(itertools.islice(loader, count))
 
 
-def test_stored_tokens_equal_those_made_while_loading(write, tokenizer, monkeypatch):
-    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
-    dataset = write(lambda i: component(tokenizer, make_captions(i)), described)
+def test_stored_tokens_equal_those_made_while_loading(write, waves_tokenizer, monkeypatch):
+    described = {"fingerprint": waves_tokenizer.fingerprint, "max_length": LENGTH}
+    dataset = write(lambda i: component(waves_tokenizer, make_captions(i)), described)
     plain = write(lambda i: None, None, "plain")
-    wanted = {length: batches(plain, tokenizer, length=length) for length in (LENGTH, 7)}
-    monkeypatch.setattr(type(tokenizer), "encode", None)  # must not be called
+    wanted = {length: batches(plain, waves_tokenizer, length=length) for length in (LENGTH, 7)}
+    monkeypatch.setattr(type(waves_tokenizer), "encode", None)  # must not be called
     for length, expected in wanted.items():
-        for ours, others in zip(batches(dataset, tokenizer, length=length), expected, strict=True):
+        for ours, others in zip(batches(dataset, waves_tokenizer, length=length), expected, strict=True):
             assert rows([ours]) == rows([others])
 
 
 @pytest.mark.slow
-def test_captions_of_a_small_split_are_tokenized_once(write, tokenizer, monkeypatch):
-    seen, encode = Counter(), tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda texts, length: seen.update(texts) or encode(texts, length))
-    batches(write(lambda i: None, None), tokenizer, 13)  # five epochs
+def test_captions_of_a_small_split_are_tokenized_once(write, waves_tokenizer, monkeypatch):
+    seen, encode = Counter(), waves_tokenizer.encode
+    monkeypatch.setattr(waves_tokenizer, "encode", lambda texts, length: seen.update(texts) or encode(texts, length))
+    batches(write(lambda i: None, None), waves_tokenizer, 13)  # five epochs
     assert set(seen.values()) == {1}
 
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "other"}, {"max_length": LENGTH - 1}])
-def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokenizer, changed):
-    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH} | changed
-    assert len(batches(write(lambda i: b"no tokens at all", described), tokenizer)) == 5
+def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, waves_tokenizer, changed):
+    described = {"fingerprint": waves_tokenizer.fingerprint, "max_length": LENGTH} | changed
+    assert len(batches(write(lambda i: b"no tokens at all", described), waves_tokenizer)) == 5
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokeni
         (None, "of 1 captions"),
     ],
 )
-def test_malformed_stored_tokens_are_refused_with_the_sample(write, tokenizer, stored, word):
-    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
+def test_malformed_stored_tokens_are_refused_with_the_sample(write, waves_tokenizer, stored, word):
+    described = {"fingerprint": waves_tokenizer.fingerprint, "max_length": LENGTH}
     content = None if stored is None else np.array(stored, "<i4").tobytes()
-    dataset = write(lambda i: content if i == 3 else component(tokenizer, make_captions(i)), described)
-    assert (tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id) == (400, 2, 3)
+    dataset = write(lambda i: content if i == 3 else component(waves_tokenizer, make_captions(i)), described)
+    assert (waves_tokenizer.vocab_size, waves_tokenizer.cls_id, waves_tokenizer.sep_id) == (400, 2, 3)
     with pytest.raises(DataError, match=f"train-000000.tar offset .* key 3: .*{word}"):
-        batches(dataset, tokenizer)
+        batches(dataset, waves_tokenizer)
 
 
 def test_a_truncated_token_component_is_refused():
@@ -174,16 +174,17 @@ def test_a_caption_without_tokens_gives_its_turn_to_the_next(tmp_path, monkeypat
         assert torch.equal(batch.text_id, same.text_id)
 
 
-def test_a_stored_caption_without_tokens_gives_its_turn_to_the_next(write, tokenizer):
+def test_a_stored_caption_without_tokens_gives_its_turn_to_the_next(write, waves_tokenizer):
     """In a pass in order, which takes each image's first caption."""
-    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
-    empty = np.array([2, tokenizer.cls_id, tokenizer.sep_id], "<i4").tobytes()
+    described = {"fingerprint": waves_tokenizer.fingerprint, "max_length": LENGTH}
+    empty = np.array([2, waves_tokenizer.cls_id, waves_tokenizer.sep_id], "<i4").tobytes()
     several = [i for i in range(20) if len(make_captions(i)) > 1]
     dataset = write(
-        lambda i: empty * (i in several) + component(tokenizer, make_captions(i)[1 if i in several else 0 :]), described
+        lambda i: empty * (i in several) + component(waves_tokenizer, make_captions(i)[1 if i in several else 0 :]),
+        described,
     )
-    loader = Loader(dataset, tokenizer, batch_size=20, image_size=32, text_length=LENGTH, seed=2, train=False)
+    loader = Loader(dataset, waves_tokenizer, batch_size=20, image_size=32, text_length=LENGTH, seed=2, train=False)
     ((batch, _),) = list(loader)
     wanted = [make_captions(i)[1 if i in several else 0] for i in range(20)]
-    assert batch.tokens.tolist() == tokenizer.encode(wanted, LENGTH)[0].tolist()
+    assert batch.tokens.tolist() == waves_tokenizer.encode(wanted, LENGTH)[0].tolist()
     assert batch.text_id.tolist() == [text_hash(caption) for caption in wanted]

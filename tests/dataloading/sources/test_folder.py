@@ -139,7 +139,7 @@ def test_a_row_of_json_may_leave_out_a_caption_that_is_null(tmp_path):
 
 
 @pytest.mark.parametrize("table", [False, True])
-def test_folders_named_as_evaluation_splits_keep_their_images_out_of_training(tmp_path, table):
+def test_folders_named_as_evaluation_splits_are_kept_out_of_training(tmp_path, table):
     """Shares divide the others. A deeper folder, and train, which may be a class, state no split."""
     places = ["train", "val", "test_images", "cars/test"]
     names = [f"{place}/{i}" for place in places for i in range(10)]

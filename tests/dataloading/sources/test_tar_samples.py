@@ -117,7 +117,7 @@ def test_tars_that_are_damaged_or_hold_nothing_are_refused_with_the_place(tmp_pa
     refuse(write_tar(tmp_path / "sound.tar", [("1.wav", b"sound"), ("1.lab", b"words")]), r"sound\.tar")
 
 
-def test_a_tar_that_cannot_be_read_just_now_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+def test_a_tar_that_cannot_be_read_now_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     """A disk's error is not damage: the same command again has all samples."""
     path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2))
     read, failures = tarfile.TarFile.extractfile, [OSError(5, "Input/output error")]

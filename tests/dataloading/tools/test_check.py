@@ -68,7 +68,7 @@ WEBP = published.encoded(published.make_image(0), "WEBP", exif=b"Exif\0\0II*\0\x
         (["a cat", "a dog\n\u200b\u0301"], ["key 1: wanted captions in which something can be seen"]),
     ],
 )
-def test_check_tells_of_samples_of_other_tools_what_a_build_would_not_write(tmp_path, members, wanted):
+def test_check_tells_of_others_samples_what_a_build_would_not_write(tmp_path, members, wanted):
     write_tar(tmp_path / "train-0.tar", members)
     rebuild_indices(tmp_path)
     problems = problems_of(tmp_path)
@@ -82,14 +82,16 @@ def test_check_tells_of_samples_of_other_tools_what_a_build_would_not_write(tmp_
     ids=["lists", "a long number", "half a pair"],
 )
 def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
-    tmp_path, tokenizer, monkeypatch, metadata, good
+    tmp_path, waves_tokenizer, monkeypatch, metadata, good
 ):
     image = published.encoded(published.make_image(0))
     write_tar(tmp_path / "train-0.tar", [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
     with monkeypatch.context() as other_tool:  # writes index lines that ours leaves out
         other_tool.setattr("mvlm_dataloading.tools.reindex.parse_metadata", lambda text, where: {})
         rebuild_indices(tmp_path)
-    loader = Loader(open_dataset(tmp_path, "train"), tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
+    loader = Loader(
+        open_dataset(tmp_path, "train"), waves_tokenizer, batch_size=1, image_size=32, text_length=8, seed=0
+    )
     if good:
         assert problems_of(tmp_path) == []
         batch, _ = next(iter(loader))
@@ -134,11 +136,11 @@ def test_check_finds_a_repeated_key(tmp_path):
 
 
 @pytest.mark.slow
-def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):
-    tokenizer.save(tmp_path / "tokenizer.json")
+def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, waves_tokenizer):
+    waves_tokenizer.save(tmp_path / "tokenizer.json")
     out = build_scripts(tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", text_length=8)
     assert problems_of(out) == []
-    ids, _ = tokenizer.encode(["number 6"], 8)
+    ids, _ = waves_tokenizer.encode(["number 6"], 8)
     tokens = np.array([len(ids), *ids], "<i4")
     for wrong, message in (
         ([*tokens[:-1], 70000], "k6: wanted captions of 3 token ids or more, from 0 to 399"),

@@ -57,7 +57,7 @@ def foreign(folder: Path) -> None:
     write_tar(folder / "val-0.tar", [("v.jpg", jpegs[6]), ("v.txt", b"one\ntwo\n")])
 
 
-def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
+def test_tars_of_other_tools_are_indexed_in_place(tmp_path, waves_tokenizer):
     foreign(tmp_path / "tars")
     before = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
     description = rebuild_indices(tmp_path / "tars")
@@ -76,7 +76,7 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     dataset = open_dataset(tmp_path / "tars", "train")
     assert dataset.keys.tolist() == ["a/v1.0.final", "a%20name", "100%25", "é", "n" * 120]
     assert [dataset.captions(i)[0] for i in range(5)] == ["dots", "blanks", "per cent", "accent", "long"]
-    loader = Loader(dataset, tokenizer, batch_size=5, image_size=54, text_length=8, seed=0, train=False,
+    loader = Loader(dataset, waves_tokenizer, batch_size=5, image_size=54, text_length=8, seed=0, train=False,
                     masking=Masking(patch_size=9, mask_block=18))  # fmt: skip
     ((batch, _),) = list(loader)
     for row, i in enumerate((0, 1, 2, 4, 5)):

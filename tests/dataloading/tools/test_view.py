@@ -174,14 +174,14 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
                for shard in part["shards"])  # fmt: skip
 
 
-def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, tokenizer):
-    tokenizer.save(tmp_path / "tokenizer.json")
+def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, waves_tokenizer):
+    waves_tokenizer.save(tmp_path / "tokenizer.json")
     sets = [
         write(tmp_path / name, numbers, tokenizer=tmp_path / "tokenizer.json", text_length=length)
         for name, numbers, length in (("a", range(3), 8), ("b", range(3, 6), 8), ("c", range(6, 9), 9))
     ]
     agreed = make_view(tmp_path / "agreed", sets[:2])
-    assert agreed["tokens"] == {"fingerprint": tokenizer.fingerprint, "max_length": 8}
+    assert agreed["tokens"] == {"fingerprint": waves_tokenizer.fingerprint, "max_length": 8}
     digest = hashlib.sha256((tmp_path / "agreed" / "tokenizer.json").read_bytes()).hexdigest()
     assert agreed["tokenizer"] == digest
     assert " tok " in (tmp_path / "agreed" / "train-000000.idx").read_text()

@@ -13,7 +13,7 @@ from support.kernels.attention import SIDES, build
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_inverted_index_lists_every_reader_once_with_the_busiest_sequence_first(dtype: torch.dtype):
+def test_inverted_index_lists_each_reader_once_the_busiest_sequence_first(dtype: torch.dtype):
     index = np.random.default_rng(0).integers(0, 7, 40)
     index[index == 3] = 4  # a sequence without readers
     order, spans = invert_key_index(torch.from_numpy(index).to(dtype), 7)

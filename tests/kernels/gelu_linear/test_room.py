@@ -8,7 +8,7 @@ from mvlm_kernels.gelu_linear import room
 from mvlm_kernels.gelu_linear.room import Held, Room, saving_none
 
 
-def test_gelus_are_saved_in_what_a_whole_step_with_the_optimizers_state_left_free():
+def test_gelus_are_saved_in_what_a_whole_step_and_its_optimizer_leave_free():
     free = [1000]
     found = Room(lambda: free[0])
     assert found.take(1) is None  # the first step

@@ -47,7 +47,7 @@ def test_swapped_patch_embed_gives_the_same_features():
     torch.testing.assert_close(model(normalised(images)), wanted)
 
 
-def test_embeddings_of_features_are_kept_where_values_of_channels_are_given():
+def test_embeddings_of_features_are_kept_where_channels_have_values():
     """As in Visformer, whose stem reads the image and whose embeddings read features."""
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -197,7 +197,7 @@ def test_swap_reports_what_it_did_and_undo_puts_it_back(calls: list[AttentionCal
     assert len(calls) == 2
 
 
-def test_second_swap_is_refused_and_undoing_both_puts_the_first_implementation_back():
+def test_second_swap_is_refused_and_undoing_both_restores_the_first():
     """In either order; under another name too."""
     for again in (NAME, "sdpa_of_another_name"):
         for turn in (1, -1):

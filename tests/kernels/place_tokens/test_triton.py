@@ -57,7 +57,7 @@ def test_place_kernels_for_197_positions():
     check_placement(*case(2, 196, 24, "visible", visible=49))
 
 
-def test_place_tokens_takes_parameters_in_the_shapes_of_timm_and_transformers():
+def test_place_tokens_takes_parameters_as_timm_and_transformers_shape_them():
     inputs, options = case(2, 4, 3, "masked")
     tokens, mask_token, pos_embed, cls_token = inputs
     out = place_tokens(tokens, mask_token[None, None], pos_embed[None], cls_token[None, None], **options)

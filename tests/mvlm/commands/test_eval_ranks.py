@@ -23,16 +23,16 @@ class Killed(VisualQuestionAnswering):
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> Path:
+def three_batches(tmp_path_factory) -> Path:
     """Three batches of questions. Read only."""
     return write_questions(tmp_path_factory.mktemp("questions") / "data", {"train": 16, "test": 130})
 
 
 @pytest.fixture(scope="module")
-def tuned(trained, questions, tmp_path_factory) -> Path:
+def tuned(trained, three_batches, tmp_path_factory) -> Path:
     """A fine-tuned run with a checkpoint after each of its two steps. Read only."""
     config = finetune_config(
-        trained, questions, tmp_path_factory.mktemp("tuned") / "run", checkpoint_every_steps=1, keep_checkpoints=2
+        trained, three_batches, tmp_path_factory.mktemp("tuned") / "run", checkpoint_every_steps=1, keep_checkpoints=2
     )
     finetune(config)
     return config.out
@@ -57,12 +57,12 @@ def refusal(outcome: tuple[list[int], str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task, what", [("vqa", "model"), ("retrieval", "model"), ("retrieval", "data")])
-def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path, on_two_ranks, what, task):
+def test_ranks_with_other_models_or_data_are_refused(tuned, three_batches, tmp_path, on_two_ranks, what, task):
     """A run that still trains has another newest checkpoint for a rank that looks later."""
     first, second = checkpoints(tuned / "checkpoints")
     other = write_questions(tmp_path / "other", {"train": 16, "test": 129})
     run = each(tmp_path / "own", "run", first, second) if what == "model" else str(second)
-    data = each(tmp_path / "own", "data", questions, other) if what == "data" else str(questions)
+    data = each(tmp_path / "own", "data", three_batches, other) if what == "data" else str(three_batches)
     out = tmp_path / "out.json"
     line = refusal(on_two_ranks("eval", task, "--checkpoint", run, "--data", data, "--out", out, *CPU))
     assert line.startswith(f"mvlm: rank 1 was started with other settings or data than rank 0 ({what}: rank 0 has ")
@@ -71,17 +71,17 @@ def test_ranks_with_other_models_or_data_are_refused(tuned, questions, tmp_path,
 
 
 @pytest.mark.slow
-def test_ranks_with_other_options_are_refused(tuned, trained, questions, tmp_path, on_two_ranks):
+def test_ranks_with_other_options_are_refused(tuned, trained, three_batches, tmp_path, on_two_ranks):
     rerank = ("--rerank", "{rank}", "--out", tmp_path / "out.json")
-    found = refusal(on_two_ranks("eval", "retrieval", "--checkpoint", trained, "--data", questions, *CPU, *rerank))
+    found = refusal(on_two_ranks("eval", "retrieval", "--checkpoint", trained, "--data", three_batches, *CPU, *rerank))
     assert "(rerank: rank 0 has 0, rank 1 has 1); start all ranks with the same command" in found
     assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize("task, rank", [("vqa", 0), ("retrieval", 1)])
-def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ranks, rank, task):
+def test_a_mistake_on_one_rank_is_one_line(tuned, three_batches, tmp_path, on_two_ranks, rank, task):
     """The data are missing on the machine of one rank."""
-    places = [questions, tmp_path / "nothing"]
+    places = [three_batches, tmp_path / "nothing"]
     data = each(tmp_path / "own", "data", *(places if rank == 1 else places[::-1]))
     words = ["eval", task, "--checkpoint", tuned, *CPU, "--out", tmp_path / "out.json"]
     start = "mvlm: rank 1: " if rank == 1 else "mvlm: "
@@ -91,11 +91,11 @@ def test_a_mistake_on_one_rank_is_one_line(tuned, questions, tmp_path, on_two_ra
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_other_and_a_new_start_has_the_figures_of_one(
-    tuned, questions, tmp_path, on_two_ranks, run_mvlm
+def test_a_killed_rank_ends_the_other_and_a_restart_has_the_figures_of_one(
+    tuned, three_batches, tmp_path, on_two_ranks, run_mvlm
 ):
     (tmp_path / "killed.py").write_text(KILLED)
-    words = ("--checkpoint", tuned, "--data", questions, *CPU, "--out")
+    words = ("--checkpoint", tuned, "--data", three_batches, *CPU, "--out")
     codes, errors = on_two_ranks("eval", tmp_path / "killed.py", *words, tmp_path / "two.json")
     assert codes == [1, -9], errors
     assert "mvlm: rank 0 lost another rank and ends too (" in errors

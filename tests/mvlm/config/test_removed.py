@@ -36,7 +36,7 @@ def old_run(folder: Path, name: str, value: Any) -> PretrainConfig:
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_a_file_with_a_removed_setting_is_read_at_its_default_and_if_a_resume_could_change_it(name, tmp_path):
+def test_a_removed_setting_is_read_at_its_default_or_if_a_resume_sets_it(name, tmp_path):
     default = REMOVED[name].default
     for number, value in enumerate([default, another(default)] if REMOVED[name].free else [default]):
         config = old_run(tmp_path / str(number), name, value)

@@ -250,7 +250,7 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
 
 
 @pytest.mark.slow
-def test_checkpointed_blocks_recompute_what_they_saved_in_every_room_for_gelus():
+def test_checkpointed_blocks_recompute_what_they_saved_in_every_gelu_room():
     """As on a GPU, where a step saves as many GELUs as fit: to the bit the gradients of a step that saves none."""
     batch, masks = micro_batch()
     blocks = dict.fromkeys(("image_layers", "text_layers", "cross_layers", "decoder_layers"), 1)

@@ -15,7 +15,7 @@ from support.scenes import scene
 
 
 @pytest.fixture
-def model():
+def network():
     return micro_model(dtype=torch.float32).eval()
 
 
@@ -62,15 +62,15 @@ def test_wrong_partners_have_other_words_where_there_are_any(texts):
         assert partner == (unlike or others)[0]
 
 
-def test_a_model_without_cross_attention_gains_nothing(model, heldout_split, tokenizer):
+def test_a_model_without_cross_attention_gains_nothing(network, heldout_split, tokenizer):
     """With its output at zero, the right and the wrong partner make no difference."""
     with torch.no_grad():
-        for name, module in model.named_modules():
+        for name, module in network.named_modules():
             if name.endswith("cross_attention.out"):
                 module.weight.zero_()
                 module.bias.zero_()
     gain = cross_modal_gain(
-        model, heldout_split, encode_split(model, heldout_split, tokenizer, "fp32"), tokenizer, 2, "fp32"
+        network, heldout_split, encode_split(network, heldout_split, tokenizer, "fp32"), tokenizer, 2, "fp32"
     )
     assert (gain["gain_text_nats"], gain["gain_pixels_pct"]) == (0, 0)
     assert gain["gain_text_nats_95"] == gain["gain_pixels_pct_95"] == [0, 0]
@@ -78,13 +78,13 @@ def test_a_model_without_cross_attention_gains_nothing(model, heldout_split, tok
 
 
 @pytest.mark.slow
-def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monkeypatch):
+def test_gain_of_a_model_with_known_losses(network, heldout_split, tokenizer, monkeypatch):
     """Given its own image, sample i gives the masked token at position c of its caption a logit of i/2 + c/3 more
     than the others; given its own caption, each of its masked pixels is off by (i + 1)/10. Given a wrong image,
     no token gets more than another, and with a wrong caption the pixels are off by half as much again."""
-    vocabulary, number = model.config.vocab_size, 8
-    batches = [next(iter(eval_loader(heldout_split, model, tokenizer, seed))) for seed in (0, 1, 2)]
-    features = encode_split(model, heldout_split, tokenizer, "fp32")
+    vocabulary, number = network.config.vocab_size, 8
+    batches = [next(iter(eval_loader(heldout_split, network, tokenizer, seed))) for seed in (0, 1, 2)]
+    features = encode_split(network, heldout_split, tokenizer, "fp32")
     features.v[:, 0, 0] = torch.arange(number)  # so that the mock below can see which sample it is given
     features.w[features.starts[:-1], 0] = features.owner.float()
     tokens, starts = batches[0][0].tokens, batches[0][0].cu_seqlens.tolist()  # the same in every pass
@@ -101,10 +101,10 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
                 logits[m, tokens[place]] = bonus(place)
         assert any(torch.equal(drawn.patch_ids, masks.patch_ids) for _, drawn in batches)
         off = (own + 1) / 10 * torch.where(w.first()[:, 0, 0] == own, 1.0, 1.5)
-        return logits, model.patch_targets(batch.images, masks.patch_ids) + off[:, None, None]
+        return logits, network.patch_targets(batch.images, masks.patch_ids) + off[:, None, None]
 
     monkeypatch.setattr(gains, "reconstruct", reconstruct)
-    gain = cross_modal_gain(model, heldout_split, features, tokenizer, 3, "fp32")
+    gain = cross_modal_gain(network, heldout_split, features, tokenizer, 3, "fp32")
 
     nats, lost, count = np.zeros(number), np.zeros(number), np.zeros(number)  # by sample
     for _, masks in batches:
@@ -126,11 +126,11 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
     assert gain["gain_pixels_pct_95"] == [pytest.approx(50, abs=1e-3)] * 2  # the ratio is the same for every sample
 
 
-def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tokenizer):
+def test_trivial_predictors_against_numpy(network, train_split, heldout_split, tokenizer):
     images = np.stack([scene(i)[0] for i in range(32)]).astype(np.float64)  # (32, S, S, 3)
     median = np.floor(np.median(images, axis=0))
-    mean, std = np.array(model.config.image_mean), np.array(model.config.image_std)
-    ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
+    mean, std = np.array(network.config.image_mean), np.array(network.config.image_std)
+    ((batch, masks),) = list(eval_loader(heldout_split, network, tokenizer))
     white, middle = [], []
     for row in range(8):
         pixels = batch.images[row].permute(1, 2, 0).numpy().astype(np.float64)
@@ -139,6 +139,6 @@ def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tok
             target = (pixels[area] / 255 - mean) / std
             white.append(np.abs((1 - mean) / std - target).mean())
             middle.append(np.abs((median[area] / 255 - mean) / std - target).mean())
-    found = trivial_losses(model, train_split, heldout_split, tokenizer)
+    found = trivial_losses(network, train_split, heldout_split, tokenizer)
     assert found["masked_l1_white"] == pytest.approx(np.mean(white), abs=6e-5)
     assert found["masked_l1_train_median"] == pytest.approx(np.mean(middle), abs=6e-5)

@@ -132,7 +132,7 @@ def test_ranks_against_brute_force(direction, k, different):
         assert found.itm.tolist() != found.itm_alone.tolist()
 
 
-def test_a_pair_is_judged_once_for_both_directions_and_an_images_pairs_lie_together():
+def test_a_pair_is_judged_once_and_the_pairs_of_an_image_lie_together():
     rng = np.random.default_rng(2)
     owner = [i for i in range(90) for _ in range(2)]
     image, text = rng.normal(size=(90, 5)), rng.normal(size=(180, 5))
@@ -174,7 +174,7 @@ def test_recall_is_per_cent_of_queries():
 
 
 @pytest.fixture(scope="module")
-def model():
+def network():
     return micro_model(dtype=torch.float32).eval()
 
 
@@ -182,13 +182,13 @@ def model():
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("batch", [64, 3])
 def test_features_of_a_split_are_those_of_each_image_and_caption_alone(
-    model, heldout_split, tokenizer, monkeypatch, tmp_path, batch, place
+    network, heldout_split, tokenizer, monkeypatch, tmp_path, batch, place
 ):
     """The plain network encodes each alone."""
     monkeypatch.setattr(encode, "BATCH", batch)
     monkeypatch.setattr(retrieval, "BATCH", batch)
     workspace = Workspace(tmp_path if place == "disk" else None)
-    found = encode_split(model, heldout_split, tokenizer, "fp32", workspace)
+    found = encode_split(network, heldout_split, tokenizer, "fp32", workspace)
     captions = [caption for i in range(8) for caption in heldout_split.captions(i)]
     assert found.captions == captions
     assert len(captions) == 12  # every second image has two
@@ -201,21 +201,21 @@ def test_features_of_a_split_are_those_of_each_image_and_caption_alone(
     with torch.no_grad():
         for i in range(8):
             pixels = torch.from_numpy(scene(3 * i + 1)[0]).permute(2, 0, 1)[None]
-            v = model.encode_image(pixels)
+            v = network.encode_image(pixels)
             torch.testing.assert_close(found.v[i], v[0], rtol=0, atol=1e-5)
-            torch.testing.assert_close(found.image_embedding[i], model.embed_image(v)[0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.image_embedding[i], network.embed_image(v)[0], rtol=0, atol=1e-6)
         for t, caption in enumerate(captions):
             tokens = torch.from_numpy(tokenizer.encode([caption], 12)[0])
             length = len(tokens)
-            w, _ = model.encode_text(tokens, torch.tensor([0, length]), length)
+            w, _ = network.encode_text(tokens, torch.tensor([0, length]), length)
             rows = found.w[found.starts[t] : found.starts[t + 1]]
             torch.testing.assert_close(rows, w[0], rtol=0, atol=1e-5)
-            torch.testing.assert_close(found.text_embedding[t], model.embed_text(w)[0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.text_embedding[t], network.embed_text(w)[0], rtol=0, atol=1e-6)
     for embedding in (found.image_embedding, found.text_embedding):
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
 
 
-def test_the_first_caption_of_an_image_is_one_that_has_a_token(model, tokenizer, monkeypatch, tmp_path):
+def test_the_first_caption_of_an_image_is_one_that_has_a_token(network, tokenizer, monkeypatch, tmp_path):
     """As in the loader of the masks, which passes over the others."""
     with ShardWriter(tmp_path, name="odd", source="tests", licence="CC0", attribution="", recipe={}) as writer:
         for i, captions in enumerate((["unseen", "red", "blue"], ["green", "unseen"], ["red", "blue"])):
@@ -223,9 +223,9 @@ def test_the_first_caption_of_an_image_is_one_that_has_a_token(model, tokenizer,
     encoding = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda texts, n: encoding([t.replace("unseen", "") for t in texts], n))
     split = open_dataset(tmp_path, "test")
-    found = encode_split(model, split, tokenizer, "fp32")
+    found = encode_split(network, split, tokenizer, "fp32")
     assert [found.captions[n] for n in found.first.tolist()] == ["red", "green", "red"]
-    (batch, _), *_ = encode.eval_loader(split, model, tokenizer)
+    (batch, _), *_ = encode.eval_loader(split, network, tokenizer)
     lengths = found.starts.diff()[found.first]
     assert torch.equal(batch.cu_seqlens.diff().long(), lengths)
 

@@ -16,7 +16,7 @@ TEXT = "red top left"
 
 # Two heads of 8, as all micro models have; of 32, which the kernels take as it is; and of 144, which they do not take.
 @pytest.fixture(scope="module", params=[("post", 16), ("pre", 64), ("pre", 288)], ids=str)
-def model(request, tokenizer) -> TrainedModel:
+def sharp_model(request, tokenizer) -> TrainedModel:
     norm, width = request.param
     network = micro_model(dtype=torch.float32, cross_norm=norm, cross_layers=3, text_length=40, width=width)
     with torch.no_grad():  # wide layers of large random numbers saturate every softmax
@@ -45,15 +45,15 @@ def pixels() -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_weights_are_the_softmax_of_the_plain_model(model, pixels):
-    found = model.attention(pixels, TEXT)
-    log_odds, weights = match_by_hand(model, pixels, TEXT)
+def test_weights_are_the_softmax_of_the_plain_model(sharp_model, pixels):
+    found = sharp_model.attention(pixels, TEXT)
+    log_odds, weights = match_by_hand(sharp_model, pixels, TEXT)
     assert found.words == ["[CLS]", "red", "top", "left"]
     assert found.weights.shape == (3, 2, 4, 4, 4)
     assert found.log_odds == pytest.approx(log_odds.item(), abs=1e-4)
     for layer, (p,) in enumerate(weights):
         rows = torch.stack(
-            [p[:, start:stop, 1:].mean(1) for start, stop in spans_of(model.tokenizer, TEXT)], dim=1
+            [p[:, start:stop, 1:].mean(1) for start, stop in spans_of(sharp_model.tokenizer, TEXT)], dim=1
         )  # (H, words, N)
         np.testing.assert_allclose(found.weights[layer].flatten(2).numpy(), rows.detach().numpy(), rtol=0, atol=1e-6)
         rest = p[:, 0, 0].detach().numpy()  # on the image's [CLS]
@@ -62,14 +62,14 @@ def test_weights_are_the_softmax_of_the_plain_model(model, pixels):
 
 
 @pytest.mark.slow
-def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(model, pixels):
-    found = model.attention(pixels, TEXT)
-    log_odds, weights = match_by_hand(model, pixels, TEXT)
+def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(sharp_model, pixels):
+    found = sharp_model.attention(pixels, TEXT)
+    log_odds, weights = match_by_hand(sharp_model, pixels, TEXT)
     log_odds.backward()
     for layer, p in enumerate(weights):
         assert p.grad is not None
         cam = (p * p.grad.clamp(min=0))[0].mean(0).detach()  # (L, M)
-        rows = torch.stack([cam[start:stop, 1:].mean(0) for start, stop in spans_of(model.tokenizer, TEXT)])
+        rows = torch.stack([cam[start:stop, 1:].mean(0) for start, stop in spans_of(sharp_model.tokenizer, TEXT)])
         scale = rows.abs().max().item()
         np.testing.assert_allclose(found.gradcam[layer].flatten(1).numpy(), rows.numpy(), rtol=0, atol=1e-4 * scale)
     assert torch.equal(found.relevance, found.gradcam[1])
@@ -78,16 +78,16 @@ def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(model, 
 
 
 @pytest.mark.slow
-def test_maps_leave_the_model_as_it_is_and_need_no_parameter_gradients(model, pixels):
-    before = model.attention(pixels, TEXT)
-    assert all(parameter.grad is None for parameter in model.network.parameters())
-    frozen = TrainedModel(model.network, model.tokenizer, "bf16")  # maps are in float32 all the same
+def test_maps_leave_the_model_as_it_is_and_need_no_parameter_gradients(sharp_model, pixels):
+    before = sharp_model.attention(pixels, TEXT)
+    assert all(parameter.grad is None for parameter in sharp_model.network.parameters())
+    frozen = TrainedModel(sharp_model.network, sharp_model.tokenizer, "bf16")  # maps are in float32 all the same
     try:
-        model.network.requires_grad_(False)
+        sharp_model.network.requires_grad_(False)
         with torch.no_grad():
             again = frozen.attention(pixels, TEXT)
     finally:
-        model.network.requires_grad_(True)
+        sharp_model.network.requires_grad_(True)
     assert torch.equal(before.gradcam, again.gradcam)
     assert torch.equal(before.weights, again.weights)
 

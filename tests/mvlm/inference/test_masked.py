@@ -16,7 +16,7 @@ from support.scenes import scene
 
 
 @pytest.fixture
-def model():
+def network():
     return micro_model(dtype=torch.float32).eval()
 
 
@@ -41,18 +41,18 @@ def test_guesses_are_tokens_of_the_tokenizer(train_split):
     assert probabilities.sum(1).tolist() == pytest.approx([1.0] * len(masks.token_ids))
 
 
-def test_guesses_against_the_models_logits(model, tokenizer):
+def test_guesses_against_the_models_logits(network, tokenizer):
     """Every caption alone, without padding. The masked tokens themselves have no influence."""
     batch, masks = micro_batch()
     starts = batch.cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(starts)]
     guesses, probabilities = fill_mask(
-        model, tokenizer, batch.images, batch.tokens, lengths, masks.token_ids, 4, "fp32"
+        network, tokenizer, batch.images, batch.tokens, lengths, masks.token_ids, 4, "fp32"
     )
     assert guesses.shape == probabilities.shape == (len(masks.token_ids), 4)
     others = batch.tokens.clone()
     others[masks.token_ids] = 77
-    again = fill_mask(model, tokenizer, batch.images, others, lengths, masks.token_ids, 4, "fp32")
+    again = fill_mask(network, tokenizer, batch.images, others, lengths, masks.token_ids, 4, "fp32")
     assert torch.equal(again[0], guesses)
     assert torch.equal(again[1], probabilities)
     assert (probabilities[:, :-1] >= probabilities[:, 1:]).all()
@@ -62,9 +62,9 @@ def test_guesses_against_the_models_logits(model, tokenizer):
             caption = [
                 4 if t in masks.token_ids.tolist() else batch.tokens[t].item() for t in range(*starts[row : row + 2])
             ]
-            wm, _ = model.encode_text(torch.tensor(caption), torch.tensor([0, len(caption)]), len(caption))
-            x = model.text_cross(wm, model.encode_image(batch.images[row : row + 1]))
-            logits = model.language_head(x[0, position - starts[row]]).double().numpy()[: tokenizer.vocab_size]
+            wm, _ = network.encode_text(torch.tensor(caption), torch.tensor([0, len(caption)]), len(caption))
+            x = network.text_cross(wm, network.encode_image(batch.images[row : row + 1]))
+            logits = network.language_head(x[0, position - starts[row]]).double().numpy()[: tokenizer.vocab_size]
             p = np.exp(logits - logits.max())
             p /= p.sum()
             order = np.argsort(-p)[:4]
@@ -74,17 +74,17 @@ def test_guesses_against_the_models_logits(model, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
-def test_masks_are_filled_most_probable_first(model, tokenizer, steps):
+def test_masks_are_filled_most_probable_first(network, tokenizer, steps):
     """Against a loop that asks for one step at a time; with one step, all guesses are those of the whole."""
     image, text = micro_batch((6,))[0].images[0], "red [MASK] left [MASK] on [MASK] [MASK]"
-    found = TrainedModel(model, tokenizer, "fp32").fill(text, image, top=2, steps=steps)
+    found = TrainedModel(network, tokenizer, "fp32").fill(text, image, top=2, steps=steps)
     tokens = tokens_with_masks(text, tokenizer, 12).tolist()
     every = [i for i, t in enumerate(tokens) if t == tokenizer.mask_id]
     wanted = {}
     for number in {1: [4], 2: [2, 2], 3: [2, 1, 1], 4: [1] * 4, 9: [1] * 4}[steps]:
         left = [i for i in every if i not in wanted]
         guesses, chances = fill_mask(
-            model, tokenizer, image[None], torch.tensor(tokens), [len(tokens)], torch.tensor(left), 2, "fp32"
+            network, tokenizer, image[None], torch.tensor(tokens), [len(tokens)], torch.tensor(left), 2, "fp32"
         )
         ranked = sorted(range(len(left)), key=lambda k: -chances[k, 0].item())[:number]
         for k in ranked:
@@ -124,8 +124,8 @@ def test_a_reconstruction_is_the_models_prediction_for_each_image_alone(tokenize
         assert (mine[hidden].view(-1, 3, 8, 8) - exact).abs().max() < 0.501  # rounded to the nearest byte
 
 
-def test_a_reconstruction_strip_has_three_rows_of_eight_images(model, tokenizer, heldout_split):
-    strip = reconstruction_strip(model, heldout_split, tokenizer, "fp32")
+def test_a_reconstruction_strip_has_three_rows_of_eight_images(network, tokenizer, heldout_split):
+    strip = reconstruction_strip(network, heldout_split, tokenizer, "fp32")
     assert strip.shape == (3 * 32, 8 * 32, 3)
     original, masked, rebuilt = strip.reshape(3, 32, 8, 32, 3).swapaxes(1, 2)
     for i in range(8):
@@ -166,15 +166,15 @@ def test_border_errors_against_loops():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps, numbers", [(1, [8]), (3, [3, 3, 2]), (99, [1] * 8)])
-def test_patches_are_rebuilt_in_steps(model, tokenizer, steps, numbers):
+def test_patches_are_rebuilt_in_steps(network, tokenizer, steps, numbers):
     """Against a loop that rebuilds all that is left and keeps the patches with the smallest border errors."""
     batch, masks = micro_batch()
     captions = ["red top left", "blue bottom", "green", "yellow on white", "a square"]
-    found = reconstruct(model, tokenizer, batch.images, captions, masks.patch_ids, "fp32", steps)
+    found = reconstruct(network, tokenizer, batch.images, captions, masks.patch_ids, "fp32", steps)
     for b in range(5):
         image, left = batch.images[b : b + 1], masks.patch_ids[b].tolist()
         for number in numbers:
-            whole = reconstruct(model, tokenizer, image, captions[b : b + 1], torch.tensor([left]), "fp32")
+            whole = reconstruct(network, tokenizer, image, captions[b : b + 1], torch.tensor([left]), "fp32")
             known = torch.tensor([[i not in left for i in range(16)]])
             errors = border_errors(patchify(image, 8), known, patchify(whole, 8)[:, left], torch.tensor([left]))[
                 0

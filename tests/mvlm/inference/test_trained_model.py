@@ -195,7 +195,7 @@ def test_hidden_patches_are_those_that_the_mask_touches(model, pixels):
     assert all(mask.sum() == 8 for mask in drawn)
 
 
-def test_the_hash_of_a_model_is_that_of_weights_configuration_and_tokenizer(tokenizer, train_split):
+def test_the_hash_of_a_model_is_of_weights_configuration_and_tokenizer(tokenizer, train_split):
     def hash_of(network, words=tokenizer, precision="auto"):
         return TrainedModel(network, words, precision).sha256
 

@@ -90,7 +90,7 @@ def test_what_a_tiny_model_learns_for_retrieval_takes_less_than_a_megabyte():
     assert sum(tensor.nbytes for tensor in learned(task, task.state_dict()).values()) < 1e6
 
 
-def test_what_a_tiny_model_learns_by_pretraining_takes_less_than_a_megabyte():
+def test_what_a_tiny_model_pretrains_takes_less_than_a_megabyte():
     """With all losses and their heads trained before. A head that nobody has trained learns, one without a loss not."""
     parts = {f"train_{part}": "lora" for part in PARTS} | {"lora_rank": 2, "initial_model": Path("old")}
 

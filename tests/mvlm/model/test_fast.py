@@ -213,7 +213,7 @@ def test_masked_images_are_encoded_in_evaluations_as_in_training(drop_masked):
 
 @pytest.mark.parametrize("plan", IMPLEMENTATIONS)
 @torch.no_grad()
-def test_unmasked_inputs_are_encoded_alike_with_and_without_the_masked_ones(plan):
+def test_unmasked_inputs_are_encoded_alike_with_or_without_masked_ones(plan):
     model, (batch, masks) = micro_model(), micro_batch()
     streams = IMPLEMENTATIONS[plan].encode(model, batch, masks)
     image, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)
@@ -222,7 +222,7 @@ def test_unmasked_inputs_are_encoded_alike_with_and_without_the_masked_ones(plan
 
 @pytest.mark.parametrize("plan", IMPLEMENTATIONS)
 @torch.no_grad()
-def test_no_loss_reads_a_patch_that_is_dropped_but_as_the_pixels_to_rebuild(plan):
+def test_no_loss_reads_a_dropped_patch_but_as_the_pixels_to_rebuild(plan):
     model = micro_model(drop_masked=True)
     batch, masks = micro_batch(config=model.config)
     hidden = masked_patches(masks.patch_ids, model.config.num_patches).unsqueeze(-1)
@@ -234,7 +234,7 @@ def test_no_loss_reads_a_patch_that_is_dropped_but_as_the_pixels_to_rebuild(plan
 
 
 @torch.no_grad()
-def test_masked_captions_are_contrasted_as_captions_with_these_tokens_would_be():
+def test_masked_captions_are_contrasted_as_captions_of_their_tokens():
     model, (batch, masks) = micro_model(contrast_masked=True), micro_batch()
     hidden = batch.tokens.index_fill(0, masks.token_ids, model.config.mask_token_id)
     usual = micro_model()

@@ -42,7 +42,7 @@ def test_the_four_losses_against_the_method_in_numpy(cross_norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["one pair", "equal captions", "one image"])
-def test_without_admissible_negatives_the_matching_loss_is_that_of_true_pairs(case):
+def test_without_admissible_negatives_the_matching_loss_is_of_true_pairs(case):
     """Everything stays finite."""
     model = micro_model()
     batch, masks = micro_batch((6,) if case == "one pair" else (6, 4, 9))

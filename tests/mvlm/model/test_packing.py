@@ -46,7 +46,7 @@ def test_selected_sequences_against_a_loop(tail, capacity):
     assert selected.total == len(wanted) + capacity
 
 
-def test_room_for_drawn_sequences_on_a_cpu_is_their_total_rounded_up_in_bf16():
+def test_room_for_drawn_sequences_on_a_cpu_is_their_rounded_total_in_bf16():
     packing, _ = make([30, 5, 9], 3)
     assert room_for(packing, torch.tensor([0, 0, 1]), None, torch.bfloat16) == 96  # 65
     assert room_for(packing, torch.tensor([2, 2, 1, 2]), 1, torch.bfloat16) == 32  # exactly; the bound is for a GPU
@@ -54,7 +54,7 @@ def test_room_for_drawn_sequences_on_a_cpu_is_their_total_rounded_up_in_bf16():
 
 
 @pytest.mark.parametrize(("max_rows", "wanted"), [(None, 3 * 32), (70, 70), (1000, 3 * 32)])
-def test_room_for_drawn_sequences_is_an_upper_bound_where_their_total_is_not_known(max_rows, wanted):
+def test_room_for_drawn_sequences_is_a_bound_where_their_total_is_unknown(max_rows, wanted):
     """A meta tensor has no numbers, so nothing can be read from it."""
     packing, _ = make([30, 5, 9], 3)
     assert room_for(packing, torch.empty(3, dtype=torch.long, device="meta"), max_rows, torch.bfloat16) == wanted

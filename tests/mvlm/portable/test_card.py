@@ -100,7 +100,7 @@ def test_the_card_of_a_model_without_itm_does_not_claim_it(without_itm, tmp_path
     assert names == {f"{d}, ITC, recall@{k}" for d in ("image to text", "text to image") for k in (1, 5, 10)}
 
 
-def test_the_card_of_a_fine_tuned_run_states_its_task_and_what_it_started_from(run_copy, figures):
+def test_the_card_of_a_fine_tuned_run_states_its_task_and_its_start(run_copy, figures):
     """Its figures are not zero-shot, the data before it are not its own, and its recipe is what it read."""
     read = {"task": "retrieval", "lr_head": 0.02, "train_text": "frozen"}
     start = "/home/someone/runs/my_demo/checkpoints/step_00000002"

@@ -28,7 +28,7 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.extended)])
-def test_programs_equal_the_plain_model_at_shapes_that_they_were_not_traced_with(programs, small, format):
+def test_programs_equal_the_plain_model_at_shapes_that_were_not_traced(programs, small, format):
     """The plain model encodes packed texts, each judged alone: it shares neither padding nor batches with programs."""
     network = load_model(small, "cpu", "fp32").network
     image, text, matcher = (load_program(programs(format) / f"{part.name}.{format}") for part in parts(network))

@@ -75,7 +75,7 @@ def test_figures_that_differ_in_more_than_the_model_are_marked(tmp_path, other, 
     assert ("differ in more than the model" in page.text) == marked
 
 
-def test_names_and_settings_are_escaped_and_equal_names_told_apart_by_their_paths(tmp_path):
+def test_names_and_settings_are_escaped_and_paths_tell_equal_names_apart(tmp_path):
     runs = [made_up(tmp_path / "<script>/run", 1.5), made_up(tmp_path / "b/run", 2.5, tokenizer=HOSTILE)]
     page = Page(write_comparison(runs, tmp_path / "page.html").read_text())
     assert not page.all("script")

@@ -20,7 +20,7 @@ from support.scenes import scene, write_samples, write_scenes
 
 
 @pytest.fixture(scope="module")
-def model():
+def network():
     return micro_model(dtype=torch.float32).eval()
 
 
@@ -39,15 +39,15 @@ def rows(tmp_path_factory):
     return write_samples(tmp_path_factory.mktemp("rows") / "d", samples, "test")
 
 
-def test_each_sample_is_shown_with_its_own_partner_and_with_one_of_another_image(model, tokenizer, rows):
+def test_each_sample_is_shown_with_its_own_partner_and_with_anothers(network, tokenizer, rows):
     uris, partner = [scene_uri(image) for image in range(4)], partners_of(rows).tolist()
-    filled = examples.filled_captions(model, tokenizer, rows)
+    filled = examples.filled_captions(network, tokenizer, rows)
     for i, one in enumerate(filled):
         assert (uris.index(one.right_image), uris.index(one.wrong_image)) == (i // 3, partner[i] // 3)
         assert partner[i] // 3 != i // 3
         assert text_of(one.masked).count("▢") == sum(bool(piece.mark) for piece in one.with_right) > 0
         assert not any(piece.mark for piece in one.masked)
-    strips = examples.reconstructions(model, tokenizer, rows)
+    strips = examples.reconstructions(network, tokenizer, rows)
     assert (len(filled), len(strips)) == (12, 12)
     for i, (original, masked, own, wrong) in enumerate(strips):
         assert (original.text, masked.text, original.image) == ("original", "masked", uris[i // 3])

@@ -50,7 +50,7 @@ def page(reported) -> Page:
     return Page(reported[3].read_text())
 
 
-def test_a_report_is_one_page_that_needs_nothing_from_elsewhere_and_escapes_what_others_wrote(reported, page):
+def test_a_report_needs_nothing_from_elsewhere_and_escapes_others_words(reported, page):
     run, _, _, file = reported
     text = file.read_text()
     assert file == run / "report.html"
@@ -82,7 +82,7 @@ def test_a_report_has_the_figures_charts_settings_and_data_of_the_run(reported, 
         assert words in page.text
 
 
-def test_report_can_be_written_elsewhere_and_from_the_data_of_the_evaluation(reported, tmp_path):
+def test_a_report_can_lie_elsewhere_and_use_the_data_of_the_evaluation(reported, tmp_path):
     """With the same examples each time."""
     run, data, figures, file = reported
 

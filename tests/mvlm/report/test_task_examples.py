@@ -117,7 +117,7 @@ def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(train
     torch.testing.assert_close(found.maps, by_hand, rtol=1e-3, atol=1e-4 * by_hand.max().item())
 
 
-def test_texts_that_are_too_long_and_empty_answers_have_maps_and_unknown_answers_do_not(trained):
+def test_long_texts_and_empty_answers_have_maps_and_unknown_answers_do_not(trained):
     """The list of answers may hold one that VQA's normalisation leaves empty, such as "a"."""
     images = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     task, long = made(trained, "classifier"), "red top left " * 9

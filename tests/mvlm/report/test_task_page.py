@@ -93,7 +93,7 @@ def test_figures_are_those_of_the_evaluation(reported):
     assert not reported.page.all("script")
 
 
-def test_right_examples_are_right_and_wrong_ones_wrong_and_a_hash_chooses_them(reported):
+def test_right_examples_are_right_wrong_ones_wrong_and_a_hash_chooses(reported):
     task, shown, found = reported.figures["task"], examples(reported), predictions(reported)
     keys = {reported.split.keys[i]: i for i in range(len(reported.split))}
     answers = [right_answer(task, reported.split, i) for i in range(len(reported.split))]

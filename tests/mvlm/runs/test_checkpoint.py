@@ -228,7 +228,7 @@ MANIFESTS: list[Any] = [
 
 
 @pytest.mark.parametrize("change, word", MANIFESTS)
-def test_a_manifest_that_cannot_be_read_has_odd_values_or_another_version_is_refused(run_copy, change, word):
+def test_a_manifest_with_odd_values_or_of_another_version_is_refused(run_copy, change, word):
     newest = run_copy / "checkpoints/step_00000002"
     file = newest / "manifest.json"
     if isinstance(change, str):

@@ -26,7 +26,7 @@ def test_each_part_is_described_where_it_begins(tmp_path):
     assert set(first) == {"event", "step", "time", "commit", "precision", "data", "log_every", "machine", "versions"}
 
 
-def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_of_that_moment(tmp_path):
+def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_so_far(tmp_path):
     run = RunFolder(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     writer = History(run)

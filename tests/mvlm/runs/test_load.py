@@ -67,7 +67,7 @@ def test_a_tokenizer_is_loaded_without_the_weights(trained, portable, tmp_path):
         read_architecture_of(tmp_path / "no")
 
 
-def test_a_model_that_was_saved_without_a_tokenizer_is_loaded_once_it_has_one(trained, tmp_path):
+def test_a_model_saved_without_a_tokenizer_is_loaded_once_it_has_one(trained, tmp_path):
     loaded = load_without_head(trained, "cpu")
     network, tokenizer = loaded.network, loaded.tokenizer
     network.save_pretrained(tmp_path / "own")

@@ -84,7 +84,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize("change", SETTINGS, ids=str)
-def test_settings_that_are_not_those_of_the_weights_are_refused_before_a_network_is_made(copy, monkeypatch, change):
+def test_settings_of_other_weights_are_refused_before_a_network_is_made(copy, monkeypatch, change):
     folders = {form: copy(form) for form in FORMS}
     made = []
     monkeypatch.setattr(MaskVLMNetwork, "__init__", lambda *_: made.append(1))

@@ -116,7 +116,7 @@ def test_an_inverted_file_finds_the_nearest_and_all_that_pass_a_filter(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_column_of_whole_numbers_refuses_others_and_one_of_doubles_takes_both(model, pictures, tmp_path):
+def test_a_column_of_integers_refuses_others_and_one_of_doubles_does_not(model, pictures, tmp_path):
     """No number is null in silence."""
     others = Path(shutil.copytree(pictures, tmp_path / "others"))
     for number, path in enumerate(sorted(others.rglob("*.json"))):

@@ -52,7 +52,7 @@ def test_a_seed_counts_if_it_and_the_base_arm_pass_the_rules(arm, base, counts) 
 
 
 @pytest.mark.parametrize("effect, deviation", [(2.0, 2.0), (1.5, 2.5), (2.0, 0.7)])
-def test_seeds_needed_find_the_effect_in_80_of_100_studies_and_fewer_do_not(effect: float, deviation: float) -> None:
+def test_seeds_needed_find_the_effect_in_80_of_100_studies_fewer_do_not(effect: float, deviation: float) -> None:
     needed, rng = seeds_needed(deviation, effect), np.random.default_rng(0)
     found = []
     for seeds in (needed - 1, needed):

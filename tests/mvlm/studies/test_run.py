@@ -211,9 +211,7 @@ def test_mistakes_are_refused(finished: Path, scenes, trained, tmp_path: Path, m
 
 @pytest.mark.extended
 @pytest.mark.slow
-def test_a_trial_without_itm_is_ranked_by_itc_and_counts_the_time_of_a_process_that_was_stopped(
-    scenes, tmp_path: Path
-) -> None:
+def test_a_trial_without_itm_is_ranked_by_itc_and_stopped_time_counts(scenes, tmp_path: Path) -> None:
     """Also one that continues a model that was trained without."""
     without = study().settings | {"itm_weight": 0.0}
     arms = {"base": {}, "no ITM": {"itm_weight": 0.0}}

@@ -29,7 +29,7 @@ WRITTEN = ["a red square on grass", "a blue square on white", "a brown dog on th
 
 
 @pytest.fixture(scope="module")
-def model():
+def network():
     return micro_model()
 
 
@@ -63,29 +63,31 @@ def written(model, tokenizer, image, length: int, iterations: int) -> tuple[list
 @torch.no_grad()
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("iterations", [1, 4])
-def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, iterations):
+def test_captions_are_those_written_one_at_a_time(network, tokenizer, plan, iterations):
     images = micro_batch()[0].images[:3]
     writer = Writer(
-        model, model.encode_image(images), torch.tensor(OF), torch.tensor(LENGTHS), tokenizer, IMPLEMENTATIONS[plan]
+        network, network.encode_image(images), torch.tensor(OF), torch.tensor(LENGTHS), tokenizer, IMPLEMENTATIONS[plan]
     )
     writer.write(iterations)
     likelihoods, odds = writer.mean_log_probability().tolist(), writer.match().tolist()
     for row, (of, length) in enumerate(zip(OF, LENGTHS, strict=True)):
-        words, mean = written(model, tokenizer, images[of], length, iterations)
+        words, mean = written(network, tokenizer, images[of], length, iterations)
         assert writer.words[row, :length].tolist() == words
         assert likelihoods[row] == pytest.approx(mean, rel=1e-9)
         tokens = torch.tensor([tokenizer.cls_id, *words, tokenizer.sep_id])
-        w, mask = model.encode_text(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
-        no, yes = model.matching_logits(*model.fuse(model.encode_image(images[of : of + 1]), w, mask))[0].tolist()
+        w, mask = network.encode_text(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
+        no, yes = network.matching_logits(*network.fuse(network.encode_image(images[of : of + 1]), w, mask))[0].tolist()
         assert odds[row] == pytest.approx(yes - no, rel=1e-9)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("choose_by", ["itm", "likelihood"])
-def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by):
+def test_the_best_of_the_likeliest_lengths_is_chosen(network, tokenizer, choose_by):
     task = (
-        Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2, choose_by=choose_by), {}).double().eval()
+        Captioning(copy.deepcopy(network), TaskOptions(lengths=3, iterations=2, choose_by=choose_by), {})
+        .double()
+        .eval()
     )
     task.set_tokenizer(tokenizer)
     task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -108,9 +110,9 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by
     assert task.predict(other, IMPLEMENTATIONS["fast"]) == found
 
 
-def test_the_loss_is_the_mean_over_captions(model):
+def test_the_loss_is_the_mean_over_captions(network):
     """Of each caption's own mean over its masked tokens, and of its length, given the image alone."""
-    task = Captioning(copy.deepcopy(model), TaskOptions(), {}).double()
+    task = Captioning(copy.deepcopy(network), TaskOptions(), {}).double()
     with torch.no_grad():
         task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     batch, masks = micro_batch()
@@ -120,19 +122,19 @@ def test_the_loss_is_the_mean_over_captions(model):
         start, stop = batch.cu_seqlens[row : row + 2].tolist()
         own = masks.token_ids[(masks.token_ids >= start) & (masks.token_ids < stop)]
         hidden = batch.tokens.clone()
-        hidden[own] = model.config.mask_token_id
+        hidden[own] = network.config.mask_token_id
         bounds = torch.tensor([0, stop - start], dtype=torch.int32)
-        v = model.encode_image(batch.images[row : row + 1])
-        w, mask = model.encode_text(hidden[start:stop], bounds, stop - start)
+        v = network.encode_image(batch.images[row : row + 1])
+        w, mask = network.encode_text(hidden[start:stop], bounds, stop - start)
         with torch.no_grad():
-            log_p = model.language_head(model.text_cross(w, v, mask, None))[0].log_softmax(-1)
+            log_p = network.language_head(network.text_cross(w, v, mask, None))[0].log_softmax(-1)
             lengths = task.head(v[0, 0]).log_softmax(-1)
         wanted -= float(log_p[own - start, batch.tokens[own]].mean() + lengths[stop - start - 3]) / 5
     assert found.total.item() == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
-def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_image(tmp_path, image_id):
+def test_a_row_for_each_caption_has_the_figures_of_a_row_for_each_image(tmp_path, image_id):
     """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
     names = [image_id.format(7 * i + 3) for i in range(len(COCO))]
     rows = {

@@ -132,7 +132,7 @@ def assert_equal(found: Any, wanted: Any) -> None:
 
 @pytest.mark.slow
 @every_form
-def test_implementations_and_shared_images_give_the_same_losses_gradients_and_predictions(trained, data, form):
+def test_implementations_agree_and_shared_images_change_nothing(trained, data, form):
     """Of batches in which each sample has an image of its own, and of those that have each image once."""
     task, dataset = ready(trained, data, form)
     wanted = step(task, dataset, "plain", shared=False)
@@ -273,7 +273,7 @@ def test_a_weighted_view_has_the_targets_of_each_sample_twice(trained, data, tmp
 @pytest.mark.parametrize(
     "form, other", [("classifier", "pairs"), ("entailment", "vqa"), ("pairs", "vqa"), ("caption", "vqa")]
 )
-def test_data_of_another_task_are_refused_before_anything_is_written_or_predicted(trained, data, tmp_path, form, other):
+def test_data_of_another_task_are_refused_before_anything_is_written(trained, data, tmp_path, form, other):
     task, settings = FORMS[form]
     with pytest.raises(DataError):
         finetune(finetune_config(trained, data[other], tmp_path / "run", task, **settings))

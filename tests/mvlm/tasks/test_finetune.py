@@ -78,7 +78,7 @@ def test_a_run_is_resumed_without_its_pretrained_model(run_copy, questions, tmp_
         finetune(configured(tmp_path / "elsewhere", questions, copy, resume=True, **settings))
 
 
-def test_a_run_with_settings_of_another_size_or_weights_that_are_not_finite_is_refused(tuned_copy, questions, tmp_path):
+def test_a_run_with_other_sizes_or_weights_that_are_not_finite_is_refused(tuned_copy, questions, tmp_path):
     """By `--resume` too, which passes such a checkpoint over as a damaged one."""
     out = tuned_copy
     newest = find_checkpoint(out)

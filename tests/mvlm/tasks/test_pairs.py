@@ -73,9 +73,7 @@ def test_other_data_are_refused(tmp_path, records, message):
 
 
 @pytest.mark.slow
-def test_other_numbers_of_images_labels_in_another_order_and_augmentations_are_refused(
-    trained, data, tmp_path, run_mvlm
-):
+def test_other_image_counts_label_orders_and_augmentations_are_refused(trained, data, tmp_path, run_mvlm):
     model = load_model(trained).network
     with pytest.raises(DataError, match="labels"):
         Pairs(model, TaskOptions(), {"labels": ["true", "false"], "images": 2})

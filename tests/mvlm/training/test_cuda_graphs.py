@@ -54,7 +54,7 @@ def refused(function: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]
 
 
 @pytest.mark.slow
-def test_a_trainer_that_replays_its_steps_or_may_capture_none_trains_as_an_eager_one(start, caplog):
+def test_a_trainer_that_replays_steps_or_captures_none_trains_as_eager(start, caplog):
     """Eight steps: the metrics, learning rates and weights of eager steps, those of earlier steps too."""
     rows, weights = [], []
     for way in ("eager", "replayed", "refused"):

@@ -18,7 +18,7 @@ def configuration(**changes):
 
 
 @pytest.mark.parametrize(("changes", "most"), [({}, 1.06), ({"precision": "fp32", "capture": "compile"}, 1.12)])
-def test_bf16_steps_on_a_cpu_and_compiled_ones_see_few_totals_and_little_padding(changes, most):
+def test_bf16_cpu_steps_and_compiled_ones_see_few_totals_little_padded(changes, most):
     """200 batches of 64 captions; oneDNN keeps 1,024 products, about 20 for each total."""
     rng, config = np.random.default_rng(0), configuration(**changes)
     tokens, masked, exact, padded = set(), set(), 0, 0
@@ -44,7 +44,7 @@ def test_bf16_steps_on_a_cpu_and_compiled_ones_see_few_totals_and_little_padding
         ({}, World(rank=0, size=1, local_rank=0, device=torch.device("cuda"))),
     ],
 )
-def test_other_steps_and_those_of_fine_tuning_get_their_batches_as_they_are(changes, world):
+def test_other_steps_and_fine_tuning_get_their_batches_as_they_are(changes, world):
     loaded = [micro_batch()]
     assert with_few_shapes(loaded, configuration(**changes), world) is loaded
     tuning = finetune_config(Path(), Path(), Path(), precision="bf16")

@@ -51,25 +51,25 @@ def assert_equal_averages(average: ExponentialMovingAverage, oracle: AveragedMod
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
 
 
-def test_weight_average_from_the_first_update_is_torchs_with_the_decay_of_the_update(model):
+def test_weight_average_is_torchs_with_the_decay_of_each_update(network):
     """Torch's EMA has no warm-up of its decay. Its AveragedModel takes any formula, and counts the updates."""
 
     def formula(mean: Tensor, weight: Tensor, updates: Tensor | int) -> Tensor:
         decay = min(0.7, float(updates) / (9 + float(updates)))
         return decay * mean + (1 - decay) * weight
 
-    average = ExponentialMovingAverage(model, 0.7)
-    oracle = AveragedModel(model, avg_fn=formula)
-    oracle.update_parameters(model)
+    average = ExponentialMovingAverage(network, 0.7)
+    oracle = AveragedModel(network, avg_fn=formula)
+    oracle.update_parameters(network)
     for step in range(1, 41):
-        move_weights(model)
+        move_weights(network)
         average.update(step)
-        oracle.update_parameters(model)
+        oracle.update_parameters(network)
         assert_equal_averages(average, oracle)
 
 
@@ -175,7 +175,7 @@ def everything_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Te
     return [value.detach().clone() for value in (*model.parameters(), *states)]
 
 
-def test_a_skipped_update_leaves_weights_and_momentum_even_with_nan_gradients():
+def test_an_update_skipped_for_nan_gradients_leaves_weights_and_momentum():
     model = micro_model(dtype=torch.float32)
     optimizer = make_optimizer(model, muon_config(), CPU)
     set_gradients(model)

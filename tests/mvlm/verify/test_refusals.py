@@ -152,7 +152,7 @@ def test_a_run_that_skipped_a_step(scenes, tmp_path, monkeypatch, problems):
     assert found[0].startswith("steps 3 to 4: step 3: temperature is ")  # of after the update
 
 
-def test_settings_of_a_larger_model_than_the_weights_are_refused_before_it_is_made(bare_run, problems, monkeypatch):
+def test_settings_of_a_larger_model_are_refused_before_it_is_made(bare_run, problems, monkeypatch):
     file = bare_run / "config.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"model": values["model"] | {"image_layers": 10**6}}))

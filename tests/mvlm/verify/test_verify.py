@@ -156,7 +156,7 @@ def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
     assert_refused(run_mvlm("verify", run), "history.jsonl: wanted the history of the run, found no such file")
 
 
-def test_segments_lie_between_checkpoints_and_the_last_one_is_always_replayed():
+def test_segments_lie_between_checkpoints_and_the_last_is_always_replayed():
     assert choose_segments([40, 80, 120], 0) == [(80, 120)]
     assert choose_segments([40, 80, 120], 500) == [(0, 40), (40, 80), (80, 120)]
     assert choose_segments([550], 0) == [(0, 550)]

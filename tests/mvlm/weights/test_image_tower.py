@@ -106,7 +106,7 @@ def test_images_of_a_clip_of_open_clip_have_its_embeddings(timm_inside):
     assert model.log_scale == theirs.logit_scale
 
 
-def test_timms_own_names_are_loaded_with_the_mask_token_and_without_a_classifier(tmp_path):
+def test_timms_own_names_are_loaded_with_mask_token_and_no_classifier(tmp_path):
     model = tower("test_vit")
     before = model.image_projection.weight.clone()
     tensors = timm_module(model.config).state_dict()
@@ -141,7 +141,7 @@ def test_weights_of_another_tower_leave_the_model_unchanged(change, shown):
 
 
 @pytest.mark.parametrize("settings", [{"num_attention_heads": 4}, {"hidden_act": "quick_gelu"}], ids=str)
-def test_a_config_that_says_that_the_weights_compute_something_else_is_believed(tmp_path, settings):
+def test_a_config_that_says_the_weights_compute_something_else_is_believed(tmp_path, settings):
     model = tower("test_vit")
     save_file(timm_module(model.config).state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": settings}))
@@ -161,7 +161,7 @@ def test_a_failed_download_asks_for_a_local_file(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
-def test_a_tower_for_images_of_another_size_has_the_positions_that_timm_gives(name):
+def test_a_tower_for_images_of_another_size_has_the_positions_of_timm(name):
     model = tower(name)
     module = timm_module(model.config)
     model.image_encoder.module.load_state_dict(module.state_dict())

@@ -41,7 +41,7 @@ def test_a_loaded_vit_of_timm_computes_the_same(prefix):
 
 
 @pytest.mark.parametrize("changes", [{"init_values": 0.5}, {"no_embed_class": True}], ids=str)
-def test_a_vit_with_layer_scale_or_with_positions_of_patches_alone_computes_the_same(changes):
+def test_a_vit_with_layer_scale_or_positions_of_patches_alone_is_the_same(changes):
     """LayerScale is folded into the weights; DeiT III and others add positions to patches alone, which leaves 0."""
     theirs, model = timm_vit(**changes), micro_model(3)
     weights.load_timm_vit(model, theirs.state_dict())
@@ -119,7 +119,7 @@ def test_positions_of_a_text_encoder_start_where_its_config_says(tmp_path, kind,
     assert_same_text_features(model, theirs, pad=theirs.config.pad_token_id)
 
 
-def test_a_bert_with_the_old_names_of_norms_is_loaded_and_sums_are_rounded_once():
+def test_a_bert_with_old_names_of_norms_is_loaded_and_rounds_sums_once():
     theirs = hf_text("Bert").to(torch.bfloat16)
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     tensors = {}

@@ -164,7 +164,7 @@ def test_a_run_with_a_text_tower_resumes_to_the_bit_without_its_folder(scenes, t
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_positions_behind_the_image_encoder_can_be_added_and_not_silently_lost(trained, scenes, tmp_path):
+def test_positions_behind_the_image_encoder_are_added_not_silently_lost(trained, scenes, tmp_path):
     placed = replace(load_model(trained).network.config, output_positions=True)
     model = make_model(pretrain_config(scenes, tmp_path / "run", model=placed, initial_model=trained), fresh=True)
     assert model.config.output_positions
@@ -232,7 +232,7 @@ STARTS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_run_builds_its_network_once_and_frees_the_one_that_it_starts_from(run_copy, scenes, tmp_path, start):
+def test_a_run_builds_its_network_once_and_frees_the_one_it_starts_from(run_copy, scenes, tmp_path, start):
     settings, number = STARTS[start]
     save_file({name: t.float() for name, t in timm_vit().state_dict().items()}, tmp_path / "vit.safetensors")
     settings = {name: tmp_path / value if isinstance(value, Path) else value for name, value in settings.items()}
@@ -318,7 +318,7 @@ def test_a_run_with_adapters_keeps_what_it_learns_and_resumes_to_the_bit(trained
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_its_start_stays_nearer_to_it_and_resumes_to_the_bit(trained, run_copy, scenes, tmp_path):
+def test_a_run_that_keeps_its_start_stays_near_it_and_resumes_to_the_bit(trained, run_copy, scenes, tmp_path):
     """The first step's distance is zero. Of ten steps, images and captions move less with it than without."""
     moved, losses = [], []
     settings: dict[str, Any] = {"max_steps": 10, "checkpoint_every_steps": 5, "initial_model": run_copy}

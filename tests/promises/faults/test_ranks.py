@@ -55,12 +55,12 @@ def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
 
 @pytest.mark.extended
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_can_be_resumed(trial, ranks):
+def test_a_run_whose_last_checkpoint_is_not_written_says_so_and_can_resume(trial, ranks):
     trial(f"last save, {ranks}")
 
 
 @pytest.mark.extended
-def test_sharded_weights_and_their_average_resume_exactly_and_equal_those_of_ddp(trial):
+def test_sharded_weights_and_their_average_resume_exactly_and_equal_ddps(trial):
     trial("average")
 
 
@@ -77,7 +77,7 @@ def test_bf16_learns_the_same_on_two_ranks_as_on_one(trial, parallel):
 
 @pytest.mark.extended
 @pytest.mark.parametrize("rank, end", [(0, "hangs"), (1, "ends")])
-def test_a_rank_that_fails_between_two_exchanges_ends_the_others_within_seconds(trial, rank, end):
+def test_a_rank_that_fails_between_exchanges_ends_the_others_in_seconds(trial, rank, end):
     trial(f"failed rank, {rank}, {end}")
 
 

@@ -1,4 +1,4 @@
-"""What all benchmarks share: result files, budgets, rates of the machine, the state of a GPU."""
+"""The budget of seconds that a benchmark has."""
 
 import math
 

@@ -84,8 +84,8 @@ def test_a_merge_copies_where_files_cannot_be_linked(source, whole, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_parts_know_the_tokenizer_and_the_evaluation_sets(source, tmp_path, tokenizer):
-    tokenizer.save(tmp_path / "tokenizer.json")
+def test_parts_know_the_tokenizer_and_the_evaluation_sets(source, tmp_path, waves_tokenizer):
+    waves_tokenizer.save(tmp_path / "tokenizer.json")
     options = BuildOptions(tokenizer=tmp_path / "tokenizer.json", text_length=8)
     other = build_records(tmp_path / "other", {"validation": [record(5)]})
     whole = build_shards(source, tmp_path / "whole", options, evaluation_sets=[other], workers=0)
