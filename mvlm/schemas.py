@@ -119,7 +119,7 @@ class DataSource(TypedDict):
 
 
 class Embedding(TypedDict):
-    """plan.json of an unfinished embedding."""
+    """plan.json, the specification of an unfinished embedding."""
 
     format_version: int
     model: Sha256

@@ -28,7 +28,7 @@ from mvlm.config.groups import FULL, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.exchange import plan_exchange
+from mvlm.distributed.exchange import exchange_splits
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
 from mvlm.distributed.world import World
@@ -310,8 +310,8 @@ def uniform_draws(shape: StepShape) -> list[int]:
     negatives = NegativeSampling(texts, texts, 0, 0).limited(texts, images)
     lengths = torch.full_like(texts, shape.tokens)
     starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
-    plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
-    return [number for both in plans for splits in both for number in splits.numbers.tolist()]
+    both_kinds = [exchange_splits(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
+    return [number for both in both_kinds for splits in both for number in splits.numbers.tolist()]
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:

@@ -29,7 +29,7 @@ from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.load import find_task
 from mvlm.training.run import pretrain
-from mvlm.untrusted import read_json, read_plan
+from mvlm.untrusted import read_json, read_spec
 from mvlm_dataloading import open_dataset
 from mvlm_dataloading.files import sha256, write_json
 from mvlm_dataloading.untrusted import LIMITS, parse_json, read_regular
@@ -221,9 +221,9 @@ def _check_begun(trial: Trial) -> None:
     """Record what a trial begins from. RunError if it has begun from something else."""
     file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
     config = trial.config
-    if (begun := read_plan(file)) is None:
+    if (begun := read_spec(file)) is None:
         if isinstance(config, FinetuneConfig) and load_without_head(config.checkpoint, "cpu").sha256 != trial.start:
-            raise RunError(f"{config.checkpoint}: changed since the study was planned; run the same command again")
+            raise RunError(f"{config.checkpoint}: changed since the study was set up; run the same command again")
         write_json(file, wanted)
     elif begun != wanted:
         raise RunError(

@@ -152,12 +152,12 @@ def _name(shape: Shape, heads: int) -> str:
         text += ", packed queries"
     if shape.layout_k != "dense":
         text += f", captions as keys, {shape.layout_k}"
-    readers = shape.queries // shape.keys
+    queries_per_key = shape.queries // shape.keys
     return (
         text
         + {
             "none": "",
-            "shared": f", {readers} query sequences per key sequence (key_index)",
-            "drawn": f", {readers} query sequences per key sequence on average, drawn (key_index)",
+            "shared": f", {queries_per_key} query sequences per key sequence (key_index)",
+            "drawn": f", {queries_per_key} query sequences per key sequence on average, drawn (key_index)",
         }[shape.index]
     )

@@ -256,7 +256,7 @@ def _read_sidecar(file: Path, sha256: str | None) -> dict[str, dict[str, Any]]:
     """Read img2dataset's table of a tar: key -> status and caption of every link, failed downloads included.
 
     Args:
-        sha256: that of the table when the build was planned; None if there was no table.
+        sha256: that of the table when the build began; None if there was no table.
     """
     if sha256 is None:
         return {}

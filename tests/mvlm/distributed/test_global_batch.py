@@ -186,8 +186,8 @@ def test_every_combination_agrees_with_one_rank_on_the_whole_batch(size, cases):
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
-    """At most one reader a row: the loss is another one, and two runs have the same bits."""
+def test_ranks_agree_with_one_rank_if_too_many_pairs_draw_one_negative(microbatches):
+    """At most one pair a negative: the loss is another one, and two runs have the same bits."""
     usual = Oracle(EVERY, "paper")
 
     def work() -> None:
@@ -202,7 +202,8 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
         assert all(torch.equal(gradient, runs[1][name]) for name, gradient in runs[0].items() if gradient is not None)
         world.close()
 
-    with patch.object(negatives, "limit_readers", functools.partial(negatives.limit_readers, most=1)):
+    limited = functools.partial(negatives.limit_pairs_per_negative, most=1)
+    with patch.object(negatives, "limit_pairs_per_negative", limited):
         oracle = Oracle(EVERY, "paper")
         assert abs(oracle.losses["itm"] - usual.losses["itm"]) > 1e-3
         assert [ended_well(pid) for pid in in_ranks(work, 4)] == [True] * 4
