@@ -73,7 +73,7 @@ FAMILIES = {
     "eval": "Measure a model's retrieval, or one of its tasks",
     "search": "Search images and captions by their embeddings",
 }
-"""What the commands are for that begin with the same word. `mvlm --help` shows these in one entry."""
+"""Purpose of each family: commands that begin with the same word, such as `mvlm data`, one entry in `mvlm --help`."""
 PARSE_THEMSELVES = ("pretrain", "finetune", "bench")
 """Commands that are given the words behind them: the first of these decides which arguments there are."""
 

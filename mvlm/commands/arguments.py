@@ -96,7 +96,7 @@ _IN_OUR_WORDS = (
     (r"Missing value for argument '([^']+)'\. Expected 1 values", r"\1: wanted a value behind it, found none"),
     (r"Missing value for argument '([^']+)'\. Expected (\d+) values", r"\1: wanted \2 values behind it, found fewer"),
 )
-"""What tyro says in Python's words, and what it means."""
+"""Patterns of tyro's messages, which speak of Python types, and messages for users in their place."""
 
 
 def one_line(box: str) -> str:

@@ -214,7 +214,10 @@ def shards(data: Path | str) -> Finding:
 
 
 def learning(run: PretrainConfig, pairs: int) -> Finding | None:
-    """How a run teaches pretrained encoders, amber where docs/guides/own_model.md advises against it; else None."""
+    """Finding on the learning rates of pretrained encoders: amber where docs/guides/own_model.md advises others.
+
+    None for a run whose encoders are not pretrained, or do not learn.
+    """
     starts = {"image": run.image_weights, "text": run.text_weights or run.text_tower}
     taught = [
         (part, getattr(run, f"lr_{part}"))

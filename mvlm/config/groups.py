@@ -116,7 +116,7 @@ class OptimizerSettings:
 
 @settings(resume_may_change=False)
 class PartSettings:
-    """How much of each part of the model learns, at which rate; heads always learn. A resumed run keeps these."""
+    """Learning of each part of the model, and its rate; heads always learn. A resumed run keeps these."""
 
     train_image: Learning = "full"
     """Learning of the image encoder. full: all weights. frozen: none. lora: adapters of low rank beside the frozen
@@ -320,7 +320,7 @@ class WeightSettings:
 
 @settings(resume_may_change=True)
 class ForgettingSettings:
-    """What the run forgets. A resumed run may change it."""
+    """Measurement of forgetting: retrieval on earlier data, before and after the run. A resumed run may change it."""
 
     also_evaluate: Path | None = None
     """A data set, such as the one that `initial_model` was trained on. Its validation split is ranked by ITC before the

@@ -119,7 +119,7 @@ class ClusterSetting:
     graphs: bool = False
     """Steps are replayed from CUDA graphs."""
     parts: PartSettings = FULL
-    """How much of each part of the model learns; all of it with FSDP2."""
+    """Learning of each part of the model: all weights, none, or adapters. All weights with FSDP2."""
     mfu: float = 0.4
     """Model FLOPs utilization during forward and backward, in (0, 1]."""
     inter_node: float = 0.0
@@ -288,9 +288,9 @@ class PlannedStep(NamedTuple):
     logits: float
     """ITC's logits and the draws from them, which grow with the global batch. Nothing here overlaps with them."""
     network: dict[str, float]
-    """Collectives, by what they carry."""
+    """Seconds of all collectives, by what they carry."""
     waiting: dict[str, float]
-    """What nothing hides of them, the largest first."""
+    """Seconds of the collectives that no computation hides, by what they carry, the largest first."""
 
     @property
     def step(self) -> float:

@@ -90,7 +90,7 @@ class StepShape:
     gpu: bool = True
     """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
     parts: PartSettings = FULL
-    """How much of each part of the model learns."""
+    """Learning of each part of the model: all weights, none, or adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class MemoryTracker(TorchDispatchMode):
         self._held = 0
         self.flops = 0
         self.backward_flops = 0
-        """Those of them in backward passes."""
+        """FLOPs of backward passes, which `flops` includes."""
         self.peak = 0
         self.parts: dict[str, int] = {}
 

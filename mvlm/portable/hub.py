@@ -89,7 +89,7 @@ ABILITIES = {
     "mlm_weight": "fills in masked words",
     "mim_weight": "rebuilds masked patches of images",
 }
-"""What each loss teaches, by the setting that is 0 if a run left it out."""
+"""Ability that each loss teaches, by the setting of the loss's weight, which is 0 in a run without the loss."""
 TASK_LOSSES = {"retrieval": ("itc_weight", "itm_weight"), "caption": ("mlm_weight",)}
 """Losses of pretraining that a task trains; vqa does only with masked answers, and the others train a head alone."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}

@@ -97,7 +97,7 @@ class Part(NamedTuple):
     inputs: dict[str, tuple[str, ...]]
     """Names of the inputs, with the names of their axes that vary: "batch", "length"; "" for the others."""
     outputs: dict[str, tuple[str, ...]]
-    """The same for outputs."""
+    """Names of the outputs, with the names of their axes that vary, as for `inputs`."""
 
 
 def parts(network: MaskVLMNetwork) -> list[Part]:

@@ -51,7 +51,7 @@ class Item(NamedTuple):
     captions: list[str]
     metadata: dict[str, Any]
     sha256: str
-    """Of the encoded image. Whoever reads the image later can tell whether it is this one."""
+    """SHA-256 of the encoded image, which shows later whether the file still holds this image."""
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Study:
     name: str
     """Name of the file, without its ending."""
     question: str
-    """What the study asks, one sentence."""
+    """Question of the study, one sentence."""
     base: str
     """Arm that all others are compared with."""
     seeds: list[int]
@@ -73,7 +73,7 @@ class Study:
     rerank: int = 32
     """Candidates of each query for ITM to re-rank."""
     limits: str = ""
-    """What the study cannot show, for its page."""
+    """Limits of the study, for its page: questions that it cannot answer."""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     """Name of an arm -> figures of the paper, to print beside the study's."""
 

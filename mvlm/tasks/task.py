@@ -43,7 +43,7 @@ class TaskLosses(NamedTuple):
     total: Tensor
     accuracy: Tensor
     counted: int = 1
-    """What the accuracy is the mean over, where that differs between batches of as many samples: a number of tokens."""
+    """Denominator of the accuracy, such as a number of tokens, where it differs between batches of as many samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Task(nn.Module):
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
     bootstrapped_over: ClassVar[str] = ""
-    """What the intervals of `score` are bootstrapped over, such as images: its figures and the report say so."""
+    """Plural noun of the units that the intervals of `score` are bootstrapped over, such as images, for its figures."""
     recipe: ClassVar[dict[str, Any]] = {}
     """Settings of `mvlm finetune TASK base` that are the task's own, a literal (`mvlm.tasks.stated`)."""
     prediction_options: ClassVar[dict[str, str]] = {}

@@ -62,7 +62,7 @@ class Claims:
 
     run: RunFolder
     config: PretrainConfig
-    """Its config.json, with the folder of the data that it is verified on."""
+    """Settings of the run's config.json, with the folder of the data that it is verified on."""
     rows: dict[int, dict[str, Any]]
     """Rows of metrics by step."""
     parts: list[dict[str, Any]]
@@ -74,7 +74,7 @@ class Claims:
     kept: list[Path]
     """Checkpoints, oldest first. The last is that of the last step."""
     figures: dict[str, Any] | None
-    """Its eval/test.json; None without one."""
+    """Content of the run's eval/test.json; None without one."""
 
     def part_of(self, step: int) -> dict[str, Any]:
         """The `start` event of the process that made a step, from 1."""
@@ -355,7 +355,7 @@ class Check(NamedTuple):
 
     what: str
     problems: list[str]
-    """What is not as claimed. Empty: all is."""
+    """Deviations from the claims, a sentence each. Empty if all is as claimed."""
 
 
 def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: str = "auto") -> Iterator[Check]:

@@ -37,7 +37,7 @@ PARTS: dict[Tower, tuple[str, ...]] = {
     "image": ("vision_config", "image_config", "encoder"),
     "text": ("text_config", "decoder"),
 }
-"""Where the config.json of a model that contains an encoder keeps that encoder's settings."""
+"""Keys of an encoder's settings in the config.json of a model that contains the encoder."""
 BERT, ROBERTA = "bert", "roberta"
 TEXT_FAMILIES = {
     **dict.fromkeys(

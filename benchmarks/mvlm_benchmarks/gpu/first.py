@@ -42,7 +42,7 @@ def run(stage: Stage) -> None:
 
 
 def _ended(summary: Path, code: int | None) -> str:
-    """How a part ended, by its own summary."""
+    """Status of a part that has ended: the one in its summary, or its exit code if it wrote none."""
     try:
         return json.loads(summary.read_text())["ended"]
     except (OSError, ValueError, KeyError):

@@ -40,7 +40,7 @@ class Stage:
     rehearse: bool
     """Small shapes on a CPU, where Triton interprets the kernels. Figures mean nothing."""
     quick: bool = False
-    """What is worth most, as a part of stage `first`."""
+    """True for a part of stage `first`: only the measurements that are worth most are made."""
     about: dict[str, Any] = field(default_factory=dict)
     state: GpuState = field(default_factory=lambda: GpuState("cpu"))
     finished: list[str] = field(default_factory=list)

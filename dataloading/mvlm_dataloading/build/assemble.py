@@ -65,7 +65,7 @@ class Assembly:
     owner: Sequence[int]
     """For each piece, the part that has it."""
     out: RemoteFolder | None = None
-    """Where the data set goes, if not to this machine. Tars that are kept whole are put there at once."""
+    """Remote folder of the data set; None for one on this machine. Tars that stay whole are copied there at once."""
 
     def part_of(self, piece: int) -> LocalFolder | RemoteFolder:
         return self.parts[self.owner[piece]]

@@ -227,7 +227,7 @@ class Fingerprint:
             self._hash.update((place * BLOCK).tobytes())
 
     def digits(self) -> str:
-        """Its 32 hexadecimal digits."""
+        """Fingerprint of the samples added so far: 32 hexadecimal digits."""
         return self._hash.hexdigest()[:32]
 
 

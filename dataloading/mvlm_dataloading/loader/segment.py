@@ -68,7 +68,7 @@ class ReaderConfig:
 
 @dataclass(slots=True)
 class RawBatch:
-    """This rank's samples of a batch, before captions are chosen and tokenized."""
+    """One rank's samples of a batch, B of them, before captions are chosen and tokenized."""
 
     ids: Int64
     epochs: Int64

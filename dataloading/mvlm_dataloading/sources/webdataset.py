@@ -194,7 +194,7 @@ class TarPiece:
     prefix: str
     caption_field: str
     fingerprint: tuple[Any, ...]
-    """As `file_fingerprint` gives it. A build refuses a tar that has another one by then."""
+    """Result of `file_fingerprint` when the tar was listed. A build refuses a tar that has changed since."""
     table_sha256: str | None = None
     """Hash of img2dataset's table beside the tar, which a build refuses too if it differs; None without a table."""
 
