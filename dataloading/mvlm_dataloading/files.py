@@ -1,4 +1,4 @@
-"""The one way to write files: whole, in the folder that was meant, and on the disk.
+"""Atomic, durable writes of files and folders, which no link can lead elsewhere.
 
 A file or folder is written aside, forced to the disk and renamed, so it stays after a kill or a power cut. A link that
 somebody has put in a folder leads no writer out of it.

@@ -58,7 +58,7 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
 
 
 def check_old_flags(words: Sequence[str], prog: str) -> None:
-    """ConfigError for a flag, or a value of a flag, that has a new name, and for that of a setting that is gone."""
+    """Raise ConfigError for a flag, or a value of a flag, that has a new name, or whose setting was removed."""
     renamed, gone = {}, {}
     for command, names in RENAMED.items():
         if f"{prog} ".startswith(f"{command} "):  # the prog of `pretrain` ends in the preset

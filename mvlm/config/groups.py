@@ -148,7 +148,7 @@ class PartSettings:
 
 
 FULL = PartSettings()
-"""All of a model learns."""
+"""Settings of a run in which all weights of the model learn."""
 
 
 @settings(resume_may_change=False)

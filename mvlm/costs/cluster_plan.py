@@ -57,13 +57,13 @@ class Protocol(NamedTuple):
     """Seconds of one of NCCL's protocols, which trades bandwidth for latency."""
 
     bandwidth: float
-    """Part of a link's rate that it uses."""
+    """Share of a link's bandwidth that the protocol uses, 0 to 1."""
     start: float
-    """Start of a collective."""
+    """Seconds to start a collective."""
     ring: tuple[float, float]
-    """A hop of a ring, in a node and between nodes."""
+    """Seconds of a hop of a ring, in a node and between nodes."""
     tree: tuple[float, float]
-    """A hop of a tree, in a node and between nodes."""
+    """Seconds of a hop of a tree, in a node and between nodes."""
 
 
 PROTOCOLS = (
@@ -83,17 +83,17 @@ class Collective(NamedTuple):
 
     kind: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
     label: str
-    """Their content."""
+    """Content of the messages, such as gradients."""
     size: float
-    """Bytes of each: of one rank's part in an all-gather and a reduce-scatter, of what an all-to-all brings, else of
-    all."""
+    """Bytes of one call: one rank's part in an all-gather or a reduce-scatter, all rows that arrive in an all-to-all,
+    or the whole tensor of an all-reduce."""
     ranks: int
-    """Ranks of a group."""
+    """Number of ranks in the group."""
     calls: int = 1
     across: bool = False
-    """The group has one rank in each node."""
+    """True if the group has one rank in each node."""
     senders: int = 0
-    """Other ranks from which an all-to-all brings anything."""
+    """Number of other ranks from which an all-to-all brings rows."""
 
     @property
     def received(self) -> float:
@@ -160,7 +160,7 @@ class ClusterSetting:
         return self.inter_node or NODES[self.gpu].inter_node
 
     def seconds(self, moved: Collective) -> float:
-        """Time on the network."""
+        """Seconds of a collective on the network."""
         if moved.ranks == 1:
             return 0.0
         intra_node = NODES[self.gpu].intra_node
@@ -294,7 +294,7 @@ class PlannedStep(NamedTuple):
 
     @property
     def step(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         return self.forward + self.backward + self.logits + sum(self.waiting.values())
 
     @property

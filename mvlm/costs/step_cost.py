@@ -100,7 +100,7 @@ class StepCost:
     parameters: int
     """Number of parameters."""
     trained: int
-    """Number of those that learn."""
+    """Number of parameters that learn."""
     forward: int
     """FLOPs of the forward passes. Gradient caching has two per microbatch; both are counted."""
     backward: int

@@ -150,7 +150,7 @@ class RowExchange:
         return x
 
     def backward(self, grad: Tensor) -> Handle:
-        """Start to send the gradient (D, ...) of the received rows back. The result is that of this rank's (M, ...)."""
+        """Start to send the gradient (D, ...) of the received rows back. Returns that of this rank's rows (M, ...)."""
         handle = all_to_all(grad.contiguous(), self._received, self._sent)
         return Handle(None, lambda: sum_rows(handle.wait(), self._rows, len(self._own)).to(self._own.dtype))
 

@@ -61,7 +61,7 @@ class EncodedSplit:
     text_embedding: Tensor
     """(T, E), unit length."""
     image: Tensor
-    """int64 (I,), for each image the first with its `image_id` in the metadata; itself for data without."""
+    """int64 (I,), for each image the first one with the same `image_id` in the metadata; itself without an id."""
     owner: Tensor
     """int64 (T,), image of each caption, as in `image`."""
     first: Tensor
@@ -76,7 +76,7 @@ class EncodedSplit:
 
     @cached_property
     def words(self) -> Tensor:
-        """For each caption the first with its words, int64 (T,)."""
+        """First caption with the same words, for each caption: int64 (T,)."""
         return torch.tensor(first_captions(self.captions))
 
     @property
@@ -181,7 +181,7 @@ DIRECTIONS = ("tr", "ir")
 RECALLS_AT = (1, 5, 10)
 RECALL_RESAMPLES = 10_000
 TIE = 1e-9
-"""Scores that are closer are equal: far above what float64 rounds off, far below what parts two embeddings."""
+"""Difference below which two scores are equal: far above float64's rounding, far below that of two embeddings."""
 MOST_ANSWERS = 5
 """Number of a query's top answers."""
 

@@ -67,7 +67,7 @@ class CrossAttention:
     values: Tensor
     """(B, H, M, D)."""
     output: Tensor
-    """(B, L, C), what the heads read, in the graph of all that follows."""
+    """(B, L, C), outputs of all heads, in the autograd graph of the scores."""
 
     @property
     def weights(self) -> Tensor:

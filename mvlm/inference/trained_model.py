@@ -287,7 +287,7 @@ class TrainedModel:
         return self.predict(image, question)[0]["answer"]
 
     def entails(self, image: ImageLike, text: str) -> str:
-        """entailment, neutral or contradiction: what an image says of a text, fine-tuned for entailment."""
+        """Label of an image and a hypothesis, by a model fine-tuned for it: entailment, neutral or contradiction."""
         self.task_for("entails", "entailment")
         return self.predict(image, text)[0]["label"]
 

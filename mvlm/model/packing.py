@@ -163,7 +163,7 @@ class Packing:
         return self.layout.unpad(x)
 
     def with_rounded_length(self) -> "Packing":
-        """Round up the maximum length L of the layout, so that few shapes occur. Returns a layout of the same sequences."""
+        """Layout of the same sequences with the maximum length L rounded up, so that few shapes occur."""
         length = round_up_length(self.max_length)
         return self if length == self.max_length else Packing(self.cu_seqlens, length, self.total)
 

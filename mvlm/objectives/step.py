@@ -34,7 +34,7 @@ MAX_LOGITS = 1 << 24
 """Largest number of logits in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block of rows
 reads the embeddings of all pairs again."""
 Microbatch = tuple[Batch, Masks | None]
-"""Without masks nothing is masked or dropped, for objectives that compare pairs alone."""
+"""Batch and masks of a microbatch. None: nothing is masked or dropped, for objectives that compare pairs alone."""
 Shares = dict[str, Tensor]
 """Shares of losses and accuracies by name: scalars."""
 TRANSFERS = ("embeddings", "features", "nothing")
@@ -72,7 +72,7 @@ class MicrobatchObjective(Objective):
     rebuilds: ClassVar[str | None] = None
     """Masked stream that it rebuilds from the other modality, "masked_image" or "masked_text", if any."""
     beside: ClassVar[Literal["embeddings", "features", "nothing"]] = "embeddings"
-    """The one of `TRANSFERS` beside which it is computed."""
+    """Transfer between ranks (`TRANSFERS`) that the computation of this objective overlaps with."""
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:
         return () if self.rebuilds is None else MASKED if config.mask_partner else (self.rebuilds,)

@@ -104,7 +104,7 @@ class Recall(NamedTuple):
     k: int
     value: float
     interval: Interval | None
-    """95 % interval of the evaluation; None of ITC beside ITM, for which there is none."""
+    """95 % interval of the recall; None for ITC's figures beside ITM's, for which none was computed."""
     n: int
     chance: float
 
@@ -245,7 +245,7 @@ def origin(config: dict[str, Any]) -> str:
 
 
 def _name_of(path: Path) -> str:
-    """Name of a model: of a checkpoint that of its run, of a file of weights that of its folder."""
+    """Name of a model for the card: the run's name for a checkpoint, the folder's name for a file of weights."""
     path = path.absolute()
     if path.name == WEIGHTS_FILE:
         path = path.parent
@@ -274,7 +274,7 @@ def line(text: object) -> str:
 
 
 def _is_on(figures: dict[str, Any], data: Path | str) -> bool:
-    """True if the figures are of a split of this data set."""
+    """True if `figures` were measured on a split of the data set `data`."""
     try:
         return open_dataset(data, figures["split"]).fingerprint == figures.get("fingerprint")
     except (DataError, OSError):  # no such split

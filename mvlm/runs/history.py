@@ -40,7 +40,9 @@ class History:
     def start(
         self, step: int, device: torch.device, ranks: int, precision: str, data: dict[str, str], log_every: int
     ) -> None:
-        """Append that a process trains on after `step`, 0 for a new run, and on which machine. OSError if it cannot.
+        """Append a `start` event: the step after which a process trains on, 0 for a new run, and the machine.
+
+        OSError if it cannot be written.
 
         Args:
             precision: bf16 or fp32.

@@ -234,7 +234,7 @@ class SearchIndex:
 
 
 def _turn_at(location: str) -> contextlib.AbstractContextManager[Any]:
-    """Context that one process at a time enters. An object store has no locks."""
+    """Context that only one process at a time can enter. An index in an object store has no lock."""
     return contextlib.nullcontext() if "://" in location else FileLock(Path(location) / LOCK)
 
 

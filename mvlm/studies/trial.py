@@ -52,13 +52,13 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what it finds, beside the model."""
+        """Settings and data that determine the stage's figures, beside the model."""
         return {"samples": self.samples, "evaluated": self.evaluated, **settings_of(self.config)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One run of an arm, and where it is kept."""
+    """One run of an arm with one seed: its configuration, data and folder."""
 
     arm: str
     seed: int
@@ -89,7 +89,7 @@ class Trial:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what it finds."""
+        """Settings and data that determine the trial's figures."""
         found: dict[str, Any] = {"samples": self.samples, "rerank": self.rerank}
         if isinstance(self.config, FinetuneConfig):
             found |= {"splits": list(self.splits), "start": self.start}

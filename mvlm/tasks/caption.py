@@ -108,7 +108,7 @@ class Captioning(Task):
         return {}, ()
 
     def loader_options(self) -> dict[str, Any]:
-        """Masks of any share of a caption's words."""
+        """Loader options that mask a random share of each caption's words."""
         return {"masking": replace(self.config.masking, text_mask_ratio=None, whole_word_masking=False)}
 
     def seen(self, images: Tensor) -> Tensor:

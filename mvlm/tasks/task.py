@@ -268,9 +268,9 @@ class Task(nn.Module):
         return {"name": self.name, "options": self.options.plain(), "state": self.state}
 
     def hide(self, batch: Batch) -> Batch:
-        """The batch without the modality that the options hide, which has what is equal once.
+        """Batch without the modality that the options hide. Equal images or texts stand in it once.
 
-        That is one grey image, or one text of each length, [MASK] for every word: a caption's number of tokens stays
+        These are one grey image, or one text of each length, [MASK] for every word: a caption's number of tokens stays
         visible. Nothing is read from the device.
         """
         if self.options.blind == "no":
@@ -305,7 +305,7 @@ class Task(nn.Module):
         return self._fuse(batch, implementation, images)
 
     def _fuse(self, batch: Batch, implementation: Implementation, images: int) -> Tensor:
-        """`fuse`, of a batch without what is hidden."""
+        """Features as of `fuse`, of a batch that `hide` has prepared."""
         pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (I n, 3, S, S)
         v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
         strips, texts = batch.pairs()  # (B,) each

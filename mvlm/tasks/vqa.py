@@ -253,7 +253,7 @@ class VisualQuestionAnswering(Task):
         return self.table.masks if self.masked else 0
 
     def loader_options(self) -> dict[str, Any]:
-        """Questions are cut where they would not fit behind the masks."""
+        """Loader options that cut questions to the length that the answer's masks leave."""
         return {"text_length": self.config.text_length - self.masks}
 
     @classmethod
@@ -345,7 +345,7 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
-        """Answers: right with an accuracy of 100 %, wrong with 0 %."""
+        """Verdict of each record: right with an accuracy of 100 %, wrong with 0 %."""
         found = []
         for i, (record, asked) in enumerate(zip(records, questions(dataset), strict=True)):
             counts = Counter(reference["answer"] for reference in asked["answers"])

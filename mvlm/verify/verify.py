@@ -68,7 +68,7 @@ class Claims:
     parts: list[dict[str, Any]]
     """`start` events of the history, in order: one for each process that trained."""
     saves: dict[int, dict[str, Any]]
-    """`save` events of the history by step, without those that a later part went back behind."""
+    """`save` events of the history by step, without those of steps that a later process repeated."""
     gaps: list[int]
     """Steps after which a part went on though no part before it had saved them."""
     kept: list[Path]
@@ -185,7 +185,7 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
 
 
 def wrong_rows(claims: Claims) -> Iterator[str]:
-    """Parts that do not join up, rows that are missing, and rows that are not those that the history has."""
+    """Faults of metrics.jsonl: gaps between parts of the run, missing rows, rows with other hashes than the history."""
     yield from (f"a part continues after step {step}, which was not saved" for step in claims.gaps)
     due = filter(claims.row_due, range(1, claims.config.max_steps + 1))
     yield from (f"no row of step {step}" for step in due if step not in claims.rows)
@@ -312,7 +312,7 @@ class Replay:
                 yield f"{last.name}: {name} {theirs}, replayed {ours}"
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
-        """The trainer after the segment's steps, and a row, with an evaluation, wherever the run has one."""
+        """Train the steps of a segment. Returns the trainer, and a row of metrics at each step where the run has one."""
         rows: list[dict[str, Any]] = []
         claims = self.claims
         first = claims.part_of(segment.start + 1)
@@ -351,7 +351,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """One check of a run: its subject, and the deviations that it found."""
 
     what: str
     problems: list[str]
@@ -416,7 +416,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
 
 
 def _differences(claimed: Any, found: Any, name: str = "") -> Iterator[str]:
-    """Figures, however deep, that are not those of `found`, by dotted name."""
+    """Differences between two nested dictionaries of figures, a sentence each, by dotted name."""
     if isinstance(claimed, dict) and isinstance(found, dict):
         for key, value in found.items():
             yield from _differences(claimed.get(key), value, f"{name}.{key}")

@@ -37,7 +37,7 @@ HF_NAMES = (
     ("head.layernorm", "attn_pool.norm"),
     ("head.mlp", "attn_pool.mlp"),
 )
-"""Parts of their names, and timm's."""
+"""Parts of tensor names in transformers' CLIP and SigLIP, and timm's names for them."""
 
 
 def load_image_tower(model: MaskVLMNetwork, source: Source) -> LoadReport:

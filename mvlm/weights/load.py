@@ -49,7 +49,7 @@ TEXT_FAMILIES = {
 EXACT_GELU = ("gelu", "gelu_python")
 """Names in transformers of the GELU that our encoders compute."""
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
-"""Names of its approximation by tanh. Values differ by less than 0.0005."""
+"""Names in transformers of GELU's approximation by tanh, whose values differ by less than 0.0005."""
 
 
 def read_source(source: Source, tower: Tower, heads: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

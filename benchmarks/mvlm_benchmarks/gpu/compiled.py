@@ -27,7 +27,7 @@ ROUNDS = 5
 
 
 def by_region(model: MaskVLM) -> Contender:
-    """Both ways into a feed-forward layer: on a GPU, blocks with post-norm call `branch` in place of the module."""
+    """The fast step with compiled feed-forward layers: the module, and `branch`, which post-norm blocks call."""
     raise_recompile_limit()  # a step has nine shapes of them
     for module in model.modules():
         if isinstance(module, FeedForward):

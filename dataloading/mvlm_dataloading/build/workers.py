@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
-    """Event of a task.
+    """Progress, result or death of a task in a worker process.
 
     `kind` is "progress" (value: reported count), "done" (value: result) or "died" (value: exit code of its process).
     """
@@ -60,7 +60,7 @@ class _Worker:
     connection: Connection
     task: Any = None
     begun: bool = False
-    """False while the process starts, which imports the program that called."""
+    """False until the process has started and imported the calling program."""
 
 
 def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:

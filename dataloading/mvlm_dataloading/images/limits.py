@@ -1,4 +1,4 @@
-"""Limits of an image of others, and the error for one that is not used."""
+"""Limits of an untrusted image, and the error for one that is refused."""
 
 import sys
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ def compose(families: Mapping[str, Family], seed: str, vocabulary: Vocabulary, c
 
 
 def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Iterable[str]) -> list[Kind]:
-    """Kinds of other names, each name at most once: half of them coloured shapes, if there are any."""
+    """Draw `count` further kinds for a scene, with different names: half of them coloured shapes, if there are any."""
     names, found = set(without), []
     for _ in range(count):
         free = [kind for kind in vocabulary.fill if kind.name not in names]
@@ -148,7 +148,7 @@ def _aligned(one: Placed, other: Placed) -> bool:
 
 
 def _told(rng: random.Random, vocabulary: Vocabulary) -> tuple[Kind, str, Kind]:
-    """A noun, the side of another on which a text says that it is, and the other."""
+    """Subject, side and anchor of a text such as "the dog is left of the cat", drawn at random."""
     subject = rng.choice(vocabulary.subjects)
     side = rng.choice(vocabulary.sides(subject))
     return subject, side, rng.choice([kind for kind in vocabulary.anchors if kind != subject])

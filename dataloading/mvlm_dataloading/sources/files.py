@@ -241,7 +241,7 @@ def find_file(root: Path, *names: str) -> Path | None:
 
 
 def split_files(root: Path, splits: Mapping[str, str], *names: str) -> list[tuple[str, str, Path]]:
-    """The published split, ours, and the file of each split that is there.
+    """Published name, our name and file of each split that is there.
 
     Args:
         names: of a split's file in the releases, relative to `root`, with {0} for the published split.
@@ -267,7 +267,7 @@ def coco_folder(roots: Iterable[Path], name: str) -> Path:
 
 @contextmanager
 def read_as(file: Path, wanted: str) -> Iterator[None]:
-    """A block that takes the content of a file apart. DataError where it is not as `wanted`."""
+    """Context that parses the content of a file. Content in another form than `wanted` becomes a DataError."""
     try:
         yield
     except DataError:
