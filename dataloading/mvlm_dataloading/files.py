@@ -29,7 +29,7 @@ def sha256(path: Path) -> str:
 def sync(path: Path) -> None:
     """Force the content of a file, or the entries of a folder, to the disk (fsync).
 
-    Sync a file before it is renamed: after a power cut the disk may hold the rename without the content.
+    NOTE: sync a file before it is renamed. After a power cut the disk may hold the new name without the content.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -58,7 +58,8 @@ class StoredArray:
         if path is None:
             self._mapped = torch.zeros(shape, dtype=dtype)
         else:
-            # For writing alone: NFS would read the rest of a page first, and write back what other nodes' rows were.
+            # NOTE: open for writing alone. Else NFS reads the rest of a page first, and writes old bytes over the rows
+            # of other nodes.
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             os.ftruncate(self._file, shape[0] * self._row_bytes)  # every rank does; it changes nothing but the size
 
@@ -245,7 +246,11 @@ def _remove(folder: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove all work in the folder; its specification first, because rows that are missing would be read as zeros."""
+    """Remove all work in the folder.
+
+    NOTE: the specification goes first. After a kill in between, an evaluation that still found it would read missing
+    rows as zeros.
+    """
     file = folder / SPEC
     write_json(file, {})
     for path in set(folder.iterdir()) - {folder / LOCK, file}:

@@ -60,7 +60,8 @@ class History:
     def save(self, step: int, manifest: Path, metrics_bytes: int) -> None:
         """Append the hash of a checkpoint's manifest, and that of the metrics that belong to it. OSError if it cannot.
 
-        Call it before the checkpoint is renamed into place: then a checkpoint without a line is none of this run.
+        NOTE: call it before the checkpoint is renamed into place. After a kill in between, the checkpoint would have no
+        line, and would be taken for one of another run.
         """
         if metrics_bytes:
             sync(self._metrics)  # a checkpoint on the disk has its rows there, after a power cut too

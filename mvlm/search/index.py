@@ -102,7 +102,10 @@ class SearchIndex:
 
         Rows that the index has already are replaced; rows of these splits that the collection no longer has, removed.
 
-        Processes of this machine take turns; those of several, that share an object store, must not add at once.
+        Processes of this machine take turns.
+
+        NOTE: machines that share an object store must not add at once. Two collections could get one number, and
+        answers would show images of the wrong one.
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")

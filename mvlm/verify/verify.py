@@ -312,7 +312,7 @@ class Replay:
                 yield f"{last.name}: {name} {theirs}, replayed {ours}"
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
-        """Train the steps of a segment. Returns the trainer, and a row of metrics at each step where the run has one."""
+        """Train the steps of a segment. Returns the trainer, and a row wherever the run has one."""
         rows: list[dict[str, Any]] = []
         claims = self.claims
         first = claims.part_of(segment.start + 1)

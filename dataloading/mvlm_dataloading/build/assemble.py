@@ -262,7 +262,7 @@ def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
                 parts.append((extension, file.read(size)))
             shard.write(key, parts, num_captions=0)
     shard.close()
-    # Rename the tar last, so that it exists only if its index does.
+    # NOTE: rename the tar last. After a kill a tar that is there counts as done, with its index.
     shard.path.with_suffix(".idx").rename(new.with_suffix(".idx"))
     shard.path.rename(new)
 

@@ -137,7 +137,7 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
 
 
 def _start_worker(function: Callable[..., Any]) -> _Worker:
-    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
+    # NOTE: spawn, not fork. A fork has none of the caller's threads, and waits for ever for a lock that one held.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_worker_main, args=(function, theirs), daemon=True)
