@@ -254,13 +254,13 @@ def rank_all(
     """
     workspace = workspace or Workspace()
     device, number = _device(model), k or MOST_ANSWERS
-    found = [find_candidates(features, direction, number, workspace, device) for direction in DIRECTIONS]
+    both = [find_candidates(features, direction, number, workspace, device) for direction in DIRECTIONS]
     if k == 0:
-        return {each.direction: _ranks_of_itc(model, each) for each in found}
-    judged = [each.pairs(features)[each.right(features).any(1) | answers].flatten() for each in found]
+        return {each.direction: _ranks_of_itc(model, each) for each in both}
+    judged = [each.pairs(features)[each.right(features).any(1) | answers].flatten() for each in both]
     pairs = torch.cat(judged).unique()  # sorted
     log_odds = score_pairs(model, features, pairs, precision, workspace)
-    return {each.direction: _rerank(model, each, features, pairs, log_odds, answers) for each in found}
+    return {each.direction: _rerank(model, each, features, pairs, log_odds, answers) for each in both}
 
 
 def find_candidates(
@@ -274,7 +274,7 @@ def find_candidates(
         queries, gallery = gallery, queries
     gallery, among = gallery.index_select(0, answers).double().to(device), answers.to(device)
     number, k = len(asked), min(k, len(answers))
-    found = Candidates(
+    candidates = Candidates(
         direction,
         workspace.array(f"{direction}.ranks", (number,), torch.int64),
         workspace.array(f"{direction}.rows", (number, k), torch.int64),
@@ -288,13 +288,13 @@ def find_candidates(
             query = asked[block, None].to(device)
             right = features.right(query, among) if direction == "tr" else features.right(among, query)  # (Q, G)
             best = similarity.topk(k, dim=1)
-            found.ranks.write(begin, best_rank(similarity, right))
-            found.rows.write(begin, answers[best.indices.cpu()])
-            found.similarity.write(begin, best.values)
+            candidates.ranks.write(begin, best_rank(similarity, right))
+            candidates.rows.write(begin, answers[best.indices.cpu()])
+            candidates.similarity.write(begin, best.values)
             yield
 
     workspace.share(f"{direction}.candidates", number, QUERIES_PER_BLOCK, work, "queries")
-    return found
+    return candidates
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
@@ -330,32 +330,32 @@ def score_pairs(model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision
 
 
 def _rerank(
-    model: MaskVLM, found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, answers: bool
+    model: MaskVLM, candidates: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, answers: bool
 ) -> Ranks:
     """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
     itm, alone, top, score = [], [], [], []
-    for begin in range(0, len(found.ranks.tensor), QUERIES_PER_BLOCK):
+    for begin in range(0, len(candidates.ranks.tensor), QUERIES_PER_BLOCK):
         block = slice(begin, begin + QUERIES_PER_BLOCK)
-        right = found.right(features, block)
+        right = candidates.right(features, block)
         judged = right.any(1) | answers  # (Q,)
-        similarity = found.similarity.tensor[block]  # (Q, K)
+        similarity = candidates.similarity.tensor[block]  # (Q, K)
         of_itm = torch.zeros_like(similarity)
-        of_itm[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
+        of_itm[judged] += log_odds[torch.searchsorted(pairs, candidates.pairs(features, block)[judged])]
         scores = rerank_scores(model, similarity, of_itm)
         # If no candidate is right, or only one that its tie with a wrong answer left out, the rank by ITC stays.
-        by_itc = found.ranks.tensor[block]
+        by_itc = candidates.ranks.tensor[block]
         for ranks, by in ((itm, scores), (alone, of_itm)):
             ranks.append(torch.where(by_itc < right.shape[1], best_rank(by, right), by_itc))
         best = scores.topk(min(MOST_ANSWERS, scores.shape[1]), dim=1)
-        top.append(found.rows.tensor[block].gather(1, best.indices))
+        top.append(candidates.rows.tensor[block].gather(1, best.indices))
         score.append(best.values[:, 0].float())
-    return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
+    return Ranks(candidates.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
 
 
-def _ranks_of_itc(model: MaskVLM, found: Candidates) -> Ranks:
+def _ranks_of_itc(model: MaskVLM, candidates: Candidates) -> Ranks:
     """Ranks without ITM. Candidates come in the order of their similarity."""
-    ranks, score = found.ranks.tensor, rerank_scores(model, found.similarity.tensor[:, 0], 0.0)
-    return Ranks(ranks, ranks, found.rows.tensor, score.float(), ranks)
+    ranks, score = candidates.ranks.tensor, rerank_scores(model, candidates.similarity.tensor[:, 0], 0.0)
+    return Ranks(ranks, ranks, candidates.rows.tensor, score.float(), ranks)
 
 
 def _device(model: MaskVLM) -> torch.device:
@@ -374,9 +374,9 @@ def recall_intervals(ranks: Tensor, images: Tensor) -> dict[str, list[float]]:
         ranks: int64 (queries,), rank of the best right answer; 0 = first.
         images: int64 (queries,), image of each query.
     """
-    rng, found = np.random.default_rng(0), {}
+    rng, intervals = np.random.default_rng(0), {}
     for k in RECALLS_AT:
         hits = 100.0 * (ranks < k).numpy()
         ends = grouped_bootstrap(hits, images.tolist(), by_kind=True, seed=rng, resamples=RECALL_RESAMPLES)
-        found[f"r{k}"] = [round(end, 2) for end in ends]
-    return found
+        intervals[f"r{k}"] = [round(end, 2) for end in ends]
+    return intervals

@@ -137,14 +137,16 @@ def _begin(folder: EmbeddingFolder, spec: dict[str, Any], settled: Sequence[str]
     if not finished and not (folder.spec.is_file() and any(folder.parts.glob("*.parquet"))):
         write_json(folder.spec, spec)
         return
-    found = _read_versioned(folder.description if finished else folder.spec)
+    recorded = _read_versioned(folder.description if finished else folder.spec)
     free = settled if finished else ()
-    differing = [name for name, value in spec.items() if found.get(name) != value and name not in free]
+    differing = [name for name, value in spec.items() if recorded.get(name) != value and name not in free]
     if differing:
-        listed = "; ".join(f"{name}: found {found.get(name)}, wanted {spec[name]}" for name in differing)
+        listed = "; ".join(f"{name}: found {recorded.get(name)}, wanted {spec[name]}" for name in differing)
         hint = ""
-        if {"device", "precision"}.issuperset(differing) and "device" in found:  # which earlier versions did not write
-            hint = f"give --device {found['device']} --precision {found['precision']}, "
+        if {"device", "precision"}.issuperset(
+            differing
+        ) and "device" in recorded:  # which earlier versions did not write
+            hint = f"give --device {recorded['device']} --precision {recorded['precision']}, "
         raise RunError(
             f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); "
             f"{hint}choose another folder or remove this one"
@@ -193,11 +195,11 @@ def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: i
         items += batch
         vectors.append(image_features(model.network, pixels, model.precision).embedding.cpu())
     texts = [(f"{item.id}#{number}", item, text) for item in items for number, text in enumerate(item.captions)]
-    found = model.text_embeddings([text for _, _, text in texts], truncate=True, clean=False)
+    embedded = model.text_embeddings([text for _, _, text in texts], truncate=True, clean=False)
     width = model.network.config.itc_width
     return (
         _table("images", [(item.id, item, "") for item in items], vectors, width),
-        _table("texts", texts, list(found), width),
+        _table("texts", texts, list(embedded), width),
     )
 
 

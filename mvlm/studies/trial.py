@@ -90,14 +90,14 @@ class Trial:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings and data that determine the trial's figures."""
-        found: dict[str, Any] = {"samples": self.samples, "rerank": self.rerank}
+        settings: dict[str, Any] = {"samples": self.samples, "rerank": self.rerank}
         if isinstance(self.config, FinetuneConfig):
-            found |= {"splits": list(self.splits), "start": self.start}
+            settings |= {"splits": list(self.splits), "start": self.start}
         else:
-            found["split"] = self.splits[0]
-        found |= {"files": self.files} if self.files else {}
-        found |= {"then": {stage.name: stage.settings for stage in self.then}} if self.then else {}
-        return found | settings_of(self.config)
+            settings["split"] = self.splits[0]
+        settings |= {"files": self.files} if self.files else {}
+        settings |= {"then": {stage.name: stage.settings for stage in self.then}} if self.then else {}
+        return settings | settings_of(self.config)
 
     def same_settings(self, result: dict[str, Any]) -> bool:
         """True if a result was found with these settings. An older one does not tell what was in the files it names."""
@@ -235,12 +235,12 @@ def _check_begun(trial: Trial) -> None:
 def named_files(config: RunConfig) -> dict[str, str]:
     """Hash of each model and file that settings name by a path, by the name of the setting."""
     start = getattr(config, "initial_model", None)
-    found = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
+    hashes = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
     for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
         path = getattr(config, name, None)
         if path is not None and Path(path).is_file():  # a task of the library has a name
-            found[name] = sha256(Path(path))
-    return found
+            hashes[name] = sha256(Path(path))
+    return hashes
 
 
 def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
@@ -269,12 +269,12 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
             content = read_regular(file, "figures", within=study if study.is_dir() else None)
             if file.suffix == ".gz":
                 content = zlib.decompressobj(wbits=31).decompress(content, LIMITS["figures"])
-            found = [parse_json(line) for line in (content.splitlines() if file is study else [content])]
+            results = [parse_json(line) for line in (content.splitlines() if file is study else [content])]
         except (ValueError, OSError, zlib.error) as error:
             raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error}; leave it out") from None
-        for result in found:
+        for result in results:
             check(result, Result, file, "results of trials, trials.jsonl")
-        yield from (result for result in found if result.get("seed") == seed)
+        yield from (result for result in results if result.get("seed") == seed)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

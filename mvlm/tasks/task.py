@@ -401,8 +401,8 @@ class LabelTask(Task):
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
         """Labels, right or wrong."""
-        found = []
+        verdicts = []
         for i, (record, asked) in enumerate(zip(records, cls.labelled(dataset), strict=True)):
             label, right = asked["label"], record["label"] == asked["label"]
-            found.append(Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label))
-        return found
+            verdicts.append(Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label))
+        return verdicts
