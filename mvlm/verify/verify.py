@@ -71,7 +71,7 @@ class Claims:
     """`save` events of the history by step, without those of steps that a later process repeated."""
     gaps: list[int]
     """Steps after which a part went on though no part before it had saved them."""
-    kept: list[Path]
+    checkpoints: list[Path]
     """Checkpoints, oldest first. The last is that of the last step."""
     figures: dict[str, Any] | None
     """Content of the run's eval/test.json; None without one."""
@@ -130,7 +130,7 @@ def read_claims(path: Path, data: Path | None) -> Claims:
         parts=parts,
         saves=saves,
         gaps=gaps,
-        kept=kept,
+        checkpoints=kept,
         figures=_read_figures(run.evaluation) if run.evaluation.exists() else None,
     )
 
@@ -259,7 +259,7 @@ class Replay:
     def __init__(self, claims: Claims, device: str = "auto") -> None:
         self.claims = claims
         # A run of others must not ask for a network that its weights do not have.
-        last = claims.kept[-1] / MODEL
+        last = claims.checkpoints[-1] / MODEL
         if not claims.config.adapted:  # else the model that it starts from is asked
             check_sizes(claims.config.model, read_folder_shapes(last), claims.run.config, last)
         had_gpu = claims.parts[-1]["machine"]["device"] != "cpu"
@@ -377,12 +377,12 @@ def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: 
     claims = read_claims(path, data)
     yield (same := Check("data: hashes and fingerprints are those of the run", list(wrong_data(claims))))
     yield Check("rows of metrics: hashes are those of the history", list(wrong_rows(claims)))
-    problems = [f"{path.name}: {problem}" for path in claims.kept for problem in wrong_parts(path, claims)]
+    problems = [f"{path.name}: {problem}" for path in claims.checkpoints for problem in wrong_parts(path, claims)]
     yield (sound := Check("checkpoints: hashes are those of the history", problems))
     if sound.problems or same.problems:  # a replay would only say the same
         return
     replay = Replay(claims, device)
-    for segment in choose_segments([step_of(path) for path in claims.kept], steps):
+    for segment in choose_segments([step_of(path) for path in claims.checkpoints], steps):
         log.info("replaying %s", segment)
         problems = [f"{segment}: {problem}" for problem in replay.differences(segment)]
         yield Check(f"{segment}: replayed, rows and weights are equal bit for bit", problems)
@@ -400,7 +400,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
         return
     check_machine(str(file), replay.world.device, claimed["machine"], claimed["versions"])
     with threads(claimed["machine"]["threads"]):
-        model = load_without_head(claims.kept[-1], replay.world.device, claimed["precision"])
+        model = load_without_head(claims.checkpoints[-1], replay.world.device, claimed["precision"])
         if claimed.get("split") != "test":
             yield f"{file} is of the split {claimed.get('split')} and not of test; evaluate the run again"
         elif claimed.get("model") != model.sha256:
