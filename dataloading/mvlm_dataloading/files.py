@@ -189,7 +189,7 @@ def place_folder(aside: Path, out: Path) -> None:
 
 
 def make_no_older(path: Path, sources: Iterable[Path]) -> None:
-    """Give a file at least the time of what it was made of, which another machine's clock may have put ahead."""
+    """Make a file at least as new as its sources, whose times another machine's clock may have put ahead."""
     newest = max((source.stat().st_mtime_ns for source in sources), default=0)
     if newest > path.stat().st_mtime_ns:
         os.utime(path, ns=(newest, newest))

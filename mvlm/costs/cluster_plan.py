@@ -27,7 +27,7 @@ class Node:
     """A GPU's memory, and its links in the node that it usually comes in."""
 
     memory: float
-    """Bytes of a GPU."""
+    """Bytes of a GPU's memory."""
     intra_node: float
     """Bytes per second, each way, from a GPU to the other GPUs of its node."""
     inter_node: float
@@ -286,7 +286,7 @@ class PlannedStep(NamedTuple):
     forward: float
     backward: float
     logits: float
-    """ITC's logits and the draws from them, which grow with the global batch. Nothing here overlaps with them."""
+    """Seconds of ITC's logits and of the draws from them, which grow with the global batch and overlap with nothing."""
     network: dict[str, float]
     """Seconds of all collectives, by what they carry."""
     waiting: dict[str, float]

@@ -20,7 +20,7 @@ from mvlm_kernels.hardware import GPUS
 SAMPLES, PAIRS = 64, 256
 """Images or captions of a batch, and pairs of a batch, on which FLOPs are counted."""
 DRAWS = 4
-"""Masks of each image, for cross-modal gain."""
+"""Number of masks drawn for each image, for cross-modal gain."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ class AsyncOp:
         self._token = _Function.apply(x, lambda: x.new_zeros(()), lambda _: handles.pop().wait())
 
     def wait(self) -> Tensor:
-        """The result, differentiable."""
+        """Wait for the collective, and return its result as a part of the autograd graph."""
         return _Function.apply(self._token, self._result, self._start)  # pyright: ignore[reportReturnType]
 
 

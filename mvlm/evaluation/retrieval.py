@@ -51,9 +51,9 @@ class EncodedSplit:
     """Features of one split, on the CPU or in files that are mapped to its memory."""
 
     v: Tensor
-    """(I, 1+N, C), unmasked images."""
+    """(I, 1+N, C), features of the unmasked images."""
     w: Tensor
-    """(W, C), unmasked captions, packed."""
+    """(W, C), features of the unmasked captions, packed."""
     starts: Tensor
     """int64 (T+1,), bounds of the captions in `w`."""
     image_embedding: Tensor
@@ -195,15 +195,15 @@ class Ranks:
     """
 
     itc: Tensor
-    """int64 (queries,), by only the contrastive similarity."""
+    """int64 (queries,), rank by contrastive similarity alone."""
     itm: Tensor
-    """int64 (queries,), after re-ranking by ITC and ITM together."""
+    """int64 (queries,), rank after re-ranking by ITC and ITM together."""
     top: Tensor
     """int64 (queries, up to 5), captions or images of the first answers after re-ranking."""
     score: Tensor
     """(queries,), score of the first answer."""
     itm_alone: Tensor
-    """int64 (queries,), after re-ranking by ITM's log-odds alone, as ALBEF ranks."""
+    """int64 (queries,), rank after re-ranking by ITM's log-odds alone, as ALBEF ranks."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Candidates:
     rows: StoredArray
     """int64 (queries, K), captions or images, the most similar first."""
     similarity: StoredArray
-    """float64 (queries, K)."""
+    """float64 (queries, K), contrastive similarity of the query and each candidate."""
 
     def pairs(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
         """Pair of each candidate, int64 (queries, K): image x number of captions + caption."""

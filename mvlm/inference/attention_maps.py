@@ -61,11 +61,11 @@ class CrossAttention:
     """Attention of a text to its image in one block, as `recorded_attention` saw it."""
 
     q: Tensor
-    """(B, H, L, D)."""
+    """(B, H, L, D), queries of the text."""
     k: Tensor
-    """(B, H, M, D)."""
+    """(B, H, M, D), keys of the image."""
     values: Tensor
-    """(B, H, M, D)."""
+    """(B, H, M, D), values of the image."""
     output: Tensor
     """(B, L, C), outputs of all heads, in the autograd graph of the scores."""
 

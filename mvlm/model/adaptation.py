@@ -77,7 +77,7 @@ def add_adapters(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], alpha
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Make plain weights of all weights with adapters, in place."""
+    """Add all adapters to the weights that they adapt, and remove them, in place."""
     for layer in list(module.modules()):
         if isinstance(layer, nn.Linear) and parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight")

@@ -39,7 +39,7 @@ class Branch(NamedTuple):
     """Output of a sub-layer, which is added to the residual stream."""
 
     rows: Tensor
-    """(..., C)."""
+    """(..., C), output of the sub-layer's last matrix product."""
     bias: Tensor | None = None
     """(C,), still to be added to the rows, or None."""
 

@@ -188,9 +188,9 @@ class PackedText(NamedTuple):
     """Features of packed captions."""
 
     rows: Tensor
-    """(T, C)."""
+    """(T, C), features of all tokens, one caption after another."""
     packing: Packing
-    """Layout of the rows."""
+    """Bounds of the captions among the rows."""
 
     def first(self) -> Tensor:
         """[CLS] of each caption: (B, 1, C)."""

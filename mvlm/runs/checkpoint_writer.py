@@ -124,7 +124,7 @@ class CheckpointWriter:
             self.wait()
 
     def _copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to memory, into buffers that every save reuses. Those of a GPU are pinned, and still arriving."""
+        """Copy tensors to the host, into buffers that every save reuses. Copies from a GPU may still be on the way."""
         copies = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):  # the copy must stay a DTensor, so that each rank writes its own shard

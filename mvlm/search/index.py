@@ -58,7 +58,7 @@ class Hit(NamedTuple):
     image: str
     """SHA-256 of the encoded image; empty in an index of version 1."""
     text: str
-    """Empty for an image."""
+    """Text of the answer; empty for an image."""
     similarity: float
     """Cosine similarity with the query."""
     metadata: dict[str, Any]
@@ -94,7 +94,7 @@ class SearchIndex:
             )
 
     def count(self, kind: str) -> int:
-        """Rows of `images` or `texts`."""
+        """Number of rows of the table `images` or `texts`."""
         return self._table(kind).count_rows()
 
     def add(self, embeddings: Path) -> dict[str, int]:

@@ -100,7 +100,7 @@ class Trial:
         return settings | settings_of(self.config)
 
     def same_settings(self, result: dict[str, Any]) -> bool:
-        """True if a result was found with these settings. An older one does not tell what was in the files it names."""
+        """True if a result is of a trial with the same settings. Results of older versions lack the hashes of files."""
         settings, wanted = settings_said(result.get("settings", {}), self.config), self.settings
         if "files" not in settings:
             wanted.pop("files", None)

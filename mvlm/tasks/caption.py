@@ -92,7 +92,7 @@ class Captioning(Task):
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
-        """Nothing: captions have no list of labels. ConfigError for a model that is to do without its only input."""
+        """Empty state: captions have no list of labels. ConfigError if the options hide the text."""
         if options.blind == "text":
             raise ConfigError("blind: wanted no or image, got text; a caption is written from the image alone")
         references(train)
@@ -104,7 +104,7 @@ class Captioning(Task):
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[()]]:
-        """No state and no targets: the batch has the captions."""
+        """Empty state and no targets: the loss reads the captions of the batch."""
         return {}, ()
 
     def loader_options(self) -> dict[str, Any]:

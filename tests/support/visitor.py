@@ -14,7 +14,7 @@ API = "/gradio_api"
 
 
 class Answer(NamedTuple):
-    """What came back. `status` is 0 if the server closed the connection without an answer."""
+    """Answer of a server. `status` is 0 if the server closed the connection without an answer."""
 
     status: int
     headers: dict[str, str]

@@ -64,7 +64,7 @@ WAYS: dict[str, Callable[[MaskVLM], Contender]] = {
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes compiled.csv: a row for the first step of each way, and one per timed step."""
+    """Run stage `compiled`. Writes compiled.csv: a row for the first step of each way, and one per timed step."""
     table = stage.table("compiled", COLUMNS)
     model, batch = make_model(stage), 4 if stage.rehearse else 128
     names = list(WAYS)[:4] if stage.quick else list(WAYS)

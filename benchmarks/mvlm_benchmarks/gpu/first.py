@@ -19,7 +19,7 @@ LEAST = 15.0
 
 
 def run(stage: Stage) -> None:
-    """Run the parts. Writes parts/NAME with the files of each, and first.tar."""
+    """Run the parts of stage `first`. Writes parts/NAME with the files of each, and first.tar."""
     try:
         for name, spec in PARTS.items():
             if stage.budget.left < (0 if stage.rehearse else LEAST):

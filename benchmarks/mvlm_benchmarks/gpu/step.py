@@ -31,7 +31,7 @@ BASELINE, OURS = "timm+roberta", ("plain", "fast")
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes step.csv, a row per timed step, graphs.csv and categories.csv."""
+    """Run stage `step`. Writes step.csv, a row per timed step, graphs.csv and categories.csv."""
     model = make_model(stage)
     tables = [stage.table("step", COLUMNS), stage.table("graphs", GRAPH_COLUMNS)]
     with step_settings(model.log_scale.device, 0):

@@ -38,7 +38,7 @@ Calls = defaultdict[int, list[tuple[float, ...]]]
 
 
 def run(stage: Stage) -> None:
-    """Run the stage.
+    """Run stage `sweep`.
 
     Writes sweep.csv, a row per turn of each variant, tile_exceptions.json and configs/cross_attention.json.
     """

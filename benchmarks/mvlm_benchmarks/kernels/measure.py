@@ -24,7 +24,7 @@ from mvlm_benchmarks.machine import gpu_arch
 from mvlm_benchmarks.unavailable import one_line
 
 Function = Callable[..., Any]
-"""Takes the leaves in order. Returns a tensor or several."""
+"""A call of a contender: the leaves in order -> a tensor or several."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class RgbRows:
         self._range = None if image.mode not in ("I", "F") else self._extremes()
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """First row and end of each band."""
+        """First row of each band of rows, and the row after its last."""
         rows = max(1, BAND // self.width)
         return ((first, min(first + rows, self.height)) for first in range(0, self.height, rows))
 

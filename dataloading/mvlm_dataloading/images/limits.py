@@ -11,11 +11,11 @@ class ImageLimits:
     """Limits that hold for one image. All but the bytes are compared with its header, before it is decoded."""
 
     max_bytes: int = 100_000_000
-    """Size of its file."""
+    """Bytes of the image's file."""
     max_pixels: int = 100_000_000
     """Width times height."""
     max_side: int = 65_500
-    """Longer side: as long as a JPEG can have."""
+    """Pixels of the longer side: the most that a JPEG can have."""
     max_memory: int | None = 400_000_000
     """Bytes that decoding and resizing it take, its file not counted; None for as many as `max_pixels` allow."""
     kinds: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")

@@ -97,7 +97,7 @@ class AugmentParameters(NamedTuple):
     brightness: NDArray[np.float32]
     apply_sharpness: NDArray[np.bool_]
     kernel: NDArray[np.float32]
-    """(n, 3, 3)."""
+    """(n, 3, 3), convolution kernel of the sharpness."""
     flip: NDArray[np.int32]
 
     def rows(self, rows: NDArray[np.int64]) -> list[NDArray]:

@@ -198,7 +198,7 @@ def published_files(folder: Path) -> list[Path]:
 
 
 def _has_recipe(file: Path) -> bool:
-    """True for the description of what a build has written. That of tars used in place has an empty recipe."""
+    """True if a dataset.json describes the result of a build: its recipe is empty for tars that are used in place."""
     try:
         content = parse_json(read_regular(file, "dataset.json", within=file.parent))
     except (OSError, ValueError, RecursionError):
