@@ -234,7 +234,7 @@ class FeatureExchange:
                 exchange.start(splits, numbers)
 
     def wait(self, microbatch: int) -> list[Tensor]:
-        """Images (D, 1+N, C) and text rows that a microbatch drew, each once. Of a single microbatch: differentiable."""
+        """Images (D, 1+N, C) and text rows that a microbatch drew, each once. With one microbatch: differentiable."""
         return [x.wait() for x in self._ops or self._exchanges[microbatch]]
 
     def pairs(self, microbatch: int, own: Streams, *arrived: Tensor) -> PairFeatures:

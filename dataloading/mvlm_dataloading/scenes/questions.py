@@ -75,7 +75,7 @@ def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Questions on the colour of the only object of a shape, each colour equally often; another coloured shape is there."""
+    """Questions on the colour of the only object of a shape, each colour equally often."""
     shape = rng.choice(sorted({tint.name for tint in vocabulary.tints}))
     colours = [tint for tint in vocabulary.tints if tint.name == shape]
     samples = []

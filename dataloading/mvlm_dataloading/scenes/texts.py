@@ -181,7 +181,9 @@ def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sa
 
 
 def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Hypotheses on the side of a noun. The contradicting image has both nouns exchanged, the open one a card on one."""
+    """Hypotheses on the side of a noun. The nouns are exchanged in the contradicting image, and a card hides one in
+    the open image.
+    """
     subject, side, anchor = _told(rng, vocabulary)
     scene = _side_by_side(rng, vocabulary, subject, side, anchor)
     text = f"the {subject.text} is {SIDES[side]} the {anchor.text}"

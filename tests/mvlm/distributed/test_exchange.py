@@ -47,7 +47,7 @@ def splits_of_all(negatives: Negatives, lengths: Tensor, microbatch: int) -> lis
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", [0, 1], ids=["images", "captions"])
 def test_splits_of_all_ranks_against_a_loop(kind, seed, microbatch):
-    """What a rank sends, and what another expects from it, are the distinct rows that the other's pairs drew."""
+    """A rank sends, and the receiver expects, the distinct rows that the receiver's pairs drew."""
     negatives = random_negatives(seed)
     of_captions = np.random.default_rng(seed + 9).integers(3, 8, size=TOTAL)
     found = [both[kind] for both in splits_of_all(negatives, torch.from_numpy(of_captions), microbatch)]

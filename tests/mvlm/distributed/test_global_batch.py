@@ -51,7 +51,7 @@ PARTS = {
     "frozen": PartSettings(train_image="frozen", train_cross="frozen"),
     "adapters": PartSettings(train_image="lora", train_text="frozen", train_cross="lora", lora_rank=2),
 }
-"""How much learns, by the name of a variant."""
+"""Learning parts of the model, by the name of a variant."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
@@ -252,7 +252,7 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
 
 @pytest.mark.slow
 def test_checkpointed_blocks_recompute_what_they_saved_in_every_room_for_gelus():
-    """As on a GPU, where a step saves as many GELUs as fit: to the bit the gradients of a step that saves none."""
+    """Gradients are equal to the bit, however many GELUs a step saves: on a GPU as many as fit."""
     batch, masks = micro_batch()
     blocks = dict.fromkeys(("image_layers", "text_layers", "cross_layers", "decoder_layers"), 1)
     model = micro_model(dtype=torch.float32, **blocks)

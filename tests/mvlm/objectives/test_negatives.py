@@ -137,7 +137,7 @@ def test_draws_of_a_batch_are_limited():
 
 
 def test_draws_from_equal_logits_do_not_reach_the_limit():
-    """As many draws as 1,024 ranks of 128 pairs make: docs/guides/many_gpus.md says at most 9 pairs."""
+    """A step of 1,024 ranks of 128 pairs makes as many draws: docs/guides/many_gpus.md says at most 9 pairs."""
     for seed in range(20):
         columns = np.random.default_rng(seed).integers(0, 131072, size=131072)
         assert np.bincount(columns).max() <= 9

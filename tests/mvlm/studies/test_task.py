@@ -105,7 +105,7 @@ def test_mistakes_are_refused_before_a_trial_is_run(questions, trained, tmp_path
 
 @pytest.mark.slow
 def test_a_trial_that_has_begun_from_another_model_is_not_continued(questions, trained, tmp_path, monkeypatch) -> None:
-    """It has no result yet, and its run would go on from the weights of the first model."""
+    """The trial has no result yet, and its run would go on from the weights of the first model."""
     (trial,) = trials_of(study(arms={"full": {}}), questions, tmp_path / "study", trained)
 
     def stopped(config: FinetuneConfig, *options: bool) -> str:

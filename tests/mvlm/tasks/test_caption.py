@@ -109,7 +109,7 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by
 
 
 def test_the_loss_is_the_mean_over_captions(model):
-    """Of each caption's own mean over its masked tokens, and of its length, given the image alone."""
+    """The mean is that of each caption's mean over its masked tokens, and of its length, given the image alone."""
     task = Captioning(copy.deepcopy(model), TaskOptions(), {}).double()
     with torch.no_grad():
         task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -133,7 +133,7 @@ def test_the_loss_is_the_mean_over_captions(model):
 
 @pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
 def test_data_with_a_row_for_each_caption_have_the_figures_of_a_row_for_each_image(tmp_path, image_id):
-    """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
+    """The record, the written predictions and the report's verdicts are equal. Copies of an image are one image."""
     names = [image_id.format(7 * i + 3) for i in range(len(COCO))]
     rows = {
         "images": [(i, texts, {"image_id": names[i]}) for i, texts in enumerate(COCO)],
