@@ -53,5 +53,5 @@ class Masking:
 
     @property
     def patches_of_a_block(self) -> int:
-        """Patches of one block."""
+        """Number of patches of one block."""
         return (self.mask_block // self.patch_size) ** 2

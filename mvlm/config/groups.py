@@ -75,7 +75,7 @@ class DataSettings:
     flip: Annotated[float, FRACTION] = 0.0
     """Probability of a horizontal flip. 0 by default, because captions say left and right."""
     randaugment: Annotated[int, Range(0, 14)] = 0
-    """RandAugment operations per image."""
+    """Number of RandAugment operations per image; 0 for none."""
     randaugment_magnitude: Annotated[int, Range(0, 30), NO_FLAG] = 9
     """Magnitude of RandAugment's operations, 0 to 30."""
     seed: int = 0

@@ -115,7 +115,7 @@ class ClusterSetting:
     accumulate: int = 1
     checkpointed: bool = False
     sharded: bool = False
-    """FSDP2 instead of DDP."""
+    """True for FSDP2, False for DDP."""
     graphs: bool = False
     """Steps are replayed from CUDA graphs."""
     parts: PartSettings = FULL
@@ -132,7 +132,7 @@ class ClusterSetting:
 
     @property
     def pairs(self) -> int:
-        """Pairs of a microbatch."""
+        """Number of pairs of a microbatch."""
         return self.batch_size // (self.ranks * self.accumulate)
 
     @property
@@ -281,7 +281,7 @@ def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
 
 
 class PlannedStep(NamedTuple):
-    """Seconds of a step."""
+    """Seconds of one training step, by the work that takes them."""
 
     forward: float
     backward: float

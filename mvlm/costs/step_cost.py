@@ -78,7 +78,7 @@ class StepShape:
     """Sizes and settings of one rank's step."""
 
     pairs: int
-    """Pairs of a microbatch."""
+    """Number of pairs of a microbatch."""
     tokens: int = TOKENS
     """Mean number of tokens of a caption."""
     longest: int = LONGEST
@@ -98,7 +98,7 @@ class StepCost:
     """FLOPs and memory of one rank's step."""
 
     parameters: int
-    """Number of parameters."""
+    """Number of parameters of the model."""
     trained: int
     """Number of parameters that learn."""
     forward: int

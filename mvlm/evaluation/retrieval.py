@@ -57,9 +57,9 @@ class EncodedSplit:
     starts: Tensor
     """int64 (T+1,), bounds of the captions in `w`."""
     image_embedding: Tensor
-    """(I, E), unit length."""
+    """(I, E), contrastive embeddings of the images, of unit length."""
     text_embedding: Tensor
-    """(T, E), unit length."""
+    """(T, E), contrastive embeddings of the captions, of unit length."""
     image: Tensor
     """int64 (I,), for each image the first one with the same `image_id` in the metadata; itself without an id."""
     owner: Tensor

@@ -71,7 +71,7 @@ class CrossAttention:
 
     @property
     def weights(self) -> Tensor:
-        """(B, H, L, M), without a graph."""
+        """(B, H, L, M), softmax weights of the text's rows over the image's rows, without a graph."""
         return (self.q @ self.k.mT * self.q.shape[-1] ** -0.5).softmax(-1)
 
     def gradcam(self, gradient: Tensor | None) -> Tensor:
@@ -157,14 +157,14 @@ def draw_overlay(image: ImageLike, heat: Tensor, *, side: int = 224) -> Image.Im
     return Image.fromarray(_blend(pixels, heat, side))
 
 
-def draw_words(image: ImageLike, maps: AttentionMaps, *, side: int = 160, columns: int = 6) -> Image.Image:
+def draw_words(image: ImageLike, found: AttentionMaps, *, side: int = 160, columns: int = 6) -> Image.Image:
     """The image, and beside it a panel for each word with its relevance, as `TrainedModel.attention` found it."""
     pixels = load_image(image, side).permute(1, 2, 0).numpy()
-    panels = [pixels, *(_blend(pixels, heat, side) for heat in maps.relevance)]
+    panels = [pixels, *(_blend(pixels, heat, side) for heat in found.relevance)]
     columns = min(columns, len(panels))
     sheet = Image.new("RGB", (columns * side, -(-len(panels) // columns) * (side + LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (panel, label) in enumerate(zip(panels, ["image", *maps.words], strict=True)):
+    for number, (panel, label) in enumerate(zip(panels, ["image", *found.words], strict=True)):
         x, y = number % columns * side, number // columns * (side + LABEL)
         sheet.paste(Image.fromarray(panel), (x, y))
         draw.text((x + 3, y + side + 2), label[: max(1, side // 7)], fill="black")

@@ -58,7 +58,7 @@ class ImageFeatures(NamedTuple):
     v: Tensor
     """(B, 1+N, C), features of the image, [CLS] first."""
     embedding: Tensor
-    """(B, E), unit length."""
+    """(B, E), contrastive embeddings of the images, of unit length."""
 
 
 class TextFeatures(NamedTuple):
@@ -67,7 +67,7 @@ class TextFeatures(NamedTuple):
     w: PackedText
     """Features (T, C) of all tokens, and the bounds of the B captions."""
     embedding: Tensor
-    """(B, E), unit length."""
+    """(B, E), contrastive embeddings of the captions, of unit length."""
 
 
 @torch.no_grad()

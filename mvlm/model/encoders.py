@@ -296,7 +296,7 @@ class CrossEncoder(nn.Module):
 
 
 def first_row(x: Tensor) -> Tensor:
-    """(B, L, C) -> (B, 1, C)."""
+    """Select the first row of each sequence: (B, L, C) -> (B, 1, C)."""
     return x[:, :1]
 
 

@@ -380,7 +380,7 @@ class Selection(NamedTuple):
 
     select: SelectRows
     packing: Packing | None = None
-    """Layout of the rows that it selects, if they are packed."""
+    """Bounds of the sequences among the selected rows, if they are packed."""
 
 
 def attend_self(packing: Packing | None, read: Selection | None = None) -> Attend:

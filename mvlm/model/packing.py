@@ -185,7 +185,7 @@ class Packing:
 
 
 class PackedText(NamedTuple):
-    """Features of packed captions."""
+    """Features of B captions, packed one after another without padding."""
 
     rows: Tensor
     """(T, C), features of all tokens, one caption after another."""

@@ -141,7 +141,7 @@ class Features:
     step: "Step"
     model: MaskVLMNetwork
     microbatches: Sequence[tuple[Batch, Any]]
-    """Batches and their masks."""
+    """Batch and masks of each microbatch."""
     all_streams: Sequence[Streams]
     """Features of all patches and tokens of each microbatch, before the two streams are fused."""
     draws: Tensor = field(init=False)

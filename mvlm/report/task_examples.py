@@ -151,7 +151,7 @@ class TaskMaps(NamedTuple):
     """"[CLS]", which stands for the whole text, and the words; "[MASK]" in its place for a masked answer; of a caption,
     the words alone."""
     maps: Tensor
-    """float32 (images, W, rows, columns), not negative."""
+    """float32 (images, W, rows, columns), weight of each word on each patch, not negative."""
     probability: float | None
     """Probability of the prediction, by the task's head; None for a caption."""
 

@@ -58,7 +58,7 @@ class Study:
     task: str = ""
     """Task to fine-tune, in place of a preset: all arms start from its recipe and from one pretrained model."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of all arms."""
+    """Settings that all arms share."""
     then: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> a task that each trial's model is then fine-tuned on: its `data`, the `splits` to evaluate it on, and
     the settings in which it differs from the task's recipe. The name is that of the task, or `task` is."""

@@ -335,7 +335,7 @@ class AnswerHead(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F) -> logits (B, answers), float32."""
+        """Logits (B, answers), float32, from fused features (B, F)."""
         return self.answers(F.gelu(self.norm(self.dense(x)))).float()
 
 
@@ -390,7 +390,7 @@ class LabelTask(Task):
         return self.head(self.fuse(batch, implementation, self.images))
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
-        """Cross-entropy and accuracy."""
+        """Mean cross-entropy of the labels, and accuracy, of a batch."""
         logits, (labels,) = self.logits(batch, implementation), targets
         return TaskLosses(F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean())
 
@@ -400,7 +400,7 @@ class LabelTask(Task):
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
-        """Labels, right or wrong."""
+        """Verdict of each record: predicted label, right label, right or wrong."""
         verdicts = []
         for i, (record, asked) in enumerate(zip(records, cls.labelled(dataset), strict=True)):
             label, right = asked["label"], record["label"] == asked["label"]

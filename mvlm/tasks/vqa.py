@@ -221,7 +221,7 @@ class VisualQuestionAnswering(Task):
                     self.head.answers.bias.copy_(torch.tensor(state["means"], dtype=torch.float64).logit())
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Tokenize masked answers."""
+        """Set the model's tokenizer, and tokenize the list of answers if answers are masked."""
         super().set_tokenizer(tokenizer)
         if self.masked:
             table = AnswerTable(self.state["answers"], tokenizer, self.config.text_length)

@@ -78,7 +78,7 @@ class CudaGraphs:
 
     @property
     def captured(self) -> int:
-        """Number of graphs."""
+        """Number of graphs captured so far."""
         return len(self._graphs)
 
     def run(self, microbatches: list[tuple[Batch, Masks]], number: Tensor) -> Losses:

@@ -108,7 +108,7 @@ class Visitor:
         return False, ""
 
     def ask(self, label: str, values: list[Any], seconds: float = 60.0) -> tuple[bool, str]:
-        """`ask_number`, by the label of a button."""
+        """Press the button with a label, as `ask_number` does by its number."""
         return self.ask_number(self.event(label)["id"], values, seconds)
 
     def upload(self, name: str, content: bytes) -> Answer:

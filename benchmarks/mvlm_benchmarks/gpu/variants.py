@@ -64,7 +64,7 @@ class Target(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A recorded launch."""
+    """One launch of a kernel, recorded without running it."""
 
     pass_name: str
     kernel: Any

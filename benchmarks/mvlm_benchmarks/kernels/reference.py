@@ -91,7 +91,7 @@ class CaseData:
     sets: list[Inputs]
     expected: list[Expected]
     limit: float
-    """Largest relative error."""
+    """Largest relative error that a result may have."""
     pristine: list[list[Tensor]]
     """Copies of the tensors of each set."""
 

@@ -135,7 +135,7 @@ class _Written:
     images: list[ImageFacts]
     where: list[str]
     captions: list[int]
-    """Number of captions."""
+    """Number of captions of each sample."""
     tars: list[tuple[int, int]]
     """Number of the piece, and number of the tar in it."""
 

@@ -70,7 +70,7 @@ _ESSENTIAL = ("name", "recipe", "pieces")
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """Progress of a build."""
+    """Progress of a build: pieces that are finished, all pieces, and records."""
 
     pieces: int
     of_pieces: int
@@ -224,7 +224,7 @@ def _hashes(evaluation_sets: Sequence[Path]) -> list[str]:
 
 
 def _place(out: Path | str) -> Path | str:
-    """A URL, or an absolute path. A link is kept, and its target becomes the data set."""
+    """Normal form of the place `out` of a data set: a URL, or an absolute path behind all links."""
     return normal_url(out) if is_remote(out) else Path(out).resolve()
 
 

@@ -162,7 +162,7 @@ class SampleIndex:
         return key.tobytes().decode(errors="surrogateescape")
 
     def check_all(self) -> None:
-        """Compare all checksums."""
+        """Compare the checksum of every shard's records. DataError if one differs."""
         for shard in range(len(self.first) - 1):
             self.shard_content(shard)
             self.release()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BAND = 1 << 20
-"""Pixels of a band."""
+"""Number of pixels of a band of rows, which are converted at a time."""
 _MOST_PROFILE = 1 << 17  # characters of EXIF data in a text of a PNG
 
 

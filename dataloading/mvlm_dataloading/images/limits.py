@@ -13,13 +13,13 @@ class ImageLimits:
     max_bytes: int = 100_000_000
     """Bytes of the image's file."""
     max_pixels: int = 100_000_000
-    """Width times height."""
+    """Most pixels, width times height."""
     max_side: int = 65_500
     """Pixels of the longer side: the most that a JPEG can have."""
     max_memory: int | None = 400_000_000
     """Bytes that decoding and resizing it take, its file not counted; None for as many as `max_pixels` allow."""
     kinds: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-    """Formats, named as `ImageHeader.kind`."""
+    """Formats that are allowed, named as `ImageHeader.kind`."""
 
 
 MAX_PIXELS = 89_478_485

@@ -205,7 +205,7 @@ class BufferPool:
         self._spare: deque[mmap.mmap] = deque(maxlen=8)
 
     def __len__(self) -> int:
-        """Number of idle buffers."""
+        """Number of buffers that no tensor uses."""
         return len(self._spare)
 
     def empty(self, shape: Sequence[int]) -> Tensor:

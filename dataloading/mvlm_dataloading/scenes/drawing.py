@@ -25,7 +25,7 @@ _OTHER_NAMES = {"red book": "closed book", "black square": "black large square",
 
 @dataclass(frozen=True, slots=True)
 class Artwork:
-    """Cut-outs of one source."""
+    """Drawings of all kinds of objects, cut out, of one source of emoji."""
 
     licence: str
     attribution: str

@@ -202,7 +202,10 @@ def hypotheses_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[S
 def _three_judged(
     rng: random.Random, family: str, text: str, true: Scene, false: Scene, asked: tuple[int, ...]
 ) -> list[Sample]:
-    """The hypothesis with its three images. `asked`: numbers of the objects that it speaks of."""
+    """Samples of a hypothesis: an image that entails it, one that contradicts it, one that leaves it open.
+
+    `asked`: numbers of the objects that the hypothesis speaks of.
+    """
     beyond = rng.choice([one.cell for number, one in enumerate(true.objects) if number not in asked])
     hidden = true.objects[rng.choice(asked)].cell
     unknown = rng.choice((true, false))  # what is behind the card may be either

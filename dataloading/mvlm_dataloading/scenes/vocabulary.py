@@ -136,7 +136,7 @@ class Vocabulary:
 
 
 def vocabulary(split: str) -> Vocabulary:
-    """Kinds of a split."""
+    """Kinds of objects that the scenes and texts of a split have."""
     seen = tuple(Kind(noun) for noun in NOUNS if not is_unseen(noun))
     unseen = tuple(Kind(noun) for noun in NOUNS if is_unseen(noun))
     books = tuple(tint for tint in TINTS if tint.name == "book")

@@ -43,7 +43,7 @@ class TarIndex:
     captions: int
     """Number of captions of the usable samples."""
     left_out: Counter[str]
-    """Unusable samples by reason."""
+    """Number of unusable samples, by reason."""
 
 
 def index_tar(tar: Path, *, unseen: bool = False, file: BufferedReader | None = None) -> TarIndex:

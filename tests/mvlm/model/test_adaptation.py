@@ -45,7 +45,7 @@ EVERYWHERE = PartSettings(train_image="lora", train_text="lora", train_cross="lo
 
 
 def test_adapters_are_pefts_in_both_implementations_and_are_merged(monkeypatch):
-    """Each linear layer of each block has an adapter. peft wraps modules, so its feed-forward layer has to call them."""
+    """Each linear layer of a block has an adapter. peft wraps modules, so its feed-forward layer has to call them."""
     ours, theirs = micro_model(), micro_model()
     linear = [n for n, m in ours.named_modules() if isinstance(m, nn.Linear) and ".blocks." in n]
     adapt(ours, EVERYWHERE)
