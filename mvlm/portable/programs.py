@@ -196,7 +196,7 @@ _OURS: Any = {
     torch.ops.mvlm_kernels.add_layer_norm.default: reference.add_layer_norm,
     torch.ops.mvlm_kernels.gelu.default: _gelu,
 }
-"""Our ops in the network, in torch's operators."""
+"""Operators of `mvlm_kernels` in an exported network -> the same computation by torch's own operators."""
 
 
 def load_program(file: Path) -> Program:

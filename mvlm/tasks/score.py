@@ -153,7 +153,7 @@ def _vqa(predictions: Path, references: Path) -> Scored:
 
 
 def _list(document: Any) -> list[Any]:
-    """The document if it is a list, else an empty one, in which `by_id` misses the records."""
+    """The document if it is a list; else an empty list, which `by_id` reports as missing records."""
     return document if isinstance(document, list) else []
 
 

@@ -87,7 +87,7 @@ class LocalContender:
         return both
 
     def run(self, name: str, number: int = 0, gradients_of: int | None = None) -> Results:
-        """Run a pass once. Arguments as those of `step`."""
+        """Run a pass once and return its results. The arguments are those of `step`."""
         with self.context():
             return self.step(name, number, gradients_of)()
 

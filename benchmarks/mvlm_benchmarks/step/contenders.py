@@ -94,7 +94,7 @@ class Contender:
 
     name: str
     module: nn.Module
-    """Owner of the parameters. Contenders with the same parameters share it."""
+    """Module that owns the parameters. Contenders with the same parameters share it."""
     call: Any
     """The module, or its compiled form."""
     optimizer: torch.optim.Optimizer | None

@@ -39,8 +39,9 @@ VERSION = 1
 MAGIC = b"mvlmidx\n"
 
 HEADER = struct.Struct("<8s II QQQ 32s 32s II")
-"""Magic; version, bytes per record; samples, shards, bytes of all keys; fingerprint (hexadecimal digits); hash of the
-described shards (`shards_hash`); CRC-32 of the header, with this field as 0, and the table; 0."""
+"""Layout of the file's header: magic; version, bytes per record; samples, shards, bytes of all keys; fingerprint
+(hexadecimal digits); hash of the described shards (`shards_hash`); CRC-32 of the header, with this field as 0, and the
+table; 0."""
 
 SHARD = np.dtype([("samples", "<u8"), ("key_bytes", "<u8"), ("records_crc", "<u4"), ("keys_crc", "<u4")])
 
