@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:10} {plan.seconds:4.0f} s  {plan.what}" for name, plan in STAGES.items()),
+        epilog="\n".join(f"{name:10} {spec.seconds:4.0f} s  {spec.what}" for name, spec in STAGES.items()),
     )
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--seconds", type=float, help="budget; the defaults are listed below")

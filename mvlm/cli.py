@@ -73,9 +73,9 @@ FAMILIES = {
     "eval": "Measure a model's retrieval, or one of its tasks",
     "search": "Search images and captions by their embeddings",
 }
-"""What the commands are for that begin with the same word. `mvlm --help` shows these in one entry."""
+"""Purpose of each family: commands that begin with the same word, such as `mvlm data`, one entry in `mvlm --help`."""
 PARSE_THEMSELVES = ("pretrain", "finetune", "bench")
-"""Commands that are given the words behind them: the first of these decides which arguments there are."""
+"""Commands that parse their own arguments, because the first word decides which arguments there are."""
 
 
 def usage(family: str = "") -> str:
@@ -97,7 +97,7 @@ def usage(family: str = "") -> str:
 
 
 def _entries(group: dict[str, Callable[..., None]], family: str) -> dict[str, str]:
-    """First lines of help of a family's commands in a group. Without a family of all, with an entry for a family."""
+    """First line of help of each command of a group that is of `family`; without a family, one entry for each."""
     entries: dict[str, str] = {}
     for name, command in group.items():
         first, _, second = name.partition(" ")

@@ -109,26 +109,26 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         file.chmod(mode)
 
 
-def copy_into(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:
-    """Copy the tensors `found` into `wanted` in place. If names, shapes or types do not fit, RunError, without a copy.
+def copy_into(wanted: dict[str, Tensor], stored: dict[str, Tensor], where: Path) -> None:
+    """Copy the tensors `stored` into `wanted` in place. If names, shapes or types do not fit, RunError, without a copy.
 
     RunError after the copy for values that are not finite. `where` is the source's path, for errors.
     """
-    check_fit({n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in found.items()}, where)
-    check_types(wanted, {name: {tensor.dtype} for name, tensor in found.items()}, where)
+    check_fit({n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in stored.items()}, where)
+    check_types(wanted, {name: {tensor.dtype} for name, tensor in stored.items()}, where)
     for name, tensor in wanted.items():
-        tensor.copy_(found[name])
+        tensor.copy_(stored[name])
     check_finite(wanted, where)
 
 
-def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: Path) -> None:
-    """Raise RunError if names or shapes of `found` are not those of `wanted`. It lists the first three differences."""
-    wrong = [f"{name} missing" for name in wanted if name not in found]
-    wrong += [f"{name} unexpected" for name in found if name not in wanted]
+def check_fit(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Raise RunError if names or shapes of `stored` are not those of `wanted`. It lists the first three differences."""
+    wrong = [f"{name} missing" for name in wanted if name not in stored]
+    wrong += [f"{name} unexpected" for name in stored if name not in wanted]
     wrong += [
-        f"{name} wanted {shape}, got {found[name]}"
+        f"{name} wanted {shape}, got {stored[name]}"
         for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        if name in stored and stored[name] != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -138,16 +138,16 @@ def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
         )
 
 
-def check_types(wanted: Mapping[str, Tensor], found: Mapping[str, set[torch.dtype]], where: Path) -> None:
+def check_types(wanted: Mapping[str, Tensor], stored: Mapping[str, set[torch.dtype]], where: Path) -> None:
     """Raise RunError for a type that is not that of the tensor `wanted`; floats may be any of `FLOATS`.
 
     The same bytes are other numbers in another type, and torch would convert integers to floats without a word.
 
     Args:
-        found: types of all parts of each tensor.
+        stored: types of all parts of each tensor.
     """
     for name, tensor in wanted.items():
-        if other := found[name] - {*(FLOATS if tensor.dtype in FLOATS else (tensor.dtype,))}:
+        if other := stored[name] - {*(FLOATS if tensor.dtype in FLOATS else (tensor.dtype,))}:
             kind = "floats of 16 to 64 bits" if tensor.dtype in FLOATS else str(tensor.dtype)
             raise RunError(
                 f"{where}: wanted {name} as {kind}, found {', '.join(map(str, other))}; restore the file, or use "

@@ -34,7 +34,7 @@ class RunSettings(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json of a checkpoint."""
+    """manifest.json of a checkpoint: hashes of its files."""
 
     format_version: int
     sha256: dict[Annotated[str, Meta(min_length=1, max_length=1024)], Sha256]
@@ -56,7 +56,7 @@ class Adapters(TypedDict):
 
 
 class RunState(TypedDict):
-    """state.json of a checkpoint."""
+    """state.json of a checkpoint: all that a run resumes from beside tensors."""
 
     step: Count
     loader: NotRequired[dict[str, Any]]
@@ -119,7 +119,7 @@ class DataSource(TypedDict):
 
 
 class Embedding(TypedDict):
-    """plan.json of an unfinished embedding."""
+    """plan.json, the specification of an unfinished embedding."""
 
     format_version: int
     model: Sha256
@@ -133,7 +133,7 @@ class Embedding(TypedDict):
 
 
 class FinishedEmbedding(Embedding):
-    """embedding.json."""
+    """embedding.json, the description of a finished embedding."""
 
     checkpoint: Text
     rejected: Count

@@ -19,7 +19,7 @@ NORMAL = 1.96
 
 
 class Interval(NamedTuple):
-    """A 95 % interval."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float

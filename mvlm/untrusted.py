@@ -60,9 +60,9 @@ def json_lines(file: Path, *, within: Path | None = None) -> Iterator[dict[str, 
                 yield found
 
 
-def read_plan(file: Path) -> Any:
-    """The plan of unfinished work, from a JSON file; None if there is none, or a kill came while it was written."""
+def read_spec(file: Path) -> Any:
+    """Specification of unfinished work, from its plan.json. None without a file, or if a kill cut it short."""
     try:
-        return read_json(file, "settings", "the plan of unfinished work")
+        return read_json(file, "settings", "the specification of unfinished work")
     except (OSError, RunError):
         return None

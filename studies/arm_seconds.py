@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import join_ranks
-from mvlm.studies.run import plan_trials
+from mvlm.studies.run import trials_of
 from mvlm.studies.study import read_study, trial_config
 from mvlm.training.run import build_run, build_trainer, open_inputs
 
@@ -31,9 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     study = read_study(options.study)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        planned = {
-            t.arm: t.flops / t.config.max_steps for t in plan_trials(study, options.data, Path(folder)) if t.flops
-        }
+        planned = {t.arm: t.flops / t.config.max_steps for t in trials_of(study, options.data, Path(folder)) if t.flops}
         runs = []
         for number, arm in enumerate(options.arms):
             config = trial_config(study, arm, 0, options.data, Path(folder, str(number)), 10_000)

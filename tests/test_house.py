@@ -6,6 +6,7 @@ docs/explain/architecture.md says what lies in each room, tests/README.md where 
 import ast
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,60 @@ def test_nothing_is_patched_at_run_time() -> None:
     for package, file in FILES:
         if package not in ("triton_proof", "mvlm_benchmarks"):
             assert not patched(tree(file)), file
+
+
+OPENINGS = re.compile(r"(What|That of|Those of|As|The same|Of|How|Where|Whether|Which|Its)\b")
+NOT_YET_MENDED = {
+    "mvlm/app/answers.py",
+    "mvlm/app/gate.py",
+    "mvlm/app/page.py",
+    "mvlm/app/visitors.py",
+    "kernels/mvlm_kernels/cross_attention/__init__.py",
+    "kernels/mvlm_kernels/cross_attention/packed.py",
+    "kernels/mvlm_kernels/dispatch.py",
+    "kernels/mvlm_kernels/gelu_linear/room.py",
+    "kernels/mvlm_kernels/hardware.py",
+    "kernels/mvlm_kernels/integrations/calls.py",
+    "kernels/triton_proof/allocations.py",
+    "kernels/triton_proof/driver.py",
+    "kernels/triton_proof/machine/global_races.py",
+    "kernels/triton_proof/report.py",
+}
+"""Files of code that may still have such docstrings."""
+
+
+def riddles(module: ast.Module) -> list[str]:
+    """Docstrings, also those behind an assignment, that open by a pronoun in place of the thing that they describe."""
+    texts = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            texts.append(ast.get_docstring(node))
+            texts += [
+                after.value.value
+                for before, after in pairwise(node.body)
+                if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr)
+                if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+            ]
+    return [text for text in texts if text and OPENINGS.match(text)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""What the file is about."""',
+        'class A:\n    """Of one rank."""',
+        'class A:\n    a: int\n    """Its width."""',
+        'def f():\n    """As `g`."""',
+        'A = 1\n"""The same of B."""',
+    ],
+)
+def test_a_docstring_that_needs_another_one_is_seen(source: str) -> None:
+    assert riddles(ast.parse(source))
+
+
+def test_docstrings_say_first_which_thing_they_describe() -> None:
+    found = {str(file.relative_to(ROOT)): riddles(tree(file)) for _, file in FILES}
+    assert {name: texts for name, texts in found.items() if texts and name not in NOT_YET_MENDED} == {}
 
 
 def test_the_architecture_page_names_every_room() -> None:

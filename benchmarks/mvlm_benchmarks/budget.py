@@ -20,7 +20,7 @@ class Budget:
 
     @property
     def used(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the budget began."""
         return time.monotonic() - self._start
 
     @property

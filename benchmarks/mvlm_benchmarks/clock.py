@@ -114,7 +114,7 @@ class CpuClock:
     """Wall-clock and processor times of at least five calls, after one call of each step for warm-up."""
 
     seconds: float
-    """Duration of a measurement."""
+    """Least wall-clock seconds of a measurement, which calls the steps in turn."""
 
     def time(self, steps: Sequence[Step], prepare: Prepare) -> tuple[Timing, list[Results]]:
         for number, step in enumerate(steps):

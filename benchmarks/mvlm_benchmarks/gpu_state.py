@@ -66,7 +66,7 @@ class GpuState:
 
 
 def _uuid(index: int) -> str:
-    """The library counts all GPUs of the machine, torch those that the process sees. The UUID is the same."""
+    """UUID of torch's GPU number `index`. The library counts the machine's GPUs, torch the visible ones."""
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(index).uuid}"

@@ -33,7 +33,7 @@ class Ratio(NamedTuple):
 
     @property
     def speed_verdict(self) -> str:
-        """The same of the denominator. The ratio is then its speed over the numerator's."""
+        """Verdict on the denominator, for a ratio that is read as its speed over the numerator's speed."""
         return {SLOWER: FASTER, FASTER: SLOWER}.get(self.verdict, self.verdict)
 
 

@@ -51,7 +51,7 @@ def same_words(text: str) -> str:
 
 
 def first_captions(captions: Iterable[str]) -> list[int]:
-    """Number of the first caption with the words of each, by `same_words`."""
+    """Index of the first caption with the same words (`same_words`), for each caption."""
     known: dict[str, int] = {}
     return [known.setdefault(same_words(caption), i) for i, caption in enumerate(captions)]
 

@@ -1,4 +1,4 @@
-"""The one way to write files: whole, in the folder that was meant, and on the disk.
+"""Atomic, durable writes of files and folders, which no link can lead elsewhere.
 
 A file or folder is written aside, forced to the disk and renamed, so it stays after a kill or a power cut. A link that
 somebody has put in a folder leads no writer out of it.
@@ -29,7 +29,7 @@ def sha256(path: Path) -> str:
 def sync(path: Path) -> None:
     """Force the content of a file, or the entries of a folder, to the disk (fsync).
 
-    Sync a file before it is renamed: after a power cut the disk may hold the rename without the content.
+    NOTE: sync a file before it is renamed. After a power cut the disk may hold the new name without the content.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -189,7 +189,7 @@ def place_folder(aside: Path, out: Path) -> None:
 
 
 def make_no_older(path: Path, sources: Iterable[Path]) -> None:
-    """Give a file at least the time of what it was made of, which another machine's clock may have put ahead."""
+    """Make a file at least as new as its sources, whose times another machine's clock may have put ahead."""
     newest = max((source.stat().st_mtime_ns for source in sources), default=0)
     if newest > path.stat().st_mtime_ns:
         os.utime(path, ns=(newest, newest))

@@ -1,4 +1,4 @@
-"""What is masked of image-text pairs: the settings that a loader and a model share. Imports no slow package."""
+"""Settings of the masks of image-text pairs, which a loader and a model share. Imports no slow package."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # Docstrings are also the text of `mvlm pretrain PRESET --help`.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
-    """What is masked of an image and of its caption. ValueError for a setting that is out of its range."""
+    """Settings of the masks of an image and of its caption. ValueError for a setting that is out of its range."""
 
     patch_size: int = 16
     """Side of a patch; divides `mask_block`."""
@@ -53,5 +53,5 @@ class Masking:
 
     @property
     def patches_of_a_block(self) -> int:
-        """Patches of one block."""
+        """Number of patches of one block."""
         return (self.mask_block // self.patch_size) ** 2

@@ -15,7 +15,10 @@ UInt64 = NDArray[np.uint64]
 
 
 class Purpose(IntEnum):
-    """Purpose of a random draw, the first input of its hash. Draws for different purposes are independent."""
+    """Purpose of a random draw, the first input of its hash. Draws for different purposes are independent.
+
+    NOTE: a purpose keeps its number. With another one, resumed runs would draw other crops, captions or masks.
+    """
 
     ORDER = 1
     RUNS = 2

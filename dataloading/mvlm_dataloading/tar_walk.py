@@ -84,7 +84,7 @@ class TarWalk:
         return DamagedTar(offset, "a damaged header" if offset else "no header of a tar")
 
     def _check_end(self, end: int) -> None:
-        """Check that the block at `end` and all after it are zeros. `tarfile` has just read that block."""
+        """Check that the tar holds zeros alone from offset `end` on. `tarfile` has just read the block there."""
         blocks = self._blocks
         if blocks.cut:
             raise self._damage(end)

@@ -159,7 +159,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _short_word(self) -> str:
-        """A letter that is one token behind a blank."""
+        """A letter that is a single token as a word of its own, behind a blank."""
         letters = "aeioustnrlmdhcbfgpkwvyjxqz"
         tokens = (self._encoded(f"{letter} {letter}").ids for letter in letters)
         return next((letter for letter, ids in zip(letters, tokens, strict=True) if len(ids) == 2), "a")

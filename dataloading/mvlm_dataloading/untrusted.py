@@ -1,4 +1,4 @@
-"""Files that may come from others: the one way to open them.
+"""Safe opening of files that may come from others: regular files, within their folder and within limits of size.
 
 A path that a user names may be a link to anywhere. A file that is found in a folder, or that a table names, has to lie
 in that folder once all links are resolved; `--follow-links` of any command lifts this. Only regular files are opened,

@@ -58,7 +58,7 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
 
 
 def check_old_flags(words: Sequence[str], prog: str) -> None:
-    """ConfigError for a flag, or a value of a flag, that has a new name, and for that of a setting that is gone."""
+    """Raise ConfigError for a flag, or a value of a flag, that has a new name, or whose setting was removed."""
     renamed, gone = {}, {}
     for command, names in RENAMED.items():
         if f"{prog} ".startswith(f"{command} "):  # the prog of `pretrain` ends in the preset
@@ -96,7 +96,7 @@ _IN_OUR_WORDS = (
     (r"Missing value for argument '([^']+)'\. Expected 1 values", r"\1: wanted a value behind it, found none"),
     (r"Missing value for argument '([^']+)'\. Expected (\d+) values", r"\1: wanted \2 values behind it, found fewer"),
 )
-"""What tyro says in Python's words, and what it means."""
+"""Patterns of tyro's messages, which speak of Python types, and messages for users in their place."""
 
 
 def one_line(box: str) -> str:

@@ -31,7 +31,7 @@ class CommonOptions:
     part: str | None = None
     """Write part i of n of the data set, as i/n. `mvlm data merge` joins the parts that any machines have written."""
     executor: Literal["processes", "ray"] = "processes"
-    """What does the work: processes of this machine, or the nodes of a Ray cluster."""
+    """Workers that write the pieces: processes of this machine, or the nodes of a Ray cluster."""
 
 
 def source_commands() -> dict[str, Callable[..., None]]:

@@ -1,4 +1,4 @@
-"""`mvlm embed` and `mvlm export`: what a trained model gives to others, embeddings and itself."""
+"""`mvlm embed` and `mvlm export`: embeddings of a collection as files, and a trained model as a portable folder."""
 
 from pathlib import Path
 from typing import Literal

@@ -72,16 +72,16 @@ def eval_retrieval(
 
         model, dataset, train = run_on_all_ranks(world, prepare)
         precision = chosen_precision(world.device)
-        plan = {
+        spec = {
             "model": model.sha256,  # of the sizes that it is evaluated at, too
             "data": [dataset.fingerprint, None if train is None else train.fingerprint],
             "device": world.device.type,
             "precision": precision,
             "rerank": rerank,
         }
-        check_same(world, {"out": str(out), **plan}, SAME_WORK)
+        check_same(world, {"out": str(out), **spec}, SAME_WORK)
         rerank = default_rerank(model.network) if rerank is None else rerank
-        with open_workspace(None if out is None else out.with_name(f"{out.name}.parts"), plan, world) as workspace:
+        with open_workspace(None if out is None else out.with_name(f"{out.name}.parts"), spec, world) as workspace:
             figures = {
                 **{"checkpoint": str(checkpoint), "data": str(data), "split": split},
                 **model.evaluate(dataset, train, rerank, workspace).figures,

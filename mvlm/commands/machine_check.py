@@ -28,7 +28,7 @@ from mvlm_dataloading import DataError, open_dataset
 
 SLOW_DISK_MB_PER_S = 50.0
 FULL_PAIRS = 300_000
-"""Pairs from which docs/guides/own_model.md lets all of a pretrained encoder learn: between two rows of its table."""
+"""Training pairs from which docs/guides/own_model.md advises to train all weights of a pretrained encoder."""
 TIMED_STEPS = 3
 
 
@@ -214,7 +214,10 @@ def shards(data: Path | str) -> Finding:
 
 
 def learning(run: PretrainConfig, pairs: int) -> Finding | None:
-    """How a run teaches pretrained encoders, amber where docs/guides/own_model.md advises against it; else None."""
+    """Finding on the learning rates of pretrained encoders: amber where docs/guides/own_model.md advises others.
+
+    None for a run that starts from no pretrained weights.
+    """
     starts = {"image": run.image_weights, "text": run.text_weights or run.text_tower}
     taught = [
         (part, getattr(run, f"lr_{part}"))

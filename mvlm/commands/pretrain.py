@@ -72,7 +72,7 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
 
 
 def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
-    """`defaults` with the settings of the image tower that the words name, if it is another one, before other flags."""
+    """Put the settings of the image tower that the command line names into `defaults`, before its other flags."""
     tower, side = (_value(words, f"--model.{name}") for name in ("image-tower", "image-size"))
     if not tower or tower == defaults.model.image_tower:
         return defaults

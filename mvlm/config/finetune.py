@@ -49,7 +49,7 @@ class TaskOptions:
     lengths: Annotated[int, AT_LEAST_1] = 5
     """Number of lengths that caption tries in evaluations: it writes a caption for each of the image's likeliest."""
     iterations: Annotated[int, AT_LEAST_1] = 10
-    """Passes of mask-predict (caption)."""
+    """Number of passes of mask-predict, each of which rewrites the least sure words (caption)."""
     choose_by: Literal["itm", "likelihood"] = "likelihood"
     """Figure that chooses among captions of different lengths: a token's mean log-likelihood, or ITM's log-odds, whose
     head judges features that it was not trained on, because caption trains the encoders without it."""

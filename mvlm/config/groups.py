@@ -75,7 +75,7 @@ class DataSettings:
     flip: Annotated[float, FRACTION] = 0.0
     """Probability of a horizontal flip. 0 by default, because captions say left and right."""
     randaugment: Annotated[int, Range(0, 14)] = 0
-    """RandAugment operations per image."""
+    """Number of RandAugment operations per image; 0 for none."""
     randaugment_magnitude: Annotated[int, Range(0, 30), NO_FLAG] = 9
     """Magnitude of RandAugment's operations, 0 to 30."""
     seed: int = 0
@@ -116,7 +116,7 @@ class OptimizerSettings:
 
 @settings(resume_may_change=False)
 class PartSettings:
-    """How much of each part of the model learns, at which rate; heads always learn. A resumed run keeps these."""
+    """Learning of each part of the model, and its rate; heads always learn. A resumed run keeps these."""
 
     train_image: Learning = "full"
     """Learning of the image encoder. full: all weights. frozen: none. lora: adapters of low rank beside the frozen
@@ -148,7 +148,7 @@ class PartSettings:
 
 
 FULL = PartSettings()
-"""All of a model learns."""
+"""Settings of a run in which all weights of the model learn."""
 
 
 @settings(resume_may_change=False)
@@ -320,7 +320,7 @@ class WeightSettings:
 
 @settings(resume_may_change=True)
 class ForgettingSettings:
-    """What the run forgets. A resumed run may change it."""
+    """Measurement of forgetting: retrieval on earlier data, before and after the run. A resumed run may change it."""
 
     also_evaluate: Path | None = None
     """A data set, such as the one that `initial_model` was trained on. Its validation split is ranked by ITC before the

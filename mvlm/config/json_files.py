@@ -25,7 +25,7 @@ class Removed(NamedTuple):
     """A setting that earlier versions had."""
 
     default: Any
-    """Its default there, as in JSON."""
+    """Default of the setting in those versions, as in JSON."""
     last: str
     """The last version that had it."""
     free: bool = False

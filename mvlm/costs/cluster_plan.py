@@ -27,7 +27,7 @@ class Node:
     """A GPU's memory, and its links in the node that it usually comes in."""
 
     memory: float
-    """Bytes of a GPU."""
+    """Bytes of a GPU's memory."""
     intra_node: float
     """Bytes per second, each way, from a GPU to the other GPUs of its node."""
     inter_node: float
@@ -57,13 +57,13 @@ class Protocol(NamedTuple):
     """Seconds of one of NCCL's protocols, which trades bandwidth for latency."""
 
     bandwidth: float
-    """Part of a link's rate that it uses."""
+    """Share of a link's bandwidth that the protocol uses, 0 to 1."""
     start: float
-    """Start of a collective."""
+    """Seconds to start a collective."""
     ring: tuple[float, float]
-    """A hop of a ring, in a node and between nodes."""
+    """Seconds of a hop of a ring, in a node and between nodes."""
     tree: tuple[float, float]
-    """A hop of a tree, in a node and between nodes."""
+    """Seconds of a hop of a tree, in a node and between nodes."""
 
 
 PROTOCOLS = (
@@ -83,17 +83,17 @@ class Collective(NamedTuple):
 
     kind: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
     label: str
-    """Their content."""
+    """Content of the messages, such as gradients."""
     size: float
-    """Bytes of each: of one rank's part in an all-gather and a reduce-scatter, of what an all-to-all brings, else of
-    all."""
+    """Bytes of one call: one rank's part in an all-gather or a reduce-scatter, all rows that arrive in an all-to-all,
+    or the whole tensor of an all-reduce."""
     ranks: int
-    """Ranks of a group."""
+    """Number of ranks in the group."""
     calls: int = 1
     across: bool = False
-    """The group has one rank in each node."""
+    """True if the group has one rank in each node."""
     senders: int = 0
-    """Other ranks from which an all-to-all brings anything."""
+    """Number of other ranks from which an all-to-all brings rows."""
 
     @property
     def received(self) -> float:
@@ -115,11 +115,11 @@ class ClusterSetting:
     accumulate: int = 1
     checkpointed: bool = False
     sharded: bool = False
-    """FSDP2 instead of DDP."""
+    """True for FSDP2, False for DDP."""
     graphs: bool = False
     """Steps are replayed from CUDA graphs."""
     parts: PartSettings = FULL
-    """How much of each part of the model learns; all of it with FSDP2."""
+    """Learning of each part of the model: all weights, none, or adapters. All weights with FSDP2."""
     mfu: float = 0.4
     """Model FLOPs utilization during forward and backward, in (0, 1]."""
     inter_node: float = 0.0
@@ -132,7 +132,7 @@ class ClusterSetting:
 
     @property
     def pairs(self) -> int:
-        """Pairs of a microbatch."""
+        """Number of pairs of a microbatch."""
         return self.batch_size // (self.ranks * self.accumulate)
 
     @property
@@ -160,7 +160,7 @@ class ClusterSetting:
         return self.inter_node or NODES[self.gpu].inter_node
 
     def seconds(self, moved: Collective) -> float:
-        """Time on the network."""
+        """Seconds of a collective on the network."""
         if moved.ranks == 1:
             return 0.0
         intra_node = NODES[self.gpu].intra_node
@@ -281,20 +281,20 @@ def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
 
 
 class PlannedStep(NamedTuple):
-    """Seconds of a step."""
+    """Seconds of one training step, by the work that takes them."""
 
     forward: float
     backward: float
     logits: float
-    """ITC's logits and the draws from them, which grow with the global batch. Nothing here overlaps with them."""
+    """Seconds of ITC's logits and of the draws from them, which grow with the global batch and overlap with nothing."""
     network: dict[str, float]
-    """Collectives, by what they carry."""
+    """Seconds of all collectives, by what they carry."""
     waiting: dict[str, float]
-    """What nothing hides of them, the largest first."""
+    """Seconds of the collectives that no computation hides, by what they carry, the largest first."""
 
     @property
     def step(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         return self.forward + self.backward + self.logits + sum(self.waiting.values())
 
     @property

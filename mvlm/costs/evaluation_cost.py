@@ -20,7 +20,7 @@ from mvlm_kernels.hardware import GPUS
 SAMPLES, PAIRS = 64, 256
 """Images or captions of a batch, and pairs of a batch, on which FLOPs are counted."""
 DRAWS = 4
-"""Masks of each image, for cross-modal gain."""
+"""Number of masks drawn for each image, for cross-modal gain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ class EvaluationCost:
     """FLOPs of the parts of an evaluation."""
 
     image: int
-    """Of an image's features."""
+    """FLOPs of encoding an image."""
     caption: int
-    """Of a caption's features."""
+    """FLOPs of encoding a caption."""
     pair: int
-    """Of ITM's judgement of a pair, with its share of the keys and values that pairs have in common."""
+    """FLOPs of ITM's score of a pair, with its share of the keys and values that pairs have in common."""
     reconstruction: int
-    """Of an image's reconstructions, for cross-modal gain."""
+    """FLOPs of an image's reconstructions, for cross-modal gain."""
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from mvlm.config.groups import FULL, PartSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.exchange import plan_exchange
+from mvlm.distributed.exchange import exchange_splits
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, named_blocks, parallelize
 from mvlm.distributed.world import World
@@ -78,7 +78,7 @@ class StepShape:
     """Sizes and settings of one rank's step."""
 
     pairs: int
-    """Pairs of a microbatch."""
+    """Number of pairs of a microbatch."""
     tokens: int = TOKENS
     """Mean number of tokens of a caption."""
     longest: int = LONGEST
@@ -90,7 +90,7 @@ class StepShape:
     gpu: bool = True
     """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
     parts: PartSettings = FULL
-    """How much of each part of the model learns."""
+    """Learning of each part of the model: all weights, none, or adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,9 @@ class StepCost:
     """FLOPs and memory of one rank's step."""
 
     parameters: int
-    """Number of parameters."""
+    """Number of parameters of the model."""
     trained: int
-    """Number of those that learn."""
+    """Number of parameters that learn."""
     forward: int
     """FLOPs of the forward passes. Gradient caching has two per microbatch; both are counted."""
     backward: int
@@ -132,7 +132,7 @@ class MemoryTracker(TorchDispatchMode):
         self._held = 0
         self.flops = 0
         self.backward_flops = 0
-        """Those of them in backward passes."""
+        """FLOPs of backward passes, which `flops` includes."""
         self.peak = 0
         self.parts: dict[str, int] = {}
 
@@ -310,8 +310,8 @@ def uniform_draws(shape: StepShape) -> list[int]:
     negatives = NegativeSampling(texts, texts, 0, 0).limited(texts, images)
     lengths = torch.full_like(texts, shape.tokens)
     starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
-    plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
-    return [number for both in plans for splits in both for number in splits.numbers.tolist()]
+    both_kinds = [exchange_splits(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
+    return [number for both in both_kinds for splits in both for number in splits.numbers.tolist()]
 
 
 def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:

@@ -135,7 +135,7 @@ class AsyncOp:
         self._token = _Function.apply(x, lambda: x.new_zeros(()), lambda _: handles.pop().wait())
 
     def wait(self) -> Tensor:
-        """The result, differentiable."""
+        """Wait for the collective, and return its result as a part of the autograd graph."""
         return _Function.apply(self._token, self._result, self._start)  # pyright: ignore[reportReturnType]
 
 
@@ -163,6 +163,10 @@ def side_stream(device: torch.device, *inputs: Tensor) -> Iterator[None]:
 
     A collective waits for all that the current stream holds when it is queued. One that is queued late, but needs only
     early results, is therefore queued here. With inputs, the operations wait for what the current stream holds now.
+
+    NOTE: give every tensor that the current stream made and the block reads first, and call `join_side_stream` before
+    the current stream reads a result. Else memory is read before it is written, or when others use it: wrong numbers,
+    and no error.
     """
     stream = _side_stream(device)
     if stream is None:

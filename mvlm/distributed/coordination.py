@@ -53,7 +53,10 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
 TOGETHER = (
     "device", "log_every", "eval_every_steps", "eval_images", "checkpoint_every_steps", "max_bad_steps",
 )  # fmt: skip
-"""Settings that a resume may change, and by which all ranks decide alone when they meet."""
+"""Settings that a resumed run may change, and that must still be equal on all ranks.
+
+NOTE: each rank derives from them alone at which step its next collective is. Ranks with other values wait for ever.
+"""
 
 
 def check_ranks(

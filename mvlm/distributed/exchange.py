@@ -61,12 +61,13 @@ class Splits(NamedTuple):
     drawn sequences, with repetitions."""
 
 
-def plan_exchange(
+def exchange_splits(
     negatives: Negatives, lengths: Tensor, own_starts: Tensor, microbatch: int, layout: GlobalBatchLayout
 ) -> tuple[Splits, Splits]:
-    """Plan both all-to-alls of one microbatch, of images and of captions, from the negatives of all G pairs. No sync.
+    """Splits of both all-to-alls of one microbatch, of images and of captions, from the negatives of all G pairs.
 
-    lengths int64 (G,) of all captions; own_starts int64 (n,), first rows of this rank's captions.
+    lengths: int64 (G,), tokens of all captions; own_starts: int64 (n,), first rows of this rank's captions. Nothing
+    waits for the device.
     """
     block = layout.ranks * layout.pairs
     rows = slice(microbatch * block, (microbatch + 1) * block)
@@ -79,8 +80,8 @@ def _splits(columns: Tensor, lengths: Tensor, own_starts: Tensor, layout: Global
     """All-to-all of the sequences columns int64 (W b,), global indices that rank 0, 1, and so on drew."""
     total, pairs, ranks = layout.total, layout.pairs, layout.ranks
     end = ranks * total
-    reader = torch.arange(ranks * pairs, device=columns.device) // pairs
-    wanted = (reader * total + columns).masked_fill(layout.owner(columns) != layout.rank, end)
+    receiver = torch.arange(ranks * pairs, device=columns.device) // pairs
+    wanted = (receiver * total + columns).masked_fill(layout.owner(columns) != layout.rank, end)
     sent, sent_lengths, rows_sent = _each_once(wanted, lengths, ranks)
     mine = columns[layout.rank * pairs : (layout.rank + 1) * pairs]
     keys = layout.owner(mine) * total + mine
@@ -149,7 +150,7 @@ class RowExchange:
         return x
 
     def backward(self, grad: Tensor) -> Handle:
-        """Start to send the gradient (D, ...) of the received rows back. The result is that of this rank's (M, ...)."""
+        """Start to send the gradient (D, ...) of the received rows back. Returns that of this rank's rows (M, ...)."""
         handle = all_to_all(grad.contiguous(), self._received, self._sent)
         return Handle(None, lambda: sum_rows(handle.wait(), self._rows, len(self._own)).to(self._own.dtype))
 
@@ -169,7 +170,7 @@ def sum_rows(x: Tensor, rows: Tensor, number: int) -> Tensor:
 class FeatureExchange:
     """Exchange of the features of a step's negatives, in the dtype in which the step computes.
 
-    1. `FeatureExchange(...)` gathers the draws of all ranks, plans the all-to-alls of all microbatches on the device,
+    1. `FeatureExchange(...)` gathers the draws of all ranks, computes the splits of all all-to-alls on the device,
        and starts to copy their numbers to the host.
     2. `start` reads the numbers and starts to send. What is queued between 1 and 2 keeps the device busy meanwhile.
     3. `wait` returns the rows.
@@ -208,7 +209,7 @@ class FeatureExchange:
         with side_stream(draws.device, *inputs):
             texts, images = all_gather(draws.int(), layout).wait().long().unbind(1)
             self._negatives = sampling.limited(texts, images)
-            self._splits = [plan_exchange(self._negatives, lengths, starts, a, layout) for a in range(len(streams))]
+            self._splits = [exchange_splits(self._negatives, lengths, starts, a, layout) for a in range(len(streams))]
             self._copied = HostNumbers(torch.stack([torch.stack([x.numbers for x in both]) for both in self._splits]))
         self._numbers: list[list[list[int]]] = []
         self._exchanges = [[RowExchange(own, wire) for own in self._own] for _ in streams]
@@ -233,7 +234,7 @@ class FeatureExchange:
                 exchange.start(splits, numbers)
 
     def wait(self, microbatch: int) -> list[Tensor]:
-        """Images (D, 1+N, C) and text rows that a microbatch drew, each once. Differentiable if there is one."""
+        """Images (D, 1+N, C) and text rows that a microbatch drew, each once. With one microbatch: differentiable."""
         return [x.wait() for x in self._ops or self._exchanges[microbatch]]
 
     def pairs(self, microbatch: int, own: Streams, *arrived: Tensor) -> PairFeatures:

@@ -78,7 +78,7 @@ class _Passes:
     def __init__(self, parallel: Parallel, microbatches: Sequence[Microbatch], step: Step, autocast: Autocast) -> None:
         self._parallel, self._microbatches, self._step, self._autocast = parallel, microbatches, step, autocast
         self._shares: list[Tensor] = []
-        """Shares of each pass, in the order of `step.names`."""
+        """Shares of all losses that each pass has computed: a vector a pass, in the order of `step.names`."""
         self._cached: list[Streams] = []
         """Features of each microbatch that ITC and ITM read."""
         self._exchange: FeatureExchange | None = None
@@ -180,7 +180,7 @@ class _Passes:
 
 
 def _tensors(streams: Streams) -> dict[str, Tensor]:
-    """Features by stream; of captions, packed rows."""
+    """Features by name of the stream: (B, 1+N, C) of images, packed rows (T, C) of captions."""
     texts = {"text": streams.text, "masked_text": streams.masked_text}
     found = {"image": streams.image, "masked_image": streams.masked_image}
     found |= {name: None if x is None else x.rows for name, x in texts.items()}

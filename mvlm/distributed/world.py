@@ -61,7 +61,10 @@ class World:
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
     def close(self) -> None:
-        """Leave the process group. Do not call it after an error: it would wait for ranks that may be stuck."""
+        """Leave the process group.
+
+        NOTE: do not call it after an error. It would wait, perhaps for ever, for ranks that are stuck.
+        """
         if self.size > 1:
             dist.destroy_process_group()
 

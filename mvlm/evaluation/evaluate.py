@@ -162,7 +162,7 @@ def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dic
 
 
 def recall_rows(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, list[str]]]:
-    """Recalls that `mvlm eval retrieval` found: queries, their part of the figures, how they are ranked, six cells.
+    """Rows of the table of recall: name of the queries, their figures, method of ranking, and six cells.
 
     The cells are R@1, R@5 and R@10 from image to text, then from text to image, in per cent.
     """

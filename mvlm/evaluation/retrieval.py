@@ -51,17 +51,17 @@ class EncodedSplit:
     """Features of one split, on the CPU or in files that are mapped to its memory."""
 
     v: Tensor
-    """(I, 1+N, C), unmasked images."""
+    """(I, 1+N, C), features of the unmasked images."""
     w: Tensor
-    """(W, C), unmasked captions, packed."""
+    """(W, C), features of the unmasked captions, packed."""
     starts: Tensor
     """int64 (T+1,), bounds of the captions in `w`."""
     image_embedding: Tensor
-    """(I, E), unit length."""
+    """(I, E), contrastive embeddings of the images, of unit length."""
     text_embedding: Tensor
-    """(T, E), unit length."""
+    """(T, E), contrastive embeddings of the captions, of unit length."""
     image: Tensor
-    """int64 (I,), for each image the first with its `image_id` in the metadata; itself for data without."""
+    """int64 (I,), for each image the first one with the same `image_id` in the metadata; itself without an id."""
     owner: Tensor
     """int64 (T,), image of each caption, as in `image`."""
     first: Tensor
@@ -76,7 +76,7 @@ class EncodedSplit:
 
     @cached_property
     def words(self) -> Tensor:
-        """For each caption the first with its words, int64 (T,)."""
+        """First caption with the same words, for each caption: int64 (T,)."""
         return torch.tensor(first_captions(self.captions))
 
     @property
@@ -181,7 +181,7 @@ DIRECTIONS = ("tr", "ir")
 RECALLS_AT = (1, 5, 10)
 RECALL_RESAMPLES = 10_000
 TIE = 1e-9
-"""Scores that are closer are equal: far above what float64 rounds off, far below what parts two embeddings."""
+"""Difference below which two scores are equal: far above float64's rounding, far below that of two embeddings."""
 MOST_ANSWERS = 5
 """Number of a query's top answers."""
 
@@ -195,15 +195,15 @@ class Ranks:
     """
 
     itc: Tensor
-    """int64 (queries,), by only the contrastive similarity."""
+    """int64 (queries,), rank by contrastive similarity alone."""
     itm: Tensor
-    """int64 (queries,), after re-ranking by ITC and ITM together."""
+    """int64 (queries,), rank after re-ranking by ITC and ITM together."""
     top: Tensor
     """int64 (queries, up to 5), captions or images of the first answers after re-ranking."""
     score: Tensor
     """(queries,), score of the first answer."""
     itm_alone: Tensor
-    """int64 (queries,), after re-ranking by ITM's log-odds alone, as ALBEF ranks."""
+    """int64 (queries,), rank after re-ranking by ITM's log-odds alone, as ALBEF ranks."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Candidates:
     rows: StoredArray
     """int64 (queries, K), captions or images, the most similar first."""
     similarity: StoredArray
-    """float64 (queries, K)."""
+    """float64 (queries, K), contrastive similarity of the query and each candidate."""
 
     def pairs(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
         """Pair of each candidate, int64 (queries, K): image x number of captions + caption."""
@@ -254,13 +254,13 @@ def rank_all(
     """
     workspace = workspace or Workspace()
     device, number = _device(model), k or MOST_ANSWERS
-    found = [find_candidates(features, direction, number, workspace, device) for direction in DIRECTIONS]
+    both = [find_candidates(features, direction, number, workspace, device) for direction in DIRECTIONS]
     if k == 0:
-        return {each.direction: _ranks_of_itc(model, each) for each in found}
-    judged = [each.pairs(features)[each.right(features).any(1) | answers].flatten() for each in found]
+        return {each.direction: _ranks_of_itc(model, each) for each in both}
+    judged = [each.pairs(features)[each.right(features).any(1) | answers].flatten() for each in both]
     pairs = torch.cat(judged).unique()  # sorted
     log_odds = score_pairs(model, features, pairs, precision, workspace)
-    return {each.direction: _rerank(model, each, features, pairs, log_odds, answers) for each in found}
+    return {each.direction: _rerank(model, each, features, pairs, log_odds, answers) for each in both}
 
 
 def find_candidates(
@@ -274,7 +274,7 @@ def find_candidates(
         queries, gallery = gallery, queries
     gallery, among = gallery.index_select(0, answers).double().to(device), answers.to(device)
     number, k = len(asked), min(k, len(answers))
-    found = Candidates(
+    candidates = Candidates(
         direction,
         workspace.array(f"{direction}.ranks", (number,), torch.int64),
         workspace.array(f"{direction}.rows", (number, k), torch.int64),
@@ -288,13 +288,13 @@ def find_candidates(
             query = asked[block, None].to(device)
             right = features.right(query, among) if direction == "tr" else features.right(among, query)  # (Q, G)
             best = similarity.topk(k, dim=1)
-            found.ranks.write(begin, best_rank(similarity, right))
-            found.rows.write(begin, answers[best.indices.cpu()])
-            found.similarity.write(begin, best.values)
+            candidates.ranks.write(begin, best_rank(similarity, right))
+            candidates.rows.write(begin, answers[best.indices.cpu()])
+            candidates.similarity.write(begin, best.values)
             yield
 
     workspace.share(f"{direction}.candidates", number, QUERIES_PER_BLOCK, work, "queries")
-    return found
+    return candidates
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
@@ -330,32 +330,32 @@ def score_pairs(model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision
 
 
 def _rerank(
-    model: MaskVLM, found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, answers: bool
+    model: MaskVLM, candidates: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, answers: bool
 ) -> Ranks:
     """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
     itm, alone, top, score = [], [], [], []
-    for begin in range(0, len(found.ranks.tensor), QUERIES_PER_BLOCK):
+    for begin in range(0, len(candidates.ranks.tensor), QUERIES_PER_BLOCK):
         block = slice(begin, begin + QUERIES_PER_BLOCK)
-        right = found.right(features, block)
+        right = candidates.right(features, block)
         judged = right.any(1) | answers  # (Q,)
-        similarity = found.similarity.tensor[block]  # (Q, K)
+        similarity = candidates.similarity.tensor[block]  # (Q, K)
         of_itm = torch.zeros_like(similarity)
-        of_itm[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
+        of_itm[judged] += log_odds[torch.searchsorted(pairs, candidates.pairs(features, block)[judged])]
         scores = rerank_scores(model, similarity, of_itm)
         # If no candidate is right, or only one that its tie with a wrong answer left out, the rank by ITC stays.
-        by_itc = found.ranks.tensor[block]
+        by_itc = candidates.ranks.tensor[block]
         for ranks, by in ((itm, scores), (alone, of_itm)):
             ranks.append(torch.where(by_itc < right.shape[1], best_rank(by, right), by_itc))
         best = scores.topk(min(MOST_ANSWERS, scores.shape[1]), dim=1)
-        top.append(found.rows.tensor[block].gather(1, best.indices))
+        top.append(candidates.rows.tensor[block].gather(1, best.indices))
         score.append(best.values[:, 0].float())
-    return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
+    return Ranks(candidates.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
 
 
-def _ranks_of_itc(model: MaskVLM, found: Candidates) -> Ranks:
+def _ranks_of_itc(model: MaskVLM, candidates: Candidates) -> Ranks:
     """Ranks without ITM. Candidates come in the order of their similarity."""
-    ranks, score = found.ranks.tensor, rerank_scores(model, found.similarity.tensor[:, 0], 0.0)
-    return Ranks(ranks, ranks, found.rows.tensor, score.float(), ranks)
+    ranks, score = candidates.ranks.tensor, rerank_scores(model, candidates.similarity.tensor[:, 0], 0.0)
+    return Ranks(ranks, ranks, candidates.rows.tensor, score.float(), ranks)
 
 
 def _device(model: MaskVLM) -> torch.device:
@@ -374,9 +374,9 @@ def recall_intervals(ranks: Tensor, images: Tensor) -> dict[str, list[float]]:
         ranks: int64 (queries,), rank of the best right answer; 0 = first.
         images: int64 (queries,), image of each query.
     """
-    rng, found = np.random.default_rng(0), {}
+    rng, intervals = np.random.default_rng(0), {}
     for k in RECALLS_AT:
         hits = 100.0 * (ranks < k).numpy()
         ends = grouped_bootstrap(hits, images.tolist(), by_kind=True, seed=rng, resamples=RECALL_RESAMPLES)
-        found[f"r{k}"] = [round(end, 2) for end in ends]
-    return found
+        intervals[f"r{k}"] = [round(end, 2) for end in ends]
+    return intervals

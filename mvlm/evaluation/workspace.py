@@ -21,7 +21,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.files import LOCK, lock_folder
 from mvlm.progress import WorkProgress
-from mvlm.untrusted import read_plan
+from mvlm.untrusted import read_spec
 from mvlm_dataloading import DataError
 from mvlm_dataloading.files import aside_of, write_json
 
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Version of the arrays in a folder. Work of another version is removed."""
-PLAN = "plan.json"
+SPEC = "plan.json"
+"""File with the specification of unfinished work: everything that its results depend on."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SAME_WORK = "on machines of one kind; name one of the checkpoints of a run that still trains"
 """Advice to ranks that would evaluate different models, or compute differently (`check_same`)."""
@@ -57,7 +58,8 @@ class StoredArray:
         if path is None:
             self._mapped = torch.zeros(shape, dtype=dtype)
         else:
-            # For writing alone: NFS would read the rest of a page first, and write back what other nodes' rows were.
+            # NOTE: open for writing alone. Else NFS reads the rest of a page first, and writes old bytes over the rows
+            # of other nodes.
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             os.ftruncate(self._file, shape[0] * self._row_bytes)  # every rank does; it changes nothing but the size
 
@@ -205,14 +207,14 @@ def _unfinished(finished: list[int], first: int, last: int) -> Iterator[tuple[in
 
 
 @contextlib.contextmanager
-def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALONE) -> Iterator[Workspace]:
-    """Context with a workspace in a folder, which continues an unfinished evaluation that had the same plan.
+def open_workspace(folder: Path | None, spec: dict[str, Any], world: World = ALONE) -> Iterator[Workspace]:
+    """Context with a workspace in a folder, which continues an unfinished evaluation of the same specification.
 
     The folder is removed at the end, and if the data are broken. It stays after any other interruption.
 
     Args:
         folder: new, or of an unfinished evaluation; None for a temporary folder of one rank.
-        plan: everything that the results depend on, as JSON. Work of another plan is removed.
+        spec: everything that the results depend on, as JSON. Work of another specification is removed.
 
     Raises:
         RunError: the folder holds something else, or another process writes there.
@@ -223,7 +225,7 @@ def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALO
             with contextlib.closing(workspace):
                 yield workspace
         return
-    with run_on_all_ranks(world, lambda: _lock(folder, plan) if world.first else contextlib.nullcontext()):
+    with run_on_all_ranks(world, lambda: _lock(folder, spec) if world.first else contextlib.nullcontext()):
         workspace = Workspace(folder, world, resumable=True, shown=True)
         with contextlib.closing(workspace):
             try:
@@ -237,31 +239,35 @@ def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALO
 
 
 def _remove(folder: Path) -> None:
-    """Remove the folder. After a kill on the way, the next evaluation finds no plan that it could continue."""
+    """Remove the folder. After a kill on the way, the next evaluation finds no specification that it could continue."""
     with contextlib.suppress(OSError):
         _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _empty(folder: Path) -> None:
-    """Remove all work in the folder; its plan first, because rows that are missing would be read as zeros."""
-    file = folder / PLAN
+    """Remove all work in the folder.
+
+    NOTE: the specification goes first. After a kill in between, an evaluation that still found it would read missing
+    rows as zeros.
+    """
+    file = folder / SPEC
     write_json(file, {})
     for path in set(folder.iterdir()) - {folder / LOCK, file}:
         path.unlink(missing_ok=True)
 
 
-def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
+def _lock(folder: Path, spec: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
     """Make or check the folder and lock it. Returns a context that holds the lock."""
-    plan = {"format_version": FORMAT_VERSION, **plan}
-    file = folder / PLAN
+    spec = {"format_version": FORMAT_VERSION, **spec}
+    file = folder / SPEC
     ours = {folder / LOCK, aside_of(file)}
     if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= ours)):
         raise RunError(f"{folder}: wanted no such path or an unfinished evaluation, found something else; move it away")
     held = lock_folder(folder)
-    if read_plan(file) == plan:
+    if read_spec(file) == spec:
         log.info("continuing the evaluation in %s", folder)
     else:
         _empty(folder)
-        write_json(file, plan)
+        write_json(file, spec)
     return held

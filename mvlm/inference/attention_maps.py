@@ -61,17 +61,17 @@ class CrossAttention:
     """Attention of a text to its image in one block, as `recorded_attention` saw it."""
 
     q: Tensor
-    """(B, H, L, D)."""
+    """(B, H, L, D), queries of the text."""
     k: Tensor
-    """(B, H, M, D)."""
+    """(B, H, M, D), keys of the image."""
     values: Tensor
-    """(B, H, M, D)."""
+    """(B, H, M, D), values of the image."""
     output: Tensor
-    """(B, L, C), what the heads read, in the graph of all that follows."""
+    """(B, L, C), outputs of all heads, in the autograd graph of the scores."""
 
     @property
     def weights(self) -> Tensor:
-        """(B, H, L, M), without a graph."""
+        """(B, H, L, M), softmax weights of the text's rows over the image's rows, without a graph."""
         return (self.q @ self.k.mT * self.q.shape[-1] ** -0.5).softmax(-1)
 
     def gradcam(self, gradient: Tensor | None) -> Tensor:

@@ -56,18 +56,18 @@ class ImageFeatures(NamedTuple):
     """Features of a batch of images, on the device."""
 
     v: Tensor
-    """(B, 1+N, C)."""
+    """(B, 1+N, C), features of the image, [CLS] first."""
     embedding: Tensor
-    """(B, E), unit length."""
+    """(B, E), contrastive embeddings of the images, of unit length."""
 
 
 class TextFeatures(NamedTuple):
     """Features of a batch of captions, on the device."""
 
     w: PackedText
-    """(T, C) and the layout of the B captions."""
+    """Features (T, C) of all tokens, and the bounds of the B captions."""
     embedding: Tensor
-    """(B, E), unit length."""
+    """(B, E), contrastive embeddings of the captions, of unit length."""
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def load_batches(images: Iterable[ImageLike], side: int, batch_size: int) -> Ite
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items. A thread makes the next one while the caller works on one."""
+    """Yield the items unchanged. A thread makes the next one while the caller works on one."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="mvlm-ahead") as pool:
         following = pool.submit(next, items, end)

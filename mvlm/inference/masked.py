@@ -42,16 +42,16 @@ class FilledText(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """An image, the same with hidden patches, and rebuilt. Pixels are uint8 (S, S, 3), for `PIL.Image.fromarray`."""
+    """Reconstruction of an image from its visible patches. Pixels are uint8 (S, S, 3), for `PIL.Image.fromarray`."""
 
     image: NDArray[np.uint8]
     """The image as the model takes it."""
     masked: NDArray[np.uint8]
-    """Hidden patches are grey."""
+    """The image with its hidden patches grey."""
     rebuilt: NDArray[np.uint8]
-    """Visible patches as they are, hidden ones as the model draws them."""
+    """The image with its hidden patches as the model predicts them."""
     hidden: NDArray[np.bool_]
-    """(rows, columns) of patches, True = hidden."""
+    """Grid of patches (rows, columns), True = hidden."""
 
 
 def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:

@@ -265,7 +265,7 @@ class TrainedModel:
         return F.normalize(embeddings.mean(1), dim=-1)
 
     def predict(self, images: Strips, texts: Texts | None = None, *, batch_size: int = BATCH) -> list[dict[str, Any]]:
-        """What the model was fine-tuned to say of n samples: fields as in `mvlm eval TASK --predictions`, by sample.
+        """Predictions of a fine-tuned model for n samples, with fields as in `mvlm eval TASK --predictions`.
 
         {"answer": ...} of vqa, {"label": ...} of entailment and pairs, {"caption": ...} of caption.
 
@@ -287,7 +287,7 @@ class TrainedModel:
         return self.predict(image, question)[0]["answer"]
 
     def entails(self, image: ImageLike, text: str) -> str:
-        """entailment, neutral or contradiction: what an image says of a text, fine-tuned for entailment."""
+        """Label of an image and a hypothesis, by a model fine-tuned for it: entailment, neutral or contradiction."""
         self.task_for("entails", "entailment")
         return self.predict(image, text)[0]["label"]
 
@@ -493,7 +493,7 @@ class TrainedModel:
 
 
 def _shown(batches: Iterator[Tensor], given: object, unit: str, progress: bool) -> Iterator[Tensor]:
-    """The same batches, with a progress bar on request, if the number of items is known."""
+    """Yield the batches unchanged, with a progress bar on request, if the number of items is known."""
     try:
         total = None if isinstance(given, str | bytes) else len(given)  # pyright: ignore[reportArgumentType]
     except TypeError:  # it has no length, or, as an array of one number, none that is known

@@ -1,4 +1,4 @@
-"""How much of each part of a model learns: all of it, nothing, or adapters of low rank (LoRA).
+"""Learning of each part of a model: all weights, none, or adapters of low rank (LoRA).
 
 An adapter adds `alpha / rank * B A` to the weight of a linear layer, which stays as it is (Hu et al., LoRA, 2022;
 initialised as in peft). It is a parametrization of the weight, so whatever reads `layer.weight` gets the sum.
@@ -22,7 +22,7 @@ PARTS = {
 }
 """Parts of a model, and their modules. Settings are `train_image` and so on."""
 _ADAPTER = ".parametrizations.weight.0."
-"""What stands between the names of a layer and of its adapter's `a` or `b`."""
+"""Middle of the name of an adapter's weight, between its layer's name and `a` or `b`."""
 
 
 class Adapter(nn.Module):
@@ -77,7 +77,7 @@ def add_adapters(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], alpha
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Make plain weights of all weights with adapters, in place."""
+    """Add all adapters to the weights that they adapt, and remove them, in place."""
     for layer in list(module.modules()):
         if isinstance(layer, nn.Linear) and parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight")

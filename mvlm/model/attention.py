@@ -39,7 +39,7 @@ class Branch(NamedTuple):
     """Output of a sub-layer, which is added to the residual stream."""
 
     rows: Tensor
-    """(..., C)."""
+    """(..., C), output of the sub-layer's last matrix product."""
     bias: Tensor | None = None
     """(C,), still to be added to the rows, or None."""
 
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         return k, v
 
     def queries(self, x: Tensor) -> Tensor:
-        """(..., C) -> queries (..., H, D)."""
+        """Project rows (..., C) to queries (..., H, D)."""
         return self.query(x).unflatten(-1, (self.heads, -1))
 
     def project_out(self, heads: Tensor) -> Branch:
@@ -211,7 +211,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
+        """Linear layer, GELU, linear layer: (..., C) -> (..., C)."""
         h, bias = project(self.up, x)  # (..., 4C)
         return gelu_linear(h, self.down.weight, self.down.bias, h_bias=bias)
 

@@ -25,7 +25,7 @@ from mvlm_kernels.dispatch import interpreting
 
 
 class BackendChoice(NamedTuple):
-    """A chosen backend."""
+    """The backend of attention that was chosen, and the reasons against the others."""
 
     backend: str
     reasons: dict[str, str]

@@ -40,7 +40,7 @@ class ImageBlock(nn.Module):
 
 
 class BaseImageEncoder(nn.Module):
-    """What every image encoder has: normalised pixels, and sines of places. Subclasses have a `mask_token` (C,)."""
+    """Base of the image encoders: normalised pixels, sinusoidal positions. Subclasses have a `mask_token` (C,)."""
 
     mask_token: nn.Parameter
 
@@ -296,7 +296,7 @@ class CrossEncoder(nn.Module):
 
 
 def first_row(x: Tensor) -> Tensor:
-    """(B, L, C) -> (B, 1, C)."""
+    """Select the first row of each sequence: (B, L, C) -> (B, 1, C)."""
     return x[:, :1]
 
 

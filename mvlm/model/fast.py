@@ -109,7 +109,10 @@ def encode_visible(encoder: ImageEncoder, patches: Tensor, visible: Tensor) -> T
 
 
 def with_mask_tokens(encoder: ImageEncoder, x: Tensor, visible: Tensor) -> Tensor:
-    """As `ImageEncoder.with_mask_tokens`: x (B, 1+K, C) and its places visible int64 (B, K) -> (B, 1+N, C)."""
+    """Insert mask tokens for hidden patches, like `ImageEncoder.with_mask_tokens`, by one kernel.
+
+    x (B, 1+K, C), [CLS] and the K visible patches, whose places are visible int64 (B, K) -> (B, 1+N, C).
+    """
     placed = place_tokens(x[:, 1:], encoder.mask_token, encoder.position, encoder.cls_token, visible_ids=visible)
     # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
     return encoder.add_output_positions(torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1))
@@ -377,7 +380,7 @@ class Selection(NamedTuple):
 
     select: SelectRows
     packing: Packing | None = None
-    """Layout of the rows that it selects, if they are packed."""
+    """Bounds of the sequences among the selected rows, if they are packed."""
 
 
 def attend_self(packing: Packing | None, read: Selection | None = None) -> Attend:

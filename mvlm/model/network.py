@@ -44,7 +44,7 @@ class LanguageHead(nn.Module):
         return self.norm(F.gelu(self.dense(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> logits (..., V)."""
+        """Logits of the vocabulary (..., V) from features (..., C)."""
         return self.vocabulary(self.transform(x))
 
 

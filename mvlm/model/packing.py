@@ -163,7 +163,7 @@ class Packing:
         return self.layout.unpad(x)
 
     def with_rounded_length(self) -> "Packing":
-        """The same layout with L rounded up, so that few shapes occur."""
+        """Layout of the same sequences with the maximum length L rounded up, so that few shapes occur."""
         length = round_up_length(self.max_length)
         return self if length == self.max_length else Packing(self.cu_seqlens, length, self.total)
 
@@ -185,12 +185,12 @@ class Packing:
 
 
 class PackedText(NamedTuple):
-    """Features of packed captions."""
+    """Features of B captions, packed one after another without padding."""
 
     rows: Tensor
-    """(T, C)."""
+    """(T, C), features of all tokens, one caption after another."""
     packing: Packing
-    """Layout of the rows."""
+    """Bounds of the captions among the rows."""
 
     def first(self) -> Tensor:
         """[CLS] of each caption: (B, 1, C)."""

@@ -142,24 +142,24 @@ WORDS, TEXT, IMAGE = "text_encoder.words.weight", "text_encoder.position", "imag
 PATCHES, EMBEDDING = "image_encoder.patch_projection.weight", "image_projection.weight"
 
 
-def check_sizes(config: MaskVLMConfig, found: Mapping[str, Shape], file: Path, where: Path) -> None:
-    """Raise RunError unless the tensors `found` in a file's header are those of a network of this configuration.
+def check_sizes(config: MaskVLMConfig, header: Mapping[str, Shape], file: Path, where: Path) -> None:
+    """Raise RunError unless the tensors in a file's `header` are those of a network of this configuration.
 
     Further tensors are allowed.
 
     Args:
-        found: names and shapes.
+        header: names and shapes.
         file: the file of the settings, for the error, which names settings with another size than the weights have.
         where: the file or folder of the weights, for the error.
     """
-    stored = stored_sizes(found)
+    stored = stored_sizes(header)
     given = {name: getattr(config, name) for name in stored}
     if wrong := [f"{name} {stored[name]}, got {given[name]}" for name in stored if given[name] != stored[name]]:
         raise RunError(
             f"{file}: wanted the sizes of the weights in {where.name}: {'; '.join(wrong)}; restore the file, or use "
             f"another model"
         )
-    layers = {match[1] for name in found if (match := re.match(r"text_encoder\.tower\.(.*\blayers?\.\d+)\.", name))}
+    layers = {match[1] for name in header if (match := re.match(r"text_encoder\.tower\.(.*\blayers?\.\d+)\.", name))}
     try:
         if config.text_tower and tower_layers(config.text_tower) != len(layers):
             raise ConfigError(f"text_tower: wanted the {len(layers)} layers of the weights in {where.name}")
@@ -169,28 +169,28 @@ def check_sizes(config: MaskVLMConfig, found: Mapping[str, Shape], file: Path, w
             wanted = {name: tuple(tensor.shape) for name, tensor in MaskVLMNetwork(config).state_dict().items()}
     except ConfigError as error:
         raise RunError(f"{file}: {error}; restore the file, or use another model") from None
-    check_fit(wanted, {name: shape for name, shape in found.items() if name in wanted}, where)
+    check_fit(wanted, {name: shape for name, shape in header.items() if name in wanted}, where)
 
 
-def stored_sizes(found: Mapping[str, Shape]) -> dict[str, Any]:
+def stored_sizes(header: Mapping[str, Shape]) -> dict[str, Any]:
     """Settings of the model that names and shapes of its tensors show, by their names in `MaskVLMConfig`."""
     sizes: dict[str, Any] = {}
-    if len(words := found.get(WORDS, ())) == 2:
+    if len(words := header.get(WORDS, ())) == 2:
         sizes |= {"vocab_size": words[0], "width": words[1]}
-    if len(text := found.get(TEXT, ())) == 2:
+    if len(text := header.get(TEXT, ())) == 2:
         sizes["text_length"] = text[0]
-    if len(embedding := found.get(EMBEDDING, ())) == 2:
+    if len(embedding := header.get(EMBEDDING, ())) == 2:
         sizes["itc_width"] = embedding[0]
-    if len(patch := found.get(PATCHES, ())) == 2:
+    if len(patch := header.get(PATCHES, ())) == 2:
         sizes["patch_size"] = isqrt(patch[1] // 3)
-        if len(image := found.get(IMAGE, ())) == 2 and image[0] > 1:
+        if len(image := header.get(IMAGE, ())) == 2 and image[0] > 1:
             sizes["image_size"] = isqrt(image[0] - 1) * sizes["patch_size"]
     numbers: dict[str, set[str]] = {}
-    for name in found:
+    for name in header:
         if block := re.match(r"(\w+)\.(?:module\.)?blocks\.(\d+)\.", name):
             numbers.setdefault(block[1], set()).add(block[2])
     sizes |= {name: len(numbers[module]) for name, module in BLOCKS.items() if module in numbers}
-    if EMBEDDING in found:
-        sizes |= {"contrastive": "sigmoid" if "logit_bias" in found else "softmax"}
-        sizes |= {"cross_norm": "pre" if "image_cross.norm.weight" in found else "post"}
+    if EMBEDDING in header:
+        sizes |= {"contrastive": "sigmoid" if "logit_bias" in header else "softmax"}
+        sizes |= {"cross_norm": "pre" if "image_cross.norm.weight" in header else "post"}
     return sizes

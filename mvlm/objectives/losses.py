@@ -27,7 +27,7 @@ class Losses(dict[str, Tensor]):
             raise AttributeError(f"{name}: wanted one of {', '.join(self)}") from None
 
     def detach(self) -> "Losses":
-        """The same numbers without gradient."""
+        """Copy of the losses without gradient."""
         return Losses({name: x.detach() for name, x in self.items()})
 
 

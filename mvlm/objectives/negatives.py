@@ -55,16 +55,16 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
     return -torch.log(-torch.log(uniform))
 
 
-MAX_READERS = 32
-"""Largest number of pairs that keep one image as their negative in a step, and that keep one caption.
+MAX_PAIRS_PER_NEGATIVE = 32
+"""Largest number of pairs that have one image, or one caption, as their negative in a step.
 
 Without a limit all pairs of the global batch could have the same image, and the rank that has it would send it to every
 rank. With equal logits at most 9 of 131,072 pairs draw one image. The limit is the same for any number of ranks.
 """
 
 
-def limit_readers(columns: Tensor, most: int = MAX_READERS) -> Tensor:
-    """Limit how many rows keep one column. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
+def limit_pairs_per_negative(columns: Tensor, most: int = MAX_PAIRS_PER_NEGATIVE) -> Tensor:
+    """Limit how many pairs have one negative. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
 
     Of the rows that drew a column, the first `most` keep it. Each of the others gets its own index, which stands for no
     negative (`drawn_weights`). The order of rows is the loader's random order, so none is preferred.
@@ -72,8 +72,8 @@ def limit_readers(columns: Tensor, most: int = MAX_READERS) -> Tensor:
     if len(columns) <= most:
         return columns
     rows = torch.arange(len(columns), device=columns.device)
-    readers, order = columns.masked_fill(columns == rows, len(columns)).sort(stable=True)
-    number = rows - torch.searchsorted(readers, readers)  # number of each reader among those of its column
+    drawn, order = columns.masked_fill(columns == rows, len(columns)).sort(stable=True)
+    number = rows - torch.searchsorted(drawn, drawn)  # number of each row among those that drew its column
     kept = torch.empty_like(columns, dtype=torch.bool).scatter(0, order, number < most)
     return torch.where(kept, columns, rows)
 
@@ -87,7 +87,7 @@ class Negatives(NamedTuple):
     """A drawn caption for each image, and a drawn image for each caption.
 
     Weight 0 means that a pair has no negative: none was admissible, or too many pairs had drawn the same
-    (`limit_readers`). The pair's own index then stands in its place.
+    (`limit_pairs_per_negative`). The pair's own index then stands in its place.
     """
 
     texts: Tensor
@@ -130,7 +130,7 @@ class NegativeSampling(NamedTuple):
 
     def limited(self, texts: Tensor, images: Tensor) -> Negatives:
         """Negatives of all G pairs from the drawn captions and images int64 (G,)."""
-        texts, images = limit_readers(texts), limit_readers(images)
+        texts, images = limit_pairs_per_negative(texts), limit_pairs_per_negative(images)
         rows = torch.arange(len(texts), device=texts.device)
         return Negatives(texts, drawn_weights(texts, rows), images, drawn_weights(images, rows))
 

@@ -45,7 +45,7 @@ class MLM(MicrobatchObjective):
 
 @dataclass(frozen=True)
 class MIM(MicrobatchObjective):
-    """Mean absolute error over masked pixels. Every microbatch has equally many."""
+    """Mean absolute error over masked pixels, of which every microbatch has equally many."""
 
     name, curve, beside = "mim", "MIM, L1 of masked pixels", "features"
     rebuilds, trains = "masked_image", ("image_cross", "image_decoder", "pixel_head")
@@ -160,7 +160,7 @@ class OwnLoss(MicrobatchObjective):
 
 OBJECTIVES: tuple[type[Objective], ...] = (MLM, MIM, ITC, ITM)
 ALL = tuple(kind() for kind in OBJECTIVES)
-"""The objectives, each of weight 1."""
+"""The four objectives of pretraining, MLM, MIM, ITC and ITM, each of weight 1."""
 
 
 def objectives_of(config: ObjectiveSettings) -> tuple[Objective, ...]:

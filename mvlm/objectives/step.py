@@ -34,11 +34,11 @@ MAX_LOGITS = 1 << 24
 """Largest number of logits in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block of rows
 reads the embeddings of all pairs again."""
 Microbatch = tuple[Batch, Masks | None]
-"""Without masks nothing is masked or dropped, for objectives that compare pairs alone."""
+"""Batch and masks of a microbatch. None: nothing is masked or dropped, for objectives that compare pairs alone."""
 Shares = dict[str, Tensor]
 """Shares of losses and accuracies by name: scalars."""
 TRANSFERS = ("embeddings", "features", "nothing")
-"""What travels between the ranks, in this order: embeddings for ITC, features for ITM, and nothing any more."""
+"""Stages of the traffic between ranks, in order: embeddings for ITC, features for ITM, then nothing more."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Objective:
         return ()
 
     def named(self, values: Iterable[Tensor]) -> Shares:
-        """Its loss and its accuracies by name."""
+        """Values of the objective by name: its loss, then its accuracies, in the order of `values`."""
         return dict(zip((self.name, *self.accuracies), values, strict=True))
 
 
@@ -72,7 +72,7 @@ class MicrobatchObjective(Objective):
     rebuilds: ClassVar[str | None] = None
     """Masked stream that it rebuilds from the other modality, "masked_image" or "masked_text", if any."""
     beside: ClassVar[Literal["embeddings", "features", "nothing"]] = "embeddings"
-    """The one of `TRANSFERS` beside which it is computed."""
+    """Transfer between ranks (`TRANSFERS`) that the computation of this objective overlaps with."""
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:
         return () if self.rebuilds is None else MASKED if config.mask_partner else (self.rebuilds,)
@@ -101,7 +101,7 @@ class BatchObjective(Objective):
         return [name for view in self.views(config) for name in view]
 
     def shares(self, features: "Features") -> Sequence[Tensor]:
-        """This rank's shares of the loss and its accuracies, scalars: sums over its n pairs, divided by G."""
+        """Shares of one rank in the loss and the accuracies, scalars: sums over its n pairs, divided by G."""
         raise NotImplementedError
 
 
@@ -114,9 +114,10 @@ class NegativesObjective(Objective):
 
 
 class Embeddings:
-    """This rank's embeddings of unit length, image and text (n, E) each, and those of all ranks on their way here.
+    """Embeddings of a rank's n pairs, of unit length, image and text (n, E) each, and those of all ranks.
 
-    They are gathered in one collective, in the dtype in which the step computes. Gradients travel in their own dtype.
+    Those of all ranks are gathered in one collective, in the dtype in which the step computes. Gradients travel in
+    their own dtype.
     """
 
     def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
@@ -135,12 +136,12 @@ class Embeddings:
 
 @dataclass(eq=False)
 class Features:
-    """What a step has computed of one microbatch, or of all of a rank, before its losses."""
+    """Features, embeddings and draws of one microbatch, or of all of a rank, which objectives turn into losses."""
 
     step: "Step"
     model: MaskVLMNetwork
     microbatches: Sequence[tuple[Batch, Any]]
-    """Batches and their masks."""
+    """Batch and masks of each microbatch."""
     all_streams: Sequence[Streams]
     """Features of all patches and tokens of each microbatch, before the two streams are fused."""
     draws: Tensor = field(init=False)

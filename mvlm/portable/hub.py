@@ -89,7 +89,7 @@ ABILITIES = {
     "mlm_weight": "fills in masked words",
     "mim_weight": "rebuilds masked patches of images",
 }
-"""What each loss teaches, by the setting that is 0 if a run left it out."""
+"""Ability that each loss teaches, by the setting of the loss's weight, which is 0 in a run without the loss."""
 TASK_LOSSES = {"retrieval": ("itc_weight", "itm_weight"), "caption": ("mlm_weight",)}
 """Losses of pretraining that a task trains; vqa does only with masked answers, and the others train a head alone."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
@@ -104,14 +104,14 @@ class Recall(NamedTuple):
     k: int
     value: float
     interval: Interval | None
-    """95 % interval of the evaluation; None of ITC beside ITM, for which there is none."""
+    """95 % interval of the recall; None for ITC's figures beside ITM's, for which none was computed."""
     n: int
     chance: float
 
 
 def recalls(figures: dict[str, Any]) -> list[Recall]:
     """All recalls that `mvlm eval retrieval` wrote, with the intervals that it gave them."""
-    found = []
+    rows = []
     for queries, part in (("all", figures), ("unseen concepts", figures["unseen"])):
         if part is None:
             continue
@@ -125,8 +125,8 @@ def recalls(figures: dict[str, Any]) -> list[Recall]:
                     value, interval = of[direction][f"r{k}"], None
                     if of is part or not reranked:
                         interval = Interval(*map(float, part[f"{direction}_95"][f"r{k}"]))
-                    found.append(Recall(queries, ranked_by, name, k, value, interval, n, min(100, k * chance)))
-    return found
+                    rows.append(Recall(queries, ranked_by, name, k, value, interval, n, min(100, k * chance)))
+    return rows
 
 
 def model_card(
@@ -164,15 +164,15 @@ def model_card(
         why_none = "other data than the model was trained on, so its figures are not here"
     if why_none is not None:
         figures = None
-    found, blind = [], []
+    rows, blind = [], []
     if figures is not None:
-        found, blind = recalls(figures), [figures["masked_l1_white"], figures["masked_l1_train_median"]]
+        rows, blind = recalls(figures), [figures["masked_l1_white"], figures["masked_l1_train_median"]]
     name, task = hub_id.split("/")[1], config.get("task")
     unread = {"format_version", "model", *(() if config.get("optimizer") == "muon" else ("lr_muon",))}
     recipe = {key: value for key, value in config.items() if key not in unread and not resume_may_change(key)}
     able = abilities(config, network)
     return TEMPLATES.get_template("card.md").render(
-        head=card_head(name, description, figures, [] if task else found),  # of a fine-tuned model none is zero-shot
+        head=card_head(name, description, figures, [] if task else rows),  # of a fine-tuned model none is zero-shot
         name=line(name),
         hub_id=hub_id,
         task=line(Path(task).stem) if task else None,
@@ -189,7 +189,7 @@ def model_card(
         figures=figures and figures | {"split": line(figures["split"])},
         why_none=why_none,
         rebuilds=figures is not None and figures["masked_l1"] < min(value for value in blind if value is not None),
-        recalls=found,
+        recalls=rows,
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
         step=read_state(find_checkpoint(source))["step"],
         batch_size=config["batch_size"],
@@ -210,7 +210,7 @@ def data_description(data: Path | str) -> dict[str, Any]:
         ) from None
 
 
-def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | None, found: list[Recall]) -> str:
+def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | None, rows: list[Recall]) -> str:
     """The card's YAML: what the hub shows and searches."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -225,7 +225,7 @@ def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | 
             metric_name=f"{r.direction}, {r.ranked_by}, recall@{r.k}",
             metric_value=r.value,
         )
-        for r in found
+        for r in rows
         if r.queries == "all"
     ]
     return ModelCardData(
@@ -245,7 +245,7 @@ def origin(config: dict[str, Any]) -> str:
 
 
 def _name_of(path: Path) -> str:
-    """Name of a model: of a checkpoint that of its run, of a file of weights that of its folder."""
+    """Name of a model for the card: the run's name for a checkpoint, the folder's name for a file of weights."""
     path = path.absolute()
     if path.name == WEIGHTS_FILE:
         path = path.parent
@@ -261,11 +261,11 @@ def abilities(config: dict[str, Any], network: MaskVLM) -> list[str]:
         masked = config["task"] == "vqa" and config.get("answers") == "masked"
         trained = ("mlm_weight",) if masked else TASK_LOSSES.get(config["task"], ())
         frozen = all(config.get(f"train_{part}") == "frozen" for part in PARTS)
-        found = [] if frozen else [name for name in ABILITIES if name in trained]
+        trained_losses = [] if frozen else [name for name in ABILITIES if name in trained]
     else:
         known = "task" in config or config.get("initial_model") is not None
-        found = [name for name in ABILITIES if known or config.get(name) != 0]
-    return [ABILITIES[name] for name in found if name != "itm_weight" or network.matching_is_trained]
+        trained_losses = [name for name in ABILITIES if known or config.get(name) != 0]
+    return [ABILITIES[name] for name in trained_losses if name != "itm_weight" or network.matching_is_trained]
 
 
 def line(text: object) -> str:
@@ -274,7 +274,7 @@ def line(text: object) -> str:
 
 
 def _is_on(figures: dict[str, Any], data: Path | str) -> bool:
-    """True if the figures are of a split of this data set."""
+    """True if `figures` were measured on a split of the data set `data`."""
     try:
         return open_dataset(data, figures["split"]).fingerprint == figures.get("fingerprint")
     except (DataError, OSError):  # no such split

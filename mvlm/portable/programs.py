@@ -97,7 +97,7 @@ class Part(NamedTuple):
     inputs: dict[str, tuple[str, ...]]
     """Names of the inputs, with the names of their axes that vary: "batch", "length"; "" for the others."""
     outputs: dict[str, tuple[str, ...]]
-    """The same for outputs."""
+    """Names of the outputs, with the names of their axes that vary, as for `inputs`."""
 
 
 def parts(network: MaskVLMNetwork) -> list[Part]:
@@ -196,7 +196,7 @@ _OURS: Any = {
     torch.ops.mvlm_kernels.add_layer_norm.default: reference.add_layer_norm,
     torch.ops.mvlm_kernels.gelu.default: _gelu,
 }
-"""Our ops in the network, in torch's operators."""
+"""Operators of `mvlm_kernels` in an exported network -> the same computation by torch's own operators."""
 
 
 def load_program(file: Path) -> Program:

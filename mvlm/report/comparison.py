@@ -29,7 +29,7 @@ ALIKE = {
     "data": ("fingerprint", "n_images"),  # those of an earlier version have no fingerprint
     "number of re-ranked candidates": ("reranked",),
 }
-"""What evaluations on one split should have in common, and the figures that show it."""
+"""Conditions that comparable evaluations of one split share, and the figures that show each."""
 
 
 def write_comparison(runs: list[Path], out: Path | None = None) -> Path:

@@ -92,13 +92,13 @@ class Samples(NamedTuple):
     """Masked samples of a split, on the CPU. S image side, K masked patches, L tokens of a caption."""
 
     images: Tensor
-    """uint8 (n, 3, S, S)."""
+    """uint8 (n, 3, S, S), pixels of the samples' images."""
     patch_ids: Tensor
-    """int64 (n, K), masked patches."""
+    """int64 (n, K), numbers of the masked patches, row by row."""
     tokens: list[Tensor]
-    """int64 (L,) each."""
+    """Tokens of each sample's caption, int64 (L,)."""
     masked_tokens: list[Tensor]
-    """int64, positions within each caption."""
+    """Positions of the masked tokens within each caption, int64."""
 
 
 def chosen_samples(number: int, size: int, seed: int) -> list[int]:

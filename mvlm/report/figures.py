@@ -40,7 +40,7 @@ EVALUATION_CURVES = {
     "gain_pixels_pct": "validation gain, pixels, %",
 }
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5, 10)]
-"""Headings of six recalls."""
+"""Headings of the six columns of recall."""
 TASK_CURVES = {"loss": "loss", "accuracy": "accuracy of training batches, 0 to 1"}
 
 

@@ -47,7 +47,7 @@ class TaskExample(NamedTuple):
     key: str
     verdict: Verdict
     probability: float | None
-    """Of the prediction, by the run's checkpoint."""
+    """Probability of the prediction, by the run's checkpoint."""
     rows: list[list[tuple[str, str]]]
     """For each image of the sample: the image, then the maps of words over it, each as its word and a data URI."""
 
@@ -151,9 +151,9 @@ class TaskMaps(NamedTuple):
     """"[CLS]", which stands for the whole text, and the words; "[MASK]" in its place for a masked answer; of a caption,
     the words alone."""
     maps: Tensor
-    """float32 (images, W, rows, columns), not negative."""
+    """float32 (images, W, rows, columns), weight of each word on each patch, not negative."""
     probability: float | None
-    """Of the prediction, by the task's head; None for a caption."""
+    """Probability of the prediction, by the task's head; None for a caption."""
 
 
 @torch.enable_grad()

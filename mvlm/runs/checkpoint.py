@@ -155,7 +155,8 @@ def _read_manifest(manifest: Path) -> dict[str, str]:
     try:
         values = read_json(manifest, "manifest", "a readable manifest", Manifest)
     except PermissionError:
-        raise  # it is not damaged: a resumed run must not go on from an older one and rename it
+        # NOTE: it is not damaged. As a damaged one it would be set aside, and the run would go on from an older one.
+        raise
     except OSError as error:
         raise RunError(f"{manifest}: cannot be read ({error.strerror}); use another checkpoint") from None
     version, digests = values["format_version"], values["sha256"]

@@ -60,8 +60,8 @@ class CheckpointWriter:
     def __init__(self, root: Path, world: World, keep: int, history: History | None = None) -> None:
         self._root, self._world, self._keep = root, world, keep
         self._history = history if world.first else None
-        # The thread has its own group: on the step's group its collectives could come between the step's, in another
-        # order on each rank, and both would wait for ever.
+        # NOTE: the thread needs a group of its own. On the step's group its collectives could come between the step's,
+        # in another order on each rank, and both would wait for ever.
         self._group: Any = None
         if world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
@@ -118,12 +118,13 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error another rank may be gone, and the thread would wait for it. A second Ctrl-C waits for nothing.
+        # NOTE: no wait after an error. Another rank may be gone, and the thread waits for it. A second Ctrl-C waits for
+        # nothing.
         if kind is None or (self._group is None and not issubclass(kind, KeyboardInterrupt)):
             self.wait()
 
     def _copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to memory, into buffers that every save reuses. Those of a GPU are pinned, and still arriving."""
+        """Copy tensors to the host, into buffers that every save reuses. Copies from a GPU may still be on the way."""
         copies = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):  # the copy must stay a DTensor, so that each rank writes its own shard
@@ -162,7 +163,7 @@ class CheckpointWriter:
             value = work()
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
-        # A rank that failed takes part too: without it the others would wait for the time-out.
+        # NOTE: a rank that failed takes part too. Without it the others would wait until the time-out.
         try:
             outcomes = self._world.gather_objects({"value": value, "error": error}, self._group)
         except Exception as caught:  # a rank is gone; the step will fail as well
@@ -206,7 +207,8 @@ class CheckpointWriter:
         named = dict(sorted(item for part in digests for item in part.items()))
         manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "sha256": named}
         write_json(aside / MANIFEST, manifest)
-        # Everything is on the disk before the rename: after a power cut, a folder without .tmp is complete.
+        # NOTE: everything has to be on the disk before the rename. A folder without .tmp counts as a whole checkpoint,
+        # also after a power cut.
         for path in (p for p in aside.iterdir() if p.is_dir()):
             sync(path)
         if self._history is not None:

@@ -40,7 +40,9 @@ class History:
     def start(
         self, step: int, device: torch.device, ranks: int, precision: str, data: dict[str, str], log_every: int
     ) -> None:
-        """Append that a process trains on after `step`, 0 for a new run, and on which machine. OSError if it cannot.
+        """Append a `start` event: the step after which a process trains on, 0 for a new run, and the machine.
+
+        OSError if it cannot be written.
 
         Args:
             precision: bf16 or fp32.
@@ -58,7 +60,8 @@ class History:
     def save(self, step: int, manifest: Path, metrics_bytes: int) -> None:
         """Append the hash of a checkpoint's manifest, and that of the metrics that belong to it. OSError if it cannot.
 
-        Call it before the checkpoint is renamed into place: then a checkpoint without a line is none of this run.
+        NOTE: call it before the checkpoint is renamed into place. After a kill in between, the checkpoint would have no
+        line, and would be taken for one of another run.
         """
         if metrics_bytes:
             sync(self._metrics)  # a checkpoint on the disk has its rows there, after a power cut too

@@ -43,15 +43,15 @@ class Item(NamedTuple):
     """One image with its captions."""
 
     id: str
-    """Unique in the collection: the key in its split, or the path in its folder."""
+    """Identifier, unique in the collection: the key in the split, or the path in the folder."""
     split: str
-    """Empty for a folder."""
+    """Split of the item; empty in a folder."""
     row: int
     """Position in the split or in the folder."""
     captions: list[str]
     metadata: dict[str, Any]
     sha256: str
-    """Of the encoded image. Whoever reads the image later can tell whether it is this one."""
+    """SHA-256 of the encoded image, which shows later whether the file still holds this image."""
 
 
 @dataclass

@@ -58,7 +58,7 @@ class EmbeddingFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.parts = path, path / "parts"
-        self.plan = self.parts / "plan.json"
+        self.spec = self.parts / "plan.json"
         self.description, self.rejected = path / "embedding.json", path / "rejected.jsonl"
 
     def vectors(self, kind: str) -> Path:
@@ -88,7 +88,7 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
     # What "auto" stands for may differ from machine to machine.
     arithmetic = {"device": model.device.type, "precision": chosen_precision(model.device, model.precision)}
     check_same(world, {"out": str(out), "model": model.sha256, "data": collection.fingerprint, **arithmetic})
-    plan = {
+    spec = {
         "format_version": FORMAT_VERSION,
         "model": model.sha256,
         "width": model.network.config.itc_width,
@@ -100,10 +100,10 @@ def embed(model: TrainedModel, collection: Collection, out: Path, world: World, 
     }
     settled = ("device", "precision") if model.precision == "auto" else ("device",)
     with run_on_all_ranks(world, lambda: _lock(folder) if world.first else contextlib.nullcontext()):
-        run_on_all_ranks(world, lambda: _begin(folder, plan, settled) if world.first else None)
+        run_on_all_ranks(world, lambda: _begin(folder, spec, settled) if world.first else None)
         if not folder.description.is_file():
             run_on_all_ranks(world, lambda: _embed_parts(model, collection, folder, world))
-            run_on_all_ranks(world, lambda: _finish(folder, collection, plan, checkpoint) if world.first else None)
+            run_on_all_ranks(world, lambda: _finish(folder, collection, spec, checkpoint) if world.first else None)
         return read_description(out)
 
 
@@ -112,7 +112,7 @@ def _lock(folder: EmbeddingFolder) -> contextlib.AbstractContextManager[object]:
     if folder.path.is_dir():
         with run_errors():
             check_links(folder.path)
-    if folder.path.exists() and not (folder.plan.is_file() or folder.description.is_file()):
+    if folder.path.exists() and not (folder.spec.is_file() or folder.description.is_file()):
         if not folder.path.is_dir():
             raise RunError(f"{folder.path}: wanted a folder for the embeddings, found a file; choose another one")
         foreign = {path.name for path in folder.path.iterdir()} - {LOCK, folder.parts.name}
@@ -126,25 +126,27 @@ _PART = re.compile(r"\.?((images|texts)-\d+\.parquet|plan\.json)(\..*)?")
 """Names of the files in the folder of parts, finished or not."""
 
 
-def _begin(folder: EmbeddingFolder, plan: dict[str, Any], settled: Sequence[str]) -> None:
-    """Check what the locked folder holds. Without any part, it takes this plan.
+def _begin(folder: EmbeddingFolder, spec: dict[str, Any], settled: Sequence[str]) -> None:
+    """Check what the locked folder holds. Without any part, it takes this specification.
 
     Args:
-        settled: names of the plan by which a finished embedding may differ.
+        settled: names of the specification by which a finished embedding may differ.
     """
     _remove_leftovers(folder)
     finished = folder.description.is_file()
-    if not finished and not (folder.plan.is_file() and any(folder.parts.glob("*.parquet"))):
-        write_json(folder.plan, plan)
+    if not finished and not (folder.spec.is_file() and any(folder.parts.glob("*.parquet"))):
+        write_json(folder.spec, spec)
         return
-    found = _read_versioned(folder.description if finished else folder.plan)
+    recorded = _read_versioned(folder.description if finished else folder.spec)
     free = settled if finished else ()
-    differing = [name for name, value in plan.items() if found.get(name) != value and name not in free]
+    differing = [name for name, value in spec.items() if recorded.get(name) != value and name not in free]
     if differing:
-        listed = "; ".join(f"{name}: found {found.get(name)}, wanted {plan[name]}" for name in differing)
+        listed = "; ".join(f"{name}: found {recorded.get(name)}, wanted {spec[name]}" for name in differing)
         hint = ""
-        if {"device", "precision"}.issuperset(differing) and "device" in found:  # which earlier versions did not write
-            hint = f"give --device {found['device']} --precision {found['precision']}, "
+        if {"device", "precision"}.issuperset(
+            differing
+        ) and "device" in recorded:  # which earlier versions did not write
+            hint = f"give --device {recorded['device']} --precision {recorded['precision']}, "
         raise RunError(
             f"{folder.path}: wanted this embedding or an empty folder, found another one ({listed}); "
             f"{hint}choose another folder or remove this one"
@@ -193,11 +195,11 @@ def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: i
         items += batch
         vectors.append(image_features(model.network, pixels, model.precision).embedding.cpu())
     texts = [(f"{item.id}#{number}", item, text) for item in items for number, text in enumerate(item.captions)]
-    found = model.text_embeddings([text for _, _, text in texts], truncate=True, clean=False)
+    embedded = model.text_embeddings([text for _, _, text in texts], truncate=True, clean=False)
     width = model.network.config.itc_width
     return (
         _table("images", [(item.id, item, "") for item in items], vectors, width),
-        _table("texts", texts, list(found), width),
+        _table("texts", texts, list(embedded), width),
     )
 
 
@@ -247,9 +249,9 @@ def join_parts(folder: EmbeddingFolder, kind: str, items: int, width: int) -> in
     return rows
 
 
-def _finish(folder: EmbeddingFolder, collection: Collection, plan: dict[str, Any], checkpoint: str) -> None:
+def _finish(folder: EmbeddingFolder, collection: Collection, spec: dict[str, Any], checkpoint: str) -> None:
     """Join the parts, list the images that were left out, and write embedding.json."""
-    counts = {kind: join_parts(folder, kind, len(collection), plan["width"]) for kind in KINDS}
+    counts = {kind: join_parts(folder, kind, len(collection), spec["width"]) for kind in KINDS}
     rejected = []
     if counts["images"] < len(collection):
         assert isinstance(collection, FolderCollection)  # images of a data set were decoded when it was built
@@ -261,7 +263,7 @@ def _finish(folder: EmbeddingFolder, collection: Collection, plan: dict[str, Any
     write_file(folder.rejected, lines.encode("utf-8", "backslashreplace"))
     if not counts["images"]:
         raise RunError(f"{folder.path}: wanted images to embed, found none that can be read; see {folder.rejected}")
-    write_json(folder.description, {**plan, "checkpoint": checkpoint, "rejected": len(rejected), **counts})
+    write_json(folder.description, {**spec, "checkpoint": checkpoint, "rejected": len(rejected), **counts})
     _remove_leftovers(folder)
 
 
@@ -269,7 +271,7 @@ def read_description(path: Path) -> dict[str, Any]:
     """The description of a finished embedding. RunError if the folder holds none, or one of another version."""
     folder = EmbeddingFolder(path)
     if not folder.description.exists():
-        unfinished = folder.plan.is_file()
+        unfinished = folder.spec.is_file()
         found = "one that is not finished" if unfinished else "none"
         hint = "run the same `mvlm embed` again" if unfinished else "check the path, or run `mvlm embed`"
         raise RunError(f"{path}: wanted a folder that `mvlm embed` wrote, found {found}; {hint}")

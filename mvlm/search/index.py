@@ -58,7 +58,7 @@ class Hit(NamedTuple):
     image: str
     """SHA-256 of the encoded image; empty in an index of version 1."""
     text: str
-    """Empty for an image."""
+    """Text of the answer; empty for an image."""
     similarity: float
     """Cosine similarity with the query."""
     metadata: dict[str, Any]
@@ -94,7 +94,7 @@ class SearchIndex:
             )
 
     def count(self, kind: str) -> int:
-        """Rows of `images` or `texts`."""
+        """Number of rows of the table `images` or `texts`."""
         return self._table(kind).count_rows()
 
     def add(self, embeddings: Path) -> dict[str, int]:
@@ -102,7 +102,10 @@ class SearchIndex:
 
         Rows that the index has already are replaced; rows of these splits that the collection no longer has, removed.
 
-        Processes of this machine take turns; those of several, that share an object store, must not add at once.
+        Processes of this machine take turns.
+
+        NOTE: machines that share an object store must not add at once. Two collections could get one number, and
+        answers would show images of the wrong one.
         """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
@@ -234,7 +237,7 @@ class SearchIndex:
 
 
 def _turn_at(location: str) -> contextlib.AbstractContextManager[Any]:
-    """Context that one process at a time enters. An object store has no locks."""
+    """Context that only one process at a time can enter. An index in an object store has no lock."""
     return contextlib.nullcontext() if "://" in location else FileLock(Path(location) / LOCK)
 
 

@@ -1,4 +1,4 @@
-"""Whether the trials of a study can say anything about masked modelling, and how many seeds it needs.
+"""Checks of a study: which trials are evidence about masked modelling, and how many seeds it needs.
 
 A masked task that was not learned cannot help another one. A trial counts as evidence only if it passes four rules:
 the masked L1 is at most 0.9 of that of the best constant, where pixels are masked; the caption lowers the text loss by

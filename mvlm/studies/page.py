@@ -46,7 +46,7 @@ FEW_SEEDS = 3
 """A study of fewer seeds is said to have too few: with 2, Student's t wants 12.7 standard errors."""
 Floats = NDArray[np.float64]
 Result = dict[str, Any]
-"""What a trial found: the content of its result.json."""
+"""Result of a trial: the content of its result.json."""
 
 
 class Comparison(NamedTuple):
@@ -66,7 +66,7 @@ class Comparison(NamedTuple):
     paired: float
     """Standard deviation of the differences over seeds."""
     unpaired: float
-    """What it would be with other seeds for the base arm: the root of the sum of both variances."""
+    """Standard deviation of the differences if the base arm had other seeds: the root of the sum of both variances."""
 
 
 def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comparison:
@@ -250,7 +250,7 @@ def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
 
 
 def power(study: Study, arms: dict[str, list[Result]]) -> str:
-    """How many seeds the study needs for the effect that it looks for; empty where it names none."""
+    """Sentence on the seeds that the study needs to see the effect that it looks for; empty if it names no effect."""
     if not study.effect:
         return ""
     needed = {}

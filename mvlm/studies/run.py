@@ -74,7 +74,7 @@ def run_study(
         with run_errors():
             check_links(out)
     others = _others(reuse, out)
-    trials = plan_trials(study, data, out, checkpoint)
+    trials = trials_of(study, data, out, checkpoint)
     finished = [read_result(trial) for trial in trials]  # before the first minute is spent
     if None in finished:
         check_measures(study, trials[0])
@@ -143,7 +143,7 @@ def report_finished(
 
     Arguments are those of `run_study`. RunError if no trial is finished.
     """
-    others, trials = _others(reuse, out), plan_trials(study, data, out, checkpoint)
+    others, trials = _others(reuse, out), trials_of(study, data, out, checkpoint)
     found = [result for trial in trials if (result := _found(trial, others)) is not None]
     if not found:
         raise RunError(f"{out}: wanted finished trials of {study.name}, found none; run the study first")
@@ -174,7 +174,7 @@ def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
         return write_study_page(study, results, out / "study.html")
 
 
-def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[Trial]:
+def trials_of(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[Trial]:
     """All trials of a study: every arm with the first seed, then with the next.
 
     The trials that are finished when a study stops early then cover all arms about equally.
@@ -185,15 +185,15 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     folders = {arm: training_data(settings.get("fraction", 1.0), data, out) for arm, settings in study.arms.items()}
     samples = {arm: open_dataset(folder, "train").fingerprint for arm, folder in folders.items()}
     lengths: dict[tuple[Any, ...], float] = {}
-    plans: dict[str, tuple[int, float | None]] = {}
+    lengths_of_arms: dict[str, tuple[int, float | None]] = {}
     files: dict[str, dict[str, str]] = {}
     budgets = {arm: settings.get("budget", study.budget) for arm, settings in study.arms.items()}
     for arm in sorted(study.arms, key=lambda name: "flops_of" in budgets[name]):
         budget: dict[str, Any] = budgets[arm]
         if "flops_of" in budget:
-            budget = {"flops": plans[budget["flops_of"]][1]}
+            budget = {"flops": lengths_of_arms[budget["flops_of"]][1]}
         config = trial_config(study, arm, 0, data, out, int(budget.get("steps", 1_000_000)), checkpoint)
-        plans[arm] = _steps_and_flops(budget, config, dataset, lengths)
+        lengths_of_arms[arm] = _steps_and_flops(budget, config, dataset, lengths)
         files[arm] = named_files(config)
     start = load_without_head(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     splits = tuple(study.splits) if study.task else (study.split,)
@@ -202,7 +202,7 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     trials = []
     for seed in study.seeds:
         for arm in study.arms:
-            steps, flops = plans[arm]
+            steps, flops = lengths_of_arms[arm]
             folder = out / "trials" / slug(arm) / f"seed_{seed}"
             config = trial_config(study, arm, seed, folders[arm], folder / "run", steps, checkpoint)
             # An ITM head that was not trained would only spoil the order of ITC. A task says so itself.

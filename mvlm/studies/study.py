@@ -41,7 +41,7 @@ class Study:
     name: str
     """Name of the file, without its ending."""
     question: str
-    """What the study asks, one sentence."""
+    """Question of the study, one sentence."""
     base: str
     """Arm that all others are compared with."""
     seeds: list[int]
@@ -58,7 +58,7 @@ class Study:
     task: str = ""
     """Task to fine-tune, in place of a preset: all arms start from its recipe and from one pretrained model."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of all arms."""
+    """Settings that all arms share."""
     then: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> a task that each trial's model is then fine-tuned on: its `data`, the `splits` to evaluate it on, and
     the settings in which it differs from the task's recipe. The name is that of the task, or `task` is."""
@@ -73,7 +73,7 @@ class Study:
     rerank: int = 32
     """Candidates of each query for ITM to re-rank."""
     limits: str = ""
-    """What the study cannot show, for its page."""
+    """Limits of the study, for its page: questions that it cannot answer."""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     """Name of an arm -> figures of the paper, to print beside the study's."""
 

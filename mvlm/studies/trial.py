@@ -29,7 +29,7 @@ from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.load import find_task
 from mvlm.training.run import pretrain
-from mvlm.untrusted import read_json, read_plan
+from mvlm.untrusted import read_json, read_spec
 from mvlm_dataloading import open_dataset
 from mvlm_dataloading.files import sha256, write_json
 from mvlm_dataloading.untrusted import LIMITS, parse_json, read_regular
@@ -52,13 +52,13 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what it finds, beside the model."""
+        """Settings and data that determine the stage's figures, beside the model."""
         return {"samples": self.samples, "evaluated": self.evaluated, **settings_of(self.config)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One run of an arm, and where it is kept."""
+    """One run of an arm with one seed: its configuration, data and folder."""
 
     arm: str
     seed: int
@@ -89,18 +89,18 @@ class Trial:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what it finds."""
-        found: dict[str, Any] = {"samples": self.samples, "rerank": self.rerank}
+        """Settings and data that determine the trial's figures."""
+        settings: dict[str, Any] = {"samples": self.samples, "rerank": self.rerank}
         if isinstance(self.config, FinetuneConfig):
-            found |= {"splits": list(self.splits), "start": self.start}
+            settings |= {"splits": list(self.splits), "start": self.start}
         else:
-            found["split"] = self.splits[0]
-        found |= {"files": self.files} if self.files else {}
-        found |= {"then": {stage.name: stage.settings for stage in self.then}} if self.then else {}
-        return found | settings_of(self.config)
+            settings["split"] = self.splits[0]
+        settings |= {"files": self.files} if self.files else {}
+        settings |= {"then": {stage.name: stage.settings for stage in self.then}} if self.then else {}
+        return settings | settings_of(self.config)
 
     def same_settings(self, result: dict[str, Any]) -> bool:
-        """True if a result was found with these settings. An older one does not tell what was in the files it names."""
+        """True if a result is of a trial with the same settings. Results of older versions lack the hashes of files."""
         settings, wanted = settings_said(result.get("settings", {}), self.config), self.settings
         if "files" not in settings:
             wanted.pop("files", None)
@@ -221,9 +221,9 @@ def _check_begun(trial: Trial) -> None:
     """Record what a trial begins from. RunError if it has begun from something else."""
     file, wanted = trial.folder / "begun.json", {"start": trial.start, "files": trial.files}
     config = trial.config
-    if (begun := read_plan(file)) is None:
+    if (begun := read_spec(file)) is None:
         if isinstance(config, FinetuneConfig) and load_without_head(config.checkpoint, "cpu").sha256 != trial.start:
-            raise RunError(f"{config.checkpoint}: changed since the study was planned; run the same command again")
+            raise RunError(f"{config.checkpoint}: changed since the study was set up; run the same command again")
         write_json(file, wanted)
     elif begun != wanted:
         raise RunError(
@@ -235,12 +235,12 @@ def _check_begun(trial: Trial) -> None:
 def named_files(config: RunConfig) -> dict[str, str]:
     """Hash of each model and file that settings name by a path, by the name of the setting."""
     start = getattr(config, "initial_model", None)
-    found = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
+    hashes = {} if start is None else {"initial_model": load_without_head(start, "cpu").sha256}
     for name in ("image_weights", "text_weights", "tokenizer", "answer_list", "task"):
         path = getattr(config, name, None)
         if path is not None and Path(path).is_file():  # a task of the library has a name
-            found[name] = sha256(Path(path))
-    return found
+            hashes[name] = sha256(Path(path))
+    return hashes
 
 
 def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
@@ -269,12 +269,12 @@ def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
             content = read_regular(file, "figures", within=study if study.is_dir() else None)
             if file.suffix == ".gz":
                 content = zlib.decompressobj(wbits=31).decompress(content, LIMITS["figures"])
-            found = [parse_json(line) for line in (content.splitlines() if file is study else [content])]
+            results = [parse_json(line) for line in (content.splitlines() if file is study else [content])]
         except (ValueError, OSError, zlib.error) as error:
             raise RunError(f"{file}: wanted results of trials, trials.jsonl, got {error}; leave it out") from None
-        for result in found:
+        for result in results:
             check(result, Result, file, "results of trials, trials.jsonl")
-        yield from (result for result in found if result.get("seed") == seed)
+        yield from (result for result in results if result.get("seed") == seed)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

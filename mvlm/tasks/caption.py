@@ -38,7 +38,7 @@ def references(dataset: Dataset) -> list[list[str]]:
 
     DataError for a question of another task.
     """
-    found, named = [], {}
+    lists, named = [], {}
     for i in range(len(dataset)):
         metadata = dataset.metadata(i)
         if others := [name for name in OTHER_TASKS if name in metadata]:
@@ -49,8 +49,8 @@ def references(dataset: Dataset) -> list[list[str]]:
         name = image_name(metadata)
         texts = [] if name is None else named.setdefault(name, [])
         texts += [caption for caption in dataset.captions(i) if caption not in texts]
-        found.append(texts)  # the list that later samples of the image add to
-    return found
+        lists.append(texts)  # the list that later samples of the image add to
+    return lists
 
 
 def captions_of_images(
@@ -92,7 +92,7 @@ class Captioning(Task):
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
-        """Nothing: captions have no list of labels. ConfigError for a model that is to do without its only input."""
+        """Empty state: captions have no list of labels. ConfigError if the options hide the text."""
         if options.blind == "text":
             raise ConfigError("blind: wanted no or image, got text; a caption is written from the image alone")
         references(train)
@@ -104,11 +104,11 @@ class Captioning(Task):
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[()]]:
-        """No state and no targets: the batch has the captions."""
+        """Empty state and no targets: the loss reads the captions of the batch."""
         return {}, ()
 
     def loader_options(self) -> dict[str, Any]:
-        """Masks of any share of a caption's words."""
+        """Loader options that mask a random share of each caption's words."""
         return {"masking": replace(self.config.masking, text_mask_ratio=None, whole_word_masking=False)}
 
     def seen(self, images: Tensor) -> Tensor:
@@ -153,11 +153,11 @@ class Captioning(Task):
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
         """A verdict for the first sample of each image: right means a CIDEr-D above the median of the split."""
-        found, wanted = captions_of_images(records, dataset)
-        scores = (100 * cider(found, wanted)).tolist()
+        written, wanted = captions_of_images(records, dataset)
+        scores = (100 * cider(written, wanted)).tolist()
         middle = median(scores)
         return [
-            Verdict(int(key), "", found[key], " · ".join(texts), score, score > middle)
+            Verdict(int(key), "", written[key], " · ".join(texts), score, score > middle)
             for (key, texts), score in zip(wanted.items(), scores, strict=True)
         ]
 
@@ -169,12 +169,12 @@ class Captioning(Task):
         all. `captions` is the number of images. Where all images hold their scene, precision and recall of the facts
         that captions state are added.
         """
-        found, wanted = captions_of_images(records, dataset)
-        scenes = {key: scene for key in found if is_scene(scene := dataset.metadata(int(key)).get("scene"))}
-        equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
+        written, wanted = captions_of_images(records, dataset)
+        scenes = {key: scene for key in written if is_scene(scene := dataset.metadata(int(key)).get("scene"))}
+        equal = [tokenize(written[key]) in map(tokenize, texts) for key, texts in wanted.items()]
         return {
-            "captions": len(found),
-            **score_captions(found, wanted, scenes if len(scenes) == len(found) else {}).all_figures,
+            "captions": len(written),
+            **score_captions(written, wanted, scenes if len(scenes) == len(written) else {}).all_figures,
             "equal": 100 * sum(equal) / len(equal),
         }
 

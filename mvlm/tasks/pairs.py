@@ -70,7 +70,7 @@ class Pairs(LabelTask):
         """Accuracy with its 95 % interval over sets of images, consistency, and the share of the majority's label."""
         truth = cls.labelled(dataset)
         wanted = {r["identifier"]: r["label"] == "true" for r in truth}
-        found = {t["identifier"]: r["label"] == "true" for t, r in zip(truth, records, strict=True)}
+        predicted = {t["identifier"]: r["label"] == "true" for t, r in zip(truth, records, strict=True)}
         sets = [str(r.get("set_id", set_of(r["identifier"]))) for r in truth]
         share = 100 * sum(wanted.values()) / len(wanted)
-        return {**score_statements(found, wanted, sets).all_figures, "majority": max(share, 100 - share)}
+        return {**score_statements(predicted, wanted, sets).all_figures, "majority": max(share, 100 - share)}

@@ -81,7 +81,7 @@ class Retrieval(Task):
 
     @classmethod
     def has_head(cls, options: TaskOptions) -> bool:
-        """False: all of its weights are the model's."""
+        """False: the task adds no weights to the model's."""
         return False
 
     def backward(

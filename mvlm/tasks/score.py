@@ -87,7 +87,7 @@ def by_id(
 
     RunError if a record lacks a field, an id occurs twice, or there is no record.
     """
-    found: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for number, record in enumerate(records, 1):
         if not isinstance(record, Mapping):
             raise RunError(f"{path}, record {number}: wanted an object, found {type(record).__name__}")
@@ -99,12 +99,12 @@ def by_id(
             ) from None
         except ValueError as error:
             raise RunError(f"{path}, record {number}: {error}") from None
-        if key in found:
+        if key in values:
             raise RunError(f"{path}: {name} {key} occurs twice; each may occur once")
-        found[key] = content
-    if not found:
+        values[key] = content
+    if not values:
         raise RunError(f"{path}: wanted records with the field {name!r}, found none")
-    return found
+    return values
 
 
 def typed(record: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -153,7 +153,7 @@ def _vqa(predictions: Path, references: Path) -> Scored:
 
 
 def _list(document: Any) -> list[Any]:
-    """The document if it is a list, else an empty one, in which `by_id` misses the records."""
+    """The document if it is a list; else an empty list, which `by_id` reports as missing records."""
     return document if isinstance(document, list) else []
 
 

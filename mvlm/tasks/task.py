@@ -43,7 +43,7 @@ class TaskLosses(NamedTuple):
     total: Tensor
     accuracy: Tensor
     counted: int = 1
-    """What the accuracy is the mean over, where that differs between batches of as many samples: a number of tokens."""
+    """Denominator of the accuracy, such as a number of tokens, where it differs between batches of as many samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Task(nn.Module):
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
     bootstrapped_over: ClassVar[str] = ""
-    """What the intervals of `score` are bootstrapped over, such as images: its figures and the report say so."""
+    """Plural noun of the units that the intervals of `score` are bootstrapped over, such as images, for its figures."""
     recipe: ClassVar[dict[str, Any]] = {}
     """Settings of `mvlm finetune TASK base` that are the task's own, a literal (`mvlm.tasks.stated`)."""
     prediction_options: ClassVar[dict[str, str]] = {}
@@ -268,9 +268,9 @@ class Task(nn.Module):
         return {"name": self.name, "options": self.options.plain(), "state": self.state}
 
     def hide(self, batch: Batch) -> Batch:
-        """The batch without the modality that the options hide, which has what is equal once.
+        """Batch without the modality that the options hide. Equal images or texts stand in it once.
 
-        That is one grey image, or one text of each length, [MASK] for every word: a caption's number of tokens stays
+        These are one grey image, or one text of each length, [MASK] for every word: a caption's number of tokens stays
         visible. Nothing is read from the device.
         """
         if self.options.blind == "no":
@@ -305,7 +305,7 @@ class Task(nn.Module):
         return self._fuse(batch, implementation, images)
 
     def _fuse(self, batch: Batch, implementation: Implementation, images: int) -> Tensor:
-        """`fuse`, of a batch without what is hidden."""
+        """Features as of `fuse`, of a batch that `hide` has prepared."""
         pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (I n, 3, S, S)
         v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
         strips, texts = batch.pairs()  # (B,) each
@@ -335,7 +335,7 @@ class AnswerHead(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F) -> logits (B, answers), float32."""
+        """Logits (B, answers), float32, from fused features (B, F)."""
         return self.answers(F.gelu(self.norm(self.dense(x)))).float()
 
 
@@ -390,7 +390,7 @@ class LabelTask(Task):
         return self.head(self.fuse(batch, implementation, self.images))
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], implementation: Implementation) -> TaskLosses:
-        """Cross-entropy and accuracy."""
+        """Mean cross-entropy of the labels, and accuracy, of a batch."""
         logits, (labels,) = self.logits(batch, implementation), targets
         return TaskLosses(F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean())
 
@@ -400,9 +400,9 @@ class LabelTask(Task):
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
-        """Labels, right or wrong."""
-        found = []
+        """Verdict of each record: predicted label, right label, right or wrong."""
+        verdicts = []
         for i, (record, asked) in enumerate(zip(records, cls.labelled(dataset), strict=True)):
             label, right = asked["label"], record["label"] == asked["label"]
-            found.append(Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label))
-        return found
+            verdicts.append(Verdict(i, dataset.captions(i)[0], record["label"], label, 100.0 * right, right, label))
+        return verdicts

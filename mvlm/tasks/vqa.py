@@ -185,14 +185,14 @@ def likeliest(model: MaskVLM, x: Tensor, table: AnswerTable) -> Tensor:
     """The likeliest answer of a table for each sample, int64 (B,); x (B, A, C) are features of its [MASK]s."""
     words = table.tokens  # (answers, A)
     counts = torch.arange(words.shape[1], device=words.device) < table.lengths[:, None]
-    found = []
+    best = []
     for part in x.split(max(1, LOGITS_AT_A_TIME // (x.shape[1] * model.config.vocab_size))):
         log_p = at_least_float32(model.language_head(part)).log_softmax(-1)  # (b, A, V)
         scores = log_p.new_zeros(len(part), len(words))
         for place in range(words.shape[1]):
             scores += log_p[:, place].index_select(1, words[:, place]) * counts[:, place]
-        found.append(scores.argmax(1))
-    return torch.cat(found)
+        best.append(scores.argmax(1))
+    return torch.cat(best)
 
 
 class VisualQuestionAnswering(Task):
@@ -221,7 +221,7 @@ class VisualQuestionAnswering(Task):
                     self.head.answers.bias.copy_(torch.tensor(state["means"], dtype=torch.float64).logit())
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Tokenize masked answers."""
+        """Set the model's tokenizer, and tokenize the list of answers if answers are masked."""
         super().set_tokenizer(tokenizer)
         if self.masked:
             table = AnswerTable(self.state["answers"], tokenizer, self.config.text_length)
@@ -253,7 +253,7 @@ class VisualQuestionAnswering(Task):
         return self.table.masks if self.masked else 0
 
     def loader_options(self) -> dict[str, Any]:
-        """Questions are cut where they would not fit behind the masks."""
+        """Loader options that cut questions to the length that the answer's masks leave."""
         return {"text_length": self.config.text_length - self.masks}
 
     @classmethod
@@ -345,8 +345,8 @@ class VisualQuestionAnswering(Task):
 
     @classmethod
     def judge(cls, records: Sequence[dict[str, Any]], dataset: Dataset) -> list[Verdict]:
-        """Answers: right with an accuracy of 100 %, wrong with 0 %."""
-        found = []
+        """Verdict of each record: right with an accuracy of 100 %, wrong with 0 %."""
+        verdicts = []
         for i, (record, asked) in enumerate(zip(records, questions(dataset), strict=True)):
             counts = Counter(reference["answer"] for reference in asked["answers"])
             wanted = ", ".join(f"{a} ({n} of {counts.total()})" for a, n in counts.most_common())
@@ -354,8 +354,8 @@ class VisualQuestionAnswering(Task):
             score = answer_accuracy(record["answer"], asked["answers"])
             right = None if 0 < score < 1 else score == 1
             text, label = dataset.captions(i)[0], main_answer(asked)
-            found.append(Verdict(i, text, record["answer"], wanted, 100 * score, right, label))
-        return found
+            verdicts.append(Verdict(i, text, record["answer"], wanted, 100 * score, right, label))
+        return verdicts
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class CudaGraphs:
 
     @property
     def captured(self) -> int:
-        """Number of graphs."""
+        """Number of graphs captured so far."""
         return len(self._graphs)
 
     def run(self, microbatches: list[tuple[Batch, Masks]], number: Tensor) -> Losses:
@@ -154,8 +154,8 @@ class CudaCapture:
 def _leave_capture(stream: Any, pool: Any) -> None:
     """Go back to the stream before a capture that failed, and let the allocator forget the capture.
 
-    `torch.cuda.graph` leaves its own stream current if the capture cannot be ended, and the allocator would take every
-    later step for a part of it. torch's own graph trees call the same two functions.
+    NOTE: `torch.cuda.graph` leaves its own stream current if the capture cannot be ended, and the allocator would take
+    every later step for a part of it. torch's own graph trees call the same two functions.
     """
     torch.cuda.set_stream(stream)
     with contextlib.suppress(RuntimeError, AttributeError):

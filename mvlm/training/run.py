@@ -86,8 +86,8 @@ def do_run(
         if trainer.complete and world.first:
             _log_end(trainer, trainer.step - first_step, time.monotonic() - began, say_next)
         reason = trainer.stop.reason
-    # Before the process group. If DDP's reducer were the last to hold the group, its destructor could wait for a thread
-    # that waits for the GIL, and the rank would never end (torch 2.13, gloo).
+    # NOTE: the trainer goes before the process group, or the rank may never end. If DDP's reducer is the last to hold
+    # the group, its destructor can wait for a thread that waits for the GIL (torch 2.13, gloo).
     del trainer
     gc.collect()  # what a cycle of objects still holds
     world.close()

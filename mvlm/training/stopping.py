@@ -1,4 +1,4 @@
-"""What ends a run early: a request by a signal or a file, or a watchdog.
+"""Early ends of a run: a request by a signal or a file, or a watchdog.
 
 After a request the current step is always finished. The watchdog ends a process that makes no progress, with the stacks
 of its threads, or one that has lost another rank.

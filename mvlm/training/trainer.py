@@ -114,7 +114,7 @@ class Trainer:
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.step = 0
-        """Updates made or skipped."""
+        """Number of updates made or skipped."""
         self.best: dict[str, float] | None = None
         """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 

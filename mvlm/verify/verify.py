@@ -62,19 +62,19 @@ class Claims:
 
     run: RunFolder
     config: PretrainConfig
-    """Its config.json, with the folder of the data that it is verified on."""
+    """Settings of the run's config.json, with the folder of the data that it is verified on."""
     rows: dict[int, dict[str, Any]]
     """Rows of metrics by step."""
     parts: list[dict[str, Any]]
     """`start` events of the history, in order: one for each process that trained."""
     saves: dict[int, dict[str, Any]]
-    """`save` events of the history by step, without those that a later part went back behind."""
+    """`save` events of the history by step, without those of steps that a later process repeated."""
     gaps: list[int]
     """Steps after which a part went on though no part before it had saved them."""
-    kept: list[Path]
+    checkpoints: list[Path]
     """Checkpoints, oldest first. The last is that of the last step."""
     figures: dict[str, Any] | None
-    """Its eval/test.json; None without one."""
+    """Content of the run's eval/test.json; None without one."""
 
     def part_of(self, step: int) -> dict[str, Any]:
         """The `start` event of the process that made a step, from 1."""
@@ -130,7 +130,7 @@ def read_claims(path: Path, data: Path | None) -> Claims:
         parts=parts,
         saves=saves,
         gaps=gaps,
-        kept=kept,
+        checkpoints=kept,
         figures=_read_figures(run.evaluation) if run.evaluation.exists() else None,
     )
 
@@ -185,7 +185,7 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
 
 
 def wrong_rows(claims: Claims) -> Iterator[str]:
-    """Parts that do not join up, rows that are missing, and rows that are not those that the history has."""
+    """Faults of metrics.jsonl: gaps between parts of the run, missing rows, rows with other hashes than the history."""
     yield from (f"a part continues after step {step}, which was not saved" for step in claims.gaps)
     due = filter(claims.row_due, range(1, claims.config.max_steps + 1))
     yield from (f"no row of step {step}" for step in due if step not in claims.rows)
@@ -259,7 +259,7 @@ class Replay:
     def __init__(self, claims: Claims, device: str = "auto") -> None:
         self.claims = claims
         # A run of others must not ask for a network that its weights do not have.
-        last = claims.kept[-1] / MODEL
+        last = claims.checkpoints[-1] / MODEL
         if not claims.config.adapted:  # else the model that it starts from is asked
             check_sizes(claims.config.model, read_folder_shapes(last), claims.run.config, last)
         had_gpu = claims.parts[-1]["machine"]["device"] != "cpu"
@@ -312,7 +312,7 @@ class Replay:
                 yield f"{last.name}: {name} {theirs}, replayed {ours}"
 
     def _make(self, segment: Segment) -> tuple[Trainer, list[dict[str, Any]]]:
-        """The trainer after the segment's steps, and a row, with an evaluation, wherever the run has one."""
+        """Train the steps of a segment. Returns the trainer, and a row wherever the run has one."""
         rows: list[dict[str, Any]] = []
         claims = self.claims
         first = claims.part_of(segment.start + 1)
@@ -351,11 +351,11 @@ def threads(number: int) -> Iterator[None]:
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """One check of a run: its subject, and the deviations that it found."""
 
     what: str
     problems: list[str]
-    """What is not as claimed. Empty: all is."""
+    """Deviations from the claims, a sentence each. Empty if all is as claimed."""
 
 
 def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: str = "auto") -> Iterator[Check]:
@@ -377,12 +377,12 @@ def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: 
     claims = read_claims(path, data)
     yield (same := Check("data: hashes and fingerprints are those of the run", list(wrong_data(claims))))
     yield Check("rows of metrics: hashes are those of the history", list(wrong_rows(claims)))
-    problems = [f"{path.name}: {problem}" for path in claims.kept for problem in wrong_parts(path, claims)]
+    problems = [f"{path.name}: {problem}" for path in claims.checkpoints for problem in wrong_parts(path, claims)]
     yield (sound := Check("checkpoints: hashes are those of the history", problems))
     if sound.problems or same.problems:  # a replay would only say the same
         return
     replay = Replay(claims, device)
-    for segment in choose_segments([step_of(path) for path in claims.kept], steps):
+    for segment in choose_segments([step_of(path) for path in claims.checkpoints], steps):
         log.info("replaying %s", segment)
         problems = [f"{segment}: {problem}" for problem in replay.differences(segment)]
         yield Check(f"{segment}: replayed, rows and weights are equal bit for bit", problems)
@@ -400,7 +400,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
         return
     check_machine(str(file), replay.world.device, claimed["machine"], claimed["versions"])
     with threads(claimed["machine"]["threads"]):
-        model = load_without_head(claims.kept[-1], replay.world.device, claimed["precision"])
+        model = load_without_head(claims.checkpoints[-1], replay.world.device, claimed["precision"])
         if claimed.get("split") != "test":
             yield f"{file} is of the split {claimed.get('split')} and not of test; evaluate the run again"
         elif claimed.get("model") != model.sha256:
@@ -416,7 +416,7 @@ def wrong_figures(claims: Claims, replay: Replay) -> Iterator[str]:
 
 
 def _differences(claimed: Any, found: Any, name: str = "") -> Iterator[str]:
-    """Figures, however deep, that are not those of `found`, by dotted name."""
+    """Differences between two nested dictionaries of figures, a sentence each, by dotted name."""
     if isinstance(claimed, dict) and isinstance(found, dict):
         for key, value in found.items():
             yield from _differences(claimed.get(key), value, f"{name}.{key}")

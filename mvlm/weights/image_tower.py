@@ -37,7 +37,7 @@ HF_NAMES = (
     ("head.layernorm", "attn_pool.norm"),
     ("head.mlp", "attn_pool.mlp"),
 )
-"""Parts of their names, and timm's."""
+"""Parts of tensor names in transformers' CLIP and SigLIP, and timm's names for them."""
 
 
 def load_image_tower(model: MaskVLMNetwork, source: Source) -> LoadReport:
@@ -129,7 +129,7 @@ def _timm_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tens
 def _from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of transformers' CLIP or SigLIP, or of a model that contains one, under timm's names."""
     inside, rest = split_prefix(tensors, HF_PATCHES)
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in inside.items():
         part = name.rpartition(".")[2]
         if ".q_proj." in name:
@@ -139,32 +139,32 @@ def _from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         elif part.startswith("in_proj_"):
             kind, width = part.removeprefix("in_proj_"), len(tensor) // 3
-            found[f"attn_pool.q.{kind}"], found[f"attn_pool.kv.{kind}"] = tensor[:width], tensor[width:]
+            renamed[f"attn_pool.q.{kind}"], renamed[f"attn_pool.kv.{kind}"] = tensor[:width], tensor[width:]
             continue
         for theirs, timms in HF_NAMES:
             name = name.replace(theirs, timms)
-        found[name] = tensor
+        renamed[name] = tensor
     for name in ("cls_token", "pos_embed"):
-        if name in found:
-            found[name] = found[name].reshape(1, -1, found[name].shape[-1])
-    found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which old files contain
+        if name in renamed:
+            renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
+    renamed.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which old files contain
     if "visual_projection.weight" in rest:
-        found["head.weight"] = rest["visual_projection.weight"]
-    return found
+        renamed["head.weight"] = rest["visual_projection.weight"]
+    return renamed
 
 
 def _pair(
     model: MaskVLMNetwork, tower: TimmTower, tensors: Mapping[str, Tensor], projection: Tensor | None
 ) -> dict[str, Tensor]:
     """The model's tensors that a contrastive pair has beside its encoders: projection of images, scale and bias."""
-    found: dict[str, Tensor] = {}
+    pair: dict[str, Tensor] = {}
     wanted, width = model.image_projection, tower.mask_token.numel()
     if projection is None and tower.module.attn_pool is not None and wanted.out_features == width:
         projection = torch.eye(width)  # SigLIP's embedding is the output of its pooling
     if projection is not None and projection.shape == (wanted.out_features, width):
         weight = wide(projection)
-        found["image_projection.weight"] = nn.functional.pad(weight, (0, wanted.in_features - width))
-        found["image_projection.bias"] = torch.zeros(wanted.out_features)
+        pair["image_projection.weight"] = nn.functional.pad(weight, (0, wanted.in_features - width))
+        pair["image_projection.bias"] = torch.zeros(wanted.out_features)
     elif projection is not None:
         log.warning(
             "itc_width: wanted %d, as the source's projection of images has, got %d; the projection is not loaded",
@@ -172,8 +172,8 @@ def _pair(
         )  # fmt: skip
     for name, ours in (("logit_scale", model.log_scale), ("logit_bias", model.logit_bias)):
         if ours is not None and name in tensors and tensors[name].numel() == 1:
-            found[name.replace("logit_scale", "log_scale")] = wide(tensors[name]).reshape(1)
-    return found
+            pair[name.replace("logit_scale", "log_scale")] = wide(tensors[name]).reshape(1)
+    return pair
 
 
 def _mask_token(tensors: Mapping[str, Tensor], width: int) -> Tensor | None:

@@ -37,7 +37,7 @@ PARTS: dict[Tower, tuple[str, ...]] = {
     "image": ("vision_config", "image_config", "encoder"),
     "text": ("text_config", "decoder"),
 }
-"""Where the config.json of a model that contains an encoder keeps that encoder's settings."""
+"""Keys of an encoder's settings in the config.json of a model that contains the encoder."""
 BERT, ROBERTA = "bert", "roberta"
 TEXT_FAMILIES = {
     **dict.fromkeys(
@@ -49,7 +49,7 @@ TEXT_FAMILIES = {
 EXACT_GELU = ("gelu", "gelu_python")
 """Names in transformers of the GELU that our encoders compute."""
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
-"""Names of its approximation by tanh. Values differ by less than 0.0005."""
+"""Names in transformers of GELU's approximation by tanh, whose values differ by less than 0.0005."""
 
 
 def read_source(source: Source, tower: Tower, heads: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,18 +98,18 @@ def _checked_settings(path: Path, tower: Tower, heads: int) -> dict[str, Any]:
             f"{path}: wanted a ViT with added positions alone, got {config['architecture']}, which also rotates "
             f"queries and keys; take another source"
         )
-    found = config.get("num_attention_heads")
-    if found is None:
+    stated = config.get("num_attention_heads")
+    if stated is None:
         log.warning(
             "%s: wanted num_attention_heads, to compare it with the model's %d, found none; set --model.heads to the "
             "source's",
             path,
             heads,
         )
-    elif found != heads:
+    elif stated != heads:
         raise RunError(
-            f"{path}: wanted num_attention_heads {heads}, as in the model, got {found!r}: with other heads the same "
-            f"weights compute something else; set --model.heads {found}"
+            f"{path}: wanted num_attention_heads {heads}, as in the model, got {stated!r}: with other heads the same "
+            f"weights compute something else; set --model.heads {stated}"
         )
     activation = config.get("hidden_act", "gelu")
     if activation in TANH_GELU:
@@ -209,10 +209,10 @@ def _of_modules(modules: Mapping[str, str]) -> dict[str, SourceName]:
 
 def current_vit_name(name: str) -> str:
     """The current name of a tensor of transformers' ViT. Files on the hub have names from before a renaming."""
-    found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
-    if found is None:
+    match = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
         return name
-    layer, module, kind = found.groups()
+    layer, module, kind = match.groups()
     modules = {
         "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
         "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj",
@@ -247,12 +247,12 @@ def join_qkv_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     A bias of keys adds the same number to all scores of a query, so the softmax does not depend on it.
     """
-    found = dict(tensors)
+    joined = dict(tensors)
     for name in tensors:
-        if name.endswith(".attn.q_bias") and name.replace("q_bias", "v_bias") in found:
-            q, v = found.pop(name), found.pop(name.replace("q_bias", "v_bias"))
-            found[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return found
+        if name.endswith(".attn.q_bias") and name.replace("q_bias", "v_bias") in joined:
+            q, v = joined.pop(name), joined.pop(name.replace("q_bias", "v_bias"))
+            joined[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return joined
 
 
 def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,20 +260,20 @@ def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Tensors have timm's names.
     """
-    found = join_qkv_bias(tensors)
+    folded = join_qkv_bias(tensors)
     for gamma, layer in (
         ("ls1.gamma", "attn.proj"),
         ("ls2.gamma", "mlp.fc2"),
         ("gamma_1", "attn.proj"),
         ("gamma_2", "mlp.fc2"),
     ):
-        for name in [name for name in found if re.fullmatch(rf"blocks\.\d+\.{re.escape(gamma)}", name)]:
+        for name in [name for name in folded if re.fullmatch(rf"blocks\.\d+\.{re.escape(gamma)}", name)]:
             last = name.removesuffix(gamma) + layer
-            if {f"{last}.weight", f"{last}.bias"} <= found.keys():
-                scale = wide(found.pop(name))
-                found[f"{last}.weight"] = scale[:, None] * wide(found[f"{last}.weight"])
-                found[f"{last}.bias"] = scale * wide(found[f"{last}.bias"])
-    return found
+            if {f"{last}.weight", f"{last}.bias"} <= folded.keys():
+                scale = wide(folded.pop(name))
+                folded[f"{last}.weight"] = scale[:, None] * wide(folded[f"{last}.weight"])
+                folded[f"{last}.bias"] = scale * wide(folded[f"{last}.bias"])
+    return folded
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -441,7 +441,7 @@ def _first_position(settings: Mapping[str, Any], types: int, family: str | None)
 def copy_encoder(
     module: nn.Module,
     report: LoadReport,
-    found: dict[str, Tensor],
+    tensors: dict[str, Tensor],
     rest: dict[str, Tensor],
     names: dict[str, SourceName],
     encoder_prefixes: tuple[str, ...],
@@ -451,7 +451,7 @@ def copy_encoder(
 
     Args:
         module: the encoder.
-        found: tensors of the source's model.
+        tensors: those of the source's model, by name.
         rest: tensors of the source outside that model.
         names: for each of the encoder's tensors, its name in the source.
         encoder_prefixes: name prefixes of tensors of the source's encoder. None of these may be left over: an encoder
@@ -468,25 +468,25 @@ def copy_encoder(
     wrong: list[str] = []
     for ours, theirs in names.items():
         name, third = theirs if isinstance(theirs, tuple) else (theirs, None)
-        if name not in found:
+        if name not in tensors:
             report.missing.append(ours)
             if ours != "mask_token":
                 wrong.append(f"{name} missing")
             continue
-        if not found[name].is_floating_point():
-            wrong.append(f"{name} wanted floats, found {found[name].dtype}")
+        if not tensors[name].is_floating_point():
+            wrong.append(f"{name} wanted floats, found {tensors[name].dtype}")
             continue
         try:
-            tensor = found[name] if third is None else found[name].chunk(3)[third]
+            tensor = tensors[name] if third is None else tensors[name].chunk(3)[third]
             tensor = convert[ours](tensor) if ours in convert else tensor
         except (ValueError, RuntimeError, IndexError) as error:
-            wrong.append(f"{name} {tuple(found[name].shape)}: {error}")
+            wrong.append(f"{name} {tuple(tensors[name].shape)}: {error}")
             continue
         if tensor.shape != parameters[ours].shape:
             wrong.append(f"{name} wanted {tuple(parameters[ours].shape)}, got {tuple(tensor.shape)}")
         ready[ours] = tensor
     used = {theirs[0] if isinstance(theirs, tuple) else theirs for theirs in names.values()}
-    unused = [name for name in found if name not in used]
+    unused = [name for name in tensors if name not in used]
     wrong += [f"{name} unexpected" for name in unused if name.startswith(encoder_prefixes)]
     report.unexpected = [*(name for name in unused if not name.startswith(encoder_prefixes)), *rest]
     if wrong:

@@ -108,7 +108,7 @@ def check_settings(config: PretrainConfig, dataset: Dataset) -> None:
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
-    """Make the model. A fresh one has the weights that the settings name: of a trained model, or of encoders.
+    """Make a run's model. With `fresh`, it gets the weights that the settings name: a trained model's, or encoders'.
 
     RunError if they do not fit, or cannot be read.
     """

@@ -37,12 +37,12 @@ def test_commands_of_the_page_are_accepted(launcher, monkeypatch, tmp_path) -> N
         assert (program, script) == ("python", "benchmarks/gpu_run.py")
         monkeypatch.setattr(sys, "argv", ["gpu_run.py", *words])
         assert (launcher.main(), started[-1][3]) == (0, words[0])
-    for name, plan in STAGES.items():
-        assert f"| `{name}` | {plan.seconds:.0f} |" in page
-        assert plan.seconds < 600
-    for name, plan in PARTS.items():
-        assert f"| `{name}` | {plan.seconds:.0f} |" in page
+    for name, spec in STAGES.items():
+        assert f"| `{name}` | {spec.seconds:.0f} |" in page
+        assert spec.seconds < 600
+    for name, spec in PARTS.items():
+        assert f"| `{name}` | {spec.seconds:.0f} |" in page
 
 
 def test_the_first_stage_fits_even_if_each_part_takes_its_whole_time() -> None:
-    assert sum(plan.seconds + GRACE for plan in PARTS.values()) <= STAGES["first"].seconds
+    assert sum(spec.seconds + GRACE for spec in PARTS.values()) <= STAGES["first"].seconds

@@ -181,7 +181,7 @@ def replace(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [truncate, overwrite, append])
 def test_a_build_reads_the_tars_that_its_recipe_states(tmp_path, change):
-    """A tar is hashed when a build is planned, and read later."""
+    """A tar is hashed when a build begins, and read later."""
     tar = tmp_path / "train.tar"
     write_old_tar(tar, 3)
     source = webdataset([tar])

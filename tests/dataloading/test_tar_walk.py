@@ -126,7 +126,7 @@ def test_every_member_is_found_where_headers_read_by_hand_say(name):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_whatever_follows_the_end_is_named_with_its_place(name):
-    """As where two tars are put together with `cat`: readers see the first alone."""
+    """Two tars joined by `cat` are a case: readers see the first alone."""
     content = BY_HAND[name]
     for more in (BY_HAND["plain"], b"x", bytes(BLOCK - 1) + b"x", bytes(1 << 20) + b"\1"):
         with pytest.raises(DamagedTar) as caught:
@@ -159,7 +159,7 @@ def test_a_tar_that_was_cut_anywhere_is_told_from_a_damaged_one(name):
 
 
 def test_zeros_in_place_of_most_of_a_download_are_no_padding():
-    """As aria2c leaves them, which reserves the place of a file before it fetches it."""
+    """Aria2c leaves such zeros: it reserves the place of a file before it fetches it."""
     with pytest.raises(DamagedTar, match=r"\d+ bytes of zeros at byte \d+") as caught:
         walk(BY_HAND["plain"] + bytes(5 << 20))
     assert caught.value.cut
@@ -187,7 +187,7 @@ def test_headers_that_make_tarfile_fail_or_never_end_are_damage(content):
 
 
 def test_a_sparse_file_of_a_negative_size_ends_the_walk():
-    """Its size is that of what it stands for, and the next header would be its own."""
+    """A sparse file's size is that of its expanded content, and the walk would read its header again."""
     first = sparse()[:BLOCK]
     first = first[:124] + b"\xff" + (256**11 - 2 * BLOCK).to_bytes(11, "big") + first[136:482] + b"\0" + first[483:]
     with pytest.raises(DamagedTar, match="negative size at byte 0"):
@@ -227,7 +227,7 @@ def test_damage_of_a_compressed_tar_is_found(tmp_path, pack):
 
 
 def outcome(read: Callable[[], list[Any]]) -> list[Any] | str:
-    """What a call returns, or the line with which it refuses."""
+    """Result of a call, or the line with which it refuses."""
     try:
         return read()
     except DataError as error:

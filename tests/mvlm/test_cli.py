@@ -94,7 +94,7 @@ def test_a_path_at_home_is_not_a_folder_named_tilde(run_mvlm, tmp_path, monkeypa
 
 
 def test_a_reader_that_ends_early_is_no_error():
-    """As in `mvlm --help | head -1`."""
+    """The reader may end first, as in `mvlm --help | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as pipe:

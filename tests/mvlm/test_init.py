@@ -38,7 +38,7 @@ except mvlm.ConfigError as error:
 mvlm.cli.find_command(["score", "entailment", *sys.argv[1:]])()
 loaded("torch", "nvidia.dali", "tensorboard", "mvlm.model", "PIL")
 """
-"""What each step has imported of these slow packages."""
+"""Slow packages that each step has imported."""
 
 
 def test_imports_and_mistakes_and_scores_need_nothing_slow(tmp_path):

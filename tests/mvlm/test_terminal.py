@@ -1,4 +1,4 @@
-"""What is printed and logged: no control characters, no passwords."""
+"""Printed and logged texts have no control characters and no passwords."""
 
 import io
 import logging

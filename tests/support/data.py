@@ -198,7 +198,7 @@ def keys_of(folder: Path, split: str = "train") -> list[str]:
 
 
 def problems_of(folder: Path) -> list[str]:
-    """What `check_shards` finds wrong with all splits."""
+    """Problems that `check_shards` finds in all splits."""
     return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 MOST_SECONDS, MOST_BYTES = 1.0, 100_000_000
-"""What an image may cost that is refused: time of the processor, and memory."""
+"""Most that a refused image may cost: seconds of the processor, and bytes of memory."""
 MOST_WAITED = 20.0
 """Seconds on the clock of a busy machine. Opening a pipe would take all of them."""
 
@@ -171,7 +171,7 @@ def main(folder: Path, checkpoint: Path) -> None:
     decoder, model = ImageDecoder(50_000_000), load_model(checkpoint, "cpu")
 
     def build(path: str) -> None:
-        """What a build does before and after DALI decodes an image. ValueError with the reason."""
+        """Checks of a build before and after DALI decodes an image. ValueError with the reason."""
         content = Path(path).read_bytes()
         for found in (check_header(content, BuildOptions(max_aspect=65500)), on_white(content), *decoder([content])):
             if isinstance(found, str):

@@ -29,7 +29,7 @@ class Hostile(http.server.BaseHTTPRequestHandler):
     asked: ClassVar[Counter[str]]
     over: ClassVar[threading.Event]
     sent: ClassVar[Counter[str]]
-    """Bytes of bodies, by path."""
+    """Number of bytes of answers that the server has sent, by path."""
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)[1:]

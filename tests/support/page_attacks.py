@@ -1,4 +1,4 @@
-"""What an attacker may send to the page of `mvlm app`, and what must not happen."""
+"""Attacks on the page of `mvlm app`, and checks of what they may not reach."""
 
 import contextlib
 import io
@@ -22,13 +22,13 @@ INNARDS = re.compile(
     r"0x[0-9a-f]{6,}|Traceback|pydantic|site-packages|/(usr|work|tmp|home|root|dev|proc)/|Errno|NoneType"
     r"|has no attribute|subscriptable|[A-Za-z]+Error|[A-Za-z]+Exception|codec"
 )
-"""What no visitor may see."""
+"""Texts that no visitor may see."""
 SECONDS = 10.0
 """A refusal takes a second at most on an idle machine."""
 
 
 class Target(NamedTuple):
-    """A running page."""
+    """A running `mvlm app` to attack: its address, process, and a folder of secrets."""
 
     url: str
     pid: int
@@ -97,7 +97,7 @@ CHOOSE, CLICK = "radio change", "image select"
 
 
 def judge_sentence(said: str) -> str | None:
-    """What is wrong with a sentence for a visitor."""
+    """Faults of a sentence for a visitor."""
     if found := INNARDS.search(said):
         return f"it shows {found[0]!r}: {said[:300]}"
     if not said.strip() or "\n" in said.strip() or len(said) > 300:
@@ -123,7 +123,7 @@ def asked(asker: str, *values: Any, **more: Any) -> Act:
 
 
 def judge(answer: Answer, statuses: tuple[int, ...]) -> str | None:
-    """What is wrong with an answer that has to have one of these states."""
+    """Faults of an answer that has to have one of these states."""
     if answer.status not in statuses:
         return f"status {answer.status}: {answer.text[:200]}"
     if answer.seconds > SECONDS:

@@ -15,7 +15,7 @@ LABELS = ("contradiction", "neutral", "entailment")
 
 
 Sample = tuple[np.ndarray, str, dict[str, Any]]
-"""Pixels, text and metadata."""
+"""Pixels, text and metadata of a question."""
 
 
 def _write(folder: Path, counts: dict[str, int] | None, sample: Callable[[str, int], Sample]) -> Path:

@@ -193,7 +193,7 @@ The others are refused:
 
 
 def write_page() -> None:
-    """Renew the last section of the page from the committed rows."""
+    """Rewrite the section on image towers at the end of the page, from the committed rows of results."""
     before = PAGE.read_text().partition("\n### Image towers\n")[0]
     PAGE.write_text(f"{before}\n{section(read_rows(COMMITTED))}")
 

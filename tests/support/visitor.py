@@ -14,7 +14,7 @@ ASK = f"{API}/run/predict"
 
 
 class Answer(NamedTuple):
-    """What came back. `status` is 0 if the server closed the connection without an answer."""
+    """Answer of a server. `status` is 0 if the server closed the connection without an answer."""
 
     status: int
     headers: dict[str, str]
@@ -103,7 +103,7 @@ class Visitor:
             return False, answer.text
 
     def ask(self, label: str, values: list[Any], seconds: float = 60.0, **more: Any) -> tuple[bool, str]:
-        """`ask_number`, by the label of a button."""
+        """Press the button with a label, as `ask_number` does by its number."""
         return self.ask_number(self.event(label)["id"], values, seconds, **more)
 
     def upload(self, name: str, content: bytes) -> Answer:

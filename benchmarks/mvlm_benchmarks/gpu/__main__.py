@@ -29,12 +29,12 @@ def main() -> None:
         parser.error("wanted a CUDA device, torch finds none; --rehearse runs small shapes on this CPU")
     if not options.rehearse and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("wanted TRITON_INTERPRET unset on a GPU, got 1, with which kernels are interpreted; unset it")
-    plan = {**PARTS, **STAGES}[options.stage]
-    seconds = options.seconds or plan.seconds
+    spec = {**PARTS, **STAGES}[options.stage]
+    seconds = options.seconds or spec.seconds
     with running(options.stage, options.out, seconds, options.rehearse, options.quick) as stage:
         if not (options.quick or options.rehearse or options.stage == "first"):
             warm_up(stage)
-        importlib.import_module(plan.module).run(stage)
+        importlib.import_module(spec.module).run(stage)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ ROUNDS = 5
 
 
 def by_region(model: MaskVLM) -> Contender:
-    """Both ways into a feed-forward layer: on a GPU, blocks with post-norm call `branch` in place of the module."""
+    """The fast step with compiled feed-forward layers: the module, and `branch`, which post-norm blocks call."""
     raise_recompile_limit()  # a step has nine shapes of them
     for module in model.modules():
         if isinstance(module, FeedForward):
@@ -64,7 +64,7 @@ WAYS: dict[str, Callable[[MaskVLM], Contender]] = {
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes compiled.csv: a row for the first step of each way, and one per timed step."""
+    """Run stage `compiled`. Writes compiled.csv: a row for the first step of each way, and one per timed step."""
     table = stage.table("compiled", COLUMNS)
     model, batch = make_model(stage), 4 if stage.rehearse else 128
     names = list(WAYS)[:4] if stage.quick else list(WAYS)

@@ -40,7 +40,7 @@ LOADER_TESTS = ("tests/dataloading/loader/test_device.py",)
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes correct.csv, ceilings.csv, nvidia-smi.txt and pytest.log."""
+    """Run stage `correct`. Writes correct.csv, ceilings.csv, nvidia-smi.txt and pytest.log."""
     if not stage.rehearse:
         write_output(stage, "nvidia-smi.txt", ["nvidia-smi", "-q"], 30)
     table = stage.table("correct", COLUMNS)

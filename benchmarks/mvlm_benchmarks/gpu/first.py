@@ -19,15 +19,15 @@ LEAST = 15.0
 
 
 def run(stage: Stage) -> None:
-    """Run the parts. Writes parts/NAME with the files of each, and first.tar."""
+    """Run the parts of stage `first`. Writes parts/NAME with the files of each, and first.tar."""
     try:
-        for name, plan in PARTS.items():
+        for name, spec in PARTS.items():
             if stage.budget.left < (0 if stage.rehearse else LEAST):
                 stage.leave_out(name)
                 break
             folder = stage.out / "parts" / name
             folder.mkdir(parents=True, exist_ok=True)
-            seconds = max(1.0, min(plan.seconds, stage.budget.left - GRACE))
+            seconds = max(1.0, min(spec.seconds, stage.budget.left - GRACE))
             command = [sys.executable, "-m", "mvlm_benchmarks.gpu", name, "--quick", "--out", str(folder)]
             command += ["--seconds", f"{seconds:g}", *(["--rehearse"] if stage.rehearse else [])]
             with (folder / "output.txt").open("w") as output:
@@ -42,7 +42,7 @@ def run(stage: Stage) -> None:
 
 
 def _ended(summary: Path, code: int | None) -> str:
-    """How a part ended, by its own summary."""
+    """Status of a part that has ended: the one in its summary, or its exit code if it wrote none."""
     try:
         return json.loads(summary.read_text())["ended"]
     except (OSError, ValueError, KeyError):

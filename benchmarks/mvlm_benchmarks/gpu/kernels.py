@@ -13,7 +13,7 @@ QUICK_OPS = ("add_layer_norm", "gelu_linear", "cross_attention")
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes kernels.csv, kernels.json and kernels.svg; the last one needs matplotlib."""
+    """Run stage `kernels`. Writes kernels.csv, kernels.json and kernels.svg; the last one needs matplotlib."""
     distributions = [*DISTRIBUTIONS, *(peer.distribution for peer in PEERS)]
     stage.about = machine.describe(stage.device, distributions) | {"figures": stage.about["figures"]}
     table = stage.table("kernels", report.COLUMNS)

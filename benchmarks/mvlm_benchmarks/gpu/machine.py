@@ -6,7 +6,7 @@ from mvlm_benchmarks.gpu.warm import warming
 
 
 def run(stage: Stage) -> None:
-    """Run the part. Writes nvidia-smi.txt, ceilings.csv and warm.txt."""
+    """Run part `machine`. Writes nvidia-smi.txt, ceilings.csv and warm.txt."""
     with warming(stage):
         if not stage.rehearse:
             write_output(stage, "nvidia-smi.txt", ["nvidia-smi", "-q"], 30)

@@ -10,7 +10,7 @@ KERNELS = {"add_norm_backward_kernel": "add_layer_norm", "short_kv_backward": "c
 
 
 def run(stage: Stage) -> None:
-    """Run the part. Writes KERNEL.ncu.txt, and KERNEL.ncu-rep for Nsight Compute's window."""
+    """Run part `profiles`. Writes KERNEL.ncu.txt, and KERNEL.ncu-rep for Nsight Compute's window."""
     for kernel, op in KERNELS.items():
         if not stage.allows(kernel):
             return

@@ -40,7 +40,7 @@ class Stage:
     rehearse: bool
     """Small shapes on a CPU, where Triton interprets the kernels. Figures mean nothing."""
     quick: bool = False
-    """What is worth most, as a part of stage `first`."""
+    """True for a part of stage `first`: only the measurements that are worth most are made."""
     about: dict[str, Any] = field(default_factory=dict)
     state: GpuState = field(default_factory=lambda: GpuState("cpu"))
     finished: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Stage:
 
     @property
     def batch(self) -> int:
-        """Images of a case."""
+        """Number of images of each benchmark case."""
         return 2 if self.rehearse else 256
 
     def table(self, name: str, columns: Sequence[str]) -> RowFile:
@@ -95,7 +95,7 @@ class Stage:
         self.say(f"out of time after {self.budget.used:.0f} s: {part} and what follows were left out")
 
     def summary(self, ended: str, **more: Any) -> None:
-        """Write NAME.json."""
+        """Write NAME.json: how the stage ended, its time, and the status of its parts."""
         content = {
             "stage": self.name,
             "ended": ended,

@@ -31,7 +31,7 @@ BASELINE, OURS = "timm+roberta", ("plain", "fast")
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes step.csv, a row per timed step, graphs.csv and categories.csv."""
+    """Run stage `step`. Writes step.csv, a row per timed step, graphs.csv and categories.csv."""
     model = make_model(stage)
     tables = [stage.table("step", COLUMNS), stage.table("graphs", GRAPH_COLUMNS)]
     with step_settings(model.log_scale.device, 0):
@@ -105,7 +105,7 @@ def _rounds(stage: Stage, model: MaskVLM, batch: int, table: RowFile) -> None:
 
 
 def _categories(stage: Stage, model: MaskVLM, batch: int) -> None:
-    """Time by category of ours and of the peer: the difference is the story."""
+    """Measure the GPU time of a step by category, of the fast step and of the baseline."""
     table, inputs = stage.table(f"categories-{batch}", CATEGORY_COLUMNS), inputs_of(model, batch)
     for name in ("fast", BASELINE):
         try:
@@ -148,7 +148,7 @@ def _graphs(stage: Stage, model: MaskVLM, table: RowFile) -> None:
 
 
 def new_gradients(fast: Contender, inputs: StepInputs) -> torch.Tensor:
-    """Forward and backward as in training, where backward writes gradients and does not add to them: the loss."""
+    """Run forward and backward with gradients cleared before, as in training. Returns the loss, a scalar."""
     fast.module.zero_grad(set_to_none=True)
     return fast.backward(inputs).total.detach()
 

@@ -32,13 +32,13 @@ from mvlm_kernels.cross_attention import tiles
 
 COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
 TURNS, TURNS_AGAIN = 3, 9
-"""Turns of all variants, and further ones of the default and the fastest variant, from which alone it is judged."""
+"""Number of timed turns of every variant; and of further turns of the default and the fastest one, which decide."""
 Calls = defaultdict[int, list[tuple[float, ...]]]
 """Number of a variant -> the microseconds of all calls of each turn."""
 
 
 def run(stage: Stage) -> None:
-    """Run the stage.
+    """Run stage `sweep`.
 
     Writes sweep.csv, a row per turn of each variant, tile_exceptions.json and configs/cross_attention.json.
     """

@@ -54,9 +54,9 @@ class Target(NamedTuple):
     pass_name: str
     kernel: str
     options: Options
-    """Its tiles, warps and stages."""
+    """Tiles, warps and stages of the launch."""
     key: str = ""
-    """Its key in the table of its op's tiles, if the op has one."""
+    """Key of the launch in the op's table of tiles; empty if the op has no table."""
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Target(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A recorded launch."""
+    """One launch of a kernel, recorded without running it."""
 
     pass_name: str
     kernel: Any

@@ -21,14 +21,14 @@ Index = Literal["none", "shared", "drawn"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Layout of one call."""
+    """Numbers, lengths and layout of the sequences of one call of cross_attention."""
 
     queries: int
-    """Query sequences."""
+    """Number of query sequences."""
     len_q: int
     """Length of a query sequence, or of the longest."""
     keys: int
-    """Key sequences."""
+    """Number of key sequences."""
     len_k: int
     layout_q: Literal["dense", "packed"] = "dense"
     layout_k: Literal["dense", "padded", "packed"] = "dense"
@@ -73,7 +73,7 @@ def _lengths(layout: str, count: int, longest: int) -> Tensor:
 
 
 def attention_case(shape: Shape, dtype: torch.dtype, *, core: bool = False, heads: int = HEADS) -> Case:
-    """Case of one layout."""
+    """Benchmark case of cross_attention with sequences of one `Shape`."""
     lengths_q = _lengths(shape.layout_q, shape.queries, shape.len_q)
     # Self-attention of packed sequences: equal lengths on both sides.
     same = shape.layout_q == shape.layout_k == "packed"
@@ -152,12 +152,12 @@ def _name(shape: Shape, heads: int) -> str:
         text += ", packed queries"
     if shape.layout_k != "dense":
         text += f", captions as keys, {shape.layout_k}"
-    readers = shape.queries // shape.keys
+    queries_per_key = shape.queries // shape.keys
     return (
         text
         + {
             "none": "",
-            "shared": f", {readers} query sequences per key sequence (key_index)",
-            "drawn": f", {readers} query sequences per key sequence on average, drawn (key_index)",
+            "shared": f", {queries_per_key} query sequences per key sequence (key_index)",
+            "drawn": f", {queries_per_key} query sequences per key sequence on average, drawn (key_index)",
         }[shape.index]
     )

@@ -65,7 +65,7 @@ class Entry:
         return None
 
     def refuse(self, reason: str, status: str = "REFUSED") -> None:
-        """Take all figures away."""
+        """Replace the outcome of every pass by a refusal, so that no figure is reported."""
         self.outcomes = dict.fromkeys(self.outcomes, Outcome(status, reason))
 
     def check_after(self, device: str) -> None:

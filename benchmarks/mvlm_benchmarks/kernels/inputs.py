@@ -46,7 +46,7 @@ class Inputs:
     fixed: dict[str, Any]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, leaves first."""
+        """All tensors among the arguments, the leaves first."""
         return [*self.leaves.values(), *(x for x in self.fixed.values() if isinstance(x, Tensor))]
 
     def values(self) -> list[Tensor]:
@@ -77,9 +77,9 @@ class Case:
     """Bytes of (forward, backward) if each input is read once and each output written once. A tensor that forward saves
     for backward counts as an output of forward and an input of backward."""
     flops: tuple[int, int] = (0, 0)
-    """Floating-point operations of (forward, backward)."""
+    """Number of floating-point operations of (forward, backward)."""
     core: bool = False
-    """Included with `--quick`."""
+    """True if `--quick` includes the case."""
     product: tuple[int, int, int] | None = None
     """Sizes (M, N, K) of the matrix product that forward contains, whose time by torch alone is reported."""
     has_kernels: bool = True

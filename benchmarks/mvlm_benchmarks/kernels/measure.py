@@ -24,7 +24,7 @@ from mvlm_benchmarks.machine import gpu_arch
 from mvlm_benchmarks.unavailable import one_line
 
 Function = Callable[..., Any]
-"""Takes the leaves in order. Returns a tensor or several."""
+"""A call of a contender: the leaves in order -> a tensor or several."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LocalContender:
         return both
 
     def run(self, name: str, number: int = 0, gradients_of: int | None = None) -> Results:
-        """Run a pass once. Arguments as those of `step`."""
+        """Run a pass once and return its results. The arguments are those of `step`."""
         with self.context():
             return self.step(name, number, gradients_of)()
 

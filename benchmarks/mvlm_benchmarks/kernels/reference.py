@@ -47,7 +47,7 @@ class Expected:
     """Gradients of the outputs, from which the gradients of the leaves are computed."""
 
     def of(self, name: str) -> Results:
-        """Everything that a pass computes."""
+        """Results that a pass computes: outputs, gradients or both."""
         return {"forward": self.out, "backward": self.gradients, "both": (*self.out, *self.gradients)}[name]
 
 
@@ -91,7 +91,7 @@ class CaseData:
     sets: list[Inputs]
     expected: list[Expected]
     limit: float
-    """Largest relative error."""
+    """Largest relative error that a result may have."""
     pristine: list[list[Tensor]]
     """Copies of the tensors of each set."""
 

@@ -45,7 +45,7 @@ from mvlm_kernels.hardware import GPUS
 
 BF16 = torch.bfloat16
 BATCH, SAMPLES = 256, (1, 2)
-"""Images of the table, and of the counts."""
+"""Batch size of the printed table, and the two batch sizes at which bytes are counted."""
 ROW_SAMPLES = (6, 8)
 """Images of the counts of ops on rows, whose programs walk: more rows than an H100 has programs for at once."""
 SECTOR = 32

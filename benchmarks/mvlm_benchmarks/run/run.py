@@ -29,7 +29,7 @@ from mvlm_benchmarks.run.usage import GROUPS
 from mvlm_dataloading.files import write_json
 
 RUN = "run"
-"""The loop with evaluations and checkpoints."""
+"""Name of the contender that is the whole training loop, with evaluations and checkpoints."""
 PACKAGES = ["numpy", "nvidia-dali-cuda130", "safetensors"]
 Row = dict[str, Any]
 

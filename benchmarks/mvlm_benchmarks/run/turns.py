@@ -85,7 +85,7 @@ class Turns:
         self._one_step(trainer, self._source)
 
     def _recorded(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
-        """The same batches. Those of one turn become those of the next turns."""
+        """Yield the batches unchanged, and record those of one turn for the turns that follow."""
         recorded = list[Loaded]()
         for loaded in batches:
             recorded.append(loaded)

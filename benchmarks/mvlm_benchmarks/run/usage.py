@@ -27,7 +27,7 @@ class Usage:
     """Counters of this process at one moment, or their differences between two."""
 
     seconds: float
-    """Wall-clock time."""
+    """Wall-clock time in seconds."""
     cpu: dict[int, float]
     """Processor seconds of each living thread, by Linux's thread id."""
     groups: dict[int, str]
@@ -40,7 +40,7 @@ class Usage:
 
 
 def read_usage() -> Usage:
-    """Read all counters."""
+    """Read this process's counters: processor time of each thread, page faults, context switches."""
     named = {thread.native_id: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().native_id
     cpu, groups = {}, {}

@@ -53,7 +53,7 @@ class RobertaCross(nn.Module):
         settings = roberta_config(config, is_decoder=True, add_cross_attention=True)
         self.layers = nn.ModuleList(RobertaLayer(settings) for _ in range(layers))
         for layer in self.layers:
-            # transformers requires is_decoder for cross-attention. A decoder's self-attention is silently causal
+            # NOTE: transformers requires is_decoder for cross-attention. A decoder's self-attention is silently causal
             # without a mask, which would be a different model with less work.
             layer.attention.self.is_causal = False
 

@@ -35,7 +35,7 @@ takes several times as long."""
 IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast", "drop_masked": "fast"}
 """Our contenders -> argument `plan` of the model."""
 DROP_MASKED = "drop_masked"
-"""A different method, with other losses: masked patches are left out of the encoder."""
+"""Contender with another method and other losses: masked patches are left out of the encoder."""
 COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "fast-compiled")
 CONTENDERS = (*BASELINES, "timm+roberta-compiled", "timm+decoder-layer-compiled", "plain", "fast", "fast-compiled",
               "drop_masked")  # fmt: skip
@@ -94,7 +94,7 @@ class Contender:
 
     name: str
     module: nn.Module
-    """Owner of the parameters. Contenders with the same parameters share it."""
+    """Module that owns the parameters. Contenders with the same parameters share it."""
     call: Any
     """The module, or its compiled form."""
     optimizer: torch.optim.Optimizer | None

@@ -26,7 +26,7 @@ class PaddedBatch(NamedTuple):
     """A batch as users of transformers have it. A collator makes it once per batch, so it is not timed."""
 
     images: Tensor
-    """uint8 (B, 3, S, S)."""
+    """uint8 (B, 3, S, S), images of the batch."""
     ids: Tensor
     """int64 (B, L), padded with PAD at the end."""
     masked_ids: Tensor

@@ -60,12 +60,12 @@ class Assembly:
 
     folder: Path
     """Working folder on this machine. `final/` in it becomes the data set."""
-    plan: dict[str, Any]
+    spec: dict[str, Any]
     parts: Sequence[LocalFolder | RemoteFolder]
     owner: Sequence[int]
     """For each piece, the part that has it."""
     out: RemoteFolder | None = None
-    """Where the data set goes, if not to this machine. Tars that are kept whole are put there at once."""
+    """Remote folder of the data set; None for one on this machine. Tars that stay whole are copied there at once."""
 
     def part_of(self, piece: int) -> LocalFolder | RemoteFolder:
         return self.parts[self.owner[piece]]
@@ -84,25 +84,25 @@ def assemble(assembly: Assembly) -> Counter[str]:
     final = assembly.folder / "final"
     final.mkdir(exist_ok=True)
     written, rejected = _read_pieces(assembly)
-    images, plan = written.images, assembly.plan
+    images, spec = written.images, assembly.spec
     first: dict[str, int] = {}
     dropped = {i: REPEATED_KEY for i, image in enumerate(images) if first.setdefault(image.key, i) != i}
-    questions = "questions" in plan["recipe"]
-    evaluation = [image for folder in plan["evaluation_sets"] for image in evaluation_images(Path(folder))]
+    questions = "questions" in spec["recipe"]
+    evaluation = [image for folder in spec["evaluation_sets"] for image in evaluation_images(Path(folder))]
     duplicates = drop_leaks(images, evaluation, dropped, own_splits=not questions)
     if not questions:
-        duplicates += drop_repeats(images, dropped, drop=plan["recipe"]["drop_duplicates"])
+        duplicates += drop_repeats(images, dropped, drop=spec["recipe"]["drop_duplicates"])
     for i, reason in dropped.items():
         where = written.where[i]
         rejected.append({"key": images[i].key, "split": images[i].split, "reason": reason, "where": where})
     if len(dropped) == len(images):
         shutil.rmtree(assembly.folder)
-        raise DataError(f"{plan['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}")
+        raise DataError(f"{spec['name']}: wanted at least one sample, found none; {_why_none(assembly, rejected)}")
     train = [i for i, image in enumerate(images) if image.split == "train"]
     if all(i in dropped for i in train) and any(dropped[i] in (LEAKED, LEAKED_NEARLY) for i in train):
         shutil.rmtree(assembly.folder)
         raise DataError(
-            f"{plan['name']}: wanted training samples that are in no evaluation split, found that all {len(train)} are "
+            f"{spec['name']}: wanted training samples that are in no evaluation split, found that all {len(train)} are "
             f"in one, the first {written.where[train[0]]}; name other files for train, or none"
         )
     splits = _write_shards(assembly, written, dropped)
@@ -112,7 +112,7 @@ def assemble(assembly: Assembly) -> Counter[str]:
     for line in rejected:
         if line["reason"] == CUT:
             log.warning("%s: wanted a whole tar, found a cut one; what it held behind the cut is lost", line["where"])
-    write_description(final, assembly.plan, assembly.plan["recipe"], splits, reasons, **_tokenizer(assembly))
+    write_description(final, assembly.spec, assembly.spec["recipe"], splits, reasons, **_tokenizer(assembly))
     for split in splits:
         write_index(final, split, with_tars=assembly.out is None)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
@@ -121,7 +121,7 @@ def assemble(assembly: Assembly) -> Counter[str]:
 
 def _why_none(assembly: Assembly, rejected: list[dict[str, Any]]) -> str:
     if not rejected:
-        first, *others = assembly.plan["pieces"]
+        first, *others = assembly.spec["pieces"]
         more = f" and {len(others)} more" if others else ""
         return f"no image and no caption in {first}{more}; name the files that hold them"
     first, reasons = rejected[0], dict(Counter(line["reason"] for line in rejected).most_common(5))
@@ -135,7 +135,7 @@ class _Written:
     images: list[ImageFacts]
     where: list[str]
     captions: list[int]
-    """Number of captions."""
+    """Number of captions of each sample."""
     tars: list[tuple[int, int]]
     """Number of the piece, and number of the tar in it."""
 
@@ -143,7 +143,7 @@ class _Written:
 def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
     """Read the samples of all pieces, and a line per rejected record."""
     written, rejected = _Written([], [], [], []), []
-    splits = assembly.plan["splits"]
+    splits = assembly.spec["splits"]
 
     def read(number: int) -> list[str]:
         content = assembly.part_of(number).read(f"{_piece(number)}/samples.jsonl", SAMPLES_BYTES, exact=True)
@@ -179,7 +179,7 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
         keep = [i not in dropped for i in samples]
         if not any(keep):
             continue
-        split, known = assembly.plan["splits"][number], known_of[number][tar]
+        split, known = assembly.spec["splits"][number], known_of[number][tar]
         earlier = len(splits[split]["shards"]) if split in splits else 0
         new = assembly.folder / "final" / f"{split}-{earlier:06d}.tar"
         if all(keep):
@@ -262,14 +262,14 @@ def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
                 parts.append((extension, file.read(size)))
             shard.write(key, parts, num_captions=0)
     shard.close()
-    # Rename the tar last, so that it exists only if its index does.
+    # NOTE: rename the tar last. After a kill a tar that is there counts as done, with its index.
     shard.path.with_suffix(".idx").rename(new.with_suffix(".idx"))
     shard.path.rename(new)
 
 
 def _tokenizer(assembly: Assembly) -> dict[str, Any]:
     """Put the tokenizer into place. Returns what `dataset.json` says of it."""
-    final, recipe = assembly.folder / "final", assembly.plan["recipe"]
+    final, recipe = assembly.folder / "final", assembly.spec["recipe"]
     if "tokenizer" not in recipe:
         return {}
     content = assembly.parts[0].read("tokenizer.json", LIMITS["tokenizer"])

@@ -58,8 +58,8 @@ log = logging.getLogger(__name__)
 
 # Increment when equal input gives other samples. Data sets of an older revision are then refused, not reused.
 _REVISION = 3
-PLAN_BYTES = 256 << 20
-"""Bytes that a plan.json may have."""
+SPEC_BYTES = 256 << 20
+"""Most bytes of a plan.json."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Executor = Literal["processes", "ray"]
 LISTING_S = 90.0
@@ -70,7 +70,7 @@ _ESSENTIAL = ("name", "recipe", "pieces")
 
 @dataclass(frozen=True, slots=True)
 class BuildProgress:
-    """Progress of a build."""
+    """Progress of a build: pieces that are finished, all pieces, and records."""
 
     pieces: int
     of_pieces: int
@@ -102,10 +102,10 @@ def build_shards(
             processes keep dying. In the last two cases finished pieces are kept next to `out`, and the same call
             resumes from them.
     """
-    options, plan = _planned(source, options, evaluation_sets)
+    options, spec = _checked_spec(source, options, evaluation_sets)
     out = _place(out)
     partial = _beside(out)
-    if _is_finished(out, plan):
+    if _is_finished(out, spec):
         _remove(partial)  # left by a run that was killed at the very end
         return Path(out)
     with _writing(partial) as work:
@@ -113,9 +113,9 @@ def build_shards(
             require_free_folder(out)
         own = LocalFolder(partial, gives_away=True) if isinstance(partial, Path) else RemoteFolder(partial)
         if isinstance(own, LocalFolder) and not own.has("plan.json"):
-            # What a `ShardWriter` left, or a build that was killed before it wrote its plan.
+            # What a `ShardWriter` left, or a build that was killed before it wrote its specification.
             empty_folder(own.folder)
-        _begin(own, plan, options, (1, 1))
+        _begin(own, spec, options, (1, 1))
         _write_part(source, own, options, (1, 1), workers, executor, progress)
         _finish(work, [own], *_read_parts([own]), out)
         _remove(partial)
@@ -142,13 +142,13 @@ def build_part(
     Raises:
         DataError: `out` is in use, holds another part, or as `build_shards`.
     """
-    options, plan = _planned(source, options, evaluation_sets)
+    options, spec = _checked_spec(source, options, evaluation_sets)
     out = _place(out)
     folder = open_folder(out)
     if isinstance(out, Path) and not folder.has("plan.json") and not folder.has("lock"):
         require_free_folder(out)
     with _writing(out) as work:
-        _begin(folder, plan, options, part)
+        _begin(folder, spec, options, part)
         _write_part(source, folder, options, part, workers, executor, progress)
     if not isinstance(out, Path):
         shutil.rmtree(work, ignore_errors=True)
@@ -167,28 +167,28 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Path:
     """
     out = _place(out)
     folders = [open_folder(_place(part)) for part in parts]
-    plan, owner = _read_parts(folders)
-    if _hashes(plan["evaluation_sets"]) != plan["recipe"]["against"]:
+    spec, owner = _read_parts(folders)
+    if _hashes(spec["evaluation_sets"]) != spec["recipe"]["against"]:
         raise DataError(
-            f"{', '.join(plan['evaluation_sets'])}: wanted the data sets of --against as the parts were built with, "
+            f"{', '.join(spec['evaluation_sets'])}: wanted the data sets of --against as the parts were built with, "
             "found others; restore them, or build the parts again"
         )
-    if _is_finished(out, plan):
+    if _is_finished(out, spec):
         shutil.rmtree(working_folder(_beside(out)), ignore_errors=True)
         return Path(out)
     with _writing(_beside(out)) as work:
         if isinstance(out, Path):
             require_free_folder(out)
-        _start_or_resume(LocalFolder(work), plan, "merged")
-        _finish(work, folders, plan, owner, out)
+        _start_or_resume(LocalFolder(work), spec, "merged")
+        _finish(work, folders, spec, owner, out)
         shutil.rmtree(work, ignore_errors=True)
     return Path(out)
 
 
-def _planned(
+def _checked_spec(
     source: Source, options: BuildOptions | None, evaluation_sets: Sequence[Path]
 ) -> tuple[BuildOptions, dict[str, Any]]:
-    """Check the options, and make the plan: all that determines the data set's bytes and that a merge has to know."""
+    """Check the options, and specify the data set: all that determines its bytes, and all that a merge has to know."""
     options = options or BuildOptions()
     options.check()
     if source.questions and options.drop_duplicates:
@@ -202,11 +202,11 @@ def _planned(
         raise DataError(f"{source.name}: wanted at least one sample, found none; give the folder that holds the data")
     given = {name: value for name, value in asdict(options).items() if value is not None}
     if options.tokenizer is not None:
-        load_tokenizer(options.tokenizer)  # a mistake leaves no plan that the corrected command would differ from
+        load_tokenizer(options.tokenizer)  # before anything is written that the corrected command would differ from
         given["tokenizer"] = file_sha256(options.tokenizer)
     given |= {"questions": True} if source.questions else {}
     fixed = {"revision": _REVISION, **source.recipe, "records": records_sha256(source.pieces)}
-    plan = {
+    spec = {
         "name": source.name,
         "recipe": {**fixed, **given, "against": _hashes(evaluation_sets)},
         "pieces": [piece.label for piece in source.pieces],
@@ -216,7 +216,7 @@ def _planned(
         "attribution": source.attribution,
         "evaluation_sets": [str(Path(folder).resolve()) for folder in evaluation_sets],
     }
-    return options, json.loads(json.dumps(plan))  # as a merge reads it
+    return options, json.loads(json.dumps(spec))  # as a merge reads it
 
 
 def _hashes(evaluation_sets: Sequence[Path]) -> list[str]:
@@ -224,7 +224,7 @@ def _hashes(evaluation_sets: Sequence[Path]) -> list[str]:
 
 
 def _place(out: Path | str) -> Path | str:
-    """A URL, or an absolute path. A link is kept, and its target becomes the data set."""
+    """Normal form of the place `out` of a data set: a URL, or an absolute path behind all links."""
     return normal_url(out) if is_remote(out) else Path(out).resolve()
 
 
@@ -240,39 +240,39 @@ def _beside(out: Path | str) -> Path | str:
     return f"{out}/.partial" if len(parts) <= whole else f"{parent}/.{name}.partial"
 
 
-def _is_finished(out: Path | str, plan: dict[str, Any]) -> bool:
+def _is_finished(out: Path | str, spec: dict[str, Any]) -> bool:
     """True if `out` holds this data set. Raises DataError if it holds something else."""
     if isinstance(out, Path):
-        return already_written(out, name=plan["name"], recipe=plan["recipe"])
+        return already_written(out, name=spec["name"], recipe=spec["recipe"])
     if not RemoteFolder(out).has("dataset.json"):
         return False
     content = RemoteFolder(out).read("dataset.json", LIMITS["dataset.json"], json.loads)
     found = parse_description(content, f"{out}/dataset.json")
-    require_same(found, out, plan["name"], plan["recipe"])
+    require_same(found, out, spec["name"], spec["recipe"])
     return True
 
 
 def _begin(
-    folder: LocalFolder | RemoteFolder, plan: dict[str, Any], options: BuildOptions, part: tuple[int, int]
+    folder: LocalFolder | RemoteFolder, spec: dict[str, Any], options: BuildOptions, part: tuple[int, int]
 ) -> None:
-    """Write the plan of a part, or compare the one that is there. The caller holds the lock."""
-    if is_remote(folder.url):  # what this machine keeps may be of another plan
+    """Write the specification of a part, or compare the one that is there. The caller holds the lock."""
+    if is_remote(folder.url):  # what this machine keeps may be of another specification
         work = working_folder(folder.url)
-        file, wanted = work / "plan.sha256", hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+        file, wanted = work / "plan.sha256", hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         if not file.is_file() or file.read_text() != wanted:
             empty_folder(work)
             write_file(file, wanted)
-    _start_or_resume(folder, plan, f"{part[0]}/{part[1]}")
+    _start_or_resume(folder, spec, f"{part[0]}/{part[1]}")
     if options.tokenizer is not None and not folder.has("tokenizer.json"):
         folder.write("tokenizer.json", read_regular(options.tokenizer, "tokenizer"))
 
 
 def _finish(
-    work: Path, parts: Sequence[LocalFolder | RemoteFolder], plan: dict[str, Any], owner: list[int], out: Path | str
+    work: Path, parts: Sequence[LocalFolder | RemoteFolder], spec: dict[str, Any], owner: list[int], out: Path | str
 ) -> None:
     """Join the parts in the working folder, and put the data set into place."""
     remote = None if isinstance(out, Path) else RemoteFolder(out)
-    counts = assemble(Assembly(work, plan, parts, owner, remote))
+    counts = assemble(Assembly(work, spec, parts, owner, remote))
     if remote is None:
         place_folder(work / "final", Path(out))
     else:
@@ -280,7 +280,7 @@ def _finish(
             remote.put(path, path.name)
     for what, count in sorted(counts.items()):
         log.info("%s: %d %s", out, count, what)
-    if counts[REPEATED_KEY] and "tars" in plan["recipe"]:
+    if counts[REPEATED_KEY] and "tars" in spec["recipe"]:
         log.warning(
             "%s: wanted samples with different keys, found %d with the key of an earlier one, left out; if they are in "
             "several tars, give `mvlm data webdataset --prefix-keys`",
@@ -323,7 +323,7 @@ def _write_part(
     executor: Executor,
     progress: Callable[[BuildProgress], None],
 ) -> None:
-    """Write the pieces of a part that are not finished yet. The caller has written its plan and holds its lock."""
+    """Write the pieces of a part that are not finished yet. The caller has written its plan.json and holds its lock."""
     pieces = working_folder(folder.url) / "pieces"
     pieces.mkdir(parents=True, exist_ok=True)
     for left in pieces.glob("*.tmp"):
@@ -364,12 +364,12 @@ def _wait_for_files(folder: LocalFolder | RemoteFolder, pieces: set[int]) -> Non
         time.sleep(0.5)
 
 
-def _start_or_resume(folder: LocalFolder | RemoteFolder, plan: dict[str, Any], part: str) -> None:
-    """Compare the plan in `folder` with this one, or write it if there is none. DataError if it is of another part."""
-    state = {**plan, "part": part}
+def _start_or_resume(folder: LocalFolder | RemoteFolder, spec: dict[str, Any], part: str) -> None:
+    """Write plan.json into `folder`, or compare the one that is there. DataError if it is of another build or part."""
+    state = {**spec, "part": part}
     if folder.has("plan.json"):
         try:
-            found = json.loads(folder.read("plan.json", PLAN_BYTES))
+            found = json.loads(folder.read("plan.json", SPEC_BYTES))
         except ValueError:
             found = {}
         found.pop("evaluation_sets", None)  # the recipe has their hashes; they may have been moved
@@ -383,19 +383,19 @@ def _start_or_resume(folder: LocalFolder | RemoteFolder, plan: dict[str, Any], p
 
 
 def _read_parts(parts: Sequence[LocalFolder | RemoteFolder]) -> tuple[dict[str, Any], list[int]]:
-    """The plan that all parts have, and for each piece the number of the part that has it, from 0."""
+    """Specification that all parts share, and for each piece the number of the part that has it, from 0."""
     if not parts:
         raise DataError("parts: wanted the folders of all parts and that of the data set, found none of the parts")
-    plans, names, moved = [], [], []
+    specs, names, moved = [], [], []
     for part in parts:
         if not part.has("plan.json"):
             raise DataError(
                 f"{part.url}: wanted a part of a build, found none; `mvlm data NAME ... --part i/n` writes it"
             )
-        plans.append(json.loads(part.read("plan.json", PLAN_BYTES)))
-        names.append(plans[-1].pop("part"))
-        moved.append(plans[-1].pop("evaluation_sets"))  # machines may have them under several paths
-        if plans[-1] != plans[0]:
+        specs.append(json.loads(part.read("plan.json", SPEC_BYTES)))
+        names.append(specs[-1].pop("part"))
+        moved.append(specs[-1].pop("evaluation_sets"))  # machines may have them under several paths
+        if specs[-1] != specs[0]:
             raise DataError(
                 f"{part.url}: wanted the same input and options as {parts[0].url}, found others; "
                 "build all parts with the same command but for --part, on the same files"
@@ -404,16 +404,16 @@ def _read_parts(parts: Sequence[LocalFolder | RemoteFolder]) -> tuple[dict[str, 
     for number, part in enumerate(parts):
         for piece in finished_pieces(part):
             owner.setdefault(piece, number)
-    count, of_parts = len(plans[0]["pieces"]), int(names[0].split("/")[1])
+    count, of_parts = len(specs[0]["pieces"]), int(names[0].split("/")[1])
     missing = {f"{i % of_parts + 1}/{of_parts}" for i in range(count) if i not in owner}
     if missing:
         raise DataError(
-            f"{plans[0]['name']}: wanted all {count} pieces, found {len(owner)}; name or finish the parts "
+            f"{specs[0]['name']}: wanted all {count} pieces, found {len(owner)}; name or finish the parts "
             f"{', '.join(sorted(missing))} with the commands that began them"
         )
-    hashes = plans[0]["recipe"]["against"]
+    hashes = specs[0]["recipe"]["against"]
     found = [_first_there(places, wanted) for places, wanted in zip(zip(*moved, strict=True), hashes, strict=True)]
-    return {**plans[0], "evaluation_sets": found}, [owner[i] for i in range(count)]
+    return {**specs[0], "evaluation_sets": found}, [owner[i] for i in range(count)]
 
 
 def _first_there(places: Sequence[str], wanted: str) -> str:

@@ -187,7 +187,7 @@ def _similar(one: float, other: float) -> bool:
 
 
 def _within(same: Int64, shapes: list[float]) -> Iterator[tuple[int, int]]:
-    """Each image of equal hashes with the first one of a similar shape. First ones of few shapes are kept."""
+    """Pairs (first image of a similar aspect ratio, image) among images `same` of equal hashes."""
     firsts: list[int] = []
     for j in same.tolist():
         known = next((i for i in firsts if _similar(shapes[i], shapes[j])), None)

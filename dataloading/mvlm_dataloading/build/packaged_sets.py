@@ -71,7 +71,7 @@ def render_all(svgs: list[Path], size: int) -> Iterator[bytes]:
     if workers == 1:
         yield from map(render, svgs)
         return
-    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
+    # NOTE: spawn, not fork. A fork has none of the caller's threads, and waits for ever for a lock that one held.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(render, svgs, chunksize=32)
 

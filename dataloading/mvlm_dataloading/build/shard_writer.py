@@ -155,7 +155,7 @@ class ShardWriter:
         for split in self._splits:
             write_index(self._partial, split)
         place_folder(self._partial, self.out)
-        # After the rename: a writer that found the folder unlocked would remove what is in it.
+        # NOTE: unlock after the rename. A writer that finds the folder unlocked removes what is in it.
         (self.out / LOCK).unlink()
         self._lock.release()
         return self.out

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
-    """Event of a task.
+    """Progress, result or death of a task in a worker process.
 
     `kind` is "progress" (value: reported count), "done" (value: result) or "died" (value: exit code of its process).
     """
@@ -60,7 +60,7 @@ class _Worker:
     connection: Connection
     task: Any = None
     begun: bool = False
-    """False while the process starts, which imports the program that called."""
+    """False until the process has started and imported the calling program."""
 
 
 def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:
@@ -137,7 +137,7 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
 
 
 def _start_worker(function: Callable[..., Any]) -> _Worker:
-    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
+    # NOTE: spawn, not fork. A fork has none of the caller's threads, and waits for ever for a lock that one held.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_worker_main, args=(function, theirs), daemon=True)

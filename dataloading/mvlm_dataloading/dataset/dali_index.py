@@ -39,7 +39,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DaliIndex:
-    """A parsed index."""
+    """A DALI index, parsed: key, offset and size of each sample's components."""
 
     components: dict[str, Component]
     """Keyed by the names in KINDS. If a sample has several components of a kind, the last one is used."""

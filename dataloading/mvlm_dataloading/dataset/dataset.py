@@ -49,7 +49,7 @@ class Dataset:
     folder: Path
     split: str
     tars: list[Path]
-    """Path of each shard."""
+    """Path of each shard, a tar."""
     index: SampleIndex
     """Index of the whole split."""
     start: int
@@ -154,7 +154,7 @@ class Dataset:
         return parse_metadata(self._read("meta", i), lambda: self.where(i))
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded image."""
+        """Encoded image of sample i, as stored."""
         return self._read("image", i)
 
     def image_id(self, i: int) -> int:

@@ -43,7 +43,7 @@ REACH_S = 5
 LISTING_S, LISTED = 300, 1_000_000
 """Longest time of a listing, and the most files in it. Google's store takes a kilobyte for each."""
 DEEPEST, PAGES_BYTES = 8, 16 << 20
-"""How deep the folders of a web server are listed, and the most bytes of their pages."""
+"""Depth to which the folders of a web server are listed, and the most bytes of their pages."""
 _DENIED = (401, 403, 407)
 
 
@@ -304,7 +304,7 @@ def _in_time(function: Callable[[], Any]) -> Any:
 
 
 class LocalFolder:
-    """The same of a folder on a disk. With `gives_away`, `get` moves files instead of copying them."""
+    """Folder on a disk, with the methods of `RemoteFolder`. With `gives_away`, `get` moves files and copies none."""
 
     def __init__(self, folder: Path, *, gives_away: bool = False):
         self.folder, self.url = folder, str(folder)

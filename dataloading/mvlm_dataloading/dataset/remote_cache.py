@@ -49,7 +49,7 @@ _FOLDER = re.compile(r"[0-9a-f]{24}")
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.\d+\.part)?")
 _PART = re.compile(r".+\.(\d+)\.part")
 REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
-"""How to get a good cached file, for messages."""
+"""Advice in messages about a damaged file of the cache."""
 
 
 def cache_folder() -> Path:

@@ -39,8 +39,9 @@ VERSION = 1
 MAGIC = b"mvlmidx\n"
 
 HEADER = struct.Struct("<8s II QQQ 32s 32s II")
-"""Magic; version, bytes per record; samples, shards, bytes of all keys; fingerprint (hexadecimal digits); hash of the
-described shards (`shards_hash`); CRC-32 of the header, with this field as 0, and the table; 0."""
+"""Layout of the file's header: magic; version, bytes per record; samples, shards, bytes of all keys; fingerprint
+(hexadecimal digits); hash of the described shards (`shards_hash`); CRC-32 of the header, with this field as 0, and the
+table; 0."""
 
 SHARD = np.dtype([("samples", "<u8"), ("key_bytes", "<u8"), ("records_crc", "<u4"), ("keys_crc", "<u4")])
 
@@ -162,7 +163,7 @@ class SampleIndex:
         return key.tobytes().decode(errors="surrogateescape")
 
     def check_all(self) -> None:
-        """Compare all checksums."""
+        """Compare the checksum of every shard's records. DataError if one differs."""
         for shard in range(len(self.first) - 1):
             self.shard_content(shard)
             self.release()
@@ -227,7 +228,7 @@ class Fingerprint:
             self._hash.update((place * BLOCK).tobytes())
 
     def digits(self) -> str:
-        """Its 32 hexadecimal digits."""
+        """Fingerprint of the samples added so far: 32 hexadecimal digits."""
         return self._hash.hexdigest()[:32]
 
 

@@ -31,7 +31,7 @@ WHOLE_BYTES = 64 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 _left: ContextVar[list[int] | None] = ContextVar("left", default=None)
-"""Bytes that the answers of a listing may still have."""
+"""Bytes that a server may still send in answers to a listing of a folder, a list of one number; None outside one."""
 
 
 class TooLongError(Exception):
@@ -156,7 +156,7 @@ def listing(limit: int) -> Iterator[None]:
 @functools.cache
 def _answer_class() -> type:
     class Answer(need("aiohttp", "remote").ClientResponse):
-        """An answer whose head comes in time, of the host that was asked, and as the bytes that a file has."""
+        """HTTP answer that is refused if it is late, redirects to another host, or is compressed on the way."""
 
         async def start(self, connection: Any) -> Any:
             try:

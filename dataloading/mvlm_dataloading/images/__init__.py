@@ -1,1 +1,1 @@
-"""Images of others: read from regular files, judged by their headers, decoded within limits, and brought to RGB."""
+"""Untrusted images: read from regular files, judged by their headers, decoded within limits, and brought to RGB."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BAND = 1 << 20
-"""Pixels of a band."""
+"""Number of pixels of a band of rows, which are converted at a time."""
 _MOST_PROFILE = 1 << 17  # characters of EXIF data in a text of a PNG
 
 
@@ -64,7 +64,7 @@ class RgbRows:
         self._range = None if image.mode not in ("I", "F") else self._extremes()
 
     def bands(self) -> Iterator[tuple[int, int]]:
-        """First row and end of each band."""
+        """First row of each band of rows, and the row after its last."""
         rows = max(1, BAND // self.width)
         return ((first, min(first + rows, self.height)) for first in range(0, self.height, rows))
 

@@ -1,4 +1,4 @@
-"""The one door for images of others: files, bytes and PIL images, refused by their headers or decoded within limits."""
+"""Decoding of untrusted images: files, bytes and PIL images, refused by their headers or decoded within limits."""
 
 import errno
 import io

@@ -29,18 +29,18 @@ class ImageHeader:
     """PNG, JPEG, WEBP, GIF, BMP or TIFF."""
     width: int
     height: int
-    """As stored, before the turn that its EXIF data ask for."""
+    """Rows of pixels as stored, before the rotation that the EXIF data ask for."""
     pixel_bytes: float
     """Bytes per pixel that Pillow takes for the decoded image, and on the way to it."""
     kept_bytes: float = 0.0
-    """Further ones that a JPEG of several scans takes at whatever size it is decoded."""
+    """Further bytes per pixel that a JPEG of several scans takes, at whatever size it is decoded."""
     raw_bytes: int = 0
-    """Of a PNG: bytes of its rows before compression."""
+    """Bytes of a PNG's rows before compression; 0 for other formats."""
     data_bytes: int = 0
-    """Of a PNG: bytes of its rows after compression."""
+    """Bytes of a PNG's rows after compression; 0 for other formats."""
     interlaced: bool = False
     part: int = 1
-    """Of a JPEG: 2, 4 or 8 if it is decoded at 1/2, 1/4 or 1/8 of its sides."""
+    """Divisor of the sides at which a JPEG is decoded: 1, 2, 4 or 8."""
 
     def memory(self, part: int = 1) -> float:
         """Bytes that decoding takes at 1 / `part` of the sides."""

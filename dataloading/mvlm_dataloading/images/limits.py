@@ -1,4 +1,4 @@
-"""Limits of an image of others, and the error for one that is not used."""
+"""Limits of an untrusted image, and the error for one that is refused."""
 
 import sys
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ class ImageLimits:
     """Limits that hold for one image. All but the bytes are compared with its header, before it is decoded."""
 
     max_bytes: int = 100_000_000
-    """Size of its file."""
+    """Bytes of the image's file."""
     max_pixels: int = 100_000_000
-    """Width times height."""
+    """Most pixels, width times height."""
     max_side: int = 65_500
-    """Longer side: as long as a JPEG can have."""
+    """Pixels of the longer side: the most that a JPEG can have."""
     max_memory: int | None = 400_000_000
     """Bytes that decoding and resizing it take, its file not counted; None for as many as `max_pixels` allow."""
     kinds: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-    """Formats, named as `ImageHeader.kind`."""
+    """Formats that are allowed, named as `ImageHeader.kind`."""
 
 
 MAX_PIXELS = 89_478_485

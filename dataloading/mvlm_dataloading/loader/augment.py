@@ -87,7 +87,7 @@ class AugmentParameters(NamedTuple):
     colour: NDArray[np.float32]
     apply_posterize: NDArray[np.bool_]
     bits: NDArray[np.uint8]
-    """(n,) bit mask: 1 for bits to keep."""
+    """(n,), bits of a value that posterizing keeps, as a mask."""
     apply_solarize: NDArray[np.bool_]
     threshold: NDArray[np.uint8]
     apply_equalize: NDArray[np.bool_]
@@ -97,7 +97,7 @@ class AugmentParameters(NamedTuple):
     brightness: NDArray[np.float32]
     apply_sharpness: NDArray[np.bool_]
     kernel: NDArray[np.float32]
-    """(n, 3, 3)."""
+    """(n, 3, 3), convolution kernel of the sharpness."""
     flip: NDArray[np.int32]
 
     def rows(self, rows: NDArray[np.int64]) -> list[NDArray]:

@@ -175,4 +175,5 @@ def _make_all(
             done()
         except BaseException as error:
             last = last or error
-        results.put((None, last))  # in any case, or `get` would wait for ever
+        # NOTE: the end is put in any case. Without it `get` would wait for ever.
+        results.put((None, last))

@@ -1,7 +1,7 @@
 """Images on a GPU between DALI, the loader's thread and the training step: who owns one until the device has read it.
 
-DALI frees and overwrites its memory in the order of its own stream, as soon as Python drops an output. A kernel that
-another stream has only queued may then read other pixels. So
+NOTE: DALI frees and overwrites its memory in the order of its own stream, as soon as Python drops an output. A kernel
+that another stream has only queued may then read other pixels, without an error. So
 
 1. `owned` copies DALI's output to memory of torch, and returns when the device has made the copy;
 2. the loader's thread works on the copy inside `working`, which ends when the device has done the work;

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderWork:
-    """Threads, memory and tolerance of a loader. Batches are the same whatever they are.
+    """Threads, memory and tolerance of a loader. No value changes a batch.
 
     Raises:
         ValueError: a number is out of its range.

@@ -139,7 +139,7 @@ def _thread_pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mvlm-resize")
 
 
-# A forked process has none of its parent's threads, so tasks given to the parent's pool would never run.
+# NOTE: a forked process has none of its parent's threads. Tasks given to the parent's pool would never run.
 os.register_at_fork(after_in_child=_thread_pool.cache_clear)
 
 
@@ -205,7 +205,7 @@ class BufferPool:
         self._spare: deque[mmap.mmap] = deque(maxlen=8)
 
     def __len__(self) -> int:
-        """Number of idle buffers."""
+        """Number of buffers that no tensor uses."""
         return len(self._spare)
 
     def empty(self, shape: Sequence[int]) -> Tensor:

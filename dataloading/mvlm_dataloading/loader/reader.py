@@ -35,10 +35,10 @@ TRIM_EVERY_SAMPLES = 4096
 
 
 class Progress(NamedTuple):
-    """How far a reader has come, after the last batch."""
+    """Position of a reader after its last batch, with the undecodable images that it has met."""
 
     position: int = 0
-    """In the sample order, over all ranks."""
+    """Number of samples of all ranks that have been read, in the sample order."""
     bad: frozenset[int] = frozenset()
     """Ids of the undecodable images found so far."""
     samples_seen: int = 0
@@ -169,7 +169,7 @@ class Reader:
         return ids, epochs
 
     def _ordered_samples(self, position: int, count: int) -> tuple[Int64, Int64]:
-        """The same with the bad samples in their places."""
+        """Ids and epochs of this rank's samples, int64 (n,) each, before undecodable samples are replaced."""
         config = self.config
         if not config.train:
             count = min(count, len(self._dataset) - position)

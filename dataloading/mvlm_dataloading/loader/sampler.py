@@ -21,7 +21,11 @@ GROUP = 32
 """Number of shards that are mixed with each other. It bounds the cache that a remote data set needs."""
 
 ORDER_VERSION = 1
-"""Increment when a change of this file changes the order. A loader refuses the states of another version."""
+"""Version of the sample order. A loader refuses the states of another version.
+
+NOTE: increment it when a change of this file changes the order. Else a resumed run repeats some samples and
+leaves others out, and nobody notices.
+"""
 
 
 class SampleOrder:

@@ -37,7 +37,7 @@ CHUNK_SAMPLES = 16384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderConfig:
-    """Settings of a reader."""
+    """Settings of a loader's reader: samples, order, crops, and this rank's place."""
 
     seed: int
     geometry: CropGeometry
@@ -48,7 +48,7 @@ class ReaderConfig:
     world_size: int
     train: bool
     stored_tokens: bool
-    """Read the component `tok`."""
+    """True if the stored tokens are read, the component `tok`."""
     num_threads: int
     device_id: int | None
     decoding: Decoding
@@ -68,12 +68,12 @@ class ReaderConfig:
 
 @dataclass(slots=True)
 class RawBatch:
-    """This rank's samples of a batch, before captions are chosen and tokenized."""
+    """One rank's samples of a batch, B of them, before captions are chosen and tokenized."""
 
     ids: Int64
     epochs: Int64
     images: Tensor
-    """uint8 (B, 3, S, S)."""
+    """uint8 (B, 3, S, S), images after crop and resize."""
     texts: list[bytes]
     metadata: list[bytes]
     tokens: list[bytes]

@@ -30,13 +30,13 @@ class CaptionBatch:
     """The captions of a batch as packed tokens."""
 
     tokens: Int64
-    """(T,), each caption as [CLS] ... [SEP], without padding."""
+    """int64 (T,), tokens of all captions, each as [CLS] ... [SEP], without padding."""
     lengths: Int64
-    """(B,), tokens of each caption."""
+    """int64 (B,), number of tokens of each caption."""
     text_id: list[int]
-    """Equal for equal captions."""
+    """Id of each caption, equal for equal captions."""
     image_id: list[int]
-    """Equal for equal images."""
+    """Id of each caption's image, equal for equal images."""
 
 
 def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -> bool:

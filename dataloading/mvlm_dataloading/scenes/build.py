@@ -167,7 +167,7 @@ def _draw_all(strips: Sequence[tuple[Scene, ...]], art: Artwork, workers: int | 
     if workers == 1:
         yield from map(Painter(art.images).png, strips)
         return
-    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
+    # NOTE: spawn, not fork. A fork has none of the caller's threads, and waits for ever for a lock that one held.
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(dict(art.images),)
     ) as pool:

@@ -25,7 +25,7 @@ _OTHER_NAMES = {"red book": "closed book", "black square": "black large square",
 
 @dataclass(frozen=True, slots=True)
 class Artwork:
-    """Cut-outs of one source."""
+    """Drawings of all kinds of objects, cut out, of one source of emoji."""
 
     licence: str
     attribution: str
@@ -34,7 +34,7 @@ class Artwork:
     images: Mapping[str, bytes]
     """PNG with transparency of each kind's text, without a margin."""
     shapes: Mapping[str, tuple[int, int]]
-    """Width and height of each."""
+    """Width and height in pixels of each kind's image."""
 
 
 @cache
@@ -51,7 +51,7 @@ def twemoji() -> Artwork:
 
 
 def _artwork(licence: str, attribution: str, drawing: Callable[[str, Path], Path]) -> Artwork:
-    """`drawing`: the file of an emoji, from its code points and OpenMoji's file."""
+    """Cut out the artwork of one source. `drawing`: code points and file of OpenMoji -> file of the source."""
     pil = need("PIL.Image")
     named = {captions[0]: (code, svg) for code, svg, captions, _ in named_emoji()}
     chosen = {text: named[_OTHER_NAMES.get(text, text)] for text in (*NOUNS, *(tint.text for tint in TINTS))}

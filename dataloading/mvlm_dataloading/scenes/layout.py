@@ -29,7 +29,7 @@ class Placed:
     cell: int
     """Cell 0..8, row by row."""
     size: int
-    """Longer side in pixels."""
+    """Longer side of the drawn object in pixels."""
     shift: tuple[int, int]
     """Offset of its centre from the cell's, x and y in pixels."""
 

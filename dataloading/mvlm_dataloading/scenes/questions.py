@@ -38,7 +38,7 @@ def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]
 
 
 def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Presence of a noun or of a coloured shape. The other scene has another noun, or the shape in another colour."""
+    """Questions on the presence of a noun or a coloured shape. The other scene has another noun, or another colour."""
     kind = asked_kind(rng, vocabulary)
     edit = other_kind(rng, vocabulary, kind)
     others = same_colour(rng, vocabulary, kind) if kind.colour else []
@@ -53,7 +53,7 @@ def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Number of a noun, of a shape in any colour, or of a coloured shape: each of 0 to 5 once."""
+    """Questions on the number of a noun, of a shape in any colour, or of a coloured shape: each of 0 to 5 once."""
     kind = asked_kind(rng, vocabulary)
     any_colour = kind.colour is not None and rng.random() < 0.5
     text = kind.name if any_colour else kind.text
@@ -75,7 +75,7 @@ def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Colour of the only object of a shape, each of its colours equally often; another coloured shape is there."""
+    """Questions on the colour of the only object of a shape, each colour equally often."""
     shape = rng.choice(sorted({tint.name for tint in vocabulary.tints}))
     colours = [tint for tint in vocabulary.tints if tint.name == shape]
     samples = []
@@ -130,7 +130,7 @@ def compare(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def is_same_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Equality of the colours of two shapes."""
+    """Questions whether two shapes have the same colour."""
     pairs = [
         (one, other)
         for one in vocabulary.tints

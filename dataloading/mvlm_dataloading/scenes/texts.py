@@ -48,7 +48,7 @@ def compose(families: Mapping[str, Family], seed: str, vocabulary: Vocabulary, c
 
 
 def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Iterable[str]) -> list[Kind]:
-    """Kinds of other names, each name at most once: half of them coloured shapes, if there are any."""
+    """Draw `count` further kinds for a scene, with different names: half of them coloured shapes, if there are any."""
     names, found = set(without), []
     for _ in range(count):
         free = [kind for kind in vocabulary.fill if kind.name not in names]
@@ -148,7 +148,7 @@ def _aligned(one: Placed, other: Placed) -> bool:
 
 
 def _told(rng: random.Random, vocabulary: Vocabulary) -> tuple[Kind, str, Kind]:
-    """A noun, the side of another on which a text says that it is, and the other."""
+    """Subject, side and anchor of a text such as "the dog is left of the cat", drawn at random."""
     subject = rng.choice(vocabulary.subjects)
     side = rng.choice(vocabulary.sides(subject))
     return subject, side, rng.choice([kind for kind in vocabulary.anchors if kind != subject])
@@ -171,7 +171,7 @@ CORNERS = {
 
 
 def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Kind of the object in a named place."""
+    """Hypotheses on the kind of the object in a named place."""
     kind, cell = asked_kind(rng, vocabulary), rng.choice(tuple(CORNERS))
     edit = other_kind(rng, vocabulary, kind)
     others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name, edit.name})
@@ -181,7 +181,9 @@ def hypotheses_of_a_place(rng: random.Random, vocabulary: Vocabulary) -> list[Sa
 
 
 def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Side of a noun; in the contradicting image the two nouns are exchanged, in the open one a card hides one."""
+    """Hypotheses on the side of a noun. The nouns are exchanged in the contradicting image, and a card hides one in
+    the open image.
+    """
     subject, side, anchor = _told(rng, vocabulary)
     scene = _side_by_side(rng, vocabulary, subject, side, anchor)
     text = f"the {subject.text} is {SIDES[side]} the {anchor.text}"
@@ -189,7 +191,7 @@ def hypotheses_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sam
 
 
 def hypotheses_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Colour of the only object of a shape."""
+    """Hypotheses on the colour of the only object of a shape."""
     kind = rng.choice(vocabulary.tints)
     others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name})
     scene = place(rng, [kind, *others])
@@ -200,7 +202,10 @@ def hypotheses_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[S
 def _three_judged(
     rng: random.Random, family: str, text: str, true: Scene, false: Scene, asked: tuple[int, ...]
 ) -> list[Sample]:
-    """The hypothesis with its three images. `asked`: numbers of the objects that it speaks of."""
+    """Samples of a hypothesis: an image that entails it, one that contradicts it, one that leaves it open.
+
+    `asked`: numbers of the objects that the hypothesis speaks of.
+    """
     beyond = rng.choice([one.cell for number, one in enumerate(true.objects) if number not in asked])
     hidden = true.objects[rng.choice(asked)].cell
     unknown = rng.choice((true, false))  # what is behind the card may be either
@@ -216,7 +221,7 @@ Pair = tuple[Scene, Scene]
 
 
 def statements_of_one_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Presence in the named image and absence in the other."""
+    """Statements that a kind is in the named image and not in the other."""
     (here, without), (here_too, without_too), text = _present(rng, vocabulary)
     side = rng.choice(("left", "right"))
     left = [(here, without_too), (here_too, without)]
@@ -226,21 +231,21 @@ def statements_of_one_side(rng: random.Random, vocabulary: Vocabulary) -> list[S
 
 
 def statements_of_both(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Presence in both images."""
+    """Statements that a kind is in both images."""
     (here, without), (here_too, without_too), text = _present(rng, vocabulary)
     true, false = [(here, here_too), (here_too, here)], [(here, without_too), (without, here_too)]
     return _four_judged(rng, "both", f"both images show {text}", true, false)
 
 
 def statements_of_exactly_one(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Presence in one image and not in the other: each image is in a true and in a false pair on each side."""
+    """Statements that a kind is in exactly one image: each image is in a true and in a false pair on each side."""
     (here, without), (here_too, without_too), text = _present(rng, vocabulary)
     true, false = [(here, without_too), (without, here_too)], [(here, here_too), (without, without_too)]
     return _four_judged(rng, "one", f"exactly one of the images shows {text}", true, false)
 
 
 def statements_of_more(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Numbers of a kind in two images that differ by one or two."""
+    """Statements that one image has more of a kind, by one or two, than the other."""
     kind = asked_kind(rng, vocabulary)
     pairs: list[Pair] = []
     for _ in range(2):
@@ -258,7 +263,7 @@ def statements_of_more(rng: random.Random, vocabulary: Vocabulary) -> list[Sampl
 
 
 def statements_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Side of a noun in both images; in a false pair the two nouns are exchanged in one image."""
+    """Statements on the side of a noun in both images; in a false pair the two nouns are exchanged in one image."""
     subject, side, anchor = _told(rng, vocabulary)
     found: list[Pair] = []
     for _ in range(2):
@@ -271,7 +276,7 @@ def statements_of_a_side(rng: random.Random, vocabulary: Vocabulary) -> list[Sam
 
 
 def statements_of_a_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Equality of the colours of a shape in two images."""
+    """Statements that a shape has the same colour in two images."""
     one = rng.choice(vocabulary.tints)
     other = rng.choice([tint for tint in vocabulary.tints if tint.name == one.name and tint != one])
     first, second = (place(rng, [one, *fillers(rng, vocabulary, rng.randint(1, 3), {one.name})]) for _ in range(2))

@@ -43,7 +43,7 @@ SHAPES = {
     "heart": ("black", "blue", "brown", "green", "orange", "pink", "purple", "red", "white", "yellow"),
     "book": ("blue", "green", "orange", "red"),
 }
-"""Shapes, and the colours in which Unicode has them."""
+"""Shapes -> the colours in which Unicode has an emoji of the shape."""
 COLOURS = tuple(sorted({colour for colours in SHAPES.values() for colour in colours}))
 SIDES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -98,7 +98,7 @@ def _hash(purpose: str, noun: str) -> int:
 
 
 SPLITS = ("train", "validation", "test", "combo", "concept", "artist")
-"""Splits of each task."""
+"""Names of the splits that each task's data set has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Vocabulary:
 
 
 def vocabulary(split: str) -> Vocabulary:
-    """Kinds of a split."""
+    """Kinds of objects that the scenes and texts of a split have."""
     seen = tuple(Kind(noun) for noun in NOUNS if not is_unseen(noun))
     unseen = tuple(Kind(noun) for noun in NOUNS if is_unseen(noun))
     books = tuple(tint for tint in TINTS if tint.name == "book")

@@ -198,7 +198,7 @@ def published_files(folder: Path) -> list[Path]:
 
 
 def _has_recipe(file: Path) -> bool:
-    """True for the description of what a build has written. That of tars used in place has an empty recipe."""
+    """True if a dataset.json describes the result of a build: its recipe is empty for tars that are used in place."""
     try:
         content = parse_json(read_regular(file, "dataset.json", within=file.parent))
     except (OSError, ValueError, RecursionError):
@@ -241,7 +241,7 @@ def find_file(root: Path, *names: str) -> Path | None:
 
 
 def split_files(root: Path, splits: Mapping[str, str], *names: str) -> list[tuple[str, str, Path]]:
-    """The published split, ours, and the file of each split that is there.
+    """Published name, our name and file of each split that is there.
 
     Args:
         names: of a split's file in the releases, relative to `root`, with {0} for the published split.
@@ -267,7 +267,7 @@ def coco_folder(roots: Iterable[Path], name: str) -> Path:
 
 @contextmanager
 def read_as(file: Path, wanted: str) -> Iterator[None]:
-    """A block that takes the content of a file apart. DataError where it is not as `wanted`."""
+    """Context that parses the content of a file. Content in another form than `wanted` becomes a DataError."""
     try:
         yield
     except DataError:

@@ -31,7 +31,7 @@ from .record import (
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LISTED = (*IMAGE_EXTENSIONS, ".avif", ".bmp", ".gif", ".heic", ".jfif", ".tif", ".tiff")
-"""Names of images. Those of other formats are rejected with a reason, and not passed over in silence."""
+"""Endings of names of images. Images of formats that cannot be used are rejected with a reason, not passed over."""
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 

@@ -191,7 +191,7 @@ class _RowsFile:
         return set(map(self.split_of, cells)) or {self.split}
 
     def split_of(self, cell: Any) -> str:
-        """Split of a row by its cell of the column of splits, which may be empty."""
+        """Split of a row, from its `cell` in the column of splits; the file's own split for an empty cell."""
         if cell is None or cell == "":
             return self.split
         try:

@@ -49,7 +49,7 @@ def read_samples(path: Path, max_bytes: int, fingerprint: Sequence[Any] | None =
     For a tar that was cut, the last sample has the tar's name as its key, and a fault that says so.
 
     Args:
-        fingerprint: that of the file (`file_fingerprint`) when the build was planned.
+        fingerprint: that of the file (`file_fingerprint`) when the build began.
 
     Raises:
         DataError: the tar has blocks that belong to no member, with others after them that would be lost; it is not the

@@ -63,7 +63,7 @@ def visual_genome_qa(root: Path, /, validation: float = 0.0, test: float = 0.0) 
 
 
 Row = tuple[int, str, list[str], dict[str, Any], str | None]
-"""Number of the image, key, captions, metadata and fault of a record."""
+"""Record before its image is found: image id, key, captions, metadata, and the fault or None."""
 
 
 def _source(

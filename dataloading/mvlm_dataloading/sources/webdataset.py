@@ -194,7 +194,7 @@ class TarPiece:
     prefix: str
     caption_field: str
     fingerprint: tuple[Any, ...]
-    """As `file_fingerprint` gives it. A build refuses a tar that has another one by then."""
+    """Result of `file_fingerprint` when the tar was listed. A build refuses a tar that has changed since."""
     table_sha256: str | None = None
     """Hash of img2dataset's table beside the tar, which a build refuses too if it differs; None without a table."""
 
@@ -256,7 +256,7 @@ def _read_sidecar(file: Path, sha256: str | None) -> dict[str, dict[str, Any]]:
     """Read img2dataset's table of a tar: key -> status and caption of every link, failed downloads included.
 
     Args:
-        sha256: that of the table when the build was planned; None if there was no table.
+        sha256: that of the table when the build began; None if there was no table.
     """
     if sha256 is None:
         return {}

@@ -66,9 +66,9 @@ class Findings:
     transparent: int = 0
     """Number of decodable images with a pixel that is not opaque. The loader gives their colours without the white."""
     keys: list[str] = field(default_factory=list)
-    """Keys of all samples."""
+    """Keys of all samples of the split or shard."""
     problems: list[str] = field(default_factory=list)
-    """One line per problem."""
+    """Problems, one line each."""
 
     def add(self, other: "Findings") -> None:
         for one in fields(self):

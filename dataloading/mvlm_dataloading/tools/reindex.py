@@ -41,9 +41,9 @@ class TarIndex:
     unreadable: list[str]
     """Index lines of samples whose captions or metadata cannot be read."""
     captions: int
-    """Of the usable samples."""
+    """Number of captions of the usable samples."""
     left_out: Counter[str]
-    """Unusable samples by reason."""
+    """Number of unusable samples, by reason."""
 
 
 def index_tar(tar: Path, *, unseen: bool = False, file: BufferedReader | None = None) -> TarIndex:
@@ -123,7 +123,7 @@ def index_tar(tar: Path, *, unseen: bool = False, file: BufferedReader | None = 
 
 
 def _opened(tar: Path) -> AbstractContextManager[BufferedReader]:
-    """As `opened_unchanged`. Raises DataError if the tar is missing."""
+    """Context with an open tar, by `opened_unchanged`. Raises DataError if the tar is missing."""
     if not tar.exists():
         raise DataError(f"{tar}: wanted a tar, found no such file; restore it")
     return opened_unchanged(tar)

@@ -47,7 +47,7 @@ _QUESTIONS = {"question_id", "pairID", "identifier"}
 
 @dataclass(slots=True)
 class _Row:
-    """A chosen sample."""
+    """A sample that a view has chosen: its source, its number there, and the facts of its image."""
 
     source: int
     dataset: Dataset

@@ -29,10 +29,10 @@ from mvlm_dataloading.errors import need
 
 
 class Family(NamedTuple):
-    """What the adapter has to know of a kind of text encoder."""
+    """Properties of a family of text encoders of transformers, for its adapter."""
 
     model: str
-    """Its class in transformers."""
+    """Name of the family's model class in transformers."""
     pooler: bool = False
     """True if the class has a pooler, which the adapter leaves out."""
     shifted: bool = False

@@ -130,8 +130,8 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
 from mvlm_benchmarks.gpu.stages import PARTS, STAGES
-for plan in (*STAGES.values(), *PARTS.values()):
-    assert importlib.import_module(plan.module).run
+for spec in (*STAGES.values(), *PARTS.values()):
+    assert importlib.import_module(spec.module).run
 import mvlm_benchmarks.gpu.small_calls
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -141,7 +141,7 @@ def test_a_crash_of_the_decoder_costs_one_image(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_no_image_is_blamed_for_a_killed_worker(tmp_path):
-    """It is killed four times on the same images, as by a machine without memory."""
+    """A worker is killed four times on the same images, as by a machine without memory."""
     pieces = deadly_pieces(tmp_path / "deaths")
     build_shards(Source("deadly", "", "", {}, pieces), tmp_path / "out", workers=1)
     assert (tmp_path / "deaths").read_text() == "xxxx"

@@ -88,7 +88,7 @@ def test_shard_writer_rejects_and_counts_bad_samples(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyError, DataError, OSError])
 def test_shard_writer_leaves_nothing_after_an_exception(tmp_path, monkeypatch, error):
-    """Of the program, of a set without a sample, of a full disk on which files cannot even be closed."""
+    """Exceptions of the program, of a set without a sample, of a full disk on which files cannot even be closed."""
     close = tarfile.TarFile.close
 
     def full(tar, *_):

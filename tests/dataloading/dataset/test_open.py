@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def unindexed(folder):
-    """The same without a `<split>.index`."""
+    """Copy of a data folder without a `<split>.index`."""
     for path in folder.glob("*.index"):
         path.unlink()
     return folder

@@ -154,7 +154,7 @@ def test_the_bound_holds_for_all_files_at_every_moment(served, web, data_cache, 
 
 
 def test_indices_make_room_unless_a_process_has_them_open(served, data_cache, monkeypatch):
-    """Those that were used least recently go first. A data set of an older cache, without a lock, is the oldest."""
+    """Indices that were used least recently go first. A data set of an older cache, without a lock, is the oldest."""
     size = limit_cache(monkeypatch, served, 1.3)
     (data_cache / ("0" * 24)).mkdir(parents=True)
     (data_cache / ("0" * 24) / "train.index").write_bytes(bytes(2000))

@@ -16,7 +16,7 @@ def test_decoder_keeps_the_high_byte_of_16_bit_images():
 
 
 def test_decoder_checks_sizes_by_itself():
-    """Its parser may read a header differently from Pillow."""
+    """DALI's parser may read a header differently from Pillow."""
     kinds = [((40, 30), "PNG"), ((41, 30), "PNG"), ((40, 30), "JPEG"), ((60, 30), "WEBP"), ((30, 40), "WEBP")]
     images = [published.encoded(published.make_image(i, size), kind) for i, (size, kind) in enumerate(kinds)]
     found = list(ImageDecoder(1200)([*images, b"", b"noise"]))

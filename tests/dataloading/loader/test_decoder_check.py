@@ -33,10 +33,10 @@ def test_a_trial_runs_in_its_own_process():
     ],
 )
 def test_the_first_way_of_decoding_whose_trial_succeeds_is_chosen(monkeypatch, outcomes, chosen):
-    planned = iter(outcomes)
+    upcoming = iter(outcomes)
 
     def run(command, **_):
-        outcome = next(planned)
+        outcome = next(upcoming)
         if isinstance(outcome, Exception):
             raise outcome
         code, printed = outcome

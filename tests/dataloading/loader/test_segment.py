@@ -19,7 +19,7 @@ IMAGES, QUESTIONS = 9, 5
 
 
 def assert_same(ours: Loader, others, count: int) -> None:
-    """The same batches and masks, tensor for tensor."""
+    """Assert that two loaders give equal batches and masks, tensor for tensor."""
     pairs = list(zip(islice(ours, count), others, strict=False))
     assert len(pairs) == count
     for one, other in pairs:

@@ -1,4 +1,4 @@
-"""What sources refuse: the message has the file or the option that is to be mended."""
+"""Refusals of sources: the message has the file or the option that is to be mended."""
 
 import json
 from collections.abc import Callable

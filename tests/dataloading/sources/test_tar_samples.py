@@ -172,7 +172,7 @@ def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.tar", "x.TAR", "x.tar.gz", "x.tar.bz2", "x.tar.xz", "x.tgz"])
 def test_a_cut_tar_is_found_wherever_it_was_cut(tmp_path, name):
-    """Where a header begins, tarfile takes what is there for the whole. Samples before the cut are kept."""
+    """A tar that was cut before a header is whole to tarfile. Samples before the cut are kept."""
     mode = next((f"w:{kind}" for kind in ("gz", "bz2", "xz") if name.endswith(kind)), "w")
     content = write_tar(tmp_path / name, pairs(*range(12)), mode).read_bytes()
     whole = [sample.key for sample in read_samples(tmp_path / name, 1 << 20)]

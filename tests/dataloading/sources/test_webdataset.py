@@ -55,7 +55,7 @@ def test_keys_of_several_downloads_are_prefixed(tmp_path):
 
 
 def test_an_empty_image_id_gets_no_prefix(tmp_path):
-    """It would become the name of all images of its folder."""
+    """An empty id with a prefix would become the name of all images of its folder."""
     for number, shade in (("one", 0), ("two", 50)):
         write_tar(tmp_path / number / "00000.tar", map(str, range(3)), "a word", first=shade, image_id="")
     build_source(webdataset([tmp_path / "one", tmp_path / "two"]), tmp_path / "out")

@@ -16,7 +16,7 @@ from support.data import build_scripts, keys_of, problems_of, write_tar
 
 
 def test_the_indices_of_splits_are_written_from_dali_indices(tmp_path, monkeypatch):
-    """Of a view always, of a data folder without reading a tar if that is asked for."""
+    """A view's indices always are; those of a data folder if reading no tar is asked for."""
     out, view = build_scripts(tmp_path / "out"), tmp_path / "view"
     make_view(view, [out], ViewOptions(match="number|a"))
     for folder in (out, view):

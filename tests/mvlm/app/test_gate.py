@@ -322,7 +322,7 @@ def gradio_with(asked: list[Any], status: int = 200, body: bytes = b'{"data": []
     return gradio
 
 
-def test_a_question_is_computed_if_its_visitor_is_there_and_waits_for_no_slow_one(page) -> None:
+def test_a_question_is_computed_while_its_visitor_waits_behind_no_slow_one(page) -> None:
     from mvlm.app.gate import Gate, Question
 
     computed: list[Any] = []

@@ -97,7 +97,7 @@ def test_the_oldest_uploads_of_the_greediest_go(tmp_path: Path, monkeypatch: pyt
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_a_sweep_deletes_what_is_old_and_the_oldest_answers_but_no_upload_and_no_example(
+def test_a_sweep_deletes_old_files_and_oldest_answers_but_no_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ANSWERS", 250)

@@ -23,7 +23,7 @@ def test_a_built_data_set_and_its_view_pass_the_check(view, data_set, run_data):
 
 
 def test_a_contact_sheet_that_cannot_be_written_hides_no_finding(data_set, monkeypatch, run_data):
-    """As on media that nobody can write to: the outcome is that of the check."""
+    """A folder that nobody can write to does not change the outcome of the check."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

@@ -66,7 +66,7 @@ def test_a_refused_run_leaves_its_folder_free(run_mvlm, scenes, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_repeated_from_its_configuration_and_exported(run_mvlm, run_copy, tmp_path):
-    """The same run elsewhere, with every setting of the file but those that are given."""
+    """A config.json repeats a run elsewhere, with all settings but those that the command line gives."""
     outcome = run_mvlm("pretrain", f"--config={run_copy / 'config.json'}", "--out", tmp_path / "again")
     assert outcome.code == 0
     names = ("step", "loss", "mlm", "mim", "itc", "itm", "grad_norm", "lr")

@@ -172,7 +172,7 @@ def test_refusals(words, setting):
 @pytest.mark.extended
 @pytest.mark.slow
 def test_page_shows_the_output_of_mvlm_plan(capsys):
-    """Its blocks, with figures within 3 %: a better kernel changes them a little, an error changes them more."""
+    """The page's blocks agree within 3 %: a better kernel changes them a little, an error changes them more."""
     command, shown = re.findall(r"^    (mvlm plan .*?)$.*?^```text\n(.*?)^```", PAGE.read_text(), re.M | re.S)[0]
     cli.find_command(shlex.split(command)[1:])()
     number = r"\d[\d,]*(?:\.\d+)?"

@@ -1,4 +1,4 @@
-"""Plans of exchanges against loops over all ranks, sums of gradients in numpy, and the bound on a row that all want."""
+"""Splits of exchanges against loops, sums of gradients in numpy, and the bound on a row that all want."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.exchange import Splits, plan_exchange, rows_of_sequences, sum_rows
-from mvlm.objectives.negatives import MAX_READERS, Negatives, NegativeSampling
+from mvlm.distributed.exchange import Splits, exchange_splits, rows_of_sequences, sum_rows
+from mvlm.objectives.negatives import MAX_PAIRS_PER_NEGATIVE, Negatives, NegativeSampling
 from support.models import normal
 
 RANKS, MICROBATCHES, PAIRS = 5, 2, 3
@@ -34,30 +34,30 @@ def rank_and_position(index: int, ranks: int = RANKS, pairs: int = PAIRS) -> tup
     return block % ranks, block // ranks * pairs + within
 
 
-def plans(negatives: Negatives, lengths: Tensor, microbatch: int) -> list[tuple[Splits, Splits]]:
-    """Plans of all ranks for one microbatch. A rank's captions lie one after another."""
+def splits_of_all(negatives: Negatives, lengths: Tensor, microbatch: int) -> list[tuple[Splits, Splits]]:
+    """Splits of all ranks for one microbatch. A rank's captions lie one after another."""
     found = []
     for layout in layouts():
         own = lengths[layout.own_indices(lengths.device)]
-        found.append(plan_exchange(negatives, lengths, own.cumsum(0) - own, microbatch, layout))
+        found.append(exchange_splits(negatives, lengths, own.cumsum(0) - own, microbatch, layout))
     return found
 
 
 @pytest.mark.parametrize("microbatch", range(MICROBATCHES))
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", [0, 1], ids=["images", "captions"])
-def test_plans_of_all_ranks_against_a_loop(kind, seed, microbatch):
-    """What a rank sends, and what another expects from it, are the distinct rows that the other's pairs drew."""
+def test_splits_of_all_ranks_against_a_loop(kind, seed, microbatch):
+    """A rank sends, and the receiver expects, the distinct rows that the receiver's pairs drew."""
     negatives = random_negatives(seed)
     of_captions = np.random.default_rng(seed + 9).integers(3, 8, size=TOTAL)
-    found = [both[kind] for both in plans(negatives, torch.from_numpy(of_captions), microbatch)]
+    found = [both[kind] for both in splits_of_all(negatives, torch.from_numpy(of_captions), microbatch)]
     columns = (negatives.texts if kind else negatives.images).tolist()
     lengths = of_captions.tolist() if kind else [1] * TOTAL
     layout = layouts()
     own = [[lengths[i] for i in of.own_indices(torch.device("cpu")).tolist()] for of in layout]
-    for reader in range(RANKS):
-        drawn = [columns[i] for i in layout[reader].indices(microbatch, torch.device("cpu")).tolist()]
-        arrived, expected = [], found[reader].numbers.tolist()
+    for receiver in range(RANKS):
+        drawn = [columns[i] for i in layout[receiver].indices(microbatch, torch.device("cpu")).tolist()]
+        arrived, expected = [], found[receiver].numbers.tolist()
         for owner in range(RANKS):
             wanted = sorted({i for i in drawn if rank_and_position(i)[0] == owner})
             arrived += wanted
@@ -67,12 +67,12 @@ def test_plans_of_all_ranks_against_a_loop(kind, seed, microbatch):
             splits = found[owner]
             sizes = splits.numbers[:RANKS].tolist()
             sent = rows_of_sequences(splits.starts, splits.lengths, sum(sizes)).tolist()
-            assert sent[sum(sizes[:reader]) : sum(sizes[: reader + 1])] == rows
+            assert sent[sum(sizes[:receiver]) : sum(sizes[: receiver + 1])] == rows
             assert expected[RANKS + owner] == len(rows)
-        assert [arrived[place] for place in found[reader].place.tolist()] == drawn
+        assert [arrived[place] for place in found[receiver].place.tolist()] == drawn
         sizes = [lengths[i] for i in arrived]
         assert expected[-3:] == [len(arrived), max(sizes), sum(lengths[i] for i in drawn)]
-        assert found[reader].cu_seqlens[: len(arrived) + 1].tolist() == np.cumsum([0, *sizes]).tolist()
+        assert found[receiver].cu_seqlens[: len(arrived) + 1].tolist() == np.cumsum([0, *sizes]).tolist()
 
 
 def test_sums_of_rows_against_numpy():
@@ -99,12 +99,12 @@ def test_a_row_that_all_want_is_sent_to_a_bounded_number_of_ranks(ranks):
     everybody = torch.zeros(layout.total, dtype=torch.int64)
     lengths, starts = torch.full((layout.total,), 5), torch.tensor([0, 5])
     unlimited = Negatives(everybody + 1, everybody, everybody, everybody)
-    images, _ = plan_exchange(unlimited, lengths, starts, 0, layout)
+    images, _ = exchange_splits(unlimited, lengths, starts, 0, layout)
     assert int(images.numbers[:ranks].sum()) == ranks
     limited = negatives_of(everybody + 1, everybody)
-    for splits, rows in zip(plan_exchange(limited, lengths, starts, 0, layout), (1, 5), strict=True):
+    for splits, rows in zip(exchange_splits(limited, lengths, starts, 0, layout), (1, 5), strict=True):
         elsewhere = splits.numbers[1:ranks].tolist()
-        assert sum(elsewhere) <= rows * MAX_READERS
+        assert sum(elsewhere) <= rows * MAX_PAIRS_PER_NEGATIVE
         # One reader is the owner's other pair, and the others are two on each rank.
-        assert sum(elsewhere) == rows * min(ranks - 1, MAX_READERS // 2)
-    assert int(limited.text_weights.sum()) == min(layout.total - 1, MAX_READERS)
+        assert sum(elsewhere) == rows * min(ranks - 1, MAX_PAIRS_PER_NEGATIVE // 2)
+    assert int(limited.text_weights.sum()) == min(layout.total - 1, MAX_PAIRS_PER_NEGATIVE)

@@ -51,7 +51,7 @@ PARTS = {
     "frozen": PartSettings(train_image="frozen", train_cross="frozen"),
     "adapters": PartSettings(train_image="lora", train_text="frozen", train_cross="lora", lora_rank=2),
 }
-"""How much learns, by the name of a variant."""
+"""Learning parts of the model, by the name of a variant."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
@@ -186,8 +186,8 @@ def test_every_combination_agrees_with_one_rank_on_the_whole_batch(size, cases):
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
-    """At most one reader a row: the loss is another one, and two runs have the same bits."""
+def test_ranks_agree_with_one_rank_if_too_many_pairs_draw_one_negative(microbatches):
+    """At most one pair a negative: the loss is another one, and two runs have the same bits."""
     usual = Oracle(EVERY, "paper")
 
     def work() -> None:
@@ -202,7 +202,8 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(microbatches):
         assert all(torch.equal(gradient, runs[1][name]) for name, gradient in runs[0].items() if gradient is not None)
         world.close()
 
-    with patch.object(negatives, "limit_readers", functools.partial(negatives.limit_readers, most=1)):
+    limited = functools.partial(negatives.limit_pairs_per_negative, most=1)
+    with patch.object(negatives, "limit_pairs_per_negative", limited):
         oracle = Oracle(EVERY, "paper")
         assert abs(oracle.losses["itm"] - usual.losses["itm"]) > 1e-3
         assert [ended_well(pid) for pid in in_ranks(work, 4)] == [True] * 4
@@ -251,7 +252,7 @@ def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
 
 @pytest.mark.slow
 def test_checkpointed_blocks_recompute_what_they_saved_in_every_gelu_room():
-    """As on a GPU, where a step saves as many GELUs as fit: to the bit the gradients of a step that saves none."""
+    """Gradients are equal to the bit, however many GELUs a step saves: on a GPU as many as fit."""
     batch, masks = micro_batch()
     blocks = dict.fromkeys(("image_layers", "text_layers", "cross_layers", "decoder_layers"), 1)
     model = micro_model(dtype=torch.float32, **blocks)

@@ -216,7 +216,7 @@ def test_features_of_a_split_are_those_of_each_image_and_caption_alone(
 
 
 def test_the_first_caption_of_an_image_is_one_that_has_a_token(network, tokenizer, monkeypatch, tmp_path):
-    """As in the loader of the masks, which passes over the others."""
+    """Captions without a token are passed over, as in the loader that draws the masks."""
     with ShardWriter(tmp_path, name="odd", source="tests", licence="CC0", attribution="", recipe={}) as writer:
         for i, captions in enumerate((["unseen", "red", "blue"], ["green", "unseen"], ["red", "blue"])):
             assert writer.add(f"{i}", png(scene(i)[0]), captions, {}, split="test") is None

@@ -139,7 +139,7 @@ def test_an_interrupted_evaluation_is_continued_and_its_folder_removed(tmp_path)
 @pytest.mark.parametrize(
     "plan", ['{"format_version": 1, "model": "b"}', '{"format_version": 0, "model": "a"}', '{"fo', ""]
 )
-def test_work_of_another_plan_is_removed(tmp_path, plan):
+def test_work_of_another_specification_is_removed(tmp_path, plan):
     folder, done = tmp_path / "test.json.parts", []
     with pytest.raises(KeyboardInterrupt):
         interrupt(folder, done)

@@ -56,7 +56,7 @@ def test_a_text_is_cleaned_as_a_caption_of_a_data_set(model, pixels, given):
 
 
 def test_captions_of_a_data_set_are_taken_as_they_stand(model, tmp_path):
-    """One that is used in place, and was not built, may have several blanks: training and evaluation read them."""
+    """Captions of tars that are used in place may have several blanks: training and evaluation read them."""
     with tarfile.open(tmp_path / "test-000000.tar", "w") as tar:
         for name, content in (("0.png", png(scene(0)[0])), ("0.txt", b"red  heart")):
             member = tarfile.TarInfo(name)

@@ -45,7 +45,7 @@ EVERYWHERE = PartSettings(train_image="lora", train_text="lora", train_cross="lo
 
 
 def test_adapters_are_pefts_in_both_implementations_and_are_merged(monkeypatch):
-    """Of every linear layer of every block. peft wraps modules, so its feed-forward layer has to call them."""
+    """Each linear layer of a block has an adapter. peft wraps modules, so its feed-forward layer has to call them."""
     ours, theirs = micro_model(), micro_model()
     linear = [n for n, m in ours.named_modules() if isinstance(m, nn.Linear) and ".blocks." in n]
     adapt(ours, EVERYWHERE)
@@ -115,7 +115,7 @@ def test_what_a_tiny_model_pretrains_takes_less_than_a_megabyte():
 
 
 def test_adapters_of_a_tower_are_those_of_the_blocks_of_timm():
-    """Of attention and feed-forward. Patch embedding and the bridge to a wider model have none."""
+    """Attention and feed-forward have adapters. Patch embedding and the bridge to a wider model have none."""
     model = MaskVLM(tower_config("test_vit4", width=384))
     tower: Any = model.image_encoder
     wanted = [n for n, m in tower.module.blocks.named_modules() if isinstance(m, nn.Linear)]

@@ -66,7 +66,7 @@ def caption_of_masked_tokens(batch: Batch, masks: Masks) -> torch.Tensor:
     [(change_pixels, "pixels", "target", 1), (change_tokens, "logits", "tokens", 2)],
 )
 def test_predictions_do_not_depend_on_what_is_masked(predictions, cross_norm, change, predicted, target, changed):
-    """What is visible matters, but only to the predictions of its own image or caption."""
+    """Visible patches and tokens matter, but only to the predictions of its own image or caption."""
     model = micro_model(cross_norm=cross_norm)
     batch, masks = micro_batch()
     own = (torch.arange(5) if predicted == "pixels" else caption_of_masked_tokens(batch, masks)) == changed

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvlm.objectives.negatives import NegativeSampling, drawn_weights, gumbel, limit_readers
+from mvlm.objectives.negatives import NegativeSampling, drawn_weights, gumbel, limit_pairs_per_negative
 from support.models import normal, uniform_of_pair
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -113,16 +113,16 @@ def test_gumbel_of_a_step_tensor_is_that_of_the_number(step):
 
 @pytest.mark.parametrize("most", [1, 2, 5, 40])
 @pytest.mark.parametrize("seed", range(3))
-def test_limited_readers_against_a_loop(most, seed):
-    """The first readers of a column keep it, the others get their own index, which counts as no reader."""
+def test_limited_pairs_against_a_loop(most, seed):
+    """The first pairs that drew a negative keep it, the others get their own index, which counts as no negative."""
     columns = np.random.default_rng(seed).integers(0, 6, size=40).tolist()
     columns[7], columns[3] = 7, 3
-    wanted, readers = [], dict.fromkeys(range(40), 0)
+    wanted, pairs = [], dict.fromkeys(range(40), 0)
     for row, column in enumerate(columns):
-        kept = column != row and readers[column] < most
-        readers[column] += kept
+        kept = column != row and pairs[column] < most
+        pairs[column] += kept
         wanted.append(column if kept else row)
-    assert limit_readers(torch.tensor(columns), most).tolist() == wanted
+    assert limit_pairs_per_negative(torch.tensor(columns), most).tolist() == wanted
 
 
 def test_draws_of_a_batch_are_limited():
@@ -137,7 +137,7 @@ def test_draws_of_a_batch_are_limited():
 
 
 def test_draws_from_equal_logits_do_not_reach_the_limit():
-    """As many draws as 1,024 ranks of 128 pairs make: docs/guides/many_gpus.md says at most 9 readers."""
+    """A step of 1,024 ranks of 128 pairs makes as many draws: docs/guides/many_gpus.md says at most 9 pairs."""
     for seed in range(20):
         columns = np.random.default_rng(seed).integers(0, 131072, size=131072)
         assert np.bincount(columns).max() <= 9

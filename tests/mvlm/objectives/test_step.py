@@ -137,7 +137,7 @@ def test_added_objectives_on_two_ranks_are_those_of_loops():
 
 
 def test_logits_in_memory_are_bounded():
-    """Of 30 x 30 logits at most 60 are in memory at a time, which is less than all embeddings; same gradients."""
+    """At most 60 of 30 x 30 logits are in memory at a time, less than all embeddings; gradients are the same."""
     gradients, layout = [], GlobalBatchLayout(0, 1, 2, 15)
     features = Features(step.Step((), plain, layout, 0, 0, []), micro_model(), [], [])
     for most, largest in ((60, 30 * 10), (1 << 20, 30 * 30)):

@@ -65,7 +65,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 
 def metrics_of(card: str) -> list[dict[str, Any]]:
-    """What the hub shows of a card."""
+    """Metrics that the hub shows of a card."""
     (model,) = head_of(card)["model-index"]
     return [metric for result in model["results"] for metric in result["metrics"]]
 
@@ -101,7 +101,7 @@ def test_the_card_of_a_model_without_itm_does_not_claim_it(without_itm, tmp_path
 
 
 def test_the_card_of_a_fine_tuned_run_states_its_task_and_its_start(run_copy, figures):
-    """Its figures are not zero-shot, the data before it are not its own, and its recipe is what it read."""
+    """The card's figures are not zero-shot, the data before it are not its own, and its recipe is what it read."""
     read = {"task": "retrieval", "lr_head": 0.02, "train_text": "frozen"}
     start = "/home/someone/runs/my_demo/checkpoints/step_00000002"
     card = card_of(run_copy, figures, without=PRETRAINING_ALONE, checkpoint=start, **read)

@@ -107,7 +107,7 @@ def features(split) -> EncodedSplit:
 
 @pytest.mark.parametrize("image", [list(range(10)), [0, 0, 0, 0, 4, 4, 4, 7, 8, 9]])
 def test_neighbours_and_the_map_are_of_different_images(split, features, image):
-    """Where samples share an image, their copies are neither queries nor neighbours nor on the map."""
+    """Copies of an image that samples share are neither queries nor neighbours nor on the map."""
     copies = {"image": torch.tensor(image), "image_embedding": features.image_embedding[image]}
     features = replace(features, **copies)
     different = {split.captions(i)[0]: i for i in sorted(set(image))}

@@ -133,7 +133,7 @@ def test_a_report_says_what_a_run_forgot():
 
 
 def test_a_run_of_others_shows_no_other_data(reported, scenes, tmp_path):
-    """Its figures name any folder or URL. Data that are not those of the figures have to be named by the user."""
+    """Figures of others name any folder or URL. Data that are not those of the figures have to be named by the user."""
     run, data, figures, _ = reported
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     for place in (str(scenes), "http://127.0.0.1:1/data"):

@@ -34,7 +34,7 @@ class Reported(NamedTuple):
     data: Path
     split: Dataset
     figures: dict[str, Any]
-    """Of the JSON file: those of the model, on records of which some were put right by hand."""
+    """Figures of the JSON file: those of the model, on records of which some were put right by hand."""
     page: Page
 
 

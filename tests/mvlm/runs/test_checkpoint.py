@@ -145,7 +145,7 @@ DAMAGES = [
 
 
 def test_generators_go_on_where_the_checkpoint_was_saved(training, tokenizer, tmp_path):
-    """As the dropout of a user's own task draws from them."""
+    """Torch's generators matter to a user's own task, whose dropout draws from them."""
     path = save(tmp_path, 1, training, tokenizer)
     wanted = torch.rand(3)
     torch.manual_seed(99)

@@ -220,7 +220,7 @@ PLACES = [lambda half: half + 1, lambda half: 10**9, lambda half: half - 1, lamb
 
 @pytest.mark.parametrize("place", PLACES)
 def test_shards_that_leave_rows_out_are_refused(copy, place):
-    """They would stay as the network began, or ask for memory that no file has."""
+    """Missing rows would stay as the network began, or ask for memory that no file has."""
     folder = copy("checkpoint")
     wanted = {name: torch.empty_like(tensor) for name, tensor in load_file(folder / SHARD).items()}
     split_rows(folder, place)

@@ -61,7 +61,7 @@ EDITS = {
     "the first row": (lambda run: change_rows(run, lambda row: row["step"] > 1), None, "found none of step 1, and"),
     "a number": (lambda run: change_rows(run, lambda row: row.update(loss=row["step"] / 7)), 3, "are not those that"),
 }  # fmt: skip
-"""What happens to the metrics of a run of three steps -> the step that it resumes from, and what is said."""
+"""Change of the metrics of a run of three steps -> the step that it resumes from, and the message."""
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_run_resumes_where_its_rows_reach(cut, name, caplog):
 
 @pytest.mark.parametrize("gone", ["history", "saves", "another checkpoint"])
 def test_without_a_hash_of_the_rows_nothing_is_missing(cut, gone, caplog):
-    """As in runs of earlier versions; and the way out that the error names."""
+    """Runs of earlier versions lack the hash; removing it is also the way out that the error names."""
     keep_bytes(cut.out, 0)
     history = cut.out / "history.jsonl"
     if gone == "history":

@@ -244,7 +244,7 @@ def test_an_interrupted_index_is_made_again(embedded, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def embeddings(model, scenes, tmp_path_factory) -> dict[str, Path]:
-    """Of splits of a data set, of a folder before and after changes, and of tars that each number samples anew."""
+    """Embeddings of splits, of a folder before and after changes, and of tars that each number samples anew."""
     folder = tmp_path_factory.mktemp("embeddings")
     (folder / "tars").mkdir()
     (folder / "pictures").mkdir()

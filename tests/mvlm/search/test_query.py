@@ -85,7 +85,7 @@ def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pi
 
 
 def test_an_index_of_others_shows_no_other_image(model, pictures, tmp_path):
-    """It names any folder, and any path: an absolute one, one above, a link, or another image of the same name."""
+    """An index names any folder and any path: absolute, one above, a link, or another image of the same name."""
     embed(model, open_collection(pictures), tmp_path / "embedded", ALONE)
     index = create_index(tmp_path / "embedded", str(tmp_path / "index"))
     private = tmp_path / "private"

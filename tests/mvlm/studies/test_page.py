@@ -1,4 +1,4 @@
-"""What the page of a study concludes; paired differences and their intervals, against scipy and loops."""
+"""Conclusions of a study's page; paired differences and their intervals, against scipy and loops."""
 
 from dataclasses import replace
 from pathlib import Path

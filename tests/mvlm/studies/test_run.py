@@ -16,7 +16,7 @@ from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.studies import run as studies
 from mvlm.studies.page import MEASURES
-from mvlm.studies.run import plan_trials, report_finished, run_study
+from mvlm.studies.run import report_finished, run_study, trials_of
 from mvlm.studies.study import Study, read_study
 from mvlm.studies.trial import read_result, run_trial, take_result
 from mvlm.tasks.evaluate import evaluate_task
@@ -103,7 +103,7 @@ def test_measures_are_the_figures_of_a_trial(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_a_result_on_other_images_is_not_taken(finished: Path, scenes, tmp_path: Path) -> None:
-    trial = plan_trials(study(), scenes, tmp_path)[0]
+    trial = trials_of(study(), scenes, tmp_path)[0]
     other = replace(trial, evaluated={"test": "the fingerprint of other images"})
     assert take_result(other, finished) is None
     assert take_result(trial, finished) is not None
@@ -215,15 +215,15 @@ def test_a_trial_without_itm_is_ranked_by_itc_and_stopped_time_counts(scenes, tm
     """Also one that continues a model that was trained without."""
     without = study().settings | {"itm_weight": 0.0}
     arms = {"base": {}, "no ITM": {"itm_weight": 0.0}}
-    planned = plan_trials(study(seeds=[0], arms=arms, rerank=5), scenes, tmp_path / "arms")
+    planned = trials_of(study(seeds=[0], arms=arms, rerank=5), scenes, tmp_path / "arms")
     assert {t.arm: t.rerank for t in planned} == {"base": 5, "no ITM": 0}
-    (start,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=without), scenes, tmp_path / "start")
+    (start,) = trials_of(study(seeds=[0], arms={"base": {}}, settings=without), scenes, tmp_path / "start")
     pretrain(start.config)  # pyright: ignore[reportArgumentType]
     metrics = start.config.out / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     metrics.write_text("".join(json.dumps(row | {"seconds": row["seconds"] + 1000}) + "\n" for row in lines))
     settings = without | {"initial_model": str(start.config.out)}
-    (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
+    (trial,) = trials_of(study(seeds=[0], arms={"base": {}}, settings=settings), scenes, tmp_path)
     assert trial.files == {"initial_model": load_model(start.config.out, "cpu").sha256}
     result = run_trial(trial)
     assert result is not None
@@ -237,9 +237,9 @@ def test_a_trial_without_itm_is_ranked_by_itc_and_stopped_time_counts(scenes, tm
 def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) -> None:
     """An arm has the FLOPs of its own tokenizer: with hardly a merge, captions have more tokens."""
     few = {"few": {"model": {"vocab_size": 262}}}
-    trials = {t.arm: t for t in plan_trials(study(arms=study().arms | few, seeds=[0]), scenes, tmp_path)}
+    trials = {t.arm: t for t in trials_of(study(arms=study().arms | few, seeds=[0]), scenes, tmp_path)}
     flops = {arm: trial.flops or 0 for arm, trial in trials.items()}
-    (alone,) = plan_trials(study(arms=few, base="few", seeds=[0]), scenes, tmp_path)
+    (alone,) = trials_of(study(arms=few, base="few", seeds=[0]), scenes, tmp_path)
     assert flops["few"] == alone.flops
     step = flops["base"] / 2
     split, config = open_dataset(scenes, "train"), trials["base"].config
@@ -247,19 +247,19 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     longest = config.model.text_length
     lengths = [len(tokenizer.encode([split.captions(i)[0]], longest)[0]) for i in range(len(split))]
     assert step == pytest.approx(8 * flops_per_pair(config, sum(lengths) / len(lengths)))  # pyright: ignore[reportArgumentType]
-    bought = {t.arm: t for t in plan_trials(study(budget={"flops": 10.5 * step}), scenes, tmp_path) if t.seed == 0}
+    bought = {t.arm: t for t in trials_of(study(budget={"flops": 10.5 * step}), scenes, tmp_path) if t.seed == 0}
     assert bought["base"].config.max_steps == 10
     assert bought["no MIM"].config.max_steps > 10
     cheap = bought["no MIM"].flops or 0
     assert 0 < cheap <= 10.5 * step < cheap + flops["no MIM"] / 2
     # An arm's own budget: steps, or the FLOPs of another arm.
     arms = {"long": {"budget": {"steps": 9}}, "as long": {"mim_weight": 0.0, "budget": {"flops_of": "long"}}}
-    own = {t.arm: t for t in plan_trials(study(arms=study().arms | arms, seeds=[0]), scenes, tmp_path)}
+    own = {t.arm: t for t in trials_of(study(arms=study().arms | arms, seeds=[0]), scenes, tmp_path)}
     assert own["long"].flops == pytest.approx(9 * step)
     assert own["base"].config.max_steps == 2
     assert own["as long"].config.max_steps == int(9 * step / (flops["no MIM"] / 2))
     with pytest.raises(ConfigError, match="budget: wanted enough for one step"):
-        plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
+        trials_of(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_the_model_of_each_trial_is_fine_tuned_and_evaluated(scenes, questions, 
         arms={"base": {}}, seeds=[1], settings=settings, measures=["ir.r1", "vqa.train.accuracy"], then={"vqa": stage}
     )
     assert run_study(both, scenes, tmp_path / "study") is not None
-    (trial,) = plan_trials(both, scenes, tmp_path / "by-hand")
+    (trial,) = trials_of(both, scenes, tmp_path / "by-hand")
     pretrain(trial.config)  # pyright: ignore[reportArgumentType]
     finetune(trial.then[0].config)
     result = json.loads((tmp_path / "study/trials/base/seed_1/result.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.studies import trial as trials
-from mvlm.studies.run import plan_trials, report_finished, run_study
+from mvlm.studies.run import report_finished, run_study, trials_of
 from mvlm.studies.study import Study
 from mvlm.studies.trial import run_trial
 from mvlm.tasks.evaluate import evaluate_task
@@ -48,7 +48,7 @@ def test_trials_of_a_task_are_fine_tuned_and_evaluated_on_all_splits(questions, 
         rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
     assert set(rows) == {(arm, f"{split}.accuracy") for arm in study().arms for split in ("test", "train")}
     result = json.loads((tmp_path / "study/trials/text-alone/seed_0/result.json").read_text())
-    (alone,) = (t for t in plan_trials(study(), questions, tmp_path / "other", trained) if t.arm == "text alone")
+    (alone,) = (t for t in trials_of(study(), questions, tmp_path / "other", trained) if t.arm == "text alone")
     assert isinstance(alone.config, FinetuneConfig)
     finetune(alone.config)  # by itself, without the study
     for split in ("test", "train"):
@@ -77,7 +77,7 @@ def test_a_study_of_retrieval_has_the_recall_of_its_trials(scenes, trained, tmp_
     retrieval = study(task="retrieval", measures=measures, splits=["test"], settings=settings, arms={"full": {}})
     assert run_study(retrieval, scenes, tmp_path / "study", checkpoint=trained) is not None
     result = json.loads((tmp_path / "study/trials/full/seed_0/result.json").read_text())
-    (trial,) = plan_trials(retrieval, scenes, tmp_path / "other", trained)
+    (trial,) = trials_of(retrieval, scenes, tmp_path / "other", trained)
     finetune(trial.config)  # pyright: ignore[reportArgumentType]
     model = load_model(trial.config.out, "cpu")
     found = model.evaluate(open_dataset(scenes, "test")).figures
@@ -89,14 +89,14 @@ def test_a_study_of_retrieval_has_the_recall_of_its_trials(scenes, trained, tmp_
 @pytest.mark.slow
 def test_mistakes_are_refused_before_a_trial_is_run(questions, trained, tmp_path) -> None:
     with pytest.raises(ConfigError, match="checkpoint: wanted a pretrained model to fine-tune, found none"):
-        plan_trials(study(), questions, tmp_path)
+        trials_of(study(), questions, tmp_path)
     with pytest.raises(DataError, match="wanted the split artist, found test, train, validation"):
-        plan_trials(study(splits=["artist"], measures=["artist.accuracy"]), questions, tmp_path, trained)
+        trials_of(study(splits=["artist"], measures=["artist.accuracy"]), questions, tmp_path, trained)
     for measure in ("test.acuracy", "artist.accuracy", "accuracy"):
         with pytest.raises(ConfigError, match=f"got '{measure}'; did you mean test.accuracy"):
             run_study(study(splits=["test"], measures=[measure]), questions, tmp_path, checkpoint=trained)
     assert not list(tmp_path.rglob("run"))
-    (trial,) = plan_trials(study(arms={"full": {}}), questions, tmp_path, trained)
+    (trial,) = trials_of(study(arms={"full": {}}), questions, tmp_path, trained)
     trial.folder.mkdir(parents=True)
     trial.file.write_text(json.dumps({"format_version": 1, "settings": trial.settings | {"start": "0" * 64}}))
     with pytest.raises(RunError, match="found one with another start; choose another --out"):
@@ -105,8 +105,8 @@ def test_mistakes_are_refused_before_a_trial_is_run(questions, trained, tmp_path
 
 @pytest.mark.slow
 def test_a_trial_that_has_begun_from_another_model_is_not_continued(questions, trained, tmp_path, monkeypatch) -> None:
-    """It has no result yet, and its run would go on from the weights of the first model."""
-    (trial,) = plan_trials(study(arms={"full": {}}), questions, tmp_path / "study", trained)
+    """The trial has no result yet, and its run would go on from the weights of the first model."""
+    (trial,) = trials_of(study(arms={"full": {}}), questions, tmp_path / "study", trained)
 
     def stopped(config: FinetuneConfig, *options: bool) -> str:
         finetune(config, *options)
@@ -119,7 +119,7 @@ def test_a_trial_that_has_begun_from_another_model_is_not_continued(questions, t
     with pytest.raises(RunError, match="seed_0: the trial has begun from another pretrained model"):
         run_trial(replace(trial, start="0" * 64))
     fresh = replace(trial, folder=tmp_path / "fresh", start="0" * 64)
-    with pytest.raises(RunError, match="changed since the study was planned; run the same command again"):
+    with pytest.raises(RunError, match="changed since the study was set up; run the same command again"):
         run_trial(fresh)
     result = run_trial(trial)
     assert result is not None
@@ -130,11 +130,11 @@ def test_files_that_settings_name_are_settings_by_their_content(questions, train
     answers = tmp_path / "answers.json"
     answers.write_text('["red", "blue"]')
     small = study(arms={"full": {}}, settings=study().settings | {"answer_list": str(answers)})
-    (trial,) = plan_trials(small, questions, tmp_path / "study", trained)
+    (trial,) = trials_of(small, questions, tmp_path / "study", trained)
     made = {"format_version": 1, "settings": trial.settings}
     assert trial.same_settings(made)
     answers.write_text('["blue", "red"]')
-    (changed,) = plan_trials(small, questions, tmp_path / "study", trained)
+    (changed,) = trials_of(small, questions, tmp_path / "study", trained)
     assert not changed.same_settings(made)
     older = {"format_version": 1, "settings": {k: v for k, v in trial.settings.items() if k != "files"}}
     assert changed.same_settings(older)  # it does not tell

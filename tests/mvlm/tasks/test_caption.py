@@ -111,7 +111,7 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(network, tokenizer, choose_
 
 
 def test_the_loss_is_the_mean_over_captions(network):
-    """Of each caption's own mean over its masked tokens, and of its length, given the image alone."""
+    """The mean is that of each caption's mean over its masked tokens, and of its length, given the image alone."""
     task = Captioning(copy.deepcopy(network), TaskOptions(), {}).double()
     with torch.no_grad():
         task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -135,7 +135,7 @@ def test_the_loss_is_the_mean_over_captions(network):
 
 @pytest.mark.parametrize("image_id", ["coco {}", "own {}", "{}"])
 def test_a_row_for_each_caption_has_the_figures_of_a_row_for_each_image(tmp_path, image_id):
-    """Of the record, of the written predictions, and of the report's verdicts. Copies of an image are one image."""
+    """The record, the written predictions and the report's verdicts are equal. Copies of an image are one image."""
     names = [image_id.format(7 * i + 3) for i in range(len(COCO))]
     rows = {
         "images": [(i, texts, {"image_id": names[i]}) for i, texts in enumerate(COCO)],

@@ -49,7 +49,7 @@ def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
 def test_a_fast_step_computes_no_padding(task):
-    """It saves most products of the padded rows of all blocks of the text cross encoder but the last."""
+    """The step saves most products of the padded rows of all blocks of the text cross encoder but the last."""
     lengths, config = (4, 5, 6, 40), micro_config()
     padding = (2 if task == "pairs" else 1) * sum(40 - length for length in lengths)
     products = 6 * 14 * config.width**2 * (config.cross_layers - 1)  # FLOPs of a row: queries, keys, values, MLP

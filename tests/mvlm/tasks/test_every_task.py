@@ -133,7 +133,7 @@ def assert_equal(found: Any, wanted: Any) -> None:
 @pytest.mark.slow
 @every_form
 def test_implementations_agree_and_shared_images_change_nothing(trained, data, form):
-    """Of batches in which each sample has an image of its own, and of those that have each image once."""
+    """Batches have an image for each sample, or each image once."""
     task, dataset = ready(trained, data, form)
     wanted = step(task, dataset, "plain", shared=False)
     for plan, shared in (("fast", False), ("plain", True), ("fast", True)):
@@ -252,7 +252,7 @@ def test_two_ranks_equal_one(trained, data, tmp_path, form, on_two_ranks, withou
 @pytest.mark.slow
 @every_form
 def test_a_weighted_view_has_the_targets_of_each_sample_twice(trained, data, tmp_path, form):
-    """Those with ids are not scored: two predictions for one id are not those of a benchmark."""
+    """Samples with ids are not scored: two predictions for one id are not those of a benchmark."""
     name, settings = FORMS[form]
     make_view(tmp_path / "view", [data[name]], ViewOptions(leaks="keep"), weights=[2])
     dataset, twice = (open_dataset(x, "train") for x in (data[name], tmp_path / "view"))

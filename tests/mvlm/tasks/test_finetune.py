@@ -165,7 +165,7 @@ def unanswered(folder: Path, data: Path, splits: dict[str, str]) -> Path:
 
 @pytest.mark.slow
 def test_evaluation_writes_figures_records_and_predictions(trained, tuned, questions, tmp_path, run_mvlm):
-    """Of a split without answers there are predictions, for a server, and no accuracy."""
+    """A split without answers gets predictions, for a server, and no accuracy."""
     out, results, annotations = tmp_path / "eval.json", tmp_path / "results.json", tmp_path / "annotations.json"
     words = ["--checkpoint", tuned, "--out", out, "--device", "cpu", "--predictions", results]
     assert run_mvlm("eval", "vqa", *words, "--data", questions).code == 0
@@ -271,7 +271,7 @@ def test_a_run_with_an_option_that_is_gone_is_refused(trained, tuned_copy, quest
 
 
 def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, tokenizer, tmp_path):
-    """Of any share of the words, so that some captions are fully masked, as generation begins."""
+    """Any share of the words may be masked, so that some captions are fully masked, as generation begins."""
     micro_model(whole_word_masking=True).float().save_pretrained(tmp_path / "pretrained")
     tokenizer.save(tmp_path / "pretrained/tokenizer.json")
     config = configured(tmp_path / "pretrained", scenes, tmp_path / "run", task="caption", max_steps=6)

@@ -45,7 +45,7 @@ def test_features_are_those_of_each_image_in_order(trained, data, plan):
 
 
 def test_figures_of_statements(data):
-    """Of 16 statements on 4 sets, each sentence has two pairs. Always true is right once a sentence."""
+    """Each sentence of 16 statements on 4 sets has two pairs. Always true is right once a sentence."""
     dataset = open_dataset(data, "test")
     found = Pairs.score([{"label": "true"}] * 16, dataset)
     assert (found["accuracy"], found["consistency"], found["majority"]) == (50, 0, 50)

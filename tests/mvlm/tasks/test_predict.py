@@ -141,7 +141,7 @@ def test_methods_of_a_task_are_those_of_its_models_alone(tuned, trained, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
 def test_the_command_writes_a_row_for_each_question(tuned, asked, tmp_path, run_mvlm, ending):
-    """Of files, of a folder with a broken image, and of a table with images relative to it."""
+    """Questions come from files, a folder with a broken image, and a table with images relative to it."""
     files = image_files(tmp_path / "images", asked / "vqa", 3)
     (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     table = tmp_path / "table.csv"

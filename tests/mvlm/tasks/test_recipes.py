@@ -53,7 +53,7 @@ def test_steps_of_the_base_recipe_are_passes_over_the_published_split():
 
 
 def test_a_task_of_the_users_states_its_settings_of_the_base_recipe(tmp_path):
-    """Its file is read and not run."""
+    """The task's file is read and not run."""
     file = tmp_path / "own.py"
     file.write_text(
         'raise SystemExit\nclass Own:\n    name = "own"\n    recipe: ClassVar = {"flip": 0.25, "rerank": 7}\n'

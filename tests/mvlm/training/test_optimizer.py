@@ -110,7 +110,7 @@ def muon_config(**changes: object) -> PretrainConfig:
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (2, 12, 5), (1, 1, 7)])
 def test_orthogonalize_maps_singular_values_by_the_published_polynomial(shape):
-    """The same polynomial, five times, of singular values that numpy finds. Singular vectors stay."""
+    """The oracle applies the polynomial five times to singular values that numpy finds. Singular vectors stay."""
     matrices = np.random.default_rng(0).normal(size=shape)
     found = orthogonalize(torch.from_numpy(matrices)).numpy()
     for matrix, got in zip(matrices, found, strict=True):

@@ -47,7 +47,7 @@ def test_a_swapped_checkpoint(bare_run, other_run, problems):
 
 
 def test_an_edited_row(bare_run, problems):
-    """Of step 3, far from the end: it is replayed if all steps are."""
+    """A row of step 3 is edited, far from the end: it is replayed if all steps are."""
 
     def edit(row):
         row["mlm"] -= 0.01 * (row["step"] == 3)
@@ -79,7 +79,7 @@ def test_a_changed_setting(bare_run, problems):
     ],
 )
 def test_an_edited_figure_of_an_evaluation(run, problems, change, text):
-    """Of those on the test split, and of those during training."""
+    """A figure on the test split is edited, or one during training."""
     file = run / "eval/test.json"
     figures = json.loads(file.read_text())
     change(figures)
@@ -105,7 +105,7 @@ def test_rows_and_parts_that_do_not_join_up(bare_run, problems):
 
 
 def test_other_data(bare_run, tmp_path, problems):
-    """The same images with other captions, and the same description over a shard with one other byte."""
+    """Data with other captions to the same images, or a shard with one other byte, are refused."""
     other = write_scenes(tmp_path / "other", captions=lambda i: [f"number {i}"])
     assert any(problem.startswith("train: the run had the fingerprint") for problem in problems(bare_run, other))
 

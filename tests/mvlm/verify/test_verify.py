@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_and_resumed(scenes, tmp_path, interrupted, proble
 def test_a_run_that_lost_a_checkpoint_and_went_on_with_other_rows(
     scenes, tmp_path, interrupted, problems, without_tensorboard
 ):
-    """Its second part began at step 4, which the third one went back behind. Then it has a row every other step."""
+    """The run's second part began at step 4, and the third went back behind it. It has a row every other step."""
     config = short_run(scenes, tmp_path / "run")
     for resume in (False, True):
         with pytest.raises(Killed):
@@ -132,7 +132,7 @@ def test_a_run_without_itm_whose_evaluation_re_ranks_nothing(scenes, tmp_path, p
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
-    """Of a run of another kind of machine nothing can be said: its bits would be others. Hashes are compared before."""
+    """A run of another kind of machine cannot be replayed: its bits differ. Hashes are compared before."""
     assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted a run folder, found no such folder")
     assert_refused(run_mvlm("verify", run, "--data", tmp_path / "gone"), "gone: wanted a data folder")
     assert_refused(run_mvlm("verify", run, "--steps", -1), "steps: wanted at least 0, got -1")

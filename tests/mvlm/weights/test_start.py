@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_a_trained_model_on_other_data(trained, run_copy, tmp
 
 @pytest.mark.slow
 def test_a_run_with_a_text_tower_resumes_to_the_bit_without_its_folder(scenes, tmp_path, without_tensorboard):
-    """It starts from the folder, keeps what it needs, and is verified; another run goes on from its model."""
+    """The run starts from the folder, keeps what it needs, and is verified; another run goes on from its model."""
     tower = tmp_path / "tower"
     write_text_tower(tower, "bert")
     settings = {"text_tower": tower, "model": tower_config(), "max_steps": 2}
@@ -176,7 +176,7 @@ def test_positions_behind_the_image_encoder_are_added_not_silently_lost(trained,
 
 
 def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, scenes, tmp_path):
-    """Its own blocks of 16 pixels do not divide images of 24."""
+    """The trained model's own blocks of 16 pixels do not divide images of 24."""
     old = load_model(trained).network
     new = replace(old.config, mask_block=8, image_size=24, image_mask_ratio=0.2, text_length=14)
     model = make_model(pretrain_config(scenes, tmp_path / "run", model=new, initial_model=trained), fresh=True)

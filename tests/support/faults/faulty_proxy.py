@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 FAULTS = ("error", "delay", "silence", "short", "length", "garbled", "closed")
-"""What may happen to an answer:
+"""Faults of an answer:
 
 - error: status 500 instead of it
 - delay: it comes late, and whole
@@ -23,7 +23,7 @@ FAULTS = ("error", "delay", "silence", "short", "length", "garbled", "closed")
 - closed: the connection is closed at once
 """
 ON_WRITES = ("error", "delay", "silence", "closed")
-"""Those of the faults that can happen to a request that writes. It does not reach the server, except after a delay."""
+"""Faults that can happen to a request that writes. It does not reach the server, except after a delay."""
 
 
 class FaultyProxy(http.server.BaseHTTPRequestHandler):

@@ -45,7 +45,7 @@ class LoggedPiece:
 
 
 def readings(log: Path) -> dict[int, tuple[int, int]]:
-    """How often the reading of each piece has begun, and how often it has ended."""
+    """Number of times that the reading of each piece has begun, and has ended."""
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     numbers = sorted({int(number) for _, number in lines})
     return {n: (lines.count(["begin", str(n)]), lines.count(["end", str(n)])) for n in numbers}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 EXTRA = "integrations"
-"""The extra whose packages are tested beside the dependencies."""
+"""Extra in pyproject.toml whose packages are tested at their oldest versions, beside the dependencies."""
 
 
 def lowest_versions(pyproject: Path = PYPROJECT) -> dict[str, str]:

@@ -103,7 +103,7 @@ def test_soft_targets_count_normalized_answers():
 
 @pytest.mark.parametrize("answer", ["two", "on the table", "a dog", "t-shirt", "2,000", "yes"])
 def test_a_training_target_is_right_by_the_metric(answer):
-    """Where all annotators agree, the metric takes the answer as they wrote it, with its article and number word."""
+    """If all annotators agree, the metric takes the answer as they wrote it, with its article and number word."""
     agreed = [{"answer": answer, "answer_id": i} for i in range(10)]
     (target,) = soft_targets(agreed)
     assert answer_accuracy(target, agreed) == 1
