@@ -158,7 +158,7 @@ def _explain_as_if(gpu: str, op: Callable[..., Any], args: Any, kwargs: dict[str
 
 
 def _named(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that a function has by name; all of them for one that takes keywords."""
+    """Select the arguments that a function has parameters for; all of them if it takes keywords."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return arguments

@@ -40,7 +40,7 @@ def peak_rates(device_name: str) -> Gpu | None:
 
 
 class Multiprocessor(NamedTuple):
-    """What one holds at once: most warps, most blocks, and KiB of shared memory for all of them and for one."""
+    """Limits of one multiprocessor: resident warps and blocks, and KiB of shared memory for all blocks and for one."""
 
     warps: int
     blocks: int
@@ -62,7 +62,7 @@ SAME = {103: 100, 121: 120}
 
 
 def multiprocessor(arch: int) -> Multiprocessor:
-    """That of a compute capability such as 90."""
+    """Limits of the multiprocessors of a compute capability such as 90."""
     return MULTIPROCESSORS.get(SAME.get(arch, arch), MULTIPROCESSORS[86])
 
 

@@ -67,7 +67,7 @@ class Guarded:
         self.span = span
 
     def fault(self) -> str | None:
-        """What was written to the bands, in words; None if nothing was."""
+        """Description of a write into the bands around an allocation; None without one."""
         shape = f"of shape {tuple(self.tensor.shape)}"
         for band, side in ((self.storage[:BAND], "in front of"), (self.storage[BAND + self.span :], "past the end of")):
             if count := _touched(band):
@@ -105,7 +105,7 @@ class Poison:
         return watched(self._guard, self.of)
 
     def copy(self, x: Tensor) -> Tensor:
-        """As :func:`guarded`; the copy's bands are checked as well."""
+        """Copy a tensor between bands that are checked, like :func:`guarded`."""
         self.buffers.append(_guarded_copy(x))
         return self.buffers[-1].tensor
 

@@ -36,7 +36,7 @@ FENCES_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 @dataclass
 class Settings:
-    """How all launches of the process run.
+    """Settings of all launches of the process.
 
     checks, counting, lockstep: see :class:`~triton_proof.machine.machine.Machine`. on_fault: "raise" EmulationError
     after a launch that had faults, or "collect" them in the launch. launches: finished launches, if ``keep``. edit: a

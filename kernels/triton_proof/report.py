@@ -1,4 +1,4 @@
-"""What a launch is reported to have done: findings (faults) and counters."""
+"""Report of a launch: its findings (faults) and counters."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ REMEDIES = {
     "warp": "let whole warps take a branch that holds a reduction or a product",
     "trap": "the kernel's own assertion failed: see its condition",
 }
-"""What to do about a finding, by kind."""
+"""Advice against a finding, one sentence for each kind."""
 _COMPILER = "Triton orders these accesses itself: try `num_stages=1` to confirm, another Triton, and report it there"
 _FUSED = (
     "a reduction ends with lanes that differ in the last bit, because a product was fused into its sum: launch the "
@@ -60,7 +60,7 @@ _FUSED = (
 
 
 def remedy(finding: "Finding") -> str:
-    """What to do about a finding, in one sentence."""
+    """Advice against a finding, one sentence."""
     if finding.kind == "race" and "different values" in finding.detail:
         return _FUSED
     return REMEDIES.get(finding.kind, _COMPILER)

@@ -73,7 +73,7 @@ def search(gallery: Gallery, text: str | None, image: Image.Image | None) -> lis
 
 
 def about_task(model: TrainedModel) -> str:
-    """What the model was fine-tuned for, and where that is asked, in a sentence."""
+    """A sentence that names the task of the model and the tab that asks it."""
     if model.task is None:
         return (
             "This model has no task's head, as after pretraining: it answers no questions, judges no statements and "
@@ -92,7 +92,7 @@ def images_of_task(model: TrainedModel) -> int:
 
 
 def ask(model: TrainedModel, *given: Any) -> str:
-    """What the model's task says of its images, and of the text behind them if it reads one."""
+    """The prediction of the model's task for its images, and for a text if the task reads one."""
     count = images_of_task(model)
     images = [_given(image) for image in given[:count]]
     texts = [check_text(text) for text in given[count:]]
@@ -172,7 +172,7 @@ def _side(model: TrainedModel) -> int:
 
 
 def toggle_patch(hidden: NDArray[np.bool_], point: Sequence[float]) -> NDArray[np.bool_]:
-    """The same patches, but the one at a point (x, y) of the shown image changes between hidden and visible."""
+    """Hide the patch at a point (x, y) of the shown image, or show it if it is hidden. The other patches stay."""
     side = len(hidden)
     column, row = (min(side - 1, max(0, int(at * side / SIDE))) for at in point)
     changed = hidden.copy()

@@ -1,4 +1,4 @@
-"""What stands before Gradio: routes, hosts, sizes and times of requests are checked, then Gradio sees them.
+"""The gate before Gradio: routes, hosts, sizes and times of requests are checked, then Gradio sees them.
 
 A question is checked part by part, and written anew with nothing else in it. It waits here for its turn.
 """
@@ -29,7 +29,7 @@ from mvlm.errors import RunError
 
 API = "/gradio_api"
 ASK = f"{API}/run/predict"
-"""Where the page's JavaScript sends a question. The answer is that request's."""
+"""Route to which the page's JavaScript sends a question. The answer is that request's."""
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", f"{API}/app_id")
 """Routes of Gradio that the page needs, with GET and HEAD. They get no query."""
 FILES = re.compile(r"/(assets|static)/[A-Za-z0-9_@~+-][A-Za-z0-9_@~+./-]{0,199}")

@@ -34,7 +34,7 @@ except ImportError:
 TALL = 320  # pixels
 BUTTONS: list[Any] = ["download", "fullscreen"]
 INNARDS = re.compile(r"0x[0-9a-f]{5,}|<[\w.]+ object|(?<![\w/])/[\w.+-]+/|[A-Za-z]*(Error|Exception)\b")
-"""What no visitor gets to see: addresses in memory, paths, names of exceptions."""
+"""Pattern of texts that no visitor gets to see: addresses in memory, paths, names of exceptions."""
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +107,7 @@ QUESTIONS = {
     "caption": ("Describe an image.", ""),
     "pairs": ("Is a statement true of these images?", "Statement"),
 }
-"""What the tab of a task says, and the label of its text."""
+"""Text of each task's tab, and the label of its text field."""
 
 
 def _ask_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: str) -> None:

@@ -44,7 +44,7 @@ class Shares(Generic[Thing]):
         """Sizes together: of an address, of a visitor, and of everybody under None."""
 
     def __iter__(self) -> Iterator[Thing]:
-        """What is held, the oldest first."""
+        """Iterate over the held things, the oldest first."""
         return iter(self._held)
 
     def add(self, thing: Thing, visitor: Visitor, size: int = 1) -> list[Thing]:

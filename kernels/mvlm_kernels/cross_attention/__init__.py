@@ -96,7 +96,7 @@ def route(
     q: Tensor, k: Tensor, sides: Sides, options: Options, given: composed.Given, backend: str = "auto",
     return_lse: bool = False,
 ) -> Literal["op", "formula", "sdpa", "math"]:  # fmt: skip
-    """What runs a call that has been checked. given: its max_len_q and max_len_k.
+    """Name of the way in which a checked call runs. given: its max_len_q and max_len_k.
 
     "op": the registered op, by a kernel or, where none runs, the reference. "sdpa" and "math": ``composed.py``.
     "formula": the reference, differentiated by autograd any number of times, in transforms of ``torch.func``.

@@ -84,7 +84,7 @@ _kept: Any = WeakIdKeyDictionary()  # tensor -> (its version, {key: what was mad
 
 
 def kept_with(x: Tensor, key: Any, make: Callable[[], Made]) -> Made:
-    """What `make` makes of the values of x, made once for all calls with this key until x is written to or freed.
+    """Result of `make` for the values of x, computed once for all calls with this key until x is written to or freed.
 
     Made anew where a graph is traced, and in a CUDA graph, whose replays have other values in the same tensor.
     """

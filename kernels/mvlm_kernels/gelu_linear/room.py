@@ -1,4 +1,4 @@
-"""Which GELUs are saved for backward: all on a CPU, on a GPU those for which earlier steps left room."""
+"""Choice of the GELUs that are saved for backward: all on a CPU, on a GPU those for which earlier steps left room."""
 
 import functools
 import threading
@@ -101,7 +101,7 @@ def room_of(device: torch.device) -> Room | None:
 
 
 def save(gelu: Tensor) -> "tuple[bool, Held | None]":
-    """Whether a GELU is saved for backward, and on a GPU what it holds of the room."""
+    """Decide whether a GELU is saved for backward, and on a GPU take its bytes from the room."""
     if not _saves:
         return False, None
     room = room_of(gelu.device)

@@ -1,4 +1,4 @@
-"""What a swap did in someone else's model: which parts it swapped, and which of their calls the op computes."""
+"""Report of a swap in someone else's model: the swapped parts, and the calls of them that the op computes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -109,5 +109,5 @@ def _store(shadows: Shadows, x: _Access, same: np.ndarray | None) -> Found:
 
 
 def _unordered(threads: np.ndarray, steps: np.ndarray, ctas: np.ndarray, x: _Access) -> np.ndarray:
-    """Where another thread of the same CTA came last, since the last barrier."""
+    """Mask of the accesses before which another thread of the same CTA came last, since the last barrier."""
     return (ctas == x.cta) & (threads[x.at] != x.thread) & (steps[x.at] > x.barrier)
