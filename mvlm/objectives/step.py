@@ -191,9 +191,9 @@ class Features:
         """Sum a function over the contrastive logits of this rank's pairs with all pairs, in blocks of rows.
 
         Args:
-            function: function(direction, rows, *logits) gets logits (Q, G) of each of `compared`, and the global
-                indices int64 (Q,) of their rows. Rows are images and columns captions in direction 0, the reverse in
-                1. It returns scalars, which are sums over the rows, or tensors with a value for each row.
+            function: called as `function(direction, rows, *logits)` with logits (Q, G) of each of `compared`, and the
+                global indices int64 (Q,) of their rows. Rows are images and columns captions in direction 0, the
+                reverse in 1. It returns scalars, which are sums over the rows, or tensors with a value for each row.
             compared: embeddings, and the logarithm of 1 / temperature, (1,).
 
         Returns:
