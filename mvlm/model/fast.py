@@ -204,16 +204,15 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
     assert streams.masked_image is not None
     assert streams.partner_caches is not None
-    text = streams.partner_caches.text
-    encoder = model.image_encoder
-    return masked_pixel_loss(
-        model.pixel_head(masked_patch_features(model, streams.masked_image, text, masks)),  # (B, K, 3*P*P)
-        batch.images,
-        masks.patch_ids,
-        model.config.patch_size,
-        mean=encoder.mean.flatten(),
-        std=encoder.std.flatten(),
-    )
+    head, encoder = model.pixel_head, model.image_encoder
+    x = masked_patch_features(model, streams.masked_image, streams.partner_caches.text, masks)
+    of_patches = batch.images, masks.patch_ids, model.config.patch_size
+    mean, std = encoder.mean.flatten(), encoder.std.flatten()
+    normalized = head.statistics is not None
+    loss = masked_pixel_loss(head(x), *of_patches, mean=mean, std=std, normalize_target=normalized)  # of (B, K, 3*P*P)
+    if not normalized:
+        return loss
+    return loss + head.statistics_gradient(x, gather_patches(*of_patches, mean=mean, std=std, dtype=loss.dtype))
 
 
 def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:

@@ -57,6 +57,14 @@ class Reference:
                 rows.append(normal[:, top : top + patch, left : left + patch].ravel())
         return np.stack(rows)
 
+    def target(self, patch: np.ndarray) -> np.ndarray:
+        """MIM's target of a patch (3*P*P)."""
+        if self.config.mim_target == "pixels":
+            return patch
+        mean = sum(patch) / len(patch)
+        variance = sum((x - mean) ** 2 for x in patch) / (len(patch) - 1)
+        return (patch - mean) / math.sqrt(variance + 1e-6)
+
     def image(self, image: np.ndarray, masked: list[int] | None = None) -> np.ndarray:
         x = self.linear("image_encoder.patch_projection", self.patches(image))
         for patch in masked or []:
@@ -114,8 +122,8 @@ class Reference:
             masked = masks.patch_ids[b].tolist()
             x = self.cross("image_cross", config.cross_layers, self.image(images[b], masked), w[b])
             x = self.cross("image_decoder", config.decoder_layers, x, w[b])
-            pixels, target = self.linear("pixel_head", x[1:]), self.patches(images[b])
-            errors += [abs(pixels[p] - target[p]) for p in masked]
+            pixels, patches = self.linear("pixel_head", x[1:]), self.patches(images[b])
+            errors += [abs(pixels[p] - self.target(patches[p])) for p in masked]
 
         a, t = (
             np.stack([unit(self.linear(name, features[0])) for features in stream])

@@ -93,6 +93,7 @@ SOME = [(0, 0, 1, 0), (0, 0, 1, 1), (1, 0, 1, 1), (0, 1, 1, 1), (1, 0, 0, 0), (1
 PARTNERS = {"image_mask_ratio": 0.5, "mask_partner": True}
 SIGMOID = {"contrastive": "sigmoid"}
 MASKED = {"contrast_masked": True}
+NORMALIZED = {"mim_target": "normalized"}
 TOWER = {"image_tower": "timm:test_vit2", "image_size": 64, "patch_size": 16, "mask_block": 32, "width": 68, "heads": 2}
 
 
@@ -105,6 +106,7 @@ TOWER = {"image_tower": "timm:test_vit2", "image_size": 64, "patch_size": 16, "m
         *(({"drop_masked": drop}, EVERY, "padded") for drop in (False, True)),
         *((changes, EVERY, "duplicates") for changes in (SIGMOID, MASKED | SIGMOID)),
         *((MASKED | {"drop_masked": True}, weights, "") for weights in (EVERY, SOME[1])),
+        *((NORMALIZED, weights, "") for weights in (EVERY, SOME[6])),
         (TOWER, EVERY, ""),
         (TOWER | PARTNERS | {"output_positions": True}, EVERY, "padded"),
     ],
