@@ -362,13 +362,13 @@ def encode_masked(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Te
 def reconstruct(
     model: MaskVLMNetwork, vm: Tensor, wm: PackedText, v: Tensor, w: PackedText, batch: Batch, masks: Masks
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruct masked tokens and patches: LM logits (M, V), and normalised pixels (B, K, 3*P*P).
+    """Reconstruct masked tokens and patches: LM logits (M, V), and features (B, K, C) for the pixel head.
 
     The masked captions wm attend to the images v (B, 1+N, C), the masked images vm (B, 1+N, C) to the captions w.
     """
     caches = make_caches(v, w)
     tokens = fuse_tokens(model, caches.image, wm, masks.token_ids)
-    return model.language_head(tokens), model.pixel_head(masked_patch_features(model, vm, caches.text, masks))
+    return model.language_head(tokens), masked_patch_features(model, vm, caches.text, masks)
 
 
 class Selection(NamedTuple):
