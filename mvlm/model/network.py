@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.model.attention import Attention
-from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify
+from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify, visible_rows
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.towers.text import TextTower
 from mvlm.model.towers.timm_tower import TimmTower
@@ -215,9 +215,17 @@ class MaskVLMNetwork(nn.Module):
 
     def masked_features(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
         """Features (B, K, C) of the masked patches patch_ids int64 (B, K), for the pixel head."""
-        x = self.image_cross(vm, w, None, key_mask)
-        x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
-        return x.gather(1, 1 + patch_ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+        def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+            return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+        if self.config.mim_rows == "all":
+            x = self.image_cross(vm, w, None, key_mask)
+            x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
+            return rows_of(x, 1 + patch_ids)
+        keys = rows_of(vm, visible_rows(patch_ids, self.config.num_patches))  # (B, 1+N-K, C)
+        x = self.image_cross(rows_of(vm, 1 + patch_ids), w, None, key_mask, keys=keys)
+        return self.image_decoder(x, w, None, key_mask, keys=keys)
 
     def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:
         """True normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked partners": {"mask_partner": True},
     "dropped patches": {"drop_masked": True, "contrast_masked": True},
     "masked captions in ITC": {"contrast_masked": True},
-    "normalized targets": {"mim_target": "normalized"},
+    "normalized targets": {"mim_target": "normalized", "mim_rows": "masked"},
     "frozen": {},
     "adapters": {},
     "kept start": {},

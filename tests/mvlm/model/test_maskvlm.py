@@ -27,7 +27,15 @@ def with_true_matches(batch: Batch) -> Batch:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"cross_norm": "pre"}, {"mim_target": "normalized"}], ids=["post", "pre", "normalized"]
+    "changes",
+    [
+        {},
+        {"cross_norm": "pre"},
+        {"mim_target": "normalized"},
+        {"mim_rows": "masked"},
+        {"mim_rows": "masked", "cross_norm": "pre"},
+    ],
+    ids=str,
 )
 def test_the_four_losses_against_the_method_in_numpy(changes):
     model = micro_model(**changes)
