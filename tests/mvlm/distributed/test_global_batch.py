@@ -139,7 +139,7 @@ FEW = [
     {
         "kind": "fsdp",
         "microbatches": 2,
-        "again": False,
+        "again": True,
         "weights": SOME[4],
         "variant": "normalized targets",
         "plan": "fast",
