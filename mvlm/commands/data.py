@@ -129,12 +129,13 @@ def scenes(
     validation: int = 1000,
     test: int = 1000,
     seed: int = 0,
-    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "names", "places"),
+    tasks: tuple[str, ...] = ("vqa", "pairs", "entailment", "caption", "names", "places", "placed"),
     workers: int | None = None,
 ) -> None:
     """Build composed scenes: emoji artwork in generated layouts, for four tasks, with texts that alone tell nothing.
 
-    OUT/names has scenes of one object each, with captions, OUT/places questions about what is where.
+    OUT/names has scenes of one object each, with captions, OUT/places questions about what is where. Captions of
+    OUT/placed tell the place of every object.
 
     Args:
         out: Folder of the data sets: OUT/vqa, OUT/pairs and so on. Finished ones are kept.

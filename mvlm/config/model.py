@@ -65,6 +65,12 @@ class MaskVLMConfig(Masking):
     """Encode only the visible patches of an image in training, once, for all objectives: ITC, ITM and MLM read them, as
     in FLIP, and pixels are rebuilt from them, as in MAE, with mask tokens added after the encoder. Cheaper, but not the
     paper's method. A trained model reads whole images."""
+    mim_target: Literal["pixels", "normalized"] = "pixels"
+    """Target of MIM in each masked patch. pixels: its pixels, the paper's. normalized: its pixels minus their mean and
+    divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images."""
+    mim_rows: Literal["all", "masked"] = "all"
+    """Rows of an image that the cross-modality encoder and the decoder compute for MIM. all: the paper's. masked: only
+    masked patches, which attend to the visible ones and to the caption, not to each other, as in CrossMAE. Cheaper."""
     text_mask_ratio: float = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
     mask_partner: bool = False

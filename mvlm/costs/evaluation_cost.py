@@ -61,7 +61,7 @@ def evaluation_cost(config: MaskVLMConfig, pairs_of_an_image: float, tokens: int
         own, texts = torch.empty(SAMPLES, *v.shape[1:]), _captions(config, SAMPLES, tokens)
         masked = count(rows, lambda: encode_masked(model, batch, masks))
         # With the right partner; once more with a wrong one.
-        rebuilt = count(rows, lambda: reconstruct(model, own, texts, own, texts, batch, masks))
+        rebuilt = count(rows, lambda: model.pixel_head(reconstruct(model, own, texts, own, texts, batch, masks)[1]))
         rows, ids = PAIRS * tokens, torch.empty(PAIRS, dtype=torch.int64)
         pair = count(rows, lambda: model.matching_logits(*fuse_pairs(model, v, w, ids, ids, max_rows=rows)))
     return EvaluationCost(

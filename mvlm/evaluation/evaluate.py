@@ -194,6 +194,7 @@ def format_table(figures: dict[str, Any]) -> str:
         f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
         f"(95 %: {text[0]:.2f} to {text[1]:.2f})",
         f"cross-modal gain, pixels   {figures['gain_pixels_pct']:.2f} % (95 %: {pixels[0]:.2f} to {pixels[1]:.2f})",
+        *(f"cross-modal gain, MIM      {own}; {untrained}" for own, untrained in describe_mim_gain(figures)),
         f"masked L1                  {figures['masked_l1']:.4f}; {describe_trivial_losses(figures)}",
         f"masked tokens              {figures['masked_nats']:.3f} nats per token",
     ]
@@ -210,6 +211,17 @@ def describe_repeats(figures: dict[str, Any]) -> list[str]:
         f"are one answer; if only exact pairs were right, R@1 could be at most {found['image_to_text']:.1f} % image to "
         f"text and {found['text_to_image']:.1f} % text to image."
     ]
+
+
+def describe_mim_gain(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Gain of MIM's own loss and that of an untrained pixel head, in words; none for figures of an earlier version."""
+    if "gain_mim_pct" not in figures:
+        return []
+    own, untrained = (
+        "{:.2f} % (95 %: {:.2f} to {:.2f})".format(figures[name], *figures[f"{name}_95"])
+        for name in ("gain_mim_pct", "gain_untrained_pct")
+    )
+    return [(own, f"untrained pixel head {untrained}")]
 
 
 def describe_trivial_losses(figures: dict[str, Any]) -> str:

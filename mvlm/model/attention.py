@@ -198,8 +198,9 @@ class _Stacked(torch.autograd.Function):
         return None, *grads[0].to(ctx.dtype).split(ctx.rows)
 
 
-Attend = Callable[[Attention, Tensor], Branch]
-"""Computation of a block's attention: (module, rows that attend) -> rows to add to the residual stream."""
+Attend = Callable[..., Branch]
+"""Computation of a block's attention: (module, rows that attend) -> rows to add to the residual stream. For
+self-attention, `keys` may name other rows that they attend to."""
 
 
 class FeedForward(nn.Module):

@@ -10,6 +10,7 @@ C width, H heads, D head width, P patch side, S image side.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -214,6 +215,7 @@ class CrossBlock(nn.Module):
         attend_cross: Attend,
         select: SelectRows | None = None,
         select_between: SelectRows | None = None,
+        keys: Tensor | None = None,
     ) -> Residual:
         """Rows (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
 
@@ -222,11 +224,14 @@ class CrossBlock(nn.Module):
             attend_cross: cross-attention; called with this block's module and the rows after self-attention.
             select: for an `attend_self` that returns some rows only: selects the same rows of x.
             select_between: selects rows after self-attention, for `attend_cross` and all that follows.
+            keys: (B, V, C), rows that `attend_self` attends to in place of x; with pre-norm they are normalised as x.
         """
         post = not self.pre
         x, y = rows
         if self.pre:
             x, y = add_norm(self.norm1, x, None if y is None else Branch(y))
+        if keys is not None:
+            attend_self = partial(attend_self, keys=add_norm(self.norm1, keys, None)[1] if self.pre else keys)
         branch = attend_self(self.self_attention, x if y is None else y)
         x = x if select is None else select(x)
         x, y = add_norm(self.norm2 if self.pre else self.norm1, x, branch, post_norm=post)
@@ -259,15 +264,16 @@ class CrossEncoder(nn.Module):
         key_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         first_row_only: bool = False,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """x (B, L, C) attends to itself and to memory (B, M, C); masks bool (B, L) and (B, M), True = the row exists.
 
         Returns (B, L, C). With `first_row_only` it returns the first row (B, 1, C), and the last block computes no
-        other.
+        other. With `keys` (B, V, C), x attends to these rows in every block, and not to itself.
         """
 
-        def attend_self(attention: Attention, y: Tensor) -> Branch:
-            return attention(y, y, key_mask)
+        def attend_self(attention: Attention, y: Tensor, keys: Tensor | None = None) -> Branch:
+            return attention(y, y if keys is None else keys, key_mask)
 
         def attend_self_first(attention: Attention, y: Tensor) -> Branch:
             return attention(first_row(y), y, key_mask)
@@ -278,10 +284,10 @@ class CrossEncoder(nn.Module):
         *early, last = self.layers
         rows = Residual(x)
         for block in early:
-            rows = block(rows, attend_self, attend_cross)
+            rows = block(rows, attend_self, attend_cross, keys=keys)
         if first_row_only:
             return self.finish(last(rows, attend_self_first, attend_cross, select=first_row))
-        return self.finish(last(rows, attend_self, attend_cross))
+        return self.finish(last(rows, attend_self, attend_cross, keys=keys))
 
     def finish(self, rows: Residual) -> Tensor:
         """Features (..., C) from the output of the last block; with pre-norm, its last sum and the norm after it."""
@@ -334,6 +340,11 @@ def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
     # A stable sort of the flags keeps the indices ascending, with a shape that the host knows.
     visible = ~masked_patches(patch_ids, num_patches)  # (B, N), True = not masked
     return visible.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_ids.shape[1]]
+
+
+def visible_rows(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """Rows of [CLS] and of the patches that are not masked: masked patch_ids int64 (B, K) -> int64 (B, 1+N-K)."""
+    return F.pad(1 + visible_patches(patch_ids, num_patches), (1, 0))
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -39,6 +39,7 @@ from mvlm.model.encoders import (
     SelectRows,
     masked_patches,
     visible_patches,
+    visible_rows,
 )
 from mvlm.model.implementation import MASKED, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
@@ -207,32 +208,37 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
     assert streams.masked_image is not None
     assert streams.partner_caches is not None
-    text = streams.partner_caches.text
-    encoder = model.image_encoder
-    return masked_pixel_loss(
-        model.pixel_head(masked_patch_features(model, streams.masked_image, text, masks)),  # (B, K, 3*P*P)
-        batch.images,
-        masks.patch_ids,
-        model.config.patch_size,
-        mean=encoder.mean.flatten(),
-        std=encoder.std.flatten(),
-    )
+    head, encoder = model.pixel_head, model.image_encoder
+    x = masked_patch_features(model, streams.masked_image, streams.partner_caches.text, masks)
+    of_patches = batch.images, masks.patch_ids, model.config.patch_size
+    mean, std = encoder.mean.flatten(), encoder.std.flatten()
+    normalized = head.statistics is not None
+    loss = masked_pixel_loss(head(x), *of_patches, mean=mean, std=std, normalize_target=normalized)  # of (B, K, 3*P*P)
+    if not normalized:
+        return loss
+    return loss + head.statistics_gradient(x, gather_patches(*of_patches, mean=mean, std=std, dtype=loss.dtype))
 
 
 def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:
     """Features (B, K, C) of the masked patches, for the pixel head; vm (B, 1+N, C) attends to captions of the cache."""
-    rows = Residual(vm)
+    rows, keys = Residual(vm), None
 
     def select(rows: Tensor) -> Tensor:
         return select_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
 
+    if model.config.mim_rows == "masked":
+        rows = Residual(select(vm))
+        keys = select_within(vm, visible_rows(masks.patch_ids, model.config.num_patches))  # (B, 1+N-K, C)
     for block in model.image_cross.layers:
-        rows = block(rows, attend_self(None), attend_cross(block, None, text))
+        rows = block(rows, attend_self(None), attend_cross(block, None, text), keys=keys)
     rows = Residual(model.image_cross.finish(rows))
     *early, last = model.image_decoder.layers
     for block in early:
-        rows = block(rows, attend_self(None), attend_cross(block, None, text))
-    rows = last(rows, attend_self(None, Selection(select)), attend_cross(last, None, text), select)
+        rows = block(rows, attend_self(None), attend_cross(block, None, text), keys=keys)
+    if keys is None:
+        rows = last(rows, attend_self(None, Selection(select)), attend_cross(last, None, text), select)
+    else:
+        rows = last(rows, attend_self(None), attend_cross(last, None, text), keys=keys)
     return model.image_decoder.finish(rows)
 
 
@@ -366,13 +372,13 @@ def encode_masked(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Te
 def reconstruct(
     model: MaskVLMNetwork, vm: Tensor, wm: PackedText, v: Tensor, w: PackedText, batch: Batch, masks: Masks
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruct masked tokens and patches: LM logits (M, V), and normalised pixels (B, K, 3*P*P).
+    """Reconstruct masked tokens and patches: LM logits (M, V), and features (B, K, C) for the pixel head.
 
     The masked captions wm attend to the images v (B, 1+N, C), the masked images vm (B, 1+N, C) to the captions w.
     """
     caches = make_caches(v, w)
     tokens = fuse_tokens(model, caches.image, wm, masks.token_ids)
-    return model.language_head(tokens), model.pixel_head(masked_patch_features(model, vm, caches.text, masks))
+    return model.language_head(tokens), masked_patch_features(model, vm, caches.text, masks)
 
 
 class Selection(NamedTuple):
@@ -384,16 +390,21 @@ class Selection(NamedTuple):
 
 
 def attend_self(packing: Packing | None, read: Selection | None = None) -> Attend:
-    """Make the self-attention of rows (B, L, C), or packed (T, C) with `packing`. With `read`, only its rows query."""
+    """Make the self-attention of rows (B, L, C), or packed (T, C) with `packing`. With `read`, only its rows query.
 
-    def attend(attention: Attention, y: Tensor) -> Branch:
+    It may be called with keys (B, V, C): rows that (B, L, C) attends to in place of itself.
+    """
+
+    def attend(attention: Attention, y: Tensor, keys: Tensor | None = None) -> Branch:
         # Cast once, before the projections: autocast would cast y for each of them and save every copy.
         y = y.to(compute_dtype(y))
-        if read is None:
+        if keys is not None:
+            q, (k, v) = attention.queries(y), attention.keys_values(keys.to(y.dtype))
+        elif read is None:
             q, k, v = attention.queries_keys_values(y)
         else:
             q, (k, v) = attention.queries(read.select(y)), attention.keys_values(y)
-        if read is None and packing is None:
+        if read is None and packing is None and keys is None:
             heads = image_attention(q, k, v, attention.image_backend)
         else:
             # Selected queries of images come here too: text_attention takes sides of different lengths.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.model.attention import Attention
-from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify
+from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify, visible_rows
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.towers.text import TextTower
 from mvlm.model.towers.timm_tower import TimmTower
-from mvlm.objectives.losses import at_least_float32
+from mvlm.objectives.losses import at_least_float32, patch_statistics
 from mvlm_kernels.dispatch import without_autocast
 
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
@@ -48,6 +48,43 @@ class LanguageHead(nn.Module):
         return self.vocabulary(self.transform(x))
 
 
+class PixelHead(nn.Linear):
+    """Linear layer from features (..., C) to MIM's predictions (..., 3*P*P), in the space of `mim_target`.
+
+    With normalised targets a second layer predicts mean and standard deviation of each patch. It learns by their mean
+    absolute error, from features without gradient, so it changes no other parameter.
+    """
+
+    def __init__(self, config: MaskVLMConfig) -> None:
+        super().__init__(config.width, config.patch_values)
+        self.statistics = nn.Linear(config.width, 2) if config.mim_target == "normalized" else None
+
+    def target(self, pixels: Tensor) -> Tensor:
+        """Target of the predictions, from true normalised pixels; both (..., 3*P*P)."""
+        if self.statistics is None:
+            return pixels
+        mean, deviation = patch_statistics(pixels)
+        return (pixels - mean) / deviation
+
+    def pixels(self, predicted: Tensor, x: Tensor) -> Tensor:
+        """Normalised pixels (..., 3*P*P) from the predictions (..., 3*P*P) of features x (..., C)."""
+        if self.statistics is None:
+            return predicted
+        mean, deviation = at_least_float32(self.statistics(x)).split(1, dim=-1)
+        return mean + deviation.clamp(min=0) * predicted
+
+    def statistics_gradient(self, x: Tensor, pixels: Tensor) -> Tensor:
+        """A scalar of value 0 with the gradient of the layer of statistics; 0 alone without that layer.
+
+        x (..., C) are features, pixels (..., 3*P*P) true normalised pixels of the same patches.
+        """
+        if self.statistics is None:
+            return pixels.new_zeros(())
+        predicted = at_least_float32(self.statistics(x.detach()))
+        loss = (predicted - torch.cat(patch_statistics(pixels), dim=-1)).abs().mean()
+        return loss - loss.detach()
+
+
 class MaskVLMNetwork(nn.Module):
     """The network of MaskVLM: its modules, and methods to encode, embed, match and reconstruct."""
 
@@ -59,7 +96,7 @@ class MaskVLMNetwork(nn.Module):
         self.image_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
         self.text_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
         self.image_decoder = CrossEncoder(config.width, config.heads, config.decoder_layers, config.cross_norm)
-        self.pixel_head = nn.Linear(config.width, config.patch_values)
+        self.pixel_head = PixelHead(config)
         self.language_head = LanguageHead(config)
         self.image_projection = nn.Linear(config.width, config.itc_width)
         self.text_projection = nn.Linear(config.width, config.itc_width)
@@ -173,10 +210,22 @@ class MaskVLMNetwork(nn.Module):
 
         vm (B, 1+N, C) are features of the masked image, w (B, L, C) of the unmasked text.
         """
-        x = self.image_cross(vm, w, None, key_mask)
-        x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
-        x = x.gather(1, 1 + patch_ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (B, K, C)
-        return self.pixel_head(x)
+        x = self.masked_features(vm, w, key_mask, patch_ids)
+        return self.pixel_head.pixels(self.pixel_head(x), x)
+
+    def masked_features(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
+        """Features (B, K, C) of the masked patches patch_ids int64 (B, K), for the pixel head."""
+
+        def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+            return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+        if self.config.mim_rows == "all":
+            x = self.image_cross(vm, w, None, key_mask)
+            x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
+            return rows_of(x, 1 + patch_ids)
+        keys = rows_of(vm, visible_rows(patch_ids, self.config.num_patches))  # (B, 1+N-K, C)
+        x = self.image_cross(rows_of(vm, 1 + patch_ids), w, None, key_mask, keys=keys)
+        return self.image_decoder(x, w, None, key_mask, keys=keys)
 
     def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:
         """True normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""

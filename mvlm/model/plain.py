@@ -72,8 +72,9 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     text = streams.masked_text if model.config.mask_partner else streams.text
     assert text is not None
     w, key_mask = text.padded()  # (B, L, C), (B, L)
-    pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
-    return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids))
+    x = model.masked_features(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, C)
+    head, pixels = model.pixel_head, model.patch_targets(batch.images, masks.patch_ids)  # (B, K, 3*P*P)
+    return losses.masked_image_loss(head(x), head.target(pixels)) + head.statistics_gradient(x, pixels)
 
 
 def fuse_pairs(

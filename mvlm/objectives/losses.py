@@ -56,6 +56,15 @@ def masked_image_loss(pred: Tensor, target: Tensor) -> Tensor:
     return (at_least_float32(pred) - target).abs().mean()
 
 
+def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch, (..., 1) each, from its values (..., 3*P*P).
+
+    The deviation is MAE's (He et al., 2022): sqrt(variance + 1e-6), of the unbiased variance.
+    """
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     """Mean of x weighted by weights, of one shape: a scalar."""
     weights = weights.to(x.dtype)

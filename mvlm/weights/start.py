@@ -90,7 +90,7 @@ def check_settings(config: PretrainConfig, dataset: Dataset) -> None:
         raise ConfigError(
             f"{config.initial_model} has positions behind the image encoder: wanted --model.output-positions"
         )
-    for name in ("image_tower", "heads", "cross_norm", "image_mean", "image_std"):
+    for name in ("image_tower", "heads", "cross_norm", "mim_target", "image_mean", "image_std"):
         own, theirs = getattr(wanted, name), getattr(trained, name)
         if own != theirs:  # weights of another meaning would have the same names and shapes
             raise ConfigError(f"{config.initial_model} was trained with {name} {theirs}, got {own}; use the same")

@@ -57,6 +57,14 @@ class Reference:
                 rows.append(normal[:, top : top + patch, left : left + patch].ravel())
         return np.stack(rows)
 
+    def target(self, patch: np.ndarray) -> np.ndarray:
+        """MIM's target of a patch (3*P*P)."""
+        if self.config.mim_target == "pixels":
+            return patch
+        mean = sum(patch) / len(patch)
+        variance = sum((x - mean) ** 2 for x in patch) / (len(patch) - 1)
+        return (patch - mean) / math.sqrt(variance + 1e-6)
+
     def image(self, image: np.ndarray, masked: list[int] | None = None) -> np.ndarray:
         x = self.linear("image_encoder.patch_projection", self.patches(image))
         for patch in masked or []:
@@ -78,16 +86,21 @@ class Reference:
             x = self.norm(f"{name}.norm2", x + self.mlp(f"{name}.mlp", x))
         return x
 
-    def cross(self, stack: str, layers: int, x: np.ndarray, memory: np.ndarray) -> np.ndarray:
+    def cross(
+        self, stack: str, layers: int, x: np.ndarray, memory: np.ndarray, keys: np.ndarray | None = None
+    ) -> np.ndarray:
+        """x attends to itself, or to `keys` in its place, and to `memory`."""
         for layer in range(layers):
             name = f"{stack}.blocks.{layer}"
             if self.config.cross_norm == "pre":
                 y = self.norm(f"{name}.norm1", x)
-                x = x + self.attention(f"{name}.self_attention", y, y)
+                own = y if keys is None else self.norm(f"{name}.norm1", keys)
+                x = x + self.attention(f"{name}.self_attention", y, own)
                 x = x + self.attention(f"{name}.cross_attention", self.norm(f"{name}.norm2", x), memory)
                 x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm3", x))
             else:
-                x = self.norm(f"{name}.norm1", x + self.attention(f"{name}.self_attention", x, x))
+                own = x if keys is None else keys
+                x = self.norm(f"{name}.norm1", x + self.attention(f"{name}.self_attention", x, own))
                 x = self.norm(f"{name}.norm2", x + self.attention(f"{name}.cross_attention", x, memory))
                 x = self.norm(f"{name}.norm3", x + self.mlp(f"{name}.mlp", x))
         return self.norm(f"{stack}.norm", x) if self.config.cross_norm == "pre" else x
@@ -112,10 +125,18 @@ class Reference:
                     y = self.norm("language_head.norm", gelu(self.linear("language_head.dense", x[place])))
                     nats.append(-log_softmax(self.linear("language_head.vocabulary", y))[was])
             masked = masks.patch_ids[b].tolist()
-            x = self.cross("image_cross", config.cross_layers, self.image(images[b], masked), w[b])
+            x, patches = self.image(images[b], masked), self.patches(images[b])
+            if config.mim_rows == "masked":
+                seen = x[[0, *(1 + p for p in range(len(patches)) if p not in masked)]]
+                for p in masked:  # alone: masked patches do not see each other
+                    y = self.cross("image_cross", config.cross_layers, x[[1 + p]], w[b], seen)
+                    y = self.cross("image_decoder", config.decoder_layers, y, w[b], seen)
+                    errors.append(abs(self.linear("pixel_head", y[0]) - self.target(patches[p])))
+                continue
+            x = self.cross("image_cross", config.cross_layers, x, w[b])
             x = self.cross("image_decoder", config.decoder_layers, x, w[b])
-            pixels, target = self.linear("pixel_head", x[1:]), self.patches(images[b])
-            errors += [abs(pixels[p] - target[p]) for p in masked]
+            pixels = self.linear("pixel_head", x[1:])
+            errors += [abs(pixels[p] - self.target(patches[p])) for p in masked]
 
         a, t = (
             np.stack([unit(self.linear(name, features[0])) for features in stream])

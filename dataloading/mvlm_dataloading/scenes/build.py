@@ -1,6 +1,6 @@
-"""Building the data sets of composed scenes: one for each task, one of names and one of places, with the same splits.
+"""Building the data sets of composed scenes: one for each task, of names, of places and of captions with all places.
 
-    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/names, OUT/places   written by a `ShardWriter`
+    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/names, OUT/places, OUT/placed   written by a `ShardWriter`
 
 A data set is complete or not there: a build that was killed repeats the one it was at. Layouts are functions of seed,
 task, split and number, and images are written in their order, so the number of processes changes no byte.
@@ -47,6 +47,7 @@ TASKS: dict[str, dict[str, Family]] = {
     "caption": {"scene": texts.described},
     "names": {"name": texts.one_named},
     "places": {"place": what_is_where},
+    "placed": {"scene": texts.placed},
 }
 _OF_TRAINING = {"vqa": make_training_questions, "places": make_training_places}
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.

@@ -11,7 +11,7 @@ patch. The answers of such a text are not balanced.
 import random
 
 from .layout import MOST, Scene, beside, is_beside, place
-from .texts import Family, Sample, asked_kind, compose, different_pairs, fillers, other_kind, same_colour
+from .texts import PLACES, Family, Sample, asked_kind, compose, different_pairs, fillers, other_kind, same_colour
 from .vocabulary import SIDES, Kind, Vocabulary, plural, with_article
 
 ANSWERS = 8
@@ -180,12 +180,6 @@ def asked(family: str, question: str, answer: str | None, scene: Scene) -> Sampl
     return Sample((scene,), (question,), metadata)
 
 
-PLACES = (
-    "at the top left", "at the top", "at the top right",
-    "on the left", "in the middle", "on the right",
-    "at the bottom left", "at the bottom", "at the bottom right",
-)  # fmt: skip
-"""Cells of the grid in words."""
 MOST_RELATIONS = 3
 """Most questions of a scene about sides."""
 

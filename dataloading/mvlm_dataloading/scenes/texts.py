@@ -104,6 +104,27 @@ def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     return [Sample((scene,), tuple(captions_of(rng, vocabulary, scene)))]
 
 
+PLACES = (
+    "at the top left", "at the top", "at the top right",
+    "on the left", "in the middle", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
+"""Cells of the grid in words."""
+
+
+def placed(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """A scene of two to five kinds, with three captions that tell the place of every object."""
+    kind = asked_kind(rng, vocabulary)
+    scene = place(rng, [kind, *fillers(rng, vocabulary, rng.randint(1, MOST - 1), {kind.name})])
+
+    def listed() -> str:
+        objects = rng.sample(scene.objects, len(scene.objects))
+        *texts, last = [f"{with_article(one.kind.text)} {PLACES[one.cell]}" for one in objects]
+        return f"{', '.join(texts)} and {last}"
+
+    return [Sample((scene,), (listed(), f"there is {listed()}", f"an image of {listed()}"))]
+
+
 def one_named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """A scene of one object, of any kind that the split asks about."""
     scene = place(rng, [rng.choice(vocabulary.asked)])

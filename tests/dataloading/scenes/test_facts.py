@@ -1,5 +1,7 @@
 """Facts of captions and of scenes, and the captions that scenes get."""
 
+import re
+
 import pytest
 
 from mvlm_dataloading.scenes.build import compose_split, metadata_of
@@ -68,6 +70,25 @@ def test_a_side_needs_more_than_a_quarter_of_the_image() -> None:
         scene = {"size": [128, 128], "objects": boxes}
         assert is_true(("relation", "dog", "left", "cat"), scene) == holds
         assert is_true(("relation", "cat", "right", "dog"), scene) == holds
+
+
+@pytest.mark.parametrize("split", ["train", "concept"])
+def test_captions_tell_the_place_of_every_object_and_no_other(split: str) -> None:
+    """Each part of a caption is an object's noun and the third of the image, both ways, that its centre lies in."""
+    rows, columns = {0: "top", 1: "", 2: "bottom"}, {0: "left", 1: "", 2: "right"}
+    for number, sample in enumerate(compose_split("placed", split, 0, vocabulary(split), 100)):
+        scene, wanted = metadata_of(sample, PLAIN, "placed", split, number, number)["scene"], set()
+        for one in scene["objects"]:
+            x, y, width, height = one["box"]
+            third = [int(3 * (edge + side / 2) / 128) for edge, side in ((x, width), (y, height))]
+            words = {rows[third[1]], columns[third[0]]} - {""} or {"middle"}
+            wanted.add((f"{one['colour'] or ''} {one['name']}".strip(), frozenset(words)))
+        assert len(sample.captions) == 3
+        for caption in sample.captions:
+            caption = caption.removeprefix("there is ").removeprefix("an image of ")
+            told = [re.fullmatch(r"an? (.*) (?:at the|on the|in the) (.*)", x) for x in re.split(", | and ", caption)]
+            assert all(told), caption
+            assert {(x[1], frozenset(x[2].split())) for x in told if x} == wanted, caption
 
 
 @pytest.mark.slow

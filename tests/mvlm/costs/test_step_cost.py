@@ -106,6 +106,25 @@ def test_flops_of_an_image_block_by_hand():
     assert two.parts["image_encoder"] > 1.3 * one.parts["image_encoder"]
 
 
+def test_flops_of_masked_rows_alone_by_hand():
+    """One layer of `image_cross` and one of the decoder, 37 rows of which 20 are masked, and two captions of 12 tokens.
+
+    `image_cross` leaves out 17 rows but for their keys and values. The decoder's last block computes masked rows alone
+    in both; its keys and values are of 17 rows in place of 37.
+    """
+    shape = StepShape(pairs=2, tokens=12, longest=12)
+    every, masked = (step_cost(replace(CONFIG, mim_rows=rows), shape) for rows in ("all", "masked"))
+    wide, rows, hidden, text = 192, 37, 20, 12
+    seen = rows - hidden
+    assert CONFIG.masked_patches == hidden
+    # query, out, query and out of the cross-attention, and 8 C^2 of the feed-forward; scores and sums of both
+    of_cross = seen * 12 * wide**2 + 2 * hidden * wide**2 + 2 * wide * (rows**2 - hidden * seen + seen * text)
+    of_decoder = 2 * hidden * wide**2 + 2 * wide * hidden * (rows - seen)
+    saved = 2 * 2 * (of_cross + of_decoder)
+    assert every.forward - masked.forward == pytest.approx(saved, rel=0.01)
+    assert every.parameters == masked.parameters
+
+
 def test_a_vit_of_timm_costs_what_ours_costs():
     vit = replace(CONFIG, image_tower="timm:vit_tiny_patch16_224")
     own, tower = (step_cost(config, StepShape(pairs=2)) for config in (CONFIG, vit))

@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked partners": {"mask_partner": True},
     "dropped patches": {"drop_masked": True, "contrast_masked": True},
     "masked captions in ITC": {"contrast_masked": True},
+    "normalized targets": {"mim_target": "normalized", "mim_rows": "masked"},
     "frozen": {},
     "adapters": {},
     "kept start": {},
@@ -135,6 +136,14 @@ FEW = [
     {"kind": "ddp", "microbatches": 2, "again": False, "weights": EVERY, "variant": "dropped patches", "plan": "fast"},
     {"kind": "fsdp", "microbatches": 1, "again": False, "weights": EVERY, "variant": "adapters", "plan": "fast"},
     {"kind": "ddp", "microbatches": 2, "again": False, "weights": SOME[2], "variant": "kept start", "plan": "plain"},
+    {
+        "kind": "fsdp",
+        "microbatches": 2,
+        "again": True,
+        "weights": SOME[4],
+        "variant": "normalized targets",
+        "plan": "fast",
+    },
 ]
 """Cases of `make test`."""
 

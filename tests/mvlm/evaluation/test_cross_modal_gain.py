@@ -10,7 +10,9 @@ from mvlm.evaluation import cross_modal_gain as gains
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses, wrong_partners
 from mvlm.evaluation.retrieval import encode_split
 from mvlm.inference.encode import eval_loader
-from support.models import micro_model
+from mvlm.model.network import PixelHead
+from support.models import micro_model, normal
+from support.reference import Reference
 from support.scenes import scene
 
 
@@ -77,6 +79,58 @@ def test_a_model_without_cross_attention_gains_nothing(network, heldout_split, t
     assert gain["masked_nats"] > 0 < gain["masked_l1"]
 
 
+class OffByHeart(PixelHead):
+    """A pixel head whose features are the pixels themselves."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.zeros(config.patch_values, config.patch_values))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("target", ["pixels", "normalized"])
+def test_pixel_gain_in_both_spaces_and_of_an_untrained_head_against_loops(
+    heldout_split, tokenizer, monkeypatch, target
+):
+    """Features of the masked patches are random, others for each caption."""
+    model = micro_model(mim_target=target).eval()
+    features = encode_split(model, heldout_split, tokenizer, "fp32")
+    ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
+    logits = torch.zeros(len(masks.token_ids), model.config.vocab_size)
+    first = features.starts[features.first].tolist()
+    partner = gains.partners_of(heldout_split).tolist()
+    number, patches = masks.patch_ids.shape
+    x = {which: normal(number, patches, 16, seed=which) for which in (0, 1)}
+    drawn = {features.w[first[0], 0].item(): (logits, x[0]), features.w[first[partner[0]], 0].item(): (logits, x[1])}
+    monkeypatch.setattr(gains, "reconstruct", lambda _, vm, wm, v, w, *rest: drawn[w.first()[0, 0, 0].item()])
+    gain = cross_modal_gain(model, heldout_split, features, tokenizer, 1, "fp32")
+
+    weights = {name: tensor.detach().numpy() for name, tensor in model.pixel_head.named_parameters()}
+    fresh, reference, sums = gains.untrained_weight(model).numpy(), Reference(model), np.zeros((3, 2))
+    assert fresh.std() == pytest.approx(0.02, rel=0.05)
+    for b in range(number):
+        true = reference.patches(batch.images[b].numpy())
+        for k, p in enumerate(masks.patch_ids[b].tolist()):
+            for which in (0, 1):
+                y = x[which][b, k].numpy()
+                guess = drawn_pixels = weights["weight"] @ y + weights["bias"]
+                if target == "normalized":
+                    mean, deviation = weights["statistics.weight"] @ y + weights["statistics.bias"]
+                    drawn_pixels = mean + max(deviation, 0) * guess
+                wanted = reference.target(true[p])
+                errors = guess - wanted, fresh @ y - wanted, drawn_pixels - true[p]
+                sums[:, which] += [np.abs(error).mean() for error in errors]
+    for name, (right, wrong) in zip(("gain_mim_pct", "gain_untrained_pct", "gain_pixels_pct"), sums, strict=True):
+        assert gain[name] == pytest.approx(100 * (wrong / right - 1), abs=2e-3), name
+        low, high = gain[f"{name}_95"]
+        assert low <= gain[name] <= high
+    assert gain["masked_mim"] == pytest.approx(sums[0, 0] / number / patches, abs=6e-5)
+    assert gain["masked_l1"] == pytest.approx(sums[2, 0] / number / patches, abs=6e-5)
+    assert (gain["gain_mim_pct"] == gain["gain_pixels_pct"]) == (target == "pixels")
+
+
 @pytest.mark.slow
 def test_gain_of_a_model_with_known_losses(network, heldout_split, tokenizer, monkeypatch):
     """Given its own image, sample i gives the masked token at position c of its caption a logit of i/2 + c/3 more
@@ -103,6 +157,7 @@ def test_gain_of_a_model_with_known_losses(network, heldout_split, tokenizer, mo
         off = (own + 1) / 10 * torch.where(w.first()[:, 0, 0] == own, 1.0, 1.5)
         return logits, network.patch_targets(batch.images, masks.patch_ids) + off[:, None, None]
 
+    model.pixel_head = OffByHeart(model.config)
     monkeypatch.setattr(gains, "reconstruct", reconstruct)
     gain = cross_modal_gain(network, heldout_split, features, tokenizer, 3, "fp32")
 
@@ -115,7 +170,7 @@ def test_gain_of_a_model_with_known_losses(network, heldout_split, tokenizer, mo
             count[row[place]] += 1
     assert gain["gain_text_nats"] == pytest.approx(lost.sum() / count.sum(), abs=6e-5)  # four digits are kept
     assert gain["masked_nats"] == pytest.approx(nats.sum() / count.sum(), abs=6e-5)
-    assert gain["gain_pixels_pct"] == pytest.approx(50, abs=6e-4)
+    assert gain["gain_pixels_pct"] == gain["gain_mim_pct"] == pytest.approx(50, abs=6e-4)
     assert gain["masked_l1"] == pytest.approx(np.mean([(i + 1) / 10 for i in range(number)]), abs=6e-5)
 
     rng, resampled = np.random.default_rng(0), []

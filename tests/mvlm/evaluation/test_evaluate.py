@@ -115,7 +115,7 @@ def test_evaluation_figures_are_those_of_the_ranks(network, tmp_path, tokenizer,
     assert (figures["n_images"], figures["n_texts"]) == (5, 10)
     assert (figures["unseen"]["n_images"], figures["unseen"]["n_texts"]) == (2, 4)
     assert figures["reranked"] == 3
-    for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"):
+    for name in ("gain_text_nats", "gain_pixels_pct", "gain_mim_pct", "gain_untrained_pct", "masked_nats", "masked_l1"):
         assert math.isfinite(figures[name])
     for name in ("masked_l1_white", "masked_l1_train_median", "seconds"):
         assert figures[name] > 0

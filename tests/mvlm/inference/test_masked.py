@@ -98,10 +98,14 @@ def test_masks_are_filled_most_probable_first(network, tokenizer, steps):
         assert [guess.probability for guess in row] == pytest.approx(wanted[i][1], abs=1e-6)
 
 
-@pytest.mark.parametrize("drop_masked", [False, True])
-def test_a_reconstruction_is_the_models_prediction_for_each_image_alone(tokenizer, drop_masked):
-    """One image and one caption at a time, without padding. An encoder that drops masked patches sees no mask token."""
-    model = micro_model(dtype=torch.float32, drop_masked=drop_masked).eval()
+@pytest.mark.parametrize("drop_masked, target", [(False, "pixels"), (True, "pixels"), (False, "normalized")])
+def test_a_reconstruction_is_the_models_prediction_for_each_image_alone(tokenizer, drop_masked, target):
+    """One image and one caption at a time, without padding. An encoder that drops masked patches sees no mask token.
+
+    Normalised patches get the mean and deviation that the model predicts.
+    """
+    model = micro_model(dtype=torch.float32, drop_masked=drop_masked, mim_target=target).eval()
+    layer, mean_of_patch, deviation = model.pixel_head.statistics, 0.0, 1.0
     batch, masks = micro_batch()
     captions = ["red top left", "blue bottom", "green", "yellow on white", "a square"]
     found = reconstruct(model, tokenizer, batch.images, captions, masks.patch_ids, "fp32")
@@ -117,7 +121,12 @@ def test_a_reconstruction_is_the_models_prediction_for_each_image_alone(tokenize
             else:
                 v = model.encode_image(image, torch.tensor([[patch in hidden for patch in range(16)]]))
             w, everything = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
-            pixels = model.reconstruct(v, w, everything, masks.patch_ids[row : row + 1])[0].double()
+            x = model.masked_features(v, w, everything, masks.patch_ids[row : row + 1])[0]
+            if layer is not None:
+                mean_of_patch, deviation = (x @ layer.weight.T + layer.bias).split(1, dim=1)
+                deviation = torch.where(deviation > 0, deviation, 0)
+            head = model.pixel_head
+            pixels = (mean_of_patch + deviation * (x @ head.weight.T + head.bias)).double()
         mine, given = patchify(found[row : row + 1], 8)[0], patchify(image, 8)[0]
         assert torch.equal(mine[shown], given[shown])
         exact = 255 * (pixels.view(-1, 3, 8, 8) * std + mean).clamp(0, 1)

@@ -26,9 +26,19 @@ def with_true_matches(batch: Batch) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_the_four_losses_against_the_method_in_numpy(cross_norm):
-    model = micro_model(cross_norm=cross_norm)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cross_norm": "pre"},
+        {"mim_target": "normalized"},
+        {"mim_rows": "masked"},
+        {"mim_rows": "masked", "cross_norm": "pre"},
+    ],
+    ids=str,
+)
+def test_the_four_losses_against_the_method_in_numpy(changes):
+    model = micro_model(**changes)
     batch, masks = micro_batch()
     batch = with_true_matches(batch)
     for step in (0, 1, 2):
@@ -67,6 +77,35 @@ def test_without_admissible_negatives_the_matching_loss_is_of_true_pairs(case):
     assert losses.itm.item() == pytest.approx(np.mean(positives), abs=1e-9)
     if case == "one pair":
         assert losses.itc.item() == 0
+
+
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+def test_statistics_of_patches_learn_by_their_absolute_error_and_change_no_other_gradient(plan):
+    model = micro_model(mim_target="normalized")
+    batch, masks = micro_batch()
+    features, read = [], model.pixel_head.forward
+    model.pixel_head.forward = lambda x: features.append(x.detach().numpy()) or read(x)
+    model(batch, masks, plan=plan, objectives=weighted(0, 1, 0, 0)).total.backward()
+    layer = model.pixel_head.statistics
+    assert layer is not None
+    weight, bias, wanted = layer.weight.detach().numpy(), layer.bias.detach().numpy(), np.zeros((2, 16))
+    reference, of_bias = Reference(model), np.zeros(2)
+    for b, ids in enumerate(masks.patch_ids.tolist()):
+        patches = reference.patches(batch.images[b].numpy())
+        for k, p in enumerate(ids):
+            x, deviation = features[0][b, k], np.sqrt(patches[p].var(ddof=1) + 1e-6)
+            sign = np.sign(weight @ x + bias - [patches[p].mean(), deviation]) / (2 * masks.patch_ids.numel())
+            wanted += sign[:, None] * x
+            of_bias += sign
+    np.testing.assert_allclose(layer.weight.grad, wanted, atol=1e-12)
+    np.testing.assert_allclose(layer.bias.grad, of_bias, atol=1e-12)
+    before = {name: p.grad for name, p in model.named_parameters() if "statistics" not in name}
+    model.zero_grad()
+    model.pixel_head.statistics_gradient = lambda x, pixels: x.new_zeros(())
+    model(batch, masks, plan=plan, objectives=weighted(0, 1, 0, 0)).total.backward()
+    for name, p in model.named_parameters():
+        if "statistics" not in name:
+            torch.testing.assert_close(before[name], p.grad, rtol=0, atol=0)
 
 
 HEADS = ("image_projection", "text_projection", "matching_head", "log_scale")

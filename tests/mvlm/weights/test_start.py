@@ -189,7 +189,9 @@ def test_a_trained_model_takes_a_size_that_fits_the_new_masks_alone(trained, sce
         pretrain(pretrain_config(scenes, tmp_path / "run", model=wider, initial_model=trained))
 
 
-@pytest.mark.parametrize("change", [{"heads": 1}, {"cross_norm": "pre"}, {"image_mean": (0.1, 0.2, 0.3)}])
+@pytest.mark.parametrize(
+    "change", [{"heads": 1}, {"cross_norm": "pre"}, {"mim_target": "normalized"}, {"image_mean": (0.1, 0.2, 0.3)}]
+)
 def test_a_trained_model_whose_weights_mean_something_else_is_refused(trained, scenes, tmp_path, change):
     """Before a network is built, and before there is a folder."""
     model = replace(load_model(trained).network.config, **change)
