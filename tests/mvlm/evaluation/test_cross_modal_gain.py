@@ -157,7 +157,7 @@ def test_gain_of_a_model_with_known_losses(network, heldout_split, tokenizer, mo
         off = (own + 1) / 10 * torch.where(w.first()[:, 0, 0] == own, 1.0, 1.5)
         return logits, network.patch_targets(batch.images, masks.patch_ids) + off[:, None, None]
 
-    model.pixel_head = OffByHeart(model.config)
+    network.pixel_head = OffByHeart(network.config)
     monkeypatch.setattr(gains, "reconstruct", reconstruct)
     gain = cross_modal_gain(network, heldout_split, features, tokenizer, 3, "fp32")
 

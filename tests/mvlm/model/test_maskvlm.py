@@ -80,7 +80,7 @@ def test_without_admissible_negatives_the_matching_loss_is_of_true_pairs(case):
 
 
 @pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_statistics_of_patches_learn_by_their_absolute_error_and_change_no_other_gradient(plan):
+def test_patch_statistics_learn_alone_by_absolute_error(plan):
     model = micro_model(mim_target="normalized")
     batch, masks = micro_batch()
     features, read = [], model.pixel_head.forward
