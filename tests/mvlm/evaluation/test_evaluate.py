@@ -94,6 +94,10 @@ def test_repeated_captions_are_said_and_are_right_answers(tmp_path, trained_mode
     assert figures["tr"] == figures["ir"] == {"r1": 100, "r5": 100, "r10": 100}
     assert figures["repeats"] == {"captions": 6, "image_to_text": 0, "text_to_image": 0}
     assert "6 of 6 captions have the words of another" in format_table(figures)
+    own, untrained = (f"{figures[name]:.2f} % (95 %: " for name in ("gain_mim_pct", "gain_untrained_pct"))
+    (row,) = (line for line in format_table(figures).splitlines() if line.startswith("cross-modal gain, MIM"))
+    assert own in row
+    assert untrained in row
 
 
 @pytest.mark.slow

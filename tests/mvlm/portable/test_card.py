@@ -72,8 +72,15 @@ def metrics_of(card: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy, figures):
-    card = card_of(run_copy, figures)
+    gains = {
+        "gain_mim_pct": 6.25,
+        "gain_mim_pct_95": [5.5, 7],
+        "gain_untrained_pct": 0.5,
+        "gain_untrained_pct_95": [0, 1],
+    }
+    card = card_of(run_copy, figures | gains)
     for said in (
+        "| cross-modal gain, MIM's loss | 6.25 % (95 %: 5.50 to 7.00) | untrained pixel head 0.50 % (95 %: ",
         "| all (8) | image to text | ITC, re-ranked by ITM | 1 | 25.0 | 0.0 to 50.0 | 12.50 |",
         "| cross-modal gain, text, nats per token | 0.250 | 0.125 to 0.375 |",
         "| licence | CC0 |",
@@ -142,6 +149,7 @@ def test_figures_are_stated_of_this_model_and_its_data_alone(run_copy, figures):
 def test_a_damaged_evaluation_is_refused(run_copy, figures):
     for content in (
         [1], "text", {}, figures | {"tr": {}}, figures | {"tr_95": None}, figures | {"gain_text_nats_95": [1]},
+        figures | {"gain_mim_pct": 1.5},
         figures | {"masked_l1": "low"}, {name: value for name, value in figures.items() if name != "masked_l1_white"},
         {name: value for name, value in figures.items() if name != "split"},
     ):  # fmt: skip

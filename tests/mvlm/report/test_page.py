@@ -76,6 +76,7 @@ def test_a_report_has_the_figures_charts_settings_and_data_of_the_run(reported, 
         for k in (1, 5, 10):
             assert recalls[f"{direction} R@{k}"] == f"{figures[way][f'r{k}']:.1f}"
     assert f"{figures['gain_text_nats']:.2f} nats per token" in page.text
+    assert f"{figures['gain_mim_pct']:.2f} % (95 %: " in page.text
     # four losses, the rate, the gradient norm; at evaluations R@1, masked L1 and two gains
     assert len(page.all("svg")) == 10
     for words in ("drawn by <nobody>", "CC0", "made up for tests", "model.width", "lr_encoder", "warmup_steps"):
