@@ -11,7 +11,7 @@ PRESET ?= small
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-all test-fast test-precisions test-gpu test-triton test-integrations emulate proof-gallery faults faults-data \
+.PHONY: help demo app test test-all test-fast test-precisions test-gpu test-triton test-integrations test-hosts emulate proof-gallery faults faults-data \
         faults-embedding faults-files faults-parts faults-evaluation faults-studies soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation masking tasks tasks-start tasks-table \
         check docs docs-links \
@@ -153,6 +153,12 @@ test-integrations: $(VENV)/.installed
 	    --csv build/walks/integrations-transformers.csv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
 	cp build/walks/*.csv benchmarks/results/
+
+# TIMM is a checkout of huggingface/pytorch-image-models. Half an hour of two cores.
+TIMM ?=
+## test-hosts      run timm's own tests on swapped models, beside the same without a swap: TIMM=CHECKOUT
+test-hosts: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.kernels.hosts_timm $(TIMM)
 
 build/release/.installed:
 	$(PYTHON) -m venv build/release

@@ -6,3 +6,8 @@ Terms:
     baseline: a contender of `step/` that is the same model built from other libraries.
     row: a line of results, or a row of a matrix. A sequence of tokens is never called a row.
 """
+
+import os
+
+# torch's profiler logs its start and stop (level USDT, 5) to stderr. Read when a process profiles for the first time.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
 from mvlm_kernels.add_layer_norm import WIDEST
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
+from mvlm_kernels.integrations.classes import in_torchscript, node_of_call, put_back, scripted_as, traced
 
 __all__ = ["swap_blocks"]
 
@@ -39,18 +41,20 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Form:
     """A form of module that an op can compute.
 
-    forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can.
+    forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can. node: torch.fx
+    does not look into the module, whose calls are one node each.
     """
 
     forward: Callable[..., Tensor]
     why_not: Callable[[Any], Refusal | None]
+    node: bool = True
 
 
 def swap_blocks(model: nn.Module) -> SwapReport:
     """Let the ops compute residual norms and feed-forward layers of a model of timm or transformers, in place.
 
-    Modules, parameters, hooks and the state dict stay as they are; a module gets a ``forward`` of its own. The report
-    has every module of a known form.
+    Modules, parameters, hooks and the state dict stay as they are; a module becomes one of a subclass of its class. The
+    report has every module of a known form.
     """
     parts: list[Part] = []
     swapped: list[nn.Module] = []
@@ -58,48 +62,56 @@ def swap_blocks(model: nn.Module) -> SwapReport:
         form = form_of(type(module))
         if form is None:
             continue
-        if "forward" in vars(module):
-            reason = ALREADY_SWAPPED if _is_ours(module, "forward") else OTHER_FORWARD
+        if isinstance(module, Swapped):
+            reason = ALREADY_SWAPPED
         else:
-            reason = form.why_not(module)
+            reason = OTHER_FORWARD if "forward" in vars(module) else form.why_not(module)
         parts.append(Part(path, type(module).__name__, reason))
         if reason is None:
-            _bind(module, form)
+            module.__class__ = swapped_class(type(module))
             swapped.append(module)
 
-    def restore() -> None:
-        for module in swapped:
-            for name in ("forward", "_replicate_for_data_parallel"):
-                if _is_ours(module, name):
-                    del vars(module)[name]
-
-    return SwapReport(parts, restore)
+    return SwapReport(parts, lambda: put_back(swapped))
 
 
-def _is_ours(module: nn.Module, name: str) -> bool:
-    """True if the module's own attribute is one that :func:`_bind` makes. Hooks of accelerate are partials too."""
-    function = vars(module).get(name)
-    return isinstance(function, functools.partial) and function.func in (_forward, _replicate)
+class Swapped(nn.Module):
+    """Base of the classes that swapped modules have; each is a subclass of the module's own class, `swapped_from`."""
+
+    swapped_from: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made again where a copy is read, from the original, which has a name to import."""
+        return _empty, (self.swapped_from,), super().__reduce_ex__(2)[2]
 
 
-def _bind(module: nn.Module, form: Form) -> None:
-    """Give a module the fused forward, and its replicas, which copy its attributes, one of their own."""
-    module.forward = functools.partial(_forward, module, form)
-    vars(module)["_replicate_for_data_parallel"] = functools.partial(_replicate, module, form)
+def _empty(original: type[nn.Module]) -> nn.Module:
+    kind = swapped_class(original)
+    return kind.__new__(kind)
 
 
-def _replicate(module: nn.Module, form: Form) -> nn.Module:
-    """The replica of a swapped module for another device, by `nn.DataParallel`."""
-    replica = type(module)._replicate_for_data_parallel(module)
-    _bind(replica, form)
-    return replica
+@functools.cache
+def swapped_class(original: Any) -> Any:
+    """Subclass with the fused forward, of a class of a known form; by the names of that class."""
+    form = form_of(original)
+    assert form is not None
+
+    @scripted_as(original.forward)
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(module, original, form, args, kwargs)
+
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (Swapped, original), {"forward": forward, "swapped_from": original, **names})
 
 
-def _forward(module: nn.Module, form: Form, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(module: nn.Module, original: Any, form: Form, args: Any, kwargs: dict[str, Any]) -> Any:
     """The fused forward of a swapped module, or its own where an op cannot compute it now."""
     x = args[0] if args else kwargs["x" if "x" in kwargs else "hidden_states"]  # as timm, as transformers
-    if form.why_not(module) is not None or kernel_reasons(x):
-        return type(module).forward(module, *args, **kwargs)
+    tracer = traced(x)
+    if tracer is not None and form.node:
+        node = node_of_call(tracer, module, args, kwargs)
+        return original.forward(module, *args, **kwargs) if node is None else node
+    if form.why_not(module) is not None or (tracer is None and (in_torchscript() or kernel_reasons(x))):
+        return original.forward(module, *args, **kwargs)
     return form.forward(module, *args, **kwargs)
 
 
@@ -180,20 +192,35 @@ def _block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Forward of timm's Block: x (B, N, C), and the arguments of its attention."""
     kwargs |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
     y = block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
-    norm = block.norm2
-    # Under autocast the linear layer after the norm would round it to 16 bits in any case.
-    first = getattr(block.mlp, "fc1", None)
-    dtype = dispatch.autocast_dtype(x.device) if isinstance(first, nn.Linear) else None
-    x, n = add_layer_norm(
-        x, y, norm.weight, norm.bias, norm.eps, out_dtype=dtype or torch.promote_types(x.dtype, y.dtype)
-    )
+    norm, linear_follows = block.norm2, isinstance(getattr(block.mlp, "fc1", None), nn.Linear)
+    x, n = residual_norm(x, y, norm.weight, norm.bias, norm.eps, linear_follows)
     return x + block.drop_path2(block.ls2(block.mlp(n)))
+
+
+@fx.wrap  # one node of a traced model
+def residual_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, linear_follows: bool
+) -> tuple[Tensor, Tensor]:
+    """x + y and its layer norm, both (.., C): by the op, or as timm computes them where no kernel runs the call."""
+    # By itself, so that TorchScript compiles nothing below it.
+    if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+        return _plain_residual_norm(x, y, weight, bias, eps)
+    if kernel_reasons(x):
+        return _plain_residual_norm(x, y, weight, bias, eps)
+    # Under autocast the linear layer after the norm would round it to 16 bits in any case.
+    dtype = dispatch.autocast_dtype(x.device) if linear_follows else None
+    return add_layer_norm(x, y, weight, bias, eps, out_dtype=dtype or torch.promote_types(x.dtype, y.dtype))
+
+
+def _plain_residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Forward of timm's Mlp: x (.., C). The op has no dropout between the layers."""
     if mlp.drop1.training and mlp.drop1.p > 0:
-        return type(mlp).forward(mlp, x)
+        return mlp.swapped_from.forward(mlp, x)
     return mlp.drop2(gelu_linear(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias))
 
 
@@ -220,7 +247,7 @@ def _forms() -> list[tuple[type[nn.Module], Form]]:
         from timm.layers.mlp import Mlp
         from timm.models.vision_transformer import Block
 
-        found += [(Block, Form(_block, _why_not_block)), (Mlp, Form(_mlp, _why_not_mlp))]
+        found += [(Block, Form(_block, _why_not_block, node=False)), (Mlp, Form(_mlp, _why_not_mlp))]
     if "transformers" in sys.modules:
         from transformers.models.bert.modeling_bert import BertSelfOutput
 

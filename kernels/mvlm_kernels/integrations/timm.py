@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from mvlm_kernels import dispatch, gather_patches, registration
 from mvlm_kernels.dispatch import Refusal, refusal
 from mvlm_kernels.integrations.calls import ALREADY_SWAPPED, OTHER_FORWARD, Part, SwapReport
+from mvlm_kernels.integrations.classes import in_torchscript, node_of_call, put_back, scripted_as, traced
 
 
 class GatherPatchEmbed(PatchEmbed):
@@ -32,9 +33,23 @@ class GatherPatchEmbed(PatchEmbed):
     or was wrapped (LoRA), if the image is padded or cut, or if patches are not square.
     """
 
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    range_is_known: bool = False
+    swapped_from = PatchEmbed
+    # Without annotations, which would hide those of PatchEmbed from TorchScript.
+    mean = cast("tuple[float, ...] | None", None)
+    std = cast("tuple[float, ...] | None", None)
+    range_is_known = False
+
+    def __prepare_scriptable__(self) -> "GatherPatchEmbed":
+        """``torch.jit.script`` compiles the original forward. ValueError for mean or std, which that has not."""
+        self._refuse_values("torch.jit.script")
+        return self
+
+    def _refuse_values(self, tool: str) -> None:
+        if self.mean is not None or self.std is not None:
+            raise ValueError(
+                f"{tool}: wanted a patch embedding that was swapped without mean and std, found one that normalises; "
+                "undo() the swap first, and normalise the images"
+            )
 
     def why_not_gathered(self, images: Tensor) -> Refusal | None:
         """Reason why the original forward runs for these images; None if the patches are gathered."""
@@ -44,12 +59,19 @@ class GatherPatchEmbed(PatchEmbed):
             return refusal(sides, "the original forward runs; give images of whole patches")
         return reason
 
+    @scripted_as(PatchEmbed.forward)
     def forward(self, x: Tensor, patch_ids: Tensor | None = None) -> Tensor:
         """images x (B, C, H, W) and patch_ids (B, K), or None for all N patches, -> (B, K, embed_dim).
 
         Without patch_ids the result has the original's output format. Raises ValueError for images of another rank or
         number of channels, and, if the original was strict, of another size.
         """
+        tracer = traced(x)
+        if tracer is not None:
+            node: Any = node_of_call(tracer, self, (x,) if patch_ids is None else (x, patch_ids), {})
+            if node is None:
+                self._refuse_values("torch.fx")
+            return super().forward(x) if node is None else node
         channels = getattr(self.proj, "in_channels", None)  # a wrapper need not show it
         if x.ndim != 4 or channels not in (None, x.shape[1]):
             raise ValueError(f"images must have shape (B, {channels or 'C'}, H, W), got {tuple(x.shape)}")
@@ -57,7 +79,7 @@ class GatherPatchEmbed(PatchEmbed):
             raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
         self._check_range(x)
         dtype = dispatch.autocast_dtype(x.device)
-        if self.why_not_gathered(x) is not None:
+        if in_torchscript() or self.why_not_gathered(x) is not None:
             own = next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
             return self._by_original_forward(x, patch_ids, _computed_in(own, dtype))
         weight = self.proj.weight  # once: a parametrization, such as a spectral norm, changes with each read
@@ -183,11 +205,10 @@ def swap(
             swapped.append(embed)
 
     def restore() -> None:
+        put_back(swapped)
         for embed in swapped:
-            if isinstance(embed, GatherPatchEmbed):
-                del embed.mean, embed.std
-                vars(embed).pop("range_is_known", None)
-                cast(Any, embed).__class__ = PatchEmbed
+            for name in ("mean", "std", "range_is_known"):
+                vars(embed).pop(name, None)
 
     return SwapReport(parts, restore)
 

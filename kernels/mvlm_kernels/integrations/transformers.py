@@ -34,6 +34,7 @@ from mvlm_kernels.integrations.calls import (
     record,
     recording,
 )
+from mvlm_kernels.integrations.classes import in_torchscript
 
 NAME = "sdpa_mvlm"
 
@@ -248,6 +249,8 @@ def why_not_fused(
 
 
 def _kernel(query: Tensor, key: Tensor) -> tuple[Refusal, ...]:
+    if in_torchscript():
+        return (refusal("torch.jit.trace records a program without our ops", "SDPA runs"),)
     dtype = dispatch.autocast_dtype(query.device) or query.dtype
     return kernel_reasons(query.device, dtype, query.shape[3], min(query.shape[2], key.shape[2]))
 
