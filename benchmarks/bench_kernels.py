@@ -14,10 +14,10 @@ from mvlm_benchmarks.clock import make_clock, torch_settings
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.checks import torch_reasons
 from mvlm_benchmarks.kernels.compare import Entry, prepare
-from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import PEERS, ours_as_peer
 from mvlm_benchmarks.kernels.reference import CaseData, passes_of
+from mvlm_kernels.case import Case
 
 # Warnings are errors in the test suite, but peers may warn: SDPA gives the reason for a refused backend in a warning.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,7 +33,7 @@ CASES = [
 def entries() -> list:
     """Parameters of the tests: each pass of each contender at each case."""
     return [
-        pytest.param(case, peer.name, name, id=f"{case.op}-{case.shape}-{name}-{peer.name}".replace(" ", "_"))
+        pytest.param(case, peer.name, name, id=f"{case.op}-{case.label}-{name}-{peer.name}".replace(" ", "_"))
         for case in CASES
         for peer in [ours_as_peer(case), *PEERS]
         if case.op in peer.builders
@@ -66,7 +66,7 @@ def test_kernel(benchmark, case: Case, contender: str, name: str) -> None:
         if outcome.status != "ok":
             pytest.skip(f"{contender} {outcome.status}: {outcome.note}")
         assert isinstance(entry.runner, LocalContender)
-        benchmark.group = f"{case.op} {case.shape} {name}"
+        benchmark.group = f"{case.op} {case.label} {name}"
         with entry.runner.context():
             step = entry.runner.step(name)
 

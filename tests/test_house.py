@@ -42,18 +42,11 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"errors"},
     ],
     "mvlm_kernels": [
-        {"aot", "aot_cases"},
+        {"aot"},
+        {"cases"},
         {"integrations", "layers"},
-        {
-            "add_layer_norm",
-            "cross_attention",
-            "gather_patches",
-            "gelu_linear",
-            "pixel_loss",
-            "place_tokens",
-            "split_linear",
-        },
-        {"language", "arguments"},
+        {path.parent.name for path in PACKAGES["mvlm_kernels"].glob("*/cases.py")},  # the ops
+        {"case", "language", "arguments"},
         {"dispatch", "registration"},
         {"hardware"},
     ],

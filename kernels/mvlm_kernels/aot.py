@@ -2,8 +2,8 @@
 
     python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
-Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` records their launches. Triton
-derives a signature from the recorded arguments and compiles the kernel for it. A row is one compiled kernel:
+Each op runs on meta tensors, forward and backward, while its launches are recorded.
+Triton derives a signature from the recorded arguments and compiles the kernel for it. A row is one compiled kernel:
 
     op, pass             the op, and the pass (forward or backward) that launches the kernel
     kernel, case         name of the Triton function, and label of the op's case
@@ -26,13 +26,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # A kernel decorated in an interpreting process cannot be compiled, and torch may have imported Triton already, so the
 # module starts again in a process that does not interpret.
@@ -41,8 +40,8 @@ if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
 
 import torch
 
-from mvlm_kernels import dispatch
-from mvlm_kernels.aot_cases import CASES
+from mvlm_kernels import cases
+from mvlm_kernels.case import Launch
 from mvlm_kernels.hardware import MULTIPROCESSORS, blocks, multiprocessor
 
 ARCHS = {f"sm_{arch}": arch for arch in MULTIPROCESSORS}
@@ -164,39 +163,11 @@ def spill_bytes(ptx: str, arch: str) -> int:
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
-class Launch(NamedTuple):
-    """One recorded launch. meta: constexprs and compile options."""
-
-    case: str
-    kernel: Any
-    args: tuple
-    meta: dict[str, Any]
-    pass_name: str
-
-
 def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:
     """Launches of the op's cases whose "op/label" matches the regex select."""
-    for label, call in CASES[op]():
-        if not re.search(select, f"{op}/{label}"):
-            continue
-        launches: list[Launch] = []
-
-        def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any], case=label, to=launches) -> None:
-            to.append(Launch(case, kernel, args, meta, _launching_pass()))
-
-        with dispatch.recording(record, capability_of(arch)):
-            call()
-        yield from launches
-
-
-def _launching_pass() -> str:
-    """The pass whose launcher is running. Both passes launch some kernels, so a kernel's name does not tell."""
-    for frame, _ in traceback.walk_stack(None):
-        if frame.f_code.co_name == recorded.__name__:
-            break
-        if "backward" in frame.f_code.co_name:  # as in the names of all launchers of a backward pass, and of no others
-            return "backward"
-    return "forward"
+    for case in cases.compiled():
+        if case.op == op and re.search(select, f"{op}/{case.label}") and case.runs_on(capability_of(arch)):
+            yield from case.launches(capability_of(arch))
 
 
 def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
@@ -281,12 +252,9 @@ def _rows_of_case(task: tuple[str, str, str]) -> list[dict[str, Any]]:
 
 def tasks(archs: list[str], select: str) -> list[tuple[str, str, str]]:
     """(op, arch, regex of one case) for each case and target: units of work for a pool of processes."""
-    found = []
-    for op, cases in CASES.items():
-        for label, _ in cases():
-            if re.search(select, f"{op}/{label}"):
-                found += [(op, arch, f"^{re.escape(f'{op}/{label}')}$") for arch in archs]
-    return found
+    names = dict.fromkeys((case.op, f"{case.op}/{case.label}") for case in cases.compiled())
+    chosen = [(op, name) for op, name in names if re.search(select, name)]
+    return [(op, arch, f"^{re.escape(name)}$") for op, name in chosen for arch in archs]
 
 
 def _print(r: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.terminal import say
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import aot, dispatch, use_backend
+from mvlm_kernels.case import Launch
 
 Recorder = Callable[..., None]
 JOBS = min(12, len(os.sched_getaffinity(0)))
@@ -75,9 +76,7 @@ def lengths_of(config: MaskVLMConfig) -> list[int]:
     return sorted(lengths)
 
 
-def launches_of(
-    config: MaskVLMConfig, pairs: int, arch: str, parts: PartSettings | RunConfig = FULL
-) -> list[aot.Launch]:
+def launches_of(config: MaskVLMConfig, pairs: int, arch: str, parts: PartSettings | RunConfig = FULL) -> list[Launch]:
     """One launch of each kernel of a step, for all lengths of captions: tiles depend on the longest of a batch.
 
     config: blocks of one kind launch the same kernels, so one of each is recorded.
@@ -86,7 +85,7 @@ def launches_of(
     model, found = model_of(replace(config, **blocks), parts), {}
 
     def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any]) -> None:
-        found.setdefault(aot.signature(kernel, args, meta, arch), aot.Launch("step", kernel, args, meta, ""))
+        found.setdefault(aot.signature(kernel, args, meta, arch), Launch("step", kernel, args, meta, ""))
 
     with recorded_steps(record, aot.capability_of(arch)) as step:
         for longest in lengths_of(config):

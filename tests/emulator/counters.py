@@ -16,9 +16,8 @@ import torch
 
 from emulator.library import on_gpu
 from mvlm_benchmarks.kernels.cases import cases
-from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.peers import ours
-from mvlm_benchmarks.kernels.reference import as_results
+from mvlm_kernels.case import Case, as_results
 from triton_proof.driver import ARCHS, recorded
 from triton_proof.report import SPACES, Launch
 
@@ -39,7 +38,7 @@ def launches_of(case: Case, arch: str) -> list[Launch]:
 
 
 def row(case: Case, launch: Launch) -> str:
-    cells: list[object] = [f"{case.op} {case.shape}", launch.kernel, "x".join(map(str, launch.grid)), launch.shared]
+    cells: list[object] = [f"{case.op} {case.label}", launch.kernel, "x".join(map(str, launch.grid)), launch.shared]
     for space in SPACES[:2]:
         x = launch.total(space)
         cells += [x.bytes, f"{x.units / max(x.requests, 1):.1f}", f"{x.efficiency(space):.0%}"]
@@ -53,7 +52,7 @@ def table(arch: str, select: str, inefficient: bool) -> Iterator[str]:
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
     for case in cases(1, torch.bfloat16):
-        if case.has_kernels and not case.left_to_torch and re.search(select, f"{case.op} {case.shape}"):
+        if case.has_kernels and not case.left_to_torch and re.search(select, f"{case.op} {case.label}"):
             for launch in launches_of(case, arch):
                 yield row(case, launch)
                 if inefficient:

@@ -11,9 +11,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+import torch
 from triton import JITFunction
 
 from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels.case import Case
+from support.kernels.check import check
 from triton_proof import driver
 from triton_proof.driver import ARCHS, install
 
@@ -43,6 +47,14 @@ def on_gpu(arch: str) -> Iterator[None]:
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(use_backend("triton"))
         yield
+
+
+def check_compiled(case: Case) -> None:
+    """Check the values of a case on the emulated GPU. Skips the test if that GPU has no kernel for the case."""
+    if not case.runs_on(dispatch.arch(torch.device("cpu"))):
+        pytest.skip("no kernel: another backend runs on a GPU")
+    with multiprocessors(case.multiprocessors):
+        check(case, compiled=True, backends=("triton",))
 
 
 def multiprocessors(count: int) -> Any:

@@ -2,18 +2,19 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from emulator.cases import all_cases, fast_cases
-from emulator.library import forget_kernels, on_gpu, watched_allocations
-from mvlm_kernels import aot
+from emulator.edges import all_calls, fast_calls
+from emulator.library import check_compiled, forget_kernels, on_gpu, watched_allocations
+from mvlm_kernels import cases
 from triton_proof.driver import ARCHS, recorded
 from triton_proof.report import Launch
 
-CASES = all_cases()
-FAST = fast_cases()
+CASES = {name: partial(check_compiled, case) for name, case in cases.emulated().items()} | all_calls()
+FAST = cases.fast() | fast_calls()
 _numbers = itertools.count(1)
 
 
@@ -26,7 +27,10 @@ def _bounded_memory() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in CASES])
+@pytest.mark.parametrize(
+    "name",  # pytest replaces ids of more than 100 characters, and -k would not find them
+    [pytest.param(x, id=x[:80], marks=() if x in FAST else pytest.mark.slow) for x in CASES],
+)
 def test_kernels_are_right_and_without_fault(name: str, arch: str) -> None:
     torch.manual_seed(0)
     with on_gpu(arch), recorded(on_fault="collect", counting=False) as launches, watched_allocations():
@@ -49,6 +53,6 @@ def test_fast_cases_launch_every_kernel_that_is_compiled_ahead_of_time() -> None
         with on_gpu("sm_80"), recorded(on_fault="collect", checks=False, counting=False) as launches:
             CASES[name]()
         launched |= {launch.kernel for launch in launches}
-    compiled = {launch.kernel.__name__ for op in aot.CASES for launch in aot.recorded(op, "sm_80")}
+    compiled = {x.kernel.__name__ for case in cases.compiled() if case.runs_on(80) for x in case.launches(80)}
     assert len(compiled) > 15
-    assert compiled - launched == set(), "add a fast case in emulator/cases"
+    assert compiled - launched == set(), "add a case to FAST in cases.py of the op"

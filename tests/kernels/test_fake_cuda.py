@@ -16,6 +16,7 @@ from mvlm_kernels import dispatch
 from support.kernels.ops import REGISTERED, ROWS, Row, rows
 
 pytestmark = pytest.mark.plain_empty
+MIXED = [rows(number, mixed=True) for number in (0, 1)]  # real tensors: the cases read values
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +33,12 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def on_gpu(row: Row) -> Row:
-    """The row with fake tensors of a GPU in the types of autocast."""
+    """The row with fake tensors of a GPU."""
 
     def fake(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
-    return row._replace(
-        tensors=tuple(map(fake, row.mixed().tensors)), constants=tree_map_only(Tensor, fake, row.constants)
-    )
+    return row._replace(tensors=tuple(map(fake, row.tensors)), constants=tree_map_only(Tensor, fake, row.constants))
 
 
 @pytest.mark.slow
@@ -52,8 +51,7 @@ def test_a_compiled_gpu_call_is_one_graph_with_the_op(name: str):
         return graph
 
     compiled = torch.compile(ROWS[name].ours, fullgraph=True, dynamic=True, backend=backend)
-    for number in (0, 1):
-        row = on_gpu(rows(number)[name])
+    for row in (on_gpu(table[name]) for table in MIXED):
         found, eager = (tree_leaves(f(*row.tensors, **row.constants)) for f in (compiled, row.ours))
         assert [(x.shape, x.dtype, x.device.type) for x in found] == [(x.shape, x.dtype, "cuda") for x in eager]
     for graph in graphs:

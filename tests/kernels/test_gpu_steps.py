@@ -4,25 +4,16 @@ Checks that need a device: the same bits in a thousand backward passes, capture 
 new inputs, by hand and by torch.compile, and no synchronisation.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mvlm_kernels import (
-    add_layer_norm,
-    cross_attention,
-    gather_patches,
-    gelu_linear,
-    masked_pixel_loss,
-    place_tokens,
-    use_backend,
-)
-from support.kernels.attention import Case, build, moved
-from support.kernels.patches import MEAN, STD, make_ids
+from mvlm_kernels import cases, use_backend
+from mvlm_kernels.case import Case, as_results
+from mvlm_kernels.cross_attention.cases import Shape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_empty]
 
@@ -34,13 +25,13 @@ REPEATS = 1000
 class Step:
     """Forward and backward of one call.
 
-    leaves get gradients. grad is the incoming gradient, ones by default. data: further inputs, one row a sample.
+    leaves get gradients. grads: of the outputs. data: further inputs, one row a sample.
     """
 
-    call: Callable[..., Tensor]
+    call: Callable[..., tuple[Tensor, ...]]
     leaves: list[Tensor]
-    grad: Tensor | None = None
-    data: list[Tensor] = field(default_factory=list)
+    data: list[Tensor]
+    grads: list[Tensor] = field(default_factory=list)
 
     def renew(self) -> None:
         """Write other values into all inputs, where they lie."""
@@ -50,70 +41,38 @@ class Step:
             for x in self.data:
                 x.copy_(x.roll(1, 0) if x.ndim else x + 1)
 
-    def __call__(self, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
-        out = (call or self.call)(*self.leaves)
-        if not out.requires_grad:
-            return [out]
-        return [out, *torch.autograd.grad(out, self.leaves, torch.ones_like(out) if self.grad is None else self.grad)]
+    def __call__(self, call: Callable[..., tuple[Tensor, ...]] | None = None) -> list[Tensor]:
+        outs = (call or self.call)(*self.leaves)
+        if not self.leaves:
+            return list(outs)
+        if not self.grads:
+            self.grads.extend(torch.randn_like(out) for out in outs)
+        return [*outs, *torch.autograd.grad(outs, self.leaves, self.grads)]
 
 
-def steps() -> Iterator[tuple[str, Step]]:
-    """Every op at a working size."""
+def step_of(case: Case) -> Step:
+    inputs, ours = case.make(DEVICE), case.ours
+    fixed, names = dict(inputs.fixed), list(inputs.leaves)
+    data = [x for name, x in fixed.items() if isinstance(x, Tensor) and not name.startswith("cu_seqlens")]
+    for name in ("mean", "std"):  # a sequence would be copied to the device, which a capture cannot contain
+        if name in fixed:
+            fixed[name] = torch.tensor(fixed[name], device=DEVICE)
 
-    def attention(case: Case, **options: Any) -> Step:
-        made = moved(build(case), DEVICE)
-        leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
-        data = [x for name, x in made.kwargs.items() if not name.startswith("cu_seqlens")]  # offsets have an order
-        data += [x for x in options.values() if isinstance(x, Tensor)]
-        return Step(
-            lambda q, k, v: cross_attention(q, k, v, **made.kwargs, **made.bounds, **options), leaves, made.grad, data
-        )
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return as_results(ours(**dict(zip(names, leaves, strict=True)), **fixed))
 
-    big = {"width": 64, "heads": 12, "dtype": torch.bfloat16}
-    yield "short keys", attention(Case(len_q=197, len_k=40, batch=16, lengths=True, **big))
-    yield "short queries", attention(Case(len_q=40, len_k=197, batch=16, **big))
-    yield "split grids", attention(Case(len_q=40, len_k=577, batch=1, **big))
-    yield "short keys, index", attention(Case(len_q=197, len_k=40, batch=4, readers=32, lengths=True, **big))
-    yield "long keys, index", attention(Case(len_q=40, len_k=197, batch=4, readers=32, **big))
-    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    yield "dropout", attention(Case(len_q=197, len_k=40, batch=16, lengths=True, **big), dropout_p=0.1, seed=seed)
-    yield "packed queries", attention(Case(len_q=40, len_k=197, batch=16, packed_q=True, **big))
-
-    def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-        return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes]
-
-    images = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-    ids = make_ids(8, 116, 196, torch.int32).to(DEVICE)
-    masked = torch.rand(8, 196, device=DEVICE) < 0.6
-    # Tensors, because a sequence would be copied to the device, which a capture cannot contain.
-    norm: Any = {"mean": torch.tensor(MEAN[:3], device=DEVICE), "std": torch.tensor(STD[:3], device=DEVICE)}
-    yield (
-        "gather_patches",
-        Step(lambda x: gather_patches(x, ids, 16, **norm), leaves((8, 3, 224, 224), dtype=torch.float32), data=[ids]),
-    )
-    yield (
-        "masked_pixel_loss",
-        Step(lambda p: masked_pixel_loss(p, images, ids, 16, **norm), leaves((8, 116, 768)), data=[images, ids]),
-    )
-    yield (
-        "place_tokens",
-        Step(
-            lambda *x: place_tokens(*x, masked=masked), leaves((8, 196, 768), (768,), (197, 768), (768,)), data=[masked]
-        ),
-    )
-    yield "add_layer_norm", Step(lambda *x: add_layer_norm(*x)[1], leaves((8, 197, 768), (8, 197, 768), (768,), (768,)))
-    yield "gelu_linear", Step(gelu_linear, leaves((8, 197, 3072), (768, 3072), (768,)))
+    return Step(call, list(inputs.leaves.values()), data)
 
 
-NAMES = (
-    "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "dropout",
-    "packed queries", "gather_patches", "masked_pixel_loss", "place_tokens", "add_layer_norm", "gelu_linear",
-)  # fmt: skip
+BIG = {"width": 64, "heads": 12, "dtype": torch.bfloat16}
+CASES = {f"{case.op} {case.label}"[:80]: case for case in cases.timed(8, torch.bfloat16) if not case.left_to_torch}
+CASES["split grids"] = Shape(len_q=40, len_k=577, batch=1, **BIG).case("")
+CASES["dropout"] = Shape(len_q=197, len_k=40, batch=16, lengths=True, dropout=True, **BIG).case("")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_step_gives_the_same_bits_in_every_run(name: str):
-    step = dict(steps())[name]
+    step = step_of(CASES[name])
     with use_backend("triton"):
         first = step()
         for _ in range(REPEATS):
@@ -122,9 +81,9 @@ def test_step_gives_the_same_bits_in_every_run(name: str):
                 assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_step_is_captured_in_a_cuda_graph_and_replayed_with_new_inputs(name: str):
-    step = dict(steps())[name]
+    step = step_of(CASES[name])
     with use_backend("triton"):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -147,9 +106,9 @@ def test_step_is_captured_in_a_cuda_graph_and_replayed_with_new_inputs(name: str
                 assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_step_never_waits_for_the_device(name: str):
-    step = dict(steps())[name]
+    step = step_of(CASES[name])
     with use_backend("triton"):
         step()  # compiles, and copies constants to the device once
         torch.cuda.synchronize()
@@ -160,10 +119,10 @@ def test_step_never_waits_for_the_device(name: str):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_step_compiled_into_cuda_graphs_gives_the_eager_bits(name: str):
     """torch.compile captures the call itself. The later calls replay its graph."""
-    step = dict(steps())[name]
+    step = step_of(CASES[name])
     torch._dynamo.reset()
     compiled = torch.compile(step.call, fullgraph=True, mode="reduce-overhead")
     with use_backend("triton"):

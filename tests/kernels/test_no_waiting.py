@@ -16,32 +16,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mvlm_kernels import cross_attention, dispatch, registration, use_backend
-from mvlm_kernels.aot_cases import CASES
-from support.kernels.attention import SIDES, Case, build
-from support.kernels.ops import ROWS, Row, distinct
+from mvlm_kernels.case import Case
+from mvlm_kernels.cases import compiled
+from mvlm_kernels.cross_attention.cases import SIDES, Shape
+from support.kernels.attention import build
+from support.kernels.ops import Row, distinct, rows
 
 pytestmark = pytest.mark.plain_empty
 
 
 def on_device(row: Row) -> Row:
-    """The row on the meta device in the types of autocast. Values of channels are tensors there."""
-    meta = tree_map_only(Tensor, lambda x: x.to("meta"), row.mixed()._asdict())
-    values = {x: torch.empty(3, device="meta") for x in ("mean", "std") if x in row.constants}
+    """The row on the meta device. Values of channels are tensors there."""
+    meta = tree_map_only(Tensor, lambda x: x.to("meta"), row._asdict())
+    values = {x: torch.empty(3, device="meta") for x in ("mean", "std") if row.constants.get(x)}
     return Row(**meta | {"constants": meta["constants"] | values})
 
 
-def attention(case: Case, **options: Any) -> Row:
-    made = build(case)
+def attention(shape: Shape, **options: Any) -> Row:
+    made = build(shape)
     given = tree_map_only(Tensor, lambda x: x.to("meta"), made.kwargs)
     tensors = tuple(x.to("meta", torch.bfloat16) for x in (made.q, made.k, made.v))
     return Row("cross_attention", cross_attention, cross_attention, tensors, given | made.bounds | options)
 
 
-CALLS = {name: on_device(row) for name, row in ROWS.items()}
-CALLS |= {f"attention, {name}": attention(case) for name, case in SIDES.items()}
-CALLS["attention, split grid"] = attention(Case(len_q=17, len_k=577, batch=1))
+CALLS = {name: on_device(row) for name, row in rows(mixed=True).items()}
+CALLS |= {f"attention, {name}": attention(shape) for name, shape in SIDES.items()}
+CALLS["attention, split grid"] = attention(Shape(len_q=17, len_k=577, batch=1))
 SEED = torch.empty((), dtype=torch.int64, device="meta")
-OPTIONS = Case(len_q=67, len_k=37, heads=4, key_heads=2, lengths=True)
+OPTIONS = Shape(len_q=67, len_k=37, heads=4, key_heads=2, lengths=True)
 CALLS["attention, options"] = attention(OPTIONS, dropout_p=0.1, seed=SEED)
 WITHOUT_BACKWARD_KERNEL = ("patches",)  # its gradient is torch's
 
@@ -79,12 +81,14 @@ def test_no_op_reads_a_value_or_copies_to_the_host(name: str):
     assert [x.shape for x in grads if x is not None] == [x.shape for x in leaves]
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_launchers_of_all_compiled_cases_read_no_tensor(op: str):
+COMPILED = [x for x in compiled() if x.label.startswith(("bfloat16/64/32/", "step/", "bf16", "fp"))]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: f"{case.op}/{case.label}")
+def test_launchers_of_compiled_cases_read_no_tensor(case: Case):
+    inputs = case.make("meta")
     with watched() as launched:
-        for label, call in CASES[op]():
-            if label.startswith(("bfloat16/64/32/", "step/", "bf16", "fp")):
-                call()
+        case.backward(inputs, case.forward(inputs))
     assert launched
 
 

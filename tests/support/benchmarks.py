@@ -8,7 +8,7 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm_benchmarks.clock import Prepare, Results, Step, Timing
-from mvlm_benchmarks.kernels.inputs import Case, Inputs
+from mvlm_kernels.case import Case, Inputs
 
 
 @dataclass
@@ -40,14 +40,14 @@ def toy_case(**changes: Any) -> Case:
     """y = 2 x of 1,000 float32. Forward moves 8,000 bytes, backward as many; 1,000 and 3,000 operations."""
 
     def make(device: str, seed: int = 0) -> Inputs:
-        x = torch.linspace(-1, 1 + seed, 1000, device=device).requires_grad_()
+        x = torch.linspace(-1, 1 + seed, 1000, device=device)
         return Inputs({"x": x}, {"factor": 2})
 
     def double(x: torch.Tensor, factor: int) -> torch.Tensor:
         return x * factor
 
     values: dict[str, Any] = {
-        "op": "toy", "shape": "1000", "dtype": torch.float32, "make": make, "ours": double, "reference": double,
+        "op": "toy", "label": "1000", "dtype": torch.float32, "make": make, "ours": double, "oracle": double,
         "minimum": (8000, 8000), "flops": (1000, 3000),
     }  # fmt: skip
     return Case(**(values | changes))

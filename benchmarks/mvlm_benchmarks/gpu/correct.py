@@ -19,9 +19,8 @@ from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, WrongValue, torc
 from mvlm_benchmarks.gpu.processes import run_program
 from mvlm_benchmarks.gpu.stage import Stage
 from mvlm_benchmarks.kernels.attention_peers import cudnn_backend, flash_backend, sdpa
-from mvlm_benchmarks.kernels.cases import cases, small_cases
+from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.checks import torch_reasons
-from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
@@ -29,6 +28,8 @@ from mvlm_benchmarks.machine import source_root
 from mvlm_benchmarks.results import RowFile
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels import use_backend
+from mvlm_kernels.case import Case
+from mvlm_kernels.cases import small as small_cases
 
 COLUMNS = ("op", "shape", "check", "status", "note", "seconds")
 CEILING_COLUMNS = ("name", "shape", "dtype", "us", "gb_per_s", "tflops")
@@ -46,13 +47,13 @@ def run(stage: Stage) -> None:
     table = stage.table("correct", COLUMNS)
     chosen = small_cases(stage.dtype)
     if not stage.rehearse:
-        more = [c for c in cases(stage.batch, stage.dtype) if c.has_kernels and c.ours is not None]
+        more = [c for c in cases(stage.batch, stage.dtype) if c.has_kernels]
         chosen += [c for c in more if is_of_the_step(c)] if stage.quick else more
     failed: set[str] = set()
     wrong: list[str] = []
     with torch_settings(stage.device):
         for case in chosen:
-            if not stage.allows(f"{case.op} {case.shape}"):
+            if not stage.allows(f"{case.op} {case.label}"):
                 break
             for row in check_case(case, stage):
                 table.append([{**row, **stage.state.read()}])
@@ -71,7 +72,7 @@ def run(stage: Stage) -> None:
 
 def is_of_the_step(case: Case) -> bool:
     """True for a call of a training step."""
-    return case.core or any(word in case.shape for word in ("packed", "drawn", "unmasked and"))
+    return case.core or any(word in case.label for word in ("packed", "drawn", "unmasked and"))
 
 
 def _further(stage: Stage, table: RowFile) -> None:
@@ -105,7 +106,7 @@ def check_case(case: Case, stage: Stage) -> Iterator[dict[str, Any]]:
 
     def row(check: str, status: str, note: str = "") -> dict[str, Any]:
         seconds = round(time.perf_counter() - started, 3)
-        return {"op": case.op, "shape": case.shape, "check": check, "status": status, "note": note, "seconds": seconds}
+        return {"op": case.op, "shape": case.label, "check": check, "status": status, "note": note, "seconds": seconds}
 
     cuda, repeats = stage.device == "cuda", QUICK_REPEATS if stage.quick else REPEATS
     try:
@@ -179,7 +180,7 @@ def measure_ceilings(stage: Stage) -> None:
 def _sdpa_repeats(stage: Stage) -> Iterator[dict[str, Any]]:
     """Rows of SDPA's bitwise repeats at the image encoder's shape: is a run that resumes equal to the bit?"""
     shape = "B2 H1 D64 37x19" if stage.rehearse else "B512 H12 D64 197x197"
-    found = [c for c in [*small_cases(stage.dtype), *cases(stage.batch, stage.dtype)] if c.shape == shape]
+    found = [c for c in [*small_cases(stage.dtype), *cases(stage.batch, stage.dtype)] if c.label == shape]
     data = CaseData.make(found[0], stage.device)
     contexts = {"default": contextlib.nullcontext, "flash": flash_backend, "cudnn": cudnn_backend}
     for name, context in contexts.items():

@@ -36,13 +36,13 @@ def run(stage: Stage) -> None:
             bad = [row for row in own if row["status"] in ("WRONG", "REFUSED")]
             wrong += [f"{row['op']} {row['shape']} {row['pass']}: {row['note']}" for row in bad[:1]]
             statuses = [row["status"] for row in own if not (case.left_to_torch and row["status"] == "torch")]
-            stage.end_part(f"{case.op} {case.shape}", *statuses)
+            stage.end_part(f"{case.op} {case.label}", *statuses)
     finally:
         if rows:
             report.write_figures(rows, stage.about, stage.out / "kernels.figures.json")
             _plot(stage, rows)
     if done < len(chosen):
-        stage.leave_out(f"{chosen[done].op} {chosen[done].shape}")
+        stage.leave_out(f"{chosen[done].op} {chosen[done].label}")
     stage.say(report.footer(rows, stage.about))
     if wrong:
         raise WrongValue("; ".join(wrong))

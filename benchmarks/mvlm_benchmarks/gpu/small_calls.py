@@ -15,14 +15,14 @@ import sys
 import torch
 
 from mvlm_benchmarks.clock import make_clock
-from mvlm_benchmarks.gpu.variants import launches_of
-from mvlm_benchmarks.kernels.cases import cases, small_cases
-from mvlm_benchmarks.kernels.inputs import Case
+from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.machine import gpu_arch
 from mvlm_kernels import use_backend
+from mvlm_kernels.case import Case
+from mvlm_kernels.cases import small as small_cases
 
 
 def check(case: Case, device: str) -> str:
@@ -46,9 +46,7 @@ def chosen_cases(op: str, kernel: str, paper: bool, dtype: torch.dtype) -> list[
     if not kernel:
         return found
     arch = gpu_arch() if torch.cuda.is_available() else 90  # the same kernels run on a later one
-    launching = (
-        case for case in found if kernel in {x.kernel.__name__ for x in launches_of(case, case.make("meta"), arch)}
-    )
+    launching = (case for case in found if kernel in {x.kernel.__name__ for x in case.launches(arch)})
     return list(itertools.islice(launching, 1))
 
 
@@ -64,7 +62,7 @@ def main() -> int:
     for case in chosen_cases(options.op, options.kernel, options.paper, dtype):
         with contextlib.redirect_stdout(sys.stderr):
             found = check(case, "cpu" if options.rehearse else "cuda")
-        print(f"{case.op}, {case.shape}: {found}", flush=True)
+        print(f"{case.op}, {case.label}: {found}", flush=True)
         bad += found != "ok"
     return 1 if bad else 0
 

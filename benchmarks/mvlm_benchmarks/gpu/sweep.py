@@ -49,18 +49,18 @@ def run(stage: Stage) -> None:
     cases = chosen_cases(stage.batch, stage.dtype, stage.rehearse)
     with torch_settings(stage.device), use_backend("triton"):
         for case in cases:
-            if not stage.allows(f"{case.op} {case.shape}"):
+            if not stage.allows(f"{case.op} {case.label}"):
                 break
             try:
                 data = CaseData.make(case, stage.device)
             except torch.OutOfMemoryError:
-                stage.say(f"{case.op} {case.shape}: out of memory")
-                stage.end_part(f"{case.op} {case.shape}", "out of memory")
+                stage.say(f"{case.op} {case.label}: out of memory")
+                stage.end_part(f"{case.op} {case.label}", "out of memory")
                 torch.cuda.empty_cache()
                 continue
             targets = targets_of(case, data.sets[0], _arch(stage))
             if not targets and not case.left_to_torch:
-                stage.end_part(f"{case.op} {case.shape}", "no kernel")
+                stage.end_part(f"{case.op} {case.label}", "no kernel")
             for target in targets:
                 if winners and not stage.allows(target.name):
                     break

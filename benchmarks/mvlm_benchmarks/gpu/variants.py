@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mvlm_benchmarks.kernels.cases import cases, small_cases
-from mvlm_benchmarks.kernels.inputs import Case, Inputs
-from mvlm_benchmarks.kernels.peers import ours
-from mvlm_benchmarks.kernels.reference import as_results, passes_of
+from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels import dispatch
+from mvlm_kernels.case import Case, Inputs
+from mvlm_kernels.cases import small as small_cases
 from mvlm_kernels.cross_attention import tiles
-from mvlm_kernels.cross_attention.arguments import Sides, longest_sequences, short_side, short_sides_up_to
+from mvlm_kernels.cross_attention.arguments import short_side, short_sides_up_to
+from mvlm_kernels.cross_attention.cases import longest
 
 Options = dict[str, int | None]
 Row = dict[str, Any]
@@ -60,16 +60,7 @@ class Target(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.case.op}, {self.case.shape}, {self.pass_name}: {self.kernel}"
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel, recorded without running it."""
-
-    pass_name: str
-    kernel: Any
-    args: tuple
-    meta: dict[str, Any]
+        return f"{self.case.op}, {self.case.label}, {self.pass_name}: {self.kernel}"
 
 
 def chosen_cases(batch: int, dtype: torch.dtype, small: bool) -> list[Case]:
@@ -77,37 +68,19 @@ def chosen_cases(batch: int, dtype: torch.dtype, small: bool) -> list[Case]:
     if small:
         return small_cases(dtype)
     wanted = ("packed self-attention", "drawn", "197x197")
-    return [c for c in cases(batch, dtype) if c.has_kernels and (c.core or any(word in c.shape for word in wanted))]
+    return [c for c in cases(batch, dtype) if c.has_kernels and (c.core or any(word in c.label for word in wanted))]
 
 
 def long_sides(case: Case) -> contextlib.AbstractContextManager[Any]:
     """Context in which our kernels also take self-attention between image patches. By default SDPA runs there."""
-    return short_sides_up_to(256 if "197x197" in case.shape else 128)
-
-
-def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
-    """Launches of forward and backward. Nothing runs, so the inputs may be on the meta device.
-
-    Raises RuntimeError if our op has no kernel for the case.
-    """
-    found: list[Launch] = []
-    now = ["forward"]
-
-    def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any]) -> None:
-        found.append(Launch(now[0], kernel, args, meta))
-
-    with dispatch.recording(record, arch), use_backend("triton"), long_sides(case):
-        outs = as_results(ours(case, inputs)(*inputs.leaves.values()))
-        if len(passes_of(case)) > 1:
-            now[0] = "backward"
-            torch.autograd.grad(outs, list(inputs.leaves.values()), [torch.empty_like(out) for out in outs])
-    return found
+    return short_sides_up_to(256 if "197x197" in case.label else 128)
 
 
 def targets_of(case: Case, inputs: Inputs, arch: int) -> list[Target]:
     """Kernels of a case that are worth a sweep; none if the op has no kernel for it."""
     try:
-        launches = launches_of(case, inputs, arch)
+        with long_sides(case):
+            launches = case.launches(arch, inputs)
     except RuntimeError:
         return []
     found: dict[tuple[str, str], Target] = {}
@@ -123,11 +96,9 @@ def table_key(case: Case, inputs: Inputs, kernel: str) -> str:
     """Key of a kernel's tiles in the table of cross-attention, which alone has one; "" for other ops."""
     if case.op != "cross_attention":
         return ""
-    q, k, fixed = inputs.leaves["q"], inputs.leaves["k"], inputs.fixed
-    sides = Sides(cu_seqlens_q=fixed.get("cu_seqlens_q"), cu_seqlens_k=fixed.get("cu_seqlens_k"))
-    longest = longest_sequences(q, k, sides, fixed.get("max_len_q"), fixed.get("max_len_k"))
+    q, lengths = inputs.leaves["q"], longest(inputs)
     with long_sides(case):
-        short, long = longest[::-1] if short_side(*longest) == "kv" else longest
+        short, long = lengths[::-1] if short_side(*lengths) == "kv" else lengths
     return tiles.table_key(kernel, q.dtype, q.device.type, q.shape[-1], short, long)
 
 
@@ -181,10 +152,10 @@ def compile_case(batch: int, small: bool, arch: str, number: int, part: int = 0,
     for target, change in work[part::parts]:
         row: Row = {"target": target.name, "change": change}
         try:
-            with dispatch.override_launch(target.kernel, **change):
-                launches = launches_of(case, inputs, capability)
+            with dispatch.override_launch(target.kernel, **change), long_sides(case):
+                launches = case.launches(capability, inputs)
             launch = next(x for x in launches if (x.pass_name, x.kernel.__name__) == (target.pass_name, target.kernel))
-            cost = aot.row(case.op, aot.Launch(case.shape, *launch[1:], target.pass_name), arch)
+            cost = aot.row(case.op, launch, arch)
             row |= {key: cost[key] for key in ("registers", "spill_bytes", "shared")}
         except Exception as error:
             row["error"] = one_line(error)

@@ -46,9 +46,9 @@ def launches(arch: str, batch: int, few: bool) -> list[Any]:
 
     from mvlm.config.model import MaskVLMConfig
     from mvlm.costs.step_kernels import launches_of
-    from mvlm_benchmarks.gpu import variants
-    from mvlm_benchmarks.kernels.cases import cases, small_cases
+    from mvlm_benchmarks.kernels.cases import cases
     from mvlm_kernels import aot
+    from mvlm_kernels.cases import small as small_cases
 
     config = MaskVLMConfig.preset("tiny" if few else "base", cross_norm="post")
     found = {}
@@ -57,15 +57,14 @@ def launches(arch: str, batch: int, few: bool) -> list[Any]:
             found.setdefault(aot.signature(launch.kernel, launch.args, launch.meta, arch), launch)
     dtype = torch.bfloat16
     for case in [*small_cases(dtype), *([] if few else cases(batch, dtype))]:
-        if not case.has_kernels or case.ours is None:
+        if not case.has_kernels:
             continue
         try:
-            recorded = variants.launches_of(case, case.make("meta"), aot.capability_of(arch))
+            recorded = case.launches(aot.capability_of(arch))
         except RuntimeError:  # left to torch by rule
             continue
         for one in recorded:
-            key = aot.signature(one.kernel, one.args, one.meta, arch)
-            found.setdefault(key, aot.Launch(case.shape, one.kernel, one.args, one.meta, one.pass_name))
+            found.setdefault(aot.signature(one.kernel, one.args, one.meta, arch), one)
     return list(found.values())
 
 

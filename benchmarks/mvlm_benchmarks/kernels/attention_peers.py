@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mvlm_benchmarks.kernels.inputs import Inputs
 from mvlm_benchmarks.unavailable import Missing
+from mvlm_kernels.case import Inputs
 
 Function = Callable[..., Tensor]
 

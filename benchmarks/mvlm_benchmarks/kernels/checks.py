@@ -13,8 +13,8 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm_benchmarks.clock import Refused, Results
-from mvlm_benchmarks.kernels.inputs import Case, Inputs
 from mvlm_kernels import dispatch
+from mvlm_kernels.case import Case, Inputs
 
 REPEATS = {"cuda": 50, "cpu": 5}
 """Repeats that are compared bit for bit, by type of device."""
@@ -68,7 +68,7 @@ def poison(like: Results) -> None:
 
 def torch_reasons(case: Case, inputs: Inputs) -> str:
     """Reasons why our op would run torch instead of Triton on these inputs, or ""."""
-    if not case.has_kernels or case.ours is None:
+    if not case.has_kernels:
         return ""
     choice = mvlm_kernels.explain(case.ours, **inputs.leaves, **inputs.fixed)
     return "" if choice.backend == "triton" else "; ".join(choice.reasons)

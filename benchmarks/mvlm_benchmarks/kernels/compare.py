@@ -17,12 +17,12 @@ from mvlm_benchmarks.clock import Clock, Refused, Timing, WrongValue
 from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.intervals import Ratio, ratio
 from mvlm_benchmarks.kernels.checks import REPEATS, torch_reasons
-from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.measure import LocalContender, Outcome
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
 from mvlm_benchmarks.kernels.reference import CaseData, passes_of
 from mvlm_benchmarks.machine import roofline_us
 from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
+from mvlm_kernels.case import Case
 from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
@@ -212,7 +212,7 @@ def rows_of(case: Case, entries: list[Entry], ceilings: Ceilings = Ceilings()) -
             row = {
                 "op": case.op,
                 "pass": name,
-                "shape": case.shape,
+                "shape": case.label,
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "contender": entry.contender,
                 "status": outcome.status,

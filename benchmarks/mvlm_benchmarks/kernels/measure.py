@@ -19,9 +19,10 @@ from mvlm_benchmarks.kernels.checks import (
     poison,
     same_bits,
 )
-from mvlm_benchmarks.kernels.reference import CaseData, as_results, passes_of
+from mvlm_benchmarks.kernels.reference import CaseData, passes_of
 from mvlm_benchmarks.machine import gpu_arch
 from mvlm_benchmarks.unavailable import one_line
+from mvlm_kernels.case import as_results
 
 Function = Callable[..., Any]
 """A call of a contender: the leaves in order -> a tensor or several."""

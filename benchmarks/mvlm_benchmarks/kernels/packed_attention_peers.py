@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mvlm_benchmarks.kernels.attention_peers import Function, Side, require_cuda
-from mvlm_benchmarks.kernels.inputs import Inputs
+from mvlm_kernels.case import Inputs
 
 
 def xformers(inputs: Inputs) -> Function:

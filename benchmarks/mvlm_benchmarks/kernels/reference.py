@@ -8,14 +8,13 @@ There are three passes:
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvlm_benchmarks.clock import Results
 from mvlm_benchmarks.kernels.checks import same_bits
-from mvlm_benchmarks.kernels.inputs import Case, Inputs
+from mvlm_kernels.case import Case, Inputs, as_results
 
 PASSES = ("forward", "backward", "both")
 # Maximum error, relative to the reference's largest value. On a GPU float32 is TF32, which rounds operands to 10 bits.
@@ -29,11 +28,6 @@ MOST_SETS = 4
 def passes_of(case: Case) -> tuple[str, ...]:
     """Passes of a case. A case without gradients (uint8 images) has only `forward`."""
     return PASSES if case.minimum[1] else PASSES[:1]
-
-
-def as_results(out: Any) -> Results:
-    """The output of an op, one tensor or several, as a tuple."""
-    return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Expected:
 def run_reference(case: Case, inputs: Inputs, seed: int = 0) -> Expected:
     """Run the case's reference, forward and backward, in float64 on the inputs' device. seed: of the gradients."""
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.leaves.items()}
-    outs = as_results(case.reference(**leaves, **inputs.fixed))
+    outs = as_results(case.oracle(**leaves, **inputs.fixed))
     generator = torch.Generator(outs[0].device).manual_seed(1 + seed)
 
     def incoming(out: Tensor) -> Tensor:

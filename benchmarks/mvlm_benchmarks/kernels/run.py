@@ -18,9 +18,9 @@ from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.kernels import report
 from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.compare import Row, bench_case, case_ceilings, rows_of
-from mvlm_benchmarks.kernels.inputs import Case
-from mvlm_benchmarks.kernels.peers import EAGER, PEERS, Peer
+from mvlm_benchmarks.kernels.peers import PEERS, Peer
 from mvlm_benchmarks.results import RowFile, heading
+from mvlm_kernels.case import Case
 from mvlm_kernels.hardware import peak_rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,7 +45,8 @@ def run(
         ConfigError: an unknown op, peer, device or dtype, a number of seconds that is not positive, or
             TRITON_INTERPRET is set on a GPU.
     """
-    chosen_ops = choose("ops", ops, list(EAGER))
+    timed = dict.fromkeys(case.op for case in cases(1, torch.float32) if case.core or not quick)
+    chosen_ops = choose("ops", ops, list(timed))
     names = choose("peers", peers, [peer.name for peer in PEERS])
     chosen_peers = [peer for peer in PEERS if peer.name in names]
     device_type = choose_device(device).type

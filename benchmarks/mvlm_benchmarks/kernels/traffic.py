@@ -21,6 +21,8 @@ import unittest.mock
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvlm_benchmarks.kernels.attention_cases import Shape, attention_case
-from mvlm_benchmarks.kernels.cases import cases
-from mvlm_benchmarks.kernels.inputs import Case, Inputs, RandomInputs
-from mvlm_benchmarks.kernels.layers import WIDTH, add_layer_norm_case
 from mvlm_benchmarks.kernels.peers import EAGER, ours
-from mvlm_kernels import gelu_linear, use_backend
+from mvlm_kernels import use_backend
+from mvlm_kernels.add_layer_norm.cases import between_layers
+from mvlm_kernels.case import PAPER, Case, Inputs, as_results
+from mvlm_kernels.cases import timed
+from mvlm_kernels.cross_attention.cases import of_captions
+from mvlm_kernels.gelu_linear import cases as gelu
 from mvlm_kernels.hardware import GPUS
 
 BF16 = torch.bfloat16
@@ -62,11 +65,11 @@ def counted(batch: int) -> list[Case]:
     """Cases of equal rows whose work is all in kernels, and GELU without the products, which are torch's."""
     found = [
         case
-        for case in cases(batch, BF16)
-        if case.has_kernels and not case.left_to_torch and case.op != "gelu_linear"
-        and not re.search("captions|packed|key_index|577", case.shape)
+        for case in sorted(timed(batch, BF16), key=lambda case: not case.core)
+        if not case.left_to_torch and case.op != "gelu_linear"
+        and not re.search("captions|packed|key_index|577", case.label)
     ]  # fmt: skip
-    return [*found, add_layer_norm_case(2 * batch * 197, BF16, post_norm=True), _gelu(batch)]
+    return [*found, between_layers(2 * batch * 197, BF16, post_norm=True), _gelu(batch)]
 
 
 def samples_of(case: Case) -> tuple[int, int]:
@@ -75,28 +78,19 @@ def samples_of(case: Case) -> tuple[int, int]:
 
 def _gelu(batch: int) -> Case:
     """bfloat16 rows with a float32 bias in front of the GELU. A weight of one row stands for the linear layer."""
-    rows, width = 197 * batch, 4 * WIDTH
-
-    def make(device: str, seed: int = 0) -> Inputs:
-        random = RandomInputs(device, BF16, seed)
-        leaves = {"h": random.normal(rows, width), "h_bias": random.normal(width, dtype=torch.float32)}
-        return Inputs({**leaves, "weight": random.normal(1, width)}, {})
-
-    def reference(h: Tensor, h_bias: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(F.gelu(h + h_bias), weight.to(h))
-
+    rows, width = 197 * batch, 4 * PAPER.width
+    case = gelu.case(f"{rows} rows of {width}, without products", (rows, width), 1, BF16, BF16, h_bias=torch.float32)
     values, vectors = rows * width, 4 * width
-    minimum = 4 * values + vectors, 8 * values + 2 * vectors
-    return Case("gelu_linear", f"{rows} rows of {width}, without products", BF16, make, gelu_linear, reference, minimum)
+    return replace(case, minimum=(4 * values + vectors, 8 * values + 2 * vectors), flops=(0, 0))
 
 
 def _gelu_eager(inputs: Inputs) -> Any:
-    return lambda h, h_bias, weight: F.gelu(h + h_bias.to(h))
+    return lambda h, weight, h_bias: F.gelu(h + h_bias.to(h))
 
 
 def indexed() -> Case:
     """Three captions to an image, read by key_index. Its backward is two kernels that read every input."""
-    return attention_case(Shape(24, 32, 8, 197, index="drawn"), BF16, heads=2)
+    return of_captions(BF16, 2, len_q=32, len_k=197, batch=8, readers=24, index="popular")
 
 
 class Counter:
@@ -195,8 +189,7 @@ def passes(case: Case, build: Callable[[Inputs], Any], count: Callable[[], Any])
     inputs = case.make("cpu")
     leaves, call = list(inputs.leaves.values()), build(inputs)
     with count() as forward:
-        out = call(*leaves)
-    outs = [out] if isinstance(out, Tensor) else list(out)
+        outs = as_results(call(*leaves))
     gradients = [torch.ones_like(x) for x in outs]
     with count() as backward:
         if leaves:
@@ -220,10 +213,11 @@ def rows(select: str = "") -> list[dict[str, Any]]:
     """One row for each pass of each case whose "op shape" matches the regex."""
     found = []
     for number, case in enumerate([*counted(BATCH), indexed()]):
-        if not re.search(select, f"{case.op} {case.shape}"):
+        if not re.search(select, f"{case.op} {case.label}"):
             continue
-        eager = _gelu_eager if case.op == "gelu_linear" else EAGER[case.op]
-        if "key_index" in case.shape:
+        plain = partial(ours, replace(case, ours=case.oracle))
+        eager = _gelu_eager if case.op == "gelu_linear" else EAGER.get(case.op, plain)
+        if "key_index" in case.label:
             moved, by_torch = measure(case, lambda: Cache(L2 // SHARE)), passes(case, eager, TorchTraffic)
         else:
             samples = samples_of(case)
@@ -237,7 +231,7 @@ def rows(select: str = "") -> list[dict[str, Any]]:
             roofline = {g: round(1e6 * max(minimum / gpu.bandwidth, flops / gpu.flops), 1) for g, gpu in GPUS.items()}
             found.append(
                 {
-                    "op": case.op, "pass": name, "shape": case.shape, "bytes_moved": count, "bytes_minimum": minimum,
+                    "op": case.op, "pass": name, "shape": case.label, "bytes_moved": count, "bytes_minimum": minimum,
                     "ratio": round(count / minimum, 4), "torch_bytes": composed, "roofline_us": roofline,
                 }
             )  # fmt: skip

@@ -36,7 +36,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def toy(name: str, **changes):
-    return toy_case(shape=name, has_kernels=False, core=True, **changes)
+    return toy_case(label=name, has_kernels=False, core=True, **changes)
 
 
 GOOD = toy("good")
@@ -48,7 +48,7 @@ def quick(monkeypatch) -> None:
     """No measurement of ceilings, and no test suite inside the test suite."""
     monkeypatch.setattr(correct, "ceiling_rows", lambda *_, **__: [{"name": "copy", "shape": "", "gb_per_s": 1.0}])
     monkeypatch.setattr(correct, "GPU_TESTS", ())
-    small = [case for case in correct.small_cases(torch.float32) if case.shape == "B2 H1 D64 37x19"]
+    small = [case for case in correct.small_cases(torch.float32) if case.label == "B2 H1 D64 37x19"]
     monkeypatch.setattr(correct, "small_cases", lambda dtype: small)
 
 

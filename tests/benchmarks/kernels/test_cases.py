@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from mvlm_benchmarks.gpu.variants import launches_of
-from mvlm_benchmarks.kernels.cases import cases, small_cases
+from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.compare import prepare
 from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import PEERS, ours
 from mvlm_benchmarks.kernels.reference import PASSES, CaseData, passes_of
+from mvlm_kernels.cases import small
 from support.benchmarks import FakeClock
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -17,14 +17,14 @@ SMALL, TWO = cases(1, FP32), cases(2, FP32)
 
 def test_bytes_match_a_count_by_hand() -> None:
     def minimum(found, words):
-        return next(c for c in found if all(word in f"{c.op} {c.shape}" for word in words)).minimum
+        return next(c for c in found if all(word in f"{c.op} {c.label}" for word in words)).minimum
 
     # Attention of one image: q and out 197 rows, k and v 32 rows of 12 * 64 float32; log-sum-exp 12 * 197 float32.
     # Backward: q and the output's gradient are read and dq written; k and v are read, dk, dv written; log-sum-exp read.
     row = 12 * 64 * 4
     attention = 2 * 197 * row + 2 * 32 * row + 12 * 197 * 4, 3 * 197 * row + 4 * 32 * row + 12 * 197 * 4
     assert minimum(SMALL, ["B1 H12 D64 197x32"]) == attention
-    case = next(c for c in SMALL if c.shape == "B1 H12 D64 197x32")
+    case = next(c for c in SMALL if c.label == "B1 H12 D64 197x32")
     assert case.flops == (2 * (2 * 12 * 197 * 32 * 64), 5 * (2 * 12 * 197 * 32 * 64))
     # Keys that are shared by key_index are read once.
     assert minimum(SMALL, ["key_index"])[0] == 2 * 3 * 32 * row + 2 * 197 * row + 3 * 12 * 32 * 4 + 3 * 4
@@ -36,7 +36,7 @@ def test_bytes_match_a_count_by_hand() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SMALL, ids=[f"{case.op} {case.shape}" for case in SMALL])
+@pytest.mark.parametrize("case", SMALL, ids=[f"{case.op} {case.label}" for case in SMALL])
 def test_our_ops_pass_their_check(case) -> None:
     data = CaseData.make(case, "cpu")
     contender = LocalContender(data, [ours(case, inputs) for inputs in data.sets], FakeClock())
@@ -48,7 +48,7 @@ def test_our_ops_pass_their_check(case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eager", "gather-first", "sdpa-math", "sdpa-flash"])
-@pytest.mark.parametrize("case", TWO, ids=lambda case: f"{case.op} {case.shape}")
+@pytest.mark.parametrize("case", TWO, ids=lambda case: f"{case.op} {case.label}")
 def test_torch_peer_computes_the_op(name, case) -> None:
     (peer,) = (peer for peer in PEERS if peer.name == name)
     if case.op in peer.builders:
@@ -59,5 +59,5 @@ def test_torch_peer_computes_the_op(name, case) -> None:
 def test_every_op_with_kernels_has_a_small_case_that_launches_them() -> None:
     """The sanitizers and the first checks on a GPU see no other cases."""
     wanted = {case.op for case in cases(2, torch.bfloat16) if case.has_kernels}
-    launched = {c.op for c in small_cases(torch.bfloat16) if launches_of(c, c.make("meta"), 90)}
+    launched = {case.op for case in small(torch.bfloat16) if case.launches(90)}
     assert launched == wanted

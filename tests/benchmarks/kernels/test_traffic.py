@@ -1,12 +1,14 @@
 """Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from mvlm_benchmarks.kernels import traffic
-from mvlm_benchmarks.kernels.cases import place_case
-from mvlm_benchmarks.kernels.inputs import Sizes
 from mvlm_kernels import dispatch
+from mvlm_kernels.case import Sizes
+from mvlm_kernels.place_tokens.cases import sized
 
 CASES = list({case.op: case for case in traffic.counted(2) if case.op != "place_tokens"}.values())
 """One of each op; those of place_tokens are extrapolated."""
@@ -28,7 +30,7 @@ def check(moved, case):
 
 @pytest.mark.extended
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=[f"{case.op} {case.shape}" for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.op} {case.label}" for case in CASES])
 def test_kernels_move_few_bytes_beyond_the_minimum(case):
     check(traffic.measure(case), case)
 
@@ -36,8 +38,6 @@ def test_kernels_move_few_bytes_beyond_the_minimum(case):
 @pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["both", "visible"])
-def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode):
-    few, more, whole = (
-        place_case(batch, torch.bfloat16, mode, torch.float32, sizes=FEW) for batch in (1, 2, traffic.BATCH)
-    )
+def test_place_tokens_moves_few_bytes_beyond_the_minimum(mode: Any):
+    few, more, whole = (sized(batch, torch.bfloat16, mode, torch.float32, sizes=FEW) for batch in (1, 2, traffic.BATCH))
     check(traffic.extrapolated(traffic.measure(few), traffic.measure(more), (1, 2)), whole)

@@ -1,29 +1,17 @@
 """Dropout of attention against an independent Philox. test_combinations.py has its values and gradients."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.cases import SIDES, Shape, kept_by_hand
 from mvlm_kernels.cross_attention.reference import cross_attention_reference, philox
-from support.kernels.attention import SIDES, Case, build, op_arguments, run
-from support.kernels.attention_oracle import philox_by_hand
+from support.kernels.attention import build, op_arguments, run
 
 P, SEED = 0.3, 0x1234_5678_9ABC_DEF1
-
-
-@cache
-def kept_by_hand(batch: int, heads: int, len_q: int, len_k: int) -> Tensor:
-    """Factors (B, H, Lq, Lk) of a dropout of P with SEED."""
-    kept = torch.zeros(batch, heads, len_q, len_k, dtype=torch.float64)
-    for b, h, i in torch.cartesian_prod(*map(torch.arange, (batch, heads, len_q))).tolist():
-        words = [w for quad in range((len_k + 3) // 4) for w in philox_by_hand((quad, i, h, b), SEED, 7)]
-        kept[b, h, i] = torch.tensor([float(w / 2**32 >= P) for w in words[:len_k]])
-    return kept / (1 - P)
 
 
 def test_philox_has_the_published_words():
@@ -53,8 +41,8 @@ def test_forward_and_backward_drop_the_same(len_q: int, len_k: int, monkeypatch:
         seen = min(len_k, 128)
         assert v.grad is not None
         found += [out[:, :, 0, :seen] != 0, v.grad[:, :seen, 0, :len_q].transpose(1, 2) != 0]
-    wanted = kept_by_hand(2, 1, len_q, len_k)[:, 0, :, :seen] != 0
-    assert all(torch.equal(mask, wanted) for mask in found)
+    wanted = torch.stack([torch.from_numpy(kept_by_hand(SEED, b, (1, len_q), len_k, P) != 0)[0] for b in range(2)])
+    assert all(torch.equal(mask, wanted[..., :seen]) for mask in found)
 
 
 def test_dropout_of_nothing_changes_no_bit():
@@ -77,7 +65,7 @@ def test_share_of_dropped_probabilities():
 
 
 def test_a_given_seed_drops_the_same_where_both_sides_are_long():
-    case = Case(len_q=130, len_k=131, heads=1, width=8, batch=1, dtype=torch.float64)
+    case = Shape(len_q=130, len_k=131, heads=1, width=8, batch=1, dtype=torch.float64)
     wanted = run(cross_attention_reference, build(case), dropout_p=P, seed=torch.tensor(SEED))
     for a, b in zip(run(cross_attention, build(case), dropout_p=P, seed=SEED), wanted, strict=True):
         torch.testing.assert_close(a, b)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.cases import SIDES, Shape
 from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
-from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
+from support.kernels.attention import build, check_rows_in_front, run
 
 
 @pytest.mark.slow
@@ -43,7 +44,7 @@ def test_key_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
         assert out[2:].isfinite().all()
 
 
-LONG = Case(len_q=131, len_k=149, dtype=torch.float64)
+LONG = Shape(len_q=131, len_k=149, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("case", [
@@ -51,7 +52,7 @@ LONG = Case(len_q=131, len_k=149, dtype=torch.float64)
     replace(LONG, lengths=True, heads=4, key_heads=2, width=12), replace(LONG, packed_q=True, packed_k=True),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
-def test_attention_long_on_both_sides_has_the_same_meaning(case: Case, backend: Any):
+def test_attention_long_on_both_sides_has_the_same_meaning(case: Shape, backend: Any):
     call = build(case)
     wanted = run(cross_attention_reference, call)
     for a, b in zip(run(cross_attention, call, **call.bounds, backend=backend), wanted, strict=True):
@@ -76,7 +77,7 @@ def test_key_mask_words_round_trip(length: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [SIDES["index"], SIDES["long-index"], SIDES["packed-q"], SIDES["both"]])
-def test_attention_reads_vectors_of_any_stride(case: Case):
+def test_attention_reads_vectors_of_any_stride(case: Shape):
     """Lengths, indices and mask words as columns of a table, so that neighbours are not contiguous in memory."""
     call = build(case)
     with mvlm_kernels.use_backend("triton"):

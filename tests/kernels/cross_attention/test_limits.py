@@ -8,10 +8,11 @@ import torch
 from mvlm_kernels import cross_attention, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, tiles, why_not_triton
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
+from mvlm_kernels.cross_attention.cases import Shape
 from mvlm_kernels.cross_attention.launch import heads_of
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
-from support.kernels.attention import Case, build, run
+from support.kernels.attention import build, run
 
 GPU = torch.device("cuda", 0)
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
@@ -31,7 +32,7 @@ def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
 
 def test_sides_of_197_rows_are_short_only_on_demand():
     """Self-attention of image patches on the kernels, in tiles of 256 keys."""
-    call = build(Case(len_q=197, len_k=197, batch=1, dtype=torch.float64))
+    call = build(Shape(len_q=197, len_k=197, batch=1, dtype=torch.float64))
     with use_backend("triton"):
         with pytest.raises(RuntimeError, match="both sides are longer than 128"):
             cross_attention(call.q, call.k, call.v)

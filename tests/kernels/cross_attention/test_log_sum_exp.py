@@ -1,46 +1,26 @@
-"""The log-sum-exp of cross-attention, against loops in float64."""
+"""The log-sum-exp of cross-attention, against the oracle in float64."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention
-from support.kernels.attention import SIDES, Call, Case, build
-
-
-def lse_by_loops(case: Case, call: Call) -> Tensor:
-    """(B, H, Lq), or packed (H, rows of sequences), in float64, one query sequence at a time, by torch.logsumexp."""
-    kwargs = call.kwargs
-    cu_q, cu_k = kwargs.get("cu_seqlens_q"), kwargs.get("cu_seqlens_k")
-    found = []
-    for b in range(case.readers or case.batch):
-        r = int(kwargs["key_index"][b]) if "key_index" in kwargs else b
-        q = call.q[b] if cu_q is None else call.q[int(cu_q[b]) : int(cu_q[b + 1])]
-        k = call.k[r] if cu_k is None else call.k[int(cu_k[r]) : int(cu_k[r + 1])]
-        exists = torch.ones(len(k), dtype=torch.bool)
-        if "key_lengths" in kwargs:
-            exists[int(kwargs["key_lengths"][r]) :] = False
-        if "key_mask" in kwargs:
-            exists &= kwargs["key_mask"][r]
-        scores = torch.einsum("qhd,khd->hqk", q.double(), k[exists].double()) * case.width**-0.5
-        found.append(scores.logsumexp(-1))
-    return torch.stack(found) if cu_q is None else torch.cat(found, 1)
+from mvlm_kernels.cross_attention.cases import SIDES, oracle
+from support.kernels.attention import build
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", SIDES)
 def test_lse_of_each_layout(name: str, backend: Any):
-    case = replace(SIDES[name], heads=2)
-    call = build(case)
+    call = build(replace(SIDES[name], heads=2))
     with mvlm_kernels.use_backend(backend):
         lse = cross_attention(call.q, call.k, call.v, return_lse=True, **call.kwargs, **call.bounds)[1]
     assert lse.dtype == torch.float32
-    wanted = lse_by_loops(case, call)
+    wanted = oracle(*(x.double() for x in (call.q, call.k, call.v)), return_lse=True, **call.kwargs)[1]
     torch.testing.assert_close(lse[..., : wanted.shape[-1]].double(), wanted, rtol=0, atol=1e-5)
 
 

@@ -9,7 +9,8 @@ import torch
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention.arguments import invert_key_index
-from support.kernels.attention import SIDES, build
+from mvlm_kernels.cross_attention.cases import SIDES
+from support.kernels.attention import build
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

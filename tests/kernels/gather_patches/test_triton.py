@@ -1,6 +1,7 @@
-"""Values of gather_patches: the interpreted kernels against loops in float64."""
+"""Values of gather_patches: the interpreted kernels against windows of the images in float64."""
 
 import importlib
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -8,15 +9,19 @@ import torch
 from hypothesis import given
 
 from mvlm_kernels import use_backend
+from mvlm_kernels.case import LAYOUTS, MEAN, STD, Draw
 from mvlm_kernels.gather_patches import gather_patches, reference
-from support.kernels.patches import LAYOUTS, MEAN, SETTINGS, STD, check_gather, make_ids, make_images, patches_oracle
+from mvlm_kernels.gather_patches.cases import case, oracle
+from support.kernels.check import SETTINGS, check
 from triton_proof.allocations import guarded
+
+ANY_MEAN, ANY_STD = [*MEAN, 0.5, 0.25], [*STD, 0.5, 0.125]
 
 
 @pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])
-def test_gather_kernels_for_patch_sides(patch, channels, grid):
-    images = make_images((1, channels, grid[0] * patch, grid[1] * patch), torch.uint8, "contiguous")
-    check_gather(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
+def test_gather_kernels_for_patch_sides(patch: int, channels: int, grid: tuple[int, int]):
+    values: dict[str, Any] = {"mean": ANY_MEAN[:channels], "std": ANY_STD[:channels]}
+    check(case("", 1, grid, patch, None, torch.uint8, torch.bfloat16, channels=channels, **values))
 
 
 @pytest.mark.slow
@@ -27,16 +32,24 @@ def test_gather_kernels_for_patch_sides(patch, channels, grid):
     st.sampled_from(LAYOUTS), st.sampled_from([torch.int32, torch.int64]), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_gather_kernels_for_any_shape(
-    batch, channels, patch, rows, columns, count, dtype, layout, id_dtype, with_mean, with_std
-):
-    images = make_images((batch, channels, rows * patch, columns * patch), dtype, layout)
-    ids = None if count < 0 else make_ids(batch, count, rows * columns, id_dtype)
-    check_gather(images, ids, patch, MEAN[:channels] if with_mean else None, STD[:channels] if with_std else None)
+    batch: int, channels: int, patch: int, rows: int, columns: int, count: int, dtype: torch.dtype, layout: Any,
+    ids: torch.dtype, with_mean: bool, with_std: bool,
+):  # fmt: skip
+    mean, std = ANY_MEAN[:channels] if with_mean else None, ANY_STD[:channels] if with_std else None
+    options: dict[str, Any] = {"channels": channels, "layout": layout, "ids": ids, "mean": mean, "std": std}
+    check(case("", batch, (rows, columns), patch, None if count < 0 else count, dtype, **options))
 
 
 def test_gradients_of_repeated_patch_ids_add_up():
-    images = make_images((3, 2, 4, 6), torch.float32, "contiguous")
-    check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
+    images, ids = torch.randn(3, 2, 4, 6, dtype=torch.float64), torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5)
+    found = []
+    for function in (gather_patches, oracle):
+        x = images.clone().requires_grad_()
+        with use_backend("triton"):
+            out = function(x, ids, 2, std=STD[:2])
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("stride", [(2**31 + 64, 4, 2, 1), (16, 2**30 + 8, 2, 1), (16, 8, 2**31 + 8, 1)], ids=str)
@@ -45,16 +58,16 @@ def test_gather_kernel_reads_strides_past_31_bits(stride):
     # Untouched pages are never allocated: this buffer costs address space, not memory.
     storage = torch.empty(1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)), dtype=torch.uint8)
     images = storage.as_strided(size, stride)
-    images.copy_(make_images(size, torch.uint8, "contiguous"))
+    images.copy_(Draw("cpu").images(*size, torch.uint8))
     with use_backend("triton"):
         out = gather_patches(images, None, 1)
-    torch.testing.assert_close(out.double().numpy(), patches_oracle(images, None, 1, None, None), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.double(), oracle(images, None, 1), rtol=1e-6, atol=0)
 
 
 def test_bad_patch_id_on_a_gpu_reads_nothing_and_gives_nan():
     """Ids are not checked there by default, so the launchers are called as the op calls them on a GPU."""
     launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
-    images = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous"))
+    images = guarded(torch.rand(1, 2, 4, 4))
     ids = torch.tensor([[1, -1, 4, 2**31 - 1, 3]])
     out = launchers.gather_patches(images, ids, 2, None, None, torch.float32)
     assert out[0, 1:4].isnan().all()
@@ -65,11 +78,8 @@ def test_bad_patch_id_on_a_gpu_reads_nothing_and_gives_nan():
 
 
 def test_gather_kernel_reads_means_of_any_stride():
-    images, table = (
-        make_images((2, 3, 8, 8), torch.uint8, "contiguous"),
-        torch.tensor([MEAN[:3], STD[:3]]).T.contiguous(),
-    )
-    wanted = gather_patches(images, None, 4, mean=MEAN[:3], std=STD[:3])
+    images, table = Draw("cpu").images(2, 3, 8, 8, torch.uint8), torch.tensor([MEAN, STD]).T.contiguous()
+    wanted = gather_patches(images, None, 4, mean=MEAN, std=STD)
     with use_backend("triton"):
         torch.testing.assert_close(gather_patches(images, None, 4, mean=table[:, 0], std=table[:, 1]), wanted)
 

@@ -1,86 +1,45 @@
-"""Values of gelu_linear: the interpreted kernels and the torch code against loops in float64."""
+"""Values of gelu_linear: the interpreted kernels and the torch code against formulas in float64."""
 
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from mvlm_kernels import dispatch, gelu_linear, use_backend
-from support.kernels.accuracy import accurate
-from support.kernels.pixel_losses import random
-from triton_proof.allocations import guarded
+from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels.case import Case, Inputs
+from mvlm_kernels.gelu_linear.cases import case
+from support.kernels.check import check, results
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-NAMES = "output", "dh", "dweight", "dbias", "dh_bias"
 
 
-def case(rows, width, out, dtype=FP32, parameters=FP32, bias=True, h_bias=True):
-    """h, weight, bias and h_bias. Values of h reach both tails of the GELU."""
-    return [
-        3 * random((rows, width), dtype),
-        random((out, width), parameters, 1),
-        random((out,), parameters, 2) if bias else None,
-        random((width,), parameters, 3) if h_bias else None,
-    ]
-
-
-def oracle(inputs, grad):
-    """Output and gradients in float64, with the GELU and its derivative value by value."""
-    arrays: list[Any] = [None if t is None else t.detach().double().numpy() for t in inputs]
-    h, weight, bias, h_bias = arrays
-    x = h if h_bias is None else h + h_bias
-    below = np.array([[0.5 * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in x])
-    density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    g = grad.double().numpy()
-    dh = (g @ weight) * (below + x * density)
-    found = [(x * below) @ weight.T + (0 if bias is None else bias), dh, g.T @ (x * below)]
-    return [*found, None if bias is None else g.sum(0), None if h_bias is None else dh.sum(0)]
-
-
-def by_op(inputs, grad, backend):
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    h, weight, bias, h_bias = leaves
-    with use_backend(backend):
-        out = gelu_linear(h, weight, bias, h_bias=h_bias)
-        out.backward(grad)
-    return [out.detach(), *(None if t is None else t.grad for t in leaves)]
-
-
-def check(inputs):
-    grad = random((len(inputs[0]), len(inputs[1])), inputs[0].dtype, 4)
-    wanted = oracle(inputs, grad)
-    inner: list[Any] = [None if t is None else guarded(t) for t in inputs]
-    by_torch, by_kernel = (by_op(inner, guarded(grad), backend) for backend in ("torch", "triton"))
-    half = inputs[0].dtype.itemsize == 2  # weights and products are then rounded to 16 bits
-    for name, want, slow, fast in zip(NAMES, wanted, by_torch, by_kernel, strict=True):
-        assert (want is None) == (slow is None) == (fast is None), name
-        if want is None:
-            continue
-        want = torch.from_numpy(want)
-        accurate(f"{name} by torch", slow, slow, want, rms=2e-2 if half else None, terms=50)
-        accurate(f"{name} by the kernels", fast, slow, want, rms=2e-2 if half else None, terms=50)
+def of(
+    rows: int, width: int, out: int, dtype: torch.dtype = FP32, parameters: torch.dtype = FP32, bias: bool = True,
+    h_bias: bool = True,
+) -> Case:  # fmt: skip
+    biases: dict[str, Any] = {"bias": parameters if bias else None, "h_bias": parameters if h_bias else None}
+    return case(f"{rows}x{width}", (rows, width), out, dtype, parameters, **biases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("types", [(BF16, FP32), (FP16, FP16), (FP32, FP32), (FP64, FP64)], ids=str)
-def test_types_and_biases(types, biases):
-    check(case(11, 70, 5, *types, *biases))
+def test_types_and_biases(types: Any, biases: Any):
+    check(of(11, 70, 5, *types, *biases))
 
 
 def test_several_slices_of_columns_and_tiles_of_rows(monkeypatch):
     """Four programs along the rows, for thirteen tiles; three slices of columns."""
-    check(case(3, 600, 4))
+    check(of(3, 600, 4))
     monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
-    check(case(101, 40, 4))
+    check(of(101, 40, 4))
 
 
 def test_repeats_and_strides_give_the_same_bits():
-    inputs, grad = case(20, 40, 6, BF16), random((20, 6), BF16, 7)
-    wanted = by_op(inputs, grad, "triton")
-    strided = [torch.stack([t, t], dim=-1)[..., 0] for t in inputs]
-    for again in (by_op(inputs, grad, "triton"), by_op(strided, grad, "triton")):
-        for a, b in zip(again, wanted, strict=True):
-            assert torch.equal(a, b)
+    made, grads = of(20, 40, 6, BF16), [torch.randn(20, 6, generator=torch.Generator().manual_seed(7))]
+    inputs = made.make("cpu")
+    strided = Inputs({name: torch.stack([x, x], dim=-1)[..., 0] for name, x in inputs.leaves.items()}, inputs.fixed)
+    with use_backend("triton"):
+        wanted, *others = (results(made.ours, given, grads) for given in (inputs, inputs, strided))
+    for again in others:
+        assert all(torch.equal(again[name], x) for name, x in wanted.items())

@@ -1,6 +1,7 @@
-"""Values of masked_pixel_loss: the interpreted kernels against loops in float64."""
+"""Values of masked_pixel_loss: the interpreted kernels against formulas in float64."""
 
 import importlib
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -8,10 +9,13 @@ import torch
 from hypothesis import given
 
 from mvlm_kernels import use_backend
+from mvlm_kernels.case import LAYOUTS, MEAN
 from mvlm_kernels.pixel_loss import masked_pixel_loss
-from support.kernels.patches import LAYOUTS, MEAN, SETTINGS, make_ids, make_images
-from support.kernels.pixel_losses import FLOATS, KINDS, check_masked, random
+from mvlm_kernels.pixel_loss.cases import KINDS, case
+from support.kernels.check import SETTINGS, check
 from triton_proof.allocations import guarded
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.slow
@@ -22,13 +26,14 @@ from triton_proof.allocations import guarded
     st.sampled_from(KINDS), st.booleans(), st.sampled_from(["mean", "none"]), st.booleans(),
 )  # fmt: skip
 def test_masked_kernels_for_any_shape(
-    batch, channels, patch, rows, columns, count, images_dtype, dtype, layout, kind, normalize, reduction, strided
-):
-    images = make_images((batch, channels, rows * patch, columns * patch), images_dtype, layout)
-    ids = None if count < 0 else make_ids(batch, count, rows * columns)
-    features = channels * patch**2
-    pred = random((batch, rows * columns if count < 0 else count, features * (1 + strided)), dtype)[..., :: 1 + strided]
-    check_masked(pred, images, ids, patch, MEAN[:channels], None, kind, normalize and features > 1, reduction)
+    batch: int, channels: int, patch: int, rows: int, columns: int, count: int, images: torch.dtype,
+    dtype: torch.dtype, layout: Any, kind: str, normalize: bool, reduction: str, strided: bool,
+):  # fmt: skip
+    options: dict[str, Any] = {"channels": channels, "layout": layout, "kind": kind, "reduction": reduction}
+    options |= {"normalize": normalize and channels * patch**2 > 1, "strided": strided, "ids": torch.int64}
+    mean = [*MEAN, 0.5, 0.25][:channels]
+    number = None if count < 0 else count
+    check(case("", batch, (rows, columns), patch, number, images, dtype, mean=mean, std=None, **options))
 
 
 def test_sums_are_those_of_more_values_than_a_tile_has():
@@ -39,7 +44,7 @@ def test_sums_are_those_of_more_values_than_a_tile_has():
 
 def test_nan_predictions_give_nan_gradients():
     """Sign bytes have no NaN, but a loss scaler that looks for NaN in gradients must still see one."""
-    images = make_images((1, 1, 2, 2), torch.uint8, "contiguous")
+    images = torch.tensor([[[[0, 255], [17, 3]]]], dtype=torch.uint8)
     pred = torch.tensor([[[0.5, float("nan"), -1.0, 2.0]]])
     for backend in ("torch", "triton"):
         p = pred.clone().requires_grad_()
@@ -53,8 +58,8 @@ def test_nan_predictions_give_nan_gradients():
 
 def test_bad_patch_id_on_a_gpu_gives_a_nan_loss():
     launchers = importlib.import_module("mvlm_kernels.pixel_loss.triton")
-    images, ids = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous")), torch.tensor([[1, -1, 4, 3]])
-    pred = guarded(random((1, 4, 8), torch.float32))
+    images, ids = guarded(torch.rand(1, 2, 4, 4)), torch.tensor([[1, -1, 4, 3]])
+    pred = guarded(torch.randn(1, 4, 8))
     losses, _ = launchers.masked_pixel_loss(pred, images, ids, 2, None, None, "l1", True, False, True)
     assert losses.isnan().tolist() == [[False, True, True, False]]
 
@@ -62,13 +67,12 @@ def test_bad_patch_id_on_a_gpu_gives_a_nan_loss():
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_scaled_gradients_of_each_patch_fit_float16(backend):
     """A loss scale of 2^16 exceeds float16, but the scaled gradients fit."""
-    images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
-    grads = []
+    made, grads = case("", 2, (2, 2), 2, 4, torch.uint8, torch.float16, reduction="none"), []
     for scale in (1.0, 2.0**16):
-        pred = random((2, 4, 12), torch.float16).requires_grad_()
+        inputs = made.make("cpu")
         with use_backend(backend):
-            loss = masked_pixel_loss(pred, images, ids, 2, reduction="none")
-        grads += torch.autograd.grad(loss, pred, torch.full_like(loss, scale))
+            (loss,) = made.forward(inputs)
+        grads += torch.autograd.grad(loss, inputs.leaves["pred"], torch.full_like(loss, scale))
     assert bool(grads[1].isfinite().all())
     torch.testing.assert_close(grads[1], grads[0] * 2.0**16, rtol=1e-3, atol=0)
 

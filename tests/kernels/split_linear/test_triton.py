@@ -1,27 +1,27 @@
-"""Values of split_linear, interpreted, against autograd of the plain layer in float64."""
+"""Values of split_linear, interpreted, against one product a part in float64."""
+
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from mvlm_kernels import dispatch, use_backend
-from mvlm_kernels.split_linear import split_linear
+from mvlm_kernels import dispatch
+from mvlm_kernels.split_linear.cases import case
+from support.kernels.check import check, results
+
+
+@pytest.mark.parametrize("parts, width", [(2, 5), (3, 300)])
+def test_values_and_gradients_are_those_of_the_plain_layer(parts: int, width: int, monkeypatch: pytest.MonkeyPatch):
+    """Several programs take several tiles each."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
+    check(case("", 120, width, parts, torch.float64))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("parts, width", [(2, 5), (3, 300)])
-def test_values_and_gradients_are_those_of_the_plain_layer(backend, parts, width, monkeypatch):
-    """Several programs take several tiles each; the gradients come with any strides."""
-    monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
-    draw = torch.Generator().manual_seed(parts)
-    x, weight, bias = (
-        torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_()
-        for shape in ((3, 40, 7), (parts * width, 7), (parts * width,))
-    )
-    grads = [torch.randn(40, 3, width, generator=draw, dtype=torch.float64).transpose(0, 1) for _ in range(parts)]
-    wanted = F.linear(x, weight, bias).chunk(parts, -1)
-    with use_backend(backend):
-        found = split_linear(x, weight, bias, parts)
-        inner = torch.autograd.grad(found, (x, weight, bias), grads)
+def test_gradients_come_with_any_strides(backend: Any):
+    made = case("", 40, 6, 2, torch.float64)
+    strided = [torch.randn(6, 40, dtype=torch.float64).T for _ in range(2)]
+    with dispatch.use_backend(backend):
+        wanted = results(made.ours, made.make("cpu"), [x.contiguous() for x in strided])
+        found = results(made.ours, made.make("cpu"), strided)
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(inner, torch.autograd.grad(wanted, (x, weight, bias), grads))

@@ -1,30 +1,15 @@
-"""Cases of ``place_tokens``: output and gradients against loops in float64."""
+"""Edges of ``place_tokens``: ids outside the image, images far apart."""
 
-import itertools
 from functools import partial
 from typing import Any
 
 import torch
 
-from emulator.cases import Cases
+from emulator.edges import Calls
 from mvlm_kernels import place_tokens
-from support.kernels.token_placement import case, check_placement
 from triton_proof.driver import changed
 
 BF16 = torch.bfloat16
-TYPES = {
-    "bf16": (BF16, None),
-    "fp16": (torch.float16, None),
-    "fp32": (torch.float32, None),
-    "bf16-fp32-parameters": (BF16, torch.float32),
-}
-FAST = {"visible/bf16/2x5x130", "masked/bf16-fp32-parameters/2x5x130"}
-SIZES = ((17, 50, 768), (3, 196, 768), (2, 5, 130), (1, 0, 65))
-
-
-def check(mode: str, dtype: torch.dtype, parameters: torch.dtype | None, size: tuple[int, int, int]) -> None:
-    batch, patches, width = size
-    check_placement(*case(batch, patches, width, mode, dtype, parameters, visible=min(13, patches)))
 
 
 def bad_ids(ids_dtype: torch.dtype) -> None:
@@ -55,10 +40,7 @@ def far_apart() -> None:
             assert torch.equal(a, b)
 
 
-def cases() -> Cases:
-    for mode, (name, (dtype, parameters)) in itertools.product(("all", "masked", "visible"), TYPES.items()):
-        for size in SIZES:
-            yield f"{mode}/{name}/{'x'.join(map(str, size))}", partial(check, mode, dtype, parameters, size)
+def calls() -> Calls:
     for ids_dtype in (torch.int32, torch.int64):
         yield f"bad-ids/{ids_dtype}", partial(bad_ids, ids_dtype)
     yield "far-apart", far_apart

@@ -1,4 +1,4 @@
-"""Cases of ``masked_pixel_loss``: losses and gradients against loops in float64."""
+"""Edges of ``masked_pixel_loss``: ids outside the image, NaN, no patches."""
 
 import itertools
 from functools import partial
@@ -6,21 +6,11 @@ from typing import Any
 
 import torch
 
-from emulator.cases import Cases
-from emulator.cases.attention import TYPES
+from emulator.edges import Calls
 from mvlm_kernels import masked_pixel_loss
-from support.kernels import pixel_losses
-from support.kernels.patches import MEAN, STD, make_ids, make_images
-from support.kernels.pixel_losses import KINDS, random
+from mvlm_kernels.pixel_loss.cases import KINDS, TYPES
 
 BF16 = torch.bfloat16
-FAST = {"masked/bf16/l1/raw/mean/p16", "masked/bf16/mse/normalized/none/p16"}
-
-
-def masked(dtype: torch.dtype, kind: str, normalize: bool, reduction: str, side: int, pixels: torch.dtype) -> None:
-    images = make_images((2, 3, 2 * side, 3 * side), pixels, "channels_last")
-    pred, ids = random((2, 4, 3 * side**2), dtype), make_ids(2, 4, 6, torch.int32)
-    pixel_losses.check_masked(pred, images, ids, side, MEAN[:3], STD[:3], kind, normalize, reduction)
 
 
 def bad_ids(dtype: torch.dtype, kind: str, normalize: bool) -> None:
@@ -65,12 +55,8 @@ def nothing(batch: int, count: int) -> None:
     assert pred.grad is not None
 
 
-def cases() -> Cases:
+def calls() -> Calls:
     for (name, dtype), kind in itertools.product(TYPES.items(), KINDS):
-        for normalize, reduction in itertools.product((False, True), ("mean", "none")):
-            label = f"{name}/{kind}/{'normalized' if normalize else 'raw'}/{reduction}"
-            for side, pixels in ((16, torch.uint8), (7, dtype), (14, torch.uint8)):
-                yield f"masked/{label}/p{side}", partial(masked, dtype, kind, normalize, reduction, side, pixels)
         for normalize in (False, True):
             label = f"bad-ids/{name}/{kind}/{'normalized' if normalize else 'raw'}"
             yield label, partial(bad_ids, dtype, kind, normalize)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulator.cases import Cases
-from emulator.cases.attention import TYPES
+from emulator.edges import Calls
 from emulator.library import multiprocessors
 from mvlm_kernels import cross_attention
-from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
+from mvlm_kernels.cross_attention.cases import SIDES, TYPES, Shape
+from support.kernels.attention import build, check_rows_in_front, run
 from triton_proof.driver import changed, recorded, unwritten
 
 BF16 = torch.bfloat16
@@ -21,7 +21,7 @@ FAST = {"no-keys-lengths/197x32/0"}
 
 def single_key(dtype: torch.dtype, len_q: int, len_k: int) -> None:
     """Over one key P is 1 and dS is 0, whatever the inputs."""
-    call = build(Case(len_q=len_q, len_k=len_k, dtype=dtype, width=64, heads=2))
+    call = build(Shape(len_q=len_q, len_k=len_k, dtype=dtype, width=64, heads=2))
     out, dq, dk, dv = run(cross_attention, call)
     if len_k == 1:
         exact = 2e-3 if dtype == torch.float32 else 0  # V goes through the product in TF32
@@ -76,10 +76,10 @@ def bad_index(label: str) -> None:
     """Queries with an index out of range are NaN. The others are as without them."""
     for ids in (torch.int32, torch.int64):
         for low, high in ((-7, 1000), (torch.iinfo(ids).min, torch.iinfo(ids).max)):
-            case = replace(SIDES[label], lengths=False, dtype=BF16, ids=ids)
-            call = build(case)
+            shape = replace(SIDES[label], lengths=False, dtype=BF16, ids=ids)
+            call = build(shape)
             index = call.kwargs["key_index"]
-            index[0], index[1], index[2:] = low, high, case.batch - 1
+            index[0], index[1], index[2:] = low, high, shape.batch - 1
             out, dq, _, _ = run(cross_attention, call)
             assert out[:2].isnan().all()
             assert dq[:2].isnan().all()
@@ -157,7 +157,7 @@ def empty_batch() -> None:
     cross_attention(q, k, k).sum().backward()
 
 
-def cases() -> Cases:
+def calls() -> Calls:
     for name, dtype in TYPES.items():
         for len_q, len_k in ((1, 1), (197, 1), (1, 197), (1, 2)):
             yield f"{len_q}x{len_k}/{name}", partial(single_key, dtype, len_q, len_k)
