@@ -116,7 +116,7 @@ class Case:
     multiplies: bool = False
     """The kernels contain matrix products, which are in TF32 for float32."""
     multiprocessors: int = 0
-    """Of the GPU that is emulated; 0 splits no work."""
+    """Number of multiprocessors of the GPU that is emulated; 0 splits no work."""
     incoming: Callable[[Tensor], Tensor] = field(default=lambda grad: grad, repr=False)
     """Lays the gradient of an output out in memory."""
     yardstick: Callable[..., Any] | None = None

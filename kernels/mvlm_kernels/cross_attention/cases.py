@@ -111,7 +111,7 @@ class Shape:
     readers: int = 0
     """Query sequences that read the key sequences by key_index; 0: each its own."""
     index: Literal["random", "in turn", "popular"] = "random"
-    """Which sequence each reads: see :func:`popular`."""
+    """Choice of the sequence that each reads: drawn, one after another, or by :func:`popular`."""
     packed_q: bool = False
     packed_k: bool = False
     hostile: bool = True
