@@ -1,5 +1,6 @@
 """Values of gelu_linear: the interpreted kernels and the torch code against formulas in float64."""
 
+import math
 from typing import Any
 
 import pytest
