@@ -14,9 +14,8 @@ timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
 from mvlm_kernels import use_backend  # noqa: E402
-from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations import transformers as for_transformers  # noqa: E402
-from mvlm_kernels.integrations.blocks import swap_blocks  # noqa: E402
+from mvlm_kernels.integrations.blocks import Swapped, swap_blocks  # noqa: E402
 from mvlm_kernels.integrations.timm import swap  # noqa: E402
 
 pytestmark = [
@@ -42,36 +41,21 @@ def swapped(model: Any) -> Any:
     return model
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Names of the ops that swapped models call, in order."""
-    found: list[str] = []
-    for name in ("add_layer_norm", "gelu_linear"):
-        op = getattr(blocks, name)
-
-        def call(*args, op=op, name=name, **kwargs):
-            found.append(name)
-            return op(*args, **kwargs)
-
-        monkeypatch.setattr(blocks, name, call)
-    return found
-
-
 def read_again(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
 
 
 @pytest.mark.parametrize("trace", [fx.symbolic_trace, lambda model: read_again(fx.symbolic_trace(model))])
-def test_a_traced_model_calls_the_ops_where_it_runs(trace: Callable[[nn.Module], nn.Module], calls: list[str]):
+def test_a_traced_model_calls_the_ops_where_it_runs(trace: Callable[[nn.Module], nn.Module], fused_calls: list[str]):
     model = swapped(vit())
     graph = trace(model)
-    calls.clear()
+    fused_calls.clear()
     with torch.no_grad():
         assert torch.equal(graph(IMAGES), model(IMAGES))  # a CPU: their own code
-        assert not calls
+        assert not fused_calls
         with use_backend("torch"):
             assert torch.equal(graph(IMAGES), model(IMAGES))
-    assert calls == ["add_layer_norm", "gelu_linear"] * 4
+    assert fused_calls == ["add_layer_norm", "gelu_linear"] * 4
     torch.testing.assert_close(graph(IMAGES), vit()(IMAGES))
 
 
@@ -97,7 +81,7 @@ def test_a_traced_part_alone_is_its_own_code(kind: str):
     assert torch.equal(fx.symbolic_trace(part)(x), wanted)
 
 
-def test_a_traced_output_layer_of_bert_is_one_node(calls: list[str]):
+def test_a_traced_output_layer_of_bert_is_one_node(fused_calls: list[str]):
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -112,7 +96,7 @@ def test_a_traced_output_layer_of_bert_is_one_node(calls: list[str]):
     assert swap_blocks(holder).swapped
     with use_backend("torch"):
         torch.testing.assert_close(fx.symbolic_trace(holder)(states, states), wanted)
-    assert calls == ["add_layer_norm"]
+    assert fused_calls == ["add_layer_norm"]
     assert torch.equal(torch.jit.script(holder)(states, states), wanted)
 
 
@@ -146,7 +130,7 @@ def test_features_are_extracted_by_name(library: str):
 
 
 @pytest.mark.slow
-def test_torchscript_compiles_the_librarys_own_code(calls: list[str]):
+def test_torchscript_compiles_the_librarys_own_code(fused_calls: list[str]):
     wanted, model = vit()(IMAGES), vit()
     assert len(swap_blocks(model).swapped) == 4
     swap(model)
@@ -157,7 +141,7 @@ def test_torchscript_compiles_the_librarys_own_code(calls: list[str]):
     torch.testing.assert_close(torch.jit.script(fx.symbolic_trace(model))(IMAGES), wanted)
     with use_backend("torch"):
         model(IMAGES)
-        assert calls == ["add_layer_norm", "gelu_linear"] * 2  # the swap is still there
+        assert fused_calls == ["add_layer_norm", "gelu_linear"] * 2  # the swap is still there
         graph: Any = torch.jit.trace(model, IMAGES)
     assert torch.equal(graph(IMAGES), wanted)
 
@@ -177,13 +161,13 @@ def test_a_patch_embedding_that_normalises_is_not_scripted():
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, read_again])
-def test_a_copy_is_swapped_too(clone: Callable[[Any], Any], calls: list[str]):
+def test_a_copy_is_swapped_too(clone: Callable[[Any], Any], fused_calls: list[str]):
     model = swapped(vit())
     other = clone(model)
     assert [str(part.reason) for part in swap_blocks(other).parts] == [str(p.reason) for p in swap_blocks(model).parts]
     with use_backend("torch"):
         torch.testing.assert_close(other(IMAGES), model(IMAGES))
-    assert calls == ["add_layer_norm", "gelu_linear"] * 4
+    assert fused_calls == ["add_layer_norm", "gelu_linear"] * 4
 
 
 def test_undo_refuses_a_module_that_has_got_another_class():
@@ -194,7 +178,7 @@ def test_undo_refuses_a_module_that_has_got_another_class():
     model.blocks[1].__class__ = type("Sharded", (kind,), {})
     with pytest.raises(RuntimeError, match="found Sharded"):
         report.undo()
-    assert isinstance(model.blocks[0], blocks.Swapped)
+    assert isinstance(model.blocks[0], Swapped)
     model.blocks[1].__class__ = kind
     report.undo()
     report.undo()
