@@ -1,6 +1,7 @@
 """Answers of a model to what a visitor sent: each function checks it, and returns what is shown."""
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mvlm.app.uploads import MAX_BYTES
 from mvlm.errors import ConfigError, RunError
 from mvlm.inference.attention_maps import draw_overlay
 from mvlm.inference.images import rgb_image
+from mvlm.inference.texts import shortened
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import DataError
 from mvlm_dataloading.images.limits import ImageLimits
@@ -25,6 +27,9 @@ MAX_CHARACTERS = 1_000
 MAX_LABELS = 100
 MAX_TEXTS = 1_000
 """Most texts of one question: labels times templates."""
+SHARED_SECONDS = 2.0
+"""Longest time that the texts of one question take on a page that several visitors share."""
+TIMED_TEXTS = 32
 SIDE = 288
 """Side of the images that are shown, in pixels."""
 PARTS = ("nothing", "left half", "right half", "top half", "bottom half", "scattered, as in training")
@@ -113,18 +118,33 @@ def fill(model: TrainedModel, image: Image.Image | None, text: str | None) -> tu
     return filled.text, rows
 
 
+def most_shared_texts(model: TrainedModel) -> int:
+    """Texts of the longest length that a model encodes in SHARED_SECONDS on this machine, at most MAX_TEXTS."""
+    longest = model.network.config.text_length
+    texts = [shortened("a " * longest, model.tokenizer, longest)] * TIMED_TEXTS
+    model.embed_texts(texts[:1])  # the first call is slower
+    began = time.perf_counter()
+    model.embed_texts(texts)
+    return min(MAX_TEXTS, max(2, int(TIMED_TEXTS * SHARED_SECONDS / (time.perf_counter() - began))))
+
+
 def classify(
-    model: TrainedModel, image: Image.Image | None, labels: str | None, templates: str | None
+    model: TrainedModel,
+    image: Image.Image | None,
+    labels: str | None,
+    templates: str | None,
+    *,
+    most_texts: int = MAX_TEXTS,
 ) -> dict[str, float]:
-    """Probability of each label; `labels` and `templates` have one a line."""
+    """Probability of each label; `labels` and `templates` have one a line. ConfigError for more than `most_texts`."""
     names = list(dict.fromkeys(check_lines(labels, "labels")))
     if len(names) < 2:
         raise ConfigError(f"labels: wanted two or more, one a line, got {len(names)}; add some")
     sentences = check_lines(templates, "templates")
-    if len(names) * len(sentences) > MAX_TEXTS:
+    if len(names) * max(1, len(sentences)) > most_texts:
         raise ConfigError(
-            f"templates: wanted at most {MAX_TEXTS:,} texts, got {len(names)} labels times {len(sentences)} templates; "
-            "leave some out"
+            f"templates: wanted at most {most_texts:,} texts, got {len(names)} labels times {max(1, len(sentences))} "
+            "templates; leave some out"
         )
     found = model.classify(_given(image), names, sentences or None)
     return dict(zip(found.labels, found.probability[0].tolist(), strict=True))

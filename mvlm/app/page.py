@@ -63,12 +63,13 @@ def image_upload(uploads: Uploads, value: Image.Image | None = None) -> gr.Image
     return component
 
 
-def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
+def build_page(model: TrainedModel, gallery: Gallery | None, name: str, most_texts: int = answers.MAX_TEXTS) -> Page:
     """The page of a model.
 
     Args:
         gallery: images to search; None leaves that tab out.
         name: name of the model, for the heading.
+        most_texts: texts of one question of the tab Classify.
     """
     # Names of answers' files are hashes with this. Gradio's own is the same in every process, and in every container.
     processing_utils.hash_seed = os.urandom(32)
@@ -88,7 +89,7 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> Page:
             _rebuild_tab(page, model, image, caption)
             if model.network.matching_is_trained:
                 _look_tab(page, model, image, caption)
-            _classify_tab(page, model, image, caption)
+            _classify_tab(page, partial(answers.classify, model, most_texts=most_texts), image, caption)
     shown = (component["props"].get("value") for component in blocks.get_config_file()["components"])
     page.uploads.add_examples(value["path"] for value in shown if isinstance(value, dict) and value.get("path"))
     return page
@@ -219,7 +220,7 @@ def _look_tab(page: Page, model: TrainedModel, image: Image.Image | None, text: 
         _on(page, [button.click, query.submit], partial(answers.look, model), [picture, query], maps)
 
 
-def _classify_tab(page: Page, model: TrainedModel, image: Image.Image | None, caption: str) -> None:
+def _classify_tab(page: Page, classify: Callable[..., Any], image: Image.Image | None, caption: str) -> None:
     labels = "\n".join(dict.fromkeys([caption, "red heart", "dog", "flag", "face"])).strip()
     with gr.Tab("Classify"):
         with gr.Row():
@@ -229,7 +230,7 @@ def _classify_tab(page: Page, model: TrainedModel, image: Image.Image | None, ca
                 templates = gr.Textbox("", label="Templates, one a line, with {} for the label (optional)", lines=2)
                 button = gr.Button("Classify", variant="primary")
                 chances = gr.Label(label="Probabilities")
-        _on(page, [button.click], partial(answers.classify, model), [picture, names, templates], chances)
+        _on(page, [button.click], classify, [picture, names, templates], chances)
 
 
 def _on(page: Page, events: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:

@@ -205,8 +205,9 @@ def app(
     if data is not None and index is not None:
         raise ConfigError("index: wanted --data or --index, got both; leave one out")
     with _ended_by_sigterm(), _temporary_uploads():
-        from mvlm.app.answers import about_task
+        from mvlm.app.answers import MAX_TEXTS, about_task, most_shared_texts
         from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
+        from mvlm.app.gate import is_local
         from mvlm.app.page import build_page  # fails without gradio, before anything is loaded
         from mvlm.app.server import bind, start
         from mvlm.search.index import open_index
@@ -221,7 +222,9 @@ def app(
             gallery = open_gallery(model, data) if data is not None else None
             if gallery is None:
                 say(f"{checkpoint}: its data are not here, so there is no search; give --data or --index")
-        page = build_page(model, gallery, Path(checkpoint).name)
+        # A question runs to its end: a long one would keep all other visitors waiting.
+        alone = is_local(host) and not (behind_proxy or allow_host)
+        page = build_page(model, gallery, Path(checkpoint).name, MAX_TEXTS if alone else most_shared_texts(model))
         server = start(page, host, port, allow_host, behind_proxy)
         try:
             say(f"{server.url}  (Ctrl-C ends it)\n{about_task(model)}", flush=True)

@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,26 @@ def test_a_click_changes_the_patch_under_it_and_no_other(model) -> None:
     assert not before.any()
     assert not answers.toggle_patch(after, [1.5 * patch, 0.5 * patch]).any()
     assert answers.toggle_patch(before, [answers.SIDE, answers.SIDE])[-1, -1]  # on the very edge
+
+
+def test_a_shared_page_takes_as_many_texts_as_it_encodes_soon(model, image, monkeypatch) -> None:
+    """Here a text takes 0.1 s, so 20 take 2 s."""
+    now = [0.0]
+
+    def embed(texts: list[str]) -> None:
+        now[0] += 0.1 * len(texts)
+
+    monkeypatch.setattr(model, "embed_texts", embed)
+    monkeypatch.setattr(answers, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert answers.most_shared_texts(model) == 20
+    monkeypatch.undo()
+    assert 2 <= answers.most_shared_texts(model) <= answers.MAX_TEXTS
+    labels, templates = "\n".join("abcdefg"), "a {}\nb {}\nc {}"
+    assert len(answers.classify(model, image, labels, templates, most_texts=21)) == 7
+    with pytest.raises(ConfigError, match="templates"):
+        answers.classify(model, image, labels, templates, most_texts=20)
+    with pytest.raises(ConfigError, match="templates"):
+        answers.classify(model, image, labels, "", most_texts=6)
 
 
 def test_questions_that_cannot_be_answered_are_refused(gallery, model, image) -> None:
