@@ -30,7 +30,7 @@ class RunSettings(TypedDict):
     log_every: NotRequired[Count]
     checkpoint: NotRequired[Text | None]
     initial_model: NotRequired[Text | None]
-    model: NotRequired[dict[str, Any] | None]
+    model: NotRequired[dict[str, Any]]
 
 
 class Manifest(TypedDict):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_HALF_OF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Escape of a UTF-16 surrogate in the text of a JSON document."""
 _followed: set[str] = set()
 
 
@@ -168,9 +171,17 @@ def regular_lines(path: Path, kind: str, *, within: Path | None = None) -> Itera
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON document, whose numbers are finite. ValueError, with a reason of a few words, for others."""
+    """The value of a JSON document, whose numbers are finite and whose texts are Unicode.
+
+    ValueError, with a reason of a few words, for others.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        if _HALF_OF_A_CHARACTER.search(text if isinstance(text, bytes) else text.encode(errors="surrogateescape")):
+            json.dumps(value, ensure_ascii=False).encode()  # of two halves that belong together, json makes one
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("half of a character (a lone UTF-16 surrogate)") from None
     except UnicodeDecodeError:
         raise ValueError("bytes that are not UTF-8") from None
     except json.JSONDecodeError as error:

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
-from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, NO_FLAG, Range, check_values
+from mvlm.config.ranges import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    DECAY,
+    FRACTION,
+    NO_FLAG,
+    TORCH_SEED,
+    Range,
+    check_values,
+)
 from mvlm.errors import ConfigError
 from mvlm_dataloading.urls import is_remote, normal_url
 
@@ -78,7 +88,7 @@ class DataSettings:
     """Number of RandAugment operations per image; 0 for none."""
     randaugment_magnitude: Annotated[int, Range(0, 30), NO_FLAG] = 9
     """Magnitude of RandAugment's operations, 0 to 30."""
-    seed: int = 0
+    seed: Annotated[int, TORCH_SEED] = 0
     """Seed of initial weights, sample order, crops, masks and negatives."""
     eval_images: Annotated[int, AT_LEAST_0] = 0
     """Images for evaluations during training, from the start of the validation split; 0 for all."""
@@ -245,8 +255,6 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
             place = getattr(self, name, None)
             if place is not None and is_remote(place):
                 object.__setattr__(self, name, Path(normal_url(place)))
-        if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
-            raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 

@@ -39,8 +39,12 @@ NO_FLAG = "no flag"
 """Marks a setting that Python and a config.json set, and no flag."""
 
 
-_LARGEST = 1e150
-"""Largest number of a setting. Its square is a number too, such as that of an image's side."""
+_FLOATS = Range(-1e150, 1e150)
+"""Floats that a setting without a highest value may have. Their squares are finite, such as that of an image's side."""
+_INTEGERS = Range(-(2**63), 2**63 - 1)
+"""Integers that a setting without a highest value may have: those of a tensor of int64."""
+TORCH_SEED = Range(-(2**63), 2**64 - 1)
+"""Seeds that torch's generators take."""
 
 
 def check_values(config: Any) -> None:
@@ -48,21 +52,26 @@ def check_values(config: Any) -> None:
 
     That is a number that is NaN, infinite, or outside the range of its field; a fraction where the field is an integer;
     a text that is none of the field's choices; and a tuple of another length. A string becomes a path where the field
-    is one.
+    is one, and an integer becomes a float where the field is one: torch multiplies no tensor with 10**20 as an integer.
     """
     hints, types = get_type_hints(type(config), include_extras=True), get_type_hints(type(config))
     for field in fields(config):
         value = getattr(config, field.name)
         _check_type(field.name, types[field.name], value)
-        if isinstance(value, str) and Path in (types[field.name], *get_args(types[field.name])):
+        possible = (types[field.name], *get_args(types[field.name]))  # X | None and tuple[X, X] too
+        if isinstance(value, str) and Path in possible:
             object.__setattr__(config, field.name, Path(value))
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
+        ranges = [each for each in getattr(hints[field.name], "__metadata__", ()) if isinstance(each, Range)]
+        if not any(each.high < math.inf for each in ranges):
+            ranges.append(_FLOATS if float in possible else _INTEGERS)
         for number in numbers:
-            if not abs(number) <= _LARGEST:  # also checked for fields without a range
-                raise ConfigError(f"{field.name} must be a finite number, got {number}")
-            for wanted in getattr(hints[field.name], "__metadata__", ()):
-                if isinstance(wanted, Range) and number not in wanted:
+            for wanted in ranges:
+                if number not in wanted:
                     raise ConfigError(f"{field.name} must be {wanted}, got {number}")
+        if float in possible and numbers:
+            as_floats = tuple(map(float, numbers)) if isinstance(value, tuple) else float(numbers[0])
+            object.__setattr__(config, field.name, as_floats)
 
 
 def _check_type(name: str, wanted: Any, value: Any) -> None:

@@ -32,6 +32,7 @@ from mvlm_dataloading.images.limits import ImageRefusedError
 from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
 from mvlm_dataloading.sources.folder import LISTED
+from mvlm_dataloading.untrusted import LIMITS as LIMITS_OF_FILES
 from mvlm_dataloading.untrusted import check_links, parse_json, read_regular, resolve_inside
 from mvlm_dataloading.urls import is_remote, normal_url
 
@@ -121,7 +122,10 @@ class FolderCollection:
             digest.update(f"{path.relative_to(self.folder)}\0{state}\0".encode(errors="surrogateescape"))
             for suffix in (".txt", ".json"):
                 beside = path.with_suffix(suffix)
-                digest.update(bytes.fromhex(sha256(beside)) if beside.is_file() else b"")
+                if (
+                    beside.is_file() and beside.stat().st_size <= LIMITS_OF_FILES["caption"]
+                ):  # a larger one is used by nobody
+                    digest.update(bytes.fromhex(sha256(beside)))
         return digest.hexdigest()
 
     def item(self, i: int, content: bytes) -> Item:

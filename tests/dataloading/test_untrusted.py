@@ -75,7 +75,19 @@ def test_files_are_bounded_before_they_are_read(folder):
 def test_json_has_finite_numbers_and_reasons_of_a_few_words():
     value = {"a": [1, 2.5, None, "é"], "b": 10**300}
     assert parse_json(json.dumps(value).encode()) == value
-    for text in ("NaN", '{"a": -Infinity}', "[1e999]", "[" * 100_000, b"\xff", "", "{", "1" * 5000):
+    assert parse_json('["\\ud83d\\ude00"]') == ["\N{GRINNING FACE}"]
+    for text in (
+        "NaN",
+        '{"a": -Infinity}',
+        "[1e999]",
+        r'["\ud800"]',
+        rb'{"\uDFFF": 1}',
+        "[" * 100_000,
+        b"\xff",
+        "",
+        "{",
+        "1" * 5000,
+    ):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (of any text)
             parse_json(text)
         assert len(str(caught.value)) < 120

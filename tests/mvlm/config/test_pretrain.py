@@ -34,10 +34,18 @@ def test_every_seed_that_torch_takes_is_valid(seed):
     torch.Generator().manual_seed(pretrain_config(Path("data"), Path("out"), seed=seed).seed)
 
 
+def test_an_integer_where_a_setting_is_a_float_becomes_a_float():
+    """torch multiplies no tensor with the integer 10**20, which a config.json may have."""
+    config = pretrain_config(Path("data"), Path("out"), itc_weight=10**20, crop_scale=(1, 1))
+    assert isinstance(config.itc_weight, float)
+    assert torch.ones(1).mul(config.itc_weight).item() == pytest.approx(1e20)
+    assert all(isinstance(end, float) for end in config.crop_scale)
+
+
 INVALID: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(FLOATS, (math.nan, math.inf)),
     **dict.fromkeys(("max_steps", "batch_size", "log_every"), (0,)),
-    "batch_size": (0, 8.5),
+    "batch_size": (0, 8.5, 10**20),
     "crop_scale": ((0.0, 1.0), (0.9, 0.8), (0.9, 1.1), (0.5, math.nan), (0.5,)),
     "beta2": (1.5, 1.0, math.nan),
     "ema_decay": (1.0, math.inf),

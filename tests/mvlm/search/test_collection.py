@@ -1,5 +1,7 @@
 """Collections: items of data sets and folders, in order."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,15 @@ def test_the_fingerprint_of_a_folder_changes_with_its_files(pictures):
         found = open_collection(pictures).fingerprint
         assert found not in seen
         seen.add(found)
+
+
+def test_the_fingerprint_of_a_folder_reads_no_text_beyond_its_limit(pictures):
+    for suffix in (".txt", ".json"):
+        with (pictures / f"0{suffix}").open("wb") as file:
+            file.truncate(40 << 30)  # no bytes on the disk, and half a minute of hashing
+    start = time.process_time()
+    assert open_collection(pictures).fingerprint
+    assert time.process_time() - start < 5
 
 
 def test_an_image_of_a_data_set_that_was_built_anew_is_refused(scenes):
