@@ -173,6 +173,14 @@ class Result(TypedDict):
     seed: NotRequired[int]
 
 
+class StepTimes(TypedDict):
+    """step_times.json of a study: seconds of a step of each arm, as measured on a machine."""
+
+    machine: str
+    threads: Count
+    seconds: dict[str, Annotated[float, Meta(gt=0)]]
+
+
 def check(value: Any, schema: Any, where: Path | str, wanted: str) -> Any:
     """Return the value, if it is as the schema says. RunError names the first field that is not.
 

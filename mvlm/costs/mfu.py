@@ -51,8 +51,12 @@ class ModelFlopsUtilization:
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
     """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
     pairs = config.batch_size // (ranks * config.accumulate)
-    parts = PartSettings(**{field.name: getattr(config, field.name) for field in fields(PartSettings)})
-    return step_flops(config.model, pairs, max(3, round(tokens)), objectives_of(config), parts) / pairs
+    return step_flops(config.model, pairs, max(3, round(tokens)), objectives_of(config), part_settings(config)) / pairs
+
+
+def part_settings(config: PretrainConfig) -> PartSettings:
+    """Settings of a run that say what each part of the model learns."""
+    return PartSettings(**{field.name: getattr(config, field.name) for field in fields(PartSettings)})
 
 
 @cache  # trials of a study differ in their seeds, which change no count

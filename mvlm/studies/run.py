@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.runs.load import load_without_head
 from mvlm.studies.page import MEASURES, figure, write_csv, write_study_page
-from mvlm.studies.study import Study, slug, stage_config, trial_config
+from mvlm.studies.study import OF_ANOTHER, Study, slug, stage_config, trial_config
 from mvlm.studies.trial import Stage, Trial, named_files, read_result, remove_checkpoints, run_trial, take_result
+from mvlm.studies.update_costs import step_times, update_flops
 from mvlm.tasks.finetune import untrained_figures
 from mvlm.terminal import say
 from mvlm.untrusted import run_errors
@@ -188,10 +188,14 @@ def trials_of(study: Study, data: Path, out: Path, checkpoint: Path | None = Non
     lengths_of_arms: dict[str, tuple[int, float | None]] = {}
     files: dict[str, dict[str, str]] = {}
     budgets = {arm: settings.get("budget", study.budget) for arm, settings in study.arms.items()}
-    for arm in sorted(study.arms, key=lambda name: "flops_of" in budgets[name]):
+    times = _times_of_steps(study, budgets, data, out)
+    for arm in sorted(study.arms, key=lambda name: bool({*OF_ANOTHER} & budgets[name].keys())):
         budget: dict[str, Any] = budgets[arm]
         if "flops_of" in budget:
             budget = {"flops": lengths_of_arms[budget["flops_of"]][1]}
+        elif "seconds_of" in budget:
+            other = budget["seconds_of"]
+            budget = {"steps": max(1, round(lengths_of_arms[other][0] * times[other] / times[arm]))}
         config = trial_config(study, arm, 0, data, out, int(budget.get("steps", 1_000_000)), checkpoint)
         lengths_of_arms[arm] = _steps_and_flops(budget, config, dataset, lengths)
         files[arm] = named_files(config)
@@ -212,6 +216,7 @@ def trials_of(study: Study, data: Path, out: Path, checkpoint: Path | None = Non
                 seed=seed,
                 config=config,
                 flops=flops,
+                step_seconds=times.get(arm),
                 folder=folder,
                 data=data,
                 samples=samples[arm],
@@ -232,6 +237,13 @@ def trials_of(study: Study, data: Path, out: Path, checkpoint: Path | None = Non
             )
             trials.append(trial)
     return trials
+
+
+def _times_of_steps(study: Study, budgets: Mapping[str, dict[str, Any]], data: Path, out: Path) -> dict[str, float]:
+    """Seconds of a step of each arm that spends another arm's time, and of that other arm. Trains on all pairs."""
+    arms = [name for arm, budget in budgets.items() if "seconds_of" in budget for name in (budget["seconds_of"], arm)]
+    configs = {arm: trial_config(study, arm, 0, data, out / "unused", 1) for arm in dict.fromkeys(arms)}
+    return step_times(configs, out) if configs else {}
 
 
 def _stage_data(stage: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -270,7 +282,7 @@ def _steps_and_flops(
         tokenizer = choose_tokenizer(config, dataset)
         captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
         lengths[key] = float(tokenizer.encode(captions, longest)[1].mean())
-    step = flops_per_pair(config, lengths[key]) * config.batch_size
+    step = update_flops(config, lengths[key])
     steps = int(budget.get("steps", budget.get("flops", 0) / step))
     if steps < 1:
         raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {budget['flops']:.3g}")

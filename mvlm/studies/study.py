@@ -30,6 +30,8 @@ FIGURES = ("tr", "ir", "itc", "itm", "unseen")
 """Names under which the figures of a trial are grouped."""
 OF_ARMS = ("fraction", "against", "budget")
 """Names in an arm that are no settings of a run."""
+OF_ANOTHER = ("flops_of", "seconds_of")
+"""Budgets of an arm that are what another arm spends."""
 _OWN = ("data", "out", "resume", "max_steps", "checkpoint", "task")
 """Settings that the study itself sets."""
 
@@ -50,7 +52,8 @@ class Study:
     task: a split, and names of `mvlm eval TASK`'s JSON, such as test.accuracy."""
     budget: dict[str, float]
     """{"steps": number of steps} for all arms, or {"flops": FLOPs}, which buys each arm as many steps as it affords. An
-    arm's own may also be {"flops_of": name of an arm}: the FLOPs that the other arm spends."""
+    arm's own may also be {"flops_of": name of an arm} or {"seconds_of": name of an arm}: FLOPs or processor time that
+    the other arm spends."""
     arms: dict[str, dict[str, Any]]
     """Name of each arm -> the settings in which it differs."""
     preset: str = ""
@@ -136,8 +139,8 @@ def _check(study: Study, file: Path) -> None:
         own = arm.get("budget", study.budget)
         if not (_is_amount(own) or _is_of_another(own, study.arms)) or (study.task and "steps" not in own):
             raise ConfigError(
-                f"{file}: arms.{name}: budget: wanted {{steps = N}}, {{flops = N}} or {{flops_of = NAME}} of an arm "
-                f"that has no flops_of itself, got {own!r}"
+                f"{file}: arms.{name}: budget: wanted {{steps = N}}, {{flops = N}}, {{flops_of = NAME}} or "
+                f"{{seconds_of = NAME}} of an arm with a number of its own, got {own!r}"
             )
     if study.then and not study.preset:
         raise ConfigError(f"{file}: then: wanted a preset to pretrain, found none; a task has no further stage")
@@ -164,10 +167,11 @@ def _is_amount(budget: Any) -> bool:
 
 
 def _is_of_another(budget: Any, arms: Mapping[str, Any]) -> bool:
-    """True for {flops_of = NAME} of an arm that has an amount."""
-    if not isinstance(budget, dict) or budget.keys() != {"flops_of"} or budget["flops_of"] not in arms:
+    """True for {flops_of = NAME} or {seconds_of = NAME} of an arm that has an amount."""
+    if not isinstance(budget, dict) or len(budget) != 1 or not budget.keys() <= {*OF_ANOTHER}:
         return False
-    return "flops_of" not in arms[budget["flops_of"]].get("budget", {})
+    (name,) = budget.values()
+    return name in arms and not {*OF_ANOTHER} & arms[name].get("budget", {}).keys()
 
 
 def slug(name: str) -> str:

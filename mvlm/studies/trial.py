@@ -64,7 +64,7 @@ class Trial:
     seed: int
     config: PretrainConfig | FinetuneConfig
     flops: float | None
-    """FLOPs of its training; None for a task, whose FLOPs are not counted."""
+    """FLOPs of its training, the optimizer's included; None for a task, whose FLOPs are not counted."""
     data: Path
     """Data set that it is evaluated on. It is trained on `config.data`, which may be a part of it."""
     samples: str
@@ -74,6 +74,8 @@ class Trial:
     rerank: int
     """Candidates of each query for ITM to re-rank."""
     folder: Path
+    step_seconds: float | None = None
+    """Measured time of a step, where the study has arms of equal time."""
     start: str = ""
     """Hash of the pretrained model that a task starts from."""
     files: dict[str, str] = field(default_factory=dict)
@@ -188,6 +190,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "made_by": made_by(),
         "steps": trial.config.max_steps,
         "flops": trial.flops,
+        "step_seconds": trial.step_seconds,
         # Of all processes that trained it, and of the evaluation.
         "seconds": round(rows[-1]["seconds"] + time.perf_counter() - trained, 1),
         "figures": figures,

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from mvlm import cli
-from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.studies import run as studies
 from mvlm.studies.page import MEASURES
 from mvlm.studies.run import report_finished, run_study, trials_of
 from mvlm.studies.study import Study, read_study
 from mvlm.studies.trial import read_result, run_trial, take_result
+from mvlm.studies.update_costs import update_flops
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.load import load_model
@@ -234,7 +234,7 @@ def test_a_trial_without_itm_is_ranked_by_itc_and_stopped_time_counts(scenes, tm
 
 
 @pytest.mark.slow
-def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) -> None:
+def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path, monkeypatch) -> None:
     """An arm has the FLOPs of its own tokenizer: with hardly a merge, captions have more tokens."""
     few = {"few": {"model": {"vocab_size": 262}}}
     trials = {t.arm: t for t in trials_of(study(arms=study().arms | few, seeds=[0]), scenes, tmp_path)}
@@ -246,7 +246,7 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     tokenizer = tokenizer_for(split, MICRO["vocab_size"])
     longest = config.model.text_length
     lengths = [len(tokenizer.encode([split.captions(i)[0]], longest)[0]) for i in range(len(split))]
-    assert step == pytest.approx(8 * flops_per_pair(config, sum(lengths) / len(lengths)))  # pyright: ignore[reportArgumentType]
+    assert step == pytest.approx(update_flops(config, sum(lengths) / len(lengths)))  # pyright: ignore[reportArgumentType]
     bought = {t.arm: t for t in trials_of(study(budget={"flops": 10.5 * step}), scenes, tmp_path) if t.seed == 0}
     assert bought["base"].config.max_steps == 10
     assert bought["no MIM"].config.max_steps > 10
@@ -258,6 +258,12 @@ def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) ->
     assert own["long"].flops == pytest.approx(9 * step)
     assert own["base"].config.max_steps == 2
     assert own["as long"].config.max_steps == int(9 * step / (flops["no MIM"] / 2))
+    # The time of another arm, with a step that takes a third as long.
+    monkeypatch.setattr(studies, "step_times", lambda configs, out: {"long": 0.3, "in time": 0.1})
+    arms["in time"] = {"mim_weight": 0.0, "budget": {"seconds_of": "long"}}
+    timed = {t.arm: t for t in trials_of(study(arms=study().arms | arms, seeds=[0]), scenes, tmp_path)}
+    assert timed["in time"].config.max_steps == 27
+    assert timed["in time"].step_seconds == 0.1
     with pytest.raises(ConfigError, match="budget: wanted enough for one step"):
         trials_of(study(budget={"flops": 0.9 * step}), scenes, tmp_path)
 

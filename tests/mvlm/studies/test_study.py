@@ -70,6 +70,8 @@ CHANGES = (  # old text, new text, what is refused
     ("seed = 100", "budget = {hours = 7}", "arms.again: budget: "),
     ("seed = 100", 'budget = {flops_of = "none"}', "arms.again: budget: "),
     ("seed = 100", 'budget = {flops_of = "again"}', "arms.again: budget: "),
+    ("seed = 100", 'budget = {seconds_of = "again"}', "arms.again: budget: "),
+    ("seed = 100", 'budget = {flops_of = "all", seconds_of = "all"}', "arms.again: budget: "),
     ("seed = 100", "seed = ", "wanted a study as TOML"),
     ('measures = ["ir.r1"]', "", "wanted measures, found none"),
     ("mim_weight", "mim_wait", "arm no pixels: unknown setting 'mim_wait'; did you mean mim_weight?"),

@@ -1,0 +1,103 @@
+"""FLOPs and time of an update, which a budget of a study buys: counted, and measured on this machine."""
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.costs.mfu import flops_per_pair, part_settings
+from mvlm.costs.step_cost import StepShape, counted, drawn_tokens, fake_step
+from mvlm.distributed.world import join_ranks
+from mvlm.machine import processor_name
+from mvlm.objectives.pretraining import objectives_of
+from mvlm.schemas import StepTimes
+from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import build_run, build_trainer, open_inputs
+from mvlm.untrusted import read_json
+from mvlm_dataloading.files import write_json
+
+log = logging.getLogger(__name__)
+FILE = "step_times.json"
+WARM, TURNS, STEPS = 20, 8, 5
+"""Steps of each arm before the measurement, turns, and steps of a turn."""
+
+
+def update_flops(config: PretrainConfig, tokens: float) -> float:
+    """Count the FLOPs of an update: the whole batch forward and backward, and the matrix products of the optimizer.
+
+    Muon multiplies matrices, AdamW does not. Only parameters that the objectives give a gradient are updated.
+
+    Args:
+        tokens: mean number of tokens of a caption.
+    """
+    return flops_per_pair(config, tokens) * config.batch_size + _optimizer_flops(replace(config, seed=0))
+
+
+@cache
+def _optimizer_flops(config: PretrainConfig) -> int:
+    shape = StepShape(pairs=2, parts=part_settings(config))
+    with fake_step(config.model, shape, objectives_of(config)) as (model, step):
+        counted(model, step, drawn_tokens(config.model, shape), shape.gpu)
+        optimizer = make_optimizer(model, config, torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+    return counter.get_total_flops()
+
+
+def step_times(configs: Mapping[str, PretrainConfig], out: Path) -> dict[str, float]:
+    """Seconds of a step of each arm, by name: those of `out`/step_times.json, where arms that it lacks are added.
+
+    Trials are planned with these times, so a time that is in the file is not measured again. An arm that is added is
+    measured in turns with one that is there, and stands in the same proportion to it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / FILE
+    with FileLock(out / f".{FILE}.lock"):
+        known: dict[str, float] = {}
+        if file.exists():
+            known = read_json(file, "figures", "times of steps", StepTimes)["seconds"]
+        if missing := [arm for arm in configs if arm not in known]:
+            log.info("measuring a step of %s", ", ".join(missing))
+            first = next((arm for arm in configs if arm in known), None)
+            found = measure_steps({arm: configs[arm] for arm in (*([first] if first else []), *missing)})
+            scale = known[first] / found[first] if first else 1.0
+            known |= {arm: found[arm] * scale for arm in missing}
+            machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+            write_json(file, {"machine": machine, "threads": torch.get_num_threads(), "seconds": known})
+    return {arm: known[arm] for arm in configs}
+
+
+def measure_steps(configs: Mapping[str, PretrainConfig]) -> dict[str, float]:
+    """Median seconds of a step of each configuration, in turns in this process.
+
+    Processor time on a CPU, so that neighbours on the machine do not count; time on the clock on a GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainers = []
+        for number, config in enumerate(configs.values()):
+            alone = replace(config, out=Path(folder, str(number)), max_steps=10_000, resume=False)
+            trainer = stack.enter_context(build_run(alone, join_ranks(config.device), open_inputs, build_trainer))
+            stack.enter_context(trainer.watchdog)
+            trainers.append((trainer, iter(trainer.loader)))
+        seconds: list[list[float]] = [[] for _ in trainers]
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        for turn in range(WARM // STEPS + TURNS):
+            for (trainer, batches), found in zip(trainers, seconds, strict=True):
+                begun = clock()
+                for _ in range(STEPS):
+                    trainer.one_step(batches)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if turn >= WARM // STEPS:
+                    found.append((clock() - begun) / STEPS)
+    return {arm: statistics.median(found) for arm, found in zip(configs, seconds, strict=True)}
