@@ -138,7 +138,8 @@ def data_holds(names: dict[str, Any]) -> None:
     assert {json.loads(line)["reason"] for line in rejected} <= known
     named = {" ".join(line.split()[1:3]) for _, line in commands_of("docs/guides/data.md")}
     packaged = {f"data {name}" for name in ("emoji", "twemoji", "easy-vqa", "iconify", "scenes")}  # need no download
-    assert named == {name for name in COMMANDS if name.startswith("data ")} - packaged
+    wanted = {name for name in COMMANDS if name.startswith("data ")} - packaged
+    assert named == wanted, f"docs/guides/data.md: add a block `sh` with {wanted - named}; `downloads` makes its files"
 
 
 def changed_methods_hold(names: dict[str, Any]) -> None:

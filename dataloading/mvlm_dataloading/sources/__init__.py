@@ -1,7 +1,8 @@
 """Published data sets, and files of your own, as sources of a build.
 
 A file here with a function that returns a `Source` and is decorated by `source` (`mvlm_dataloading.sources.record`) is
-all that a new data source needs: `mvlm data NAME` and `mvlm_dataloading.from_NAME` follow from it.
+a new data source: `mvlm data NAME` and `mvlm_dataloading.from_NAME` follow from it. docs/guides/data.md says what its
+tests and its page need.
 """
 
 import pkgutil

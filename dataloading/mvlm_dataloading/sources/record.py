@@ -133,6 +133,7 @@ class Source:
 
     name: str
     origin: str
+    """Place or publication that it comes from: the field `source` of dataset.json."""
     licence: str
     recipe: dict[str, Any]
     """All values that determine the content, except build options."""
@@ -154,6 +155,9 @@ def source(function: Callable[P, Source]) -> Callable[P, Source]:
     Its parameters become the command's: those before `/` stand alone, the others are flags. Its docstring is the help,
     with a line for each parameter under `Args:`, but for `Raises:`. Every source raises DataError for a file or folder
     that is missing or has another format, and for a folder with a link that leaves it.
+
+    NOTE: links are checked in arguments that are folders. A source that finds images beside a file has to call
+    `check_links` for their folder, or foreign data may name any file of the machine.
     """
 
     @wraps(function)
@@ -320,7 +324,9 @@ def _image_size(image: Path | bytes | ImageStrip | None) -> Any:
 def require_file(path: Path) -> Path:
     """The path, if it is a file. Raises DataError if not."""
     if not path.is_file():
-        raise DataError(f"{path}: wanted a file, found none; give the folder that the data set was unpacked to")
+        raise DataError(
+            f"{path}: wanted a file, found none; check the path, or give the folder that the data set was unpacked to"
+        )
     return path
 
 
