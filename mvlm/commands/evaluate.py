@@ -29,6 +29,9 @@ def eval_retrieval(
 ) -> None:
     """Measure a model's retrieval, by ITC and re-ranked by ITM, and its cross-modal gain.
 
+    With data that have a split of edited images, such as those of `mvlm data scenes --tasks placed`, two-way choices
+    say if it reads: a hidden word with its own image or an edited one, and a hidden cell with its own caption.
+
     The same command again continues after a kill. `torchrun ... -m mvlm eval retrieval` shares the work among ranks;
     the figures are the same.
 
@@ -50,6 +53,7 @@ def eval_retrieval(
     from mvlm.distributed.coordination import check_same, joined_ranks, run_on_all_ranks
     from mvlm.errors import ConfigError
     from mvlm.evaluation.evaluate import default_rerank, format_table
+    from mvlm.evaluation.two_way import edits_of
     from mvlm.evaluation.workspace import SAME_WORK, open_workspace
     from mvlm.machine import describe_machine, package_versions
     from mvlm.runs.load import load_without_head
@@ -60,7 +64,7 @@ def eval_retrieval(
         raise ConfigError(f"rerank: wanted at least 0, got {rerank}")
     with joined_ranks(device) as world:
 
-        def prepare() -> "tuple[TrainedModel, Dataset, Dataset | None]":
+        def prepare() -> "tuple[TrainedModel, Dataset, Dataset | None, Dataset | None]":
             if out is None and world.size > 1:
                 raise ConfigError(
                     "out: wanted a file, beside which the ranks share their work, found none; add --out FILE"
@@ -68,13 +72,14 @@ def eval_retrieval(
             check_result_file(out)
             model = load_without_head(checkpoint, world.device, image_size=image_size, text_length=text_length)
             dataset = open_dataset(data, split)
-            return model, dataset, open_dataset(data, "train") if "train" in dataset.splits else None
+            train = open_dataset(data, "train") if "train" in dataset.splits else None
+            return model, dataset, train, edits_of(dataset)
 
-        model, dataset, train = run_on_all_ranks(world, prepare)
+        model, dataset, train, edits = run_on_all_ranks(world, prepare)
         precision = chosen_precision(world.device)
         spec = {
             "model": model.sha256,  # of the sizes that it is evaluated at, too
-            "data": [dataset.fingerprint, None if train is None else train.fingerprint],
+            "data": [None if each is None else each.fingerprint for each in (dataset, train, edits)],
             "device": world.device.type,
             "precision": precision,
             "rerank": rerank,
@@ -84,7 +89,7 @@ def eval_retrieval(
         with open_workspace(None if out is None else out.with_name(f"{out.name}.parts"), spec, world) as workspace:
             figures = {
                 **{"checkpoint": str(checkpoint), "data": str(data), "split": split},
-                **model.evaluate(dataset, train, rerank, workspace).figures,
+                **model.evaluate(dataset, train, rerank, workspace, edits).figures,
                 "model": model.sha256,
                 "fingerprint": dataset.fingerprint,
                 "rerank": rerank,

@@ -19,6 +19,7 @@ from mvlm.evaluation.retrieval import (
     recall,
     recall_intervals,
 )
+from mvlm.evaluation.two_way import two_way_choices
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.untrusted import read_json
@@ -27,6 +28,10 @@ from mvlm_dataloading.captions import repeats
 
 RERANK = 32
 """Candidates of each query that ITM re-ranks by default."""
+
+
+TWO_WAY = {"words": "hidden word, its own image", "cells": "hidden cell, own caption"}
+"""Two-way choices in words, by their names in the figures."""
 
 
 def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
@@ -69,10 +74,11 @@ def evaluate(
     k: int,
     precision: str,
     workspace: Workspace,
+    edits: Dataset | None = None,
 ) -> Evaluation:
     """Evaluate a network in evaluation mode. `TrainedModel.evaluate` explains the arguments; all ranks get the same.
 
-    With `k` = 0 all recalls are by ITC, and `itm` is None.
+    With `k` = 0 all recalls are by ITC, and `itm` is None. Without `edits` there are no `two_way` choices.
     """
     started = time.perf_counter()
     features = encode_split(model, split, tokenizer, precision, workspace)
@@ -87,6 +93,7 @@ def evaluate(
         "repeats": repeats(features.words, features.owner)._asdict(),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
+        **({} if edits is None else {"two_way": two_way_choices(model, edits, tokenizer, precision, workspace)}),
         "seconds": round(time.perf_counter() - started, 1),
     }
     kinds = "itc", "itm", "itm_alone"
@@ -197,6 +204,7 @@ def format_table(figures: dict[str, Any]) -> str:
         *(f"cross-modal gain, MIM      {own}; {untrained}" for own, untrained in describe_mim_gain(figures)),
         f"masked L1                  {figures['masked_l1']:.4f}; {describe_trivial_losses(figures)}",
         f"masked tokens              {figures['masked_nats']:.3f} nats per token",
+        *describe_two_way(figures),
     ]
     return "\n".join(lines)
 
@@ -222,6 +230,16 @@ def describe_mim_gain(figures: dict[str, Any]) -> list[tuple[str, str]]:
         for name in ("gain_mim_pct", "gain_untrained_pct")
     )
     return [(own, f"untrained pixel head {untrained}")]
+
+
+def describe_two_way(figures: dict[str, Any]) -> list[str]:
+    """Two-way choices in words; none for data without edited images."""
+    found, lines = figures.get("two_way"), []
+    for name, question in TWO_WAY.items() if found else ():
+        if found[f"{name}_pct"] is not None:
+            ends = "{:.1f} to {:.1f}".format(*found[f"{name}_pct_95"])
+            lines.append(f"{question:<27}{found[f'{name}_pct']:.1f} % (95 %: {ends}; chance 50 %)")
+    return lines
 
 
 def describe_trivial_losses(figures: dict[str, Any]) -> str:

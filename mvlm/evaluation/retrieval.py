@@ -123,8 +123,13 @@ def encode_split(
     tokenizer: Tokenizer,
     precision: str = "auto",
     workspace: Workspace | None = None,
+    name: str = "",
 ) -> EncodedSplit:
-    """Encode all images and captions of `dataset`, in batches of `BATCH` that the ranks of the workspace share."""
+    """Encode all images and captions of `dataset`, in batches of `BATCH` that the ranks of the workspace share.
+
+    Args:
+        name: start of the names of arrays and stages, for a second split in one workspace.
+    """
     workspace, config = workspace or Workspace(), model.config
     captions, owner, first = [], [], []
     image = first_samples(dataset.metadata(i) for i in range(len(dataset)))
@@ -137,11 +142,11 @@ def encode_split(
     seen = (starts.diff() > 2).tolist()
     first = [next((n for n in range(a, b) if seen[n]), a) for a, b in pairwise([*first, len(captions)])]
     dtype = next(model.parameters()).dtype
-    v = workspace.array("v", (len(dataset), 1 + config.num_patches, config.width), dtype)
-    w = workspace.array("w", (int(starts[-1]), config.width), dtype)
+    v = workspace.array(f"{name}v", (len(dataset), 1 + config.num_patches, config.width), dtype)
+    w = workspace.array(f"{name}w", (int(starts[-1]), config.width), dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    image_embedding = workspace.array("image_embedding", (len(dataset), config.itc_width), dtype)
-    text_embedding = workspace.array("text_embedding", (len(captions), config.itc_width), dtype)
+    image_embedding = workspace.array(f"{name}image_embedding", (len(dataset), config.itc_width), dtype)
+    text_embedding = workspace.array(f"{name}text_embedding", (len(captions), config.itc_width), dtype)
 
     def encode_images(start: int, stop: int) -> Iterator[None]:
         for batch, _ in eval_loader(dataset.rows(start, stop), model, tokenizer):
@@ -158,8 +163,8 @@ def encode_split(
             text_embedding.write(begin, found.embedding)
             yield
 
-    workspace.share("images", len(dataset), BATCH, encode_images, "images")
-    workspace.share("texts", len(captions), BATCH, encode_texts, "captions")
+    workspace.share(f"{name}images", len(dataset), BATCH, encode_images, "images")
+    workspace.share(f"{name}texts", len(captions), BATCH, encode_texts, "captions")
     return EncodedSplit(
         v.tensor,
         w.tensor,

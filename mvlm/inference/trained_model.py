@@ -397,6 +397,7 @@ class TrainedModel:
         train: Dataset | None = None,
         rerank: int | None = None,
         workspace: Workspace | None = None,
+        edits: Dataset | None = None,
     ) -> Evaluation:
         """Measure retrieval, cross-modal gain and trivial losses on a split, as `mvlm eval retrieval` does.
 
@@ -405,9 +406,11 @@ class TrainedModel:
             rerank: candidates of each query for ITM to re-rank; 0 ranks by ITC alone. Default: 32, or 0 for a model
                 that was trained without ITM.
             workspace: ranks that share the work, and the folder of its arrays. Default: one rank, in memory.
+            edits: the data set's split of edited images, for two-way choices (`mvlm.evaluation.two_way`).
         """
         rerank = default_rerank(self.network) if rerank is None else whole_number("rerank", rerank, 0)
-        return evaluate(self.network, split, train, self.tokenizer, rerank, self.precision, workspace or Workspace())
+        workspace = workspace or Workspace()
+        return evaluate(self.network, split, train, self.tokenizer, rerank, self.precision, workspace, edits)
 
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors, config.json and tokenizer.json to a new or empty folder, for `mvlm.load_model`."""

@@ -33,7 +33,7 @@ RESAMPLES = 4000
 CUTS = tuple(f"r{k}" for k in RECALLS_AT)
 MEASURES = {
     *("gain_text_nats", "gain_mim_pct", "gain_untrained_pct", "gain_pixels_pct", "masked_nats", "masked_mim"),
-    *("masked_l1", "masked_l1_white", "masked_l1_train_median"),
+    *("masked_l1", "masked_l1_white", "masked_l1_train_median", "two_way.words_pct", "two_way.cells_pct"),
     *(
         f"{queries}{ranked_by}{way}r{k}"
         for queries in ("", "unseen.")

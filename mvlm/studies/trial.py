@@ -19,6 +19,7 @@ from mvlm.config.json_files import config_json, with_defaults, without_removed
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device
 from mvlm.errors import RunError
+from mvlm.evaluation.two_way import edits_of
 from mvlm.machine import code_revision, processor_name
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.runs.checkpoint import read_state
@@ -165,7 +166,7 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         model = load_without_head(checkpoint, device, trial.config.precision)
         # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
         rerank = trial.rerank if model.network.matching_is_trained else 0  # it may continue a model without ITM
-        figures, ranks = model.evaluate(dataset, train, rerank)
+        figures, ranks = model.evaluate(dataset, train, rerank, edits=edits_of(dataset))
     for stage in trial.then:
         if finetune(stage.config, say_next=False):
             return None

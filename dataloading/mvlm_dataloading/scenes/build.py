@@ -49,6 +49,8 @@ TASKS: dict[str, dict[str, Family]] = {
     "places": {"place": what_is_where},
     "placed": {"scene": texts.placed},
 }
+_FURTHER: dict[str, dict[str, dict[str, Family]]] = {"placed": {"edits": {"edit": texts.edited}}}
+"""Splits of a task beside those of the vocabulary, with the families of their samples. They ask what test asks."""
 _OF_TRAINING = {"vqa": make_training_questions, "places": make_training_places}
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
 _REVISION = 5
@@ -70,8 +72,9 @@ def build_scenes(
 
     Args:
         train, validation, test: samples of a task in these splits, rounded up to whole blocks of balanced texts. The
-            splits combo, concept and artist have as many as test. Training images of vqa have up to two further
-            questions each, and there are as many further scenes. Of places, `train` counts scenes.
+            splits combo, concept and artist have as many as test, and so has edits, a split of placed. Training images
+            of vqa have up to two further questions each, and there are as many further scenes. Of places, `train`
+            counts scenes.
         workers: number of processes, one per core by default.
 
     Raises:
@@ -82,7 +85,7 @@ def build_scenes(
     if min(train, validation, test) < 1:
         raise DataError(f"scenes: wanted sizes of at least 1, got {train}, {validation} and {test}")
     out, sizes = Path(out), {"train": train, "validation": validation}
-    recipe = {
+    common = {
         "revision": _REVISION,
         "seed": seed,
         "sizes": [train, validation, test],
@@ -91,7 +94,8 @@ def build_scenes(
         "emoji": need("emoji", "demo").__version__,
         "stamps": None,  # photographs, which version 0.2.0 could add as a further split
     }
-    left = [task for task in tasks if not already_written(out / task, name=f"scenes {task}", recipe=recipe)]
+    recipes = {task: common | ({"further splits": list(_FURTHER[task])} if task in _FURTHER else {}) for task in tasks}
+    left = [task for task in tasks if not already_written(out / task, name=f"scenes {task}", recipe=recipes[task])]
     if not left:
         log.info("%s already holds these data sets; left as they are", out)
         return out
@@ -105,11 +109,11 @@ def build_scenes(
             source="composed scenes with artwork of OpenMoji (split artist: Twemoji)",
             licence="; ".join(sorted({art.licence for art in (usual, artist)})) + ": see each sample",
             attribution="; ".join(art.attribution for art in (usual, artist)),
-            recipe=recipe,
+            recipe=recipes[task],
         ) as writer:
-            for split in SPLITS:
+            for split in (*SPLITS, *_FURTHER.get(task, {})):
                 art = artist if split == "artist" else usual
-                samples = compose_split(task, split, seed, vocabulary(split), sizes.get(split, test))
+                samples = compose_split(task, split, seed, vocabulary_of(split), sizes.get(split, test))
                 by_image = [list(same) for _, same in itertools.groupby(samples, key=lambda sample: sample.scenes)]
                 images = _draw_all([same[0].scenes for same in by_image], art, workers)
                 number = 0
@@ -127,7 +131,13 @@ def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, coun
     name = f"{seed} {task} {split}"
     if split == "train" and task in _OF_TRAINING:
         return _OF_TRAINING[task](name, vocabulary, count)
-    return compose(TASKS[task], name, vocabulary, count)
+    families = _FURTHER.get(task, {}).get(split, TASKS[task])
+    return compose(families, name, vocabulary, count)
+
+
+def vocabulary_of(split: str) -> Vocabulary:
+    """Kinds that a split asks about and fills its scenes with."""
+    return vocabulary(split if split in SPLITS else "test")
 
 
 def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int, image: int) -> dict[str, Any]:

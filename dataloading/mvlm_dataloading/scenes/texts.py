@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .layout import MOST, Placed, Scene, beside, is_beside, place
+from .layout import MOST, SIDE, Placed, Scene, beside, card_box, is_beside, place
 from .vocabulary import NUMBERS, SIDES, Kind, Vocabulary, plural, with_article
 
 
@@ -118,11 +118,33 @@ def placed(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     scene = place(rng, [kind, *fillers(rng, vocabulary, rng.randint(1, MOST - 1), {kind.name})])
 
     def listed() -> str:
-        objects = rng.sample(scene.objects, len(scene.objects))
-        *texts, last = [f"{with_article(one.kind.text)} {PLACES[one.cell]}" for one in objects]
-        return f"{', '.join(texts)} and {last}"
+        return _places_of(rng.sample(scene.objects, len(scene.objects)))
 
     return [Sample((scene,), (listed(), f"there is {listed()}", f"an image of {listed()}"))]
+
+
+def _places_of(objects: Sequence[Placed]) -> str:
+    """Objects and their places in words, in this order."""
+    *texts, last = [f"{with_article(one.kind.text)} {PLACES[one.cell]}" for one in objects]
+    return f"{', '.join(texts)} and {last}"
+
+
+def edited(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Two scenes that differ in the kind of one object, and two captions that differ in its words.
+
+    Each has one caption, which tells the place of every object. The metadata `edit` has the edges of the object's cell
+    as shares of the image's side: left, top, right and lower one.
+    """
+    kind = asked_kind(rng, vocabulary)
+    other = other_kind(rng, vocabulary, kind)
+    scene = place(rng, [kind, *fillers(rng, vocabulary, rng.randint(1, MOST - 1), {kind.name, other.name})])
+    order = rng.sample(range(len(scene.objects)), len(scene.objects))
+    opening = rng.choice(("", "there is ", "an image of "))
+    cell = {"edit": [edge / SIDE for edge in card_box(scene.objects[0].cell)]}
+    return [
+        Sample((one,), (opening + _places_of([one.objects[number] for number in order]),), cell)
+        for one in (scene, scene.with_kind(0, other))
+    ]
 
 
 def one_named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:

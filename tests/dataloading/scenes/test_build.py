@@ -30,7 +30,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_all_splits(scenes: Path, task: str) -> None:
     description = json.loads((scenes / task / "dataset.json").read_text())
-    assert set(description["splits"]) == set(SPLITS)
+    assert set(description["splits"]) == {*SPLITS, *(["edits"] if task == "placed" else [])}
     assert description["rejected"] == {}
     assert description["licence"] == "CC BY 4.0; CC BY-SA 4.0: see each sample"
     licences = dict.fromkeys(SPLITS, "CC BY-SA 4.0") | {"artist": "CC BY 4.0"}
@@ -43,6 +43,22 @@ def test_every_task_has_all_splits(scenes: Path, task: str) -> None:
             assert metadata["licence"] == licences[split]
             assert metadata["attribution"]
             assert Image.open(io.BytesIO(dataset.image_bytes(i))).size == (images * SIDE, SIDE)
+
+
+@pytest.mark.slow
+def test_edited_images_differ_in_the_cell_of_the_edit_alone(scenes: Path) -> None:
+    dataset = open_dataset(scenes / "placed", "edits")
+    assert len(dataset) >= SIZES["test"]
+    for i in range(0, len(dataset), 2):
+        one, other = (
+            np.array(Image.open(io.BytesIO(dataset.image_bytes(n)))).astype(int) for n in (i, i + 1)
+        )  # (128, 128, 3)
+        left, top, right, low = (round(SIDE * edge) for edge in dataset.metadata(i)["edit"])
+        differ = np.abs(one - other).max(-1) > 0
+        assert differ[top:low, left:right].any()
+        differ[top:low, left:right] = False
+        assert not differ.any()
+        assert dataset.metadata(i)["edit"] == dataset.metadata(i + 1)["edit"]
 
 
 @pytest.mark.slow

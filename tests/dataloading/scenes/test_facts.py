@@ -91,6 +91,23 @@ def test_captions_tell_the_place_of_every_object_and_no_other(split: str) -> Non
             assert {(x[1], frozenset(x[2].split())) for x in told if x} == wanted, caption
 
 
+def test_edits_change_one_object_of_the_scene_and_its_words_in_the_caption() -> None:
+    samples = compose_split("placed", "edits", 0, vocabulary("test"), 200)
+    changed = set()
+    for number in range(0, len(samples), 2):
+        one, other = (metadata_of(s, PLAIN, "placed", "edits", number, number) for s in samples[number : number + 2])
+        kinds, others = ([(o["colour"], o["name"]) for o in m["scene"]["objects"]] for m in (one, other))
+        assert kinds[1:] == others[1:]
+        assert len({*kinds, others[0]}) == len(kinds) + 1  # the new kind is none of the scene's
+        parts, rest = ([*re.split(", | and ", s.captions[0])] for s in samples[number : number + 2])
+        pairs = [(a, b) for a, b in zip(parts, rest, strict=True) if a != b]
+        assert len(pairs) == 1
+        for part, kind in zip(pairs[0], (kinds[0], others[0]), strict=True):
+            assert " ".join(filter(None, kind)) in part
+        changed.add(parts.index(pairs[0][0]))
+    assert changed >= {0, 1, 2}  # it stands anywhere in the caption
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_of_scenes_state_true_facts_and_all_of_them(split: str) -> None:
