@@ -15,6 +15,7 @@ from mvlm.studies.study import read_study
 
 STUDY = read_study(Path(__file__).parents[3] / "studies/objectives.toml")
 GOOD: dict[str, Any] = {"masked_l1": 0.2699, "masked_l1_train_median": 0.3, "gain_text_nats": 0.5}
+GOOD |= {"gain_mim_pct": 5.0, "gain_pixels_pct": 0.0}
 """Just good enough, as is the base arm's: ITM ranks like ITC, and R@1 is at an end of its range."""
 
 
@@ -36,12 +37,13 @@ ALL, BASE = "ITC + ITM + MLM + MIM", "ITC + ITM"
         ({}, {}, True),
         ({"masked_l1": 0.271}, {}, False),
         ({"gain_text_nats": 0.49}, {}, False),
+        ({"gain_mim_pct": 4.99}, {}, False),
         ({"r1": 90.0, "itm": 10.0}, {}, True),  # of the base arm alone
         ({}, {"r1": 70.1}, False),
         ({}, {"r1": 10.0}, True),
         ({}, {"r1": 9.9}, False),
         ({}, {"itm": 39.9}, False),
-        ({}, {"masked_l1": 0.9, "gain_text_nats": 0.0}, True),  # which it does not learn
+        ({}, {"masked_l1": 0.9, "gain_text_nats": 0.0, "gain_mim_pct": 0.0}, True),  # which it does not learn
     ],
 )
 def test_a_seed_counts_if_it_and_the_base_arm_pass_the_rules(arm, base, counts) -> None:
@@ -49,6 +51,16 @@ def test_a_seed_counts_if_it_and_the_base_arm_pass_the_rules(arm, base, counts) 
     _, (_, row) = evidence(replace(STUDY, base=BASE), arms)
     assert row[0] == ALL
     assert row[-1] == ("1 of 2 seeds" if counts else "no evidence")  # the base arm has no seed 1
+
+
+def test_a_result_without_a_gain_of_mims_own_loss_had_pixels_as_the_target() -> None:
+    own = {name: value for name, value in GOOD.items() if name != "gain_mim_pct"}
+    for gain, counts in ((5.0, "1 of 1 seeds"), (4.99, "no evidence")):
+        result = trial(ALL)
+        result["figures"] = {**result["figures"], **own, "gain_pixels_pct": gain}
+        del result["figures"]["gain_mim_pct"]
+        _, (_, row) = evidence(replace(STUDY, base=BASE), {BASE: [trial(BASE)], ALL: [result]})
+        assert row[-1] == counts
 
 
 @pytest.mark.parametrize("effect, deviation", [(2.0, 2.0), (1.5, 2.5), (2.0, 0.7)])
