@@ -11,7 +11,7 @@ Shape legend: S seeds, Q queries, I images.
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from mvlm.errors import ConfigError
 from mvlm.evaluation.retrieval import DIRECTIONS, RECALLS_AT
 from mvlm.report.figures import EVALUATION_CURVES, RUN_CURVES, TASK_CURVES
 from mvlm.report.html import line_chart, table, write_page
-from mvlm.statistics import Interval, grouped_bootstrap, mean_interval
+from mvlm.statistics import Interval, grouped_bootstrap, mean_interval, t_quantile
 from mvlm.studies.evidence import PILOT, evidence, seeds_needed
 from mvlm.studies.study import FIGURES, Study
 from mvlm_dataloading.files import write_file
@@ -61,7 +61,8 @@ class Comparison(NamedTuple):
     difference: float
     """Mean of the differences to the base arm, seed by seed."""
     over_seeds: Interval
-    """Interval of the difference, by Student's t; without width for one seed."""
+    """Interval of the difference, by Student's t. Of one or two seeds it takes the deviation that the differences of
+    other arms have; without such arms, that of one seed has no width."""
     over_images: Interval | None
     """Interval of the difference, by drawing seeds and images, with `over_seeds` inside; None for no recall."""
     paired: float
@@ -70,21 +71,53 @@ class Comparison(NamedTuple):
     """Standard deviation of the differences if the base arm had other seeds: the root of the sum of both variances."""
 
 
-def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comparison:
+class Pooled(NamedTuple):
+    """Deviation of the differences over seeds, from several arms with their partners."""
+
+    deviation: float
+    freedom: int
+
+    def interval(self, differences: Floats) -> Interval:
+        """95 % interval of the mean of differences (S,) that have this deviation."""
+        half = t_quantile(self.freedom) * self.deviation / len(differences) ** 0.5
+        return Interval(float(differences.mean()) - half, float(differences.mean()) + half)
+
+
+def pooled(pairs: Iterable[tuple[Sequence[Result], Sequence[Result]]], measure: str) -> Pooled | None:
+    """Deviation of the differences of arms and their partners that share at least `FEW_SEEDS` seeds; None without any.
+
+    Two seeds may differ by chance as little as 0.1 points where eight differ by 3, and one has no deviation at all.
+    """
+    squares, freedom = 0.0, 0
+    for arm, base in pairs:
+        ours, theirs = ({r["seed"]: figure(r, measure) for r in side} for side in (arm, base))
+        shared = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if arm is not base and len(shared) >= FEW_SEEDS:
+            squares += (len(shared) - 1) * float(np.var(shared, ddof=1))
+            freedom += len(shared) - 1
+    return Pooled((squares / freedom) ** 0.5, freedom) if freedom else None
+
+
+def compare(arm: Sequence[Result], base: Sequence[Result], measure: str, others: Pooled | None = None) -> Comparison:
     """Compare trials of an arm with the base arm's trials of the same seeds. ConfigError for an unknown measure.
 
-    Trials without a partner are left out. At least one has one.
+    Trials without a partner are left out. At least one has one. `others` has the deviation for fewer than `FEW_SEEDS`.
     """
     partners = {result["seed"]: result for result in base}
     pairs = [(result, partners[result["seed"]]) for result in arm if result["seed"] in partners]
     ours, theirs = (np.array([figure(r, measure) for r in side]) for side in zip(*pairs, strict=True))
     differences = ours - theirs
-    # One seed alone has an interval without width.
-    over_seeds = mean_interval(differences.tolist()) if len(pairs) > 1 else Interval(*2 * differences.tolist())
+    if arm is base or len(pairs) >= FEW_SEEDS:
+        others = None
+    if others is not None:
+        over_seeds = others.interval(differences)
+    else:  # one seed alone has an interval without width
+        over_seeds = mean_interval(differences.tolist()) if len(pairs) > 1 else Interval(*2 * differences.tolist())
     over_images = None
     if is_recall(measure):
         per_query = np.stack([query_hits(a, measure) - query_hits(b, measure) for a, b in pairs])  # (S, Q)
-        over_images = with_images(over_seeds, per_query, image_of_query(pairs[0][0], measure))
+        images = image_of_query(pairs[0][0], measure)
+        over_images = (with_images if others is None else beside_images)(over_seeds, per_query, images)
     return Comparison(
         seeds=len(pairs),
         mean=float(ours.mean()),
@@ -95,6 +128,13 @@ def compare(arm: Sequence[Result], base: Sequence[Result], measure: str) -> Comp
         paired=_deviation(differences),
         unpaired=float(np.hypot(_deviation(ours), _deviation(theirs))),
     )
+
+
+def beside_images(over_seeds: Interval, values: Floats, images: NDArray[np.int64]) -> Interval:
+    """Interval over seeds and images where the seeds (S, Q) are too few to be drawn: both widths, as independent."""
+    mean, drawn = float(values.mean()), grouped_bootstrap(values.mean(0), images.tolist(), resamples=RESAMPLES)
+    low, high = (float(np.hypot(one - mean, other - mean)) for one, other in zip(over_seeds, drawn, strict=True))
+    return Interval(mean - low, mean + high)
 
 
 def with_images(over_seeds: Interval, values: Floats, images: NDArray[np.int64]) -> Interval:
@@ -183,7 +223,11 @@ def comparisons(study: Study, results: Sequence[Result]) -> dict[str, dict[str, 
     arms = by_arm(study, results)
     partners = {name: arms[study.partner(name)] for name in arms}
     shared = [n for n, found in arms.items() if {r["seed"] for r in found} & {r["seed"] for r in partners[n]}]
-    return {m: {name: compare(arms[name], partners[name], m) for name in shared} for m in study.measures}
+    found = {}
+    for measure in study.measures:
+        others = pooled(((arms[name], partners[name]) for name in shared), measure)
+        found[measure] = {name: compare(arms[name], partners[name], measure, others) for name in shared}
+    return found
 
 
 def by_arm(study: Study, results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -240,10 +284,9 @@ def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
     """
     apart = []
     for arm, c in rows.items():
-        interval = c.over_images or (c.over_seeds if c.seeds > 1 else None)
-        if study.partner(arm) == arm or interval is None:
+        low, high = c.over_images or c.over_seeds
+        if study.partner(arm) == arm or (c.seeds == 1 and low == high):
             continue
-        low, high = interval
         if low > 0 or high < 0:
             against = "" if study.partner(arm) == study.base else f" against {study.partner(arm)}"
             apart.append(f"{arm}{against} {c.difference:+.3g} [{low:.3g}, {high:.3g}]")
