@@ -65,9 +65,11 @@ class MaskVLMConfig(Masking):
     """Encode only the visible patches of an image in training, once, for all objectives: ITC, ITM and MLM read them, as
     in FLIP, and pixels are rebuilt from them, as in MAE, with mask tokens added after the encoder. Cheaper, but not the
     paper's method. A trained model reads whole images."""
-    mim_target: Literal["pixels", "normalized"] = "pixels"
+    mim_target: Literal["pixels", "normalized", "weighted"] = "pixels"
     """Target of MIM in each masked patch. pixels: its pixels, the paper's. normalized: its pixels minus their mean and
-    divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images."""
+    divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images.
+    weighted: the same, and a patch's error counts as much as its deviation. Plain ground then counts little, and what
+    may lie there is asked of the caption; the loss is small, so give it a `mim_weight` of about 16."""
     mim_rows: Literal["all", "masked"] = "all"
     """Rows of an image that the cross-modality encoder and the decoder compute for MIM. all: the paper's. masked: only
     masked patches, which attend to the visible ones and to the caption, not to each other, as in CrossMAE. Cheaper."""

@@ -156,7 +156,7 @@ def _losses(
     caption_of_token = torch.arange(len(lengths)).repeat_interleave(lengths)[masks.token_ids].to(device)  # (M,)
     batch, masks = batch.to(device), masks.to(device)
     head, true = model.pixel_head, model.patch_targets(batch.images, masks.patch_ids)  # (B, K, 3*P*P)
-    target, untrained = head.target(true), untrained_weight(model)
+    target, weights, untrained = head.target(true), head.weights(true), untrained_weight(model)
     with autocast(device, precision):
         vm, wm = encode_masked(model, batch, masks)
     text, images = [], []
@@ -165,13 +165,23 @@ def _losses(
         with autocast(device, precision):
             logits, x = reconstruct(model, vm, wm, v, w, batch, masks)
             predicted = head(x)
-            pairs = (predicted, target), (F.linear(x, untrained), target), (head.pixels(predicted, x), true)
+            pairs = (
+                (predicted, target, weights),
+                (F.linear(x, untrained), target, weights),
+                (head.pixels(predicted, x), true, None),
+            )
         nats = F.cross_entropy(logits.float(), batch.tokens[masks.token_ids], reduction="none").double()
         text.append(nats.new_zeros(len(own)).index_add(0, caption_of_token, nats))
-        images.append([(guess.float() - wanted).abs().mean((1, 2)).double() for guess, wanted in pairs])
+        images.append([_errors(*each).mean((1, 2)).double() for each in pairs])
     right_and_wrong = [losses for both in zip(*images, strict=True) for losses in both]
     tokens = caption_of_token.bincount(minlength=len(own))
     return torch.stack([*text, *right_and_wrong, tokens], dim=1).cpu()
+
+
+def _errors(guess: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
+    """Absolute errors (B, K, 3*P*P), times each patch's weight (B, K, 1)."""
+    errors = (guess.float() - wanted).abs()
+    return errors if weights is None else errors * weights
 
 
 def trivial_losses(

@@ -74,7 +74,8 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     w, key_mask = text.padded()  # (B, L, C), (B, L)
     x = model.masked_features(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, C)
     head, pixels = model.pixel_head, model.patch_targets(batch.images, masks.patch_ids)  # (B, K, 3*P*P)
-    return losses.masked_image_loss(head(x), head.target(pixels)) + head.statistics_gradient(x, pixels)
+    loss = losses.masked_image_loss(head(x), head.target(pixels), head.weights(pixels))
+    return loss + head.statistics_gradient(x, pixels)
 
 
 def fuse_pairs(

@@ -51,9 +51,13 @@ def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets)
 
 
-def masked_image_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """MIM: mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
-    return (at_least_float32(pred) - target).abs().mean()
+def masked_image_loss(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """MIM: mean absolute error over masked pixels, times each patch's weight if there are `weights` (B, K, 1).
+
+    pred and target (B, K, 3*P*P), in normalised pixels.
+    """
+    errors = (at_least_float32(pred) - target).abs()
+    return (errors if weights is None else errors * weights).mean()
 
 
 def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ class OffByHeart(PixelHead):
         return x
 
 
-@pytest.mark.parametrize("target", ["pixels", "normalized"])
+@pytest.mark.parametrize("target", ["pixels", "normalized", "weighted"])
 def test_pixel_gain_in_both_spaces_and_of_an_untrained_head_against_loops(
     heldout_split, tokenizer, monkeypatch, target
 ):
@@ -116,11 +116,12 @@ def test_pixel_gain_in_both_spaces_and_of_an_untrained_head_against_loops(
             for which in (0, 1):
                 y = x[which][b, k].numpy()
                 guess = drawn_pixels = weights["weight"] @ y + weights["bias"]
-                if target == "normalized":
+                if target != "pixels":
                     mean, deviation = weights["statistics.weight"] @ y + weights["statistics.bias"]
                     drawn_pixels = mean + max(deviation, 0) * guess
                 wanted = reference.target(true[p])
-                errors = guess - wanted, fresh @ y - wanted, drawn_pixels - true[p]
+                weight = reference.weight(true[p])
+                errors = weight * (guess - wanted), weight * (fresh @ y - wanted), drawn_pixels - true[p]
                 sums[:, which] += [np.abs(error).mean() for error in errors]
     for name, (right, wrong) in zip(("gain_mim_pct", "gain_untrained_pct", "gain_pixels_pct"), sums, strict=True):
         assert gain[name] == pytest.approx(100 * (wrong / right - 1), abs=2e-3), name
