@@ -30,7 +30,7 @@ RERANK = 32
 """Candidates of each query that ITM re-ranks by default."""
 
 
-TWO_WAY = {"words": "hidden word, its own image", "cells": "hidden cell, own caption"}
+TWO_WAY = {"words": "right image of a word", "cells": "right look of a cell"}
 """Two-way choices in words, by their names in the figures."""
 
 
@@ -201,10 +201,9 @@ def format_table(figures: dict[str, Any]) -> str:
         f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
         f"(95 %: {text[0]:.2f} to {text[1]:.2f})",
         f"cross-modal gain, pixels   {figures['gain_pixels_pct']:.2f} % (95 %: {pixels[0]:.2f} to {pixels[1]:.2f})",
-        *(f"cross-modal gain, MIM      {own}; {untrained}" for own, untrained in describe_mim_gain(figures)),
+        *(f"{what:<27}{found}; {baseline}" for what, found, baseline in describe_reading(figures)),
         f"masked L1                  {figures['masked_l1']:.4f}; {describe_trivial_losses(figures)}",
         f"masked tokens              {figures['masked_nats']:.3f} nats per token",
-        *describe_two_way(figures),
     ]
     return "\n".join(lines)
 
@@ -221,25 +220,24 @@ def describe_repeats(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def describe_mim_gain(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """Gain of MIM's own loss and that of an untrained pixel head, in words; none for figures of an earlier version."""
-    if "gain_mim_pct" not in figures:
-        return []
-    own, untrained = (
-        "{:.2f} % (95 %: {:.2f} to {:.2f})".format(figures[name], *figures[f"{name}_95"])
-        for name in ("gain_mim_pct", "gain_untrained_pct")
-    )
-    return [(own, f"untrained pixel head {untrained}")]
+def describe_reading(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What else tells if a modality reads the other: name, figure and baseline of each, in words.
 
-
-def describe_two_way(figures: dict[str, Any]) -> list[str]:
-    """Two-way choices in words; none for data without edited images."""
-    found, lines = figures.get("two_way"), []
-    for name, question in TWO_WAY.items() if found else ():
-        if found[f"{name}_pct"] is not None:
-            ends = "{:.1f} to {:.1f}".format(*found[f"{name}_pct_95"])
-            lines.append(f"{question:<27}{found[f'{name}_pct']:.1f} % (95 %: {ends}; chance 50 %)")
-    return lines
+    The gain of MIM's own loss, which figures of earlier versions lack, and two-way choices where the data have edits.
+    """
+    found = []
+    if "gain_mim_pct" in figures:
+        own, untrained = (
+            "{:.2f} % (95 %: {:.2f} to {:.2f})".format(figures[name], *figures[f"{name}_95"])
+            for name in ("gain_mim_pct", "gain_untrained_pct")
+        )
+        found.append(("cross-modal gain, MIM", own, f"untrained pixel head {untrained}"))
+    choices = figures.get("two_way") or {}
+    for name, question in TWO_WAY.items():
+        if choices.get(f"{name}_pct") is not None:
+            ends = "{:.1f} to {:.1f}".format(*choices[f"{name}_pct_95"])
+            found.append((question, f"{choices[f'{name}_pct']:.1f} % (95 %: {ends})", "chance 50 %"))
+    return found
 
 
 def describe_trivial_losses(figures: dict[str, Any]) -> str:

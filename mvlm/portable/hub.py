@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mvlm.config.groups import resume_may_change
 from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.evaluate import describe_mim_gain, describe_trivial_losses, figures_of
+from mvlm.evaluation.evaluate import describe_reading, describe_trivial_losses, figures_of
 from mvlm.files import check_folder
 from mvlm.model.adaptation import PARTS
 from mvlm.model.maskvlm import MaskVLM
@@ -190,7 +190,7 @@ def model_card(
         why_none=why_none,
         rebuilds=figures is not None and figures["masked_l1"] < min(value for value in blind if value is not None),
         recalls=rows,
-        mim_gain=[] if figures is None else describe_mim_gain(figures),
+        reading=[] if figures is None else describe_reading(figures),
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
         step=read_state(find_checkpoint(source))["step"],
         batch_size=config["batch_size"],
@@ -291,7 +291,7 @@ def _evaluation(file: Path) -> dict[str, Any] | None:
             return None
         recalls(figures)
         describe_trivial_losses(figures)
-        describe_mim_gain(figures)
+        describe_reading(figures)
         for name in ("gain_text_nats", "gain_pixels_pct", "masked_l1"):
             float(figures[name])
         for name in ("gain_text_nats_95", "gain_pixels_pct_95"):

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mvlm.errors import RunError
-from mvlm.evaluation.evaluate import describe_mim_gain, describe_trivial_losses, figures_of, recall_rows
+from mvlm.evaluation.evaluate import describe_reading, describe_trivial_losses, figures_of, recall_rows
 from mvlm.objectives.pretraining import OBJECTIVES
 from mvlm.report.html import line_chart, series, table
 
@@ -64,7 +64,7 @@ def objectives(figures: dict[str, Any]) -> Markup:
     rows = [
         ["text: cross-modal gain", nats, "0 if the image does not help"],
         ["pixels: cross-modal gain", percent, "0 if the caption does not help"],
-        *(["MIM's loss: cross-modal gain", *cells] for cells in describe_mim_gain(figures)),
+        *map(list, describe_reading(figures)),
         ["pixels: masked L1", f"{figures['masked_l1']:.4f}", describe_trivial_losses(figures)],
         ["text: masked tokens", f"{figures['masked_nats']:.3f} nats per token", ""],
     ]

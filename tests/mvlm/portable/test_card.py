@@ -80,7 +80,7 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy, f
     }
     card = card_of(run_copy, figures | gains)
     for said in (
-        "| cross-modal gain, MIM's loss | 6.25 % (95 %: 5.50 to 7.00) | untrained pixel head 0.50 % (95 %: ",
+        "| cross-modal gain, MIM | 6.25 % (95 %: 5.50 to 7.00) | untrained pixel head 0.50 % (95 %: ",
         "| all (8) | image to text | ITC, re-ranked by ITM | 1 | 25.0 | 0.0 to 50.0 | 12.50 |",
         "| cross-modal gain, text, nats per token | 0.250 | 0.125 to 0.375 |",
         "| licence | CC0 |",
