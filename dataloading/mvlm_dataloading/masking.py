@@ -14,6 +14,8 @@ class Masking:
     """Side of the square blocks of patches that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
     """Share of an image's blocks to mask, rounded to a whole number of blocks."""
+    mim_share: float = 1.0
+    """Share of an image's masked blocks that MIM rebuilds in training, rounded, one at least. The others are hidden."""
     text_mask_ratio: float | None = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked. None: drawn for each caption,
     every number of masked tokens as likely as the others."""
@@ -29,6 +31,8 @@ class Masking:
             raise ValueError(
                 f"patch_size must divide mask_block: wanted a divisor of {self.mask_block}, got {self.patch_size}"
             )
+        if not 0 < self.mim_share <= 1:
+            raise ValueError(f"mim_share must be in (0, 1], got {self.mim_share}")
         if self.text_mask_ratio is not None and not 0 <= self.text_mask_ratio <= 1:
             raise ValueError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
 
@@ -50,6 +54,10 @@ class Masking:
         With a ratio of 0.6 and blocks of 32 px, 29 of 49 blocks at 224 px and 5 of 9 at 96 px.
         """
         return round(self.image_mask_ratio * (image_size // self.mask_block) ** 2)
+
+    def rebuilt_blocks(self, image_size: int) -> int:
+        """Masked blocks of an image that MIM rebuilds."""
+        return max(1, round(self.mim_share * self.masked_blocks(image_size)))
 
     @property
     def patches_of_a_block(self) -> int:

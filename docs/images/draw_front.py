@@ -1,19 +1,17 @@
-"""Draw docs/images/front.png, one masked image rebuilt with captions that differ in a word.
+"""Draw docs/images/front.png: a hidden object, painted with the caption of its image and with an edited one.
 
-    mvlm pretrain tiny --data data/emoji --out runs/front --model.image-size 64 --max-steps 2000 \\
-        --itc-weight 0 --itm-weight 0 --mlm-weight 0 --eval-every-steps 0
-    python docs/images/draw_front.py --run runs/front
+    make reading
+    python docs/images/draw_front.py
 
-trains the model for it, by MIM alone, and draws. The rule: of the test images whose captions differ from others in one
-word, those that the other captions change most, beyond the error with their own; no two rows with the same word.
+The first command trains the model. The rule: the first pairs of the held-out split `edits`, in its order, whatever came
+out. Of each pair the first image is shown.
 """
 
 import argparse
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 
@@ -23,110 +21,74 @@ import numpy as np
 from PIL import Image
 
 import mvlm
-from mvlm.inference.masked import Reconstruction
+from mvlm.evaluation.two_way import SPLIT, patches_in
 from mvlm_dataloading import Dataset, open_dataset
 
 HERE = Path(__file__).parent
 SIDE = 192
-CAPTIONS = 3
-"""Captions of a row: the image's own, and two of others."""
-
-
-class Row(NamedTuple):
-    """One image with its captions, the own one first."""
-
-    score: float
-    word: str
-    image: int
-    captions: tuple[str, ...]
-    rebuilt: tuple[Reconstruction, ...]
+Panel = tuple[np.ndarray, str]
 
 
 def main() -> None:
     """Write the drawing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/front"))
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--run", type=Path, default=Path("runs/reading"))
+    parser.add_argument("--data", type=Path, default=Path("data/scenes/placed"))
     parser.add_argument("--out", type=Path, default=HERE / "front.png")
     parser.add_argument("--rows", type=int, default=6)
     options = parser.parse_args()
     model = mvlm.load_model(options.run, device="cpu", precision="fp32")
-    split = open_dataset(options.data, "test")
-    found = [row for group in groups_of(split) for row in rows_of(model, split, group)]
-    rows: list[Row] = []
-    for row in sorted(found, key=lambda row: -row.score):
-        if all(row.word != other.word and not set(row.captions) & set(other.captions) for other in rows):
-            rows.append(row)
-        if len(rows) == options.rows:
-            break
-    draw(rows, options.out)
+    edits = open_dataset(options.data, SPLIT)
+    draw([panels_of(model, edits, pair) for pair in range(options.rows)], options.out)
 
 
-def groups_of(split: Dataset) -> list[list[tuple[int, str, str]]]:
-    """Groups of (image, caption, word) whose captions are equal but for the word in one place."""
-    groups: dict[tuple[str, ...], list[tuple[int, str, str]]] = defaultdict(list)
-    for image in range(len(split)):
-        caption = split.captions(image)[0]
-        words = caption.split()
-        for place, word in enumerate(words if len(words) > 1 else ()):
-            groups[(*words[:place], "", *words[place + 1 :])].append((image, caption, word.strip(",")))
-    return [group for group in groups.values() if len({caption for _, caption, _ in group}) >= CAPTIONS]
+def panels_of(model: mvlm.TrainedModel, edits: Dataset, pair: int) -> list[Panel]:
+    """The image with a hidden cell; painted with each caption, and each true image beside it."""
+    own, other = (edits.captions(2 * pair + n)[0] for n in (0, 1))
+    images = [edits.image_bytes(2 * pair + n) for n in (0, 1)]
+    config = model.network.config
+    side = config.image_size // config.patch_size
+    hidden = np.zeros(side * side, bool)
+    hidden[patches_in([edits.metadata(2 * pair)["edit"]], side)[0].numpy()] = True
+    rebuilt = [model.reconstruct(images[0], caption, hidden.reshape(side, side)) for caption in (own, other)]
+    truth = [model.reconstruct(image, own, hidden.reshape(side, side)).image for image in images]
+    return [
+        (rebuilt[0].masked, "the model sees"),
+        (rebuilt[0].rebuilt, own),
+        (truth[0], "true"),
+        (rebuilt[1].rebuilt, differing(other, own)),
+        (truth[1], "true"),
+    ]
 
 
-def rows_of(model: mvlm.TrainedModel, split: Dataset, group: Sequence[tuple[int, str, str]]) -> list[Row]:
-    """A row for each image of a group: its own caption, and the others of the group that change most."""
-    rows = []
-    for image, own, word in group:
-        data = split.image_bytes(image)
-        right = model.reconstruct(data, own, seed=image)
-        others = {caption: model.reconstruct(data, caption, seed=image) for _, caption, _ in group if caption != own}
-        chosen = sorted(others, key=lambda caption: -difference(others[caption], right))[: CAPTIONS - 1]
-        changed = min(difference(others[caption], right) for caption in chosen)
-        rebuilt = (right, *(others[caption] for caption in chosen))
-        rows.append(Row(changed - error(right), word, image, (own, *chosen), rebuilt))
-    return rows
+def differing(caption: str, other: str) -> str:
+    """The parts of a caption, between its commas and "and", that another one lacks."""
+    parts, known = ([part for piece in text.split(", ") for part in piece.split(" and ")] for text in (caption, other))
+    return "… " + " and ".join(part for part in parts if part not in known) + " …"
 
 
-def difference(one: Reconstruction, other: Reconstruction) -> float:
-    """Mean absolute difference of two reconstructions of an image, over the masked pixels, in levels of 0 to 255."""
-    return float(np.abs(one.rebuilt.astype(float) - other.rebuilt)[masked_pixels(one)].mean())
-
-
-def error(found: Reconstruction) -> float:
-    """Mean absolute error over the masked pixels, in levels of 0 to 255."""
-    return float(np.abs(found.rebuilt.astype(float) - found.image)[masked_pixels(found)].mean())
-
-
-def masked_pixels(found: Reconstruction) -> np.ndarray:
-    """(height, width) bool."""
-    side = found.image.shape[0] // found.hidden.shape[0]
-    return found.hidden.repeat(side, 0).repeat(side, 1)
-
-
-def draw(rows: Sequence[Row], out: Path) -> None:
-    """Write the rows, two beside each other: what the model sees, then what it paints for each caption."""
-    lines, panels = (len(rows) + 1) // 2, 1 + CAPTIONS
-    figure, axes = plt.subplots(
-        lines,
-        2 * panels + 1,
-        figsize=(15, 2.5 * lines),
-        squeeze=False,
-        width_ratios=[*[1] * panels, 0.15, *[1] * panels],
-    )
+def draw(rows: Sequence[Sequence[Panel]], out: Path) -> None:
+    """Write the rows, two beside each other."""
+    lines, panels = (len(rows) + 1) // 2, len(rows[0])
+    widths = [*[1] * panels, 0.15, *[1] * panels]
+    figure, axes = plt.subplots(lines, len(widths), figsize=(17, 2.2 * lines), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.axis("off")
     for number, row in enumerate(rows):
         first = (panels + 1) * (number % 2)
-        shown = [(row.rebuilt[0].masked, "what the model sees")]
-        shown += [(each.rebuilt, caption) for each, caption in zip(row.rebuilt, row.captions, strict=True)]
-        for axis, (panel, title) in zip(axes[number // 2, first : first + panels], shown, strict=True):
-            axis.axis("on")
-            axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE), Image.Resampling.NEAREST))
-            axis.set_title(fill(title, 20), fontsize=11)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_color("#cccccc")
+        for axis, (panel, title) in zip(axes[number // 2, first : first + panels], row, strict=True):
+            show(axis, panel, title)
     figure.tight_layout(w_pad=0.4, h_pad=0.8)
-    figure.savefig(out, dpi=90, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
+    figure.savefig(out, dpi=80, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
+
+
+def show(axis: Any, panel: np.ndarray, title: str) -> None:
+    """Draw an image uint8 (S, S, 3) with its title."""
+    axis.axis("on")
+    axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+    axis.set_title(fill(title, 24), fontsize=9)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_color("#cccccc")
 
 
 if __name__ == "__main__":

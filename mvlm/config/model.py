@@ -68,11 +68,12 @@ class MaskVLMConfig(Masking):
     mim_target: Literal["pixels", "normalized", "weighted"] = "pixels"
     """Target of MIM in each masked patch. pixels: its pixels, the paper's. normalized: its pixels minus their mean and
     divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images.
-    weighted: the same, and a patch's error counts as much as its deviation. Plain ground then counts little, and what
-    may lie there is asked of the caption; the loss is small, so give it a `mim_weight` of about 16."""
+    weighted: its pixels, and a patch's error counts as much as its deviation. Plain ground then counts little, so that
+    the caption is asked what may lie there; the loss is small, so give it a `mim_weight` of about 16."""
     mim_rows: Literal["all", "masked"] = "all"
     """Rows of an image that the cross-modality encoder and the decoder compute for MIM. all: the paper's. masked: only
-    masked patches, which attend to the visible ones and to the caption, not to each other, as in CrossMAE. Cheaper."""
+    masked patches, which attend to the visible ones and to the caption, not to each other, as in CrossMAE; the image
+    encoder then sees visible patches alone, except a tower. Cheaper."""
     text_mask_ratio: float = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
     mask_partner: bool = False
@@ -113,6 +114,16 @@ class MaskVLMConfig(Masking):
     def masked_patches(self) -> int:
         """Masked patches of one image."""
         return self.masked_blocks(self.image_size) * self.patches_of_a_block
+
+    @property
+    def rebuilt_patches(self) -> int:
+        """Masked patches of one image that MIM rebuilds: the first ones of a loader's masks."""
+        return self.rebuilt_blocks(self.image_size) * self.patches_of_a_block
+
+    @property
+    def hides_by_dropping(self) -> bool:
+        """True if the image encoder sees masked images without their masked patches; mask tokens come after it."""
+        return self.drop_masked or (self.mim_rows == "masked" and not self.image_tower)
 
     @property
     def masking(self) -> Masking:

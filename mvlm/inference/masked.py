@@ -16,7 +16,7 @@ from mvlm.errors import ConfigError, shown
 from mvlm.inference.encode import eval_loader, packed_tokens
 from mvlm.inference.images import hide_patches
 from mvlm.inference.texts import MAX_CHARACTERS, check_unicode
-from mvlm.model.encoders import masked_patches, patchify, unpatchify, visible_patches
+from mvlm.model.encoders import masked_patches, patchify, unpatchify
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Dataset, Tokenizer
@@ -152,12 +152,7 @@ def reconstruct(
         hidden = masked_patches(patch_ids, config.num_patches)
         with autocast(device, precision):
             shown = unpatchify(patches, config.patch_size)
-            if config.drop_masked:  # as in training
-                visible = visible_patches(patch_ids, config.num_patches)
-                vm = model.image_encoder.forward_visible(shown, visible)
-                vm = model.image_encoder.with_mask_tokens(vm, visible)
-            else:
-                vm = model.encode_image(shown, hidden)
+            vm = model.encode_masked_image(shown, patch_ids)
             predicted = model.reconstruct(vm, w, key_mask, patch_ids).float()  # (B, K, 3*P*P), normalised
         pixels = ((predicted * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
         order = border_errors(patches, ~hidden, pixels, patch_ids).sort(stable=True).indices

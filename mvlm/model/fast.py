@@ -92,7 +92,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
     if isinstance(encoder, TimmTower):
         return encoder.run(patches if patch_ids is None else encoder.hide(patches, masked_patches(patch_ids, total)))
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
-    if patch_ids is None or not model.config.drop_masked:
+    if patch_ids is None or not model.config.hides_by_dropping:
         hidden = None if patch_ids is None else masked_patches(patch_ids, total)  # (B, N), True = masked
         x = encoder.run(place_tokens(patches, *parameters, masked=hidden), attend_self(None))
         return encoder.add_output_positions(x)
@@ -168,8 +168,8 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
 
     patch_ids int64 (B, K) are masked; without them vm is None and costs nothing.
     """
-    if patch_ids is None:
-        return encode_patches(model, patches), None
+    if patch_ids is None or model.config.hides_by_dropping:
+        return encode_patches(model, patches), None if patch_ids is None else encode_patches(model, patches, patch_ids)
     encoder, total = model.image_encoder, patches.shape[1]
     hidden = masked_patches(patch_ids, total)  # (B, N), True = masked
     if isinstance(encoder, TimmTower):
@@ -209,13 +209,14 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     assert streams.masked_image is not None
     assert streams.partner_caches is not None
     head, encoder = model.pixel_head, model.image_encoder
-    x = masked_patch_features(model, streams.masked_image, streams.partner_caches.text, masks)
-    of_patches = batch.images, masks.patch_ids, model.config.patch_size
+    rebuilt = masks.patch_ids[:, : model.config.rebuilt_patches]
+    x = masked_patch_features(model, streams.masked_image, streams.partner_caches.text, masks, rebuilt)
+    of_patches = batch.images, rebuilt, model.config.patch_size
     mean, std = encoder.mean.flatten(), encoder.std.flatten()
     normalized, space = head.statistics is not None, {"mean": mean, "std": std}
     reduction = "none" if head.weighted else "mean"
     loss = masked_pixel_loss(head(x), *of_patches, **space, normalize_target=normalized, reduction=reduction)
-    if not normalized:
+    if not (normalized or head.weighted):
         return loss
     pixels = gather_patches(*of_patches, **space, dtype=loss.dtype)
     weights = head.weights(pixels)
@@ -224,12 +225,19 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     return loss + head.statistics_gradient(x, pixels)
 
 
-def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:
-    """Features (B, K, C) of the masked patches, for the pixel head; vm (B, 1+N, C) attends to captions of the cache."""
+def masked_patch_features(
+    model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks, rebuilt: Tensor | None = None
+) -> Tensor:
+    """Features (B, R, C) of masked patches, for the pixel head; vm (B, 1+N, C) attends to captions of the cache.
+
+    Args:
+        rebuilt: int64 (B, R), some of the masked patches. Default: all.
+    """
     rows, keys = Residual(vm), None
+    rebuilt = masks.patch_ids if rebuilt is None else rebuilt
 
     def select(rows: Tensor) -> Tensor:
-        return select_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
+        return select_within(rows, 1 + rebuilt)  # (B, 1+N, C) -> (B, R, C)
 
     if model.config.mim_rows == "masked":
         rows = Residual(select(vm))

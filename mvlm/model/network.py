@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.model.attention import Attention
-from mvlm.model.encoders import CrossEncoder, ImageEncoder, TextEncoder, patchify, visible_rows
+from mvlm.model.encoders import (
+    CrossEncoder,
+    ImageEncoder,
+    TextEncoder,
+    masked_patches,
+    patchify,
+    visible_patches,
+    visible_rows,
+)
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.towers.text import TextTower
 from mvlm.model.towers.timm_tower import TimmTower
@@ -57,7 +65,7 @@ class PixelHead(nn.Linear):
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__(config.width, config.patch_values)
-        self.statistics = None if config.mim_target == "pixels" else nn.Linear(config.width, 2)
+        self.statistics = nn.Linear(config.width, 2) if config.mim_target == "normalized" else None
         self.weighted = config.mim_target == "weighted"
 
     def target(self, pixels: Tensor) -> Tensor:
@@ -218,8 +226,23 @@ class MaskVLMNetwork(nn.Module):
         x = self.masked_features(vm, w, key_mask, patch_ids)
         return self.pixel_head.pixels(self.pixel_head(x), x)
 
-    def masked_features(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
-        """Features (B, K, C) of the masked patches patch_ids int64 (B, K), for the pixel head."""
+    def encode_masked_image(self, images: Tensor, patch_ids: Tensor) -> Tensor:
+        """Features (B, 1+N, C) of images uint8 (B, 3, S, S), of which the patches patch_ids int64 (B, K) are masked."""
+        if not self.config.hides_by_dropping:
+            return self.image_encoder(images, masked_patches(patch_ids, self.config.num_patches))
+        visible = visible_patches(patch_ids, self.config.num_patches)
+        return self.image_encoder.with_mask_tokens(self.image_encoder.forward_visible(images, visible), visible)
+
+    def masked_features(
+        self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor, rebuilt: Tensor | None = None
+    ) -> Tensor:
+        """Features (B, R, C) of masked patches, for the pixel head.
+
+        Args:
+            patch_ids: int64 (B, K), the masked patches.
+            rebuilt: int64 (B, R), some of them. Default: all.
+        """
+        rebuilt = patch_ids if rebuilt is None else rebuilt
 
         def rows_of(x: Tensor, rows: Tensor) -> Tensor:
             return x.gather(1, rows.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -227,9 +250,9 @@ class MaskVLMNetwork(nn.Module):
         if self.config.mim_rows == "all":
             x = self.image_cross(vm, w, None, key_mask)
             x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
-            return rows_of(x, 1 + patch_ids)
+            return rows_of(x, 1 + rebuilt)
         keys = rows_of(vm, visible_rows(patch_ids, self.config.num_patches))  # (B, 1+N-K, C)
-        x = self.image_cross(rows_of(vm, 1 + patch_ids), w, None, key_mask, keys=keys)
+        x = self.image_cross(rows_of(vm, 1 + rebuilt), w, None, key_mask, keys=keys)
         return self.image_decoder(x, w, None, key_mask, keys=keys)
 
     def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:

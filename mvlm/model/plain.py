@@ -12,7 +12,7 @@ from collections.abc import Collection
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.model.encoders import KeyValueCache, masked_patches, visible_patches
+from mvlm.model.encoders import KeyValueCache, visible_patches
 from mvlm.model.implementation import MASKED, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
@@ -36,7 +36,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks | None, masked: Col
         masked_image = encoder.with_mask_tokens(rows, visible) if images else None
     else:
         image = encoder(batch.images)
-        masked_image = encoder(batch.images, masked_patches(masks.patch_ids, total)) if images else None
+        masked_image = model.encode_masked_image(batch.images, masks.patch_ids) if images else None
     text = model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
     if texts:
         hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)  # (T,)
@@ -72,8 +72,9 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     text = streams.masked_text if model.config.mask_partner else streams.text
     assert text is not None
     w, key_mask = text.padded()  # (B, L, C), (B, L)
-    x = model.masked_features(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, C)
-    head, pixels = model.pixel_head, model.patch_targets(batch.images, masks.patch_ids)  # (B, K, 3*P*P)
+    rebuilt = masks.patch_ids[:, : model.config.rebuilt_patches]  # (B, R)
+    x = model.masked_features(streams.masked_image, w, key_mask, masks.patch_ids, rebuilt)  # (B, R, C)
+    head, pixels = model.pixel_head, model.patch_targets(batch.images, rebuilt)  # (B, R, 3*P*P)
     loss = losses.masked_image_loss(head(x), head.target(pixels), head.weights(pixels))
     return loss + head.statistics_gradient(x, pixels)
 

@@ -368,7 +368,7 @@ class LabelTask(Task):
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """The labels in the order of the logits."""
-        cls.labelled(train)
+        cls.labelled(train, repeated=True)
         return {"labels": list(cls.labels)}
 
     @classmethod

@@ -59,7 +59,7 @@ class Reference:
 
     def target(self, patch: np.ndarray) -> np.ndarray:
         """MIM's target of a patch (3*P*P)."""
-        if self.config.mim_target == "pixels":
+        if self.config.mim_target != "normalized":
             return patch
         mean = sum(patch) / len(patch)
         variance = sum((x - mean) ** 2 for x in patch) / (len(patch) - 1)
@@ -77,12 +77,27 @@ class Reference:
         for patch in masked or []:
             x[patch] = self.weights["image_encoder.mask_token"]
         x = np.concatenate([self.weights["image_encoder.cls_token"][None], x]) + self.weights["image_encoder.position"]
+        return self.norm("image_encoder.norm", self.image_blocks(x), 1e-6)
+
+    def image_blocks(self, x: np.ndarray) -> np.ndarray:
         for layer in range(self.config.image_layers):
             name = f"image_encoder.blocks.{layer}"
             y = self.norm(f"{name}.norm1", x, 1e-6)
             x = x + self.attention(f"{name}.attention", y, y)
             x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x, 1e-6))
-        return self.norm("image_encoder.norm", x, 1e-6)
+        return x
+
+    def masked_image(self, image: np.ndarray, masked: list[int]) -> np.ndarray:
+        """Features (1+N, C) of an image whose masked patches are replaced, or left out and filled in afterwards."""
+        if self.config.mim_rows == "all":
+            return self.image(image, masked)
+        seen = [p for p in range(len(self.patches(image))) if p not in masked]
+        x = self.linear("image_encoder.patch_projection", self.patches(image))
+        x = np.concatenate([self.weights["image_encoder.cls_token"][None], x]) + self.weights["image_encoder.position"]
+        x = self.norm("image_encoder.norm", self.image_blocks(x[[0, *(1 + p for p in seen)]]), 1e-6)
+        rows = np.repeat(self.weights["image_encoder.mask_token"][None], 1 + len(self.patches(image)), 0)
+        rows[[0, *(1 + p for p in seen)]] = x
+        return rows + self.weights["image_encoder.position"]
 
     def text(self, tokens: list[int]) -> np.ndarray:
         x = self.weights["text_encoder.words.weight"][tokens] + self.weights["text_encoder.position"][: len(tokens)]
@@ -132,10 +147,11 @@ class Reference:
                     y = self.norm("language_head.norm", gelu(self.linear("language_head.dense", x[place])))
                     nats.append(-log_softmax(self.linear("language_head.vocabulary", y))[was])
             masked = masks.patch_ids[b].tolist()
-            x, patches = self.image(images[b], masked), self.patches(images[b])
+            rebuilt = masked[: config.rebuilt_patches]
+            x, patches = self.masked_image(images[b], masked), self.patches(images[b])
             if config.mim_rows == "masked":
                 seen = x[[0, *(1 + p for p in range(len(patches)) if p not in masked)]]
-                for p in masked:  # alone: masked patches do not see each other
+                for p in rebuilt:  # alone: masked patches do not see each other
                     y = self.cross("image_cross", config.cross_layers, x[[1 + p]], w[b], seen)
                     y = self.cross("image_decoder", config.decoder_layers, y, w[b], seen)
                     error = abs(self.linear("pixel_head", y[0]) - self.target(patches[p]))
@@ -144,7 +160,7 @@ class Reference:
             x = self.cross("image_cross", config.cross_layers, x, w[b])
             x = self.cross("image_decoder", config.decoder_layers, x, w[b])
             pixels = self.linear("pixel_head", x[1:])
-            errors += [self.weight(patches[p]) * abs(pixels[p] - self.target(patches[p])) for p in masked]
+            errors += [self.weight(patches[p]) * abs(pixels[p] - self.target(patches[p])) for p in rebuilt]
 
         a, t = (
             np.stack([unit(self.linear(name, features[0])) for features in stream])

@@ -22,10 +22,10 @@ Int64 = NDArray[np.int64]
 
 
 def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int, masking: Masking = DEFAULT) -> Int64:
-    """Masked patches of each image: int64 (B, K), row-major patch numbers, ascending within a row.
+    """Masked patches of each image: int64 (B, K), row-major patch numbers.
 
     `Masking.masked_blocks` square blocks with sides of `mask_block` pixels are masked. All sets of blocks are equally
-    likely.
+    likely. Those that MIM rebuilds come first; within them, and within the others, numbers ascend.
 
     Args:
         epoch: one number, or int (B,).
@@ -36,7 +36,8 @@ def draw_patch_masks(seed: int, epoch: Any, sample_ids: Any, *, image_size: int,
     masking.check_image_size(image_size)
     chosen = masking.masked_blocks(image_size)
     blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // masking.mask_block)[:, :chosen]
-    return np.sort(_patches_of(blocks, image_size, masking), axis=1)  # (B, K)
+    parts = np.split(blocks, [masking.rebuilt_blocks(image_size)], axis=1)
+    return np.concatenate([np.sort(_patches_of(part, image_size, masking), axis=1) for part in parts], axis=1)  # (B, K)
 
 
 def _ordered_blocks(seed: int, epoch: Any, sample_ids: Any, blocks_a_side: int) -> Int64:

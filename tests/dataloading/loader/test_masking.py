@@ -64,6 +64,22 @@ def test_masks_depend_on_the_sample_and_not_on_the_batch():
     assert len(set(draws)) == 20
 
 
+def test_the_blocks_to_rebuild_come_first_and_are_drawn_at_random():
+    """Two of five masked blocks of nine: each block of the image is as often among them as the others."""
+    ordinary = draw_patch_masks(0, 0, range(9000), image_size=96)
+    some = Masking(mim_share=0.4)
+    assert some.rebuilt_blocks(96) == 2
+    patches = draw_patch_masks(0, 0, range(9000), image_size=96, masking=some)
+    assert np.array_equal(np.sort(patches, axis=1), ordinary)
+    rebuilt = patches[:, :8]  # of 4 patches a block
+    blocks = rebuilt // 12 * 3 + rebuilt % 6 // 2
+    assert all(len({*row}) == 2 for row in blocks.tolist())
+    assert abs(np.bincount(blocks.ravel(), minlength=9) / 4 - 2000).max() < 5 * 2000**0.5
+    for share in (0.0, -1.0, 1.1):
+        with pytest.raises(ValueError, match="mim_share"):
+            Masking(mim_share=share)
+
+
 def test_every_number_of_masked_tokens_is_equally_likely():
     ids = draw_token_masks(0, 0, range(18000), [11] * 18000, ratio=None)
     counts = np.bincount(np.bincount(ids // 11, minlength=18000), minlength=10)

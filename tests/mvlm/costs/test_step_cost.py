@@ -110,7 +110,7 @@ def test_flops_of_masked_rows_alone_by_hand():
     """One layer of `image_cross` and one of the decoder, 37 rows of which 20 are masked, and two captions of 12 tokens.
 
     `image_cross` leaves out 17 rows but for their keys and values. The decoder's last block computes masked rows alone
-    in both; its keys and values are of 17 rows in place of 37.
+    in both; its keys and values are of 17 rows in place of 37. So are the blocks of the image encoder.
     """
     shape = StepShape(pairs=2, tokens=12, longest=12)
     every, masked = (step_cost(replace(CONFIG, mim_rows=rows), shape) for rows in ("all", "masked"))
@@ -120,7 +120,8 @@ def test_flops_of_masked_rows_alone_by_hand():
     # query, out, query and out of the cross-attention, and 8 C^2 of the feed-forward; scores and sums of both
     of_cross = seen * 12 * wide**2 + 2 * hidden * wide**2 + 2 * wide * (rows**2 - hidden * seen + seen * text)
     of_decoder = 2 * hidden * wide**2 + 2 * wide * hidden * (rows - seen)
-    saved = 2 * 2 * (of_cross + of_decoder)
+    of_encoder = CONFIG.image_layers * (hidden * 12 * wide**2 + 2 * wide * (rows**2 - seen**2))
+    saved = 2 * 2 * (of_cross + of_decoder + of_encoder)
     assert every.forward - masked.forward == pytest.approx(saved, rel=0.01)
     assert every.parameters == masked.parameters
 

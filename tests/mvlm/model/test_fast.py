@@ -110,6 +110,7 @@ TOWER = {"image_tower": "timm:test_vit2", "image_size": 64, "patch_size": 16, "m
         *((NORMALIZED, weights, "") for weights in (EVERY, SOME[6])),
         *((WEIGHTED | changes, SOME[6], "padded") for changes in ({}, ROWS)),
         *((ROWS | changes, EVERY, "padded") for changes in ({}, {"cross_norm": "pre"}, PARTNERS, TOWER)),
+        *((changes | {"mim_share": 0.3}, EVERY, "") for changes in ({}, ROWS, ROWS | {"drop_masked": True})),
         *((ROWS | {"drop_masked": True} | changes, EVERY, "") for changes in (NORMALIZED, PARTNERS)),
         (TOWER, EVERY, ""),
         (TOWER | PARTNERS | {"output_positions": True}, EVERY, "padded"),

@@ -6,19 +6,22 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import mvlm.tasks
+from mvlm.config.finetune import TaskOptions
 from mvlm.errors import ConfigError, RunError
 from mvlm.report.page import write_report
 from mvlm.runs.folder import find_checkpoint
 from mvlm.tasks import task_names
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.load import find_task, load_task
-from mvlm_dataloading import ShardWriter, open_dataset
+from mvlm.tasks.task import LabelTask
+from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 from support.commands import assert_refused
 from support.questions import finetune_config as configured
 from support.scenes import png, scene
@@ -189,3 +192,20 @@ def test_files_are_found_by_their_names_and_those_without_one_task_refused(tmp_p
     with pytest.raises(ConfigError, match="found 0"):
         find_task(str(tmp_path / "none.py"))
     assert_refused(run_mvlm("eval", "x.py", "--checkpoint", "a", "--data", "b"), "wanted a Python file with a task")
+
+
+def test_a_task_of_labels_learns_from_a_view_that_repeats_samples():
+    """A weighted training view has a sample more than once; an evaluated split has it once."""
+    asked = []
+
+    class Colours(LabelTask):
+        labels = ("red", "blue")
+
+        @classmethod
+        def labelled(cls, dataset: Dataset, images: int | None = None, repeated: bool = False) -> list[dict[str, Any]]:
+            asked.append((dataset, repeated))
+            return []
+
+    assert Colours.make_state(cast(Any, "train"), TaskOptions()) == {"labels": ["red", "blue"]}
+    Colours.check_references(cast(Any, "validation"), {})
+    assert asked == [("train", True), ("validation", False)]
