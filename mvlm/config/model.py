@@ -68,7 +68,7 @@ class MaskVLMConfig(Masking):
     mim_target: Literal["pixels", "normalized", "weighted"] = "pixels"
     """Target of MIM in each masked patch. pixels: its pixels, the paper's. normalized: its pixels minus their mean and
     divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images.
-    weighted: its pixels, and a patch's error counts as much as its deviation. Plain ground then counts little, so that
+    weighted: the same, and a patch's error counts as much as its deviation. Plain ground then counts little, so that
     the caption is asked what may lie there; the loss is small, so give it a `mim_weight` of about 16."""
     mim_rows: Literal["all", "masked"] = "all"
     """Rows of an image that the cross-modality encoder and the decoder compute for MIM. all: the paper's. masked: only

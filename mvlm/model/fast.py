@@ -216,7 +216,7 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     normalized, space = head.statistics is not None, {"mean": mean, "std": std}
     reduction = "none" if head.weighted else "mean"
     loss = masked_pixel_loss(head(x), *of_patches, **space, normalize_target=normalized, reduction=reduction)
-    if not (normalized or head.weighted):
+    if not normalized:
         return loss
     pixels = gather_patches(*of_patches, **space, dtype=loss.dtype)
     weights = head.weights(pixels)

@@ -65,7 +65,7 @@ class PixelHead(nn.Linear):
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__(config.width, config.patch_values)
-        self.statistics = nn.Linear(config.width, 2) if config.mim_target == "normalized" else None
+        self.statistics = None if config.mim_target == "pixels" else nn.Linear(config.width, 2)
         self.weighted = config.mim_target == "weighted"
 
     def target(self, pixels: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Reference:
 
     def target(self, patch: np.ndarray) -> np.ndarray:
         """MIM's target of a patch (3*P*P)."""
-        if self.config.mim_target != "normalized":
+        if self.config.mim_target == "pixels":
             return patch
         mean = sum(patch) / len(patch)
         variance = sum((x - mean) ** 2 for x in patch) / (len(patch) - 1)

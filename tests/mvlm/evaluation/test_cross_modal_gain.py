@@ -116,7 +116,7 @@ def test_pixel_gain_in_both_spaces_and_of_an_untrained_head_against_loops(
             for which in (0, 1):
                 y = x[which][b, k].numpy()
                 guess = drawn_pixels = weights["weight"] @ y + weights["bias"]
-                if target == "normalized":
+                if target != "pixels":
                     mean, deviation = weights["statistics.weight"] @ y + weights["statistics.bias"]
                     drawn_pixels = mean + max(deviation, 0) * guess
                 wanted = reference.target(true[p])

@@ -82,9 +82,9 @@ def test_without_admissible_negatives_the_matching_loss_is_of_true_pairs(case):
         assert losses.itc.item() == 0
 
 
-@pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_patch_statistics_learn_alone_by_absolute_error(plan):
-    model = micro_model(mim_target="normalized")
+@pytest.mark.parametrize("plan, target", [("plain", "normalized"), ("fast", "normalized"), ("fast", "weighted")])
+def test_patch_statistics_learn_alone_by_absolute_error(plan, target):
+    model = micro_model(mim_target=target)
     batch, masks = micro_batch()
     features = []
     model.pixel_head.register_forward_pre_hook(lambda _, given: features.append(given[0].detach().numpy()))
