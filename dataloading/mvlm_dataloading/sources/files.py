@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -230,6 +230,16 @@ def captions_in_cell(value: Any) -> list[str]:
         return [value]
     # Nulls and objects in a list are skipped. Converted to text, a null would be the caption "None".
     return [one for one in value if isinstance(one, str)] if isinstance(value, list | tuple) else []
+
+
+def several_columns(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of columns, given as one name or several."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def captions_in_row(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """Captions of a row: those of each of the columns, in their order."""
+    return [caption for column in columns for caption in captions_in_cell(row.get(column))]
 
 
 _COCO_FOLDERS = ("", "images", "coco", "coco/images", "mscoco", "images/mscoco/images")

@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.untrusted import LIMITS, read_regular
 
-from .files import captions_in_cell, published_files, read_rows, reason_if_outside
+from .files import captions_in_row, published_files, read_rows, reason_if_outside, several_columns
 from .record import (
     Record,
     Source,
@@ -42,7 +42,7 @@ def folder(
     captions: Path | None = None,
     *,
     image_column: str = "image",
-    caption_column: str = "caption",
+    caption_column: tuple[str, ...] = ("caption",),
     split_column: str | None = None,
     validation: float = 0.0,
     test: float = 0.0,
@@ -59,8 +59,8 @@ def folder(
         images: Folder of images, subfolders included.
         captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
         image_column: Column of file names, relative to the folder.
-        caption_column: Column of captions. Several rows of an image are several captions, and a cell of a .jsonl may
-            hold a list.
+        caption_column: Columns of captions. Several columns, and several rows of an image, are several captions, and a
+            cell of a .jsonl may hold a list.
         split_column: Column of splits, which comes before the folders' names. Default: split, or Split, if it is there.
         validation: Share of the other images for validation, chosen by a hash of the name. 1.0 takes all.
         test: Share of the other images for test, chosen by a hash of the name. 1.0 takes all.
@@ -76,9 +76,10 @@ def folder(
     if captions is None:
         found = _sidecars(images)
     else:
-        found = _table(images, captions, image_column, caption_column, split_column)
+        columns = several_columns(caption_column)
+        found = _table(images, captions, image_column, columns, split_column)
         recipe["captions"] = [file_sha256(captions)]
-        recipe["columns"] = [image_column, caption_column, split_column or "split"]
+        recipe["columns"] = [image_column, *columns, split_column or "split"]
     stems = Counter(record.key for record, _ in found)
     records: dict[str, list[Record]] = {}
     for record, split in found:
@@ -129,24 +130,25 @@ def _with_text_file(images: Path, path: Path) -> Record:
 
 
 def _table(
-    images: Path, file: Path, image_column: str, caption_column: str, split_column: str | None
+    images: Path, file: Path, image_column: str, caption_columns: Sequence[str], split_column: str | None
 ) -> list[tuple[Record, str | None]]:
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
-    columns = {"image": image_column, "caption": caption_column}
+    columns = {"image": image_column, "caption": caption_columns}
     for name, row, split in table_rows(images, file, columns, split_column):
-        captions.setdefault(name, []).extend(captions_in_cell(row.get(caption_column)))
+        captions.setdefault(name, []).extend(captions_in_row(row, caption_columns))
         splits[name] = split or splits.get(name)
     return [(_record(images, name, known, reason_if_outside(name)), splits[name]) for name, known in captions.items()]
 
 
 def table_rows(
-    images: Path, file: Path, columns: Mapping[str, str], split_column: str | None = None
+    images: Path, file: Path, columns: Mapping[str, str | Sequence[str]], split_column: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any], str | None]]:
     """Name of the image relative to the folder, row, and the row's split or None, for each row of a table.
 
     Args:
-        columns: Names of the wanted columns, by what they hold: `image` first. In a .jsonl a row may leave out others.
+        columns: Names of the wanted columns, one or several, by what they hold: `image`, which is one, first. In a
+            .jsonl a row may leave out others.
         split_column: Column of splits. Default: split, or Split, if it is there.
 
     Raises:
@@ -156,15 +158,16 @@ def table_rows(
         raise DataError(f"{file}: wanted a table with the ending {', '.join(TABLES)}, found {file.suffix or 'none'}")
     splits: dict[str, str] = {}
     known: set[str] = set()
+    wanted = [name for names in columns.values() for name in several_columns(names)]
     for row in read_rows(file):
         known |= row.keys()  # a row of JSON may leave out what is null
-        missing = [name for name in columns.values() if name not in known]
-        if missing or columns["image"] not in row:
+        missing = [name for name in wanted if name not in known]
+        if missing or wanted[0] not in row:
             raise DataError(
-                f"{file}: wanted a column named {[*missing, columns['image']][0]}, found {', '.join(map(str, row))}; "
+                f"{file}: wanted a column named {[*missing, wanted[0]][0]}, found {', '.join(map(str, row))}; "
                 f"name the columns with {' and '.join(f'--{flag}-column' for flag in columns)}"
             )
-        name = _name_here(images, str(row[columns["image"]]))
+        name = _name_here(images, str(row[wanted[0]]))
         split = row.get(split_column) if split_column else next((row[c] for c in row if c.lower() == "split"), None)
         found = canonical_split(str(split), str(file)) if split else None
         if found and splits.setdefault(name, found) != found:

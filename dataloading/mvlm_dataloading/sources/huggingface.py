@@ -10,7 +10,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.untrusted import open_parquet, open_regular
 
-from .files import captions_in_cell, files_under, read_json, refuse_repeated_files
+from .files import captions_in_row, files_under, read_json, refuse_repeated_files, several_columns
 from .record import (
     Record,
     Source,
@@ -37,7 +37,7 @@ def huggingface(
     more: Sequence[Path] = (),
     *,
     image_column: str = "image",
-    caption_column: str = "caption",
+    caption_column: tuple[str, ...] = ("caption",),
     key_column: str | None = None,
     split_column: str | None = None,
     split: str | None = None,
@@ -54,7 +54,7 @@ def huggingface(
         data: Parquet file, folder of parquet files, or folder of save_to_disk.
         more: Further ones.
         image_column: Column of images, of type `Image` (bytes and a path) or binary.
-        caption_column: Column of captions: strings, or lists of strings.
+        caption_column: Columns of captions: strings, or lists of strings.
         key_column: Column of keys. Rows of a file that follow one another and have equal keys and images are one
             sample with all their captions. Default: every row is a sample, and keys are numbers of file and row.
         split_column: Column of splits. Default: split, if there is one. A row without a split has that of its file.
@@ -84,7 +84,7 @@ def huggingface(
             path,
             number,
             image_column,
-            caption_column,
+            several_columns(caption_column),
             key_column,
             of_rows,
         )
@@ -107,7 +107,7 @@ def huggingface(
         recipe={
             "rows_revision": _REVISION,
             "files": [file_fingerprint(path) for path, _ in files],
-            "columns": [image_column, caption_column, key_column, split_column],
+            "columns": [image_column, *several_columns(caption_column), key_column, split_column],
             "validation": validation,
             "test": test,
             **({"split": split} if split else {}),
@@ -156,13 +156,13 @@ class _RowsFile:
     path: Path
     number: int
     image_column: str
-    caption_column: str
+    caption_columns: tuple[str, ...]
     key_column: str | None
     split_column: str | None
 
     @property
     def columns(self) -> list[str]:
-        named = (self.image_column, self.caption_column, self.key_column, self.split_column)
+        named = (self.image_column, *self.caption_columns, self.key_column, self.split_column)
         return [*dict.fromkeys(filter(None, named))]
 
     def check(self, names: list[str]) -> None:
@@ -218,7 +218,7 @@ class _RowsFile:
                         f"{self.path} row {number}: wanted one split for the key {row[self.key_column]}, found "
                         f"{last[0]} and {split}; correct the rows"
                     )
-                captions += captions_in_cell(row[self.caption_column])  # in place: the last record has this list
+                captions += captions_in_row(row, self.caption_columns)  # in place: the last record has this list
                 continue
             if last is not None:
                 yield last
@@ -227,7 +227,7 @@ class _RowsFile:
             if image is not None and not self.key_column:
                 hashed = hashlib.sha256(image).hexdigest()
                 metadata["image_id"] = f"sha256 {hashed[:32]}"
-            captions = captions_in_cell(row[self.caption_column])
+            captions = captions_in_row(row, self.caption_columns)
             last = split, hashed, Record(key, image, captions, where, metadata, fault)
         if last is not None:
             yield last

@@ -1,10 +1,11 @@
 """Folders of images, with captions in text files or in a table."""
 
+import json
 import os
 
 import pytest
 
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.sources.files import read_json_list
 from mvlm_dataloading.sources.flickr30k import flickr30k
 from mvlm_dataloading.sources.folder import folder
@@ -29,6 +30,18 @@ def test_folder_with_a_table(tmp_path):
     found = build_source(folder(tmp_path / "images", tmp_path / "images/captions.jsonl"), tmp_path / "jsonl")
     assert {split: len(part) for split, part in found.items()} == {"test": 2, "train": 2, "validation": 2}
     assert {**found["train"], **found["validation"], **found["test"]} == names
+
+
+def test_several_columns_of_captions_are_read_in_their_order(tmp_path):
+    published.folder(tmp_path / "images", 2, sidecars=False)
+    rows = [{"image": "a/0.jpg", "long": ["one", "two"], "short": "three"}, {"image": "b/1.jpg", "short": "four"}]
+    table = tmp_path / "captions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = folder(tmp_path / "images", table, caption_column=("long", "short"))
+    wanted = {safe_key("a/0"): ["one", "two", "three"], safe_key("b/1"): ["four"]}
+    assert build_source(both, tmp_path / "out") == {"train": wanted}
+    with pytest.raises(DataError, match="lang"):
+        folder(tmp_path / "images", table, caption_column=("long", "lang"))
 
 
 def test_questions_have_the_split_of_their_image(tmp_path):

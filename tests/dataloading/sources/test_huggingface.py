@@ -94,6 +94,14 @@ def test_rows_of_one_key_are_one_sample_with_all_captions(tmp_path):
     assert rejected == [("image19", "key was used before"), ("image0", "key was used before")]
 
 
+def test_captions_of_several_columns_are_those_of_one_sample(tmp_path):
+    rows = [{**row, "also": [f"more of {row['caption']}"]} for row in flattened(2)[::5]]
+    file = write(tmp_path / "0.parquet", rows)
+    found = build_source(huggingface(file, key_column="id", caption_column=("caption", "also")), tmp_path / "out")
+    wanted = {row["id"]: [row["caption"], f"more of {row['caption']}"] for row in rows}
+    assert found == {"train": wanted}
+
+
 @pytest.mark.slow
 def test_folders_of_save_to_disk(tmp_path):
     import datasets
