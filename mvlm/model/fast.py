@@ -213,12 +213,12 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     x = masked_patch_features(model, streams.masked_image, streams.partner_caches.text, masks, rebuilt)
     of_patches = batch.images, rebuilt, model.config.patch_size
     mean, std = encoder.mean.flatten(), encoder.std.flatten()
-    normalized, space = head.statistics is not None, {"mean": mean, "std": std}
+    normalized = head.statistics is not None
     reduction = "none" if head.weighted else "mean"
-    loss = masked_pixel_loss(head(x), *of_patches, **space, normalize_target=normalized, reduction=reduction)
+    loss = masked_pixel_loss(head(x), *of_patches, mean=mean, std=std, normalize_target=normalized, reduction=reduction)
     if not normalized:
         return loss
-    pixels = gather_patches(*of_patches, **space, dtype=loss.dtype)
+    pixels = gather_patches(*of_patches, mean=mean, std=std, dtype=loss.dtype)
     weights = head.weights(pixels)
     if weights is not None:
         loss = (loss * weights.squeeze(-1)).mean()  # of (B, K)

@@ -243,7 +243,8 @@ def _times_of_steps(study: Study, budgets: Mapping[str, dict[str, Any]], data: P
     """Seconds of a step of each arm that spends another arm's time, and of that other arm. Trains on all pairs."""
     arms = [name for arm, budget in budgets.items() if "seconds_of" in budget for name in (budget["seconds_of"], arm)]
     configs = {arm: trial_config(study, arm, 0, data, out / "unused", 1) for arm in dict.fromkeys(arms)}
-    return step_times(configs, out) if configs else {}
+    of_pretraining = {arm: config for arm, config in configs.items() if isinstance(config, PretrainConfig)}
+    return step_times(of_pretraining, out) if of_pretraining else {}
 
 
 def _stage_data(stage: dict[str, Any]) -> tuple[str, dict[str, str]]:

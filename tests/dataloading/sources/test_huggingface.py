@@ -115,7 +115,7 @@ def test_folders_of_save_to_disk(tmp_path):
         }
         parts[split] = datasets.Dataset.from_dict(columns, features=features)
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved", num_shards={"train": 2, "validation": 1})
-    source = huggingface(tmp_path / "saved", image_column="picture", caption_column="text")
+    source = huggingface(tmp_path / "saved", image_column="picture", caption_column=("text",))
     assert len(source.pieces) == 3
     found = build_source(source, tmp_path / "out")
     assert {split: [*part.values()] for split, part in found.items()} == {
@@ -123,6 +123,7 @@ def test_folders_of_save_to_disk(tmp_path):
         "validation": [published.captions(i)[:1] for i in (7, 8)],
     }
     one = build_source(
-        huggingface(tmp_path / "saved/train", image_column="picture", caption_column="text", test=0.4), tmp_path / "one"
+        huggingface(tmp_path / "saved/train", image_column="picture", caption_column=("text",), test=0.4),
+        tmp_path / "one",
     )
     assert len(one["train"]) + len(one["test"]) == 7

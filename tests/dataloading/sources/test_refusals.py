@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
     # of folders
     "no folder": (None, lambda p: folder(p / "none"), "none"),
     "UTF-16": (published.folder, lambda p: folder(p, csv(p, "image,caption".encode("utf-16"))), "UTF-8"),
-    "no such column": (published.folder, lambda p: folder(p, p / "captions.csv", caption_column="text"), "text"),
+    "no such column": (published.folder, lambda p: folder(p, p / "captions.csv", caption_column=("text",)), "text"),
     "no column of splits": (
         published.folder, lambda p: folder(p, csv(p, "image,caption,Split\na/0.jpg,x,train\n"), split_column="splt"),
         "splt",
@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, Callable[[Path], Source],
     "a file twice": (lambda p: table(p / "a.parquet", {}), lambda p: huggingface(p, [p / "a.parquet"]), "a.parquet"),
     "a damaged file": (None, lambda p: huggingface(with_file(p, "a.parquet", "x") / "a.parquet"), "a.parquet"),
     "no such column of rows": (
-        lambda p: table(p / "a.parquet", {}), lambda p: huggingface(p, caption_column="text"), "text"
+        lambda p: table(p / "a.parquet", {}), lambda p: huggingface(p, caption_column=("text",)), "text"
     ),
     "no key": (
         lambda p: table(p / "a.parquet", {"id": "1"}, {}), lambda p: huggingface(p, key_column="id"), "--key-column"
