@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -59,12 +60,12 @@ class TrainingProgress(_Bar):
             )
             self._task = self._bar.add_task("", total=last, completed=first)
 
-    def show(self, row: dict[str, Any]) -> None:
-        """Show a row of metrics.
+    def show(self, row: dict[str, Any], losses: Iterable[str]) -> None:
+        """Show a row of metrics, with those of `losses` that it has, or else its loss and accuracy.
 
         Without a terminal, print a line every 20 seconds, at evaluations, at the end, and with the first estimate.
         """
-        now, step, text = time.monotonic(), row["step"], describe_row(row)
+        now, step, text = time.monotonic(), row["step"], describe_row(row, losses)
         enough = step - self._first >= STEPS_OF_AN_ESTIMATE
         if not enough and self._since[0] == self._first:
             # The first step is slower than the others: processes start, and kernels are compiled.
@@ -147,9 +148,9 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def describe_row(row: dict[str, Any]) -> str:
+def describe_row(row: dict[str, Any], losses: Iterable[str]) -> str:
     """Losses and speed of a row of metrics, with undecodable images, skipped updates and evaluation, if any."""
-    names = ("mlm", "mim", "itc", "itm") if "itc" in row else ("loss", "accuracy")
+    names = [name for name in losses if name in row] or ("loss", "accuracy")
     parts = [f"{name} {row[name]:.3f}" for name in names if row.get(name) is not None]
     parts.append(f"{row['pairs_per_s']:.0f} pairs/s")
     if row["skipped"]:

@@ -13,13 +13,14 @@ the bases of a configuration too.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.config.ranges import (
     ABOVE_0,
     AT_LEAST_0,
     AT_LEAST_1,
+    COMPARES,
     DECAY,
     FRACTION,
     NO_FLAG,
@@ -275,13 +276,16 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 class ObjectiveSettings:
     """Weights of the losses, and the rate of the modules that only one of them trains. A resumed run keeps these."""
 
+    # `NAME_weight` is the weight of the objective of this name (mvlm/objectives/pretraining.py). A further one has the
+    # default 0: at 0 it leaves no trace in a run.
+
     mlm_weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of masked language modelling in the loss; 0 leaves it out."""
     mim_weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of masked image modelling; 0 leaves it out."""
-    itc_weight: Annotated[float, AT_LEAST_0] = 1.0
+    itc_weight: Annotated[float, AT_LEAST_0, COMPARES] = 1.0
     """Weight of the image-text contrastive loss; 0 leaves it out."""
-    itm_weight: Annotated[float, AT_LEAST_0] = 1.0
+    itm_weight: Annotated[float, AT_LEAST_0, COMPARES] = 1.0
     """Weight of the image-text matching loss; 0 leaves it out. Its negatives are drawn by ITC's similarity, so it needs
     ITC."""
     lr_pixels: Annotated[float, AT_LEAST_0]
@@ -292,6 +296,12 @@ class ObjectiveSettings:
         """Weights of the objectives, by their names."""
         names = [field.name for field in fields(ObjectiveSettings) if field.name.endswith("_weight")]
         return {name.removesuffix("_weight"): getattr(self, name) for name in names}
+
+    @property
+    def comparing_weights(self) -> list[str]:
+        """Settings of the weights above 0 of objectives that compare the pairs of a batch."""
+        kinds = ObjectiveSettings.__annotations__
+        return [n for n, kind in kinds.items() if COMPARES in get_args(kind) and getattr(self, n)]
 
 
 @settings(resume_may_change=False)

@@ -82,10 +82,10 @@ class PretrainConfig(
                 f"weights: wanted at least one objective, and ITC with ITM, got {', '.join(weights)} = "
                 f"{tuple(weights.values())}"
             )
-        if self.batch_size == 1 and (self.itc_weight or self.itm_weight):
+        if self.batch_size == 1 and self.comparing_weights:
             raise ConfigError(
-                "batch_size: wanted at least 2, as ITC and ITM compare the pairs of a batch, got 1; raise it, or set "
-                "itc_weight and itm_weight to 0"
+                f"batch_size: wanted at least 2, to compare the pairs of a batch, got 1; raise it, or set "
+                f"{' and '.join(self.comparing_weights)} to 0"
             )
         if self.capture != "none" and (self.text_tower or self.model.text_tower):
             raise ConfigError(f"capture: wanted none with a text_tower, got {self.capture}; leave it out")

@@ -37,6 +37,8 @@ DECAY = Range(0, 1, exclude_high=True)
 """Decay of a moving average. 1 would never forget its start."""
 NO_FLAG = "no flag"
 """Marks a setting that Python and a config.json set, and no flag."""
+COMPARES = "compares"
+"""Marks the weight of an objective that compares the pairs of a batch, and needs two of them."""
 
 
 _FLOATS = Range(-1e150, 1e150)

@@ -75,14 +75,16 @@ def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     return (x * weights).sum() / weights.sum()
 
 
-def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor | None) -> Tensor:
     """Cosine similarity divided by temperature: image (B, E) and text (G, E) of unit length -> (B, G).
 
-    log_scale (1,) is the logarithm of 1 / temperature. The logits are float32 (float64) under autocast too.
+    log_scale (1,) is the logarithm of 1 / temperature; None for a temperature of 1. The logits are float32 (float64)
+    under autocast too.
     """
     # Autocast would round cosines to 8 bits, which at a temperature of 0.02 moves logits by 0.1 and makes equal ones.
     with without_autocast(image.device):
-        return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
+        cosines = at_least_float32(image) @ at_least_float32(text).T
+        return cosines if log_scale is None else cosines * log_scale.exp()
 
 
 def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The objectives of pretraining: MLM, MIM, ITC and ITM, the distance of --keep-start, and a user's own loss.
 
+A further objective of pretraining has a file of its own in this folder, and a place in `OBJECTIVES`.
+
 Shape legend: B pairs, G pairs of the global batch, Q rows of a block.
 """
 
@@ -63,6 +65,7 @@ class ITC(BatchObjective):
     """
 
     name, accuracies, curve, draws = "itc", ("itc_accuracy",), "ITC, nats", True
+    trains = (*BatchObjective.trains, "log_scale", "logit_bias")
     shared_positives: bool = False
     """Take all pairs with the same image or caption text as right answers, which share the target (ALBEF)."""
 
@@ -125,6 +128,7 @@ class KeepStart(BatchObjective):
     """
 
     name, reported = "kept", False
+    trains = (*BatchObjective.trains, "log_scale")
     start: MaskVLMNetwork
 
     def shares(self, features: Features) -> Sequence[Tensor]:
@@ -159,10 +163,12 @@ class OwnLoss(MicrobatchObjective):
 
 
 OBJECTIVES: tuple[type[Objective], ...] = (MLM, MIM, ITC, ITM)
-ALL = tuple(kind() for kind in OBJECTIVES)
-"""The four objectives of pretraining, MLM, MIM, ITC and ITM, each of weight 1."""
+"""Objectives whose weight is a setting."""
+ALL: tuple[Objective, ...] = (MLM(), MIM(), ITC(), ITM())
+"""The paper's four objectives, each of weight 1."""
 
 
 def objectives_of(config: ObjectiveSettings) -> tuple[Objective, ...]:
-    """The objectives of a run, with its weights."""
-    return tuple(kind(config.objective_weights[kind.name]) for kind in OBJECTIVES)
+    """The objectives of a run, with its weights. One that is off by default and has no weight leaves no trace."""
+    found = [kind(config.objective_weights[kind.name]) for kind in OBJECTIVES]
+    return tuple(x for x in found if x.weight or getattr(ObjectiveSettings, f"{x.name}_weight"))

@@ -1,7 +1,8 @@
 """Objectives, and the losses of one training step, on one rank or on many.
 
-To add an objective, write a subclass of `MicrobatchObjective` or `BatchObjective`, add it to the list in
-`mvlm.objectives.pretraining`, and give it a line `NAME_weight` in `mvlm.config.groups.ObjectiveSettings`.
+To add an objective, write a subclass of `MicrobatchObjective` or `BatchObjective` in a file of its own, add it to
+`OBJECTIVES` in `mvlm.objectives.pretraining`, and give it a line `NAME_weight` in
+`mvlm.config.groups.ObjectiveSettings`. `check_against_loops` (tests/support/objectives.py) tests it.
 
 Each rank computes its share of every loss from each of its microbatches. The shares of all ranks and microbatches add
 up to the loss of the global batch. In a world of one, collectives return their argument. `MaskVLM.forward` takes the
@@ -55,7 +56,11 @@ class Objective:
     reported: ClassVar[bool] = True
     """False leaves its loss out of `Losses`, but not out of the total."""
     trains: ClassVar[tuple[str, ...]] = ()
-    """Modules and parameters of the network that it trains, but for the two encoders."""
+    """Modules and parameters of the network that it trains, but for the two encoders, each of which some objective of a
+    step has to train.
+
+    NOTE: name all. A step of several ranks or microbatches drops the gradients of those that no objective names.
+    """
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:
         """Fields of `Streams` that it reads. The unmasked ones are always there."""
@@ -89,7 +94,7 @@ class MicrobatchObjective(Objective):
 class BatchObjective(Objective):
     """An objective that compares the pairs of the global batch, as ITC does."""
 
-    trains = ("image_projection", "text_projection", "log_scale", "logit_bias")
+    trains = ("image_projection", "text_projection")
     draws: ClassVar[bool] = False
     """True if it draws negatives, and leaves them in `Features.draws`."""
 
@@ -101,7 +106,11 @@ class BatchObjective(Objective):
         return [name for view in self.views(config) for name in view]
 
     def shares(self, features: "Features") -> Sequence[Tensor]:
-        """Shares of one rank in the loss and the accuracies, scalars: sums over its n pairs, divided by G."""
+        """Shares of one rank in the loss and the accuracies, scalars: sums over its n pairs, divided by G.
+
+        A loss that is no such sum, as the logarithm of a mean over all pairs, is a function of `Features.global_sum`.
+        Every rank computes the same loss, and its share is the loss divided by `features.step.layout.ranks`.
+        """
         raise NotImplementedError
 
 
@@ -185,8 +194,26 @@ class Features:
             self._gathered[image, text] = Embeddings(self.embed(image), self.embed(text), self.step.layout)
         return self._gathered[image, text]
 
+    def global_sum(self, x: Tensor) -> Tensor:
+        """Sum over all ranks of x, which is a sum over this rank's pairs, of any shape; of all its microbatches.
+
+        Gradients of the sum return to the x of every rank. ValueError in a `MicrobatchObjective` of a step with several
+        microbatches, which sees one of them at a time.
+        """
+        layout = self.step.layout
+        if len(self.microbatches) < layout.microbatches:
+            raise ValueError(f"global_sum: wanted a BatchObjective, as the step has {layout.microbatches} microbatches")
+        if layout.ranks == 1:
+            return x
+        # A rank's x is part of the sum on every rank: its gradient is the sum of theirs.
+        total = all_reduce(x.detach().clone(), layout)
+        return AsyncOp(x, total.wait, lambda grad: all_reduce(grad.clone(), layout)).wait()
+
     def sum_over_logits(
-        self, function: Callable[..., Sequence[Tensor]], *compared: tuple[Embeddings, Tensor]
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        *compared: tuple[Embeddings, Tensor | None],
+        within: bool = False,
     ) -> list[list[Tensor]]:
         """Sum a function over the contrastive logits of this rank's pairs with all pairs, in blocks of rows.
 
@@ -194,7 +221,9 @@ class Features:
             function: called as `function(direction, rows, *logits)` with logits (Q, G) of each of `compared`, and the
                 global indices int64 (Q,) of their rows. Rows are images and columns captions in direction 0, the
                 reverse in 1. It returns scalars, which are sums over the rows, or tensors with a value for each row.
-            compared: embeddings, and the logarithm of 1 / temperature, (1,).
+            compared: embeddings, and the logarithm of 1 / temperature, (1,); None for cosines.
+            within: compare each modality with itself: rows and columns are images in direction 0, captions in 1. A row
+                is compared with itself too.
 
         Returns:
             In each direction, what the function returns of all rows: scalars added up, others joined.
@@ -202,13 +231,14 @@ class Features:
         If there are several blocks, backward computes each again: kept logits would grow with the ranks.
         """
         layout, scales, found = self.step.layout, [scale for _, scale in compared], []
-        indices = layout.own_indices(scales[0].device)
-        if layout.alone:  # all pairs are here: the columns of one matrix are the rows of the other direction
+        indices = layout.own_indices(compared[0][0].image.device)
+        if layout.alone and not within:
+            # All pairs are here: the columns of one matrix are the rows of the other direction.
             logits = [contrastive_logits(own.image, own.text, scale) for own, scale in compared]
             return [list(function(0, indices, *logits)), list(function(1, indices, *(x.T for x in logits)))]
         for direction in (0, 1):
             own = [x.text if direction else x.image for x, _ in compared]
-            others = [x.gathered()[1 - direction] for x, _ in compared]
+            others = [x.gathered()[direction if within else 1 - direction] for x, _ in compared]
 
             def block(rows: Tensor, *own: Tensor, others: Any = others, direction: int = direction) -> Sequence[Tensor]:
                 return function(direction, rows, *map(contrastive_logits, own, others, scales))

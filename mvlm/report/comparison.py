@@ -91,7 +91,8 @@ def values_of(rows: list[dict[str, Any]], name: str) -> list[float]:
 
 def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
     """A table with a row for each run: its length, last losses and speed."""
-    names = ("loss", *RUN_CURVES, "grad_norm", "memory_mb")
+    known = {name for rows in metrics.values() for row in rows for name in row}
+    names = ("loss", *(name for name in RUN_CURVES if name in known), "grad_norm", "memory_mb")
     cells = []
     for run, rows in metrics.items():
         last = [values_of(rows, name)[-LAST_ROWS:] for name in names]

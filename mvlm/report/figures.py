@@ -171,6 +171,7 @@ def curves(rows: Sequence[dict[str, Any]], window: int, of_task: bool = False) -
     charts = [
         line_chart(title, {name: series(rows, name, window)})
         for name, title in (TASK_CURVES if of_task else RUN_CURVES).items()
+        if any(name in row for row in rows)
     ]
     if of_task:
         for name in dict.fromkeys(name for row in rows for name in row if name.startswith("val_")):

@@ -23,6 +23,7 @@ from mvlm.costs.mfu import ModelFlopsUtilization
 from mvlm.distributed.collectives import HostNumbers
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
+from mvlm.objectives.pretraining import OBJECTIVES
 from mvlm.progress import TrainingProgress
 from mvlm.training.optimizer import learning_rate_factor
 
@@ -242,4 +243,4 @@ class MetricsLogger:
         row |= {**values, **host, "bad_steps": skipped_updates, **found}
         if self._log is not None:
             self._log(row)
-        progress.show(row)
+        progress.show(row, [objective.name for objective in OBJECTIVES])

@@ -3,6 +3,7 @@
 Reference formulas, here and in the tests, are plain Python or numpy in float64. They share no code with the library.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.objectives.pretraining import OBJECTIVES
+from mvlm.objectives.pretraining import ALL
 from mvlm.objectives.step import Objective
 from mvlm_dataloading import Batch, Masks
 
@@ -97,7 +98,7 @@ def micro_batch(
 
 def weighted(*weights: float) -> tuple[Objective, ...]:
     """The objectives of pretraining with the weights of MLM, MIM, ITC and ITM."""
-    return tuple(kind(weight) for kind, weight in zip(OBJECTIVES, weights, strict=True))
+    return tuple(replace(x, weight=weight) for x, weight in zip(ALL, weights, strict=True))
 
 
 class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""A step with objectives that somebody adds: on one rank, on two, and with microbatches, against loops in float64."""
+"""A step with objectives that somebody adds, against loops in float64, and the parts of it that they call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.distributed.collectives import GlobalBatchLayout
-from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.parallel import parallelize
-from mvlm.distributed.world import World, join_ranks
+from mvlm.distributed.world import join_ranks
 from mvlm.model import plain
+from mvlm.model.implementation import Streams
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives import step
 from mvlm.objectives.losses import contrastive_sums
@@ -23,13 +21,8 @@ from mvlm.objectives.pretraining import ALL, ITM, MLM
 from mvlm.objectives.step import BatchObjective, Embeddings, Features, MicrobatchObjective
 from mvlm_dataloading import Batch, Masks
 from support.faults.forks import ended_well, in_ranks
-from support.microbatches import pieces, whole_batch
-from support.models import ALONE, Largest, micro_batch, micro_model, normal
-
-
-def shallow_model() -> MaskVLM:
-    """A micro model with one layer in each encoder but the cross-modality ones."""
-    return micro_model(image_layers=1, text_layers=1, decoder_layers=1)
+from support.models import Largest, micro_batch, micro_model, normal
+from support.objectives import check_against_loops, shallow_model
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,7 @@ class Agreement(BatchObjective):
     """
 
     name, accuracies, curve = "agreement", ("agreement_accuracy",), "agreement, nats"
+    trains = (*BatchObjective.trains, "log_scale")
 
     def views(self, config: MaskVLMConfig) -> Sequence[tuple[str, str]]:
         return [("image", "text"), ("image", "masked_text")]
@@ -52,6 +46,46 @@ class Agreement(BatchObjective):
         views = [(features.gather(*view), features.model.log_scale) for view in self.views(features.model.config)]
         images, texts = features.sum_over_logits(sums, *views)
         return [(a + b) / (2 * features.step.layout.total) for a, b in zip(images, texts, strict=True)]
+
+
+def agreement_by_loops(model: MaskVLM, streams: Streams) -> tuple[Tensor, float]:
+    assert streams.masked_text is not None
+    image, scale = model.embed_image(streams.image), model.log_scale.exp()
+    text, masked = model.embed_text(streams.text.first()), model.embed_text(streams.masked_text.first())
+    agreement, same, number = torch.zeros((), dtype=torch.float64), 0.0, len(image)
+    for i in range(number):
+        rows = ((text @ image[i], masked @ image[i]), (image @ text[i], image @ masked[i]))
+        for p, q in (((scale * x).softmax(0), (scale * y).softmax(0)) for x, y in rows):
+            agreement = agreement + (p * (p / q).log()).sum() / (2 * number)
+            same += int(p.argmax() == q.argmax()) / (2 * number)
+    return agreement, same
+
+
+@dataclass(frozen=True)
+class Spread(BatchObjective):
+    """Embeddings are spread over the sphere: logarithm of the mean of exp(-2 d^2) over all pairs of different samples.
+
+    The mean of images and of captions; d is the distance of two of them (Wang and Isola, ICML 2020).
+    """
+
+    name, curve = "spread", "spread, log of mean exp(-2 squared distance)"
+
+    def shares(self, features: Features) -> Sequence[Tensor]:
+        def sums(_: int, rows: Tensor, cosines: Tensor) -> list[Tensor]:
+            return [(4 * cosines - 4).exp().scatter(1, rows[:, None], 0).sum()]  # but for each row with itself
+
+        (images,), (texts,) = features.sum_over_logits(sums, (features.gather(), None), within=True)
+        layout = features.step.layout
+        means = features.global_sum(torch.stack([images, texts])) / (layout.total * (layout.total - 1))
+        return [means.log().mean() / layout.ranks]
+
+
+def spread_by_loops(model: MaskVLM, streams: Streams) -> list[Tensor]:
+    loss = torch.zeros((), dtype=torch.float64)
+    for x in (model.embed_image(streams.image), model.embed_text(streams.text.first())):
+        terms = [(-2 * (a - b).square().sum()).exp() for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
+        loss = loss + (sum(terms[1:], terms[0]) / len(terms)).log() / 2
+    return [loss]
 
 
 @dataclass(frozen=True)
@@ -67,79 +101,61 @@ class Small(MicrobatchObjective):
         return [features.streams.text.rows.square().mean(1).mean()]
 
 
-OBJECTIVES = *ALL, Agreement(0.7), Small(3.0)
-
-
-class Explicit:
-    """Losses of one rank on the whole batch, the added ones by loops; gradients of their total."""
-
-    def __init__(self, model: MaskVLM) -> None:
-        batch, masks = whole_batch()
-        usual = model(batch, masks, seed=3, step=5)
-        streams, scale = plain.encode(model, batch, masks), model.log_scale.exp()
-        assert streams.masked_text is not None
-        image, text, masked = (
-            model.embed_image(streams.image), model.embed_text(streams.text.first()),
-            model.embed_text(streams.masked_text.first()),
-        )  # fmt: skip
-        agreement, same, number = torch.zeros(1, dtype=torch.float64), 0, len(image)
-        for i in range(number):
-            rows = ((text @ image[i], masked @ image[i]), (image @ text[i], image @ masked[i]))
-            for p, q in (((scale * x).softmax(0), (scale * y).softmax(0)) for x, y in rows):
-                agreement = agreement + (p * (p / q).log()).sum() / (2 * number)
-                same += int(p.argmax() == q.argmax()) / (2 * number)
-        tokens = [row.square().mean() for row in streams.text.rows]
-        small = sum(tokens[1:], tokens[0]) / len(tokens)
-        total = usual.total + 0.7 * agreement.squeeze() + 3 * small
-        total.backward()
-        self.losses = {name: x.item() for name, x in usual.items()} | {"total": total.item(), "small": small.item()}
-        self.losses |= {"agreement": agreement.item(), "agreement_accuracy": same}
-        self.gradients = {name: p.grad for name, p in model.named_parameters()}
-
-    def check(self, found: dict[str, Tensor], model: MaskVLM) -> None:
-        assert {name: x.item() for name, x in found.items()} == pytest.approx(self.losses, abs=1e-10)
-        for name, parameter in model.named_parameters():
-            grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-            torch.testing.assert_close(grad, self.gradients[name], rtol=0, atol=1e-10, msg=name)
-
-
-def check(world: World, kind, microbatches: int, plan, wanted: Explicit) -> None:
-    model = shallow_model()
-    parallel, micro = parallelize(model, world, kind, nodes=1), pieces(world, microbatches)
-    wanted.check(backward_global(parallel, micro, world, seed=3, step=5, plan=plan, objectives=OBJECTIVES), model)
+def small_by_loops(_: MaskVLM, streams: Streams) -> list[Tensor]:
+    tokens = [row.square().mean() for row in streams.text.rows]
+    return [sum(tokens[1:], tokens[0]) / len(tokens)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_added_objectives_on_one_rank_are_those_of_loops(plan):
-    wanted, model = Explicit(shallow_model()), shallow_model()
-    losses = model(*whole_batch(), seed=3, step=5, plan=plan, objectives=OBJECTIVES)
-    assert list(losses)[:7] == ["mlm", "mim", "itc", "itm", "agreement", "small", "total"]
-    losses.total.backward()
-    wanted.check(losses, model)
-    with patch.object(step, "MAX_LOGITS", 32):
-        check(ALONE, "ddp", 4, plan, wanted)
+@pytest.mark.parametrize(
+    ("objective", "loop"),
+    [(Agreement(0.7), agreement_by_loops), (Spread(0.4), spread_by_loops), (Small(3.0), small_by_loops)],
+    ids=["agreement", "spread", "small"],
+)
+def test_an_added_objective_is_that_of_loops_in_every_step(objective, loop):
+    check_against_loops(objective, loop)
 
 
-@pytest.mark.slow
-def test_added_objectives_on_two_ranks_are_those_of_loops():
-    """With and without microbatches and blocks of logits, and with both shardings."""
-    wanted = Explicit(shallow_model())
+def test_losses_come_in_the_order_of_objectives_then_accuracies():
+    names = ["mlm", "mim", "itc", "itm", "agreement", "small", "total"]
+    names += ["mlm_accuracy", "itc_accuracy", "itm_accuracy", "agreement_accuracy"]
+    assert list(shallow_model()(*micro_batch(), objectives=(*ALL, Agreement(), Small()))) == names
+
+
+def features_of(layout: GlobalBatchLayout, microbatches: int = 0) -> Features:
+    this = step.Step((), plain, layout, 0, 0, [])
+    return Features(this, micro_model(), [micro_batch()] * microbatches, [])
+
+
+def test_a_global_sum_has_the_gradients_of_all_ranks():
+    """Of sum(x^2) / sum(x)^2, whose shares x^2 / sum(x)^2 have another gradient by the sum on each rank."""
+    every = torch.tensor([1.0, 3.0], requires_grad=True)
+    (every.square().sum() / every.sum().square()).backward()
+    assert every.grad is not None
+    wanted = every.grad.tolist()
 
     def work() -> None:
         world = join_ranks("cpu")
-        check(world, "ddp", 1, "fast", wanted)
-        with patch.object(step, "MAX_LOGITS", 32):
-            check(world, "fsdp", 2, "plain", wanted)
+        x = torch.tensor(1.0 + 2 * world.rank, requires_grad=True)
+        total = features_of(GlobalBatchLayout(world.rank, 2, 1, 1), microbatches=1).global_sum(x)
+        (x.square() / total.square()).backward()
+        assert total.item() == 4
+        assert x.grad is not None
+        assert x.grad.item() == pytest.approx(wanted[world.rank])
         world.close()
 
     assert [ended_well(pid) for pid in in_ranks(work, 2)] == [True] * 2
 
 
+def test_a_global_sum_of_one_of_several_microbatches_is_refused():
+    with pytest.raises(ValueError, match="BatchObjective"):
+        features_of(GlobalBatchLayout(0, 1, 2, 5), microbatches=1).global_sum(torch.ones(()))
+
+
 def test_logits_in_memory_are_bounded():
     """At most 60 of 30 x 30 logits are in memory at a time, less than all embeddings; gradients are the same."""
     gradients, layout = [], GlobalBatchLayout(0, 1, 2, 15)
-    features = Features(step.Step((), plain, layout, 0, 0, []), micro_model(), [], [])
+    features = features_of(layout)
     for most, largest in ((60, 30 * 10), (1 << 20, 30 * 30)):
         image, text = (normal(30, 5, seed=seed).requires_grad_() for seed in (0, 1))
         with Largest() as found, patch.object(step, "MAX_LOGITS", most):
