@@ -65,11 +65,13 @@ class MaskVLMConfig(Masking):
     """Encode only the visible patches of an image in training, once, for all objectives: ITC, ITM and MLM read them, as
     in FLIP, and pixels are rebuilt from them, as in MAE, with mask tokens added after the encoder. Cheaper, but not the
     paper's method. A trained model reads whole images."""
-    mim_target: Literal["pixels", "normalized", "weighted"] = "pixels"
+    mim_loss: Literal["l1", "mse"] = "l1"
+    """Loss of MIM: absolute error, the paper's, or squared error, as in MAE. The least absolute error is at the median:
+    where an object may lie but probably does not, it is the ground, whatever a caption hints. The least squared error
+    is at the mean, which every hint moves, so MIM learns to read. Its loss is small: give it a `mim_weight` of 8."""
+    mim_target: Literal["pixels", "normalized"] = "pixels"
     """Target of MIM in each masked patch. pixels: its pixels, the paper's. normalized: its pixels minus their mean and
-    divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images.
-    weighted: the same, and a patch's error counts as much as its deviation. Plain ground then counts little, so that
-    the caption is asked what may lie there; the loss is small, so give it a `mim_weight` of about 16."""
+    divided by their standard deviation, as in MAE; a head of its own then learns mean and deviation, for images."""
     mim_rows: Literal["all", "masked"] = "all"
     """Rows of an image that the cross-modality encoder and the decoder compute for MIM. all: the paper's. masked: only
     masked patches, which attend to the visible ones and to the caption, not to each other, as in CrossMAE; the image

@@ -22,6 +22,7 @@ from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.model.encoders import patchify
 from mvlm.model.fast import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import pixel_errors
 from mvlm.statistics import grouped_bootstrap
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 from mvlm_dataloading.captions import first_captions
@@ -156,7 +157,7 @@ def _losses(
     caption_of_token = torch.arange(len(lengths)).repeat_interleave(lengths)[masks.token_ids].to(device)  # (M,)
     batch, masks = batch.to(device), masks.to(device)
     head, true = model.pixel_head, model.patch_targets(batch.images, masks.patch_ids)  # (B, K, 3*P*P)
-    target, weights, untrained = head.target(true), head.weights(true), untrained_weight(model)
+    kind, target, untrained = model.config.mim_loss, head.target(true), untrained_weight(model)
     with autocast(device, precision):
         vm, wm = encode_masked(model, batch, masks)
     text, images = [], []
@@ -165,23 +166,17 @@ def _losses(
         with autocast(device, precision):
             logits, x = reconstruct(model, vm, wm, v, w, batch, masks)
             predicted = head(x)
-            pairs = (
-                (predicted, target, weights),
-                (F.linear(x, untrained), target, weights),
-                (head.pixels(predicted, x), true, None),
+            errors = (
+                pixel_errors(predicted, target, kind),
+                pixel_errors(F.linear(x, untrained), target, kind),
+                pixel_errors(head.pixels(predicted, x), true, "l1"),
             )
         nats = F.cross_entropy(logits.float(), batch.tokens[masks.token_ids], reduction="none").double()
         text.append(nats.new_zeros(len(own)).index_add(0, caption_of_token, nats))
-        images.append([_errors(*each).mean((1, 2)).double() for each in pairs])
+        images.append([each.mean((1, 2)).double() for each in errors])
     right_and_wrong = [losses for both in zip(*images, strict=True) for losses in both]
     tokens = caption_of_token.bincount(minlength=len(own))
     return torch.stack([*text, *right_and_wrong, tokens], dim=1).cpu()
-
-
-def _errors(guess: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
-    """Absolute errors (B, K, 3*P*P), times each patch's weight (B, K, 1)."""
-    errors = (guess.float() - wanted).abs()
-    return errors if weights is None else errors * weights
 
 
 def trivial_losses(

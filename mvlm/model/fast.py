@@ -214,15 +214,12 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     of_patches = batch.images, rebuilt, model.config.patch_size
     mean, std = encoder.mean.flatten(), encoder.std.flatten()
     normalized = head.statistics is not None
-    reduction = "none" if head.weighted else "mean"
-    loss = masked_pixel_loss(head(x), *of_patches, mean=mean, std=std, normalize_target=normalized, reduction=reduction)
+    loss = masked_pixel_loss(
+        head(x), *of_patches, mean=mean, std=std, kind=model.config.mim_loss, normalize_target=normalized
+    )
     if not normalized:
         return loss
-    pixels = gather_patches(*of_patches, mean=mean, std=std, dtype=loss.dtype)
-    weights = head.weights(pixels)
-    if weights is not None:
-        loss = (loss * weights.squeeze(-1)).mean()  # of (B, K)
-    return loss + head.statistics_gradient(x, pixels)
+    return loss + head.statistics_gradient(x, gather_patches(*of_patches, mean=mean, std=std, dtype=loss.dtype))
 
 
 def masked_patch_features(

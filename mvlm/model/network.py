@@ -65,8 +65,7 @@ class PixelHead(nn.Linear):
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__(config.width, config.patch_values)
-        self.statistics = None if config.mim_target == "pixels" else nn.Linear(config.width, 2)
-        self.weighted = config.mim_target == "weighted"
+        self.statistics = nn.Linear(config.width, 2) if config.mim_target == "normalized" else None
 
     def target(self, pixels: Tensor) -> Tensor:
         """Target of the predictions, from true normalised pixels; both (..., 3*P*P)."""
@@ -74,10 +73,6 @@ class PixelHead(nn.Linear):
             return pixels
         mean, deviation = patch_statistics(pixels)
         return (pixels - mean) / deviation
-
-    def weights(self, pixels: Tensor) -> Tensor | None:
-        """Weight of each patch's error (..., 1), from true normalised pixels (..., 3*P*P); None if all count alike."""
-        return patch_statistics(pixels)[1] if self.weighted else None
 
     def pixels(self, predicted: Tensor, x: Tensor) -> Tensor:
         """Normalised pixels (..., 3*P*P) from the predictions (..., 3*P*P) of features x (..., C)."""

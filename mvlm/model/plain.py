@@ -75,7 +75,7 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     rebuilt = masks.patch_ids[:, : model.config.rebuilt_patches]  # (B, R)
     x = model.masked_features(streams.masked_image, w, key_mask, masks.patch_ids, rebuilt)  # (B, R, C)
     head, pixels = model.pixel_head, model.patch_targets(batch.images, rebuilt)  # (B, R, 3*P*P)
-    loss = losses.masked_image_loss(head(x), head.target(pixels), head.weights(pixels))
+    loss = losses.masked_image_loss(head(x), head.target(pixels), model.config.mim_loss)
     return loss + head.statistics_gradient(x, pixels)
 
 

@@ -6,6 +6,8 @@ Shape legend: B pairs, G pairs of the global batch, Q rows of a block, R pairs o
 K masked patches, V vocabulary, E contrastive width, P patch side.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,13 +53,15 @@ def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets)
 
 
-def masked_image_loss(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """MIM: mean absolute error over masked pixels, times each patch's weight if there are `weights` (B, K, 1).
+def masked_image_loss(pred: Tensor, target: Tensor, kind: Literal["l1", "mse"] = "l1") -> Tensor:
+    """MIM: mean absolute or squared error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
+    return pixel_errors(pred, target, kind).mean()
 
-    pred and target (B, K, 3*P*P), in normalised pixels.
-    """
-    errors = (at_least_float32(pred) - target).abs()
-    return (errors if weights is None else errors * weights).mean()
+
+def pixel_errors(pred: Tensor, target: Tensor, kind: Literal["l1", "mse"]) -> Tensor:
+    """Absolute or squared errors in float32 (float64), of the shape of pred and target."""
+    difference = at_least_float32(pred) - target
+    return difference.abs() if kind == "l1" else difference.square()
 
 
 def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,12 +65,10 @@ class Reference:
         variance = sum((x - mean) ** 2 for x in patch) / (len(patch) - 1)
         return (patch - mean) / math.sqrt(variance + 1e-6)
 
-    def weight(self, patch: np.ndarray) -> float:
-        """Weight of a patch (3*P*P) in MIM's loss."""
-        if self.config.mim_target != "weighted":
-            return 1.0
-        mean = sum(patch) / len(patch)
-        return math.sqrt(sum((x - mean) ** 2 for x in patch) / (len(patch) - 1) + 1e-6)
+    def error(self, predicted: np.ndarray, patch: np.ndarray) -> np.ndarray:
+        """MIM's errors of a predicted patch (3*P*P)."""
+        difference = abs(predicted - self.target(patch))
+        return difference if self.config.mim_loss == "l1" else difference * difference
 
     def image(self, image: np.ndarray, masked: list[int] | None = None) -> np.ndarray:
         x = self.linear("image_encoder.patch_projection", self.patches(image))
@@ -154,13 +152,12 @@ class Reference:
                 for p in rebuilt:  # alone: masked patches do not see each other
                     y = self.cross("image_cross", config.cross_layers, x[[1 + p]], w[b], seen)
                     y = self.cross("image_decoder", config.decoder_layers, y, w[b], seen)
-                    error = abs(self.linear("pixel_head", y[0]) - self.target(patches[p]))
-                    errors.append(self.weight(patches[p]) * error)
+                    errors.append(self.error(self.linear("pixel_head", y[0]), patches[p]))
                 continue
             x = self.cross("image_cross", config.cross_layers, x, w[b])
             x = self.cross("image_decoder", config.decoder_layers, x, w[b])
             pixels = self.linear("pixel_head", x[1:])
-            errors += [self.weight(patches[p]) * abs(pixels[p] - self.target(patches[p])) for p in rebuilt]
+            errors += [self.error(pixels[p], patches[p]) for p in rebuilt]
 
         a, t = (
             np.stack([unit(self.linear(name, features[0])) for features in stream])

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "masked partners": {"mask_partner": True},
     "dropped patches": {"drop_masked": True, "contrast_masked": True},
     "masked captions in ITC": {"contrast_masked": True},
-    "weighted targets": {"mim_target": "weighted", "mim_rows": "masked"},
+    "squared errors": {"mim_loss": "mse", "mim_rows": "masked"},
     "frozen": {},
     "adapters": {},
     "kept start": {},
@@ -141,7 +141,7 @@ FEW = [
         "microbatches": 2,
         "again": True,
         "weights": SOME[4],
-        "variant": "weighted targets",
+        "variant": "squared errors",
         "plan": "fast",
     },
 ]

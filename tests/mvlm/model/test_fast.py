@@ -93,7 +93,7 @@ SOME = [(0, 0, 1, 0), (0, 0, 1, 1), (1, 0, 1, 1), (0, 1, 1, 1), (1, 0, 0, 0), (1
 PARTNERS = {"image_mask_ratio": 0.5, "mask_partner": True}
 SIGMOID = {"contrastive": "sigmoid"}
 MASKED = {"contrast_masked": True}
-NORMALIZED, WEIGHTED = {"mim_target": "normalized"}, {"mim_target": "weighted"}
+NORMALIZED, SQUARED = {"mim_target": "normalized"}, {"mim_loss": "mse"}
 ROWS = {"mim_rows": "masked"}
 TOWER = {"image_tower": "timm:test_vit2", "image_size": 64, "patch_size": 16, "mask_block": 32, "width": 68, "heads": 2}
 
@@ -108,7 +108,7 @@ TOWER = {"image_tower": "timm:test_vit2", "image_size": 64, "patch_size": 16, "m
         *((changes, EVERY, "duplicates") for changes in (SIGMOID, MASKED | SIGMOID)),
         *((MASKED | {"drop_masked": True}, weights, "") for weights in (EVERY, SOME[1])),
         *((NORMALIZED, weights, "") for weights in (EVERY, SOME[6])),
-        *((WEIGHTED | changes, SOME[6], "padded") for changes in ({}, ROWS)),
+        *((SQUARED | changes, SOME[6], "padded") for changes in ({}, ROWS, NORMALIZED)),
         *((ROWS | changes, EVERY, "padded") for changes in ({}, {"cross_norm": "pre"}, PARTNERS, TOWER)),
         *((changes | {"mim_share": 0.3}, EVERY, "") for changes in ({}, ROWS, ROWS | {"drop_masked": True})),
         *((ROWS | {"drop_masked": True} | changes, EVERY, "") for changes in (NORMALIZED, PARTNERS)),

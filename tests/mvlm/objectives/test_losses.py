@@ -34,10 +34,9 @@ def test_reconstruction_losses_against_loops():
     assert masked_language_loss(logits, targets).item() == pytest.approx(wanted, abs=1e-12)
 
     pred, target = normal(3, 4, 12), normal(3, 4, 12, seed=1)
-    total = sum(
-        abs(pred[b, k, i].item() - target[b, k, i].item()) for b, k, i in product(range(3), range(4), range(12))
-    )
-    assert masked_image_loss(pred, target).item() == pytest.approx(total / 144, abs=1e-12)
+    each = [pred[b, k, i].item() - target[b, k, i].item() for b, k, i in product(range(3), range(4), range(12))]
+    assert masked_image_loss(pred, target).item() == pytest.approx(sum(map(abs, each)) / 144, abs=1e-12)
+    assert masked_image_loss(pred, target, "mse").item() == pytest.approx(sum(x * x for x in each) / 144, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["mlm", "mim", "itm"])
