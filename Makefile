@@ -11,7 +11,7 @@ PRESET ?= small
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-all test-fast test-precisions test-gpu test-triton test-integrations test-hosts emulate proof-gallery faults faults-data \
+.PHONY: help demo reading app test test-all test-fast test-precisions test-gpu test-triton test-integrations test-hosts emulate proof-gallery faults faults-data \
         faults-embedding faults-files faults-parts faults-evaluation faults-studies soak bench aot traffic \
         dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence paper-ablation masking tasks tasks-start tasks-table \
         check docs docs-links \
@@ -46,6 +46,19 @@ demo: $(VENV)/.demo $(DATA)/dataset.json
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model on a page of its own with: make app"
+
+data/scenes/placed/dataset.json: | $(VENV)/.demo
+	$(BIN)/mvlm data scenes data/scenes --train 8000 --validation 500 --test 1000 --tasks placed
+
+## reading         scenes whose captions place every object: does the model read? Up to 20 minutes on two cores
+READING = runs/reading
+reading: $(VENV)/.demo data/scenes/placed/dataset.json
+	$(BIN)/mvlm pretrain tiny --data data/scenes/placed --out $(READING) --max-steps 2000 --mim-weight 8 \
+	    --model.mim-loss mse --model.mim-rows masked --model.text-length 48 --model.whole-word-masking \
+	    --model.width 128 --model.heads 2 --model.image-layers 4 --model.text-layers 4 \
+	    --eval-every-steps 0 --keep-images-mb 1600 --resume
+	$(BIN)/mvlm eval retrieval --checkpoint $(READING) --data data/scenes/placed --split test --out $(READING)/eval/test.json
+	$(BIN)/mvlm report $(READING)
 
 ## app             install Gradio, and open a local page that asks the demo's model
 app: $(VENV)/.demo $(VENV)/.app

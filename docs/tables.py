@@ -2,7 +2,8 @@
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. A test compares every table with
 its files. `python docs/tables.py --demo RUN RUN ...` first reads the evaluations of `make demo` with several seeds into
-benchmarks/results/demo.json. `python docs/tables.py --tasks runs/tasks` first reads the results of `make tasks` into
+benchmarks/results/demo.json, `--reading RUN` the evaluation of `make reading`, and `--tasks runs/tasks` the results of
+`make tasks` into
 benchmarks/results/tasks.
 """
 
@@ -26,6 +27,8 @@ from mvlm.studies.page import Pooled, compare, figure, pooled
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
+READING = RESULTS / "reading.json"
+"""Evaluation of the model of `make reading`."""
 TUNED = "retrieval.test.mean_r1"
 """Measure of a study that fine-tunes the model of each trial."""
 TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -50,10 +53,15 @@ def main() -> None:
     """Rewrite every table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--demo", type=Path, nargs="+", metavar="RUN", help="evaluated runs of the demo's recipe")
+    parser.add_argument("--reading", type=Path, metavar="RUN", help="the run of `make reading`")
     parser.add_argument("--tasks", type=Path, metavar="FOLDER", help="folder that `make tasks` wrote to")
     options = parser.parse_args()
     if options.demo:
         write_demo(options.demo)
+    if options.reading:
+        READING.write_text(
+            json.dumps(_without_places(json.loads((options.reading / "eval/test.json").read_text())), indent=1) + "\n"
+        )
     if options.tasks:
         write_tasks(options.tasks)
     for page in pages():
@@ -82,9 +90,12 @@ def write_demo(runs: Sequence[Path]) -> None:
         str(seed): json.loads((run / "eval" / "test.json").read_text())
         for seed, run in sorted(zip(seeds, runs, strict=True))
     }
-    for figures in found.values():
-        del figures["checkpoint"], figures["data"], figures["seconds"]
-    DEMO.write_text(json.dumps(found, indent=1) + "\n")
+    DEMO.write_text(json.dumps({seed: _without_places(figures) for seed, figures in found.items()}, indent=1) + "\n")
+
+
+def _without_places(figures: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation without paths and times."""
+    return {name: value for name, value in figures.items() if name not in ("checkpoint", "data", "seconds")}
 
 
 def demo() -> dict[str, dict[str, Any]]:
@@ -182,6 +193,7 @@ SATURATION = "scenes-scenes_saturation"
 
 def results() -> str:
     """What was reached, for the README: one row a result, beside what it is compared with."""
+    reading = json.loads(READING.read_text())["two_way"]
     seeds, vqa = demo(), json.loads((RESULTS / "easy-vqa.json").read_text())
     figures = worst(seeds)
     unseen = [min(each["unseen"][way]["r10"] for each in seeds.values()) for way in ("tr", "ir")]
@@ -198,6 +210,17 @@ def results() -> str:
     return markdown(
         [
             ["what", "reached", "beside"],
+            [
+                "[A hidden word](docs/evidence/studies.md#masked-images-that-read): likelier with its image than with "
+                "one where that object is another",
+                f"{reading['words_pct']:.0f} %",
+                "chance: 50 %",
+            ],
+            [
+                "A hidden object, painted from its caption: nearer to its own image than to one where it is another",
+                f"{reading['cells_pct']:.0f} %",
+                "chance: 50 %",
+            ],
             [
                 "[The demo](docs/start/demo.md): R@1, image to text and text to image",
                 f"{figures['tr']['r1']:.0f} and {figures['ir']['r1']:.0f} %",
