@@ -219,7 +219,7 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     if setting.sharded:  # parameters outside blocks stay gathered through a step; blocks are gathered two at a time
         config = setting.model
         outside = 4 * config.width * (2 * config.vocab_size + config.patch_values + 4 * config.width)
-        rows["gathered parameters"] = outside + 2 * 4 * 16 * config.width**2
+        rows["gathered parameters"] = outside + 2 * 2 * 16 * config.width**2
     if setting.graphs:  # beside the memory of eager steps, which the first batch of each shape takes
         rows |= {"graphs: activations": cost.peak, f"graphs: gradients of at most {MAX_GRAPHS}": MAX_GRAPHS * learned}
     return rows | {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
@@ -256,24 +256,27 @@ def _replicated(setting: ClusterSetting, trained: int) -> list[Collective]:
 def _sharded(setting: ClusterSetting, parameters: int) -> list[Collective]:
     """Parameters and gradients with FSDP2: sharded in a node, a block at a time, and replicated on every node.
 
-    A block's parameters are gathered for each of its calls and again for each backward pass. Both losses that use a
-    cross block call it twice, once for its keys and values.
+    A block's parameters are gathered, in bf16, for each of its calls and again for each backward pass. Both losses that
+    use a cross block call it twice, once for its keys and values. The other parameters, and gradients, are in fp32.
     """
     model, repeats = setting.model, setting.accumulate
     plain, crossing = (k * model.width**2 + m * model.width for k, m in ((12, 13), (16, 19)))
     encoders, cross, decoder = model.image_layers + model.text_layers, 2 * model.cross_layers, model.decoder_layers
     outside = parameters - encoders * plain - (cross + decoder) * crossing
     once = repeats == 1
-    gathers = [  # parameters, and how often they are gathered
-        (outside, 1 if once else 2 * repeats + 1),
-        (plain, repeats * encoders * (2 if once else 3)),
-        (crossing, repeats * (8 * cross + 4 * decoder)),
+    gathers = [  # bytes of parameters, and how often they are gathered
+        (4 * outside, 1 if once else 2 * repeats + 1),
+        (2 * plain, repeats * encoders * (2 if once else 3)),
+        (2 * crossing, repeats * (8 * cross + 4 * decoder)),
     ]
     reduced = parameters - outside + (0 if once else cross * crossing)
     calls = encoders + 2 * decoder + (2 if once else 4) * cross
     gradients = [(reduced / calls, repeats * calls), (outside, repeats)]
     part = 4 / setting.per_node
-    found = [Collective("all-gather", "parameters", part * x, setting.per_node, calls) for x, calls in gathers]
+    found = [
+        Collective("all-gather", "parameters", size / setting.per_node, setting.per_node, calls)
+        for size, calls in gathers
+    ]
     for x, calls in gradients:
         found.append(Collective("reduce-scatter", "gradients", part * x, setting.per_node, calls))
         found.append(Collective("all-reduce", "gradients", part * x, setting.nodes, calls, across=True))

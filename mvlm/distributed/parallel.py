@@ -68,6 +68,7 @@ def parallelize(
     world: World,
     kind: Literal["ddp", "fsdp"] = "ddp",
     nodes: int | None = None,
+    gathered: torch.dtype | None = None,
 ) -> Parallel:
     """Prepare a model for `backward_global`. It is on its rank's device and has the same weights on every rank.
 
@@ -77,6 +78,8 @@ def parallelize(
 
     Args:
         nodes: number of nodes; by default as torchrun started them.
+        gathered: dtype in which the parameters of blocks are gathered and used, such as bfloat16 where autocast would
+            round them anyway: half the bytes. Optimizer and checkpoints have the parameters' own. Default: their own.
     """
     call = _Call(model)
     if world.size == 1:
@@ -89,7 +92,8 @@ def parallelize(
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
     # Do not cast inputs: autocast decides the residual stream's dtype.
-    precision = MixedPrecisionPolicy(reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False)
+    own = next(model.parameters()).dtype
+    precision = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=own, cast_forward_inputs=False)
     for _, module in named_blocks(model):
         fully_shard(module, mesh=mesh, mp_policy=precision)
         if isinstance(module, CrossBlock):

@@ -32,7 +32,14 @@ from mvlm.tasks.load import described_task, find_task
 from mvlm.tasks.task import Task
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import GuardedAdamW, make_optimizer
-from mvlm.training.run import check_attention, do_run, make_loader, open_splits, warn_of_cut_texts
+from mvlm.training.run import (
+    check_attention,
+    do_run,
+    gathered_dtype,
+    make_loader,
+    open_splits,
+    warn_of_cut_texts,
+)
 from mvlm.training.trainer import RunInputs, Trainer, evaluation_workspace
 from mvlm.weights.resize import resized_config, resized_model
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer
@@ -207,7 +214,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     masking = replace(config.model.masking, whole_word_masking=False)
     options = {"masking": masking, "per_image": together if together > 1 else None, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
-    parallel = parallelize(task, world, config.parallel)
+    parallel = parallelize(task, world, config.parallel, gathered=gathered_dtype(config, world))
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(inputs, world, parallel, optimizer, loader, initial)
     if checkpoint:

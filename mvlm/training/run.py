@@ -204,7 +204,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
         checkpoint_activations(model)
     if config.capture == "compile":
         compile_step(model, world)
-    parallel = parallelize(model, world, config.parallel)
+    parallel = parallelize(model, world, config.parallel, gathered=gathered_dtype(config, world))
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     if config.capture == "cuda-graphs":
         check_graphs(config, world)
@@ -268,6 +268,11 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: RunConfig, world
         work=LoaderWork(num_threads=1 if world.device.type == "cpu" else 2, keep_mb=config.keep_images_mb),
         **{**config.model.loader_options(), **further},
     )
+
+
+def gathered_dtype(config: RunConfig, world: World) -> torch.dtype | None:
+    """Dtype in which FSDP2 gathers the parameters of blocks: that of the products. None for the parameters' own."""
+    return torch.bfloat16 if chosen_precision(world.device, config.precision) == "bf16" else None
 
 
 def check_attention(config: RunConfig) -> None:

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mvlm.device import autocast
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.parallel import named_blocks, parallelize
+from mvlm.distributed.world import join_ranks
 from mvlm.tasks.load import load_model
 from mvlm.training.run import pretrain
+from support.faults.forks import ended_well, in_ranks
 from support.folders import LOSSES, rows_of
-from support.models import micro_config, pretrain_config
+from support.models import micro_batch, micro_config, micro_model, pretrain_config
 from support.towers import tower_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
@@ -76,3 +81,34 @@ def test_two_ranks_log_the_losses_and_save_the_weights_of_one(runs):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
     settings = json.loads((runs[1] / "config.json").read_text())
     assert (settings["parallel"], settings["accumulate"]) == ("fsdp", 2)
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_blocks_in_bf16_and_keeps_weights_and_gradients_in_fp32():
+    """Losses are within the rounding of bf16, 2^-8, of those with weights gathered in fp32; both run under autocast."""
+
+    def work() -> None:
+        world, losses = join_ranks("cpu"), []
+        for gathered in (None, torch.bfloat16):
+            torch.manual_seed(0)
+            model = micro_model(dtype=torch.float32)
+            parallel = parallelize(model, world, "fsdp", nodes=1, gathered=gathered)
+            used: set[torch.dtype] = set()
+            for _, block in named_blocks(model):
+                block.register_forward_pre_hook(
+                    lambda module, _, used=used: used.update(p.dtype for p in module.parameters())
+                )
+            micro = [micro_batch((7, 4, 12, 3), seed=world.rank)]
+            found = backward_global(
+                parallel, micro, world, seed=0, step=0, plan="fast",
+                autocast=lambda: autocast(torch.device("cpu"), "bf16"),
+            )  # fmt: skip
+            losses.append(found.total.item())
+            assert used == {gathered or torch.float32}
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+        assert losses[0] == pytest.approx(losses[1], rel=2**-7)
+        assert losses[0] != losses[1]
+        world.close()
+
+    assert [ended_well(pid) for pid in in_ranks(work, 2)] == [True] * 2
