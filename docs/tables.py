@@ -401,6 +401,49 @@ def claim() -> str:
     return markdown(rows)
 
 
+def reading_study() -> str:
+    """What makes MIM read, of studies/scenes_reading.toml: gains, two-way choices and retrieval of each arm."""
+    file = RESULTS / "studies" / "scenes-scenes_reading.csv"
+    with file.open() as lines:
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(lines)}
+    trials = trials_by_arm(file)
+    head = ["target and loss of MIM", "seeds", "MIM gain, %", "untrained head, %", "pixel gain, %", "right cell, %"]
+    table = [[*head, "right word, %", "text gain, nats", "R@1, image to text and back"]]
+    for arm, found in trials.items():
+        gains = [_reached(found, name) for name in ("gain_mim_pct", "gain_untrained_pct", "gain_pixels_pct")]
+        choices = [_reached(found, f"two_way.{name}_pct") for name in ("cells", "words")]
+        spread = [
+            min(trial["figures"]["gain_mim_pct"] for trial in found),
+            max(t["figures"]["gain_mim_pct"] for t in found),
+        ]
+        own = f"{gains[0]:.1f}" + (f" ({spread[0]:.1f} to {spread[1]:.1f})" if len(found) > 1 else "")
+        cells = [own, f"{gains[1]:.2f}", f"{gains[2]:.1f}", *(f"{value:.1f}" for value in choices)]
+        cells += [f"{_reached(found, 'gain_text_nats'):.2f}"]
+        cells += [" and ".join(f"{_reached(found, f'{way}.r1'):.0f}" for way in ("tr", "ir"))]
+        table.append([arm, rows[arm, "gain_mim_pct"]["seeds"], *cells])
+    return markdown(table)
+
+
+def reading() -> str:
+    """The evaluation of `make reading`."""
+    found = json.loads(READING.read_text())
+    rows = [["`make reading`", "reached", "95 %", "by chance, or untrained"]]
+    for what, name, of, chance in (
+        ("right image of a hidden word, %", "words_pct", found["two_way"], "50"),
+        ("right look of a hidden cell, %", "cells_pct", found["two_way"], "50"),
+        ("MIM gain, %", "gain_mim_pct", found, f"{found['gain_untrained_pct']:.2f}"),
+        ("pixel gain, %", "gain_pixels_pct", found, "0"),
+        ("text gain, nats", "gain_text_nats", found, "0"),
+    ):
+        low, high = of[f"{name}_95"]
+        rows.append([what, f"{of[name]:.2f}", f"{low:.2f} to {high:.2f}", chance])
+    for what, way in (("image to text R@1, %", "tr"), ("text to image R@1, %", "ir")):
+        low, high = found[f"{way}_95"]["r1"]
+        chance = f"{100 / found['n_images']:.1f}"
+        rows.append([what, f"{found[way]['r1']:.1f}", f"{low:.1f} to {high:.1f}", chance])
+    return markdown(rows)
+
+
 def masking() -> str:
     """What dropping half of the patches adds to ITC + ITM, and what masked words add to that, in R@1 by ITM alone."""
     half, masked = "half of the patches", "half of the patches, MLM, masked captions in ITC"
@@ -521,6 +564,8 @@ TABLES = {
     "study-objective-now": lambda: study("objective_now", "what is changed"),
     "study-scenes": lambda: study("scenes", "objective", data="scenes"),
     "study-scenes-claim": claim,
+    "study-scenes-reading": reading_study,
+    "reading": reading,
     "study-scenes-masking": masking,
     "study-screening": lambda: study("screening", "what is added to ITC + ITM", data="scenes"),
     "study-optimizer": lambda: study("optimizer", "optimizer, peak rate"),

@@ -10,6 +10,7 @@ from functools import partial
 from importlib import metadata
 from typing import NoReturn
 
+from mvlm import waiting
 from mvlm.commands import data, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.bench import bench
@@ -182,7 +183,9 @@ def main() -> None:
     try:
         # Also in `sys.argv`, which services that log runs read.
         sys.argv[1:] = [without_credentials(_at_home(word)) for word in _without_follow_links(sys.argv[1:])]
-        find_command(sys.argv[1:])()
+        command = find_command(sys.argv[1:])
+        waiting.prepare()  # before torch is imported
+        command()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes

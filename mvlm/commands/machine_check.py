@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from mvlm import waiting
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.groups import RunConfig
 from mvlm.config.model import MaskVLMConfig
@@ -125,7 +126,10 @@ def graphics(device: torch.device) -> Iterator[Finding]:
     else:
         why = "torch finds none" if not torch.cuda.is_available() else "not chosen"
         yield Finding(
-            "amber", "GPU", f"none ({why}): {len(os.sched_getaffinity(0))} CPU cores, {torch.get_num_threads()} threads"
+            "amber",
+            "GPU",
+            f"none ({why}): {len(os.sched_getaffinity(0))} CPU cores, {torch.get_num_threads()} threads"
+            + "".join(f"; {notice}" for notice in waiting.NOTICE),
         )
     fast = has_fast_bf16(device)
     yield Finding(

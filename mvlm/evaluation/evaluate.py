@@ -221,7 +221,7 @@ def describe_repeats(figures: dict[str, Any]) -> list[str]:
 
 
 def describe_reading(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What else tells if a modality reads the other: name, figure and baseline of each, in words.
+    """Figures that tell if a modality reads the other: name, figure and baseline of each, in words.
 
     The gain of MIM's own loss, which figures of earlier versions lack, and two-way choices where the data have edits.
     """

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mvlm import waiting
 from mvlm.config.groups import RunConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision, deterministic_kernels
@@ -73,6 +74,9 @@ def do_run(
     """
     began = time.monotonic()
     world = join_ranks(config.device)
+    if world.first and world.device.type == "cpu":
+        for notice in waiting.NOTICE:
+            log.warning(notice)
     kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         first_step = trainer.step

@@ -84,7 +84,7 @@ def test_two_ranks_log_the_losses_and_save_the_weights_of_one(runs):
 
 
 @pytest.mark.slow
-def test_fsdp_gathers_blocks_in_bf16_and_keeps_weights_and_gradients_in_fp32():
+def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
     """Losses are within the rounding of bf16, 2^-8, of those with weights gathered in fp32; both run under autocast."""
 
     def work() -> None:
