@@ -4,6 +4,7 @@ safetensors is imported when a file is read or written, so that a model can be b
 """
 
 import errno
+import json
 import math
 import os
 import secrets
@@ -107,6 +108,22 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error), str(file)) from None
     if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors 0.8 makes files that their owner alone may read
         file.chmod(mode)
+
+
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file by name, in place, so that files of equal content are equal.
+
+    safetensors writes them in an order that is drawn anew for each file.
+    """
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        written = opened.read(size)
+        header = json.loads(written)
+        header |= {name: dict(sorted(header[name].items())) for name in {"__metadata__"} & header.keys()}
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(content) == size and content != written:  # it is shorter or as long, as the tensors lie behind it
+            opened.seek(8)
+            opened.write(content)
 
 
 def copy_into(wanted: dict[str, Tensor], stored: dict[str, Tensor], where: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
-from mvlm.files import write_safetensors
+from mvlm.files import sort_metadata, write_safetensors
 from mvlm.runs.checkpoint import (
     FORMAT_VERSION,
     GENERATORS,
@@ -194,7 +194,10 @@ class CheckpointWriter:
                 write_json(aside / name, value)
             tokenizer.save(aside / TOKENIZER)
         # DCP numbers its files by rank, from 1. A rank hashes only what it wrote, so the work is shared out.
-        own = [*aside.glob(f"*/shard-{rank + 1:05d}-*"), aside / GENERATORS / generators_name(rank)]
+        shards = [*aside.glob(f"*/shard-{rank + 1:05d}-*")]
+        for shard in shards:
+            sort_metadata(shard)
+        own = [*shards, aside / GENERATORS / generators_name(rank)]
         own += aside.glob("*.json") if self._world.first else []
         for path in own:
             sync(path)

@@ -7,9 +7,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mvlm.errors import RunError
-from mvlm.files import FLOATS, is_finite, new_folder, read_safetensors, write_safetensors
+from mvlm.files import FLOATS, is_finite, new_folder, read_safetensors, sort_metadata, write_safetensors
 
 
 def test_safetensors_survive_the_disk_and_others_are_refused(tmp_path):
@@ -22,6 +24,27 @@ def test_safetensors_survive_the_disk_and_others_are_refused(tmp_path):
     for name in ("other.safetensors", "none.safetensors"):
         with pytest.raises(RunError, match=f"{name}: wanted a safetensors file, could not read it"):
             read_safetensors(tmp_path / name)
+
+
+def test_safetensors_of_equal_content_are_equal_files_once_sorted(tmp_path):
+    """The library draws the order of metadata anew for each file. Sizes and tensors stay."""
+    tensors, metadata = {"a": torch.arange(6.0)}, {f"entry {i}": "é" * i for i in range(9)}
+    before, after = set(), set()
+    for i in range(4):
+        file = tmp_path / f"{i}.safetensors"
+        save_file(tensors, file, metadata)
+        before.add(file.read_bytes())
+        sort_metadata(file)
+        after.add(file.read_bytes())
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == metadata
+            assert torch.equal(opened.get_tensor("a"), tensors["a"])
+    assert len(before) > 1
+    assert len(after) == 1
+    write_safetensors(tmp_path / "plain.safetensors", tensors)  # without metadata
+    content = (tmp_path / "plain.safetensors").read_bytes()
+    sort_metadata(tmp_path / "plain.safetensors")
+    assert (tmp_path / "plain.safetensors").read_bytes() == content
 
 
 def test_the_umask_says_who_may_read_safetensors(tmp_path):

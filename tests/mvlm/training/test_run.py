@@ -75,6 +75,11 @@ def test_equal_seeds_give_equal_runs(scenes, tmp_path, without_tensorboard):
     assert len(runs["a"][0]) == 2
     for mine, yours in zip(runs["a"][0], runs["c"][0], strict=True):
         assert all(mine[name] != yours[name] for name in LOSSES)
+    tensors = []
+    for name in "ab":  # as files too
+        manifest = json.loads((tmp_path / name / "checkpoints/step_00000002/manifest.json").read_text())
+        tensors.append({file: digest for file, digest in manifest["sha256"].items() if "safetensors" in file})
+    assert tensors[0] == tensors[1]
 
 
 @pytest.mark.slow
