@@ -71,7 +71,7 @@ def draw(rows: Sequence[Sequence[Panel]], out: Path) -> None:
     """Write the rows, two beside each other."""
     lines, panels = (len(rows) + 1) // 2, len(rows[0])
     widths = [*[1] * panels, 0.15, *[1] * panels]
-    figure, axes = plt.subplots(lines, len(widths), figsize=(17, 2.2 * lines), squeeze=False, width_ratios=widths)
+    figure, axes = plt.subplots(lines, len(widths), figsize=(17, 2.9 * lines), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.axis("off")
     for number, row in enumerate(rows):
@@ -86,7 +86,7 @@ def show(axis: Any, panel: np.ndarray, title: str) -> None:
     """Draw an image uint8 (S, S, 3) with its title."""
     axis.axis("on")
     axis.imshow(Image.fromarray(panel).resize((SIDE, SIDE), Image.Resampling.NEAREST))
-    axis.set_title(fill(title, 24), fontsize=9)
+    axis.set_title(fill(title, 28), fontsize=8)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_color("#cccccc")
 
