@@ -213,12 +213,12 @@ def results() -> str:
             [
                 "[A hidden word](docs/evidence/studies.md#masked-images-that-read): likelier with its image than with "
                 "one where that object is another",
-                f"{reading['words_pct']:.0f} %",
+                f"{reading['words_pct']:.1f} %",
                 "chance: 50 %",
             ],
             [
                 "A hidden object, painted from its caption: nearer to its own image than to one where it is another",
-                f"{reading['cells_pct']:.0f} %",
+                f"{reading['cells_pct']:.1f} %",
                 "chance: 50 %",
             ],
             [
