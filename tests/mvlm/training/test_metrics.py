@@ -25,7 +25,7 @@ def test_a_figure_that_is_not_finite_is_null() -> None:
     read = [{"total": 1.0, "good": 1.0, "itc": math.inf}]
     buffer: Any = SimpleNamespace(steps=[1], waited=0.0, tokens=20, send=lambda: None, read=lambda: read)
     logger.end_row(buffer, 0, {"masked_nats": math.nan, "tr_r1": 5.0, "ir_r1": math.inf, "gain_text_nats": math.nan})
-    logger.write_row(SimpleNamespace(show=lambda row: None))  # pyright: ignore[reportArgumentType]
+    logger.write_row(SimpleNamespace(show=lambda row, losses: None))  # pyright: ignore[reportArgumentType]
     (row,) = rows
     assert [row[name] for name in ("itc", "masked_nats", "tr_r1", "ir_r1")] == [None, None, 5.0, None]
 
