@@ -76,6 +76,8 @@ class MaskVLMConfig(Masking):
     """Rows of an image that the cross-modality encoder and the decoder compute for MIM. all: the paper's. masked: only
     masked patches, which attend to the visible ones and to the caption, not to each other, as in CrossMAE; the image
     encoder then sees visible patches alone, except a tower. Cheaper."""
+    mim_share: Annotated[float, NO_FLAG] = 1.0
+    """Share of an image's masked blocks that MIM rebuilds in training, rounded, one at least. The others are hidden."""
     text_mask_ratio: float = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
     mask_partner: bool = False
