@@ -197,6 +197,7 @@ OPENED_BY_THEMSELVES = {
     "mvlm/progress.py": "/dev/null",
     "mvlm/commands/machine_check.py": "/proc, and a shard of a data set that is open",
     "mvlm/machine.py": "/proc",
+    "mvlm/files.py": "a file that this process has just written",
     "mvlm/training/metrics.py": "/proc",
     "mvlm/evaluation/workspace.py": "arrays of an evaluation, in a folder that it has locked",
     "mvlm/inference/trained_model.py": "a folder that this call has made",
