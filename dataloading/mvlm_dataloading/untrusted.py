@@ -170,14 +170,16 @@ def regular_lines(path: Path, kind: str, *, within: Path | None = None) -> Itera
             yield line.rstrip(b"\r\n")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, half_characters: bool = False) -> Any:
     """The value of a JSON document, whose numbers are finite and whose texts are Unicode.
 
-    ValueError, with a reason of a few words, for others.
+    ValueError, with a reason of a few words, for others. `half_characters` lets lone UTF-16 surrogates pass.
     """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-        if _HALF_OF_A_CHARACTER.search(text if isinstance(text, bytes) else text.encode(errors="surrogateescape")):
+        if not half_characters and _HALF_OF_A_CHARACTER.search(
+            text if isinstance(text, bytes) else text.encode(errors="surrogateescape")
+        ):
             json.dumps(value, ensure_ascii=False).encode()  # of two halves that belong together, json makes one
         return value
     except UnicodeEncodeError:

@@ -39,13 +39,12 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
     """Parse the words after a command as the arguments of a dataclass or function. `--help` prints and exits.
 
     Raises:
-        ConfigError: the words do not fit, or have a flag twice. The message names the new flag if an old one was given,
-            and the last version that has a flag that is gone.
+        ConfigError: the words do not fit. The message names the new flag if an old one was given, and the last version
+            that has a flag that is gone.
     """
     import tyro
 
     check_old_flags(words, prog)
-    check_repeated_flags(words, prog)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -76,19 +75,6 @@ def check_old_flags(words: Sequence[str], prog: str) -> None:
                 raise ConfigError(f"{old} is now {renamed[old]}; see `{prog} --help`")
         if last := gone.get(flag.replace("--no-", "--").replace(".no-", ".")):
             raise ConfigError(f"{flag} is gone: mvlm {last} is the last version that has it; see `{prog} --help`")
-
-
-def check_repeated_flags(words: Sequence[str], prog: str) -> None:
-    """Raise ConfigError for a flag that is given twice, of which the parser would take the last."""
-    seen: dict[str, str] = {}
-    for word in words:
-        flag = word.partition("=")[0].replace("_", "-")
-        if not flag.startswith("--") or flag == "--":
-            continue
-        name = flag.replace("--no-", "--").replace(".no-", ".")
-        if name in seen:
-            raise ConfigError(f"{flag}: wanted once, got {seen[name]} before; leave one out, see `{prog} --help`")
-        seen[name] = word
 
 
 def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

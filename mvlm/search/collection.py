@@ -133,7 +133,7 @@ class FolderCollection:
         path = self.paths[i]
         captions = [line for line in map(clean_line, self._sidecar(path, ".txt").split("\n")) if line]
         try:
-            metadata = parse_json(self._sidecar(path, ".json") or "{}")
+            metadata = parse_json(self._sidecar(path, ".json") or "{}", half_characters=True)
         except ValueError:
             metadata = None
         if not isinstance(metadata, dict):

@@ -64,22 +64,6 @@ def test_torchs_allocator_grows_in_place_unless_the_user_configures_it(run_mvlm,
     assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
-@pytest.mark.parametrize(
-    "twice",
-    [
-        ["--batch-size", "8", "--batch_size", "16"],
-        ["--batch-size=8", "--batch-size=8"],
-        ["--resume", "--no-resume"],
-        ["--model.whole-word-masking", "--model.no-whole-word-masking"],
-    ],
-    ids=" ".join,
-)
-def test_a_flag_that_is_given_twice_is_an_error(run_mvlm, twice, tmp_path):
-    flag = [word for word in twice if word.startswith("--")][-1].partition("=")[0].replace("_", "-")
-    assert_refused(run_mvlm("pretrain", "tiny", "--data", tmp_path, "--out", tmp_path / "run", *twice), flag)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_usage_fits_a_screen_and_leads_to_every_command(run_mvlm, words):
     outcome = run_mvlm(*words)

@@ -96,7 +96,7 @@ def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
             used: set[torch.dtype] = set()
             for _, block in named_blocks(model):
                 block.register_forward_pre_hook(
-                    lambda module, _, used=used: used.update(p.dtype for p in module.parameters())
+                    lambda module, _, used=used: used.update({p.dtype for p in module.parameters()})
                 )
             micro = [micro_batch((7, 4, 12, 3), seed=world.rank)]
             found = backward_global(
