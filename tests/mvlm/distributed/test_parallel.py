@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,10 @@ def test_two_ranks_log_the_losses_and_save_the_weights_of_one(runs):
     assert (settings["parallel"], settings["accumulate"]) == ("fsdp", 2)
 
 
+def note_dtypes(used: set[torch.dtype], module: torch.nn.Module, _: object) -> None:
+    used.update(parameter.dtype for parameter in module.parameters())
+
+
 @pytest.mark.slow
 def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
     """Losses are within the rounding of bf16, 2^-8, of those with weights gathered in fp32; both run under autocast."""
@@ -95,9 +100,7 @@ def test_fsdp_gathers_in_bf16_and_keeps_weights_and_gradients_in_fp32():
             parallel = parallelize(model, world, "fsdp", nodes=1, gathered=gathered)
             used: set[torch.dtype] = set()
             for _, block in named_blocks(model):
-                block.register_forward_pre_hook(
-                    lambda module, _, used=used: used.update({p.dtype for p in module.parameters()})
-                )
+                block.register_forward_pre_hook(partial(note_dtypes, used))
             micro = [micro_batch((7, 4, 12, 3), seed=world.rank)]
             found = backward_global(
                 parallel, micro, world, seed=0, step=0, plan="fast",
