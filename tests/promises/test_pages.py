@@ -50,6 +50,9 @@ ELSEWHERE = {  # lines that do not run here, and what runs them or why nothing d
 FILES_ELSEWHERE = {
     "docs/guides/export.md": "tests/mvlm/portable/test_docs_export.py, with the programs of its neighbours",
     "examples/counting_task.py": "tests/mvlm/tasks/test_own_task.py",
+    "examples/masking_schedule.py": "tests/mvlm/training/test_own_masks.py",
+    "examples/attentive_masks.py": "tests/mvlm/training/test_own_masks.py",
+    "examples/two_views.py": "tests/mvlm/training/test_own_masks.py",
 }
 
 
