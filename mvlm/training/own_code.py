@@ -56,7 +56,7 @@ def file_of(setting: str, name: str) -> Path:
 
 
 def find_own(setting: str, name: str) -> Any:
-    """What a name stands for; its file is run. ConfigError if there is none."""
+    """Function or objective of a name; its file is run. ConfigError if there is none."""
     file, (place, _, function) = file_of(setting, name), name.rpartition(":")
     module = run_file(file) if place.endswith(".py") else importlib.import_module(place)
     found = getattr(module, function, None)

@@ -10,9 +10,11 @@ import torch
 from mvlm.config.json_files import read_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.runs.folder import RunFolder, read_metrics
+from mvlm.training.own_masks import check_masks
 from mvlm.training.run import pretrain
 from mvlm.verify.verify import verify_run
-from support.models import pretrain_config
+from mvlm_dataloading import Masks
+from support.models import micro_batch, pretrain_config
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SCHEDULE, ATTENTION = f"{EXAMPLES}/masking_schedule.py:rising", f"{EXAMPLES}/attentive_masks.py:attended"
@@ -27,7 +29,7 @@ def rows(out: Path) -> list[list[float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [{"own_masks": SCHEDULE}, {"own_masks": ATTENTION}, {"own_loss": LOSS}])
 def test_examples_train_resume_bit_for_bit_and_take_microbatches(scenes, tmp_path, own):
-    common = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 0, **own}
+    common = {"max_steps": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 0, "precision": "fp32", **own}
     pretrain(pretrain_config(scenes, tmp_path / "whole", **common))
     pretrain(pretrain_config(scenes, tmp_path / "resumed", **common))
     for later in (2, 3):
@@ -69,11 +71,33 @@ def test_unchanged_masks_give_the_losses_of_the_loaders(scenes, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_mask_as_one(scenes, tmp_path, on_two_ranks):
     one, two = tmp_path / "one", tmp_path / "two"
-    config = pretrain_config(scenes, one, max_steps=2, own_masks=SCHEDULE, own_loss=LOSS)
+    config = pretrain_config(scenes, one, max_steps=2, precision="fp32", own_masks=SCHEDULE, own_loss=LOSS)
     pretrain(config)
     codes, log = on_two_ranks(
         "pretrain", "--config", RunFolder(one).config, "--out", two, "--own-masks", SCHEDULE, "--own-loss", LOSS
     )
     assert codes == [0, 0], log
-    torch.testing.assert_close(rows(two), rows(one), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(rows(two), rows(one), rtol=1e-4, atol=1e-5)
     assert json.loads((two / "config.json").read_text())["own_loss_sha256"]
+
+
+@pytest.mark.parametrize(
+    "patches, tokens",
+    [([[0, 16]] * 3, [1]), ([[1, 0]] * 3, [1]), ([[0, 1]] * 2, [1]), ([[0, 1]] * 3, [0]), ([[0, 1]] * 3, [2, 2])],
+)
+def test_masks_that_are_not_of_the_batch_are_refused(patches, tokens):
+    batch, masks = micro_batch()
+    check_masks(masks, batch, 16)
+    patches = [patches[0]] * (len(patches) + len(batch.images) - 3)
+    with pytest.raises(RunError, match="own_masks"):
+        check_masks(Masks(patch_ids=torch.tensor(patches), token_ids=torch.tensor(tokens)), batch, 16)
+
+
+@pytest.mark.parametrize("own", [{"own_loss": LOSS}, {"own_masks": SCHEDULE}])
+def test_capture_and_a_wrong_name_are_refused_by_name(scenes, tmp_path, own):
+    with pytest.raises(ConfigError, match="capture"):
+        pretrain_config(scenes, tmp_path, capture="compile", **own)
+    (setting, name), *_ = own.items()
+    for wrong in ("nothing", "mvlm.no_module:f", name + "s"):
+        with pytest.raises(ConfigError, match=setting):
+            pretrain(pretrain_config(scenes, tmp_path / "run", **{setting: wrong}))
