@@ -145,7 +145,6 @@ def data_holds(names: dict[str, Any]) -> None:
 
 
 def changed_methods_hold(names: dict[str, Any]) -> None:
-    assert names["masked"] == [11, 17, 23]  # of 36 patches
     assert names["words"].head.weight.grad.any()
 
 
