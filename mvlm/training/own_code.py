@@ -27,7 +27,7 @@ Config = TypeVar("Config", bound=RunConfig)
 def run_file(file: Path) -> ModuleType:
     """The module of a Python file, which is run. ConfigError if there is no such file."""
     if not file.is_file():
-        raise ConfigError(f"{file}: wanted a Python file, found no such file; check the path")
+        raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
     spec = importlib.util.spec_from_file_location(f"task file {file.resolve()}", file)
     assert spec is not None
     assert spec.loader is not None
