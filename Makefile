@@ -211,6 +211,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	! git grep -nE '^(<<<<<<<|>>>>>>>) '
 
 SPHINX = OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/docs-trees
 ## docs            build the documentation site into build/docs, and check its links, headings and images: half a minute

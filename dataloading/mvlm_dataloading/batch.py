@@ -46,6 +46,8 @@ class Batch(_ToDevice):
     """int64 (B,), the caption of each sample, as `image_of`."""
     sample_tokens: int = 0
     """Tokens of the B samples' captions together, with `caption_of`."""
+    epoch: Tensor | None = None
+    """int64 (B,), the epoch of each sample, in a batch of a loader."""
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Image and caption of each sample, int64 (B,) each: rows of `images`, and captions of `cu_seqlens`."""

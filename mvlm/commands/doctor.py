@@ -19,6 +19,8 @@ def doctor(
     checkpoint: Path | None = None,
     image_size: int | None = None,
     config: Path | None = None,
+    own_loss: str | None = None,
+    own_masks: str | None = None,
     warm: bool = False,
 ) -> None:
     """Check this machine: packages, devices, backends, disk.
@@ -36,6 +38,8 @@ def doctor(
         checkpoint: Pretrained model for the trial of fine-tuning.
         image_size: Side of the images for the trial of fine-tuning. Default: as trained.
         config: config.json of a pretraining run for the trial, instead of a preset.
+        own_loss: Own loss of that run, again: a config.json names no code to run.
+        own_masks: Own masks of that run, again.
         warm: Compile the kernels of the preset's steps for this GPU, by 12 processes, into Triton's cache.
     """
     from dataclasses import replace
@@ -63,7 +67,8 @@ def doctor(
             )
         run = replace(finetune_defaults(task, checkpoint, data, out), image_size=image_size)
     elif config is not None:
-        places = ["--out", str(out), *([] if data is None else ["--data", str(data)])]
+        given = {"--out": out, "--data": data, "--own-loss": own_loss, "--own-masks": own_masks}
+        places = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
         run = parse_config(["--config", str(config), *places])
     elif data is not None:
         run = PretrainConfig.preset(preset, data=data, out=out)

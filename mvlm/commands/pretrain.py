@@ -1,5 +1,6 @@
 """`mvlm pretrain`: parse the settings; `mvlm.training.run.pretrain` then builds, trains and closes the run."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
 from functools import cache
@@ -68,7 +69,18 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
         source, rest = first, arguments[1:]
     defaults = with_tower(defaults, rest)
     description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
-    return parse_settings(rest, f"mvlm pretrain {source}", description, defaults, with_model=True)
+    named = {name: getattr(defaults, name) for name in ("own_loss", "own_masks")}
+    # A config.json may be somebody else's, and names no code to run: the user names it again.
+    defaults = replace(defaults, **dict.fromkeys(named))
+    found = parse_settings(rest, f"mvlm pretrain {source}", description, defaults, with_model=True)
+    for name, before in named.items():
+        given = getattr(found, name)
+        if before is not None and given is None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{source}: wanted {flag}, as its run has, found none; give {flag} {shlex.quote(before)}")
+        if given != before:
+            found = replace(found, **{f"{name}_sha256": None})
+    return found
 
 
 def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:

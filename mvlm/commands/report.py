@@ -38,7 +38,16 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
     say(write_report(run, data, out))
 
 
-def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: str = "auto") -> None:
+def verify(
+    run: Path,
+    /,
+    *,
+    steps: int = 0,
+    data: Path | None = None,
+    device: str = "auto",
+    own_loss: str | None = None,
+    own_masks: str | None = None,
+) -> None:
     """Verify a finished run: its hashes, its last steps made again, its evaluation.
 
     Prints what holds and each thing that is not as claimed, then "verified", or "not verified" with exit code 1.
@@ -49,6 +58,8 @@ def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: st
         steps: Random steps to replay too, each with all steps between two checkpoints.
         data: Folder of shards. Default: that of the run's config.json.
         device: Device of the replay and the evaluation: auto, cpu or cuda.
+        own_loss: The run's own loss, again: a config.json names no code to run.
+        own_masks: The run's own masks, again.
     """
     from mvlm.errors import ConfigError
     from mvlm.verify.verify import verify_run
@@ -56,7 +67,7 @@ def verify(run: Path, /, *, steps: int = 0, data: Path | None = None, device: st
     if steps < 0:
         raise ConfigError(f"steps: wanted at least 0, got {steps}")
     failed = 0
-    for check in verify_run(run, data, steps=steps, device=device):
+    for check in verify_run(run, data, steps=steps, device=device, own_loss=own_loss, own_masks=own_masks):
         failed += len(check.problems)
         shown = [*check.problems[:5], *([f"and {len(check.problems) - 5} more"] if len(check.problems) > 5 else [])]
         say("\n".join(f"no   {problem}" for problem in shown) or f"yes  {check.what}", flush=True)

@@ -70,6 +70,11 @@ class FinetuneConfig(TaskOptions, StartSettings, RunConfig):
             raise ConfigError(
                 "random_weights: wanted no part with lora, as adapters need weights; leave one of them out"
             )
+        if self.own_loss is not None:
+            raise ConfigError(
+                f"own_loss: wanted none in fine-tuning, whose loss is that of its task, got {self.own_loss}; write a "
+                f"task of your own (docs/guides/tasks.md)"
+            )
 
     @property
     def options(self) -> TaskOptions:

@@ -181,6 +181,22 @@ class ComputeSettings:
 
 
 @settings(resume_may_change=False)
+class OwnSettings:
+    """Python functions of your own, by name: FILE.py:NAME, or MODULE:NAME. A resumed run keeps these."""
+
+    own_loss: str | None = None
+    """Function of `Features` whose value is added to the loss, or an objective (docs/guides/own_ideas.md). Without
+    capture. Fine-tuning has the loss of its task."""
+    own_loss_sha256: Annotated[str | None, NO_FLAG] = None
+    """SHA-256 of the file of `own_loss`. The run fills it in, and refuses another file."""
+    own_masks: str | None = None
+    """Function of `MaskDraw` that gives each batch its masks, in place of the loader's (docs/guides/own_ideas.md).
+    Without capture."""
+    own_masks_sha256: Annotated[str | None, NO_FLAG] = None
+    """SHA-256 of the file of `own_masks`, as for `own_loss`."""
+
+
+@settings(resume_may_change=False)
 class ParallelSettings:
     """Ranks and microbatches. A resumed run keeps these."""
 
@@ -237,6 +253,7 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
     CheckpointSettings,
     LoggingSettings,
     ParallelSettings,
+    OwnSettings,
     ComputeSettings,
     PartSettings,
     OptimizerSettings,

@@ -99,6 +99,9 @@ class PretrainConfig(
             raise ConfigError("keep_start: wanted an initial_model, and ITC, whose embeddings it keeps; give both")
         if self.keep_start and self.capture != "none":
             raise ConfigError(f"keep_start: wanted --capture none, got {self.capture}; leave one of them out")
+        own = [name for name in ("own_loss", "own_masks") if getattr(self, name) is not None]
+        if own and self.capture != "none":  # masks may change their number, and torch may not trace a loss
+            raise ConfigError(f"{own[0]}: wanted --capture none, got {self.capture}; leave one of them out")
         others = [name for name in names if getattr(self, name) is not None]
         if self.initial_model is not None and others:
             raise ConfigError(

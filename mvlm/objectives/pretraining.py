@@ -15,7 +15,7 @@ from torch import Tensor
 from mvlm.config.groups import ObjectiveSettings
 from mvlm.config.model import MaskVLMConfig
 from mvlm.distributed.exchange import PairFeatures
-from mvlm.model.implementation import Implementation
+from mvlm.model.implementation import MASKED, Implementation
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.objectives.losses import contrastive_sums, matching_loss, number_of_masked_tokens, shared_contrastive_sums
 from mvlm.objectives.step import (
@@ -153,10 +153,16 @@ class KeepStart(BatchObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnLoss(MicrobatchObjective):
-    """The value of a user's function of `Features`, a scalar; the mean of the microbatches, where there are several."""
+    """The value of a user's function of `Features`, a scalar; the mean of the microbatches, where there are several.
 
-    name, reported, beside = "own", False, "nothing"
+    It may read all four streams, and train any part of the network.
+    """
+
+    name, beside, curve, trains = "own", "nothing", "own loss", None
     function: Callable[[Features], Tensor]
+
+    def reads(self, config: MaskVLMConfig) -> Sequence[str]:
+        return MASKED
 
     def means(self, features: Features) -> Sequence[Tensor]:
         return (self.function(features),)

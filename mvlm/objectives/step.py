@@ -55,9 +55,9 @@ class Objective:
     """Title of its curve in reports, with the unit."""
     reported: ClassVar[bool] = True
     """False leaves its loss out of `Losses`, but not out of the total."""
-    trains: ClassVar[tuple[str, ...]] = ()
+    trains: ClassVar[tuple[str, ...] | None] = ()
     """Modules and parameters of the network that it trains, but for the two encoders, each of which some objective of a
-    step has to train.
+    step has to train. None: any of them.
 
     NOTE: name all. A step of several ranks or microbatches drops the gradients of those that no objective names.
     """
@@ -148,9 +148,11 @@ class Features:
     """Features, embeddings and draws of one microbatch, or of all of a rank, which objectives turn into losses."""
 
     step: "Step"
+    """The step: its `seed`, its `number`, the `layout` of the global batch, and the `implementation` that encodes."""
     model: MaskVLMNetwork
+    """The network, for its heads."""
     microbatches: Sequence[tuple[Batch, Any]]
-    """Batch and masks of each microbatch."""
+    """Batch and masks of each microbatch: one for a `MicrobatchObjective`, all of this rank for a `BatchObjective`."""
     all_streams: Sequence[Streams]
     """Features of all patches and tokens of each microbatch, before the two streams are fused."""
     draws: Tensor = field(init=False)
@@ -175,7 +177,7 @@ class Features:
         return self.embed("text") if self.step.of_batch else None
 
     def embed(self, stream: str) -> Tensor:
-        """Contrastive embeddings (n, E) of a stream."""
+        """Contrastive embeddings (n, E), of unit length, of a stream: image, masked_image, text or masked_text."""
         if stream not in self._embeddings:
             found = [getattr(streams, stream) for streams in self.all_streams]
             image = stream in ("image", "masked_image")
@@ -286,7 +288,7 @@ class Step:
             raise ValueError(f"objectives: wanted each once, and ITC with ITM, got {', '.join(names)}")
         self.names = [x.name for x in self.computed] + [name for x in self.computed for name in x.accuracies]
         """Names of all shares: losses, then accuracies."""
-        self._noise = seed, number
+        self.seed, self.number = seed, number
         if self.of_batch:
             # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
             # captions, to know the packing of those that it sends and receives.
@@ -301,7 +303,7 @@ class Step:
     def sampling(self) -> NegativeSampling:
         """Identities of all pairs, and the noise of the negatives."""
         image_id, text_id, _ = self._ids.wait().unbind(1)
-        return NegativeSampling(image_id, text_id, *self._noise)
+        return NegativeSampling(image_id, text_id, self.seed, self.number)
 
     def reads(self, config: MaskVLMConfig, objectives: Iterable[Objective] | None = None) -> set[str]:
         """Fields of `Streams` that objectives read, by default all that are computed."""
@@ -379,7 +381,10 @@ def computed(objectives: Iterable[Objective]) -> list[Objective]:
 def idle_parameters(model: MaskVLMNetwork, objectives: Iterable[Objective]) -> list[nn.Parameter]:
     """Parameters outside the encoders, and the mask token, that no objective of some weight trains."""
     users = computed(objectives)
-    used = {"image_encoder", "text_encoder", *(name for user in users for name in user.trains)}
+    trained = [user.trains for user in users if user.trains is not None]
+    if len(trained) < len(users):
+        return []
+    used = {"image_encoder", "text_encoder", *(name for names in trained for name in names)}
     idle = [p for name, p in model.named_parameters() if name.split(".")[0] not in used]
     masks = any("masked_image" in user.reads(model.config) for user in users)
     return idle if masks else [*idle, model.image_encoder.mask_token]

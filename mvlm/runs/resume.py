@@ -36,7 +36,7 @@ def open_run(config: RunConfig) -> Path | None:
     differing = differing_settings(with_defaults(before, type(config)), config_json(config))
     # Checkpoints are read in place of the pretrained model, wherever that is now, and tell what the task was.
     if checkpoints(folder.checkpoints):
-        differing = [setting for setting in differing if setting[0] != "checkpoint" and not _moved_task(*setting)]
+        differing = [setting for setting in differing if setting[0] != "checkpoint" and not _moved_code(*setting)]
     if differing:
         settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
         raise RunError(
@@ -140,7 +140,11 @@ def _length(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
-def _moved_task(name: str, before: Any, now: Any) -> bool:
-    """True for two paths of a user's own task, to files of one name, which `FineTuner.restore` compares."""
+def _moved_code(name: str, before: Any, now: Any) -> bool:
+    """True for two paths of the user's own code, to files of one name, whose hashes are compared elsewhere.
+
+    `FineTuner.restore` compares those of tasks; those of functions are settings, too.
+    """
     paths = Path(str(before)), Path(str(now))
-    return name == "task" and paths[0].name == paths[1].name and paths[1].suffix == ".py"
+    endings = {"task": (".py",), "own_loss": (".py:",), "own_masks": (".py:",)}
+    return paths[0].name == paths[1].name and any(ending in paths[1].name for ending in endings.get(name, ()))

@@ -29,6 +29,7 @@ from mvlm.schemas import Result, check
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.load import find_task
+from mvlm.training.own_code import SETTINGS, file_of
 from mvlm.training.run import pretrain
 from mvlm.untrusted import read_json, read_spec
 from mvlm_dataloading import open_dataset
@@ -244,6 +245,9 @@ def named_files(config: RunConfig) -> dict[str, str]:
         path = getattr(config, name, None)
         if path is not None and Path(path).is_file():  # a task of the library has a name
             hashes[name] = sha256(Path(path))
+    for name in SETTINGS:
+        if (own := getattr(config, name)) is not None:
+            hashes[name] = sha256(file_of(name, own))
     return hashes
 
 

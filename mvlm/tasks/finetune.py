@@ -32,6 +32,7 @@ from mvlm.tasks.load import described_task, find_task
 from mvlm.tasks.task import Task
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import GuardedAdamW, make_optimizer
+from mvlm.training.own_code import with_hashes
 from mvlm.training.run import (
     check_attention,
     do_run,
@@ -151,7 +152,11 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     architecture, tokenizer = architecture_of(config)
     longest = kind.longest_text(state, config.options, tokenizer, architecture)
     warn_of_cut_texts(dataset, tokenizer, longest, "--question-length")
-    config = replace(config, model=architecture)
+    if config.own_masks is not None and (kind.losses_of_step is Task.losses_of_step or config.questions_per_image > 1):
+        raise ConfigError(
+            f"own_masks: wanted none, as the task {kind.name} reads no masks, got {config.own_masks}; leave it out"
+        )
+    config = replace(with_hashes(config), model=architecture)
     check_attention(config)
     return RunInputs(config, dataset, validation, tokenizer)
 

@@ -1,11 +1,9 @@
 """Tasks by name, and trained models and tasks loaded from their folders."""
 
-import importlib.util
+import importlib
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from mvlm.runs.load import (
 )
 from mvlm.tasks import task_names
 from mvlm.tasks.task import Task
+from mvlm.training.own_code import run_file
 from mvlm_dataloading import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,19 +49,6 @@ def find_task(name: str) -> type[Task]:
         where = module.__file__
         raise ConfigError(f"{where}: wanted one subclass of mvlm.tasks.task.Task, found {len(own)}; split the file")
     return own[0]
-
-
-def run_file(file: Path) -> ModuleType:
-    """The module of a Python file. ConfigError if there is no such file."""
-    if not file.is_file():
-        raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
-    spec = importlib.util.spec_from_file_location(f"task file {file.resolve()}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def described_task(checkpoint: Path) -> dict[str, Any] | None:

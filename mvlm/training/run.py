@@ -38,6 +38,7 @@ from mvlm.runs.resume import open_run
 from mvlm.training.cuda_graphs import check_graphs
 from mvlm.training.loggers import check_services, start_services
 from mvlm.training.optimizer import make_optimizer
+from mvlm.training.own_code import own_objective, with_hashes
 from mvlm.training.trainer import RunInputs, Trainer
 from mvlm.training.warm_up import compile_kernels
 from mvlm.weights.start import check_settings, choose_tokenizer, make_model, with_text_tower
@@ -175,7 +176,7 @@ def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:
 def open_inputs(config: PretrainConfig) -> RunInputs:
     """Open data and tokenizer, and check everything that can be checked before there is a folder."""
     dataset, validation = open_splits(config)
-    config = with_text_tower(config)
+    config = with_text_tower(with_hashes(config))
     tokenizer = choose_tokenizer(config, dataset)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -225,7 +226,7 @@ def freeze_rest(model: MaskVLM, config: PretrainConfig) -> None:
     The heads that predict tokens and pixels stay too, unless the cross-modality encoders before them learn in full. A
     head whose bias is zero learns: nothing has trained it.
     """
-    for parameter in idle_parameters(model, objectives_of(config)):
+    for parameter in idle_parameters(model, objectives_of(config) + own_objective(config)):
         parameter.requires_grad_(False)
     heads = {model.language_head: model.language_head.vocabulary.bias, model.pixel_head: model.pixel_head.bias}
     for head, bias in heads.items():

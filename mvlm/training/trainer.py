@@ -58,6 +58,8 @@ from mvlm.training.metrics import (
     gradient_norms,
 )
 from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
+from mvlm.training.own_code import own_masks, own_objective
+from mvlm.training.own_masks import drawn_by_user
 from mvlm.training.stopping import StopRequest, Watchdog
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
 from mvlm_dataloading.loader.resume import merge_states
@@ -105,6 +107,7 @@ class Trainer:
         self.model: Any = parallel.model
         """The model; in fine-tuning, the task around it."""
         self.loader, self.device, self.initial_model, self.keep_start = loader, world.device, initial_model, keep_start
+        self.own_masks, self.own_objective = own_masks(config), own_objective(config)
         self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
@@ -122,7 +125,8 @@ class Trainer:
     def objectives(self) -> tuple[Objective, ...]:
         """Objectives of pretraining, with their weights."""
         assert isinstance(self.config, PretrainConfig)
-        return objectives_of(self.config) + (() if self.keep_start is None else (self.keep_start,))
+        kept = () if self.keep_start is None else (self.keep_start,)
+        return objectives_of(self.config) + kept + self.own_objective
 
     @cached_property
     def graphs(self) -> CudaGraphs | None:
@@ -211,6 +215,9 @@ class Trainer:
         loaded = [next(batches) for _ in range(self.config.accumulate)]
         samples = [i for batch, _ in loaded for i in batch.sample_id.tolist()]
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
+        if self.own_masks is not None:
+            shared = self.config, self.world, self.loader, self.parallel
+            loaded = drawn_by_user(self.own_masks, loaded, self.step, *shared)
         loaded = with_few_shapes(loaded, self.config, self.world)
         microbatches = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in loaded]
         waited = time.perf_counter() - started
@@ -245,7 +252,9 @@ class Trainer:
         """
         config = self.config
         options = {"seed": config.seed, "step": step, "plan": config.plan, "objectives": self.objectives}
-        if not self.world.size == len(microbatches) == 1:
+        # The global pass takes any number of masked patches, and gives weights of an own loss gradients.
+        own = self.own_masks is not None or bool(self.own_objective)
+        if own or not self.world.size == len(microbatches) == 1:
             context = partial(autocast, self.device, config.precision)
             return backward_global(self.parallel, microbatches, self.world, **options, autocast=context)
         with autocast(self.device, config.precision):

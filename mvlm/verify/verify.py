@@ -221,6 +221,25 @@ def wrong_parts(path: Path, claims: Claims) -> Iterator[str]:
         yield f"its data have the fingerprint {fingerprint[:12]}"
 
 
+def with_named(claims: Claims, named: dict[str, str | None]) -> Claims:
+    """Claims with the functions that the user has named, in place of those of config.json, which name no code to run.
+
+    RunError unless these are the functions that the run has.
+    """
+    for setting, given in named.items():
+        wanted, flag = getattr(claims.config, setting), f"--{setting.replace('_', '-')}"
+        if (wanted is None) != (given is None):
+            raise RunError(
+                f"{claims.run.path}: wanted {flag} {wanted or ''}, as its config.json has, to make its steps again, "
+                f"found {given or 'none'}; {'leave it out' if wanted is None else 'give it, if you trust that file'}"
+            )
+        if given is not None and wanted is not None:
+            hashed = getattr(claims.config, f"{setting}_sha256") is not None
+            if not hashed or given.rpartition(":")[2] != wanted.rpartition(":")[2]:
+                raise RunError(f"{claims.run.path}: wanted {flag} {wanted} with its hash, found {given}; give that one")
+    return replace(claims, config=replace(claims.config, **named))
+
+
 class Segment(NamedTuple):
     """Steps `start` + 1 to `stop`, from one checkpoint, or from the initial weights, to the next."""
 
@@ -358,7 +377,15 @@ class Check(NamedTuple):
     """Deviations from the claims, a sentence each. Empty if all is as claimed."""
 
 
-def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: str = "auto") -> Iterator[Check]:
+def verify_run(
+    path: Path,
+    data: Path | None = None,
+    *,
+    steps: int = 0,
+    device: str = "auto",
+    own_loss: str | None = None,
+    own_masks: str | None = None,
+) -> Iterator[Check]:
     """Verify a finished pretraining run, check by check. Nothing in its folder is changed.
 
     Its files are compared with the history and the data. Where data and checkpoints are sound, the steps from the last
@@ -369,8 +396,10 @@ def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: 
         data: folder of its data. Default: that of its config.json.
         steps: random steps to replay too, each with all steps from the checkpoint before it to the one after it.
         device: device of the replay and the evaluation: auto, cpu or cuda.
+        own_loss, own_masks: the run's own functions, named again: they are run. Their files have the run's hashes.
 
     Raises:
+        ConfigError: a function has another hash than the run's.
         RunError: there is no such run, it is not finished, or this machine may give other bits than the run's.
         DataError: the data are missing.
     """
@@ -381,7 +410,7 @@ def verify_run(path: Path, data: Path | None = None, *, steps: int = 0, device: 
     yield (sound := Check("checkpoints: hashes are those of the history", problems))
     if sound.problems or same.problems:  # a replay would only say the same
         return
-    replay = Replay(claims, device)
+    replay = Replay(with_named(claims, {"own_loss": own_loss, "own_masks": own_masks}), device)
     for segment in choose_segments([step_of(path) for path in claims.checkpoints], steps):
         log.info("replaying %s", segment)
         problems = [f"{segment}: {problem}" for problem in replay.differences(segment)]

@@ -86,6 +86,7 @@ class Batches:
             "image_id": self._host_tensor(np.array(captions.image_id, np.int64)),
             "text_id": self._host_tensor(np.array(captions.text_id, np.int64)),
             "sample_id": self._host_tensor(raw.ids),
+            "epoch": self._host_tensor(raw.epochs),
         }
         return Batch(**fields | others)
 

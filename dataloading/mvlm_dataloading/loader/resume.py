@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -72,20 +72,21 @@ def text_hash(tokenizer: str, length: int, masking: Masking, image_size: int, sh
         tokenizer: its fingerprint.
         shared: each image and caption of a batch comes once, and masks are drawn for these, not for samples.
     """
-    newer = {"shared": shared, "whole words": masking.whole_word_masking}
+    values = asdict(masking)
+    ratio, patches = values.pop("text_mask_ratio"), {"image_size": image_size, "ratio": values.pop("image_mask_ratio")}
+    patches |= {name: values.pop(name) for name in ("patch_size", "mask_block")}
+    # At its default a newer setting is left out: the hash is then that of states from before it existed.
+    defaults = {field.name: field.default for field in fields(masking)} | {"shared": False}
+    newer = {name: value for name, value in (values | {"shared": shared}).items() if value != defaults[name]}
+    if "whole_word_masking" in newer:  # the name that states have had
+        newer["whole words"] = newer.pop("whole_word_masking")
     return settings_hash(
         {
             "tokenizer": tokenizer,
             "length": length,
-            "ratio": "uniform" if masking.text_mask_ratio is None else masking.text_mask_ratio,
-            "patches": {
-                "image_size": image_size,
-                "patch_size": masking.patch_size,
-                "mask_block": masking.mask_block,
-                "ratio": masking.image_mask_ratio,
-            },
-            # Without these, the hash is that of states from before they existed.
-            **{name: True for name, value in newer.items() if value},
+            "ratio": "uniform" if ratio is None else ratio,
+            "patches": patches,
+            **newer,
         }
     )
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from dataclasses import make_dataclass
 
 import pytest
 
 from mvlm_dataloading import DataError, Loader, open_dataset
 from mvlm_dataloading.loader.augment import Augment
-from mvlm_dataloading.loader.resume import ResumeReport, merge_states
+from mvlm_dataloading.loader.resume import ResumeReport, merge_states, text_hash
+from mvlm_dataloading.masking import Masking
 from support.loaders import make_loader, rows, take
 
 
@@ -138,3 +140,9 @@ def test_merge_states_has_the_bad_images_and_the_samples_of_all_ranks():
     states = [state | {"skipped": [7, 90], "met": 65}, state | {"skipped": [2, 7], "met": 65}]
     assert merge_states(states, samples=100) == state | {"skipped": [2, 7, 90], "met": 130}
     assert states[0] == state | {"skipped": [7, 90], "met": 65}  # unchanged
+
+
+def test_a_new_setting_of_masks_is_in_the_hash_but_not_at_its_default():
+    newer = make_dataclass("Newer", [("scattered", bool, False)], bases=(Masking,), frozen=True, kw_only=True)
+    before, same, other = (text_hash("t", 8, x, 96, False) for x in (Masking(), newer(), newer(scattered=True)))
+    assert before == same != other

@@ -1,0 +1,100 @@
+"""Python of the user's own that a run calls by name: `FILE.py:NAME`, or `MODULE:NAME`.
+
+NOTE: naming it runs it. So a name comes from the user of this process, as a flag, an argument or a study's file, and
+never from a config.json alone, which may be somebody else's.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from mvlm.config.groups import RunConfig
+from mvlm.errors import ConfigError
+from mvlm.objectives.pretraining import OwnLoss
+from mvlm.objectives.step import Objective
+from mvlm_dataloading.files import sha256
+
+SETTINGS = ("own_loss", "own_masks")
+"""Settings that name a function. `NAME_sha256` is the hash of its file."""
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def run_file(file: Path) -> ModuleType:
+    """The module of a Python file, which is run. ConfigError if there is no such file."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
+    spec = importlib.util.spec_from_file_location(f"task file {file.resolve()}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def file_of(setting: str, name: str) -> Path:
+    """The file that a name lies in; it is not run, but packages around its module are. ConfigError without one."""
+    place, _, function = name.rpartition(":")
+    if not place or not function.isidentifier():
+        raise ConfigError(f"{setting}: wanted FILE.py:NAME or MODULE:NAME, got {name}")
+    if place.endswith(".py"):
+        found = Path(place)
+    else:
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            spec = None
+        found = Path((spec and spec.origin) or "")
+    if not found.is_file():
+        raise ConfigError(f"{setting}: wanted a Python file or a module, found no {place}; name FILE.py:{function}")
+    return found
+
+
+def find_own(setting: str, name: str) -> Any:
+    """Function or objective of a name; its file is run. ConfigError if there is none."""
+    file, (place, _, function) = file_of(setting, name), name.rpartition(":")
+    module = run_file(file) if place.endswith(".py") else importlib.import_module(place)
+    found = getattr(module, function, None)
+    good = isinstance(found, Objective) if setting == "own_loss" else False
+    if not good and (not callable(found) or isinstance(found, type)):
+        kinds = "a function, or an objective such as Mine(0.5)," if setting == "own_loss" else "a function"
+        what = "nothing" if found is None else f"a {type(found).__name__}"
+        raise ConfigError(f"{setting}: wanted {kinds} of the name {function} in {file}, found {what}; define it there")
+    return found
+
+
+def with_hashes(config: Config) -> Config:
+    """The configuration with the hashes of the files of its own functions, which are run once.
+
+    ConfigError for a function that is not there, or a file with another hash than the configuration has.
+    """
+    hashes: dict[str, str | None] = {}
+    for setting in SETTINGS:
+        name, known = getattr(config, setting), getattr(config, f"{setting}_sha256")
+        hashes[f"{setting}_sha256"] = found = None if name is None else sha256(file_of(setting, name))
+        if name is not None and known not in (None, found):
+            raise ConfigError(
+                f"{setting}: wanted the file of the run, sha256 {known[:12]}, found {found and found[:12]} in {name}; "
+                f"restore the file"
+            )
+        if name is not None:
+            find_own(setting, name)
+    return replace(config, **hashes)
+
+
+def own_objective(config: RunConfig) -> tuple[Objective, ...]:
+    """The objective of --own-loss, if the run has one."""
+    if config.own_loss is None:
+        return ()
+    found = find_own("own_loss", config.own_loss)
+    return (found if isinstance(found, Objective) else OwnLoss(function=found),)
+
+
+def own_masks(config: RunConfig) -> Callable[..., Any] | None:
+    """The function of --own-masks, if the run has one."""
+    return None if config.own_masks is None else find_own("own_masks", config.own_masks)
