@@ -246,7 +246,8 @@ def trial(run: RunConfig, device: torch.device) -> Iterator[Finding]:
     """Run a few steps of the loader alone and of the model alone, for memory, speed and the slower of the two."""
     kind: Any = finetune if isinstance(run, FinetuneConfig) else pretraining
     try:
-        trainer = kind.build_trainer(kind.open_inputs(run), World(rank=0, size=1, local_rank=0, device=device), "")
+        alone = World(rank=0, size=1, local_rank=0, device=device)
+        trainer = kind.build_trainer(kind.open_inputs(run, alone), alone, "")
         batches = iter(trainer.loader)
         batch, masks = next(batches)
     except (ConfigError, DataError, RunError, ValueError, ImportError) as error:

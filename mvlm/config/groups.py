@@ -350,7 +350,7 @@ class WeightSettings:
     """A folder with a text encoder of transformers and its tokenizer.json, which runs as it is in place of ours: BERT,
     RoBERTa, XLM-R, DistilBERT, MPNet, ModernBERT, or the text half of CLIP or SigLIP."""
     tokenizer: Path | None = None
-    """A tokenizer.json. Default: the data set's own, or else a BPE trained on the training captions."""
+    """A tokenizer.json. Default: the data set's own, or else a BPE trained on captions of at most 65,536 samples."""
 
 
 @settings(resume_may_change=True)

@@ -60,6 +60,18 @@ class World:
         dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))), group=group)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
+    def send_text(self, text: str) -> str:
+        """Return rank 0's text on every rank. The others' are ignored."""
+        if self.size == 1:
+            return text
+        content = text.encode() if self.first else b""
+        length = torch.tensor([len(content)])
+        dist.broadcast(length, 0)
+        sent = torch.empty(int(length), dtype=torch.uint8)
+        sent[: len(content)] = torch.tensor(bytearray(content), dtype=torch.uint8)
+        dist.broadcast(sent, 0)
+        return sent.numpy().tobytes().decode()
+
     def close(self) -> None:
         """Leave the process group.
 

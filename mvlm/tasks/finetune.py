@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
+from mvlm.distributed.coordination import run_on_all_ranks
 from mvlm.distributed.parallel import Parallel, checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
@@ -132,8 +133,12 @@ class FineTuner(Trainer):
         return task.to(self.device)
 
 
-def open_inputs(config: FinetuneConfig) -> RunInputs:
-    """Open the data and read the model's architecture, and check both before there is a folder."""
+def open_inputs(config: FinetuneConfig, world: World) -> RunInputs:
+    """Open the data and read the model's architecture, and check both before there is a folder. All ranks call it."""
+    return run_on_all_ranks(world, lambda: _checked_inputs(config))
+
+
+def _checked_inputs(config: FinetuneConfig) -> RunInputs:
     kind = find_task(config.task)
     dataset, validation = open_splits(config)
     state = kind.make_state(dataset, config.options)
@@ -230,7 +235,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
 
 def untrained_figures(config: FinetuneConfig, few: Dataset) -> dict[str, Any]:
     """Figures that an evaluation of the task will have, of random weights on a few samples of a split."""
-    inputs, kind = open_inputs(config), find_task(config.task)
+    inputs, kind = _checked_inputs(config), find_task(config.task)
     task = kind(MaskVLM(inputs.config.model), config.options, kind.make_state(inputs.dataset, config.options)).eval()
     task.set_tokenizer(inputs.tokenizer)
     return task.evaluate(few, "fp32", IMPLEMENTATIONS["fast"], Workspace())[0]

@@ -41,7 +41,7 @@ from mvlm.training.optimizer import make_optimizer
 from mvlm.training.own_code import own_objective, with_hashes
 from mvlm.training.trainer import RunInputs, Trainer
 from mvlm.training.warm_up import compile_kernels
-from mvlm.weights.start import check_settings, choose_tokenizer, make_model, with_text_tower
+from mvlm.weights.start import check_settings, make_model, share_tokenizer, with_text_tower
 from mvlm_dataloading import Augment, Dataset, Loader, LoaderWork, Tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig, say_next: bool = True) -> str | None:
 
 def do_run(
     config: Config,
-    open_inputs: Callable[[Config], RunInputs],
+    open_inputs: Callable[[Config, World], RunInputs],
     build_trainer: Callable[[RunInputs, World, str], Trainer],
     say_next: bool,
 ) -> str | None:
@@ -117,7 +117,7 @@ def _log_end(trainer: Trainer, steps: int, seconds: float, say_next: bool) -> No
 def build_run(
     config: Config,
     world: World,
-    open_inputs: Callable[[Config], RunInputs],
+    open_inputs: Callable[[Config, World], RunInputs],
     build_trainer: Callable[[RunInputs, World, str], Trainer],
 ) -> Iterator[Trainer]:
     """Context with a trainer at the run's first step or at its newest good checkpoint. It locks the run folder.
@@ -125,10 +125,10 @@ def build_run(
     Every stage runs on all ranks, and if it fails on one, all of them end: none is left waiting for another.
 
     Args:
-        open_inputs: opens and checks what the run reads.
+        open_inputs: opens and checks what the run reads, on all ranks together.
         build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
-    inputs = run_on_all_ranks(world, lambda: open_inputs(config))
+    inputs = open_inputs(config, world)
     check_ranks(world, inputs.config, inputs.dataset, inputs.validation, inputs.also_evaluated)
     # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
     with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
@@ -173,11 +173,17 @@ def open_splits(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     return dataset, validation
 
 
-def open_inputs(config: PretrainConfig) -> RunInputs:
-    """Open data and tokenizer, and check everything that can be checked before there is a folder."""
-    dataset, validation = open_splits(config)
-    config = with_text_tower(with_hashes(config))
-    tokenizer = choose_tokenizer(config, dataset)
+def open_inputs(config: PretrainConfig, world: World) -> RunInputs:
+    """Open data and tokenizer, and check everything that can be checked before there is a folder. All ranks call it."""
+    dataset, validation = run_on_all_ranks(world, lambda: open_splits(config))
+    config = run_on_all_ranks(world, lambda: with_text_tower(with_hashes(config)))
+    tokenizer = share_tokenizer(config, dataset, world)
+    return run_on_all_ranks(world, lambda: _checked_inputs(config, dataset, validation, tokenizer))
+
+
+def _checked_inputs(
+    config: PretrainConfig, dataset: Dataset, validation: Dataset | None, tokenizer: Tokenizer
+) -> RunInputs:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size: wanted at least the tokenizer's {tokenizer.vocab_size}, got {config.model.vocab_size}"

@@ -295,7 +295,7 @@ class Replay:
             keep_images_mb=0,  # a few batches do not pay for decoding the whole split
             eval_every_steps=int(evaluated),  # opens the validation split
         )
-        self.inputs = open_inputs(config)
+        self.inputs = open_inputs(config, self.world)
 
     def differences(self, segment: Segment) -> Iterator[str]:
         """Make the steps of a segment again. Yields rows, tensors and counts that are not those of the run.

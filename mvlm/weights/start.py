@@ -10,6 +10,8 @@ import torch
 
 from mvlm.config.json_files import read_config
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.distributed.coordination import run_on_all_ranks
+from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.files import check_fit, copy_into
 from mvlm.model.maskvlm import MaskVLM
@@ -20,7 +22,8 @@ from mvlm.weights.image_tower import load_image_tower
 from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm.weights.resize import log_sizes, resized_tensors
 from mvlm.weights.text_tower import load_text_tower, read_text_tower, read_tower_tokenizer
-from mvlm_dataloading import DataError, Dataset, Tokenizer, load_tokenizer, tokenizer_for
+from mvlm_dataloading import DataError, Dataset, Tokenizer, load_tokenizer
+from mvlm_dataloading.tokenizer import parse_tokenizer, stored_tokenizer, train_on_sample
 
 
 def with_text_tower(config: PretrainConfig) -> PretrainConfig:
@@ -44,23 +47,50 @@ def with_text_tower(config: PretrainConfig) -> PretrainConfig:
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
-    """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions.
+    """Load the tokenizer that `find_tokenizer` finds, or train one on captions of the data set."""
+    return find_tokenizer(config, dataset) or train_tokenizer(config, dataset)
 
-    A run that is resumed does not need its initial model or its tokenizer's file any more.
+
+def find_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer | None:
+    """Load the tokenizer of the run's checkpoints, of its initial model, the configured one or the data set's.
+
+    A run that is resumed does not need its initial model any more. The configured file, if it is still there, comes
+    before the checkpoints', which the trainer compares with it. None if a tokenizer has to be trained.
     """
-    if config.initial_model is not None:
-        return _own_tokenizer(config) or read_architecture_of(config.initial_model)[1]
-    if config.text_tower is not None:
-        return _own_tokenizer(config) or read_tower_tokenizer(config.text_tower)
-    if config.tokenizer is not None:
+    if config.initial_model is None and config.text_tower is None and config.tokenizer is not None:
         own = None if config.tokenizer.exists() else _own_tokenizer(config)
         return own or load_tokenizer(config.tokenizer)
+    if (own := _own_tokenizer(config)) is not None:
+        return own
+    if config.initial_model is not None:
+        return read_architecture_of(config.initial_model)[1]
+    if config.text_tower is not None:
+        return read_tower_tokenizer(config.text_tower)
+    return stored_tokenizer(dataset)
+
+
+def train_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
+    """Train a run's tokenizer on a sample of the data. ConfigError if the vocabulary is too small for all bytes."""
     try:
-        return tokenizer_for(dataset, config.model.vocab_size)
+        return train_on_sample(dataset, config.model.vocab_size)
     except DataError:
         raise
-    except ValueError as error:  # the vocabulary is too small for all bytes
+    except ValueError as error:
         raise ConfigError(f"model.vocab_size: {error}") from None
+
+
+def share_tokenizer(config: PretrainConfig, dataset: Dataset, world: World) -> Tokenizer:
+    """Choose the tokenizer of all ranks. One that has to be trained is trained on rank 0 and sent.
+
+    Every rank calls it. A rank that does not see the run's checkpoints gets rank 0's tokenizer too.
+    """
+    found = run_on_all_ranks(world, lambda: find_tokenizer(config, dataset))
+    if not any(world.gather_objects(found is None)):
+        assert found is not None
+        return found
+    trained = run_on_all_ranks(world, lambda: found or train_tokenizer(config, dataset) if world.first else None)
+    text = world.send_text("" if trained is None else trained.to_str())
+    return trained or parse_tokenizer(text, "tokenizer of rank 0")
 
 
 def _own_tokenizer(config: PretrainConfig) -> Tokenizer | None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer, open_dataset, tokenizer_for, train_tokenizer
+from mvlm_dataloading import tokenizer as tokenizer_module
 from support.data import make_captions, write_dataset
 
 CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3
@@ -218,6 +219,16 @@ def test_a_data_sets_tokenizer_is_its_own_or_of_its_training_captions(tmp_path, 
         with pytest.raises(DataError, match=r"tokenizer\.json: wanted the tokenizer.* that dataset\.json names"):
             tokenizer_for(dataset, 300)
         (folder / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_a_tokenizer_is_trained_on_some_runs_of_a_large_split(tmp_path, monkeypatch):
+    """With a sample of 6 in 2 runs: of 13 samples, three from the first on and three from number 6 on."""
+    monkeypatch.setattr(tokenizer_module, "SAMPLE", 6)
+    monkeypatch.setattr(tokenizer_module, "RUNS", 2)
+    for count, ids in ((6, range(6)), (13, (0, 1, 2, 6, 7, 8))):
+        dataset = open_dataset(write_dataset(tmp_path / str(count), count), "train")
+        wanted = train_tokenizer((caption for i in ids for caption in make_captions(i)), 300)
+        assert tokenizer_for(dataset, 300).fingerprint == wanted.fingerprint
 
 
 @pytest.mark.parametrize("text", ["a cat", "  grinning  cat-face, éx 😀 x ", "one", " waves,in\tall\n seen", ""])

@@ -20,6 +20,7 @@ def test_two_ranks_reduce_and_gather(tmp_path):
             "sum": world.all_reduce(torch.tensor([1.0 + world.rank, 5.0])).tolist(),
             "max": world.all_reduce(torch.tensor([world.rank]), dist.ReduceOp.MAX).tolist(),
             "gather": world.gather_objects({"long": "é" * (1 + 3 * world.rank), "rank": world.rank}),
+            "sent": world.send_text("é" * 3 if world.first else "other"),
         }
         (tmp_path / str(world.rank)).write_text(json.dumps(found))
         world.close()
@@ -31,6 +32,7 @@ def test_two_ranks_reduce_and_gather(tmp_path):
             "sum": [3.0, 10.0],
             "max": [1],
             "gather": [{"long": "é", "rank": 0}, {"long": "éééé", "rank": 1}],
+            "sent": "ééé",
         }
 
 

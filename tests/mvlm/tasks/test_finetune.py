@@ -275,7 +275,8 @@ def test_masks_of_captions_are_the_tasks_and_not_those_of_pretraining(scenes, to
     micro_model(whole_word_masking=True).float().save_pretrained(tmp_path / "pretrained")
     tokenizer.save(tmp_path / "pretrained/tokenizer.json")
     config = configured(tmp_path / "pretrained", scenes, tmp_path / "run", task="caption", max_steps=6)
-    trainer = build_trainer(open_inputs(config), World(0, 1, 0, torch.device("cpu")), "")
+    alone = World(0, 1, 0, torch.device("cpu"))
+    trainer = build_trainer(open_inputs(config, alone), alone, "")
     whole = 0
     for (batch, masks), _ in zip(trainer.loader, range(6), strict=False):
         hidden = set(masks.token_ids.tolist())

@@ -1,6 +1,7 @@
 """Runs that start from a trained model, or from pretrained encoders."""
 
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mvlm.distributed.world import join_ranks
 from mvlm.errors import ConfigError, RunError
 from mvlm.model.encoders import resize_positions
 from mvlm.model.network import MaskVLMNetwork
@@ -23,10 +25,11 @@ from mvlm.tasks.load import load_model
 from mvlm.training.run import build_run, build_trainer, open_inputs, pretrain
 from mvlm.verify.verify import verify_run
 from mvlm.weights import export_timm_vit
-from mvlm.weights.start import make_model
-from mvlm_dataloading import DataError, open_dataset
+from mvlm.weights.start import choose_tokenizer, make_model, share_tokenizer
+from mvlm_dataloading import DataError, Dataset, open_dataset
 from support.commands import assert_refused
 from support.encoders import hf_text, timm_vit
+from support.faults.forks import ended_well, in_ranks, wait
 from support.folders import checkpoint_contents
 from support.models import ALONE, micro_config, pretrain_config
 from support.questions import finetune_config
@@ -72,6 +75,40 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
     with pytest.raises(RunError, match="wanted a safetensors file, could not read it"):
         pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
+
+
+def open_without_tars(source: Path, out: Path) -> Dataset:
+    """A training split whose captions cannot be read."""
+    dataset = open_dataset(shutil.copytree(source, out), "train")
+    for tar in dataset.tars:
+        tar.unlink()
+    return dataset
+
+
+def test_a_resumed_run_takes_its_tokenizer_and_reads_no_caption(trained, scenes, tmp_path):
+    unreadable = open_without_tars(scenes, tmp_path / "data")
+    own = load_model(trained).tokenizer
+    assert choose_tokenizer(pretrain_config(scenes, trained), unreadable).fingerprint == own.fingerprint
+    with pytest.raises(DataError, match="no such file"):
+        choose_tokenizer(pretrain_config(scenes, tmp_path / "new"), unreadable)
+
+
+@pytest.mark.slow
+def test_rank_0_trains_the_tokenizer_and_the_others_read_no_caption(scenes, tokenizer, tmp_path):
+    """Of two ranks, the second has no tars. If the first cannot read them either, both end."""
+
+    def work(data: list[Dataset]) -> None:
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
+        world = join_ranks("cpu")
+        found = share_tokenizer(pretrain_config(scenes, tmp_path / "run"), data[world.rank], world)
+        (tmp_path / f"rank-{world.rank}").write_text(found.fingerprint)
+        world.close()
+
+    unreadable = open_without_tars(scenes, tmp_path / "data")
+    data = [open_dataset(scenes, "train"), unreadable]
+    assert [ended_well(pid) for pid in in_ranks(lambda: work(data), 2)] == [True, True]
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == [tokenizer.fingerprint] * 2
+    assert [wait(pid) for pid in in_ranks(lambda: work([unreadable] * 2), 2)] == [1, 1]
 
 
 @pytest.mark.slow
