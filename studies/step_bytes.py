@@ -114,7 +114,8 @@ def choices_of_a_gpu(kept: bool) -> Iterator[None]:
         patch.object(linear_cross_entropy, "LOGITS_PER_CHUNK", {**chunks, "cpu": chunks["cuda"]}),
         patch.object(importlib.import_module("mvlm_kernels.gelu_linear"), "KEPT_ON", ("cpu",) if kept else ()),
         patch.object(torch.compiler, "is_compiling", lambda: True),
-        patch("mvlm.model.attention.split_linear", _SplitLinear.apply),  # which a compiler would not see
+        # A compiler would not see the Function.
+        patch("mvlm.model.attention.split_linear", lambda x, w, b, heads: _SplitLinear.apply(x, heads, *w, *b)),
         patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads a value
     ):
         yield
