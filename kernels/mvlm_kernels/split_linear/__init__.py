@@ -35,25 +35,13 @@ def _cut(x: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
 
 
 def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Parameters (W, ..) of equal shapes, one after another, in another dtype: one copy if they are so in memory."""
+    """Parameters (W, ..) of equal shapes, one after another, in another dtype."""
     first = parameters[0]
     shape = len(parameters) * len(first), *first.shape[1:]
-    if follow_one_another(parameters):
-        return first.as_strided(shape, first.stride()).to(dtype)
     stacked = first.new_empty(shape, dtype=dtype)
     for parameter, rows in zip(parameters, stacked.split(len(first)), strict=True):
         rows.copy_(parameter)
     return stacked
-
-
-def follow_one_another(parameters: Sequence[Tensor]) -> bool:
-    """True if contiguous tensors of equal shapes are neighbours in one storage, in this order."""
-    first = parameters[0]
-    offset, storage = first.storage_offset(), first.untyped_storage()._cdata
-    return first.is_contiguous() and all(
-        p.storage_offset() == offset + i * first.numel() and p.untyped_storage()._cdata == storage
-        for i, p in enumerate(parameters)
-    )
 
 
 def _stack_rows(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
