@@ -10,7 +10,7 @@ Shape legend: B batch, L rows, Lq queries, Lk keys, T packed rows, R pairs, C wi
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,12 +123,12 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., C) -> queries, keys and values (..., H, D), by one matrix product."""
-        q, k, v = self._project(x, (self.query, self.key, self.value))
+        q, k, v = self._project(x, self.query, self.key, self.value)
         return q, k, v
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) -> keys and values (..., H, D), by one matrix product."""
-        k, v = self._project(x, (self.key, self.value))
+        k, v = self._project(x, self.key, self.value)
         return k, v
 
     def queries(self, x: Tensor) -> Tensor:
@@ -139,17 +139,10 @@ class Attention(nn.Module):
         """Output projection: heads (..., H, D) -> (..., C)."""
         return project(self.out, heads.flatten(-2))
 
-    def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         """(..., C) -> (..., H, D) of each layer, by one matrix product."""
-        # One wide product in place of two or three narrow ones; the concatenation copies only weights.
-        dtype = compute_dtype(x)
-        weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
-        bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
-        if adds_bias_later(x.device):
-            with without_autocast(x.device):
-                parts = split_linear(x.to(dtype), weight, bias, len(layers))
-            return tuple(part.unflatten(-1, (self.heads, -1)) for part in parts)
-        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1)).unbind(-3)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return split_linear(x.to(compute_dtype(x)), weights, biases, self.heads)
 
     def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Branch:
         """Attention of each sequence's first row to all of its rows, projected, without keys and values.
@@ -179,23 +172,6 @@ class Attention(nn.Module):
             heads = mean.transpose(0, 1) @ value.transpose(1, 2)  # (H, R, D)
             heads = heads.transpose(0, 1).flatten(1) + self.value.bias.to(dtype)  # (R, C)
         return project(self.out, heads)
-
-
-class _Stacked(torch.autograd.Function):
-    """Parameters (D, ...) of equal shapes, one after another, in another dtype: one copy, and one of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
-        first = parameters[0]
-        ctx.dtype, ctx.rows = first.dtype, len(first)
-        stacked = first.new_empty(len(parameters) * len(first), *first.shape[1:], dtype=dtype)
-        for parameter, rows in zip(parameters, stacked.split(len(first)), strict=True):
-            rows.copy_(parameter)
-        return stacked
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grads[0].to(ctx.dtype).split(ctx.rows)
 
 
 Attend = Callable[..., Branch]

@@ -36,9 +36,8 @@ IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast"
 """Our contenders -> argument `plan` of the model."""
 DROP_MASKED = "drop_masked"
 """Contender with another method and other losses: masked patches are left out of the encoder."""
-COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "fast-compiled")
-CONTENDERS = (*BASELINES, "timm+roberta-compiled", "timm+decoder-layer-compiled", "plain", "fast", "fast-compiled",
-              "drop_masked")  # fmt: skip
+COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "timm+roberta-math-compiled", "fast-compiled")
+CONTENDERS = (*BASELINES, *COMPILED[:-1], "plain", "fast", "fast-compiled", "drop_masked")
 
 
 class StepInputs(NamedTuple):

@@ -34,7 +34,9 @@ def add_layer_norm(
     if y is None:
         total = x
     elif dtype == wide:
-        total = x + y
+        # A sum of two dtypes copies one of them first, so the sum is written into this copy.
+        narrow, other = (x, y) if y.dtype == dtype else (y, x)
+        total = narrow + other if narrow.dtype == dtype else narrow.to(dtype).add_(other)
         if y_bias is not None:
             total += y_bias
     else:
@@ -73,7 +75,7 @@ def add_layer_norm_backward(
     wide = compute_dtype(total.dtype)
     grad = grad_normalised.to(wide)
     if grad_residual is not None and post_norm:
-        grad = grad + grad_residual
+        grad = grad + grad_residual if grad is grad_normalised else grad.add_(grad_residual)
     moments = [m.to(wide).view(*total.shape[:-1], 1) for m in (mean, rstd)]
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
         grad.contiguous(), total.to(wide), total.shape[-1:], *moments, weight.to(wide), weight.to(wide), [True] * 3

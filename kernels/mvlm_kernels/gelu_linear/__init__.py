@@ -6,13 +6,13 @@ Matrix products are torch's. The GELU, its gradient and the gradient of the bias
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import check_tensor
 from mvlm_kernels.dispatch import FLOAT64, Refusal, refusal
 from mvlm_kernels.gelu_linear import reference, room
+from mvlm_kernels.linear import linear
 
 __all__ = ["gelu_linear"]
 
@@ -103,8 +103,7 @@ def _gelu_backward_fake(grad, h, h_bias, again):
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = activated.dtype
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    with dispatch.without_autocast(activated.device):  # compute in this dtype, as backward does
-        return F.linear(activated, weight, bias)
+    return linear(activated, weight, bias)  # in this dtype, as backward does
 
 
 class _GeluLinear(torch.autograd.Function):

@@ -1,8 +1,9 @@
-"""A linear layer whose output is cut into parts, such as queries, keys and values; see :func:`split_linear`.
+"""Linear layers of one input, such as queries, keys and values, by one product; see :func:`split_linear`.
 
-Backward, one kernel stacks the gradients of the parts and sums them for the bias. Matrix products are torch's.
+Backward, one kernel stacks the gradients of the parts and sums them for the biases. Matrix products are torch's.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,18 +12,36 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.arguments import compute_dtype
+from mvlm_kernels.linear import linear
 from mvlm_kernels.split_linear import reference
 
 
-def split_linear(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """``linear(x, weight, bias)`` cut into `parts` equal parts of its last dimension, views of one tensor.
+def split_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], heads: int) -> tuple[Tensor, ...]:
+    """``linear(x, weight, bias)`` of each layer, by one product: views (.., heads, W / heads) of one tensor.
 
-    x (.., C), weight (parts * W, C) and bias (parts * W,) of one dtype, without autocast. Returns tensors (.., W).
-    Differentiable once. Under torch.compile and in transforms of torch.func the same in plain torch.
+    x (.., C), weights (W, C) and biases (W,). The product is in x's dtype, under autocast too; parameters are converted
+    to it, and their gradients come in their own. Differentiable once. Under torch.compile and in transforms of
+    torch.func the same in plain torch.
     """
     if torch.compiler.is_compiling() or registration.transformed():
-        return F.linear(x, weight, bias).chunk(parts, -1)
-    return _SplitLinear.apply(x, weight, bias, parts)  # pyright: ignore[reportReturnType]
+        weight, bias = (torch.cat([p.to(x.dtype) for p in parameters]) for parameters in (weights, biases))
+        with dispatch.without_autocast(x.device):
+            return _cut(F.linear(x, weight, bias), len(weights), heads)
+    return _SplitLinear.apply(x, heads, *weights, *biases)  # pyright: ignore[reportReturnType]
+
+
+def _cut(x: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
+    return x.unflatten(-1, (count, heads, -1)).unbind(-3)
+
+
+def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Parameters (W, ..) of equal shapes, one after another, in another dtype."""
+    first = parameters[0]
+    shape = len(parameters) * len(first), *first.shape[1:]
+    stacked = first.new_empty(shape, dtype=dtype)
+    for parameter, rows in zip(parameters, stacked.split(len(first)), strict=True):
+        rows.copy_(parameter)
+    return stacked
 
 
 def _stack_rows(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,20 +60,31 @@ def _stack_rows_fake(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, heads: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        ctx.dtypes = parameters[0].dtype, parameters[count].dtype
+        weight, bias = (_stacked(half, x.dtype) for half in (parameters[:count], parameters[count:]))
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias).chunk(parts, -1)
+        return _cut(linear(x, weight, bias), count, heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = [grad.flatten(0, -2) for grad in grads]
-        stacked, sums = _op.in_function(*rows)(rows)
-        grad = stacked.flatten(1)
+        count, (weight_dtype, bias_dtype) = len(grads), ctx.dtypes
+        if dispatch.choose(dispatch.reasons_for("split_linear", x.device)) == "torch":
+            # The stack is the only copy of gradients with any strides. On a CPU a sum of bf16 that is asked for float32
+            # takes four times as long.
+            grad = torch.stack(grads, dim=-3).flatten(-3).flatten(0, -2)  # (R, count * W)
+            sums = grad.sum(0).unflatten(0, (count, -1))
+        else:
+            rows = [part.flatten(-2).flatten(0, -2) for part in grads]
+            stacked, sums = _op.in_function(*rows)(rows)
+            grad = stacked.flatten(1)
         dx = (grad @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = grad.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return dx, dw, sums.flatten().to(weight.dtype), None
+        learns = any(ctx.needs_input_grad[2 : 2 + count])
+        dw = (grad.T @ x.flatten(0, -2)).to(weight_dtype).chunk(count) if learns else (None,) * count
+        return dx, None, *dw, *sums.to(bias_dtype)
 
 
 _op = registration.define("stack_rows(Tensor[] parts) -> (Tensor, Tensor)", _stack_rows, _stack_rows_fake)

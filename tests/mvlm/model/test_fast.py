@@ -186,7 +186,7 @@ def test_the_fast_step_in_fp32_gives_the_same(backend, monkeypatch):
     attention = {"short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_backward_dq",
                  "long_kv_backward"}  # fmt: skip
     rows = {"gather_kernel", "place_kernel", "place_backward_kernel", "add_norm_kernel", "add_norm_backward_kernel",
-            "gelu_kernel", "gelu_backward_kernel", "column_sum_kernel", "sum_kernel"}  # fmt: skip
+            "gelu_kernel", "gelu_backward_kernel", "stack_rows_kernel", "column_sum_kernel", "sum_kernel"}  # fmt: skip
     losses_of = {"loss_kernel", "scale_slope_kernel"}
     assert launched == (attention | rows | losses_of if backend == "triton" else set())
 
