@@ -401,6 +401,27 @@ def claim() -> str:
     return markdown(rows)
 
 
+def claim_in_equal_time() -> str:
+    """All four losses beside ITC + ITM in equal time and with equal FLOPs, of studies/scenes_claim.toml."""
+    trials = trials_by_arm(RESULTS / "studies" / "scenes-scenes_claim.csv")
+    rows = [["pairs", "all four losses, or another form of them", "R@1, %", "reached", "ITC + ITM in its time adds"]]
+    rows[0] += ["ITC + ITM with its FLOPs adds", "right word, %", "right cell, %", "MIM gain, %"]
+    forms = [("all", 400, ""), ("a tenth", 400, ""), ("a tenth", 1600, "")]
+    forms += [("a tenth", 1600, "three tenths of the blocks"), ("a tenth", 1600, "half of the patches")]
+    for pairs, steps, form in forms:
+        spent = f"all four in {steps:,} steps" + (", a tenth" if pairs != "all" else "")
+        ours = trials[f"all four, {form}, time of {spent}" if form else spent.replace(" in ", ", ")]
+        timed = trials[f"ITC + ITM, time of {spent}"]
+        counted = [] if form else trials[f"ITC + ITM, FLOPs of {spent}"]
+        for kind, measure in (("by ITM alone", "itm.r1"), ("fine-tuned", TUNED)):
+            differences = [_added(timed, ours, measure), _added(counted, ours, measure) if counted else ""]
+            read = [_reached(ours, name) for name in ("two_way.words_pct", "two_way.cells_pct", "gain_mim_pct")]
+            name = f"{steps:,} steps" + (f": {form}, in the time of these" if form else "")
+            cells = [kind, f"{_reached(ours, measure):.1f}", *differences, *(f"{value:.1f}" for value in read)]
+            rows.append([pairs, name, *cells])
+    return markdown(rows)
+
+
 def reading_study() -> str:
     """What makes MIM read, of studies/scenes_reading.toml: gains, two-way choices and retrieval of each arm."""
     file = RESULTS / "studies" / "scenes-scenes_reading.csv"
@@ -564,6 +585,7 @@ TABLES = {
     "study-objective-now": lambda: study("objective_now", "what is changed"),
     "study-scenes": lambda: study("scenes", "objective", data="scenes"),
     "study-scenes-claim": claim,
+    "study-claim-time": claim_in_equal_time,
     "study-scenes-reading": reading_study,
     "reading": reading,
     "study-scenes-masking": masking,
