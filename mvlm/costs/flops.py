@@ -52,6 +52,11 @@ def cross_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *res
     return products * cross_attention(q, k, v, *sides) // 2
 
 
+def linear_with_bias(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """oneDNN's product of x (.., C) and weight (D, C) that adds a bias to its sums, as the ops use it in bf16."""
+    return 2 * x.numel() * weight.shape[0]
+
+
 class _Raw:
     """A formula that takes the operator's arguments themselves. torch's counter passes shapes to a plain function."""
 
@@ -64,6 +69,8 @@ class _Raw:
         return self._formula(*args, **kwargs)
 
 
+LINEAR = ("_linear_pointwise",)
+"""torch's operators of a linear layer in oneDNN. Builds without oneDNN have none."""
 # These replace torch's formulas, which count recomputation in SDPA's backward and know no CPU attention.
 FORMULAS: dict[Any, Callable[..., int]] = {
     **{
@@ -74,6 +81,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
         getattr(aten, f"_scaled_dot_product_{kind}_backward"): _Raw(attention_backward)
         for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     },
+    **{getattr(torch.ops.mkldnn, name): _Raw(linear_with_bias) for name in LINEAR if hasattr(torch.ops.mkldnn, name)},
     ours.cross_attention: _Raw(cross_attention),
     ours.cross_attention_backward: _Raw(cross_attention_backward),
 }
