@@ -22,7 +22,7 @@ from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.objectives.losses import Losses
 from mvlm.objectives.pretraining import ALL
-from mvlm.objectives.step import Features, Microbatch, Objective, Shares, Step, idle_parameters
+from mvlm.objectives.step import ANY_PART, Features, Microbatch, Objective, Shares, Step, idle_parameters
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -202,7 +202,7 @@ def _scaled_total(model: MaskVLMNetwork, shares: Shares, step: Step) -> tuple[Te
     idle = idle_parameters(model, step.computed if step.layout.microbatches == 1 else step.of_microbatch)
     # Nor does it use the biases of keys if ITM alone reads a last block: the fast implementation needs no keys there.
     idle += [encoder.layers[-1].self_attention.key.bias for encoder in (model.image_cross, model.text_cross)]
-    if any(objective.trains is None for objective in step.computed):  # nobody knows which it uses
+    if any(objective.trains == ANY_PART for objective in step.computed):  # nobody knows which it uses
         idle = list(model.parameters())
     # FSDP2 waits for none. In a block that is not called, it has left its parameters sharded.
     idle = [parameter for parameter in idle if not isinstance(parameter, DTensor)]

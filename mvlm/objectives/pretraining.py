@@ -19,6 +19,7 @@ from mvlm.model.implementation import MASKED, Implementation
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.objectives.losses import contrastive_sums, matching_loss, number_of_masked_tokens, shared_contrastive_sums
 from mvlm.objectives.step import (
+    ANY_PART,
     BatchObjective,
     Embeddings,
     Features,
@@ -158,7 +159,7 @@ class OwnLoss(MicrobatchObjective):
     It may read all four streams, and train any part of the network.
     """
 
-    name, beside, curve, trains = "own", "nothing", "own loss", None
+    name, beside, curve, trains = "own", "nothing", "own loss", ANY_PART
     function: Callable[[Features], Tensor]
 
     def reads(self, config: MaskVLMConfig) -> Sequence[str]:

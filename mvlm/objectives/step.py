@@ -40,6 +40,8 @@ Shares = dict[str, Tensor]
 """Shares of losses and accuracies by name: scalars."""
 TRANSFERS = ("embeddings", "features", "nothing")
 """Stages of the traffic between ranks, in order: embeddings for ITC, features for ITM, then nothing more."""
+ANY_PART = ("any part",)
+"""`trains` of an objective that may train any part of the network: nobody knows which one it uses."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Objective:
     """Title of its curve in reports, with the unit."""
     reported: ClassVar[bool] = True
     """False leaves its loss out of `Losses`, but not out of the total."""
-    trains: ClassVar[tuple[str, ...] | None] = ()
+    trains: ClassVar[tuple[str, ...]] = ()
     """Modules and parameters of the network that it trains, but for the two encoders, each of which some objective of a
-    step has to train. None: any of them.
+    step has to train. `ANY_PART` if it may train any of them.
 
     NOTE: name all. A step of several ranks or microbatches drops the gradients of those that no objective names.
     """
@@ -381,10 +383,9 @@ def computed(objectives: Iterable[Objective]) -> list[Objective]:
 def idle_parameters(model: MaskVLMNetwork, objectives: Iterable[Objective]) -> list[nn.Parameter]:
     """Parameters outside the encoders, and the mask token, that no objective of some weight trains."""
     users = computed(objectives)
-    trained = [user.trains for user in users if user.trains is not None]
-    if len(trained) < len(users):
+    if any(user.trains == ANY_PART for user in users):
         return []
-    used = {"image_encoder", "text_encoder", *(name for names in trained for name in names)}
+    used = {"image_encoder", "text_encoder", *(name for user in users for name in user.trains)}
     idle = [p for name, p in model.named_parameters() if name.split(".")[0] not in used]
     masks = any("masked_image" in user.reads(model.config) for user in users)
     return idle if masks else [*idle, model.image_encoder.mask_token]
