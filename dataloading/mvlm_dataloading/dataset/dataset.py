@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.links.cache import LinkedIndex
+from mvlm_dataloading.links.samples import LinkReader
 from mvlm_dataloading.randomness import text_hash
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 from mvlm_dataloading.untrusted import open_regular, require_regular
@@ -26,7 +28,7 @@ from .sample_index import SampleIndex
 class Keys:
     """Keys of samples, read from an index on request."""
 
-    def __init__(self, index: SampleIndex, start: int, stop: int):
+    def __init__(self, index: SampleIndex | LinkedIndex, start: int, stop: int):
         self._index, self._start, self._stop = index, start, stop
 
     def __len__(self) -> int:
@@ -50,7 +52,7 @@ class Dataset:
     split: str
     tars: list[Path]
     """Path of each shard, a tar."""
-    index: SampleIndex
+    index: SampleIndex | LinkedIndex
     """Index of the whole split."""
     start: int
     """Position in the index of the first sample."""
@@ -62,6 +64,8 @@ class Dataset:
     """Hash of the split's samples and their order."""
     remote: RemoteCache | None = None
     """The cache of a remote data set, which fetches its shards. `tars` are then paths in the cache."""
+    links: LinkReader | None = None
+    """Reader of the samples of linked data."""
     compared: set[int] = field(default_factory=set)
     """Numbers of the local shards that have been compared with the index."""
 
@@ -113,6 +117,8 @@ class Dataset:
         Samples whose images are stored twice differ, even if the images are equal.
         """
         ids = np.arange(len(self))
+        if self.links is not None:
+            return ids
         places = np.stack([self.shard_of(ids), self.locate("image", ids)[0]])  # (2, N)
         _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
         return first[image.reshape(-1)].astype(np.int64)
@@ -163,9 +169,14 @@ class Dataset:
 
     def where(self, i: int) -> str:
         """Location of sample i for messages: tar, offset and key."""
+        if self.links is not None:
+            return self.links.where(self.start + int(i))
         return f"{self.tars[int(self.shard_of(i))]} offset {self.locate('image', i)[0]} key {self.keys[i]}"
 
     def _read(self, kind: str, i: int) -> bytes:
+        if self.links is not None:
+            sample = self.links.one(self.start + int(i))
+            return {"image": sample.image, "text": sample.text, "meta": sample.metadata}[kind]
         offset, size = map(int, self.locate(kind, i))
         if size < 0:
             return b""

@@ -5,7 +5,7 @@ cache that all processes of a machine share. All numbers are little-endian:
 
     header      112 bytes: HEADER
     table       24 bytes per shard: SHARD
-    records     36 bytes per sample, shard by shard: nine uint32, see `Field`
+    records     36 bytes per sample, shard by shard: nine uint32, see `Field`; of linked data, see `links.scan`
     keys        of each shard's samples, one after another, without separators
 
 Integrity: the header has a CRC-32 of header and table, which is compared at opening; the table has those of a shard's
@@ -63,7 +63,8 @@ class Field(IntEnum):
 
 BLOCK = 512
 ABSENT = 0xFFFFFFFF
-RECORD_BYTES = 4 * len(Field)
+WIDTHS = range(12, 48, 4)
+"""Bytes of a record: 36; of linked data 12, and 8 more for each file of captions."""
 _DIGITS = re.compile(r"[0-9a-f]{32}")
 KEY_BYTES = 1024
 """Most bytes of a key, in the mean of all samples."""
@@ -71,7 +72,7 @@ KEY_BYTES = 1024
 
 def most_bytes(samples: int, shards: int) -> int:
     """Bytes that the index of a split may have."""
-    return HEADER.size + SHARD.itemsize * shards + (RECORD_BYTES + KEY_BYTES) * samples
+    return HEADER.size + SHARD.itemsize * shards + (WIDTHS[-1] + KEY_BYTES) * samples
 
 
 def index_path(folder: Path, split: str) -> Path:
@@ -80,7 +81,8 @@ def index_path(folder: Path, split: str) -> Path:
 
 def shards_hash(split: str, shards: Sequence[Mapping[str, Any]]) -> bytes:
     """Hash (32 bytes) of a split's shards as `dataset.json` describes them."""
-    named = [[one.get(name) for name in ("tar", "samples", "bytes", "sha256", "index_sha256")] for one in shards]
+    names = ("tar", "samples", "bytes", "sha256", "index_sha256")
+    named = [[*map(one.get, names), *([one["etag"]] if "etag" in one else [])] for one in shards]
     return hashlib.sha256(json.dumps([split, named]).encode()).digest()
 
 
@@ -95,6 +97,7 @@ class SampleIndex:
     Attributes:
         first: int64 (S + 1,): id of the first sample of each shard, and N.
         fingerprint: hash of the split's samples and their order.
+        columns: numbers of a record.
         described: hash of the described shards, see `shards_hash`.
 
     Raises:
@@ -110,10 +113,11 @@ class SampleIndex:
         magic, version, width, samples, shards, key_bytes, fingerprint, self.described, crc, _ = header
         if magic != MAGIC:
             raise self._refusal(f"an index that begins with {MAGIC!r}", repr(magic))
-        if version != VERSION or width != RECORD_BYTES:
-            raise self._refusal(f"an index of version {VERSION}", f"version {version}")
+        if version != VERSION or width not in WIDTHS:
+            raise self._refusal(f"an index of version {VERSION}", f"version {version}, records of {width} bytes")
+        self.columns: int = width // 4
         records_at = HEADER.size + SHARD.itemsize * shards
-        keys_at = records_at + RECORD_BYTES * samples
+        keys_at = records_at + width * samples
         if len(content) != keys_at + key_bytes:
             raise self._refusal(f"{keys_at + key_bytes} bytes as its header says", f"{len(content)}")
         table = np.frombuffer(content, SHARD, shards, HEADER.size)
@@ -127,7 +131,7 @@ class SampleIndex:
                 raise self._refusal(f"a table of {count} {name} as its header says", "another one")
         self.first: Int64 = np.append(0, np.cumsum(table["samples"])).astype(np.int64)
         self._key_first = np.append(0, np.cumsum(table["key_bytes"])).astype(np.int64)
-        self._records = np.frombuffer(content, "<u4", len(Field) * samples, records_at).reshape(samples, len(Field))
+        self._records = np.frombuffer(content, "<u4", self.columns * samples, records_at).reshape(samples, self.columns)
         self._keys = np.frombuffer(content, np.uint8, key_bytes, keys_at)
         self._crc = np.stack([table["records_crc"], table["keys_crc"]])  # (2, S)
         self._checked = np.full(self._crc.shape, path is None)
@@ -152,14 +156,19 @@ class SampleIndex:
         found = self._records[np.asarray(ids), column : column + 2].astype(np.int64)
         return found[..., 0] * BLOCK, np.where(found[..., 1] == ABSENT, -1, found[..., 1])
 
+    def records(self, shard: int, rows: Any) -> NDArray[np.uint32]:
+        """Records of some samples of a shard, uint32 (n, columns). `rows` count from its first sample."""
+        self._check(0, shard)
+        return self._records[self.first[shard] + np.asarray(rows)]
+
     def key(self, i: int) -> str:
         """Key of a sample: the name of its files without the extension."""
         shard = int(self.shard_of(i))
         self._check(0, shard)
         self._check(1, shard)
-        begin = int(self._records[i - 1, Field.KEY_END]) if i > self.first[shard] else 0
+        begin = int(self._records[i - 1, -1]) if i > self.first[shard] else 0
         place = self._key_first[shard]
-        key = self._keys[place + begin : place + int(self._records[i, Field.KEY_END])]
+        key = self._keys[place + begin : place + int(self._records[i, -1])]
         return key.tobytes().decode(errors="surrogateescape")
 
     def check_all(self) -> None:
@@ -174,7 +183,7 @@ class SampleIndex:
             self._content.madvise(mmap.MADV_DONTNEED)
 
     def shard_content(self, shard: int) -> tuple[NDArray[np.uint32], bytes]:
-        """Records, uint32 (n, 9), and keys of one shard, as `IndexWriter.add` takes them."""
+        """Records, uint32 (n, columns), and keys of one shard, as `IndexWriter.add` takes them."""
         self._check(0, shard)
         self._check(1, shard)
         records, keys = self._parts(shard)
@@ -214,14 +223,19 @@ class Fingerprint:
 
     It includes places, because views of the same shards may choose other samples or another order. Checkpoints store
     it, so it must not change.
+
+    Args:
+        shards: the split's shards, as `dataset.json` describes them.
+        captions: the field of this name in `dataset.json`, which linked data alone have.
     """
 
-    def __init__(self, split: str, shards: Sequence[Mapping[str, Any]]):
-        described = [split, [[one["samples"], one["sha256"]] for one in shards]]
+    def __init__(self, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None):
+        described = [split, [[one["samples"], one["sha256"] or one.get("etag", "")] for one in shards]]
+        described += [] if captions is None else [captions]
         self._hash = hashlib.sha256(json.dumps(described).encode())
 
     def add(self, records: NDArray[np.uint32]) -> None:
-        """Add the next shard's records, uint32 (n, 9)."""
+        """Add the next shard's records, uint32 (n, columns)."""
         places = [records[:, field].astype("<i8") for field in (Field.IMAGE_BLOCK, Field.TEXT_BLOCK)]
         shared = len(np.unique(places[0])) < len(np.unique(places[1]))
         for place in places[: 1 + shared]:  # samples that share an image are told apart by their captions
@@ -232,15 +246,18 @@ class Fingerprint:
         return self._hash.hexdigest()[:32]
 
 
-def fingerprint_of(index: SampleIndex, split: str, shards: Sequence[Mapping[str, Any]]) -> str | None:
+def fingerprint_of(
+    index: SampleIndex, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None
+) -> str | None:
     """Fingerprint of the samples that an index lists, made from them, where `index.fingerprint` is only stated.
 
     Args:
         shards: the split's shards, as `dataset.json` describes them. None is returned if the index has others.
+        captions: as for `Fingerprint`.
     """
     if np.diff(index.first).tolist() != [one["samples"] for one in shards]:
         return None
-    found = Fingerprint(split, shards)
+    found = Fingerprint(split, shards, captions)
     for shard in range(len(shards)):
         found.add(index.shard_content(shard)[0])
         index.release()
@@ -253,20 +270,30 @@ class IndexWriter:
     Args:
         file: empty, open for writing and seeking.
         shards: the split's shards, as `dataset.json` describes them.
+        columns: numbers of a record.
+        captions: as for `Fingerprint`.
     """
 
-    def __init__(self, file: BinaryIO, split: str, shards: Sequence[Mapping[str, Any]]):
-        self._file = file
+    def __init__(
+        self,
+        file: BinaryIO,
+        split: str,
+        shards: Sequence[Mapping[str, Any]],
+        *,
+        columns: int = len(Field),
+        captions: Any = None,
+    ):
+        self._file, self._width = file, 4 * columns
         self._described = shards_hash(split, shards)
         self._table = np.zeros(len(shards), SHARD)
         self._table["samples"] = [shard["samples"] for shard in shards]
         self._shard = 0
         self._records_at = HEADER.size + self._table.nbytes
-        self._keys_at = self._records_at + RECORD_BYTES * int(self._table["samples"].sum())
-        self._fingerprint = Fingerprint(split, shards)
+        self._keys_at = self._records_at + self._width * int(self._table["samples"].sum())
+        self._fingerprint = Fingerprint(split, shards, captions)
 
     def add(self, records: NDArray[np.uint32], keys: bytes) -> None:
-        """Append the next shard's records, uint32 (n, 9), and keys."""
+        """Append the next shard's records, uint32 (n, columns), and keys."""
         row = self._table[self._shard]
         assert len(records) == row["samples"], f"wanted {row['samples']} records, got {len(records)}"
         content = np.ascontiguousarray(records, "<u4").tobytes()
@@ -284,7 +311,7 @@ class IndexWriter:
         """Write the header and the table."""
         assert self._shard == len(self._table), f"wanted {len(self._table)} shards, got {self._shard}"
         fields = (
-            MAGIC, VERSION, RECORD_BYTES, int(self._table["samples"].sum()), len(self._table),
+            MAGIC, VERSION, self._width, int(self._table["samples"].sum()), len(self._table),
             int(self._table["key_bytes"].sum()), self._fingerprint.digits().encode(), self._described,
         )  # fmt: skip
         crc = head_crc(HEADER.pack(*fields, 0, 0), self._table)
