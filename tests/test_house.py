@@ -213,8 +213,10 @@ OPENED_BY_THEMSELVES = {
     "dataloading/mvlm_dataloading/dataset/open.py": "a path that the one writer gives out",
     "dataloading/mvlm_dataloading/dataset/folders.py": "a file that it has fetched itself",
     "dataloading/mvlm_dataloading/dataset/remote_cache.py": "the cache's own folder",
+    "dataloading/mvlm_dataloading/links/cache.py": "the cache's own folder",
     "dataloading/mvlm_dataloading/links/store.py": "a file of the hub, by its client",
     "dataloading/mvlm_dataloading/loader/pipeline.py": "a temporary folder of this process",
+    "dataloading/mvlm_dataloading/tools/link.py": "a folder that this call has made",
     "dataloading/mvlm_dataloading/tools/view.py": "a folder that this call has made",
 }
 """Files of code that open files by other means than the one reader and the one writer, and which files these are."""

@@ -22,10 +22,11 @@ import random
 import re
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +99,25 @@ class RangeStore:
         place = normal_url(url)
         reader = _reader_of(place)
         return _attempt(place, lambda: reader.stat(place))
+
+    def names(self, folder: str, most: int) -> list[str]:
+        """Names of all files in a remote folder, sorted. Those in its subfolders are left out.
+
+        Raises:
+            DataError: it has more than `most` files, its store has no list of them, or cannot be reached.
+        """
+        place = normal_url(folder)
+        reader = _reader_of(place)
+        if reader.names is None:
+            raise DataError(
+                f"{place}: wanted a folder whose store lists its files, found one of a web server, which does not; "
+                "write the names out, with numbers as {00000..01242}"
+            )
+        found = _attempt(place, lambda: list(islice(reader.names(place), most + 1)))
+        if len(found) > most:
+            raise DataError(f"{place}: wanted at most {most} files, found more; name a smaller folder")
+        names = (name.removeprefix(f"{place}/") for name in found)
+        return sorted(name for name in names if "/" not in name)
 
     def read(self, file: LinkedFile, begin: int, end: int) -> memoryview:
         """The bytes `begin` to `end` - 1 of a file. At most `MOST_BYTES`; none of them lies beyond its end.
@@ -184,6 +204,8 @@ class _Reader(NamedTuple):
 
     stat: Callable[[str], LinkedFile]
     read: Callable[[LinkedFile, int, int], Content]
+    names: Callable[[str], Iterator[str]] | None
+    """URLs of all files below a folder."""
 
 
 def _reader_of(url: str) -> _Reader:
@@ -352,7 +374,11 @@ def _bucket_reader(scheme: str, bucket: str, process: int) -> _Reader:
             raise _AnswerError(0, "another range")
         return memoryview(found.bytes())
 
-    return _Reader(stat, read)
+    def names(folder: str) -> Iterator[str]:
+        for page in obstore.list(store, folder[start:] or None):
+            yield from (f"{scheme}://{bucket}/{one['path']}" for one in page)
+
+    return _Reader(stat, read, names)
 
 
 def _s3_settings() -> dict[str, Any]:
@@ -436,7 +462,7 @@ def _web_reader(scheme: str, process: int) -> _Reader:
         _compare(file, size, etag)
         return content
 
-    return _Reader(stat, read)
+    return _Reader(stat, read, None)
 
 
 # ---- the hub, by its own client
@@ -457,4 +483,7 @@ def _hub_reader(process: int) -> _Reader:
             opened.seek(begin)
             return opened.read(end - begin)
 
-    return _Reader(stat, read)
+    def names(folder: str) -> Iterator[str]:
+        return (f"hf://{path}" for path in filesystem.find(folder))
+
+    return _Reader(stat, read, names)

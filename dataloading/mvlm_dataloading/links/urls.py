@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mvlm_dataloading.dataset.folders import RemoteFolder
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.untrusted import regular_lines
 from mvlm_dataloading.urls import is_remote, normal_url, without_credentials
+
+from .store import RangeStore
 
 MOST = 1_000_000
 """Most files of a link."""
@@ -88,16 +89,14 @@ def _local(word: str) -> Iterator[str]:
 
 
 def _listed(word: str) -> Iterator[str]:
-    if word.startswith("http"):
-        raise DataError(
-            f"{without_credentials(word)}: wanted names without wildcards, because a web server has no list of its "
-            "files; write numbers as {00000..01242}"
-        )
     folder, _, pattern = word.rpartition("/")
     if _WILD.search(folder):
-        raise DataError(f"{word}: wanted a wildcard in the last part of the URL alone; name the folder")
-    remote = RemoteFolder(folder)
-    names = sorted(name for name in remote.names("") if "/" not in name and fnmatch.fnmatchcase(name, pattern))
+        raise DataError(f"{without_credentials(word)}: wanted a wildcard in its last part alone; name the folder")
+    store = RangeStore(1)
+    try:
+        names = [name for name in store.names(folder, MOST) if fnmatch.fnmatchcase(name, pattern)]
+    finally:
+        store.close()
     if not names:
         raise DataError(f"{word}: wanted files that match, found none; check the URL")
-    yield from (f"{remote.url}/{name}" for name in names)
+    yield from (f"{normal_url(folder)}/{name}" for name in names)

@@ -211,7 +211,7 @@ def _write_pieces(
 
 
 def _scan(folder: Path, options: LinkOptions, task: tuple[int, str], report: Callable[[int], None]) -> DataError | str:
-    """Write the piece of a file. Returns a warning, which may be empty, or the error of a file that cannot be linked."""
+    """Write the piece of a file. Returns a warning, which may be empty, or the error if it cannot be linked."""
     number, url = task
     store = RangeStore(_IN_FLIGHT)
     try:
