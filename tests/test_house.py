@@ -218,6 +218,7 @@ OPENED_BY_THEMSELVES = {
     "dataloading/mvlm_dataloading/loader/pipeline.py": "a temporary folder of this process",
     "dataloading/mvlm_dataloading/tools/link.py": "a folder that this call has made",
     "dataloading/mvlm_dataloading/tools/view.py": "a folder that this call has made",
+    "dataloading/mvlm_dataloading/tools/view_links.py": "a folder that this call has made",
 }
 """Files of code that open files by other means than the one reader and the one writer, and which files these are."""
 OPENING = re.compile(r"(^os|\w|\)|\])\.(read_text|read_bytes|write_text|write_bytes|open|from_file|to_file)$|^open$")

@@ -171,7 +171,9 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
 
     Training reads the samples where the index says. So the index of a local split may list samples of its tars alone.
     """
-    if dataset.index.fingerprint != fingerprint_of(dataset.index, dataset.split, dataset.shards):
+    if dataset.index.fingerprint != fingerprint_of(
+        dataset.index, dataset.split, dataset.shards, dataset.description.get("captions")
+    ):
         yield f"{dataset.split}.index: its fingerprint is not that of its samples"
     if dataset.remote is not None:  # the cache compares a shard when it fetches it
         return

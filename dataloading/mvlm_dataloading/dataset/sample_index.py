@@ -246,12 +246,11 @@ class Fingerprint:
         return self._hash.hexdigest()[:32]
 
 
-def fingerprint_of(
-    index: SampleIndex, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None
-) -> str | None:
+def fingerprint_of(index: Any, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None) -> str | None:
     """Fingerprint of the samples that an index lists, made from them, where `index.fingerprint` is only stated.
 
     Args:
+        index: a `SampleIndex`, or the `LinkedIndex` of linked data.
         shards: the split's shards, as `dataset.json` describes them. None is returned if the index has others.
         captions: as for `Fingerprint`.
     """

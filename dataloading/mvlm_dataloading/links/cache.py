@@ -74,6 +74,10 @@ class LinkedIndex:
         """Key of a sample, or the number of its row in a table."""
         return self.source.key(i)
 
+    def shard_content(self, shard: int) -> tuple[NDArray[np.uint32], bytes]:
+        """Records and keys of one shard, of the samples where they were linked."""
+        return self.source.shard_content(shard)
+
     def release(self) -> None:
         """Unmap the pages that were read."""
         self.source.release()

@@ -19,7 +19,7 @@ from mvlm_dataloading.dataset.description import (
     shard_paths,
     write_description,
 )
-from mvlm_dataloading.dataset.open import write_index
+from mvlm_dataloading.dataset.open import is_linked, write_index
 from mvlm_dataloading.dataset.sample_index import Field, SampleIndex, pack_records
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import make_no_older, write_file
@@ -180,6 +180,10 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
                 f"*.index to index it anew"
             )
         description = read_description(folder)
+        if is_linked(description):
+            raise DataError(
+                f"{folder}: wanted a data set with tars of its own, found linked data; `mvlm data link` again"
+            )
         shards = [shard for part in description["splits"].values() for shard in part["shards"]]
         if not without_tars and not any("index" in shard for shard in shards):  # a shard of a view has an index
             for shard in shards:

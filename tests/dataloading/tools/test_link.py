@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,9 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import DataError, Loader, open_dataset
+from mvlm_dataloading import (
+    DataError,
+    Loader,
+    ViewOptions,
+    check_shards,
+    make_view,
+    open_dataset,
+    rebuild_indices,
+)
 from mvlm_dataloading.links.captions import parse_captions_option
 from mvlm_dataloading.tools import link as module
+from mvlm_dataloading.tools.check import contact_sheet, findings_table
 from mvlm_dataloading.tools.link import LinkOptions, link_files, merge_links
 from support import seaweed as spoil
 from support.data import wave_tokenizer
@@ -357,3 +368,62 @@ def test_samples_are_those_of_the_writer(tars: Path, tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "out", "train")
     for i in (0, 33, 59):
         assert dataset.keys[i] == sample(i)["__key__"]
+
+
+def test_check_decodes_some_and_asks_for_all(seaweed: Seaweed, tars: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("mvlm_dataloading.tools.check._LINKED", 10)
+    contents = [tar.read_bytes() for tar in sorted(tars.iterdir())]
+    for number, content in enumerate(contents):
+        seaweed.put(f"checked/{number}.tar", content)
+    with reading_from(seaweed.s3):
+        link("s3://tests/checked/*.tar", tmp_path / "out", ALL)
+        (found,) = check_shards(tmp_path / "out", workers=0).values()
+        assert not found.problems
+        assert len(found.sizes) == 10
+        assert "of 60 samples 10 were decoded" in findings_table(tmp_path / "out", {"train": found})
+        contact_sheet(tmp_path / "out", tmp_path / "sheet.png")
+        seaweed.put("checked/1.tar", contents[1][::-1])
+        seaweed.client().delete_object(Bucket=BUCKET, Key="checked/2.tar")
+        problems = check_shards(tmp_path / "out", workers=0)["train"].problems
+        assert [("1.tar" in one, "2.tar" in one) for one in problems] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_views_of_links(table: bool, tars: Path, tmp_path: Path) -> None:
+    """They are links with some of the records, and open without their sources."""
+    if table:
+        link(write_table(tmp_path / "a.parquet", range(60), by_datasets=False), tmp_path / "out", "caption")
+    else:
+        link(tars / "*.tar", tmp_path / "out", "txt,json:caption")
+    dataset = open_dataset(tmp_path / "out", "train")
+    given = {(*dataset.captions(i), dataset.image_bytes(i)) for i in range(60)}
+
+    make_view(tmp_path / "half", [tmp_path / "out"], ViewOptions(fraction=0.5))
+    make_view(tmp_path / "some", [tmp_path / "out"], ViewOptions(match="[13] ?[0-3]$|9$"))
+    make_view(tmp_path / "many", [tmp_path / "out"], weights=[2.5])
+    shutil.rmtree(tmp_path / "out")
+    for name, low, high in (("half", 15, 45), ("some", 6, 30), ("many", 120, 180)):
+        view = open_dataset(tmp_path / name, "train")
+        assert low < len(view) < high
+        assert {(*view.captions(i), view.image_bytes(i)) for i in range(len(view))} <= given
+        assert not check_shards(tmp_path / name, workers=0)["train"].problems
+    matching = open_dataset(tmp_path / "some", "train")
+    wanted = [one for one in given if any(re.search("[13] ?[0-3]$|9$", text) for text in one[:-1])]
+    assert len(matching) == len(wanted)
+    assert len(list(load(tmp_path / "many", 2))) == 2
+
+
+def test_views_that_would_decode_all_images_are_refused(tars: Path, waves: Path, tmp_path: Path) -> None:
+    link(tars / "*.tar", tmp_path / "out")
+    link(tars / "*.tar", tmp_path / "other", "json:caption")
+    for sources, given, word in (
+        ([tmp_path / "out"], ViewOptions(min_side=9), "min-side"),
+        ([tmp_path / "out"], ViewOptions(duplicates="near"), "duplicates"),
+        ([tmp_path / "out", waves], ViewOptions(), "linked"),
+        ([tmp_path / "out", tmp_path / "other"], ViewOptions(), "same --caption"),
+        ([tmp_path / "out"], ViewOptions(match="nowhere"), "at least one sample"),
+    ):
+        with pytest.raises(DataError, match=word):
+            make_view(tmp_path / "view", sources, given)
+    with pytest.raises(DataError, match="data link"):
+        rebuild_indices(tmp_path / "out")
