@@ -134,6 +134,8 @@ class Proxy(http.server.BaseHTTPRequestHandler):
     server_address: ClassVar[tuple[str, int]]
     spoils: ClassVar[deque[Spoil]]
     asked: ClassVar[Counter[str]]
+    sent: ClassVar[Counter[str]]
+    """Bytes that the server has sent, by path."""
     lock: ClassVar[threading.Lock]
 
     def do_GET(self) -> None:
@@ -144,6 +146,7 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         connection.close()
         with self.lock:
             self.asked[self.path] += self.command == "GET"
+            self.sent[self.path] += len(content)
             spoil = self.spoils.popleft() if self.spoils and self.command == "GET" else None
         with contextlib.suppress(OSError):  # the client has given up
             (spoil or Proxy.send)(self, answer.status, headers, content)
@@ -211,7 +214,13 @@ def redirect(location: str) -> Spoil:
 def serve_proxy(address: str) -> Iterator[tuple[str, type[Proxy]]]:
     """Serve a proxy of http://HOST:PORT. Yields its address, and its class, which counts and has `spoils`."""
     host, _, port = address.removeprefix("http://").split("/")[0].partition(":")
-    names = {"server_address": (host, int(port)), "spoils": deque(), "asked": Counter(), "lock": threading.Lock()}
+    names = {
+        "server_address": (host, int(port)),
+        "spoils": deque(),
+        "asked": Counter(),
+        "sent": Counter(),
+        "lock": threading.Lock(),
+    }
     handler = type("OneProxy", (Proxy,), names)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True

@@ -20,6 +20,7 @@ from mvlm_dataloading.files import make_no_older, replaced
 from mvlm_dataloading.links.cache import LinkedIndex, write_shard
 from mvlm_dataloading.links.samples import LinkReader, options_of
 from mvlm_dataloading.links.scan import columns_of
+from mvlm_dataloading.links.store import MOST_BYTES, RangeStore
 from mvlm_dataloading.untrusted import read_regular
 from mvlm_dataloading.urls import is_remote
 
@@ -27,7 +28,18 @@ from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 from .dataset import Dataset, check_size, compare_with_tar
 from .description import read_description, shard_paths
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
-from .sample_index import Field, IndexWriter, SampleIndex, index_path, map_index, pack_records, shards_hash
+from .sample_index import (
+    HEADER,
+    Field,
+    IndexWriter,
+    SampleIndex,
+    bytes_of_head,
+    index_path,
+    map_index,
+    most_bytes,
+    pack_records,
+    shards_hash,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +109,13 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
     description = read_description(remote.folder)
     shards = _shards_of_split(remote.folder, description, split)
     remote.register_shards(_names_in_cache(split, shards) if is_linked(description) else shards)
+    if is_linked(description):
+        if local := [shard["tar"] for shard in shards if not is_remote(shard["tar"])]:
+            raise DataError(
+                f"{remote.url}: wanted links to URLs, found one to {local[0]}; copy the folder to that disk"
+            )
+        return _open_linked(remote.folder, description, split, _remote_index(remote, description, split), remote)
     path = remote.fetch_split_index(index_path(remote.folder, split).name)
-    if path is None and is_linked(description):
-        raise DataError(f"{remote.url}/{split}.index: wanted the index of linked data, found none; link again")
     if path is not None:
         try:
             index = _map(path, split, description, REMOTE_HINT)
@@ -114,13 +130,6 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
         _pack(remote.folder, split, shards, content, with_tars=False, fetch_again=remote.fetch_dali_index)
         index = SampleIndex(content.getvalue())
         log.info("%s: opened from DALI indices; `mvlm data index --without-tars` there makes that faster", remote.url)
-
-    if is_linked(description):
-        if local := [shard["tar"] for shard in shards if not is_remote(shard["tar"])]:
-            raise DataError(
-                f"{remote.url}: wanted links to URLs, found one to {local[0]}; copy the folder to that disk"
-            )
-        return _open_linked(remote.folder, description, split, index, remote)
 
     def verify(number: int) -> None:
         tar, dali_index = shard_paths(remote.folder, shards[number])
@@ -154,6 +163,33 @@ def _open_linked(
     return replace(dataset, tars=tars, index=LinkedIndex(index, tars), links=reader)
 
 
+def _remote_index(remote: RemoteCache, description: dict[str, Any], split: str) -> SampleIndex:
+    """The index of linked data at a URL: its head is fetched now, each shard's records when they are first read."""
+    name, hint = index_path(remote.folder, split).name, "link again, or upload the index again"
+    store = RangeStore(4)
+    linked = store.stat(f"{remote.url}/{name}")
+    try:
+        shards = len(description["splits"][split]["shards"])
+        most = most_bytes(description["splits"][split]["samples"], shards)
+        head, size = bytes_of_head(bytes(store.read(linked, 0, min(HEADER.size, linked.size))), most)
+        if size != linked.size or head > most_bytes(0, shards):
+            raise ValueError(f"{linked.size} bytes in place of {size}")
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{linked.url}: wanted the index of a split, found {error}; {hint}") from None
+    path = remote.begin_index(name, bytes(store.read(linked, 0, head)), size)
+
+    def fetch(begin: int, end: int) -> None:
+        with path.open("r+b") as file:
+            for place in range(begin, end, MOST_BYTES):
+                content = store.read(linked, place, min(place + MOST_BYTES, end))
+                file.seek(place)
+                file.write(content)
+
+    return _map(path, split, description, hint, fetch)
+
+
 def _names_in_cache(split: str, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Linked shards with the names of their files in the cache in place of their URLs."""
     return [{**shard, "tar": f"{split}-{number:06d}.tar"} for number, shard in enumerate(shards)]
@@ -167,9 +203,15 @@ def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> l
     return description["splits"][split]["shards"]
 
 
-def _map(path: Path, split: str, description: dict[str, Any], hint: str) -> SampleIndex:
-    """Map a split's index. DataError if it is damaged or belongs to other shards."""
-    index, shards, columns = map_index(path, hint), description["splits"][split]["shards"], len(Field)
+def _map(
+    path: Path,
+    split: str,
+    description: dict[str, Any],
+    hint: str,
+    fetch: Callable[[int, int], None] | None = None,
+) -> SampleIndex:
+    """Map a split's index. DataError if it is damaged or belongs to other shards. `fetch`: as of `SampleIndex`."""
+    index, shards, columns = map_index(path, hint, fetch), description["splits"][split]["shards"], len(Field)
     if is_linked(description):
         columns = columns_of(options_of(description, f"{path.parent}/dataset.json").captions)
     if index.columns != columns:

@@ -166,6 +166,25 @@ class RemoteCache:
                     return None
         return path
 
+    def begin_index(self, name: str, head: bytes, size: int) -> Path:
+        """Make the cached index of a split, of which the head alone is there. Returns its path."""
+        path = self.folder / name
+        with self._sole(path):
+            if path.is_file() and path.stat().st_size == size:
+                with path.open("rb") as file:
+                    if file.read(len(head)) == head:
+                        return path
+
+            def write(begin: Begin) -> Path:
+                part = begin(size)
+                with part.open("wb") as file:
+                    file.write(head)
+                    file.truncate(size)
+                return part
+
+            self._place(path, write)
+        return path
+
     def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
         path = shard_paths(self.folder, shard)[1]

@@ -22,7 +22,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,6 +93,8 @@ class SampleIndex:
         content: the bytes of an index file.
         path: the file, for messages. None for an index in memory, whose bytes are trusted.
         hint: how to get a good index, for messages.
+        fetch: fetches bytes `begin` to `end` - 1 of the file, of which the head alone may be there. Called for the
+            records and the keys of a shard, when they are first read and are not there.
 
     Attributes:
         first: int64 (S + 1,): id of the first sample of each shard, and N.
@@ -105,8 +107,14 @@ class SampleIndex:
             checksum of what they read is wrong.
     """
 
-    def __init__(self, content: "mmap.mmap | bytes | memoryview", path: Path | None = None, hint: str = ""):
-        self.path, self._hint, self._content = path, hint, content
+    def __init__(
+        self,
+        content: "mmap.mmap | bytes | memoryview",
+        path: Path | None = None,
+        hint: str = "",
+        fetch: Callable[[int, int], None] | None = None,
+    ):
+        self.path, self._hint, self._content, self._fetch = path, hint, content, fetch
         if len(content) < HEADER.size:
             raise self._refusal(f"at least {HEADER.size} bytes", f"{len(content)}")
         header = HEADER.unpack_from(content)
@@ -133,6 +141,8 @@ class SampleIndex:
         self._key_first = np.append(0, np.cumsum(table["key_bytes"])).astype(np.int64)
         self._records = np.frombuffer(content, "<u4", self.columns * samples, records_at).reshape(samples, self.columns)
         self._keys = np.frombuffer(content, np.uint8, key_bytes, keys_at)
+        self._places = (records_at + width * self.first).tolist(), (keys_at + self._key_first).tolist()
+        """Places in the file of each shard's records, and of its keys."""
         self._crc = np.stack([table["records_crc"], table["keys_crc"]])  # (2, S)
         self._checked = np.full(self._crc.shape, path is None)
 
@@ -196,10 +206,16 @@ class SampleIndex:
 
     def _check(self, part: int, shard: int) -> None:
         if not self._checked[part, shard]:
-            if zlib.crc32(self._parts(shard)[part].data) != self._crc[part, shard]:
+            if self._fetch is not None and not self._is_good(part, shard):
+                begin, size = self._places[part][shard], self._parts(shard)[part].nbytes
+                self._fetch(begin, begin + size)
+            if not self._is_good(part, shard):
                 what = ("records", "keys")[part]
                 raise self._refusal(f"the stored checksum of the {what} of shard {shard}", "other bytes")
             self._checked[part, shard] = True
+
+    def _is_good(self, part: int, shard: int) -> bool:
+        return zlib.crc32(self._parts(shard)[part].data) == self._crc[part, shard]
 
     def _refusal(self, wanted: str, found: str) -> DataError:
         return DataError(f"{self.path or 'index in memory'}: wanted {wanted}, found {found}; {self._hint}")
@@ -210,12 +226,27 @@ def head_crc(header: bytes | memoryview, table: NDArray) -> int:
     return zlib.crc32(table.tobytes(), zlib.crc32(bytes(header[:-8]) + bytes(8)))
 
 
-def map_index(path: Path, hint: str = "") -> SampleIndex:
-    """Map an index file. DataError as of `SampleIndex`."""
+def bytes_of_head(header: bytes, most: int) -> tuple[int, int]:
+    """Bytes of the header and the table of an index, and of the whole index, by its header.
+
+    ValueError if it is none, or if the index states more than `most` bytes.
+    """
+    if len(header) < HEADER.size:
+        raise ValueError(f"{len(header)} bytes")
+    magic, _, width, samples, shards, key_bytes, *_ = HEADER.unpack_from(header)
+    head = HEADER.size + SHARD.itemsize * shards
+    total = head + width * samples + key_bytes
+    if magic != MAGIC or total > most:
+        raise ValueError("another file" if magic != MAGIC else f"{total} bytes")
+    return head, total
+
+
+def map_index(path: Path, hint: str = "", fetch: Callable[[int, int], None] | None = None) -> SampleIndex:
+    """Map an index file. Arguments and DataError as of `SampleIndex`."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             return SampleIndex(b"", path, hint)  # raises; an empty file cannot be mapped
-        return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path, hint)
+        return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path, hint, fetch)
 
 
 class Fingerprint:

@@ -21,9 +21,9 @@ from mvlm_dataloading.sources.record import is_evaluation
 
 
 def view_links(out: Path, sources: Sequence[Path], options: ViewOptions, weights: Sequence[float]) -> dict[str, Any]:
-    """Write a view of linked data, which is linked data itself.
+    """Write a view of linked data, which is linked data itself. The arguments are checked ones of `make_view`.
 
-    No image is decoded. Files are read if an option asks for captions. Returns the description. The arguments are those of `make_view`, already checked.
+    No image is decoded. Files are read if an option asks for captions. Returns the description.
 
     Raises:
         DataError: a source is not linked, or by other captions; an option needs the images; no sample is left.

@@ -295,7 +295,7 @@ def test_a_shard_that_changed_since_it_was_linked(seaweed: Seaweed, tars: Path, 
             list(load(tmp_path / "out", 1))
 
 
-def test_linked_data_at_a_url(seaweed: Seaweed, uploaded: str, tars: Path, tmp_path: Path) -> None:
+def test_linked_data_at_a_url(seaweed: Seaweed, uploaded: str, tars: Path, tmp_path: Path, monkeypatch) -> None:
     with reading_from(seaweed.s3):
         link(uploaded, tmp_path / "out", ALL)
         for path in (tmp_path / "out").iterdir():
@@ -303,6 +303,15 @@ def test_linked_data_at_a_url(seaweed: Seaweed, uploaded: str, tars: Path, tmp_p
         found = open_dataset(f"s3://{BUCKET}/index-of-linked", "train")
         assert found.fingerprint == open_dataset(tmp_path / "out", "train").fingerprint
         assert found.captions(7) == ["text 7", "json 7", "re 7 a", "re 7 b"]
+        with serve_proxy(seaweed.s3) as (address, proxy), reading_from(address):
+            monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "another cache"))
+            third = open_dataset(f"s3://{BUCKET}/index-of-linked", "train")
+            assert third.captions(7) == ["text 7", "json 7", "re 7 a", "re 7 b"]
+            whole = (tmp_path / "out" / "train.index").stat().st_size
+            assert (
+                0 < proxy.sent["/tests/index-of-linked/train.index"] < 200 + (whole - 200) * 0.5
+            )  # one shard of three
+            assert third.where(59) == found.where(59)
         link(tars / "*.tar", tmp_path / "local")
         for path in (tmp_path / "local").iterdir():
             seaweed.put(f"index-of-paths/{path.name}", path.read_bytes())
