@@ -29,6 +29,7 @@ SAMPLE_BYTES = 56
 MAX_IMAGE = 64 << 20
 """Largest file of an image."""
 MAX_PIXELS = 50_000_000
+_LIMITS = limits_of_build(MAX_PIXELS, MAX_IMAGE)
 NO_TEXT = (0, ABSENT)
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
 
@@ -79,7 +80,7 @@ def image_fault(content: Any) -> str | None:
     """The reason for which an image will not be decoded, by its header and its end; None if it may be."""
     image = bytes(content)
     try:
-        check_image(image, limits_of_build(MAX_PIXELS, MAX_IMAGE))
+        check_image(image, _LIMITS)
     except ImageRefusedError as refused:
         return refused.reason
     # Some good files have bytes behind their end, so it is looked for in the last quarter.

@@ -169,6 +169,10 @@ class SequentialFile:
 
     def read(self, size: int) -> bytes:
         """The next bytes: fewer than `size` only at the end of the file."""
+        begin, end = self._at - self._begin, self._at - self._begin + size
+        if end <= len(self._part):  # as nearly always
+            self._at += size
+            return bytes(self._part[begin:end])
         found = []
         while size > 0 and self._at < self._file.size:
             while self._at >= self._begin + len(self._part):

@@ -4,7 +4,7 @@ Names are split as webdataset does: the key ends at the first dot of the last pa
 key are a sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 from .scan import MAX_IMAGE, NO_TEXT, Scan, ScanOptions, columns_of, image_fault
 from .store import LinkedFile, RangeStore, SequentialFile
 
-IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGES = frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"))
 """Last words of the extensions of images."""
 MAX_TEXT = 4 << 20
 """Largest file of captions."""
@@ -39,7 +39,7 @@ def scan_tar(store: RangeStore, linked: LinkedFile, options: ScanOptions) -> Sca
             )
     file = SequentialFile(store, linked)
     try:
-        for key, members in _samples(TarWalk(cast(Any, file), MAX_IMAGE)):
+        for key, members in _samples(TarWalk(cast(Any, file), MAX_IMAGE), set(options.captions.files)):
             _add(found, key, members, options)
     except DamagedTar as damage:
         if not damage.cut:
@@ -65,27 +65,27 @@ class _Member:
     fault: str | None = None
 
 
-def _samples(walk: TarWalk) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """Key and files of each sample, by extension."""
+def _samples(walk: TarWalk, texts: Set[str]) -> Iterator[tuple[str, dict[str, _Member]]]:
+    """Key and files of each sample, by extension. Of the others than images, those in `texts` are read."""
     key, members = "", dict[str, _Member]()
     images: dict[str, _Member] = {}  # by name, for hard links to them
     try:
         for member in walk:
             own, extension = split_name(member.name)
+            if not extension:  # also of ._a.jpg, which macOS puts beside a.jpg
+                continue
             if own != key:
                 if members:
                     yield key, members
                 key, members = own, {}
-            if not extension or member.name.rpartition("/")[2].startswith("."):  # macOS puts ._a.jpg beside a.jpg
-                continue
             if member.islnk() and member.linkname in images:
                 members.setdefault(extension, images[member.linkname])
             elif member.isfile() and not member.issparse():
                 one = _Member(member.offset_data // BLOCK, member.size)
-                if extension.rpartition(".")[2] in IMAGES:
+                if extension in IMAGES or extension.rpartition(".")[2] in IMAGES:
                     images[member.name] = one
                     one.fault = image_fault(walk.read(member)) if member.size <= MAX_IMAGE else TOO_LARGE
-                elif member.size <= MAX_TEXT:
+                elif extension in texts and member.size <= MAX_TEXT:
                     one.content = walk.read(member)
                 members.setdefault(extension, one)
     except DamagedTar as damage:
