@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ def sample(number: int) -> dict[str, Any]:
     return {"__key__": f"{number:09d}", extension: picture(number, extension), "txt": f"text {number}", "json": texts}
 
 
-def write_tars(folder: Path, tars: int, samples: int, name: str = "{:05d}.tar") -> list[Path]:
-    """Tars of `sample`, numbered through all of them."""
+def write_tars(
+    folder: Path, tars: int, samples: int, name: str = "{:05d}.tar", damaged: Set[int] = frozenset()
+) -> list[Path]:
+    """Tars of `sample`, numbered through all of them. The PNGs of `damaged` ones have a good header and a good end."""
     webdataset = pytest.importorskip("webdataset")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -38,7 +41,10 @@ def write_tars(folder: Path, tars: int, samples: int, name: str = "{:05d}.tar") 
         paths.append(folder / name.format(tar))
         with webdataset.TarWriter(str(paths[-1])) as writer:
             for number in range(tar * samples, (tar + 1) * samples):
-                writer.write(sample(number))
+                one = sample(number)
+                if number in damaged:
+                    one["png"] = one["png"][:45] + bytes(20) + one["png"][65:]
+                writer.write(one)
     return paths
 
 

@@ -27,6 +27,8 @@ _GAP = 64 << 10
 _RANGE = 8 << 20
 _BLOCK_BYTES = 32 << 20
 """Bytes of images that are read together; the next ones are read meanwhile."""
+_AHEAD = 64
+"""Most samples that are read together for one that is asked for after its neighbour."""
 _KNOWN = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 
 
@@ -59,13 +61,21 @@ class LinkReader:
         self.index, self.options = index, options
         self.store = RangeStore(in_flight)
         self._table = lru_cache(maxsize=64)(self._open_table)
-        self._last = lru_cache(maxsize=64)(lambda shard, row: next(self.samples(shard, [row])))
-        self._group = lru_cache(maxsize=1)(lambda shard, group: list(read_group(self.store, self._table(shard), group)))
+        self._near: dict[tuple[int, int], LinkedSample] = {}  # those that `one` has read last
+        self._group = lru_cache(maxsize=1)(
+            lambda shard, group, images: list(read_group(self.store, self._table(shard), group, images=images))
+        )
 
     def one(self, i: int) -> LinkedSample:
-        """Sample i of the index. The last ones are remembered."""
+        """Sample i of the index. If the one before it was the last of those that are remembered, many are read."""
         shard = int(self.index.shard_of(i))
-        return self._last(shard, i - int(self.index.first[shard]))
+        first, end = self.index.first[shard : shard + 2].tolist()
+        near, row = self._near, i - first
+        if (shard, row) not in near:
+            count = min(_AHEAD, 2 * len(near)) if (shard, row - 1) in near else 1
+            rows = range(row, min(row + count, end - first))
+            self._near = near = {(shard, sample.row): sample for sample in self.samples(shard, rows)}
+        return near[shard, row]
 
     def where(self, i: int) -> str:
         """Place of sample i of the index, for messages."""
@@ -75,33 +85,40 @@ class LinkReader:
             f"{url} row {record[0]}" if is_table(url) else f"{url} offset {record[0] * BLOCK} key {self.index.key(i)}"
         )
 
-    def samples(self, shard: int, rows: Sequence[int]) -> Iterator[LinkedSample]:
+    def samples(self, shard: int, rows: Sequence[int], *, images: bool = True) -> Iterator[LinkedSample]:
         """Samples of a shard, with ranges that neighbours share.
 
         Args:
             rows: ascending numbers of samples among those of the shard.
+            images: the images are wanted too. Without, they are empty.
 
         Raises:
             DataError: the file has changed since it was linked, or cannot be read.
         """
         records = self.index.records(shard, rows)
         read = self._rows_of_table if is_table(self.files[shard].url) else self._files_of_tar
-        for row, (image, parts) in zip(rows, read(shard, records), strict=True):
+        for row, (image, parts) in zip(rows, read(shard, records, images), strict=True):
             yield _sample(int(row), image, parts, self.options.captions)
 
     def _open_table(self, shard: int) -> Table:
         return open_table(self.store, self.files[shard], self.options.captions, self.options.image)
 
-    def _rows_of_table(self, shard: int, records: NDArray[np.uint32]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    def _rows_of_table(
+        self, shard: int, records: NDArray[np.uint32], images: bool
+    ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         table, group, rows = self._table(shard), -1, list[Any]()
         for row in records[:, 0].tolist():
             if table.group_of(row) != group:
                 group = table.group_of(row)
-                rows = self._group(shard, group)
+                rows = self._group(shard, group, images)
             yield rows[row - table.first[group]]
 
-    def _files_of_tar(self, shard: int, records: NDArray[np.uint32]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    def _files_of_tar(
+        self, shard: int, records: NDArray[np.uint32], images: bool
+    ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         names = ("", *self.options.captions.files)
+        if not images:
+            records[:, 1] = ABSENT
         blocks, waiting = _blocks(records), deque[tuple[NDArray[np.uint32], _Ranges]]()
         while waiting or blocks:
             while blocks and len(waiting) < 2:
@@ -111,7 +128,7 @@ class LinkReader:
             for record in block.tolist():
                 places = zip(names, record[0:-1:2], record[1:-1:2], strict=True)
                 parts = {name: ranges.read(at, size) for name, at, size in places if size != ABSENT}
-                yield parts.pop(""), parts
+                yield parts.pop("", b""), parts
 
 
 def is_table(url: str) -> bool:
@@ -123,7 +140,8 @@ def _blocks(records: NDArray[np.uint32]) -> deque[NDArray[np.uint32]]:
     """Consecutive records in blocks of about `_BLOCK_BYTES`."""
     if not len(records):
         return deque()
-    number = np.cumsum(records[:, 1].astype(np.int64)) // _BLOCK_BYTES
+    sizes = np.where(records[:, 1] == ABSENT, _GAP, records[:, 1]).astype(np.int64)
+    number = np.cumsum(sizes) // _BLOCK_BYTES
     return deque(np.split(records, np.flatnonzero(np.diff(number)) + 1))
 
 

@@ -93,13 +93,15 @@ def scan_table(store: RangeStore, linked: LinkedFile, options: ScanOptions) -> S
     return found
 
 
-def read_group(store: RangeStore, table: Table, group: int) -> Iterator[tuple[memoryview | None, dict[str, Any]]]:
-    """The image and the values of the captions' columns of each row of a row group.
+def read_group(
+    store: RangeStore, table: Table, group: int, *, images: bool = True
+) -> Iterator[tuple[memoryview | None, dict[str, Any]]]:
+    """The image, None unless `images`, and the values of the captions' columns of each row of a row group.
 
     Raises:
         DataError: it cannot be read, is damaged, or is too large.
     """
-    columns, reader = [table.image, *table.captions], _Reader(store, table.linked)
+    columns, reader = [*([table.image] if images else []), *table.captions], _Reader(store, table.linked)
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
     try:
         metadata = table.metadata.row_group(group)
@@ -124,10 +126,16 @@ def read_group(store: RangeStore, table: Table, group: int) -> Iterator[tuple[me
         raise
     except Exception:  # pyarrow's errors for damage are of many kinds
         raise _refused(table.linked, f"a damaged row group {group}") from None
-    images, others = found.column(table.image), [(name, found.column(name)) for name in table.captions]
+    cells, others = (
+        found.column(table.image) if images else None,
+        [(name, found.column(name)) for name in table.captions],
+    )
     for row in range(len(found)):
         try:
-            image, values = _image(images[row]), {name: one[row].as_py() for name, one in others}
+            image, values = (
+                None if cells is None else _image(cells[row]),
+                {name: one[row].as_py() for name, one in others},
+            )
         except Exception:  # a text that is not UTF-8, for example
             raise _refused(table.linked, f"a damaged row {table.first[group] + row}") from None
         yield image, values

@@ -102,7 +102,7 @@ def _choose(
 def _captions(dataset: Dataset, shard: int) -> Iterator[tuple[int, list[str]]]:
     assert dataset.links is not None
     count = int(dataset.index.first[shard + 1] - dataset.index.first[shard])
-    for sample in dataset.links.samples(shard, range(count)):
+    for sample in dataset.links.samples(shard, range(count), images=False):
         yield sample.row, sample.text.decode().split("\n")
 
 
