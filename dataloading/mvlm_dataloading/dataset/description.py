@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -50,7 +50,7 @@ def write_description(
     *,
     tokenizer: str | None = None,
     tokens: Mapping[str, Any] | None = None,
-    captions: Mapping[str, Any] | None = None,
+    captions: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the `dataset.json` of a folder. Returns its content. `about`: name, source, licence and attribution."""
     description = {
@@ -237,6 +237,7 @@ def _check_split(fields: "_Fields", split: str, part: Any) -> None:
         if "etag" in shard:  # linked
             fields.entry(shard, "etag", _TEXT, place)
             fields.entry(shard, "tar", _LINKED, place)
+            fields.entry(shard, "captions", _NUMBER, place, optional=True)
             continue
         # A view has its own indices, and refers to the tars of other folders.
         fields.entry(shard, "tar", _FILE if "index" in shard else _INSIDE, place)

@@ -213,7 +213,8 @@ def _map(
     """Map a split's index. DataError if it is damaged or belongs to other shards. `fetch`: as of `SampleIndex`."""
     index, shards, columns = map_index(path, hint, fetch), description["splits"][split]["shards"], len(Field)
     if is_linked(description):
-        columns = columns_of(options_of(description, f"{path.parent}/dataset.json").captions)
+        linked = options_of(description, f"{path.parent}/dataset.json")
+        columns = max(columns_of(one.captions) for one in linked)
     if index.columns != columns:
         raise DataError(f"{path}: wanted records of {columns} numbers, found {index.columns}; {hint}")
     if index.described != shards_hash(split, shards):

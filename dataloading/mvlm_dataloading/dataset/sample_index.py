@@ -82,7 +82,7 @@ def index_path(folder: Path, split: str) -> Path:
 def shards_hash(split: str, shards: Sequence[Mapping[str, Any]]) -> bytes:
     """Hash (32 bytes) of a split's shards as `dataset.json` describes them."""
     names = ("tar", "samples", "bytes", "sha256", "index_sha256")
-    named = [[*map(one.get, names), *([one["etag"]] if "etag" in one else [])] for one in shards]
+    named = [[*map(one.get, names), *(one[name] for name in ("etag", "captions") if name in one)] for one in shards]
     return hashlib.sha256(json.dumps([split, named]).encode()).digest()
 
 
@@ -262,7 +262,7 @@ class Fingerprint:
 
     def __init__(self, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None):
         described = [split, [[one["samples"], one["sha256"] or one.get("etag", "")] for one in shards]]
-        described += [] if captions is None else [captions]
+        described += [] if captions is None else [captions, [one.get("captions", 0) for one in shards]]
         self._hash = hashlib.sha256(json.dumps(described).encode())
 
     def add(self, records: NDArray[np.uint32]) -> None:

@@ -23,18 +23,21 @@ _HEAD = 6  # numbers for each sample
 
 
 def write_shard(reader: LinkReader, shard: int, path: Path) -> None:
-    """Write all samples of a shard, which are read in few ranges, to a file."""
+    """Write all samples of a shard, which are read in few ranges, to a file. Copies in a view are written once."""
     count = int(reader.index.first[shard + 1] - reader.index.first[shard])
+    places = reader.index.records(shard, range(count))[:, :-1]
+    new = np.append(True, (places[1:] != places[:-1]).any(axis=1))
     head = np.tile(np.array([0, ABSENT], "<u4"), (count, _HEAD // 2))
     at = -(-head.nbytes // BLOCK)
     with path.open("wb") as file:
-        for sample in reader.samples(shard, range(count)):
+        for sample in reader.samples(shard, np.flatnonzero(new).tolist()):
             for column, part in enumerate((sample.image, sample.text, sample.metadata)):
                 if part:
                     head[sample.row, 2 * column : 2 * column + 2] = at, len(part)
                     file.seek(at * BLOCK)
                     file.write(part)
                     at += -(-len(part) // BLOCK)
+        head = head[np.flatnonzero(new)[np.cumsum(new) - 1]]
         file.truncate(at * BLOCK)
         file.seek(0)
         file.write(head.tobytes())

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.dataset.sample_index import ABSENT, BLOCK, SampleIndex
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.images.decode import decode
 from mvlm_dataloading.images.limits import ImageRefusedError, limits_of_build
 
@@ -50,15 +51,19 @@ class LinkReader:
 
     Args:
         shards: the split's shards, as `dataset.json` describes them.
-        options: captions and images of the link.
+        options: captions and images of the link, or of each link that a view has. A shard has the number of its own.
         in_flight: ranges that are read at a time.
     """
 
     def __init__(
-        self, shards: Sequence[Mapping[str, Any]], index: SampleIndex, options: ScanOptions, in_flight: int = 32
+        self,
+        shards: Sequence[Mapping[str, Any]],
+        index: SampleIndex,
+        options: Sequence[ScanOptions],
+        in_flight: int = 32,
     ):
         self.files = [LinkedFile(one["tar"], one["bytes"], one["etag"]) for one in shards]
-        self.index, self.options = index, options
+        self.index, self.options = index, [options[one.get("captions", 0)] for one in shards]
         self.store = RangeStore(in_flight)
         self._table = lru_cache(maxsize=64)(self._open_table)
         self._near: dict[tuple[int, int], LinkedSample] = {}  # those that `one` has read last
@@ -98,10 +103,10 @@ class LinkReader:
         records = self.index.records(shard, rows)
         read = self._rows_of_table if is_table(self.files[shard].url) else self._files_of_tar
         for row, (image, parts) in zip(rows, read(shard, records, images), strict=True):
-            yield _sample(int(row), image, parts, self.options.captions)
+            yield _sample(int(row), image, parts, self.options[shard].captions)
 
     def _open_table(self, shard: int) -> Table:
-        return open_table(self.store, self.files[shard], self.options.captions, self.options.image)
+        return open_table(self.store, self.files[shard], self.options[shard].captions, self.options[shard].image)
 
     def _rows_of_table(
         self, shard: int, records: NDArray[np.uint32], images: bool
@@ -116,7 +121,7 @@ class LinkReader:
     def _files_of_tar(
         self, shard: int, records: NDArray[np.uint32], images: bool
     ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-        names = ("", *self.options.captions.files)
+        names = ("", *self.options[shard].captions.files)
         if not images:
             records[:, 1] = ABSENT
         blocks, waiting = _blocks(records), deque[tuple[NDArray[np.uint32], _Ranges]]()
@@ -126,7 +131,7 @@ class LinkReader:
                 waiting.append((block, _Ranges(self.store, self.files[shard], block)))
             block, ranges = waiting.popleft()
             for record in block.tolist():
-                places = zip(names, record[0:-1:2], record[1:-1:2], strict=True)
+                places = zip(names, record[0:-1:2], record[1:-1:2], strict=False)  # records of a view may be wider
                 parts = {name: ranges.read(at, size) for name, at, size in places if size != ABSENT}
                 yield parts.pop("", b""), parts
 
@@ -192,7 +197,14 @@ def _in_a_known_format(image: bytes) -> bytes:
     return content.getvalue()
 
 
-def options_of(description: Mapping[str, Any], where: str) -> ScanOptions:
-    """The options with which a data set was linked. DataError if `captions` of dataset.json, at `where`, is damaged."""
-    spec = read_spec(description["captions"], where)
-    return ScanOptions(spec, str(description["captions"].get("image", "")))
+def options_of(description: Mapping[str, Any], where: str) -> list[ScanOptions]:
+    """The options with which a data set was linked: of a view, of all its sources.
+
+    DataError if `captions` of dataset.json, at `where`, is damaged, or has not those of a shard.
+    """
+    given = description["captions"] if isinstance(description["captions"], list) else []
+    found = [ScanOptions(read_spec(one, where), str(one.get("image", ""))) for one in given]
+    most = max(one.get("captions", 0) for part in description["splits"].values() for one in part["shards"])
+    if most >= len(found):
+        raise DataError(f"{where}: wanted the captions of all links, found those of {len(found)}; link again")
+    return found

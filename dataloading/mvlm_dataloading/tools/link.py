@@ -274,7 +274,7 @@ def _assemble(parts: Sequence[Path], plan: dict[str, Any], options: LinkOptions,
             f"found none (left out: {dict(left_out)}; the samples have {found}); name the captions with --caption"
         )
     about = {"name": out.name, "source": "files of others, linked where they are", "licence": "", "attribution": ""}
-    captions, columns = plan["captions"], columns_of(options.captions)
+    captions, columns = [plan["captions"]], columns_of(options.captions)
     with new_folder(out, out.with_name(f".{out.name}.new")) as folder:
         description = write_description(folder, about, {"link": options.to_json()}, splits, left_out, captions=captions)
         for split, entry in splits.items():

@@ -3,8 +3,9 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +14,67 @@ import numpy as np
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import add_shard, read_description, write_description
 from mvlm_dataloading.dataset.open import is_linked, open_dataset
+from mvlm_dataloading.dataset.sample_index import Field as SampleField
 from mvlm_dataloading.dataset.sample_index import IndexWriter, index_path
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import new_folder
+from mvlm_dataloading.links.captions import CaptionSpec, Field, read_spec
+from mvlm_dataloading.links.scan import NO_TEXT, columns_of
+from mvlm_dataloading.links.store import RangeStore
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.sources.record import is_evaluation
+
+BUILT = {**CaptionSpec((Field("txt", (), 1.0),), lines=True).to_json(), "image": ""}
+"""The captions of a data set with tars of its own: the lines of each `.txt`."""
 
 
 def view_links(out: Path, sources: Sequence[Path], options: ViewOptions, weights: Sequence[float]) -> dict[str, Any]:
     """Write a view of linked data, which is linked data itself. The arguments are checked ones of `make_view`.
 
-    No image is decoded. Files are read if an option asks for captions. Returns the description.
+    Sources may also be data sets with tars of their own. Of these the captions are taken, and no other metadata. No
+    image is decoded. Files are read if an option asks for captions. Returns the description.
 
     Raises:
-        DataError: a source is not linked, or by other captions; an option needs the images; no sample is left.
+        DataError: an option needs the images; no sample is left.
     """
     known = [read_description(source) for source in sources]
-    for source, one in zip(sources, known, strict=True):
-        if not is_linked(one) or one["captions"] != known[0].get("captions"):
-            raise DataError(f"{source}: wanted sources that are linked with the same --caption, found another")
     _require_no_images(options, {split for one in known for split in one["splits"]})
     splits: dict[str, dict[str, Any]] = {}
     chosen: dict[str, list[tuple[Dataset, int, list[int]]]] = {}
+    captions: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
     for source, one, weight in zip(sources, known, weights, strict=True):
         for split in one["splits"]:
             if options.splits and split not in options.splits:
                 continue
             dataset = open_dataset(source, split)
+            given = one["captions"] if is_linked(one) else [BUILT]
             for shard, described in enumerate(dataset.shards):
-                rows, captions = _choose(dataset, shard, options, weight, reasons)
-                if rows:
-                    add_shard(splits, split, {**described, "samples": len(rows)}, captions)
-                    chosen.setdefault(split, []).append((dataset, shard, rows))
+                rows, count = _choose(dataset, shard, options, weight, reasons)
+                if not rows:
+                    continue
+                own = given[described.get("captions", 0)]
+                captions += [] if own in captions else [own]
+                number = captions.index(own)
+                linked = described if is_linked(one) else _as_linked(dataset, shard)
+                linked = {**linked, "samples": len(rows), **({"captions": number} if number else {})}
+                add_shard(splits, split, linked, count)
+                chosen.setdefault(split, []).append((dataset, shard, rows))
     if not splits:
         raise DataError(f"{out}: wanted at least one sample in the view, found none; left out: {dict(reasons)}")
     names = [str(one.get("name") or "") for one in known]
     about = {"name": f"view of {'; '.join(dict.fromkeys(names))}", "source": "files of others, linked where they are"}
     recipe = {**asdict(options), "sources": names, "weights": list(weights), "depth": 1 + max(map(depth_of, known))}
     recipe["max_aspect"] = None  # JSON has no infinity
-    captions = known[0]["captions"]
+    columns = max(columns_of(read_spec(one, str(out))) for one in captions)
     with new_folder(out, out.with_name(f".{out.name}.view")) as folder:
         about |= {"licence": "", "attribution": ""}
         description = write_description(folder, about, {"view": recipe}, splits, reasons, captions=captions)
         for split, parts in chosen.items():
             with index_path(folder, split).open("w+b") as file:
-                columns = parts[0][0].index.shard_content(0)[0].shape[1]
                 writer = IndexWriter(file, split, splits[split]["shards"], columns=columns, captions=captions)
                 for dataset, shard, rows in parts:
-                    writer.add(*_content(dataset, shard, rows))
+                    writer.add(*_content(dataset, shard, rows, columns))
                 writer.finish()
     return description
 
@@ -86,7 +99,8 @@ def _choose(
     asks = options.match or options.without or options.min_words > 1 or options.max_words < ViewOptions().max_words
     train, rows, found = not is_evaluation(dataset.split), list[int](), 0
     mean = dataset.description["splits"][dataset.split]["captions"] / len(dataset)
-    for row, captions in _captions(dataset, shard) if asks else ((row, None) for row in range(end - first)):
+    found_captions = dataset.captions_of(range(first, end)) if asks else repeat(None, end - first)
+    for row, captions in enumerate(found_captions):
         if captions is not None and (fault := caption_fault(captions, options)):
             reasons[fault] += 1
         elif train and hash_share(options, "", dataset, first + row) >= options.fraction:
@@ -99,20 +113,21 @@ def _choose(
     return rows, found if asks else round(mean * len(rows))
 
 
-def _captions(dataset: Dataset, shard: int) -> Iterator[tuple[int, list[str]]]:
-    assert dataset.links is not None
-    count = int(dataset.index.first[shard + 1] - dataset.index.first[shard])
-    for sample in dataset.links.samples(shard, range(count), images=False):
-        yield sample.row, sample.text.decode().split("\n")
+def _as_linked(dataset: Dataset, shard: int) -> dict[str, Any]:
+    """A shard of a built data set, as `dataset.json` describes a linked one."""
+    found, known = RangeStore(1).stat(dataset.tars[shard]), dataset.shards[shard]
+    return {"tar": found.url, "samples": 0, "bytes": found.size, "sha256": known["sha256"], "etag": found.etag}
 
 
-def _content(dataset: Dataset, shard: int, rows: list[int]) -> tuple[Any, bytes]:
-    """Records and keys of some rows of a shard, as `IndexWriter.add` takes them."""
+def _content(dataset: Dataset, shard: int, rows: list[int], columns: int) -> tuple[Any, bytes]:
+    """Records and keys of some rows of a shard, as `IndexWriter.add` takes them, with so many columns."""
     records, keys = dataset.index.shard_content(shard)
     ends = records[:, -1].astype(np.int64)
     begins = np.append(0, ends)[:-1]
-    chosen = records[rows].copy()
     own = [keys[begins[row] : ends[row]] for row in rows]
+    places = records[rows, : -1 if dataset.links is not None else SampleField.META_BLOCK]  # of a built set, its .txt
+    chosen = np.tile(np.array(NO_TEXT, "<u4"), (len(rows), (columns + 1) // 2))[:, :columns]
+    chosen[:, : places.shape[1]] = places
     chosen[:, -1] = np.cumsum([len(key) for key in own])
     return chosen, b"".join(own)
 
