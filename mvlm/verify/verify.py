@@ -175,6 +175,8 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
         dataset.index, dataset.split, dataset.shards, dataset.description.get("captions")
     ):
         yield f"{dataset.split}.index: its fingerprint is not that of its samples"
+    if dataset.links is not None:
+        yield from dataset.links.faults().values()
     if dataset.remote is not None:  # the cache compares a shard when it fetches it
         return
     for number, shard in enumerate(dataset.shards):

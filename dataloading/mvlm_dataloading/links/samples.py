@@ -90,6 +90,16 @@ class LinkReader:
             f"{url} row {record[0]}" if is_table(url) else f"{url} offset {record[0] * BLOCK} key {self.index.key(i)}"
         )
 
+    def faults(self) -> dict[int, str]:
+        """Why shards cannot be read as they were linked, by number. Every file is asked for its first byte."""
+        asked, found = [self.store.submit(file, 0, min(1, file.size)) for file in self.files], dict[int, str]()
+        for shard, future in enumerate(asked):
+            try:
+                future.result()
+            except DataError as error:
+                found[shard] = str(error)
+        return found
+
     def samples(self, shard: int, rows: Sequence[int], *, images: bool = True) -> Iterator[LinkedSample]:
         """Samples of a shard, with ranges that neighbours share.
 

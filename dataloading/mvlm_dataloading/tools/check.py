@@ -147,16 +147,11 @@ def _check_linked_split(folder: Path, split: str, report: Callable[[int], None])
     dataset, found = open_dataset(folder, split), Findings()
     links = dataset.links
     assert links is not None
-    good, asked = set[int](), [links.store.submit(file, 0, min(1, file.size)) for file in links.files]
-    for shard, future in enumerate(asked):
-        try:
-            future.result()
-            good.add(shard)
-        except DataError as error:
-            found.problems.append(str(error))
+    faults = links.faults()
+    found.problems += faults.values()
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(_LINKED, len(dataset))).astype(np.int64))
     decoder, shards = ImageDecoder(), dataset.shard_of(rows)
-    for shard in sorted(good & set(shards.tolist())):
+    for shard in sorted(set(shards.tolist()) - faults.keys()):
         chosen = rows[shards == shard] - dataset.index.first[shard]
         for begin in range(0, len(chosen), 32):
             try:

@@ -265,6 +265,38 @@ def test_files_that_are_refused_by_name(damage: str, tars: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("a.tar", b"", "no header|end"), ("a.tar", bytes(10240), "none"), ("a.tar", b"BZh91AY" + bytes(600), "bzip2"),
+        ("a.tar", b"\xfd7zXZ\x00" + bytes(600), "xz"), ("a.tar", b"\x28\xb5\x2f\xfd" + bytes(600), "zstd"),
+        ("a.tar.zst", b"", "compressed"), ("a.tgz", b"", "compressed"), ("a.zip", b"PK", "ends in"),
+        ("a.parquet", b"", "Parquet"), ("a.parquet", b"PAR1" * 9, "Parquet"), ("a.parquet", "cut", "Parquet"),
+        ("a.parquet", "group", "damaged"), ("a.parquet", "no image", "with the bytes of images"),
+        ("a.parquet", "two images", "--image"), ("a.parquet", "other captions", "--caption"), ("a.tar", None, "file"),
+    ],
+)  # fmt: skip
+def test_bad_files_have_one_line_each(name: str, content: bytes | str | None, word: str, tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    if isinstance(content, str):
+        path = write_table(tmp_path / "whole.parquet", range(9), by_datasets=False)
+        whole, table = bytearray(path.read_bytes()), parquet.read_table(path)
+        whole[4:24] = b"\xff" * 20  # the header of a page
+        changed = {"no image": table.drop(["image"]), "two images": table.append_column("more", table["image"])}
+        changed["other captions"] = table.drop(["caption"])
+        if content in changed:
+            parquet.write_table(changed[content], path)
+        content = {"cut": path.read_bytes()[:-30], "group": bytes(whole)}.get(content, path.read_bytes())
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=word) as caught:
+        link([str(tmp_path / name)], tmp_path / "out", "caption" if name.endswith("parquet") else "txt")
+    assert name in str(caught.value) or "out" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pass_over_a_bad_network(seaweed: Seaweed, uploaded: str, tmp_path: Path) -> None:
     """Gives the index of a good one; of an outage the finished files stay."""
     with reading_from(seaweed.s3):
