@@ -123,7 +123,7 @@ class TarWalk:
 
     def _plain(self, tar: tarfile.TarFile) -> PlainFile | None:
         """The next member, if its headers have the usual form; None leaves them to `tarfile`."""
-        if tar.firstmember is not None or tar.pax_headers:  # those of all further members
+        if cast(Any, tar).firstmember is not None or tar.pax_headers:  # those of all further members
             return None
         at, blocks = tar.offset, self._blocks.peek(tar.offset, self._headers)
         header, place = _USUAL.fullmatch(blocks, 0, _BLOCK), at + _BLOCK

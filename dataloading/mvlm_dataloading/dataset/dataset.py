@@ -225,7 +225,7 @@ def check_size(tar: Path, size: int) -> os.stat_result:
     return status
 
 
-def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
+def compare_with_tar(index: SampleIndex | LinkedIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
     """Compare an index, which was read from `source`, with a tar at the shard's first, middle and last sample.
 
     Places of the other samples have to be inside the tar: DALI maps it, and reading beyond it would end the process.

@@ -11,8 +11,11 @@ A record and its key have at most `SAMPLE_BYTES`; longer keys keep their end. A 
 reason, if it has no caption or no image, or if the image's header or its end says that it cannot be decoded.
 """
 
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,7 @@ MAX_IMAGE = 64 << 20
 """Largest file of an image."""
 MAX_PIXELS = 50_000_000
 _LIMITS = limits_of_build(MAX_PIXELS, MAX_IMAGE)
-NO_TEXT = (0, ABSENT)
+NO_TEXT: tuple[int, int] = (0, ABSENT)
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
 
 
@@ -48,7 +51,8 @@ class Scan:
     """Result of a scan of one file, filled by `add` sample after sample."""
 
     columns: int
-    rows: list[list[int]] = field(default_factory=list)
+    numbers: "array[int]" = field(default_factory=lambda: array("I"))
+    """Records, one after another: lists would keep the garbage collector busy."""
     keys: bytearray = field(default_factory=bytearray)
     captions: int = 0
     """Number of captions of the usable samples."""
@@ -58,17 +62,17 @@ class Scan:
     """Number of samples with each file, or column."""
     warning: str = ""
 
-    def add(self, key: str, image: int, size: int, texts: list[tuple[int, int]], captions: int) -> None:
+    def add(self, key: str, image: int, size: int, texts: Sequence[tuple[int, int]], captions: int) -> None:
         """Append a usable sample."""
         name = key.encode("utf-8", "surrogateescape")
         self.keys += name[-(SAMPLE_BYTES - 4 * self.columns) :]
-        self.rows.append([image, size, *(number for text in texts for number in text), len(self.keys)])
+        self.numbers.extend((image, size, *chain.from_iterable(texts), len(self.keys)))
         self.captions += captions
 
     @property
     def records(self) -> NDArray[np.uint32]:
         """uint32 (n, columns)."""
-        return np.array(self.rows, "<u4").reshape(len(self.rows), self.columns)
+        return np.array(self.numbers, "<u4").reshape(-1, self.columns)
 
 
 def columns_of(captions: CaptionSpec) -> int:

@@ -107,13 +107,13 @@ class RangeStore:
             DataError: it has more than `most` files, its store has no list of them, or cannot be reached.
         """
         place = normal_url(folder)
-        reader = _reader_of(place)
-        if reader.names is None:
+        names_of = _reader_of(place).names
+        if names_of is None:
             raise DataError(
                 f"{place}: wanted a folder whose store lists its files, found one of a web server, which does not; "
                 "write the names out, with numbers as {00000..01242}"
             )
-        found = _attempt(place, lambda: list(islice(reader.names(place), most + 1)))
+        found = _attempt(place, lambda: list(islice(names_of(place), most + 1)))
         if len(found) > most:
             raise DataError(f"{place}: wanted at most {most} files, found more; name a smaller folder")
         names = (name.removeprefix(f"{place}/") for name in found)
@@ -356,7 +356,11 @@ def _read_local(file: LinkedFile, begin: int, end: int) -> bytes:
 def _bucket_reader(scheme: str, bucket: str, process: int) -> _Reader:
     obstore, classes = need("obstore", "remote"), need("obstore.store", "remote")
     settings = _s3_settings() if scheme == "s3" else _gs_settings()
-    client = {"connect_timeout": f"{SILENCE_S}s", "read_timeout": f"{SILENCE_S}s", "timeout": f"{REQUEST_S}s"}
+    client: dict[str, Any] = {
+        "connect_timeout": f"{SILENCE_S}s",
+        "read_timeout": f"{SILENCE_S}s",
+        "timeout": f"{REQUEST_S}s",
+    }
     client["allow_http"] = str(settings.get("endpoint") or settings.get("base_url") or "").startswith("http://")
     store = (classes.S3Store if scheme == "s3" else classes.GCSStore)(
         bucket,

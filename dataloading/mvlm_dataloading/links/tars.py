@@ -62,6 +62,7 @@ class _Member:
     block: int
     size: int
     content: bytes | None = None
+    image: bool = False
     fault: str | None = None
 
 
@@ -83,7 +84,7 @@ def _samples(walk: TarWalk, texts: Set[str]) -> Iterator[tuple[str, dict[str, _M
             elif member.isfile() and not member.issparse():
                 one = _Member(member.offset_data // BLOCK, member.size)
                 if extension in IMAGES or extension.rpartition(".")[2] in IMAGES:
-                    images[member.name] = one
+                    images[member.name], one.image = one, True
                     one.fault = image_fault(walk.read(member)) if member.size <= MAX_IMAGE else TOO_LARGE
                 elif extension in texts and member.size <= MAX_TEXT:
                     one.content = walk.read(member)
@@ -98,14 +99,16 @@ def _samples(walk: TarWalk, texts: Set[str]) -> Iterator[tuple[str, dict[str, _M
 
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension of a member's name, the latter in lower case, as webdataset splits them."""
-    folder, slash, last = name.removeprefix("./").rpartition("/")
-    stem, dot, extension = last.partition(".")
-    return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else (name, "")
+    path = name.removeprefix("./")
+    begin = path.rfind("/") + 1
+    dot = path.find(".", begin)
+    return (path[:dot], path[dot + 1 :].lower()) if dot > begin else (name, "")
 
 
 def _add(found: Scan, key: str, members: dict[str, _Member], options: ScanOptions) -> None:
-    found.fields.update(members.keys())
-    images = [name for name in members if name.rpartition(".")[2] in IMAGES]
+    for name in members:
+        found.fields[name] += 1  # several times as fast as `update`
+    images = [name for name, member in members.items() if member.image]
     if options.image:
         images = [name for name in (options.image.lower(),) if name in images]
     if len(images) != 1:
@@ -116,11 +119,11 @@ def _add(found: Scan, key: str, members: dict[str, _Member], options: ScanOption
     if not captions or image.fault is not None:
         found.left_out[image.fault or "no caption"] += 1
         return
-    if max(member.block for member in members.values()) >= ABSENT:
-        found.left_out["beyond 2 TiB of a tar"] += 1
-        return
     texts = [
         (one.block, one.size) if (one := members.get(name)) is not None and one.content is not None else NO_TEXT
         for name in spec.files
     ]
+    if max(image.block, *[block for block, _ in texts]) >= ABSENT:
+        found.left_out["beyond 2 TiB of a tar"] += 1
+        return
     found.add(key, image.block, image.size, texts, len(captions))
