@@ -22,6 +22,7 @@ from mvlm_dataloading.dataset.open import is_linked, write_index
 from mvlm_dataloading.dataset.sample_index import Field, SampleIndex, pack_records
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import make_no_older, write_file
+from mvlm_dataloading.links.cache import LinkedIndex
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
 from mvlm_dataloading.tar_walk import DamagedTar, Member, TarWalk
@@ -128,7 +129,7 @@ def _opened(tar: Path) -> AbstractContextManager[BufferedReader]:
     return opened_unchanged(tar)
 
 
-def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
+def lists_samples_of(tar: Path, index: SampleIndex | LinkedIndex, shard: int) -> bool:
     """True if every sample that an index lists in a shard is a sample of the tar: its image, texts and tokens.
 
     The keys are not compared. Raises DataError if the tar or the index is damaged.

@@ -388,6 +388,7 @@ def test_names_are_split_as_webdataset_splits_them() -> None:
 
     for name in ("a/b.c/0001.jpg", "0001.caption1.txt", "x.JPG", "dir.with.dots/x.seg.png", "a/0001.image.jpg"):
         key, extension = base_plus_ext(name)
+        assert extension is not None
         assert split_name(name) == (key, extension.lower())
 
 
