@@ -220,7 +220,8 @@ def _reader_of(url: str) -> _Reader:
         return _hub_reader(os.getpid()) if scheme == "hf" else _bucket_reader(scheme, rest.split("/")[0], os.getpid())
     except ImportError as error:
         raise DataError(
-            f"{url}: wanted the package that reads it, found none ({str(error).partition(':')[0]}); pip install 'mvlm[remote]'"
+            f"{url}: wanted the package that reads it, found none ({str(error).partition(':')[0]}); "
+            "pip install 'mvlm[remote]'"
         ) from None
     except DataError:
         raise
