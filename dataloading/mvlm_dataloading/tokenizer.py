@@ -332,14 +332,8 @@ def load_tokenizer(path: Path, complete: Sequence[str] = ()) -> Tokenizer:
     return tokenizer
 
 
-LINKED_SAMPLE = 32 * 1024
-"""Most samples of linked data on whose captions a tokenizer is trained: about 1 GB is read for them."""
-
-
 def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
     """The tokenizer stored with the data set, or one trained on the captions of its train split.
-
-    Of linked data, `LINKED_SAMPLE` samples are read, in blocks spread evenly, once for all processes of a cache.
 
     Raises:
         DataError: the stored tokenizer is missing or is not the one that `dataset.json` names; or the data set has
@@ -359,20 +353,4 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
         )
     folder = dataset.folder if dataset.remote is None else dataset.remote.url
     train = dataset if dataset.split == "train" else open_dataset(folder, "train")
-    if train.links is None or train.remote is None:
-        return _trained(train, range(len(train)), vocab_size)
-    ids = _spread(len(train), LINKED_SAMPLE, 1024)
-    name = f"tokenizer-{vocab_size}-{train.fingerprint}.json"
-    return load_tokenizer(train.remote.kept(name, lambda: _trained(train, ids, vocab_size)._inner.to_str().encode()))
-
-
-def _trained(train: Dataset, ids: Sequence[int], vocab_size: int) -> Tokenizer:
-    return train_tokenizer((caption for captions in train.captions_of(ids) for caption in captions), vocab_size)
-
-
-def _spread(count: int, most: int, block: int) -> Sequence[int]:
-    """At most `most` of the numbers below `count`, ascending: all, or blocks of neighbours spread evenly."""
-    if count <= most:
-        return range(count)
-    begins = np.linspace(0, count - block, most // block).astype(np.int64)
-    return (begins[:, None] + np.arange(block)).ravel().tolist()
+    return train_tokenizer((caption for i in range(len(train)) for caption in train.captions(i)), vocab_size)

@@ -55,8 +55,6 @@ def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
     if config.tokenizer is not None:
         own = None if config.tokenizer.exists() else _own_tokenizer(config)
         return own or load_tokenizer(config.tokenizer)
-    if dataset.links is not None and (own := _own_tokenizer(config)) is not None:
-        return own  # captions would be read again from where they are
     try:
         return tokenizer_for(dataset, config.model.vocab_size)
     except DataError:

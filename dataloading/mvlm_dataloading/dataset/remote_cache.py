@@ -185,21 +185,6 @@ class RemoteCache:
             self._place(path, write)
         return path
 
-    def kept(self, name: str, make: Callable[[], bytes]) -> Path:
-        """A small file that one process makes for all that share the cache. Returns its path."""
-        path = self.folder / name
-
-        def write(begin: Begin) -> Path:
-            content = make()
-            part = begin(len(content))
-            part.write_bytes(content)
-            return part
-
-        with self._sole(path):
-            if not path.is_file():
-                self._place(path, write)
-        return path
-
     def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
         path = shard_paths(self.folder, shard)[1]
