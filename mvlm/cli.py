@@ -30,6 +30,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "data twemoji": data.twemoji,
         "data easy-vqa": data.easy_vqa,
         "data scenes": data.scenes,
+        "data link": data.link,
         "data merge": data.merge,
         "data check": data.check,
         "data index": data.index,

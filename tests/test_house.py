@@ -47,7 +47,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom
         {"loader", "tools", "scenes"},
         {"build"},
         {"tokenizer"},
-        {"dataset", "sources", "options", "masking"},
+        {"dataset", "links", "sources", "options", "masking"},
         {"captions", "randomness", "images", "tar_walk"},
         {"batch", "files", "untrusted", "urls"},
         {"errors"},
@@ -213,8 +213,12 @@ OPENED_BY_THEMSELVES = {
     "dataloading/mvlm_dataloading/dataset/open.py": "a path that the one writer gives out",
     "dataloading/mvlm_dataloading/dataset/folders.py": "a file that it has fetched itself",
     "dataloading/mvlm_dataloading/dataset/remote_cache.py": "the cache's own folder",
+    "dataloading/mvlm_dataloading/links/cache.py": "the cache's own folder",
+    "dataloading/mvlm_dataloading/links/store.py": "a file of the hub, by its client",
     "dataloading/mvlm_dataloading/loader/pipeline.py": "a temporary folder of this process",
+    "dataloading/mvlm_dataloading/tools/link.py": "a folder that this call has made",
     "dataloading/mvlm_dataloading/tools/view.py": "a folder that this call has made",
+    "dataloading/mvlm_dataloading/tools/view_links.py": "a folder that this call has made",
 }
 """Files of code that open files by other means than the one reader and the one writer, and which files these are."""
 OPENING = re.compile(r"(^os|\w|\)|\])\.(read_text|read_bytes|write_text|write_bytes|open|from_file|to_file)$|^open$")

@@ -387,4 +387,4 @@ def train_on_sample(dataset: Dataset, vocab_size: int) -> Tokenizer:
     if len(train) > SAMPLE:
         ids = [run * len(train) // RUNS + k for run in range(RUNS) for k in range(SAMPLE // RUNS)]
         log.info("%s: a tokenizer is trained on the captions of %d of its samples", dataset.folder, SAMPLE)
-    return train_tokenizer((caption for i in ids for caption in train.captions(i)), vocab_size)
+    return train_tokenizer((caption for captions in train.captions_of(ids) for caption in captions), vocab_size)

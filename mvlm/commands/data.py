@@ -205,6 +205,55 @@ def index(folder: Path, /, split: str | None = None, without_tars: bool = False)
     say(f"{folder}: {counts(description)}{left_out}")
 
 
+def link(
+    urls_and_out: tuple[str, ...],
+    /,
+    caption: str = "txt",
+    caption_lines: bool = False,
+    image: str = "",
+    split: str = "",
+    part: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Link tars and Parquet files to train from them where they are. One pass reads them, and keeps an index alone.
+
+    Args:
+        urls_and_out: Tars and Parquet files: paths, s3://, gs://, hf:// and https:// URLs, with numbers as
+            {00000..01242}, with wildcards, or in a .txt file with one in each line. Last the folder of the index. To
+            resume a killed pass, give the same command again.
+        caption: Where captions are, with weights: txt,json:caption=0.5,json:recaption=0.5. In a table, the columns.
+        caption_lines: Each line of a text is a caption. Default: a text is one caption.
+        image: Extension of the images in tars, or their column in tables. Default: the only one that there is.
+        split: Split of all files. Default: the one in a file's name (cc12m-validation-000.tar), else train.
+        part: Link part i of n of the files, as i/n. `mvlm data merge` joins the parts that any machines have written.
+        workers: Number of processes. Default: one per core.
+    """
+    from mvlm.errors import ConfigError
+    from mvlm.progress import WorkProgress
+    from mvlm_dataloading.build.build import parse_part
+    from mvlm_dataloading.links.captions import parse_captions_option
+    from mvlm_dataloading.tools.link import LinkOptions, link_files
+
+    if len(urls_and_out) < 2:
+        raise ConfigError("mvlm data link: wanted URLs and the folder of the index, found fewer; name both")
+    *urls, out = urls_and_out
+    options = LinkOptions(parse_captions_option(caption, caption_lines), image, split)
+    with WorkProgress("samples") as counting:
+        settings: dict[str, Any] = {
+            "part": None if part is None else parse_part(part),
+            "workers": processes(workers),
+            "progress": counting.show,
+        }
+        description = link_files(urls, Path(out), options, **settings)
+    say(f"{out}: part {part} is complete" if description is None else linked_summary(out, description))
+
+
+def linked_summary(out: Path | str, description: dict[str, Any]) -> str:
+    """Linked data, their samples by split and those that were left out, as text."""
+    left_out = "".join(f"; left out: {n} {reason}" for reason, n in description.get("rejected", {}).items())
+    return f"{out}: {counts(description)}{left_out}"
+
+
 def merge(parts: tuple[Path, ...], out: Path, /) -> None:
     """Join the parts that `mvlm data NAME ... --part i/n` has written. The parts stay as they are.
 
@@ -213,9 +262,12 @@ def merge(parts: tuple[Path, ...], out: Path, /) -> None:
         out: Folder or URL for the shards. To resume a killed merge, give the same command again.
     """
     from mvlm_dataloading.build.build import merge_parts
+    from mvlm_dataloading.tools.link import is_link_part, merge_links
 
+    if any(map(is_link_part, parts)):
+        return say(linked_summary(out, merge_links(parts, out)))
     merge_parts(parts, out)
-    say(summary(out))
+    return say(summary(out))
 
 
 def view(

@@ -133,9 +133,9 @@ def encode_split(
     workspace, config = workspace or Workspace(), model.config
     captions, owner, first = [], [], []
     image = first_samples(dataset.metadata(i) for i in range(len(dataset)))
-    for i in range(len(dataset)):
+    for i, own in enumerate(dataset.captions_of(range(len(dataset)))):
         first.append(len(captions))
-        captions += dataset.captions(i)
+        captions += own
         owner += [image[i]] * (len(captions) - first[-1])
     starts = packed_tokens(captions, tokenizer, config.text_length)[1].long()
     # As the loader of the masks does, pass over a caption without a token beside [CLS] and [SEP].

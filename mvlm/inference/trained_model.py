@@ -190,7 +190,7 @@ class TrainedModel:
         """
         if isinstance(texts, Dataset):
             dataset, truncate, clean = texts, True, False
-            texts = (caption for i in range(len(dataset)) for caption in dataset.captions(i))
+            texts = (caption for captions in dataset.captions_of(range(len(dataset))) for caption in captions)
         length = self.network.config.text_length
         for batch in text_batches(each_text(texts), self.tokenizer, length, batch_size, truncate, clean):
             yield text_features(self.network, batch, self.tokenizer, self.precision).embedding.cpu()

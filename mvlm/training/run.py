@@ -295,7 +295,7 @@ def check_attention(config: RunConfig) -> None:
 
 def warn_of_cut_texts(dataset: Dataset, tokenizer: Tokenizer, longest: int, flag: str) -> None:
     """Log the share of a split's texts that are cut to `longest` tokens, if it is 1 % or more; `flag` raises that."""
-    texts = [dataset.captions(i)[0] for i in range(min(len(dataset), 1000))]
+    texts = [captions[0] for captions in dataset.captions_of(range(min(len(dataset), 1000)))]
     _, lengths = tokenizer.encode(texts, longest + 1)
     if (cut := float((lengths > longest).mean())) >= 0.01:
         log.warning(

@@ -171,8 +171,12 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
 
     Training reads the samples where the index says. So the index of a local split may list samples of its tars alone.
     """
-    if dataset.index.fingerprint != fingerprint_of(dataset.index, dataset.split, dataset.shards):
+    if dataset.index.fingerprint != fingerprint_of(
+        dataset.index, dataset.split, dataset.shards, dataset.description.get("captions")
+    ):
         yield f"{dataset.split}.index: its fingerprint is not that of its samples"
+    if dataset.links is not None:
+        yield from dataset.links.faults().values()
     if dataset.remote is not None:  # the cache compares a shard when it fetches it
         return
     for number, shard in enumerate(dataset.shards):

@@ -76,6 +76,10 @@ BY_HAND = {
     "GNU long names": long_name(LONG.encode() + b".jpg", IMAGES[0]) + long_name(LONG.encode() + b".txt", b"long") + END,
     "pax": pax({"path": "é.jpg"}) + header(b"e.jpg", len(IMAGES[2])) + padded(IMAGES[2])
     + pax({"path": "é.txt", "comment": "x" * 3000}) + header(b"e.txt", 4) + padded(b"text") + END,
+    "pax times": b"".join(
+        pax({"mtime": "1700000000.25"}) + header(name, len(IMAGES[i])) + padded(IMAGES[i])
+        for i, name in enumerate((b"a.jpg", b"a.png", b"b.jpg"))
+    ) + pax({"mtime": "1.5", "path": "c.txt"}) + header(b"x", 1) + padded(b"c") + END,
     "pax for all": pax({"comment": "by git"}, b"g") + sample(b"a", 0) + END,
     "pax size": pax({"size": str(len(IMAGES[1]))}) + header(b"a.jpg", 0) + padded(IMAGES[1])
     + header(b"a.txt", 3) + padded(b"abc") + END,

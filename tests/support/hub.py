@@ -71,7 +71,10 @@ class DataHandler(Handler):
             return self.send([self._entry(file) for file in sorted(self.folder.iterdir())])
         found = re.fullmatch(rf"/datasets/{self.name}/resolve/\w+/(.+)", path)
         if found and (self.folder / found[1]).is_file():
-            return self.send((self.folder / found[1]).read_bytes(), kind="application/octet-stream")
+            content = (self.folder / found[1]).read_bytes()
+            if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                return self.send(content[int(part[1]) : int(part[2]) + 1], 206, kind="application/octet-stream")
+            return self.send(content, kind="application/octet-stream")
         return self.send(b"", 404)
 
     do_HEAD = do_GET

@@ -1,25 +1,14 @@
 """`mvlm app` in a process of its own, as an attacker meets it."""
 
-import contextlib
 import os
-import random
 import resource
 import select
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from support.page_attacks import Target, png
-
-
-def free_port() -> int:
-    """A free port below those that the system gives to connections: none of these takes it before the page does."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            return port
-    raise RuntimeError("wanted a free port between 20,000 and 32,000, found none of 100")
+from support.ports import free_port
 
 
 class Page:

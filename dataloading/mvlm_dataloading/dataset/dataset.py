@@ -4,8 +4,9 @@ import contextlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.links.cache import LinkedIndex
+from mvlm_dataloading.links.samples import LinkReader
 from mvlm_dataloading.randomness import text_hash
 from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
 from mvlm_dataloading.untrusted import open_regular, require_regular
@@ -26,7 +29,7 @@ from .sample_index import SampleIndex
 class Keys:
     """Keys of samples, read from an index on request."""
 
-    def __init__(self, index: SampleIndex, start: int, stop: int):
+    def __init__(self, index: SampleIndex | LinkedIndex, start: int, stop: int):
         self._index, self._start, self._stop = index, start, stop
 
     def __len__(self) -> int:
@@ -50,7 +53,7 @@ class Dataset:
     split: str
     tars: list[Path]
     """Path of each shard, a tar."""
-    index: SampleIndex
+    index: SampleIndex | LinkedIndex
     """Index of the whole split."""
     start: int
     """Position in the index of the first sample."""
@@ -62,6 +65,8 @@ class Dataset:
     """Hash of the split's samples and their order."""
     remote: RemoteCache | None = None
     """The cache of a remote data set, which fetches its shards. `tars` are then paths in the cache."""
+    links: LinkReader | None = None
+    """Reader of the samples of linked data."""
     compared: set[int] = field(default_factory=set)
     """Numbers of the local shards that have been compared with the index."""
 
@@ -113,6 +118,8 @@ class Dataset:
         Samples whose images are stored twice differ, even if the images are equal.
         """
         ids = np.arange(len(self))
+        if self.links is not None:
+            return ids
         places = np.stack([self.shard_of(ids), self.locate("image", ids)[0]])  # (2, N)
         _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
         return first[image.reshape(-1)].astype(np.int64)
@@ -149,6 +156,19 @@ class Dataset:
         """All captions of sample i, the main one first."""
         return parse_captions(self._read("text", i), lambda: self.where(i))
 
+    def captions_of(self, ids: Sequence[int]) -> Iterator[list[str]]:
+        """All captions of samples whose ids ascend. Those of linked data are read many at a time, without images."""
+        if self.links is None:
+            yield from map(self.captions, ids)
+            return
+        places = np.asarray(ids, np.int64) + self.start
+        shards = self.index.shard_of(places)
+        for shard in np.unique(shards).tolist():
+            rows = places[shards == shard] - self.index.first[shard]
+            for sample in self.links.samples(shard, rows.tolist(), images=False):
+                i = int(self.index.first[shard]) + sample.row - self.start
+                yield parse_captions(sample.text, partial(self.where, i))
+
     def metadata(self, i: int) -> dict[str, Any]:
         """Content of `<key>.json`; empty for a sample without metadata."""
         return parse_metadata(self._read("meta", i), lambda: self.where(i))
@@ -163,9 +183,14 @@ class Dataset:
 
     def where(self, i: int) -> str:
         """Location of sample i for messages: tar, offset and key."""
+        if self.links is not None:
+            return self.links.where(self.start + int(i))
         return f"{self.tars[int(self.shard_of(i))]} offset {self.locate('image', i)[0]} key {self.keys[i]}"
 
     def _read(self, kind: str, i: int) -> bytes:
+        if self.links is not None and not self.tars[int(self.shard_of(i))].is_file():  # the cache does not have it
+            sample = self.links.one(self.start + int(i))
+            return {"image": sample.image, "text": sample.text, "meta": sample.metadata}[kind]
         offset, size = map(int, self.locate(kind, i))
         if size < 0:
             return b""
@@ -200,7 +225,7 @@ def check_size(tar: Path, size: int) -> os.stat_result:
     return status
 
 
-def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
+def compare_with_tar(index: SampleIndex | LinkedIndex, shard: int, tar: Path, source: Path, hint: str) -> None:
     """Compare an index, which was read from `source`, with a tar at the shard's first, middle and last sample.
 
     Places of the other samples have to be inside the tar: DALI maps it, and reading beyond it would end the process.

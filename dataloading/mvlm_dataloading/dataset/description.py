@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.sources.folder import LISTED
 from mvlm_dataloading.untrusted import open_regular, read_regular, resolve_inside
+from mvlm_dataloading.urls import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def write_description(
     *,
     tokenizer: str | None = None,
     tokens: Mapping[str, Any] | None = None,
+    captions: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the `dataset.json` of a folder. Returns its content. `about`: name, source, licence and attribution."""
     description = {
@@ -59,6 +61,7 @@ def write_description(
         "tokenizer": tokenizer,
         "rejected": dict(sorted(rejected.items())),
         **({} if tokens is None else {"tokens": tokens}),
+        **({} if captions is None else {"captions": captions}),
     }
     write_file(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     return description
@@ -139,6 +142,8 @@ def _check_links(folder: Path, description: Mapping[str, Any]) -> None:
     for split, part in description["splits"].items():
         names.append(f"{split}.index")
         for shard in part["shards"]:
+            if "etag" in shard:  # a file of somebody else
+                continue
             # A view states the tars of other folders outright; only its indices are its own.
             own = [shard["index"]] if "index" in shard else [shard["tar"], f"{shard['tar'].removesuffix('.tar')}.idx"]
             names += own
@@ -229,6 +234,11 @@ def _check_split(fields: "_Fields", split: str, part: Any) -> None:
             fields.entry(shard, "sha256", _HASH, place)
         fields.entry(shard, "index_sha256", _HASH, place, optional=True)
         fields.entry(shard, "index", _INSIDE, place, optional=True)
+        if "etag" in shard:  # linked
+            fields.entry(shard, "etag", _TEXT, place)
+            fields.entry(shard, "tar", _LINKED, place)
+            fields.entry(shard, "captions", _NUMBER, place, optional=True)
+            continue
         # A view has its own indices, and refers to the tars of other folders.
         fields.entry(shard, "tar", _FILE if "index" in shard else _INSIDE, place)
     if total != samples:
@@ -249,6 +259,10 @@ def _is_file(value: Any) -> bool:
     return isinstance(value, str) and PurePosixPath(value).name != "" and "\0" not in value
 
 
+def _is_linked(value: Any) -> bool:
+    return _is_file(value) and value.isprintable() and (is_remote(value) or PurePosixPath(value).is_absolute())
+
+
 def _is_inside(value: Any) -> bool:
     return _is_file(value) and not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
 
@@ -263,6 +277,7 @@ _SPLITS: _Kind = ("an object with at least one split", lambda value: isinstance(
 _LIST: _Kind = ("a list", lambda value: isinstance(value, list))
 _HASH: _Kind = ("64 hexadecimal digits", lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None)
 _FILE: _Kind = ("the name of a file", _is_file)
+_LINKED: _Kind = ("a URL or an absolute path", _is_linked)
 _INSIDE: _Kind = ("a file inside the folder", _is_inside)
 
 

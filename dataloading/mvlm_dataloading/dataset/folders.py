@@ -272,7 +272,7 @@ def _open_filesystem(protocol: str, place: str) -> tuple[Any, str]:
     need("gcsfs", "remote")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
-        found = _in_time(lambda: url_to_fs(place, **given))
+        found = in_time(lambda: url_to_fs(place, **given))
     except TimeoutError:
         log.warning("%s: no credentials in %d s, so it is read without", place, REACH_S)
         found = url_to_fs(place, **{**given, "token": "anon"})
@@ -280,13 +280,13 @@ def _open_filesystem(protocol: str, place: str) -> tuple[Any, str]:
     if not {"connector", "proxy", "trust_env"} & set(given["session_kwargs"]):
         address = (store.hostname, store.port or 443)
         try:
-            _in_time(lambda: socket.create_connection(address, REACH_S).close())
+            in_time(lambda: socket.create_connection(address, REACH_S).close())
         except OSError as error:
             raise OSError(f"no answer of {store.hostname} ({error})") from None
     return found
 
 
-def _in_time(function: Callable[[], Any]) -> Any:
+def in_time(function: Callable[[], Any]) -> Any:
     """Result of a function. TimeoutError if it takes longer than `REACH_S`; it is then left alone."""
     result: Future[Any] = Future()
 

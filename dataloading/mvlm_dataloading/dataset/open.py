@@ -7,7 +7,9 @@ parsed and packed in memory by each process.
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +17,10 @@ import numpy as np
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import make_no_older, replaced
+from mvlm_dataloading.links.cache import LinkedIndex, write_shard
+from mvlm_dataloading.links.samples import LinkReader, options_of
+from mvlm_dataloading.links.scan import columns_of
+from mvlm_dataloading.links.store import MOST_BYTES, RangeStore
 from mvlm_dataloading.untrusted import read_regular
 from mvlm_dataloading.urls import is_remote
 
@@ -22,7 +28,18 @@ from .dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 from .dataset import Dataset, check_size, compare_with_tar
 from .description import read_description, shard_paths
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
-from .sample_index import IndexWriter, SampleIndex, index_path, map_index, pack_records, shards_hash
+from .sample_index import (
+    HEADER,
+    Field,
+    IndexWriter,
+    SampleIndex,
+    bytes_of_head,
+    index_path,
+    map_index,
+    most_bytes,
+    pack_records,
+    shards_hash,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +65,14 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     description = read_description(folder)
     shards = _shards_of_split(folder, description, split)
     path = index_path(folder, split)
+    if is_linked(description):
+        if not path.exists():
+            raise DataError(f"{path}: wanted the index of linked data, found no such file; restore it or link again")
+        index = _map(path, split, description, "restore it or link again")
+        content = read_regular(folder / "dataset.json", "dataset.json", within=folder)
+        return _open_linked(folder, description, split, index, open_remote_cache(str(folder.resolve()), content))
     if path.exists():
-        index = _map(path, split, shards, f"make it again with `mvlm data index {folder} --without-tars`")
+        index = _map(path, split, description, f"make it again with `mvlm data index {folder} --without-tars`")
         for shard in shards:
             _check_tar(shard_paths(folder, shard)[0], shard, path)
         return _dataset(folder, split, description, index)
@@ -85,14 +108,20 @@ def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
 def _open_remote(remote: RemoteCache, split: str) -> Dataset:
     description = read_description(remote.folder)
     shards = _shards_of_split(remote.folder, description, split)
-    remote.register_shards(shards)
+    remote.register_shards(_names_in_cache(split, shards) if is_linked(description) else shards)
+    if is_linked(description):
+        if local := [shard["tar"] for shard in shards if not is_remote(shard["tar"])]:
+            raise DataError(
+                f"{remote.url}: wanted links to URLs, found one to {local[0]}; copy the folder to that disk"
+            )
+        return _open_linked(remote.folder, description, split, _remote_index(remote, description, split), remote)
     path = remote.fetch_split_index(index_path(remote.folder, split).name)
     if path is not None:
         try:
-            index = _map(path, split, shards, REMOTE_HINT)
+            index = _map(path, split, description, REMOTE_HINT)
         except DataError:  # the cached file may be damaged, or belong to an earlier state of the folder
             remote.fetch_split_index(path.name, again=True)
-            index = _map(path, split, shards, REMOTE_HINT)
+            index = _map(path, split, description, REMOTE_HINT)
     else:
         content = io.BytesIO()
         for shard in shards:
@@ -115,6 +144,57 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
     return _dataset(remote.folder, split, description, index, remote)
 
 
+def is_linked(description: Mapping[str, Any]) -> bool:
+    """True if a description is that of linked data (`mvlm data link`)."""
+    return "captions" in description
+
+
+def _open_linked(
+    folder: Path, description: dict[str, Any], split: str, index: SampleIndex, remote: RemoteCache
+) -> Dataset:
+    """Open a split of linked data. The cache writes its shards from their samples, read where they are."""
+    shards = _shards_of_split(folder, description, split)
+    names = _names_in_cache(split, shards)
+    remote.register_shards(names)
+    reader = LinkReader(shards, index, options_of(description, f"{folder}/dataset.json"))
+    remote.write_shard = partial(write_shard, reader)
+    tars = [remote.folder / one["tar"] for one in names]
+    dataset = _dataset(folder, split, description, index, remote)
+    return replace(dataset, tars=tars, index=LinkedIndex(index, tars), links=reader)
+
+
+def _remote_index(remote: RemoteCache, description: dict[str, Any], split: str) -> SampleIndex:
+    """The index of linked data at a URL: its head is fetched now, each shard's records when they are first read."""
+    name, hint = index_path(remote.folder, split).name, "link again, or upload the index again"
+    store = RangeStore(4)
+    linked = store.stat(f"{remote.url}/{name}")
+    try:
+        shards = len(description["splits"][split]["shards"])
+        most = most_bytes(description["splits"][split]["samples"], shards)
+        head, size = bytes_of_head(bytes(store.read(linked, 0, min(HEADER.size, linked.size))), most)
+        if size != linked.size or head > most_bytes(0, shards):
+            raise ValueError(f"{linked.size} bytes in place of {size}")
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{linked.url}: wanted the index of a split, found {error}; {hint}") from None
+    path = remote.begin_index(name, bytes(store.read(linked, 0, head)), size)
+
+    def fetch(begin: int, end: int) -> None:
+        with path.open("r+b") as file:
+            for place in range(begin, end, MOST_BYTES):
+                content = store.read(linked, place, min(place + MOST_BYTES, end))
+                file.seek(place)
+                file.write(content)
+
+    return _map(path, split, description, hint, fetch)
+
+
+def _names_in_cache(split: str, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Linked shards with the names of their files in the cache in place of their URLs."""
+    return [{**shard, "tar": f"{split}-{number:06d}.tar"} for number, shard in enumerate(shards)]
+
+
 def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> list[dict[str, Any]]:
     if split not in description["splits"]:
         known = ", ".join(description["splits"])
@@ -123,9 +203,20 @@ def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> l
     return description["splits"][split]["shards"]
 
 
-def _map(path: Path, split: str, shards: list[dict[str, Any]], hint: str) -> SampleIndex:
-    """Map a split's index. DataError if it is damaged or belongs to other shards."""
-    index = map_index(path, hint)
+def _map(
+    path: Path,
+    split: str,
+    description: dict[str, Any],
+    hint: str,
+    fetch: Callable[[int, int], None] | None = None,
+) -> SampleIndex:
+    """Map a split's index. DataError if it is damaged or belongs to other shards. `fetch`: as of `SampleIndex`."""
+    index, shards, columns = map_index(path, hint, fetch), description["splits"][split]["shards"], len(Field)
+    if is_linked(description):
+        linked = options_of(description, f"{path.parent}/dataset.json")
+        columns = max(columns_of(one.captions) for one in linked)
+    if index.columns != columns:
+        raise DataError(f"{path}: wanted records of {columns} numbers, found {index.columns}; {hint}")
     if index.described != shards_hash(split, shards):
         raise DataError(f"{path}: wanted the index of the shards in dataset.json, found one of other shards; {hint}")
     if np.diff(index.first).tolist() != [shard["samples"] for shard in shards]:

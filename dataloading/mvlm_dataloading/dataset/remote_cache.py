@@ -42,6 +42,7 @@ from .dali_index import read_head
 from .description import parse_description, shard_paths
 from .folders import NotThereError, RemoteFolder, require_hash
 from .sample_index import map_index, most_bytes
+from .transfers import Begin
 
 LONGEST = 200
 """Bytes of a file's or folder's name. Names in the cache have up to 30 more, and file systems allow 255."""
@@ -57,8 +58,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
 
 
-def open_remote_cache(folder: str) -> "RemoteCache":
-    """Open the cache of a remote data folder, and fetch its description. Raises DataError."""
+def open_remote_cache(folder: str, description: bytes | None = None) -> "RemoteCache":
+    """Open the cache of a remote data folder, and fetch its description unless it is given. Raises DataError."""
     size = os.environ.get("MVLM_CACHE_GB") or "100"
     try:
         limit = int(float(size) * 1e9)
@@ -66,7 +67,7 @@ def open_remote_cache(folder: str) -> "RemoteCache":
         limit = 0
     if limit <= 0:
         raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got {size!r}")
-    return RemoteCache(folder, cache_folder(), limit)
+    return RemoteCache(folder, cache_folder(), limit, description)
 
 
 class RemoteCache:
@@ -74,21 +75,25 @@ class RemoteCache:
 
     Args:
         limit: maximum bytes of all files in `cache`.
+        description: content of the `dataset.json` of a local folder of linked data. `write_shard` then writes shards.
 
     Attributes:
         folder: local folder of dataset.json, the indices and the fetched shards.
         remote: the files at the URL.
         verify: called with the number of a fetched shard; raises DataError if the shard does not match its index.
+        write_shard: writes the shard of a number to a path, in place of a transfer of the file of its name.
 
     Raises:
         DataError: a file is missing, differs from dataset.json, or does not fit into the cache.
     """
 
-    def __init__(self, url: str, cache: Path, limit: int):
-        self.remote, self.cache, self.limit = RemoteFolder(url), cache, limit
-        self.url = self.remote.url
-        description = self.remote.read("dataset.json", LIMITS["dataset.json"], json.loads)
-        parse_description(description, f"{self.url}/dataset.json")
+    def __init__(self, url: str, cache: Path, limit: int, description: bytes | None = None):
+        self.cache, self.limit, self.url = cache, limit, url
+        if description is None:
+            self.remote = RemoteFolder(url)
+            self.url = self.remote.url
+            description = self.remote.read("dataset.json", LIMITS["dataset.json"], json.loads)
+            parse_description(description, f"{self.url}/dataset.json")
         digest = hashlib.sha256(self.url.encode() + b"\0" + description).hexdigest()[:24]
         # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest
@@ -103,6 +108,7 @@ class RemoteCache:
         self._held: dict[int, int] = {}  # shard -> descriptor of its lock
         self._held_lock = threading.RLock()
         self.verify: Callable[[int], None] | None = None
+        self.write_shard: Callable[[int, Path], None] | None = None
         self._verified: set[int] = set()
 
     def _write_description(self, content: bytes) -> None:
@@ -158,6 +164,25 @@ class RemoteCache:
                     self._download(name, path, most_bytes(samples, len(self._shards)), check)
                 except NotThereError:
                     return None
+        return path
+
+    def begin_index(self, name: str, head: bytes, size: int) -> Path:
+        """Make the cached index of a split, of which the head alone is there. Returns its path."""
+        path = self.folder / name
+        with self._sole(path):
+            if path.is_file() and path.stat().st_size == size:
+                with path.open("rb") as file:
+                    if file.read(len(head)) == head:
+                        return path
+
+            def write(begin: Begin) -> Path:
+                part = begin(size)
+                with part.open("wb") as file:
+                    file.write(head)
+                    file.truncate(size)
+                return part
+
+            self._place(path, write)
         return path
 
     def fetch_dali_index(self, shard: dict[str, Any]) -> None:
@@ -242,19 +267,30 @@ class RemoteCache:
                     return lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not tar.is_file():  # else another job fetched it while this one waited
-                    self._download_shard(shard, tar)
+                    self._download_shard(number, tar)
         except BaseException:
             os.close(lock)
             raise
 
-    def _download_shard(self, shard: dict[str, Any], tar: Path) -> None:
+    def _download_shard(self, number: int, tar: Path) -> None:
+        shard, write = self._shards[number], self.write_shard
+
+        def write_at(begin: Begin) -> Path:
+            part = begin(shard["bytes"])
+            assert write is not None
+            write(number, part)
+            return part
+
         def check(part: Path) -> None:
             if (size := part.stat().st_size) != shard["bytes"]:
                 raise OSError(f"{size} bytes where {shard['bytes']} were wanted")
             if shard["sha256"]:  # else not known
                 require_hash(part, shard["sha256"])
 
-        self._download(shard["tar"], tar, shard["bytes"], check)
+        if write is None:
+            self._download(shard["tar"], tar, shard["bytes"], check)
+        else:
+            self._place(tar, write_at)
 
     def _download(self, name: str, path: Path, limit: int, check: Callable[[Path], None]) -> None:
         """Fetch a file to `path`. The caller holds its lock.
@@ -263,6 +299,10 @@ class RemoteCache:
             limit: bytes that it may have.
             check: raises OSError for a damaged one, which is fetched again.
         """
+        self._place(path, lambda begin: self.remote.fetch(name, limit, begin, check))
+
+    def _place(self, path: Path, fetch: Callable[[Begin], Path]) -> None:
+        """Put at `path` the file that `fetch` has written to the path of its `begin`. The caller holds its lock."""
 
         def begin(size: int) -> Path:
             part = Path(f"{path}.{size}.part")
@@ -273,7 +313,7 @@ class RemoteCache:
             return part
 
         try:
-            part = self.remote.fetch(name, limit, begin, check)
+            part = fetch(begin)
             sync(part)
             with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
                 part.rename(path)

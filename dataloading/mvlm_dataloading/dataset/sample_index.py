@@ -5,7 +5,7 @@ cache that all processes of a machine share. All numbers are little-endian:
 
     header      112 bytes: HEADER
     table       24 bytes per shard: SHARD
-    records     36 bytes per sample, shard by shard: nine uint32, see `Field`
+    records     36 bytes per sample, shard by shard: nine uint32, see `Field`; of linked data, see `links.scan`
     keys        of each shard's samples, one after another, without separators
 
 Integrity: the header has a CRC-32 of header and table, which is compared at opening; the table has those of a shard's
@@ -22,7 +22,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,7 +63,8 @@ class Field(IntEnum):
 
 BLOCK = 512
 ABSENT = 0xFFFFFFFF
-RECORD_BYTES = 4 * len(Field)
+WIDTHS = range(12, 48, 4)
+"""Bytes of a record: 36; of linked data 12, and 8 more for each file of captions."""
 _DIGITS = re.compile(r"[0-9a-f]{32}")
 KEY_BYTES = 1024
 """Most bytes of a key, in the mean of all samples."""
@@ -71,7 +72,7 @@ KEY_BYTES = 1024
 
 def most_bytes(samples: int, shards: int) -> int:
     """Bytes that the index of a split may have."""
-    return HEADER.size + SHARD.itemsize * shards + (RECORD_BYTES + KEY_BYTES) * samples
+    return HEADER.size + SHARD.itemsize * shards + (WIDTHS[-1] + KEY_BYTES) * samples
 
 
 def index_path(folder: Path, split: str) -> Path:
@@ -80,7 +81,8 @@ def index_path(folder: Path, split: str) -> Path:
 
 def shards_hash(split: str, shards: Sequence[Mapping[str, Any]]) -> bytes:
     """Hash (32 bytes) of a split's shards as `dataset.json` describes them."""
-    named = [[one.get(name) for name in ("tar", "samples", "bytes", "sha256", "index_sha256")] for one in shards]
+    names = ("tar", "samples", "bytes", "sha256", "index_sha256")
+    named = [[*map(one.get, names), *(one[name] for name in ("etag", "captions") if name in one)] for one in shards]
     return hashlib.sha256(json.dumps([split, named]).encode()).digest()
 
 
@@ -91,10 +93,13 @@ class SampleIndex:
         content: the bytes of an index file.
         path: the file, for messages. None for an index in memory, whose bytes are trusted.
         hint: how to get a good index, for messages.
+        fetch: fetches bytes `begin` to `end` - 1 of the file, of which the head alone may be there. Called for the
+            records and the keys of a shard, when they are first read and are not there.
 
     Attributes:
         first: int64 (S + 1,): id of the first sample of each shard, and N.
         fingerprint: hash of the split's samples and their order.
+        columns: numbers of a record.
         described: hash of the described shards, see `shards_hash`.
 
     Raises:
@@ -102,18 +107,25 @@ class SampleIndex:
             checksum of what they read is wrong.
     """
 
-    def __init__(self, content: "mmap.mmap | bytes | memoryview", path: Path | None = None, hint: str = ""):
-        self.path, self._hint, self._content = path, hint, content
+    def __init__(
+        self,
+        content: "mmap.mmap | bytes | memoryview",
+        path: Path | None = None,
+        hint: str = "",
+        fetch: Callable[[int, int], None] | None = None,
+    ):
+        self.path, self._hint, self._content, self._fetch = path, hint, content, fetch
         if len(content) < HEADER.size:
             raise self._refusal(f"at least {HEADER.size} bytes", f"{len(content)}")
         header = HEADER.unpack_from(content)
         magic, version, width, samples, shards, key_bytes, fingerprint, self.described, crc, _ = header
         if magic != MAGIC:
             raise self._refusal(f"an index that begins with {MAGIC!r}", repr(magic))
-        if version != VERSION or width != RECORD_BYTES:
-            raise self._refusal(f"an index of version {VERSION}", f"version {version}")
+        if version != VERSION or width not in WIDTHS:
+            raise self._refusal(f"an index of version {VERSION}", f"version {version}, records of {width} bytes")
+        self.columns: int = width // 4
         records_at = HEADER.size + SHARD.itemsize * shards
-        keys_at = records_at + RECORD_BYTES * samples
+        keys_at = records_at + width * samples
         if len(content) != keys_at + key_bytes:
             raise self._refusal(f"{keys_at + key_bytes} bytes as its header says", f"{len(content)}")
         table = np.frombuffer(content, SHARD, shards, HEADER.size)
@@ -127,8 +139,10 @@ class SampleIndex:
                 raise self._refusal(f"a table of {count} {name} as its header says", "another one")
         self.first: Int64 = np.append(0, np.cumsum(table["samples"])).astype(np.int64)
         self._key_first = np.append(0, np.cumsum(table["key_bytes"])).astype(np.int64)
-        self._records = np.frombuffer(content, "<u4", len(Field) * samples, records_at).reshape(samples, len(Field))
+        self._records = np.frombuffer(content, "<u4", self.columns * samples, records_at).reshape(samples, self.columns)
         self._keys = np.frombuffer(content, np.uint8, key_bytes, keys_at)
+        self._places = (records_at + width * self.first).tolist(), (keys_at + self._key_first).tolist()
+        """Places in the file of each shard's records, and of its keys."""
         self._crc = np.stack([table["records_crc"], table["keys_crc"]])  # (2, S)
         self._checked = np.full(self._crc.shape, path is None)
 
@@ -152,14 +166,19 @@ class SampleIndex:
         found = self._records[np.asarray(ids), column : column + 2].astype(np.int64)
         return found[..., 0] * BLOCK, np.where(found[..., 1] == ABSENT, -1, found[..., 1])
 
+    def records(self, shard: int, rows: Any) -> NDArray[np.uint32]:
+        """Records of some samples of a shard, uint32 (n, columns). `rows` count from its first sample."""
+        self._check(0, shard)
+        return self._records[self.first[shard] + np.asarray(rows)]
+
     def key(self, i: int) -> str:
         """Key of a sample: the name of its files without the extension."""
         shard = int(self.shard_of(i))
         self._check(0, shard)
         self._check(1, shard)
-        begin = int(self._records[i - 1, Field.KEY_END]) if i > self.first[shard] else 0
+        begin = int(self._records[i - 1, -1]) if i > self.first[shard] else 0
         place = self._key_first[shard]
-        key = self._keys[place + begin : place + int(self._records[i, Field.KEY_END])]
+        key = self._keys[place + begin : place + int(self._records[i, -1])]
         return key.tobytes().decode(errors="surrogateescape")
 
     def check_all(self) -> None:
@@ -174,7 +193,7 @@ class SampleIndex:
             self._content.madvise(mmap.MADV_DONTNEED)
 
     def shard_content(self, shard: int) -> tuple[NDArray[np.uint32], bytes]:
-        """Records, uint32 (n, 9), and keys of one shard, as `IndexWriter.add` takes them."""
+        """Records, uint32 (n, columns), and keys of one shard, as `IndexWriter.add` takes them."""
         self._check(0, shard)
         self._check(1, shard)
         records, keys = self._parts(shard)
@@ -187,10 +206,16 @@ class SampleIndex:
 
     def _check(self, part: int, shard: int) -> None:
         if not self._checked[part, shard]:
-            if zlib.crc32(self._parts(shard)[part].data) != self._crc[part, shard]:
+            if self._fetch is not None and not self._is_good(part, shard):
+                begin, size = self._places[part][shard], self._parts(shard)[part].nbytes
+                self._fetch(begin, begin + size)
+            if not self._is_good(part, shard):
                 what = ("records", "keys")[part]
                 raise self._refusal(f"the stored checksum of the {what} of shard {shard}", "other bytes")
             self._checked[part, shard] = True
+
+    def _is_good(self, part: int, shard: int) -> bool:
+        return zlib.crc32(self._parts(shard)[part].data) == self._crc[part, shard]
 
     def _refusal(self, wanted: str, found: str) -> DataError:
         return DataError(f"{self.path or 'index in memory'}: wanted {wanted}, found {found}; {self._hint}")
@@ -201,12 +226,27 @@ def head_crc(header: bytes | memoryview, table: NDArray) -> int:
     return zlib.crc32(table.tobytes(), zlib.crc32(bytes(header[:-8]) + bytes(8)))
 
 
-def map_index(path: Path, hint: str = "") -> SampleIndex:
-    """Map an index file. DataError as of `SampleIndex`."""
+def bytes_of_head(header: bytes, most: int) -> tuple[int, int]:
+    """Bytes of the header and the table of an index, and of the whole index, by its header.
+
+    ValueError if it is none, or if the index states more than `most` bytes.
+    """
+    if len(header) < HEADER.size:
+        raise ValueError(f"{len(header)} bytes")
+    magic, _, width, samples, shards, key_bytes, *_ = HEADER.unpack_from(header)
+    head = HEADER.size + SHARD.itemsize * shards
+    total = head + width * samples + key_bytes
+    if magic != MAGIC or total > most:
+        raise ValueError("another file" if magic != MAGIC else f"{total} bytes")
+    return head, total
+
+
+def map_index(path: Path, hint: str = "", fetch: Callable[[int, int], None] | None = None) -> SampleIndex:
+    """Map an index file. Arguments and DataError as of `SampleIndex`."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             return SampleIndex(b"", path, hint)  # raises; an empty file cannot be mapped
-        return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path, hint)
+        return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path, hint, fetch)
 
 
 class Fingerprint:
@@ -214,14 +254,19 @@ class Fingerprint:
 
     It includes places, because views of the same shards may choose other samples or another order. Checkpoints store
     it, so it must not change.
+
+    Args:
+        shards: the split's shards, as `dataset.json` describes them.
+        captions: the field of this name in `dataset.json`, which linked data alone have.
     """
 
-    def __init__(self, split: str, shards: Sequence[Mapping[str, Any]]):
-        described = [split, [[one["samples"], one["sha256"]] for one in shards]]
+    def __init__(self, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None):
+        described = [split, [[one["samples"], one["sha256"] or one.get("etag", "")] for one in shards]]
+        described += [] if captions is None else [captions, [one.get("captions", 0) for one in shards]]
         self._hash = hashlib.sha256(json.dumps(described).encode())
 
     def add(self, records: NDArray[np.uint32]) -> None:
-        """Add the next shard's records, uint32 (n, 9)."""
+        """Add the next shard's records, uint32 (n, columns)."""
         places = [records[:, field].astype("<i8") for field in (Field.IMAGE_BLOCK, Field.TEXT_BLOCK)]
         shared = len(np.unique(places[0])) < len(np.unique(places[1]))
         for place in places[: 1 + shared]:  # samples that share an image are told apart by their captions
@@ -232,15 +277,17 @@ class Fingerprint:
         return self._hash.hexdigest()[:32]
 
 
-def fingerprint_of(index: SampleIndex, split: str, shards: Sequence[Mapping[str, Any]]) -> str | None:
+def fingerprint_of(index: Any, split: str, shards: Sequence[Mapping[str, Any]], captions: Any = None) -> str | None:
     """Fingerprint of the samples that an index lists, made from them, where `index.fingerprint` is only stated.
 
     Args:
+        index: a `SampleIndex`, or the `LinkedIndex` of linked data.
         shards: the split's shards, as `dataset.json` describes them. None is returned if the index has others.
+        captions: as for `Fingerprint`.
     """
     if np.diff(index.first).tolist() != [one["samples"] for one in shards]:
         return None
-    found = Fingerprint(split, shards)
+    found = Fingerprint(split, shards, captions)
     for shard in range(len(shards)):
         found.add(index.shard_content(shard)[0])
         index.release()
@@ -253,20 +300,30 @@ class IndexWriter:
     Args:
         file: empty, open for writing and seeking.
         shards: the split's shards, as `dataset.json` describes them.
+        columns: numbers of a record.
+        captions: as for `Fingerprint`.
     """
 
-    def __init__(self, file: BinaryIO, split: str, shards: Sequence[Mapping[str, Any]]):
-        self._file = file
+    def __init__(
+        self,
+        file: BinaryIO,
+        split: str,
+        shards: Sequence[Mapping[str, Any]],
+        *,
+        columns: int = len(Field),
+        captions: Any = None,
+    ):
+        self._file, self._width = file, 4 * columns
         self._described = shards_hash(split, shards)
         self._table = np.zeros(len(shards), SHARD)
         self._table["samples"] = [shard["samples"] for shard in shards]
         self._shard = 0
         self._records_at = HEADER.size + self._table.nbytes
-        self._keys_at = self._records_at + RECORD_BYTES * int(self._table["samples"].sum())
-        self._fingerprint = Fingerprint(split, shards)
+        self._keys_at = self._records_at + self._width * int(self._table["samples"].sum())
+        self._fingerprint = Fingerprint(split, shards, captions)
 
     def add(self, records: NDArray[np.uint32], keys: bytes) -> None:
-        """Append the next shard's records, uint32 (n, 9), and keys."""
+        """Append the next shard's records, uint32 (n, columns), and keys."""
         row = self._table[self._shard]
         assert len(records) == row["samples"], f"wanted {row['samples']} records, got {len(records)}"
         content = np.ascontiguousarray(records, "<u4").tobytes()
@@ -284,7 +341,7 @@ class IndexWriter:
         """Write the header and the table."""
         assert self._shard == len(self._table), f"wanted {len(self._table)} shards, got {self._shard}"
         fields = (
-            MAGIC, VERSION, RECORD_BYTES, int(self._table["samples"].sum()), len(self._table),
+            MAGIC, VERSION, self._width, int(self._table["samples"].sum()), len(self._table),
             int(self._table["key_bytes"].sum()), self._fingerprint.digits().encode(), self._described,
         )  # fmt: skip
         crc = head_crc(HEADER.pack(*fields, 0, 0), self._table)

@@ -120,7 +120,7 @@ def check_image(content: bytes, limits: ImageLimits, *, further: int = 0, may_sh
     most = limits.max_memory
     part = next((part for part in parts if most is None or needed[part] <= most), 1)
     check_memory(header.width, header.height, needed[part], limits)
-    return replace(header, part=part)
+    return header if part == header.part else replace(header, part=part)
 
 
 def decode(

@@ -4,7 +4,9 @@ Shape legend: B batch, T packed tokens.
 """
 
 import logging
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from mvlm_dataloading.dataset.dataset import (
     split_stored_tokens,
 )
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.links.samples import WEIGHTS
 from mvlm_dataloading.randomness import Purpose, hash64, text_hash
 from mvlm_dataloading.tokenizer import Tokenizer
 
@@ -61,6 +64,11 @@ MAX_CAPTIONS = 5 * MAX_REMEMBERED
 _SHORTEST = 3  # tokens of a caption that has one beside [CLS] and [SEP]
 
 
+def _draw(draw: int, count: int, ends: list[float]) -> int:
+    """Number of the caption that a draw of 64 bits takes of `count`, with equal shares or those that end at `ends`."""
+    return min(bisect_right(ends, draw * 2.0**-64), count - 1) if ends else draw % count
+
+
 class CaptionReader:
     """Draws one caption per image and turns it into checked tokens.
 
@@ -76,8 +84,8 @@ class CaptionReader:
         self._first, self._stored = first, stored
         self._room = MAX_CAPTIONS if not first and len(dataset) <= MAX_REMEMBERED else 0
         """Number of captions that may yet be remembered."""
-        self._samples: dict[int, tuple[list[str], int]] = {}
-        """Captions and image id, by sample id."""
+        self._samples: dict[int, tuple[list[str], int, list[float]]] = {}
+        """Captions, image id, and the ends of the captions' shares of [0, 1), none if they are equal, by sample id."""
         self._known_tokens: dict[tuple[int, int], Int64] = {}
         """Tokens, by sample id and caption."""
 
@@ -89,23 +97,27 @@ class CaptionReader:
         """
         draws = hash64(Purpose.CAPTION, self._seed, raw.epochs, raw.ids)
         samples = [self._sample(raw, row) for row in range(len(raw.ids))]
-        known = [captions for captions, _ in samples]
-        drawn = [0 if self._first else int(draw) % len(row) for draw, row in zip(draws, known, strict=True)]
+        known = [captions for captions, *_ in samples]
+        drawn = [
+            0 if self._first else _draw(int(draw), len(captions), ends)
+            for draw, (captions, _, ends) in zip(draws, samples, strict=True)
+        ]
         chosen, tokens = self._tokens(raw, known, drawn)
         return CaptionBatch(
             np.concatenate(tokens),
             np.array([len(row) for row in tokens], np.int64),
             [text_hash(row[k]) for k, row in zip(chosen, known, strict=True)],
-            [image_id for _, image_id in samples],
+            [image_id for _, image_id, _ in samples],
         )
 
-    def _sample(self, raw: RawBatch, row: int) -> tuple[list[str], int]:
-        """All captions of a row's sample, and the id of its image."""
+    def _sample(self, raw: RawBatch, row: int) -> tuple[list[str], int, list[float]]:
+        """All captions of a row's sample, the id of its image, and the ends of the captions' shares."""
         i = int(raw.ids[row])
         if (found := self._samples.get(i)) is None:
             captions = parse_captions(raw.texts[row], lambda: self._dataset.where(i))
             metadata = parse_metadata(raw.metadata[row], lambda: self._dataset.where(i))
-            found = captions, image_identity(metadata, lambda: raw.image_bytes(row))
+            weights = metadata.get(WEIGHTS, []) if self._dataset.links is not None else []
+            found = captions, image_identity(metadata, lambda: raw.image_bytes(row)), list(accumulate(weights))
             if len(captions) <= self._room:
                 self._samples[i] = found
                 self._room -= len(captions)

@@ -5,7 +5,6 @@ import gzip
 import lzma
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -14,7 +13,7 @@ from typing import IO, Any, cast
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.images.limits import TOO_LARGE
-from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
+from mvlm_dataloading.tar_walk import DamagedTar, Member, TarWalk
 from mvlm_dataloading.untrusted import open_regular, opened_unchanged
 
 from .record import file_fingerprint
@@ -123,7 +122,7 @@ class _Links:
         self._places: dict[str, tuple[int, int]] = {}
         self._last: tuple[tuple[int, int], bytes] | None = None
 
-    def follow(self, member: tarfile.TarInfo) -> bool:
+    def follow(self, member: Member) -> bool:
         """Give a hard link place and size of its file. False for a member that has no content."""
         if member.islnk() and member.linkname in self._places:
             member.offset_data, member.size = self._places[member.linkname]
@@ -133,7 +132,7 @@ class _Links:
             self._places[member.name] = member.offset_data, member.size
         return True
 
-    def read(self, member: tarfile.TarInfo) -> bytes:
+    def read(self, member: Member) -> bytes:
         place = member.offset_data, member.size
         if self._last is None or self._last[0] != place:  # questions about an image follow one another
             if self._again is None:
@@ -152,7 +151,7 @@ class _Links:
             self._again[0].close()
 
 
-def _add(sample: TarSample, tar: TarWalk | _Links, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:
+def _add(sample: TarSample, tar: TarWalk | _Links, member: Member, extension: str, max_bytes: int) -> None:
     if extension in _OTHERS:
         return
     if extension in sample.parts or (

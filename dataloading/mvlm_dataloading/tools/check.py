@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,7 @@ from mvlm_dataloading.captions import is_visible, repeats, same_words, script_of
 from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, components_of, parse_index
 from mvlm_dataloading.dataset.dataset import image_name, parse_captions, parse_metadata, split_stored_tokens
 from mvlm_dataloading.dataset.description import read_description, shard_paths
-from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.dataset.open import is_linked, open_dataset
 from mvlm_dataloading.dataset.sample_index import fingerprint_of, index_path, map_index, pack_records
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.images.dali_decoder import ImageDecoder
@@ -31,6 +32,7 @@ from mvlm_dataloading.untrusted import opened_unchanged, read_regular
 
 from .reindex import index_tar
 
+_LINKED = 1000  # samples of a split of linked data that are decoded
 _MAX_PROBLEMS = 100  # problems listed per shard; the rest is counted
 _UNREAD_EXIF = "DALI cannot read a WebP with EXIF data behind a chunk of odd length; `mvlm data webdataset` moves them"
 
@@ -89,6 +91,8 @@ def check_shards(
     """
     folder = Path(folder)
     description = read_description(folder)
+    if is_linked(description):
+        return _check_links(folder, list(description["splits"]), workers, progress)
     vocab_size = None
     if description.get("tokens"):
         from mvlm_dataloading.tokenizer import load_tokenizer
@@ -121,6 +125,47 @@ def check_shards(
     return found
 
 
+def _check_links(
+    folder: Path, splits: list[str], workers: int, progress: Callable[[int, int], None]
+) -> dict[str, Findings]:
+    """Findings of linked data: all files are asked for, and `_LINKED` samples of each split are read and decoded."""
+    found = {split: Findings(problems=_opening_problems(folder, split)) for split in splits}
+    tasks, done = [split for split, findings in found.items() if not findings.problems], 0
+    for event in run_tasks(partial(_check_linked_split, folder), tasks, min(workers, len(tasks))):
+        if event.kind == "progress":
+            done += event.value
+            progress(done, _LINKED * len(tasks))
+        elif event.kind == "done":
+            found[event.task].add(event.value)
+        else:
+            problem = f"{event.task}: wanted images that can be decoded, found one that kills the process"
+            found[event.task].problems.append(problem)
+    return found
+
+
+def _check_linked_split(folder: Path, split: str, report: Callable[[int], None]) -> Findings:
+    dataset, found = open_dataset(folder, split), Findings()
+    links = dataset.links
+    assert links is not None
+    faults = links.faults()
+    found.problems += faults.values()
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(_LINKED, len(dataset))).astype(np.int64))
+    decoder, shards = ImageDecoder(), dataset.shard_of(rows)
+    for shard in sorted(set(shards.tolist()) - faults.keys()):
+        chosen = rows[shards == shard] - dataset.index.first[shard]
+        for begin in range(0, len(chosen), 32):
+            try:
+                samples = list(links.samples(shard, chosen[begin : begin + 32].tolist()))
+            except DataError as error:
+                found.problems.append(str(error))
+                break
+            keys = [dataset.keys[int(dataset.index.first[shard]) + sample.row] for sample in samples]
+            parts = [{"jpg": one.image, "txt": one.text, "json": one.metadata} for one in samples]
+            _check_samples(None, links.files[shard].url, list(zip(keys, parts, strict=True)), decoder, found)
+            report(len(samples))
+    return found
+
+
 def _opening_problems(folder: Path, split: str) -> list[str]:
     """The problem for which `open_dataset` refuses the split, or a wrong fingerprint."""
     try:
@@ -129,7 +174,7 @@ def _opening_problems(folder: Path, split: str) -> list[str]:
         return [str(error)]
     index = dataset.index
     with contextlib.suppress(DataError):  # damaged records, of which the check of their shard tells
-        if index.fingerprint != fingerprint_of(index, split, dataset.shards):
+        if index.fingerprint != fingerprint_of(index, split, dataset.shards, dataset.description.get("captions")):
             hint = f"`mvlm data index {folder} --without-tars`"
             return [f"{split}.index: wanted the fingerprint of its samples, found another; {hint}"]
     return []
@@ -182,7 +227,7 @@ def _read_through(
     decoder = ImageDecoder()
     for begin in range(0, len(lines), 32):
         samples = [_read(file, length, line) for line in lines[begin : begin + 32]]
-        _check_samples(task, tar.name, samples, decoder, found)
+        _check_samples(task.vocab_size, tar.name, samples, decoder, found)
         report(len(lines[begin : begin + 32]))
 
 
@@ -215,7 +260,11 @@ def _read(file: BufferedReader, length: int, line: str) -> tuple[str, dict[str, 
 
 
 def _check_samples(
-    task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: ImageDecoder, found: Findings
+    vocab_size: int | None,
+    tar: str,
+    samples: Sequence[tuple[str, dict[str, bytes]]],
+    decoder: ImageDecoder,
+    found: Findings,
 ) -> None:
     images = [next((p for e, p in parts.items() if e in IMAGE_EXTENSIONS), b"") for _, parts in samples]
     decoded = decoder([image for image, _ in groupby(images)])  # questions about an image follow one another
@@ -251,15 +300,15 @@ def _check_samples(
         name = text_hash(image_name(metadata) or key)
         found.texts += [(text_hash(same_words(caption)), name) for caption in captions]
         found.scripts.update(map(script_of, captions))
-        if task.vocab_size is not None:
+        if vocab_size is not None:
             try:
                 tokens = split_stored_tokens(parts.get("tok", b""), len(captions), where)
             except DataError as error:
                 found.problems.append(str(error))
                 continue
-            if any(len(ids) < 3 or ids.min() < 0 or ids.max() >= task.vocab_size for ids in tokens):
+            if any(len(ids) < 3 or ids.min() < 0 or ids.max() >= vocab_size for ids in tokens):
                 found.problems.append(
-                    f"{where}: wanted captions of 3 token ids or more, from 0 to {task.vocab_size - 1}, found others"
+                    f"{where}: wanted captions of 3 token ids or more, from 0 to {vocab_size - 1}, found others"
                 )
 
 
@@ -290,7 +339,11 @@ def findings_table(folder: Path, found: dict[str, Findings]) -> str:
     row("problems", lambda f: str(len(f.problems)))
     widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
-    rejected = read_description(folder).get("rejected", {})
+    description = read_description(folder)
+    if is_linked(description):
+        samples = sum(part["samples"] for part in description["splits"].values())
+        text.append(f"linked: of {samples:,} samples {sum(len(f.sizes) for f in found.values()):,} were decoded")
+    rejected = description.get("rejected", {})
     text += [f"rejected: {count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1])]
     return "\n".join(text)
 
@@ -316,10 +369,12 @@ def contact_sheet(folder: Path, path: Path) -> Path:
     """Write a PNG of up to 48 images with their first captions below, spread evenly over all splits."""
     pil, draw = need("PIL.Image"), need("PIL.ImageDraw")
     splits = [open_dataset(folder, split) for split in read_description(folder)["splits"]]
-    places = [(dataset, i) for dataset in splits for i in range(len(dataset))]
+    ends = np.cumsum([len(dataset) for dataset in splits])
     across, down = _SHEET
-    count = min(len(places), across * down)
-    chosen = [places[i * len(places) // count] for i in range(count)]
+    count = min(int(ends[-1]), across * down)
+    rows = np.arange(count) * int(ends[-1]) // count
+    of = np.searchsorted(ends, rows, side="right")
+    chosen = [(splits[k], int(row - (ends[k] - len(splits[k])))) for k, row in zip(of.tolist(), rows, strict=True)]
     rows = -(-count // across)
     sheet = pil.new("RGB", (across * (_CELL + 8) + 8, rows * (_CELL + _TEXT + 8) + 8), "white")
     pen, decoder = draw.Draw(sheet), ImageDecoder()

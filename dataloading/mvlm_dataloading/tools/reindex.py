@@ -1,7 +1,6 @@
 """Rebuilding the indices of a data folder, and indexing tars of other tools to use them in place."""
 
 import codecs
-import tarfile
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from mvlm_dataloading.dataset.description import (
     shard_paths,
     write_description,
 )
-from mvlm_dataloading.dataset.open import write_index
+from mvlm_dataloading.dataset.open import is_linked, write_index
 from mvlm_dataloading.dataset.sample_index import Field, SampleIndex, pack_records
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import make_no_older, write_file
+from mvlm_dataloading.links.cache import LinkedIndex
 from mvlm_dataloading.sources.record import canonical_split, split_in_name
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, split_member_name
-from mvlm_dataloading.tar_walk import DamagedTar, TarWalk
+from mvlm_dataloading.tar_walk import DamagedTar, Member, TarWalk
 from mvlm_dataloading.untrusted import opened_unchanged
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
@@ -63,8 +63,8 @@ def index_tar(tar: Path, *, unseen: bool = False, file: BufferedReader | None = 
     if file is None:
         with _opened(tar) as file:
             return index_tar(tar, unseen=unseen, file=file)
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    images: dict[str, tarfile.TarInfo] = {}
+    samples: dict[str, dict[str, Member]] = {}
+    images: dict[str, Member] = {}
     faults: dict[str, str] = {}
     captions: dict[str, int] = {}
     unread: dict[str, str] = {}
@@ -129,7 +129,7 @@ def _opened(tar: Path) -> AbstractContextManager[BufferedReader]:
     return opened_unchanged(tar)
 
 
-def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
+def lists_samples_of(tar: Path, index: SampleIndex | LinkedIndex, shard: int) -> bool:
     """True if every sample that an index lists in a shard is a sample of the tar: its image, texts and tokens.
 
     The keys are not compared. Raises DataError if the tar or the index is damaged.
@@ -140,7 +140,7 @@ def lists_samples_of(tar: Path, index: SampleIndex, shard: int) -> bool:
     return all(row.tobytes() in known for row in index.shard_content(shard)[0][:, : Field.KEY_END])
 
 
-def _read_text(walk: TarWalk, member: tarfile.TarInfo, extension: str, unseen: bool) -> int | str:
+def _read_text(walk: TarWalk, member: Member, extension: str, unseen: bool) -> int | str:
     """Count the captions or metadata fields of a sample. Returns the reason as text if they cannot be used."""
     what = "caption" if extension == "txt" else "metadata"
     if member.size > _MAX_TEXT:
@@ -180,6 +180,10 @@ def rebuild_indices(folder: Path, split: str | None = None, *, without_tars: boo
                 f"*.index to index it anew"
             )
         description = read_description(folder)
+        if is_linked(description):
+            raise DataError(
+                f"{folder}: wanted a data set with tars of its own, found linked data; `mvlm data link` again"
+            )
         shards = [shard for part in description["splits"].values() for shard in part["shards"]]
         if not without_tars and not any("index" in shard for shard in shards):  # a shard of a view has an index
             for shard in shards:
@@ -235,7 +239,7 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     return description
 
 
-def _component(member: tarfile.TarInfo) -> str:
+def _component(member: Member) -> str:
     # Index lines are split at blanks, so white space in a name is percent-encoded. DALI reads by offset, not by name.
     name = member.name
     for sign in ("%", *(sign for sign in set(name) if sign.isspace())):

@@ -11,7 +11,6 @@ therefore takes some hundred bytes per sample, and no tar is rewritten.
 import hashlib
 import logging
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -31,13 +30,15 @@ from mvlm_dataloading.dataset.description import (
     shard_paths,
     write_description,
 )
-from mvlm_dataloading.dataset.open import open_dataset, write_index
+from mvlm_dataloading.dataset.open import is_linked, open_dataset, write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import new_folder
 from mvlm_dataloading.images.dali_decoder import ImageDecoder
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.sources.record import is_evaluation
 from mvlm_dataloading.untrusted import read_regular
+
+from .view_links import caption_fault, depth_of, hash_share, view_links
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def make_view(
     if len({Path(source).resolve() for source in sources}) < len(sources):
         raise DataError("sources: wanted each data set once, got one twice; --weights makes copies of training samples")
     require_free_folder(out)
+    if any(is_linked(read_description(Path(source))) for source in sources):
+        return view_links(out, [Path(source) for source in sources], options, weights)
     if options.duplicates != "keep" and (asking := [source for source in sources if _asks(source)]):
         raise DataError(
             f"duplicates: wanted data sets with a sample per image, got one of questions, {asking[0]}; leave the "
@@ -97,7 +100,7 @@ def make_view(
         drop_repeats(images, dropped, drop=True, drop_near=options.duplicates == "near")
     for i, row in enumerate(rows):  # last: a share of what is left, of which a smaller one is a part
         train = i not in dropped and not is_evaluation(row.dataset.split)
-        if train and _hash_share(options, "", row.dataset, row.number) >= options.fraction:
+        if train and hash_share(options, "", row.dataset, row.number) >= options.fraction:
             dropped[i] = "not in the fraction"
     reasons += Counter(dropped.values())
     kept = [row for i, row in enumerate(rows) if i not in dropped]
@@ -113,7 +116,7 @@ def make_view(
         }
         about["name"] = f"view of {about['name']}"
         recipe = {**asdict(options), "sources": [one.get("name") for one in known], "weights": weights}
-        recipe["depth"] = 1 + max(map(_depth, known))
+        recipe["depth"] = 1 + max(map(depth_of, known))
         if recipe["max_aspect"] == float("inf"):
             recipe["max_aspect"] = None  # JSON has no infinity
         stored = {
@@ -166,35 +169,7 @@ def _select(sources: Sequence[Path], options: ViewOptions) -> tuple[list[_Row], 
 
 
 def _rejection(facts: ImageFacts, captions: list[str], options: ViewOptions) -> str | None:
-    words = [len(caption.split()) for caption in captions]
-    if fault := size_fault(facts.width, facts.height, options):
-        return fault
-    if min(words) < options.min_words:
-        return "caption is too short"
-    if max(words) > options.max_words:
-        return "caption is too long"
-    if options.match is not None and not any(re.search(options.match, caption) for caption in captions):
-        return "no caption matches --match"
-    if options.without is not None and any(re.search(options.without, caption) for caption in captions):
-        return "a caption matches --without"
-    return None
-
-
-def _hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) -> float:
-    """Hash of seed, purpose, key and depth of views, as a number in [0, 1).
-
-    Without the depth, taking a fraction of a view that is itself a fraction would select all of its samples.
-    """
-    depth = _depth(dataset.description)
-    text = f"{options.seed} {purpose} {dataset.keys[i]}" + (f" {depth}" if depth else "")
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _depth(description: dict[str, Any]) -> int:
-    """Number of nested views; 0 for a data set with its own tars."""
-    view = description.get("recipe", {}).get("view")
-    return view.get("depth", 0) if isinstance(view, dict) else 0
+    return size_fault(facts.width, facts.height, options) or caption_fault(captions, options)
 
 
 def _write_indices(
@@ -211,7 +186,7 @@ def _write_indices(
         chosen, captions = [], 0
         for row in group:
             whole, part = (1.0, 0.0) if is_evaluation(dataset.split) else divmod(weights[source], 1.0)
-            copies = int(whole) + (_hash_share(options, "weight", dataset, row.number) < part)
+            copies = int(whole) + (hash_share(options, "weight", dataset, row.number) < part)
             chosen += [lines[row.number - first]] * copies
             captions += len(dataset.captions(row.number)) * copies
         if not chosen:

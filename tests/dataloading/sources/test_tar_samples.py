@@ -12,6 +12,7 @@ from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.record import safe_key
 from mvlm_dataloading.sources.tar_samples import read_samples
 from mvlm_dataloading.sources.webdataset import webdataset
+from mvlm_dataloading.tar_walk import TarWalk
 from support import published
 from support.data import captions_by_key, read_json_lines
 from support.hostile_images import peak_memory, reset_peak
@@ -120,14 +121,14 @@ def test_tars_that_are_damaged_or_hold_nothing_are_refused_with_the_place(tmp_pa
 def test_a_tar_that_cannot_be_read_now_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     """A disk's error is not damage: the same command again has all samples."""
     path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2))
-    read, failures = tarfile.TarFile.extractfile, [OSError(5, "Input/output error")]
+    read, failures = TarWalk.read, [OSError(5, "Input/output error")]
 
-    def extract(tar: tarfile.TarFile, member: Any) -> Any:
+    def failing(walk: TarWalk, member: Any) -> Any:
         if failures and str(member.name).startswith("1."):
             raise failures.pop()
-        return read(tar, member)
+        return read(walk, member)
 
-    monkeypatch.setattr(tarfile.TarFile, "extractfile", extract)
+    monkeypatch.setattr(TarWalk, "read", failing)
     refuse(path, "Input/output error")
     assert open_dataset(build(path), "train").keys.tolist() == ["0", "1", "2"]
 

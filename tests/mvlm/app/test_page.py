@@ -27,6 +27,7 @@ from mvlm.tasks.load import load_model
 from support.commands import assert_refused
 from support.packages import needs
 from support.page_attacks import judge_sentence
+from support.ports import free_port
 from support.scenes import png
 from support.visitor import Visitor
 
@@ -47,12 +48,6 @@ TABS = {
     "Where it looks": "Look",
     "Classify": "Classify",
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mvlm import cli
 from support.faults import injections
 from support.faults.campaign import Campaign, end_of_log, require, require_log
-from support.faults.forks import free_port, in_child, wait
+from support.faults.forks import in_child, wait
+from support.ports import free_port
 
 SECONDS = 240
 """Timeout; each trial takes a few seconds on an idle machine, and 8 more to notice a dead agent."""

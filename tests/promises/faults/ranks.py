@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ import elastic
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
 from mvlm.runs.folder import read_metrics
+from mvlm_dataloading.links.captions import parse_captions_option
+from mvlm_dataloading.tools.link import LinkOptions, link_files
 from support.faults import injections
 from support.faults.campaign import MODEL, STEPS, Campaign, Failed, end_of_log, file_bytes, require, require_log
-from support.faults.forks import wait
+from support.faults.forks import in_child, wait
 from support.folders import LOSSES
+from support.linked import write_tars
+from support.seaweed import reading_from, serve_seaweed
 
 FP32 = {"losses": 1e-5, "gradients": 1e-4}
 """Relative tolerances of fp32 losses and gradient norms. Usual differences are 3e-7 and 2e-6."""
@@ -65,13 +70,13 @@ def require_close_weights(run: Path, other: Path, part: str) -> None:
     require(worst[0] < WEIGHTS, f"{part}/{worst[1]} is off by {worst[0]:.2g}")
 
 
-def samples(out: Path, ranks: int) -> dict[int, list[int]]:
-    """Sample ids of the global batch of each step, in order, from the files of `log_samples`."""
-    found: dict[int, list[int]] = {}
+def batches(out: Path, ranks: int) -> dict[int, list[Any]]:
+    """Rows of the global batch of each step, in order, from the files of `log_batches`."""
+    found: dict[int, list[Any]] = {}
     for rank in range(ranks):
         for line in out.with_suffix(f".{ranks}-{rank}").read_text().splitlines():
-            step, ids = json.loads(line)
-            found.setdefault(step, []).extend(ids)
+            step, rows = json.loads(line)
+            found.setdefault(step, []).extend(rows)
     return found
 
 
@@ -79,7 +84,7 @@ def resized(campaign: Campaign, out: Path, before: int, after: int, parallel: st
     """A run stopped after step 6 and resumed on another number of ranks equals the run that stays on one."""
 
     def arrange(rank: int, ranks: int, stops: int | None) -> None:
-        injections.log_samples(out.with_suffix(f".{ranks}-{rank}"))
+        injections.log_batches(out.with_suffix(f".{ranks}-{rank}"))
         if stops is not None:
             injections.at_step(stops, injections.kill(signal.SIGTERM))
 
@@ -88,12 +93,12 @@ def resized(campaign: Campaign, out: Path, before: int, after: int, parallel: st
         stops = None if ranks == after else 6 if ranks == 1 else 5
         faults = {rank: partial(arrange, rank, ranks, stops) for rank in range(ranks)}
         campaign.run(out, ranks, faults, ends=[0] * ranks, parallel=parallel)
-    first, rest = samples(out, before), samples(out, after)
+    first, rest = batches(out, before), batches(out, after)
     require((list(first), list(rest)) == ([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]), f"steps {[*first]}, {[*rest]}")
     stays = out.with_name("stays")  # shared by these trials: on one rank `parallel` changes nothing
     if not stays.exists():
-        campaign.run(stays, 1, {0: partial(injections.log_samples, stays.with_suffix(".1-0"))})
-    require(first | rest == samples(stays, 1), "other samples, or in another order")
+        campaign.run(stays, 1, {0: partial(injections.log_batches, stays.with_suffix(".1-0"))})
+    require(first | rest == batches(stays, 1), "other batches, or in another order")
     require_log(out, "same samples in the same order, same pixels, captions and masks")
     require_close_metrics(out, stays, **FP32)
     for part in ("model", "ema"):
@@ -194,6 +199,44 @@ def bfloat16(campaign: Campaign, out: Path, parallel: str) -> None:
     require(rows[0]["loss"] != exact[0]["loss"], "computed in fp32")
 
 
+def linked(campaign: Campaign, out: Path) -> None:
+    """Two ranks train from tars in a bucket until both are killed. One rank, elsewhere, goes on with the same batches.
+
+    An image is damaged so that only decoding it shows it.
+    """
+    tars, linked = write_tars(out.with_suffix(".tars"), 3, 20, damaged={13}), copy(campaign)
+    linked.data = out.with_suffix(".links")
+    options = LinkOptions(parse_captions_option("txt,json:caption=2,json:recaption=1"))
+    settings: dict[str, Any] = {"batch_size": 12}
+
+    def link(urls: list[str]) -> None:
+        link_files(urls, linked.data, options, workers=0)
+
+    def arrange(run: Path, rank: int, ranks: int, dies: bool) -> None:
+        os.environ["MVLM_CACHE"] = str(run.with_suffix(f".cache-{ranks}"))
+        injections.log_batches(run.with_suffix(f".{ranks}-{rank}"))
+        if dies:
+            injections.at_step(11, injections.kill())
+
+    (bucket := out.with_suffix(".bucket")).mkdir()
+    with serve_seaweed(bucket) as server, reading_from(server.s3):
+        urls = [server.put(tar.name, tar.read_bytes()) for tar in tars]
+        require(wait(in_child(partial(link, urls), out.with_suffix(".log"))) == 0, f"no links: {end_of_log(out)}")
+        faults = {rank: partial(arrange, out, rank, 2, True) for rank in range(2)}
+        codes = linked.run(out, 2, faults, **settings)
+        # The first to die may break the other's exchange, which then ends by itself.
+        require(-signal.SIGKILL in codes and not {0, 2} & {*codes}, f"ended with {codes}: {end_of_log(out)}")
+        linked.run(out, 1, {0: partial(arrange, out, 0, 1, False)}, ends=[0], **settings)
+        stays = out.with_name("linked-stays")
+        linked.run(stays, 1, {0: partial(arrange, stays, 0, 1, False)}, ends=[0], **settings)
+    first, rest, wanted = batches(out, 2), batches(out, 1), batches(stays, 1)
+    require(max(first) == 11 and min(rest) in (7, 10) and max(rest) == STEPS, f"steps {[*first]}, {[*rest]}")
+    require(first | rest == wanted and rest | first == wanted, "other batches")
+    used = {i for rows in wanted.values() for i, _ in rows}
+    require(used == {*range(60)} - {13}, f"wanted all samples but the damaged one, found {len(used)}")
+    require_log(stays, "skipped an image that cannot be decoded: s3://tests/00000.tar")
+
+
 ENDS = ("ends", "hangs")
 LAYOUTS = [(a, b, kind) for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")]
 TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
@@ -201,6 +244,7 @@ TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     **{f"last save, {ranks}": partial(last_save, ranks=ranks) for ranks in (1, 2)},
     **{f"bf16, {kind}": partial(bfloat16, parallel=kind) for kind in ("ddp", "fsdp")},
     "average": average,
+    "linked": linked,
     "evaluated average": evaluated,
     **{f"failed rank, {r}, {end}": partial(failed, rank=r, hangs=end == "hangs") for r in (0, 1) for end in ENDS},
     **{f"stopped evaluation, {ranks}": partial(stopped_evaluation, ranks=ranks) for ranks in (1, 2)},

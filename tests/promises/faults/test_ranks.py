@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.seaweed import weed
+
 pytestmark = pytest.mark.slow
 SERVER = Path(__file__).with_name("ranks.py")
 
@@ -51,6 +53,12 @@ def test_a_node_that_is_killed_is_replaced(trial):
 )
 def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
     trial(f"{ranks}, {parallel}")
+
+
+def test_a_run_from_a_bucket_is_killed_and_resumes_elsewhere_on_one_rank(trial):
+    weed()
+    pytest.importorskip("webdataset")
+    trial("linked")
 
 
 @pytest.mark.extended

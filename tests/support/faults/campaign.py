@@ -12,9 +12,10 @@ from typing import Any
 from mvlm import cli
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.training.run import pretrain
-from support.faults.forks import free_port, in_child, wait
+from support.faults.forks import in_child, wait
 from support.folders import checkpoint_contents, reproducible_rows
 from support.models import micro_config, pretrain_config
+from support.ports import free_port
 from support.shapes import copy_shapes
 
 STEPS = 12

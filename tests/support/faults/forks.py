@@ -6,7 +6,6 @@ The parent must not start threads before it forks.
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,6 +18,8 @@ import torch
 # torch imports its compiler with the first optimizer and the first checkpointed function: here once, in place of every
 # fork.
 import torch._dynamo
+
+from support.ports import free_port
 
 
 def in_child(work: Callable[[], object], log: Path | None = None) -> int:
@@ -96,10 +97,3 @@ def killed(pid: int, seconds: float, rng: Random) -> bool:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return True
-
-
-def free_port() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

@@ -5,6 +5,7 @@ what may happen then.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from mvlm.model import fast
 from mvlm.runs import checkpoint_writer
 from mvlm.runs.checkpoint_writer import CheckpointWriter
-from mvlm.training.metrics import MetricsBuffer
 from mvlm.training.trainer import Trainer
+from mvlm_dataloading import Batch, Masks
 from mvlm_dataloading.loader.loader import Loader
 
 
@@ -95,16 +98,28 @@ def at_save_of_step(step: int, operation: int, action: Callable[[], None]) -> No
     patch.object(CheckpointWriter, "save", acting).start()
 
 
-def log_samples(file: Path) -> None:
-    """Append a line of JSON to `file` at every step: the step, and the ids of this rank's samples in order."""
-    add = MetricsBuffer.add
+def log_batches(file: Path) -> None:
+    """Append a line of JSON to `file` at every step: the step, and each row of this rank's batch.
 
-    def logging(buffer: MetricsBuffer, step: int, samples: list[int], *rest: Any) -> None:
+    A row is the sample's id and a hash of its pixels, tokens and masks.
+    """
+    forward_backward = Trainer.forward_backward
+
+    def logging(trainer: Trainer, microbatches: list[tuple[Batch, Masks]], *rest: Any) -> Any:
+        rows = []
+        for batch, masks in microbatches:
+            ends, masked = batch.cu_seqlens.tolist(), torch.zeros_like(batch.tokens)
+            masked[masks.token_ids] = 1
+            for row, i in enumerate(batch.sample_id.tolist()):
+                caption = slice(ends[row], ends[row + 1])
+                parts = batch.images[row], batch.tokens[caption], masked[caption], masks.patch_ids[row]
+                content = b"".join(part.contiguous().numpy().tobytes() for part in parts)
+                rows.append([i, hashlib.sha256(content).hexdigest()])
         with file.open("a") as lines:
-            lines.write(json.dumps([step, samples]) + "\n")
-        add(buffer, step, samples, *rest)
+            lines.write(json.dumps([trainer.step + 1, rows]) + "\n")
+        return forward_backward(trainer, microbatches, *rest)
 
-    patch.object(MetricsBuffer, "add", logging).start()
+    patch.object(Trainer, "forward_backward", logging).start()
 
 
 def nan_loss(step: int, steps: int) -> None:

@@ -1,0 +1,1 @@
+"""Data sets whose images stay in tars and Parquet files of others, wherever these are."""
