@@ -29,7 +29,7 @@ from mvlm.config.ranges import (
     check_values,
 )
 from mvlm.errors import ConfigError
-from mvlm_dataloading.urls import is_remote, normal_url
+from mvlm_dataloading.urls import intact, is_remote, normal_url
 
 Kind = TypeVar("Kind", bound=type)
 Learning = Literal["full", "lora", "frozen"]
@@ -283,7 +283,7 @@ class RunConfig(  # a dataclass takes fields from its bases from last to first
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
-        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+        return {name: intact(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
 
 
 # Of pretraining alone.

@@ -16,6 +16,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.files import write_file
 from mvlm_dataloading.sources.folder import LISTED
 from mvlm_dataloading.untrusted import open_regular, read_regular, resolve_inside
+from mvlm_dataloading.urls import require_local
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +113,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Content of a data folder's `dataset.json`, with every field checked. DataError as `parse_description`."""
     file = folder / "dataset.json"
     if not folder.is_dir():
-        if re.match(r"[A-Za-z][A-Za-z0-9]+:/", str(folder)):
-            raise DataError(
-                f"{folder}: wanted a folder on this machine, found a URL, which this command does not read; "
-                f"copy the data here"
-            )
+        require_local(folder)
         raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
     try:
         text = read_regular(file, "dataset.json", within=folder)
