@@ -265,7 +265,8 @@ class TarPiece:
         return captions, "metadata are too long" if sample.long_metadata and not captions else None
 
     def _refusal(self, key: str, reason: str) -> Record:
-        return Record(safe_key(self.prefix + key), None, (), f"{self.path}:{key}", fault=reason)
+        where = str(self.path) if key == self.path.name else f"{self.path}:{key}"  # of the tar, or of a sample
+        return Record(safe_key(self.prefix + key), None, (), where, fault=reason)
 
 
 def _describe(text: bytes | None, prefix: str) -> dict[str, Any]:
