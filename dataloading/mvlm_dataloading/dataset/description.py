@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 
 
+def index_command(folder: Path, *flags: str) -> str:
+    """The command that makes the indices of a folder again, for a shell, in back quotes for messages."""
+    return f"`{shlex.join(['mvlm', 'data', 'index', str(folder), *flags])}`"
+
+
 def describe_shard(tar: Path, samples: int, file: BufferedReader | None = None) -> dict[str, Any]:
     """A tar's entry of `dataset.json`. `file`: the open tar, which is left at its end; by default it is opened."""
     if file is None:
