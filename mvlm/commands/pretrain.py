@@ -67,6 +67,7 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     else:
         defaults = PretrainConfig.preset(first, data=tyro.MISSING, out=tyro.MISSING)
         source, rest = first, arguments[1:]
+        defaults = with_trained_model(defaults, rest)
     defaults = with_tower(defaults, rest)
     description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
     named = {name: getattr(defaults, name) for name in ("own_loss", "own_masks")}
@@ -81,6 +82,24 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
         if given != before:
             found = replace(found, **{f"{name}_sha256": None})
     return found
+
+
+def with_trained_model(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
+    """Put the model settings of the trained model that the command line names into `defaults`, before its other flags.
+
+    A run that has begun has its own, and does not need that model any more.
+    """
+    source, out = (_value(words, flag) for flag in ("--initial-model", "--out"))
+    if not source:
+        return defaults
+    from mvlm.config.json_files import read_config, run_config
+    from mvlm.runs.folder import RunFolder
+    from mvlm.runs.load import read_architecture_of
+
+    begun = RunFolder(Path(out or "")).config
+    if out and begun.is_file():
+        return replace(defaults, model=run_config(read_config(begun), str(begun)).model)
+    return replace(defaults, model=read_architecture_of(Path(source))[0])
 
 
 def with_tower(defaults: PretrainConfig, words: Sequence[str]) -> PretrainConfig:
