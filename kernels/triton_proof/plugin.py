@@ -6,7 +6,8 @@
 The tests call kernels with CPU tensors and compare values; see :class:`Proof` for the fixture ``proof``. Under
 ``interpreted`` what host code allocates holds NaN between guard bands. Under ``sm_80`` and ``sm_90`` kernels are
 compiled for that GPU, assembled, and emulated under checks. A test fails on a finding, a spill, or a touched guard
-band. Findings that are known go into a marker, ``@pytest.mark.finding("race")``: the test then fails without them.
+band. Findings that are known go into a marker, ``@pytest.mark.finding("reduction-bits")``: the test then fails without
+them.
 
 A test that launches kernels of ``@triton.autotune`` runs once for each of their configurations.
 """

@@ -45,6 +45,8 @@ REMEDIES = {
     "`tl.multiple_of`, and at views that start in the middle of a tensor",
     "uninitialised": "store every element before it is read: allocate with `torch.zeros`, or let the grid cover them",
     "race": "put `tl.debug_barrier()` between a store and a load by other threads",
+    "reduction-bits": "no race, but bits that differ between lanes, and may between runs: a product was fused into the "
+    "sum; launch the kernel with `enable_fp_fusion=False`",
     "global-race": "let one program own each element, or use `tl.atomic_add`; a kernel that works in place must load a "
     "tile before it stores any of it",
     "barrier": "let all threads of a block reach the same barriers: no barrier or reduction where they branch apart",
@@ -53,16 +55,10 @@ REMEDIES = {
 }
 """Advice against a finding, one sentence for each kind."""
 _COMPILER = "Triton orders these accesses itself: try `num_stages=1` to confirm, another Triton, and report it there"
-_FUSED = (
-    "a reduction ends with lanes that differ in the last bit, because a product was fused into its sum: launch the "
-    "kernel with `enable_fp_fusion=False`"
-)
 
 
 def remedy(finding: "Finding") -> str:
     """Advice against a finding, one sentence."""
-    if finding.kind == "race" and "different values" in finding.detail:
-        return _FUSED
     return REMEDIES.get(finding.kind, _COMPILER)
 
 

@@ -103,7 +103,8 @@ def _store_shared(m: Any, ins: Any, addresses: np.ndarray, values: np.ndarray, l
         if lost.any():
             byte = int(offsets[np.flatnonzero(lost)[0]]) % m.shared.stride
             text = f"lanes of one instruction store different values at byte {byte} of shared memory"
-            m.find("race", ins, text, int(lost.sum()))
+            kind = "reduction-bits" if id(ins) in m.program.of_reductions else "race"
+            m.find(kind, ins, text, int(lost.sum()))
     if m.counting:
         count_shared_lanes(m, "shared store", ins, offsets, lanes, total)
 
