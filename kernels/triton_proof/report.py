@@ -105,7 +105,11 @@ class Access:
 
 @dataclass
 class Launch:
-    """Everything known about one launch. instructions: of warps, by class. accesses: by space, place and text."""
+    """Everything known about one launch. instructions: of warps, by class. accesses: by space, place and text.
+
+    numbers: integer arguments by name. masks: whether a lane was masked, by the place of each masked access of global
+    memory.
+    """
 
     kernel: str
     arch: str
@@ -117,6 +121,8 @@ class Launch:
     instructions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     flops: int = 0
     accesses: dict[tuple[str, Place, str], Access] = field(default_factory=lambda: defaultdict(Access))
+    numbers: dict[str, int] = field(default_factory=dict)
+    masks: dict[Place, bool] = field(default_factory=lambda: defaultdict(bool))
 
     def total(self, space: str) -> Access:
         """Traffic of one of the SPACES."""

@@ -25,6 +25,7 @@ def load(m: Any, ins: Any, space: str, address: np.ndarray, mask: Any, size: int
             words = _load_shared(m, ins, addresses, m.all_lanes(lanes), size, n)
         else:
             words = m.memory.load(ins, addresses, size, n, (lanes, shape))
+            _note_mask(m, ins, lanes)
             if m.counting:
                 count_global(m, "global load", ins, addresses, size * n, lanes, shape)
         m.step += 1
@@ -52,10 +53,16 @@ def store(m: Any, ins: Any, space: str, address: np.ndarray, values: list[np.nda
         _store_shared(m, ins, addresses, rows, m.all_lanes(lanes))
     elif space == "global":
         m.memory.store(ins, addresses, rows, size, len(values), (lanes, shape))
+        _note_mask(m, ins, lanes)
         if m.counting:
             count_global(m, "global store", ins, addresses, size * len(values), lanes, shape)
     else:
         m.find("out-of-bounds", ins, f"store to {space} memory", len(addresses))
+
+
+def _note_mask(m: Any, ins: Any, lanes: np.ndarray | None) -> None:
+    if ins.predicate is not None:
+        m.launch.masks[ins.where] |= lanes is not None
 
 
 def route(space: str, address: np.ndarray) -> tuple[str, np.ndarray]:
