@@ -15,7 +15,7 @@ def kernels(
     *,
     ops: tuple[str, ...] = (),
     peers: tuple[str, ...] = (),
-    out: Path = Path("benchmarks/results"),
+    out: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quick: bool = False,
@@ -27,7 +27,7 @@ def kernels(
     Args:
         ops: Ops to time. Default: all.
         peers: Implementations to compare with. Default: all. Those not installed are listed as missing.
-        out: Folder for the CSV and the plot.
+        out: Folder for a CSV and a plot. Default: nothing is written.
         device: auto, cpu or cuda. On a CPU, the torch references are timed instead of the kernels, and the results say
             so.
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
